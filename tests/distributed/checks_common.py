@@ -27,7 +27,7 @@ import peft_ext
 from peft_ext.integrations.adapter_layers import siblings
 from peft_ext.integrations.adapter_layers.ia3 import IA3Layer
 from peft_ext.integrations.adapter_layers.lora import LowRank
-from peft_ext.integrations.model_blocks.loss import Call
+from peft_ext.integrations.model_blocks.pending import Call
 from peft_ext.nn import NF4Linear
 
 LLAMA = ARCHITECTURES["Llama"]
@@ -228,7 +228,7 @@ def counted_calls() -> Iterator[dict[str, int]]:
 @contextlib.contextmanager
 def counted_losses() -> Iterator[dict[str, int]]:
     """Counts losses that were computed without logits, and whole logits that were computed for a loss."""
-    found, loss, logits = {"fused": 0, "whole": 0}, Call.loss, Call.logits
+    found, loss, logits = {"fused": 0, "whole": 0}, Call.loss, Call.compute
 
     def counted_loss(call: Call, *args: Any, **kwargs: Any) -> Optional[Tensor]:
         value = loss(call, *args, **kwargs)
@@ -236,14 +236,14 @@ def counted_losses() -> Iterator[dict[str, int]]:
         return value
 
     def counted_logits(call: Call) -> Tensor:
-        found["whole"] += call.real is None
+        found["whole"] += call.logits is None
         return logits(call)
 
-    Call.loss, Call.logits = counted_loss, counted_logits
+    Call.loss, Call.compute = counted_loss, counted_logits
     try:
         yield found
     finally:
-        Call.loss, Call.logits = loss, logits
+        Call.loss, Call.compute = loss, logits
 
 
 def assert_loss(model: nn.Module, reason: str) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from reached import another, reached
 from torch import Tensor, nn
+from transformers.utils.generic import can_return_tuple
 
 import peft_ext
 from peft_ext.integrations.forms import HEADER, KINDS, TABLE, Row, Unknown, form_of, read_rows, row_of
@@ -112,6 +113,18 @@ class Answers(Plain):
 @pytest.mark.parametrize("kind", [OtherConstant, OtherOperator, OtherDefault])
 def test_other_code_is_another_form(kind: type) -> None:
     assert form_of(kind).digest != form_of(Plain).digest
+
+
+def test_a_decorator_that_names_a_function_that_it_does_not_call() -> None:
+    """``__wrapped__`` is an attribute that anyone can set: the function has to be in the decorator's closure too."""
+    honest, forged = can_return_tuple(Plain.forward), can_return_tuple(OtherOperator.forward)
+    forged.__wrapped__ = Plain.forward
+    known = form_of(type("Honest", (Plain,), {"forward": honest})).digest
+    try:
+        found = form_of(type("Forged", (Plain,), {"forward": forged})).digest
+    except Unknown:
+        found = None
+    assert found != known
 
 
 @pytest.mark.parametrize("kind", [Calls, Answers])

@@ -1,4 +1,4 @@
-"""What the fused layers of every method share: the classes they stand for, and how they read the frozen weight below.
+"""The base class of the fused layers of every method, the tables of their classes, and how they read the frozen weight.
 
 A fused class is a subclass of PEFT's or bitsandbytes' that adds no state: ``stock_reason`` says why the next call has
 to take the stock path, see :mod:`.reasons`, and ``_fused`` computes it on the op. :mod:`peft_ext.integrations.peft`
@@ -62,9 +62,10 @@ def fuses(stock: type) -> Callable[[type], type]:
 
 
 class Fused:
-    """The forward of a fused layer: the op where it computes what the stock class would, else the stock class's own.
+    """The forward of a fused layer: runs the op where the op computes the stock class's result, else the stock forward.
 
-    ``reads`` names what it reads of an instance: accelerate leaves one that lacks any of them as it is, and says so.
+    ``reads`` names the attributes that the fused class reads of an instance. ``accelerate`` does not fuse an instance
+    that lacks one of them, and ``explain`` names the missing attribute.
     """
 
     reads: tuple[str, ...] = ("base_layer", "_active_adapter", "_disable_adapters", "merged_adapters")
@@ -83,11 +84,11 @@ class Fused:
         raise NotImplementedError
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        """Returns what the op computes; None: the stock class's own forward has to run."""
+        """Returns the op's result; None: the stock class's own forward has to run."""
         raise NotImplementedError
 
     def _fused_with(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[Tensor]:
-        """Returns the same of a call with more arguments than x."""
+        """Returns the op's result of a call with more arguments than x; None: the stock forward has to run."""
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -126,7 +127,7 @@ def is_fully_sharded(kind: type) -> bool:
 
 
 def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Iterator[nn.Module]:
-    """Yields as ``modules()`` does, but of an adapter layer the base alone, and nothing that the adapter adds."""
+    """Yields the modules of ``model`` without those of adapters: an adapter layer and its base layer, not lora_A."""
     seen = set() if seen is None else seen
     if id(model) in seen:
         return

@@ -1,9 +1,9 @@
-"""Common calls whose like the reasons have accepted before.
+"""Fast path: fuses a common call without the checks of :mod:`.reasons`, which have accepted an equal call before.
 
-All that the reasons of a common call read is gathered in one tuple: types, dtypes, shapes, devices, flags and numbers.
-Where the reasons accepted a call, a call with an equal tuple is fused without asking them again. A tuple holds no
-object of a model, so that it can't go stale: who replaces a parameter or sets a flag makes another tuple, and a call
-with hooks, under autocast or a compiler has none.
+:func:`facts_of` gathers everything that the checks of a common call read in one tuple: types, dtypes, shapes, devices,
+flags and numbers. After the checks accepted a call, a call with an equal tuple is fused without the checks. A tuple
+holds no object of a model, and so never goes stale: a replaced parameter or a changed flag makes another tuple. A call
+with hooks, under autocast or under a compiler has no tuple, and is checked each time.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def single_name(layer: Any) -> Optional[str]:
 def facts_of(
     layer: Any, x: Any, op: str, modules: tuple[nn.Module, ...], tensors: tuple, numbers: tuple
 ) -> Optional[tuple]:
-    """Returns what the reasons read of a call on ``op``: of x, a layer and its base, and of an adapter's modules,
-    tensors and numbers. None: the call is none of the common ones, and the reasons have to be asked."""
+    """Returns everything that the checks of a call on ``op`` read of x, a layer, its base layer, and an adapter: of the
+    adapter's ``modules``, ``tensors`` and ``numbers``. None: the call is not common, and the checks run."""
     plain = reasons.plain_types()
     if type(x) not in plain or torch.compiler.is_compiling() or under_a_transform() or _is_tracing():
         return None

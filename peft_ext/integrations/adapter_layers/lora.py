@@ -1,8 +1,9 @@
 """PEFT's LoRA and DoRA layers on :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
-Several active adapters are one of the sum of their ranks: A and B concatenated, the scales as a scale per rank. Over a
-base layer that has to run on its own (8-bit, of another class, with hooks) the low-rank part alone is fused, on
-:func:`peft_ext.ops.lora_residual`. A mixed batch is :func:`peft_ext.ops.grouped_lora_linear`.
+Several active adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and the
+scales become a scale per rank. Over a base layer that has to run on its own (8-bit, of another class, with hooks) only
+the low-rank part is fused, on :func:`peft_ext.ops.lora_residual`. A mixed batch runs on
+:func:`peft_ext.ops.grouped_lora_linear`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class LowRank(Fused):
         return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason, pairs
 
     def joint_state(self) -> Optional[tuple]:
-        """Returns what the output depends on beside x, to be compared; None: it can't be computed with others'."""
+        """Returns the state, to be compared, on which the output depends beside x; None: the layer computes alone."""
         names, modules = self._names(), self._modules
         reason, alone, pairs = self._checked(names)
         if reason is not None or alone is not None or len(names) > 1 or names[0] in self.lora_variant:
@@ -101,7 +102,7 @@ class LowRank(Fused):
         return weight, bias, *self.pair(name), self._rank_scale(name, 1.0), self.scaling[name], p, dtype
 
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
-        """Returns what :meth:`_rank_scale` is made of."""
+        """Returns the tensors from which :meth:`_rank_scale` computes."""
         return ()
 
     def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:

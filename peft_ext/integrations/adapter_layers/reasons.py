@@ -1,7 +1,7 @@
-"""The reasons for which a layer takes the stock path: one line of text each; None: the call can be fused.
+"""The checks of a call: each function returns the reason for the stock path, one line of text, or None to fuse.
 
-The forward of a fused layer asks these functions on each call whose like they have not accepted before, see
-:mod:`.known`, and :func:`peft_ext.explain` prints what they return, so that the two can't differ.
+The forward of a fused layer calls these functions, but for a call that :mod:`.known` finds equal to an accepted one.
+:func:`peft_ext.explain` prints the reasons of the same functions, so that ``explain`` and the forward can't differ.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ _VARIANTS = {
 
 _HOOKS = "hooks on lora_A, lora_B or lora_dropout would not run"
 
-# What stands against fusing one adapter, its lora_A and lora_B.
+# The reason not to fuse one adapter, the adapter's lora_A, and its lora_B.
 Adapter = tuple[Optional[str], Optional[Tensor], Optional[Tensor]]
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-# --- what is to be seen as what ---------------------------------------------------------------------------------------
+# --- which tensors count as plain -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def accepting(kind: type) -> Iterator[None]:
 
 @contextmanager
 def as_in_forward(model: nn.Module) -> Iterator[None]:
-    """Makes a layer's reasons those of a call within ``model``'s: FSDP2's shards count as what it gathers."""
+    """Within, a layer's reasons are those of a call in ``model``'s forward: FSDP2's shards count as gathered."""
     global _gathered
     before, _gathered = _gathered, frozenset(_gathered_ids(model))
     try:
@@ -226,7 +226,7 @@ def base_reason(layer: Any) -> Optional[str]:
 
 
 def alone_reason(layer: Any) -> Optional[str]:
-    """Returns why the base layer of ``layer``, which has to run on its own, may not return what the op takes."""
+    """Returns why the base layer of ``layer``, which runs on its own, may return a tensor that the op does not take."""
     base = layer._modules["base_layer"]
     for name, parameter in base._parameters.items():
         # What fully_shard wrapped by itself gathers its parameters as it is called.
@@ -300,13 +300,13 @@ def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
 
 
 def variant_name(variant: Any) -> str:
-    """Returns what people call the variant of LoRA."""
+    """Returns the common name of the variant of LoRA."""
     name = type(variant).__name__
     return _VARIANTS.get(name, f"LoRA variant {name}")
 
 
 def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optional[str], Pairs]:
-    """Returns what stands against fusing the adapters ``names``, over whatever base, and lora_A and lora_B of each.
+    """Returns the reason not to fuse the adapters ``names``, over any base layer, and lora_A and lora_B of each.
 
     A method's own checks are in ``layer.checked_adapter``: :func:`lora_adapter` and :func:`adalora_adapter`.
     """
@@ -346,7 +346,7 @@ def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optio
 
 
 def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
-    """Returns what stands against fusing one adapter of LoRA or DoRA, its lora_A and lora_B."""
+    """Returns the reason not to fuse one adapter of LoRA or DoRA, the adapter's lora_A, and its lora_B."""
     modules = layer._modules
     if (variant := layer.lora_variant.get(name)) is not None:
         if not dora.VARIANTS and variant_name(variant) == "DoRA":
@@ -377,7 +377,7 @@ def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 
 def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
-    """Returns what stands against fusing one adapter of AdaLoRA, its lora_A and lora_B."""
+    """Returns the reason not to fuse one adapter of AdaLoRA, the adapter's lora_A, and its lora_B."""
     (lora_A, lora_B), modules = layer.pair(name), layer._modules
     lora_E, ranknum = modules["lora_E"]._parameters.get(name), modules["ranknum"]._parameters.get(name)
     reason = tensor_reason("lora_E", lora_E) or tensor_reason("ranknum", ranknum, dim=1)
@@ -420,7 +420,7 @@ def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
 
 
 def checked_vectors(layer: Any) -> tuple[Optional[str], list[Tensor]]:
-    """Returns what stands against fusing the active adapters, over whatever base, and ia3_l of each."""
+    """Returns the reason not to fuse the active adapters, over any base layer, and ia3_l of each."""
     held, vectors = layer._modules["ia3_l"], []
     for name in active_in(layer, held):
         vector = held._parameters.get(name)

@@ -1,9 +1,9 @@
 """Adapter layers of one module that get the same tensor, computed together on :func:`peft_ext.ops.lora_linears`.
 
-Which of a module's children are called with one variable, as in ``self.q_proj(x)``, ``self.k_proj(x)``, is told by the
-row of its form. While its forward runs, the first of them to be called computes all of them, and the others' outputs
-wait: each layer takes its own where it is called with the very same tensor, unchanged, and in the state in which it was
-computed. In every other case it computes alone. Nothing outlives the module's forward, or leaves its thread.
+The row of a module's form names the children that are called with one variable, as in ``self.q_proj(x)``,
+``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of
+all. Each other child takes its output when it is called with the very same tensor, unchanged, and in the same state. In
+every other case the child computes alone. No output outlives the module's forward or leaves its thread.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _saving_hooks() -> Any:
 
 
 class _Group:
-    """Layers, in the order of their calls, and what was computed of them and not taken yet."""
+    """Layers, in the order of their calls, and the outputs that were computed and not taken yet."""
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers

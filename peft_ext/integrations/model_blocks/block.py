@@ -1,7 +1,7 @@
-"""What a fused block of a model is: a module whose forward is a known form, under a class with a forward of our own.
+"""A fused block of a model: a module whose forward is a known form, under a class that runs fused operators.
 
-The class is a subclass of the model's own, made once for each row of the table of forms; it adds no state. A call that
-the own forward does not take, and a module that is no longer as its row says, runs the model's code.
+The fused class is a subclass of the module's class, made once for each row of the table of forms; it adds no state. The
+model's own code runs where the fused forward does not take a call, or the module is no longer as its row says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Block", "class_of"]
 
 
 class Known(types.SimpleNamespace):
-    """What a class of blocks knows of its row: ``row``, ``needs``, ``of_class``, and what its mixin adds."""
+    """The facts that a fused class holds of its row: ``row``, ``needs``, ``of_class``, and those of its mixin."""
 
 
 class Block:
@@ -37,11 +37,11 @@ class Block:
     block_kind = ""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Nothing: a class that is fused is no new one of the model's, which may list its own."""
+        """Does nothing: a model's class may list its subclasses here, and a fused class is not to be listed."""
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        """Returns what the class is to know of its row, by name, read once as the class is made."""
+        """Returns the facts of the row that the class holds, by name. They are read once, as the class is made."""
         return {"row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
@@ -64,7 +64,7 @@ class Block:
         return None
 
     def block_parts(self) -> Iterator[tuple[str, Optional[str]]]:
-        """Yields what is fused of the module, and why it is not now."""
+        """Yields each part of the module that can be fused, and the reason why the part is not fused now, or None."""
         yield self.block_kind, self.block_reason()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

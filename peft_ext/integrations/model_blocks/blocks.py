@@ -35,7 +35,7 @@ def _stock(module: nn.Module) -> type:
 
 
 def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
-    """Returns the row and form of a module that is a block; why it is none, or None where it is nothing of the kind."""
+    """Returns the row and form of a block, or the reason why a module is no block; None: the module can be none."""
     stock = _stock(module)
     if stock in STOCK or issubclass(stock, (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return None
@@ -99,7 +99,7 @@ def _plain(module: nn.Module) -> None:
 
 
 def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
-    """Yields the names of ``model``'s blocks, what is fused of each, or could be, and why it is not."""
+    """Yields the name of each block of ``model``, each part that is or could be fused, and the reason why it is not."""
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
@@ -120,7 +120,7 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
 
 
 def _called(module: nn.Module) -> Optional[str]:
-    """Returns what the name of a module's class calls it; None: nothing, or a module within is called the same."""
+    """Returns the kind of block that a class's name says; None: no kind, or the name of a child's class says it too."""
     name = _stock(module).__name__.lower()
     part, kind = next(((part, kind) for part, kind in _CALLED if part in name), ("", None))
     inner = (child for child in module.modules() if child is not module)

@@ -1,7 +1,6 @@
 """The loss of a language model without whole logits, between two public points of transformers.
 
-While a model trains with labels, its head (point one) returns :class:`Pending`: a plain object in place of the logits,
-which lives inside of the model's forward alone. Any use of a Pending computes the real logits, once, and hands them on.
+While a model trains with labels, the model's head (point one) returns a :class:`.pending.Pending` in place of logits.
 ``PreTrainedModel.loss_function`` (point two) takes a Pending that arrives unused, and runs
 :func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` when they are asked for.
 """
@@ -15,7 +14,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -33,12 +31,12 @@ from ..adapter_layers.reasons import (
     accepts_input,
     any_global_hook,
     freed_reason,
-    is_plain,
     kernel_reason,
     replaced_on_instance,
     weight_reason,
 )
 from ..forms import row_of
+from .pending import Call, Pending, computed, real
 
 ModelOutput: Any = ()  # of which nothing is an instance
 with optional("transformers", "the loss of a language model takes whole logits"):
@@ -48,19 +46,9 @@ FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
 
 __all__ = ["compute_losses", "defer_losses", "loss_parts"]
 
-# The name under which an output holds the call of its head, and the node of its loss a weak reference to that.
-_CALL = "_peft_ext_call"
-# Keyword arguments of a model's forward that reach its loss function, which ignores them.
-_IGNORED = frozenset({
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
-    "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
-    "token_type_ids", "use_cache",
-})  # fmt: skip
-# PyTorch's own functions, also where somebody replaces them later.
-_FUNCTIONAL = {name: value for name, value in vars(F).items() if getattr(value, "__globals__", None) is vars(F)}
-
-
-# By loss function: what it called when its code was looked at; None where its form is unknown.
+# The name under which an output holds its Pending, and the node of its loss a weak reference to the Pending.
+_PENDING = "_peft_ext_pending"
+# By loss function: the functions that it called when its code was read; None where its form is unknown.
 _LOSSES: dict[Any, Optional[tuple[Any, ...]]] = {}
 
 
@@ -69,7 +57,7 @@ def _called_by(function: Any) -> tuple[Any, ...]:
 
 
 def _is_known_loss(function: Any) -> bool:
-    """Returns whether a loss function is a known one, and calls what it called when its code was looked at."""
+    """Returns whether a loss function has a known form, and calls the functions that it called when it was read."""
     if not inspect.isfunction(function):
         return False
     if function not in _LOSSES:
@@ -79,174 +67,55 @@ def _is_known_loss(function: Any) -> bool:
     return _LOSSES[function] is not None and _LOSSES[function] == _called_by(function)
 
 
-# --- one call of a head -----------------------------------------------------------------------------------------------
-
-
-class Call:
-    """One call of a head: what its logits are computed from, and what its loss takes instead of them.
-
-    ``inputs``: the hidden states, and, of an adapter with dropout, what dropout left of them. ``forward``: of the
-    inputs, the head's own. ``operands``: of ``ops.linear_cross_entropy``, beside inputs and labels.
-    """
-
-    def __init__(
-        self, layer: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, forward: Callable[..., Tensor],
-        operands: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.inputs, self.operands = inputs, operands
-        self.shape = torch.Size((*inputs[0].shape[:-1], operands["weight"].shape[0]))
-        self.dtype, self.device = dtype, inputs[0].device
-        self.is_taken = False  # a loss was computed without the logits
-        self.is_widened = False  # by accelerate's mixed precision, which takes what a model returns to float32
-        self.real: Optional[Tensor] = None
-        device = self.device.type
-        cast, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        self.autocast = functools.partial(torch.autocast, device, cast, enabled=enabled)
-        self._layer, self._forward = layer, forward
-        self._state_then = self._state()
-
-    def _state(self) -> tuple:
-        """Returns what the logits are computed with, to be compared. A merged adapter shows in no tensor's version."""
-        layer, held = self._layer, (*self.inputs, *self.operands.values())
-        return (
-            type(layer), *(tuple(getattr(layer, name, ())) for name in ("merged_adapters", "active_adapters")),
-            getattr(layer, "disable_adapters", False),
-            [(id(p), p.is_inference() or p._version, p.untyped_storage()._cdata) for p in layer.parameters()],
-            [t._version for t in held if isinstance(t, Tensor) and not t.is_inference()],
-        )  # fmt: skip
-
-    def logits(self) -> Tensor:
-        """Returns the real logits with their graph, by the head's own forward, computed once."""
-        if self.real is None:
-            if self._state() != self._state_then:
-                raise RuntimeError(
-                    "peft_ext: the logits are read after their hidden states, or the head's weight or adapter, were "
-                    "changed in place (by an optimizer's step?) or replaced (by FSDP2, whose backward frees it?), and "
-                    "were not computed before. Read them earlier, or call peft_ext.accelerate(model, blocks=False)"
-                )
-            with torch.inference_mode(False), torch.enable_grad(), self.autocast():
-                self.real = self._forward(*self.inputs)
-        return self.real
-
-    def loss(
-        self, labels: Any = None, vocab_size: Any = None, num_items_in_batch: Any = None, ignore_index: Any = -100,
-        shift_labels: Any = None, **rest: Any,
-    ) -> Optional[Tensor]:  # fmt: skip
-        """Returns the causal loss by :func:`peft_ext.ops.linear_cross_entropy`; None: the loss function has to run."""
-        (hidden, *low), items = self.inputs, num_items_in_batch
-        given = labels if shift_labels is None else shift_labels
-        if rest.keys() - _IGNORED or vocab_size != self.shape[-1] or type(ignore_index) is not int:
-            return None
-        if not is_plain(given) or given.dtype is not torch.int64 or given.numel() != hidden.shape[:-1].numel():
-            return None
-        if not torch.is_grad_enabled() or self._state() != self._state_then:
-            return None
-        if isinstance(items, Tensor):
-            if not is_plain(items) or items.dim():
-                return None
-            items = items.to(hidden.device)
-        if shift_labels is None:
-            given = F.pad(given, (0, 1), value=ignore_index)[..., 1:]
-        given = given.reshape(hidden.shape[:-1]).to(hidden.device)
-        try:
-            with self.autocast():
-                loss = ops.linear_cross_entropy(
-                    hidden, labels=given, lora_input=low[0] if low else None, **self.operands,
-                    ignore_index=ignore_index, num_items_in_batch=items,
-                )  # fmt: skip
-        except RuntimeError:
-            outside = ((given < 0) | (given >= vocab_size)) & (given != ignore_index)
-            if hidden.device.type != "cpu" or not outside.any():
-                raise
-            return None  # to raise the loss function's own error
-        self.is_taken = True
-        return loss
-
-
-class Pending:
-    """The logits of a head, not computed before something uses them. No tensor; gone when the model's forward ends."""
-
-    __slots__ = ("_call",)
-    __array_priority__ = Tensor.__array_priority__
-
-    def __init__(self, call: Call) -> None:
-        object.__setattr__(self, "_call", call)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._call if name in ("device", "dtype", "shape") else _real(self), name)
-
-    def size(self, dim: Optional[int] = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(_real(self), name, value)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
-        # A function of torch.nn.functional that calls this names what stands in its module, which may be a wrapper
-        # around it that is under way already.
-        name = next((name for name, value in vars(F).items() if value is func), None)
-        args, kwargs = pytree.tree_map(_real, (args, kwargs or {}))
-        return _FUNCTIONAL.get(name, func)(*args, **kwargs)
-
-
-def _real(value: Any) -> Any:
-    """Returns the real logits of a Pending, and anything else as it is."""
-    if type(value) is not Pending:
-        return value
-    if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
-        raise RuntimeError(
-            "peft_ext: a forward of an autograd.Function got the logits of a language model before they were computed, "
-            "and would lose their gradient. Call peft_ext.accelerate(model, blocks=False)"
-        )
-    return value._call.logits()
-
-
-def _through(name: str) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: getattr(_real(self), name)(*args, **kwargs)
-
-
-for _name in dir(Tensor):
-    _plumbing = {*dir(object), "__torch_dispatch__"} - {
-        "__dir__", "__eq__", "__format__", "__ge__", "__gt__", "__le__", "__lt__", "__ne__", "__reduce__",
-        "__reduce_ex__", "__repr__", "__str__",
-    }  # fmt: skip
-    if _name.startswith("__") and _name not in {*_plumbing, *vars(Pending)} and callable(getattr(Tensor, _name)):
-        setattr(Pending, _name, _through(_name))
-
-
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-# ``step``: of a forward under way, its ``model``, that model's ``head``, and the ``calls`` that it left to the loss.
-_THREAD = threading.local()
+class Forward:
+    """A forward that is under way: its model, the model's head, and the head's calls that were left to the loss."""
+
+    def __init__(self, model: nn.Module, head: Optional[nn.Module]) -> None:
+        self.model, self.head = model, head
+        self.calls: list[Call] = []
 
 
-def _step() -> Any:
-    return None if torch.compiler.is_compiling() else getattr(_THREAD, "step", None)
+def _is_traced() -> bool:
+    """Returns whether torch.compile, and not torch.export, traces, in a release that is known to trace a Pending."""
+    return torch.__version__ >= "2.13" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+_THREAD = threading.local()  # ``forward``: the Forward on this thread
+
+
+def _forward_now() -> Optional[Forward]:
+    return getattr(_THREAD, "forward", None)
 
 
 class DefersLoss:
-    """A layer whose outputs are a model's logits, over a frozen weight. A subclass gives ``_reason``, beside what is
-    asked of each, and ``_call``: this call, for the loss; None where the logits have to be computed."""
+    """A layer over a frozen weight whose outputs are a model's logits.
+
+    A subclass gives ``_reason``, the reason of its own for whole logits, and ``_call``, which returns a Call, or None
+    where the logits have to be computed.
+    """
 
     def head_reason(self) -> Optional[str]:
         """Returns why the logits are computed whole in training."""
         reason = self._reason() or kernel_reason("linear_cross_entropy", next(self.parameters()).device.type)
         if not reason and (self._forward_hooks or self._backward_hooks or self._backward_pre_hooks):
             reason = "hooks on the head have to run"
+        if not reason and torch.compiler.is_compiling() and getattr(self, "_is_fsdp_managed_module", False):
+            return "it is compiled under FSDP"
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, DefersLoss):  # restored, and called by who held the bound method
             return type(self).forward(self, *args, **kwargs)
-        step, call = _step(), None
-        if step is not None and step.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
+        forward, call = _forward_now(), None
+        if forward is not None and forward.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
             if args[0].dim() >= 2 and torch.is_grad_enabled() and self.head_reason() is None:
                 call = self._call(*args)
         if call is None or not any(getattr(t, "requires_grad", False) for t in (*args, *call.operands.values())):
             return super().forward(*args, **kwargs)
-        step.calls.append(call)
+        forward.calls.append(call)
         return Pending(call)
 
 
@@ -322,14 +191,12 @@ class LanguageModel:
     stock_loss_function: Callable[..., Any]
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing: transformers' own would take the made class for a new model."""
+        """Does nothing: the method of transformers would take the class that is made here for a new model."""
 
     @property
     def loss_function(self) -> Any:
-        if torch.compiler.is_compiling():  # which can't trace a property of super()
-            return self.stock_loss_function()
-        function, step = super().loss_function, _step()
-        return function if step is None or step.model is not self else functools.partial(_loss, function)
+        function, forward = self.stock_loss_function(), _forward_now()  # torch.compile traces no property of super()
+        return function if forward is None or forward.model is not self else functools.partial(_loss, function)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -357,19 +224,22 @@ def _on_loss(stock: type) -> type:
         if not isinstance(self, LanguageModel):  # restored, and called by who held the bound method
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
-        if torch.compiler.is_compiling() or not self.training or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):
             return run(*args, **kwargs)
         labels = args[at] if at < len(args) else kwargs.get("labels")
-        known = labels is not None and _is_known_loss(super(LanguageModel, self).loss_function)
+        # Under torch.compile `_loss` alone asks: `loss_function` may log, which a trace can't, and may never be called.
+        known = labels is not None and (torch.compiler.is_compiling() or _is_known_loss(self.stock_loss_function()))
         if not known or under_a_transform() or torch.jit.is_tracing() or "_is_replica" in self.__dict__:
             return run(*args, **kwargs)
-        before, step = _step(), SimpleNamespace(model=self, head=_head_of(self), calls=[])
-        _THREAD.step = step
+        before, now = _forward_now(), Forward(self, _head_of(self))
+        _THREAD.forward = now
         try:
             output = run(*args, **kwargs)
         finally:
-            _THREAD.step = before
-        return _settled(output, step)
+            _THREAD.forward = before
+            for call in now.calls:
+                call.pending.clear()
+        return (_settled_in_graph if torch.compiler.is_compiling() else _settled)(output, now)
 
     held = {"stock_class": stock, "stock_forward": stock.forward, "stock_loss_function": stock.loss_function.fget,
             "forward": forward, "__doc__": stock.__doc__, "__module__": stock.__module__}  # fmt: skip
@@ -379,46 +249,54 @@ def _on_loss(stock: type) -> type:
 
 
 def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Takes a Pending that nothing has used past the logits; else calls the model's loss function with real logits."""
+    """Computes the loss of an unused Pending without logits, else calls the model's loss function with real logits."""
     first = args[0] if args else kwargs.get("logits")
-    if type(first) is Pending and first._call.real is None:
+    if type(first) is Pending and first._value is None and _is_known_loss(function):
         named = {name: value for name, value in kwargs.items() if name != "logits"}
-        if len(args) <= 6 and (loss := first._call.loss(*args[1:], **named)) is not None:
+        if len(args) <= 6 and (loss := first._call.loss(first._steps, *args[1:], **named)) is not None:
             return loss
-    args, kwargs = pytree.tree_map(_real, (args, kwargs))
+    args, kwargs = pytree.tree_map(real, (args, kwargs))
     return function(*args, **kwargs)
 
 
 # --- what a forward returns -------------------------------------------------------------------------------------------
 
 
-def _settled(output: Any, step: Any) -> Any:
+def _settled(output: Any, forward: Forward) -> Any:
     """Returns a forward's output with real logits, or of a ModelOutput with logits that wait to be asked for."""
     used = "its forward does not hand its head's logits to its loss function"
-    if any(call.real is not None for call in step.calls):
-        used = "its forward uses the logits before the loss (a soft cap, a scale, ...), or has another loss"
-    elif any(call.is_taken for call in step.calls):
+    if any(call.logits is not None for call in forward.calls):
+        used = "its forward uses the logits before the loss, other than for a scale or a soft cap, or has another loss"
+    elif any(call.is_taken for call in forward.calls):
         used = ""
     if isinstance(output, ModelOutput) and (node := getattr(output.__dict__.get("loss"), "grad_fn", None)) is not None:
         logits = output.__dict__.get("logits")
-        if type(logits) is Pending and logits._call.is_taken and logits._call.real is None:
-            node.metadata[_CALL] = weakref.ref(logits._call)
+        if type(logits) is Pending and logits._call.is_taken and logits._value is None:
+            node.metadata[_PENDING] = weakref.ref(logits)
             OrderedDict.__delitem__(output, "logits")
             del output.__dict__["logits"]
-            output.__class__, output.__dict__[_CALL] = _waiting(type(output)), logits._call
+            output.__class__, output.__dict__[_PENDING] = _waiting(type(output)), logits
     output = _without_pending(output)
-    if not used and any(call.real is not None for call in step.calls):
+    if not used and any(call.logits is not None for call in forward.calls):
         used = "its forward returns the logits in a tuple"
-    _USED[step.model] = used
+    _USED[forward.model] = used
     return output
+
+
+def _settled_in_graph(output: Any, _: Forward) -> Any:
+    """Returns a forward's output as a graph returns it: with real logits, or a ModelOutput with an unused Pending."""
+    logits = output.get("logits") if isinstance(output, ModelOutput) else None
+    if type(logits) is Pending and logits._call.is_taken and logits._value is None:
+        return output
+    return _without_pending(output)
 
 
 def _without_pending(value: Any) -> Any:
     if pytree.tree_any(lambda one: type(one) is Pending, value):
-        return pytree.tree_map(_real, value)
+        return pytree.tree_map(real, value)
     for name, one in list(getattr(value, "__dict__", {}).items()):  # of an output that is no container
-        if type(one) is Pending:
-            setattr(value, name, _real(one))
+        if type(one) is Pending and name != _PENDING:
+            setattr(value, name, real(one))
     return value
 
 
@@ -429,12 +307,12 @@ class _Logits:
         return None if output is None else output._whole().logits
 
 
-def _call_behind(nodes: list[Any], depth: int = 4) -> Optional[Call]:
-    """Returns the call behind a loss that may have been cast or copied since; None: there is none, or several."""
+def _pending_behind(nodes: list[Any], depth: int = 4) -> Optional[Pending]:
+    """Returns the Pending behind a loss that may have been cast or copied since; None: there is none, or several."""
     nodes = [node for node in nodes if node is not None]
-    if found := [node.metadata[_CALL] for node in nodes if _CALL in node.metadata]:
+    if found := [node.metadata[_PENDING] for node in nodes if _PENDING in node.metadata]:
         return found[0]() if len(found) == 1 else None
-    return _call_behind([one for node in nodes for one, _ in node.next_functions], depth - 1) if depth else None
+    return _pending_behind([one for node in nodes for one, _ in node.next_functions], depth - 1) if depth else None
 
 
 class _Waits:
@@ -443,10 +321,10 @@ class _Waits:
     logits = _Logits()
 
     def _whole(self) -> Any:
-        if (call := self.__dict__.get(_CALL)) is None:
+        if (pending := self.__dict__.get(_PENDING)) is None:
             raise RuntimeError("peft_ext: this copy of a model's output has lost its logits; read the output's own")
-        logits = call.logits().float() if call.is_widened else call.logits()
-        del self.__dict__[_CALL]
+        logits = computed(pending).float() if pending._call.is_widened else computed(pending)
+        del self.__dict__[_PENDING]
         self.__class__ = type(self).__mro__[2]
         self["logits"] = logits
         names = list(self.__dataclass_fields__)
@@ -456,16 +334,16 @@ class _Waits:
         return self
 
     def __post_init__(self) -> None:
-        """Of an output made of another's items, as DDP, FSDP and accelerate do: finds the call behind the loss."""
+        """Finds the Pending behind the loss of an output that DDP, FSDP or accelerate make of another's items."""
         if (logits := self.__dict__.pop("logits", None)) is not None:
             self.__class__ = type(self).__mro__[2]
             self["logits"] = logits
             return self.__post_init__()
         is_accelerates = isinstance(self.__dict__.get("loss"), dict)
         super().__post_init__()
-        call = self.__dict__[_CALL] = _call_behind([getattr(self.__dict__.get("loss"), "grad_fn", None)])
-        if call is not None and is_accelerates:
-            call.is_widened = call.is_widened or call.autocast.keywords["enabled"]
+        pending = self.__dict__[_PENDING] = _pending_behind([getattr(self.__dict__.get("loss"), "grad_fn", None)])
+        if pending is not None and is_accelerates and pending._call.has_autocast:
+            pending._call.is_widened = True
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int) and key == 0:
