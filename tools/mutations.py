@@ -45,7 +45,7 @@ TIERS = {"fast": ["--fast"], "all": []}
 WHOLE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 LIKELY_SECONDS, WHOLE_SECONDS, BUILD_SECONDS = 1200, 7200, 3600
 COLUMNS = ("name", "part", "file", "fast", "fast_seconds", "all", "all_seconds", "digest")
-PYTEST_PASSED, PYTEST_NO_TESTS = 0, 5
+PYTEST_PASSED, PYTEST_USAGE, PYTEST_NO_TESTS = 0, 4, 5
 SURVIVED = "survived"
 
 
@@ -204,16 +204,19 @@ class Copy:
         code, said = self.run(command, seconds)
         if code in (PYTEST_PASSED, PYTEST_NO_TESTS):
             return None
-        return "timeout" if code == limit.ENDED else failed_test(said) or f"exit status {code} of pytest"
+        found = "timeout" if code == limit.ENDED else failed_test(said)
+        if found is None and code == PYTEST_USAGE:
+            raise SystemExit(f"mutations: pytest refuses {' '.join(arguments)}: {said[-500:]}")
+        return found or f"exit status {code} of pytest"
 
 
 def failed_test(said: str) -> str | None:
     """Returns the first failing test that pytest names, or the test in which its process ended."""
-    if found := re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", said, re.MULTILINE):
+    if found := re.search(r"^(?:FAILED|ERROR) (tests/\S+?(?:\[.*?\])?)(?: - .*)?$", said, re.MULTILINE):
         return found[1]
     if "ImportError while loading conftest" in said:
         return "tests/conftest.py"
-    started = re.findall(r"^(tests/\S+::.+?)(?: (?:PASSED|SKIPPED|XFAIL).*)?$", said, re.MULTILINE)
+    started = re.findall(r"^(tests/\S+::.+?)(?: (?:PASSED|SKIPPED|XFAIL|Fatal Python error).*)?$", said, re.MULTILINE)
     return started[-1].strip() if started and "Fatal Python error" in said else None
 
 
