@@ -59,6 +59,7 @@ class Mutation:
     old: str
     new: str
     likely: tuple[str, ...]
+    keyword: str = ""  # pytest's -k for the likely tests
 
     @property
     def digest(self) -> str:
@@ -79,7 +80,8 @@ def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
     for name in parser.sections():
         entry = parser[name]
         likely = tuple(entry["likely"].split())
-        found.append(Mutation(name, entry["part"], entry["file"], entry["old"], entry["new"], likely))
+        keyword = entry.get("keyword", "")
+        found.append(Mutation(name, entry["part"], entry["file"], entry["old"], entry["new"], likely, keyword))
     return sorted(found, key=lambda each: (each.native, each.file))
 
 
@@ -225,7 +227,8 @@ def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str
     copy.mutate(mutation)
     if mutation.native and copy.build():
         return "build"
-    found = copy.test([*TIERS[tier], *mutation.likely], LIKELY_SECONDS)
+    keyword = ["-k", mutation.keyword] if mutation.keyword else []
+    found = copy.test([*TIERS[tier], *keyword, *mutation.likely], LIKELY_SECONDS)
     if found or likely_alone:
         return found or ""
     return copy.test([*TIERS[tier], *WHOLE, "tests"], WHOLE_SECONDS) or SURVIVED
