@@ -5,12 +5,10 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_ext
@@ -118,16 +116,6 @@ def test_nf4_linear_load_errors_name_what_came() -> None:
     with pytest.raises(RuntimeError, match=r"nf4 has shape \(64, 32\), wanted \(32, 64\)"):
         module.load_state_dict(other)
     assert all(torch.equal(a, b) for a, b in zip(before.tensors().values(), module.nf4.tensors().values(), strict=True))
-
-
-@DOUBLE
-def test_layers_of_a_model_are_saved_in_one_file(double_quant: bool, tmp_path: Path) -> None:
-    """safetensors refuses tensors that share memory."""
-    layers = (NF4Linear.from_linear(nn.Linear(64, 64), double_quant=double_quant) for _ in range(2))
-    model = nn.Sequential(*layers)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    state = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @DOUBLE
