@@ -74,14 +74,11 @@ class Mutation:
 def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
     """Reads the mutations in the order of their files: those of Python first, which need no build."""
     parser = configparser.ConfigParser(delimiters=("=",), comment_prefixes=("#",), interpolation=None, strict=True)
-    with open(path, encoding="utf-8") as file:
-        parser.read_file(file)
+    parser.read_string(path.read_text(encoding="utf-8"))
     found = []
     for name in parser.sections():
-        entry = parser[name]
-        likely = tuple(entry["likely"].split())
-        keyword = entry.get("keyword", "")
-        found.append(Mutation(name, entry["part"], entry["file"], entry["old"], entry["new"], likely, keyword))
+        part, file, old, new, likely = (parser[name][key] for key in ("part", "file", "old", "new", "likely"))
+        found.append(Mutation(name, part, file, old, new, tuple(likely.split()), parser[name].get("keyword", "")))
     return sorted(found, key=lambda each: (each.native, each.file))
 
 
@@ -137,8 +134,8 @@ def summary(results: dict[str, dict[str, str]], mutations: Sequence[Mutation]) -
 class Copy:
     """The copy of the checkout in which mutations are made and tests run."""
 
-    def __init__(self) -> None:
-        self.folder = COPY
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
         self._mutated: str | None = None
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -150,15 +147,11 @@ class Copy:
                 source = path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
                 if source and str(path.relative_to(self.folder)) not in tracked:
                     path.unlink()
-        if self._has_build():  # an interrupted run may have left a mutated library
-            if code := self.build():
-                raise SystemExit(f"mutations: the unchanged code does not build: exit status {code}")
+        if any(self.folder.glob("build/temp*")):  # an interrupted run may have left a mutated library
+            self.build(is_whole=True)
         else:
-            for library in (ROOT / "peft_ext").glob("_C*.so"):
+            for library in ROOT.glob("peft_ext/_C*.so"):
                 shutil.copy2(library, self.folder / "peft_ext")
-
-    def _has_build(self) -> bool:
-        return any((self.folder / "build").glob("temp*"))
 
     def _restore(self, name: str) -> None:
         """Writes a file that differs, and only then: its time decides what is built again."""
@@ -177,12 +170,10 @@ class Copy:
     def restore(self) -> None:
         if self._mutated is not None:
             self._restore(self._mutated)
-        self._mutated = None
 
     def mutate(self, mutation: Mutation) -> None:
         self.restore()
-        path = self.folder / mutation.file
-        self._mutated = mutation.file
+        path, self._mutated = self.folder / mutation.file, mutation.file
         self._write(path, path.read_bytes().replace(mutation.old.encode(), mutation.new.encode()))
 
     def run(self, command: Sequence[str], seconds: float) -> tuple[int, str]:
@@ -193,12 +184,12 @@ class Copy:
             out.seek(0)
             return code, out.read()
 
-    def build(self) -> int:
-        self.folder.joinpath("build").mkdir(exist_ok=True)
+    def build(self, is_whole: bool = False) -> bool:
+        """Returns whether the library was built; ``is_whole``: of code without a mutation, which has to build."""
         code, said = self.run([sys.executable, "setup.py", "build_ext", "--inplace"], BUILD_SECONDS)
-        if code:
-            print(said[-2000:], file=sys.stderr)
-        return code
+        if code and is_whole:
+            raise SystemExit(f"mutations: the code without a mutation does not build: {said[-2000:]}")
+        return code == 0
 
     def test(self, arguments: Sequence[str], seconds: float) -> str | None:
         """Returns which test failed, or how pytest ended, or None where all passed."""
@@ -225,10 +216,9 @@ def failed_test(said: str) -> str | None:
 def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str:
     """Returns what kills the mutation in the tier, or SURVIVED; "" where the likely tests alone ran and passed."""
     copy.mutate(mutation)
-    if mutation.native and copy.build():
+    if mutation.native and not copy.build():
         return "build"
-    keyword = ["-k", mutation.keyword] if mutation.keyword else []
-    found = copy.test([*TIERS[tier], *keyword, *mutation.likely], LIKELY_SECONDS)
+    found = copy.test([*TIERS[tier], "-k", mutation.keyword, *mutation.likely], LIKELY_SECONDS)
     if found or likely_alone:
         return found or ""
     return copy.test([*TIERS[tier], *WHOLE, "tests"], WHOLE_SECONDS) or SURVIVED
@@ -237,8 +227,8 @@ def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str
 def control(copy: Copy, tests: Iterable[str], native: bool) -> set[str]:
     """Returns which of the tests fail on the code as it is, and so tell nothing of a mutation."""
     copy.restore()
-    if native and copy.build():
-        raise SystemExit("mutations: the restored code does not build")
+    if native:
+        copy.build(is_whole=True)
     failing = set()
     left = sorted(test for test in tests if test.startswith("tests/"))
     while left and (found := copy.test([test for test in left if test not in failing], WHOLE_SECONDS)):
@@ -249,13 +239,13 @@ def control(copy: Copy, tests: Iterable[str], native: bool) -> set[str]:
     return failing
 
 
-def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, likely_alone: bool) -> int:
-    results, copy = read_results(), Copy()
+def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, likely_alone: bool, copy: Copy) -> int:
     killed_by: dict[str, list[Mutation]] = {}
     for each in chosen:
         start = time.monotonic()
         found = killer(copy, each, tier, likely_alone)
         seconds = f"{time.monotonic() - start:.0f}"
+        results = read_results()  # anew: another run may have written its own
         row = results.setdefault(each.name, {})
         if row.get("digest") != each.digest:
             row.clear()
@@ -266,7 +256,9 @@ def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, li
         print(f"{each.name}: {found or 'its likely tests pass'} ({seconds} s)", flush=True)
         if found not in ("", SURVIVED):
             killed_by.setdefault(found, []).append(each)
-    for test in control(copy, killed_by, any(each.native for each in chosen)):
+    failing = control(copy, killed_by, any(each.native for each in chosen))
+    results = read_results()
+    for test in failing:
         for each in killed_by[test]:
             print(f"{each.name}: removed, {test} fails without the mutation as well", flush=True)
             results[each.name] |= {tier: "", f"{tier}_seconds": ""}
@@ -285,14 +277,16 @@ def main() -> int:
     parser.add_argument("--only-unknown", action="store_true", help="mutations without a result of the tier")
     parser.add_argument("--likely", action="store_true", help="run the likely tests alone; where they pass, the result "
                         "stays unknown")  # fmt: skip
+    parser.add_argument(
+        "--copy", type=Path, default=COPY, metavar="FOLDER", help="the copy; two runs at a time need two"
+    )
     arguments = parser.parse_args()
     mutations, results = read_mutations(), read_results()
     chosen = [each for each in mutations if not arguments.part or each.part in arguments.part]
-    if arguments.only:
-        chosen = [each for each in chosen if any(word in each.name for word in arguments.only)]
+    chosen = [each for each in chosen if not arguments.only or any(word in each.name for word in arguments.only)]
     if arguments.only_unknown and arguments.tier:
-        known = {name for name, row in results.items() if row.get(arguments.tier)}
-        chosen = [each for each in chosen if each.name not in known or results[each.name]["digest"] != each.digest]
+        known = {row["digest"] for row in results.values() if row.get(arguments.tier)}
+        chosen = [each for each in chosen if each.digest not in known]
     if arguments.list:
         for each in chosen:
             row = results.get(each.name, {})
@@ -303,7 +297,9 @@ def main() -> int:
         return 1
     if arguments.check:
         print(f"{len(mutations)} mutations, each of whose old texts is in its file once")
-    return run(chosen, mutations, arguments.tier, arguments.likely) if arguments.tier else 0
+    if arguments.tier is None:
+        return 0
+    return run(chosen, mutations, arguments.tier, arguments.likely, Copy(arguments.copy))
 
 
 if __name__ == "__main__":
