@@ -119,6 +119,45 @@ def test_a_class_with_calls_or_attributes_of_its_own_has_no_form(kind: type) -> 
         form_of(kind)
 
 
+class SetsGlobal(Plain):
+    def forward(self, x):
+        global LAST
+        LAST = x
+        return x
+
+
+class Imports(Plain):
+    def forward(self, x):
+        import json
+
+        return json.loads(x)
+
+
+class ReadsItsDict(Plain):
+    def forward(self, x):
+        return x * self.__dict__["eps"]
+
+
+class Rebinds(Plain):
+    def forward(self, x):
+        self = x
+        return self
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (SetsGlobal, "it sets LAST"),
+        (Imports, "it imports json"),
+        (ReadsItsDict, "it reads __dict__ of itself"),
+        (Rebinds, "it gives self another value"),
+    ],
+)
+def test_code_whose_effects_are_not_in_its_text_has_no_form(kind: type, why: str) -> None:
+    with pytest.raises(Unknown, match=why):
+        form_of(kind)
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "value"),
     [
