@@ -21,6 +21,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import peft_ext
 from peft_ext import ops
+from peft_ext.integrations.adapter_layers.recompute import computed_again
 from peft_ext.integrations.model_blocks import norm
 from peft_ext.integrations.model_blocks.dropout import Dropout
 from peft_ext.integrations.model_blocks.mlp import Mlp
@@ -329,6 +330,16 @@ def test_a_gate_changed_before_the_backward_is_found() -> None:
         kept[0].add_(1.0)
     with pytest.raises(RuntimeError, match="changed in place|modified by an inplace"):
         loss.backward()
+
+
+def test_what_was_changed_in_place_before_it_is_saved_is_not_computed_again() -> None:
+    x, weight = torch.randn(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    h = x * 2
+    with computed_again(h, lambda value: value * 2, x):
+        h.add_(1.0)
+        y = h * weight
+    y.sum().backward()
+    assert torch.equal(weight.grad, h.detach())
 
 
 def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:
