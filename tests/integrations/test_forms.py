@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from reached import another, reached
 from torch import Tensor, nn
+from transformers import modeling_utils
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import peft_ext
 from peft_ext.integrations.forms import HEADER, KINDS, TABLE, Row, Unknown, form_of, read_rows, row_of
@@ -117,6 +119,15 @@ def test_other_code_is_another_form(kind: type) -> None:
 def test_a_class_with_calls_or_attributes_of_its_own_has_no_form(kind: type) -> None:
     with pytest.raises(Unknown, match="of its own"):
         form_of(kind)
+
+
+def test_a_registry_of_attentions_with_an_entry_of_its_own_has_no_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, registry = form_of(LlamaAttention), modeling_utils.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(registry._local_mapping, "sdpa", lambda *args, **kwargs: None)
+    with pytest.raises(Unknown, match="ALL_ATTENTION_FUNCTIONS"):
+        form_of(LlamaAttention)
+    monkeypatch.undo()
+    assert form_of(LlamaAttention) == before
 
 
 class SetsGlobal(Plain):
