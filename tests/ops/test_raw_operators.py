@@ -39,6 +39,8 @@ def norm(lora_A: Tensor, lora_B: Tensor) -> object:
         (lambda: RAW.lora_linear(X, *DENSE, None, A, B[:, :3], None, 1.0, 0.0, None), r"lora_B is not \[8, 4\]"),
         (lambda: RAW.scaled_dot_product_attention(HEADS, HEADS[:, :2], HEADS[:, :2], None, False, 1.0, 0.0, None, None),
          "q has 3 heads, wanted a multiple of k's 2"),
+        (lambda: RAW.cross_entropy_rows(B.T, torch.zeros(4, dtype=torch.int64), None, 1.0, 0.0, 0.0, -100, True),
+         r"logits is not \[T, V\] .* contiguous"),
         (lambda: RAW.gated_activation(torch.randn(3, 5), None, 0), "gate has 5 columns, wanted an even count"),
         (lambda: RAW.ia3_linear(X, *FLAT, None, G, False, False), "ia3_linear: .* wanted"),
         (lambda: RAW.nf4_linear_backward(torch.randn(3, 8), *FLAT), "grad has 24 elements, wanted rows of 0"),
