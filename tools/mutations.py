@@ -45,8 +45,7 @@ TIERS = {"fast": ["--fast"], "all": []}
 WHOLE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 LIKELY_SECONDS, WHOLE_SECONDS, BUILD_SECONDS = 1200, 7200, 3600
 COLUMNS = ("name", "part", "file", "fast", "fast_seconds", "all", "all_seconds", "digest")
-PYTEST_PASSED, PYTEST_USAGE, PYTEST_NO_TESTS = 0, 4, 5
-SURVIVED = "survived"
+PYTEST_PASSED, PYTEST_USAGE, PYTEST_NO_TESTS, SURVIVED = 0, 4, 5, "survived"
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,7 @@ def problems(mutations: Iterable[Mutation], root: Path = ROOT) -> list[str]:
         times = file.read_text(encoding="utf-8").count(each.old) if file.is_file() else 0
         if times != 1:
             wrong.append(f"{each.name}: {each.file} holds the old text {times} times, wanted once: {each.old}")
-        if each.old == each.new:
-            wrong.append(f"{each.name}: the new text is the old one")
+        wrong += [f"{each.name}: the new text is the old one"] * (each.old == each.new)
         missing = [path for path in each.likely if not (root / path.split("::")[0]).is_file()]
         wrong += [f"{each.name}: the likely test {path} is not there" for path in missing]
         if not 1 <= len(each.likely) <= 3:
@@ -135,8 +133,7 @@ class Copy:
     """The copy of the checkout in which mutations are made and tests run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
-        self._mutated: str | None = None
+        self.folder, self._mutated = folder.resolve(), ""
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
         tracked = {name for name in names if name and (ROOT / name).is_file()}
@@ -168,7 +165,7 @@ class Copy:
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     def restore(self) -> None:
-        if self._mutated is not None:
+        if self._mutated:
             self._restore(self._mutated)
 
     def mutate(self, mutation: Mutation) -> None:
@@ -258,13 +255,12 @@ def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, li
             killed_by.setdefault(found, []).append(each)
     failing = control(copy, killed_by, any(each.native for each in chosen))
     results = read_results()
-    for test in failing:
-        for each in killed_by[test]:
-            print(f"{each.name}: removed, {test} fails without the mutation as well", flush=True)
-            results[each.name] |= {tier: "", f"{tier}_seconds": ""}
+    for each in (each for test in failing for each in killed_by[test]):
+        print(f"{each.name}: removed, the test fails without the mutation as well", flush=True)
+        results[each.name] = {}
     write_results(results, mutations)
     print(summary(results, mutations))
-    return int(any(results[each.name][tier] in ("", SURVIVED) for each in chosen))
+    return int(any(results[each.name].get(tier, "") in ("", SURVIVED) for each in chosen))
 
 
 def main() -> int:
@@ -280,8 +276,7 @@ def main() -> int:
     parser.add_argument(
         "--copy", type=Path, default=COPY, metavar="FOLDER", help="the copy; two runs at a time need two"
     )
-    arguments = parser.parse_args()
-    mutations, results = read_mutations(), read_results()
+    arguments, mutations, results = parser.parse_args(), read_mutations(), read_results()
     chosen = [each for each in mutations if not arguments.part or each.part in arguments.part]
     chosen = [each for each in chosen if not arguments.only or any(word in each.name for word in arguments.only)]
     if arguments.only_unknown and arguments.tier:
@@ -295,11 +290,10 @@ def main() -> int:
     if wrong := problems(mutations):
         print("\n".join(wrong), file=sys.stderr)
         return 1
-    if arguments.check:
-        print(f"{len(mutations)} mutations, each of whose old texts is in its file once")
-    if arguments.tier is None:
-        return 0
-    return run(chosen, mutations, arguments.tier, arguments.likely, Copy(arguments.copy))
+    if arguments.tier:
+        return run(chosen, mutations, arguments.tier, arguments.likely, Copy(arguments.copy))
+    print(f"{len(mutations)} mutations, each of whose old texts is in its file once")
+    return 0
 
 
 if __name__ == "__main__":
