@@ -301,6 +301,18 @@ def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, mo
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
 
 
+def test_an_mlp_with_a_probability_drops_in_training_alone() -> None:
+    torch.manual_seed(0)
+    config = hf.Starcoder2Config(**SMALL, residual_dropout=0.5, embedding_dropout=0.0)
+    stock = get_peft_model(hf.Starcoder2ForCausalLM(config), LoraConfig(target_modules="all-linear")).eval()
+    model = peft_ext.accelerate(copy.deepcopy(stock))
+    assert [row.fused for row in peft_ext.explain(model).blocks if row.kind == "MLP"] == [True, True]
+    with torch.no_grad():
+        wanted = stock(**IDS).logits
+        torch.testing.assert_close(model(**IDS).logits, wanted)
+        assert not torch.allclose(model.train()(**IDS).logits, wanted, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", MLPS)
 def test_what_goes_into_the_last_layer_is_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = peft_ext.accelerate(adapted(name, dtype=torch.bfloat16)), []
