@@ -74,7 +74,7 @@ def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
     """Reads the mutations in the order of their files: those of Python first, which need no build."""
     parser = configparser.ConfigParser(delimiters=("=",), comment_prefixes=("#",), interpolation=None, strict=True)
     parser.read_string(path.read_text(encoding="utf-8"))
-    found = []
+    found: list[Mutation] = []
     for name in parser.sections():
         part, file, old, new, likely = (parser[name][key] for key in ("part", "file", "old", "new", "likely"))
         found.append(Mutation(name, part, file, old, new, tuple(likely.split()), parser[name].get("keyword", "")))
@@ -283,9 +283,8 @@ def main() -> int:
         known = {row["digest"] for row in results.values() if row.get(arguments.tier)}
         chosen = [each for each in chosen if each.digest not in known]
     if arguments.list:
-        for each in chosen:
-            row = results.get(each.name, {})
-            print(f"{each.part}: {each.name} ({each.file}); fast: {row.get('fast')}, all: {row.get('all')}")
+        for row in (results.get(each.name, {}) | _facts(each) for each in chosen):
+            print(f"{row['part']}: {row['name']} ({row['file']}); fast: {row.get('fast')}, all: {row.get('all')}")
         print(summary(results, mutations))
     if wrong := problems(mutations):
         print("\n".join(wrong), file=sys.stderr)
