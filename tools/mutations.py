@@ -45,7 +45,7 @@ TIERS = {"fast": ["--fast"], "all": []}
 WHOLE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 LIKELY_SECONDS, WHOLE_SECONDS, BUILD_SECONDS = 1200, 7200, 3600
 COLUMNS = ("name", "part", "file", "fast", "fast_seconds", "all", "all_seconds", "digest")
-PYTEST_PASSED, PYTEST_USAGE, PYTEST_NO_TESTS, SURVIVED = 0, 4, 5, "survived"
+PYTEST_PASSED, PYTEST_USAGE, PYTEST_NO_TESTS, INTERRUPTED, TERMINATED, SURVIVED = 0, 4, 5, 130, 143, "survived"
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,8 @@ class Copy:
         if code in (PYTEST_PASSED, PYTEST_NO_TESTS):
             return None
         found = "timeout" if code == limit.ENDED else failed_test(said)
-        if found is None and code == PYTEST_USAGE:
-            raise SystemExit(f"mutations: pytest refuses {' '.join(arguments)}: {said[-500:]}")
+        if found is None and code in (PYTEST_USAGE, INTERRUPTED, TERMINATED):
+            raise SystemExit(f"mutations: pytest {' '.join(arguments)} ended with {code}: {said[-500:]}")
         return found or f"exit status {code} of pytest"
 
 
