@@ -17,6 +17,7 @@ from tiny_run import TEMPLATE, finetune, needs_bnb, needs_hf, report
 
 from peft_ext import _native, ops
 from peft_ext.cli.main import main
+from peft_ext.run import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +39,14 @@ def test_a_run_end_to_end(tiny, tmp_path, capsys):
     assert found["check"]["ok"] and found["options"]["rank"] == 4 and found["machine"]["isa"] == _native.STATE.isa
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= names
+
+
+@needs_hf
+def test_an_adapter_that_is_read_as_another_is_the_exit_code(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "_largest_difference", lambda a, b: 1e3)
+    assert finetune(tiny, tmp_path / "out") == 1
+    assert "stock PEFT re-reads the adapter, max |logit difference| = 1000, more than" in capsys.readouterr().err
+    assert not report(tmp_path / "out")["check"]["ok"]
 
 
 @needs_hf

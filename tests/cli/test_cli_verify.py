@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from commands import refused, said  # noqa: E402
 
+import peft_ext.verification  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.integrations.adapter_layers.lora import FusedLoraLinear  # noqa: E402
 from peft_ext.methods import make_config, method_config  # noqa: E402
@@ -61,6 +62,18 @@ def test_a_wrong_number_is_the_exit_code(capsys, tiny, monkeypatch):
     data = tiny / "pairs.jsonl"
     assert main(["explain", str(tiny / "model"), *SMALL, "--data", str(data)]) == 1
     assert "NOT as good as stock" in capsys.readouterr().out
+
+
+def test_the_batch_has_the_asked_size(capsys, tiny, monkeypatch):
+    shapes, usual = [], peft_ext.verification.verify
+
+    def verify(model, batch):
+        shapes.append(batch["input_ids"].shape)
+        return usual(model, batch)
+
+    monkeypatch.setattr(peft_ext.verification, "verify", verify)
+    said(capsys, "explain", tiny / "model", *SMALL, "--data", tiny / "docs.txt")
+    assert shapes == [(2, 24)]
 
 
 def test_refusals(capsys, tiny, tmp_path):

@@ -122,6 +122,11 @@ def _resize(model):
         layer.update_layer("default", 0, 12, config_of("AdaLoRA"))
 
 
+def _bias_of_lora_A(model):
+    lora_A = first(model).lora_A["default"]
+    lora_A.bias = nn.Parameter(torch.ones(lora_A.out_features))
+
+
 def _hook_magnitudes(model):
     for layer in tuners(model).values():
         layer.lora_magnitude_vector["default"].register_forward_hook(_double)
@@ -161,6 +166,7 @@ STOCK = {
                            "wanted plain nn.Linear"),
     "LoRA: another dropout": ("LoRA", lambda m: first(m).lora_dropout.update({"default": nn.AlphaDropout(0.3)}), {},
                               "AlphaDropout"),
+    "LoRA: a bias of lora_A": ("LoRA", _bias_of_lora_A, {}, "lora_A has a bias"),
     "LoRA: scaling is infinite": ("LoRA", _scale(float("inf")), {}, "finite"),
     "LoRA: float64 adapters": ("LoRA", _adapter_float64, {}, "lora_A is float64"),
     "LoRA: ZeRO-3": ("LoRA", lambda m: setattr(first(m).base_layer.weight, "ds_id", 0), {}, "shard"),
@@ -217,6 +223,13 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     found, wanted = run(fused, x), run(stock, x)
     assert_identical(found, wanted)
     assert case.endswith(("dropout of 1", "scaling is infinite")) or wanted["y"].isfinite().all()
+
+
+def test_a_dropout_that_writes_into_its_input_is_not_fused():
+    model = make_method("LoRA").train()
+    first(model).lora_dropout.update({"default": nn.Dropout(0.3, inplace=True)})
+    row = peft_ext.explain(peft_ext.accelerate(model)).rows[0]
+    assert not row.fused and row.reason == "Dropout(p=0.3, inplace=True) is not fused"
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])

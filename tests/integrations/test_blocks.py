@@ -21,6 +21,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import peft_ext
 from peft_ext import ops
+from peft_ext.integrations.adapter_layers.recompute import computed_again
 from peft_ext.integrations.model_blocks import norm
 from peft_ext.integrations.model_blocks.dropout import Dropout
 from peft_ext.integrations.model_blocks.mlp import Mlp
@@ -304,6 +305,18 @@ def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, mo
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
 
 
+def test_an_mlp_with_a_probability_drops_in_training_alone() -> None:
+    torch.manual_seed(0)
+    config = hf.Starcoder2Config(**SMALL, residual_dropout=0.5, embedding_dropout=0.0)
+    stock = get_peft_model(hf.Starcoder2ForCausalLM(config), LoraConfig(target_modules="all-linear")).eval()
+    model = peft_ext.accelerate(copy.deepcopy(stock))
+    assert [row.fused for row in peft_ext.explain(model).blocks if row.kind == "MLP"] == [True, True]
+    with torch.no_grad():
+        wanted = stock(**IDS).logits
+        torch.testing.assert_close(model(**IDS).logits, wanted)
+        assert not torch.allclose(model.train()(**IDS).logits, wanted, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", MLPS)
 def test_what_goes_into_the_last_layer_is_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = peft_ext.accelerate(adapted(name, dtype=torch.bfloat16)), []
@@ -333,6 +346,16 @@ def test_a_gate_changed_before_the_backward_is_found() -> None:
         kept[0].add_(1.0)
     with pytest.raises(RuntimeError, match="changed in place|modified by an inplace"):
         loss.backward()
+
+
+def test_what_was_changed_in_place_before_it_is_saved_is_not_computed_again() -> None:
+    x, weight = torch.randn(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    h = x * 2
+    with computed_again(h, lambda value: value * 2, x):
+        h.add_(1.0)
+        y = h * weight
+    y.sum().backward()
+    assert torch.equal(weight.grad, h.detach())
 
 
 def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:

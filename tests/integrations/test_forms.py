@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from reached import another, reached
 from torch import Tensor, nn
+from transformers import modeling_utils
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.generic import can_return_tuple
 
 import peft_ext
@@ -130,6 +132,54 @@ def test_a_decorator_that_names_a_function_that_it_does_not_call() -> None:
 @pytest.mark.parametrize("kind", [Calls, Answers])
 def test_a_class_with_calls_or_attributes_of_its_own_has_no_form(kind: type) -> None:
     with pytest.raises(Unknown, match="of its own"):
+        form_of(kind)
+
+
+def test_a_registry_of_attentions_with_an_entry_of_its_own_has_no_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, registry = form_of(LlamaAttention), modeling_utils.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(registry._local_mapping, "sdpa", lambda *args, **kwargs: None)
+    with pytest.raises(Unknown, match="ALL_ATTENTION_FUNCTIONS"):
+        form_of(LlamaAttention)
+    monkeypatch.undo()
+    assert form_of(LlamaAttention) == before
+
+
+class SetsGlobal(Plain):
+    def forward(self, x):
+        global LAST
+        LAST = x
+        return x
+
+
+class Imports(Plain):
+    def forward(self, x):
+        import json
+
+        return json.loads(x)
+
+
+class ReadsItsDict(Plain):
+    def forward(self, x):
+        return x * self.__dict__["eps"]
+
+
+class Rebinds(Plain):
+    def forward(self, x):
+        self = x
+        return self
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (SetsGlobal, "it sets LAST"),
+        (Imports, "it imports json"),
+        (ReadsItsDict, "it reads __dict__ of itself"),
+        (Rebinds, "it gives self another value"),
+    ],
+)
+def test_code_whose_effects_are_not_in_its_text_has_no_form(kind: type, why: str) -> None:
+    with pytest.raises(Unknown, match=why):
         form_of(kind)
 
 

@@ -314,6 +314,15 @@ def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     assert torch.equal(found[0], before[0]) and not any(map(torch.equal, found[1:], before[1:]))
 
 
+def test_another_tensor_of_the_same_shape_is_another_input() -> None:
+    model = build(LoraConfig(r=4, target_modules=list(NAMES), init_lora_weights=False, lora_dropout=0.0)).train()
+    alone, joint = peft_ext.accelerate(copy.deepcopy(model), blocks=False), peft_ext.accelerate(model)
+    found = []
+    for model in (alone, joint):
+        outputs(attention(model), draw(), lambda module, x: found.append(module.k_proj(x + 1.0).detach()))
+    assert torch.equal(*found)
+
+
 def test_an_exception_between_the_calls_leaves_nothing() -> None:
     alone, joint = both()
     module, x = attention(joint), draw()

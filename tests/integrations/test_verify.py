@@ -1,5 +1,6 @@
 """Tests that verify finds nothing in a correct model, names a wrong block, and changes nothing."""
 
+import math
 import random
 import types
 
@@ -422,3 +423,12 @@ def test_a_frozen_nf4_layer_is_compared_with_its_dequantized_weight(monkeypatch)
     usual = NF4Linear.forward
     monkeypatch.setattr(NF4Linear, "forward", lambda self, x: usual(self, x) * 1.01)
     assert peft_ext.verify(model, {"input": inputs()}).worst_block.name == "1"
+
+
+def test_what_is_no_number_and_what_is_five_times_as_far_off_are_wrong() -> None:
+    exact, stock = torch.ones(20, dtype=torch.float64), torch.full((20,), 1.001)
+    for found, error in ((torch.full((20,), torch.nan), math.inf), (torch.full((20,), 1.005), 0.005)):
+        for name in ("logits", "gradient of x"):
+            row = steps.compared(name, "", found, stock, {name: exact}, torch.float32)
+            assert row.error == pytest.approx(error, rel=1e-3) and not row.ok
+    assert steps.compared("logits", "", torch.full((20,), 0.999), stock, {"logits": exact}, torch.float32).ok

@@ -118,6 +118,12 @@ def test_nf4_linear_load_errors_name_what_came() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.tensors().values(), module.nf4.tensors().values(), strict=True))
 
 
+def test_a_state_brings_the_dtype_of_its_weight() -> None:
+    module, other = NF4Linear.from_linear(nn.Linear(64, 32).bfloat16()), NF4Linear.from_linear(nn.Linear(64, 32))
+    other.load_state_dict(module.state_dict())
+    assert other.quant_dtype is torch.bfloat16 and other.dequantize().dtype is torch.bfloat16
+
+
 @DOUBLE
 def test_casting_keeps_codes_and_scales(double_quant: bool) -> None:
     for cast in (nn.Module.half, nn.Module.double, lambda m: m.type(torch.bfloat16), lambda m: m.to(torch.float16)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_ext import nn
+from peft_ext import nn, ops
 
 
 def adapted(adapter: nn.BottleneckAdapter, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -80,3 +80,13 @@ def test_state_goes_round():
 def test_errors(wrong, message):
     with pytest.raises(ValueError, match=f"BottleneckAdapter: {message}"):
         nn.BottleneckAdapter(32, **wrong)
+
+
+def test_the_bias_gradient_of_many_tokens_loses_no_bit() -> None:
+    """A hundred thousand equal numbers, one after the other in float32, would be off by a thousandth."""
+    tokens, width = 2**17, 8
+    down, up = torch.full((2, width), 0.1), torch.full((width, 2), 0.1)
+    down_bias, up_bias = torch.zeros(2, requires_grad=True), torch.zeros(width)
+    y = ops.bottleneck_adapter(torch.ones(tokens, width), down, down_bias, up, up_bias, activation="relu")
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(down_bias.grad, torch.full((2,), tokens * width * 0.1), rtol=1e-6, atol=0)

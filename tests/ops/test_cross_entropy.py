@@ -120,3 +120,15 @@ def test_a_head_with_lora_in_float16_sums_beyond_its_range(device: torch.device)
     assert all(wanted.abs().max() * tokens > torch.finfo(torch.float16).max for wanted in found[1][:2])
     for got, wanted in zip(*found, strict=True):
         assert (got - wanted).norm() <= 0.03 * wanted.norm()
+
+
+def test_float16_divides_by_the_count_in_the_backward(device: torch.device) -> None:
+    """Divided by a large count before, the gradients of the logits would be too small for float16."""
+    torch.manual_seed(0)
+    items, labels = 2**20, torch.randint(0, 512, (64,))
+    hidden, weight = torch.randn(64, 32).half(), (torch.randn(512, 32) / 4).half()
+    x, exact = hidden.clone().to(device).requires_grad_(), hidden.double().requires_grad_()
+    loss = ops.linear_cross_entropy(x, weight.to(device), labels.to(device), num_items_in_batch=items)
+    (loss * items).backward()
+    torch.nn.functional.cross_entropy(exact @ weight.double().T, labels, reduction="sum").backward()
+    assert (x.grad.cpu().double() - exact.grad).norm() <= 2e-3 * exact.grad.norm()

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.cpu_only("the checks of a GPU's are its own, and thread
 
 RAW = torch.ops.peft_ext
 X, A, B, G = torch.randn(3, 16), torch.randn(4, 16), torch.randn(8, 4), torch.ones(8)
+HEADS = torch.randn(1, 3, 5, 8)
 DENSE = (torch.randn(8, 16), None, None, None, None, 0, [8, 16])
 FLAT = (torch.zeros(64, dtype=torch.uint8), torch.ones(2), None, None, None, 64, [128])
 
@@ -35,6 +36,11 @@ def norm(lora_A: Tensor, lora_B: Tensor) -> object:
          r"u has 4 elements, wanted \[8, 4\]"),
         (lambda: RAW.dora_linear(X, *DENSE, None, A[:0], B[:, :0], G, 1.0, 0.0, None, False, False),
          "of a rank of 1 or more"),
+        (lambda: RAW.lora_linear(X, *DENSE, None, A, B[:, :3], None, 1.0, 0.0, None), r"lora_B is not \[8, 4\]"),
+        (lambda: RAW.scaled_dot_product_attention(HEADS, HEADS[:, :2], HEADS[:, :2], None, False, 1.0, 0.0, None, None),
+         "q has 3 heads, wanted a multiple of k's 2"),
+        (lambda: RAW.cross_entropy_rows(B.T, torch.zeros(4, dtype=torch.int64), None, 1.0, 0.0, 0.0, -100, True),
+         r"logits is not \[T, V\] .* contiguous"),
         (lambda: RAW.gated_activation(torch.randn(3, 5), None, 0), "gate has 5 columns, wanted an even count"),
         (lambda: RAW.ia3_linear(X, *FLAT, None, G, False, False), "ia3_linear: .* wanted"),
         (lambda: RAW.nf4_linear_backward(torch.randn(3, 8), *FLAT), "grad has 24 elements, wanted rows of 0"),

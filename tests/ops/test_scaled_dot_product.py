@@ -157,6 +157,13 @@ def test_the_same_bits_for_any_threads(heads: tuple[int, int], dtype: torch.dtyp
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
+def test_evaluation_drops_nothing(device: torch.device) -> None:
+    q, k, v = (torch.randn(1, 2, 40, 16).to(device) for _ in range(3))
+    found = ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5, training=False)
+    assert torch.equal(found, ops.scaled_dot_product_attention(q, k, v))
+    assert not torch.equal(found, ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5, training=True))
+
+
 def test_autocast_takes_its_dtype(device: torch.device) -> None:
     values = drawn(20, 20, 8, torch.float32, device)
     with torch.autocast(device.type, torch.bfloat16):

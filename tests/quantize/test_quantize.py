@@ -78,6 +78,19 @@ def test_skip_names_components():
     assert type(model["head"]["a"]) is nn.Linear and type(model["header"]) is NF4Linear
 
 
+def test_what_transformers_keeps_in_float32_stays_dense():
+    class Model(nn.Module):
+        _keep_in_fp32_modules = ["wide"]
+        _keep_in_fp32_modules_strict = {"strict"}
+
+        def __init__(self):
+            super().__init__()
+            self.wide, self.strict, self.other = (nn.Linear(64, 64) for _ in range(3))
+
+    model = quantize_nf4(Model(), progress=False)
+    assert [type(layer) for layer in model.children()] == [nn.Linear, nn.Linear, NF4Linear]
+
+
 def test_subclasses_are_left():
     class Other(nn.Linear):
         pass

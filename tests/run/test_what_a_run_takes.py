@@ -218,3 +218,10 @@ def test_an_activation_that_holds_a_function_is_known_in_a_copy_and_in_an_estima
     found, plain = (peft_ext.estimate_memory(config, method="lora", batch_size=2, sequence_length=16, accelerated=how)
                     for how in (True, False))  # fmt: skip
     assert 0 < found.total <= plain.total
+
+
+def test_no_record_is_on_both_sides(tmp_path):
+    texts = [f"record {number}" for number in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = read_corpus(str(tmp_path / "data.jsonl"), eval_fraction=0.2)
+    assert sorted(corpus.train + corpus.held_out) == sorted(texts) and 4 <= len(corpus.held_out) <= 12
