@@ -21,7 +21,7 @@ import peft_ext
 from peft_ext.bench import Clock, Contender, host_clock, interleave, median_ratios, quartile_ratios, timer
 from peft_ext.bench.timer import error_text, seconds_of
 from peft_ext.machine import cpu_name, versions
-from peft_ext.ops.library import COMPOSED, OPS, has_kernel
+from peft_ext.ops.library import OPERATORS, has_kernel
 
 from . import files
 
@@ -271,7 +271,8 @@ def check_kernels(ops: set[str], device: str = "cpu") -> None:
     if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
         return
     key = device.upper()
-    wanted = (ops - set(COMPOSED)) | {f"{op}_backward" for op in ops} & set(OPS)
+    composed = {op.name for op in OPERATORS.values() if op.composed}
+    wanted = (ops - composed) | {f"{op}_backward" for op in ops} & set(OPERATORS)
     if missing := sorted(op for op in wanted if not has_kernel(op, key)):
         sys.exit(f"error: no native {key} kernel of {', '.join(missing)}; name the benchmarks of other operators, or "
                  "set PEFT_EXT_REQUIRE=0 to time the reference")  # fmt: skip

@@ -304,7 +304,7 @@ def tensor_parallel_layers_run_stock(folder: Path) -> None:
         model, parallel = layer("nf4")
         parallelize_module(parallel, mesh, plan)
         assert peft_ext.explain(model).rows[0].reason == reason
-        with raises(RuntimeError, "leave the layer out of tensor parallelism"):
+        with raises(RuntimeError, "leave this layer out of tensor parallelism"):
             parallel(x)
     # fully_shard gathers a tensor parallel layer to a DTensor, not to a plain tensor.
     model, parallel = layer("float32")

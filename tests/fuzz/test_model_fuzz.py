@@ -34,12 +34,14 @@ def ran() -> tuple[Statistics, list[str]]:
     return model_fuzz.fuzz(range(CASES))
 
 
+@pytest.mark.slow
 def test_random_models_do_what_they_do_under_peft(ran: tuple[Statistics, list[str]]) -> None:
     seen, failures = ran
     assert seen.counts["cases"] == CASES
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.slow
 def test_the_cases_draw_what_there_is(ran: tuple[Statistics, list[str]]) -> None:
     counts = ran[0].counts
     drawn = {kind: {key.removeprefix(f"{kind} ") for key in counts if key.startswith(f"{kind} ")}
@@ -50,6 +52,7 @@ def test_the_cases_draw_what_there_is(ran: tuple[Statistics, list[str]]) -> None
     assert drawn["action"] == set(ACTIONS)
 
 
+@pytest.mark.slow
 def test_the_cases_compare_much_and_most_of_it_is_fused(ran: tuple[Statistics, list[str]]) -> None:
     counts = ran[0].counts
     assert counts["calls compared"] > 4 * CASES
@@ -127,6 +130,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(100):
@@ -138,6 +142,7 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
     pytest.fail("100 cases passed")
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_or_dies_fails_with_the_line_that_repeats_it() -> None:
     """The process of cases answers the warm-up, does not return from case 3, and ends in case 5."""
     server = """

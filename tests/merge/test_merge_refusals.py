@@ -201,7 +201,7 @@ def test_the_command_says_what_it_did(made, tmp_path, capsys):
     assert lines[2].startswith("largest relative change of a weight: ") and lines[2].endswith(
         "model.embed_tokens.weight"
     )
-    assert lines[3] == "no longer tied, as the adapter changed one of them: lm_head.weight"
+    assert lines[3] == "no longer tied, since the adapter changed one of the tied weights: lm_head.weight"
     assert lines[4].startswith("written: ") and lines[4].endswith(" files, bfloat16")
     assert lines[5].startswith(f"saved: {out} in ")
     assert main(arguments) == 2

@@ -270,7 +270,7 @@ def test_a_stack_is_its_weights(double_quant: bool) -> None:
         NF4Weight.stack([weights[0], nf4_weight(24, 40, torch.bfloat16, 64, double_quant)])
     with pytest.raises(TypeError, match="empty"):
         NF4Weight.stack([])
-    with pytest.raises(ValueError, match="wanted one of"):
+    with pytest.raises(ValueError, match="wanted a result of NF4Weight.stack"):
         weights[0].expert(0)
     with pytest.raises(ValueError, match=r"wanted \(E, N, K\)"):
         replace(weights[0], stacked=True)

@@ -1,0 +1,58 @@
+"""Times LoRA over a frozen embedding, forward and backward, beside the three passes of PEFT's layer in plain PyTorch.
+
+    Y = x + W[i] + s A[:, i]ᵀ Bᵀ        W: [V, N], V = N here
+
+The sum with x is part of each contender, since every comparison has a gradient of x. The least work reads the rows of W
+and of A that the indices name, and reads and writes x, Y and their gradients.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import ops
+
+from .grid import Variant
+from .harness import Comparison
+from .peers import Problem, compiled, dense, functional, gather
+
+SCALING = 2.0
+
+
+def _embedding(base: str, problem: Problem, compile: bool) -> Comparison:
+    problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
+    tokens, n, rank = problem.tokens, problem.k, problem.rank
+    indices = torch.randint(n, (tokens,), generator=torch.Generator().manual_seed(0)).to(problem.device)
+
+    # The problem's adapters are those of a linear layer, [R, N] and [V, R]: transposed, they are an embedding's.
+    def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return x + ops.lora_embedding(indices, weight, lora_B.t(), lora_A.t(), scaling=SCALING)
+
+    def eager(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        low_rank = F.embedding(indices, lora_B) @ lora_A
+        return x + (F.embedding(indices, dense(weight)) + SCALING * low_rank).to(x.dtype)
+
+    def formula(linear: Any, x: Tensor, mask: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        table = linear(torch.eye(n, dtype=torch.float64, device=x.device)).t()
+        return x + table[indices] + SCALING * lora_B[indices] @ lora_A
+
+    names = ("lora_A", "lora_B")
+    exact = problem.exact(base, formula, names)
+    makers = {"ours": lambda: functional(problem, base, ours, names, exact),
+              "torch eager": lambda: functional(problem, base, eager, names, exact)}  # fmt: skip
+    if compile:
+        makers["torch.compile"] = lambda: functional(problem, base, compiled(eager), names, exact)
+    contenders, absent = gather(makers)
+    row = n / 2 if base == "nf4" else 2 * n  # bytes of a row of W
+    return Comparison(contenders, tokens * (row + 4 * rank + 5 * 2 * n), 6 * tokens * rank * n, absent=absent)
+
+
+VARIANTS = tuple(
+    Variant("lora_embedding", f"{name} table", partial(_embedding, base), tokens=(512, 2048), devices=("cpu",))
+    for name, base in (("bf16", "bf16"), ("NF4", "nf4"))
+)
