@@ -1,4 +1,4 @@
-"""A training step of a model, each fused block of the model alone, and the differences between two models' numbers."""
+"""Runs a training step of a model, or each fused block alone, and measures the differences between two models."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Compared:
 
     @property
     def share(self) -> float:
-        """Returns the error divided by its limit. Above 1 the tensor is wrong."""
+        """Returns the error divided by its limit, or 0 if the error is 0 or equals the stock error."""
         error = self.difference if self.error is None else self.error
         return 0.0 if error in (0, self.stock_error) else error / self.limit
 
@@ -64,7 +64,7 @@ def compared(
     name: str, kind: str, found: Optional[Tensor], right: Optional[Tensor], exact: Optional[Results],
     dtype: torch.dtype, what: str = "",
 ) -> Compared:  # fmt: skip
-    """Returns the comparison of a tensor from the accelerated model with the stock model's; None stands for zeros."""
+    """Returns the comparison of a tensor from the accelerated model with the stock model's. None means zeros."""
     what, eps, difference = what or name, torch.finfo(dtype).eps, _error(found, right)
     if exact is None:
         return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
@@ -75,9 +75,10 @@ def compared(
 
 
 def _error(found: Optional[Tensor], wanted: Optional[Tensor]) -> float:
-    """Returns ``‖found - wanted‖ / ‖wanted‖``, or infinity if that is not a number. None stands for zeros.
+    """Returns ``‖found - wanted‖ / ‖wanted‖``, or infinity if the quotient is NaN or the shapes differ.
 
-    An infinity or NaN equals an infinity or NaN at the same place of the other tensor.
+    None stands for a tensor of zeros. At the same place of the two tensors, two infinities of one sign are equal, and
+    two NaNs are equal.
     """
     if found is None and wanted is None:
         return 0.0
@@ -144,7 +145,7 @@ def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Opt
 
 
 def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
-    """Returns whether two forwards under two seeds differ by more than another order of summation explains."""
+    """Returns whether two forwards under two seeds differ by more than a relative error of 1e-6."""
     with torch.no_grad():
         (loss, first), (again, second) = (_call(model, batch, seed, value) for value in (0, 1))
     pairs = [(loss, again), *((value, second.get(name)) for name, value in first.items())]
@@ -152,7 +153,7 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 
 
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
-    """Runs one forward and backward. Returns the loss, the outputs and the trained parameters' gradients, by name."""
+    """Runs one forward and backward of ``model``. Returns the loss, outputs and trained gradients, by name."""
     loss, outputs = _call(model, batch, seed)
     with torch.no_grad():  # copy before the backward, which frees lazily computed logits
         found = {name: value.detach().clone() for name, value in outputs.items()}
@@ -169,7 +170,7 @@ def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
 
 
 def _weighed(values: Iterable[Tensor]) -> Any:
-    """Returns the sum of the values times fixed random weights, which bfloat16 represents exactly in every dtype."""
+    """Returns the sum of the values times fixed random weights. The weights are bfloat16 numbers in every dtype."""
     total: Any = 0
     for value in values:
         generator = torch.Generator(value.device).manual_seed(0)
@@ -185,7 +186,11 @@ def blocks_alone(
     fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
-    """Returns one comparison per fused module. The module's forms all run on its input in a forward of ``stock``."""
+    """Returns one comparison for each fused module that can be called alone.
+
+    The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
+    forward of ``stock``.
+    """
     found: dict[str, Compared] = {}
     inside = False
 
@@ -225,7 +230,7 @@ def blocks_alone(
     fused_parts = ((name, part) for name, part in fused.named_modules() if not isinstance(part, LanguageModel))
     names = [name for name, part in fused_parts if type(part) in STOCK or isinstance(part, NF4Linear)]
     for name in names:
-        # base_layer is compared as a part of the adapter layer that wraps base_layer.
+        # A base_layer is compared as a part of the adapter layer that wraps the base_layer.
         if not (name.endswith(".base_layer") and name.removesuffix(".base_layer") in names):
             stock.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
     with torch.no_grad():
