@@ -1,4 +1,4 @@
-"""Base classes of the tuners: they insert wrapped layers, refuse unsupported calls, and name the saved tensors."""
+"""Base classes of the tuners, which insert wrapped layers, refuse unsupported calls, and name the saved tensors."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 a parameter of the model  →  a Parameter on the same storage, with its own .grad and .data and without hooks
 a buffer of the model     →  a copy, because a forward may write to a buffer; uint8 buffers (4-bit codes) are shared
 
-A parameter is copied only if a forward writes to the parameter, or if the parameter is cast to a wider dtype.
+A parameter is copied if a forward writes to the parameter, if the parameter is cast to a wider dtype, or if its class
+is neither nn.Parameter nor a 4-bit class of bitsandbytes.
 """
 
 from __future__ import annotations
