@@ -5,8 +5,8 @@
     import peft_ext
     peft_ext.accelerate(model)      # a PeftModel, in place; peft_ext.restore(model) undoes the call
 
-``import peft_ext`` needs torch alone, with ``peft_ext.ops``, ``peft_ext.nn`` and ``peft_ext.reference``. Functions that
-need Hugging Face's packages import these packages on first use.
+Importing ``peft_ext``, with ``peft_ext.ops``, ``peft_ext.nn`` and ``peft_ext.reference``, needs no other package than
+torch. Functions that need Hugging Face's packages import these packages on first use.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def rows_scale(rows: int) -> Scale:
 
 
 def span(values: Sequence[float], zero: bool) -> Scale:
-    """Returns a scale a little wider than the values; if ``zero`` is True and no value is negative, from 0."""
+    """Returns a scale a little wider than the values; if ``zero`` is True and no value is negative, low is 0."""
     low, high = min(values), max(values)
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(0.0, high + pad) if zero and low >= 0 else Scale(low - pad, high + pad)

@@ -6,7 +6,7 @@
         file.write(text)
     with atomic_folder("model", overwrite=True) as folder:
         ...                              # write into folder, which replaces "model" as the block ends
-    save_adapter(model, "adapter")       # PEFT's save_pretrained in such a folder
+    save_adapter(model, "adapter")       # PEFT's save_pretrained in an atomic folder
 
 New content is written into a hidden folder beside the path, flushed to the disk (fsync), then renamed. After an error,
 such as a full disk, the old content is still at the path, and the hidden folder is removed. The next write to the same
@@ -121,7 +121,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
 
     Args:
         model: a PeftModel.
-        path: the folder.
+        path: folder of the saved adapter.
         overwrite: replace an adapter that is in the folder.
         kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
 
@@ -243,7 +243,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes the hidden folders that killed processes left of ``target``.
+    """Removes the hidden folders that killed processes left beside ``target`` or in ``target``.
 
     If nothing is at ``target``, a folder that was moved aside from ``target`` is moved back.
     """
@@ -283,7 +283,7 @@ def _put(part: Path, target: Path, overwrite: bool) -> None:
                 _move_aside(part, target)
             return
     try:
-        os.rename(part, target)  # replaces an empty folder; raises for any other
+        os.rename(part, target)  # rename replaces an empty folder, and raises OSError for any other folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

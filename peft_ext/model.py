@@ -237,7 +237,7 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Freezes AdaLoRA's divisor ``ranknum``. PEFT creates ``ranknum`` frozen, but trainable after a cast."""
+    """Freezes AdaLoRA's divisor ``ranknum``. PEFT freezes ``ranknum``, but a cast by PEFT unfreezes it."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)
@@ -246,7 +246,7 @@ def freeze_ranknum(model: nn.Module) -> None:
 def _load_unrounded(
     model: PeftModel, path: str, adapter_name: str, key_mapping: Optional[dict[str, str]], kwargs: dict[str, Any]
 ) -> None:
-    """Loads AdaLoRA's tensors a second time, unrounded: PEFT makes tensors of pruned ranks in the base's dtype."""
+    """Loads AdaLoRA's tensors a second time, unrounded, because PEFT makes pruned tensors in the base's dtype."""
     config = model.peft_config[adapter_name]
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return

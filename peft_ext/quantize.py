@@ -45,9 +45,9 @@ def quantize_nf4(
     The experts of a mixture, which transformers keeps as 3-D parameters of one module, become
     :class:`peft_ext.nn.NF4Experts`; each expert is quantized separately and the router stays dense.
 
-    A layer's dense weight is freed before the next layer is quantized: the peak memory is the model plus one layer.
-    Layers that share one weight share the quantized weight. Forward and backward hooks are kept. Weights and biases are
-    frozen, except that the bias of a layer under an adapter keeps ``requires_grad``.
+    A layer's dense weight is freed before the next layer is quantized, so that the peak memory is the model plus one
+    layer. Layers that share one weight share the quantized weight. Forward and backward hooks are kept. Weights and
+    biases are frozen, except that the bias of a layer under an adapter keeps ``requires_grad``.
 
     These layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a
     transformers model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads
@@ -57,7 +57,7 @@ def quantize_nf4(
     a head's weight to the embedding's weight.
 
     Args:
-        model: any module, on any real device.
+        model: any module, on any device except meta.
         blocksize, double_quant: see :func:`peft_ext.ops.nf4_quantize`.
         skip: names; a layer stays dense if one of these names is a component of the layer's dotted name. Default: the
             heads of language models and of classifiers.
@@ -69,7 +69,7 @@ def quantize_nf4(
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: a wrong blocksize; a weight on the meta device; a merged adapter; a layer with a replaced
-        ``forward``.
+            ``forward``.
         RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
@@ -107,18 +107,19 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
     :class:`peft_ext.nn.NF4Experts` become dense experts.
 
     The dense W is the weight that the quantized layer multiplied with, not the weight from before quantizing; the model
-    computes the same results up to rounding. Call this function before ``merge_adapter`` or ``merge_and_unload`` of an
-    adapter that
-    was trained over NF4: a merge into NF4 rounds W plus adapter to 4 bits again, which moves the weights about as much
-    as quantizing did; a merge into the dense W rounds to W's dtype. :func:`peft_ext.merge_to_dense` merges into files,
-    usually one layer at a time.
+    computes the same results up to rounding.
+
+    Call this function before ``merge_adapter`` or ``merge_and_unload`` of an adapter that was trained over NF4. A merge
+    into NF4 rounds W plus adapter to 4 bits again, which moves the weights about as much as quantizing did; a merge
+    into the dense W rounds to W's dtype. :func:`peft_ext.merge_to_dense` merges into files, usually one layer at a
+    time.
 
     A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
     layers that shared one weight share the dense weight; hooks are kept. The weights stay frozen. The biases get the
     weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
 
     Args:
-        model: any module, on any real device; also a PeftModel, if no adapter is merged into its NF4 weights.
+        model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.
         dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
             the dtype from which each weight was quantized.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
@@ -178,7 +179,7 @@ class Place:
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """Returns whether ``module`` is a tuner layer or wrapper of PEFT or of this package. Does not import PEFT."""
+    """Returns whether ``module`` is a tuner layer or wrapper of PEFT or peft_ext, without importing PEFT."""
     return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
 
 
@@ -226,7 +227,7 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
             _check_forward("quantize_nf4", name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
-    # A weight that another module holds too stays dense: that module would keep a dense weight of its own.
+    # A weight that another module holds too stays dense, because the other module would keep the dense weight.
     for module in model.modules():
         for parameter in module._parameters.values():
             if id(parameter) in groups and id(module) not in layers[id(parameter)]:

@@ -88,7 +88,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
+        """Resets the parameters of the adapter, not of the base, so that the layer computes the base's output."""
         super().reset_parameters()
         self.lora_magnitude_vector.copy_(self.weight_norm())
 

@@ -171,7 +171,7 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
 
 
 def gate(experts: Any, rows: Tensor) -> Tensor:
-    """Returns the activation between the two linear layers of the experts, computed by the module's own functions."""
+    """Returns the activation between the two linear layers of the experts, computed by functions of ``experts``."""
     if not getattr(experts, "has_gate", True):
         return experts.act_fn(rows)
     if hasattr(experts, "_apply_gate"):
@@ -322,7 +322,7 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
 
 
 def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
-    """Turns dense experts into :class:`NF4Experts` with these weights ``(E, N, K)``, keyed by parameter name."""
+    """Turns dense experts into :class:`NF4Experts`. ``weights``: parameter name -> NF4 weight ``(E, N, K)``."""
     first = next(iter(weights.values()))
     experts.__class__ = _class(type(experts))
     experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype

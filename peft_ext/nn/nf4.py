@@ -174,7 +174,8 @@ class NF4Linear(nn.Linear):
     def _fqn_modifiers(self) -> dict[str, str]:
         """Makes torch.distributed.checkpoint.state_dict look up the key "weight" in ``_STATE_KEYS``.
 
-        That module follows the dots of a key as attributes, and a parameter has no attribute ``absmax``.
+        torch.distributed.checkpoint follows the dots of a key as attributes, and a parameter has no attribute
+        ``absmax``.
         """
         return {"weight": "_STATE_KEYS"}
 
@@ -241,7 +242,7 @@ class NF4Linear(nn.Linear):
         """
         read_quant_state(found)  # checks that all entries are tensors, before the weight is reshaped
         packed, weight = found["weight"].detach(), self.weight
-        if packed.dtype is not torch.uint8 and not is_dtensor(packed):  # quant_storage of bitsandbytes
+        if packed.dtype is not torch.uint8 and not is_dtensor(packed):  # bitsandbytes' quant_storage is another dtype
             packed = packed.contiguous().view(torch.uint8)
         if is_dtensor(packed) and not is_dtensor(weight):
             raise ValueError("weight is a DTensor, wanted a plain tensor (fully_shard the module first)")

@@ -98,8 +98,8 @@ class PrefixEncoder(VirtualTokens):
     ) -> PrefixEncoder:
         """Returns a prefix whose num_layers, num_kv_heads and head_dim come from a Transformers configuration.
 
-        The other arguments are those of the class. The sizes are the decoder's in an encoder-decoder model, and the
-        text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
+        The other arguments are arguments of PrefixEncoder. The sizes are the decoder's in an encoder-decoder model, and
+        the text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
         a layer with a smaller head_dim reads the first numbers of each head. A layer with more key heads than
         num_kv_heads gets no prefix, with a warning. Raises ValueError if the configuration lacks a size, or if keys and
         values have different widths (multi-head latent attention).
@@ -255,7 +255,7 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _read(config: Any, *names: str) -> int:
-    """Returns the first attribute among ``names`` that config has. GPT-2's n_layer is also found by its common name."""
+    """Returns the first attribute among ``names`` that config has. GPT-2's n_layer also has the common name."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value

@@ -115,7 +115,7 @@ class PromptEmbedding(VirtualTokens):
         Tokens are drawn uniformly from the vocabulary, with repetition. ``generator`` draws the tokens on its device;
         by default the CPU's default generator draws the tokens. ``embedding`` is ``model.get_input_embeddings()``. The
         rows come from a call of ``embedding``, so that an embedding that scales its rows gives the model's actual
-        inputs. ``embedding`` is not kept.
+        inputs. The prompt does not keep ``embedding``.
         """
         cls._check_count("num_virtual_tokens", num_virtual_tokens)
         device = "cpu" if generator is None else generator.device

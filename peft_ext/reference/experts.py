@@ -80,7 +80,7 @@ def lora_experts_forward(
     seed: Optional[Tensor],
     out_scale: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``(Y [S, N], S [S, R], Z [S, N])``. Rows of no expert are zeros.
+    """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. Rows of no expert are zeros.
 
     With out_scale, which is DoRA's g ``[E, N]``, the adapters are DoRA adapters. S is ``[0]`` without adapters, and Z
     is ``[0]`` without out_scale.

@@ -1,4 +1,4 @@
-"""Conversion of bottleneck adapters from and to the files of AdapterHub's ``adapters`` package.
+"""Converts bottleneck adapters from and to the files of AdapterHub's ``adapters`` package.
 
     AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight         here:   base_model.model.{place}
                   {place}.adapters.{name}.adapter_up.bias  ...                  .bottleneck_adapters.down.weight  ...

@@ -81,10 +81,10 @@ class BottleneckConfig(TargetConfig):
     """Configuration of bottleneck adapters.
 
     Args:
-        placement: "houlsby": after attention and after the feed-forward. "pfeiffer": after the residual sum v of the
-            feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum (BERT)
-            LayerNorm(v + s · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the residual
-            sum. "parallel": parallel to the feed-forward.
+        placement: where the adapters are. "houlsby": after attention and after the feed-forward. "pfeiffer": after the
+            residual sum v of the feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum
+            (BERT) LayerNorm(v + s · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the
+            residual sum. "parallel": parallel to the feed-forward.
         bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``.
         activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s.
         adapter_bias: whether the two projections have biases.
@@ -128,7 +128,7 @@ class BottleneckLayer(Wrapper):
     """Applies the active adapters, in turn, to the output of ``base_layer``; adds the outputs of parallel adapters.
 
     The keys in the state dict are ``bottleneck_adapters.{down,up}.{weight,bias}``. If the base layer returns a tuple,
-    the first item is adapted. An adapter is not linear, and so can't be merged.
+    the first item is adapted. A bottleneck adapter is not linear, and so can't be merged.
     """
 
     adapter_layer_names = ("bottleneck_adapters",)
@@ -213,7 +213,7 @@ class BottleneckLayer(Wrapper):
         raise ValueError(_UNMERGEABLE)
 
     def unmerge(self) -> None:
-        """Does nothing, because an adapter is never merged."""
+        """Does nothing, because a bottleneck adapter is never merged."""
 
 
 # Fields of a transformers config that hold the number of features that a sublayer returns.

@@ -263,8 +263,8 @@ class DiffPruningModel(ReplacingTuner):
         """Returns the parameter groups for a torch optimizer: all trained parameters, and the gates' α separately.
 
         The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from 5 to
-        below 0. At a usual learning rate Adam needs some hundred thousand steps for that; the authors use the rate 0.1
-        for α.
+        below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the authors use the
+        rate 0.1 for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -412,7 +412,7 @@ def _check_trains(optimizer: torch.optim.Optimizer, dense: dict[str, DenseDiff])
 
 
 def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[SparseDiff]]) -> None:
-    """Replaces each w by its kept values, or removes w if nothing is kept, and removes the gates, in all groups."""
+    """Replaces each w by its kept values, or removes w if nothing is kept, and removes the gates, in ``optimizer``."""
     heirs: dict[nn.Parameter, Optional[nn.Parameter]] = {}
     for dense, sparse in diffs.items():
         heirs[dense.w] = None if sparse is None else sparse.values

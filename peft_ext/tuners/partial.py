@@ -29,8 +29,9 @@ class PartialConfig(TargetConfig):
             stack only, also give ``target_modules``, such as ``["decoder"]``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. A container, such as "model.layers.11", stands for all
-            modules below it. With None all modules in the layers of num_last_layers or layers_to_transform are
-            targets. At least one of target_modules, num_last_layers and layers_to_transform must be given.
+            modules below it. If target_modules is None, all modules in the layers of num_last_layers or
+            layers_to_transform are targets. At least one of target_modules, num_last_layers and layers_to_transform
+            must be given.
 
     Raises: TypeError or ValueError if a field has a value of another form, or if no field chooses what to train.
     """

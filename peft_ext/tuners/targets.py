@@ -40,7 +40,7 @@ class TargetConfig(PeftConfig):
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: see PEFT; these modules are not targets.
         layers_to_transform: index or indices of layers. Modules outside of these layers are not targets. A layer's
-            index is the first number in the module's full name.
+            index is the first number in the module's full name (after a name that matches ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
     Raises: TypeError or ValueError if a field has a value of another form.

@@ -45,9 +45,9 @@ class Verification:
 
     Attributes:
         rows: comparisons of the loss, of the outputs and of each trained gradient.
-        blocks: comparisons of each fused layer or block, run alone.
+        blocks: one comparison for each fused layer or block that could be run alone.
         about: one sentence with the model's class, dtype and mode, and the yardstick.
-        notes: sentences that tell the limits of the comparison.
+        notes: further sentences, for example about a yardstick that could not run.
     """
 
     rows: list[Compared]
@@ -104,8 +104,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     the yardstick can't run (quantization other than NF4, code that refuses float64, too little memory), the difference
     between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
 
-    Each fused layer and block is also compared alone, by the same rule: its stock forward and its fused forward run on
-    the input that the stock layer gets in the stock model. ``worst_block`` is the block to look at first.
+    Each fused layer and block is also compared alone, by the same rule: the stock forward and the fused forward of a
+    layer run on the input that the layer gets in the stock model. ``worst_block`` is the block to look at first.
 
     Dropout is off, also in attention and in adapters, because results under two dropout masks can't be compared. If two
     stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; the

@@ -35,9 +35,10 @@ class Compared:
 
     Attributes:
         name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
-        kind: for a block its class, and the name of the tensor that is closest to its limit; otherwise "".
+        kind: for a block the class, and the name of the tensor with the largest share of the limit; otherwise "".
         error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. Both
-            errors are None without a yardstick. An error is infinity if x is not finite.
+            errors are None without a yardstick. An error is infinity if x is not finite where
+            the yardstick is finite.
         difference: ``‖accelerated - stock‖ / ‖stock‖``.
         limit: largest allowed value of ``error``, or of ``difference`` without a yardstick.
     """
@@ -69,7 +70,7 @@ def compared(
     if exact is None:
         return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
     error, theirs = _error(found, exact.get(what)), _error(right, exact.get(what))
-    few = (right if found is None else found).numel() <= 16  # few elements: the error depends on chance
+    few = (right if found is None else found).numel() <= 16  # with few elements the error depends on chance
     floor = max(eps if few else eps / 2, 4e-6)
     return Compared(name, kind, error, theirs, difference, (3 if what.startswith(GRADIENT) else 2) * theirs + floor)
 

@@ -101,7 +101,7 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
-        if "support_avx512bf16_for_cpu" in vars(module):  # in evaluation bitsandbytes would repack the weight for good
+        if "support_avx512bf16_for_cpu" in vars(module):  # in eval mode bitsandbytes would repack the shared weight
             module.support_avx512bf16_for_cpu = False
     return made
 
