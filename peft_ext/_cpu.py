@@ -55,7 +55,7 @@ def _onednn_multiplies(check: str) -> bool:
     """Returns whether PyTorch's function ``check`` says that oneDNN multiplies a dtype; False on AVX2 and less."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
+    except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
         return False
 
 

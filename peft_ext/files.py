@@ -188,7 +188,7 @@ def _digest(path: Path) -> str:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Returns whether :func:`seal` wrote its list into ``folder``. Does not check the files."""
+    """Returns whether :func:`seal` wrote its list into ``folder``, without checking the files."""
     return (folder / _SEAL).is_file()
 
 
@@ -230,7 +230,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         part = _hidden(target, _PART)
         part.mkdir()
         handle = os.open(part, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             lock_descriptor(handle)
         if part.exists():  # else another process removed the folder as a leftover before the lock was set
             break

@@ -90,7 +90,7 @@ def quantize_nf4(
             module = NF4Linear.from_linear(linear, blocksize, double_quant)
         else:
             module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
-            module.weight = first.weight  # the parameter itself, so that the layers stay tied in a copy of the model
+            module.weight = first.weight  # one parameter object keeps the layers tied in a copy of the model
         _carry_over(linear, module)
         return module
 
@@ -165,7 +165,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
 
 class Place:
-    """The place of a linear layer: an attribute of its parent. Holds no reference to the layer, which can be freed.
+    """The place of a linear layer: an attribute of its parent. A Place does not refer to the layer itself.
 
     ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias keeps ``requires_grad``.
     """
@@ -355,7 +355,7 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
 
 def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear, hooks))  # the dict itself, so that the hooks' handles still work
+        setattr(module, hooks, getattr(linear, hooks))  # sharing the dict keeps the hooks' handles working
     for name, value in linear.__dict__.items():
         if name not in module.__dict__ and name not in _NF4_ATTRIBUTES:
             setattr(module, name, value)  # attributes that other code stored on the layer

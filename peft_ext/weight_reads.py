@@ -58,7 +58,7 @@ def _reads(kind: type) -> frozenset[str]:
 def _methods(owner: type) -> list[ast.AST]:
     try:
         file = inspect.getsourcefile(owner)
-    except TypeError:  # a class of a compiled module, or without a module
+    except TypeError:  # the class is from a compiled module, or has no module
         file = None
     # A class without a source file has no known reads.
     body = [] if file is None else _classes(file).get(owner.__name__, [])

@@ -292,9 +292,11 @@ class DiffPruningModel(ReplacingTuner):
         Args:
             target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
-            optimizer: an optimizer that trains the adapter. In its groups the kept values replace w, and the gates are
-                removed; the optimizer state of w and of the gates is dropped. Other parameters and the learning rates
-                stay. Without this argument make a new optimizer, because w and the gates are no longer parameters.
+            optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
+            the
+                gates are removed; the optimizer state of w and of the gates is dropped. Other parameters and the
+                learning rates stay. Without this argument make a new optimizer, because w and the gates are no longer
+                parameters.
 
         Returns: the number of kept entries, by full name of the tensor, as in the field ``kept`` of the configuration.
 

@@ -298,7 +298,7 @@ class ReplacingTuner(Tuner):
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str,
     ) -> None:  # fmt: skip
-        if current_key not in self._plan.units:  # the key comes from a state dict
+        if current_key not in self._plan.units:  # current_key comes from a state dict
             raise ValueError(f"{type(self).__name__}: {current_key} is not a target of the adapter {adapter_name!r}")
         if not isinstance(target, self.tuner_layer_cls):
             target = self.tuner_layer_cls(target)

@@ -97,7 +97,7 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     except Exception as error:  # a module may hold an object whose copy raises any error
         raise ValueError(f"verify: model can't be copied: {str(error).partition(chr(10))[0]}") from error
     for module in made.modules():
-        if is_parametrized(module):  # a copy of the class: undoing a parametrization changes the class
+        if is_parametrized(module):  # copy the class, because undoing a parametrization changes the class
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
