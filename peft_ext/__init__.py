@@ -1,12 +1,12 @@
 """peft_ext: parameter-efficient fine-tuning, fast and small.
 
-Fused kernels behind ``peft_ext.ops`` and ``peft_ext.nn``, and one line for a live Hugging Face model::
+``peft_ext.ops`` and ``peft_ext.nn`` compute with fused kernels. One line accelerates a live Hugging Face model::
 
     import peft_ext
-    peft_ext.accelerate(model)      # a PeftModel, in place; restore(model) undoes the call
+    peft_ext.accelerate(model)      # a PeftModel, in place; peft_ext.restore(model) undoes the call
 
-``import peft_ext``, ``.ops``, ``.nn`` and ``.reference`` need torch alone. Functions that need Hugging Face's packages
-import them on first use.
+Importing ``peft_ext``, with ``peft_ext.ops``, ``peft_ext.nn`` and ``peft_ext.reference``, needs no other package than
+torch. Functions that need Hugging Face's packages import these packages on first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .weight import NestedAbsmax, NF4Weight
 
 _native.load()
 
-# Resolved on first use, so that importing the package needs torch alone.
+# Name -> module, imported on first use, so that ``import peft_ext`` needs torch alone.
 _LAZY = {
     "accelerate": "integrations.peft",
     "restore": "integrations.peft",

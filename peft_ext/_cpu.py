@@ -1,13 +1,13 @@
-"""The dtypes of which this CPU has matrix-product instructions, and the dtype in which to compute here.
+"""Finds the dtypes for which this CPU has matrix-product instructions, and chooses the default compute dtype.
 
     float32    always
     bfloat16   AVX512-BF16 or AMX on x86-64; FEAT_BF16 on aarch64
     float16    AVX512-FP16 or AMX-FP16 on x86-64; FEAT_FP16 on aarch64
 
 On other CPUs PyTorch's product of bfloat16 or float16 is oneDNN's emulation (with AVX-512) or a plain loop (AVX2 and
-less), tens of times slower than the product of float32. The facts come from CPUID, as PyTorch reads it, without the
-instructions that the environment forbids: ``ONEDNN_MAX_CPU_ISA`` limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits
-this package's kernels.
+less), tens of times slower than the product of float32. PyTorch tells which instructions the CPU has. Instructions that
+the environment forbids do not count: ``ONEDNN_MAX_CPU_ISA`` limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits
+peft_ext's kernels.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 
 from . import _native
 
-# oneDNN's names of instruction-set limits, in ascending order. A name that is not here, such as "ALL", is no limit.
+# oneDNN's names of instruction-set limits, in ascending order. A name that is not in this tuple, such as "ALL", is no
+# limit.
 _LIMITS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
            "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")  # fmt: skip
-# By dtype: PyTorch's check, the lowest limit that allows the dtype's instructions, and the instructions' names in
+# For each dtype: PyTorch's check, the lowest limit that allows the dtype's instructions, and the instructions' names in
 # PyTorch's list on x86-64 and on Arm. AVX-NE-CONVERT (some CPUs without AVX-512) only converts bfloat16 to float32.
 _WANTED = {
     torch.bfloat16: ("_is_mkldnn_bf16_supported", "AVX512_CORE_BF16", ("avx512_bf16", "amx_bf16"), ("bf16",)),
@@ -35,7 +36,7 @@ _WIDENS = ("avx2", "avx512", "neon", "neon_bf16")
 
 
 def capabilities() -> Mapping[str, Any]:
-    """Returns CPUID's facts by PyTorch's names; from a torch without ``get_capabilities``, five of these facts."""
+    """Returns PyTorch's facts about this CPU by name; a torch without ``get_capabilities`` gives five facts."""
     if (found := getattr(torch.cpu, "get_capabilities", None)) is not None:
         return found()
     asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported",
@@ -51,10 +52,10 @@ def _limit() -> str:
 
 
 def _onednn_multiplies(check: str) -> bool:
-    """Returns whether PyTorch's ``check`` says that oneDNN takes products of its dtype; False on AVX2 and less."""
+    """Returns whether PyTorch's function ``check`` says that oneDNN multiplies a dtype; False on AVX2 and less."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
+    except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
         return False
 
 
@@ -72,10 +73,10 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def widened_dtypes() -> frozenset[torch.dtype]:
-    """Returns the 16-bit dtypes in which this package's product with a frozen weight replaces PyTorch's product.
+    """Returns the 16-bit dtypes in which peft_ext's product with a frozen weight replaces PyTorch's product.
 
-    For these dtypes PyTorch's product has no instructions on this CPU. The package's own product has instructions, or
-    is PyTorch's float32 product over one panel of the weight at a time. The portable path has no product of its own.
+    This CPU has no instructions for PyTorch's product of these dtypes. peft_ext's product has instructions, or is
+    PyTorch's float32 product over one panel of the weight at a time. The scalar path has no product of this kind.
     """
     isa = _native.STATE.isa
     if isa not in (*_WIDENS, *_native.TILE_PATHS):

@@ -1,8 +1,8 @@
-"""Imports names of PEFT, bitsandbytes and transformers that another release may have renamed, and reports missing ones.
+"""Imports names of PEFT, bitsandbytes and transformers, which another release may lack, and reports a missing name.
 
-    with optional("peft", "DoRA layers are not fused"):         warns, naming the name and what it costs; goes on
+    with optional("peft", "DoRA layers are not fused"):         warns of a missing name and goes on
         from peft.tuners.lora.variants import DoraLinearVariant
-    with required("peft", "peft_ext.get_peft_model"):           raises, naming the name and who needs it
+    with required("peft", "peft_ext.get_peft_model"):           raises for a missing name
         from peft import PeftModel
 
 ``optional`` does not warn where the package itself is not installed.
@@ -29,7 +29,7 @@ def version(package: str) -> str:
 
 
 def say_missing(package: str, what: str, cost: str) -> None:
-    """Warns once that an installed package differs from the releases known here: ``what`` differs, at the ``cost``."""
+    """Warns once that an installed package differs from the known releases. ``cost``: the consequence of ``what``."""
     text = f"{version(package)} is not as peft_ext knows it: {what}; {cost}"
     if text not in MISSING:
         MISSING.append(text)
@@ -44,13 +44,13 @@ def has(kind: type, *names: str) -> None:
 
 
 def _is_absent(package: str) -> bool:
-    """Returns whether the package is not installed; then a failed import is not about a name in the package."""
+    """Returns whether the package is not installed, which is another reason for a failed import than a missing name."""
     return find_spec(package) is None
 
 
 @contextmanager
 def optional(package: str, cost: str) -> Iterator[None]:
-    """Continues after a failed import and warns. The names need values from before. ``cost`` completes the warning."""
+    """Warns of a failed import, with ``cost`` in the warning, and continues. The caller gives the names defaults."""
     try:
         yield
     except ImportError as error:

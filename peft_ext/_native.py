@@ -1,8 +1,8 @@
 """Loads the native libraries, warns once about a failure, and reports the libraries in use.
 
 There are two libraries: ``_C`` (CPU kernels, and the pybind11 part) and ``_C_cuda`` (CUDA kernels, loaded where torch
-is a CUDA build). Both register kernels for the operators declared in ``peft_ext.ops``; without them the operators run
-the reference implementation, which is correct and slow.
+is a CUDA build). Both libraries register kernels for the operators declared in ``peft_ext.ops``. Without the libraries
+the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
@@ -25,7 +25,8 @@ import torch
 
 from ._version import __version__
 
-# The CPU paths with bfloat16 products of this package, on the CPU's bfloat16 dot-product instructions.
+# The CPU paths on x86-64 whose kernels multiply bfloat16 matrices with bfloat16 instructions, or emulate the
+# instructions.
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 
 MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip install -e .)"
@@ -33,7 +34,7 @@ MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip i
 
 @dataclass
 class NativeState:
-    """The native libraries found at import, and why one was not loaded."""
+    """The native libraries found at import, and the reason why a library was not loaded."""
 
     module: Optional[ModuleType] = None
     cpu_error: Optional[str] = None

@@ -1,4 +1,4 @@
-"""Draws SVG pictures of bars and curves without any library; the report of a run takes its scales and paths from here.
+"""Draws SVG pictures of bars and curves without any library. The report of a run uses this module's scales and paths.
 
 ::
 
@@ -9,9 +9,9 @@
     picture.caption("Medians of five rounds.")
     data = picture.svg()
 
-A picture is one self-contained file. Its text stays text, in the reader's own font. Its style has one set of colours
-for light pages and one for dark pages, and a background of its own, so that the picture is legible on any page. The
-same numbers give the same bytes. Each element that stands for a number has an ``id``, by which tests find the element.
+A picture is one self-contained file. The text of a picture stays text, in the reader's own font. A picture has colours
+for light pages and colours for dark pages, and a background, so that the picture is legible on any page. Equal numbers
+give equal bytes. Each element that shows a measured value has an ``id``, by which tests find the element.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps ``low`` to 0 and ``high`` to 1: linearly, or by logarithms where ``log`` is set."""
+    """Maps ``low`` to 0 and ``high`` to 1: linearly, or by logarithms if ``log`` is True."""
 
     low: float
     high: float
@@ -43,7 +43,7 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, most: int = 5, whole: bool = False) -> list[float]:
-        """Returns round numbers within the scale, ``most`` or one more; ``whole`` keeps them integers."""
+        """Returns about ``most`` round numbers within the scale; with ``whole``, integers."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for multiples in ((1, 2, 5), (1,)):
@@ -68,7 +68,7 @@ def rows_scale(rows: int) -> Scale:
 
 
 def span(values: Sequence[float], zero: bool) -> Scale:
-    """Returns a scale a little wider than the values. It starts at 0 where ``zero`` is set and no value is negative."""
+    """Returns a scale a little wider than the values; if ``zero`` is True and no value is negative, low is 0."""
     low, high = min(values), max(values)
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(0.0, high + pad) if zero and low >= 0 else Scale(low - pad, high + pad)
@@ -88,8 +88,9 @@ def path(points: Iterable[Optional[Point]], digits: int = 1) -> str:
 
 # --- a picture --------------------------------------------------------------------------------------------------------
 
-# Colours of each look on a light and on a dark page: Okabe and Ito's for the main contenders, greys for the others. All
-# differ in lightness too, for readers who do not see the hue.
+# Look -> colour on a light page and on a dark page. On a light page "ours", "stock" and "other" have colours of
+# Okabe and Ito; "eager" and "compiled" are greys. The contenders' colours differ in lightness too, for readers who do
+# not see the hue.
 _COLOURS = {
     "card": ("#ffffff", "#0d1117"),
     "ink": ("#1f2328", "#e6edf3"),
@@ -113,7 +114,7 @@ _MARGIN, _LINE = 16, 15  # margin of a picture and height of a line of small tex
 
 
 def identifier(*parts: str) -> str:
-    """Returns the id of an element that stands for a number, from the names of what the number is about."""
+    """Returns the id of the SVG element that shows a measured value, from names such as chart, method and contender."""
     return ":".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts)
 
 
@@ -143,9 +144,9 @@ class Picture:
     """An SVG that grows downwards: title, legend, then rows of :meth:`panels`, then a :meth:`caption`.
 
     Args:
-        title: one line on top.
+        title: text of one line at the top.
         legend: ``(look, label)`` of each square of colour; a look is a key of :data:`_COLOURS`.
-        width: in pixels; GitHub shows a README's picture of 860 unscaled.
+        width: width in pixels. GitHub shows a picture of 860 pixels in a README without scaling.
     """
 
     def __init__(self, title: str, legend: Sequence[tuple[str, str]] = (), width: int = 860) -> None:
@@ -167,7 +168,7 @@ class Picture:
         self._parts.append(element)
 
     def text(self, x: float, y: float, text: str, look: str = "", anchor: str = "start", after: str = "") -> None:
-        """Adds the lines of ``text``; ``y`` is the first line's base line. ``after`` follows in small grey letters."""
+        """Adds the lines of ``text``. ``y``: base line of the first line. ``after``: grey text after each line."""
         where = "" if anchor == "start" else f' text-anchor="{anchor}"'
         kind = f' class="{look}"' if look else ""
         rest = f'<tspan class="small soft after" dx="5">{escape(after)}</tspan>' if after else ""
@@ -186,7 +187,8 @@ class Picture:
         """Returns ``count`` panels with the same scales, in rows of ``columns`` (0: all in one row).
 
         Args:
-            height, left, gap: in pixels: of a panel, of the room left of each row, between two panels.
+            height: height of a panel in pixels. left: room to the left of each row in pixels.
+            gap: room between two neighbouring panels in pixels.
             x_label: text under the lowest panel of each column.
         """
         columns = columns or count
@@ -291,8 +293,8 @@ class Panel:
 
         Args:
             groups: ``{contender: value}`` of each row.
-            looks: ``{contender: colour}`` from top to bottom; the value of the look "ours" is in bold.
-            names: name of each row; the row's and the contender's name make the bar's id.
+            looks: ``{contender: look}``, from top to bottom. The value of a bar with the look "ours" is in bold.
+            names: name of each row. The id of a bar is made of the row's name and the contender's name.
         """
         middle, thick = (len(looks) - 1) / 2, 0.8 / max(3, len(looks))
         for place, (values, name) in enumerate(zip(groups, names, strict=True)):

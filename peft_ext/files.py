@@ -1,16 +1,16 @@
-"""Atomic writes: at every moment a path holds its whole old content or its whole new content.
+"""Atomic writes: after an error or a killed process a path holds its whole old or its whole new content.
 
 ::
 
     with atomic_file("run.json") as file:
         file.write(text)
     with atomic_folder("model", overwrite=True) as folder:
-        ...                              # write into folder; it replaces "model" as the block ends
-    save_adapter(model, "adapter")       # PEFT's save_pretrained in such a folder
+        ...                              # write into folder, which replaces "model" as the block ends
+    save_adapter(model, "adapter")       # PEFT's save_pretrained in an atomic folder
 
-New content is written into a hidden folder beside its place, flushed to the disk (fsync), then renamed. After an error,
-such as a full disk, the old content is still there and the hidden folder is removed. The hidden folder of a killed
-process is removed by the next write to the same place.
+New content is written into a hidden folder beside the path, flushed to the disk (fsync), then renamed. After an error,
+such as a full disk, the old content is still at the path, and the hidden folder is removed. The next write to the same
+path removes the hidden folder of a killed process. :func:`atomic_folder` names the exceptions.
 
 The Trainer writes its checkpoints in place. :func:`seal` therefore writes a list of a finished folder's files, with
 their sizes and SHA-256, and :func:`not_whole` compares the folder with that list later.
@@ -38,7 +38,7 @@ from ._imports import required
 
 __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
-# Endings of hidden folders: of one that is being written, and of an old one that was moved aside.
+# Endings of hidden folders: _PART for a folder that is being written, _OLD for an old folder that was moved aside.
 _PART, _OLD = ".part", ".old"
 _SEAL = "sealed.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -80,14 +80,14 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     One system call (Linux ``renameat2``) exchanges an existing folder for the new one, so that ``path`` always exists.
     On a file system without that call the old folder is first moved aside: a process killed between the two renames
     leaves the old folder under a hidden name, and the next write to ``path`` puts the old folder back. A folder that
-    can't be renamed (a mount point, the working folder of this process) is written file by file, in the order in which
-    the files were made.
+    can't be renamed (a mount point, the working folder of this process) is not replaced atomically: the new files are
+    moved into the folder one by one, oldest first.
 
     Args:
         path: the folder, which need not exist; its parent folders are made. A symbolic link is followed and stays.
-        overwrite: replace a folder that is not empty. Nothing of the old folder stays.
-        keep: with overwrite: files of the old folder that are not in the new folder stay, by hard links where the file
-            system has them. Subfolders are merged.
+        overwrite: replace a folder that is not empty. Without ``keep``, nothing of the old folder stays.
+        keep: with overwrite: files of the old folder that are not in the new folder stay, as hard links if the file
+            system has hard links. Subfolders are merged.
 
     Yields: an empty folder to write into, on the file system of ``path``.
 
@@ -99,7 +99,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
-    with _hidden_folder(target / target.name if stays else target) as part:  # after _put: gone, or the old folder
+    with _hidden_folder(target / target.name if stays else target) as part:  # after _put: gone, or the old files
         yield part
         if keep and target.is_dir() and not stays:
             _carry_over(target, part)
@@ -115,18 +115,18 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
     """Calls ``model.save_pretrained(path)`` atomically: configuration and weights are both old or both new.
 
-    Saves adapters of PEFT's methods and of this package's; the weights are safetensors. Other files in the folder
-    (checkpoints, logs, adapters of other names) stay; :func:`peft_ext.files.atomic_folder` replaces the folder. Names
-    in the configuration are sorted: ``save_pretrained`` alone writes them in another order in each process.
+    The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
+    the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,
+    because the order in which ``save_pretrained`` alone writes a list of names differs between processes.
 
     Args:
         model: a PeftModel.
-        path: the folder.
+        path: folder of the saved adapter.
         overwrite: replace an adapter that is in the folder.
         kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
 
-    Raises: TypeError where ``model`` is no PeftModel; ValueError where kwargs ask for a pickle; FileExistsError where
-    the folder has an adapter and overwrite is False; OSError as the system raises it.
+    Raises: TypeError where ``model`` is no PeftModel; ValueError where ``safe_serialization`` is False; FileExistsError
+    where the folder has an adapter and overwrite is False; OSError as the system raises it.
     """
     with required("peft", "peft_ext.save_adapter"):
         from peft import PeftModel
@@ -147,7 +147,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     with atomic_folder(target, overwrite=True, keep=True) as folder:
         card = target / "README.md"
         if card.is_file():
-            shutil.copy(card, folder)  # PEFT brings a card up to date in place
+            shutil.copy(card, folder)  # save_pretrained updates an existing model card
         model.save_pretrained(str(folder), **kwargs)
         sort_names(model, folder)
 
@@ -188,7 +188,7 @@ def _digest(path: Path) -> str:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Returns whether :func:`seal` wrote its list into ``folder``. Does not check the files."""
+    """Returns whether :func:`seal` wrote its list into ``folder``, without checking the files."""
     return (folder / _SEAL).is_file()
 
 
@@ -212,7 +212,7 @@ def not_whole(folder: Path) -> Optional[str]:
     return None
 
 
-# --- hidden folders, each locked by the process that writes it; a process that dies lets go of its locks --------------
+# --- hidden folders, each locked by the process that writes the folder; the system unlocks folders of dead processes --
 
 
 def _hidden(target: Path, ending: str) -> Path:
@@ -230,9 +230,9 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         part = _hidden(target, _PART)
         part.mkdir()
         handle = os.open(part, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             lock_descriptor(handle)
-        if part.exists():  # else another process took the folder for a leftover before this process had the lock
+        if part.exists():  # else another process removed the folder as a leftover before the lock was set
             break
         os.close(handle)
     try:
@@ -243,9 +243,9 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes the hidden folders that killed processes left of ``target``.
+    """Removes the hidden folders that killed processes left beside ``target`` or in ``target``.
 
-    A folder that was moved aside comes back to its place where nothing took that place.
+    If nothing is at ``target``, a folder that was moved aside from ``target`` is moved back.
     """
     hidden = f".{glob.escape(target.name)}.{'[0-9a-f]' * 12}"
     for folder in (target.parent, target):
@@ -283,7 +283,7 @@ def _put(part: Path, target: Path, overwrite: bool) -> None:
                 _move_aside(part, target)
             return
     try:
-        os.rename(part, target)  # replaces an empty folder; raises for any other
+        os.rename(part, target)  # rename replaces an empty folder, and raises OSError for any other folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -302,7 +302,7 @@ def _move_aside(part: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps the names of two folders in one system call; returns False where the system or the file system has none."""
+    """Swaps the names of two folders in one system call; returns False if the system or file system lacks the call."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -334,7 +334,7 @@ def _move_into(part: Path, target: Path, keep: bool) -> None:
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Links the files of ``old`` that are missing in ``new`` into ``new``."""
+    """Makes hard links in ``new`` to the files of ``old`` that ``new`` lacks, or copies if links are impossible."""
     for entry in old.iterdir():
         place, there = new / entry.name, os.path.lexists(new / entry.name)
         if _is_hidden(entry):

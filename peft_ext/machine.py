@@ -1,4 +1,4 @@
-"""Names of the processor and versions of packages, which a report states, and the memory of a device."""
+"""Finds the processor's name and the versions of packages, for reports, and the memory of a device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free, 0
-    import psutil  # a dependency of accelerate
+    import psutil  # psutil is a dependency of accelerate
 
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
@@ -48,10 +48,10 @@ def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
 
 def _container_limits() -> Iterator[tuple[int, int]]:
     root = Path("/sys/fs/cgroup")
-    first, second = root / "memory", root  # of version 1, of version 2
+    first, second = root / "memory", root  # folders of cgroup version 1 and of version 2
     for limit, used in (
         (first / "memory.limit_in_bytes", first / "memory.usage_in_bytes"),
         (second / "memory.max", second / "memory.current"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        with contextlib.suppress(OSError, ValueError):  # the file does not exist, or contains "max"
             yield int(limit.read_text()), int(used.read_text())

@@ -1,4 +1,4 @@
-"""``get_peft_model`` and ``load_adapter``: PEFT's functions, with this package's methods and fused operators."""
+"""``get_peft_model`` and ``load_adapter``: PEFT's functions, with peft_ext's methods and fused operators."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def get_peft_model(
         config: a configuration of one of PEFT's methods, or a BottleneckConfig, BitFitConfig, PartialConfig or
             DiffPruningConfig.
         adapter_name: the new adapter's name.
-        accelerate: put the layers on the fused operators; layers that can't be fused stay PEFT's. False: PEFT's model.
+        accelerate: whether to call :func:`peft_ext.accelerate`. Layers that can't be fused run PEFT's code.
         blocks, dora_dropout, experts_dropout: see :func:`peft_ext.accelerate`.
         kwargs: further arguments of PEFT: ``mixed``, ``autocast_adapter_dtype``, ``revision``, ``low_cpu_mem_usage``.
 
@@ -94,22 +94,25 @@ def load_adapter(
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    This function differs from PEFT in three points. An AdaLoRA adapter that has pruned ranks keeps the bits of its file
-    over a base that is not float32 (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is frozen.
-    A model with a second adapter of trainable tokens over tied embeddings runs, whose head PEFT would wrap twice.
+    This function checks the files, and differs from PEFT in three points. An AdaLoRA adapter with pruned ranks over a
+    base that is not float32 keeps the bits of the adapter's file (unless ``autocast_adapter_dtype=False``). AdaLoRA's
+    divisor ``ranknum`` is frozen. A model with tied embeddings and a second adapter of trainable tokens runs, although
+    PEFT wraps the head of this model twice.
 
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
-        adapter_name: the adapter's name in the model. The file does not have the name under which it was saved.
-        is_trainable: the adapter can be trained further; False: the adapter is frozen and the model in eval mode.
-        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. None: the values that the layers
-            of a PeftModel have.
+        adapter_name: the adapter's name in the model. The adapter's files do not contain a name.
+        is_trainable: whether the adapter can be trained further. If False, the adapter is frozen and the model is in
+            eval mode.
+        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. dora_dropout or experts_dropout
+            None: the value that the layers of a PeftModel have, else the default of :func:`get_peft_model`.
         kwargs: further arguments of PEFT: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``,
             ``key_mapping``, ``subfolder``, ``revision``, ``token`` and the like.
 
-    Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. A load that fails leaves a
-    PeftModel unchanged. Warns where no part of the model takes a tensor of the file.
+    Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If PEFT can't load the adapter
+    into a PeftModel, the function removes the new adapter again and restores the modes and classes of the modules.
+    Warns if the file has a tensor for which the model has no place.
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
     it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the
@@ -135,7 +138,7 @@ def load_adapter(
     }
     if loaded:
         with _as_it_was_on_failure(model, adapter_name):
-            if accelerate:  # a layer over NF4 must be a fused one before it gets a DoRA adapter
+            if accelerate:  # a layer over NF4 must be fused before PEFT adds a DoRA adapter
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
             result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
@@ -147,9 +150,9 @@ def load_adapter(
             kwargs["config"] = config
         if "config" in kwargs:
             register_layers(kwargs["config"], model)
-        if key_mapping is None:  # PEFT's default in from_pretrained; PeftModel.load_adapter has none
+        if key_mapping is None:  # from_pretrained's default, which load_adapter lacks
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        # from_pretrained does not return the result of its load_state_dict, which runs this hook of the base.
+        # from_pretrained does not return the result of load_state_dict; a hook of the base model receives the result.
         found: list[Any] = []
         hook = model.register_load_state_dict_post_hook(lambda module, keys: found.append(keys))
         try:
@@ -161,7 +164,7 @@ def load_adapter(
             hook.remove()
         for keys in found:
             _check_keys(model, adapter_name, folder, keys.missing_keys, keys.unexpected_keys)
-        if not is_trainable:  # PEFT leaves AdaLoRA's and IA3's tensors trainable where it casts them
+        if not is_trainable:  # PEFT leaves tensors of AdaLoRA and IA3 trainable where PEFT casts the tensors
             model.requires_grad_(False)
     _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
     freeze_ranknum(model)
@@ -208,7 +211,7 @@ def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]
 def _unwrap_tied_heads(model: nn.Module) -> None:
     """Removes the inner of two nested TrainableTokensLayers, which PEFT makes of a tied head for a second adapter.
 
-    A forward can't pass through both layers. Both share the embedding's tensors.
+    A forward can't pass through both layers. Both layers share the embedding's tensors.
     """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, TrainableTokensLayer):
@@ -216,7 +219,7 @@ def _unwrap_tied_heads(model: nn.Module) -> None:
 
 
 def _raise_of_sizes(error: Exception) -> None:
-    """Raises PyTorch's error of sizes that do not match as a ValueError."""
+    """Raises a ValueError if ``error`` is PyTorch's error that sizes do not match; otherwise returns."""
     if isinstance(error, RuntimeError) and "size mismatch" in str(error):
         raise ValueError(f"load_adapter: {error}") from error
 
@@ -224,7 +227,7 @@ def _raise_of_sizes(error: Exception) -> None:
 def register_layers(config: PeftConfig, model: nn.Module) -> None:
     """Registers layers with a DoRA configuration for modules that PEFT can't adapt: NF4Linear, and a mixture's experts.
 
-    PEFT's DoRA takes the norm of a dense weight.
+    PEFT's own DoRA can't compute the norm of the weights of these modules.
     """
     if not getattr(config, "use_dora", False):
         return
@@ -234,7 +237,7 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Freezes AdaLoRA's divisor ``ranknum``, which PEFT freezes too, but makes trainable where PEFT casts it."""
+    """Freezes AdaLoRA's divisor ``ranknum``. PEFT freezes ``ranknum``, but a cast by PEFT unfreezes it."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)
@@ -243,12 +246,12 @@ def freeze_ranknum(model: nn.Module) -> None:
 def _load_unrounded(
     model: PeftModel, path: str, adapter_name: str, key_mapping: Optional[dict[str, str]], kwargs: dict[str, Any]
 ) -> None:
-    """Loads AdaLoRA's tensors a second time, unrounded: PEFT makes tensors of pruned ranks in the base's dtype."""
+    """Loads AdaLoRA's tensors a second time, unrounded, because PEFT makes pruned tensors in the base's dtype."""
     config = model.peft_config[adapter_name]
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
     weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
-    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers have no pruned ranks any more
+    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers already have the pruned shapes
     try:
         set_peft_model_state_dict(
             model, weights, adapter_name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False)
@@ -263,10 +266,10 @@ def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list[str], unexpected: list[str]) -> None:
-    """Checks the result of PEFT's ``load_state_dict``: ValueError for a missing tensor, a warning for one too many.
+    """Checks the result of PEFT's ``load_state_dict``: ValueError for a missing tensor, a warning for an extra tensor.
 
-    PEFT's list of missing keys has those of other adapters too, whose names contain this adapter's. Tied embeddings
-    share one tensor of an adapter, which a file has once.
+    PEFT's list of missing keys may also have keys of other adapters, if the names of these adapters contain
+    ``adapter_name``. Tied embeddings share one tensor of an adapter, and the file has this tensor once.
     """
     config, file = model.peft_config[adapter_name], folder / SAFETENSORS_WEIGHTS_NAME
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
@@ -290,7 +293,7 @@ def without_copies(keys: list[str]) -> list[str]:
 
 
 def _adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
-    """Returns the adapter's folder, which for the name of a repository is the folder in the hub's cache."""
+    """Returns the adapter's folder. If ``path`` is the name of a repository, this is a folder of the hub's cache."""
     if Path(path).is_dir():
         return Path(path, kwargs.get("subfolder") or "")
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError

@@ -20,10 +20,10 @@ __all__ = ["dequantize_nf4", "quantize_nf4"]
 _Model = TypeVar("_Model", bound=nn.Module)
 _Item = TypeVar("_Item")
 
-# Names of heads. A head is small, and it is trained or read in full precision.
+# Names of heads, which stay dense by default.
 HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 
-# Names of routers, and names of modules that are routers where experts stand beside them.
+# Names of routers, and names of modules that are routers if the parent module also has a child "experts".
 _ROUTERS, _GATES = ("router", "shared_expert_gate"), ("gate",)
 
 # Attributes of an NF4Linear that an nn.Linear does not have.
@@ -40,36 +40,41 @@ def quantize_nf4(
     skip: Sequence[str] = HEADS,
     progress: bool = True,
 ) -> _Model:
-    """Replaces every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
+    """Replaces the ``nn.Linear`` layers of ``model`` by frozen :class:`peft_ext.nn.NF4Linear` layers, in place.
 
     The experts of a mixture, which transformers keeps as 3-D parameters of one module, become
     :class:`peft_ext.nn.NF4Experts`; each expert is quantized separately and the router stays dense.
 
-    A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. These
-    layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a transformers
-    model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads directly (T5's
-    ``wo``, Mamba's ``dt_proj``; found in the source of the classes); routers; the layers that a PEFT adapter adds, and
-    the base layer under ``target_parameters`` (other base layers are quantized); layers that an adapter replaces
-    (partial fine-tuning, Diff Pruning); and a layer whose weight is tied to a dense one, such as a head's to the
-    embedding's. Layers that share one weight share the quantized one. Forward and backward hooks are kept. Weights and
-    biases are frozen, except biases under an adapter, whose configuration decides.
+    A layer's dense weight is freed before the next layer is quantized, so that the peak memory is the model plus one
+    layer. Layers that share one weight share the quantized weight. Forward and backward hooks are kept. Weights and
+    biases are frozen, except that the bias of a layer under an adapter keeps ``requires_grad``.
+
+    These layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a
+    transformers model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads
+    directly (T5's ``wo``, Mamba's ``dt_proj``; found in the source of the classes); routers; the layers that a PEFT
+    adapter adds, and the base layer under ``target_parameters`` (other base layers are quantized); layers whose weight
+    an adapter replaces (partial fine-tuning, Diff Pruning); and a layer whose weight is tied to a dense weight, such as
+    a head's weight to the embedding's weight.
 
     Args:
-        model: any module, on any real device.
+        model: any module, on any device except meta.
         blocksize, double_quant: see :func:`peft_ext.ops.nf4_quantize`.
         skip: names; a layer stays dense if one of these names is a component of the layer's dotted name. Default: the
             heads of language models and of classifiers.
-        progress: show a progress bar (if tqdm is there), on a terminal only.
+        progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
-    Returns: ``model``. Warns where the model has no layer to replace. :func:`dequantize_nf4` converts back.
+    Returns: ``model``. Warns if ``model`` has neither an nn.Linear nor experts to quantize. :func:`dequantize_nf4`
+    converts the model back.
 
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
-        ValueError: blocksize; a weight on the meta device; a merged adapter; a layer with a replaced ``forward``.
+        ValueError: a wrong blocksize; a weight on the meta device; a merged adapter; a layer with a replaced
+            ``forward``.
         RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
 
-    What is wrong is raised before anything is changed. Where memory ran out, that weight and the ones after it are as
-    they were, those before it are replaced; the model computes, and a second call goes on from there.
+    A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
+    computes, and a second call continues with this weight.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -85,7 +90,7 @@ def quantize_nf4(
             module = NF4Linear.from_linear(linear, blocksize, double_quant)
         else:
             module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
-            module.weight = first.weight  # the parameter itself, so that the layers stay tied in a copy of the model
+            module.weight = first.weight  # one parameter object keeps the layers tied in a copy of the model
         _carry_over(linear, module)
         return module
 
@@ -99,32 +104,37 @@ def quantize_nf4(
 def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progress: bool = True) -> _Model:
     """Replaces every :class:`peft_ext.nn.NF4Linear` of ``model`` by an ``nn.Linear``, in place: ``W = code ∘ absmax``.
 
+    :class:`peft_ext.nn.NF4Experts` become dense experts.
+
     The dense W is the weight that the quantized layer multiplied with, not the weight from before quantizing; the model
-    computes the same results. Call this function before ``merge_adapter`` or ``merge_and_unload`` of an adapter that
-    was trained over NF4: a merge into NF4 rounds W plus adapter to 4 bits again, which moves each weight by as much as
-    quantizing did; a merge into the dense W rounds to W's dtype. ``peft_ext.merge_to_dense`` merges layer by layer,
-    into a file.
+    computes the same results up to rounding.
+
+    Call this function before ``merge_adapter`` or ``merge_and_unload`` of an adapter that was trained over NF4. A merge
+    into NF4 rounds W plus adapter to 4 bits again, which moves the weights about as much as quantizing did; a merge
+    into the dense W rounds to W's dtype. :func:`peft_ext.merge_to_dense` merges into files, usually one layer at a
+    time.
 
     A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
-    layers that shared one weight share the dense one; hooks are kept. The weights stay frozen. The biases get the
+    layers that shared one weight share the dense weight; hooks are kept. The weights stay frozen. The biases get the
     weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
 
     Args:
-        model: any module, on any real device; also a PeftModel, if no adapter is merged into its NF4 weights.
+        model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.
         dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
             the dtype from which each weight was quantized.
-        progress: show a progress bar (if tqdm is there), on a terminal only.
+        progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
-    Returns: ``model``. Warns where the model has no layer to replace.
+    Returns: ``model``. Warns if ``model`` has neither an NF4Linear nor NF4Experts to dequantize.
 
     Raises:
-        TypeError: ``model`` is itself an NF4Linear, or no module; dtype.
+        TypeError: ``model`` is itself an NF4Linear, or no module; ``dtype`` is none of the four dtypes.
         ValueError: a weight on the meta device; an adapter that is merged into an NF4 weight; a layer with a replaced
             ``forward``.
         RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
 
-    What is wrong is raised before anything is changed. Where memory ran out, that weight and the ones after it are as
-    they were, those before it are replaced; the model computes, and a second call goes on from there.
+    A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
+    computes, and a second call continues with this weight.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -139,7 +149,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
         module.weight = nn.Parameter(layer.dequantize(dtype), False) if first is None else first.weight
         if layer.bias is not None:
-            # The parameter itself, which an optimizer or another layer may hold; F.linear takes one dtype alone.
+            # The parameter itself stays, because an optimizer or another layer may hold the parameter. F.linear needs
+            # weight and bias of one dtype.
             module.bias = layer.bias
             module.bias.data = layer.bias.data.to(module.weight.dtype)
         _carry_over(layer, module)
@@ -154,9 +165,9 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
 
 class Place:
-    """The place of a linear layer: an attribute of its parent. Holds no reference to the layer, which can be freed.
+    """The place of a linear layer: an attribute of its parent. A Place does not refer to the layer itself.
 
-    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias stays trainable after replacement.
+    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias keeps ``requires_grad``.
     """
 
     def __init__(self, name: str, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:
@@ -168,12 +179,12 @@ class Place:
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """Returns whether ``module`` is a tuner layer or wrapper of PEFT or of this package. Does not import PEFT."""
+    """Returns whether ``module`` is a tuner layer or wrapper of PEFT or peft_ext, without importing PEFT."""
     return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
 
 
 def _replaces_weights(module: nn.Module) -> bool:
-    """Returns whether an adapter replaces its base layer's weight by its own; such a base layer must stay dense."""
+    """Returns whether an adapter replaces the base layer's weight, so that the base layer must stay dense."""
     names = getattr(module, "names", {}) if hasattr(type(module), "replacements") else {}
     return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
 
@@ -188,7 +199,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
             raise ValueError(f"quantize_nf4: {prefix} has a merged adapter, unmerge it first")
         if _replaces_weights(module):
             return
-        # A layer of PEFT's target_parameters, which adds LoRA's product to the dense weight.
+        # PEFT's layer for target_parameters adds LoRA's product to the dense weight of the base layer.
         if isinstance(getattr(module, "parameter_name", None), str):
             return
         adapted = True
@@ -197,7 +208,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
         if child is None:
             continue
         name = f"{prefix}.{attribute}" if prefix else attribute
-        # accelerate may have replaced the layer's class by a fused one.
+        # accelerate may have replaced the layer's class by a fused class.
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
             yield Place(name, module, attribute, adapted)
         else:
@@ -208,7 +219,7 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
     """Checks and returns the layers to quantize, in groups of places that share one weight."""
     skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
-    layers: dict[int, set[int]] = {}  # by a weight's id: ids of the layers that are quantized with it
+    layers: dict[int, set[int]] = {}  # id of a weight -> ids of the layers that hold the weight
     for place in _walk(model, "", False, set()):
         name, linear = place.name, place.linear
         if name not in past and not any(f".{part}." in f".{name}." for part in skip):
@@ -216,7 +227,7 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
             _check_forward("quantize_nf4", name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
-    # A weight that another module holds too stays dense: that module would keep a dense weight of its own.
+    # A weight that another module holds too stays dense, because the other module would keep the dense weight.
     for module in model.modules():
         for parameter in module._parameters.values():
             if id(parameter) in groups and id(module) not in layers[id(parameter)]:
@@ -232,7 +243,7 @@ def _kept_in_float32(model: nn.Module) -> Iterator[Iterable[str]]:
 
 
 def _gates(model: nn.Module) -> set[str]:
-    """Returns the names of all modules within a gate that stands beside experts."""
+    """Returns the names of gates with a sibling ``experts``, and of all modules within these gates."""
     found = set()
     for name, module in model.named_modules():
         if "experts" not in module._modules:
@@ -313,7 +324,7 @@ def _replace_all(
 
 
 def _choose_dora(layer: nn.Module) -> None:
-    """Sets PEFT's DoRA variant of a fused layer again: the variant over NF4 is another one than over a dense base."""
+    """Sets PEFT's DoRA variant of a fused layer again, because the variants over NF4 and over a dense base differ."""
     if getattr(layer, "lora_variant", None):
         from .integrations.adapter_layers.dora import DORA_DROPOUT, clear_dora, prepare_dora
         from .integrations.adapter_layers.lora import Lora
@@ -328,7 +339,7 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
     """Replaces each linear layer of a group by ``make(linear, first)``.
 
     ``first`` is the new layer that was made first for the group's weight, or None. All new layers are made before the
-    first one is put in its place: if one can't be made, none is replaced.
+    first new layer is put in place: if a layer can't be made, no layer of the group is replaced.
     """
     done: dict[int, nn.Module] = {}
     for place in same:
@@ -344,7 +355,7 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
 
 def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear, hooks))  # the dict itself, so that the hooks' handles still work
+        setattr(module, hooks, getattr(linear, hooks))  # sharing the dict keeps the hooks' handles working
     for name, value in linear.__dict__.items():
         if name not in module.__dict__ and name not in _NF4_ATTRIBUTES:
             setattr(module, name, value)  # attributes that other code stored on the layer

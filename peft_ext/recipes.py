@@ -1,4 +1,4 @@
-"""Functions for the usual steps of parameter-efficient fine-tuning, each a few calls of PEFT and this package.
+"""Functions for the usual steps of parameter-efficient fine-tuning. Each function is a few calls of PEFT and peft_ext.
 
 ::
 
@@ -7,8 +7,8 @@
     merged = load_and_merge_adapter("my/model", "./peft-adapter")
 
 The functions have the names and arguments of a common lesson on PEFT; docs/lesson.md shows the lesson's examples
-beside these. :func:`peft_ext.run.finetune` has more options. Models are read from safetensors only, and code in a
-model's folder is never run.
+beside these functions. :func:`peft_ext.run.finetune` has more options. Models are read from safetensors only, and code
+in a model's folder is never run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "train_with_peft",
 ]
 
-_BLOCK_SIZE = 512  # tokens of a training example, at most
+_BLOCK_SIZE = 512  # largest number of tokens of a training example
 
 
 def apply_lora_to_model(
@@ -90,9 +90,9 @@ def setup_peft_training(
     Args:
         model_name: a folder or a hub name.
         method: one of :data:`peft_ext.methods.METHODS`; "qlora" quantizes the model to NF4.
-        output_dir: ignored, as in the lesson; :func:`train_with_peft` has the argument that counts.
-        prompt_text: for "prompt": the text that initializes the virtual tokens, instead of random numbers.
-        fields: fields of the method's configuration, which replace the defaults of the table: ``r=8``,
+        output_dir: ignored, as in the lesson; :func:`train_with_peft` has the ``output_dir`` that is used.
+        prompt_text: with method "prompt", the text that initializes the virtual tokens, instead of random numbers.
+        fields: fields of the method's configuration, which replace the defaults of METHODS: ``r=8``,
             ``target_modules=["q_proj"]``.
 
     Raises: ValueError where there is no such method; OSError or ValueError where the model can't be read; PEFT's errors
@@ -128,7 +128,8 @@ def train_with_peft(
 
     Callbacks update AdaLoRA's rank budget and begin Diff Pruning's second phase.
 
-    Raises: TypeError where the model has no adapter; peft_ext.run.RunError where rows have none of these columns.
+    Raises: TypeError if ``model`` has no adapter; peft_ext.run.RunError if the rows of ``train_dataset`` have neither
+    ``input_ids`` nor columns for text, for prompt and completion, or for messages.
     """
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -157,7 +158,7 @@ def train_with_peft(
 def load_and_merge_adapter(base_model_name: Union[str, Path], adapter_path: Union[str, Path]) -> nn.Module:
     """Merges a saved adapter into its base and returns the base, a plain transformers model.
 
-    :func:`peft_ext.merge_to_dense` merges from folder to folder with one layer in memory at a time.
+    :func:`peft_ext.merge_to_dense` merges from folder to folder, usually with one layer in memory at a time.
 
     Raises: ValueError where the method can't be merged; the errors of :func:`peft_ext.load_adapter`.
     """

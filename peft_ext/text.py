@@ -9,7 +9,7 @@ _DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 
 
 def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
-    """Returns a size with three digits and its unit: "2.28 GiB"; "–" for None.
+    """Returns a size in bytes as text with a unit, rounded to about three digits: "2.28 GiB"; "–" for None.
 
     ``binary`` gives binary units, for memory; ``binary=False`` gives decimal units, for files: "19.6 MB".
     """

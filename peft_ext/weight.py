@@ -1,4 +1,4 @@
-"""NF4Weight: a frozen [N, K] weight in bitsandbytes' NF4 layout, which is never repacked.
+"""NF4Weight: a frozen weight [N, K] in bitsandbytes' NF4 layout. peft_ext never repacks the weight.
 
 Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
@@ -75,7 +75,8 @@ class NestedAbsmax:
     """State that decodes a double-quantized absmax: ``absmax_i = code[absmax_u8[i]] * absmax[i // 256] + offset``.
 
     ``absmax`` is float32 ``[ceil(blocks/256)]``. ``code`` is float32 ``[256]``, ascending. ``offset`` is float32, 0-d:
-    the mean that was subtracted from the scales before they were quantized.
+    the mean that was subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds
+    the values of all E experts, one expert after the other, and ``offset`` is ``[E]``.
     """
 
     absmax: Tensor
@@ -118,7 +119,7 @@ class NF4Weight:
             raise ValueError(f"NF4Weight: blocksize is {self.blocksize!r}, wanted one of {BLOCKSIZES}")
         if self.dtype not in FLOATS:
             raise TypeError(f"NF4Weight: dtype is {self.dtype!r}, wanted one of {', '.join(map(str, FLOATS))}")
-        n = math.prod(shape)  # a Python integer: torch.Size.numel() overflows 64 bits
+        n = math.prod(shape)  # not torch.Size.numel(), which overflows 64 bits
         if n < 0 or (n and min(shape, default=1) < 0):
             raise ValueError(f"NF4Weight: shape is {tuple(shape)}, wanted sizes of 0 or more")
         if self.stacked and len(shape) != 3:

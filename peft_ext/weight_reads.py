@@ -38,7 +38,10 @@ def weights_read_past(model: nn.Module) -> set[str]:
 
 @functools.cache
 def _reads(kind: type) -> frozenset[str]:
-    """Returns the dotted paths of submodules whose ``weight`` a method of the class reads."""
+    """Returns the dotted paths of submodules whose ``weight`` a method of the class reads.
+
+    A read of ``weight.device`` does not count, nor a read of ``weight.dtype`` in a method that names ``_KNOWS_BYTES``.
+    """
     found: set[str] = set()
     for owner in kind.__mro__:
         if owner is nn.Module:
@@ -55,9 +58,9 @@ def _reads(kind: type) -> frozenset[str]:
 def _methods(owner: type) -> list[ast.AST]:
     try:
         file = inspect.getsourcefile(owner)
-    except TypeError:  # a class of a compiled module, or without a module
+    except TypeError:  # the class is from a compiled module, or has no module
         file = None
-    # Nothing is known of a class without a source.
+    # A class without a source file has no known reads.
     body = [] if file is None else _classes(file).get(owner.__name__, [])
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in body if isinstance(node, kinds) and node.name not in _SET_UP]
@@ -65,7 +68,7 @@ def _methods(owner: type) -> list[ast.AST]:
 
 @functools.cache
 def _classes(file: str) -> dict[str, list[ast.stmt]]:
-    """Returns the bodies of a source file's classes, by name; classes of one name are taken together."""
+    """Returns the bodies of a source file's classes, by class name. Bodies of classes of one name are joined."""
     found: dict[str, list[ast.stmt]] = defaultdict(list)
     with contextlib.suppress(SyntaxError):
         for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):

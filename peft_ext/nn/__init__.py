@@ -1,4 +1,7 @@
-"""Modules that hold the state of an adapted or quantized layer; the operators that compute are in ``peft_ext.ops``."""
+"""PyTorch modules for adapted layers, NF4 weights, bottleneck adapters and trained virtual tokens.
+
+The adapted and the quantized layers compute with the operators of ``peft_ext.ops``.
+"""
 
 from .adalora import AdaLoRALinear
 from .bottleneck import BottleneckAdapter

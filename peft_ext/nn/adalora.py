@@ -22,10 +22,10 @@ class AdaLoRALinear(LowRankLinear):
         lora_dropout: probability that an element of x is dropped on the low-rank path, in training.
         adapter_dtype: dtype of the adapter's parameters; default float32 for every dtype of the base.
 
-    ``lora_A [r, in_features]`` and ``lora_B [out_features, r]`` start normal (std 0.02) and ``lora_E [r, 1]`` starts
-    at zero, so the new layer computes the same output as its base. The buffer ``ranknum [1]`` holds r until a rank
-    allocator changes it. A rank that the allocator removes has ``lora_E`` 0. Raises ValueError for r < 1 or for
-    lora_dropout outside [0, 1).
+    ``lora_A [r, in_features]`` and ``lora_B [out_features, r]`` start as normal random numbers (std 0.02), and
+    ``lora_E [r, 1]`` starts at zero, so the new layer computes the same output as its base. The buffer ``ranknum [1]``
+    holds r until a rank allocator changes ``ranknum``. A rank that the allocator removes has ``lora_E`` 0. Raises
+    ValueError for r < 1 or for lora_dropout outside [0, 1).
 
     Source: AdaLoRA (arXiv 2303.10512).
     """
@@ -72,7 +72,7 @@ class AdaLoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
+        """Resets the parameters of the adapter, not of the base, so that the layer computes the base's output."""
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         nn.init.zeros_(self.lora_E)

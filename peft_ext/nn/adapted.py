@@ -1,4 +1,4 @@
-"""Base classes of the adapted layers: the frozen base layer, exact merge and unmerge, and the low-rank factors."""
+"""Base classes of the adapted layers, which hold a frozen base layer, and merge and unmerge the adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AdaptedLinear(nn.Module):
 
     @classmethod
     def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-        """Returns an adapted layer whose base is ``linear`` itself. ``args`` and ``kwargs`` are those of ``_setup``."""
+        """Returns an adapted layer whose base is ``linear`` itself. ``_setup`` receives ``args`` and ``kwargs``."""
         if not isinstance(linear, nn.Linear):
             came = type(linear).__name__
             raise TypeError(f"{cls.__name__}: linear is {came}, wanted an nn.Linear or an NF4Linear")
@@ -171,7 +171,7 @@ class LowRankLinear(AdaptedLinear):
         raise NotImplementedError
 
     def _scaled_A(self) -> Tensor:
-        """Returns ``lora_A``. A method that scales ranks returns ``lora_A`` with its rows scaled."""
+        """Returns ``lora_A``. The class of a method that scales ranks returns ``lora_A`` with scaled rows."""
         return self.lora_A
 
     def _row_scale(self) -> Optional[Tensor]:

@@ -21,18 +21,17 @@ class BottleneckAdapter(nn.Module):
 
     Args:
         features: number of features of x and of Y.
-        bottleneck: M, the number of rows of D; default ``features // reduction_factor``.
+        bottleneck: M, the number of rows of D; default ``max(1, features // reduction_factor)``.
         activation: "gelu", "gelu_tanh", "relu" or "silu".
         scale: s, a constant. bias: whether the biases b_d and b_v exist.
         init: "normal": weights N(0, 1e-3²) and zero biases, close to the identity; "bert": weights N(0, 0.02²) and
             zero biases; "mam": D Kaiming-uniform (a = √5), V and both biases zero, exactly the identity.
         dtype: dtype of the parameters; default float32 for every dtype of x.
 
-    The caller decides where the adapter runs:
-    after attention and after the feed-forward (Houlsby): ``adapter(sublayer_output)``;
-    after the residual sum that follows the feed-forward (Pfeiffer): ``adapter(sum)``, or
-    ``norm(adapter(norm(sum), sum))`` if a LayerNorm follows the sum;
-    parallel to a sublayer: ``adapter(sublayer_input, sublayer_output)``.
+    The caller decides where the adapter runs. ``adapter(sublayer_output)`` is an adapter after attention or after the
+    feed-forward (Houlsby). ``adapter(sum)`` is an adapter after the residual sum that follows the feed-forward
+    (Pfeiffer); if a LayerNorm follows the sum, call ``norm(adapter(norm(sum), sum))``.
+    ``adapter(sublayer_input, sublayer_output)`` is an adapter parallel to a sublayer.
 
     Raises: ValueError for a bottleneck below 1, an unknown activation or an unknown init.
 
@@ -74,7 +73,7 @@ class BottleneckAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initializes the adapter's parameters again, in the way that ``init`` names."""
+        """Initializes the adapter's parameters again, by the initialization that ``init`` names."""
         if self.init == "mam":
             nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
             nn.init.zeros_(self.up.weight)

@@ -20,8 +20,8 @@ class DoRALinear(LoRALinear):
     :func:`peft_ext.ops.dora_linear`.
 
     Args:
-        in_features, out_features, r, lora_alpha, lora_dropout, bias, use_rslora, device, dtype, adapter_dtype: as
-            as in :class:`LoRALinear`.
+        in_features, out_features, r, lora_alpha, lora_dropout, bias, use_rslora, device, dtype, adapter_dtype: the
+            arguments of :class:`LoRALinear`.
         dropout_mode: "lora": dropout acts on the low-rank path only; "peft": dropout also acts on the base product, as
             in PEFT.
         norm_grad: whether the gradient flows through the norm. The paper and PEFT treat the norm as a constant.
@@ -88,12 +88,15 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
+        """Resets the parameters of the adapter, not of the base, so that the layer computes the base's output."""
         super().reset_parameters()
         self.lora_magnitude_vector.copy_(self.weight_norm())
 
     def weight_norm(self) -> Tensor:
-        """Returns ``‖W + s·B A‖`` of each row, float32 [out_features]; see :func:`peft_ext.ops.dora_weight_norm`."""
+        """Returns ``‖W + s·B A‖`` of each row, ``[out_features]``; see :func:`peft_ext.ops.dora_weight_norm`.
+
+        The dtype is float32, or float64 for a float64 base weight.
+        """
         return ops.dora_weight_norm(self._weight(), self.lora_A, self.lora_B, self.scaling)
 
     def adapted(self, x: Tensor) -> Tensor:

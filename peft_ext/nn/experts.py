@@ -1,8 +1,8 @@
 """NF4 weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
 
 In transformers the experts of one mixture are one module with two 3-dimensional parameters. :class:`NF4Experts` is a
-mixin for the class of that module. :func:`nf4_experts` replaces the class and the parameters; :func:`dense_experts`
-restores both.
+mixin for the class of that module. :func:`nf4_experts` replaces the class and quantizes the parameters;
+:func:`dense_experts` restores the class and dequantizes the parameters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-# PEFT takes these names for the names of experts' or routers' layers, also in modules outside of the experts.
+# For some mixtures PEFT replaces these names in target_modules by parameters of the experts and of the router, although
+# layers outside of the experts may have the same names.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
@@ -60,9 +61,10 @@ def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
     """Returns the fields that the PEFT configuration of ``method`` needs for a model with experts, else {}.
 
     ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
-    adapt the experts. Each low-rank method also adapts the linear layers whose names are not names of experts' layers.
-    The router is not adapted, although PEFT's "all-linear" would adapt the router in some models. For LoRA and DoRA
-    the fields set lora_dropout to 0, because PEFT has no dropout for adapted parameters.
+    adapt the experts. Each low-rank method also adapts the linear layers except ``lm_head`` and the layers with a name
+    of ``_NAMES_OF_EXPERTS``. A router with the name ``gate`` is therefore not adapted, although PEFT's "all-linear"
+    would adapt this router in some models. For LoRA and DoRA the fields set lora_dropout to 0, because PEFT has no
+    dropout for adapted parameters.
     """
     held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
     if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):
@@ -94,7 +96,10 @@ def is_stored_transposed(experts: Any) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """Gathers rows of x [T, K], sorted by expert; each token appears once per chosen expert. dX sums these copies."""
+    """Gathers the rows of x [T, K] in the order of the experts, one row for each pair of a token and a chosen expert.
+
+    The backward sums the gradients of all rows of a token.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -125,8 +130,8 @@ class _Order(torch.autograd.Function):
 def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
     """Returns whether ``x`` and ``given`` are valid arguments of the forward of ``experts``.
 
-    The arguments are x ``[T, H]``, the experts ``[T, k]`` of each token and their weights ``[T, k]``. For Llama 4's
-    experts x is the only argument.
+    The arguments are x ``[T, H]``, the experts ``[T, k]`` of each token and the routing weights ``[T, k]``. For
+    Llama 4's experts x is the only argument.
     """
     if x.dim() != 2:
         return False
@@ -143,8 +148,8 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
     The tokens are sorted by expert. ``run(rows, offsets)`` computes the experts' outputs, which are multiplied by the
-    routing weights, put back in the order of the tokens, and summed over the experts of each token. An expert index
-    of ``num_experts`` or more, which expert parallelism uses, stands for no expert.
+    routing weights, put back in the order of the tokens, and summed over the experts of each token. The expert index
+    ``num_experts``, which expert parallelism uses, stands for no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -166,7 +171,7 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
 
 
 def gate(experts: Any, rows: Tensor) -> Tensor:
-    """Returns the activation between the two linear layers of the experts, computed by the module's own functions."""
+    """Returns the activation between the two linear layers of the experts, computed by functions of ``experts``."""
     if not getattr(experts, "has_gate", True):
         return experts.act_fn(rows)
     if hasattr(experts, "_apply_gate"):
@@ -182,7 +187,7 @@ _COMPUTING: ContextVar[tuple[Any, Optional[_Run]]] = ContextVar("_COMPUTING", de
 def computing(experts: NF4Experts, run: _Run) -> Iterator[None]:
     """Replaces, within the context, the computation of ``experts.forward`` by ``run(rows, offsets)``.
 
-    The wrappers around ``experts`` still run their forwards, so that hooks of the wrappers and of the experts are
+    The forwards of PEFT's wrappers around ``experts`` still run, so that hooks of the wrappers and of the experts are
     called.
     """
     token = _COMPUTING.set((experts, run))
@@ -198,7 +203,7 @@ def _computation(experts: Any) -> Optional[_Run]:
 
 
 def is_computing(experts: nn.Module) -> bool:
-    """Returns whether the code runs within :func:`computing` of these experts."""
+    """Returns whether the code runs within :func:`computing` of these experts; under torch.compile, always False."""
     return _computation(experts) is not None
 
 
@@ -212,13 +217,13 @@ class NF4Experts:
     ``<name>_absmax``. Double quantization adds the buffers ``<name>_nested_absmax``, ``<name>_nested_code`` and
     ``<name>_nested_offset``. Each expert has the layout that bitsandbytes uses for one weight, see
     :meth:`peft_ext.NF4Weight.stack`. A cast of the module to another float dtype does not change codes and scales.
-    PEFT's ``target_parameters`` adapts the parameters; :func:`peft_ext.accelerate` runs the adapters.
+    PEFT's ``target_parameters`` adds adapters to the parameters. :func:`peft_ext.accelerate` fuses these adapters.
     """
 
     stock_class: type
     blocksize: int
     quant_dtype: torch.dtype
-    nf4_shapes: dict[str, torch.Size]  # parameter name -> (E, N, K)
+    nf4_shapes: dict[str, torch.Size]  # parameter name -> dense shape (E, N, K)
 
     def nf4(self, name: str) -> NF4Weight:
         """Returns the parameter ``name`` as an NF4 weight ``(E, N, K)`` that shares the parameter's memory."""
@@ -240,7 +245,7 @@ class NF4Experts:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name in self.__dict__.get("nf4_shapes", ()):
-            # If a parameter has ds_shape, PEFT reads the shape from there: set the shape of the dense parameter.
+            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. PEFT needs the dense shape.
             experts, n, k = self.nf4_shapes[name]
             value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
         return value
@@ -280,7 +285,7 @@ class NF4Experts:
 
     def set_extra_state(self, state: Any) -> None:
         came, own = (json.loads(bytes(value.tolist())) for value in (state, self.get_extra_state()))
-        dtype = getattr(torch, str(came.get("dtype")), None)  # the dense weights' dtype, as saved
+        dtype = getattr(torch, str(came.get("dtype")), None)  # dtype of the dense weights, from the state
         if {**came, "dtype": ""} != {**own, "dtype": ""} or not isinstance(dtype, torch.dtype):
             raise ValueError(f"{self.stock_class.__name__}: the state has the format {came}, wanted {own}")
         self.quant_dtype = dtype
@@ -305,7 +310,7 @@ def _class(stock: type) -> type:
 def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) -> None:
     """Quantizes the experts of a mixture in place, one expert at a time.
 
-    The peak memory is that of the dense module and of its NF4 weights.
+    The peak memory is about that of the dense module and of the module's NF4 weights.
     """
     checks.check_blocksize("quantize_nf4", blocksize)
     found = {}
@@ -317,7 +322,7 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
 
 
 def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
-    """Turns dense experts into :class:`NF4Experts` with these weights ``(E, N, K)``, keyed by parameter name."""
+    """Turns dense experts into :class:`NF4Experts`. ``weights``: parameter name -> NF4 weight ``(E, N, K)``."""
     first = next(iter(weights.values()))
     experts.__class__ = _class(type(experts))
     experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype

@@ -60,7 +60,7 @@ class IA3Linear(AdaptedLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
+        """Resets the parameters of the adapter, not of the base, so that the layer computes the base's output."""
         nn.init.ones_(self.ia3_l)
 
     def adapted(self, x: Tensor) -> Tensor:

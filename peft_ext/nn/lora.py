@@ -71,7 +71,7 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
+        """Resets the parameters of the adapter, not of the base, so that the layer computes the base's output."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 

@@ -25,7 +25,7 @@ class NF4Linear(nn.Linear):
     """``Y = X Wᵀ + b`` with W frozen in NF4; see :func:`peft_ext.ops.nf4_linear`.
 
     The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The ``state_dict`` has the keys
-    and bits of bitsandbytes: ``weight`` (packed codes), ``weight.absmax``, ``weight.quant_map``,
+    and the layout of bitsandbytes: ``weight`` (packed codes), ``weight.absmax``, ``weight.quant_map``,
     ``weight.quant_state.bitsandbytes__nf4`` and, with double quantization, ``weight.nested_absmax`` and
     ``weight.nested_quant_map``. A cast of the module to another float dtype casts the bias only; codes and scales do
     not change.
@@ -34,8 +34,8 @@ class NF4Linear(nn.Linear):
     gathered as bytes. The scales are buffers; every process holds all scales.
 
     Args:
-        in_features, out_features, bias, device: as in ``nn.Linear``.
-        dtype: the value of ``nf4.dtype``, and the default dtype of :meth:`dequantize`.
+        in_features, out_features, bias, device: the arguments of ``nn.Linear``.
+        dtype: dtype of the bias, value of ``nf4.dtype``, and default dtype of :meth:`dequantize`.
         blocksize: see :func:`peft_ext.ops.nf4_quantize`. double_quant: whether the scales are quantized too.
 
     ``merge_error`` is ``‖Q − W'‖ / ‖W'‖`` while an adapter is merged: W' is the merged weight in float32, and Q is W'
@@ -153,7 +153,7 @@ class NF4Linear(nn.Linear):
         return ops.nf4_linear(x, self.nf4, bias)
 
     def reset_parameters(self) -> None:
-        """Does nothing: the weight comes from a trained layer, and only nn.Linear's constructor calls this method."""
+        """Does nothing, because the weight comes from a trained layer. nn.Linear's constructor calls this method."""
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}"
@@ -174,7 +174,8 @@ class NF4Linear(nn.Linear):
     def _fqn_modifiers(self) -> dict[str, str]:
         """Makes torch.distributed.checkpoint.state_dict look up the key "weight" in ``_STATE_KEYS``.
 
-        That module follows the dots of a key as attributes, and a parameter has no attribute ``absmax``.
+        torch.distributed.checkpoint follows the dots of a key as attributes, and a parameter has no attribute
+        ``absmax``.
         """
         return {"weight": "_STATE_KEYS"}
 
@@ -216,7 +217,7 @@ class NF4Linear(nn.Linear):
                 self._hold_state(found, assign)
             except (ValueError, TypeError) as error:
                 errors.append(f"NF4Linear {prefix.rstrip('.')!r}: {error}")
-        elif "weight" in found:  # without "weight" only the missing keys are reported, if strict
+        elif "weight" in found:  # a strict load has reported a missing "weight"
             errors.append(f"NF4Linear {prefix.rstrip('.')!r}: weight comes without weight.absmax or {QUANT_STATE}, "
                           "wanted a state in 4 bits (quantize_nf4 after the dense state is loaded)")  # fmt: skip
         if self.bias is not None:
@@ -236,11 +237,12 @@ class NF4Linear(nn.Linear):
     def _hold_state(self, found: dict[str, Tensor], assign: bool) -> None:
         """Copies the tensors of a state dict into this module, on this module's device.
 
-        With ``assign`` the module holds the given tensors without a copy. All tensors are checked before any is copied.
+        With ``assign`` a module that is not sharded holds the given tensors without a copy. All tensors are checked
+        before the first tensor is copied.
         """
-        read_quant_state(found)  # checks that all entries are tensors, before one is reshaped
+        read_quant_state(found)  # checks that all entries are tensors, before the weight is reshaped
         packed, weight = found["weight"].detach(), self.weight
-        if packed.dtype is not torch.uint8 and not is_dtensor(packed):  # bitsandbytes' quant_storage
+        if packed.dtype is not torch.uint8 and not is_dtensor(packed):  # bitsandbytes' quant_storage is another dtype
             packed = packed.contiguous().view(torch.uint8)
         if is_dtensor(packed) and not is_dtensor(weight):
             raise ValueError("weight is a DTensor, wanted a plain tensor (fully_shard the module first)")
@@ -263,13 +265,15 @@ class NF4Linear(nn.Linear):
         if not is_dtensor(packed):
             from torch.distributed.tensor import distribute_tensor
 
-            # Every process holds all codes, so that no process has to send its part.
+            # Each process loaded all codes, so that no process has to send codes to another process.
             packed = distribute_tensor(packed, weight.device_mesh, weight.placements, src_data_rank=None)
         weight.copy_(packed)  # in place, because fully_shard refers to this parameter object
         self._set_scales(nf4)
 
     def _copied(self, nf4: NF4Weight) -> bool:
-        """Copies ``nf4`` into the existing tensors, which other modules may share. Returns False if sizes differ."""
+        """Copies ``nf4`` into the existing tensors, which other modules may share. Returns False if the sizes differ,
+        if a tensor of ``nf4`` is on the meta device, or if an inference tensor comes outside of inference mode.
+        """
         own, came = self.nf4.tensors(), nf4.tensors()
         if nf4.shape != self.nf4.shape or nf4.blocksize != self.blocksize or own.keys() != came.keys():
             return False

@@ -98,11 +98,11 @@ class PrefixEncoder(VirtualTokens):
     ) -> PrefixEncoder:
         """Returns a prefix whose num_layers, num_kv_heads and head_dim come from a Transformers configuration.
 
-        The other arguments are those of the class. The sizes are the decoder's in an encoder-decoder model, and the
-        text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
-        each layer reads the part that fits. A layer with more key heads than num_kv_heads gets no prefix, with a
-        warning. Raises ValueError if the configuration lacks a size, or if keys and values have different widths
-        (multi-head latent attention).
+        The other arguments are arguments of PrefixEncoder. The sizes are the decoder's in an encoder-decoder model, and
+        the text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
+        a layer with a smaller head_dim reads the first numbers of each head. A layer with more key heads than
+        num_kv_heads gets no prefix, with a warning. Raises ValueError if the configuration lacks a size, or if keys and
+        values have different widths (multi-head latent attention).
         """
         layers = _layers(model_config)
         sizes = _widest(layers)
@@ -160,8 +160,8 @@ class PrefixEncoder(VirtualTokens):
         """Returns the keys ``[:, 0]`` and values ``[:, 1]`` of each layer, repeated for each sequence of the batch.
 
         The result has shape ``[num_layers, 2, batch_size, num_kv_heads, num_virtual_tokens, head_dim]`` and dtype
-        ``dtype``, default the parameters' dtype. The MLP runs once for every batch size. The result is a view of
-        :meth:`flattened` unless ``dtype`` needs a cast.
+        ``dtype``, default the parameters' dtype. One call runs the MLP once, for any batch size. The result is a view
+        of :meth:`flattened` unless ``dtype`` needs a cast.
         """
         shape = (self.num_virtual_tokens, self.num_layers, 2, self.num_kv_heads, self.head_dim)
         return self._for_each(self.flattened().view(shape).permute(1, 2, 3, 0, 4), 2, batch_size, dtype)
@@ -174,21 +174,21 @@ class PrefixEncoder(VirtualTokens):
         dtype: Optional[torch.dtype] = None,
         peft_order: bool = True,
     ) -> Any:
-        """Returns a cache that holds the prefix, to which a Transformers model appends. Make a new cache each forward.
+        """Returns a cache that holds the prefix. A model appends to the cache: make a new cache for each forward.
 
         Args:
-            config: the model's configuration. With config a sliding-window layer drops positions outside of its
+            config: the model's configuration. With config a sliding-window layer drops positions outside of the
                 window, a layer that stores no keys gets no prefix, and an encoder-decoder model gets an
                 EncoderDecoderCache with the prefix in the decoder's self-attention. Without config the cache is a
                 plain DynamicCache.
             dtype: dtype that the model computes in; default config's dtype, or else the parameters' dtype. Give
                 ``model.dtype`` for a model that was cast after it was made.
             peft_order: in an encoder-decoder model, whether layer i gets the prefix ``2i mod num_layers``, as in PEFT,
-                so that PEFT's files mean the same here. With an even number of layers PEFT's order uses half of the
-                prefixes twice and the other half never. False gives layer i the prefix i.
+                so that an adapter from PEFT gives the same results. With an even number of layers PEFT's order uses
+                half of the prefixes twice and the other half never. False gives layer i the prefix i.
 
-        Activation checkpointing turns the cache off, and so the prefix is not used. Raises ValueError if config's
-        layers, key heads or head_dim differ from those of this prefix.
+        Activation checkpointing turns the cache off, and so the prefix is not used. Raises ValueError if the number of
+        layers, key heads or head_dim of config differ from the sizes of this prefix.
         """
         with required("transformers", "PrefixEncoder.cache"):
             from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
@@ -255,7 +255,7 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _read(config: Any, *names: str) -> int:
-    """Returns the first attribute among ``names`` that config has. GPT-2's n_layer is also found by its common name."""
+    """Returns the first attribute among ``names`` that config has. GPT-2's n_layer also has the common name."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value

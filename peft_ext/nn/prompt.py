@@ -53,7 +53,7 @@ class VirtualTokens(nn.Module):
         return nn.functional.pad(value, (self.num_virtual_tokens, 0), value=fill)
 
     def extend_mask(self, attention_mask: Tensor) -> Tensor:
-        """Returns the mask ``[B, T]`` with ones before it: ``[B, num_virtual_tokens + T]``, in the mask's dtype."""
+        """Returns a mask ``[B, num_virtual_tokens + T]``: ones before ``attention_mask [B, T]``, in the same dtype."""
         return self._extend("attention_mask", attention_mask, 1)
 
     @torch.no_grad()
@@ -80,16 +80,16 @@ class PromptEmbedding(VirtualTokens):
 
         model(**prompt.prepend(model.get_input_embeddings()(input_ids), attention_mask, labels))
 
-    and drop the first ``num_virtual_tokens`` positions of the model's output. Nothing is saved for backward.
+    and drop the first ``num_virtual_tokens`` positions of the model's output. No tensor is saved for backward.
 
     Args:
         num_virtual_tokens: number of rows of P. token_dim: width of the model's token embeddings.
         device, dtype: device and dtype of the parameter; default dtype float32 for every dtype of the model.
 
-    ``embedding.weight`` starts normal, as in ``nn.Embedding`` and by default in PEFT. :meth:`from_vocab` and
-    :meth:`from_text` start from the model's own embeddings. The state dict has the key and row layout of
-    ``peft.tuners.PromptEmbedding``. Raises ValueError for a size below 1, TypeError for a dtype that is not a float
-    dtype.
+    ``embedding.weight`` starts with normal random numbers, as in ``nn.Embedding`` and by default in PEFT.
+    :meth:`from_vocab` and :meth:`from_text` start from the model's own embeddings. The state dict has the key and row
+    layout of ``peft.tuners.PromptEmbedding``. Raises ValueError for a size below 1, TypeError for a dtype that is not a
+    float dtype.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class PromptEmbedding(VirtualTokens):
         Tokens are drawn uniformly from the vocabulary, with repetition. ``generator`` draws the tokens on its device;
         by default the CPU's default generator draws the tokens. ``embedding`` is ``model.get_input_embeddings()``. The
         rows come from a call of ``embedding``, so that an embedding that scales its rows gives the model's actual
-        inputs. ``embedding`` is not kept.
+        inputs. The prompt does not keep ``embedding``.
         """
         cls._check_count("num_virtual_tokens", num_virtual_tokens)
         device = "cpu" if generator is None else generator.device
@@ -135,7 +135,7 @@ class PromptEmbedding(VirtualTokens):
         """Returns a prompt that starts as the embeddings of ``text``'s tokens, as PEFT's TEXT does.
 
         The tokens are cut off or repeated to ``num_virtual_tokens``. ``tokenizer(text)["input_ids"]`` gives the tokens,
-        special tokens included, as with a Transformers tokenizer. ``embedding`` as in :meth:`from_vocab`. Raises
+        special tokens included, as with a Transformers tokenizer. :meth:`from_vocab` explains ``embedding``. Raises
         ValueError for a text without tokens, or with a token for which ``embedding`` has no row.
         """
         cls._check_count("num_virtual_tokens", num_virtual_tokens)
@@ -181,7 +181,7 @@ class PromptEmbedding(VirtualTokens):
         return torch.cat((self.prompt(inputs_embeds.shape[0], inputs_embeds.dtype), inputs_embeds), dim=1)
 
     def extend_labels(self, labels: Tensor) -> Tensor:
-        """Returns labels ``[B, T]`` with -100, which the loss ignores, before them: ``[B, num_virtual_tokens + T]``."""
+        """Returns labels ``[B, num_virtual_tokens + T]``: -100, which the loss ignores, before ``labels [B, T]``."""
         return self._extend_labels(labels)
 
     def _extend_labels(self, labels: Tensor, shape: Optional[tuple[int, int]] = None) -> Tensor:
@@ -199,8 +199,8 @@ class PromptEmbedding(VirtualTokens):
         """Returns the keyword arguments for a model: every given argument extended by the prompt, under its own name.
 
         ``attention_mask``, ``labels`` and ``token_type_ids`` are ``[B, T]``; the prompt's token type is 0. An argument
-        that is None is left out. A model without ``attention_mask`` attends to all positions, the prompt included. Do
-        not pass labels that are not one per token.
+        that is None is left out. A model without ``attention_mask`` attends to all positions, the prompt included. Pass
+        ``labels`` only if there is one label for each token.
         """
         extended = {"inputs_embeds": self(inputs_embeds)}
         shape = tuple(inputs_embeds.shape[:2])

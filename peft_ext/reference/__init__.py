@@ -1,6 +1,7 @@
-"""The package's operations in plain PyTorch, for any float dtype: fallback, oracle and baseline.
+"""The reference implementation of each operator of ``peft_ext.ops``, in plain PyTorch.
 
-In float64 these functions are the oracle that every kernel is tested against. No function here calls ``peft_ext.ops``.
+The operators run the reference where there is no kernel. The tests compare the kernels with the reference in float64.
+The reference does not import ``peft_ext.ops``.
 """
 
 from .activations import activation, activation_backward, gated_activation, gated_activation_backward

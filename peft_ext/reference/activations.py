@@ -68,7 +68,10 @@ def gated_activation_forward(gate: Tensor, up: Optional[Tensor], activation: str
 def gated_activation_backward(
     grad: Tensor, gate: Tensor, up: Optional[Tensor], activation: str
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Returns the gradients of gate and up: ``dY ∘ up ∘ act'(gate)`` and ``dY ∘ act(gate)``."""
+    """Returns the gradients of gate and up: ``dY ∘ up ∘ act'(gate)`` and ``dY ∘ act(gate)``.
+
+    With up None, the first result holds both gradients side by side, and the second result is None.
+    """
     wide = sum_dtype(gate.dtype)
     first, second = (value.to(wide) for value in _halves(gate, up))
     grad = grad.to(wide)

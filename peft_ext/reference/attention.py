@@ -1,7 +1,7 @@
 """Scaled dot-product attention, in plain PyTorch.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
-    lse = ln Σ exp(S)      D = 1 / (1 - p) for the keys that dropout keeps, 0 for the others; D = 1 without dropout
+    lse = ln Σ exp(S)      D = 1 / (1 - p) for the keys that dropout keeps, 0 for dropped keys; D = 1 without dropout
 
 Sources: Attention Is All You Need (arXiv 1706.03762); for the backward from lse, FlashAttention-2 (arXiv 2307.08691).
 """
@@ -19,7 +19,7 @@ __all__ = ["scaled_dot_product_attention", "scaled_dot_product_attention_backwar
 
 
 def seen(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool) -> Tensor:
-    """Returns a bool tensor ``[B or 1, H or 1, T, S]``: whether a query may attend to a key."""
+    """Returns a bool tensor ``[B or 1, H or 1, T, S]``: True where a query may attend to a key."""
     queries, keys = q.shape[2], k.shape[2]
     found = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
     if is_causal:

@@ -1,4 +1,4 @@
-"""Functions that the references of several adapted linear layers use."""
+"""Functions that several modules of ``peft_ext.reference`` use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALLEST_SCALE = 2.0**-6
 
 
 def dense(weight: Union[Tensor, NF4Weight], dtype: torch.dtype) -> Tensor:
-    """Returns the dense weight for a product in ``dtype``. An NF4 weight is rounded once to ``dtype``."""
+    """Returns a dense weight unchanged, and an NF4 weight dequantized and rounded once to ``dtype``."""
     return nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
@@ -41,7 +41,7 @@ def dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
 def dropout_seed(
     seed: Optional[Tensor], dropout_p: float, training: bool, device: torch.device | str
 ) -> Optional[Tensor]:
-    """Returns the dropout's seed, or None if no dropout is active. A missing seed is drawn by PyTorch's generator."""
+    """Returns the dropout's seed, or None if no dropout is active. PyTorch's generator draws a missing seed."""
     if not training or dropout_p == 0.0:
         return None
     if seed is None:

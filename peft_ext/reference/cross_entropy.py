@@ -22,7 +22,7 @@ __all__ = ["cross_entropy_rows", "linear_cross_entropy"]
 
 
 def capped(logits: Tensor, scale: float, softcap: float) -> Tensor:
-    """Returns ``c tanh(a x / c)``, or ``a x`` if the cap c is 0, in float32 or wider."""
+    """Returns ``c tanh(a x / c)`` for the logits x, or ``a x`` if the cap c is 0, in float32 or float64."""
     z = logits.to(sum_dtype(logits.dtype)) * scale
     return softcap * torch.tanh(z / softcap) if softcap else z
 
@@ -39,7 +39,7 @@ def cross_entropy_rows(
 ) -> Tensor:
     """Returns the loss of each row, ``[T]``.
 
-    With ``needs_grad`` the function overwrites ``logits`` with their gradient, ``row_weight ∘ d loss / d logits``.
+    With ``needs_grad`` the function overwrites ``logits`` with the gradient ``row_weight ∘ d loss / d logits``.
     """
     wide = logits.detach().clone() if needs_grad else logits
     with torch.enable_grad():

@@ -2,7 +2,8 @@
 
     g = magnitude / ‖W + s·B A‖  per row           Z = x Wᵀ + s·S Bᵀ,  S = x̃ Aᵀ           Y = g∘Z + b
 
-The norm never forms ``W + s·B A``: ``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with ``U = W Aᵀ``.
+The functions below compute the norm without the sum ``W + s·B A``: ``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with
+``U = W Aᵀ``.
 
 Source: DoRA (arXiv 2402.09353). Section 4.3 of the paper treats the norm as a constant in the backward.
 """
@@ -29,7 +30,7 @@ __all__ = [
 
 
 def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """Returns ``g = magnitude / norm`` in the norm's dtype. If a norm is 0, its g is 0 and the gradients are finite."""
+    """Returns ``g = magnitude / norm`` in the norm's dtype. Where a norm is 0, g is 0 and gradients are finite."""
     return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, float("inf"))
 
 
@@ -61,7 +62,7 @@ def dora_weight_norm_backward(
     scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of lora_A and lora_B, with ``c = grad / n`` per row, and c = 0 where n = 0:
+    """Returns the gradients of lora_A and lora_B. With ``c = grad / n`` for each row, and c = 0 where n = 0:
 
     ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
     """
@@ -141,7 +142,7 @@ def dora_linear_backward(
 
     With ``G = g∘dY`` and ``P = s G B``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = s Gᵀ S``,
     ``dg = Σ_t dY∘Z``. With ``drop_base``: ``dX = dY W + mask/(1-p) ∘ ((G - dY) W + P A)``. If ``z_is_scaled``, the
-    argument z is Y, and ``Z = Y / g``.
+    argument z is Y, and ``Z = Y / g``; where g is small, Z is computed again from x and S.
     """
     wide = sum_dtype(x.dtype)
     w, g = dense(weight, x.dtype).to(wide), out_scale.to(wide)

@@ -17,5 +17,5 @@ __all__ = ["dropout"]
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Optional[Tensor]) -> Tensor:
-    """Returns the result of :func:`peft_ext.ops.dropout` in x's dtype. Without a seed the result is x."""
+    """Returns the result of :func:`peft_ext.ops.dropout` in x's dtype. Without a seed the result equals x."""
     return dropped(x.to(sum_dtype(x.dtype)), dropout_p, seed).to(x.dtype)

@@ -20,7 +20,7 @@ __all__ = ["embedding_rows", "lora_embedding", "lora_embedding_backward"]
 
 
 def embedding_rows(indices: Tensor, weight: Union[Tensor, NF4Weight]) -> Tensor:
-    """Returns ``W[i]`` ``[..., N]``. Only these rows of an NF4 weight are decoded. Nothing checks the range of i."""
+    """Returns the rows ``W[i]``, ``[..., N]``. Of an NF4 weight only these rows are decoded."""
     columns = weight.shape[1]
     if not isinstance(weight, NF4Weight):
         return F.embedding(indices, weight)
@@ -53,9 +53,9 @@ def lora_embedding(
 def lora_embedding_backward(
     grad: Tensor, indices: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: Optional[int] = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns gradients of lora_A and lora_B, with ``P = s · dY B``:
+    """Returns the gradients of lora_A and lora_B. With ``P = s · dY B``:
 
-    ``dA[:, v] = Σ P[t]`` over the t with ``i[t] = v``, and 0 where v is ``padding_idx``; ``dB = s · dYᵀ S``.
+    ``dA[:, v] = Σ P[t]`` over all t with ``i[t] = v``, and 0 where v is ``padding_idx``; ``dB = s · dYᵀ S``.
     """
     wide = sum_dtype(torch.promote_types(grad.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype)))
     g, flat = rows(grad).to(wide), indices.reshape(-1).long()

@@ -1,7 +1,7 @@
 """Linear layers of a mixture of experts over rows that are sorted by expert, in plain PyTorch.
 
     Y_t = x_t W_eᵀ + s · (dropout(x_t) A_eᵀ) B_eᵀ + b_e        for every row t of expert e
-    DoRA multiplies all terms but b_e by g_e = magnitude_e / ‖W_e + s · B_e A_e‖
+    DoRA multiplies all terms except b_e by g_e = magnitude_e / ‖W_e + s · B_e A_e‖
 
 The adapter is LoRA, DoRA or none.
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields each expert that has rows, and the slice of its rows. Raises ValueError if offsets do not ascend."""
+    """Yields each expert that has rows, and the slice of these rows. Raises ValueError if offsets do not ascend."""
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
         if end < begin:
@@ -61,7 +61,10 @@ def _of(values: Optional[Tensor], expert: Union[int, slice]) -> Optional[Tensor]
 
 
 def seed_of(seed: Optional[Tensor], expert: int) -> Optional[Tensor]:
-    """Returns an expert's dropout seed, whose offset is increased by the expert's number. The mask covers its rows."""
+    """Returns the dropout seed of an expert, whose offset is increased by the expert's number.
+
+    Element 0 of an expert's dropout mask is the first element of the first row of this expert.
+    """
     return None if seed is None else seed + torch.tensor([0, expert], device=seed.device)
 
 
@@ -77,10 +80,10 @@ def lora_experts_forward(
     seed: Optional[Tensor],
     out_scale: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``(Y [S, N], S [S, R], Z [S, N])``. Rows of no expert are zeros.
+    """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. Rows of no expert are zeros.
 
-    With out_scale, DoRA's g ``[E, N]``, the adapters are DoRA's. S is ``[0]`` without adapters, and Z is ``[0]``
-    without out_scale.
+    With out_scale, which is DoRA's g ``[E, N]``, the adapters are DoRA adapters. S is ``[0]`` without adapters, and Z
+    is ``[0]`` without out_scale.
     """
     wide = sum_dtype(x.dtype)
     y = x.new_zeros(x.shape[0], weight.shape[1])
@@ -116,7 +119,8 @@ def lora_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, lora_A, lora_B and g.
 
-    The gradient of an expert without rows is zeros. The gradient of an argument that is None is empty, ``[0]``.
+    The adapter of an expert without rows has zeros as gradients. The gradient of an argument that is None is empty,
+    ``[0]``.
     """
     grad_x = torch.zeros_like(x)
     grads = [x.new_zeros(0) if value is None else torch.zeros_like(value) for value in (lora_A, lora_B, out_scale)]
@@ -161,7 +165,8 @@ def lora_experts(
         else:
             parts.append(lora_linear(x[rows], own, lora_A[expert], lora_B[expert], b, scaling=scaling,
                                      dropout_p=dropout_p, training=training, seed=seed_of(seed, expert)))  # fmt: skip
-    # If no expert has a row, this empty term still connects the result with x in the autograd graph.
+    # The last term gives zeros for the rows of no expert. If no expert has a row, the last term also connects the
+    # result with x in the autograd graph.
     return torch.cat([*parts, x[end:, :1] * x.new_zeros(weight.shape[1])])
 
 

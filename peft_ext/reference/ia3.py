@@ -51,7 +51,7 @@ def ia3_linear_backward(
     """Returns the gradients of x and ia3_l. ia3_l's gradient is None if ia3_l scales the output and z is None.
 
     With ``U = dY W``: feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``. If
-    ``z_is_scaled``, the argument z is Y, and ``Z = Y / l``.
+    ``z_is_scaled``, the argument z is Y, and ``Z = Y / l``; where l is small, Z is computed again from x.
     """
     wide = sum_dtype(x.dtype)
     w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)
@@ -72,13 +72,13 @@ def ia3_linear_backward(
 
 
 def ia3_scale_forward(x: Tensor, ia3_l: Tensor) -> Tensor:
-    """Returns ``x∘l``, computed in float32 (float64 for float64 inputs), rounded once to x's dtype. ia3_l: ``[K]``."""
+    """Returns ``x∘l``, computed in float32 (float64 for float64 inputs), rounded once to x's dtype; l ``[K]``."""
     wide = sum_dtype(x.dtype)
     return (x.to(wide) * ia3_l.to(wide)).to(x.dtype)
 
 
 def ia3_scale_backward(grad: Tensor, x: Tensor, ia3_l: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``dX = l∘dY``, ``dl = Σ_t dY∘x``."""
+    """Returns the gradients of x and ia3_l: ``dX = l∘dY``, ``dl = Σ_t dY∘x``."""
     wide = sum_dtype(x.dtype)
     return ia3_scale_forward(grad, ia3_l), (rows(grad).to(wide) * rows(x).to(wide)).sum(0).to(ia3_l.dtype)
 

@@ -1,6 +1,6 @@
 """LoRA over a frozen dense or NF4 weight, in plain PyTorch.
 
-    x̃ = dropout(x)         S = x̃ Aᵀ         Y = x Wᵀ + (S∘ρ) Bᵀ + b         ρ = s · rank_scale (s if None)
+    x̃ = dropout(x)         S = x̃ Aᵀ         Y = x Wᵀ + (S∘ρ) Bᵀ + b         ρ = s · rank_scale, or ρ = s
 
 ``lora_residual`` adds the low-rank term to the output of any base layer: ``Y = residual + (S∘ρ) Bᵀ``.
 
@@ -35,7 +35,7 @@ def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Uni
 def lora_linear_forward(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], *adapter: Any
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], S [T, R])``. The backward needs x, S and the seed."""
+    """Returns ``(Y [..., N], S [T, R])``. The backward needs x, S and the seed, besides the weights."""
     return lora_residual_forward(x, F.linear(x, dense(weight, x.dtype), bias), *adapter)
 
 
@@ -51,9 +51,9 @@ def lora_linear_backward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns the gradients of x, lora_A, lora_B and rank_scale; the last is None if rank_scale is None.
+    """Returns the gradients of x, lora_A, lora_B and rank_scale. The last gradient is None if rank_scale is None.
 
-    With ``P = G (B∘ρ)``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = ρ ∘ Gᵀ S``,
+    With ``G = dY`` and ``P = G (B∘ρ)``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = ρ ∘ Gᵀ S``,
     ``d rank_scale = s · Σ_n B ∘ Gᵀ S``.
     """
     low_rank, *grads = _low_rank_backward(grad, x, lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed)
@@ -89,7 +89,10 @@ def lora_residual_backward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns :func:`lora_linear_backward`'s gradients without the term ``G W``. The residual's is ``grad`` itself."""
+    """Returns the gradients of :func:`lora_linear_backward`, without the term ``G W`` in dX.
+
+    The gradient of the residual is ``grad`` itself, and is not among the results.
+    """
     low_rank, *grads = _low_rank_backward(grad, x, lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed)
     return low_rank.to(x.dtype), *grads
 

@@ -1,4 +1,7 @@
-"""NF4 quantization in plain PyTorch, with bitsandbytes' bits.
+"""NF4 quantization in plain PyTorch.
+
+The codes and scales have the same bits as those of bitsandbytes; :func:`quantize_absmax` and :func:`scale_mean` name
+the exceptions.
 
 Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``create_dynamic_map()`` for the table of double
 quantization. The 16 codes are in :mod:`peft_ext.weight`.
@@ -62,7 +65,9 @@ def _thresholds(code: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Returns ``(packed, absmax)`` of the flat weight. A tie takes the lower code. A block with a NaN gets code 15.
+    """Returns ``(packed, absmax)`` of the flat weight.
+
+    A tie takes the lower code. All elements of a block with a NaN get code 15.
 
     A full block is multiplied by ``1 / max(absmax, 1e-38)``. A tail block is divided by ``max(absmax, 1e-38)``, which
     is also its stored absmax.
@@ -87,7 +92,8 @@ def quantize_absmax(centred: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Returns 8-bit codes and float32 scales of ``centred = absmax - offset``, in blocks of 256 elements.
 
     Each element gets the exactly nearest value of ``code``, as in bitsandbytes' CUDA kernel; a tie takes the lower
-    code. bitsandbytes' CPU kernel looks an element up in 65,536 bins, and finds another code for about 0.2% of them.
+    code. bitsandbytes' CPU kernel looks an element up in 65,536 bins, and finds another code for about 0.2% of
+    elements.
     """
     flat = centred.detach().float()
     blocks = -(-flat.numel() // NESTED_BLOCKSIZE)
@@ -143,7 +149,7 @@ def dequantize_merged(*args: Any) -> Tensor:
 
 
 def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantizes ``W' = g ∘ (W + s · B A)`` to Q: returns packed, absmax and ``(Σ (Q - W')², Σ W'²)`` in float64."""
+    """Quantizes ``W' = g ∘ (W + s · B A)`` to Q. Returns packed, absmax and ``(Σ (Q - W')², Σ W'²)`` in float64."""
     *_, blocksize, shape, _lora_A, _lora_B, _row_scale, _scaling = args
     merged = dequantize_merged(*args, torch.float32)
     codes, scales = quantize(merged, blocksize)
@@ -154,9 +160,9 @@ def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def scale_mean(absmax: Tensor) -> Tensor:
     """Returns the mean of the scales, float32, 0-d, with equal bits for every number of threads and every device.
 
-    The scales are summed as integers, in units of about 2⁻⁴⁰ of the largest scale, so that the order of the sum does
-    not change the result. PyTorch's mean, which bitsandbytes uses, depends on the number of threads; bitsandbytes' last
-    bit may therefore differ.
+    The scales are summed as integers, so that the order of the sum does not change the result. The unit is at most 2⁻⁴⁰
+    of the largest scale if there are fewer than 2²¹ scales. PyTorch's mean, which bitsandbytes uses, depends on the
+    number of threads; bitsandbytes' last bit may therefore differ.
     """
     if absmax.numel() == 0:
         return absmax.new_zeros(())

@@ -26,7 +26,11 @@ __all__ = [
 
 
 def rms_norm_dtype(x: Tensor, weight: Optional[Tensor], round_before_weight: bool) -> torch.dtype:
-    """Returns the output dtype of an RMSNorm: x's, or PyTorch's for x̂ in x's dtype times the weight."""
+    """Returns the output dtype of an RMSNorm.
+
+    The dtype is x's, or with ``round_before_weight`` the dtype of PyTorch's product of a tensor of x's dtype and the
+    weight.
+    """
     if weight is None or not round_before_weight:
         return x.dtype
     return torch.promote_types(x.dtype, weight.dtype)

@@ -1,4 +1,4 @@
-"""Conversion of bottleneck adapters from and to the files of AdapterHub's ``adapters`` package.
+"""Converts bottleneck adapters from and to the files of AdapterHub's ``adapters`` package.
 
     AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight         here:   base_model.model.{place}
                   {place}.adapters.{name}.adapter_up.bias  ...                  .bottleneck_adapters.down.weight  ...
@@ -23,9 +23,9 @@ __all__ = ["config_from_adapterhub", "from_adapterhub", "to_adapterhub"]
 
 _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn")
 
-# Model type -> places within a layer. Each entry holds AdapterHub's place, our place for an adapter directly after the
-# sublayer, and our place of the feed-forward's adapter under "pfeiffer". The last item is None for attention, which has
-# no adapter under "pfeiffer", and "" if the place is the layer itself.
+# Model type -> places within a layer. Each entry holds AdapterHub's place, peft_ext's place for an adapter directly
+# after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The last item is None for
+# attention, which has no adapter under "pfeiffer", and "" if the place is the layer itself.
 _GATED = (("attention_adapters", "self_attn.o_proj", None), ("output_adapters", "mlp.down_proj", ""))
 _BERT = (("attention.output", "attention.output.dense", None), ("output", "output.dense", "output.LayerNorm"))
 _PLACES: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -57,14 +57,14 @@ _OURS = re.compile(rf"(?:base_model\.model\.)?{_LAYER}(?:\.(?P<place>.+))?\.bott
 _BY_CONFIG = {(True, True, False): "houlsby", (False, True, True): "pfeiffer", (False, True, False): "after_ffn"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "swish": "silu", "silu": "silu"}  # fmt: skip
-# Fields of AdapterHub's BnConfig for features that adapters here lack, and the value that switches the feature off.
+# Fields of AdapterHub's BnConfig for features that BottleneckConfig lacks, and the value that switches a feature off.
 _PLAIN = {"ln_before": False, "ln_after": False, "is_parallel": False, "use_gating": False, "phm_layer": False,
           "inv_adapter": None, "dropout": 0.0, "stochastic_depth": 0.0, "original_ln_after": True,
           "residual_before_ln": True}  # fmt: skip
 
 
 def _places(caller: str, model_type: str, placement: str, layer: str) -> list[tuple[str, str]]:
-    """Returns pairs (AdapterHub's place, our place) for the adapters in the layer with the name ``layer``."""
+    """Returns pairs (AdapterHub's place, peft_ext's place) of the adapters in the layer with the name ``layer``."""
     if model_type not in _PLACES:
         raise ValueError(f"{caller}: model_type is {model_type!r}, wanted one of {tuple(sorted(_PLACES))}")
     if placement not in _PLACEMENTS:
@@ -78,11 +78,11 @@ def _places(caller: str, model_type: str, placement: str, layer: str) -> list[tu
 
 
 def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer") -> dict[str, Tensor]:
-    """Converts the tensors of AdapterHub's ``pytorch_adapter.bin`` to the names that PEFT saves for this package.
+    """Converts the tensor names of AdapterHub's ``pytorch_adapter.bin`` to the names in PEFT's adapter files.
 
     Write the result as ``adapter_model.safetensors`` next to an adapter configuration, or pass the result to
-    ``peft.set_peft_model_state_dict``. The names of layers are kept. If the new model has another prefix than the saved
-    model (such as "bert."), put the prefix before the names.
+    ``peft.set_peft_model_state_dict``. The names of layers are kept. If the layers of the new model have a prefix (such
+    as "bert.") that the layers of the saved model lack, put the prefix before the names of ``state``.
 
     Args:
         state: the tensors of the file, which holds one adapter.
@@ -109,7 +109,7 @@ def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str
 def to_adapterhub(
     state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer", adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """Converts PEFT's tensors (``peft.get_peft_model_state_dict``) to AdapterHub's names; inverts from_adapterhub.
+    """Converts PEFT's tensor names (``peft.get_peft_model_state_dict``) to AdapterHub's; inverts from_adapterhub.
 
     ``adapter_name`` is the adapter's name in the result. Raises ValueError in the cases of :func:`from_adapterhub`.
     """

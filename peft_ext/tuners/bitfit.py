@@ -1,4 +1,4 @@
-"""BitFit: only biases are trained.
+"""BitFit trains only biases.
 
     Y = base(x; b)          b: the adapter's bias, used instead of the module's own bias
 
@@ -31,7 +31,7 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|densereludense|intermediate|expert|^ou
 def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
     """Returns the members of ``BIAS_KINDS`` that describe a module's bias.
 
-    The class decides for a norm. For other modules the full name decides.
+    The class decides for a norm. For other modules the full name decides, and "mlp_up" depends on the layer's sizes.
     """
     parts = name.split(".")
     if "norm" in type(module).__name__.lower():
@@ -54,8 +54,8 @@ class BitFitConfig(TargetConfig):
             layer included), "query" (a layer that computes only queries; the paper's b_q), "mlp", "mlp_up" (the
             feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set is
             ["query", "mlp_up"].
-        add_bias: linear layers that get a bias of zeros if they have no bias, as all layers of Llama. The value is
-            names, a regular expression, or "all-linear" for all linear layers but the output head. Quantized layers
+        add_bias: linear layers that get a bias of zeros if these layers have no bias, like Llama's layers. The value
+            is names, a regular expression, or "all-linear" for all linear layers but the output head. Quantized layers
             (NF4Linear, bitsandbytes' 4 and 8 bits) are allowed. If a named layer already has a bias, that bias is
             trained, whether or not the layer is a target. Merging leaves the new biases in the model; to reload the
             merged model, its config may need a field such as ``attention_bias``.
@@ -167,7 +167,7 @@ class BitFitModel(ReplacingTuner):
 
 
 def _quantized_from(base: nn.Module) -> torch.dtype:
-    """Returns the float dtype of a quantized layer: the dtype before quantizing if known, else the compute dtype."""
+    """Returns a quantized layer's dtype before quantizing if known, else the compute dtype if known, else float32."""
     return getattr(base, "quant_dtype", None) or getattr(base, "compute_dtype", None) or torch.float32
 
 

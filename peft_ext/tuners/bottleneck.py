@@ -81,15 +81,15 @@ class BottleneckConfig(TargetConfig):
     """Configuration of bottleneck adapters.
 
     Args:
-        placement: "houlsby": after attention and after the feed-forward. "pfeiffer": after the residual sum v of the
-            feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum (BERT)
-            LayerNorm(v + s · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the residual
-            sum. "parallel": parallel to the feed-forward.
+        placement: where the adapters are. "houlsby": after attention and after the feed-forward. "pfeiffer": after the
+            residual sum v of the feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum
+            (BERT) LayerNorm(v + s · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the
+            residual sum. "parallel": parallel to the feed-forward.
         bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``.
         activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s.
         adapter_bias: whether the two projections have biases.
         init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
-        target_modules: names or a regular expression, as PEFT reads them, of the modules whose outputs are adapted
+        target_modules: names or a regular expression, with PEFT's meaning, of the modules whose outputs are adapted
             (for "parallel", of the modules to which adapters run parallel). A named container is adapted itself. With
             "pfeiffer" a targeted LayerNorm runs before and after its adapter. Default: depends on placement and model
             type.
@@ -114,10 +114,10 @@ class BottleneckConfig(TargetConfig):
             self._fail("placement", self.placement, f"one of {_PLACEMENTS}")
         if self.bottleneck_dim is not None and self.bottleneck_dim < 1:
             self._fail("bottleneck_dim", self.bottleneck_dim, "at least 1")
-        self.adapter(1, "meta")  # raises the adapter module's own errors
+        self.adapter(1, "meta")  # raises the errors of the adapter module for wrong fields
 
     def adapter(self, features: int, device: Any) -> BottleneckAdapter:
-        """Returns a new adapter for ``features`` input and output features."""
+        """Returns a new bottleneck adapter whose input and output both have ``features`` features."""
         return BottleneckAdapter(
             features, self.bottleneck_dim, reduction_factor=self.reduction_factor, activation=self.activation,
             scale=self.scale, bias=self.adapter_bias, init=self.init_weights, device=device,
@@ -128,7 +128,7 @@ class BottleneckLayer(Wrapper):
     """Applies the active adapters, in turn, to the output of ``base_layer``; adds the outputs of parallel adapters.
 
     The keys in the state dict are ``bottleneck_adapters.{down,up}.{weight,bias}``. If the base layer returns a tuple,
-    the first item is adapted. An adapter is not linear, and so can't be merged.
+    the first item is adapted. A bottleneck adapter is not linear, and so can't be merged.
     """
 
     adapter_layer_names = ("bottleneck_adapters",)
@@ -138,7 +138,7 @@ class BottleneckLayer(Wrapper):
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
-        self.bottleneck_place: dict[str, str] = {}  # "after", "parallel" or "around"
+        self.bottleneck_place: dict[str, str] = {}  # adapter -> "after", "parallel" or "around"
         self.merged_adapters: list[str] = []
         self._active_adapter = []
         # For a whole block transformers records the block's output by a forward hook, and checkpoints the call of the
@@ -172,13 +172,13 @@ class BottleneckLayer(Wrapper):
         return self._adapted(args, kwargs, self.base_layer(*args, **kwargs))
 
     def _before_norm(self, names: list[str], x: Tensor) -> Tensor:
-        """Returns ``x + s · Up(act(Down(base(x))))``, for each adapter in turn: the input of base, a LayerNorm."""
+        """Returns the new input of base, a LayerNorm: ``x + s · Up(act(Down(base(x))))``, for each adapter in turn."""
         for name in names:
             x = self.bottleneck_adapters[name](self.base_layer(x).to(x.dtype), x)
         return x
 
     def _adapted(self, args: tuple, kwargs: dict[str, Any], found: Any) -> Any:
-        """Returns ``found``, the output of base for these arguments, with "after" and "parallel" adapters applied."""
+        """Returns ``found``, the output of base for the arguments, with "after" and "parallel" adapters applied."""
         y = found[0] if isinstance(found, tuple) else found
         for name in self.active():
             adapter, place = self.bottleneck_adapters[name], self.bottleneck_place[name]
@@ -193,7 +193,7 @@ class BottleneckLayer(Wrapper):
         return found if self._disable_adapters else self._adapted(args, kwargs, found)
 
     def remove_hook(self) -> None:
-        """Removes the adapters' hook from base, for base's use without this layer."""
+        """Removes the adapters' hook from base, so that base can be used without this layer."""
         if self._hook is not None:
             self._hook.remove()
 
@@ -213,10 +213,10 @@ class BottleneckLayer(Wrapper):
         raise ValueError(_UNMERGEABLE)
 
     def unmerge(self) -> None:
-        """Does nothing, because an adapter is never merged."""
+        """Does nothing, because a bottleneck adapter is never merged."""
 
 
-# Names in a transformers config of the number of features that a sublayer returns.
+# Fields of a transformers config that hold the number of features that a sublayer returns.
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 _UNMERGEABLE = "a bottleneck adapter is not linear and can't be merged into the base layer; unload() removes it"
@@ -283,7 +283,7 @@ class BottleneckModel(Tuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if next(base.parameters(), None) is None:
             raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")
-        width = getattr(base, "out_features", None) or getattr(base, "nf", None)  # nf: GPT-2's Conv1D
+        width = getattr(base, "out_features", None) or getattr(base, "nf", None)  # Conv1D (GPT-2) has nf
         if width is None and isinstance(base, nn.LayerNorm) and len(base.normalized_shape) == 1:
             width = base.normalized_shape[0]
         if width is None:

@@ -1,4 +1,4 @@
-"""Diff Pruning: learns a sparse difference to the pretrained parameters. Only the difference is saved.
+"""Diff Pruning learns a sparse difference to the pretrained parameters. PEFT saves the difference, not the parameters.
 
     θ = θ₀ + (z_g·z)∘w                                  z, w: shaped like θ₀;  z_g: one gate for the whole tensor
     z = clamp(s·(r − l) + l, 0, 1)                      l = −1.5, r = 1.5
@@ -8,8 +8,8 @@
 Pruning keeps a given fraction of the entries of z_g·z∘w: the entries with the largest magnitude. Training continues
 with the kept entries; all other entries stay zero.
 
-Source: Diff Pruning, arXiv 2012.07463, and its authors' code. The sum in the penalty is that of the code; the paper has
-σ(α − …)·σ(α_g − …). The gates are the hard concrete gates of arXiv 1712.01312.
+Source: Diff Pruning, arXiv 2012.07463, and the code of its authors. The penalty's sum is the one in the authors' code;
+the paper has σ(α − …)·σ(α_g − …). The gates are the hard concrete gates of arXiv 1712.01312.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class DiffPruningConfig(TargetConfig):
 class DenseDiff(nn.Module):
     """The difference ``(z_g·z)∘w`` of one tensor before pruning.
 
-    ``w`` and ``alpha`` have the tensor's shape. ``group``, the α of z_g, is 0-d, and is absent if gates are not
-    structured. w starts as 0, and so does the difference.
+    ``w`` and ``alpha`` have the tensor's shape. ``group``, the α of z_g, is 0-d, or None if ``structured`` is
+    False. w starts as 0, so that the difference starts as 0.
     """
 
     def __init__(self, tensor: Tensor, config: DiffPruningConfig) -> None:
@@ -197,8 +197,8 @@ class DiffPruningModel(ReplacingTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        # The hook is on the base model, which every call reaches. A PeftModel without a task type does not call the
-        # tuner's forward.
+        # The hook that adds the penalty to the loss is on the base model, because every call of the PeftModel reaches
+        # the base model. (A PeftModel without a task type does not call the tuner's forward.)
         self._penalty_hook = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
 
     def make_plan(self, config: DiffPruningConfig, model: nn.Module) -> Plan:
@@ -263,8 +263,8 @@ class DiffPruningModel(ReplacingTuner):
         """Returns the parameter groups for a torch optimizer: all trained parameters, and the gates' α separately.
 
         The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from 5 to
-        below 0. At a usual learning rate Adam needs some hundred thousand steps for that; the authors use the rate 0.1
-        for α.
+        below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the authors use the
+        rate 0.1 for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -274,7 +274,7 @@ class DiffPruningModel(ReplacingTuner):
         ]
 
     def _diffs(self, adapter: Optional[str] = None) -> Iterator[tuple[str, Union[DenseDiff, SparseDiff]]]:
-        """Yields the tensor's full name and the difference, for one adapter, or for all adapters if None."""
+        """Yields each tensor's full name and its difference, for ``adapter``, or for all adapters if None."""
         for key, layer in self.layers():
             for held in layer.adapters if adapter is None else layer.held([adapter]):
                 for name, diff in layer.diffs(held):
@@ -290,13 +290,15 @@ class DiffPruningModel(ReplacingTuner):
         """Keeps the entries of ``z_g·z∘w`` with the largest magnitude over all tensors, and trains only these entries.
 
         Args:
-            target: fraction to keep of all entries that the adapter targets. Entries that are 0 are not kept.
+            target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
-            optimizer: an optimizer that trains the adapter. In its groups the kept values replace w, and the gates are
-                removed; the optimizer state of w and of the gates is dropped. Other parameters and the learning rates
-                stay. Without this argument make a new optimizer, because w and the gates are no longer parameters.
+            optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
+            the
+                gates are removed; the optimizer state of w and of the gates is dropped. Other parameters and the
+                learning rates stay. Without this argument make a new optimizer, because w and the gates are no longer
+                parameters.
 
-        Returns: ``kept`` of the new configuration: the number of kept entries, by full name of the tensor.
+        Returns: the number of kept entries, by full name of the tensor, as in the field ``kept`` of the configuration.
 
         Raises: ValueError if target is not in (0, 1] or keeps less than one entry; if the adapter does not exist, is
         pruned already or is merged; if every entry is 0 (nothing was trained); or if the optimizer does not train the
@@ -359,7 +361,7 @@ class DiffPruningModel(ReplacingTuner):
             old = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
             held = [parameter for tensors in old for parameter in tensors.parameters()]
             trained = any(parameter.requires_grad for parameter in held)
-            dtypes = {parameter.dtype for parameter in held}  # the new entries keep this dtype
+            dtypes = {parameter.dtype for parameter in held}  # the new entries get this dtype
             for key, layer in model.named_modules():
                 if isinstance(layer, DiffPruningLayer) and adapter_name in layer.adapters:
                     new = _allocate(layer, key.removeprefix(_PEFT), layer.names[adapter_name], config)
@@ -382,7 +384,7 @@ def _kept_in(state_dict: dict[str, Tensor]) -> Optional[dict[str, int]]:
 
 
 def _largest(dense: dict[str, DenseDiff], limit: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns ascending flat indices and values of the ``limit`` largest nonzero magnitudes over all tensors."""
+    """Returns the ``limit`` nonzero entries of largest magnitude of all tensors: name -> (sorted indices, values)."""
     device = next(iter(dense.values())).w.device
     largest, places = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
     starts, start = {}, 0
@@ -412,7 +414,7 @@ def _check_trains(optimizer: torch.optim.Optimizer, dense: dict[str, DenseDiff])
 
 
 def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[SparseDiff]]) -> None:
-    """Replaces each w by its kept values, or removes w if nothing is kept, and removes the gates, in all groups."""
+    """Replaces each w by its kept values, or removes w if nothing is kept, and removes the gates, in ``optimizer``."""
     heirs: dict[nn.Parameter, Optional[nn.Parameter]] = {}
     for dense, sparse in diffs.items():
         heirs[dense.w] = None if sparse is None else sparse.values
@@ -424,13 +426,13 @@ def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[
 
 
 def _share(module: nn.Module, kwargs: dict[str, Any]) -> Union[Tensor, float]:
-    """Returns this batch's share of the labels of an optimizer step, or 1 if Trainer does not pass their number."""
+    """Returns the batch's share of the labels of an optimizer step, or 1 if Trainer passes no number of labels."""
     total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if total is None or not isinstance(labels, Tensor):
         return 1.0
     decoder = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     if decoder and "CausalLM" in str(getattr(module, "loss_type", "")):
-        labels = labels[..., 1:]  # Trainer does not count the first label, which is never predicted
+        labels = labels[..., 1:]  # Trainer does not count the first label, which a causal LM does not predict
     counted = kwargs.get("shift_labels")
     counted = labels if counted is None else counted
     return counted.ne(-100).sum() / torch.as_tensor(total, device=counted.device).reshape(-1)[0]

@@ -2,8 +2,8 @@
 
     Y = base(x; θ)          θ: base's tensors, with some replaced by tensors of the active adapter
 
-Nothing is added to an output. The base module's own forward runs once with the replaced tensors, so that the result has
-the same bits as the result of a model with these tensors. A wrapped module owns parameters directly. Reading an
+A tuner adds nothing to an output. The base module's own forward runs once with the replaced tensors, so that the result
+has the same bits as the result of a model with these tensors. A wrapped module owns parameters directly. Reading an
 attribute of the wrapper (``weight``, ``bias``, ``padding_idx``) gives the base module's attribute, with the adapter's
 tensors in place.
 """
@@ -144,7 +144,7 @@ class ReplacingLayer(Wrapper):
         return held[leaf]
 
     def _read(self, name: str) -> Any:
-        """Returns base_layer's attribute as this layer's forward sees it, because models also read weights directly."""
+        """Returns base_layer's attribute with the adapter's tensors in place, because models also read weights."""
         adapter = self.running()
         replaced = () if adapter is None else (*self.names[adapter], *self.tied[adapter])
         if not any(one == name or one.startswith(f"{name}.") for one in replaced):
@@ -170,8 +170,8 @@ class ReplacingLayer(Wrapper):
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Copies an adapter's tensors into the base module. :meth:`unmerge` restores the original bits.
 
-        Raises: ValueError if another adapter is merged already, if several adapters are asked for, or if ``safe_merge``
-        is set and a tensor is not finite.
+        Raises: ValueError if another adapter is merged already, if several adapters are given, or if ``safe_merge`` is
+        True and a tensor is not finite.
         """
         names = self.held(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -196,7 +196,7 @@ class ReplacingLayer(Wrapper):
             merged = self.base_tensor(name)
             self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
         self._unmerged.clear()
-        # A shared tensor is merged in the layer that owns the tensor. That layer may be a module that is never called,
+        # A shared tensor is merged in the layer that owns the tensor. The owner may wrap a module that is never called,
         # such as T5's embedding.
         owners = [layer for name in self.merged_adapters for layer, _ in self.tied.get(name, {}).values()]
         self.merged_adapters.clear()
@@ -222,8 +222,8 @@ class ReplacingLayer(Wrapper):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def enable_adapters(self, enabled: bool) -> None:
-        # Unmerge now, before any forward. Otherwise some of the modules that share a tensor would run merged and
-        # others would not.
+        # Unmerge now, before any forward. Otherwise some of the modules that share a tensor would run merged, and other
+        # modules would not.
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -242,7 +242,7 @@ class ReplacingLayer(Wrapper):
 
 
 def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Returns a shallow copy of ``module`` with the tensors in ``tensors`` in place of its own."""
+    """Returns a shallow copy of ``module`` with ``tensors`` in place of the module's own tensors of these names."""
     view = copy.copy(module)
     for attribute in ("_parameters", "_buffers", "_modules"):
         setattr(view, attribute, dict(getattr(module, attribute)))
@@ -275,11 +275,14 @@ class ReplacingTuner(Tuner):
         raise NotImplementedError
 
     def make(self, layer: Any, key: str, names: list[str], config: Any) -> nn.Module:
-        """Returns a module with a new adapter's tensors for ``names``, the tensors of ``layer``, the module ``key``."""
+        """Returns a module with the tensors of a new adapter. ``names``: the tensors of ``layer`` that are replaced.
+
+        ``key``: the full name of ``layer`` in the model.
+        """
         raise NotImplementedError
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        return peft_config  # PEFT's method refuses target_modules=None, the default here
+        return peft_config  # PEFT's method refuses target_modules=None, TargetConfig's default
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         peft_config.target_modules = expand_all_linear(model, peft_config.target_modules, peft_config)
@@ -295,7 +298,7 @@ class ReplacingTuner(Tuner):
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str,
     ) -> None:  # fmt: skip
-        if current_key not in self._plan.units:  # the key comes from a state dict
+        if current_key not in self._plan.units:  # current_key comes from a state dict
             raise ValueError(f"{type(self).__name__}: {current_key} is not a target of the adapter {adapter_name!r}")
         if not isinstance(target, self.tuner_layer_cls):
             target = self.tuner_layer_cls(target)
@@ -312,7 +315,7 @@ class ReplacingTuner(Tuner):
                 yield name, module
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
-        """Activates adapters as PEFT does. Raises ValueError, before any change, if two replace the same tensors."""
+        """Activates adapters as PEFT does. Raises ValueError, before any change, if a layer holds two adapters."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, layer in self.layers():
             if len(held := layer.held(names)) > 1:

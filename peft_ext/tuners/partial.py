@@ -1,6 +1,6 @@
-"""Partial fine-tuning: all tensors of chosen modules or layers are trained, and only these tensors are saved.
+"""Partial fine-tuning trains all parameters of chosen modules or layers, and saves the tensors of these modules.
 
-Y = base(x; θ)          θ: the adapter's copies of all tensors of the module
+Y = base(x; θ)          θ: the adapter's copies of all parameters and saved buffers of the module
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ __all__ = ["PartialConfig", "PartialLayer", "PartialModel"]
 
 @dataclass
 class PartialConfig(TargetConfig):
-    """Partial fine-tuning: trains every tensor of the targets. All other tensors are frozen.
+    """Partial fine-tuning: trains every parameter of the targets.
+
+    All other parameters of the model are frozen, except the parameters of ``modules_to_save``.
 
     Args:
         num_last_layers: number of last layers of each stack of the model in which targets are trained. T5 has two
@@ -27,8 +29,9 @@ class PartialConfig(TargetConfig):
             stack only, also give ``target_modules``, such as ``["decoder"]``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. A container, such as "model.layers.11", stands for all
-            modules below it. With None all modules in the layers of num_last_layers or layers_to_transform are
-            targets. At least one of target_modules, num_last_layers and layers_to_transform must be given.
+            modules below it. If target_modules is None, all modules in the layers of num_last_layers or
+            layers_to_transform are targets. At least one of target_modules, num_last_layers and layers_to_transform
+            must be given.
 
     Raises: TypeError or ValueError if a field has a value of another form, or if no field chooses what to train.
     """
@@ -48,7 +51,7 @@ class PartialConfig(TargetConfig):
 
 
 class PartialLayer(ReplacingLayer):
-    """Runs ``base_layer`` with the active adapter's copies in place of its parameters and saved buffers.
+    """Runs ``base_layer`` with the active adapter's copies in place of the layer's parameters and saved buffers.
 
     A copy may be float32 although the base has a narrower dtype (PEFT's ``autocast_adapter_dtype``). Then the copy is
     the master weight in training and is cast to the base's dtype for each forward. The keys in the state dict are
@@ -68,8 +71,8 @@ class PartialModel(ReplacingTuner):
 
     Each adapter has its own copy of the trained tensors, so that several adapters can be held, switched and disabled.
     If modules share a tensor, such as an embedding and the output head, and all these modules are targets, the tensor
-    is copied once and stays shared. If ``target_modules`` names "embed_tokens" or "lm_head", PEFT also saves their
-    frozen weight; ``save_pretrained(..., save_embedding_layers=False)`` prevents that.
+    is copied once and stays shared. If ``target_modules`` names "embed_tokens" or "lm_head", PEFT also saves the
+    frozen weight of the named layer; ``save_pretrained(..., save_embedding_layers=False)`` prevents this.
 
     Raises: ValueError if nothing is left to train, if a target is quantized, or if a shared tensor belongs both to a
     target and to a module that is not a target.

@@ -1,4 +1,4 @@
-"""Registers a method of this package with PEFT: in PEFT's ``PeftType`` enum and in PEFT's mappings."""
+"""Registers a method of peft_ext with PEFT: in PEFT's ``PeftType`` enum and in PEFT's mappings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ with required("peft", "peft_ext.tuners"):
 
 _OLDEST = "0.21"  # the first version of PEFT with hooks for a method's own state dict keys
 
-# Methods of PEFT's classes that this package overrides. If PEFT renamed a method, PEFT's method would run instead of
-# this package's method.
+# Methods and attributes of PEFT's classes that peft_ext's tuners override. If PEFT renamed a method, PEFT's method
+# would run instead of the tuner's method.
 MODEL_HOOKS = (
     "_check_merge_allowed",
     "_check_target_module_exists",
@@ -48,7 +48,7 @@ def _check_peft() -> None:
     if Version(peft.__version__).release < Version(_OLDEST).release:
         raise ImportError(f"peft_ext.tuners needs peft >= {_OLDEST}, found {peft.__version__}")
     with required("peft", "peft_ext.tuners"):
-        has(PeftModel, "_enable_peft_forward_hooks")  # a PeftModel calls its tuner's method of this name
+        has(PeftModel, "_enable_peft_forward_hooks")  # a PeftModel calls the tuner's method of this name
         has(BaseTuner, *MODEL_HOOKS)
         has(BaseTunerLayer, *LAYER_HOOKS)
 
@@ -67,8 +67,8 @@ def peft_type(name: str) -> PeftType:
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Adds a method to PEFT's mappings under ``name``, in lower case. A second call for one method does nothing.
 
-    Then ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and all other functions
-    of PEFT know the method. The modules of :mod:`peft_ext.tuners` call this function on import.
+    After the call ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and other
+    functions of PEFT know the method. The modules of :mod:`peft_ext.tuners` call this function on import.
 
     Raises: ImportError if PEFT is too old or lacks a name that the methods override; RuntimeError if PEFT, or another
     package, already has a method of this name.

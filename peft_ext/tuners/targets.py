@@ -40,7 +40,7 @@ class TargetConfig(PeftConfig):
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: see PEFT; these modules are not targets.
         layers_to_transform: index or indices of layers. Modules outside of these layers are not targets. A layer's
-            index is the first number in the module's full name.
+            index is the first number in the module's full name (after a name that matches ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
     Raises: TypeError or ValueError if a field has a value of another form.
@@ -75,7 +75,7 @@ class TargetConfig(PeftConfig):
             self._fail("layers_pattern", self.layers_pattern, "None where layers_to_transform is None")
 
     def _names(self, field_name: str, value: Any) -> Any:
-        """Returns names as PEFT's configurations hold them: as a set. ``to_dict`` turns the set into a list."""
+        """Returns a list of names as a set, as PEFT's configurations do. ``to_dict`` turns the set into a list."""
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
@@ -172,7 +172,8 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
     """Returns the full names that PEFT means by "all-linear" if ``names`` is "all-linear", otherwise ``names``.
 
-    "all-linear" means every ``nn.Linear``, its quantized subclasses and GPT-2's ``Conv1D``, except the output head.
+    "all-linear" means every ``nn.Linear``, its quantized subclasses and GPT-2's ``Conv1D``, except the head of a
+    language model and, for the task SEQ_CLS, the classifier.
     """
     if not isinstance(names, str) or names.lower() != ALL_LINEAR:
         return names
@@ -190,8 +191,8 @@ def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
 def last_layers(model: nn.Module, count: int) -> set[str]:
     """Returns the full names of the last ``count`` layers of each stack. T5 and vision-language models have two stacks.
 
-    A stack is an outermost ``nn.ModuleList``. If the model's config has layer counts, the stack's length must be one of
-    these counts.
+    A stack is an outermost ``nn.ModuleList``. If the model's config has layer counts, a list of another length is not a
+    stack.
 
     Raises: ValueError if the model has no stack, or a stack with fewer layers than ``count``.
     """
@@ -242,15 +243,16 @@ class Plan:
 def own_units(
     model: nn.Module, config: TargetConfig, *, within: Optional[Collection[str]] = None, buffers: bool = False
 ) -> dict[str, list[str]]:
-    """Returns the modules to wrap, and the names of the target tensors in each. Every target parameter is in one unit.
+    """Returns the units, which are modules to wrap, and the names of the target tensors in each unit.
 
     A module is wrapped, with all modules below it, if the module itself owns parameters: a linear layer, a norm, or a
-    mixer that has a state matrix besides its projections. ``within``: if given, only modules with these full names and
-    modules below them are wrapped. ``buffers``: whether saved buffers, such as a batch norm's statistics, are target
-    tensors too.
+    mixer that has a state matrix besides its projections. A module with a list of layers below it is not wrapped, and
+    its own parameters stay frozen, with a warning. No name of a tensor is in two units. ``within``: if given, only
+    modules with these full names and modules below them are wrapped. ``buffers``: whether saved buffers, such as a
+    batch norm's statistics, are target tensors too.
 
-    Raises: ValueError if a parameter is quantized (not of a float dtype of 16 to 64 bits), or if a module to be
-    wrapped contains an adapter already.
+    Raises: ValueError if a target is quantized (a parameter is not of a float dtype of 16 to 64 bits, or the module has
+    packed weights such as ``qweight``), or if a module to be wrapped contains an adapter already.
     """
     units: dict[str, list[str]] = {}
     inside = None
@@ -303,10 +305,10 @@ def _trainable(parameter: Optional[nn.Parameter]) -> bool:
 
 
 def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], skip_tied: Collection[str] = ()) -> Plan:
-    """Returns which module owns which tensor when the tensors ``units`` of these modules are replaced.
+    """Returns the plan to replace tensors: which module owns which tensor. ``units``: module -> names of its tensors.
 
-    If several units hold a tensor, the first unit in the model owns the tensor. ``skip_tied``: names of tensors that
-    may also be held, unreplaced, by modules that never read these tensors.
+    If several units hold a tensor, the first unit in the model owns the tensor. ``skip_tied``: full names
+    under which a target tensor may stay unreplaced, because the modules of these names never read the tensor.
 
     Raises: ValueError if a module that is not a target holds a target tensor too, because the two modules would then
     use different tensors; or if a tensor is a shard (ZeRO-3, DTensor), because a copy of a shard can't be trained.

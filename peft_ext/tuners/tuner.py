@@ -1,4 +1,4 @@
-"""Base classes of the tuners: they insert wrapped layers, refuse unsupported calls, and name the saved tensors."""
+"""Base classes of the tuners, which insert wrapped layers, refuse unsupported calls, and name the saved tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Tuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's method expects the adapter's name in the last or the second last place of a key. The adapters here hold
-        # modules, so that names with dots may follow the adapter's name.
+        # PEFT's method expects the adapter's name in the last or the second last place of a key. An adapter of a Tuner
+        # is a module, so that names with dots may follow the adapter's name.
         stripped = re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
         return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

@@ -1,10 +1,11 @@
 """Compares the accelerated model with the stock model, on a user's own model and batch.
 
+The loss, the outputs and the gradient of each trained parameter must satisfy
+
     ‖accelerated - yardstick‖  ≤  factor ‖stock - yardstick‖ + floor ‖yardstick‖
 
-for the loss, the logits and the gradient of each trained parameter. The yardstick is the stock model in float32, or in
-float64 if the model itself computes in float32. All three models are copies that share the user's weights, see
-:mod:`.twins`; the user's model itself is never called.
+The yardstick is the stock model in float32, or in float64 if the model itself computes in float32. All three models are
+copies that share the user's weights, see :mod:`.twins`; the user's model itself is never called.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of :func:`peft_ext.verify`. Prints a table of the outputs, the five worst gradients and the worst block.
+    """Result of :func:`peft_ext.verify`.
+
+    ``str()`` gives a table of the loss, the outputs, the five worst gradients and the worst block.
 
     Attributes:
         rows: comparisons of the loss, of the outputs and of each trained gradient.
-        blocks: comparisons of each fused layer or block, run alone.
+        blocks: one comparison for each fused layer or block that could be run alone.
         about: one sentence with the model's class, dtype and mode, and the yardstick.
-        notes: sentences that tell the limits of the comparison.
+        notes: further sentences, for example about a yardstick that could not run.
     """
 
     rows: list[Compared]
@@ -59,7 +62,10 @@ class Verification:
 
     @property
     def worst_block(self) -> Optional[Compared]:
-        """Returns the worst of the innermost blocks over their limits, or the block closest to its limit if none is."""
+        """Returns the worst of the blocks that are over their limits and contain no other block over its limit.
+
+        If no block is over its limit, returns the block closest to its limit; without blocks, returns None.
+        """
         wrong = [block for block in self.blocks if not block.ok]
         inner = [block for block in wrong if not any(other.name.startswith(f"{block.name}.") for other in wrong)]
         return max(inner or self.blocks, key=lambda block: block.share, default=None)
@@ -91,28 +97,30 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     """Compares a training step of the accelerated model with the same step of the stock model, tensor by tensor.
 
     An output's limit is twice the stock model's error against the yardstick, plus a floor. A gradient's limit is
-    three times the stock model's error, plus the floor: of some hundred gradients of a correct model, one has 2.5 times
-    the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements or fewer such
-    as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the model computes in
-    float32. The yardstick multiplies by the same dequantized 4-bit weights as the stock layers. If the yardstick can't
-    run (quantization other than NF4, code that refuses float64, too little memory), the difference between accelerated
-    and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
+    three times the stock model's error, plus the floor, because among some hundred gradients of a correct model, one
+    has 2.5 times the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements
+    or fewer such as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the
+    model computes in float32. The yardstick multiplies by the same dequantized 4-bit weights as the stock layers. If
+    the yardstick can't run (quantization other than NF4, code that refuses float64, too little memory), the difference
+    between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
 
-    Each fused layer and block is also compared alone, by the same rule: its stock forward and its fused forward run on
-    the input that the stock layer gets in the stock model. ``worst_block`` is the block to look at first.
+    Each fused layer and block is also compared alone, by the same rule: the stock forward and the fused forward of a
+    layer run on the input that the layer gets in the stock model. ``worst_block`` is the block to look at first.
 
-    Every dropout is off, also in attention and in adapters, because results under two masks can't be compared. If two
-    stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; evaluation
-    mode is compared then, with gradients. Otherwise the comparison runs in training mode, also for a model in
-    evaluation mode. An autocast that is on applies to the accelerated and the stock model, but not to the yardstick.
+    Dropout is off, also in attention and in adapters, because results under two dropout masks can't be compared. If two
+    stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; the
+    comparison then runs in evaluation mode, with gradients. Otherwise the comparison runs in training mode, also for a
+    model in evaluation mode. An autocast that is on applies to the accelerated and the stock model, but not to the
+    yardstick.
 
     ``model`` and ``batch`` do not change, also if an error is raised: weights, buffers, gradients, modes, hooks and
-    classes stay. The random number generators keep their states. Hooks of modules run in the copies; hooks of
-    parameters do not run.
+    classes stay. The random number generators of PyTorch, Python and NumPy keep their states. Hooks of modules run in
+    the copies; hooks of parameters do not run.
 
-    Memory: a stock training step in the yardstick's dtype; the weights in that dtype, except that NF4 layers are
-    dequantized one at a time (NF4 experts of a mixture are dequantized whole, twice); the logits and the trained
-    gradients three times. Time: about ten stock training steps, or fifteen if the base is in NF4.
+    The comparison needs the memory of a stock training step in the yardstick's dtype, of the weights in that dtype, and
+    of three copies of the logits and of the trained gradients. NF4 layers are dequantized one at a time; NF4 experts of
+    a mixture are dequantized whole, twice. The comparison takes the time of about ten stock training steps, or of
+    fifteen if the base is in NF4.
 
     Args:
         model: a PeftModel, or any module that :func:`accelerate` takes. An accelerated model is compared in its present
@@ -239,7 +247,7 @@ def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 
 def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
-    """Returns the narrowest float dtype among the parameters, the layers' compute dtypes and the autocast dtypes."""
+    """Returns bfloat16 or float16 if a parameter, a layer's compute dtype or autocast has that dtype, else float32."""
     found = casts | {parameter.dtype for parameter in model.parameters()}
     found |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     return next((dtype for dtype in _NARROW if dtype in found), torch.float32)
@@ -249,7 +257,10 @@ def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
 
 
 def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Returns an accelerated copy without dropout, and notes. An accelerated ``model`` gives a copy like itself."""
+    """Returns an accelerated copy of ``model`` without dropout, and notes for the user.
+
+    The copy of an accelerated model is accelerated again only if other layers or blocks are fused without dropout.
+    """
     made = without_dropout(twin(model))
     if not any(type(module) in STOCK for module in model.modules()):
         return accelerate(made), []
@@ -266,7 +277,7 @@ def _measured(
     """Returns the yardstick and the results of its step, or None, None and the reason why the yardstick can't run."""
     try:
         model = twin(stock, wide, narrow)
-        if "_original_forward" in vars(model):  # set by an Accelerator, which wraps the forward in autocast
+        if "_original_forward" in vars(model):  # an Accelerator sets this and wraps the forward in autocast
             model.forward = model._original_forward
         elif casts and not torch.is_autocast_enabled(next(model.parameters()).device.type):
             raise ValueError("its forward switches autocast on")

@@ -1,4 +1,4 @@
-"""A training step of a model, each fused block of the model alone, and the differences between two models' numbers."""
+"""Runs a training step of a model, or each fused block alone, and measures the differences between two models."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ class Compared:
 
     Attributes:
         name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
-        kind: for a block its class, and the name of the tensor that is closest to its limit; otherwise "".
+        kind: for a block the class, and the name of the tensor with the largest share of the limit; otherwise "".
         error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. Both
-            errors are None without a yardstick. An error is infinity if x is not finite.
+            errors are None without a yardstick. An error is infinity if x is not finite where
+            the yardstick is finite.
         difference: ``‖accelerated - stock‖ / ‖stock‖``.
         limit: largest allowed value of ``error``, or of ``difference`` without a yardstick.
     """
@@ -51,7 +52,7 @@ class Compared:
 
     @property
     def share(self) -> float:
-        """Returns the error divided by its limit. Above 1 the tensor is wrong."""
+        """Returns the error divided by its limit, or 0 if the error is 0 or equals the stock error."""
         error = self.difference if self.error is None else self.error
         return 0.0 if error in (0, self.stock_error) else error / self.limit
 
@@ -64,20 +65,21 @@ def compared(
     name: str, kind: str, found: Optional[Tensor], right: Optional[Tensor], exact: Optional[Results],
     dtype: torch.dtype, what: str = "",
 ) -> Compared:  # fmt: skip
-    """Returns the comparison of a tensor from the accelerated model with the stock model's; None stands for zeros."""
+    """Returns the comparison of a tensor from the accelerated model with the stock model's. None means zeros."""
     what, eps, difference = what or name, torch.finfo(dtype).eps, _error(found, right)
     if exact is None:
         return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
     error, theirs = _error(found, exact.get(what)), _error(right, exact.get(what))
-    few = (right if found is None else found).numel() <= 16  # few elements: the error depends on chance
+    few = (right if found is None else found).numel() <= 16  # with few elements the error depends on chance
     floor = max(eps if few else eps / 2, 4e-6)
     return Compared(name, kind, error, theirs, difference, (3 if what.startswith(GRADIENT) else 2) * theirs + floor)
 
 
 def _error(found: Optional[Tensor], wanted: Optional[Tensor]) -> float:
-    """Returns ``‖found - wanted‖ / ‖wanted‖``, or infinity if that is not a number. None stands for zeros.
+    """Returns ``‖found - wanted‖ / ‖wanted‖``, or infinity if the quotient is NaN or the shapes differ.
 
-    An infinity or NaN equals an infinity or NaN at the same place of the other tensor.
+    None stands for a tensor of zeros. At the same place of the two tensors, two infinities of one sign are equal, and
+    two NaNs are equal.
     """
     if found is None and wanted is None:
         return 0.0
@@ -144,7 +146,7 @@ def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Opt
 
 
 def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
-    """Returns whether two forwards under two seeds differ by more than another order of summation explains."""
+    """Returns whether two forwards under two seeds differ by more than a relative error of 1e-6."""
     with torch.no_grad():
         (loss, first), (again, second) = (_call(model, batch, seed, value) for value in (0, 1))
     pairs = [(loss, again), *((value, second.get(name)) for name, value in first.items())]
@@ -152,7 +154,7 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 
 
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
-    """Runs one forward and backward. Returns the loss, the outputs and the trained parameters' gradients, by name."""
+    """Runs one forward and backward of ``model``. Returns the loss, outputs and trained gradients, by name."""
     loss, outputs = _call(model, batch, seed)
     with torch.no_grad():  # copy before the backward, which frees lazily computed logits
         found = {name: value.detach().clone() for name, value in outputs.items()}
@@ -169,7 +171,7 @@ def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
 
 
 def _weighed(values: Iterable[Tensor]) -> Any:
-    """Returns the sum of the values times fixed random weights, which bfloat16 represents exactly in every dtype."""
+    """Returns the sum of the values times fixed random weights. The weights are bfloat16 numbers in every dtype."""
     total: Any = 0
     for value in values:
         generator = torch.Generator(value.device).manual_seed(0)
@@ -185,7 +187,11 @@ def blocks_alone(
     fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
-    """Returns one comparison per fused module. The module's forms all run on its input in a forward of ``stock``."""
+    """Returns one comparison for each fused module that can be called alone.
+
+    The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
+    forward of ``stock``.
+    """
     found: dict[str, Compared] = {}
     inside = False
 
@@ -225,7 +231,7 @@ def blocks_alone(
     fused_parts = ((name, part) for name, part in fused.named_modules() if not isinstance(part, LanguageModel))
     names = [name for name, part in fused_parts if type(part) in STOCK or isinstance(part, NF4Linear)]
     for name in names:
-        # base_layer is compared as a part of the adapter layer that wraps base_layer.
+        # A base_layer is compared as a part of the adapter layer that wraps the base_layer.
         if not (name.endswith(".base_layer") and name.removesuffix(".base_layer") in names):
             stock.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
     with torch.no_grad():

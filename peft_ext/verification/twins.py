@@ -1,7 +1,10 @@
 """Copies of a model's modules that share the model's weights. :mod:`.compare` runs the copies instead of the model.
 
 a parameter of the model  →  a Parameter on the same storage, with its own .grad and .data and without hooks
-a buffer of the model     →  a copy, because a forward may write to it; 4-bit codes are shared
+a buffer of the model     →  a copy, because a forward may write to a buffer; uint8 buffers (4-bit codes) are shared
+
+A parameter is copied if a forward writes to the parameter, if the parameter is cast to a wider dtype, or if its class
+is neither nn.Parameter nor a 4-bit class of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Product(torch.autograd.Function):
-    """Computes ``x Wᵀ``. The backward dequantizes W again, so that no layer's dense weight is kept in between."""
+    """Computes ``x Wᵀ``. The backward dequantizes W again, so that no dense weight is kept between the two passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Dequantized) -> Tensor:
@@ -76,7 +79,7 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     """
     memo: dict[int, Any] = {}
     for name, module in model.named_modules():
-        writes = getattr(module, "max_norm", None) is not None  # the forward renormalizes rows in place
+        writes = getattr(module, "max_norm", None) is not None  # with max_norm the forward writes to the weight
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = _alias(parameter, memo, wide, writes)
@@ -94,18 +97,18 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     except Exception as error:  # a module may hold an object whose copy raises any error
         raise ValueError(f"verify: model can't be copied: {str(error).partition(chr(10))[0]}") from error
     for module in made.modules():
-        if is_parametrized(module):  # a copy of the class: undoing a parametrization changes the class
+        if is_parametrized(module):  # copy the class, because undoing a parametrization changes the class
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
-        if "support_avx512bf16_for_cpu" in vars(module):  # in evaluation bitsandbytes would repack the weight for good
+        if "support_avx512bf16_for_cpu" in vars(module):  # in eval mode bitsandbytes would repack the shared weight
             module.support_avx512bf16_for_cpu = False
     return made
 
 
 def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.dtype], writes: bool) -> Any:
-    """Returns a parameter on the storage of ``parameter``, or on that storage cast to ``wide``."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes copies all other attributes
+    """Returns a parameter on the storage of ``parameter``, on a copy if ``writes``, or on a copy cast to ``wide``."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' copy shares this state
         memo[id(state)] = state
         return copy.copy(parameter)
     if type(parameter) is not nn.Parameter:
@@ -131,7 +134,7 @@ def _dequantized(name: str, module: nn.Module, seen: Optional[torch.dtype], memo
 
 
 def dequantizing(model: nn.Module) -> nn.Module:
-    """Replaces this package's NF4 modules in ``model`` by modules in plain PyTorch, in place. Returns ``model``."""
+    """Replaces peft_ext's NF4 modules in ``model`` by modules in plain PyTorch, in place. Returns ``model``."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, NF4Linear):
@@ -142,9 +145,10 @@ def dequantizing(model: nn.Module) -> nn.Module:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Sets every dropout and jitter probability in ``model`` to 0, and every ``use_cache`` to False, in place.
+    """Sets the dropout and jitter probabilities in ``model`` to 0, and ``use_cache`` to False, in place.
 
-    The settings are attributes of modules and of their configurations. Returns ``model``.
+    The function finds these settings by name, among the attributes of modules and of the modules' configurations.
+    Returns ``model``.
     """
     seen: set[int] = set()
     for module in model.modules():
