@@ -1,6 +1,7 @@
 // Memory that a thread keeps from call to call. A new block of megabytes costs a page fault per 4 KiB, about a tenth of
-// a small layer's time. A large block is released at the end of the call: there page faults cost little compared with
-// the product, and otherwise a thread would keep memory for the longest batch that it ever saw.
+// a small layer's time. A block above kKeptScratchBytes is released at the end of the call: the page faults of a large
+// block cost little compared with the call's products, and otherwise a thread would keep memory for the longest batch
+// that the thread ever saw.
 #pragma once
 
 #include <stdlib.h>
