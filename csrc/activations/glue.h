@@ -42,7 +42,7 @@ inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   return {as_contiguous(tensor), columns};
 }
 
-// gate and up as rows, and the sizes of the result.
+// The operands gate and up as rows, and the sizes of the result.
 struct Parts {
   RowsApart gate;
   std::optional<RowsApart> up;

@@ -73,7 +73,7 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
   return Tensor(out);
 }
 
-// Converts the mask to words of 64 queries: [B or 1, H or 1, S, ceil(T / 64)].
+// Packs the bool mask into words with one bit for each of 64 queries. The result is [B or 1, H or 1, S, ceil(T / 64)].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
   const Tensor words = empty({batches, heads, keys, blocks, 8}, ScalarType::Byte);

@@ -38,7 +38,7 @@ struct Attention {
   float scale;
   bool causal;  // query i may see key j only if j <= i
   HeadsOf q, k, v, out;
-  float* lse;  // [B, H, queries]
+  float* lse;  // lse [B, H, queries]
   // Bit i % 64 of word i / 64 of a key tells whether query i may see the key. A null pointer means that there is no
   // mask. Strides are in words; a stride is 0 if the dimension is broadcast.
   const uint64_t* mask;
@@ -54,7 +54,8 @@ struct Attention {
   // `splits` parts, and `finish` adds the sums of these parts.
   HeadsOf grad, grad_q, grad_k, grad_v;
   int64_t splits;
-  float *key_sums, *value_sums;  // [splits, B, Hkv, keys, size or value_size padded to whole vectors]
+  // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
+  float *key_sums, *value_sums;
 
   // k and v as left operands, for each batch and key head. A pointer is null if the call needs no such operand, or uses
   // k or v itself as the operand.
@@ -66,16 +67,16 @@ struct AttentionKernels {
   DType element;  // element type of the operands
   int64_t word;   // number of elements in a word
   int64_t width;  // number of elements in a vector; rows of sums are padded to whole vectors
-  // Makes the left operands of the units [begin, end) of [B, Hkv].
+  // Makes the left operands of the key heads [begin, end) of the B · Hkv key heads.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
-  // Computes out and lse for units of [B, H, ceil(queries / 64)].
+  // Computes out and lse for the blocks [begin, end) of 64 queries, of the blocks [B, H, ceil(queries / 64)].
   void (*forward)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*forward_scratch)(const Attention& work);
-  // Computes grad_q, key_sums and value_sums for units of [B, Hkv, splits].
+  // Computes grad_q, key_sums and value_sums for the units [begin, end) of the units [B, Hkv, splits].
   void (*backward)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*backward_scratch)(const Attention& work);
-  // Computes grad_k and grad_v for units of [B, Hkv, keys].
+  // Computes grad_k and grad_v for the rows [begin, end) of the rows [B, Hkv, keys].
   void (*finish)(const Attention& work, int64_t begin, int64_t end);
 };
 

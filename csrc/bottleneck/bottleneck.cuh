@@ -18,7 +18,7 @@ struct BottleneckWork {
   Activation activation;
   int64_t rows, size;  // T, M
   float* u;            // U [rows, size]; `activate` writes U if `sums` is given
-  const float* sums;   // partial sums [chunks][sums_rows][sums_columns], or null
+  const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns], or null
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
   float scale;          // factor of H in the terms

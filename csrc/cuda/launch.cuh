@@ -38,7 +38,7 @@
 
 namespace peft_ext {
 
-// Returns whether kernels can use the tensor.
+// Returns whether kernels can use the tensor: a tensor on a CUDA device, or on the CPU under the emulator.
 inline bool on_device(const torch::stable::Tensor& tensor) {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return tensor.is_cpu();
@@ -79,8 +79,8 @@ struct Block {
   int64_t dynamic_shared;
 };
 
-// Makes the tensor's device the current device during its lifetime. A Launcher never waits for the device, so that CUDA
-// graphs can capture its launches.
+// A Launcher makes the tensor's device the current device for the lifetime of the Launcher. A Launcher never waits for
+// the device, so that CUDA graphs can capture its launches.
 class Launcher {
  public:
   explicit Launcher(const torch::stable::Tensor& tensor);

@@ -10,12 +10,12 @@ namespace peft_ext {
 // Parameters of dropout for a kernel. seed: int64 [2], the seed and the offset, or null without dropout.
 struct DeviceDropout {
   const int64_t* seed = nullptr;
-  uint32_t threshold = 0;  // an element whose draw is lower is dropped
+  uint32_t threshold = 0;  // an element whose draw is below the threshold is dropped
   float scale = 1.0f;      // factor of kept elements
 };
 
 constexpr int kPhiloxRounds = 7;
-constexpr int kPhiloxGroup = 8;  // elements that share a counter block
+constexpr int kPhiloxGroup = 8;  // number of elements that share a counter block
 
 // A dropout whose seed has been read. An element is kept if its 16-bit draw is at least the threshold t. kept_halves
 // compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves, and `either` is all ones

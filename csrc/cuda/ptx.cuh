@@ -80,7 +80,7 @@ __device__ __forceinline__ float fma_rn(float a, float b, float c) {
 #endif
 }
 
-// Computes the 64-bit product of two 32-bit numbers: its low and its high half.
+// Computes the low and the high half of the 64-bit product of two 32-bit numbers.
 __device__ __forceinline__ void mul_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
 #ifdef __CUDACC__
   // One mul.wide.u32 gives both halves of the 64-bit product. The compiler does not always use mul.wide.u32 for two
@@ -348,7 +348,7 @@ __device__ __forceinline__ SharedAt shared_at(const void* shared) {
 #endif
 }
 
-// Loads 16 bytes, aligned to 16 bytes.
+// Loads 16 bytes from an address in shared memory that is aligned to 16 bytes.
 __device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
 #ifdef __CUDACC__
   uint4 words;
@@ -362,7 +362,7 @@ __device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
 #endif
 }
 
-// Loads 4 bytes, aligned to 4 bytes.
+// Loads 4 bytes from an address in shared memory that is aligned to 4 bytes.
 __device__ __forceinline__ uint32_t load_shared_4(SharedAt from) {
 #ifdef __CUDACC__
   uint32_t word;
@@ -425,7 +425,7 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, boo
 #endif
 }
 
-// Closes a group of copies: all copies of this thread since the last call. A group may be empty.
+// Closes a group of copies: all copies of this thread since its last cp_async_commit. A group may be empty.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -473,9 +473,9 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row
 #endif
 }
 
-// C [16, 8] += A [16, 16] B [16, 8], T is bf16 or f16, sums in float. All 32 lanes. A lane holds
-//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next
-//   b[i]: rows 2t + 8 i and the next, column g
+// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, sums are float. All 32 lanes must call it. A lane holds
+//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column
+//   b[i]: rows 2t + 8 i and the next row, column g
 //   c[i]: row g + 8 (i / 2), column 2t + i % 2
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

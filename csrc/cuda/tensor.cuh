@@ -24,14 +24,14 @@ void check_kernel_dtype(const char* op, const char* argument, ScalarType type);
 // Raises an error unless the matrix has a supported element type and is on `like`'s device.
 void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like);
 
-// Checks that a vector has `size` elements and is on `like`'s device, and returns it as contiguous float32.
+// Checks that a vector has `size` elements and is on `like`'s device. Returns the vector as contiguous float32.
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
 
 // Checks the seed of dropout. Returns the seed if dropout is active, otherwise nothing.
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 
-// Returns "", or the reason why the device no longer works: an earlier kernel, of any library, failed.
+// Returns "", or the reason why the device no longer works: an earlier kernel of any library failed.
 inline const char* lost_device() {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return "";

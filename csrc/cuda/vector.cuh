@@ -1,4 +1,5 @@
-// Eight consecutive elements of any type as floats: the unit in which elementwise kernels read and write memory.
+// Functions that load and store eight consecutive elements of any type as floats. Elementwise kernels read and write
+// memory in such groups of eight.
 #pragma once
 
 #include "cuda/philox.cuh"

@@ -50,7 +50,7 @@ enum class Wait : uint8_t {
   kMmaF16
 };
 
-// A stamp: | block epoch 28 | warp epoch 22 | thread 10 | flags 4 |
+// Bits of a stamp: | block epoch 28 | warp epoch 22 | thread 10 | flags 4 |
 constexpr int kThreadShift = 4;
 constexpr int kWarpEpochShift = 14;
 constexpr int kEpochShift = 36;
@@ -80,7 +80,7 @@ constexpr uint32_t kFirstBlock = 2;
 constexpr uint32_t kAtomicWriter = 0x80000000u;
 
 struct PendingCopy {
-  size_t offset;  // offset in the arena
+  size_t offset;  // offset of the destination in the arena
   const void* from;
   int bytes;
   bool take;
@@ -108,9 +108,9 @@ struct Fiber {
 };
 
 struct Warp {
-  uint32_t lanes;    // lanes that exist
-  uint32_t ready;    // lanes that can run
-  uint32_t arrived;  // lanes that have arrived at the collective
+  uint32_t lanes;    // bits of the lanes that exist
+  uint32_t ready;    // bits of the lanes that can run
+  uint32_t arrived;  // bits of the lanes that have arrived at the collective
   uint32_t exited;
   Wait collective;
   uint64_t epoch;
@@ -154,7 +154,7 @@ struct Machine {
 
   char* arena;
   Stamps* words;   // stamps of each four bytes of the arena
-  Stamps* bytes;   // stamps of each byte, where kSplit is set
+  Stamps* bytes;   // stamps of each byte of four bytes whose write stamp has kSplit
   uint8_t* owner;  // for each four bytes: 1 + index of the declaration, or 0 outside of declarations
 };
 

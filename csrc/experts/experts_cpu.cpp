@@ -1,6 +1,6 @@
-// The linear layers of a mixture of experts on the CPU: Y_t = x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ + b_e for the rows t of
-// expert e. Rows are sorted by expert. Each expert's run of rows (linear/cpu/runs.h) is one call of the adapted layer
-// (linear/cpu/adapted_linear.h) with the expert's weight and adapter.
+// The linear layers of a mixture of experts on the CPU: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows
+// t of expert e; without DoRA g is 1. Rows are sorted by expert. Each expert's run of rows (linear/cpu/runs.h) is one
+// call of the adapted layer (linear/cpu/adapted_linear.h) with the expert's weight and adapter.
 #include <string.h>
 
 #include <numeric>
@@ -84,7 +84,8 @@ void copy_back(const Tensor& stack, const Tensor& whole) {
   copy_stack<true>(stack, whole, experts);
 }
 
-// The experts' weights: dense [E, N, K], or NF4, where each expert is packed separately, in order.
+// The weights of all experts: dense [E, N, K], or NF4, where each expert is packed separately and the experts follow in
+// order.
 struct Weights {
   Tensor weight;
   std::optional<Tensor> absmax, nested_absmax, nested_code, nested_offset;
@@ -206,7 +207,7 @@ void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   clear_to(experts);
 }
 
-// Sets the rows after the last expert's rows to zero.
+// Sets the rows of `matrix` after the last expert's rows to zero.
 void clear_rest(const Tensor& matrix, const std::vector<Run>& runs) {
   const int64_t first = runs.empty() ? 0 : runs.back().end, left = matrix.size(0) - first;
   if (left == 0 || matrix.size(1) == 0) return;

@@ -24,7 +24,7 @@ struct Heads {
 struct Rotary {
   DType dtype;  // dtype of all tensors
   bool back;
-  int64_t tokens, size;   // T, D
+  int64_t tokens, size;   // T and D
   Heads parts[2];         // q and k
   const void *cos, *sin;  // [B or 1, T, D] contiguous
   int64_t cos_batch;      // stride between batches; 0 if one cos and sin serve all batches

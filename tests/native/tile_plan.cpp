@@ -3,7 +3,7 @@
 //
 //   tile_plan check THREADS STRIPS
 //       tests all of 1..THREADS threads and 1..STRIPS strips of 16 tokens, with every layer below; if STRIPS is `some`,
-//       a choice of both
+//       tests some of 1..THREADS threads and some of 1..1024 strips
 //   tile_plan cost THREADS TOKENS N K DECODE
 //       prints "parts blocks whole_panels share decoded": share is the work of the busiest part divided by the mean of
 //       all threads, decoded is the number of decoded panels divided by the number of panels

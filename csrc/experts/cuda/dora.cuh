@@ -21,7 +21,7 @@ struct StackNorm {
   float* norm;  // [experts, outputs]
 };
 
-// Rounds two values to T.
+// Rounds two values to the element type T.
 template <typename T>
 __device__ __forceinline__ void round_pair(float& low, float& high) {
   if constexpr (sizeof(T) == 2) {

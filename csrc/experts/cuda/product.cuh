@@ -1,5 +1,5 @@
-// The product of a mixture of experts, where each row is multiplied with its own expert's weight, in one launch with
-// all other operations on the output:
+// The product of a mixture of experts, where each row is multiplied with the weight of the row's expert, in one launch
+// with all other operations on the output:
 //
 //   out [rows, C] = g_e ∘ (D W_eᵀ + mask ∘ (L F_eᵀ)) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
 //
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     experts_product_kernel(ExpertsProduct work) {
   constexpr int kSlab = kProductSlab<T>, kVectors = kProductVector<T>, kSize = sizeof(T);
   constexpr bool kWhole = kOrder != StackOrder::kAny, kAcross = kOrder == StackOrder::kAcross;
-  // The length of a line of W in a stage, and the number of groups of 16 bytes in a line.
+  // The length of a line of W in a stage, in bytes, and the number of groups of 16 bytes in a line.
   constexpr int kLine = kAcross ? kProductColumns * kSize : kProductRowBytes, kGroups = kLine / 16;
   PEFT_EXT_SHARED(ProductShared, shared);
   const int64_t row_tile = blockIdx.x / work.column_tiles, column_tile = blockIdx.x % work.column_tiles;

@@ -9,7 +9,8 @@ namespace peft_ext {
 
 inline bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 
-// The experts' weights: dense [E, N, K] with any strides, or NF4, where each expert is packed separately, in order.
+// The weights of all experts: dense [E, N, K] with any strides, or NF4, where each expert is packed separately and the
+// experts follow in order.
 struct DeviceStack {
   DeviceWeight all;  // its sizes are those of one expert; a dense weight is [E, N, K]
   int64_t experts = 0;
