@@ -5,8 +5,9 @@
 // which every sync_threads increases; the warp's epoch within the block's epoch, which every sync_warp increases; and
 // the thread. Two accesses are ordered if they are by one thread, in different block epochs, or by one warp in
 // different warp epochs. Shuffles, votes and mma do not order accesses, because CUDA does not promise any order for
-// them. Epochs continue over blocks and launches, so that a stamp from before the block's start means "not written",
-// and no stamps have to be cleared. One pair of stamps serves four bytes until a smaller access splits the pair.
+// them. Epochs continue over blocks and launches, so that a stamp from before the block's start means "not written".
+// Stamps are cleared only before the epochs overflow. One pair of stamps serves four bytes until a smaller access
+// splits the pair.
 //
 // Global memory has two stamps for each element of a writable range: which block of the launch wrote the element, and
 // which block read the element.

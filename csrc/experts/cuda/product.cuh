@@ -18,8 +18,9 @@
 // ahead, each to round(code · scale) as in nf4_dequantize. Groups of 16 bytes lie in the order group ^ line % 8, so
 // that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums. float32 uses FMAs, where a thread
 // has 8 rows and 4 columns. The sums are then added to the low-rank term, which is computed as in expand.cuh, through
-// shared memory, rounded once, and stored 16 bytes per lane. Shared memory: 48 KiB. Bytes moved: D, W (of experts that
-// have rows) and out, once each. D is read C / 128 times from L2, and W once per 64 rows.
+// shared memory, rounded once, and stored 16 bytes per lane. Shared memory: 48 KiB.
+// Bytes moved: D, W (of experts that have rows) and out, once each. D is read C / 128 times from L2, and W once per 64
+// rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
