@@ -473,8 +473,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row
 #endif
 }
 
-// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call the function.
-// A lane holds
+// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call the
+// function. A lane holds
 //   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column
 //   b[i]: rows 2t + 8 i and the next row, column g
 //   c[i]: row g + 8 (i / 2), column 2t + i % 2
