@@ -4,7 +4,8 @@
 //
 // A thread moves eight adjacent columns, 16 bytes of a 16-bit dtype; a block moves 2,048 columns of a row. Rows may
 // have any stride, so that gate and up may be halves of one tensor. Arithmetic is float32 and rounds once: act(gate) is
-// not rounded in between. Bytes moved: each matrix once, 3 TF elements in the forward and 5 TF in the backward.
+// not rounded in between. Bytes moved: each matrix once; with up, 3 TF elements in the forward and 5 TF in the
+// gradient.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -15,11 +16,11 @@ namespace peft_ext {
 struct GatedWork {
   Activation activation;
   int64_t columns;
-  const void *gate, *up, *grad;                 // up may be null; grad: only for the gradient
-  int64_t gate_stride, up_stride, grad_stride;  // row strides
+  const void *gate, *up, *grad;                 // up: null if there is no up; grad: dY, only for the gradient
+  int64_t gate_stride, up_stride, grad_stride;  // strides between rows, in elements
   void *out, *out_up;                           // out: y, or d gate; out_up: d up, or null
   int64_t out_stride, out_up_stride;
-  bool whole;  // groups of eight columns are aligned to 16 bytes in all matrices
+  bool whole;  // whether groups of eight columns are aligned to 16 bytes in all matrices
 };
 
 constexpr int kGatedThreads = 256;
@@ -35,7 +36,7 @@ __device__ __forceinline__ void with_activation(Activation activation, const F& 
   return f(Activation::kRelu2);
 }
 
-// Grid: x: rows; y: tiles of kGatedTile columns.
+// Grid: x has a block for each row; y has a block for each tile of kGatedTile columns.
 template <typename T, bool kGradient>
 __global__ void __launch_bounds__(kGatedThreads) gated_kernel(GatedWork work) {
   const int64_t row = blockIdx.x;

@@ -21,7 +21,8 @@ const ActivationKernels& activation_kernels() {
 #endif
 }
 
-// Takes gate [..., F] with up [..., F], or both as halves of one tensor [..., 2F], or gate without up.
+// Returns gate and up as rows. The function accepts gate [..., F] with up [..., F], gate [..., F] alone, or with
+// `halves` one tensor [..., 2F] whose first half is gate and whose second half is up.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(gate.dim() >= 1, op, ": gate has no dimension, wanted [..., F]");
   const int64_t last = gate.dim() - 1, columns = halves ? gate.size(last) / 2 : gate.size(last);
@@ -50,7 +51,7 @@ GatedRows work_of(const char* op, const Parts& parts, int64_t activation) {
   return work;
 }
 
-// Returns the number of rows that take about as long as starting a task.
+// Returns a number of rows whose computation takes about as long as the start of a parallel task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
 Tensor forward(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation, bool halves) {

@@ -1,4 +1,4 @@
-// Plain and gated activations on CUDA, in one launch each. The kernel is in activations.cuh.
+// Plain and gated activations on CUDA. Each call is one launch of the kernel in activations.cuh.
 #include "activations/activations.cuh"
 
 #include <tuple>
@@ -9,7 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Takes gate [..., F] with up [..., F], or both as halves of one tensor [..., 2F], or gate without up.
+// Returns gate and up as rows. The function accepts gate [..., F] with up [..., F], gate [..., F] alone, or with
+// `halves` one tensor [..., 2F] whose first half is gate and whose second half is up.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(on_device(gate) && gate.dim() >= 1, op, ": gate is not [..., F] on a CUDA device");
   check_kernel_dtype(op, "gate", gate.scalar_type());

@@ -19,8 +19,8 @@ inline Activation checked_gate(const char* op, int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
-// A tensor [..., columns] as contiguous rows that are all `stride` elements apart. A half of a wider tensor is used
-// directly; other layouts are copied.
+// A tensor [..., columns] as contiguous rows with a distance of `stride` elements between neighbouring rows. A half of
+// a wider contiguous tensor is used directly. A tensor without one such stride is copied.
 struct RowsApart {
   torch::stable::Tensor held;
   int64_t stride;
@@ -42,7 +42,7 @@ inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   return {as_contiguous(tensor), columns};
 }
 
-// gate and up as rows, and the sizes of the result.
+// The operands gate and up as rows, and the sizes of the result.
 struct Parts {
   RowsApart gate;
   std::optional<RowsApart> up;

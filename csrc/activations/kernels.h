@@ -1,5 +1,5 @@
-// The contract of the plain and gated activations on the CPU; each instruction set has a table of kernels. Each matrix
-// is read or written once.
+// The contract of the plain and gated activations on the CPU; each instruction set has a table of kernels. A kernel
+// reads or writes each matrix once.
 //
 //   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
 //
@@ -27,13 +27,13 @@ struct GatedRows {
   Activation activation;
   DType dtype;  // dtype of all matrices
   int64_t columns;
-  StridedRows gate, up;  // up without data: 1
-  StridedRows grad;      // only for the gradient
-  WrittenRows out;       // y, or d gate
-  WrittenRows out_up;    // d up; no data without up
+  StridedRows gate, up;  // if up has no data, up is 1
+  StridedRows grad;      // dY; only for the gradient
+  WrittenRows out;       // y in the forward, d gate in the gradient
+  WrittenRows out_up;    // d up; has no data if up has no data
 };
 
-// The functions work on the rows [begin, end).
+// Each function of the table computes the rows [begin, end).
 struct ActivationKernels {
   void (*rows)(const GatedRows& work, int64_t begin, int64_t end);
   void (*gradient)(const GatedRows& work, int64_t begin, int64_t end);

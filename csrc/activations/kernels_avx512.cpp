@@ -1,7 +1,7 @@
-// The activation kernels of kernels.h with AVX-512.
+// The activation kernels of activations/kernels.h with AVX-512.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "cpu/simd_avx512.h"
 #include "activations/kernels_impl.h"
 

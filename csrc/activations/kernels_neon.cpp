@@ -1,4 +1,4 @@
-// The activation kernels of kernels.h with NEON.
+// The activation kernels of activations/kernels.h with NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "activations/kernels_impl.h"

@@ -1,4 +1,4 @@
-// The activation kernels of kernels.h in plain C++, for any CPU.
+// The activation kernels of activations/kernels.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "activations/kernels_impl.h"
 

@@ -1,6 +1,6 @@
-// Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. A thread
-// takes a block of queries, and in the backward the keys of one or a few heads. The division of sums depends only on
-// the shapes, so that the bits are equal for every number of threads.
+// Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. In the
+// forward a unit of a thread's work is a block of queries; in the backward a unit is a part of the query heads of one
+// key head. The division of sums depends only on the shapes, so that the bits are equal for every number of threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -15,7 +15,8 @@
 namespace peft_ext {
 namespace {
 
-// Heads of a group are summed in separate splits until there are this many units for the threads, or no more heads.
+// The backward divides the query heads of a key head into splits until there are this many units for the threads, or
+// each query head is a split of its own.
 constexpr int64_t kUnits = 32;
 constexpr int64_t kMostSums = int64_t{1} << 25;  // largest number of floats in the sums of all splits: 128 MiB
 
@@ -61,7 +62,8 @@ HeadsOf heads_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Returns [B, H, T, D] with the memory layout [B, T, H, D], as the next layer needs it. Autograd does not see a view.
+// Returns [B, H, T, D] with the memory layout [B, T, H, D], which the next layer needs. For autograd the result is not
+// a view.
 Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size, ScalarType type) {
   const Tensor held = empty({batches, tokens, heads, size}, type);
   const int64_t shape[] = {batches, heads, tokens, size};
@@ -71,7 +73,7 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
   return Tensor(out);
 }
 
-// Converts the mask to words of 64 queries: [B or 1, H or 1, S, ceil(T / 64)].
+// Packs the bool mask into words with one bit for each of 64 queries. The result is [B or 1, H or 1, S, ceil(T / 64)].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
   const Tensor words = empty({batches, heads, keys, blocks, 8}, ScalarType::Byte);
@@ -153,8 +155,9 @@ struct Call {
     return hold(empty({kv_units(), rows, whole_words(columns)}, type)).mutable_data_ptr();
   }
 
-  // Allocates the sums [splits, units, keys, columns padded to whole vectors] in the calling thread's scratch, which is
-  // kept unless it is large: new memory costs a page fault per page.
+  // Allocates the sums [splits, units, keys, columns padded to whole vectors] in the calling thread's scratch. The
+  // thread keeps the scratch after the call unless the scratch is large, because new memory costs a page fault per
+  // page.
   void take_sums() {
     const int64_t rows = work.splits * kv_units() * work.keys;
     const int64_t of_keys = rows * whole_vectors(work.size), of_values = rows * whole_vectors(work.value_size);
@@ -167,7 +170,8 @@ struct Call {
   void in_parallel(int64_t units, size_t bytes, const F& f) {
     parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       f(work, begin, end, scratch(Scratch::kPanel, bytes));
-      // A head of thousands of values needs a large block. The sums are not released: other threads may still use them.
+      // A head size of thousands needs a large block, which is released here. The sums stay allocated, because other
+      // threads may still use the sums.
       if (ScratchBlock& block = scratch_block(Scratch::kPanel); block.size > kKeptScratchBytes) block.release();
     });
   }
@@ -217,7 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   for (work.splits = 1; work.splits < group && (units * work.splits < kUnits || group % work.splits != 0);)
     ++work.splits;
   if (work.splits < 1) work.splits = 1;
-  // Each split has sums of all keys. With many keys there are enough units without splits, and memory is scarce.
+  // Each split has sums for all keys. The loop lowers the number of splits until the sums of all splits have at most
+  // kMostSums floats, or one split is left.
   const int64_t lanes = call.whole_vectors(work.size) + call.whole_vectors(work.value_size);
   while (work.splits > 1 && work.splits * units * work.keys * lanes > kMostSums) do
       --work.splits;

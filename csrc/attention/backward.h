@@ -1,5 +1,5 @@
-// The backward of attention for a block of queries: dV, dQ and dK of kernels.h. Include this file after the target
-// pragma, the path's Vec, its words and its transposition.
+// The backward of attention for a block of queries: dV, dQ and dK of attention/kernels.h. Include this file after the
+// target pragma and the path's Vec, words and transposition.
 #pragma once
 
 #include "attention/forward.h"
@@ -7,13 +7,13 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBackwardKeys = 96;  // keys per block: whole strips of kRows
+constexpr int64_t kBackwardKeys = 96;  // number of keys in a block; a multiple of kRows
 
 struct BackwardParts {
-  Element *q_rows, *grad_rows;      // converted rows, if q or grad can't be used directly
-  Element *q_turned, *grad_turned;  // right operands whose depth is the head's size
-  Element *q_joined, *grad_joined;  // right operands whose depth is the queries
-  Element *p, *ds, *ds_joined;      // left operands, depth queries; ds_joined: right operand, depth keys
+  Element *q_rows, *grad_rows;      // q and dO converted to operands; unused if q or dO itself serves as an operand
+  Element *q_turned, *grad_turned;  // q and dO as right operands whose depth is the head size
+  Element *q_joined, *grad_joined;  // q and dO as right operands whose depth is the queries
+  Element *p, *ds, *ds_joined;      // p, ds: left operands, depth queries; ds_joined: dS as right operand, depth keys
   float *s, *dp, *q_sums, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
@@ -33,7 +33,7 @@ struct BackwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kBackwardKeys : 0)) {}
 };
 
-// Returns Σ a ∘ b over a row.
+// Returns the dot product Σ a ∘ b of two rows.
 template <typename T>
 inline float dot(const T* a, const T* b, int64_t columns) {
   float total[1];
@@ -43,8 +43,8 @@ inline float dot(const T* a, const T* b, int64_t columns) {
   return total[0];
 }
 
-// Computes P and dS for a block of keys from S and dP. The right operand ds_joined is zero where no query of a vector
-// may see the key.
+// Computes P and dS for a block of keys from S and dP. The right operand ds_joined is zero for a vector of queries none
+// of which may see the key.
 inline void take_gradients(const Attention& work, const uint64_t* bits, const uint64_t* keeps, const int64_t* first,
                            int64_t count, int64_t vecs, const float* lse, const BackwardParts& own) {
   const Vec factor = Vec::broadcast(work.scale * kLog2E), zero = Vec::zero();
@@ -57,7 +57,8 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
         ds[i] = zero;
         if (r + i >= count || v < first[(r + i) / kRows]) continue;
         const int64_t at = (r + i) * kQueries + v * kWidth;
-        // The minimum limits P to 1, which P may exceed for an invisible key, or by the rounding of lse.
+        // The minimum limits P to 1. Without the minimum, P may exceed 1 for an invisible key, or by the rounding of
+        // lse.
         Vec p = vec_exp2(Vec::min(zero, Vec::fma(Vec::load(own.s + at), factor, shift)));
         if (!all_see(bits[r + i])) p = Vec::where(bits_at(bits[r + i], v), p, zero);
         Vec dp = Vec::load(own.dp + at), kept = p;
@@ -109,7 +110,8 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
     for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
-    // For each strip of keys, the first vector of queries with a query that may see a key of the strip.
+    // For each strip of keys: the first vector of queries to multiply, or `vecs` if no query may see a key of the
+    // strip.
     int64_t starts[kBackwardKeys / kRows];
     const auto for_strips = [&](auto f) {
       for (int64_t r = 0; r < here; r += kRows)

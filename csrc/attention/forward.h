@@ -1,5 +1,5 @@
-// The forward of attention for a block of queries: O and lse of kernels.h. Include this file after the target pragma,
-// the path's Vec, its words and its transposition.
+// The forward of attention for a block of queries: O and lse of attention/kernels.h. Include this file after the target
+// pragma and the path's Vec, words and transposition.
 #pragma once
 
 #include <math.h>
@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kForwardKeys = 192;  // keys per block: whole strips of kRows
+constexpr int64_t kForwardKeys = 192;  // number of keys in a block; a multiple of kRows
 constexpr float kLog2E = 1.44269504f;
 
 struct ForwardParts {
@@ -30,8 +30,8 @@ struct ForwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
-// Updates each query's largest score with a block of scores [count, 64], and computes the factor `change` for older
-// sums.
+// Updates each query's largest score with a block of scores [count, 64]. Computes the factor `change`, by which the
+// sums of the earlier blocks are multiplied.
 inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
   const Vec nothing = Vec::broadcast(-INFINITY);
   for (int64_t v = 0; v < vecs; ++v) {
@@ -47,15 +47,16 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
       most = Vec::max(most, s);
     }
     most.store(own.largest + v * kWidth);
-    // If no key was visible before, the older sums are zeros and any factor is right.
+    // If no key of the earlier blocks was visible, the sums of these blocks are zeros, and any factor is right.
     const Vec far = Vec::broadcast(-3e38f);
     const Vec fell = Vec::sub(Vec::max(before, far), Vec::max(most, far));
     vec_exp2(Vec::mul(fell, Vec::broadcast(scale * kLog2E))).store(own.change + v * kWidth);
   }
 }
 
-// Computes P of a block, as a right operand, and its sums. A block is summed alone before it is added to the older
-// sums: with a hundred thousand keys each single term would be rounded to the last bit of a large sum.
+// Computes exp(S - largest S) of a block as a right operand, with dropout, and adds the block's sums without dropout to
+// the older sums. The block is summed alone before this addition: with a hundred thousand keys, a single term would be
+// rounded to the last bit of a large sum.
 inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale,
                               bool first, const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {
@@ -67,7 +68,8 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
       for (int64_t i = 0; i < kWord; ++i) {
         p[i] = zero;
         if (r + i >= count) continue;
-        // The difference comes first, so that the largest score gives exactly 0, whatever its size.
+        // The difference is computed before the product, so that the largest score gives the exponent 0 exactly,
+        // whatever the score's size.
         p[i] = vec_exp2(Vec::mul(Vec::sub(Vec::load(own.s + (r + i) * kQueries + v * kWidth), most), factor));
         if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
         sum = Vec::add(sum, p[i]);
@@ -123,7 +125,8 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   }
   float* lse = work.lse + (batch * work.heads + head) * work.queries + query;
   for (int64_t i = 0; i < count; ++i) {
-    // A bias of -inf leaves sums close to zero, for keys that have no finite score.
+    // If a bias of -inf gives all visible keys the score -inf, the sum is close to zero but not 0 (vec_exp2 returns at
+    // least 2^-126).
     const bool sees = (own.sum[i] > 0.0f || own.sum[i] != own.sum[i]) && own.largest[i] != -INFINITY;
     lse[i] = sees ? own.largest[i] * work.scale + logf(own.sum[i]) : 0.0f;
     own.change[i] = sees ? work.dropout.scale / own.sum[i] : 0.0f;
@@ -138,7 +141,8 @@ void forward_units(const Attention& work, int64_t begin, int64_t end, void* scra
   const int64_t blocks = ceil_div(work.queries, kQueries);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t batch = unit / (work.heads * blocks), head = unit / blocks % work.heads;
-    // The longest blocks run first, so that a thread with several blocks ends with short ones.
+    // Under a causal mask the last block of queries sees the most keys. Long blocks run first, so that a thread with
+    // several blocks ends with short ones.
     const int64_t block = blocks - 1 - unit % blocks;
     forward_block<T>(work, batch, head, block * kQueries, {reinterpret_cast<uintptr_t>(scratch)});
   }

@@ -1,11 +1,11 @@
-// The attention kernels of kernels.h with AVX2.
+// The attention kernels of attention/kernels.h with AVX2.
 #if defined(__x86_64__)
 #include <math.h>
 
 #include <utility>
 
 #include "cpu/target_avx2.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 
 #include "attention/transpose_scalar.h"

@@ -1,11 +1,11 @@
-// The attention kernels of kernels.h with the dot product of AVX512-BF16.
+// The attention kernels of attention/kernels.h with the dot product of AVX512-BF16.
 #if defined(__x86_64__)
 #include <math.h>
 
 #include <utility>
 
 #include "cpu/target_avx512bf16.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "cpu/simd_avx512.h"
 
 #include "attention/transpose_avx512.h"

@@ -1,5 +1,5 @@
-// The attention kernels of kernels.h for one instruction set. Include this file after the target pragma, the path's Vec
-// (cpu/simd_<isa>.h), its words (words_f32.h or words_bf16.h) and its transposition.
+// The attention kernels of attention/kernels.h for one instruction set. Include this file after the target pragma, and
+// after the path's Vec (cpu/simd_<isa>.h), words (words_f32.h or words_bf16.h) and transposition (transpose_<isa>.h).
 #pragma once
 
 #include "attention/backward.h"

@@ -1,4 +1,4 @@
-// The attention kernels of kernels.h with NEON.
+// The attention kernels of attention/kernels.h with NEON.
 #if defined(__aarch64__)
 #include <math.h>
 

@@ -1,4 +1,4 @@
-// The attention kernels of kernels.h in plain C++, for any CPU.
+// The attention kernels of attention/kernels.h in plain C++, for any CPU.
 #include <math.h>
 
 #include <utility>

@@ -1,5 +1,5 @@
-// Makes operands of products (see kernels.h) from heads in memory. Include this file after the target pragma, the
-// path's Vec, its words and its transposition.
+// Makes operands of products (see attention/kernels.h) from heads in memory. Include this file after the target pragma
+// and the path's Vec, words and transposition.
 #pragma once
 
 #include <string.h>
@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kQueries = kMaskBits;  // queries per block
+constexpr int64_t kQueries = kMaskBits;  // number of queries in a block
 
 inline int64_t whole(int64_t count, int64_t of) { return ceil_div(count, of) * of; }
 inline int64_t words_of_depth(int64_t depth) { return ceil_div(depth, kWord); }
@@ -20,7 +20,8 @@ inline int64_t padded_lanes(int64_t columns) { return whole(columns, kWidth); }
 template <typename T>
 constexpr bool kTaken = sizeof(T) == sizeof(Element);
 
-// Divides a thread's memory into parts of whole cache lines. Starting at address 0, `at` counts the bytes needed.
+// Divides a thread's memory into parts of whole cache lines. If `at` starts at 0, `at` counts the bytes that all parts
+// need.
 struct Parts {
   uintptr_t at;
   template <typename T>
@@ -53,7 +54,8 @@ inline bool lies_right(int64_t depth) {
   return kTaken<T> && depth % kWord == 0;
 }
 
-// Returns rows of x for a left operand: x itself, or a copy in `made` [count, padded depth].
+// Returns rows of x as a left operand: x itself where its layout allows, otherwise a copy in `made` [count, padded
+// depth].
 template <typename T>
 inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t depth, Element* made) {
   if constexpr (kTaken<T>)
@@ -62,7 +64,8 @@ inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t dept
   return {made, padded_depth(depth)};
 }
 
-// Makes a right operand whose depth is a head's and whose lanes are the rows, zero-padded: [words, lanes words].
+// Makes a right operand [words of the head size, lanes] from rows of a head: a row becomes a lane, and missing rows are
+// zeros.
 inline void turn_rows(const Rows& rows, int64_t count, int64_t depth, int64_t lanes, Element* right) {
   const int64_t words = words_of_depth(depth);
   transpose_words(rows.data, rows.stride * static_cast<int64_t>(sizeof(Element)), count, words, right, lanes);
@@ -71,7 +74,8 @@ inline void turn_rows(const Rows& rows, int64_t count, int64_t depth, int64_t la
       memset(right + (w * lanes + count) * kWord, 0, static_cast<size_t>((lanes - count) * kWord) * sizeof(Element));
 }
 
-// Makes a right operand whose depth is the rows and whose lanes are a head's values, padded to whole vectors.
+// Makes a right operand from rows of a head: the rows are the depth, and the columns are the lanes, padded to whole
+// vectors.
 inline void join_all(const Rows& rows, int64_t count, int64_t columns, Element* right) {
   const int64_t lanes = padded_lanes(columns);
   for (int64_t i = 0; i < count; i += kWord) {
@@ -85,8 +89,8 @@ inline T* head_of(const HeadsOf& x, int64_t batch, int64_t head, int64_t token) 
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head + token * x.token;
 }
 
-// Stores the sums [size, 64] of a block of queries as rows of y, `token` apart. Row i is multiplied by factor(i).
-// `turned` is memory for the transposed sums.
+// Stores the sums of a block of queries as rows of y. `sums` is [size, 64]: column i, multiplied by factor(i), becomes
+// row i of y. Rows of y are `token` elements apart. `turned` is scratch memory for the transposed sums.
 template <typename T, typename F>
 inline void store_turned(const float* sums, int64_t size, int64_t count, float* turned, T* y, int64_t token,
                          const F& factor) {
@@ -99,7 +103,7 @@ inline void store_turned(const float* sums, int64_t size, int64_t count, float* 
   }
 }
 
-// Returns the rows of a unit's k or v as left operands: `made`, or x itself if made is null.
+// Returns the rows of a key head's k or v as left operands: `made`, or x itself if `made` is null.
 inline Rows whole_rows(const HeadsOf& x, const void* made, int64_t batch, int64_t head, int64_t unit, int64_t keys,
                        int64_t depth) {
   if (made == nullptr) return {head_of<const Element>(x, batch, head, 0), x.token};

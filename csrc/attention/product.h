@@ -1,5 +1,5 @@
-// The product of a left and a right operand (see kernels.h). Include this file after the target pragma, the path's Vec,
-// its words and its transposition.
+// The product of a left and a right operand (see attention/kernels.h). Include this file after the target pragma and
+// the path's Vec, words and transposition.
 #pragma once
 
 #include <utility>
@@ -9,12 +9,13 @@
 namespace peft_ext {
 namespace {
 
-// Sums that stay in registers: kRows rows by kVecs vectors. The other registers hold operands.
+// The sums of a strip stay in registers: kRows rows by kVecs vectors. The remaining registers hold operands.
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
 
-// Multiplies one strip: c [kM, kV vectors] = or += left [kM, steps words] right [steps, kV vectors of words].
+// Computes one strip of a product. c [kM, kV vectors] = left [kM, steps words] right [steps, kV vectors of words]; if
+// `add`, the product is added to c.
 template <int kM, int kV>
 void multiply_strip(const Element* left, int64_t left_stride, const Element* right, int64_t right_stride, int64_t steps,
                     float* c, int64_t c_stride, bool add) {
@@ -43,7 +44,7 @@ inline Strip strip_at(int at, std::integer_sequence<int, kAt...>) {
   return kStrips[at];
 }
 
-// Computes c [rows, vecs vectors] = or += left right. Strides are in elements.
+// Computes c [rows, vecs vectors] = left right, or c += left right if `add`. Strides are in elements.
 inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t left_stride, const Element* right,
                      int64_t right_stride, int64_t steps, float* c, int64_t c_stride, bool add) {
   for (int64_t v = 0; v < vecs; v += kVecs)

@@ -1,5 +1,5 @@
-// Finds which queries may see a key, and multiplies only these. Include this file after the target pragma, the path's
-// Vec, its words and its transposition.
+// Finds which queries may see a key, and multiplies only the visible blocks. Include this file after the target pragma
+// and the path's Vec, words and transposition.
 #pragma once
 
 #include "attention/operands.h"
@@ -8,7 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns a bit per query from `query` on: whether it may see the key. Bits beyond the `count` queries are 0.
+// Returns one bit for each query from `query` on: whether the query may see the key. Bits beyond the `count` queries
+// are 0.
 inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, int64_t query, int64_t count) {
   uint64_t bits = mask ? mask[key * work.mask_key + query / kMaskBits] : ~uint64_t{0};
   if (count < kMaskBits) bits &= (uint64_t{1} << count) - 1;
@@ -21,13 +22,14 @@ inline const uint64_t* mask_of(const Attention& work, int64_t batch, int64_t hea
   return work.mask ? work.mask + batch * work.mask_batch + head * work.mask_head : nullptr;
 }
 
-// Initializes the scores [keys, 64] of a block to bias / scale, transposed. Returns false if there is no bias. rows:
-// memory for 64 queries by `keys` keys.
+// Sets the scores [keys, 64] of a block to the transposed bias / scale. Without a bias the function returns false and
+// sets nothing. `rows` is scratch memory for 64 queries by `keys` keys.
 inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t count, int64_t key,
                          int64_t keys, float* rows, float* s) {
   if (work.bias == nullptr) return false;
   const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
-  // A mask may be a large finite bias. A small scale must not turn a finite bias into -inf, which hides the key.
+  // A finite bias must stay finite: some masks are a large negative bias. Divided by a small scale, such a bias would
+  // become -inf, which hides the key.
   constexpr float kLeast = -2.5e38f;
   const float factor = 1.0f / work.scale;
   with_dtype(work.bias_dtype, [&](auto zero) {
@@ -38,7 +40,7 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
       if (work.bias_key == 1)
         for_vectors(keys, [&](auto lanes, int64_t j) {
           const Vec value = lanes.load(from + j), over = Vec::mul(value, Vec::broadcast(factor));
-          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // finite or +inf: above 0
+          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // inf unless value is -inf or NaN
           lanes.store(to + j, Vec::positive(finite, Vec::max(over, Vec::broadcast(kLeast)), over));
         });
       else
@@ -52,7 +54,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   return true;
 }
 
-// Returns a bit per query from `query` on: whether dropout keeps the key for the query. All bits are 1 without dropout.
+// Returns one bit for each query from `query` on: whether dropout keeps the key for the query. Without dropout all bits
+// are 1.
 inline uint64_t kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t query, int64_t count) {
   if (!work.dropout.active) return ~uint64_t{0};
   const int64_t first = ((batch * work.heads + head) * work.keys + key) * work.queries + query;
@@ -70,18 +73,20 @@ inline bool any_sees(const uint64_t* bits, int64_t rows) {
 }
 inline uint32_t bits_at(uint64_t bits, int64_t vec) { return static_cast<uint32_t>(bits >> (vec * kWidth)); }
 
-// Returns the number of keys that a query of the block may see at most.
+// Returns an upper bound of the number of keys that the queries of the block may see. The bound considers `causal`, not
+// the mask.
 inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the first vector of queries that has a query which may see the key.
+// Returns the first vector of queries with a query that may see the key. The function considers `causal`, not the mask.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
   return work.causal && key > query ? (key - query) / kWidth : 0;
 }
 
-// Computes c [rows, vecs vectors of queries] = or += left [rows, keys] right [keys, vecs vectors]. Queries before the
-// last key of the block are multiplied only with the keys that they may see.
+// Computes c [rows, vecs vectors of queries] = left [rows, keys] right [keys, vecs vectors], or c += left right if
+// `add`. With `causal`, a block with keys after its first 32 queries is multiplied in groups of 32 queries, and each
+// group leaves out the keys that none of its queries may see.
 inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int64_t query, int64_t rows, int64_t vecs,
                           const Rows& left, const Element* right, float* c, bool add) {
   constexpr int64_t kTogether = kQueries / 2 / kWidth;

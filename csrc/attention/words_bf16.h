@@ -1,5 +1,5 @@
-// Words of bfloat16 operands for the dot product of AVX512-BF16: a word holds two values. See kernels.h. Include this
-// file after the target pragma and the path's Vec.
+// Words of bfloat16 operands for the dot product of AVX512-BF16: a word holds two values (see attention/kernels.h).
+// Include this file after the target pragma and the path's Vec.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ namespace peft_ext {
 namespace {
 
 using Element = bf16;
-constexpr int64_t kWord = 2;  // elements in a word
+constexpr int64_t kWord = 2;  // number of elements in a word
 
 using WordVec = __m512bh;
 inline WordVec load_words(const bf16* right) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(right)); }
@@ -25,8 +25,8 @@ PEFT_EXT_INLINE Vec add_products(WordVec a, WordVec b, Vec sum) { return {_mm512
 
 inline __m512i low_halves(__m256i words) { return _mm512_cvtepu16_epi32(words); }
 
-// Interleaves two rows that are adjacent in depth into one row of a right operand, in whole vectors. second may be
-// null.
+// Interleaves two rows that are adjacent in depth into one row of a right operand, in whole vectors. If `second` is
+// null, the values of the second row are 0.
 inline void join_rows(const bf16* first, const bf16* second, int64_t columns, bf16* right) {
   for (int64_t i = 0; i < columns; i += 16) {
     const __mmask16 inside = columns - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns - i)) - 1);
@@ -36,7 +36,7 @@ inline void join_rows(const bf16* first, const bf16* second, int64_t columns, bf
   }
 }
 
-// Rounds to bfloat16. Subnormal values become zero, which is accurate enough for probabilities.
+// Rounds float32 values to bfloat16. Subnormal values become zero, which is accurate enough for probabilities.
 inline __m256i narrow_bf16(Vec value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value.v)); }
 
 inline void store_left(Vec value, bf16* left) {

@@ -1,11 +1,11 @@
-// The kernels between the two products of a bottleneck adapter, for U [T, M] float32, which is small:
+// The kernels between the two products of a bottleneck adapter. Their operand U [T, M] is float32 and small:
 //
 //   activate:  U = sums + b_d;  H = act(U)  -> U, and the scaled H as terms
 //   gradient:  dU = P ∘ act'(U)             -> dU, and dU as terms
 //
-// As the left operand of expand, H lies row by row. As the operand L of a rank pass, H is transposed and has a row of
-// ones after its M rows: the product of dYᵀ with that row is the gradient of the bias. A thread computes two adjacent
-// columns. All arithmetic is float32.
+// As the left operand of expand, H is stored row by row. As the operand L of a rank pass, H is transposed and has a row
+// of ones after its M rows: the product of dYᵀ with the row of ones is the gradient of the bias. A thread computes two
+// adjacent columns. All arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -17,22 +17,22 @@ namespace peft_ext {
 struct BottleneckWork {
   Activation activation;
   int64_t rows, size;  // T, M
-  float* u;            // [rows, size]; activate writes u if sums is given
-  const float* sums;   // partial sums [chunks][sums_rows][sums_columns], or null
+  float* u;            // U [rows, size]; `activate` writes U if `sums` is given
+  const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns], or null
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
-  float scale;          // factor of H
-  const float* grad_h;  // gradient: P [rows, size]
-  float* grad_u;        // gradient: [rows, size]
+  float scale;          // factor of H in the terms
+  const float* grad_h;  // P [rows, size]; only for the gradient
+  float* grad_u;        // dU [rows, size]; only for the gradient
   bool ones;
-  int64_t padded_rows, padded_size;  // sizes of the terms
-  TermsOut terms;                    // [padded_rows, padded_size]; no data if not wanted
-  TermsOut transposed;               // [padded_size, padded_rows]; no data if not wanted
+  int64_t padded_rows, padded_size;  // numbers of rows and columns of the terms, with padding
+  TermsOut terms;                    // terms of H or dU, [padded_rows, padded_size]; no data if unneeded
+  TermsOut transposed;               // transposed terms, [padded_size, padded_rows]; no data if unneeded
 };
 
 constexpr int kBottleneckThreads = 256;
 
-// Grid: ceil(padded_rows · padded_size / 2 / kBottleneckThreads).
+// Grid: ceil(padded_rows · padded_size / 2 / kBottleneckThreads) blocks.
 template <bool kGradient>
 __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(BottleneckWork work) {
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kBottleneckThreads + threadIdx.x;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(Bottlene
   if (work.transposed.data != nullptr) save_terms_across(work.transposed, m, row, values[0], values[1]);
 }
 
-// Computes out[m] = Σ_t dU[t, m]. Grid: size.
+// Computes out[m] = Σ_t dU[t, m]. Grid: one block for each column m.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     bottleneck_bias_kernel(const float* grad_u, int64_t rows, int64_t size, float* out) {

@@ -3,10 +3,10 @@
 //   U = x Dᵀ + b_d [T, M]     H = act(U)     Y = residual + s (H Vᵀ + b_v) [T, N]
 //
 // In float32, or with mixed dtypes, the forward is one pass over x, and one pass that reads the residual and writes Y;
-// for few tokens D and V are not packed. The backward is one or two passes over dY for P = s dY V, dV and db_v, one
-// pass over x for dD, and one pass that reads dY and writes dX = dY + dU D. PyTorch's matrix products compute the
-// gradients of up to eight tokens, and all products in one 16-bit dtype. Tensors [T, M] are float32, and PyTorch
-// computes their activation.
+// for up to kUnpackedTokens tokens D and V are not packed. The backward is one or two passes over dY for P = s dY V, dV
+// and db_v, one pass over x for dD, and one pass that reads dY and writes dX = dY + dU D. PyTorch's matrix products
+// compute the gradients of up to eight tokens, and all products of more than two tokens in a 16-bit dtype that the CPU
+// multiplies. Tensors [T, M] are float32. The functions erf, tanh, exp, SiLU and ReLU of these tensors are PyTorch's.
 #include <algorithm>
 #include <tuple>
 
@@ -44,7 +44,7 @@ constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080
 constexpr float kDensity = 0.39894228040143268f;  // 1 / √(2π)
 constexpr int64_t kElementGrain = 32 * 1024;
 
-// Returns a float32 tensor [T, M] like u with f(i) at each element i, computed on all threads.
+// Returns a float32 tensor [T, M] of u's shape with the value f(i) at each flat index i, computed on all threads.
 template <typename F>
 Tensor elementwise(const Tensor& u, const F& f) {
   Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
@@ -92,11 +92,12 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
   return elementwise(u, [=](int64_t i) { return g[i] * (0.5f * (1.0f + c[i]) + at[i] * e[i] * kDensity); });
 }
 
-// Returns the dtype for products that read D and V without packing, if such products are used: the common 16-bit dtype
-// of all, if the CPU multiplies in that dtype (by PyTorch's product), or float32 for so few tokens that packing would
-// take most of the time.
+// Returns the dtype of products that read D and V without packing, or nothing if D and V are packed. The dtype is the
+// common 16-bit dtype of x, D and V if the CPU multiplies in that dtype (by PyTorch's product), or float32 for so few
+// tokens that packing would take most of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
-  constexpr int64_t kFewer = 2;  // a row of D takes as long to widen as to multiply
+  // up to two tokens are multiplied in float32: widening a row of D takes as long as one product
+  constexpr int64_t kFewer = 2;
   const ScalarType type = x.scalar_type();
   const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
   if (same && multiplies_in(type, true) && rows_of(x) > kFewer) return type;
@@ -104,12 +105,12 @@ std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, cons
   return std::nullopt;
 }
 
-// Returns [T, M] padded to `padded` columns.
+// Returns m [T, M], padded to `padded` columns.
 Tensor framed(const char* op, const Tensor& m, int64_t padded) {
   return m.size(1) == padded ? m : packed(op, "u", m, nullptr, nullptr, false, m.size(0), padded);
 }
 
-// Sets an Expand up for y = residual + terms of the caller. An empty residual is 0.
+// Returns an Expand for y = residual + the terms that the caller adds. An empty residual stands for zeros.
 Expand onto_residual(const Tensor& y, const Tensor& residual) {
   Expand work;
   work.y = y.mutable_data_ptr();
@@ -141,7 +142,8 @@ void add_rows(const Tensor& u, const Tensor& bias) {
   });
 }
 
-// Returns Σ_t m[t], [M], for m [T, M]. The sum is in double because T may be large. One thread sums a column.
+// Returns the sums [M] of m [T, M] over the rows. The sum is in double because T may be large. One thread sums a
+// column.
 Tensor sum_of_rows(const Tensor& m) {
   constexpr int64_t kColumns = 16;
   const int64_t tokens = m.size(0), size = m.size(1);
@@ -161,7 +163,8 @@ Tensor sum_of_rows(const Tensor& m) {
   return out;
 }
 
-// Largest number of tokens for which the forward reads D and V without packing: once per kFewTokens tokens.
+// Largest number of tokens for which the forward reads D and V without packing in float32. D and V are read once for
+// each group of kFewTokens tokens.
 constexpr int64_t kUnpackedTokens = 3 * kFewTokens;
 
 // Computes out [T, N] float32 = m [T, K] wᵀ for w [N, K] without packing.
@@ -251,7 +254,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   return {y, u};
 }
 
-// dV and db_v, and P = s dY V, [T, M] float32.
+// The gradients dV and db_v of the up projection, and P = s dY V, [T, M] float32.
 struct UpGradients {
   Tensor weight, bias, p;
 };

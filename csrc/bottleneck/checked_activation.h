@@ -7,7 +7,8 @@
 
 namespace peft_ext {
 
-// Number of activations that a bottleneck adapter supports: the first ones of the enum.
+// Number of activations that a bottleneck adapter supports. The supported activations are the first ones of the enum
+// Activation.
 constexpr int64_t kBottleneckActivations = 4;
 
 inline Activation checked_activation(const char* op, int64_t activation) {

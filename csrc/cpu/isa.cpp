@@ -32,7 +32,7 @@ std::atomic<Isa>& chosen() {
 }
 
 #if defined(PEFT_EXT_X86)
-// Returns whether CPUID reports F16C. Not every compiler's __builtin_cpu_supports knows the name.
+// Returns whether CPUID reports F16C. Not every compiler's __builtin_cpu_supports knows the name "f16c".
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kF16c = 1u << 29;
@@ -60,7 +60,7 @@ bool amx_granted() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // numbers of ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #else

@@ -1,5 +1,5 @@
-// The choice of the CPU path: made once by CPUID bits, or set by set_isa (PEFT_EXT_CPU_ISA in Python). The file does
-// not depend on torch, because the pybind11 file includes it.
+// The choice of the CPU path: detected once from the features of the CPU, or set by set_isa (PEFT_EXT_CPU_ISA in
+// Python). The file does not depend on torch, because the pybind11 file includes it.
 #pragma once
 
 // Clang before 16 supports Arm's bfloat16 only if the command line enables it.
@@ -9,8 +9,9 @@
 
 namespace peft_ext {
 
-// In ascending order for each architecture: each path supports everything that the paths before it support.
-// kAmxEmulated, which runs the AMX kernels with emulated tiles, is for tests and is never chosen by default.
+// The paths of each architecture are in ascending order. A CPU that supports a path also supports the earlier paths of
+// its architecture, except for kAmxEmulated: this path runs the AMX kernels with emulated tiles, is for tests, and is
+// never chosen by default.
 enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated, kNeon, kNeonBf16 };
 constexpr int kIsaCount = 8;
 
@@ -32,8 +33,9 @@ bool isa_available(Isa isa);
 Isa current_isa();
 void set_current_isa(Isa isa);
 
-// A kernel table holds the function pointers of an operator. Each instruction set exports one table, or null if the
-// instruction set has no kernels of its own. For null the table of the next lower instruction set is used.
+// A kernel table holds the function pointers of an operator. Each instruction set has one table, or a null pointer if
+// the instruction set has no kernels of its own. For a null pointer the table of the next lower instruction set is
+// used.
 template <typename Table>
 const Table& select_kernels(const Table* scalar, const Table* avx2, const Table* avx512) {
   const Isa isa = current_isa();

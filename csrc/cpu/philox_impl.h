@@ -1,7 +1,8 @@
 // Philox draws over the type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma.
 //
 // Each 32-bit word lies in a 64-bit lane, so that a round is two widening products, two shifts and two xors. The upper
-// halves hold garbage, which the products ignore. Two independent sets of lanes hide the latency of the products.
+// half of a lane holds bits without meaning, which the widening products ignore. Two independent sets of counters, each
+// in lanes of its own, are computed in turn to hide the latency of Philox's multiplications.
 #pragma once
 
 #include "common/philox.h"
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kPhiloxRounds = 7;
 constexpr int kPhiloxSets = 2;
-constexpr int kPhiloxBlocks = kPhiloxSets * Lanes::kWidth;  // counter blocks computed at a time
+constexpr int kPhiloxBlocks = kPhiloxSets * Lanes::kWidth;  // number of counter blocks computed at a time
 constexpr int kDrawsPerBlock = 8;
 
 // Writes the draws of the counter blocks [first, first + kPhiloxBlocks), in the order of the elements.
@@ -41,7 +42,8 @@ inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out)
     Lanes::store_words(c0[s], c1[s], c2[s], c3[s], out + s * Lanes::kWidth * kDrawsPerBlock);
 }
 
-// Returns the buffer size that philox_draws needs: it computes whole groups of blocks, and may start within a block.
+// Returns the buffer size that philox_draws needs: philox_draws computes whole groups of counter blocks, and may start
+// within a block.
 constexpr int64_t draws_room(int64_t count) { return count + (kPhiloxBlocks + 1) * kDrawsPerBlock; }
 
 // Computes the draws of the flat elements [first, first + count). The draws begin at the returned address within

@@ -7,7 +7,8 @@
 namespace peft_ext {
 namespace {
 
-// All lanes. The type differs from PartVec, so that the loop body for whole vectors is compiled without masks.
+// A vector with all lanes. The type differs from PartVec, so that the loop body for whole vectors is compiled without
+// masks.
 struct WholeVec {
   template <typename T>
   Vec load(const T* x) const {
@@ -21,7 +22,8 @@ struct WholeVec {
   Vec filled(Vec value) const { return value; }
 };
 
-// The first `count` lanes. Other lanes load as 0 and are not stored. `only` sets them to 0, `filled` to the first lane.
+// A vector of which only the first `count` lanes are used. The remaining lanes load as 0 and are not stored. `only`
+// sets the remaining lanes to 0, and `filled` sets them to the value of the first lane.
 struct PartVec {
   int64_t count;
   template <typename T>
@@ -41,7 +43,8 @@ struct PartVec {
   }
 };
 
-// Calls f(WholeVec or PartVec, first column) for the vectors of [0, columns).
+// Calls f(lanes, first column) for each vector of the columns [0, columns). `lanes` is a WholeVec or, for the rest, a
+// PartVec.
 template <typename F>
 inline void for_vectors(int64_t columns, const F& f) {
   int64_t k = 0;
@@ -49,9 +52,9 @@ inline void for_vectors(int64_t columns, const F& f) {
   if (k < columns) f(PartVec{columns - k}, k);
 }
 
-// Computes sums over [0, columns) in float32. f(lanes, first column, sums) adds the terms of its lanes, and 0 for
-// missing lanes. kTurns vectors of sums take turns, so that additions need not wait for each other. The order of the
-// sum depends only on the number of columns and on Vec.
+// Computes sums over [0, columns) in float32. f(lanes, first column, sums) adds the terms of `lanes` to `sums`, and 0
+// for missing lanes. kTurns vectors of sums take turns, so that additions need not wait for each other. The order of
+// the sum depends only on the number of columns and on Vec.
 template <int kSums, typename F>
 inline void sum_vectors(int64_t columns, float (&total)[kSums], const F& f) {
   constexpr int kTurns = 4;

@@ -1,6 +1,7 @@
 // Memory that a thread keeps from call to call. A new block of megabytes costs a page fault per 4 KiB, about a tenth of
-// a small layer's time. A large block is released at the end of the call: there page faults cost little compared with
-// the product, and otherwise a thread would keep memory for the longest batch that it ever saw.
+// a small layer's time. A block above kKeptScratchBytes is released at the end of the call: the page faults of a large
+// block cost little compared with the call's products, and otherwise a thread would keep memory for the longest batch
+// that the thread ever saw.
 #pragma once
 
 #include <stdlib.h>
@@ -13,7 +14,7 @@ namespace peft_ext {
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. kPanel and kRows of a linear layer hold at most kPanelStep rows of W,
-// twice if they are transposed too (kDroppedDepth), and so stay below this size.
+// or twice as much if the rows are stored transposed too (kDroppedDepth), and so stay below this size.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
 struct ScratchBlock {
@@ -46,8 +47,8 @@ inline void* scratch(Scratch use, size_t bytes) {
   return block.data;
 }
 
-// An object for the time of a call whose scratch may have any size: its destructor releases the calling thread's large
-// blocks.
+// An object that lives during a call whose scratch may have any size. The destructor releases the calling thread's
+// large blocks.
 struct ScratchOfCall {
   ScratchOfCall() = default;
   ScratchOfCall(const ScratchOfCall&) = delete;

@@ -76,7 +76,8 @@ struct Vec {
   }
   void store(float* x) const { _mm256_storeu_ps(x, v); }
 
-  // Loads values of any element type. With `count` only the first values are loaded, and the others are 0.
+  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
+  // are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load8(x)};
@@ -126,12 +127,13 @@ inline Vec Vec::rounded<f16>() const {
   return {_mm256_cvtph_ps(round_f16(v))};
 }
 
-// Four 32-bit words in 64-bit lanes. See philox_impl.h.
+// A vector of four 64-bit lanes for Philox (see philox_impl.h); each lane holds a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 4;
   __m256i v;
   static Lanes broadcast(uint64_t value) { return {_mm256_set1_epi64x(static_cast<int64_t>(value))}; }
-  // Returns the counters first to first + 3, in the order in which store_words' two interleavings restore memory order.
+  // Returns the counters first to first + 3, in an order that the two interleavings of store_words turn into the order
+  // of memory.
   static Lanes counters(uint64_t first) {
     return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
   }
@@ -146,7 +148,7 @@ struct Lanes {
   }
 };
 
-// Replaces values[i] by keep ? values[i] * scale : 0.
+// Replaces values[i] by values[i] * scale if draws[i] >= threshold, otherwise by 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   const __m256i below = _mm256_set1_epi32(static_cast<int32_t>(dropout.threshold) - 1);
   const __m256 scale = _mm256_set1_ps(dropout.scale);
@@ -159,7 +161,7 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   for (; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
 }
 
-// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the dropout mask as bits to ceil(count / 32) words: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
   for (int64_t i = 0; i < count; i += 32) {
     uint32_t word = 0;

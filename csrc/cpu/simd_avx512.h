@@ -46,7 +46,7 @@ struct Vec {
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  // Returns 1 / v for a finite v, accurate to an ulp and exact for 1, in a third of a division's time.
+  // Returns 1 / v for a normal finite v, accurate to an ulp and exact for 1, in a third of a division's time.
   Vec reciprocal() const {
     const __m512 r = _mm512_rcp14_ps(v);
     return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(v, r, _mm512_set1_ps(1.0f)), r)};
@@ -73,7 +73,8 @@ struct Vec {
   float largest() const { return _mm512_reduce_max_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
 
-  // Loads values of any element type. With `count` only the first values are loaded, and the others are 0.
+  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
+  // are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load16(x)};
@@ -116,12 +117,13 @@ inline Vec Vec::rounded<f16>() const {
   return {_mm512_cvtph_ps(round_f16(v))};
 }
 
-// Eight 32-bit words in 64-bit lanes. See philox_impl.h.
+// A vector of eight 64-bit lanes for Philox (see philox_impl.h); each lane holds a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 8;
   __m512i v;
   static Lanes broadcast(uint64_t value) { return {_mm512_set1_epi64(static_cast<int64_t>(value))}; }
-  // Returns the counters first to first + 7, in the order in which store_words' two interleavings restore memory order.
+  // Returns the counters first to first + 7, in an order that the two interleavings of store_words turn into the order
+  // of memory.
   static Lanes counters(uint64_t first) {
     return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
@@ -136,7 +138,7 @@ struct Lanes {
   }
 };
 
-// Replaces values[i] by keep ? values[i] * scale : 0.
+// Replaces values[i] by values[i] * scale if draws[i] >= threshold, otherwise by 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   const __m512i threshold = _mm512_set1_epi32(static_cast<int32_t>(dropout.threshold));
   const __m512 scale = _mm512_set1_ps(dropout.scale);
@@ -149,7 +151,7 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   }
 }
 
-// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the dropout mask as bits to ceil(count / 32) words: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
   // A threshold of 65536 drops every element, because no draw is above 65535.
   const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));

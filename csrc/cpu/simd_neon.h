@@ -65,7 +65,8 @@ struct Vec {
   float largest() const { return vmaxnmvq_f32(v); }
   void store(float* x) const { vst1q_f32(x, v); }
 
-  // Loads values of any element type. With `count` only the first values are loaded, and the others are 0.
+  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
+  // are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load4(x)};
@@ -110,7 +111,7 @@ inline Vec Vec::rounded<f16>() const {
   return {widen_f16(round_f16(v))};
 }
 
-// Two 32-bit words in 64-bit lanes. See philox_impl.h.
+// A vector of two 64-bit lanes for Philox (see philox_impl.h); each lane holds a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 2;
   uint64x2_t v;
@@ -126,7 +127,7 @@ struct Lanes {
   }
 };
 
-// Replaces values[i] by keep ? values[i] * scale : 0.
+// Replaces values[i] by values[i] * scale if draws[i] >= threshold, otherwise by 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   const uint32x4_t threshold = vdupq_n_u32(dropout.threshold);
   int64_t i = 0;
@@ -138,7 +139,7 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   for (; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
 }
 
-// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the dropout mask as bits to ceil(count / 32) words: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
   const uint32_t bit[4] = {1, 2, 4, 8};
   const uint32x4_t bits = vld1q_u32(bit), threshold = vdupq_n_u32(dropout.threshold);

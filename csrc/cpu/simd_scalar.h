@@ -26,12 +26,12 @@ struct Vec {
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   // Returns a > 0 ? b : c.
   static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
-  // Returns a if the first bit is set, otherwise b.
+  // Returns a if the lowest of `bits` is set, otherwise b.
   static Vec where(uint32_t bits, Vec a, Vec b) { return bits & 1 ? a : b; }
   Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
-  // Rounds a value below 2^22 to an integer: the added number leaves no bits for a fraction.
+  // Rounds a value of magnitude below 2^22 to an integer: the added number leaves no bits for a fraction.
   Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
-  // Returns 2^v for an integer v from -126 to 127, and any number for a NaN.
+  // Returns 2^v for an integer v from -126 to 127, and 1 for a NaN.
   Vec exp2() const {
     const int32_t whole = v == v ? static_cast<int32_t>(v) : 0;
     return {bits_to_float(static_cast<uint32_t>(whole + 127) << 23)};
@@ -40,7 +40,8 @@ struct Vec {
   float largest() const { return v; }
   void store(float* x) const { *x = v; }
 
-  // Loads a value of any element type. The versions with `count` are never called with one lane: there is no rest.
+  // Loads a value of any element type. The functions with `count` are never called, because a vector of one lane leaves
+  // no rest.
   template <typename T>
   static Vec load_as(const T* x) {
     return {to_float(*x)};
@@ -63,7 +64,7 @@ struct Vec {
   Vec first(int64_t) const { return zero(); }
 };
 
-// One 32-bit word in a 64-bit lane. See philox_impl.h.
+// One 64-bit lane for Philox (see philox_impl.h), which holds a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 1;
   uint64_t v;
@@ -81,12 +82,12 @@ struct Lanes {
   }
 };
 
-// Replaces values[i] by keep ? values[i] * scale : 0.
+// Replaces values[i] by values[i] * scale if draws[i] >= threshold, otherwise by 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   for (int64_t i = 0; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
 }
 
-// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the dropout mask as bits to ceil(count / 32) words: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
   for (int64_t i = 0; i < count; i += 32) {
     uint32_t word = 0;

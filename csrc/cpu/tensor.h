@@ -69,8 +69,8 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return product;
 }
 
-// Allocates a tensor. If that fails, the error contains the allocator's message, which the stable ABI loses and by
-// which trainers recognize that a smaller batch would fit.
+// Allocates a tensor. If the allocation fails, the error contains the allocator's message, which the stable ABI loses
+// and by which trainers recognize that a smaller batch would fit.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   const int64_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
   int64_t bytes = width;
@@ -84,14 +84,14 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   }
 }
 
-// Returns the product of all sizes but the last.
+// Returns the product of all sizes of the tensor except the last size.
 inline int64_t rows_of(const Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows = checked_product(rows, tensor.size(d));
   return rows;
 }
 
-// Returns x's shape with another last size.
+// Returns x's shape with the last size replaced by `last`.
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = last;

@@ -16,7 +16,7 @@ inline bool& within_a_loop() {
   return within;
 }
 
-// An object for the time of a loop body that calls functions with loops of their own: these loops get one thread.
+// While an object of this type lives in a loop body, the loops of the functions that the body calls use one thread.
 struct WithinALoop {
   const bool before = within_a_loop();
   WithinALoop() { within_a_loop() = true; }

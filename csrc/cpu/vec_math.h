@@ -1,4 +1,5 @@
-// Functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32. A NaN stays NaN. Include this file after the
+// Functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32 where a comment states no other error. Each
+// function of this file (vec_exp, vec_tanh, vec_normal and so on) returns NaN for NaN. Include this file after the
 // target pragma.
 #pragma once
 
@@ -8,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns e^x with x clamped to [-87.3, 87.3]: beyond, e^x changes no sum with 1, and 1 / (1 + e^x) stays a normal
+// Returns e^x with x clamped to [-87.3, 87.3]. At -87.3, 1 + e^x is already 1; at 87.3, 1 / (1 + e^x) is still a normal
 // number.
 PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   x = Vec::min(Vec::broadcast(87.3f), Vec::max(Vec::broadcast(-87.3f), x));
@@ -27,7 +28,7 @@ PEFT_EXT_INLINE Vec vec_exp(Vec x) {
 PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
   x = Vec::max(Vec::broadcast(-126.0f), x);
   const Vec whole = x.round(), r = Vec::sub(x, whole);
-  // The polynomial nearest to 2^r with the value 1 at 0. Its relative error is below 5e-9.
+  // The coefficients are those of the polynomial nearest to 2^r that is 1 at r = 0. Its relative error is below 5e-9.
   Vec p = Vec::broadcast(1.5461447463e-4f);
   constexpr float kRest[] = {1.3390867351e-3f, 9.6180566699e-3f, 5.5503571043e-2f,
                              2.4022650922e-1f, 6.9314718803e-1f, 1.0f};
@@ -51,8 +52,8 @@ struct Normal {
   Vec below, bell;
 };
 
-// Returns the normal distribution function, 0.5 (1 + erf(x / √2)), and e^(-x²/2). With z = |x| / √2 and
-// t = 1 / (1 + 0.3 z), erfc(z) = t P(t) e^(-z²). P is the best polynomial for z up to 9.5, with relative error 2e-8.
+// Returns the normal distribution function, 0.5 (1 + erf(x / √2)), and e^(-x²/2). With z = |x| / √2 and t = 1 / (1 +
+// 0.3 z), erfc(z) = t P(t) e^(-z²). P is the best polynomial for z up to 9.5, with a relative error of 2e-8.
 PEFT_EXT_INLINE Normal vec_normal(Vec x) {
   const Vec one = Vec::broadcast(1.0f), far = Vec::min(Vec::broadcast(64.0f), x.abs());
   const Vec t = Vec::fma(far, Vec::broadcast(0.21213203f), one).reciprocal();

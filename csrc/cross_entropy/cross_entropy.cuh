@@ -1,13 +1,13 @@
-// Cross entropy of the rows of a chunk of logits x, which the kernel overwrites with their gradient:
+// Cross entropy of the rows of a chunk of logits x. If needs_grad, the kernel overwrites x with the gradient:
 //
 //   z = c tanh(a x / c), or a x if c = 0     lse = log Σ_v exp z_v     ε: smoothing
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
 // A block owns a row, and a thread owns every 512th group of eight columns. The first reading gives each thread its
-// largest z and the sum of exp(z - largest); these are combined over lanes and then over warps in a fixed order. The
-// second reading, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved: the row is read
-// twice and written once.
+// largest z and the sum of exp(z - largest); these values are combined over lanes and then over warps in a fixed order.
+// The second reading, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved with the
+// gradient: the row is read twice and written once.
 #pragma once
 
 #include <math.h>
@@ -18,11 +18,11 @@
 namespace peft_ext {
 
 struct CrossEntropyWork {
-  void* logits;              // [T, V], overwritten if needs_grad
+  void* logits;              // x [T, V]; overwritten with the gradient if needs_grad
   const int64_t* labels;     // [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
-  const float* row_weight;   // w [T], or null: ones
-  float* losses;             // [T], not multiplied by w
-  int64_t columns, ignored;  // columns: V; ignored: the ignored label
+  const float* row_weight;   // w [T]; a null pointer stands for ones
+  float* losses;             // losses [T], not multiplied by w
+  int64_t columns, ignored;  // columns: V; ignored: the label whose rows are ignored
   float scale, softcap, smoothing;
   bool needs_grad, whole;
 };
@@ -35,7 +35,7 @@ struct SoftmaxSum {
   float most, sum, total;
 };
 
-// Lower than every logit but -inf, so that the exponential of -inf stays 0.
+// Start value for the largest z. The value is finite, so that the exponential of a logit of -inf is 0 and not NaN.
 constexpr float kLowest = -3.0e38f;
 
 __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxSum& b) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxS
 
 using SoftmaxShared = float[3][kCrossEntropyWarps];
 
-// Returns the combined sums at every thread. All threads of the block call the function.
+// Returns the combined sums of the block to every thread. All threads of the block must call the function.
 __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShared& shared) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShare
   return all;
 }
 
-// Grid: rows.
+// Grid: one block for each row.
 template <typename T, bool kSoftcap>
 __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(CrossEntropyWork work) {
   PEFT_EXT_SHARED(SoftmaxShared, shared);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(Cro
     }
   }
   const float z_label = !ignored && inside ? z_of(load_value(row + label)) : NAN;
-  // All reads of the row are before the barrier in block_joined, and all writes are after it.
+  // Each read of the row is before the barrier in block_joined, and each write of the row is after the barrier.
   const SoftmaxSum all = block_joined(mine, shared);
   const float rest = 1.0f - work.smoothing, log_sum = logf(all.sum);
   if (threadIdx.x == 0) {

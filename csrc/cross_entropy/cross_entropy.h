@@ -4,8 +4,9 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A row is read for the maximum, for the sum, and for the gradient, which overwrites the row. A row of a 16-bit dtype
-// stays in L2 in between. Arithmetic is float32, and the order of sums depends only on V.
+// A kernel reads a row for the maximum, for the sum, and for the gradient, which overwrites the row. A row of a 16-bit
+// dtype usually stays in L2 between these readings. Arithmetic is float32. The order of a sum depends only on V and on
+// the path.
 #pragma once
 
 #include <stdint.h>
@@ -15,12 +16,12 @@
 namespace peft_ext {
 
 struct CrossEntropy {
-  void* logits;  // [T, V], overwritten if needs_grad
+  void* logits;  // x [T, V]; overwritten with the gradient if needs_grad
   DType dtype;
   int64_t columns;          // V
   const int64_t* labels;    // [T]; an ignored label gives loss and gradient 0
-  const float* row_weight;  // w [T], or null: ones
-  float* losses;            // [T], not multiplied by w
+  const float* row_weight;  // w [T]; a null pointer stands for ones
+  float* losses;            // losses [T], not multiplied by w
   float scale, softcap, smoothing;
   int64_t ignored;
   bool needs_grad;

@@ -1,4 +1,5 @@
-// Cross entropy of the rows of a chunk of logits on the CPU. The logits become their gradient. See cross_entropy.h.
+// Cross entropy of the rows of a chunk of logits on the CPU. If the gradient is needed, the gradient overwrites the
+// logits. See cross_entropy.h.
 #include "cross_entropy/cross_entropy.h"
 
 #include "cpu/isa.h"

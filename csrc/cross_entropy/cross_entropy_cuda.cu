@@ -1,4 +1,5 @@
-// Cross entropy of the rows of a chunk of logits on CUDA. The logits become their gradient. See cross_entropy.cuh.
+// Cross entropy of the rows of a chunk of logits on CUDA. If the gradient is needed, the gradient overwrites the
+// logits. See cross_entropy.cuh.
 #include "cross_entropy/cross_entropy.cuh"
 
 #include "cuda/tensor.cuh"

@@ -12,7 +12,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kSumBlock = 2048;  // elements per partial sum: adding partial sums loses fewer bits
+constexpr int64_t kSumBlock = 2048;  // elements per partial sum: short partial sums lose fewer bits than one long sum
 
 template <bool kSoftcap>
 struct Logits {
@@ -38,7 +38,7 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   const int64_t columns = work.columns;
   Vec largest = Vec::broadcast(-INFINITY);
   for_vectors(columns, [&](auto lanes, int64_t v) {
-    // A filled lane repeats an element, which does not change the maximum.
+    // `filled` sets the missing lanes to an element of the row, which does not change the maximum.
     largest = Vec::max(largest, lanes.filled(logits.z(lanes.load(row + v))));
   });
   const float most = largest.largest();
@@ -59,7 +59,7 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   float at_label[Vec::kWidth];
   const Vec z_label = logits.z(Vec::broadcast(to_float(row[label])));
   z_label.store(at_label);
-  // Subtracts the largest z first: in lse = most + log Σ, a large `most` would leave few bits of the logarithm.
+  // The largest z is subtracted first: in lse = most + log Σ, a large `most` would leave few bits of the logarithm.
   loss = rest * (logf(sum) - (at_label[0] - most));
   if (smooth != 0.0f) loss += smooth * (logf(sum) - (total / static_cast<float>(columns) - most));
   if (!work.needs_grad) return;

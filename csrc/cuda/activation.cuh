@@ -8,8 +8,8 @@
 
 namespace peft_ext {
 
-// Returns act(u) / u. GELU: 0.5 (1 + erf(u/√2)); its tanh form: 0.5 (1 + tanh(√(2/π) (u + 0.044715 u³))); SiLU:
-// 1 / (1 + e^-u); ReLU: 0 or 1; squared ReLU: max(u, 0).
+// Returns act(u) / u. GELU: 0.5 (1 + erf(u/√2)); GELU's tanh form: 0.5 (1 + tanh(√(2/π) (u + 0.044715 u³))); SiLU: 1 /
+// (1 + e^-u); ReLU: 0 or 1; squared ReLU: max(u, 0).
 __device__ __forceinline__ float activation_gate(Activation activation, float u) {
   if (activation == Activation::kGelu) return 0.5f * (1.0f + erff(u * 0.70710678118654752f));
   if (activation == Activation::kGeluTanh)

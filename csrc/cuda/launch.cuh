@@ -1,7 +1,7 @@
-// Launches of kernels by host functions. A Launcher runs kernels on a tensor's device, on PyTorch's current stream
-// there, checks errors, and returns the pointers that kernels may use. Under the emulator (PEFT_EXT_EMULATE_CUDA) the
-// same host functions take CPU tensors: a kernel may then read the tensors given to in(), write those given to out(),
-// and nothing else.
+// Launches of kernels by host functions. A Launcher runs kernels on a tensor's device, on PyTorch's current stream of
+// the device, checks errors, and returns the pointers that kernels may use. Under the emulator (PEFT_EXT_EMULATE_CUDA)
+// the same host functions take CPU tensors: a kernel may then read the tensors given to in(), read and write the
+// tensors given to out() and scratch(), and access no other memory of the host.
 #pragma once
 
 #ifdef PEFT_EXT_EMULATE_CUDA
@@ -38,7 +38,7 @@
 
 namespace peft_ext {
 
-// Returns whether kernels can use the tensor.
+// Returns whether kernels can use the tensor: a tensor on a CUDA device, or on the CPU under the emulator.
 inline bool on_device(const torch::stable::Tensor& tensor) {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return tensor.is_cpu();
@@ -66,7 +66,7 @@ inline void addmm_(const torch::stable::Tensor& out, const torch::stable::Tensor
 #endif
 }
 
-// The grid of a launch. A single number is x.
+// The grid of a launch. A single number is the number of blocks in x.
 struct Grid {
   Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
   int64_t x, y, z;
@@ -79,8 +79,8 @@ struct Block {
   int64_t dynamic_shared;
 };
 
-// Makes the tensor's device the current device during its lifetime. A Launcher never waits for the device, so that CUDA
-// graphs can capture its launches.
+// A Launcher makes the tensor's device the current device for the lifetime of the Launcher. A Launcher never waits for
+// the device, so that CUDA graphs can capture its launches.
 class Launcher {
  public:
   explicit Launcher(const torch::stable::Tensor& tensor);
@@ -111,7 +111,8 @@ class Launcher {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
-  // Returns the data of a tensor that only this launcher's kernels fill: a kernel may read only what a kernel wrote.
+  // Returns the data of a tensor that only this launcher's kernels fill. A kernel may read only the bytes that a kernel
+  // has written.
   template <typename T>
   T* scratch(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);
@@ -198,7 +199,7 @@ void Launcher::operator()(void (*kernel)(Parameters...), const Grid& grid, const
                           const Arguments&... arguments) const {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check_shape(grid, block);
-  if (block.dynamic_shared > 0) {  // static plus dynamic may exceed the default limit of 48 KiB
+  if (block.dynamic_shared > 0) {  // static plus dynamic shared memory may exceed the default limit of 48 KiB
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(block.dynamic_shared)));

@@ -1,6 +1,6 @@
 // Counter-based dropout on the device, with the draws of common/philox.h, so that a mask has equal bits on every
-// device. The seed is read from device memory: the host never waits for the seed, and a captured graph reads a new seed
-// each time.
+// device. A kernel reads the seed from device memory: the host never waits for the seed, and a captured graph reads a
+// new seed at each replay.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -10,12 +10,12 @@ namespace peft_ext {
 // Parameters of dropout for a kernel. seed: int64 [2], the seed and the offset, or null without dropout.
 struct DeviceDropout {
   const int64_t* seed = nullptr;
-  uint32_t threshold = 0;  // an element whose draw is lower is dropped
+  uint32_t threshold = 0;  // an element whose draw is below the threshold is dropped
   float scale = 1.0f;      // factor of kept elements
 };
 
 constexpr int kPhiloxRounds = 7;
-constexpr int kPhiloxGroup = 8;  // elements that share a counter block
+constexpr int kPhiloxGroup = 8;  // number of elements that share a counter block
 
 // A dropout whose seed has been read. An element is kept if its 16-bit draw is at least the threshold t. kept_halves
 // compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves, and `either` is all ones
@@ -24,7 +24,7 @@ struct Philox {
   uint32_t key0, key1, offset0, offset1, lower, either;
 };
 
-// later: added to the offset.
+// Reads the seed of `dropout` and adds `later` to the offset. Without dropout the result is empty.
 __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint64_t later = 0) {
   if (dropout.seed == nullptr) return Philox{};
   const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]) + later;
@@ -57,16 +57,17 @@ __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t g
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Bits 15 and 31 of the result tell whether the draws in the low and in the high half keep their elements. Other bits
-// have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of t) has bit 15 if the draw's lower bits reach
-// t's, and never borrows from the half above. If bit 15 of t is 0, this bit or the draw's bit 15 is enough; otherwise
-// both are needed. The result is the majority of the two bits and `either`.
+// Bits 15 and 31 of the result tell whether the draws in the low and in the high half keep their elements. The
+// remaining bits have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of t) has bit 15 if the lower 15
+// bits of the draw are at least those of t, and the subtraction never borrows from the half above. If bit 15 of t is 0,
+// one of this bit and bit 15 of the draw is enough; otherwise both bits are needed. The result is the majority of the
+// two bits and `either`.
 __device__ __forceinline__ uint32_t kept_halves(const Philox& philox, uint32_t draws) {
   const uint32_t reached = (draws | 0x80008000u) - philox.lower;
   return (draws & reached) | ((draws | reached) & philox.either);
 }
 
-// Returns kept_halves of a group's four words.
+// Returns kept_halves of each of a group's four words.
 __device__ __forceinline__ uint4 kept_of_words(const Philox& philox, uint64_t group) {
   const uint4 draws = draws_of_group(philox, group);
   return make_uint4(kept_halves(philox, draws.x), kept_halves(philox, draws.y), kept_halves(philox, draws.z),

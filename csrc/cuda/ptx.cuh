@@ -1,7 +1,7 @@
-// One wrapper per device instruction that C++ has no expression for. The file does not depend on torch. Each wrapper
+// This file wraps device instructions that C++ has no expression for. The file does not depend on torch. Each wrapper
 // has two bodies: one for nvcc, and one for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the kernels
-// on a CPU and checks each memory access. Kernels call these wrappers, never an intrinsic, so that both bodies exist.
-// "All 32 lanes" means that all lanes of a warp must call the wrapper together: the emulator refuses anything else.
+// on a CPU and checks each memory access. Kernels call these wrappers where the emulator needs a body of its own. "All
+// 32 lanes" means that all lanes of a warp must call the wrapper together: the emulator refuses anything else.
 #pragma once
 
 #ifdef PEFT_EXT_EMULATE_CUDA
@@ -54,7 +54,8 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // ---- arithmetic
 
-// Products and sums that the compiler may not contract to an FMA, and the FMA itself, which rounds a · b + c once.
+// fmul_rn and fadd_rn: a product and a sum that the compiler may not contract to an FMA. fma_rn: the FMA, which rounds
+// a · b + c once.
 __device__ __forceinline__ float fmul_rn(float a, float b) {
 #ifdef __CUDACC__
   return __fmul_rn(a, b);
@@ -79,10 +80,11 @@ __device__ __forceinline__ float fma_rn(float a, float b, float c) {
 #endif
 }
 
-// Computes the 64-bit product of two 32-bit numbers: its low and its high half.
+// Computes the low and the high half of the 64-bit product of two 32-bit numbers.
 __device__ __forceinline__ void mul_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
 #ifdef __CUDACC__
-  // One instruction for both halves. The compiler does not always use it for two separate products.
+  // One mul.wide.u32 gives both halves of the 64-bit product. The compiler does not always use mul.wide.u32 for two
+  // separate products.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
 #else
@@ -103,7 +105,7 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t word) {
 #endif
 }
 
-// Fills the result with 32 copies of bit 15 of the word (kHigh: of bit 31).
+// Fills the result with 32 copies of bit 15 of the word, or of bit 31 if kHigh.
 template <bool kHigh>
 __device__ __forceinline__ uint32_t spread_sign(uint32_t word) {
 #ifdef __CUDACC__
@@ -141,7 +143,7 @@ __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
 #endif
 }
 
-// Returns the two floats in a pair, the low half first. The conversion is exact.
+// Returns the two 16-bit values of a pair as floats, the low half first. The conversion is exact.
 template <typename T>
 __device__ __forceinline__ float2 unpack2(uint32_t pair);
 
@@ -189,7 +191,7 @@ __device__ __forceinline__ T load_cached(const T* from) {
 #endif
 }
 
-// load_cached of 16 bytes, in program order: the compiler keeps the order of these loads. Otherwise the compiler would
+// Loads 16 bytes like load_cached. The compiler keeps the program order of these loads; otherwise the compiler would
 // start all visible loads at once and run out of registers.
 __device__ __forceinline__ uint4 load_cached_in_order(const uint4* from) {
 #ifdef __CUDACC__
@@ -204,7 +206,7 @@ __device__ __forceinline__ uint4 load_cached_in_order(const uint4* from) {
 }
 
 // Adds atomically, in global or shared memory, and returns the previous value. The order of threads is unspecified, so
-// that a sum of floats differs from run to run.
+// that a sum of floats may differ from run to run.
 __device__ __forceinline__ float atomic_add(float* to, float value) {
 #ifdef __CUDACC__
   return atomicAdd(to, value);
@@ -240,7 +242,8 @@ __device__ __forceinline__ void threadfence() {
 
 // ---- blocks and warps
 
-// A barrier of the block: all its threads must call it, and then see each other's earlier writes.
+// A barrier of the block. All threads of the block must call the barrier; after the barrier each thread sees the
+// earlier writes of all others.
 __device__ __forceinline__ void sync_threads() {
 #ifdef __CUDACC__
   __syncthreads();
@@ -249,7 +252,7 @@ __device__ __forceinline__ void sync_threads() {
 #endif
 }
 
-// A barrier of the warp, for all 32 lanes.
+// A barrier of the warp. All 32 lanes must call the function.
 __device__ __forceinline__ void sync_warp() {
 #ifdef __CUDACC__
   __syncwarp();
@@ -258,8 +261,8 @@ __device__ __forceinline__ void sync_warp() {
 #endif
 }
 
-// Returns the value of lane `source` of this lane's group of `width` lanes. Only the low bits of source count. All 32
-// lanes.
+// Returns the value of lane `source` of this lane's group of `width` lanes. Only source % width counts. All 32 lanes
+// must call the function.
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int source, int width = kWarpSize) {
 #ifdef __CUDACC__
   return __shfl_sync(0xffffffffu, value, source, width);
@@ -284,7 +287,7 @@ __device__ __forceinline__ float shuffle(float value, int source, int width = kW
 #endif
 }
 
-// Returns the value of the lane (this lane ^ lane_mask). All 32 lanes.
+// Returns the value of the lane (this lane ^ lane_mask). All 32 lanes must call the function.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lane_mask) {
 #ifdef __CUDACC__
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
@@ -301,7 +304,7 @@ __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
 #endif
 }
 
-// Returns 32 bits; bit l is the vote of lane l. All 32 lanes.
+// Returns 32 bits; bit l is the vote of lane l. All 32 lanes must call the function.
 __device__ __forceinline__ uint32_t ballot(bool vote) {
 #ifdef __CUDACC__
   return __ballot_sync(0xffffffffu, vote);
@@ -310,7 +313,7 @@ __device__ __forceinline__ uint32_t ballot(bool vote) {
 #endif
 }
 
-// Returns whether any lane's vote is true. All 32 lanes.
+// Returns whether the vote of any lane is true. All 32 lanes must call the function.
 __device__ __forceinline__ bool any_lane(bool vote) {
 #ifdef __CUDACC__
   return __any_sync(0xffffffffu, vote) != 0;
@@ -345,7 +348,7 @@ __device__ __forceinline__ SharedAt shared_at(const void* shared) {
 #endif
 }
 
-// Loads 16 bytes, aligned to 16 bytes.
+// Loads 16 bytes from an address in shared memory that is aligned to 16 bytes.
 __device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
 #ifdef __CUDACC__
   uint4 words;
@@ -359,7 +362,7 @@ __device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
 #endif
 }
 
-// Loads 4 bytes, aligned to 4 bytes.
+// Loads 4 bytes from an address in shared memory that is aligned to 4 bytes.
 __device__ __forceinline__ uint32_t load_shared_4(SharedAt from) {
 #ifdef __CUDACC__
   uint32_t word;
@@ -382,9 +385,10 @@ __device__ __forceinline__ void store_shared_16(SharedAt to, uint4 words) {
 
 // ---- asynchronous copies
 
-// cp.async of 16, 8 or 4 bytes; both addresses are aligned to that size. If `take` is false, the destination gets
-// zeros, and `global` is not read and may be any pointer. This thread sees the bytes after cp_async_wait; other threads
-// see the bytes after a barrier that follows. 16 bytes bypass L1 (.cg); fewer bytes go through L1 (.ca).
+// cp.async of 16, 8 or 4 bytes; both addresses are aligned to the size of the copy. If `take` is false, the destination
+// gets zeros, and `global` is not read and may be any pointer. This thread sees the bytes after cp_async_wait; other
+// threads see the bytes after a barrier that follows. A copy of 16 bytes bypasses L1 (.cg); a smaller copy goes through
+// L1 (.ca).
 __device__ __forceinline__ void cp_async_16(SharedAt shared, const void* global, bool take) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.at), "l"(__cvta_generic_to_global(global)),
@@ -421,7 +425,7 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, boo
 #endif
 }
 
-// Closes a group of copies: all copies of this thread since the last call. A group may be empty.
+// Closes a group of copies: all copies of this thread since its last cp_async_commit. A group may be empty.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -444,7 +448,8 @@ __device__ __forceinline__ void cp_async_wait() {
 // values, the low half first.
 
 // Loads four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8:
-// 16 bytes, aligned. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32 lanes.
+// 16 bytes, aligned. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32 lanes must call the
+// function.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAt row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -468,9 +473,10 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row
 #endif
 }
 
-// C [16, 8] += A [16, 16] B [16, 8], T is bf16 or f16, sums in float. All 32 lanes. A lane holds
-//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next
-//   b[i]: rows 2t + 8 i and the next, column g
+// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call the
+// function. A lane holds
+//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column
+//   b[i]: rows 2t + 8 i and the next row, column g
 //   c[i]: row g + 8 (i / 2), column 2t + i % 2
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

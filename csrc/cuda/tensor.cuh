@@ -18,20 +18,20 @@ namespace peft_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Fails unless kernels support the element type.
+// Raises an error unless kernels support the element type.
 void check_kernel_dtype(const char* op, const char* argument, ScalarType type);
 
-// Fails unless the matrix has a supported element type and is on `like`'s device.
+// Raises an error unless the matrix has a supported element type and is on `like`'s device.
 void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like);
 
-// Checks that a vector has `size` elements and is on `like`'s device, and returns it as contiguous float32.
+// Checks that a vector has `size` elements and is on `like`'s device. Returns the vector as contiguous float32.
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
 
-// Checks the seed of dropout, and returns it if dropout is active.
+// Checks the seed of dropout. Returns the seed if dropout is active, otherwise nothing.
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 
-// Returns "", or the reason why the device no longer works: an earlier kernel, of any library, failed.
+// Returns "", or the reason why the device no longer works: an earlier kernel of any library failed.
 inline const char* lost_device() {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return "";
@@ -41,8 +41,8 @@ inline const char* lost_device() {
 #endif
 }
 
-// Returns the result of `allocate`. If it fails, the error contains the allocator's message, which the stable ABI loses
-// and by which trainers recognize that a smaller batch would fit.
+// Returns the result of `allocate`. If `allocate` fails, the error contains the allocator's message, which the stable
+// ABI loses and by which trainers recognize that a smaller batch would fit.
 template <typename Allocate>
 Tensor allocated(const std::vector<int64_t>& shape, const Allocate& allocate) {
   try {
@@ -72,7 +72,7 @@ inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape
   return allocated(shape, [&] { return torch::stable::new_zeros(like, shape, type); });
 }
 
-// Returns the product of all sizes but the last.
+// Returns the product of all sizes of the tensor except the last size.
 inline int64_t device_rows(const Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
@@ -81,7 +81,7 @@ inline int64_t device_rows(const Tensor& tensor) {
 
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
-// Calls f with a zero of the element type. The type must have been checked before.
+// Calls f with a zero of the element type. The caller must have checked that kernels support the type.
 template <typename F>
 void with_type(ScalarType type, F f) {
   if (type == ScalarType::BFloat16) {
@@ -103,7 +103,7 @@ inline bool aligned(const Tensor& tensor, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
-// Returns whether kernels may move eight columns at a time.
+// Returns whether kernels may move eight columns of the matrix at a time, in accesses of 16 bytes.
 inline bool whole_columns(const Tensor& matrix, int64_t columns) {
   return columns % kVector == 0 && aligned(matrix, 16);
 }
@@ -114,7 +114,7 @@ inline Tensor flat_rows(const Tensor& tensor) {
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// Returns x's shape with another last size.
+// Returns x's shape with the last size replaced by `last`.
 std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last);
 
 }  // namespace peft_ext

@@ -1,4 +1,5 @@
-// Eight consecutive elements of any type as floats: the unit in which elementwise kernels read and write memory.
+// Functions that load and store eight consecutive elements of any type as floats. Elementwise kernels read and write
+// memory in such groups of eight.
 #pragma once
 
 #include "cuda/philox.cuh"
@@ -73,8 +74,8 @@ __device__ __forceinline__ void save_vector(float* to, const float (&values)[kVe
   reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
-// Stores the values whose bits are set, and zeros for the others: bits 15 and 31 of masks[i] for values 2 i and 2 i +
-// 1.
+// Stores eight values, with 0 in the place of each value that is not kept. Bits 15 and 31 of masks[i] tell whether
+// values 2i and 2i + 1 are kept.
 template <typename T>
 __device__ __forceinline__ void save_masked(T* to, const float (&values)[kVector], const uint32_t (&masks)[4]) {
   *reinterpret_cast<uint4*>(to) = make_uint4(
@@ -92,8 +93,9 @@ __device__ __forceinline__ void save_masked(float* to, const float (&values)[kVe
                    __float_as_uint(values[4 * i + 3]) & spread_sign<true>(masks[2 * i + 1]));
 }
 
-// Loads the columns [column, column + 8) of a row with `columns` columns. `whole`: columns is a multiple of 8 and the
-// row is aligned to 16 bytes, so that all eight exist. Columns beyond the end load as 0 and are not stored.
+// Loads the columns [column, column + 8) of a row with `columns` columns. `whole` means that columns is a multiple of 8
+// and the row is aligned to 16 bytes, so that all eight columns exist. Columns beyond the end of the row load as 0, and
+// save_columns does not store them.
 template <typename T>
 __device__ __forceinline__ void load_columns(const T* row, int64_t column, int64_t columns, bool whole,
                                              float (&values)[kVector]) {
@@ -119,7 +121,8 @@ __device__ __forceinline__ void save_columns(T* row, int64_t column, int64_t col
     if (column + i < columns) store_value(row + column + i, values[i]);
 }
 
-// Returns eight bits. Bit i tells whether flat element first + i is kept. `whole`: the elements share a counter block.
+// Returns eight bits. Bit i tells whether flat element first + i is kept. `whole` means that the eight elements share a
+// counter block.
 __device__ __forceinline__ uint32_t kept_elements(const Philox& philox, uint64_t first, bool whole) {
   const uint64_t group = first / kPhiloxGroup;
   const uint32_t kept = kept_of_group(philox, group);

@@ -1,5 +1,5 @@
-// The dropout operator on the CPU: y = mask ∘ x / (1 - p), with the same formula as backward. The draw of an element
-// depends only on the element's index, so that the bits are equal for every number of threads.
+// The dropout operator on the CPU: y = mask ∘ x / (1 - p). The backward applies the same formula to dY. The draw of an
+// element depends only on the seed and the element's index, so that the bits are equal for every number of threads.
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {

@@ -1,11 +1,13 @@
-// LoRA over a frozen embedding on the CPU. W [V, N] is dense or NF4, A [R, V], B [N, R], T tokens with an index each:
+// LoRA over a frozen embedding on the CPU. W [V, N] is dense or NF4, A is [R, V], B is [N, R], and each of T tokens has
+// an index i:
 //
 //   S = A[:, i]ᵀ [T, R]      Y = W[i] + S (sB)ᵀ [T, N]
 //   P = dY (sB) [T, R]       dA[:, v] = Σ P[t] over the t with i[t] = v, in order       dB = s dYᵀ S
 //
-// Only rows of W that have an index are read, or decoded from NF4: into Y, a few tokens at a time, where the low-rank
-// term finds them in the cache. The products are the passes of linear/cpu/kernels/kernels.h: float32 sums, one
-// rounding. A row of dA is one thread's, so that the bits depend neither on the threads nor on repeated indices.
+// The forward reads, or decodes from NF4, only the rows of W whose index a token has. The rows are written to Y for a
+// few tokens at a time, so that the low-rank term finds the rows in the cache. The products are the passes of
+// linear/cpu/kernels/kernels.h: sums are float32, and a result is rounded once. One thread computes a row of dA in the
+// order of the tokens, so that the bits are equal for every number of threads.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -17,14 +19,14 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kTogether = 2 * kRowsTogether;  // tokens whose rows of Y stay in L2
+constexpr int64_t kTogether = 2 * kRowsTogether;  // number of tokens whose rows of Y stay in L2
 
 struct LowRank {
   const char* op;
   Tensor indices;         // int64, contiguous
-  Tensor lora_A, lora_B;  // as they lie
+  Tensor lora_A, lora_B;  // not copied: the strides may have any values
   int64_t tokens, entries, columns, rank, padded;
-  std::vector<float> rho;  // s for each rank, 0 for a padded one
+  std::vector<float> rho;  // s for each rank, 0 for a padding rank
 
   const int64_t* index() const { return indices.const_data_ptr<int64_t>(); }
 };
@@ -53,7 +55,7 @@ LowRank checked(const char* op, const Tensor& indices, const Tensor& lora_A, con
   return of;
 }
 
-// S of the tokens [begin, end), zeros for the padded ranks.
+// Computes S for the tokens [begin, end), with zeros for the padding ranks.
 void gather_shrunk(const LowRank& of, int64_t begin, int64_t end, float* s) {
   const int64_t* index = of.index();
   const int64_t by_rank = of.lora_A.stride(0), by_entry = of.lora_A.stride(1);
@@ -69,14 +71,14 @@ void gather_shrunk(const LowRank& of, int64_t begin, int64_t end, float* s) {
   });
 }
 
-// The rows of W that the tokens [begin, end) ask for, each into its row of y.
+// Copies the row of W of each of the tokens [begin, end) to the token's row of y.
 void gather_rows(const LowRank& of, const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, char* y,
                  std::vector<char>* room) {
   const int64_t* index = of.index();
   const int64_t bytes = of.columns * (dtype == DType::kF32 ? 4 : 2);
   for (int64_t t = begin; t < end; ++t) {
     const void* row;
-    if (weight.is_nf4()) {  // its blocks run over the flat tensor: the first may begin in the row before
+    if (weight.is_nf4()) {  // an NF4 block may span rows of W: the first block of a row may begin in the row before
       row = dequantize_range(weight, index[t] * of.columns, (index[t] + 1) * of.columns, dtype, room->data());
     } else {
       const int64_t stride = weight.weight.stride(0) * (dtype == DType::kF32 ? 4 : 2);
@@ -112,7 +114,7 @@ Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> a
   const Tensor right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), true, of.padded, work.stride);
   work.left = s.const_data_ptr<float>();
   work.right = right.const_data_ptr<float>();
-  work.residual = work.y;  // the rows of W, read before they are written over
+  work.residual = work.y;  // y holds the rows of W, which are read before y is overwritten
   const int64_t of_row = held.is_nf4() ? (of.columns + 2 * held.blocksize) * 4 : 0;
   parallel_for(0, of.tokens, ceil_div(kPackGrain, of.columns), [&](int64_t begin, int64_t end) {
     std::vector<char> room(static_cast<size_t>(of_row));
@@ -126,7 +128,7 @@ Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> a
   return y;
 }
 
-// dA [R, V] of lora_A's type from P [T, padded].
+// Computes dA [R, V] in lora_A's dtype from P [T, padded].
 Tensor grad_of_entries(const LowRank& of, const float* p, int64_t padding_idx) {
   const Tensor grad = empty({of.rank, of.entries}, of.lora_A.scalar_type());
   const int64_t* index = of.index();

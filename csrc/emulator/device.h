@@ -55,14 +55,14 @@ PEFT_EXT_VECTOR4(uchar4, unsigned char)
 namespace peft_ext {
 namespace emulator {
 
-// Indices of the running thread. The values are constant while a kernel's function runs, so that the compiler may merge
-// calls.
+// The indices of the running thread. These values are constant while a kernel's function runs, so that the compiler may
+// merge calls of these functions.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();
 __attribute__((const)) dim3 block_size();
 __attribute__((const)) dim3 grid_size();
 
-// Returns this block's shared memory of one declaration. `key` identifies the declaration.
+// Returns this block's shared memory for one declaration. `key` identifies the declaration.
 void* static_shared(const void* key, size_t bytes, const char* name);
 void* dynamic_shared();
 

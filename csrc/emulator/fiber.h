@@ -13,7 +13,7 @@ namespace emulator {
 
 #if defined(__x86_64__)
 
-// The stack pointer of a fiber that is not running. The registers that a call must preserve lie on its stack.
+// The stack pointer of a fiber that is not running. The registers that a call must preserve lie on the fiber's stack.
 struct Execution {
   void* stack_pointer;
 };
@@ -25,7 +25,7 @@ inline void switch_execution(Execution& from, const Execution& to) { peft_ext_em
 // Prepares `execution` so that the first switch to it starts `entry`, which must never return.
 inline void prepare(Execution& execution, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
-  *--top = nullptr;  // entry's return address, which also aligns the stack as after a call
+  *--top = nullptr;  // null return address of `entry`; also aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
   for (int kept = 0; kept < 6; ++kept) *--top = nullptr;
   execution.stack_pointer = top;

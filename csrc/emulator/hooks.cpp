@@ -1,6 +1,7 @@
 // The functions that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory
-// that is not certainly a local variable, each index beyond an array, and each access through a misaligned pointer. The
-// sanitizers' own runtimes are not linked; these functions replace them. This file is compiled without -fsanitize.
+// that is not certainly a local variable, each index beyond an array, and each access through a misaligned pointer.
+// These functions replace the sanitizers' runtime libraries, which are not linked. This file is compiled without
+// -fsanitize.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,7 +36,7 @@ struct TypeMismatchData {
   unsigned char log2_alignment, kind;
 };
 
-// Ends the process for an error in host code, where no one would catch an exception.
+// Ends the process for an error in host code, where no caller would catch an exception.
 [[noreturn]] void die(const SourceLocation& location, const char* what) {
   fprintf(stderr, "%s:%u: %s\n", location.file, location.line, what);
   abort();
@@ -106,7 +107,8 @@ PEFT_EXT_ATOMICS(64)
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-// Replacements for memcpy, memmove and memset in compiled code. device.h renames calls to these functions.
+// Replacements for memcpy, memmove and memset in compiled code. device.h renames calls of memcpy and memset to these
+// functions.
 void* peft_ext_emulator_memcpy(void* to, const void* from, size_t bytes) {
   check_access(from, bytes, Access::kRead, SITE);
   check_access(to, bytes, Access::kWrite, SITE);
@@ -124,7 +126,7 @@ void* peft_ext_emulator_memset(void* to, int value, size_t bytes) {
 
 void __ubsan_handle_out_of_bounds(const OutOfBoundsData* data, unsigned long index) {
   if (!current.active) die(data->location, "index out of bounds");
-  // Signed types of fewer than 64 bits are passed zero-extended.
+  // The compiler passes signed types of fewer than 64 bits zero-extended.
   const int bits = 1 << (data->index->info >> 1);
   const int unused = 64 - bits;
   const bool is_signed = (data->index->info & 1) != 0;

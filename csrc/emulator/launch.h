@@ -1,4 +1,4 @@
-// A launch in the emulator, and the memory that its kernels may access. The file does not depend on torch.
+// A launch in the emulator, and the memory that the launched kernels may access. The file does not depend on torch.
 #pragma once
 
 #include <stddef.h>
@@ -12,13 +12,13 @@ namespace peft_ext {
 namespace emulator {
 
 enum class Use {
-  kRead,   // kernels may only read
-  kWrite,  // kernels may read and write
-  kFresh,  // kernels may read and write; a byte may be read only after a kernel wrote it
+  kRead,   // kernels may read this memory, and not write to it
+  kWrite,  // kernels may read and write this memory
+  kFresh,  // like kWrite; a read of a byte that no kernel has written yet is a fault
 };
 
-// The global memory of the launches of one Launcher, which run one after another. Memory that is not added is out of
-// bounds.
+// The global memory of the launches of one Launcher, which run one after another. An access to global memory that was
+// not added is a fault, except for a read of read-only data.
 class Memory {
  public:
   Memory() = default;
@@ -26,7 +26,8 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  // `element` is the size of an element in bytes. Two blocks that write, or write and read, one element conflict.
+  // `element` is the size of an element in bytes. Two blocks that write one element conflict, and so do a block that
+  // writes and a block that reads one element.
   void add(const void* data, size_t bytes, size_t element, Use use);
 
   struct Range {
@@ -34,16 +35,17 @@ class Memory {
     size_t bytes;
     Use use;
     int log2_element;
-    // For each element of a writable range: the block that last wrote it, and the block that read it (see machine.h).
+    // Stamps for each element of a writable range: of the block that last wrote the element, and of the block that read
+    // the element (see machine.h).
     uint32_t* writers;
     uint32_t* readers;
   };
 
   std::vector<Range> ranges;
-  uint32_t base = 0;  // the stamps of the current launch are above base
+  uint32_t base = 0;  // all stamps of the current launch are greater than base
 };
 
-// Runs the kernel, block after block. Throws std::runtime_error at the first fault, after which no thread runs.
+// Runs the kernel, one block after another. Throws std::runtime_error at the first fault, after which no thread runs.
 void run(Memory& memory, const void* kernel, void (*invoke)(const void* call), const void* call, const int64_t grid[3],
          int threads, int64_t dynamic_shared);
 
@@ -52,7 +54,8 @@ struct Call {
   void (*kernel)(Parameters...);
   std::tuple<Parameters...> parameters;
 
-  // Not instrumented, because the parameters lie in the host's memory here. The kernel gets its own copies.
+  // `invoke` is not instrumented, because the parameters lie in the host's memory here. The kernel gets copies of the
+  // parameters.
   __attribute__((no_sanitize("thread", "undefined"))) static void invoke(const void* call) {
     invoke(*static_cast<const Call*>(call), std::index_sequence_for<Parameters...>());
   }

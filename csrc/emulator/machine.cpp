@@ -1,7 +1,7 @@
 // Runs the blocks of a launch: the scheduler of fibers, barriers, collectives, asynchronous copies and atomics. The
-// lanes of a warp run in order, each until it must wait. The last lane to arrive at a collective computes it for all
-// lanes and continues. If no lane of a warp can run, the next warp runs. If no thread of the block can run, all must be
-// at the barrier.
+// lanes of a warp run in order, and each lane runs until it must wait. The last lane that arrives at a collective
+// computes the collective for all lanes and continues. If no lane of a warp can run, the next warp runs. If no thread
+// of the block can run, all threads must be at the barrier or must have exited.
 #include "emulator/machine.h"
 
 #include <stdarg.h>
@@ -59,7 +59,7 @@ void* map(size_t bytes) {
   return memory;
 }
 
-// The emulated machine of an OS thread, created at the thread's first launch.
+// The emulated machine of an OS thread, created at the first launch of the OS thread.
 struct Owner {
   Machine* machine = nullptr;
   ~Owner() {
@@ -136,13 +136,13 @@ void resume(Fiber& fiber) {
   if (&fiber != from) switch_execution(from->execution, fiber.execution);
 }
 
-// Returns the first lane in `lanes` at or after `lane`, cyclically.
+// Returns the first lane in `lanes` at or after `lane`; after the last lane the search continues at lane 0.
 int next_lane(uint32_t lanes, int lane) {
   const uint32_t after = lane < kLanes ? lanes >> lane << lane : 0;
   return __builtin_ctz(after != 0 ? after : lanes);
 }
 
-// Reports a fault: some lanes of the warp wait at a collective, and the others can never arrive.
+// Reports a fault: some lanes of the warp wait at a collective, and the remaining lanes can never arrive there.
 [[noreturn]] void fault_collective(Machine& machine, int warp) {
   const Warp& at = machine.warp[warp];
   const Fiber& waits = machine.fibers[warp * kLanes + __builtin_ctz(at.arrived)];
@@ -178,7 +178,7 @@ void wait(Machine& machine, Fiber& fiber) {
     current.fiber = nullptr;
     switch_execution(fiber.execution, machine.host);
   }
-  // All threads are at the barrier or have exited.
+  // Here each thread is at the barrier or has exited.
   if (machine.exited > 0) {
     int at_barrier = 0, gone = -1;
     for (int thread = machine.threads - 1; thread >= 0; --thread) {
@@ -236,7 +236,7 @@ void collect(Machine& machine, Warp& warp, Wait kind, Fiber* lanes, const void* 
   }
 }
 
-// Takes part in a collective of the warp. The operands are in the fiber.
+// The running fiber takes part in a collective of its warp. The operands are in the fiber.
 void arrive(Wait kind, const void* site) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
@@ -280,7 +280,7 @@ void fiber_main() {
 
 void start_block(Machine& machine) {
   if (machine.epoch + 2 > kMaxEpoch) {
-    // The epochs would overflow: all stamps are reset.
+    // All stamps are reset, because the epochs would overflow.
     memset(static_cast<void*>(machine.words), 0, kArenaBytes / 4 * sizeof(Stamps));
     memset(static_cast<void*>(machine.bytes), 0, kArenaBytes * sizeof(Stamps));
     machine.epoch = 0;
@@ -299,7 +299,8 @@ void start_block(Machine& machine) {
     fiber.wait = Wait::kNone;
     fiber.first_copy = fiber.copy_count = 0;
     fiber.group = 0;
-    // The starts of the stacks are spread, because stacks at one offset in a page would share few sets of the cache.
+    // The stacks of a warp's lanes start at different offsets in a page: stacks at one offset would share few sets of
+    // the cache.
     prepare(fiber.execution, fiber.stack, kStackBytes - (thread % kLanes) * 128, fiber_main);
   }
   enter(machine, machine.fibers[0]);
@@ -309,7 +310,8 @@ void start_block(Machine& machine) {
   current.stack = 0;
 }
 
-// Registers a declaration of shared memory at its first use in a launch. All threads use the same values.
+// Registers a declaration of shared memory at its first use in a launch. All threads of the launch use the
+// declaration's values.
 size_t declare(Machine& machine, const void* key, size_t bytes, const char* name, size_t begin) {
   const int index = machine.declaration_count++;
   machine.declarations[index] = {key, name, begin, bytes};
@@ -386,7 +388,8 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
     throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads");
   }
-  // Stamps must stay below the bit for atomics. A launch's base is above all stamps of the launch before.
+  // Every stamp must be smaller than kAtomicWriter, the bit that marks an atomic write. The base of a launch is above
+  // all stamps of the launch before.
   if (memory.base + blocks + kFirstBlock >= kAtomicWriter) throw std::runtime_error("emulator: too many blocks");
   machine.memory = &memory;
   machine.invoke = invoke;
@@ -546,7 +549,7 @@ void cp_async(void* shared, const void* global, int bytes, bool take) {
   }
   shared_access(offset, size, Access::kWrite, SITE);
   if (take) check_access(global, size, Access::kRead, SITE);
-  // The bytes arrive at the wait, so that an earlier read finds the previous values.
+  // The bytes arrive in shared memory at the wait, so that a read before the wait finds the previous values.
   for (size_t word = offset / 4; word < (offset + size) / 4; ++word) machine.words[word] = {current.now | kInFlight, 0};
   if (fiber.copy_count == fiber.copy_capacity) {
     fiber.copy_capacity = fiber.copy_capacity == 0 ? 16 : 2 * fiber.copy_capacity;
@@ -561,7 +564,8 @@ void cp_async_commit() { ++current.fiber->group; }
 void cp_async_wait(int pending) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
-  const int64_t done = static_cast<int64_t>(fiber.group) - pending;  // groups with a lower number are complete
+  // groups of copies with a lower number are complete
+  const int64_t done = static_cast<int64_t>(fiber.group) - pending;
   while (fiber.first_copy < fiber.copy_count && fiber.copies[fiber.first_copy].group < done) {
     complete(machine, fiber.copies[fiber.first_copy++]);
   }

@@ -1,14 +1,16 @@
-// The state of the emulated machine, one per OS thread: the threads of a block as fibers, shared memory, and a record
-// of the accesses to each byte.
+// The state of the emulated machine: the threads of a block as fibers, shared memory, and a record of the accesses to
+// each byte. Each OS thread has a machine of its own.
 //
-// Order of accesses. A stamp tells when a thread accessed a byte of shared memory: the block's epoch, which every
-// sync_threads increases; the warp's epoch within it, which every sync_warp increases; and the thread. Two accesses are
-// ordered if they are by one thread, in different block epochs, or by one warp in different warp epochs. Shuffles,
-// votes and mma order nothing, because CUDA does not promise that they do. Epochs continue over blocks and launches, so
-// that a stamp from before the block's start means "not written", and nothing has to be cleared. One pair of stamps
-// serves four bytes until a smaller access splits them.
+// Order of accesses. A stamp tells when a thread accessed a byte of shared memory. A stamp holds the block's epoch,
+// which every sync_threads increases; the warp's epoch within the block's epoch, which every sync_warp increases; and
+// the thread. Two accesses are ordered if they are by one thread, in different block epochs, or by one warp in
+// different warp epochs. Shuffles, votes and mma do not order accesses, because CUDA does not promise any order for
+// them. Epochs continue over blocks and launches, so that a stamp from before the block's start means "not written".
+// Stamps are cleared only before the epochs overflow. One pair of stamps serves four bytes until a smaller access
+// splits the pair.
 //
-// Global memory: for each element of a writable range, which block of the launch wrote it and which block read it.
+// Global memory has two stamps for each element of a writable range: which block of the launch wrote the element, and
+// which block read the element.
 #pragma once
 
 #include <stddef.h>
@@ -24,11 +26,12 @@ constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kLanes;
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kPageBytes = 4096;  // an inaccessible page of this size lies below each stack
+constexpr size_t kPageBytes = 4096;  // size of the inaccessible page below each stack
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
-constexpr size_t kMaxShared = 99 * 1024;  // per block: every architecture from 8.0 on has as much
-constexpr size_t kSharedGap = 128;        // gap between declarations, so that an access just beyond one is found
+constexpr size_t kMaxShared = 99 * 1024;  // limit of a block: every architecture from 8.0 on allows this size
+// gap between declarations, so that an access just beyond a declaration is found
+constexpr size_t kSharedGap = 128;
 constexpr int kMaxDeclarations = 32;
 constexpr size_t kArenaBytes = kMaxShared + (kMaxDeclarations + 1) * 2 * kSharedGap;
 
@@ -48,15 +51,15 @@ enum class Wait : uint8_t {
   kMmaF16
 };
 
-// A stamp: | block epoch 28 | warp epoch 22 | thread 10 | flags 4 |
+// Bits of a stamp: | block epoch 28 | warp epoch 22 | thread 10 | flags 4 |
 constexpr int kThreadShift = 4;
 constexpr int kWarpEpochShift = 14;
 constexpr int kEpochShift = 36;
 constexpr uint64_t kMaxEpoch = (uint64_t{1} << 28) - 2;
 constexpr uint64_t kMaxWarpEpoch = (uint64_t{1} << 22) - 1;
-constexpr uint64_t kSplit = 1;      // in a write stamp: the four bytes have separate stamps
-constexpr uint64_t kInFlight = 2;   // in a write stamp: by a cp.async that was not waited for
-constexpr uint64_t kByAtomic = 4;   // in a write stamp: by an atomic
+constexpr uint64_t kSplit = 1;      // in a write stamp: each of the four bytes has a stamp of its own
+constexpr uint64_t kInFlight = 2;   // in a write stamp: the write is a cp.async that no wait has completed
+constexpr uint64_t kByAtomic = 4;   // in a write stamp: the write is an atomic
 constexpr uint64_t kManyLanes = 1;  // in a read stamp: more than one thread of this warp read in this epoch
 constexpr uint64_t kManyWarps = 2;  // in a read stamp: more than one warp read in this block epoch
 constexpr uint64_t kFlags = 15;
@@ -71,14 +74,14 @@ struct Stamps {
   uint64_t read;
 };
 
-// Stamps of global elements: base + kFirstBlock + block for one block, base + kManyBlocks for several. The top bit of a
-// writer's stamp marks an atomic.
+// The stamp of a global element is base + kFirstBlock + block if one block accessed the element, and base + kManyBlocks
+// if several blocks did. The top bit of a write stamp marks an atomic.
 constexpr uint32_t kManyBlocks = 1;
 constexpr uint32_t kFirstBlock = 2;
 constexpr uint32_t kAtomicWriter = 0x80000000u;
 
 struct PendingCopy {
-  size_t offset;  // offset in the arena
+  size_t offset;  // offset of the destination in the arena
   const void* from;
   int bytes;
   bool take;
@@ -90,8 +93,8 @@ struct Fiber {
   char* stack;
   int thread;
   Wait wait;
-  const void* site;  // where the thread waits
-  // Operands and result of a collective.
+  const void* site;  // code address at which the thread waits
+  // The operands and the result of a collective.
   uint32_t value;
   int argument;
   const void* row;
@@ -99,16 +102,16 @@ struct Fiber {
   float* c;
   const uint32_t* a;
   const uint32_t* b;
-  // Copies by cp.async that are not complete.
+  // The copies by cp.async that are not complete.
   PendingCopy* copies;
   int first_copy, copy_count, copy_capacity;
   uint32_t group;
 };
 
 struct Warp {
-  uint32_t lanes;    // lanes that exist
-  uint32_t ready;    // lanes that can run
-  uint32_t arrived;  // lanes that have arrived at the collective
+  uint32_t lanes;    // bits of the lanes that exist
+  uint32_t ready;    // bits of the lanes that can run
+  uint32_t arrived;  // bits of the lanes that have arrived at the collective
   uint32_t exited;
   Wait collective;
   uint64_t epoch;
@@ -117,11 +120,11 @@ struct Warp {
 struct Declaration {
   const void* key;
   const char* name;
-  size_t begin, bytes;  // begin: offset in the arena
+  size_t begin, bytes;  // begin: offset of the declaration in the arena
 };
 
 struct Machine {
-  // State of the launch.
+  // The state of the launch.
   Memory* memory;
   void (*invoke)(const void*);
   const void* call;
@@ -130,17 +133,18 @@ struct Machine {
   uint32_t block_stamp;
   int threads, warps;
   const Memory::Range* last_range;
-  // Per block: whether it wrote before a threadfence and then announced that by an atomic. Null: no block did.
+  // For each block: whether the block did an atomic after a threadfence, and thereby published its earlier writes. The
+  // pointer is null until a block does so.
   uint8_t* published;
   bool fenced, acquired;
-  // Shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
+  // The shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
   Declaration declarations[kMaxDeclarations + 1];
   int declaration_count;
   size_t static_bytes, static_end;
 
-  // State of the block.
+  // The state of the block.
   uint64_t epoch;
-  uint64_t block_start;  // the block's first epoch, as a stamp
+  uint64_t block_start;  // first epoch of the block, as a stamp
   int exited, at_barrier;
   Warp warp[kMaxWarps];
   Fiber fibers[kMaxThreads];
@@ -151,11 +155,11 @@ struct Machine {
 
   char* arena;
   Stamps* words;   // stamps of each four bytes of the arena
-  Stamps* bytes;   // stamps of each byte, where kSplit is set
-  uint8_t* owner;  // per four bytes: index of the declaration + 1, or 0 for none
+  Stamps* bytes;   // stamps of each byte of four bytes whose write stamp has kSplit
+  uint8_t* owner;  // for each four bytes: 1 + index of the declaration, or 0 outside of declarations
 };
 
-// The values that a hook reads first.
+// The values that a hook reads before any other state.
 struct Current {
   uintptr_t stack;  // stack of the running fiber
   uintptr_t arena;
@@ -166,7 +170,7 @@ struct Current {
 };
 extern __thread Current current __attribute__((tls_model("initial-exec")));
 
-// Ends the launch with an error message. `site`: the code address of the fault.
+// Ends the launch with an error message. `site` is the code address of the fault.
 [[noreturn]] void fault(const void* site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 void shared_access(size_t offset, size_t bytes, Access access, const void* site);
@@ -184,13 +188,13 @@ inline void check_access(const void* data, size_t bytes, Access access, const vo
   }
 }
 
-// Matrix instructions of a whole warp, from and to the registers of its lanes.
+// The matrix instructions of a whole warp. These functions read and write the registers of the warp's lanes.
 void multiply_bf16(Fiber* lanes);
 void multiply_f16(Fiber* lanes);
 void load_matrices(Fiber* lanes, bool transposed);
 
-// In report.cpp. describe_function writes a function's name without namespaces and arguments. describe_site writes
-// "file:line" of a code address, or an empty text.
+// Functions in report.cpp. describe_function writes a function's name without namespaces and arguments. describe_site
+// writes "file:line" of a code address, or an empty text.
 void describe_function(const void* function, char* text, size_t bytes);
 void describe_site(const void* site, char* text, size_t bytes);
 bool in_read_only_data(uintptr_t address, size_t bytes);

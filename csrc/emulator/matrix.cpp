@@ -1,7 +1,7 @@
 // The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. A sum runs
-// in float32 from C over k = 0..15 and rounds each step. The product of two 16-bit values is exact in float32 (except
-// tiny bfloat16 products), so that fusing makes no difference and the bits are equal on every host. Hardware adds in
-// another order: tests compare with hardware only within tolerances.
+// in float32 from C over k = 0..15 and is rounded at each step. The product of two 16-bit values is exact in float32,
+// except for tiny bfloat16 products. With exact products an FMA makes no difference, and the bits are equal on every
+// host. Hardware adds in another order: tests compare with hardware only within tolerances.
 #include <string.h>
 
 #include "common/dtype.h"

@@ -1,6 +1,6 @@
-// Checks accesses. An access to shared memory must be within a declaration, read only what was written, and be ordered
-// with the accesses of other threads (see machine.h). An access to global memory must be within a range that was added,
-// and must not conflict with another block.
+// Checks accesses. An access to shared memory must be within a declaration, must read only bytes that were written, and
+// must be ordered with the accesses of other threads (see machine.h). An access to global memory must be within a range
+// that was added, or read read-only data, and must not conflict with an access of another block.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +14,7 @@ namespace emulator {
 
 namespace {
 
-// A position within a declaration of shared memory: name and offset, for error messages.
+// A position within a declaration of shared memory: the declaration's name and an offset, for error messages.
 struct Place {
   const char* name;
   size_t offset;
@@ -61,7 +61,8 @@ const char* verb(Access access) {
   fault(site, "%s %zu bytes out of bounds of shared memory", verb(access), bytes);
 }
 
-// Returns whether two accesses in the block's current epoch are unordered: `earlier` and the current one.
+// Returns whether two accesses in the block's current epoch are unordered: the access with the stamp `earlier` and the
+// access with the stamp `now`.
 inline bool unordered(uint64_t earlier, uint64_t now) {
   if (((earlier ^ now) >> kThreadShift & (kMaxThreads - 1)) == 0) return false;
   return warp_of(earlier) != warp_of(now) || warp_epoch_of(earlier) == warp_epoch_of(now);
@@ -151,7 +152,7 @@ void Memory::add(const void* data, size_t bytes, size_t element, Use use) {
   if (bytes == 0) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   for (Range& range : ranges) {
-    // A range that was added before keeps its record: when an output is added again, kernels may read what was written.
+    // A range that was added before keeps its stamps: if an output is added again, kernels may read the written bytes.
     const bool within = begin >= range.begin && begin + bytes <= range.begin + range.bytes;
     if (within && (use == Use::kRead || range.use != Use::kRead)) return;
   }
@@ -162,7 +163,7 @@ void Memory::add(const void* data, size_t bytes, size_t element, Use use) {
     range.writers = static_cast<uint32_t*>(calloc(elements, sizeof(uint32_t)));
     range.readers = static_cast<uint32_t*>(calloc(elements, sizeof(uint32_t)));
   }
-  if (use == Use::kFresh) memset(const_cast<void*>(data), 0xff, bytes);  // the bits are NaN in every float type
+  if (use == Use::kFresh) memset(const_cast<void*>(data), 0xff, bytes);  // in every float type, these bits are NaN
   ranges.push_back(range);
 }
 
@@ -211,11 +212,12 @@ inline bool contains(const Memory::Range& range, uintptr_t address, size_t bytes
         wrote ? "wrote" : "read");
 }
 
-// Returns whether this block must not rely on the accesses of the block with this stamp.
+// Returns whether this block's access conflicts with an access of the block with this stamp.
 inline bool foreign(const Machine& machine, uint32_t stamp) {
   if (stamp <= machine.memory->base || stamp == machine.block_stamp) return false;
   if (!machine.acquired || machine.published == nullptr) return true;
-  // Stamps of several blocks belong to atomics.
+  // The stamp kManyBlocks names no block and is not a conflict here: only by atomics do several blocks write one
+  // element.
   return stamp >= machine.memory->base + kFirstBlock && !machine.published[stamp - machine.memory->base - kFirstBlock];
 }
 
@@ -258,7 +260,7 @@ void global_access(uintptr_t address, size_t bytes, Access access, const void* s
   if (range == nullptr || !contains(*range, address, bytes, access)) {
     range = nullptr;
     for (const Memory::Range& candidate : machine.memory->ranges) {
-      // Prefers a writable range, because its elements have a record.
+      // A writable range is preferred, because its elements have stamps.
       if (contains(candidate, address, bytes, access) && (range == nullptr || candidate.use != Use::kRead)) {
         range = &candidate;
       }

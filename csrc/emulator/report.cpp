@@ -1,4 +1,4 @@
-// Finds names for the addresses in a fault's message, by this library's own symbol table, and by addr2line if
+// Finds names for the addresses in a fault's message: from this library's own symbol table, and from addr2line if
 // available.
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -19,8 +19,8 @@ namespace peft_ext {
 namespace emulator {
 namespace {
 
-// Returns the symbol's name at an offset of the library's file. Kernels are not exported, so only .symtab has their
-// names.
+// Returns the name of the symbol at an offset of the library's file. Kernels are not exported, so that only .symtab has
+// their names.
 std::string symbol_at(const char* path, uintptr_t offset) {
   std::ifstream file(path, std::ios::binary);
   const std::string data((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
@@ -64,7 +64,8 @@ void describe_function(const void* function, char* text, size_t bytes) {
   erase_all(name, "peft_ext::");
   if (name.rfind("void ", 0) == 0) name.erase(0, 5);
   int depth = 0;
-  for (size_t i = 0; i < name.size(); ++i) {  // finds the parenthesis of the arguments, not one in template arguments
+  // finds the parenthesis of the arguments, not a parenthesis in template arguments
+  for (size_t i = 0; i < name.size(); ++i) {
     depth += name[i] == '<' ? 1 : name[i] == '>' ? -1 : 0;
     if (name[i] == '(' && depth == 0) name.erase(i);
   }
@@ -75,14 +76,15 @@ void describe_site(const void* site, char* text, size_t bytes) {
   text[0] = '\0';
   Dl_info info;
   if (site == nullptr || dladdr(site, &info) == 0 || strchr(info.dli_fname, '\'') != nullptr) return;
-  // Subtracts 1 to get an address within the call: the return address may belong to the next line.
+  // Subtracts 1 from the return address to get an address within the call, because the return address may belong to the
+  // next line.
   const uintptr_t offset = reinterpret_cast<uintptr_t>(site) - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase);
   char command[1024];
   snprintf(command, sizeof(command), "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
   FILE* pipe = popen(command, "r");
   if (pipe == nullptr) return;
   char line[512];
-  while (fgets(line, sizeof(line), pipe) != nullptr) {  // the innermost frame is first
+  while (fgets(line, sizeof(line), pipe) != nullptr) {  // addr2line prints the innermost frame first
     line[strcspn(line, " \n")] = '\0';
     const std::string place = last_part(line);
     const bool wrapper = place.rfind("ptx.cuh", 0) == 0 || place.rfind("device.h", 0) == 0;

@@ -1,6 +1,6 @@
-// The linear layers of a mixture of experts on the CPU: Y_t = x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ + b_e for the rows t of
-// expert e. Rows are sorted by expert. Each expert's run of rows (linear/cpu/runs.h) is one call of the adapted layer
-// (linear/cpu/adapted_linear.h) with the expert's weight and adapter.
+// The linear layers of a mixture of experts on the CPU: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows
+// t of expert e; without DoRA g is 1. Rows are sorted by expert. Each expert's run of rows (linear/cpu/runs.h) is one
+// call of the adapted layer (linear/cpu/adapted_linear.h) with the expert's weight and adapter.
 #include <string.h>
 
 #include <numeric>
@@ -38,9 +38,10 @@ Tensor of_stack(const Tensor& stack, int64_t expert) {
   return part_of(stack, expert * stack.stride(0), {stack.size(1), stack.size(2)}, {stack.stride(1), stack.stride(2)});
 }
 
-// Copies the matrices of the given experts between a stack [E, N, R] with any strides and a contiguous stack. All
-// threads copy rows of a matrix: in PEFT's lora_B the experts are the innermost dimension, where copying matrix by
-// matrix would fetch a cache line for each element.
+// Copies the matrices of the given experts between a stack [E, N, R] with any strides and a contiguous stack. Each
+// thread takes a range of rows, and copies a row of every given expert before the next row: in PEFT's lora_B the
+// experts are the innermost dimension, so that copying one expert after another would fetch a cache line for each
+// element.
 template <typename T, bool kToStack>
 void copy_stack(const Tensor& stack, T* whole, const std::vector<int64_t>& experts) {
   auto* strided = static_cast<T*>(const_cast<void*>(stack.const_data_ptr()));
@@ -65,7 +66,8 @@ void copy_stack(const Tensor& stack, const Tensor& whole, const std::vector<int6
                             : copy_stack<uint16_t, kToStack>(stack, static_cast<uint16_t*>(data), experts);
 }
 
-// Returns the stack, contiguous. Only the experts of the runs are copied: with few tokens copying all would dominate.
+// Returns a contiguous copy of the stack, or a contiguous stack itself. The function copies only the experts of the
+// runs, because with few tokens a copy of all experts would take most of the time.
 Tensor in_one_piece(const Tensor& stack, const std::vector<Run>& runs) {
   if (stack.is_contiguous()) return stack;
   const Tensor whole = empty({stack.size(0), stack.size(1), stack.size(2)}, stack.scalar_type());
@@ -75,14 +77,15 @@ Tensor in_one_piece(const Tensor& stack, const std::vector<Run>& runs) {
   return whole;
 }
 
-// Copies all experts of a contiguous stack into `stack`.
+// Copies all experts of the contiguous stack `whole` into `stack`.
 void copy_back(const Tensor& stack, const Tensor& whole) {
   std::vector<int64_t> experts(static_cast<size_t>(stack.size(0)));
   std::iota(experts.begin(), experts.end(), int64_t{0});
   copy_stack<true>(stack, whole, experts);
 }
 
-// The experts' weights: dense [E, N, K], or NF4, where each expert is packed separately, in order.
+// The weights of all experts: dense [E, N, K], or NF4, where each expert is packed separately and the experts follow in
+// order.
 struct Weights {
   Tensor weight;
   std::optional<Tensor> absmax, nested_absmax, nested_code, nested_offset;
@@ -137,8 +140,8 @@ Weights checked_weights(const char* op, const Tensor& weight, const std::optiona
   return held;
 }
 
-// The adapters [E, R, K] and [E, N, R], contiguous, of the experts that have rows. lora_A is empty without adapters.
-// With out_scale [E, N] float32 the adapters are DoRA's.
+// The adapters lora_A [E, R, K] and lora_B [E, N, R] as contiguous stacks. Only the matrices of experts with rows are
+// valid. lora_A is empty if there are no adapters. With out_scale [E, N] float32 the adapters are DoRA's.
 struct Adapters {
   std::optional<Tensor> lora_A, lora_B, out_scale;
   double scaling;
@@ -146,7 +149,7 @@ struct Adapters {
 
   int64_t rank() const { return lora_A.has_value() ? lora_A->size(1) : 0; }
 
-  // The dropout mask of an expert covers its own run. The expert's number is added to the offset.
+  // Each expert draws a dropout mask for its own run: the offset of the seed is increased by the expert's number.
   Adapter of(int64_t expert) const {
     Adapter adapter;
     if (!lora_A.has_value()) return adapter;
@@ -195,7 +198,7 @@ void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   if (stack.numel() == 0) return;
   const int64_t bytes = stack.numel() / experts * static_cast<int64_t>(stack.element_size());
   auto* data = static_cast<char*>(stack.mutable_data_ptr());
-  int64_t next = 0;  // expert
+  int64_t next = 0;  // expert at which the next matrices to clear begin
   const auto clear_to = [&](int64_t expert) {
     if (expert > next) memset(data + next * bytes, 0, static_cast<size_t>((expert - next) * bytes));
     next = expert + 1;
@@ -204,7 +207,7 @@ void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   clear_to(experts);
 }
 
-// Sets the rows after the last expert's rows to zero.
+// Sets the rows of `matrix` after the last expert's rows to zero.
 void clear_rest(const Tensor& matrix, const std::vector<Run>& runs) {
   const int64_t first = runs.empty() ? 0 : runs.back().end, left = matrix.size(0) - first;
   if (left == 0 || matrix.size(1) == 0) return;
@@ -263,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
   const int64_t rank = adapters.rank();
   Tensor grad_x = none(type), grad_A = none(), grad_B = none(), held_s;
-  Tensor out_A = grad_A, out_B = grad_B;  // with the strides of lora_A and lora_B
+  Tensor out_A = grad_A, out_B = grad_B;  // results with the strides of lora_A and lora_B
   if (lora_A.has_value()) {
     held_s = checked_part(kOp, "s", s, ScalarType::Float, held_x.size(0) * rank);
     held_s = as_shape(held_s, {held_x.size(0), rank});
@@ -318,7 +321,7 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax,
   constexpr const char* kOp = "dora_experts_weight_norm";
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
-  // A run is here the rows of an expert's W.
+  // For the norm, a run stands for the rows of an expert's W.
   std::vector<Run> runs;
   if (offsets.has_value()) {
     runs = make_runs(kOp, *offsets, weights.experts, INT64_MAX);

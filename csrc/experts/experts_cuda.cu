@@ -1,6 +1,6 @@
-// The linear layers of a mixture of experts on CUDA: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows t of
-// expert e. Rows are sorted by expert. The number of launches does not depend on the number of experts, and no launch
-// waits for the offsets. The steps:
+// The linear layers of a mixture of experts on CUDA: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows t
+// of expert e. Rows are sorted by expert. The number of launches does not depend on the number of experts, and the host
+// does not wait for the offsets. The steps:
 //
 //   forward:   tables of the rows (row_runs); terms of all A_e, B_e (stacks); S: one pass over x; Y: one product, to
 //              which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product)
@@ -9,8 +9,8 @@
 //              G = g ∘ dY for dX, and dg
 //   DoRA's norm: terms; one pass over W (dora)
 //
-// With many rows per expert and dense bfloat16 weights, PyTorch's grouped product computes D W_eᵀ, if PyTorch has one,
-// and a kernel adds the other terms.
+// With many rows per expert and dense bfloat16 weights, on GPUs of compute capability 9.x and 10.x, PyTorch's grouped
+// product computes D W_eᵀ, and a kernel adds the low-rank term and the bias.
 #include <array>
 #include <tuple>
 
@@ -22,11 +22,11 @@
 namespace peft_ext {
 namespace {
 
-// From this mean number of rows per expert on, arithmetic limits the product, and PyTorch's product is faster, because
-// it reads each operand less often than tiles of 64 x 128 do.
+// From this mean number of rows per expert on, arithmetic limits the time of the product. PyTorch's grouped product is
+// then faster, because it reads each operand less often than tiles of 64 x 128 do.
 constexpr int64_t kManyRows = 128;
 
-// Checks rows [S, columns], and returns them contiguous.
+// Checks rows [S, columns], and returns the rows as a contiguous tensor.
 Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, int64_t columns, const Tensor& like) {
   STD_TORCH_CHECK(on_device(rows) && rows.get_device_index() == like.get_device_index(), op, ": ", argument,
                   " is on another device than weight, wanted cuda:", like.get_device_index());
@@ -46,7 +46,7 @@ Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& st
 
 // --- rows
 
-// The results wanted from small rows; see RunRows.
+// The inputs and results of make_rows; see RunRows.
 struct RowsWanted {
   const PartialSums* partial = nullptr;
   const Tensor* given = nullptr;
@@ -75,13 +75,13 @@ void make_rows(const RowRuns& runs, const StackAdapters& adapters, const RowsWan
   launcher(run_rows_kernel, ceil_div(work.padded_rows * work.padded_rank / 2, kStackThreads), kStackThreads, work);
 }
 
-// A gradient [E, ., .], and the dimension that belongs to the pass's columns.
+// A gradient [E, ., .] to reduce. column_dim is the gradient's dimension that belongs to the columns of the pass.
 struct StackGradient {
   const PartialSums* partial;
   const Tensor* out;
   int column_dim;
   double scale;
-  const Tensor* column_scale;  // [E, columns], or null
+  const Tensor* column_scale;  // factors [E, columns], or null
 };
 
 void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const StackGradient (&gradients)[2]) {
@@ -113,21 +113,21 @@ void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const Sta
 
 // --- products
 
-// The low-rank term of a product: left rightᵀ.
+// The low-rank term of a product: left · rightᵀ.
 struct LowRank {
   const HeldTerms *left, *right;
   const std::optional<Tensor>* kept = nullptr;
-  const DeviceAdapter* dropout = nullptr;  // null: the term is not dropped
+  const DeviceAdapter* dropout = nullptr;  // null: no dropout mask is applied to the term
 };
 
-// Returns whether PyTorch has one product for all experts that is faster than experts_product_kernel.
+// Returns whether PyTorch has one product for all experts that is faster than experts_product_kernel for this call.
 bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
   if (stack.all.is_nf4() || left.scalar_type() != ScalarType::BFloat16 || left.size(0) < kManyRows * stack.experts)
     return false;
 #ifndef PEFT_EXT_EMULATE_CUDA
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, left.get_device_index()));
-  // On other devices PyTorch copies `ends` to the host and runs one product per expert.
+  // On GPUs of other compute capabilities PyTorch copies `ends` to the host and runs one product per expert.
   if (major != 9 && major != 10) return false;
 #endif
   const Tensor& weight = stack.all.weight;
@@ -137,7 +137,8 @@ bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
          aligned(left, 16);
 }
 
-// Returns left W_eᵀ or left W_e, [rows, N or K]. The experts' ends are those of the runs, which lie within the rows.
+// Returns left W_eᵀ (with `transpose`) or left W_e, [rows, N or K]. The experts' ends are those of `runs`, which lie
+// within the rows.
 Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& runs, bool transpose) {
   const Tensor right = transpose ? torch::stable::transpose(stack.all.weight, 1, 2) : stack.all.weight;
   Tensor first_row = runs.first_row;
@@ -150,12 +151,12 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& r
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
-// The last operations on a product.
+// The operands of the last operations on a product.
 struct Finish {
-  std::optional<Tensor> bias, scale, z;  // z: receives the value that `scale` scales
+  std::optional<Tensor> bias, scale, z;  // z receives the value that `scale` scales
 };
 
-// Returns left W_eᵀ or left W_e, plus the low-rank term and with the last operations, if there are any.
+// Returns left W_eᵀ (with `transpose`) or left W_e, plus the low-rank term if given, with the operations of `finish`.
 Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tensor& ends, const RowRuns& runs,
                        bool transpose, const LowRank* low_rank, const Finish& finish = {}) {
   const int64_t rows = left.size(0), columns = transpose ? stack.all.outputs : stack.all.inputs;
@@ -198,7 +199,7 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
   whole = whole && multiple(work.inner, kVector) && work.inner < kMaxRankColumns && aligned(left, 16) &&
           aligned(stack.all.weight, 16);
   if (stack.all.is_nf4()) {
-    // The 32 elements of a thread must have one scale and be aligned to 16 bytes.
+    // The NF4 elements that a thread decodes for a slab must have one scale and be aligned to 16 bytes.
     whole = whole && multiple(stack.all.inputs, kSmallestBlock);
   } else {
     const bool one = view.by_column == 1 || view.by_inner == 1;
@@ -212,7 +213,8 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
 
 // --- DoRA
 
-// Returns G = g_e ∘ dY if wanted. With z also writes the gradient of g to grad_scale.
+// Returns G = g_e ∘ dY if `wanted`, otherwise an empty tensor. With z the function also writes the gradient of g to
+// grad_scale.
 Tensor scaled_rows(const Tensor& grad, const Tensor* z, const Tensor& scale, const RowRuns& runs, bool wanted,
                    const Tensor& grad_scale) {
   const ScalarType type = grad.scalar_type();
@@ -364,7 +366,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
   HeldTerms p_terms;
   RowsWanted of_p;
   of_p.partial = &p.rows;
-  of_p.after = scaling * adapters.divided();  // P contains dropout's factor 1/(1-p), for both of its products
+  // the terms of P contain dropout's factor 1/(1-p), for both products that read P
+  of_p.after = scaling * adapters.divided();
   of_p.transposed = &p_transposed;
   if (needs_grad_x) {
     p_terms = left_terms(held, runs.padded_rows(), adapters.padded, type);

@@ -1,6 +1,6 @@
-// The contract of RMSNorm and LayerNorm on the CPU; each instruction set has a table of kernels. One pass over a row
-// reads the row from memory once, and again from L1. Sums are float32. Their order depends only on the row's length and
-// the path.
+// The contract of RMSNorm and LayerNorm on the CPU; each instruction set has a table of kernels. A kernel reads a row
+// from memory once, and after that from the cache. Sums are float32. The order of a sum depends only on the row's
+// length and on the path.
 //
 //   x̂ = (x - μ) r     r = 1/√(mean (x - μ)² + eps)     y = x̂ ∘ factor + bias      RMSNorm: μ is 0
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂)),  g = dY ∘ factor     dw = Σ_t dY ∘ x̂    db = Σ_t dY     RMSNorm: no mean g
@@ -13,34 +13,34 @@
 namespace peft_ext {
 
 struct NormRows {
-  DType dtype, out_dtype;  // dtype: that of x; out_dtype: that of y, x's or float32
+  DType dtype, out_dtype;  // dtype: the dtype of x; out_dtype: the dtype of y, which is x's dtype or float32
   int64_t columns;
-  bool centered;     // true for LayerNorm
+  bool centered;     // true for LayerNorm, false for RMSNorm
   bool round_first;  // whether x̂ is rounded to x's dtype before it is multiplied by factor
   float eps;
-  const void* x;                  // [T, columns]
-  const float* factor = nullptr;  // [columns]; null: 1
-  const float* bias = nullptr;    // [columns]; null: 0
-  void* y;                        // [T, columns]
-  float* mean = nullptr;          // [T], only if centered
-  float* rstd;                    // [T]
+  const void* x;                  // x [T, columns]
+  const float* factor = nullptr;  // factor [columns]; a null pointer stands for ones
+  const float* bias = nullptr;    // bias [columns]; a null pointer stands for zeros
+  void* y;                        // y [T, columns]
+  float* mean = nullptr;          // μ [T]; null for RMSNorm
+  float* rstd;                    // r [T]
 };
 
 struct NormGradient {
-  DType dtype, grad_dtype;  // dtype: that of x and dX; grad_dtype: that of dY, x's or float32
+  DType dtype, grad_dtype;  // dtype: the dtype of x and dX; grad_dtype: the dtype of dY, which is x's dtype or float32
   int64_t columns;
   bool centered;
-  const void* grad;               // [T, columns]
-  const void* x;                  // [T, columns]
-  const float* factor = nullptr;  // [columns]; null: 1
-  const float* mean = nullptr;    // [T], only if centered
-  const float* rstd;              // [T]
-  void* grad_x = nullptr;         // [T, columns], or null
-  float* grad_weight = nullptr;   // [columns], added to; or null
-  float* grad_bias = nullptr;     // [columns], added to; or null
+  const void* grad;               // dY [T, columns]
+  const void* x;                  // x [T, columns]
+  const float* factor = nullptr;  // factor [columns]; a null pointer stands for ones
+  const float* mean = nullptr;    // μ [T]; null for RMSNorm
+  const float* rstd;              // r [T]
+  void* grad_x = nullptr;         // dX [T, columns]; null if the call does not need dX
+  float* grad_weight = nullptr;   // dw [columns], to which the kernel adds; null if the call does not need dw
+  float* grad_bias = nullptr;     // db [columns], to which the kernel adds; null if the call does not need db
 };
 
-// The functions work on the rows [begin, end).
+// Each function of the table computes the rows [begin, end).
 struct NormKernels {
   void (*rows)(const NormRows& work, int64_t begin, int64_t end);
   void (*gradient)(const NormGradient& work, int64_t begin, int64_t end);

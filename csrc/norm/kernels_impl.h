@@ -1,5 +1,5 @@
-// The norm kernels of kernels.h for one instruction set. Include this file after the target pragma and the path's Vec
-// (cpu/simd_<isa>.h).
+// The norm kernels of norm/kernels.h for one instruction set. Include this file after the target pragma and the path's
+// Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include "cpu/row_loop.h"
@@ -29,7 +29,8 @@ void norm_row(const NormRows& work, int64_t row) {
   const float rstd = 1.0f / __builtin_sqrtf(sum[0] / count + work.eps);
   work.rstd[row] = rstd;
   const Vec scale = Vec::broadcast(rstd);
-  // Copied to registers: the compiler must assume that a store through y changes `work`.
+  // These fields of `work` are copied to local variables, because the compiler must assume that a store through y
+  // changes `work`.
   const float *factor = work.factor, *bias = work.bias;
   const bool round_first = work.round_first;
   for_vectors(columns, [=](auto lanes, int64_t k) {
@@ -82,7 +83,8 @@ void norm_gradient_row(const NormGradient& work, int64_t row) {
   });
 }
 
-// Calls f with zeros of a type and of another type, which is the first type or float32.
+// Calls f with two zeros: the first zero has the type `dtype`, the second has the type `other`, which is `dtype` or
+// float32.
 template <typename F>
 void with_own_or_float(DType dtype, DType other, const F& f) {
   with_dtype(dtype, [&](auto zero) {

@@ -1,4 +1,4 @@
-// The norm kernels of kernels.h with NEON.
+// The norm kernels of norm/kernels.h with NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "norm/kernels_impl.h"

@@ -1,4 +1,4 @@
-// The norm kernels of kernels.h in plain C++, for any CPU.
+// The norm kernels of norm/kernels.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "norm/kernels_impl.h"
 

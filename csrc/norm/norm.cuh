@@ -3,11 +3,12 @@
 //   x̂ = (x - μ) r     r = 1/√(mean (x - μ)² + eps)     y = x̂ ∘ (w + offset) + b               RMSNorm: μ is 0
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂)),  g = dY ∘ (w + offset)     dw = Σ_t dY ∘ x̂,  db = Σ_t dY
 //
-// A warp owns a row of up to kWarpColumns columns, and a block owns a longer row. A row comes from memory once, eight
-// columns per thread at a time (16 bytes of a 16-bit dtype), and then from L1: a thread reads again only what it has
-// read itself. Sums are float32: over a thread's columns, then over lanes, then over warps, in order. Shared memory:
-// one sum per warp. For dw and db a block sums 256 columns over a chunk of rows; a second kernel adds the partial sums
-// [chunks][K] in order. Bytes moved: x once, dY once, y or dX once; dw and db read x and dY once more.
+// A warp owns a row of up to kWarpColumns columns, and a block owns a longer row. A row is read from memory once, eight
+// columns per thread at a time (16 bytes of a 16-bit dtype), and after that from L1: a thread reads again only the
+// columns that it has read before. Sums are float32: over a thread's columns, then over lanes, then over warps, in
+// order. The row kernels use shared memory for one sum per warp. For dw and db a block sums 256 columns over a chunk of
+// rows; a second kernel adds the partial sums [chunks][K] in order. Bytes moved: x once, dY once, y or dX once; dw and
+// db read x and dY once more.
 #pragma once
 
 #include "linear/cuda/column_reduce.cuh"
@@ -22,26 +23,27 @@ inline int norm_row_threads(int64_t columns) { return columns <= kWarpColumns ? 
 
 struct NormWork {
   const void* x;
-  const void* grad;    // for the gradient: dY
-  const void* weight;  // [columns], or null: 1
+  const void* grad;    // dY; only for the gradient
+  const void* weight;  // w [columns]; without a weight (null) the factor of x̂ is 1
   DType weight_type;
-  bool weight_whole;  // `whole`, for the weight
+  bool weight_whole;  // whether groups of eight columns of the weight are aligned to 16 bytes
   float offset;
-  const void* bias;  // [columns], or null: 0
+  const void* bias;  // b [columns]; a null pointer stands for zeros
   DType bias_type;
   bool bias_whole;
-  void* out;           // y, or for the gradient dX
-  float *mean, *rstd;  // [rows]; written by the forward, read by the gradient
+  void* out;           // y in the forward, dX in the gradient
+  float *mean, *rstd;  // μ and r [rows]; the forward writes both, the gradient reads both
   float eps;
   bool round_first;  // whether x̂ is rounded to x's dtype before it is multiplied by the weight
   int64_t rows, columns;
-  bool whole;  // columns is a multiple of 8, and all matrices are aligned to 16 bytes
+  bool whole;  // whether columns is a multiple of 8 and all matrices are aligned to 16 bytes
   int row_threads;
 };
 
 using NormSums = float[kNormWarps];
 
-// Returns the sum over the threads of a row, at each of them. Each sum of a kernel needs its own `shared`.
+// Returns, to each thread of a row, the sum of `value` over the row's threads. Each sum of a kernel needs a `shared` of
+// its own.
 __device__ __forceinline__ float row_sum(float value, int row_threads, NormSums& shared) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
@@ -54,7 +56,7 @@ __device__ __forceinline__ float row_sum(float value, int row_threads, NormSums&
   return sum;
 }
 
-// Loads w + offset, or 1 without a weight.
+// Loads w + offset of eight columns, or ones if there is no weight.
 __device__ __forceinline__ void load_norm_factor(const NormWork& work, int64_t column, float (&factor)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) factor[i] = 1.0f;
@@ -64,7 +66,7 @@ __device__ __forceinline__ void load_norm_factor(const NormWork& work, int64_t c
   for (int i = 0; i < kVector; ++i) factor[i] += work.offset;
 }
 
-// Grid: ceil(rows · row_threads / kNormThreads).
+// Grid: ceil(rows · row_threads / kNormThreads) blocks.
 template <typename T, typename Out, bool kCentered>
 __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
   PEFT_EXT_SHARED(NormSums, shared_mean);
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
   const int lane = threadIdx.x % work.row_threads;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kNormThreads / work.row_threads) + threadIdx.x / work.row_threads;
-  if (row >= work.rows) return;  // all threads of the row return
+  if (row >= work.rows) return;  // all threads of the row return here
   const int64_t begin = lane * kVector, step = work.row_threads * kVector;
   const T* x = static_cast<const T*>(work.x) + row * work.columns;
   const float count = static_cast<float>(work.columns);
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
   }
 }
 
-// Grid: ceil(rows · row_threads / kNormThreads).
+// Grid: ceil(rows · row_threads / kNormThreads) blocks.
 template <typename T, typename Grad, bool kCentered>
 __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork work) {
   PEFT_EXT_SHARED(NormSums, shared_along);
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork wo
     load_norm_factor(work, column, factor);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      g[i] *= factor[i];  // 0 beyond the end of the row
+      g[i] *= factor[i];  // g is 0 beyond the end of the row
       along += g[i] * ((values[i] - mean) * rstd);
       if (kCentered) shift += g[i];
     }
@@ -156,13 +158,14 @@ __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork wo
 
 struct NormColumns {
   const void *x, *grad;
-  const float *mean, *rstd;        // [rows]; mean null: 0
-  float *weight_sums, *bias_sums;  // [row chunks][columns], or null
+  const float *mean, *rstd;        // μ and r [rows]; a null mean stands for zeros
+  // partial sums of dw and db, [row chunks][columns]; null if the call does not need dw or db
+  float *weight_sums, *bias_sums;
   int64_t rows, columns;
   bool whole;
 };
 
-// Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
+// Grid: x has a block for each chunk of kColumnRows rows; y has a block for each tile of kColumnTile columns.
 template <typename T, typename Grad>
 __global__ void __launch_bounds__(kColumnThreads) norm_columns_kernel(NormColumns work) {
   PEFT_EXT_SHARED(ColumnSumsShared, shared);
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(kColumnThreads) norm_columns_kernel(NormColumn
     }
   }
   if (work.weight_sums != nullptr) save_column_sums(weight, work.columns, work.weight_sums, shared);
-  sync_threads();  // until all threads have read the first sums
+  sync_threads();  // all threads must have read the first sums before the second sums overwrite `shared`
   if (work.bias_sums != nullptr) save_column_sums(bias, work.columns, work.bias_sums, shared);
 }
 

@@ -1,6 +1,6 @@
-// RMSNorm and LayerNorm on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. One thread owns
-// a row, and the gradients of weight and bias are sums per chunk of tokens, so that the bits are equal for every number
-// of threads.
+// RMSNorm and LayerNorm on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. One thread
+// computes a row, and the gradients of weight and bias are sums per chunk of tokens, so that the bits are equal for
+// every number of threads.
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -28,7 +28,8 @@ int64_t columns_of(const char* op, const Tensor& x) {
   return x.size(x.dim() - 1);
 }
 
-// Returns weight + offset in float32, or the weight itself if nothing has to change.
+// Returns weight + offset in float32. If offset is 0 and the weight is contiguous float32, the function returns the
+// weight itself.
 std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& weight, double offset, int64_t columns) {
   if (!weight.has_value()) return std::nullopt;
   const Tensor held = float_vector(op, "weight", *weight, columns);
@@ -40,7 +41,7 @@ std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& wei
   return sum;
 }
 
-// Returns the number of rows that take about as long as starting a task.
+// Returns a number of rows whose computation takes about as long as the start of a parallel task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
 struct Normed {
@@ -118,7 +119,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
     if (needs_bias) part.grad_bias = to + of_weight;
     isa.gradient(part, first, last);
   });
-  // Copies the sums: a gradient that were a view would keep all of `sums` alive.
+  // The gradients are copies of the sums: a gradient that were a view would keep all of `sums` in memory.
   const auto copy_of = [&](int64_t first, ScalarType type) {
     Tensor out = empty({columns}, type);
     torch::stable::copy_(out, torch::stable::narrow(sums, 0, first, columns));
@@ -131,7 +132,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
 
 std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, std::optional<Tensor> weight, double eps, double offset,
                                         bool round_before_weight) {
-  // As in PyTorch, the product of two different dtypes is float32.
+  // As in PyTorch, the product of x̂ and a weight of another dtype is float32.
   const bool own = !round_before_weight || !weight.has_value() || weight->scalar_type() == x.scalar_type();
   Normed found = norm("rms_norm", x, weight, std::nullopt, eps, offset, false, round_before_weight,
                       own ? x.scalar_type() : ScalarType::Float);

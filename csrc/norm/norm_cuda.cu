@@ -1,5 +1,6 @@
-// RMSNorm and LayerNorm on CUDA; the kernels are in norm.cuh. The forward is one launch. The backward is one launch, or
-// three if weight or bias is trained.
+// RMSNorm and LayerNorm on CUDA; the kernels are in norm.cuh. The forward is one launch. In the backward, dX is one
+// launch. The gradients of weight and bias share one launch for partial sums, and each gradient has a launch that adds
+// the partial sums.
 #include "norm/norm.cuh"
 
 #include <tuple>
@@ -30,7 +31,8 @@ std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
 }
 
-// Returns the arguments that the kernels over rows share. The weight must live until the launches.
+// Returns the arguments that the row kernels of forward and backward share. The caller must keep the weight alive until
+// the launches.
 NormWork norm_work(const Launcher& launcher, const std::optional<Tensor>& weight, double offset, int64_t rows,
                    int64_t columns) {
   NormWork work{};
@@ -48,7 +50,8 @@ NormWork norm_work(const Launcher& launcher, const std::optional<Tensor>& weight
 
 int64_t norm_blocks(const NormWork& work) { return ceil_div(work.rows, kNormThreads / work.row_threads); }
 
-// Calls f with zeros of a type and of another type, which is the first type or float32.
+// Calls f with two zeros: the first zero has the type `type`, the second has the type `other`, which is `type` or
+// float32.
 template <typename F>
 void with_own_or_float(ScalarType type, ScalarType other, F f) {
   with_type(type, [&](auto zero) {
@@ -93,7 +96,7 @@ Normed norm(const char* op, const Tensor& x, const std::optional<Tensor>& weight
   return {y, mean, rstd};
 }
 
-// Returns the partial sums [chunks, columns] added in order, in `type`.
+// Adds the partial sums [chunks, columns] in the order of the chunks. Returns the sums [columns], converted to `type`.
 Tensor column_sums(const Launcher& launcher, const Tensor& like, const Tensor& partial, ScalarType type) {
   const int64_t columns = partial.size(1);
   const Tensor sums = device_empty(like, {columns}, ScalarType::Float);
@@ -167,7 +170,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
 
 std::tuple<Tensor, Tensor> rms_norm_cuda(const Tensor& x, const std::optional<Tensor>& weight, double eps,
                                          double offset, bool round_before_weight) {
-  // As in PyTorch, the product of two different dtypes is float32.
+  // As in PyTorch, the product of x̂ and a weight of another dtype is float32.
   const bool own = !round_before_weight || !weight.has_value() || weight->scalar_type() == x.scalar_type();
   const Normed found = norm("rms_norm", x, weight, std::nullopt, eps, offset, false, round_before_weight,
                             own ? x.scalar_type() : ScalarType::Float);

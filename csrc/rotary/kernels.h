@@ -17,20 +17,20 @@ struct Heads {
   const void* x;
   void* y;
   int64_t heads;
-  int64_t x_batch, x_head, x_token;  // strides
+  int64_t x_batch, x_head, x_token;  // strides in elements
   int64_t y_batch, y_head, y_token;
 };
 
 struct Rotary {
   DType dtype;  // dtype of all tensors
   bool back;
-  int64_t tokens, size;   // T, D
+  int64_t tokens, size;   // T and D
   Heads parts[2];         // q and k
   const void *cos, *sin;  // [B or 1, T, D] contiguous
-  int64_t cos_batch;      // stride; 0 if one cos and sin serve all batches
+  int64_t cos_batch;      // stride between batches; 0 if one cos and sin serve all batches
 };
 
-// Rotates the tokens [begin, end) of [B T].
+// Rotates the tokens [begin, end) of the B · T tokens of all batches.
 struct RotaryKernels {
   void (*rotate)(const Rotary& work, int64_t begin, int64_t end);
 };

@@ -1,4 +1,4 @@
-// The rotary kernel of kernels.h with NEON.
+// The rotary kernel of rotary/kernels.h with NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "rotary/kernels_impl.h"

@@ -1,4 +1,4 @@
-// The rotary kernel of kernels.h in plain C++, for any CPU.
+// The rotary kernel of rotary/kernels.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "rotary/kernels_impl.h"
 

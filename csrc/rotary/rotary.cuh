@@ -3,9 +3,10 @@
 //
 //   y₁ = x₁ c₁ - x₂ s₁      y₂ = x₂ c₂ + x₁ s₂                 back:  x₁ = y₁ c₁ + y₂ s₂      x₂ = y₂ c₂ - y₁ s₁
 //
-// A block owns a token with all heads of q and k, so that cos and sin are read from memory once. A thread moves eight
-// columns of both halves at a time. Tensors may have any strides, but heads are contiguous. Arithmetic is float32 and
-// rounds once. Bytes moved: q and k are read and written once, cos and sin are read once.
+// A block owns a token with all heads of q and k, so that the block reads cos and sin of the token from memory once. A
+// thread moves eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is
+// contiguous. Arithmetic is float32 and rounds once. Bytes moved: q and k are read and written once; cos and sin are
+// read once for each batch.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -16,22 +17,22 @@ struct DeviceHeads {
   const void* x;
   void* y;
   int heads;
-  int64_t x_batch, x_head, x_token;  // strides
+  int64_t x_batch, x_head, x_token;  // strides in elements
   int64_t y_batch, y_head, y_token;
 };
 
 struct DeviceRotary {
   DeviceHeads q, k;
   const void *cos, *sin;  // [B or 1, T, D]
-  int64_t cos_batch;      // stride; 0 if one cos and sin serve all batches
+  int64_t cos_batch;      // stride between batches; 0 if one cos and sin serve all batches
   int64_t tokens;
   int half;    // D / 2
-  bool whole;  // groups of eight columns are aligned to 16 bytes in all tensors
+  bool whole;  // whether groups of eight columns are aligned to 16 bytes in all tensors
 };
 
 constexpr int kRotaryThreads = 256;
 
-// Grid: B T.
+// Grid: B · T blocks.
 template <typename T, bool kBack>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(DeviceRotary work) {
   const int64_t batch = blockIdx.x / work.tokens, token = blockIdx.x % work.tokens;

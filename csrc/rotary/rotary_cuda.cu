@@ -19,7 +19,8 @@ DeviceHeads heads_of(const Launcher& launcher, const Tensor& x, const Tensor& y)
   return heads;
 }
 
-// Returns whether every head is aligned to 16 bytes.
+// Returns whether x is aligned to 16 bytes and all its strides between heads, tokens and batches are multiples of eight
+// elements, so that every head is aligned to 16 bytes. The stride of a dimension of size 1 may have any value.
 bool whole_heads(const Tensor& x) {
   bool whole = aligned(x, 16);
   for (int64_t d = 0; d < 3; ++d) whole = whole && (x.size(d) == 1 || x.stride(d) % kVector == 0);

@@ -1,5 +1,6 @@
-// Divides every small grid of tiles and some large ones as a rank pass does. Tests that each tile is in one block, no
-// block is empty, and there are as many blocks as wanted, or one for each tile. Prints errors and the number of plans.
+// Divides every grid of up to 300 x 300 tiles and some large grids as a rank pass does. Tests that each tile is in one
+// block, that no block is empty, and that the number of blocks is at most the wanted number or is the number that one
+// direction alone needs. Prints errors and the number of plans.
 #include <stdio.h>
 
 #include "linear/cuda/rank_plan.cuh"
@@ -17,7 +18,7 @@ bool check(RankWork work, int64_t rows, int64_t columns) {
   bool right = covers(rows, plan.row_tiles, plan.row_chunks) && covers(columns, plan.column_tiles, plan.column_chunks);
   const bool both = work == RankWork::kBoth || work == RankWork::kBothAndDots;
   const int64_t across = work == RankWork::kColumns ? columns : both ? (rows + 3) / 4 : rows;
-  // Not more blocks than wanted, except for the blocks that one direction alone needs.
+  // A plan has at most the wanted number of blocks, except where one direction alone needs more blocks.
   const int64_t blocks = plan.row_chunks * plan.column_chunks;
   right = right && (blocks <= (both ? kRankBlocksOfBoth : kRankBlocksWanted) || blocks == across);
   right = right && (work != RankWork::kColumns || plan.column_tiles == 1) && (!both || plan.row_tiles == 4);

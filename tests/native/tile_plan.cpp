@@ -1,9 +1,9 @@
-// Tests csrc/linear/cpu/tiles/plan.h by enumeration: each plan ends, covers every tile once, and keeps the busiest part
-// within the bound that the header states. The program has three uses:
+// Tests csrc/linear/cpu/tiles/plan.h by enumeration: each plan covers every tile once, and keeps the cost of the
+// busiest part within the bound that the header states. The program has three uses:
 //
 //   tile_plan check THREADS STRIPS
 //       tests all of 1..THREADS threads and 1..STRIPS strips of 16 tokens, with every layer below; if STRIPS is `some`,
-//       a choice of both
+//       tests some of 1..THREADS threads and some of 1..1024 strips
 //   tile_plan cost THREADS TOKENS N K DECODE
 //       prints "parts blocks whole_panels share decoded": share is the work of the busiest part divided by the mean of
 //       all threads, decoded is the number of decoded panels divided by the number of panels
@@ -45,12 +45,13 @@ constexpr Layer kLayers[] = {
 
 struct Summary {
   int64_t plans = 0, broken = 0;
-  double worst_many = 0.0, worst_few = 0.0;  // idle share with kPlanUnits units per thread; of others
+  // worst idle share of plans with kPlanUnits units per thread, and of all other plans
+  double worst_many = 0.0, worst_few = 0.0;
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Returns the cost of a part of a block, in strips of products.
+// Returns the cost of a part of a block, in units of a product of one strip.
 int64_t part_cost(const TilePlan& plan, int64_t part, int64_t block, int64_t decode, int64_t* panels) {
   const int64_t begin = plan.first_unit(part, block), end = plan.first_unit(part + 1, block);
   const int64_t of_panel = plan.first_step(block + 1) - plan.first_step(block);
@@ -95,7 +96,7 @@ void check(const TilePlan& plan, int64_t threads, int64_t decode, Summary* summa
   worst = std::max(worst, idle);
 }
 
-// Tests by marking that every strip of every panel occurs exactly once.
+// Returns whether every strip of every panel occurs exactly once in the plan; the function marks each strip.
 bool paints(const TilePlan& plan) {
   std::vector<uint8_t> seen(static_cast<size_t>(plan.panels * plan.strips));
   bool whole = true;
@@ -128,7 +129,8 @@ std::vector<int64_t> all(int64_t most) {
   return values;
 }
 
-// The plan of the passes: no thread has less than a fair share, one thread reads m once, and kept sums are bounded.
+// Checks the plan of the passes: the cost of the busiest thread is at least a fair share and at most the whole work; a
+// single thread does not split the passes; and the number of kept sums is bounded.
 void check_passes(int64_t most_threads, Summary* summary) {
   const auto expect = [&](bool holds, const char* what, int64_t tokens, int64_t columns, int64_t rank,
                           int64_t threads) {

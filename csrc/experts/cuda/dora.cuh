@@ -1,5 +1,5 @@
-// DoRA for a mixture's experts, besides the product: the norm of each row of W_e + s B_e A_e; and in the backward
-// G = g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the expert's rows.
+// DoRA for a mixture's experts, except for the product: the norm of each row of W_e + s B_e A_e; in the backward G =
+// g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the expert's rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -11,16 +11,17 @@ namespace peft_ext {
 // --- the norm
 
 struct StackNorm {
-  StackView weight;                   // a column of the view is an output, that is a row of W
-  Terms left, right;                  // terms of B and of A's transpose, of the first expert
-  int64_t left_stride, right_stride;  // distance to the next expert's terms, in 16 bytes
-  const int64_t* ends;                // see has_rows; the norms of an expert without rows are zeros
+  StackView weight;                   // W_e; a column of the view is an output of the layer, that is a row of W_e
+  Terms left, right;                  // terms of the first expert's B and of its transposed A
+  int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
+  // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros
+  const int64_t* ends;
   float scaling;
   int64_t outputs, inputs;
   float* norm;  // [experts, outputs]
 };
 
-// Rounds two values to T.
+// Rounds two values to the element type T.
 template <typename T>
 __device__ __forceinline__ void round_pair(float& low, float& high) {
   if constexpr (sizeof(T) == 2) {
@@ -30,15 +31,15 @@ __device__ __forceinline__ void round_pair(float& low, float& high) {
   }
 }
 
-// The part of a tile of an NF4 weight that a lane needs: two rows [half], and in each two groups [h] of eight codes
-// with one scale.
+// The part of a tile of an NF4 weight that a lane needs: two rows [half], and in each row two groups [h] of eight codes
+// with one scale per group.
 struct NormCodes {
   uint32_t codes[2][2], stored[2][2];
   float nested[2][2];
 };
 
-// Loads eight elements of a row of an expert's W from column `first` on, with zeros beyond the last column. along: the
-// elements are contiguous.
+// Loads eight elements of a row of an expert's W from column `first` on, with zeros beyond the last column. kAlong
+// tells that the elements are contiguous.
 template <typename T, bool kNf4, bool kAlong>
 __device__ __forceinline__ void load_weights(const StackView& view, const T* dense, const Nf4View& nf4, int64_t row,
                                              int64_t first, int64_t inputs, float (&values)[kVector]) {
@@ -65,11 +66,11 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
   }
 }
 
-// A block of 4 warps owns 64 rows of an expert's W, a warp owns 16, and goes through them in tiles of 64 columns. Each
-// element of W is added to its element of s B A, which is computed as in expand_kernel, and squared. During the
-// products a lane loads its part of W: a dense W of this tile, or codes and scales of the next tile. Sums are float32.
-// Bytes moved: W once, for experts that have rows.
-// Grid: x: tiles of rows; y: experts.
+// A block of 4 warps owns 64 rows of an expert's W, a warp owns 16 rows, and goes through the rows in tiles of 64
+// columns. Each element of W is added to its element of s B A, which is computed as in expand_kernel; the sum is
+// squared. During the products a lane loads its part of W: elements of a dense W of this tile, or NF4 codes and scales
+// of the next tile. Sums are float32. Bytes moved: W once, for experts that have rows. Grid: x has a block for each
+// tile of rows; y has a block for each expert.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
   constexpr bool kCodes = kNf4 && kWhole;
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
   const auto inputs = static_cast<uint32_t>(work.inputs);
   [[maybe_unused]] const bool nested = kCodes && nf4.nested_absmax != nullptr;
   [[maybe_unused]] const float offset = nested ? *nf4.nested_offset : 0.0f;
-  [[maybe_unused]] const float code = kCodes ? kNf4DeviceCode[lane % 16] : 0.0f;  // one of the 16 codes per lane
+  [[maybe_unused]] const float code = kCodes ? kNf4DeviceCode[lane % 16] : 0.0f;  // a lane holds one of the 16 codes
   const auto load_codes = [&](uint32_t tile, NormCodes& to) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
         }
       }
   };
-  // Each value is round(code · scale), as in dequantize.
+  // Each value is round(code · scale), as in nf4_dequantize.
   const auto decode = [&](const NormCodes& from, int h, int half, bool there, float (&values)[kVector]) {
     float scale = __uint_as_float(from.stored[h][half]);
     if (nested) {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
     if constexpr (kCodes) {
       if (tile + 1 < tiles) load_codes(tile + 1, held);
     }
-    // A fresh accumulator per 64 ranks limits the error, as in expand_kernel.
+    // A new accumulator for each 64 ranks limits the rounding error, as in expand_kernel.
 #pragma unroll 1
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};
@@ -189,8 +190,8 @@ struct ScaleRuns {
   const float* scale;  // g [experts, columns]
   const RowRun* tiles;
   int64_t columns;
-  void* out;       // G, with zeros in the rows of no expert; or null
-  float* partial;  // Σ dY ∘ Z per tile [tiles, columns], with z
+  void* out;       // G, with zeros in the rows of no expert; null if the call does not need G
+  float* partial;  // partial sums Σ dY ∘ Z of each tile, [tiles, columns]; null without z
 };
 
 constexpr int kScaleThreads = 256;
@@ -201,8 +202,9 @@ struct ScaleShared {
   float sums[kScaleWarps][kScaleColumns];
 };
 
-// A block owns a tile of 64 rows and 256 columns, a warp owns every eighth row, and a lane owns 8 columns.
-// Grid: x: tiles of rows; y: tiles of columns. Bytes moved: dY and Z, read once; G, written once.
+// A block owns a tile of 64 rows and 256 columns, a warp owns every eighth row, and a lane owns 8 columns. Grid: x has
+// a block for each tile of rows; y has a block for each tile of columns. Bytes moved: dY and Z are read once, and G is
+// written once.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns work) {
   PEFT_EXT_SHARED(ScaleShared, shared);
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
       for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
     }
     if (work.out == nullptr) continue;
-    // Rows of no expert may hold any values, NaN included: they are set to 0.
+    // Rows of no expert may hold any values in dY, NaN included. Their rows of G are set to 0.
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
     save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);
@@ -245,15 +247,16 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
   work.partial[blockIdx.x * work.columns + to] = sum;
 }
 
-// The gradient of g for each expert: the sum of its tiles' partial sums, in order; zeros for an expert without rows.
+// The gradient of g for each expert: the sum of the partial sums of the expert's tiles, in order; zeros for an expert
+// without rows.
 struct ScaleReduce {
   const float* partial;
-  const int32_t* first_tile;  // see RunTables
+  const int32_t* first_tile;  // index of each expert's first tile, see RunTables
   int64_t columns;
   float* out;  // [experts, columns]
 };
 
-// Grid: x: ceil(columns / kStackThreads); y: experts.
+// Grid: x has ceil(columns / kStackThreads) blocks; y has a block for each expert.
 static __global__ void __launch_bounds__(kStackThreads) scale_reduce_kernel(ScaleReduce work) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x, expert = blockIdx.y;
   if (column >= work.columns) return;

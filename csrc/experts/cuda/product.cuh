@@ -1,24 +1,26 @@
-// The product of a mixture of experts, where each row is multiplied with its own expert's weight, in one launch with
-// all other operations on the output:
+// The product of a mixture of experts, where each row is multiplied with the weight of the row's expert, in one launch
+// with all other operations on the output:
 //
 //   out [rows, C] = g_e ∘ (D W_eᵀ + mask ∘ (L F_eᵀ)) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
 //
-// g is DoRA's, or absent; the value that g scales may be stored too. In the forward D is x, W_e is the weight, L is s S
-// and F_e is B_e. For dX, D is dY, W_e is the transposed weight, L is P and F_e is A_e's transpose, and dropout's mask
-// acts. W is dense, in either order of storage, or NF4, decoded on the way. The contiguous dimension of W is the summed
-// one (kAlong) or the columns (kAcross); for other strides and sizes elements are loaded one by one (kAny). Rows of no
-// expert are set to zero.
+// g is DoRA's scale, or absent. If z is given, the kernel also stores the value that g scales. In the forward D is x,
+// W_e is the weight, L is s S and F_e is B_e. For dX, D is dY, W_e is the transposed weight, L is P, F_e is A_e's
+// transpose, and the term is masked by dropout. W is dense, in either order of storage, or NF4, which the kernel
+// decodes. The contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross); for other strides
+// and sizes elements are loaded one by one (kAny). Rows of no expert are set to zero.
 //
-// A block of 8 warps owns a tile of 64 rows of one expert and 128 columns. Warp w owns the rows from 32 (w % 2) on and
-// the columns from 32 (w / 2) on. Missing rows of a tile cost no products. Blocks of one tile of rows are adjacent, so
-// that D comes from memory once; tiles of one expert are adjacent, so that W comes from memory once per expert. Slabs
-// of 128 bytes of a row of D and of W pass through two stages of shared memory: cp.async fills one stage while the
-// other is used. Codes of W wait in registers, two slabs ahead, and are decoded one slab ahead, each to round(code ·
-// scale) as in dequantize. Groups of 16 bytes lie in the order group ^ line % 8, so that ldmatrix has no bank
-// conflicts. 16-bit dtypes use mma.sync with float32 sums. float32 uses FMAs, where a thread has 8 rows and 4 columns.
-// The sums are then added to the low-rank term, which is computed as in expand.cuh, through shared memory, rounded
-// once, and stored 16 bytes per lane. Shared memory: 48 KiB.
-// Bytes moved: D, W (of experts that have rows) and out, once. D is read C / 128 times from L2, W once per 64 rows.
+// A block of 8 warps owns a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w owns the rows from
+// 32 (w % 2) on and the columns from 32 (w / 2) on; in float32, warp w owns 8 rows and all columns. Missing rows of a
+// tile cost no products, except in a group of 16 rows (float32: 8) that has other rows. Blocks of one tile of rows are
+// adjacent, so that D comes from memory once; tiles of one expert are adjacent, so that W comes from memory once per
+// expert. Slabs of 128 bytes of a row of D and of W pass through two stages of shared memory: cp.async fills one stage
+// while the products read the other stage. Codes of W wait in registers, two slabs ahead, and are decoded one slab
+// ahead, each to round(code · scale) as in nf4_dequantize. Groups of 16 bytes lie in the order group ^ line % 8, so
+// that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums. float32 uses FMAs, where a thread
+// has 8 rows and 4 columns. The sums are then added to the low-rank term, which is computed as in expand.cuh, through
+// shared memory, rounded once, and stored 16 bytes per lane. Shared memory: 48 KiB.
+// Bytes moved: D, W (of experts that have rows) and out, once each. D is read C / 128 times from L2, and W once per 64
+// rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -34,7 +36,7 @@ constexpr int kProductSlab = kProductRowBytes / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kProductVector = 16 / static_cast<int>(sizeof(T));
 
-// The contiguous dimension of W: the summed one (kAlong), the columns (kAcross), or none of them (kAny).
+// The contiguous dimension of W: the summed dimension (kAlong), the columns (kAcross), or neither (kAny).
 enum class StackOrder { kAlong, kAcross, kAny };
 
 struct ExpertsProduct {
@@ -43,24 +45,24 @@ struct ExpertsProduct {
   StackView weight;
   const RowRun* tiles;
   int64_t columns, inner, column_tiles;
-  const void* bias;       // T [experts, columns], or null
-  const float* scale;     // g [experts, columns], or null
-  void* z;                // T [rows, columns], receives the value that g scales; or null
-  Terms low_left;         // L, in the order of the tiles; data is null without a low-rank term
-  Terms low_right;        // F of the first expert
-  int64_t right_stride;   // distance to the next expert's F, in 16 bytes
-  const uint32_t* kept;   // bits of the mask, in the layout of a rank pass; or null, and then
-  DeviceDropout dropout;  // the parameters to draw the mask again
+  const void* bias;       // bias, T [experts, columns]; null without bias
+  const float* scale;     // g [experts, columns]; null without DoRA
+  void* z;                // T [rows, columns], receives the value that g scales; null if unneeded
+  Terms low_left;         // L, in the order of the tiles; data is null if there is no low-rank term
+  Terms low_right;        // terms of the first expert's F
+  int64_t right_stride;   // distance to the next expert's F, in units of 16 bytes
+  const uint32_t* kept;   // bits of dropout's mask, in the layout of a rank pass; null: the mask is drawn again
+  DeviceDropout dropout;  // parameters of dropout, to draw the mask again
 };
 
 struct ProductShared {
   unsigned char bytes[2 * (kTileRows + kProductColumns) * kProductRowBytes];
 };
 constexpr int kProductStage = sizeof(ProductShared) / 2;
-constexpr int kProductRight = kTileRows * kProductRowBytes;  // offset of W in a stage
-constexpr int kMeetingRow = kProductColumns + 8;             // floats
+constexpr int kProductRight = kTileRows * kProductRowBytes;  // offset in a stage at which W begins
+constexpr int kMeetingRow = kProductColumns + 8;             // floats of a row of sums in shared memory
 
-// Returns the offset of 16 bytes in a stage: `group` of a line of kLine bytes.
+// Returns the offset in a stage of the 16 bytes with the number `group` in a line of kLine bytes.
 template <int kLine>
 __device__ __forceinline__ uint32_t group_at(int line, int group) {
   return line * kLine + (group ^ line % 8) * 16;
@@ -77,16 +79,17 @@ __device__ __forceinline__ void store_group(SharedAt to, const float* values) {
   }
 }
 
-// The codes of a slab that a thread decodes, half a slab of consecutive elements, and their scale, not decoded yet.
+// The codes of W that a thread decodes for a slab (half a slab of consecutive elements) and their scale, which is not
+// decoded yet.
 template <typename T>
 struct ProductCodes {
-  static constexpr int kWords = kProductSlab<T> / 16;  // words of eight codes
+  static constexpr int kWords = kProductSlab<T> / 16;  // number of words with eight codes each
   uint32_t words[kWords];
   uint32_t stored;
   float nested;
 };
 
-// A warp's sums for 16-bit dtypes: tiles of [16 rows][8 columns].
+// A warp's sums of a product in a 16-bit dtype: tiles of [16 rows][8 columns].
 using ProductSums = float[2][4][4];
 
 template <typename T, StackOrder kOrder>
@@ -125,7 +128,7 @@ __device__ __forceinline__ void product_of_stage(SharedAt stage, int warp, int r
   }
 }
 
-// A thread's sums for float32: the rows from 8 warp on, and the columns lane + 32 j.
+// A thread's sums of a product in float32: the rows from 8 warp on, and the columns lane + 32 j.
 using ProductSumsFloat = float[8][4];
 
 __device__ __forceinline__ float4 load_floats(SharedAt from) {
@@ -170,8 +173,8 @@ __device__ __forceinline__ void product_of_stage(SharedAt stage, int warp, int r
   }
 }
 
-// Finishes 16 rows of a warp (of four) and 64 columns of a tile: adds the other terms and stores the result. before(row
-// of the tile, column, values) returns the product for eight columns.
+// Finishes 16 rows of a warp (of four) and 64 columns of a tile: adds the low-rank term and the bias, scales by g, and
+// stores the result. before(row of the tile, column, values) gives the product for eight columns.
 template <typename T, bool kWhole, typename Before>
 __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const RowRun& run, int64_t row_tile,
                                                int64_t column_tile, const Before& before) {
@@ -181,7 +184,7 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
   const bool adapted = work.low_left.data != nullptr && run.expert >= 0;
   if (adapted) {
     const uint4* factor = work.low_right.data + run.expert * work.right_stride;
-    // A fresh accumulator per 64 ranks limits the error, as in expand_kernel.
+    // A new accumulator for each 64 ranks limits the rounding error, as in expand_kernel.
     const int64_t steps = work.low_left.inner / 16;
 #pragma unroll 1
     for (int64_t first = 0; first < steps; first += 4) {
@@ -252,18 +255,18 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
   }
 }
 
-// Blocks per multiprocessor for which the compiler must limit the registers.
+// Number of blocks per multiprocessor for which the compiler must limit the registers.
 template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;
 
-// Grid: one block per tile of columns and tile of rows; the tiles of columns of one tile of rows are adjacent.
+// Grid: a block for each tile of columns of each tile of rows. The blocks of one tile of rows are adjacent.
 template <typename T, bool kNf4, StackOrder kOrder>
 __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrder>))
     experts_product_kernel(ExpertsProduct work) {
   constexpr int kSlab = kProductSlab<T>, kVectors = kProductVector<T>, kSize = sizeof(T);
   constexpr bool kWhole = kOrder != StackOrder::kAny, kAcross = kOrder == StackOrder::kAcross;
-  // The length of a line of W in a stage, and the number of groups of 16 bytes in a line.
+  // The length of a line of W in a stage, in bytes, and the number of groups of 16 bytes in a line.
   constexpr int kLine = kAcross ? kProductColumns * kSize : kProductRowBytes, kGroups = kLine / 16;
   PEFT_EXT_SHARED(ProductShared, shared);
   const int64_t row_tile = blockIdx.x / work.column_tiles, column_tile = blockIdx.x % work.column_tiles;
@@ -276,17 +279,18 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   // A shuffle tells the compiler that `warp` is equal in all lanes.
   const int warp = shuffle(thread / kWarpSize, 0);
 
-  // Addresses of this thread's next groups of D and of a dense W, and their places in a stage; the numbers of rows,
-  // lines and summed elements that are left from the thread's first one on.
+  // The variables below hold the addresses of this thread's next groups of D and of a dense W, their places in a stage,
+  // and the numbers of rows and summed elements that are left from the thread's first element on.
   const int line = thread / kGroups, group = thread % kGroups;
-  constexpr int kLines = kProductThreads / kGroups;  // distance to this thread's next group
+  constexpr int kLines = kProductThreads / kGroups;  // distance between two groups of this thread, in lines
   const auto inner = static_cast<int>(work.inner), columns = static_cast<int>(min_of(work.columns - column, 1 << 30));
   const int64_t expert = run.expert < 0 ? 0 : run.expert;
   const T* left = static_cast<const T*>(work.left) + (run.first + thread / 8) * work.inner + thread % 8 * kVectors;
-  const auto left_step = static_cast<uint32_t>(32 * inner);  // for whole tiles; in elements
+  // distance between two groups of D of this thread, in elements
+  const auto left_step = static_cast<uint32_t>(32 * inner);
   const SharedAt left_to = base + group_at<kProductRowBytes>(thread / 8, thread % 8);
   const int rows_left = run.rows - thread / 8, inner_left = inner - thread % 8 * kVectors;
-  const int64_t between = kAcross ? work.weight.by_inner : work.weight.by_column;  // distance between lines
+  const int64_t between = kAcross ? work.weight.by_inner : work.weight.by_column;  // distance between lines of W
   [[maybe_unused]] const T* right = static_cast<const T*>(work.weight.dense) + expert * work.weight.by_expert;
   if constexpr (!kNf4 && kWhole)
     right += kAcross ? line * between + column + group * kVectors : (column + line) * between + group * kVectors;
@@ -346,14 +350,15 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     cp_async_commit();
   };
 
-  // NF4, whole: this thread decodes half a slab of elements of a line. The elements have one scale.
+  // For an NF4 weight with whole groups (kDecodes), this thread decodes half a slab of elements of a line. These
+  // elements have one scale.
   constexpr bool kDecodes = kNf4 && kWhole;
   constexpr int kHalf = kSlab / 2, kParts = (kAcross ? kProductColumns : kSlab) / kHalf;
   using Codes = ProductCodes<T>;
   const int code_line = thread / kParts, part = thread % kParts;
   const bool nested = kDecodes && own.nested_absmax != nullptr;
   const float offset = nested ? *own.nested_offset : 0.0f;
-  // Position in units of half a slab. No NF4 block ends within half a slab.
+  // half_at is a position in units of half a slab. No NF4 block ends within half a slab.
   [[maybe_unused]] auto half_at =
       static_cast<uint32_t>((kAcross ? code_line * between + column : (column + code_line) * between) / kHalf + part);
   const int half_to_block = own.log2_blocksize - (kHalf == 32 ? 5 : 4);
@@ -382,7 +387,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     }
     half_at += kAcross ? static_cast<uint32_t>(2 * between) : 2;
   };
-  const float code = kNf4DeviceCode[thread % 16];  // one of the 16 codes per lane
+  const float code = kNf4DeviceCode[thread % 16];  // a lane holds one of the 16 codes
   const auto decode = [&](const Codes& from, uint32_t stage) {
     const float scale = nested ? fadd_rn(fmul_rn(load_cached(own.nested_code + from.stored), from.nested), offset)
                                : __uint_as_float(from.stored);
@@ -411,7 +416,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
       load_codes(2, even);
     }
   }
-  // `next` holds the codes of the next slab, and is then loaded with the codes of the slab two later.
+  // `next` holds the codes of the slab `slab` + 1. After decoding, the step loads the codes of slab `slab` + 3 into
+  // `next`.
   const auto step = [&](int slab, uint32_t stage, [[maybe_unused]] Codes& next) {
     const uint32_t other = kProductStage - stage;
     issue(slab + 1, other);
@@ -424,7 +430,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     cp_async_wait<1>();
     sync_threads();
     product_of_stage<T, kOrder>(base + stage, warp, run.rows, sums);
-    sync_threads();  // the stage may be filled again
+    sync_threads();  // after the barrier the stage may be filled again
   };
   for (int slab = 0; slab < slabs; slab += 2) {
     step(slab, 0, odd);
@@ -456,8 +462,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
                             });
 }
 
-// Adds the other terms to a product that PyTorch has computed in `out`, and sets rows of no expert to zero.
-// Grid: as in experts_product_kernel, with tiles of 64 columns.
+// Adds the low-rank term and the bias to a product that PyTorch has computed in `out`, scales by g, and sets rows of no
+// expert to zero. Grid: as in experts_product_kernel, with tiles of 64 columns.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 4 ? 3 : 4) experts_onto_kernel(ExpertsProduct work) {
   const int64_t row_tile = blockIdx.x / work.column_tiles, column_tile = blockIdx.x % work.column_tiles;

@@ -1,4 +1,4 @@
-// Host functions that launch the experts' kernels. Each element type has its own translation unit.
+// Host functions that launch the kernels for experts. Each element type has a translation unit of its own.
 #pragma once
 
 #include "cuda/tensor.cuh"
@@ -16,7 +16,7 @@ struct ProductVariant {
 template <typename T>
 void launch_experts_product(const Launcher& launcher, const ExpertsProduct& work, const ProductVariant& variant);
 
-// Launches experts_onto_kernel, which works on a product that exists already.
+// Launches experts_onto_kernel, which works on a product that `work.out` holds already.
 template <typename T>
 void launch_experts_onto(const Launcher& launcher, const ExpertsProduct& work, bool whole, int64_t row_tiles);
 

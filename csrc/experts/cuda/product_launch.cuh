@@ -1,4 +1,5 @@
-// Selects the instance of the experts' kernels for a call. A type's instances are in experts_product_<type>_cuda.cu.
+// Selects the instance of the kernels for experts for a call. The instances of an element type are in
+// experts_product_<type>_cuda.cu.
 #pragma once
 
 #include "experts/cuda/product_call.cuh"

@@ -1,4 +1,4 @@
-// The weights and adapters of a mixture of experts as arguments of its host functions.
+// The weights and adapters of a mixture of experts as arguments of host functions.
 #pragma once
 
 #include "experts/cuda/stacks.cuh"
@@ -9,9 +9,10 @@ namespace peft_ext {
 
 inline bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 
-// The experts' weights: dense [E, N, K] with any strides, or NF4, where each expert is packed separately, in order.
+// The weights of all experts: dense [E, N, K] with any strides, or NF4, where each expert is packed separately and the
+// experts follow in order.
 struct DeviceStack {
-  DeviceWeight all;  // sizes of one expert; a dense weight is [E, N, K]
+  DeviceWeight all;  // its sizes are those of one expert; a dense weight is [E, N, K]
   int64_t experts = 0;
 };
 
@@ -20,13 +21,14 @@ DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optio
                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
                           const std::vector<int64_t>& shape, ScalarType type);
 
-// Returns the kernels' view. transpose: a column of the view is an output of the layer; otherwise an input.
+// Returns the kernels' view of the weights. With `transpose`, a column of the view is an output of the layer; otherwise
+// a column is an input.
 StackView stack_view(const Launcher& launcher, const DeviceStack& stack, bool transpose);
 
 struct StackAdapters {
-  std::optional<Tensor> lora_A, lora_B;  // [E, R, K] and [E, N, R], with any strides
+  std::optional<Tensor> lora_A, lora_B;  // lora_A [E, R, K] and lora_B [E, N, R], with any strides
   std::optional<Tensor> out_scale;       // DoRA's g [E, N] float32
-  DeviceAdapter scale;                   // only scaling, dropout_p and seed are used
+  DeviceAdapter scale;                   // holds scaling, dropout_p and seed; its other fields are unused
   int64_t rank = 0, padded = 0;
 
   double divided() const { return scale.seed.has_value() ? 1.0 / (1.0 - scale.dropout_p) : 1.0; }
@@ -36,8 +38,8 @@ StackAdapters checked_adapters(const char* op, const DeviceStack& stack, const s
                                const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale,
                                double scaling, double dropout_p, const std::optional<Tensor>& seed);
 
-// Splits the stacks of a call into terms, in one launch. Experts without rows, as told by the ends of the experts'
-// rows, get no terms.
+// Splits the stacks of a call into terms, in one launch. `ends` holds the ends of the experts' rows; experts without
+// rows get no terms.
 class StackSplitter {
  public:
   StackSplitter(const Tensor& like, ScalarType type, int64_t experts, const Tensor* ends)
@@ -45,11 +47,12 @@ class StackSplitter {
     if (ends != nullptr) splits_.ends = launcher_.in<int64_t>(*ends);
   }
 
-  // F of each expert for a rank pass, [ranks, columns of D], or for the product, [columns of the result, ranks]: its
-  // matrix, or with `transpose` the matrix's transpose. inner_scale [E, columns of D] may be null.
+  // Returns the terms of F of each expert: for a rank pass F is [ranks, columns of D], and for the product F is
+  // [columns of the result, ranks]. F is the expert's matrix in `stack`, or with `transpose` the transpose of the
+  // matrix. inner_scale [E, columns of D] may be null.
   HeldTerms right_of_pass(const Tensor& stack, bool transpose, int64_t padded, const Tensor* inner_scale = nullptr);
   HeldTerms right_of_product(const Tensor& stack, bool transpose, int64_t padded);
-  // L of the product for given rows, [rows, ranks].
+  // Returns the terms of L [rows, ranks] for the product.
   HeldTerms left_of_product(const Tensor& stack, int64_t padded);
   void run() const;
 

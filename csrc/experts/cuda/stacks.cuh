@@ -1,5 +1,5 @@
-// Kernels between the passes over a mixture's rows: they split each expert's small matrices into terms, and reduce the
-// passes' partial sums.
+// Kernels that run between the passes over a mixture's rows: the kernels split each expert's small matrices into terms,
+// and reduce the partial sums of the passes.
 #pragma once
 
 #include "linear/cuda/row_runs.cuh"
@@ -7,30 +7,30 @@
 
 namespace peft_ext {
 
-// Splits each expert's matrix [outer, inner], in a stack with any strides, into terms, stored one expert after the
-// other. Experts without rows get no terms.
+// Splits each expert's matrix [outer, inner], in a stack with any strides, into terms. The terms are stored one expert
+// after another. Experts without rows get no terms.
 struct StackSplit {
   const void* in;
   DType type;
   int64_t outer, inner, by_expert, outer_stride, inner_stride;
-  const float* inner_scale;  // [experts, inner], or null: 1
-  TermsOut out;              // memory for the first expert's terms
+  const float* inner_scale;  // factors [experts, inner]; a null pointer stands for ones
+  TermsOut out;              // memory for the terms of the first expert
   int64_t out_stride;        // distance to the next expert's terms, in words of 4 bytes
 };
 
 constexpr int kMaxStackSplits = 2;
 struct StackSplits {
   StackSplit work[kMaxStackSplits];
-  const int64_t* ends;  // see has_rows
+  const int64_t* ends;  // ends of the experts' rows, see has_rows
 };
 
-// Returns whether an expert has rows, from the ends of the experts' rows. Without ends every expert counts as having
-// rows.
+// Returns whether an expert has rows. `ends` holds the ends of the experts' rows; if `ends` is null, every expert
+// counts as an expert with rows.
 __device__ __forceinline__ bool has_rows(const int64_t* ends, int64_t expert) {
   return ends == nullptr || ends[expert] > (expert == 0 ? 0 : ends[expert - 1]);
 }
 
-// Grid: x: as in split_kernel; y: experts; z: which stack.
+// Grid: x as in split_kernel; y has a block for each expert; z has a block for each stack.
 static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
   const StackSplit& work = splits.work[blockIdx.z];
   const int64_t expert = blockIdx.y;
@@ -48,22 +48,23 @@ static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(Stac
   split_pair_of(own, static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
 }
 
-// Makes small rows: value[row][r] = scale · Σ_chunks partial[row in the tiles][r], or scale · given[row][r].
+// Computes matrices of few columns: value[row][r] = scale · Σ_chunks partial[row in the tiles][r], or scale ·
+// given[row][r].
 struct RunRows {
-  const float* partial;  // [chunks][padded rows][padded rank], or null:
-  const float* given;    // [rows][rank]
+  const float* partial;  // partial sums [chunks][padded rows][padded rank]; null if `given` is used
+  const float* given;    // [rows][rank]; used if `partial` is null
   int64_t chunks, padded_rows, rank, padded_rank;
   const RowRun* tiles;
   float scale;
-  float after;          // one more factor, for the terms only
-  float* plain;         // [rows][rank], with zeros for rows of no expert; or null
-  TermsOut terms;       // [padded rows, padded rank]
-  TermsOut transposed;  // [padded rank, padded rows]
+  float after;          // additional factor, for the terms only
+  float* plain;         // value [rows][rank], with zeros for rows of no expert; null if unneeded
+  TermsOut terms;       // terms of value, [padded rows, padded rank]
+  TermsOut transposed;  // terms of the transposed value, [padded rank, padded rows]
 };
 
 constexpr int kStackThreads = 256;
 
-// Grid: ceil(padded_rows · padded_rank / 2 / kStackThreads). A thread computes two adjacent ranks.
+// Grid: ceil(padded_rows · padded_rank / 2 / kStackThreads) blocks. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows work) {
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
   const int64_t pairs = work.padded_rank / 2, padded_row = pair / pairs, r = pair % pairs * 2;
@@ -102,11 +103,11 @@ static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows 
 // Computes the gradient of each expert's small matrix:
 // out[e][column][r] = scale · column_scale[e][column] · Σ_chunks of e partial[chunk][column][r].
 struct StackReduce {
-  const float* partial;        // [chunks][padded columns][padded rank]
-  const int32_t* first_chunk;  // see RunTables
+  const float* partial;        // partial sums [chunks][padded columns][padded rank]
+  const int32_t* first_chunk;  // index of each expert's first chunk, see RunTables
   int64_t columns, padded_columns, rank, padded_rank;
   float scale;
-  const float* column_scale;  // [experts, columns], or null: 1
+  const float* column_scale;  // factors [experts, columns]; a null pointer stands for ones
   void* out;
   DType type;
   int64_t by_expert, by_column, by_rank;
@@ -116,8 +117,8 @@ struct StackReduces {
   StackReduce work[2];
 };
 
-// Grid: x: ceil(columns · padded_rank / 2 / kStackThreads) for the larger stack; y: experts; z: which stack. A thread
-// computes two adjacent ranks.
+// Grid: x has ceil(columns · padded_rank / 2 / kStackThreads) blocks, with the columns of the larger stack; y has a
+// block for each expert; z has a block for each stack. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(StackReduces reduces) {
   const StackReduce& work = reduces.work[blockIdx.z];
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
@@ -130,7 +131,7 @@ static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(Stac
     sums[1] += part.y;
   }
   float scale = work.scale;
-  // For an expert without rows the scale is not read, and the sum is 0.
+  // For an expert without rows the kernel does not read column_scale, and the sum is 0.
   if (work.column_scale != nullptr && work.first_chunk[expert] != work.first_chunk[expert + 1])
     scale *= work.column_scale[expert * work.columns + column];
 #pragma unroll

@@ -1,6 +1,6 @@
-// Kernels for tests/native/test_emulator.py. Most kernels have two versions: a correct one, and one (kBroken) with a
-// planted fault. Each takes `in` (read only) and `out`, of 256 words each, and runs in two blocks of 64 threads unless
-// the test says otherwise.
+// Kernels for tests/native/test_emulator.py. Most kernels have two versions: a correct version, and a version (kBroken)
+// with a planted fault. Each kernel takes `in` (read only) and `out`, of 256 words each, and runs in two blocks of 64
+// threads unless the test gives other numbers.
 #include <stdio.h>
 #include <string.h>
 
@@ -12,7 +12,7 @@
 namespace peft_ext {
 namespace {
 
-// Where the planted fault is, if it is at a single place.
+// Returns whether this thread has the planted fault, for a fault in a single thread.
 __device__ __forceinline__ bool here() { return blockIdx.x == 1 && threadIdx.x == 37; }
 __device__ __forceinline__ int index() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
@@ -83,7 +83,7 @@ template <bool kBroken>
 __global__ void member_bounds(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(Rows, rows);
   if (threadIdx.x == 37) {
-    const int column = kBroken && here() ? 4 + in[0] : 3;  // still within the struct
+    const int column = kBroken && here() ? 4 + in[0] : 3;  // element 4 is beyond the array, and still within the struct
     rows.row[1][column] = 1;
     out[index()] = rows.row[1][column];
   }
@@ -103,7 +103,7 @@ __global__ void never_written(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[2 * threadIdx.x + (kBroken && here() ? 1 : 0)];
 }
 
-// A value that another block wrote there counts as unwritten.
+// A value in shared memory that another block wrote counts as unwritten.
 template <bool kBroken>
 __global__ void never_written_by_this_block(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
@@ -141,7 +141,7 @@ __global__ void not_committed(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[threadIdx.x];
 }
 
-// cp.async.wait makes only a thread's own copies visible to it, not those of other threads.
+// cp.async.wait makes only the copies of the calling thread visible to the thread, not the copies of other threads.
 template <bool kBroken>
 __global__ void copy_of_another_thread(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
@@ -204,7 +204,7 @@ __global__ void read_without_barrier(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[threadIdx.x / 2];
 }
 
-// The threads run in order, so only the recorded reads show this fault.
+// The emulator runs the threads in order, so that only the recorded reads show this fault.
 template <bool kBroken>
 __global__ void write_without_barrier(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
@@ -352,7 +352,7 @@ __global__ void atomics(const uint32_t* in, uint32_t* out) {
   atomic_add(reinterpret_cast<int*>(out) + 2, -static_cast<int>(in[index()]));
 }
 
-// Sums the block's words by halves, with a barrier each.
+// Sums the words of the block by halves, with a barrier after each step.
 __global__ void reduction(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
   tile[threadIdx.x] = in[index()] + kTable[threadIdx.x % 4];
@@ -363,7 +363,7 @@ __global__ void reduction(const uint32_t* in, uint32_t* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = tile[0];
 }
 
-// A pipeline of two stages over eight steps of 64 words; a copy that is switched off writes zeros.
+// A pipeline of two stages over eight steps of 64 words. A copy with take = false writes zeros.
 __global__ void pipeline(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[2][64], tile);
   const bool copies = threadIdx.x < 16;

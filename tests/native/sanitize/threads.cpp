@@ -1,5 +1,6 @@
 // Replaces torch's parallel_for in the library that ThreadSanitizer instruments, with threads whose start and end the
-// sanitizer sees. Every loop that can run on several threads does, for any number of torch's threads.
+// sanitizer sees. A loop with enough work for several threads runs on up to four threads, for any number of torch's
+// threads. A loop within such a loop runs on one thread.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
