@@ -1,7 +1,7 @@
-"""Options, models and training data that all examples use. This file does not use peft_ext.
+"""Options, models and training data that the examples use. This file does not use peft_ext.
 
-The training text is the language reference that comes with Python, so only the model is downloaded. With ``--tiny``,
-nothing is downloaded.
+The training text is the language reference that comes with Python, so an example downloads only the model. With
+``--tiny``, an example downloads nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import (
 
 
 def options_of(script: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options that every example has."""
+    """Returns a parser with the options that the examples share; ``script`` is the example's file."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a name on the hub")
     parser.add_argument("--tiny", action="store_true", help="use a random model of two layers and download nothing")
@@ -41,7 +41,7 @@ def options_of(script: str) -> argparse.ArgumentParser:
 
 
 def load(options: argparse.Namespace, experts: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Returns the base model in bfloat16, and its tokenizer. The tiny model is float32 and has ``experts`` experts."""
+    """Returns the base model in bfloat16, and its tokenizer. The model of ``--tiny`` is float32; see :func:`_tiny`."""
     torch.manual_seed(0)
     if options.tiny:
         return _tiny(experts)
@@ -52,7 +52,7 @@ def load(options: argparse.Namespace, experts: int = 0) -> tuple[PreTrainedModel
 
 
 def _tiny(experts: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Returns a random Llama, or a Qwen3-MoE if ``experts`` > 0, and a tokenizer whose tokens are bytes."""
+    """Returns a random Llama, or a Qwen3-MoE if ``experts`` > 0, and a tokenizer with a token for each byte."""
     tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bytewise = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,7 +70,7 @@ def _tiny(experts: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def blocks(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 64) -> list[dict[str, list[int]]]:
-    """Returns ``count`` blocks of ``length`` tokens each, as training data of a language model."""
+    """Returns ``count`` blocks of ``length`` tokens each, as training data for a language model."""
 
     def tokens() -> Iterator[int]:
         while True:
@@ -83,14 +83,14 @@ def blocks(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 64) -> 
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, count: int, size: int = 4) -> torch.utils.data.DataLoader:
-    """Returns a loader of ``count`` batches, with ``size`` blocks in each batch, as tensors."""
+    """Returns a DataLoader of ``count`` batches of tensors; each batch has ``size`` blocks."""
     tensors = [{name: torch.tensor(ids) for name, ids in block.items()} for block in blocks(tokenizer, count * size)]
     generator = torch.Generator().manual_seed(0)
     return torch.utils.data.DataLoader(tensors, batch_size=size, shuffle=True, generator=generator)
 
 
 def questions(count: int, length: int = 100) -> list[dict[str, str]]:
-    """Returns ``count`` prompts with the right answer, ``chosen``, and the answer to another prompt, ``rejected``."""
+    """Returns ``count`` rows: a prompt, its right answer (``chosen``) and another prompt's answer (``rejected``)."""
     names = sorted(topics)
     texts = [" ".join(topics[name].split())[:length] for name in names]
     picked = [number % len(names) for number in range(count)]
@@ -100,13 +100,13 @@ def questions(count: int, length: int = 100) -> list[dict[str, str]]:
 
 
 def summary(losses: list[float]) -> str:
-    """Returns a line with the first and the last loss. Raises ValueError if there is no loss, or one is not finite."""
+    """Returns a line with the first and the last loss. Raises ValueError if a loss is not finite, or without losses."""
     if not losses or not all(map(math.isfinite, losses)):
         raise ValueError(f"the losses are {losses}")
     return f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps"
 
 
 def figures(metrics: dict[str, float]) -> str:
-    """Returns a line with the measurements of peft_ext's callback, taken from the metrics of ``Trainer.train``."""
+    """Returns a line with the measurements of ``PeftExtCallback`` among the metrics of ``Trainer.train``."""
     names = ("tokens_per_s", "fused_share", "peak_mib", "peak_cuda_mib")
     return ", ".join(f"{name} {metrics[name]:g}" for name in names if name in metrics)

@@ -18,7 +18,7 @@ def main() -> None:
     model, tokenizer = load(options)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    peft_ext.accelerate(model)  # peft_ext, line 2 of 3: before prepare, which may wrap the model
+    peft_ext.accelerate(model)  # peft_ext, line 2 of 3: comes before prepare, because prepare may wrap the model
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
 
     accelerator = Accelerator(gradient_accumulation_steps=2)
@@ -40,7 +40,7 @@ def main() -> None:
 
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
-        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
+        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: prints which layers were fused, and why others were not
         model.save_pretrained(options.output)
         print(summary(losses))
 

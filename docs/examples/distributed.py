@@ -22,7 +22,7 @@ import peft_ext  # peft_ext, line 1 of 3
 
 
 def join() -> torch.device:
-    """Joins the process group of torchrun, or creates a group of one process. Returns the device to train on."""
+    """Joins the process group of torchrun, or creates a group of one process. Returns the device for training."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
@@ -36,11 +36,11 @@ def join() -> torch.device:
 
 
 def wrap(model: PeftModel, strategy: str) -> nn.Module:
-    """Returns the wrapped model that the loop calls. FSDP2 changes the model in place and shards each decoder layer."""
+    """Returns the wrapped model that the training loop calls. FSDP2 shards the decoder layers in place."""
     if strategy == "ddp":
-        # All buffers belong to the frozen base, so no buffer has to be sent before each forward.
+        # The buffers belong to the frozen base and do not change, so DDP need not send them before each forward.
         parameters = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # before 2.13
+        name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # PyTorch < 2.13
         return DistributedDataParallel(model, **{name: False})
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
@@ -61,12 +61,12 @@ def main() -> None:
     model, tokenizer = load(options)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).to(device)
-    peft_ext.accelerate(model)  # peft_ext, line 2 of 3: before the model is wrapped
+    peft_ext.accelerate(model)  # peft_ext, line 2 of 3: comes before the model is wrapped
     model.train()
     trained = wrap(model, options.strategy)
     optimizer = torch.optim.AdamW((p for p in trained.parameters() if p.requires_grad), lr=1e-3)
 
-    torch.manual_seed(rank)  # from here on, each process draws its own dropout masks
+    torch.manual_seed(rank)  # from this line on, each process draws its own dropout masks
     losses: list[float] = []
     for batch in islice(batches(tokenizer, options.max_steps * processes), rank, None, processes):
         loss = trained(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
@@ -77,11 +77,11 @@ def main() -> None:
         dist.all_reduce(total)
         losses.append(total.item() / processes)
 
-    # Gathers the shards of the adapter alone. Every process has to take part.
+    # get_model_state_dict gathers the shards of the adapter alone. Every process has to call it.
     gather = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     adapter = get_model_state_dict(model, options=gather)
     if rank == 0:
-        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
+        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: prints which layers were fused, and why others were not
         model.save_pretrained(options.output, state_dict=adapter)
         print(summary(losses))
     dist.barrier()  # a process that ends while gloo's threads still hold its last tensors can abort (pytorch #179291)

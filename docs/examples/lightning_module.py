@@ -2,7 +2,7 @@
 
 python docs/examples/lightning_module.py --max-steps 20
 
-The file is not called lightning.py: Python would import it instead of the package.
+The name of this file is not lightning.py, because Python would import this file instead of the package lightning.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def main() -> None:
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     peft_ext.accelerate(model)  # peft_ext, line 2 of 3
-    model.train()  # transformers loads models in eval mode and Lightning keeps it: no dropout would act
+    model.train()  # transformers loads models in eval mode, in which no dropout acts, and Lightning keeps the mode
     module = Adapted(model)
     trainer = lightning.Trainer(
         max_steps=options.max_steps, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.fit(module, batches(tokenizer, options.max_steps))
-    print(peft_ext.explain(model))  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
+    print(peft_ext.explain(model))  # peft_ext, line 3 of 3: prints which layers were fused, and why others were not
     model.save_pretrained(options.output)
     print(summary(module.losses))
 

@@ -19,7 +19,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(options, experts=8)
     experts = [name for name, _ in model.named_parameters() if name.endswith(("experts.gate_up_proj", ".down_proj"))]
-    # The names of the parameters within a layer, such as "mlp.experts.gate_up_proj".
+    # Names of the experts' parameters within a decoder layer, such as "mlp.experts.gate_up_proj".
     parameters = sorted({".".join(name.split(".")[-3:]) for name in experts if ".experts." in name})
     peft_ext.quantize_nf4(model.to(device))
     config = LoraConfig(
@@ -39,7 +39,7 @@ def main() -> None:
         losses.append(loss.item())
 
     print(peft_ext.explain(model))
-    model.save_pretrained(options.output)  # in PEFT's format
+    model.save_pretrained(options.output)  # writes files in PEFT's format
     print(summary(losses))
 
 

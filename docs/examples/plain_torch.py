@@ -30,7 +30,7 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    print(peft_ext.explain(model))  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
+    print(peft_ext.explain(model))  # peft_ext, line 3 of 3: prints which layers were fused, and why others were not
     model.save_pretrained(options.output)
     print(summary(losses))
 

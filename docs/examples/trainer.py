@@ -1,7 +1,9 @@
-"""Trains LoRA with transformers' Trainer, with evaluations, sample answers, checkpoints and TensorBoard, if installed.
+"""Trains LoRA with transformers' Trainer, with evaluations, sample answers and checkpoints.
 
-python docs/examples/trainer.py --max-steps 20            then    tensorboard --logdir outputs/trainer
-python docs/examples/trainer.py --max-steps 40 --resume   continues from the last checkpoint
+The script writes logs for TensorBoard if TensorBoard is installed.
+
+python docs/examples/trainer.py --max-steps 20            trains; tensorboard --logdir outputs/trainer shows the logs
+python docs/examples/trainer.py --max-steps 40 --resume   continues the run from the last checkpoint
 python docs/examples/trainer.py --packed                  puts the texts of a batch into one row without padding
 """
 
@@ -76,7 +78,7 @@ def main() -> None:
     )  # fmt: skip
     meter = PeftExtCallback().attach(trainer)  # peft_ext, line 2 of 3
     metrics = trainer.train(resume_from_checkpoint=options.resume or None).metrics
-    print(meter.explanation)  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
+    print(meter.explanation)  # peft_ext, line 3 of 3: prints which layers were fused, and why others were not
     trainer.save_model()
     print(figures(metrics))
     print(summary([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))

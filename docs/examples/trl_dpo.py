@@ -1,4 +1,4 @@
-"""Trains LoRA with TRL's DPOTrainer on pairs of answers. The reference model is the base model without its adapter.
+"""Trains LoRA with TRL's DPOTrainer on pairs of answers. The reference model is the base model without adapter.
 
 python docs/examples/trl_dpo.py --max-steps 20
 """
@@ -23,7 +23,7 @@ def main() -> None:
         args=DPOConfig(
             str(options.output), max_steps=options.max_steps, per_device_train_batch_size=4, max_length=128, beta=0.1,
             learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
-            use_cpu=not torch.cuda.is_available(),  # on a CPU, TRL's bfloat16 autocast needs this option
+            use_cpu=not torch.cuda.is_available(),  # on a CPU, TRL's bfloat16 autocast needs use_cpu=True
         ),
         train_dataset=Dataset.from_list(questions(64)),
         processing_class=tokenizer,
@@ -31,7 +31,7 @@ def main() -> None:
     )  # fmt: skip
     meter = PeftExtCallback().attach(trainer)  # peft_ext, line 3 of 4
     metrics = trainer.train().metrics
-    print(meter.explanation)  # peft_ext, line 4 of 4: which layers were fused, and why the others were not
+    print(meter.explanation)  # peft_ext, line 4 of 4: prints which layers were fused, and why others were not
     trainer.save_model()
     print(figures(metrics))
     print(summary([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))

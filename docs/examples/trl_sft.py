@@ -1,4 +1,4 @@
-"""Trains LoRA with TRL's SFTTrainer on prompts and completions. The loss is on the completions alone.
+"""Trains LoRA with TRL's SFTTrainer on prompts and completions. Only the tokens of completions have a loss.
 
 python docs/examples/trl_sft.py --max-steps 20
 """
@@ -24,7 +24,7 @@ def main() -> None:
         SFTConfig(
             str(options.output), max_steps=options.max_steps, per_device_train_batch_size=4, max_length=128,
             learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
-            use_cpu=not torch.cuda.is_available(),  # on a CPU, TRL's bfloat16 autocast needs this option
+            use_cpu=not torch.cuda.is_available(),  # on a CPU, TRL's bfloat16 autocast needs use_cpu=True
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -32,7 +32,7 @@ def main() -> None:
     )  # fmt: skip
     meter = PeftExtCallback().attach(trainer)  # peft_ext, line 3 of 4
     metrics = trainer.train().metrics
-    print(meter.explanation)  # peft_ext, line 4 of 4: which layers were fused, and why the others were not
+    print(meter.explanation)  # peft_ext, line 4 of 4: prints which layers were fused, and why others were not
     trainer.save_model()
     print(figures(metrics))
     print(summary([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
