@@ -60,6 +60,7 @@ def falls(row):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", c.METHODS)
 def test_every_method_learns_and_is_read_again(name):

@@ -358,7 +358,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
     model = shard(make(base="nf4"))
     (name, layer), *_ = nf4_layers(model)
     for call in (layer.dequantize, lambda: layer(torch.ones(1, layer.in_features)), model.merge_adapter):
-        with raises(RuntimeError, "NF4Linear: its weight is a DTensor with placements (Shard(dim=0),)"):
+        with raises(RuntimeError, "NF4Linear: weight is a DTensor with placements (Shard(dim=0),)"):
             call()
     inner = model.get_submodule(name.removesuffix(".base_layer"))
     # Explain is asked about a part, without the module that gathers it.

@@ -96,6 +96,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return Results(tmp_path_factory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), [(n, name) for n, names in RUNS.items() for name in names])
 def test_in_processes(processes: int, name: str, results: Results) -> None:
     found, out = results[processes]

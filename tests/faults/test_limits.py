@@ -44,12 +44,14 @@ def under_pytest(folder: Path, hang: str, *options: str) -> tuple[int, str]:
     return ended(command, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", HANGS)
 def test_a_test_that_hangs_ends_the_run_with_its_stack(tmp_path: Path, hang: str) -> None:
     code, out = under_pytest(tmp_path, HANGS[hang], "-o", "faulthandler_timeout=2")
     assert code == 1 and "Timeout (0:00:02)!" in out and "in test_hangs" in out and "passed" not in out, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", HANGS)
 def test_a_worker_that_hangs_is_named_and_the_others_go_on(tmp_path: Path, hang: str) -> None:
     pytest.importorskip("xdist")

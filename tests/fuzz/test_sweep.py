@@ -24,7 +24,7 @@ def _a_case_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch, pytestconfig: p
     os.close(stderr)
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("chunk", [0, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in range(1, CHUNKS))])
 def test_random_calls_agree_with_float64(chunk: int, pytestconfig: pytest.Config) -> None:
     device = pytestconfig.getoption("--device")
     if device == "cuda":

@@ -243,6 +243,7 @@ def test_merging_into_nf4() -> None:
         two.merge_adapter(["default", "other"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_under_compile_autocast_and_checkpointing(quantized: bool) -> None:
     torch._dynamo.reset()

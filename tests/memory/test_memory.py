@@ -411,6 +411,7 @@ def test_fits():
         estimate.fits(8, headroom=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, checkpointing", [("lora", True), ("dora", False), ("full", False)])
 def test_extrapolates_to_more_layers(method, checkpointing):
     def of(layers):

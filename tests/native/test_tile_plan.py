@@ -30,6 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_every_plan_ends_covers_each_tile_once_and_is_balanced(program: Path) -> None:
     """Covers a choice from 1 to 512 threads, 1 to 16,384 tokens and the layers of ten model families; `make threads`
     runs all.

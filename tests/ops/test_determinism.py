@@ -58,6 +58,7 @@ def digests() -> list[dict[str, list[str]]]:
     return [json.loads(out.splitlines()[-1]) for out in outs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("method, base", trainings.CASES, ids=map("-".join, trainings.CASES))
 def test_a_training_has_the_same_bits_in_each_run_and_process(
@@ -147,6 +148,7 @@ def test_steps_of_every_operator_leave_nothing_behind(one_thread: None) -> None:
     assert_flat(step, max(1, STEPS // WINDOWS // len(made)) * len(made), 3 * len(made))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["float32", "nf4"])
 def test_steps_of_a_training_leave_nothing_behind(one_thread: None, base: str) -> None:
     trained = [trainings.train(trainings.adapted(method, base), sys.maxsize) for method in ("LoRA", "DoRA", "IA3")]
@@ -222,6 +224,7 @@ def one_of_each_op() -> dict[str, Case]:
     return found
 
 
+@pytest.mark.slow
 def test_changing_shapes_leave_nothing_behind(one_thread: None) -> None:
     cases = list(one_of_each_op().values())
 
@@ -241,6 +244,7 @@ def test_changing_shapes_leave_nothing_behind(one_thread: None) -> None:
     assert dict(containers()) == sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(one_of_each_op()))
 def test_changing_shapes_compile_once_more_and_no_more(name: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend

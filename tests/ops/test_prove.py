@@ -104,6 +104,7 @@ def other_codes(weight: torch.Tensor, blocksize: int) -> Any:
     return packed ^ 1, absmax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name", "fault", "says"),
     [
@@ -251,6 +252,7 @@ def test_the_card_in_use_is_the_first_and_of_its_kind_the_only_one(
     assert proved == [2] and not entered
 
 
+@pytest.mark.slow
 def test_what_faults_ends_one_process_alone(fresh: None, emulated: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: Any) -> None:
         raise RuntimeError("an illegal memory access was encountered")

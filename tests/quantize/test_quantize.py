@@ -105,6 +105,7 @@ def test_subclasses_are_left():
         quantize_nf4(nn.Sequential(nn.Linear(64, 64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert, name", [(quantize_nf4, "from_linear"), (dequantize_nf4, "dequantize")])
 def test_weights_are_freed_one_by_one(monkeypatch, convert, name):
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))

@@ -46,7 +46,9 @@ def options_of(tiny: Path, output: Path, **changes) -> Options:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [*METHODS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[2:])]
+)
 def test_every_method(tiny, tmp_path, method):
     if method == "dora":
         pytest.importorskip("bitsandbytes")
