@@ -43,7 +43,10 @@ def check_floats(file: Path, prefix: str) -> None:
 
 
 def check_finite(file: Path) -> None:
-    """Raises ValueError where a number in the safetensors ``file`` is not finite, as after a bit error."""
+    """Raises ValueError where a number in the safetensors ``file`` is not finite, as after a bit error.
+
+    8-bit floats are not checked.
+    """
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
             tensor = opened.get_tensor(name)
