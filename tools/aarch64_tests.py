@@ -33,10 +33,10 @@ PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
 # Packages that the tests import in addition to the package's own requirements.
 OF_TESTS = ("numpy", "pytest>=9", "pytest-repeat", "pytest-xdist", "parameterized", "attrs")
 NEWEST_MANYLINUX = 40
-# The flags of setup.py, except for the optimization level: most of the emulator's time is spent elsewhere.
+# setup.py's flags with a lower optimization level, because the emulator spends most of its time outside of the library.
 FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# Excluded tests: they need a compiler for the emulated machine, or compare threads, which share one core there.
+# The excluded tests need a compiler for the emulated machine, or compare threads, which share one emulated core.
 NOT_THESE = "not compile and not opcheck and not two_threads"
 
 

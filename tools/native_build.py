@@ -30,7 +30,7 @@ class Group:
 
 
 def missing_tools(compiler: str = "g++") -> str | None:
-    """Returns which of the tools is missing, or None."""
+    """Returns which of the two tools, the compiler and ninja, is missing, or None."""
     if shutil.which(compiler) is None:
         return f"{compiler} not found"
     return "ninja not found" if _ninja() is None else None

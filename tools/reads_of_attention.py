@@ -1,6 +1,7 @@
-"""Reads from the source of an attention's forward which layers receive one input, and how it calls its function.
+"""Reads, from the source of an attention's forward, which layers receive one input, and how the attention function is
+chosen.
 
-tools/forms.py uses this module to draw the table of forms. People look at each row before it is committed.
+tools/forms.py uses this module to draw the table of forms. People look at each row before the row is committed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, s
 
 
 def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) -> Iterator[dict[str, str]]:
-    """Yields how the package's forward for rotary positions may replace the class's forward; the proof decides."""
+    """Yields the formulas of peft_ext's forward for rotary positions that may fit the class; the proof decides."""
     reads = set(form.reads) - set(groups[0]) - _READS
     norms = {"q_norm", "k_norm"} <= reads
     reads -= {"q_norm", "k_norm"}
@@ -140,7 +141,9 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
 
 
 def _writes(node: ast.AST) -> bool:
-    """Returns whether a node reads an attribute ``data``, or writes into an attribute of the module."""
+    """Returns whether a node reads an attribute ``data``, assigns to an attribute or an element of the module, or calls
+    an in-place method on a part of the module.
+    """
     if isinstance(node, ast.Attribute):
         return node.attr == "data" or not isinstance(node.ctx, ast.Load) and _root(node) == "self"
     if not isinstance(node, ast.Call):

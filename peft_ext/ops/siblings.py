@@ -1,5 +1,4 @@
-"""Several linear layers of one input as one operator, over frozen weights, dense or NF4, each layer with or without
-LoRA.
+"""Several linear layers of one input as one operator, over frozen weights, dense or NF4, with or without LoRA.
 
     x̃_i = mask_i/(1-p_i) ∘ x      S_i = x̃_i A_iᵀ      Y_i = x W_iᵀ + (S_i∘ρ_i) B_iᵀ + b_i
 
