@@ -83,8 +83,8 @@ def kernel_archs(asked, release):
 
 
 def cuda_runtime(torch):
-    """Returns the CUDA runtime to link with, or None for no CUDA library. Decides as the docstring of this file says,
-    and prints the decision.
+    """Returns the CUDA runtime library to link with, or None if no CUDA library is to be built. FORCE_CUDA decides, as
+    the module's docstring says. Prints the decision.
     """
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -121,7 +121,7 @@ def linker_flags():
     """Returns linker flags: only the module's init function is exported, symbols are bound at load and then read-only,
     and the stack is not executable.
     """
-    # -fvisibility=hidden leaves the templates of namespace std visible; a version script hides them.
+    # -fvisibility=hidden leaves the templates of namespace std visible; a version script hides these templates.
     script = ROOT / "build/exports.map"
     script.parent.mkdir(exist_ok=True)
     script.write_text("{ global: PyInit_*; local: *; };\n")

@@ -3,8 +3,9 @@
     python tools/aarch64_tests.py [--paths neon_bf16,neon,scalar] [pytest arguments]
 
 The library is cross-compiled. Debian's Python for Arm, PyTorch and the packages that the tests import are downloaded
-into build/aarch64 (5 GB, once); nothing else on the machine changes. Needs Debian, aarch64-linux-gnu-g++ and
-qemu-aarch64. The emulated CPU has bfloat16 instructions. The run checks results and says nothing about speed.
+into build/aarch64 (5 GB, once); nothing outside of build/aarch64 changes. The program needs Debian,
+aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The run checks results and says
+nothing about speed.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def make_system() -> None:
 def make_site(version: str) -> None:
     """Installs the packages that the tests import, and the oldest supported torch, into SITE.
 
-    Uses PyPI: the index that pip is set to on this machine may have packages for this machine alone.
+    The packages come from PyPI, because the index in this machine's pip settings may have packages for this machine
+    alone.
     """
     if SITE.exists():
         return

@@ -84,9 +84,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def hot_rows(cubin: Path, arch: str, nvdisasm: str, rows: list[dict[str, object]]) -> list[dict[str, str]]:
-    """Returns the rows of slots.tsv for the machine code of a file. ``rows`` are the rows of its kernels from
-    kernel_rows.
-    """
+    """Returns the rows of slots.tsv for the machine code of a file. ``rows`` are the file's rows from kernel_rows."""
     code = sass.disassemble(cubin, nvdisasm)
     names = dict(zip(demangle(list(code)), code, strict=True))
     used = {str(row["kernel"]): row for row in rows}

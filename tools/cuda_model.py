@@ -9,7 +9,7 @@ A pass over an activation takes the largest of these times:
     L1         the rows of 128 bytes that four warps read and write, one in each cycle
     waits      the time of a warp that runs alone / the number of warps of a scheduler
 
-docs/kernels.md shows the tables between two marks. ``--write`` draws them again, and a test compares them.
+docs/kernels.md shows the tables between two marks. ``--write`` draws the tables again, and a test compares the tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
 REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
 SIZES = (512, 2048, 4096, 8192)
-MIXED_SIZES = (8, 512, 2048, 8192)  # tokens of a mixed batch
+MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens of a mixed batch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the emulator and loads them, as the ops of the namespace ``peft_ext_emulated``.
+"""Builds the CUDA kernels for the emulator and loads the kernels as operators of the namespace ``peft_ext_emulated``.
 
 g++ compiles every csrc/**/*_cuda.cu, with csrc/emulator in place of CUDA. The operators in this namespace take CPU
 tensors. The module needs g++ and ninja, but no nvcc and no GPU. Run as a script, the module builds the library and
@@ -20,7 +20,7 @@ NAMESPACE = "peft_ext_emulated"
 
 _libraries: list[object] = []  # keeps the definitions of the operators alive
 
-# The hooks at function entry and exit are off, because they would check nothing.
+# ThreadSanitizer's hooks at function entry and exit are off, because these hooks would check nothing.
 SANITIZE = "-fsanitize=thread,bounds-strict,alignment --param tsan-instrument-func-entry-exit=0"
 # -ffp-contract=off is a flag of setup.py, too. -g1 is enough for line numbers in the messages about faults.
 COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -fPIC -Wall -I{CSRC}"

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
     parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # the known rows, and a file for the result
     args = parser.parse_args()
-    logging.disable(logging.ERROR)  # transformers warns about packages that some of its modules miss
+    logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
     warnings.simplefilter("ignore")
     if args.scan:
         known, out = map(Path, args.scan)

@@ -3,10 +3,10 @@
     python tools/gpu.py [--seconds 570] [--steps build,proof,battery,sanitizer,training,bench]
                         [--out benchmarks/results] [tests of the battery]
 
-Uses only the standard library. If torch of the running Python is a CUDA build, this Python is used; otherwise .venv is
-created with the torch of pip's default index. Each step has a time limit, which depends on the remaining time. If a
-step fails or is cut off, its name is printed, the next steps run (except after a failed build), and the exit status
-is 1. The log and the results are written during the run.
+The program imports only the standard library. If torch of the running Python is a CUDA build, the steps run in this
+Python; otherwise .venv is created with the torch of pip's default index. Each step has a time limit, which depends on
+the remaining time. If a step fails or is cut off, its name is printed, the next steps run (except after a failed
+build), and the exit status is 1. The log and the results are written during the run.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def proof(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> st
     """Runs the proof that the first use on a GPU runs: each family of kernels is compared with plain PyTorch, and
     timed.
     """
-    # The proof runs even if a slow build leaves little time, because it says most in the least time.
+    # The proof runs even if a slow build leaves little time, because the proof says most in the least time.
     return runner.run([python, "-c", PROOF], max(limit, PROOF_SECONDS), {"PEFT_EXT_REQUIRE": "1"})
 
 
@@ -249,7 +249,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if unknown := set(names) - set(STEPS):
         parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process of a step outlives this program
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a step's processes with this program
     python = sys.executable
     gpu = probe(python)
     own_torch = gpu is not None and gpu["cuda"] is not None

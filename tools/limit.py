@@ -1,10 +1,10 @@
-"""Runs a command with a time limit. At the limit, ends the command and its child processes, and prints their names.
+"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints which were ended.
 
     python tools/limit.py SECONDS COMMAND...
 
 The exit status is the command's, or 124 if the command was ended. A Python process receives SIGABRT first, so that a
 process with faulthandler (as under pytest) writes the stack of every thread before it ends. The program needs psutil.
-Ctrl-C reaches the command as usual.
+Ctrl-C also reaches the command.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def end(process: subprocess.Popen) -> None:
     until = time.monotonic() + GRACE
     asked: set[psutil.Process] = set()
     while time.monotonic() < until and parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-        # The youngest process is ended first: a launcher would end its children before they have printed where they
-        # are.
+        # The youngest process is ended first: a launcher would end its children before the children have written their
+        # stacks.
         found = [*reversed(parent.children(recursive=True)), parent]
         for each in (each for each in found if each not in asked):
             print(f"limit: process {_shown(each)}", file=sys.stderr, flush=True)

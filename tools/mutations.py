@@ -58,7 +58,7 @@ class Mutation:
     old: str
     new: str
     likely: tuple[str, ...]
-    keyword: str = ""  # pytest's -k for the likely tests
+    keyword: str = ""  # value of pytest's option -k for the likely tests
 
     @property
     def digest(self) -> str:

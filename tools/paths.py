@@ -39,7 +39,7 @@ LIMITS = {
     "neon_bf16": {},
 }  # fmt: skip
 AT_MOST = 4.0  # limit of the AVX2 time, as a multiple of the AVX512-BF16 time
-# Largest relative difference of held-out losses; bfloat16's rounding changes them by about 1e-3 in a few steps.
+# Largest relative difference of held-out losses. bfloat16's rounding changes a loss by about 1e-3 in a few steps.
 APART = 0.01
 EVAL_FRACTION = 0.02
 COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"

@@ -1,7 +1,7 @@
 """Lists the hot loops of the CUDA kernels, and counts the instructions of each loop, per tile or per weight.
 
-``HOT`` names the loops. cuda_check.py measures them in the compiled code and compares with docs/slots.tsv;
-cuda_model.py computes the time of the kernels from this table.
+``HOT`` names the loops. cuda_check.py measures the loops in the compiled code and compares the counts with
+docs/slots.tsv; cuda_model.py computes the time of the kernels from docs/slots.tsv.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python tools/steady.py --times 200 tests/files/test_files.py   runs the tests with these pytest names alone
 
 A test that looks at memory, time, processes, ports, signals or a terminal may pass on an idle machine and fail on a
-busy one. Each such test belongs in SHORT or LONG. The program fails if a test fails, or if a process ends abnormally or
-does not end.
+busy one; a test of this kind belongs in SHORT or LONG. The program fails if a test fails, or if a process ends
+abnormally or does not end.
 """
 
 from __future__ import annotations

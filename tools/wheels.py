@@ -93,7 +93,7 @@ def faults(library: Path) -> list[str]:
 
 
 def misplaced(names: Sequence[str]) -> list[str]:
-    """Returns the files of a wheel that do not belong into it: copied libraries, tests, sources."""
+    """Returns the files that do not belong into a wheel, such as copied libraries, tests and C++ sources."""
     ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_C(_cuda)?\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
                       rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]

@@ -197,7 +197,7 @@ class _Problem:
             for leaf in (self.x, *parameters.values()):
                 leaf.grad = None
             y = forward(self.x)
-            y.backward(self.grad.to(y.dtype))  # PEFT's IA3 over bitsandbytes returns float32
+            y.backward(self.grad.to(y.dtype))  # PEFT's IA3 layer over bitsandbytes' Linear4bit returns float32
             return y
 
         return run

@@ -107,7 +107,7 @@ def verify(
     """
     errors: dict[str, Union[dict[str, float], str]] = {}
     absent: dict[str, str] = {}
-    exact_by_function: dict[int, dict[str, Tensor]] = {}  # contenders with the same `exact` share one result
+    exact_by_function: dict[int, dict[str, Tensor]] = {}  # contenders with one `exact` function share its result
     for turn, (name, contender) in enumerate(contenders.items()):
         contender.take()
         torch.manual_seed(SEED)

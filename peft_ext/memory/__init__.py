@@ -1,4 +1,4 @@
-"""Memory of one training step, from a trace of that step with tensors that have no data.
+"""Estimates the memory of one training step from a trace of the step with tensors that have no data.
 
     total = max over time of Σ bytes of the tensors alive:
             weights + quantization + adapters + optimizer          during the whole step

@@ -71,7 +71,7 @@ def set_checkpointing(model: nn.Module, wanted: bool) -> None:
     if not wanted and not is_checkpointing(model):
         return
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-    for what in ("activation", "gradient"):  # the first word of the method's name in new and in old transformers
+    for what in ("activation", "gradient"):  # prefixes of the method's name in new and in old transformers
         enable = getattr(model, f"{what}_checkpointing_enable", None)
         if enable is not None:
             enable(**{f"{what}_checkpointing_kwargs": kwargs})

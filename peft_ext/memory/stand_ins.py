@@ -78,7 +78,7 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
     for t in (*model.parameters(), *model.buffers()):
         memo[id(t)] = _like(t, _meta)
         if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
-            if not (partly and t.requires_grad):  # an adapter keeps its dtype
+            if not (partly and t.requires_grad):  # the parameters of an adapter keep their dtypes
                 memo[id(t)].data = memo[id(t)].data.to(dtype)
     for module in model.modules():
         if (other := _of_bitsandbytes(module, accelerated)) is not None:

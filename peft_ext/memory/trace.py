@@ -14,14 +14,14 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (  # noqa: PLC2701  PyTorch has no public names for these
+from torch._subclasses.fake_tensor import (  # noqa: PLC2701  PyTorch has no public names for fake tensors
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  PyTorch has no public name for the class
-from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  PyTorch has no public names for these
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  PyTorch has no public name for this class
+from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  PyTorch has no public pytree functions
 
 from ..integrations.adapter_layers.reasons import accepting
 from ..nn import NF4Experts, NF4Linear
@@ -171,7 +171,7 @@ class Step:
         if len(trained) == sum(1 for _ in self.model.parameters()):
             return set()
         for module in self.model.modules():
-            for name in getattr(type(module), "adapter_layer_names", ()):  # "token_adapter.trainable_tokens_delta" too
+            for name in getattr(type(module), "adapter_layer_names", ()):  # a name may have dots
                 trained |= {id(p) for p in operator.attrgetter(name)(module).parameters()}
         return trained
 
@@ -230,7 +230,7 @@ class Step:
 
     def profile(self) -> Profile:
         storages, end = self.storages.all, self.storages.mark()
-        for s in storages:  # what the forward made and freed before the backward is temporary
+        for s in storages:  # a storage that the forward made and freed is temporary
             if s.kind == "activations" and s.died is not None and s.died <= self.forward_end:
                 s.kind = "temporary"
         begins = [*self.begins, (end + 1, "")]

@@ -19,10 +19,10 @@ _SIBLINGS = (torch.ops.peft_ext.lora_linears.default, torch.ops.peft_ext.lora_li
 _EXPERTS = (torch.ops.peft_ext.lora_experts.default, torch.ops.peft_ext.lora_experts_backward.default)
 
 # Constants of the CPU kernels.
-_WIDE_PANEL = 1024  # rows of W that are widened to float32 together
+_WIDE_PANEL = 1024  # number of rows of W that are widened to float32 together
 _RANK_STEP = 16  # ranks are padded to a multiple of this number
-_SUMMED_TOKENS = 64  # least number of tokens in one part of the tokens, over which an adapter's gradient is summed
-_MOST_PARTS = 32  # largest number of parts of the tokens
+_SUMMED_TOKENS = 64  # least number of tokens in a part; a partial sum of an adapter's gradient is over one part
+_MOST_PARTS = 32  # largest number of parts into which the tokens are divided
 _MOST_SUMS = 2**22  # largest number of float32 elements in all partial sums that exist at once
 
 
@@ -47,7 +47,7 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        if not (feedforward and device == "cpu" and by.element_size() == 2):  # _of_product counts it
+        if not (feedforward and device == "cpu" and by.element_size() == 2):  # else _of_product counts it
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size
 
@@ -104,7 +104,7 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     forward = backward = 0
     if not in_place:
         forward, backward = (_of_product(given, dtype, rows, device, back) for back in (False, True))
-        backward += 2 * rows * features * dtype.itemsize  # dX, and as much again for an X that is not given
+        backward += 2 * rows * features * dtype.itemsize  # dX, and an empty tensor of the same size instead of X
     elif device == "cpu" and _packs_weight(dtype):
         forward = vocab * features * dtype.itemsize
     if given["lora_A"] is None:
@@ -137,7 +137,7 @@ def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -
     low = rows * hidden.shape[-1] * hidden.element_size() if given["needs_grad_hidden"] else 0
     if not (low or given["needs_grad_adapter"]):
         held = part = 0
-    else:  # the part of the chunk before is alive while the next part is made
+    else:  # while a chunk's part of the gradients is computed, the part of the chunk before is still alive
         held = 4 * (lora_A.numel() + lora_B.numel()) * given["needs_grad_adapter"] + several * (part + low)
     if device != "cpu":
         return held, 0, part + low

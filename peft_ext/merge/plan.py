@@ -99,7 +99,7 @@ class Plan:
             else:
                 origins[name] = (path, local)
         for path, layer in self.targets.items():
-            if isinstance(layer, ReplacingLayer):  # a bias that the adapter adds
+            if isinstance(layer, ReplacingLayer):  # the adapter may add a bias that the base does not have
                 for local in layer.names.get(_ADAPTER, ()):
                     origins.setdefault(f"{path}.{local}", (path, local))
         return origins
@@ -113,7 +113,7 @@ class Plan:
             if len(names) < 2:
                 continue
             first = next((n for n in names if self.origin[n][0] == "" and self.after[n] is not self.before[n]), None)
-            # Here the adapter's tensor replaced one of the tied tensors. PEFT's own load writes into all of them.
+            # Here the adapter's tensor replaced one of the tied tensors. PEFT's own load would change all tied tensors.
             for name in names:
                 if self.origin[name][0] == "" and self.after[name] is self.before[name] and first is not None:
                     self.after[name] = self.after[first]
@@ -171,7 +171,7 @@ class Plan:
         for name in wanted.keys() - self.meta.keys():
             if not added or not name.endswith(".bias"):
                 fail(f"a plain {type(fresh).__name__} has {name}, which the base does not have")
-            self.origin[name] = ("", "")  # zeros
+            self.origin[name] = ("", "")  # the bias is written as zeros
             self.meta[name] = torch.empty_like(wanted[name], dtype=self.meta[added[0]].dtype)
         for name, tensor in wanted.items():
             if tensor.shape != self.meta[name].shape:

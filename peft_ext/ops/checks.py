@@ -88,8 +88,8 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 def adapted_operands(
     op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
 ) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
-    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias, under autocast cast to its
-    dtype."""
+    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias, which are cast to autocast's
+    dtype under autocast."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         check_float(op, "x", x)
         x, weight, bias = cast_for_autocast(x, weight, bias)
@@ -204,7 +204,7 @@ def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B
 def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
     """Checks lora_A ``[R, K]`` and lora_B ``[N, R]`` for a base weight of ``shape`` ``(N, K)``.
 
-    Both must lie on the device of the tensor ``beside``, which an error calls ``name``.
+    lora_A and lora_B must be on the device of the tensor ``beside``, which an error calls ``name``.
     """
     out_features, in_features = shape
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -240,7 +240,7 @@ def check_experts(
 
 
 def check_experts_weight(op: str, weight: Union[Tensor, NF4Weight], dtype: Optional[torch.dtype] = None) -> None:
-    """Checks frozen weights ``[E, N, K]``: NF4 of a stack, or dense of this dtype, if one is given."""
+    """Checks frozen weights ``[E, N, K]``: a stacked NF4Weight, or a dense tensor (of ``dtype``, if given)."""
     if not isinstance(weight, NF4Weight):
         check_float(op, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
@@ -439,7 +439,7 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
 
 
 def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
-    """Returns the weight as the schemas take it, see ``library.WEIGHT``."""
+    """Returns the weight as the seven arguments of ``library.WEIGHT``."""
     if isinstance(weight, NF4Weight):
         return weight.op_args()
     return (weight, None, None, None, None, 0, list(weight.shape))
@@ -468,7 +468,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 def cast_for_autocast(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor]
 ) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
-    """Returns x, a dense weight and bias, under autocast cast to its dtype. An NF4 weight is not changed."""
+    """Returns x, weight and bias. Under autocast, x, a dense weight and bias are cast to autocast's dtype."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
     weight, bias = (value.to(dtype) if isinstance(value, Tensor) else value for value in (weight, bias))
@@ -485,7 +485,7 @@ def wants_reference(*values: Optional[Tensor]) -> bool:
     torch.func, which no kernel supports."""
     if not torch.compiler.is_compiling() and under_a_transform():
         return True
-    for value in values:  # a generator would take twice as long
+    for value in values:  # any() of a generator would take twice as long
         if value is not None and value.dtype is torch.float64:
             return True
     return False

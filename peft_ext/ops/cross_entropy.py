@@ -227,7 +227,7 @@ def linear_cross_entropy(
         labels: int64 ``[...]``, 0 to V - 1, or ``ignore_index``. The loss and the gradient of a token with the label
             ``ignore_index`` are 0. The labels are not shifted.
         bias: ``[V]`` of hidden's dtype.
-        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has both or none.
+        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
         lora_input: ``[..., K]`` of hidden's dtype: the adapter's input instead of hidden, such as ``dropout(hidden)``.
         scaling: the adapter's factor, a finite number. logit_scale: the logits' factor, a finite number.
         softcap: c > 0 of ``c tanh(z / c)``; None: no cap.

@@ -203,7 +203,7 @@ def _backward(ctx, grad, _grad_s, _grad_z):
 
 
 def _sums(grad: Tensor, offsets: Tensor) -> Tensor:
-    """Returns the sum of each expert's rows ``[E, N]``, in order and in float32 before it is rounded."""
+    """Returns ``[E, N]``: the sum of each expert's rows, added in order and in float32 and rounded to grad's dtype."""
     rows, wide = grad.shape[0], grad.to(common.sum_dtype(grad.dtype))
     if grad.is_cuda:  # index_add_ on a GPU adds in no fixed order
         ends = F.pad(offsets.long().clamp(0, rows).cummax(0).values, (1, 1))

@@ -1,4 +1,4 @@
-"""How an operator is declared, and the registry of all operators.
+"""Declares operators to PyTorch, and keeps the registry of all operators of peft_ext.
 
 :func:`define` declares an operator's schema, reference, fake and family, :func:`proof` the calls that prove a family's
 kernels on new hardware, :func:`register_autograd` the backward, and :func:`public` the function that users call.
@@ -53,7 +53,7 @@ class Operator:
     cuda: bool
 
 
-# The registry of peft_ext's operators in the dispatcher, by name. Code that needs a list of operators reads it here.
+# The registry of peft_ext's operators in the dispatcher, by name. Code that needs a list of operators reads OPERATORS.
 OPERATORS: dict[str, Operator] = {}
 
 # By public function of peft_ext.ops: the main operators that the function calls, in its forward and backward.
@@ -96,7 +96,7 @@ def define(
 def proof(family: str) -> Callable[[_F], _F]:
     """Registers a generator of ``(operator, arguments)``: the calls that prove a family's kernels on new hardware.
 
-    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call that it yields is timed.
+    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call that the generator yields is timed.
     """
 
     def register(calls: _F) -> _F:
@@ -141,14 +141,15 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
 def register_autograd(
     name: str, backward: Callable, *, setup_context: Callable, trained: Optional[Sequence[int]] = None
 ) -> Callable[..., Any]:
-    """Registers an operator's backward, and returns the operator, to be called with all its arguments.
+    """Registers an operator's backward, and returns a function that calls the operator with all its arguments.
 
-    Compilers see the backward that torch.library registers. Eager calls bypass that registration, which takes as long
-    as the rest of the Python code before a kernel: a call that needs gradients goes through an autograd Function made
-    here, any other call goes to the kernel directly. Operators that take lists of tensors are not supported.
+    torch.compile uses the backward that torch.library registers. Eager calls bypass torch.library's autograd, which
+    takes as long as the rest of the Python code before a kernel: an eager call that may need gradients goes through an
+    autograd Function that this function makes, and any other eager call goes to the kernel directly. Operators that
+    take lists of tensors are not supported.
 
-    ``trained``: the positions of the arguments that can have a gradient, for an operator whose first output alone is
-    differentiable. In an eager call autograd then sees only these arguments, since each argument costs about a
+    ``trained``: the positions of the arguments that can have a gradient, for an operator of which only the first output
+    is differentiable. In an eager call autograd then sees only these arguments, because each argument costs about a
     microsecond. The returned function returns the first output. ``setup_context`` and ``backward`` read ``ctx.needs``,
     which has an entry for each argument, instead of ``ctx.needs_input_grad``.
     """

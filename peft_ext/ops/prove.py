@@ -41,7 +41,7 @@ __all__ = ["DROPPED", "first_use", "prove", "proved", "report"]
 # reference.
 DROPPED: dict[str, str] = {}
 
-CAPABILITY = (8, 0)  # compute capability of the oldest GPUs that the library has kernels for
+CAPABILITY = (8, 0)  # compute capability of the oldest GPUs for which the library has kernels
 _FAULTS = " | faults"  # suffix of the cache key of the families whose kernels ended a process
 
 # Numbers of tokens, input features and output features of the inputs. Calls with the inputs of LARGE are timed.
@@ -53,7 +53,7 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 _ops = getattr(torch.ops, NAMESPACE)
 _found: dict[str, dict[str, str]] = {}  # by GPU name and family: "", or the reason why the family was dropped
-_overriding: list[torch.library.Library] = []  # the registrations that replace kernels; they end with these objects
+_overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
 _done = False
 _lock = threading.Lock()
 
@@ -63,7 +63,7 @@ def first_use() -> None:
 
     Does nothing under torch.compile, with fake tensors, or while a CUDA graph is captured.
     """
-    if torch.compiler.is_compiling() or _done:  # in this order: compiled code must not guard on _done
+    if torch.compiler.is_compiling() or _done:  # in this order, compiled code has no guard on _done
         return
     _prove_here()
 
@@ -86,7 +86,7 @@ def _prove_here() -> None:
         _done = True
         return
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
-        return  # with fake tensors nothing runs, and a captured graph would replay the proof
+        return  # fake tensors run no kernel, and a captured graph would replay the proof
     with _lock:
         if _done:
             return
@@ -117,7 +117,7 @@ def _of_card(card: str, index: int) -> dict[str, str]:
             try:
                 found = _remember(card, index, prove(torch.device("cuda", index), faulted=_faulted(card, index)))
             except torch.OutOfMemoryError:
-                return {}  # no verdict: another process proves this GPU
+                return {}  # without enough memory there is no result, and a later process proves this GPU
             except KernelFault as fault:
                 _remember_fault(card, index, fault)
                 raise
@@ -261,7 +261,7 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
         if timed:
             dtype = torch.bfloat16
             name, arguments = next(calls(family, device, dtype, LARGE))
-            if why := _disagrees(name, arguments, dtype):  # several thread blocks, and kernels for large shapes
+            if why := _disagrees(name, arguments, dtype):  # large inputs use several blocks and other kernels
                 return f"{why}, of 1024 x 1024 x 1024"
             ours, plain = _seconds([_native_op(name), OPERATORS[name].reference], arguments, device)
             if ours > SLOWER * plain:

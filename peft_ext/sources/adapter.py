@@ -1,10 +1,9 @@
 """Checks the files of an untrusted adapter before PEFT reads them. Each error is one line.
 
-    adapter_config.json:        a JSON object, a known method, each field of its type, no size beyond the weights' sizes
-    adapter_model.safetensors:  a header that the safetensors library accepts, float dtypes where PEFT would cast
-    run.json (optional):        the quantization of the base that the adapter was trained over
-
-No code of an adapter's folder is imported, and no file is unpickled.
+adapter_config.json must be a JSON object with a known method, fields of the right types, and no size beyond the
+weights' sizes. adapter_model.safetensors must have a header that the safetensors library accepts, and float dtypes
+where PEFT would cast. run.json is optional; run.json says whether the adapter was trained over an NF4 base. No code of
+an adapter's folder is imported, and no file is unpickled.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    path = values.get("prompt_tuning_init_state_dict_path")  # no file is needed: the adapter has its values
+    path = values.get("prompt_tuning_init_state_dict_path")  # a saved adapter does not need the file
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip

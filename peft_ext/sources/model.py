@@ -1,8 +1,8 @@
 """Reads untrusted models: folder, configuration, class, quantization and weights. Each error is one line.
 
-config.json:    a JSON object with at most MOST_LAYERS layers; code in the model's folder is never run
-the index:      an object whose file names are safetensors files in the index's own folder
-quantization:   none, or bitsandbytes' NF4
+config.json must be a JSON object with at most MOST_LAYERS layers and experts. The index may name only safetensors files
+in the index's own folder. The weights may be dense, or quantized to bitsandbytes' NF4. Code in the model's folder is
+never run.
 """
 
 from __future__ import annotations
@@ -92,11 +92,13 @@ def read_model_config(folder: Path) -> Any:
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
     with raised_as(SourceError, f"model {folder}: ", Exception):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, it may ask on the terminal
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, transformers may prompt
 
 
 def check_model_config(file: Path) -> None:
-    """Raises ValueError, one line, where ``file`` is no JSON object, or has a size that no model has.
+    """Raises ValueError, one line, where ``file`` is no JSON object, or has a wrong size.
+
+    A size is wrong if it is a number of layers or experts above ``MOST_LAYERS``, or a field of ``_POSITIVE`` below 1.
 
     transformers makes an object for each layer and each expert before it reads the weights.
     """
