@@ -49,7 +49,7 @@ sys.exit(any(found.values()))
 """
 PROOF_SECONDS = 60.0
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# Environment of the steps after the proof: the kernels run whatever the proof has found.
+# Environment of all commands: without the proof at first use, the kernels run whatever the step "proof" has found.
 UNPROVED = {"PEFT_EXT_PROVE": "0"}
 NOT_RUN = "not run"  # the result of a step that cannot run on this machine starts so, and is no failure
 # Cases of the operators in bfloat16: with odd sizes that no tile divides, and with sizes for which 16-byte copies and

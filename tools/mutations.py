@@ -211,7 +211,7 @@ def failed_test(said: str) -> str | None:
 
 
 def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str:
-    """Returns the test, "build" or "timeout" that kills the mutation in the tier, or SURVIVED if nothing does.
+    """Returns what kills the mutation in the tier (a test's name, "build", "timeout" or a status), or SURVIVED.
 
     With ``likely_alone``, only the likely tests run, and the result is "" if they pass.
     """

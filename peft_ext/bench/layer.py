@@ -22,7 +22,7 @@ from .. import ops, reference
 from ..nn import NF4Linear
 from .timer import Contender, host_clock, interleave, median_ratios, quartile_ratios, verify
 
-METHODS = ("lora", "dora", "ia3")  # methods whose adapted layer can be measured
+METHODS = ("lora", "dora", "ia3")  # methods whose adapted layer this module can measure
 BASES = ("bf16", "nf4")
 OURS, FROZEN = "ours", "frozen layer"
 

@@ -175,7 +175,7 @@ def _stand_in_of_experts(base: Base, experts: NF4Experts) -> None:
 
 
 def _reverses(conversion: Any) -> bool:
-    """Returns whether transformers can undo a conversion. A conversion that joins a quantizer's tensors can't be."""
+    """Returns whether transformers can undo a conversion, unlike a conversion that joins a quantizer's tensors."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):

@@ -94,7 +94,7 @@ def merge_to_dense(
 ) -> MergeReport:
     """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
-    The written model computes what the adapted model computes in evaluation. The folder has weights in safetensors,
+    Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors,
     config.json, generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. The adapter
     may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA, patterns, Conv1D,
     embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial fine-tuning, Diff

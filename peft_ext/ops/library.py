@@ -129,7 +129,7 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
     def run(*args: Any) -> Any:
         for at, argument in numbers:
             for value in args[at] if isinstance(args[at], (list, tuple)) else (args[at],):
-                known, is_p = isinstance(value, float), argument == "dropout_p"  # a symbol is unknown
+                known, is_p = isinstance(value, float), argument == "dropout_p"  # a symbol is no float
                 if known and not (0 <= value < 1 if is_p else math.isfinite(value)):
                     wanted = "0 <= p < 1" if is_p else "a finite number"
                     raise ValueError(f"{name}: {argument} is {value!r}, wanted {wanted}")
@@ -188,7 +188,7 @@ def _function(name: str, forward: Callable, backward: Callable) -> Callable[...,
 
 
 def _noting_needs(setup_context: Callable) -> Callable[..., None]:
-    """Returns a ``setup_context`` for torch.library that sets ``ctx.needs`` before the operator's own runs."""
+    """Returns a ``setup_context`` for torch.library: it sets ``ctx.needs`` and calls the operator's setup_context."""
 
     def run(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])

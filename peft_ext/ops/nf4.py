@@ -190,7 +190,7 @@ _nf4_linear = register_autograd("nf4_linear", _linear_backward, setup_context=_l
 
 @public("nf4_quantize", "nf4_quantize_absmax")
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
-    """Quantizes a weight to NF4: the 4-bit codes and the scales have the bits of bitsandbytes' result.
+    """Quantizes a weight to NF4: the 4-bit codes and the float32 scales have the bits of bitsandbytes' result.
 
     ``absmax_b = max |w|`` over each block of the flat tensor. Each element is encoded to the one of 16 codes that is
     nearest to ``w · (1 / max(absmax, 1e-38))``; of two equally near codes, to the lower. With ``double_quant`` the
@@ -309,7 +309,7 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Te
     """``Y = X Wᵀ + b`` over a frozen weight, dense or NF4, computed by the operator ``peft_ext::nf4_linear``.
 
     On a CPU without instructions for products in 16 bits, the kernel widens a panel of W at a time to float32, while
-    PyTorch multiplies a dense 16-bit weight in a plain loop. Y is rounded once.
+    PyTorch multiplies a dense 16-bit weight in a plain loop if the CPU has no AVX-512. Y is rounded once.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``, dense of x's dtype or NF4. bias: ``[N]`` of

@@ -279,7 +279,7 @@ def output_head(model: nn.Module) -> Optional[nn.Module]:
 
 
 def task_of(model: nn.Module) -> Optional[str]:
-    """Returns the task of a transformers model's head, told by the name of the model's class; None: unknown."""
+    """Returns the task of a transformers model's head, which the name of the model's class tells; None: unknown."""
     name = type(model).__name__
     heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
              "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip
