@@ -1,9 +1,11 @@
 """Builds the native libraries: ``peft_ext._C`` (CPU kernels, pybind11) and, if wanted, ``peft_ext._C_cuda``.
 
-Both go through torch's stable ABI, so one build runs on every torch from TORCH_TARGET on. Environment:
-    FORCE_CUDA=1            CUDA kernels or an error; =0: CPU only; unset: CUDA where nvcc and a CUDA torch are there
-    TORCH_CUDA_ARCH_LIST    GPU architectures; default: DEFAULT_ARCHS
-    MAX_JOBS                parallel compilations
+The two libraries call torch through its stable ABI, so that one build runs on torch TORCH_TARGET and later.
+Environment variables:
+    FORCE_CUDA=1            CUDA kernels are built, or the build fails; =0: only the CPU library is built; unset: CUDA
+                            kernels are built if nvcc, a CUDA torch of nvcc's release and libcudart.so are found
+    TORCH_CUDA_ARCH_LIST    GPU architectures; default: DEFAULT_ARCHS (ARCHS_BEFORE_12_8 with an older nvcc)
+    MAX_JOBS                number of parallel compilations
 """
 
 import os
@@ -20,17 +22,17 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHS_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # the architectures that an nvcc before 12.8 knows
-# Names in TORCH_CUDA_ARCH_LIST, with or without a suffix, of architectures before 8.0.
+# Names of architectures before 8.0 in TORCH_CUDA_ARCH_LIST.
 NAMED_BEFORE_8_0 = ("Maxwell", "Pascal", "Volta", "Turing")
-# Not in pyproject.toml: setuptools before 77, which the pin of torch may leave installed, refuses this form of a
-# licence.
+# The licence is not in pyproject.toml, because setuptools before 77 refuses this form of a licence there. torch's
+# requirement on setuptools may leave an old setuptools installed.
 METADATA = {"license": "Apache-2.0", "license_files": ["LICENSE"], "zip_safe": False}
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
 
 
 def find_torch():
-    """Returns torch of this process, or otherwise (in pip's isolated build) torch of the environment that is installed
-    into.
+    """Returns the torch that this process can import. In pip's isolated build, returns the torch of the environment
+    that peft_ext is installed into. Returns None if neither exists.
     """
     try:
         import torch
@@ -81,8 +83,8 @@ def kernel_archs(asked, release):
 
 
 def cuda_runtime(torch):
-    """Returns the CUDA runtime to link with, or None for no CUDA library. Decides as the docstring of this file says,
-    and prints the decision.
+    """Returns the CUDA runtime library to link with, or None if no CUDA library is to be built. FORCE_CUDA decides, as
+    the module's docstring says. Prints the decision.
     """
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -116,10 +118,10 @@ def cuda_runtime(torch):
 
 
 def linker_flags():
-    """Linker flags: only the module is exported, symbols are bound at load and then read-only, the stack is not
-    executable.
+    """Returns linker flags: only the module's init function is exported, symbols are bound at load and then read-only,
+    and the stack is not executable.
     """
-    # -fvisibility=hidden leaves the templates of namespace std visible; a version script hides them.
+    # -fvisibility=hidden leaves the templates of namespace std visible; a version script hides these templates.
     script = ROOT / "build/exports.map"
     script.parent.mkdir(exist_ok=True)
     script.write_text("{ global: PyInit_*; local: *; };\n")
@@ -139,8 +141,9 @@ def extensions(torch):
         ("PEFT_EXT_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
         ("PEFT_EXT_CUDA", "true" if cudart else "false"),
     ]
-    # No contraction: NF4's bits are a product and a sum, each rounded. No -march: the kernels choose their own
-    # instruction set. The prefix maps keep the folders of the build out of error messages that name the source file.
+    # Contraction is off because NF4's codes depend on a product and a sum that are rounded separately. -march is absent
+    # because the kernels choose their instruction set when they run. The prefix maps keep the folders of the build out
+    # of error messages that name the source file.
     prefix_maps = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
     flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0", *prefix_maps]
     link_flags = linker_flags() if sys.platform == "linux" else []
@@ -202,7 +205,8 @@ def main():
     elif {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
         sys.exit("peft_ext: torch is needed to build, and was not found: pip install torch")
     else:
-        # Metadata and source distributions need no torch; a build in an environment without torch asks for torch.
+        # Metadata and a source distribution can be made without torch. setup_requires tells a build frontend to install
+        # torch for the wheel; setuptools then asks for torch for a source distribution as well.
         setup(setup_requires=["torch>=2.11"], **METADATA)
 
 

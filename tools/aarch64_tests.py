@@ -3,8 +3,9 @@
     python tools/aarch64_tests.py [--paths neon_bf16,neon,scalar] [pytest arguments]
 
 The library is cross-compiled. Debian's Python for Arm, PyTorch and the packages that the tests import are downloaded
-into build/aarch64 (5 GB, once); nothing else on the machine changes. Needs Debian, aarch64-linux-gnu-g++ and
-qemu-aarch64. The emulated CPU has bfloat16 instructions. The run checks results and says nothing about speed.
+into build/aarch64 (5 GB, once); nothing outside of build/aarch64 changes. The program needs Debian,
+aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The run checks results and says
+nothing about speed.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
 # Packages that the tests import in addition to the package's own requirements.
 OF_TESTS = ("numpy", "pytest>=9", "pytest-repeat", "pytest-xdist", "parameterized", "attrs")
 NEWEST_MANYLINUX = 40
-# The flags of setup.py, except for the optimization level: most of the emulator's time is spent elsewhere.
+# setup.py's flags with a lower optimization level, because the emulator spends most of its time outside of the library.
 FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# Excluded tests: they need a compiler for the emulated machine, or compare threads, which share one core there.
+# The excluded tests need a compiler for the emulated machine, or compare threads, which share one emulated core.
 NOT_THESE = "not compile and not opcheck and not two_threads"
 
 
@@ -97,7 +98,8 @@ def make_system() -> None:
 def make_site(version: str) -> None:
     """Installs the packages that the tests import, and the oldest supported torch, into SITE.
 
-    Uses PyPI: the index that pip is set to on this machine may have packages for this machine alone.
+    The packages come from PyPI, because the index in this machine's pip settings may have packages for this machine
+    alone.
     """
     if SITE.exists():
         return

@@ -1,4 +1,4 @@
-"""Computes the time of the tile kernels' inner loop on Arm cores. The loop has not run on such a core.
+"""Computes the time of the tile kernels' inner loop on Arm cores. The loop has never run on an Arm core.
 
     python tools/arm_loop.py [--cores neoverse-v1,neoverse-v2,neoverse-n2,apple-m2]
 

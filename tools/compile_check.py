@@ -1,10 +1,10 @@
-"""Compiles every CPU source with another compiler than the build's, or for another machine; a warning is an error.
+"""Compiles every CPU source with another compiler than the build's, or for another machine. Warnings are errors.
 
-    python tools/compile_check.py clang     clang++; the library is loaded and runs the operators' tests of one dtype
-    python tools/compile_check.py aarch64   aarch64-linux-gnu-g++; compiled only, with this machine's headers of Python
+    python tools/compile_check.py clang     compiles with clang++, and runs the operators' tests in bfloat16
+    python tools/compile_check.py aarch64   compiles with aarch64-linux-gnu-g++ and this machine's headers of Python
 
-Each compiler has its own folder below build/, and compiles only sources that changed. Fails if the compiler is not
-installed.
+A warning about an unused function is no error. Each compiler has its own folder below build/, and compiles only sources
+that changed. The program fails if the compiler is not installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from native_build import ROOT, Group
 BUILD = ROOT / "build/compilers"
 COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++"}
 DEBIAN = {"clang": "clang", "aarch64": "g++-aarch64-linux-gnu"}
-# The flags of setup.py. Code for the other machine is not run, so it is not optimized.
+# setup.py's flags, with warnings as errors. Code for the other machine is not run, and is therefore not optimized.
 COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
 OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0"}
 TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",

@@ -4,9 +4,9 @@ Torch's headers of a CPU build are enough. Every csrc/**/*_cuda.cu is compiled f
 hot loop also for sm_86 and 89. The check fails in these cases: a file does not compile without a warning; a kernel
 spills registers or keeps an array in local memory; an object needs a symbol outside of torch's stable ABI; the
 registers or the shared memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from
-docs/slots.tsv (see slots.py). ``--write`` writes the new values into the tables, so that a review sees each change.
-``--archs`` compiles for some architectures alone, and ``--only`` some files alone; both compare, or write, only the
-rows of these architectures and files.
+docs/slots.tsv (see slots.py). A table that another nvcc release wrote is not compared. ``--write`` writes the new
+values into the tables, so that a review sees each change. ``--archs`` compiles for some architectures alone, and
+compares only their rows. ``--only`` compiles some files alone, and compares, or writes, only their rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def find(tool: str) -> str | None:
 def compile_command(
     nvcc: str, source: Path, output: Path, include: Path, archs: tuple[str, ...], keep: Path | None = None
 ) -> list[str]:
-    """``keep`` is a folder for intermediate files such as the machine code."""
+    """Returns nvcc's command for a source. ``keep``: folder for intermediate files such as the machine code."""
     target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
     return [
         nvcc, "-c", str(source), "-o", str(output), "-O3", "-std=c++17",
@@ -54,7 +54,7 @@ def compile_command(
 
 
 def kernel_rows(log: str) -> list[dict[str, object]]:
-    """Returns what ptxas -v reports for each kernel."""
+    """Returns a row for each kernel and architecture: registers, shared, spilled and stack bytes, from ptxas -v."""
     rows: list[dict[str, object]] = []
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
@@ -76,7 +76,7 @@ def demangle(names: list[str]) -> list[str]:
     if tool is None or not names:
         return names
     text = subprocess.run([tool], input="\n".join(names), check=True, capture_output=True, text=True).stdout
-    # The name of the kernel and its template arguments, without return type, namespace and arguments.
+    # Keeps the name of the kernel and its template arguments; drops return type, namespace and arguments.
     names = [re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", line) for line in text.splitlines()]
     for enum, values in slots.enumerators().items():
         names = [re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name) for name in names]  # noqa: B023
@@ -84,9 +84,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def hot_rows(cubin: Path, arch: str, nvdisasm: str, rows: list[dict[str, object]]) -> list[dict[str, str]]:
-    """Returns the rows of slots.tsv for the machine code of a file. ``rows`` are the rows of its kernels from
-    kernel_rows.
-    """
+    """Returns the rows of slots.tsv for the machine code of a file. ``rows`` are the file's rows from kernel_rows."""
     code = sass.disassemble(cubin, nvdisasm)
     names = dict(zip(demangle(list(code)), code, strict=True))
     used = {str(row["kernel"]): row for row in rows}
@@ -143,8 +141,8 @@ def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
 
 
 def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str], only: set[str]) -> list[str]:
-    """Returns the differences from a committed table. A table of another compiler, which its first line names, is not
-    compared.
+    """Returns the differences between ``table`` and the committed table at ``path``. A committed table of another nvcc
+    release, which its first line names, is not compared. With ``write``, writes ``table`` and returns no difference.
     """
     wanted = f"# nvcc {release(nvcc)}\n{table}"
     if write:
@@ -229,7 +227,7 @@ def main() -> int:
                 shutil.rmtree(keep)
             return str(source.relative_to(ROOT)), done.stdout, output, done.returncode == 0, found
 
-        # All files of one architecture are compiled at a time, so that all cores have work during the longest file.
+        # Each file and architecture is a job of its own, so that all cores have work while the longest file compiles.
         for (_, arch), (name, log, output, compiles, found) in zip(work_list, pool.map(check, work_list), strict=True):
             hot += found
             rows += [{"file": name} | row for row in kernel_rows(log) if arch in ARCHS]
@@ -240,7 +238,7 @@ def main() -> int:
             offered |= stable_abi.defined_symbols(output)
     for name, symbols in asked.items():
         found = stable_abi.violations([symbol for symbol in symbols if symbol not in offered], include)
-        # With ``--only``, other files define some of the package's own functions.
+        # With ``--only``, some of peft_ext's functions are defined in files that are not compiled.
         failures += [f"{name}: {line}" for line in found if not (only and line.startswith("peft_ext::"))]
 
     for row, kernel in zip(rows, demangle([str(row["kernel"]) for row in rows]), strict=True):

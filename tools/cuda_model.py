@@ -9,7 +9,7 @@ A pass over an activation takes the largest of these times:
     L1         the rows of 128 bytes that four warps read and write, one in each cycle
     waits      the time of a warp that runs alone / the number of warps of a scheduler
 
-docs/kernels.md shows the tables between two marks. ``--write`` draws them again, and a test compares them.
+docs/kernels.md shows the tables between two marks. ``--write`` draws the tables again, and a test compares the tables.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ import slots
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
-LAUNCH = 2.5e-6  # seconds of a small kernel, which is all launch
-REACHED = 0.92  # share of the bandwidth that a kernel reaches
+LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
+REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
 SIZES = (512, 2048, 4096, 8192)
-MIXED_SIZES = (8, 512, 2048, 8192)  # tokens of a mixed batch
+MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens of a mixed batch
 
 
 @dataclass(frozen=True)
 class Card:
-    """bandwidth: bytes per second. tensor: 16-bit multiplications of a multiprocessor in a cycle. product: FLOP/s that
-    a large matrix product reaches in practice.
+    """Rates of a GPU.
+
+    clock: cycles per second. bandwidth: bytes per second. tensor: 16-bit multiplications of a multiprocessor's tensor
+    cores in a cycle. product: FLOP/s that a large matrix product reaches in practice.
     """
 
     arch: str
@@ -159,11 +161,11 @@ LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 409
 
 
 def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
-    """Returns the time of LLAMA_LAYER with adapters divided by its time without, forward and backward, without
-    attention and norms.
+    """Returns the time of LLAMA_LAYER with adapters divided by its time without adapters, forward and backward. The
+    times leave out attention and norms.
 
-    Without adapters, passes of their own add the gradients of layers with one input. ``together`` avoids these passes
-    with adapters: one pass writes the low-rank terms of all layers, and the products add to them.
+    Without adapters, separate passes add the gradients of layers with one input. ``together`` avoids these passes with
+    adapters: one pass writes the low-rank terms of all layers, and the products add to these terms.
     """
     frozen, adapted = 0.0, 0.0
     for outputs, k in LLAMA_LAYER:
@@ -185,7 +187,7 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     return adapted / frozen
 
 
-MANY_ROWS = 128  # mean rows of an expert from which on PyTorch computes the dense product; kManyRows
+MANY_ROWS = 128  # mean number of rows of an expert from which on PyTorch computes the dense product; kManyRows in csrc
 
 
 def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: str) -> float:
@@ -216,8 +218,8 @@ def experts(
     card: Card, rows: int, active: int, n: int, k: int, base: str = "bf16", dropout: bool = False, rank: int = 16,
     dora: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Returns the seconds of forward and backward of LoRA (or of DoRA with the norms of its weights), in float32, for
-    experts [n, k] with equally many rows each.
+    """Returns the seconds of the forward and of the backward of LoRA (or of DoRA with the norms of its weights) with
+    float32 adapters, for experts [n, k] with equally many rows each.
     """
     bandwidth, padded = card.bandwidth * REACHED, active * -(-rows // active // 64) * 64
     a, b = (4.0 * active * rank * size for size in (k, n))
@@ -247,21 +249,21 @@ def experts(
     return forward, backward
 
 
-FEW = 64  # tokens of a mixed batch up to which plain FMA kernels run; kGroupedFewTokens
+FEW = 64  # largest number of tokens of a mixed batch for which plain FMA kernels run; kGroupedFewTokens in csrc
 
 
 def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 4096, rank: int = 16) -> float:
     """Returns the seconds of a mixed batch's forward with float32 adapters and equally many tokens for each adapter.
-    For one adapter, this is the time of lora_linear, or equal to it.
+    With one adapter, the result is the time of lora_linear.
 
-    Adapters are read from memory. Their terms are read from L2, because the passes read the terms immediately.
+    Adapters are read from memory. The adapters' terms are read from L2, because the passes read the terms immediately.
     """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
         # A and B are read once, in launches that hide no other time.
         adapter = 2 * LAUNCH + (a + b) / (card.bandwidth * REACHED)
         if base == "NF4":
-            # No separate launch makes the product that the low-rank term is added to.
+            # The kernel that computes the product also adds the low-rank term, without a launch of its own.
             return decode(card, n, k, t) + adapter - LAUNCH
         return product_of_few(t, n, k, card) + adapter
     tiles, name = (-(-t // 64), "") if adapters == 1 else (adapters * -(-(t // adapters) // 64), ", mixed batch")
@@ -352,7 +354,7 @@ def tables() -> str:
     lines += ["", "| time of a forward of QLoRA, eight of 128 experts 2048 -> 1536, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in few) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(few) + 1) + "|")
-    active = {t: round(128 * (1 - (1 - 8 / 128) ** t)) for t in few}  # experts that have a row
+    active = {t: round(128 * (1 - (1 - 8 / 128) ** t)) for t in few}  # mean number of experts that have a row
     row = [microseconds(experts(card, 8 * t, active[t], 1536, 2048, "NF4")[0]) for card in CARDS.values() for t in few]
     lines.append("| LoRA over NF4 | " + " | ".join(row) + " |")
     columns = [(name, t) for name in CARDS for t in MIXED_SIZES]

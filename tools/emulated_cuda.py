@@ -1,7 +1,8 @@
-"""Builds the CUDA kernels for the emulator and loads them, as the ops of the namespace ``peft_ext_emulated``.
+"""Builds the CUDA kernels for the emulator and loads the kernels as operators of the namespace ``peft_ext_emulated``.
 
-g++ compiles every csrc/**/*_cuda.cu, with csrc/emulator in place of CUDA; the ops then take CPU tensors. Needs g++ and
-ninja, no nvcc and no GPU. As a script: builds and prints the library's path.
+g++ compiles every csrc/**/*_cuda.cu, with csrc/emulator in place of CUDA. The operators in this namespace take CPU
+tensors. The module needs g++ and ninja, but no nvcc and no GPU. Run as a script, the module builds the library and
+prints the library's path.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ NAMESPACE = "peft_ext_emulated"
 
 _libraries: list[object] = []  # keeps the definitions of the operators alive
 
-# The hooks at function entry and exit are off, because they would check nothing.
+# ThreadSanitizer's hooks at function entry and exit are off, because these hooks would check nothing.
 SANITIZE = "-fsanitize=thread,bounds-strict,alignment --param tsan-instrument-func-entry-exit=0"
-# -ffp-contract=off: see setup.py. -g1 is enough for line numbers in the messages about faults.
+# -ffp-contract=off is a flag of setup.py, too. -g1 is enough for line numbers in the messages about faults.
 COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -fPIC -Wall -I{CSRC}"
 
 
@@ -50,8 +51,8 @@ def build_ops() -> Path:
 
 
 def load() -> Path:
-    """Builds what changed, declares each operator of peft_ext in the namespace peft_ext_emulated, and registers its
-    kernels.
+    """Builds sources that changed, declares each operator with a CUDA kernel in the namespace peft_ext_emulated, and
+    registers the emulated kernels. Returns the path of the library.
     """
     import torch
 

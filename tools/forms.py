@@ -1,12 +1,13 @@
 """Draws peft_ext/integrations/forms/forms.tsv, the table of known forms, and the coverage in docs/known-forms.md.
 
-    python tools/forms.py            draws both, from the installed transformers and the releases of RELEASES
+    python tools/forms.py            draws the table and the coverage, from the releases of transformers in RELEASES
     python tools/forms.py --share    prints which share of the installed transformers' classes has a known form
 
-Each release of transformers is read in a process of its own. Releases that are not installed are downloaded from PyPI,
-wheels alone, into build/forms. A form gets a row if the formula of a kind passes the proof for a class that has the
-form (proof.py of peft_ext/integrations/model_blocks). The row of an attention also names the layers that receive one
-input, which this tool reads from the source (:mod:`reads_of_attention`); ``accelerate`` decides nothing of this.
+pip installs each release into build/forms, and a process of its own reads the release. A form that replaces a forward
+gets a row if the formula of a kind passes the proof for a class with the form (proof.py of
+peft_ext/integrations/model_blocks). Some rows need no proof: dropouts, and attentions that keep their own forward. The
+row of an attention also names the layers that receive one input, which this tool reads from the source
+(:mod:`reads_of_attention`); ``accelerate`` only reads the table.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
     parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # the known rows, and a file for the result
     args = parser.parse_args()
-    logging.disable(logging.ERROR)  # transformers warns about packages that some of its modules miss
+    logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
     warnings.simplefilter("ignore")
     if args.scan:
         known, out = map(Path, args.scan)
@@ -76,14 +77,14 @@ def draw() -> None:
 
 
 def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns what a process with this release of transformers finds."""
+    """Returns the result of :func:`scan` in a process that imports this release of transformers."""
     place, out = ROOT / "build/forms" / release, ROOT / "build/forms" / f"{release}.json"
     known = out.with_name("known.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     known.write_text(json.dumps(found))
     if not place.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(place)]
-        # And the releases of other packages that this release needs.
+        # pip also installs the releases of other packages that this release needs.
         subprocess.run([*pip, f"transformers=={release}"], check=True)
     environment = {
         **os.environ,
@@ -132,7 +133,7 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
 
 
 def classes() -> Iterator[Any]:
-    """Yields the module classes of the imported transformers, and the known ones of PyTorch."""
+    """Yields five module classes of PyTorch, and the module classes in transformers' activations and modeling files."""
     import transformers
     from torch import nn
 
@@ -151,8 +152,8 @@ def classes() -> Iterator[Any]:
 
 
 def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the rows for the imported transformers, and the number of known classes of each architecture. ``known``
-    are rows that were proved with another release; a form is the same code in each release.
+    """Returns the rows for the imported transformers, and the coverage of each architecture. ``known`` are rows from
+    other releases, which are not proved again: a form with the same digest is the same code in each release.
     """
     from reads_of_attention import attention_formulas
 

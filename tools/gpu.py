@@ -1,12 +1,12 @@
-"""Runs everything that needs an NVIDIA GPU: build, proof, tests on the device, sanitizer, training, benchmarks.
+"""Runs, on a machine with an NVIDIA GPU: build, proof, tests on the device, sanitizer, training, benchmarks.
 
     python tools/gpu.py [--seconds 570] [--steps build,proof,battery,sanitizer,training,bench]
                         [--out benchmarks/results] [tests of the battery]
 
-Uses only the standard library. If torch of the running Python is a CUDA build, this Python is used; otherwise .venv is
-created with the torch of pip's default index. Each step has a time limit, a share of the remaining time. If a step
-fails or is cut off, its name is printed, the next steps run, and the exit status is 1. The log and the results are
-written during the run.
+The program imports only the standard library. If torch of the running Python is a CUDA build, the steps run in this
+Python; otherwise .venv is created with the torch of pip's default index. Each step has a time limit, which depends on
+the remaining time. If a step fails or is cut off, its name is printed, the next steps run (except after a failed
+build), and the exit status is 1. The log and the results are written during the run.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ sys.exit(any(found.values()))
 """
 PROOF_SECONDS = 60.0
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# Environment of the steps after the proof: the kernels run whatever the proof has found.
+# Environment of all commands: without the proof at first use, the kernels run whatever the step "proof" has found.
 UNPROVED = {"PEFT_EXT_PROVE": "0"}
-NOT_RUN = "not run"  # the output of a step that cannot run here, which is no failure
-# A case of every operator in one dtype, with odd sizes that no tile divides, and with sizes for which 16-byte copies
-# and the kernels for few tokens are used.
+NOT_RUN = "not run"  # the result of a step that cannot run on this machine starts so, and is no failure
+# Cases of the operators in bfloat16: with odd sizes that no tile divides, and with sizes for which 16-byte copies and
+# the kernels for few tokens are used.
 SANITIZED = "test_values_and_gradients and -bfloat16] and (515 or 192 or (64 and 96))"
 
 
@@ -131,7 +131,7 @@ def proof(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> st
     """Runs the proof that the first use on a GPU runs: each family of kernels is compared with plain PyTorch, and
     timed.
     """
-    # The proof runs even if a slow build leaves little time, because it says most in the least time.
+    # The proof runs even if a slow build leaves little time, because the proof says most in the least time.
     return runner.run([python, "-c", PROOF], max(limit, PROOF_SECONDS), {"PEFT_EXT_REQUIRE": "1"})
 
 
@@ -159,7 +159,7 @@ def sanitizer(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -
     end = runner.clock() + limit
     for check, share in (("memcheck", 0.5), ("racecheck", 1.0)):
         # API errors are not reported, because torch asks for features that a driver may lack, and handles the answer.
-        # Only kernels of this package are checked: the others would take most of the time.
+        # Only peft_ext's kernels are checked, because checks of other kernels would take most of the time.
         command = [tool, "--tool", check, "--kernel-name", "kns=peft_ext", "--report-api-errors", "no",
                    "--error-exitcode", "1", *tests]  # fmt: skip
         # Without torch's caching, each tensor is an allocation of its own, so that an access behind a tensor is found.
@@ -229,7 +229,7 @@ def make_venv(runner: Runner) -> str:
 
 
 def summary(runner: Runner, found: dict[str, str], result: Optional[Path], card: str) -> None:
-    """Prints the result of each step, and the model's times of the measured rows beside the measured ones."""
+    """Prints the result of each step, and the times that cuda_model.py computes beside the measured times."""
     runner.say("")
     for name, wrong in found.items():
         runner.say(f"gpu: {name:<10} {wrong or 'passed'}")
@@ -249,7 +249,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if unknown := set(names) - set(STEPS):
         parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process of a step outlives this program
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a step's processes with this program
     python = sys.executable
     gpu = probe(python)
     own_torch = gpu is not None and gpu["cuda"] is not None

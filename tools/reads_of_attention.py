@@ -1,6 +1,7 @@
-"""Reads from the source of an attention's forward which layers receive one input, and how it calls its function.
+"""Reads, from the source of an attention's forward, which layers receive one input, and how the attention function is
+chosen.
 
-tools/forms.py uses this module to draw the table of forms. People look at each row before it is committed.
+tools/forms.py uses this module to draw the table of forms. People look at each row before the row is committed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, s
 
 
 def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) -> Iterator[dict[str, str]]:
-    """Yields how the package's forward for rotary positions may replace the class's forward; the proof decides."""
+    """Yields the formulas of peft_ext's forward for rotary positions that may fit the class; the proof decides."""
     reads = set(form.reads) - set(groups[0]) - _READS
     norms = {"q_norm", "k_norm"} <= reads
     reads -= {"q_norm", "k_norm"}
@@ -64,8 +65,8 @@ def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) ->
 
 
 def _asks_by_config(forward: Callable) -> bool:
-    """Returns whether a forward reads ``self.config._attn_implementation`` only to choose its function in the registry,
-    and passes its configuration to no other code.
+    """Returns whether a forward reads ``self.config._attn_implementation`` only to choose the attention function in
+    transformers' registry, and passes ``self.config`` to no other code.
     """
     tree = _tree(forward)
     if tree is None or "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(forward).__code__.co_names:
@@ -104,9 +105,9 @@ def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
     """Returns the names of a forward's children that are called with one variable, by group; an empty result if this
     cannot be decided.
 
-    The calls of a group have the form ``self.name(variable)`` and are in one run of statements, all of which run or
-    none. Between them, no code assigns the variable, or writes into the variable or a child in a way that autograd does
-    not see.
+    The calls of a group have the form ``self.name(variable)`` and are in one sequence of statements, of which all run
+    or none. Between the calls, no code assigns the variable, or writes into the variable or a child in a way that
+    autograd does not see.
     """
     if (tree := _tree(forward)) is None:
         return ()
@@ -121,7 +122,7 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
     current: dict[str, list[str]] = {}
     for statement in statements:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue  # such code runs when it is called, maybe again in the backward
+            continue  # the code of a nested function runs when the function is called, maybe again in the backward
         inner = [value for _, value in ast.iter_fields(statement) if _is_block(value)]
         for block in inner:
             _scan(block, found)
@@ -140,7 +141,9 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
 
 
 def _writes(node: ast.AST) -> bool:
-    """Returns whether a node reads an attribute ``data``, or writes into an attribute of the module."""
+    """Returns whether a node reads an attribute ``data``, assigns to an attribute or an element of the module, or calls
+    an in-place method on a part of the module.
+    """
     if isinstance(node, ast.Attribute):
         return node.attr == "data" or not isinstance(node.ctx, ast.Load) and _root(node) == "self"
     if not isinstance(node, ast.Call):

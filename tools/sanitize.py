@@ -3,9 +3,9 @@
     python tools/sanitize.py address [pytest arguments]     AddressSanitizer and UndefinedBehaviorSanitizer
     python tools/sanitize.py thread [pytest arguments]      ThreadSanitizer
 
-Without arguments, runs the shape sweep at small sizes: 1,000 calls, on all CPU paths in turn. Only csrc/ is
-instrumented, not Python and torch; the sanitizer's malloc guards their memory too. ThreadSanitizer does not see how
-torch's threads wait for each other, so in its build the loops run on the threads of
+Without arguments, the program runs the shape sweep at small sizes: 1,000 calls, on all CPU paths in turn. Only csrc/ is
+instrumented; Python and torch are not, but the sanitizer's malloc also guards their memory. ThreadSanitizer does not
+see how torch's threads wait for each other. In the build for ThreadSanitizer the loops therefore run on the threads of
 ``tests/native/sanitize/threads.cpp``.
 """
 
@@ -77,7 +77,7 @@ def command(kind: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]
     return ["setarch", "--addr-no-randomize", sys.executable, *arguments], environment
 
 
-# Planted faults that the sanitizer must report. The instrumented library makes each fault in memory of torch.
+# Planted faults that the sanitizer must report. The instrumented library gets the memory of a torch tensor.
 PLANTED = {"address": ("address", "undefined"), "thread": ("thread",)}
 WANTED = {"address": "heap-buffer-overflow", "undefined": "signed integer overflow", "thread": "data race"}
 PLANT = """
@@ -89,7 +89,7 @@ getattr(library, "planted_" + sys.argv[1])(ctypes.c_void_p(values.data_ptr()), c
 
 
 def check_planted(kind: str) -> None:
-    """Exits if a planted fault is not reported: the tests' silence would then mean nothing."""
+    """Exits if a planted fault is not reported, because tests without a report would then prove nothing."""
     for fault in PLANTED[kind]:
         line, environment = command(kind, ["-c", PLANT, fault])
         environment.update(OPTIONS[kind])
@@ -109,7 +109,7 @@ def main() -> int:
         sys.exit(f"sanitize: {why}")
     check_planted(args.kind)
     rest = rest or ["-q", "-x", "-p", "no:cacheprovider", *TESTS]
-    # pytest would capture the process's file descriptors, and the process ends with a report.
+    # By default pytest captures the file descriptors, and the report with which the process ends would be lost.
     line, environment = command(args.kind, ["-c", native_build.PYTEST, "--capture=sys", *rest])
     return subprocess.run(line, env=environment, cwd=ROOT).returncode
 

@@ -31,7 +31,7 @@ class Instruction:
     address: int
     name: str
     operands: str
-    target: int | None = None  # of a branch
+    target: int | None = None  # address to which a branch jumps
 
     @property
     def pipe(self) -> str:
@@ -116,8 +116,8 @@ class Loop:
         return min(distances, default=None)
 
     def cycles_alone(self) -> int:
-        """Returns the cycles of an iteration for a warp that runs alone: it issues one instruction in a cycle, when its
-        operands are ready.
+        """Returns the cycles of an iteration for a warp that runs alone. The warp issues one instruction in a cycle,
+        when the operands of the instruction are ready.
         """
         ready: dict[int, int] = {}
         time = start = 0
@@ -162,7 +162,9 @@ def _resolve(instructions: list[Instruction], labels: dict[str, int]) -> None:
 
 
 def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
-    """Finds the hot loop, see the top of this file. ``trips`` says how often inner loops with products run."""
+    """Returns the hot loop, which the module's docstring defines. ``trips`` says how often inner loops with products
+    run.
+    """
     spans = [(i.target, i.address) for i in instructions if i.name.split(".")[0] == "BRA" and i.target is not None]
     spans = [(first, last) for first, last in spans if first < last]
 
@@ -184,7 +186,7 @@ def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
     found = body(outer)
     for first, last in sorted(inner):
         if first < at:
-            continue  # within the previous loop
+            continue  # the loop lies within the previous loop
         order += [i for i in found if at <= i.address < first] + body((first, last)) * trips
         at = last + 1
     return Loop(order + [i for i in found if i.address >= at])

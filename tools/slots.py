@@ -1,7 +1,7 @@
-"""Lists the hot loops of the CUDA kernels, and what each issues, per tile or per weight, on each architecture.
+"""Lists the hot loops of the CUDA kernels, and counts the instructions of each loop, per tile or per weight.
 
-``HOT`` names the loops. cuda_check.py measures them in the compiled code and compares with docs/slots.tsv;
-cuda_model.py computes the time of the kernels from this table.
+``HOT`` names the loops. cuda_check.py measures the loops in the compiled code and compares the counts with
+docs/slots.tsv; cuda_model.py computes the time of the kernels from docs/slots.tsv.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs/slots.tsv"
-# Limits of a multiprocessor: threads, kilobytes of shared memory, blocks. Each has 65,536 registers; a block takes 1 KB
-# of shared memory more than it asks for.
+# By architecture, the limits of a multiprocessor: threads, kilobytes of shared memory, blocks. Each multiprocessor has
+# 65,536 registers. A block takes 1 KB of shared memory more than the kernel declares.
 ARCHS = {
     "80": (2048, 164, 32), "86": (1536, 100, 16), "89": (1536, 100, 24), "90": (2048, 228, 32), "100": (2048, 228, 32),
     "120": (1536, 100, 24),
@@ -107,7 +107,7 @@ HOT = (
     _expand("Y0, mixed batch, bf16 adapters", 1, "kGrouped", terms=1),
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
-    # An iteration is one of the layers with one input.
+    # An iteration computes one of the layers that share an input.
     Hot("dX0 of a layer among several", "expand_bf16_cuda", "expand_sum_kernel<bf16, 2>"),
     # Counted per weight: an iteration is four slabs of 16 x 64, 128 weights of each lane.
     Hot("NF4, T <= 8", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),
@@ -119,7 +119,7 @@ HOT = (
 
 
 def enumerators() -> dict[str, list[str]]:
-    """Returns the names of the values of the kernels' enums; compilers print their numbers."""
+    """Returns the names of the values of each enum of the kernels. Demangled names have the numbers of the values."""
     found = {}
     for path in sorted((ROOT / "csrc").rglob("*.cuh")):
         for name, values in re.findall(r"enum class (\w+)(?: : \w+)? \{([^}]*)\}", path.read_text()):
@@ -149,7 +149,7 @@ def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dic
 
 
 def table(rows: Iterable[dict[str, str]]) -> str:
-    """Sorts rows in the order of HOT and of the architectures."""
+    """Returns the text of the table, with the rows in the order of HOT and of the architectures."""
     order = [hot.name for hot in HOT]
     found = sorted(rows, key=lambda row: (order.index(row["loop"]), int(row["arch"])))
     lines = ["\t".join(COLUMNS), *("\t".join(row[name] for name in COLUMNS) for row in found)]

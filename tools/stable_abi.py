@@ -1,6 +1,6 @@
 """Checks that a native library needs only symbols that the oldest supported torch has.
 
-Uses the standard library alone.
+The module imports the standard library alone.
 
 Torch's shim headers say from which version on a function exists: ``#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_12_0``.
 """
@@ -63,7 +63,7 @@ def defined_symbols(path: Path) -> set[str]:
 
 
 def violations(symbols: list[str], include: Path) -> list[str]:
-    """Returns a line for each symbol outside of the stable ABI of ``TARGET``; an empty result is good."""
+    """Returns a line for each symbol outside of the stable ABI of the torch version ``TARGET``."""
     since: dict[str, tuple[int, int]] = {}
     for header in (path for pattern in _SHIMS for path in sorted((include / "torch/csrc").glob(pattern))):
         for name, version in declared_since(header.read_text()).items():

@@ -1,11 +1,11 @@
 """Repeats tests while another test run keeps the machine busy, and counts failures. Needs pytest-repeat.
 
-    python tools/steady.py                                         the tests of SHORT 50 times, those of LONG 5 times
-    python tools/steady.py --times 200 tests/files/test_files.py   these tests alone, by pytest's names for them
+    python tools/steady.py                                         runs the tests of SHORT 50 times, of LONG 5 times
+    python tools/steady.py --times 200 tests/files/test_files.py   runs the tests with these pytest names alone
 
 A test that looks at memory, time, processes, ports, signals or a terminal may pass on an idle machine and fail on a
-busy one. Each such test belongs in the list below. The program fails if a test fails, or if a process ends abnormally
-or does not end.
+busy one; a test of this kind belongs in SHORT or LONG. The program fails if a test fails, or if a process ends
+abnormally or does not end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 
-# Tests that take some seconds; many repetitions run in one process and share its imports.
+# Tests that take some seconds. Many repetitions run in one process, so that the process imports the packages once.
 SHORT = (
     "tests/ops/test_determinism.py::test_steps_of_every_operator_leave_nothing_behind",
     "tests/ops/test_determinism.py::test_steps_of_a_training_leave_nothing_behind",
@@ -70,7 +70,7 @@ LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole fi
 
 @contextlib.contextmanager
 def load(runs: int) -> Iterator[None]:
-    """Keeps ``count`` test runs going beside the block, and starts each again when it ends."""
+    """Keeps ``runs`` test runs going beside the block. A test run that ends is started again."""
     again = 'while :; do "$0" -m pytest -q -p no:cacheprovider "$@"; done'
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     beside = [
@@ -89,7 +89,7 @@ def load(runs: int) -> Iterator[None]:
 
 
 class Outcomes:
-    """Returns for each test how often it passed and failed and its longest time; skipped tests are left out."""
+    """Counts how often each test passed and failed, and notes each test's longest time. Skipped tests are left out."""
 
     def __init__(self) -> None:
         self.passed: dict[str, int] = defaultdict(int)
@@ -101,7 +101,7 @@ class Outcomes:
             kinds = {child.tag for child in case}
             if "skipped" in kinds:
                 continue
-            # Names without parameters: they are pytest-repeat's number, and a test's own parameters would make
+            # The name leaves out the parameters: one is pytest-repeat's number, and a test's own parameters would make
             # thousands of rows.
             name = f"{case.get('classname')}.{case.get('name')}".partition("[")[0]
             self.longest[name] = max(self.longest[name], float(case.get("time", 0)))
@@ -117,8 +117,8 @@ class Outcomes:
 
 
 def run(tests: list[str], count: int, seconds: float, outcomes: Outcomes) -> str:
-    """Runs each test ``count`` times in one process. Returns what went wrong besides failures, or nothing, and the
-    output if any.
+    """Runs each test ``count`` times in one process. Returns "" if pytest ended normally, also with failed tests, and
+    otherwise how the process ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")

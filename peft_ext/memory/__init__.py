@@ -1,4 +1,4 @@
-"""Memory of one training step, from a trace of that step with tensors that have no data.
+"""Estimates the memory of one training step from a trace of the step with tensors that have no data.
 
     total = max over time of Σ bytes of the tensors alive:
             weights + quantization + adapters + optimizer          during the whole step
@@ -7,11 +7,11 @@
           + temporary                                              inside an operator, a layer or a loss
 
 The model is copied without its data, adapted by PEFT, quantized and put on the fused operators. Then forward and
-backward run under PyTorch's FakeTensorMode: shapes, dtypes, views and autograd are those of the real step, for every
-operator of PyTorch, PEFT, transformers and this package, but no tensor has data. A dispatch mode notes when each
-storage is made and when it is freed. The trace therefore shows the tensors that a layer saves for its backward, the
-tensors that checkpointing drops and computes again, shared tensors, and the moment of the peak, for any architecture
-and any PEFT method. The optimizer's states and temporary tensors are added from a table of sizes.
+backward run under PyTorch's FakeTensorMode: shapes, dtypes, views and autograd are those of the real step, but tensors
+have no data. A dispatch mode notes when each storage is made and when the storage is freed. The trace therefore shows
+the tensors that a layer saves for its backward, the tensors that checkpointing drops and computes again, shared
+tensors, and the moment of the peak. A model whose forward depends on the values of tensors cannot be traced. The
+optimizer's states and temporary tensors are added from a table of sizes.
 """
 
 from .adapt import adapt_on_meta

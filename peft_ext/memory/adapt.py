@@ -1,4 +1,4 @@
-"""Prepares the model of a trace: adapts it by PEFT on the meta device, checkpoints it, puts it on fused operators."""
+"""Prepares a model for a trace: adds an adapter on the meta device, turns checkpointing on, and fuses layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .stand_ins import Dequantized
 def adapt_on_meta(
     model: nn.Module, config: Any, method: Optional[str], task_type: Optional[str], wants_checkpointing: bool
 ) -> nn.Module:
-    """Returns the model with the adapter of ``config``, or of the method's own configuration, on the meta device."""
+    """Returns the model with the adapter of ``config``, or of the method's own configuration, on the meta device.
+
+    Without a config, method "full" makes all parameters trainable, and method None changes nothing.
+    """
     if config is None and method in (None, "full"):
         return model.requires_grad_(True) if method else model
     import peft
@@ -39,7 +42,7 @@ def adapt_on_meta(
     config = copy.deepcopy(config)
     config.inference_mode = False
     if isinstance(getattr(config, "init_lora_weights", None), str):
-        config.init_lora_weights = True  # the usual initialization, whose tensors have the same shapes
+        config.init_lora_weights = True  # PEFT's default initialization gives tensors of the same shapes
     if hasattr(config, "prompt_tuning_init"):
         config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
     register_layers(config, model)
@@ -61,11 +64,14 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
 
 
 def set_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Turns checkpointing on if it is wanted or already on, without saving the generator's state: a trace has none."""
+    """Turns checkpointing on if ``wanted`` or if the model has checkpointing on already.
+
+    The checkpoints do not save the state of the random generator, because a trace draws no random numbers.
+    """
     if not wanted and not is_checkpointing(model):
         return
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-    for what in ("activation", "gradient"):  # transformers' new name and its old name
+    for what in ("activation", "gradient"):  # prefixes of the method's name in new and in old transformers
         enable = getattr(model, f"{what}_checkpointing_enable", None)
         if enable is not None:
             enable(**{f"{what}_checkpointing_kwargs": kwargs})

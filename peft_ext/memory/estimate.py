@@ -20,7 +20,7 @@ from .trace import VALUES_WANTED, Step
 METHODS = ("full", *methods.METHODS)
 QUANTIZATIONS = ("nf4", "int8")
 
-_MOST_TOKENS = 2**40  # above this, the byte count of a tensor would not fit in 64 bits
+_MOST_TOKENS = 2**40  # with more tokens than this, the byte count of a tensor may not fit in 64 bits
 
 
 def estimate_memory(
@@ -48,33 +48,35 @@ def estimate_memory(
     The step is traced, see :mod:`peft_ext.memory`, in a second or two for 7 billion parameters, without a GPU. A trace
     does not see the scratch memory of PyTorch's operators: a few MB a thread on the CPU, the workspace of cuBLAS on
     CUDA. The estimate assumes that attention saves q, k, v, its output and the log-sum-exp, as PyTorch's CPU kernel
-    and both of its CUDA kernels do. It counts the dequantized weights of this package's operators.
+    and its flash and memory-efficient CUDA kernels do. The estimate counts the weights that peft_ext's operators
+    dequantize.
 
     Args:
-        model: a model of transformers, a PeftModel over one, or any module (then with ``inputs``), on any device, the
-            meta device included; or a transformers configuration, from which a model is built on the meta device. The
-            model is not changed, and its data is not read.
-        config: a PEFT configuration to adapt the model with, or one of the ``METHODS``, as in ``method``; None: the
-            parameters that require a gradient are trained.
+        model: a model of transformers, a PeftModel over a model of transformers, or any module (then with ``inputs``),
+            on any device, the meta device included; or a transformers configuration, from which a model is built on
+            the meta device. The model is not changed, and its data is not read.
+        config: a PEFT configuration to adapt the model with, or one of the ``METHODS``, as in ``method``. With config
+            None and method None, the parameters that require a gradient are trained.
         method: one of :data:`peft_ext.methods.METHODS`, as the table has it: "lora", "rslora", "dora" (r 16, all linear
             layers), "qlora" ("lora" over NF4), "adalora" (init_r 12), "ia3" (PEFT's layers), "prefix", "prompt" (20
             virtual tokens), "bitfit" (every bias), "bottleneck" (after attention and feed-forward), "diff-pruning" (all
             linear layers, before it prunes), "partial" (the last two layers); or "full".
-        batch_size, sequence_length: size of the inputs; the number of tokens is their product.
-        dtype: dtype of the frozen weights; default: the model's own, or the configuration's.
+        batch_size, sequence_length: size of the inputs, which have batch_size · sequence_length tokens.
+        dtype: dtype of the base model's floating-point parameters; default: the model's own, or the configuration's.
+            An adapter that ``model`` has already keeps its dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None.
-        gradient_checkpointing: a layer saves its input alone and is computed again in the backward. A model whose
-            checkpointing is on already keeps it on.
+        gradient_checkpointing: True: each layer that transformers can checkpoint saves its input alone, and the
+            backward computes the layer again. False: a model whose checkpointing is on keeps checkpointing.
         quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "int8": as
             bitsandbytes' Linear8bitLt. Heads stay dense.
-        accelerated: the model runs as :func:`peft_ext.accelerate` leaves it; False: on PEFT's own layers, and a
-            quantized base on bitsandbytes' Linear4bit, which dequantizes a weight on each use.
+        accelerated: True: the step runs the layers that :func:`peft_ext.accelerate` makes. False: the step runs PEFT's
+            own layers, over bitsandbytes' Linear4bit for an NF4 base, which dequantizes a weight on each use.
         autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``.
         padding: the sequences have unequal lengths, so that attention takes a mask; False: no mask.
         device: device of the step, "cuda" or "cpu"; default: the model's device, "cuda" for a model on the meta device.
         task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's
-            task, or the one of the configuration's ``architectures``, or language modelling.
+            task, or the task of the first class in the configuration's ``architectures``, or language modelling.
         inputs: keyword arguments of the model's forward, instead of batch_size and sequence_length; only shapes and
             dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of an output without one.
 

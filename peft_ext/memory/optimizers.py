@@ -1,4 +1,4 @@
-"""Sizes of the optimizers' states."""
+"""Bytes of the optimizers' states and of their temporary tensors."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from torch import Tensor
 
 
 def _plain(states: int) -> Callable[[Tensor], list[int]]:
-    """Returns the sizes of torch.optim's states: each state has the parameter's shape and dtype."""
+    """Returns a function that gives the bytes of a parameter's states in torch.optim.
+
+    Each state has the parameter's shape and dtype.
+    """
     return lambda p: [p.numel() * p.element_size()] * states
 
 
 def _wide(states: int) -> Callable[[Tensor], list[int]]:
-    """Returns the sizes of float32 states of the parameter's shape."""
+    """Returns a function that gives the bytes of a parameter's states, each float32 and of the parameter's shape."""
     return lambda p: [4 * p.numel()] * states
 
 
 def _eight_bit(states: int) -> Callable[[Tensor], list[int]]:
-    """Returns the sizes of bitsandbytes' 8-bit states: a byte an element and a float32 for each 256 elements.
+    """Returns a function that gives the bytes of a parameter's 8-bit states in bitsandbytes.
 
-    The states of a parameter with fewer than 4096 elements are float32.
+    A state has one byte for each element and one float32 for each 256 elements. The states of a parameter with fewer
+    than 4096 elements are float32.
     """
     return lambda p: [p.numel() + 4 * -(-p.numel() // 256) if p.numel() >= 4096 else 4 * p.numel()] * states
 
@@ -32,7 +36,8 @@ def _adafactor(p: Tensor) -> list[int]:
 
 
 # By an optimizer's name: the function that returns the bytes of each state of one parameter, and the number of
-# temporary copies of all gradients in a step on CUDA, where torch.optim updates all parameters at once.
+# temporary copies of all gradients in a step on CUDA, where torch.optim updates all parameters at once. On a CPU, a
+# number above 0 means two copies of the largest gradient.
 OPTIMIZERS: dict[str, tuple[Callable[[Tensor], list[int]], int]] = {
     "adamw": (_plain(2), 1),
     "adam": (_plain(2), 1),

@@ -26,7 +26,7 @@ class MemoryEstimate:
         adapters: trainable parameters of a partly frozen model, and adapters that are not active.
         gradients: gradients of all trainable parameters.
         optimizer: the optimizer's states, and AdaLoRA's importance scores.
-        activations: tensors that the forward saves for the backward, without the logits.
+        activations: the inputs, and the tensors other than logits that the forward saves for the backward.
         logits: logits, their float32 copies and their gradients, between the language model's head and the loss.
         temporary: tensors that live only within a layer, an operator or the optimizer's step.
         total: sum of the bytes at the peak.
@@ -78,11 +78,15 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Profile:
-    """Bytes by kind in each phase of a step: ``peaks`` at the phase's peak, ``most`` the maximum of each kind.
+    """Bytes by kind in each phase of a training step.
 
-    The phases are the forward; the backward of the head and of the last layer of a stack, of the layers between, of the
-    first layer, and of the modules before the stack; and the optimizer's step. In every phase but that of the layers
-    between, the peak grows linearly with the number of equal layers. The maximum over all phases does not.
+    ``peaks`` has, for each phase, the bytes of each kind at the moment when their sum is largest. ``most`` has, for
+    each phase, the largest bytes of each kind at any moment.
+
+    The phases are: the forward; the backward of the head and of the last layer of a stack; the backward of the layers
+    between the last and the first layer; the backward of the first layer; the backward of the modules before the stack;
+    and the optimizer's step. The peak of a phase grows linearly with the number of equal layers, except in the phase of
+    the layers between the last and the first. The maximum over all phases does not grow linearly.
     """
 
     peaks: dict[str, dict[str, int]]
@@ -101,7 +105,8 @@ class Profile:
     def extrapolate(self, other: Profile, steps: float) -> Profile:
         """Returns ``self + steps · (other - self)``: the profile of a model with more layers, from two with few layers.
 
-        The phase of the layers between may be missing: its peak is at most the larger peak of the first and last layer.
+        A phase that one of the two profiles lacks is left out. Only the phase of the layers between the last and the
+        first layer may be missing: the peak of this phase is at most the larger peak of the first and the last layer.
         """
 
         shared = [name for name in self.peaks if name in other.peaks]

@@ -1,11 +1,11 @@
-"""Models without their data.
+"""Builds, copies and quantizes models whose tensors have no data.
 
-    meta      a tensor on the meta device, with which a model is built, copied and adapted
-    stand-in  one element expanded to the shape of a tensor: a plain CPU tensor, with which a model is quantized and
-              accelerated
+    meta      a tensor on the meta device: a model is built, copied and adapted with meta tensors
+    stand-in  a plain CPU tensor, one element expanded to the shape of a tensor: a model is quantized and accelerated
+              with stand-ins
 
-A model is built from a transformers configuration, or copied, with no tensor larger than one element. bitsandbytes'
-layers, and the layers that are to be quantized, become layers whose packed weights and scales are such tensors.
+No tensor takes more memory than one element. bitsandbytes' layers, and the layers that are to be quantized, become
+layers whose packed weights and scales are stand-ins or meta tensors.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def stand_in(t: Tensor) -> Tensor:
 
 
 def fake(t: Tensor) -> Tensor:
-    """Returns a tensor like ``t``, which under FakeTensorMode is a fake tensor."""
+    """Returns a CPU tensor of ``t``'s shape and dtype, without its values. Under FakeTensorMode the result is fake."""
     return torch.empty(t.shape, dtype=t.dtype)
 
 
@@ -69,13 +69,16 @@ def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
-    """Returns a copy on the meta device. bitsandbytes' layers become layers that hold and compute as much."""
+    """Returns a copy of the model on the meta device.
+
+    The copy has an NF4Linear or a Dequantized, with tensors of the same sizes, for each linear layer of bitsandbytes.
+    """
     partly = any(not p.requires_grad for p in model.parameters())
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         memo[id(t)] = _like(t, _meta)
         if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
-            if not (partly and t.requires_grad):  # an adapter keeps its dtype
+            if not (partly and t.requires_grad):  # the parameters of an adapter keep their dtypes
                 memo[id(t)].data = memo[id(t)].data.to(dtype)
     for module in model.modules():
         if (other := _of_bitsandbytes(module, accelerated)) is not None:
@@ -90,8 +93,8 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
 
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Replaces every parameter and buffer by ``make(tensor)``; modules that shared a tensor share the new one."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the old tensor alive, so that no other gets its id
+    """Replaces every parameter and buffer by ``make(tensor)``; modules that shared a tensor share the new tensor."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensor stays alive, so that no new tensor gets the same id
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, t in held.items():
@@ -102,9 +105,9 @@ def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 class Dequantized(nn.Module):
-    """Stands for bitsandbytes' linear layers: a frozen layer that dequantizes its whole weight on each use.
+    """Stands for a linear layer of bitsandbytes: a frozen layer that dequantizes its whole weight on each use.
 
-    Each read of ``weight`` makes a dense weight, as PEFT does when it dequantizes a layer.
+    Each read of ``weight`` makes a dense weight, as PEFT does when PEFT dequantizes a layer.
     """
 
     def __init__(self, held: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, bias: Any) -> None:
@@ -145,7 +148,7 @@ class _DequantizedLinear(torch.autograd.Function):
 def _quantized(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
 ) -> nn.Module:
-    """Returns a quantized linear layer of stand-ins: this package's if ``fused``, else one like bitsandbytes'."""
+    """Returns a quantized linear layer of stand-ins: an NF4Linear for NF4 if ``fused``, otherwise a Dequantized."""
     if kind == "int8":
         held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
         return Dequantized(held, shape, dtype, bias)
@@ -178,7 +181,7 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)
         module = _quantized(kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, fused)
-        if first is not None:  # layers of one weight
+        if first is not None:  # layers that shared one weight share the quantized tensors
             if isinstance(module, NF4Linear):
                 module.weight = first.weight
             module._buffers.update(first._buffers)

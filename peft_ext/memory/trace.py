@@ -14,14 +14,14 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (  # noqa: PLC2701  PyTorch has no public names for these
+from torch._subclasses.fake_tensor import (  # noqa: PLC2701  PyTorch has no public names for fake tensors
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  as above
-from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  as above
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  PyTorch has no public name for this class
+from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  PyTorch has no public pytree functions
 
 from ..integrations.adapter_layers.reasons import accepting
 from ..nn import NF4Experts, NF4Linear
@@ -34,13 +34,13 @@ from .workspace import LOSS, workspace_bytes
 
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 
-# Errors of a forward under FakeTensorMode that depends on the values of its tensors.
+# Errors that a forward raises under FakeTensorMode if the forward depends on the values of tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass
 class _Storage:
-    """Size and kind of a storage, and when it was made and freed on the trace's clock."""
+    """Bytes and kind of a storage, and the times on the trace's clock at which the storage was made and freed."""
 
     size: int
     kind: str
@@ -76,7 +76,7 @@ class _Storages(TorchDispatchMode):
         return self.all[-1]
 
     def note(self, t: Tensor, kind: Optional[str] = None) -> _Storage:
-        """Returns the note of the storage of ``t``; sets its kind if ``kind`` is given."""
+        """Returns the record of the storage of ``t``; sets the record's kind if ``kind`` is given."""
         storage = t.untyped_storage()
         found = self._of.get(storage)
         if found is None:
@@ -90,7 +90,7 @@ class _Storages(TorchDispatchMode):
         storage.died = self.clock
 
     def mark(self) -> int:
-        """Returns the next tick of the clock, at which everything made before is alive."""
+        """Advances the clock by one tick and returns the new time."""
         self.clock += 1
         return self.clock
 
@@ -134,7 +134,7 @@ class Step:
     def run(
         self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
     ) -> None:
-        # A tensor that is neither parameter nor buffer is not fake, such as the token numbers of PEFT's prompt methods.
+        # Tensors that are neither parameters nor buffers are not fake: for example the token ids of PEFT's prompts.
         with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), accepting(FakeTensor):
             replace_tensors(self.model, fake)
             if inputs is None:
@@ -163,12 +163,15 @@ class Step:
                     self.storages.add(size, "optimizer")
 
     def _adapters(self) -> set[int]:
-        """Returns the ids of the adapters' parameters: trainable ones of a partly frozen model, and inactive ones."""
+        """Returns the ids of the trainable parameters and of the parameters of all adapters, active or not.
+
+        Returns no ids if all parameters of the model are trainable.
+        """
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         if len(trained) == sum(1 for _ in self.model.parameters()):
             return set()
         for module in self.model.modules():
-            for name in getattr(type(module), "adapter_layer_names", ()):  # also "token_adapter.trainable_tokens_delta"
+            for name in getattr(type(module), "adapter_layer_names", ()):  # a name may have dots
                 trained |= {id(p) for p in operator.attrgetter(name)(module).parameters()}
         return trained
 
@@ -227,7 +230,7 @@ class Step:
 
     def profile(self) -> Profile:
         storages, end = self.storages.all, self.storages.mark()
-        for s in storages:  # storages of the forward that were freed before the backward
+        for s in storages:  # a storage that the forward made and freed is temporary
             if s.kind == "activations" and s.died is not None and s.died <= self.forward_end:
                 s.kind = "temporary"
         begins = [*self.begins, (end + 1, "")]
@@ -292,7 +295,7 @@ def _loss(out: Any) -> Tensor:
 
 
 def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
-    """Returns token numbers, and labels of the form that the model's head takes."""
+    """Returns token ids, and labels of the shape and dtype that the model's head takes."""
     base = base_model(model)
     accepted = inspect.signature(base.forward).parameters
     if "input_ids" not in accepted:
@@ -312,7 +315,7 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
-            if base.config.pad_token_id is None:  # the model is a copy, and any number will do
+            if base.config.pad_token_id is None:  # the model is a copy, and any token id serves
                 base.config.pad_token_id = 0
     elif "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = numbers(*tokens)

@@ -1,6 +1,7 @@
 """Upper bound of the scratch memory that operators allocate in addition to their outputs, which a trace does not see.
 
-A few MB a thread are not counted, nor are partial sums of an adapter's gradients outside a loss.
+The bound leaves out a few MB a thread. Partial sums of an adapter's gradients are counted in a loss and, on CUDA, in
+experts alone.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ _SIBLINGS = (torch.ops.peft_ext.lora_linears.default, torch.ops.peft_ext.lora_li
 _EXPERTS = (torch.ops.peft_ext.lora_experts.default, torch.ops.peft_ext.lora_experts_backward.default)
 
 # Constants of the CPU kernels.
-_WIDE_PANEL = 1024  # rows of W that are widened to float32 together
+_WIDE_PANEL = 1024  # number of rows of W that are widened to float32 together
 _RANK_STEP = 16  # ranks are padded to a multiple of this number
-_SUMMED_TOKENS = 64  # tokens, at least, whose part of an adapter's gradient is summed together
-_MOST_PARTS = 32  # such parts, at most
-_MOST_SUMS = 2**22  # float32 elements of all sums that exist at once, at most
+_SUMMED_TOKENS = 64  # least number of tokens in a part; a partial sum of an adapter's gradient is over one part
+_MOST_PARTS = 32  # largest number of parts into which the tokens are divided
+_MOST_SUMS = 2**22  # largest number of float32 elements in all partial sums that exist at once
 
 
 def workspace_bytes(func: Any, args: Any, device: str) -> int:
-    """Returns the scratch bytes of one call of an operator of this package.
+    """Returns the scratch bytes of one call of an operator of peft_ext.
 
-    The scratch of a linear layer is that of its product, see :func:`_of_product`; the backward of a layer that scales
-    its output or its input also has the scaled gradient. The functions below compute the scratch of a loss, of siblings
-    and of experts.
+    The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
+    that scales its output or its input, the scratch also has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`
+    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     if func is LOSS:
@@ -46,7 +47,7 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        if not (feedforward and device == "cpu" and by.element_size() == 2):  # counted in the product already
+        if not (feedforward and device == "cpu" and by.element_size() == 2):  # else _of_product counts it
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size
 
@@ -55,34 +56,35 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     """Returns the scratch bytes of the product ``[rows, K] Wᵀ``, or of ``[rows, N] W`` in the backward.
 
     On CUDA, and on the CPU in float32, the scratch is an NF4 weight dequantized to the activations' dtype. On the CPU
-    in 16 bits the scratch is the activations packed into strips where the package's own tiles multiply, which read the
-    weight in place; otherwise the scratch is activations, product and a panel of the weight in float32.
+    in bfloat16, where peft_ext's tiles multiply, the scratch is the activations packed into strips. On the CPU in 16
+    bits, where PyTorch multiplies, the scratch is an NF4 weight decoded to 16 bits, or copies of a product whose input
+    or output is scaled, or nothing. Otherwise the scratch is activations, product and a panel of the weight in float32.
     """
     out_features, in_features = given["shape"]
     drops = bool(given.get("drop_base")) and given.get("seed") is not None
     is_nf4, panel_rows = given.get("absmax") is not None, min(_WIDE_PANEL, out_features)
     if device != "cpu" or dtype.itemsize != 2:
         size = out_features * in_features * dtype.itemsize if is_nf4 else 0
-        if device == "cpu" and drops:  # the dropped x or the scaled dY; the sum added to the product; W's columns
+        if device == "cpu" and drops:  # float32: the dropped x or scaled dY, the sum added to the product, a panel of W
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
         return size
     products = 2 if drops else 1
     if STATE.isa in TILE_PATHS and dtype is torch.bfloat16:
         if is_nf4 or given["weight"].is_contiguous():
             return products * 2 * rows * (out_features if backward else in_features)
-        # PyTorch's product, in 16 bits and then in float32
+        # PyTorch multiplies. A scaled product exists in 16 bits and in float32.
         return products * 6 * rows * (in_features if backward else out_features) if _scales(given) else 0
-    # PyTorch's own product, which is added to the other terms.
+    # PyTorch multiplies in 16 bits, and the other terms are added to its product.
     if STATE.isa == "scalar" and products == 1 and not _scales(given):
         return out_features * in_features * 2 if is_nf4 else 0
-    panel = panel_rows * in_features  # of W, widened; of NF4 decoded to 16 bits first
+    panel = panel_rows * in_features  # elements of a panel of W in float32; NF4 is first decoded to 16 bits
     size = products * 4 * (rows * (out_features + in_features) + panel) + (2 * panel if is_nf4 else 0)
-    # The columns of the gradient that belong to a panel, copied where a panel is not the whole weight.
+    # If W has more rows than one panel, the backward copies the gradient's columns that belong to a panel.
     return size + (4 * rows * panel_rows if backward and out_features > _WIDE_PANEL else 0)
 
 
 def _scales(given: dict[str, Any]) -> bool:
-    """Returns whether a call's input or output is scaled."""
+    """Returns whether the call scales its input or its output by a vector."""
     return given.get("ia3_l") is not None or given.get("out_scale") is not None
 
 
@@ -91,7 +93,7 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
 
     With an adapter on the head there are two copies of the logits, the float32 sums of the adapter's gradients over all
     chunks, a chunk's part of these sums, and on the CPU lora_B in float32 and the partial sums of a chunk's part. A
-    product of this package allocates its result while the logits of the chunk before are still alive.
+    product by peft_ext's kernel allocates its result while the logits of the chunk before are still alive.
     """
     hidden, (vocab, features) = given["hidden"], given["shape"]
     dtype, tokens = hidden.dtype, given["labels"].numel()
@@ -102,13 +104,13 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     forward = backward = 0
     if not in_place:
         forward, backward = (_of_product(given, dtype, rows, device, back) for back in (False, True))
-        backward += 2 * rows * features * dtype.itemsize  # dX, and as much again for an X that is not given
+        backward += 2 * rows * features * dtype.itemsize  # dX, and an empty tensor of the same size instead of X
     elif device == "cpu" and _packs_weight(dtype):
         forward = vocab * features * dtype.itemsize
     if given["lora_A"] is None:
         return logits + max(forward + (logits if several and not in_place else 0), backward)
     held, adds, partial = _of_low_rank(given, rows, several, device)
-    base = logits if in_place else 0  # every chunk's product is written into this tensor
+    base = logits if in_place else 0  # bytes of the tensor into which every chunk's product is written
     product = (base or logits) + forward + (logits if several else 0)
     return held + max(product, 2 * logits + adds, base + logits + max(backward, partial))
 
@@ -118,7 +120,7 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 
     Measured on 512 x 1024 @ 1024 x 50000: on a CPU with AVX-512 and without bfloat16 instructions, oneDNN's bfloat16
     product (``gemm:jit``) packs the weight, in the forward only. oneDNN's kernel with bfloat16 instructions packs one
-    block a thread. A CPU without AVX-512 multiplies in a plain loop. A float16 product is one of the latter two.
+    block a thread. A CPU without AVX-512 multiplies in a plain loop. A float16 product never packs the whole weight.
     """
     return dtype is torch.bfloat16 and not _cpu.multiplies(dtype) and bool(_cpu.capabilities().get("avx512_f"))
 
@@ -126,15 +128,16 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -> tuple[int, int, int]:
     """Returns three scratch sizes of a loss with an adapter on the head.
 
-    The first is held during the whole call, for the adapter's gradients. The second is added while the low-rank term is
-    added to a chunk's logits, the third while a chunk's part of the gradients is computed.
+    The first size is held during the whole call, for the adapter's gradients. The second size is needed while the
+    low-rank term is added to a chunk's logits. The third size is needed while a chunk's part of the gradients is
+    computed.
     """
     lora_A, lora_B, hidden = given["lora_A"], given["lora_B"], given["hidden"]
     part = lora_A.numel() * lora_A.element_size() + lora_B.numel() * lora_B.element_size()
     low = rows * hidden.shape[-1] * hidden.element_size() if given["needs_grad_hidden"] else 0
     if not (low or given["needs_grad_adapter"]):
         held = part = 0
-    else:  # the part of the chunk before is alive while the next part is made
+    else:  # while a chunk's part of the gradients is computed, the part of the chunk before is still alive
         held = 4 * (lora_A.numel() + lora_B.numel()) * given["needs_grad_adapter"] + several * (part + low)
     if device != "cpu":
         return held, 0, part + low
@@ -165,8 +168,8 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
 def _of_siblings(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of siblings, which are layers of one input.
 
-    On the CPU's tiles the scratch is x packed once, or the gradients of all layers packed; elsewhere the scratch is
-    that of the largest layer.
+    On the CPU in bfloat16, where peft_ext's tiles multiply, the scratch is x packed once in the forward, and the packed
+    gradients of all layers in the backward. Elsewhere the scratch is that of the largest layer.
     """
     x, sizes = given["x"], given["sizes"]
     packed = [grad for grad in given.get("grads", [x]) if grad is not None]

@@ -1,11 +1,12 @@
-"""Merges an adapter into its base: a dense transformers model on disk, which needs neither PEFT nor this package.
+"""Merges an adapter into its base: writes a dense transformers model, which needs neither PEFT nor peft_ext.
 
     W' = merge(W, adapter)          W, W' [N, K]; an NF4 W is dequantized; merge: the method's own, in float32
 
-The base's files are memory-mapped. One module at a time is widened to float32, merged by its layer's own ``merge``
-(PEFT's, or that of :mod:`peft_ext.tuners`), rounded once to the output's dtype, and written; no other module is in
-memory. There are two exceptions: a base that is used in another dtype than its files have is wholly in memory, and an
-embedding and a head that are tied, where the adapter changes one of them, are in memory until both are written.
+One module at a time is widened to float32, merged by its layer's own ``merge`` (PEFT's, or that of
+:mod:`peft_ext.tuners`), rounded once to the output's dtype, and written. The files of a base on disk are memory-mapped,
+so that the other modules take no memory, with three exceptions. A base that is used in another dtype than its files
+have is wholly in memory. A tied embedding and head, of which the adapter changes one, are in memory until both are
+written. Modules whose tensors transformers joins when it saves a model are in memory together.
 """
 
 from .dense import DTYPES, MergeReport, merge_to_dense

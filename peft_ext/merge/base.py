@@ -33,7 +33,10 @@ _Read = Callable[[], Tensor]
 
 @dataclass
 class Base:
-    """A model of dense modules. ``dense``: by a parameter's id, the function that reads the weight it stands for."""
+    """A model of dense modules.
+
+    ``dense``: by a parameter's id, the function that reads the weight that the parameter stands for.
+    """
 
     model: PreTrainedModel
     dense: dict[int, _Read]
@@ -44,7 +47,7 @@ class Base:
     absent: tuple[str, ...] = ()  # names of parameters that are missing in the base's files
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor on the CPU; returns an NF4 weight dequantized to float32."""
+        """Returns the tensor on the CPU. If the tensor stands for an NF4 weight, returns this weight in float32."""
         made = self.dense.get(id(tensor))
         if made is not None:
             return made()
@@ -98,7 +101,7 @@ def _from_memory(model: PreTrainedModel) -> Base:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         fail(f"the {type(model).__name__} has weights on the meta device, wanted them loaded and not offloaded")
-    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # new modules, the caller's tensors
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # copies modules, but no tensors
     where = Path(model.name_or_path) if model.name_or_path else None
     folder = where if where is not None and where.is_dir() else None
     return Base(shared, {}, model.name_or_path or type(model).__name__, folder)
@@ -149,7 +152,7 @@ def _stand_in(base: Base) -> int:
 
 
 def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
-    """Returns a parameter whose elements share one memory cell; PEFT sees a dense CPU weight of this shape."""
+    """Returns a parameter of this shape whose elements share one element of memory; PEFT sees a dense CPU weight."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
 
@@ -158,7 +161,7 @@ def _stand_in_of_experts(base: Base, experts: NF4Experts) -> None:
     held = {name: experts.nf4(name) for name in experts.nf4_shapes}
     for name, nf4 in held.items():
         experts.set_nf4(name, nf4.to("meta"))
-    dense_experts(experts)  # on the meta device: shapes and dtypes alone
+    dense_experts(experts)  # all tensors are on the meta device, so no data is dequantized
     transposed = is_stored_transposed(experts)
     for name, nf4 in held.items():
         shape = experts._parameters[name].shape
@@ -172,7 +175,7 @@ def _stand_in_of_experts(base: Base, experts: NF4Experts) -> None:
 
 
 def _reverses(conversion: Any) -> bool:
-    """Returns whether transformers can undo a conversion; it can't undo those that join a quantizer's tensors."""
+    """Returns whether transformers can undo a conversion, unlike a conversion that joins a quantizer's tensors."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):
@@ -198,7 +201,7 @@ def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
 
             def read(parameter: Tensor = parameter, transposed: bool = transposed) -> Tensor:
                 dense = torch.empty(parameter.shape, dtype=torch.float32)
-                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # each is quantized as [N, K]
+                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # NF4 blocks run along K
                     if transposed:
                         expert, into = expert.T, into.T
                     into.copy_(through_nf4(expert.contiguous()))

@@ -34,10 +34,10 @@ with required("transformers", "peft_ext.merge_to_dense"):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
-# Initializations that change the base's weights: the adapter belongs to a changed base, which is in no file.
+# Initializations that change the base's weights. The adapter belongs to the changed base, which PEFT does not save.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
-# Methods whose layers share one bank of tensors: a merge of one module at a time can't read the bank.
+# Methods whose layers share one bank of tensors. A merge of one module at a time can't read the bank.
 _SHARED = ("VBLORA", "UNILORA", "TINYLORA")
 
 
@@ -57,8 +57,8 @@ class MergeReport:
         dtype: dtype of the output, or None where each tensor kept its own dtype.
         merged: number of modules that the adapter changed.
         tensors, parameters: numbers of tensors and of elements that were written.
-        untied: names of weights that were tied in the base and are separate now, as the adapter changed one of the two.
-        largest_change: name of the tensor with the largest ‖W' − W‖ / ‖W‖, and that ratio; (None, 0.0): none measured.
+        untied: names of weights that were tied in the base and are separate now, because the adapter changed one.
+        largest_change: name of the tensor with the largest ‖W' − W‖ / ‖W‖, and this ratio; (None, 0.0): none measured.
         seconds: seconds that the merge took.
     """
 
@@ -94,28 +94,29 @@ def merge_to_dense(
 ) -> MergeReport:
     """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
-    The written model computes what the adapted model computes in evaluation. The folder has weights in safetensors,
+    Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors,
     config.json, generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. The adapter
-    may be of any method whose layers can merge: LoRA (with rsLoRA, DoRA, patterns, Conv1D, embeddings,
-    target_parameters, trainable tokens), AdaLoRA, IA3 and PEFT's others, BitFit, partial fine-tuning, Diff Pruning;
-    each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two separate
-    weights, and the config unties them.
+    may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA, patterns, Conv1D,
+    embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial fine-tuning, Diff
+    Pruning; each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two
+    separate weights, and the config unties them.
 
     Args:
         model: a folder or hub name of a dense model or of a model that bitsandbytes quantized to NF4; or a model in
             memory: dense, or quantized by :func:`peft_ext.quantize_nf4` or by bitsandbytes. A model in memory is not
             changed. None: the base that the adapter's configuration names.
-        adapter: a folder that ``save_pretrained`` wrote, or a hub name; safetensors.
+        adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
         output: a folder, new or empty. The finished folder appears in one step, see
-            :func:`peft_ext.files.atomic_folder`.
+            :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the merged model.
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
-            base's. Tensors that the model's class keeps in float32, and tensors of integers, keep their dtypes.
+            base's. Tensors that the model's class keeps in float32 in this dtype are written in float32. Tensors of
+            integers keep their dtypes.
         max_shard_size: bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
             the adapter is added; "none": the weights are taken as they are. None: the quantization in the run.json that
             ``peft-ext finetune`` wrote beside the adapter; without a run.json "none".
         blocksize, double_quant: options of base_quant "nf4"; blocksize None: run.json's, or else 64.
-        overwrite: replace the folder of a model.
+        overwrite: True: the output may be an existing folder of a model, which is replaced.
         progress: show a progress bar, on a terminal only.
 
     Returns: a report of the merge.
@@ -140,7 +141,7 @@ def merge_to_dense(
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
         plan = Plan(base, config, weights, dtype)
         del weights
-        disable = None if progress else True  # None: only where standard error is no terminal
+        disable = None if progress else True  # with None, tqdm draws on a terminal only
         with (
             tqdm(desc="merging", total=plan.nbytes, unit="B", unit_scale=True, leave=False, disable=disable) as bar,
             atomic_folder(output, overwrite=overwrite) as folder,

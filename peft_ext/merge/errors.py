@@ -1,4 +1,4 @@
-"""The error of a merge, and helpers that raise it."""
+"""The error of a merge, and helpers that raise the error."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ _ADAPTER = "default"
 class Plan:
     """Names, shapes, dtypes and origins of all tensors of the output, known before the first tensor is written.
 
-    ``origin`` of a tensor: (path of the adapted module, name within the module); ("", name) for a tensor that the
-    adapter does not change; ("", "") for zeros.
+    ``origin`` of a tensor is (path of the adapted module, name within the module); ("", name) for a tensor outside of
+    adapted modules; ("", "") for a tensor of zeros.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Plan:
             else:
                 origins[name] = (path, local)
         for path, layer in self.targets.items():
-            if isinstance(layer, ReplacingLayer):  # a bias that the adapter adds
+            if isinstance(layer, ReplacingLayer):  # the adapter may add a bias that the base does not have
                 for local in layer.names.get(_ADAPTER, ()):
                     origins.setdefault(f"{path}.{local}", (path, local))
         return origins
@@ -113,7 +113,8 @@ class Plan:
             if len(names) < 2:
                 continue
             first = next((n for n in names if self.origin[n][0] == "" and self.after[n] is not self.before[n]), None)
-            for name in names:  # a loaded tensor replaced one of the tied ones; PEFT's own load writes into all
+            # Here the adapter's tensor replaced one of the tied tensors. PEFT's own load would change all tied tensors.
+            for name in names:
                 if self.origin[name][0] == "" and self.after[name] is self.before[name] and first is not None:
                     self.after[name] = self.after[first]
             kept = names[0]
@@ -126,7 +127,7 @@ class Plan:
             apart = type(self.config).from_dict({**self.config.to_dict(), "tie_word_embeddings": False})
             about, wanted = apart.to_dict(), self.config.to_dict()
             wanted["tie_word_embeddings"] = False
-            # T5 derives another option from this flag. transformers never ties weights that differ in the files.
+            # T5 derives another option from this flag, so the flag stays: weights that differ in the files stay untied.
             if about == wanted:
                 self.config.tie_word_embeddings = False
 
@@ -137,7 +138,7 @@ class Plan:
         return torch.equal(self._value(one).float(), self._value(other).float())
 
     def _planned(self, name: str) -> Tensor:
-        """Returns a meta tensor of the shape and dtype that are written."""
+        """Returns a meta tensor of the shape and dtype in which the tensor ``name`` is written."""
         path, local = self.origin[name]
         if name in self.before:
             shape, dtype = self.before[name].shape, self.before[name].dtype
@@ -157,7 +158,7 @@ class Plan:
         return torch.float32 if wide.intersection(name.split(".")) else self.dtype
 
     def _check_against_config(self) -> None:
-        """Checks that a model made from the config alone has the planned tensors; sets its flags for added biases."""
+        """Checks that a model of the config has the planned tensors; sets the config's flags for added biases."""
         fresh = _fresh(type(self.base.model), self.config)
         if added := sorted(self.meta.keys() - fresh.state_dict().keys()):
             for flag in ("attention_bias", "mlp_bias", "qkv_bias", "use_bias"):
@@ -170,7 +171,7 @@ class Plan:
         for name in wanted.keys() - self.meta.keys():
             if not added or not name.endswith(".bias"):
                 fail(f"a plain {type(fresh).__name__} has {name}, which the base does not have")
-            self.origin[name] = ("", "")  # zeros
+            self.origin[name] = ("", "")  # the bias is written as zeros
             self.meta[name] = torch.empty_like(wanted[name], dtype=self.meta[added[0]].dtype)
         for name, tensor in wanted.items():
             if tensor.shape != self.meta[name].shape:
@@ -186,7 +187,8 @@ class Plan:
     def _grouped(self) -> list[tuple[list[str], dict[str, Tensor]]]:
         """Returns groups of tensors that are converted together: the model's names, and the files' tensors by name.
 
-        A group is as small as possible: one tensor, or one layer where transformers' conversion joins several tensors.
+        The groups are the smallest that give the right result: each tensor alone; or, if transformers' conversion joins
+        tensors, the tensors of each layer together; or all tensors together.
         """
         model, meta = self.base.model, self.meta
         whole = revert_weight_conversion(model, dict(meta))
@@ -198,7 +200,7 @@ class Plan:
         for parts in ([[name] for name in meta], list(by_layer.values())):
             try:
                 groups = [(names, revert_weight_conversion(model, {n: meta[n] for n in names})) for names in parts]
-            except Exception:  # a conversion that needs more tensors than the group has
+            except Exception:  # the conversion needs more tensors than the group has
                 continue
             found = [(n, (t.shape, t.dtype)) for _, outputs in groups for n, t in outputs.items()]
             if len(found) == len(wanted) and dict(found) == wanted:
@@ -248,7 +250,10 @@ class Plan:
         return {name: found[name] for name in locals_}
 
     def _widen(self, module: nn.Module) -> dict[str, Tensor]:
-        """Replaces the module's parameters by float32 copies and returns them. Other modules may share the old ones."""
+        """Replaces the module's parameters by parameters in float32 (float64 stays), and returns the new tensors.
+
+        The old parameters, which other modules may share, are not changed.
+        """
         wide = {}
         for prefix, below in list(module.named_modules()):
             for name, parameter in below._parameters.items():
@@ -260,13 +265,13 @@ class Plan:
         return wide
 
     def _group(self, names: list[str]) -> dict[str, Tensor]:
-        """Returns the tensors of a group in the names, shapes and dtypes of the files."""
+        """Returns the tensors of a group with the names, shapes and dtypes that they have in the files."""
         found = {}
         for name in names:
             found[name] = self._value(name).to(self.meta[name].dtype)
             path = self.origin[name][0]
             self._uses[path] -= 1
-            if path and not self._uses[path]:  # the last use of this module: free it
+            if path and not self._uses[path]:  # the module has no further use, so its memory is freed
                 del self._made[path]
                 self.targets[path] = nn.Identity()
                 parent, _, leaf = path.rpartition(".")
@@ -276,7 +281,7 @@ class Plan:
     # - the files -
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
-        """Writes the tensors one group at a time, then an index of several files; returns the files' names."""
+        """Writes the tensors one group at a time, then an index of several files. Returns the names of the files."""
         with as_merge_error(ValueError, about=f"max_shard_size is {max_shard_size!r}: "):
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

@@ -30,10 +30,10 @@ _BESIDE = (
 def write_safetensors(
     stream: BinaryIO, planned: dict[str, Tensor], take: Callable[[str], Tensor], advance: Callable[[int], None]
 ) -> None:
-    """Writes a safetensors file one tensor at a time; the library's own writer needs all tensors in memory.
+    """Writes a safetensors file one tensor at a time; safetensors' own writer needs all tensors in memory.
 
-    Tensors of wide dtypes come first, so that each tensor is aligned. ``take(name)`` returns a tensor; ``advance(n)``
-    is called after n bytes.
+    Tensors of wide dtypes come first, so that each tensor is aligned. ``take(name)`` returns the tensor ``name``;
+    ``advance(n)`` is called after each tensor, with the tensor's n bytes.
     """
     names = sorted(planned, key=lambda name: -planned[name].element_size())
     with as_merge_error(ValueError):
@@ -50,7 +50,7 @@ def write_safetensors(
 
 
 def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
-    """Writes tokenizer files, generation_config.json and, last, config.json: without it no model can be loaded."""
+    """Writes tokenizer files, generation_config.json and, last, config.json, without which no model can be loaded."""
     model = base.model
     for name in _BESIDE if base.folder is not None else ():
         if (base.folder / name).is_file():

@@ -1,6 +1,7 @@
-"""Functional, autograd-aware operators; each works under ``torch.compile(fullgraph=True)``.
+"""Functional operators with autograd, which also run under ``torch.compile(fullgraph=True)``.
 
-A weight is a dense Tensor ``[N, K]`` or an :class:`peft_ext.NF4Weight`, everywhere.
+The frozen weight of a linear layer is a dense Tensor ``[N, K]`` (of experts: ``[E, N, K]``) or an
+:class:`peft_ext.NF4Weight`.
 """
 
 from .activations import activation, gated_activation

@@ -1,9 +1,9 @@
-"""An activation, alone or times a gate's other half, in one pass and in float32.
+"""An activation, alone or multiplied with a second input, in one pass and in float32.
 
     y = act(gate) ∘ up        y = act(x)
 
-Backward: ``d gate = dY ∘ up ∘ act'(gate)``, ``d up = dY ∘ act(gate)``. Saved: the inputs alone; act(gate) is computed
-again.
+Backward: ``d gate = dY ∘ up ∘ act'(gate)``, ``d up = dY ∘ act(gate)``. Saved: the inputs alone. The backward computes
+act(gate) again.
 
 Sources: gated units (arXiv 2002.05202), GELU (arXiv 1606.08415), squared ReLU (arXiv 2109.08668).
 """
@@ -129,7 +129,7 @@ _activation = register_autograd("activation", _backward, setup_context=_setup_co
 
 
 def _number(op: str, activation: str) -> int:
-    """A number: PyTorch's stable ABI leaks each string that an operator takes."""
+    """Returns an activation's number, which operators take because PyTorch's stable ABI leaks each string argument."""
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, wanted one of {reference.ACTIVATIONS}")
     return reference.ACTIVATIONS.index(activation)
@@ -140,14 +140,15 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
     """``y = act(gate) ∘ up`` in float32, rounded once.
 
     Args:
-        gate: ``[..., F]``, float32, bfloat16 or float16. up: the same. Both are read where they lie if the last
-            dimension is in one piece, as the halves of one ``[..., 2F]`` tensor are (``gate_up.chunk(2, -1)``). With up
-            None gate is that tensor itself, gate first: its gradient is then written in one piece, where PyTorch would
-            put the halves' gradients together.
+        gate: ``[..., F]``, float32, bfloat16 or float16.
+        up: ``[..., F]`` of gate's dtype, or None. gate and up are not copied if their last dimension is contiguous, as
+            in the halves of one ``[..., 2F]`` tensor (``gate_up.chunk(2, -1)``). With up None, gate is a tensor
+            ``[..., 2F]``, whose first half is the gate and whose second half is up. The backward then writes the
+            gradient as one tensor, while PyTorch would concatenate the gradients of the halves.
         activation: "gelu" (with erf), "gelu_tanh", "relu", "silu" or "relu2" (relu(u)²).
 
-    Returns: ``[..., F]`` of gate's dtype, contiguous. Gradients flow to both; saved for backward: gate and up alone.
-    PyTorch rounds act(gate) before the product, this does not. Autocast changes nothing.
+    Returns: ``[..., F]`` of gate's dtype, contiguous. Gradients flow to gate and up; saved for backward: gate and up
+    alone. Unlike PyTorch, this operator does not round act(gate) before the product. Autocast changes nothing.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -169,7 +170,7 @@ def activation(x: Tensor, activation: str) -> Tensor:
         x: ``[..., F]``, float32, bfloat16 or float16.
         activation: "gelu" (with erf), "gelu_tanh", "relu", "silu" or "relu2" (relu(u)²).
 
-    Returns: ``[..., F]`` of x's dtype, contiguous. The gradient flows to x, which is all that is saved for backward.
+    Returns: ``[..., F]`` of x's dtype, contiguous. The gradient flows to x; saved for backward: x alone.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention on a CPU, forward and backward. The matrix of scores is never stored whole.
+"""Scaled dot-product attention on a CPU, forward and backward. The kernels never store the whole matrix of scores.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
@@ -36,7 +36,7 @@ _HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed
 
 
 def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    """Returns memory for the result ``[B, H, T, Dv]``, laid out as ``[B, T, H, Dv]``, which the next layer reads."""
+    """Returns an empty result ``[B, H, T, Dv]``, stored as ``[B, T, H, Dv]``, which the next layer reads in order."""
     batch, heads, queries, _ = q.shape
     size = v.shape[3]
     strides = (queries * heads * size, size, heads * size, 1)
@@ -115,7 +115,7 @@ _attention = register_autograd("scaled_dot_product_attention", _backward, setup_
 
 
 def _as_one(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
-    """Returns a bias and what a query may see as PyTorch's own takes them."""
+    """Returns the bias, the mask and is_causal as one additive mask for PyTorch's ``scaled_dot_product_attention``."""
     seen = reference.seen(q, k, mask, is_causal)
     return bias.to(q.dtype).masked_fill(~seen, float("-inf"))
 
@@ -140,23 +140,26 @@ def scaled_dot_product_attention(
     """``dropout(softmax(scale q kᵀ + bias)) v``, as :func:`torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
-        q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype;
-            H is a multiple of Hkv, whose heads serve so many of q's. All are read where they lie if each head is in one
-            piece, as in ``[B, T, H, D].transpose(1, 2)``.
-        mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: it sees them all. A query
-            that sees nothing gives zeros.
-        is_causal: query i sees the keys j <= i; without a mask.
-        scale: above 0; None: 1 / √D.
+        q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype.
+            H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A CPU kernel copies none of them if
+            the last dimension is contiguous, as in ``[B, T, H, D].transpose(1, 2)``.
+        mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: a query sees all keys. On
+            a CPU, the result of a query that sees no key is zero.
+        is_causal: query i sees the keys j <= i. A call has either is_causal or a mask.
+        scale: a number above 0; None: 1 / √D.
         dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16.
-        training: False: nothing is dropped.
+        training: False: no key is dropped.
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
         bias: ``[B or 1, H or 1, T or 1, S or 1]``, of any float dtype, added to the scores of the keys that a query
-            sees, as relative positions are (T5); without a gradient. Where it is -inf, a query does not see the key.
+            sees, as T5 adds relative positions. bias gets no gradient. Where bias is -inf, a query does not see the
+            key.
 
-    Returns: ``[B, H, T, Dv]`` of q's dtype, ``[B, T, H, Dv]`` in memory. Products of bfloat16 where the CPU multiplies
-    it, with the probabilities rounded to it, else in float32; sums in float32. Gradients flow to q, k and v. On a GPU
-    it is PyTorch's own, with PyTorch's mask of a dropout; with a ``seed`` for one it is plain PyTorch.
+    Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On a CPU with
+    bfloat16 instructions, bfloat16 operands are multiplied in bfloat16, after the probabilities are rounded to
+    bfloat16; other products are in float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's
+    ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``,
+    the reference computes the result.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -175,7 +178,7 @@ def scaled_dot_product_attention(
     if q.is_cuda and not checks.wants_reference(q) and not (p and seed is not None):
         if bias is not None:
             mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
-        if mask is not None and k.shape[1] != q.shape[1]:  # else PyTorch makes all scores
+        if mask is not None and k.shape[1] != q.shape[1]:  # with a mask and enable_gqa, PyTorch would store all scores
             k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)

@@ -3,8 +3,7 @@
     U = x Dᵀ + b_d  [T, M]      H = act(U)      Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
 Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU = P ∘ act'(U)``; ``dD = dUᵀ x``;
-``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. Saved: x and U (float32). Neither H Vᵀ nor its scaled
-copy is written.
+``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. Saved: x and U (float32).
 
 Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
 (arXiv 2110.04366).
@@ -137,14 +136,14 @@ def bottleneck_adapter(
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         down_weight: D ``[M, K]``. down_bias: b_d ``[M]`` or None. up_weight: V ``[N, M]``. up_bias: b_v ``[N]`` or
-            None. Each of its own float dtype: float32 adapters over 16-bit activations need no cast.
+            None. Each tensor may have a float dtype of its own: float32 adapters over 16-bit activations need no cast.
         scale: s. activation: "gelu" (with erf), "gelu_tanh", "relu" or "silu".
-        residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. The adapter after a sublayer has the sublayer's
-            output for x and residual; the parallel one has its input for x and its output for residual.
+        residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. For an adapter after a sublayer, x and residual
+            are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual its output.
 
-    Returns: ``[..., N]`` of x's dtype. Sums and H in float32, one rounding at the end. Gradients flow to all tensors,
-    in their own dtypes; saved for backward: x and U in float32. Under autocast x and residual are cast to the autocast
-    dtype.
+    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. Gradients flow to all
+    tensors, in their own dtypes; saved for backward: x and U in float32. Under autocast x and residual are cast to the
+    autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -164,6 +163,6 @@ def bottleneck_adapter(
             reference.bottleneck_adapter, x, down_weight, down_bias, up_weight, up_bias,
             scale=float(scale), activation=activation, residual=residual,
         )  # fmt: skip
-    # A number: PyTorch's stable ABI leaks each string that an operator takes.
+    # The operator takes the activation's number, because PyTorch's stable ABI leaks each string argument.
     kind = reference.ACTIVATIONS.index(activation)
     return _bottleneck_adapter(x, residual, down_weight, down_bias, up_weight, up_bias, float(scale), kind)[0]

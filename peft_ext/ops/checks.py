@@ -1,4 +1,5 @@
-"""Argument checks shared by the public ops; each error names op, argument, what came and what was wanted."""
+"""Argument checks that the public operators share. An error names the operator and the argument, and says what came
+and what was wanted."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from .prove import first_use
 _LARGEST = sys.float_info.max
 
 
-# By exact type: of a subclass the checks one by one find out more.
+# Exact types that the fast paths accept. The single checks decide about subclasses.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -24,9 +25,9 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
 
-    That is a call outside autocast, on plain tensors that fit one another, none of them float64. Everything accepted
-    here is also accepted by the single checks, which take several times as long. False says nothing: the single checks
-    decide, and raise the error.
+    A common call is outside autocast, on plain tensors that fit one another, none of them float64. Everything accepted
+    here is also accepted by the single checks, which take several times as long. After False, the single checks decide
+    and raise the error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
@@ -66,14 +67,14 @@ def fits_vector(value: Any, x: Tensor) -> bool:
 
 
 def fits_seed(seed: Any, x: Tensor) -> bool:
-    """Fast path for a dropout's seed."""
+    """Fast path of :func:`check_seed`: returns True for a plain seed tensor on x's device."""
     if type(seed) is not Tensor or seed.dtype is not torch.int64 or seed.layout is not torch.strided:
         return False
     return seed.shape == (2,) and seed.device == x.device
 
 
 def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any) -> bool:
-    """Fast path for a call with lora_A and lora_B, see :func:`fits_linear`."""
+    """Fast path for a call with lora_A and lora_B: returns True only if :func:`fits_linear` does."""
     if not fits_linear(x, weight, bias) or not fits_vector(lora_A, x) or not fits_vector(lora_B, x):
         return False
     shape, of_a = weight.shape, lora_A.shape
@@ -87,7 +88,8 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 def adapted_operands(
     op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
 ) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
-    """Checks the operands of a layer with lora_A and lora_B; returns x, weight and bias in autocast's dtype, if any."""
+    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias, which are cast to autocast's
+    dtype under autocast."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         check_float(op, "x", x)
         x, weight, bias = cast_for_autocast(x, weight, bias)
@@ -121,7 +123,7 @@ def check_dtype(op: str, dtype: object) -> None:
 
 
 def check_count(op: str, argument: str, value: object) -> None:
-    """Checks a size: an integer of at least 1 that 64 bits hold."""
+    """Checks a size: an integer of at least 1 that fits a signed 64-bit integer."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {argument} is {value!r}, wanted an integer")
     if value < 1:
@@ -202,7 +204,7 @@ def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B
 def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
     """Checks lora_A ``[R, K]`` and lora_B ``[N, R]`` for a base weight of ``shape`` ``(N, K)``.
 
-    Both must lie on the device of the tensor ``beside``, which an error calls ``name``.
+    lora_A and lora_B must be on the device of the tensor ``beside``, which an error calls ``name``.
     """
     out_features, in_features = shape
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -238,7 +240,7 @@ def check_experts(
 
 
 def check_experts_weight(op: str, weight: Union[Tensor, NF4Weight], dtype: Optional[torch.dtype] = None) -> None:
-    """Checks frozen weights ``[E, N, K]``: NF4 of a stack, or dense of this dtype, if one is given."""
+    """Checks frozen weights ``[E, N, K]``: a stacked NF4Weight, or a dense tensor (of ``dtype``, if given)."""
     if not isinstance(weight, NF4Weight):
         check_float(op, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
@@ -415,7 +417,8 @@ def check_attention(
 
 
 def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:
-    # With dynamic=True a number is a symbol, and one that is compared within a checkpoint has no place for its guard.
+    # Under torch.compile(dynamic=True) a number is a symbol, and a comparison of a symbol needs a guard. torch.compile
+    # cannot add a guard within a checkpoint.
     if torch.compiler.is_compiling():
         return
     if not isinstance(scaling, (int, float)) or not -_LARGEST <= scaling <= _LARGEST or scaling is True:
@@ -436,7 +439,7 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
 
 
 def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
-    """Returns the weight as the schemas take it, see ``library.WEIGHT``."""
+    """Returns the weight as the seven arguments of ``library.WEIGHT``."""
     if isinstance(weight, NF4Weight):
         return weight.op_args()
     return (weight, None, None, None, None, 0, list(weight.shape))
@@ -457,7 +460,7 @@ def unpack_weight(weight: Tensor, absmax: Optional[Tensor], *args: Any) -> Union
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """Returns the dtype that autocast computes linear layers in on x's device, or None outside autocast."""
     device = x.device.type
-    if device == "meta":  # which torch.is_autocast_enabled refuses
+    if device == "meta":  # torch.is_autocast_enabled refuses the meta device
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -465,7 +468,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 def cast_for_autocast(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor]
 ) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
-    """Returns x, a dense weight and bias in autocast's dtype, as a linear layer takes them. NF4 stays as it is."""
+    """Returns x, weight and bias. Under autocast, x, a dense weight and bias are cast to autocast's dtype."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
     weight, bias = (value.to(dtype) if isinstance(value, Tensor) else value for value in (weight, bias))
@@ -482,7 +485,7 @@ def wants_reference(*values: Optional[Tensor]) -> bool:
     torch.func, which no kernel supports."""
     if not torch.compiler.is_compiling() and under_a_transform():
         return True
-    for value in values:  # a generator would take twice as long
+    for value in values:  # any() of a generator would take twice as long
         if value is not None and value.dtype is torch.float64:
             return True
     return False

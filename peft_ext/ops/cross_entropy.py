@@ -3,10 +3,10 @@
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-h̃ is h, or h after a dropout. The weight is frozen, so the forward can compute the gradients as soon as it has a chunk's
-losses: it overwrites the chunk's logits with their gradient and multiplies this gradient by W. The forward keeps
-dh [T, K] and, for a head with LoRA, dA and dB. Its products are those of a forward and a backward, and no tensor is
-larger than a chunk's logits.
+h̃ is h, or h after a dropout. The weight is frozen, so the forward can compute the gradients once a chunk's losses are
+known: the forward overwrites the chunk's logits with their gradient and multiplies this gradient by W. The forward
+keeps dh [T, K], db for a bias, and dA and dB for a head with LoRA. Only the logits of one chunk exist at a time. For
+the reduction "none", the forward keeps the inputs, and the backward computes the logits again.
 
 Sources: transformers' causal loss, which takes the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
@@ -31,7 +31,7 @@ __all__ = ["linear_cross_entropy"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
-# Bytes of a chunk's logits: enough tokens for an efficient product, and little memory beside the rest of a step.
+# Largest bytes of a chunk's logits: enough tokens for an efficient product, and little memory beside the step's rest.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -93,10 +93,10 @@ def _plain_product(x, weight):
 
 
 def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_adapter, needs_bias):
-    """Returns memory for the gradients in the operator's order. A gradient that is not wanted has no elements.
+    """Returns empty tensors for the gradients in the operator's order. A gradient that is not needed has no elements.
 
-    The bias's gradient is float32: it is a sum over tokens that is scaled only in the backward, and the sum may exceed
-    float16's range.
+    The gradient of the bias is float32, because it is a sum over tokens that is scaled only in the backward: the sum
+    may exceed float16's range.
     """
     wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter))
     grads = [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
@@ -115,7 +115,7 @@ def _rows_fake(logits, *_args):
     return logits.new_empty(logits.shape[0], dtype=common.sum_dtype(logits.dtype))
 
 
-# The loss of each row of a chunk. With needs_grad logits become row_weight ∘ d loss/d logits, in their own dtype.
+# Returns the loss of each row of a chunk. With needs_grad, writes row_weight ∘ d loss/d logits over the logits.
 define(
     "cross_entropy_rows",
     "(Tensor(a!) logits, Tensor labels, Tensor? row_weight, float logit_scale, float softcap, float label_smoothing, "
@@ -124,7 +124,8 @@ define(
     fake=_rows_fake,
     family="cross_entropy",
 )
-# Losses [T], or Σ row_weight · loss, and that sum's gradients. A composition of other operators on every device.
+# Returns the losses [T] or, with summed, Σ row_weight · loss, and the gradients of this sum. The operator is a
+# composition of other operators on every device.
 define(
     "linear_cross_entropy",
     f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor? lora_input, Tensor? lora_A, Tensor? lora_B, float scaling, "
@@ -183,8 +184,8 @@ def _backward(ctx, grad, *_):
 def _scaled(value: Tensor, grad: Tensor) -> Tensor:
     """Returns ``value`` times the loss's own gradient, a number.
 
-    A zero stays a zero. A loss that is divided by a count of 0 has an infinite gradient, and zero times infinity would
-    be NaN: PyTorch's cross entropy gives a token that is ignored the gradient 0 then, too.
+    A zero in ``value`` stays a zero. A loss that is divided by a count of 0 has an infinite gradient, and zero times
+    infinity would be NaN. PyTorch's cross entropy also gives an ignored token the gradient 0 in this case.
     """
     scaled = value.to(grad.dtype) * grad
     return scaled.masked_fill_(value == 0, 0.0).to(value.dtype)
@@ -217,27 +218,30 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The cross entropy of ``z = softcap(logit_scale · (h Wᵀ + scaling · h Aᵀ Bᵀ + b))`` and the labels.
 
-    The logits are rounded to hidden's dtype, as a linear layer returns them, and taken to float32 from there on:
-    transformers' loss. No more than ``chunk`` tokens' are in memory.
+    The logits are rounded to hidden's dtype, as a linear layer rounds its result, and then widened to float32, as in
+    transformers' loss. The logits of at most ``chunk`` tokens are in memory at once.
 
     Args:
         hidden: ``[..., K]``, float32, bfloat16 or float16.
         weight: the frozen head ``[V, K]``: a dense tensor of hidden's dtype, or an NF4Weight.
-        labels: int64 ``[...]``, 0 to V - 1, or ``ignore_index``, whose loss and gradient are 0. Nothing is shifted.
+        labels: int64 ``[...]``, 0 to V - 1, or ``ignore_index``. The loss and the gradient of a token with the label
+            ``ignore_index`` are 0. The labels are not shifted.
         bias: ``[V]`` of hidden's dtype.
-        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype; both or none.
-        lora_input: ``[..., K]`` of hidden's dtype: what A takes instead of hidden, as ``dropout(hidden)``.
-        scaling: of the adapter; logit_scale: of the logits; finite numbers.
+        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
+        lora_input: ``[..., K]`` of hidden's dtype: the adapter's input instead of hidden, such as ``dropout(hidden)``.
+        scaling: the adapter's factor, a finite number. logit_scale: the logits' factor, a finite number.
         softcap: c > 0 of ``c tanh(z / c)``; None: no cap.
         label_smoothing: ε, 0 to 1.
-        reduction: "mean" over the labels that count, "sum", or "none".
-        num_items_in_batch: what the sum is divided by instead, under gradient accumulation; not with "none".
-        chunk: tokens at a time; default: as many as 64 MiB of logits hold on a CPU, 256 MiB on a GPU.
+        reduction: "mean" over the labels that are not ``ignore_index``, "sum", or "none".
+        num_items_in_batch: the divisor of the sum of losses, instead of the number of labels, for gradient
+            accumulation; None with the reduction "none".
+        chunk: number of tokens whose logits are computed together; default: as many tokens as have 64 MiB of logits on
+            a CPU, 256 MiB on a GPU.
 
     Returns: the loss, float32, of no dimensions, or ``[...]`` where reduction is "none". Gradients flow to hidden,
-    lora_input, lora_A, lora_B and bias; saved for backward: they themselves, up to a factor (with "none", where each
-    token's factor is known in the backward alone, the inputs, and the logits are made again). Under autocast hidden,
-    lora_input, bias and a dense weight are cast to the autocast dtype.
+    lora_input, lora_A, lora_B and bias. Saved for backward: these gradients, up to a factor; with the reduction "none",
+    the inputs, and the backward computes the logits again. Under autocast hidden, lora_input, bias and a dense weight
+    are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted. A label out of range raises
     RuntimeError on a CPU, and makes the loss NaN on a GPU.
@@ -273,13 +277,13 @@ def linear_cross_entropy(
     needs = [torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
              for values in ((hidden, lora_input), (lora_A, lora_B), (bias,))]  # fmt: skip
     if not summed:
-        needs = [False] * 3  # they wait for the weight of each row
-    if hidden.dtype is torch.float16:  # their gradients are sums over all tokens, scaled only in the backward
+        needs = [False] * 3  # the backward computes the gradients, when each token's factor is known
+    if hidden.dtype is torch.float16:  # the adapter's gradients are sums over tokens, scaled only in the backward
         lora_A, lora_B = (value if value is None else value.float() for value in (lora_A, lora_B))
     labels, row_weight = labels.contiguous(), None
     items = num_items_in_batch if num_items_in_batch is not None else (labels != ignore_index).sum()
     divides = reduction == "mean" or num_items_in_batch is not None
-    # In the gradient's own rounding, but for float16's, whose range it would leave.
+    # The forward divides by the number of items, except in float16, whose range the divided gradients would leave.
     inside = divides and hidden.dtype is not torch.float16
     if inside:
         row_weight = torch.ones(labels.numel(), dtype=torch.float32, device=hidden.device) / items
@@ -290,7 +294,7 @@ def linear_cross_entropy(
     if not summed:
         return losses.view(labels.shape)
     if divides and not torch.compiler.is_compiling() and labels.numel() == 0:
-        inside = False  # 0 / 0, as PyTorch's
+        inside = False  # the loss is 0 / 0 = NaN, as in PyTorch
     return losses / items if divides and not inside else losses
 
 

@@ -1,13 +1,14 @@
-"""DoRA over a frozen weight, dense or NF4: LoRA whose every output is rescaled to a learned magnitude.
+"""DoRA over a frozen weight, dense or NF4: LoRA in which each output feature is rescaled to a learned magnitude.
 
     g = magnitude / ‖W + s·B A‖  per row  [N]      S = x̃ Aᵀ      Z = x Wᵀ + s·S Bᵀ  [T, N]      Y = g∘Z + b
     dropout on the base too (PEFT's):  Z = x̃ Wᵀ + s·S Bᵀ,  Y = x Wᵀ + b + g∘Z - x̃ Wᵀ
     n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB  [N],  U = W Aᵀ  [N, R]          W + s·B A is never formed
 
-Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (the base
-dropped: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. The norm's, with
+Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (with dropout
+on the base: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. Backward of the norm, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
-Saved: x, S, the seed, vectors, and for dg alone Z, or Y (``Z = Y/g``) for a caller that promises not to change it.
+Saved: x, S, the seed and vectors; if dg is needed, Z, or Y (``Z = Y/g``) for a caller that promises not to change Y; if
+the norm's gradient is needed, U.
 
 Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant of the gradient.
 """
@@ -223,7 +224,8 @@ def dora_weight_norm(
     Args:
         weight: frozen ``[N, K]``: a dense tensor, or an NF4Weight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
             any float dtype. scaling: a finite number.
-        dtype: what an NF4 weight is dequantized to; default: its own. A dense weight has no other than its own.
+        dtype: dtype to which an NF4 weight is dequantized; default: the NF4 weight's dtype. For a dense weight, only
+            its own dtype is accepted.
 
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
     lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward: the norm and U ``[N, R]`` float32.
@@ -267,21 +269,22 @@ def dora_linear(
 
     Args:
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`peft_ext.ops.lora_linear`.
-        magnitude: ``[N]``, of any float dtype. Where the norm is 0, g is 0, and so are its gradients.
-        dropout_mode: "lora": the dropout acts on the low-rank path alone. "peft": as PEFT does it,
-            ``Y = x Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, a second base product while dropout is active;
-            without dropout both are one.
-        norm_grad: let the gradient flow through the norm too; the paper, and PEFT, hold it constant.
-        weight_norm: ``[N]``, of any float dtype: the norm, where it is known already (:func:`dora_weight_norm` of the
-            weight in x's dtype); default: computed.
-        save_output: a promise that nobody changes the result in place. Then Y itself is saved for magnitude's gradient
-            where it gives Z back (on a CPU, without a bias, the base not dropped), which spares Z's T·N elements. Rows
-            of g that are 0 (in float16 below 1/64) have their part of the base product made again in the backward.
+        magnitude: ``[N]``, of any float dtype. Where the norm is 0, g is 0, and the gradients through g are 0.
+        dropout_mode: "lora": the dropout acts on the low-rank term alone. "peft": the dropout acts as in PEFT,
+            ``Y = x Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second base product. Without
+            dropout the two modes give the same result.
+        norm_grad: True: the gradient flows through the norm too. False: the norm is constant, as in the paper and in
+            PEFT.
+        weight_norm: ``[N]``, of any float dtype: the norm, if the caller knows the norm already
+            (:func:`dora_weight_norm` of the weight in x's dtype); default: computed.
+        save_output: True: the caller promises not to change the result in place. Y is then saved instead of Z where Y
+            gives Z (on a CPU, without a bias and without dropout on the base), which saves T·N elements. Where g is 0
+            (in float16 below 1/64), the backward computes the part of Z again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
-    and bias, in their own dtypes; saved for backward: x, S ``[T, R]`` float32, the seed, vectors of float32 and,
-    where magnitude needs a gradient, Z ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to
-    the autocast dtype.
+    and bias, in their own dtypes. Saved for backward: x, S ``[T, R]`` float32, the seed and float32 vectors; if g needs
+    a gradient, Z ``[T, N]`` of x's dtype (with save_output Y, where Y gives Z); with norm_grad U ``[N, R]`` float32.
+    Under autocast x, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -319,7 +322,7 @@ def checked_dora_linear(
     seed: Optional[Tensor] = None,
     saves_y: bool = False,
 ) -> Tensor:
-    """:func:`dora_linear` in training, of operands that :func:`dora_linear` would accept, which nothing checks here."""
+    """Computes :func:`dora_linear` in training, without checks of operands that :func:`dora_linear` would accept."""
     seed = common.dropout_seed(seed, dropout_p, True, x.device)
     held = checks.weight_args(weight)
     if weight_norm is None:

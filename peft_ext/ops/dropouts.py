@@ -1,8 +1,8 @@
-"""Dropout on a CPU. The mask is never stored: forward and backward each compute it.
+"""Dropout on a CPU. The mask is never stored: the forward and the backward each compute the mask.
 
     y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
 
-The mask is a function of the seed and of an element's place (:mod:`peft_ext.reference.philox`). Saved: the seed.
+The mask is a function of the seed and of an element's index (:mod:`peft_ext.reference.philox`). Saved: the seed.
 
 Source: Dropout (Srivastava et al., JMLR 2014).
 """
@@ -68,8 +68,9 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
         seed: int64 ``[2]`` on x's device; default: drawn from PyTorch's generator, so that ``torch.manual_seed`` and
             the RNG state that checkpointing preserves give the same mask again.
 
-    Returns: x's shape and dtype, contiguous; each element rounded once. The gradient flows to x, and has a gradient
-    itself. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed it is PyTorch's own, with
+    Returns: a tensor of x's shape and dtype; x itself if no element may be dropped. Each element is rounded once. On a
+    CPU, or with a seed, the result is contiguous. The gradient flows to x, and the gradient can be differentiated
+    again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed, PyTorch's dropout runs, with
     PyTorch's mask.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.

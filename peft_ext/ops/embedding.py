@@ -54,7 +54,8 @@ def _backward_fake(grad, indices, lora_A, lora_B, scaling, padding_idx, needs_gr
     return lora_A.new_empty(lora_A.shape if needs_grad_A else 0), lora_B.new_empty(lora_B.shape if needs_grad_B else 0)
 
 
-# padding_idx: -1 for none, else not negative. dtype: of a dense weight, or that an NF4 weight was quantized from.
+# padding_idx: -1 for none, otherwise not negative. dtype: the dtype of a dense weight, or the dtype from which an NF4
+# weight was quantized.
 define(
     "lora_embedding",
     f"(Tensor indices, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, int padding_idx, ScalarType dtype)"
@@ -118,7 +119,7 @@ def _check(op: str, indices: Tensor, weight: Union[Tensor, NF4Weight], lora_A: T
     if indices.device != held.device:
         raise ValueError(f"{op}: indices is on {indices.device}, weight is on {held.device}")
     checks.check_low_rank(op, (weight.shape[1], weight.shape[0]), held, "weight", lora_A, lora_B)
-    # The host would have to wait for a GPU's numbers. The kernel checks them in a compiled call.
+    # To check the indices on a GPU, the host would have to wait. In a compiled call the CPU kernel checks the indices.
     if indices.device.type == "cpu" and indices.numel() and is_eager(indices) and not checks.under_a_transform():
         for index in map(int, indices.aminmax()):
             if not 0 <= index < weight.shape[0]:
@@ -139,20 +140,21 @@ def lora_embedding(
 
     Args:
         indices: i ``[...]``, int32 or int64, each from 0 to V - 1.
-        weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or an NF4Weight, of which only the
-            rows that indices name are decoded.
+        weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or an NF4Weight. The CPU kernel
+            decodes only those rows of an NF4Weight that indices name.
         lora_A: ``[R, V]``; lora_B: ``[N, R]``; each of any float dtype.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         padding_idx: an index, from -V to V - 1, whose column of lora_A gets no gradient, as in
-            :func:`torch.nn.functional.embedding`. Y is the same with and without.
+            :func:`torch.nn.functional.embedding`. padding_idx does not change Y.
 
-    Returns: ``[..., N]`` of the weight's dtype, contiguous: float32 sums, one rounding. Gradients flow to lora_A and
-    lora_B, dense and in their own dtypes. The gradients of repeated indices are summed in order, so that the bits are
-    the same for any number of threads. Saved for backward: indices, lora_A and lora_B. Autocast changes nothing. On a
-    GPU there is no kernel: PyTorch's own operators run, which sum the gradient of lora_A in no fixed order.
+    Returns: ``[..., N]`` of the weight's dtype, contiguous. Sums are in float32 and rounded once. Gradients flow to
+    lora_A and lora_B; the gradients are dense tensors of the factors' dtypes. The CPU kernel sums the gradients of
+    repeated indices in order, so that the bits are the same for any number of threads. Saved for backward: indices,
+    lora_A and lora_B. Autocast changes nothing. On a GPU there is no kernel: PyTorch's operators run, which sum the
+    gradient of lora_A in no fixed order.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted. IndexError where an index on
-    a CPU is out of range, in a compiled call RuntimeError.
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted. On a CPU, an index out of
+    range raises IndexError, or RuntimeError in a compiled call.
 
     Source: LoRA (arXiv 2106.09685).
     """

@@ -1,16 +1,17 @@
-"""The linear layers of a mixture of experts, over rows that are sorted by expert, with LoRA, with DoRA or alone.
+"""The linear layers of a mixture of experts, over rows sorted by expert, with LoRA, with DoRA or without an adapter.
 
     x̃_t = mask/(1-p) ∘ x_t      S_t = x̃_t A_eᵀ      Z_t = x_t W_eᵀ + s · S_t B_eᵀ        t a row of expert e
-    Y_t = Z_t + b_e,  or of DoRA  Y_t = g_e ∘ Z_t + b_e,  g_e = magnitude_e / ‖W_e + s · B_e A_e‖  per row
+    Y_t = Z_t + b_e,  or with DoRA  Y_t = g_e ∘ Z_t + b_e,  g_e = magnitude_e / ‖W_e + s · B_e A_e‖  per row
 
-Backward, over the rows of each expert, with ``G = dY``, of DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
+Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved: x, S, the seed and, for dg, Z. A row reads only its own expert's weight, the sum W + s B A is never formed, and
-an expert without rows costs nothing, also for its norm.
+Saved: x, S, the seed and, for dg, Z. The sum W + s B A is never formed. The weight of an expert without rows is not
+read, and its norm is not computed.
 
-On the CPU the operator is one loop over the experts, on all threads. On a GPU it is one product for all experts, which
-decodes an NF4 weight inside the product and adds the low-rank term and the bias before the one rounding. Only the
-device reads the number of rows of an expert, so the host never waits.
+On the CPU a loop over the experts runs each expert's products on all threads. On a GPU one kernel multiplies the rows
+of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and the bias before rounding. For a dense
+bfloat16 weight with many rows, PyTorch's grouped product may run instead. The CUDA kernels read the number of an
+expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -202,11 +203,11 @@ def _backward(ctx, grad, _grad_s, _grad_z):
 
 
 def _sums(grad: Tensor, offsets: Tensor) -> Tensor:
-    """Returns the sum of each expert's rows ``[E, N]``, in order and in float32 before it is rounded."""
+    """Returns ``[E, N]``: the sum of each expert's rows, added in order and in float32 and rounded to grad's dtype."""
     rows, wide = grad.shape[0], grad.to(common.sum_dtype(grad.dtype))
-    if grad.is_cuda:  # where index_add_ adds in any order
+    if grad.is_cuda:  # index_add_ on a GPU adds in no fixed order
         ends = F.pad(offsets.long().clamp(0, rows).cummax(0).values, (1, 1))
-        ends[-1] = rows  # the rows after the last expert's are nobody's
+        ends[-1] = rows  # the last sum is over the rows that belong to no expert
         sums = torch.segment_reduce(wide, "sum", offsets=ends, axis=0, unsafe=True, initial=0)
     else:
         expert = torch.searchsorted(offsets.contiguous(), torch.arange(rows, device=grad.device), right=True)
@@ -237,22 +238,23 @@ def lora_experts(
     """``Y_t = x_t W_eᵀ + scaling · (dropout(x_t) A_eᵀ) B_eᵀ + b_e`` for every row t of expert e, over frozen weights.
 
     Args:
-        x: ``[S, K]``, float32, bfloat16 or float16: a row for each token and expert that it goes to, sorted by expert.
-        weight: frozen ``[E, N, K]``: a dense tensor of x's dtype and of any strides (one that is stored ``[E, K, N]``
-            comes transposed), or an NF4Weight of that shape, see :meth:`peft_ext.NF4Weight.stack`.
-        offsets: int32 or int64 ``[E]`` on x's device: where each expert's rows end, ascending. Rows behind the last
-            are no expert's: they give zeros and get none.
+        x: ``[S, K]``, float32, bfloat16 or float16: a row for each pair of a token and an expert that the token is
+            routed to, sorted by expert.
+        weight: frozen ``[E, N, K]``: a dense tensor of x's dtype and of any strides (the caller transposes a weight
+            that is stored ``[E, K, N]``), or an NF4Weight ``[E, N, K]``, see :meth:`peft_ext.NF4Weight.stack`.
+        offsets: int32 or int64 ``[E]`` on x's device: where each expert's rows end, ascending. Rows after the last
+            expert's end belong to no expert: their outputs and their gradients are 0.
         lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of any float dtype and of any strides.
         bias: ``[E, N]`` of x's dtype.
         scaling: a finite number.
-        dropout_p: probability to drop an element of x on the low-rank path, ``0 <= p < 1``, in steps of 2^-16.
+        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
-        seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. Expert e's mask is of
-            its own rows, with e added to the seed's second number.
+        seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The mask of expert e
+            is drawn for the rows of expert e alone, with e added to the seed's second number.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and bias, in
-    their own dtypes, zeros for an expert without rows; saved for backward: x, S ``[S, R]`` float32 and the seed. Under
-    autocast x, bias and a dense weight are cast to the autocast dtype; the adapters keep theirs.
+    their own dtypes; the gradients of an expert without rows are 0. Saved for backward: x, S ``[S, R]`` float32 and the
+    seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -283,15 +285,15 @@ def dora_experts(
 
     Args:
         x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`lora_experts`. The
-            dropout acts on the low-rank path alone.
-        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, g is 0, and so are its gradients.
-        weight_norm: ``[E, N]``, of any float dtype: the norm, where it is known already
-            (:func:`dora_experts_weight_norm` in x's dtype); default: computed, of the experts that have rows.
+            dropout acts on the low-rank term alone.
+        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, g is 0, and the gradients through g are 0.
+        weight_norm: ``[E, N]``, of any float dtype: the norm, if the caller knows the norm already
+            (:func:`dora_experts_weight_norm` in x's dtype); default: computed for the experts that have rows.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude and
-    bias, in their own dtypes, zeros for an expert without rows; the norm is a constant of the gradient. Saved for
-    backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]`` of x's dtype. Under
-    autocast as :func:`lora_experts`.
+    bias, in their own dtypes; the gradients of an expert without rows are 0. The norm is a constant of the gradient.
+    Saved for backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]`` of x's
+    dtype. Autocast casts the same arguments as in :func:`lora_experts`.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -316,8 +318,10 @@ def dora_experts_weight_norm(
     Args:
         weight: frozen ``[E, N, K]``, as :func:`lora_experts` takes it. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``;
             each of any float dtype and of any strides. scaling: a finite number.
-        offsets: int32 or int64 ``[E]``: the norms of experts without rows are not wanted, and are 0; default: all are.
-        dtype: what an NF4 weight is dequantized to; default: its own. A dense weight has no other than its own.
+        offsets: int32 or int64 ``[E]``, as in :func:`lora_experts`: the norms of experts without rows are not computed
+            and are 0; default: the norms of all experts are computed.
+        dtype: dtype to which an NF4 weight is dequantized; default: the NF4 weight's dtype. For a dense weight, only
+            its own dtype is accepted.
 
     Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows: DoRA holds the
     norm constant.
@@ -351,14 +355,15 @@ def experts_linear(
 ) -> Tensor:
     """``Y_t = x_t W_eᵀ + b_e`` for every row t of expert e, over frozen weights: :func:`lora_experts` without adapters.
 
-    Args, gradients and sources as there. Raises: TypeError or ValueError that names the argument, what came and what
-    was wanted.
+    The arguments, gradients and sources are those of :func:`lora_experts`.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
     return _call("experts_linear", x, weight, offsets, bias, _Adapter())
 
 
 class _Adapter(NamedTuple):
-    """What a call says of the experts' adapters."""
+    """The arguments of a call that concern the experts' adapters."""
 
     lora_A: Any = None
     lora_B: Any = None

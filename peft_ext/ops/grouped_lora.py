@@ -86,7 +86,8 @@ def _backward(ctx, grad, _grad_s):
     needs = ctx.needs_input_grad
     grad_a, grad_b = [None] * count, [None] * count
     grad_x = grad_bias = None
-    # An empty list of numbers is no leaf, where PyTorch takes lists of tensors apart.
+    # PyTorch flattens the lists of arguments and of gradients. An empty list has no element, so its gradient is an
+    # empty list and not None.
     rest = (None, adapters if not adapters else None)
     if grad is None:
         return (None,) * 9 + (grad_a, grad_b, *rest)
@@ -111,7 +112,7 @@ def _backward(ctx, grad, _grad_s):
             grad_b[group] = found_b if needs[10][group] else None
         if needs[0]:
             grad_x[index] = part_x
-    for group in range(count):  # no sample has it
+    for group in range(count):  # the gradients of an adapter that no sample uses are zeros
         if needs[9][group] and grad_a[group] is None:
             grad_a[group] = torch.zeros_like(lora_A[group])
         if needs[10][group] and grad_b[group] is None:
@@ -129,7 +130,7 @@ def _index(samples: list[int], device: torch.device) -> Union[slice, Tensor]:
 
 
 def _frozen_backward(grad: Tensor, weight: tuple) -> Tensor:
-    """``dX = dY W``."""
+    """Returns ``dX = dY W``."""
     if weight[1] is not None:
         return _ops.nf4_linear_backward(grad, *weight)
     with torch.autocast(grad.device.type, enabled=False):
@@ -158,18 +159,19 @@ def grouped_lora_linear(
     Args:
         x: ``[samples, ..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
-        lora_A: G of them, ``[R_g, K]``; lora_B: ``[N, R_g]``; each of any float dtype. Ranks may differ.
-        adapters: for each sample the index of its adapter, or -1 for none. Samples of one adapter that lie beside
-            each other are one product, on a GPU all of an adapter's. ``torch.compile`` takes them for constants:
-            other ones are another graph.
+        lora_A: a list with ``[R_g, K]`` for each adapter g. lora_B: a list with ``[N, R_g]`` for each adapter g. The
+            factors may have any float dtypes, and the ranks may differ.
+        adapters: for each sample the index of its adapter, or -1 for none. Neighbouring samples of one adapter are
+            multiplied together; on a GPU, all samples of one adapter are. For ``torch.compile`` the indices are
+            constants: a call with other indices compiles another graph.
         bias: ``[N]`` of x's dtype.
         scaling: a finite number for each adapter; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and
     bias, in their own dtypes; saved for backward: x and S ``[T, max R]`` float32. Under autocast x, bias and a dense
-    weight are cast to the autocast dtype; the adapters keep theirs.
+    weight are cast to the autocast dtype, and the adapters are not cast.
 
-    A value of an adapter that is not finite stays with its own samples.
+    A value of an adapter that is not finite changes only the results of the samples with this adapter.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -210,7 +212,7 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
     for group in adapters:
         try:
             found.append(operator.index(group))
-        except (TypeError, RuntimeError):  # of a tensor, by version
+        except (TypeError, RuntimeError):  # which of the two a tensor raises depends on torch's version
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
         if not -1 <= found[-1] < count:
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")

@@ -1,10 +1,10 @@
-"""IA3: a learned factor per output, or per input, of a linear layer over a frozen weight, dense or NF4.
+"""IA3: a learned factor for each output or input feature of a linear layer over a frozen weight, dense or NF4.
 
     output:  Z = x Wᵀ + b,  Y = l∘Z,  l [N]       feedforward:  Y = (l∘x) Wᵀ + b,  l [K]       scale:  Y = l∘x,  l [K]
 
 Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
-Saved: x and, for the output's dl alone, Z, or Y (``Z = Y/l``) for a caller that promises not to change it.
+Saved: x and, if l scales the output and dl is needed, Z, or Y (``Z = Y/l``) for a caller that promises not to change Y.
 
 Source: IA3 (arXiv 2205.05638).
 """
@@ -177,13 +177,14 @@ def ia3_linear(
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
         ia3_l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float dtype.
         bias: ``[N]`` of x's dtype.
-        save_output: a promise that nobody changes the result in place. Then Y itself is saved for the gradient of an
-            ia3_l that scales the output (on a CPU), which spares Z's T·N elements. Where ia3_l is 0 (in float16 below
-            1/64) those outputs' part of the base product is made again in the backward.
+        save_output: True: the caller promises not to change the result in place. On a CPU, Y is then saved instead of
+            Z for the gradient of an ia3_l that scales the output, which saves T·N elements. Where ia3_l is 0 (in
+            float16 below 1/64), the backward computes the part of Z again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
     own shapes and dtypes; saved for backward: x and, where ia3_l scales the output and needs a gradient,
-    ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to the autocast dtype.
+    ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype (with save_output on a CPU, Y). Under autocast x, bias and a dense weight
+    are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -211,7 +212,7 @@ def checked_ia3_linear(
     feedforward: bool,
     saves_y: bool = False,
 ) -> Tensor:
-    """:func:`ia3_linear` of operands that :func:`ia3_linear` would accept, which nothing checks here."""
+    """Computes :func:`ia3_linear` without checks of operands that :func:`ia3_linear` would accept."""
     want_z = not feedforward and not saves_y and ia3_l.requires_grad and torch.is_grad_enabled()
     return _ia3_linear(x, *checks.weight_args(weight), bias, ia3_l, feedforward, want_z)
 
@@ -223,8 +224,8 @@ def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. ia3_l: ``[K]``, ``[1, K]`` or ``[K, 1]``, of any float dtype.
 
-    Returns: ``[..., K]`` of x's dtype. Gradients flow to both, in their own shapes and dtypes; saved for backward:
-    the inputs alone.
+    Returns: ``[..., K]`` of x's dtype. Gradients flow to x and ia3_l, in their own shapes and dtypes; saved for
+    backward: x and ia3_l alone.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

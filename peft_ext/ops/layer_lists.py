@@ -1,9 +1,10 @@
 """The layers of one call as flat lists, which an operator's schema can express.
 
-Autograd accepts no None in a list of tensors. So the list ``tensors`` holds, layer after layer, those of ten tensors
-that the layer has: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B, rank_scale, seed.
-The list ``sizes`` has four integers a layer: a bit mask of the tensors that are present (bit 0: weight), blocksize, N
-and K. The list ``numbers`` has two floats a layer: scaling and dropout_p. A layer without lora_A has no adapter.
+A layer has up to ten tensors: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
+rank_scale and seed. Autograd accepts no None in a list of tensors, so the list ``tensors`` has, layer after layer, only
+the tensors that are present. The list ``sizes`` has four integers for each layer: a bit mask of the tensors that are
+present (bit 0: weight), blocksize, N and K. The list ``numbers`` has two floats for each layer: scaling and dropout_p.
+A layer without lora_A has no adapter.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def places(sizes: Sequence) -> list[list[Optional[int]]]:
 
 
 def unpack_layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple]:
-    """Returns for each layer: the weight's arguments in a schema, bias, lora_A, lora_B, rank_scale, seed, scaling and
-    dropout_p."""
+    """Returns a tuple for each layer: the weight's arguments in a schema, bias, lora_A, lora_B, rank_scale, seed,
+    scaling and dropout_p."""
     found = []
     for i, held in enumerate(places(sizes)):
         *weight, bias, lora_A, lora_B, rank_scale, seed = (None if at is None else tensors[at] for at in held)
@@ -55,11 +56,11 @@ def own_gradients(
     needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]], given: Sequence[bool],
     gradients: Optional[Sequence[Tensor]], bias_gradient: Callable[[int], Tensor],
 ) -> list[Optional[Tensor]]:  # fmt: skip
-    """Returns the gradients of a list's tensors.
+    """Returns the gradients of the tensors in the list ``tensors``.
 
-    Args: needs: for each tensor, whether it needs a gradient. layers: the layers' :func:`places`. given: for each
-    layer, whether its result has a gradient. gradients: those of lora_A, lora_B and rank_scale, layer after layer, or
-    None. bias_gradient: computes the gradient of a bias from the layer's number.
+    Args: needs: for each tensor, whether the tensor needs a gradient. layers: the layers' :func:`places`. given: for
+    each layer, whether the layer's result has a gradient. gradients: the gradients of lora_A, lora_B and rank_scale,
+    layer after layer, or None. bias_gradient: computes the gradient of a bias from the layer's number.
     """
     found: list[Optional[Tensor]] = [None] * len(needs)
     for i, layer in enumerate(layers):
@@ -82,8 +83,8 @@ class Listed(NamedTuple):
     """The checked arguments of a call.
 
     Attributes:
-        lists: tensors, sizes and numbers, see the module. options: keyword arguments of the reference, a list entry a
-            layer. is_wide: whether a tensor is float64.
+        lists: tensors, sizes and numbers, see the module. options: keyword arguments of the reference; each is a list
+            with an entry for each layer. is_wide: whether the reference must compute, see :func:`.wants_reference`.
     """
 
     x: Tensor

@@ -1,10 +1,10 @@
-"""How an operator is declared, and the registry of all operators.
+"""Declares operators to PyTorch, and keeps the registry of all operators of peft_ext.
 
 :func:`define` declares an operator's schema, reference, fake and family, :func:`proof` the calls that prove a family's
 kernels on new hardware, :func:`register_autograd` the backward, and :func:`public` the function that users call.
 
-The native libraries only add kernels for the CPU and CUDA dispatch keys. Where one has none (no native library, or a
-device without a kernel) the dispatcher takes the reference, registered for every backend.
+The native libraries only add kernels for the CPU and CUDA dispatch keys. The reference is registered for every backend:
+without a native library, and on a device without a kernel, the dispatcher calls the reference.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Operator:
     """One operator of the dispatcher, ``peft_ext::<name>``.
 
     Attributes:
-        reference: what runs where no kernel is registered.
-        family: name of the operators whose CUDA kernels are proved, and dropped, together.
-        composed: whether the reference is a composition of other operators, which is all that a device without a
-            kernel of its own needs.
-        cuda: whether the CUDA library has a kernel of the operator. Where it has none, of an operator that is not
-            composed, the public function calls PyTorch's own on a GPU.
+        reference: the function that runs where no kernel is registered.
+        family: name of a group of operators whose CUDA kernels are proved, and dropped, together.
+        composed: whether the reference calls other operators and therefore runs on every device, so that the operator
+            needs no kernel of its own.
+        cuda: whether the CUDA library has a kernel of the operator. For an operator without a CUDA kernel, PyTorch's
+            function, or the reference, runs on a GPU.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Operator:
     cuda: bool
 
 
-# Every operator of the dispatcher, by name: whoever needs a list of operators asks this registry.
+# The registry of peft_ext's operators in the dispatcher, by name. Code that needs a list of operators reads OPERATORS.
 OPERATORS: dict[str, Operator] = {}
 
-# By public function of peft_ext.ops: the operators that the function calls, in its forward and backward.
+# By public function of peft_ext.ops: the main operators that the function calls, in its forward and backward.
 PUBLIC: dict[str, tuple[str, ...]] = {}
 
 # By family: the function that yields the calls which prove the family's kernels on new hardware, see :func:`proof`.
@@ -84,7 +84,7 @@ def define(
 ) -> None:
     """Declares ``peft_ext::<name>`` to PyTorch and to the registry; see :class:`Operator`.
 
-    ``fake`` returns the empty results that a compiler needs.
+    ``fake`` returns empty results of the right shapes and dtypes, which torch.compile needs.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     reference = _outside_autocast(reference)
@@ -96,7 +96,7 @@ def define(
 def proof(family: str) -> Callable[[_F], _F]:
     """Registers a generator of ``(operator, arguments)``: the calls that prove a family's kernels on new hardware.
 
-    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call is the family's main one, which is timed.
+    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call that the generator yields is timed.
     """
 
     def register(calls: _F) -> _F:
@@ -107,7 +107,7 @@ def proof(family: str) -> Callable[[_F], _F]:
 
 
 def public(*operators: str) -> Callable[[_F], _F]:
-    """Registers a public function with the operators that the function calls, in its forward and backward."""
+    """Registers a public function with the main operators that the function calls, in its forward and backward."""
 
     def register(function: _F) -> _F:
         PUBLIC[function.__name__] = operators
@@ -119,7 +119,7 @@ def public(*operators: str) -> Callable[[_F], _F]:
 def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[..., Any]:
     """Returns a fake that also checks the operator's float arguments.
 
-    While a compiler traces, :func:`.checks.check_scale` checks nothing, but the fake sees the numbers that are
+    While torch.compile traces, :func:`.checks.check_scale` checks nothing, but the fake sees those numbers that are
     constants.
     """
     parts = [part.split() for part in schema.split(" -> ")[0].strip("()").split(", ")]
@@ -129,7 +129,7 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
     def run(*args: Any) -> Any:
         for at, argument in numbers:
             for value in args[at] if isinstance(args[at], (list, tuple)) else (args[at],):
-                known, is_p = isinstance(value, float), argument == "dropout_p"  # a symbol is not
+                known, is_p = isinstance(value, float), argument == "dropout_p"  # a symbol is no float
                 if known and not (0 <= value < 1 if is_p else math.isfinite(value)):
                     wanted = "0 <= p < 1" if is_p else "a finite number"
                     raise ValueError(f"{name}: {argument} is {value!r}, wanted {wanted}")
@@ -141,14 +141,15 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
 def register_autograd(
     name: str, backward: Callable, *, setup_context: Callable, trained: Optional[Sequence[int]] = None
 ) -> Callable[..., Any]:
-    """Registers an operator's backward, and returns the operator, to be called with all its arguments.
+    """Registers an operator's backward, and returns a function that calls the operator with all its arguments.
 
-    Compilers see the backward that torch.library registers. Eager calls bypass that registration, which takes as long
-    as the rest of the Python code before a kernel: a call that needs gradients goes through an autograd Function made
-    here, any other call goes to the kernel directly. Operators that take lists of tensors are not supported.
+    torch.compile uses the backward that torch.library registers. Eager calls bypass torch.library's autograd, which
+    takes as long as the rest of the Python code before a kernel: an eager call that may need gradients goes through an
+    autograd Function that this function makes, and any other eager call goes to the kernel directly. Operators that
+    take lists of tensors are not supported.
 
-    ``trained``: the positions of the arguments that can have a gradient, for an operator whose first output alone is
-    differentiable. In an eager call autograd then sees only these arguments, since each argument costs about a
+    ``trained``: the positions of the arguments that can have a gradient, for an operator of which only the first output
+    is differentiable. In an eager call autograd then sees only these arguments, because each argument costs about a
     microsecond. The returned function returns the first output. ``setup_context`` and ``backward`` read ``ctx.needs``,
     which has an entry for each argument, instead of ``ctx.needs_input_grad``.
     """
@@ -179,15 +180,15 @@ def register_autograd(
 def _function(name: str, forward: Callable, backward: Callable) -> Callable[..., Any]:
     """Returns the ``apply`` of a new autograd Function.
 
-    The C++ ``apply`` of the base class is taken: the Python one serves torch.func's transforms and takes a tenth of a
-    call.
+    The function is the C++ ``apply`` of the base class. The Python ``apply`` supports torch.func's transforms and takes
+    a tenth of a call.
     """
     made = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return super(torch.autograd.Function, type(name, (torch.autograd.Function,), made)).apply
 
 
 def _noting_needs(setup_context: Callable) -> Callable[..., None]:
-    """Returns a ``setup_context`` for torch.library that sets ``ctx.needs`` before the operator's own runs."""
+    """Returns a ``setup_context`` for torch.library: it sets ``ctx.needs`` and calls the operator's setup_context."""
 
     def run(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])
@@ -203,7 +204,7 @@ def _first_output(
     """Returns a function that calls the operator and returns its first output; see :func:`register_autograd`."""
     guard, taken = _guard(), operator.itemgetter(*trained)
 
-    # A Function takes the arguments as one tuple and, for autograd, the trained ones among them again.
+    # The Function takes all arguments as one tuple and, for autograd, the trainable arguments a second time.
     def forward(ctx: Any, args: tuple, *_tensors: Any) -> Any:
         with guard():
             output = op(*args)
@@ -231,15 +232,15 @@ def _first_output(
 def _guard() -> Callable[[], Any]:
     """Returns the context manager within which calls bypass autograd.
 
-    In a version of torch without that private class it is one that does nothing: calls are slower and still right.
+    In a version of torch without the private class, the context manager does nothing: calls are slower and still right.
     """
     return getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 def below_autograd(op: Callable) -> Callable[..., Any]:
-    """Returns a function that calls the operator below autograd, so that nothing is recorded.
+    """Returns a function that calls the operator below autograd, so that autograd records nothing.
 
-    torch.library itself uses the same guard.
+    torch.library itself uses this guard, too.
     """
     guard = _guard()
 
@@ -256,7 +257,7 @@ def is_eager(x: torch.Tensor) -> bool:
 
 
 def records_graph(x: torch.Tensor) -> bool:
-    """Returns whether a call on x is an eager one that autograd may record."""
+    """Returns whether a call on x is an eager call that autograd may record."""
     return is_eager(x) and torch.is_grad_enabled()
 
 

@@ -3,9 +3,10 @@
     x̃ = dropout(x)      S = x̃ Aᵀ  [T, R]      Y = x Wᵀ + (S∘ρ) Bᵀ + b  [T, N]      ρ = s · rank_scale  [R]
 
 Backward: ``P = dY (B∘ρ)``; ``dB = ρ ∘ dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``;
-``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved: x, S and the seed. The mask is recomputed, x̃ is never written.
+``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved: x, S and the seed. The backward computes the mask again.
 
-``lora_residual`` is the same over a base of any kind that ran before: ``Y = residual + (S∘ρ) Bᵀ``; ``dresidual = dY``.
+``lora_residual`` adds the low-rank term to the result of a base layer of any kind: ``Y = residual + (S∘ρ) Bᵀ``;
+``dresidual = dY``.
 
 Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); rank_scale: AdaLoRA (arXiv 2303.10512).
 """
@@ -207,14 +208,14 @@ def lora_linear(
         bias: ``[N]`` of x's dtype.
         rank_scale: ``[R]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
-        dropout_p: probability to drop an element of x on the low-rank path, ``0 <= p < 1``, in steps of 2^-16.
+        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
         seed: int64 ``[2]`` on x's device for the dropout mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
     rank_scale and bias, in their own dtypes; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast
-    x, bias and a dense weight are cast to the autocast dtype; the adapters keep theirs.
+    x, bias and a dense weight are cast to the autocast dtype, and the adapter is not cast.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -244,7 +245,7 @@ def checked_lora_linear(
     dropout_p: float,
     seed: Optional[Tensor] = None,
 ) -> Tensor:
-    """:func:`lora_linear` in training, of operands that :func:`lora_linear` would accept, which nothing checks here."""
+    """Computes :func:`lora_linear` in training, without checks of operands that :func:`lora_linear` would accept."""
     seed = common.dropout_seed(seed, dropout_p, True, x.device)
     args = (bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)
     return _lora_linear(x, *checks.weight_args(weight), *args)
@@ -263,16 +264,16 @@ def lora_residual(
     training: bool = False,
     seed: Optional[Tensor] = None,
 ) -> Tensor:
-    """``Y = residual + scaling · (dropout(x) Aᵀ ∘ rank_scale) Bᵀ``: LoRA over a base of any kind, which ran before.
+    """``Y = residual + scaling · (dropout(x) Aᵀ ∘ rank_scale) Bᵀ``: LoRA over a base layer of any kind, called before.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16; what the base layer took.
-        residual: ``[..., N]`` of x's dtype: what it returned.
+        x: ``[..., K]``, float32, bfloat16 or float16: the base layer's input.
+        residual: ``[..., N]`` of x's dtype: the base layer's result.
         lora_A, lora_B, rank_scale, scaling, dropout_p, training, seed: as in :func:`lora_linear`.
 
-    Returns: ``[..., N]`` of x's dtype, a new tensor: float32 sums, one rounding. Gradients flow to x, residual, lora_A,
-    lora_B and rank_scale; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast x and residual are
-    cast to the autocast dtype; the adapters keep theirs.
+    Returns: ``[..., N]`` of x's dtype, a new tensor. Sums are in float32 and rounded once. Gradients flow to x,
+    residual, lora_A, lora_B and rank_scale; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast x
+    and residual are cast to the autocast dtype, and the adapter is not cast.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

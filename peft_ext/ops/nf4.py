@@ -1,4 +1,4 @@
-"""NF4: quantize, dequantize, and the linear layer over a quantized, or any frozen, weight.
+"""NF4 quantization, dequantization and merging, and the linear layer over a frozen weight, dense or NF4.
 
     w_i = code[q_i] · absmax[i // blocksize]          Y = X Wᵀ + b          dX = dY W
 
@@ -75,7 +75,7 @@ define(
     fake=_quantize_fake,
     family="nf4",
 )
-# Has no CUDA kernel: on a GPU the reference runs, by PyTorch's sums.
+# The operator has no CUDA kernel: on a GPU the reference runs, which sums with PyTorch's operators.
 define(
     "nf4_scale_mean",
     "(Tensor absmax) -> Tensor",
@@ -98,8 +98,8 @@ define(
     fake=_dequantize_fake,
     family="nf4",
 )
-# g ∘ (W + s·B A) of a 2-D weight, rounded once: what merging into NF4 starts from. lora_A [R, K], lora_B [N, R] and
-# row_scale [N] are of any float dtype. No gradient.
+# Returns g ∘ (W + s·B A) for a weight W [N, K], rounded once. lora_A [R, K], lora_B [N, R] and row_scale g [N] may have
+# any float dtypes. The operator has no gradient.
 define(
     "nf4_dequantize_merged",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
@@ -107,7 +107,8 @@ define(
     fake=_dequantize_fake,
     family="nf4",
 )
-# W' = g ∘ (W + s·B A) quantized to Q of the same block size; error: (Σ (Q - W')², Σ W'²) float64. No gradient.
+# Quantizes W' = g ∘ (W + s·B A) to Q with the block size of W; error: (Σ (Q - W')², Σ W'²) float64. The operator has no
+# gradient.
 define(
     "nf4_merge",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling)"
@@ -116,7 +117,7 @@ define(
     fake=_merge_fake,
     family="nf4",
 )
-# The weight may be a dense one as well, of x's dtype.
+# The weight may also be a dense tensor of x's dtype.
 define(
     "nf4_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
@@ -170,8 +171,8 @@ def _linear_backward(ctx, grad):
 
 
 def refuse_double_backward(op: str) -> None:
-    """Raises RuntimeError where a gradient of a gradient is wanted: backward operators have none, and autograd would
-    silently treat their results as constants."""
+    """Raises RuntimeError if a gradient of a gradient may be needed (create_graph=True). Backward operators have no
+    gradients, and autograd would silently treat their results as constants."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: the gradient of a gradient (create_graph=True) is not supported")
 
@@ -189,22 +190,23 @@ _nf4_linear = register_autograd("nf4_linear", _linear_backward, setup_context=_l
 
 @public("nf4_quantize", "nf4_quantize_absmax")
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
-    """Quantizes a weight to NF4, bit for bit as bitsandbytes does.
+    """Quantizes a weight to NF4: the 4-bit codes and the float32 scales have the bits of bitsandbytes' result.
 
-    ``absmax_b = max |w|`` over each block of the flat tensor; each element takes the nearest of the 16 codes to
-    ``w · (1 / max(absmax, 1e-38))``, a tie the lower one. With ``double_quant`` the scales, minus their mean, are
-    quantized to 8 bits, 256 a block.
+    ``absmax_b = max |w|`` over each block of the flat tensor. Each element is encoded to the one of 16 codes that is
+    nearest to ``w · (1 / max(absmax, 1e-38))``; of two equally near codes, to the lower. With ``double_quant`` the
+    scales, minus their mean, are quantized to 8 bits in blocks of 256.
 
     Args:
         weight: any shape, float32, bfloat16, float16 (or float64, through float32); gradients do not flow.
         blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
-        double_quant: quantize the scales too: 4.127 instead of 4.5 bits a weight at blocksize 64.
+        double_quant: True: the scales are quantized too, which takes 4.127 instead of 4.5 bits a weight at blocksize
+            64.
 
     Raises:
         TypeError: a dtype or layout that is not supported. ValueError: blocksize.
 
-    Source: QLoRA, arXiv 2305.14314. The 8-bit codes are the exact nearest (as bitsandbytes on CUDA); bitsandbytes'
-    CPU path rounds about 0.2% of them to another neighbour.
+    Source: QLoRA, arXiv 2305.14314. Each 8-bit code of double quantization is the nearest code, as in bitsandbytes on
+    CUDA. On a CPU, bitsandbytes rounds about 0.2% of the 8-bit codes to another neighbour.
     """
     checks.check_float("nf4_quantize", "weight", weight)
     checks.check_blocksize("nf4_quantize", blocksize)
@@ -223,16 +225,17 @@ def nf4_merge(
     scaling: float = 1.0,
     row_scale: Optional[Tensor] = None,
 ) -> tuple[NF4Weight, Tensor]:
-    """``W' = row_scale ∘ (W + scaling · B A)``, requantized to NF4 of the same block size, and the error that brings.
+    """Quantizes ``W' = row_scale ∘ (W + scaling · B A)`` to NF4 with W's block size, and returns the relative error.
 
     Args:
         nf4: W, shape ``(N, K)``.
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; row_scale: ``[N]`` (DoRA's ``m / ‖W + s·B A‖``); of any float dtype.
         scaling: a finite number.
 
-    Returns: the merged weight, double-quantized where ``nf4`` is, and ``‖Q − W'‖ / ‖W'‖`` (Frobenius) as a float64
-    tensor of no dimensions: not finite where W' is not, 0 where W' is. Float32 arithmetic, no gradient. The error is
-    that of the 4-bit codes; double quantization of the scales adds some 0.1% of W'.
+    Returns: the merged weight Q, double-quantized where ``nf4`` is, and the error ``‖Q − W'‖ / ‖W'‖`` (Frobenius) as a
+    float64 tensor of no dimensions. The error is not finite where W' is not finite, and 0 where W' is 0. The arithmetic
+    is in float32, and no gradient flows. The error counts the 4-bit codes alone; double quantization of the scales adds
+    some 0.1% of W'.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
@@ -261,14 +264,14 @@ def _no_wider(value: Tensor) -> Tensor:
 
 @public("nf4_dequantize")
 def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """``code[q] · absmax`` in float32, rounded once to ``dtype``; double-quantized scales are decoded on the way.
+    """``code[q] · absmax`` in float32, rounded once to ``dtype``. Double-quantized scales are decoded first.
 
     Args:
-        nf4: the quantized weight. dtype: of the result; default: the one the weight was quantized from.
+        nf4: the quantized weight. dtype: dtype of the result; default: the dtype from which the weight was quantized.
 
-    Returns: a dense tensor of ``nf4.shape``. No gradient: the weight is frozen.
+    Returns: a dense tensor of ``nf4.shape``. No gradient flows, because the weight is frozen.
 
-    Raises: TypeError for anything but an NF4Weight, or for a dtype that is not a float.
+    Raises: TypeError if ``nf4`` is no NF4Weight, or if ``dtype`` is no supported float dtype.
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_dequantize: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
@@ -277,16 +280,16 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
 
 @public("nf4_linear", "nf4_linear_backward")
 def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:
-    """``Y = X Wᵀ + b`` over a frozen NF4 weight, W rounded to x's dtype as :func:`nf4_dequantize` does.
+    """``Y = X Wᵀ + b`` over a frozen NF4 weight. W is rounded to x's dtype, as :func:`nf4_dequantize` rounds.
 
-    For few tokens in 16 bits a kernel may round the codes instead, and multiply their sums by the scales: a weight is
-    off from code * scale by half a unit in the last place at most either way.
+    For few tokens in 16 bits, a kernel may round the code values instead of the weights, and multiply sums of products
+    by the scales. In either way, a weight differs from code · scale by at most half a unit in the last place.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.
 
-    Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the packed
-    weight alone. Under autocast x and bias are cast to the autocast dtype.
+    Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the NF4 weight
+    alone. Under autocast x and bias are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
@@ -303,10 +306,10 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
 
 @public("nf4_linear", "nf4_linear_backward")
 def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
-    """``Y = X Wᵀ + b`` over a frozen weight: ``F.linear``, or :func:`nf4_linear`, on this package's own product.
+    """``Y = X Wᵀ + b`` over a frozen weight, dense or NF4, computed by the operator ``peft_ext::nf4_linear``.
 
-    On a CPU without instructions for products in 16 bits it widens a panel of W at a time to float32, where PyTorch's
-    product of a dense 16-bit weight is a plain loop; Y is rounded once.
+    On a CPU without instructions for products in 16 bits, the kernel widens a panel of W at a time to float32, while
+    PyTorch multiplies a dense 16-bit weight in a plain loop if the CPU has no AVX-512. Y is rounded once.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``, dense of x's dtype or NF4. bias: ``[N]`` of

@@ -3,8 +3,8 @@
     x̂ = (x - μ) r      r = 1/√(mean (x - μ)² + eps)      y = x̂ ∘ (w + offset) + b       RMSNorm: μ is 0, no b
 
 Backward: ``g = dY ∘ (w + offset)``, ``dX = r (g - mean g - x̂ mean (g ∘ x̂))`` (RMSNorm: without mean g),
-``dw = Σ_t dY ∘ x̂``, ``db = Σ_t dY``, these only where weight or bias is trained.
-Saved: x, weight, and one float32 number a row, r; LayerNorm two, μ and r. No float32 copy of x.
+``dw = Σ_t dY ∘ x̂`` if the weight is trained, ``db = Σ_t dY`` if the bias is trained.
+Saved: x, weight, and float32 numbers for each row: r for RMSNorm, μ and r for LayerNorm. No float32 copy of x is saved.
 
 Sources: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450).
 """
@@ -176,15 +176,17 @@ def rms_norm(
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: w ``[K]`` of any float dtype, or None: 1.
-        offset: 0 as in Llama, 1 as in Gemma, whose weight is what is added to 1.
-        round_before_weight: x̂ is rounded to x's dtype before the weight, as in transformers' Llama:
-            ``weight * x̂.to(x.dtype)``. Else the product is rounded alone, as in Gemma: ``(x̂ * (1 + w)).to(x.dtype)``.
+        offset: 0 as in Llama, or 1 as in Gemma, which adds its weight to 1.
+        round_before_weight: True: x̂ is rounded to x's dtype before x̂ is multiplied with the weight, as in
+            transformers' Llama: ``weight * x̂.to(x.dtype)``. False: only the product is rounded, as in Gemma:
+            ``(x̂ * (1 + w)).to(x.dtype)``.
 
-    Returns: ``[..., K]`` of x's dtype; where ``round_before_weight`` of PyTorch's for a product of w and x: float32
-    for a float32 weight over 16-bit x, as PEFT's ``prepare_model_for_kbit_training`` makes. Sums in float32: on the
-    CPU four vectors of the path's width in turn, on a GPU eight columns a thread, then the threads. Where the sums
-    have transformers' bits, so has the result. Gradients flow to x and weight, in their own dtypes; saved for
-    backward: x, weight and one float32 number a row. Autocast changes nothing.
+    Returns: ``[..., K]`` of x's dtype. With ``round_before_weight`` the result has the dtype of PyTorch's product of w
+    and x: float32 for a float32 weight (as PEFT's ``prepare_model_for_kbit_training`` makes) and 16-bit x. Sums are in
+    float32. A CPU kernel adds the squares to four vectors of the path's width in turn; on a GPU, each thread sums eight
+    columns at a time, and the sums of the threads are added. If the sum of squares has the bits of transformers' sum,
+    the result has the bits of transformers' result. Gradients flow to x and weight, in their own dtypes; saved for
+    backward: x, weight and one float32 number for each row. Autocast changes nothing.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -200,15 +202,16 @@ def rms_norm(
 
 @public("layer_norm", "layer_norm_backward")
 def layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float) -> Tensor:
-    """``y = (x - μ) / √(mean (x - μ)² + eps) ∘ w + b``, means over the last dimension: ``F.layer_norm`` over it.
+    """``y = (x - μ) / √(mean (x - μ)² + eps) ∘ w + b``: ``F.layer_norm`` over the last dimension.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16. weight: w ``[K]`` or None: 1. bias: b ``[K]`` or None: 0. Each of
-            any float dtype.
+        x: ``[..., K]``, float32, bfloat16 or float16. weight: w ``[K]`` or None: 1. bias: b ``[K]`` or None: 0. weight
+            and bias may have any float dtypes.
 
-    Returns: ``[..., K]`` of x's dtype. In float32, the sum of squares about the mean, one rounding at the end.
-    Gradients flow to x, weight and bias, in their own dtypes; saved for backward: x, weight and two float32 numbers a
-    row. Autocast, under which ``F.layer_norm`` may compute and return float32, changes nothing.
+    Returns: ``[..., K]`` of x's dtype. The arithmetic is in float32, the variance is the mean of (x - μ)², and the
+    result is rounded once. Gradients flow to x, weight and bias, in their own dtypes; saved for backward: x, weight and
+    two float32 numbers for each row. Autocast changes nothing, although ``F.layer_norm`` may return float32 under
+    autocast.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -14,13 +14,15 @@ from ..reference import nf4 as reference
 
 
 class ProofInputs:
-    """Operands of one dtype on one device. The same arguments give the same values.
+    """Random operands of one dtype on one device. The same constructor arguments give the same values.
 
     Attributes:
-        t, k, n: the numbers of tokens, input features and output features. dtype, device: of the operands.
+        t, k, n: the numbers of tokens, input features and output features. dtype, device: dtype and device of x, grad,
+            bias and the dense weight.
         x: ``[t, k]``. grad: ``[t, n]``. bias: ``[n]``. a: lora_A ``[16, k]`` float32. b: lora_B ``[n, 16]`` float32.
         seed: int64 ``[2]``, for a dropout mask.
-        dense: the operands of a dense weight ``[n, k]`` in a schema. nf4: those of a double-quantized NF4 one.
+        dense: a dense weight ``[n, k]`` as the seven arguments of a schema. nf4: a double-quantized NF4 weight
+            ``[n, k]`` as the seven arguments of a schema.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]):

@@ -1,17 +1,17 @@
 """Proves the CUDA kernels at their first use on a model of GPU, and drops the families of kernels that fail.
 
-The proof runs before the first operator on a GPU, or before the first layer is accelerated there. Small inputs go
-through each family's operators, forward and backward, twice: through the kernels and through the reference, which is
-plain PyTorch. A family is dropped if its kernels differ from the reference by more than rounding, raise an error, or
-are slower than the reference. The operators of a dropped family run the reference. A warning, ``peft-ext explain`` and
-``peft-ext doctor`` name the dropped families.
+The proof runs before the first eager call of an operator on a GPU, or before the first layer is accelerated there.
+Small inputs go through each family's operators, forward and backward, twice: through the kernels and through the
+reference, which is plain PyTorch. A family is dropped if its kernels differ from the reference by more than rounding,
+raise an error, or take more than ``SLOWER`` times the reference's time. The operators of a dropped family run the
+reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
 
 Environment:
-    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a model of GPU once for each build of peft_ext, of torch and of its
-        CUDA. The result is remembered in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``) only if all
-        families agreed; else the next process proves again. A family whose kernels ended a process by a fault is
-        remembered too, and stays dropped. ``always`` proves in every process, ``0`` never. Another value raises
-        ValueError.
+    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a model of GPU once for each build of peft_ext, of torch and of
+        torch's CUDA. The result is saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``) only if no
+        family failed; otherwise the next process proves again. A family whose kernels ended a process by a fault is
+        saved too, and stays dropped. ``always`` proves in every process and reads no saved result, ``0`` never proves.
+        Another value raises ValueError.
 """
 
 from __future__ import annotations
@@ -37,41 +37,45 @@ from .proof_inputs import ProofInputs
 
 __all__ = ["DROPPED", "first_use", "prove", "proved", "report"]
 
-# Operators whose kernels were dropped, and why.
+# The operators whose CUDA kernels the proof dropped in this process, and the reason for each. These operators run the
+# reference.
 DROPPED: dict[str, str] = {}
 
-CAPABILITY = (8, 0)  # compute capability of the oldest GPUs that the library has kernels for
-_FAULTS = " | faults"  # suffix of the key under which the cache holds the families that ended a process
+CAPABILITY = (8, 0)  # compute capability of the oldest GPUs for which the library has kernels
+_FAULTS = " | faults"  # suffix of the cache key of the families whose kernels ended a process
 
-# Tokens, input features and output features of the inputs; the large ones are timed.
+# Numbers of tokens, input features and output features of the inputs. Calls with the inputs of LARGE are timed.
 SMALL, LARGE = (130, 192, 136), (1024, 1024, 1024)
 
 SLOWER = 1.25  # a family is dropped if its kernel takes more than this many times the reference's time
-# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediates of 16 bits are rounded too.
+# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 _ops = getattr(torch.ops, NAMESPACE)
-_found: dict[str, dict[str, str]] = {}  # by GPU name, by family: "", or why the family was dropped
-_overriding: list[torch.library.Library] = []  # the registrations that replace kernels; they end with these objects
+_found: dict[str, dict[str, str]] = {}  # by GPU name and family: "", or the reason why the family was dropped
+_overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
 _done = False
 _lock = threading.Lock()
 
 
 def first_use() -> None:
-    """Proves the kernels on this machine's GPUs, once in a process. Does nothing under a compiler or graph capture."""
-    if torch.compiler.is_compiling() or _done:  # in this order: compiled code must not guard on _done
+    """Proves the kernels on this machine's GPUs, once in a process.
+
+    Does nothing under torch.compile, with fake tensors, or while a CUDA graph is captured.
+    """
+    if torch.compiler.is_compiling() or _done:  # in this order, compiled code has no guard on _done
         return
     _prove_here()
 
 
 def proved(*names: str) -> Optional[str]:
-    """Returns why one of these operators runs the reference on a GPU, or None."""
+    """Returns why the proof dropped the CUDA kernels of one of these operators, or None."""
     first_use()
     return next((DROPPED[name] for name in names if name in DROPPED), None) if DROPPED else None
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Returns by GPU name and family "" where the kernels agreed with the reference, else why they were dropped."""
+    """Returns, by GPU name and family, "" if the family's kernels passed the proof, or why they were dropped."""
     return {card: dict(families) for card, families in _found.items()}
 
 
@@ -82,11 +86,13 @@ def _prove_here() -> None:
         _done = True
         return
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
-        return  # with fake tensors nothing runs, and a captured graph would replay the proof
+        return  # fake tensors run no kernel, and a captured graph would replay the proof
     with _lock:
         if _done:
             return
-        _done = True  # the proof calls no public operator; other threads go on without waiting for the proof
+        # Set before the proof, so that other threads use the operators meanwhile and do not wait for the proof. The
+        # proof itself calls no public function, which would ask for the proof again.
+        _done = True
         here = torch.cuda.current_device()
         for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != here):
             card = torch.cuda.get_device_name(index)
@@ -96,7 +102,10 @@ def _prove_here() -> None:
 
 
 def _of_card(card: str, index: int) -> dict[str, str]:
-    """Returns the result of a GPU's proof by family. No CUDA context is made on a GPU that is known or too old."""
+    """Returns the result of a GPU's proof by family.
+
+    A GPU that is too old, or whose saved result is read, gets no CUDA context.
+    """
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < CAPABILITY:
         wanted = ".".join(map(str, CAPABILITY))
@@ -108,7 +117,7 @@ def _of_card(card: str, index: int) -> dict[str, str]:
             try:
                 found = _remember(card, index, prove(torch.device("cuda", index), faulted=_faulted(card, index)))
             except torch.OutOfMemoryError:
-                return {}  # no verdict: another process proves this GPU
+                return {}  # without enough memory there is no result, and a later process proves this GPU
             except KernelFault as fault:
                 _remember_fault(card, index, fault)
                 raise
@@ -173,13 +182,13 @@ def _recall(card: str, index: int) -> Optional[dict[str, str]]:
 
 
 def _faulted(card: str, index: int) -> dict[str, str]:
-    """Returns the families whose kernels ended an earlier process, and how they did."""
+    """Returns the families whose kernels ended an earlier process by a fault, and the fault of each."""
     found = {} if _asked() == "always" else _held().get(_key(card, index) + _FAULTS)
     return {family: str(why) for family, why in found.items()} if isinstance(found, dict) else {}
 
 
 def _remember(card: str, index: int, found: dict[str, str]) -> dict[str, str]:
-    if not any(found.values()):  # a family may have failed only because other users made the GPU slow
+    if not any(found.values()):  # a failure is not saved: other users of the GPU may have made a family slow
         _put(_key(card, index), sorted(cuda_families()))
     return found
 
@@ -194,7 +203,7 @@ def _put(key: str, value: Any) -> None:
         with atomic_file(_cache()) as file:
             json.dump(_held() | {key: value}, file, indent=1)
     except (OSError, RuntimeError):
-        pass  # the home folder can't be written: the next process proves again
+        pass  # the cache folder can't be written: the next process proves again
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
@@ -212,10 +221,10 @@ class KernelFault(RuntimeError):
 
 
 def prove(device: torch.device, *, timed: bool = True, faulted: Optional[dict[str, str]] = None) -> dict[str, str]:
-    """Proves every family on a device; returns by family "", or why the family failed.
+    """Proves every family on a device. Returns, by family, "" or the reason why the family failed.
 
-    ``timed``: whether a slow kernel fails too. ``faulted``: families that are not run again, and why. The caller's
-    default device, autograd mode, autocast and matmul precision have no influence.
+    ``timed``: whether a slow kernel fails too. ``faulted``: families that are not run again, and the reason for each.
+    The caller's default device, autograd mode, autocast and matmul precision have no influence.
     """
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
@@ -234,7 +243,7 @@ def prove(device: torch.device, *, timed: bool = True, faulted: Optional[dict[st
 def calls(
     family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> Iterator[tuple[str, tuple]]:
-    """Returns the calls of operators with CUDA kernels that prove a family.
+    """Yields the calls that prove a family's CUDA kernels; leaves out operators without a CUDA kernel.
 
     ``shape``: the numbers of tokens, input features and output features of the inputs.
     """
@@ -252,7 +261,7 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
         if timed:
             dtype = torch.bfloat16
             name, arguments = next(calls(family, device, dtype, LARGE))
-            if why := _disagrees(name, arguments, dtype):  # several thread blocks, and kernels for large shapes
+            if why := _disagrees(name, arguments, dtype):  # large inputs use several blocks and other kernels
                 return f"{why}, of 1024 x 1024 x 1024"
             ours, plain = _seconds([_native_op(name), OPERATORS[name].reference], arguments, device)
             if ours > SLOWER * plain:
@@ -311,7 +320,7 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> st
 
 
 def _seconds(calls: list[Callable[..., Any]], arguments: tuple, device: torch.device) -> list[float]:
-    """Returns the median seconds of each call. The calls alternate, so that other users of the GPU slow all alike."""
+    """Returns the median seconds of each call. The calls alternate, so that other users of the GPU slow all calls."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(9):
         for call, taken in zip(calls, times, strict=True):

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, in one call, without temporaries.
+"""Rotary position embedding of queries and keys, in one call.
 
     y = x ∘ cos + rotate_half(x) ∘ sin        rotate_half((x₁, x₂)) = (-x₂, x₁), halves of a head
 
@@ -94,12 +94,14 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     """``x ∘ cos + rotate_half(x) ∘ sin`` of queries and keys, as transformers' ``apply_rotary_pos_emb`` of Llama.
 
     Args:
-        q: ``[B, H, T, D]``, float32, bfloat16 or float16, D even. k: ``[B, Hkv, T, D]`` of q's dtype. They are read
-            where they lie if each head is in one piece, as in ``[B, T, H, D].transpose(1, 2)``.
-        cos: ``[B, T, D]`` or ``[1, T, D]`` of q's dtype. sin: the same. They are constants.
+        q: ``[B, H, T, D]``, float32, bfloat16 or float16, D even. k: ``[B, Hkv, T, D]`` of q's dtype. q and k are not
+            copied if their last dimension is contiguous, as in ``[B, T, H, D].transpose(1, 2)``.
+        cos: ``[B, T, D]`` or ``[1, T, D]`` of q's dtype. sin: a tensor of cos's shape and dtype. cos and sin are
+            constants, without a gradient.
 
-    Returns: ``(q, k)``, of the arguments' shapes and dtype, their dimensions in memory in the arguments' order. In
-    float32, rounded once, where PyTorch rounds both products. Gradients flow to q and k; saved for backward: cos, sin.
+    Returns: ``(q, k)``, of the arguments' shapes and dtype, with the arguments' order of dimensions in memory. The
+    arithmetic is in float32 and the result is rounded once, while PyTorch rounds the two products and their sum.
+    Gradients flow to q and k; saved for backward: cos and sin.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

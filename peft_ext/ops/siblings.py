@@ -1,14 +1,14 @@
-"""Several linear layers of one input as one operator, over frozen weights, dense or NF4, each with LoRA or without.
+"""Several linear layers of one input as one operator, over frozen weights, dense or NF4, with or without LoRA.
 
     x̃_i = mask_i/(1-p_i) ∘ x      S_i = x̃_i A_iᵀ      Y_i = x W_iᵀ + (S_i∘ρ_i) B_iᵀ + b_i
 
-Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, written once, and each layer's own gradients as in
-:mod:`.lora`. Saved: x, each S and seed.
+Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, and each layer's own gradients as in :mod:`.lora`.
+Saved: x, S of each layer, and the seeds.
 
-On the CPU x is packed once for all weights. dX is summed in float32 over the layers if the panels of all weights fit a
-core's cache; for few tokens each layer's part is added to dX in x's dtype. On a GPU the forward runs
-:func:`lora_linear` layer by layer. The backward there writes the low-rank terms of dX first, and the products with the
-weights add to these terms.
+On the CPU, where peft_ext's tiles multiply, x is packed once for all weights. The dX of layers whose panels of W fit a
+core's cache together is summed in float32 and rounded once; otherwise each layer's dX is added to the rounded sum of
+the layers before. On a GPU the forward runs :func:`lora_linear` layer by layer. The backward on a GPU writes the
+low-rank terms of dX first, and adds the products with the weights to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """
@@ -127,7 +127,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grads, needs_x, needs):
-    """Returns the gradients of x and of the tensors."""
+    """Returns the gradient of x, and a list of the gradients of the tensors."""
     refuse_double_backward("lora_linears")
     count = len(ctx.numbers) // NUMBERS
     x, *saved = ctx.saved_tensors
@@ -192,16 +192,17 @@ def lora_linears(
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         weights: frozen ``[N_i, K]`` each: a dense tensor of x's dtype, or an NF4Weight.
-        lora_As: ``[R_i, K]`` each; lora_Bs: ``[N_i, R_i]``; of any float dtype; None for both of a layer without one.
-        biases: ``[N_i]`` of x's dtype, or None.
-        rank_scales: ``[R_i]`` of any float dtype, or None: ones.
-        scalings, dropout_ps: of each layer, or one number for all.
-        training: dropout acts only when True, with a mask of each layer's own.
+        lora_As: ``[R_i, K]`` each; lora_Bs: ``[N_i, R_i]`` each; of any float dtype. For a layer without an adapter,
+            both are None.
+        biases: ``[N_i]`` of x's dtype each, or None.
+        rank_scales: ``[R_i]`` of any float dtype each, or None: ones.
+        scalings, dropout_ps: a number for each layer, or one number for all layers.
+        training: dropout acts only when True. Each layer has its own mask.
         seeds: int64 ``[2]`` each, or None: drawn from PyTorch's generator, in the order of the layers.
 
-    Returns: a tuple of ``[..., N_i]`` of x's dtype. Gradients flow to x, lora_As, lora_Bs, rank_scales and biases; a
-    layer whose result is not used costs nothing in the backward. Under autocast x, biases and dense weights are cast to
-    the autocast dtype, the adapters keep theirs.
+    Returns: a tuple of ``[..., N_i]`` of x's dtype. Gradients flow to x, lora_As, lora_Bs, rank_scales and biases. The
+    backward computes nothing for a layer whose result is not used. Under autocast x, biases and dense weights are cast
+    to the autocast dtype, and the adapters are not cast.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -1,10 +1,9 @@
 """Checks the files of an untrusted adapter before PEFT reads them. Each error is one line.
 
-    adapter_config.json:        a JSON object, a known method, each field of its type, no size beyond the weights' sizes
-    adapter_model.safetensors:  a header that the safetensors library accepts, finite numbers
-    run.json, beside them:      whether the adapter was trained over an NF4 base
-
-No code of an adapter's folder is imported, and no file is unpickled.
+adapter_config.json must be a JSON object with a known method, fields of the right types, and no size beyond the
+weights' sizes. adapter_model.safetensors must have a header that the safetensors library accepts, and float dtypes
+where PEFT would cast. run.json is optional; run.json says whether the adapter was trained over an NF4 base. No code of
+an adapter's folder is imported, and no file is unpickled.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ with required("peft", "a saved adapter's configuration"):
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 
-# Initializations from a decomposition of the base weight, whose rank is at most its shorter side. r may be larger: PEFT
-# allocates tensors of rank r before it truncates them.
+# Initializations from a decomposition of the base weight. Their rank is at most the shorter side of the weight, but r
+# in the configuration may be larger: PEFT allocates tensors of rank r before PEFT truncates the tensors.
 _TRUNCATING = ("pissa", "olora")
 
 
@@ -55,7 +54,7 @@ def read_config(file: Path) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # an annotation for type checkers alone: PEFT's own checks remain
+    except (NameError, TypeError):  # a name that is imported for type checkers alone: PEFT's own checks remain
         hints = {}
     for field in dataclasses.fields(config_class):
         value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
@@ -65,7 +64,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    path = values.get("prompt_tuning_init_state_dict_path")  # the saved adapter has all that this file gave
+    path = values.get("prompt_tuning_init_state_dict_path")  # a saved adapter does not need the file
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
@@ -75,7 +74,7 @@ def read_config(file: Path) -> PeftConfig:
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
-    """Checks the values that PEFT does not check, or checks only as it builds the model."""
+    """Checks values that PEFT does not check, or that PEFT checks only while building the model."""
     for name, value in values.items():
         if name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise ValueError(f"{file}: {name} is {shown(value)}, wanted 0 to 1")
@@ -105,7 +104,7 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and (len(inner) != 1 or all(_is_of(item, inner[0]) for item in value))
     if kind is dict:
         return isinstance(value, dict) and (len(arguments) != 2 or all(_is_of(v, arguments[1]) for v in value.values()))
-    if kind in (int, float):  # PEFT takes a lora_alpha of 0.5 for its int
+    if kind in (int, float):  # PEFT accepts a lora_alpha of 0.5, although the field's type is int
         return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         kind = str
@@ -115,8 +114,9 @@ def _is_of(value: Any, hint: Any) -> bool:
 def checked_config(folder: Path) -> PeftConfig:
     """Returns the configuration of the adapter in ``folder``, checked against the header of the adapter's weights.
 
-    Raises: OSError where one of the two files can't be read; ValueError, one line, as :func:`read_config` raises it,
-    for weights that are no safetensors, and for a configuration that asks for larger tensors than the weights have.
+    Raises: OSError where the configuration or the weights can't be read; ValueError, one line, for the reasons of
+    :func:`read_config`, for weights that are no safetensors, and for a configuration that asks for larger tensors than
+    the weights have.
     """
     config, weights = read_config(folder / CONFIG_NAME), weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     largest = max((size for shape in weights.values() for size in shape), default=0)
@@ -140,7 +140,7 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # the file has the ranks that are left; rank_pattern lists all ranks of the start
+    elif method == "ADALORA":  # the weights have the remaining ranks; rank_pattern lists all ranks of the start
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:
@@ -152,9 +152,9 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
 def training_options(adapter: Path) -> dict[str, Any]:
     """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``, and the ``kind`` of the run's data.
 
-    Empty where there is no run.json of such a run.
+    Returns an empty dict if there is no run.json of ``peft-ext finetune``.
 
-    Raises SourceError where run.json can't be read: merging without it could take another base than the trained one.
+    Raises SourceError where run.json can't be read: a merge without run.json could use another base than the training.
     """
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
         file = folder / "run.json"

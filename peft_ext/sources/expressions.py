@@ -1,8 +1,8 @@
-"""Checks that the regular expressions of an untrusted configuration end in bounded time on every module's name.
+"""Checks that matching the regular expressions of an untrusted configuration with module names takes bounded time.
 
-A child process runs each expression first, with a time limit: PEFT would match the same expressions with Python's
-``re``, which has no limit. The package ``regex`` has one, but is no check for ``re``: regex matches some expressions at
-once on which ``re`` backtracks without end.
+PEFT matches the expressions with Python's ``re``, which has no time limit. A child process therefore matches each
+expression first, under a time limit. The package ``regex`` has a time limit, but cannot replace the child process:
+``regex`` matches some expressions at once on which ``re`` backtracks without end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SECONDS = 10.0  # time limit of the child process
 _BYTES = 1 << 30  # memory limit of the child process
 
-# The forms in which PEFT and peft_ext.tuners put the expression of each field; the subject is a module's name.
+# By field: the patterns that PEFT and peft_ext.tuners build around the field's expression to match a module's name.
 _WHOLE = "(?:{})\\Z"
 _FORMS = {
     "target_modules": (_WHOLE,),
@@ -36,7 +36,7 @@ _FORMS = {
     "modules_to_save": (r"(^|.*\.){}($|\..*)",),
     "layers_pattern": (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(?:.*?\.)??(?:{})\.(\d+)(?:\.|$)"),
 }
-_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")  # rank_pattern, alpha_pattern and the like
+_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")  # the patterns for a key of rank_pattern or alpha_pattern
 _PLAIN = re.compile(r"[\w.-]*")
 
 _CHILD = """
@@ -57,13 +57,16 @@ for number, pattern in enumerate(patterns):
 
 
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields field, form and expression of each expression of the configuration. Leaves out plain names."""
+    """Yields, for each expression of the configuration, its field, each pattern built around it, and the expression.
+
+    Leaves out plain names.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in _FORMS:
             forms = _FORMS[field.name]
             if not isinstance(value, str) and forms == (_WHOLE,):
-                continue  # a list of names: PEFT compares them and matches no expression
+                continue  # PEFT compares a list of names for equality
             given = [value] if isinstance(value, str) else list(value or ())
         elif field.name.endswith("_pattern") and isinstance(value, dict):
             forms, given = _OF_A_KEY, list(value)
@@ -77,7 +80,8 @@ def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
 def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[float] = None) -> None:
     """Raises ValueError, one line, where an expression of ``config`` is invalid or does not end within ``seconds``.
 
-    The child process matches each expression against the name of each module of ``model``.
+    A child process matches each expression against the name of each module of ``model``. Without an interpreter to
+    start (``sys.executable``), nothing is checked.
     """
     asked = list(_expressions(config))
     if not asked or not sys.executable:

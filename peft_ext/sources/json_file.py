@@ -10,11 +10,15 @@ from typing import Any
 
 _MOST_BYTES = 16 << 20
 _DEEPEST = 32
-_SHOWN = 60  # characters of a value in a message, at most
+_SHOWN = 60  # largest number of characters of a value in a message
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Returns the JSON object in ``file``. Raises OSError as ``open`` does; ValueError, one line, for anything else."""
+    """Returns the JSON object in ``file``.
+
+    Raises: OSError as ``open`` does; ValueError, one line, for a file that is no JSON object, is larger than
+    ``_MOST_BYTES`` or is nested too deep.
+    """
     if (size := file.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{file}: {size} bytes, wanted at most {_MOST_BYTES}")
     try:
@@ -47,7 +51,7 @@ def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if has_lines else ""
         raise ValueError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # Python refuses an integer with thousands of digits
         raise ValueError(f"{where}: not JSON: {first_line(error).partition(';')[0]}") from None
     except RecursionError:
         raise ValueError(f"{where}: not JSON that can be read: nested too deep") from None
@@ -65,7 +69,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
-    """Raises errors of ``kinds`` as ``kind``. The message is ``about``, :func:`first_line`, ``after``."""
+    """Raises errors of ``kinds`` as ``kind``. The message is ``about``, the error's first line and ``after``."""
     try:
         yield
     except kinds as error:
@@ -76,7 +80,7 @@ def shown(value: object) -> str:
     """Returns ``repr(value)``, shortened to at most ``_SHOWN`` characters."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # Python's repr refuses an integer with thousands of digits
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     except RecursionError:
         text = f"a {type(value).__name__}, nested too deep"

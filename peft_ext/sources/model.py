@@ -1,8 +1,8 @@
 """Reads untrusted models: folder, configuration, class, quantization and weights. Each error is one line.
 
-config.json:    a JSON object with at most MOST_LAYERS layers; code in the model's folder is never run
-the index:      names safetensors files in the same folder and no others
-quantization:   none, or bitsandbytes' NF4
+config.json must be a JSON object with at most MOST_LAYERS layers and experts. The index may name only safetensors files
+in the index's own folder. The weights may be dense, or quantized to bitsandbytes' NF4. Code in the model's folder is
+never run.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, ~ of nobody
+    except (OSError, RuntimeError, ValueError) as error:  # a path too long, a loop of links, ~ of an unknown user
         why = getattr(error, "strerror", None) or first_line(error)
         raise SourceError(f"{what} is {text[:60]}: {why}") from error
     if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise SourceError(f"{what} is {text}, no such folder")
     from huggingface_hub import snapshot_download
 
-    # Every error of the hub is reported as an error of the name.
+    # Every error of the download is reported as an error of the argument.
     about = f"{what} is {text}: there is no such folder, and the hub gives none ("
     with raised_as(SourceError, about, Exception, after=")"):
         return Path(snapshot_download(text, allow_patterns=patterns))
@@ -92,11 +92,13 @@ def read_model_config(folder: Path) -> Any:
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
     with raised_as(SourceError, f"model {folder}: ", Exception):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None would ask on the terminal
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, transformers may prompt
 
 
 def check_model_config(file: Path) -> None:
-    """Raises ValueError, one line, where ``file`` is no JSON object, or has a size that no model has.
+    """Raises ValueError, one line, where ``file`` is no JSON object, or has a wrong size.
+
+    A size is wrong if it is a number of layers or experts above ``MOST_LAYERS``, or a field of ``_POSITIVE`` below 1.
 
     transformers makes an object for each layer and each expert before it reads the weights.
     """
@@ -116,7 +118,8 @@ def check_model_config(file: Path) -> None:
 def check_index(file: Path) -> None:
     """Raises ValueError, one line, where an index of safetensors names another kind of file or a file elsewhere.
 
-    transformers unpickles a file of the index whose name does not end in .safetensors.
+    If the first file that the index names (in sorted order) does not end in .safetensors, transformers reads the file
+    with ``torch.load``, which unpickles it.
     """
     names = read_object(file).get("weight_map")
     if not isinstance(names, dict):
@@ -247,8 +250,8 @@ def load_tokenizer(folder: str, **kwargs: Any) -> Any:
 def widen(model: Any) -> None:
     """Casts a transformers model, loaded in bfloat16, to float32 in place, one parameter at a time.
 
-    4-bit codes and their scales keep their dtypes. Buffers that are in no file, such as Gemma 3's scale of its
-    embeddings, are made again in float32: their values in bfloat16 are rounded.
+    4-bit codes and their scales keep their dtypes. Buffers that are in no file, such as the scale of the embeddings in
+    Gemma 3, are made again in float32, because the values of the loaded buffers are rounded to bfloat16.
     """
     from accelerate import init_empty_weights
 
@@ -276,7 +279,7 @@ def output_head(model: nn.Module) -> Optional[nn.Module]:
 
 
 def task_of(model: nn.Module) -> Optional[str]:
-    """Returns the task of a transformers model's head, told by the name of the model's class; None: unknown."""
+    """Returns the task of a transformers model's head, which the name of the model's class tells; None: unknown."""
     name = type(model).__name__
     heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
              "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip

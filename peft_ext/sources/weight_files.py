@@ -34,7 +34,7 @@ def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_floats(file: Path, prefix: str) -> None:
-    """Raises ValueError where a tensor whose name contains ``prefix`` has no float dtype: PEFT would cast it."""
+    """Raises ValueError if a tensor whose name contains ``prefix`` has no float dtype: PEFT would cast the tensor."""
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
             dtype = opened.get_slice(name).get_dtype()
@@ -43,7 +43,10 @@ def check_floats(file: Path, prefix: str) -> None:
 
 
 def check_finite(file: Path) -> None:
-    """Raises ValueError where a number in the safetensors ``file`` is not finite, as after a bit error."""
+    """Raises ValueError where a number in the safetensors ``file`` is not finite, as after a bit error.
+
+    8-bit floats are not checked.
+    """
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
             tensor = opened.get_tensor(name)
@@ -54,9 +57,9 @@ def check_finite(file: Path) -> None:
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     """Returns the header of a safetensors file of ``tensors``, which may be on the meta device.
 
-    The first 8 bytes are the length of the JSON text after them, little-endian. Spaces pad the JSON text to a multiple
-    of 8 bytes. The data follows the header in the order of ``tensors``, without gaps. Raises ValueError for a dtype
-    that the format does not have.
+    The first 8 bytes are the length of the JSON text that follows, little-endian. Spaces pad the JSON text to a
+    multiple of 8 bytes. The data follows the header in the order of ``tensors``, without gaps. Raises ValueError for a
+    dtype that the format does not have.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
