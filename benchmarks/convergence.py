@@ -167,7 +167,9 @@ def compare(
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """Returns the largest difference between logits before and after a reload, and the largest logit; no padding counts."""
+    """Returns the largest difference between logits before and after a reload, and the largest logit; no padding
+    counts.
+    """
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:

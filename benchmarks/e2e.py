@@ -76,7 +76,9 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratio(runs: dict[str, list[dict[str, Any]]], name: str) -> float:
-    """Returns the median, over the turns, of the accelerated run's figure ``name`` divided by the stock run's figure."""
+    """Returns the median, over the turns, of the accelerated run's figure ``name`` divided by the stock run's
+    figure.
+    """
     return round(statistics.median(o[name] / s[name] for o, s in zip(*runs.values(), strict=True)), 3)
 
 
@@ -86,7 +88,9 @@ def _short(run: dict[str, Any]) -> str:
 
 
 def intents(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains on BANKING77's questions and intents as text, and measures how many answers are the right intent's name."""
+    """Trains on BANKING77's questions and intents as text, and measures how many answers are the right intent's
+    name.
+    """
     train, test = (_read(args.data / name) for name in ("train.csv", "test.csv"))
     picked = random.Random(0).sample(test, args.questions)
     accuracy: dict[str, list[float]] = {"ours": [], "stock": []}
@@ -114,7 +118,9 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
-    """Returns the fraction of right answers of an adapter over the NF4 base, generated greedily for 32 questions at a time."""
+    """Returns the fraction of right answers of an adapter over the NF4 base, generated greedily, 32 questions at a
+    time.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -93,7 +93,9 @@ def _first(k: int, n: int, device: str) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
-    """Returns a weight that is quantized on the CPU, so that no error of a GPU's quantize kernel hides another error."""
+    """Returns a weight that is quantized on the CPU, so that no error of a GPU's quantize kernel hides another
+    error.
+    """
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
@@ -500,7 +502,9 @@ def weightless_comparison(
 
 
 def layer_bytes(problem: Problem, base: str) -> int:
-    """Returns the bytes that a frozen layer's training step moves: it reads W twice, x and grad, and writes Y and dX."""
+    """Returns the bytes that a frozen layer's training step moves: it reads W twice, x and grad, and writes Y and
+    dX.
+    """
     return 2 * problem.weight_bytes(base) + 2 * 2 * problem.tokens * (problem.k + problem.n)
 
 

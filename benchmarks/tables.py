@@ -221,7 +221,10 @@ DRAWN: dict[str, Callable[[], str]] = {
 
 
 def draw(text: str, where: str = "the document") -> str:
-    """Returns ``text`` with every marked place drawn. Raises SystemExit for an unknown NAME or without marked places."""
+    """Returns ``text`` with every marked place drawn.
+
+    Raises SystemExit for an unknown NAME or without marked places.
+    """
 
     def place(match: re.Match[str]) -> str:
         name = (match[2] or "").strip()
