@@ -42,7 +42,7 @@ def finetune(output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs ``peft-ext finetune`` with and without ``--stock`` in turn. A ratio compares two runs that follow each other.
+    """Runs ``peft-ext finetune`` with and without ``--stock`` in turn. Ratios compare runs that follow each other.
 
     The losses are compared in two more runs without dropout, since with dropout the contenders draw different masks.
     """

@@ -144,7 +144,7 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 def floor_ms(
     bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float], reads: bool = False
 ) -> float:
-    """Returns the least milliseconds of some work: the longer of the time to move its bytes and the time of its products.
+    """Returns the least milliseconds of some work: the time to move its bytes or the time of its products, if longer.
 
     The products count at the faster of PyTorch's two measured rates, bf16 and float32. On a CPU without bf16
     instructions the float32 rate is the faster one.
@@ -179,7 +179,7 @@ def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, s
 def compare(
     case: Case, comparison: Comparison, ceilings: dict[str, float], budget_s: float = 4.0, clock: Clock = host_clock
 ) -> Row:
-    """Verifies the contenders, then times at least five interleaved rounds, which take about ``budget_s`` seconds in all.
+    """Verifies the contenders, then times at least five interleaved rounds, in about ``budget_s`` seconds in all.
 
     A peer that ``clock`` cannot time, such as a call that cannot be captured in a CUDA graph, is absent. A peer that
     takes longer than ``timer.LONGEST_CALL_S``, such as bfloat16 on a CPU without bfloat16 instructions, is timed once.

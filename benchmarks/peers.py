@@ -180,7 +180,7 @@ class Problem:
         self._turns: dict[str, Turns[Any]] = {}
 
     def weights(self, base: str) -> Turns[Any]:
-        """Returns Turns of the weights in a base, which is a key of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain".
+        """Returns Turns of the weights in a base: a key of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain".
 
         All contenders share the Turns, so that no contender finds a weight in a cache that another contender has just
         read.
