@@ -52,9 +52,7 @@ def share_of(text: str) -> tuple[int, int]:
         number = int(chosen)
     else:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = (
-            subprocess.run(command, capture_output=True, text=True).stdout.strip() or "0"
-        )  # "0" without git, as in an unpacked sdist
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "0"  # an sdist has no git
         number = int(commit, 16) % max(1, total) + 1
     if not 1 <= number <= total:
         raise argparse.ArgumentTypeError(f"--share is {text}, wanted K/N with 1 <= K <= N")

@@ -119,9 +119,7 @@ def run(
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag: child for child in case}
-        if (
-            "error" in kinds and kinds["error"].get("message") == "collection failure"
-        ):  # after a collection failure no file ran
+        if "error" in kinds and kinds["error"].get("message") == "collection failure":  # no file ran
             raise SystemExit(f"{case.get('name')} can't be collected:\n{kinds['error'].text}")
         if "skipped" in kinds:
             outcome = "hub" if "wants the hub" in kinds["skipped"].get("message", "") else "skipped"
