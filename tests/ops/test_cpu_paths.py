@@ -428,9 +428,7 @@ def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypat
         sizes[dtype] = float(out.partition("frozen weights")[2].split()[0])
         twice = f"float32: {NO}; the dense weights take twice the bytes of bfloat16"
         assert (twice in out) is (dtype == "auto")
-    assert sizes["auto"] == pytest.approx(
-        2 * sizes["bf16"], rel=0.5
-    )  # the sizes are about 0.2 MiB, printed with one decimal
+    assert sizes["auto"] == pytest.approx(2 * sizes["bf16"], rel=0.5)  # about 0.2 MiB, with one decimal
 
 
 @needs_accelerate

@@ -1,5 +1,7 @@
-"""NF4 codes and scales, to the bit, as the reference has them: each kernel on its edges. On the CPU (the path in use),
-on a GPU where there is one, and CUDA's under the emulator."""
+"""Tests that NF4 kernels give the reference's codes and scales to the bit, also for edge cases.
+
+The tests run the kernels of the CPU path in use, the CUDA kernels on a GPU, and the CUDA kernels under the emulator.
+"""
 
 from __future__ import annotations
 
