@@ -129,7 +129,7 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
 
 @check
 def fsdp2_with_whole_codes(folder: Path) -> None:
-    """The way for PyTorch 2.11, which shards only float parameters."""
+    """Tests FSDP2 with whole codes in each process, as with PyTorch 2.11, which shards only floating parameters."""
     model = make(base="nf4")
     codes = {parameter for parameter in model.parameters() if parameter.dtype is torch.uint8}
     shard(model, ignored_params=codes)
@@ -269,7 +269,7 @@ def _scales_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _moved(model: PeftModel) -> PeftModel:
-    """Returns the model with other weights."""
+    """Changes the weights of the model and returns the model."""
     torch.manual_seed(11)
     with torch.no_grad():
         for name, layer in nf4_layers(model):
@@ -343,7 +343,7 @@ def fsdp2_around_single_layers(folder: Path) -> None:
     assert reasons == {"the adapter's part: hooks on base_layer would not run"}
     assert_trains(bases, wanted)
 
-    def is_trained(module: Any) -> bool:  # the choice of PEFT's fsdp_auto_wrap_policy
+    def is_trained(module: Any) -> bool:  # PEFT's fsdp_auto_wrap_policy wraps these modules
         return type(module) is nn.Linear and module.weight.requires_grad
 
     leaves = wrap(make(base="nf4"), is_trained)
@@ -371,7 +371,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
 
 @check
 def hybrid_sharding(folder: Path) -> None:
-    """Shards in each half of the processes, and whole copies across the halves, as on several machines."""
+    """Each half of the processes shards the model; the two halves have copies, as with several machines."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
     alone, model = make("DoRA", "nf4"), shard(make("DoRA", "nf4"), mesh=mesh)
     assert_all_fused(model)

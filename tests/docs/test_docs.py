@@ -418,7 +418,7 @@ def test_files_that_the_documents_name_are_there() -> None:
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
-# Modules whose __all__ is public, and the page that documents the names of each.
+# Modules whose __all__ is public, with the page that documents the names of the module.
 PUBLIC = {
     "peft_ext": "peft_ext",
     "peft_ext.ops": "ops",

@@ -169,7 +169,7 @@ def test_the_tokens_are_those_of_the_steps(tmp_path: Path, counted: str) -> None
 
 
 def test_a_forward_without_gradients_is_no_training(tmp_path: Path) -> None:
-    """For example, the forward of a reference model in the middle of a step."""
+    """A forward without gradients within a step, such as of a reference model, adds no tokens."""
 
     class Refers(hf.Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +202,8 @@ def test_it_trains_what_the_stock_classes_train(tmp_path: Path, checkpointing: b
         weights.append(trained_weights(model))
         assert fused(model) == (LAYERS if accelerated else 0) and meter.fused_share == accelerated
     assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][-1] < curves[0][0]
-    # Adam divides by the size of a gradient, so the rounding of a tiny gradient may move its entry by a part of a step.
+    # Adam divides by the size of a gradient, so the rounding of a tiny gradient may change a weight by a part of a
+    # step.
     assert (weights[0] - weights[1]).abs().max() < 0.01 * (weights[0] - trained_weights(adapted())).abs().max()
 
 

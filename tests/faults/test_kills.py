@@ -1,4 +1,7 @@
-"""Kills at many moments, damaged checkpoints, two writers: old content stays, and runs resume from a whole one."""
+"""Tests kills at many moments, damaged checkpoints, and two writers.
+
+Old content must stay, and a run must resume from a whole checkpoint.
+"""
 
 import json
 import os
@@ -48,7 +51,7 @@ def test_killed_at_any_moment_a_run_goes_on_and_loses_nothing(finetune, runs, tm
         code, text = finetune(out, "--resume")
         assert "Traceback" not in text
         tried.append(code)
-        if code == 2:  # killed before the first checkpoint was whole
+        if code == 2:  # the run was killed before the first checkpoint was whole
             assert "error: --resume: " in text
             assert_readable(out, old)
             code, text = finetune(out, "--overwrite")
@@ -198,7 +201,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     try:
         with checkpoints.sole_writer(tmp_path):
-            assert lock.exists()  # a new file, which is locked
+            assert lock.exists()  # the lock is a new file
     except RunError as error:
         assert "another process is writing to it" in str(error)
     assert calls

@@ -1,7 +1,7 @@
 """Untrusted adapters that are broken, absurd or malicious: their configuration, expressions and tensors.
 
-Each of them must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
-wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more such files.
+Each adapter must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
+wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more files with bad effects.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) 
     assert read > 30
 
 
-# Every field of a configuration that PEFT or peft_ext.tuners matches as an expression.
+# The fields of configurations that PEFT or peft_ext.tuners matches as regular expressions.
 _EXPRESSIONS = (
     {"target_modules": EVIL}, {"exclude_modules": EVIL}, {"rank_pattern": {EVIL: 4}}, {"alpha_pattern": {EVIL: 4}},
     {"modules_to_save": ["norm", EVIL]}, {"layers_pattern": EVIL, "layers_to_transform": [0]},
@@ -240,7 +240,7 @@ def test_tensors_of_an_adapter(made, tmp_path, about: str) -> None:
 def test_missing_tensors_are_found_whatever_peft_says_of_them(made, tmp_path, monkeypatch) -> None:
     folder = changed_tensors(made[1], tmp_path / "v", lambda t, key: t.pop(key))
     monkeypatch.setattr("peft.peft_model.warnings.warn", lambda *args, **kwargs: None)
-    for name in ("default", "lora"):  # "lora" is a part of each key
+    for name in ("default", "lora"):  # "lora" is a part of each key in the file
         model = transformers.AutoModelForCausalLM.from_pretrained(made[0])
         with pytest.raises(ValueError, match=r"lacks 1 of the adapter's tensors, first base_model\..*q_proj\.lora_A"):
             peft_ext.load_adapter(model, folder, name)
@@ -275,7 +275,7 @@ def test_missing_tensors_of_a_second_adapter(made, tmp_path) -> None:
     with pytest.raises(ValueError, match="lacks 1 of the adapter's tensors, first .*q_proj.lora_A"):
         peft_ext.load_adapter(model, folder, "a")
     assert list(model.peft_config) == ["default"]
-    peft_ext.load_adapter(model, made[1], "a")  # "a" is a part of other names
+    peft_ext.load_adapter(model, made[1], "a")  # "a" is a part of other modules' names
 
 
 @pytest.mark.parametrize("place", ["layers.7.self_attn.q_proj", "layers.0.self_attn.x_proj"])

@@ -1,7 +1,7 @@
 """The commands on untrusted adapters, bases, runs and data that are broken, absurd or malicious.
 
-Each of them must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
-wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more such files.
+Each input must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
+wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more files with bad effects.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def test_chat_refuses_tokenizers_templates_and_generation(made, tmp_path, capsys
     ):
         folder = rewritten(base, tmp_path / "b", name, data)
         with monkeypatch.context() as patch:
-            if data is loop:  # the other templates end by themselves
+            if data is loop:  # only this template loops without end
                 patch.setattr(chat, "_SECONDS", 0.3)
             assert message in refused(capsys, *commands(adapter, tmp_path, folder)[0], unchanged=tmp_path), name
         shutil.rmtree(folder)

@@ -61,7 +61,8 @@ def test_the_result_lies_as_the_next_layer_takes_it(device: torch.device) -> Non
         assert y.transpose(1, 2).is_contiguous()
     with torch.no_grad():
         y = ops.scaled_dot_product_attention(*drawn(9, 9, 8, torch.float32, device))
-    y.mul_(torch.ones(8, device=device, requires_grad=True))  # y is no view made without gradients
+    # If y were a view that was made under no_grad, autograd would refuse this in-place product.
+    y.mul_(torch.ones(8, device=device, requires_grad=True))
     assert y.requires_grad
 
 
