@@ -250,7 +250,8 @@ def test_the_same_numbers_give_the_same_bytes():
         (Scale(0, 7), [0, 2, 4, 6]),
         (Scale(0.8, 3000, log=True), [1, 10, 100, 1000]),
         (Scale(0.3, 9, log=True), [0.5, 1, 2, 5]),
-        (Scale(2.1, 4.8, log=True), [3, 4]),  # no two of 1, 2 and 5
+        # Less than two numbers of the form 1, 2 or 5 times a power of ten are within this scale.
+        (Scale(2.1, 4.8, log=True), [3, 4]),
     ],
 )
 def test_ticks_are_round_numbers_within(scale, ticks):

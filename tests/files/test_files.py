@@ -111,7 +111,7 @@ def test_what_the_new_folder_has_not_is_kept_where_asked(tmp_path, renaming):
     write(path, 2, overwrite=True, keep=True)
     found = content(path)
     assert {name for name, text in found.items() if text == "kept"} == {"mine", "link", "sub/mine", "other/mine"}
-    assert (path / "link").is_symlink() and (path / "mine").stat().st_ino == inode  # no copy
+    assert (path / "link").is_symlink() and (path / "mine").stat().st_ino == inode  # the file is moved, not copied
     assert all(found[name].startswith("2\n") for name in ("a", "b", "sub/c"))
 
 

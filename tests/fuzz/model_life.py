@@ -83,7 +83,7 @@ class Case(Pair):
     def act_add(self) -> None:
         name = f"other{len(self.names)}"
         if self.nf4 and self.method in ("AdaLoRA", "IA3"):
-            # Over a weight of bytes, PEFT decides otherwise which parameters of a second adapter train.
+            # Over an NF4 weight, PEFT makes other parameters of a second adapter trainable than over a dense weight.
             return self.act_train()
         # PEFT cannot start a DoRA over an NF4Linear that has no adapter yet.
         method = self.rng.choice(("LoRA",) if self.nf4 else ("LoRA", "LoRA", "DoRA"))

@@ -141,7 +141,7 @@ class Pair:
         self.dtype = next((dtype for name, dtype in DTYPES.items() if name in self.base), torch.float32)
         # If values are rounded to 16 bits, a router may choose another expert, and a ReLU may take the other side. In
         # these cases each token goes to all experts, and activations are smooth.
-        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # float32 except for the 4-bit layers
+        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # the model is float32 except for the 4-bit layers
         self.rounds = self.dtype is not torch.float32 or self.maybe(0.25)
         if self.rounds and self.family == "DistilBERT":  # the head of DistilBERT has a ReLU for every configuration
             self.family = "BERT"
@@ -374,7 +374,7 @@ class Pair:
         with torch.autocast("cpu", torch.bfloat16, enabled=probe.autocast):
             explained = peft_ext.explain(self.fused)
         fused = {row.name: row.fused for row in explained.rows}
-        heads = {row.name for row in explained.blocks if row.fused}  # their dropout is PEFT's
+        heads = {row.name for row in explained.blocks if row.fused}  # heads with an adapter keep PEFT's dropout
         for name, layer in tuners(self.stock).items():
             parts = self.kbit and not probe.autocast and isinstance(layer.get_base_layer(), bnb.nn.Linear4bit)
             for adapter, dropout in getattr(layer, "lora_dropout", {}).items():

@@ -38,7 +38,7 @@ from torch import Tensor
 from peft_ext import _native
 from peft_ext.weight import BLOCKSIZES
 
-# Largest number of multiply-adds in one case's products: a case takes some hundredths of a second.
+# Largest number of multiply-adds in one case's products, for which a case takes some hundredths of a second.
 BUDGET, SMALL_BUDGET = 3e7, 2e5
 MANY = 128  # largest number of threads; 16 for small sizes
 SLOW, STDERR = 120.0, 2  # seconds after which a running case is named, and the file descriptor for its name
@@ -122,7 +122,7 @@ def makers(rng: random.Random) -> dict[str, Callable[[], Case]]:
 
 
 def _case(rng: random.Random) -> Case:
-    """An operator with options of its own."""
+    """Draws the case of an operator with options of its own."""
     weights = {"lora_linear": 4, "dora_linear": 4, "nf4_linear": 2, "grouped_lora_linear": 2}
     made = makers(rng)
     return made[rng.choices(list(made), [weights.get(op, 1) for op in made])[0]]()

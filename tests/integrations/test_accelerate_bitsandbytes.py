@@ -1,6 +1,4 @@
-"""Tests of accelerate over bitsandbytes' 4-bit and 8-bit layers, adapted and plain: numbers, dtypes, and what does not
-change.
-"""
+"""Tests of accelerate over bitsandbytes' 4-bit and 8-bit layers, with and without adapters: numbers, dtypes, state."""
 
 import pytest
 import torch

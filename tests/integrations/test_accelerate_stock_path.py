@@ -153,7 +153,7 @@ COMMON = {
     "patched": (_patch_layer, "replaced on the instance"),
     "float64": (lambda m: m.double(), "float64"),
 }
-ON_ITS_OWN = {  # DoRA is not fused over such a base; for the other methods the adapter's part is fused
+ON_ITS_OWN = {  # bases over which DoRA is not fused, and only the adapter's term of other methods is fused
     "base requires grad": (lambda m: first(m).base_layer.weight.requires_grad_(), "requires grad"),
     "base hook": (HOOKS["forward hook on the base"], "hooks on base_layer"),
 }
@@ -186,7 +186,7 @@ STOCK = {
     "several: a variant": ("LoRA", _add("DoRA", r=2), {}, "DoRA beside another active adapter"),
 }  # fmt: skip
 
-# Each case is fused over the base layer's own forward, and gives a reason.
+# Cases in which the adapter's term is fused over the base layer's own forward, with the reason that explain gives.
 FUSED = {
     "lora_bias": (None, {"lora_bias": True}, ""),
     "lora_bias, several": (_second, {"lora_bias": True}, ""),
@@ -261,7 +261,7 @@ def test_over_a_base_that_runs_on_its_own_the_adapters_part_is_fused(method, nam
     stock = make_method(method).train()
     fused = copy.deepcopy(stock)
     for model in (stock, fused):
-        for layer in ("up", "down"):  # (IA)³ has one layer of each kind
+        for layer in ("up", "down"):  # one of the two layers is (IA)³'s feedforward layer
             prepare(SimpleNamespace(base_model=SimpleNamespace(model=SimpleNamespace(up=getattr(model, layer)))))
     peft_ext.accelerate(fused)
     rows = peft_ext.explain(fused).rows
@@ -348,7 +348,7 @@ def test_without_a_native_kernel_the_stock_path_runs(method, base, no_kernels):
     x = inputs(base, (21,))
     for train in (False, True):
         found, wanted = run(fused.train(train), x), run(stock.train(train), x)
-        if method == "DoRA" and base.startswith("nf4"):  # the stock layer has another weight, the dequantized one
+        if method == "DoRA" and base.startswith("nf4"):  # the stock layer's weight is dequantized
             torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
         else:
             assert_identical(found, wanted)

@@ -50,7 +50,7 @@ def masks_of_pytorch():
         yield
 
 
-# By architecture: how many layers each method adapts, and how many of them run fused.
+# By architecture, for each method: (number of adapted layers, number of adapted layers that run fused).
 LAYERS = {
     #           LoRA      DoRA      IA3
     "Llama":   ((14, 14), (14, 14), (6, 6)),
@@ -121,7 +121,7 @@ class Case:
         assert (len(rows), sum(row.fused for row in rows)) == (self.layers, self.fused_layers), peft_ext.explain(model)
 
 
-# One model of each family is in the first tier of tests, and each method.
+# The cases in the first tier of tests: one model of each family, and each method.
 FIRST_TIER = {"Llama-LoRA", "Llama-DoRA", "Llama-IA3", "Gemma3-LoRA", "GPT-2-DoRA", "Mixtral-LoRA", "BERT-LoRA",
               "T5-IA3", "ViT-DoRA"}  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_logits_loss_and_gradients_are_pefts(case: Case) -> None:
     layers = peft_ext.accelerate(copy.deepcopy(case.fused), blocks=False)
     with layers.disable_adapter():
         assert torch.equal(logits(layers, case.batch), plain)
-    assert error_of(plain, adapted) > 0.1  # otherwise a layer that ignores its adapter might pass
+    assert error_of(plain, adapted) > 0.1  # the adapter must matter, so that a layer that ignores it fails
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
@@ -231,7 +231,7 @@ def test_over_nf4_it_is_pefts_over_the_dequantized_weights(case: Case) -> None:
     assert_close(step(fused, case.batch), step(stock, case.batch))
 
 
-@pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case, because it takes seconds
+@pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case alone, because compiling takes seconds
 def test_a_model_compiles_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()
     model = copy.deepcopy(case.fused).base_model.model  # PEFT's own wrapper breaks the graph

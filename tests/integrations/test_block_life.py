@@ -1,5 +1,6 @@
-"""Tests of events in the life of a model with fused blocks: replaced code, hooks, PyTorch's tools around a module,
-copies, restore. Each is compared with the same model without peft_ext.
+"""Tests changes to a model with fused blocks: replaced code, hooks, PyTorch's tools around a module, copies, restore.
+
+Each result is compared with an equal model without peft_ext.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def test_a_child_of_any_name_is_the_models(kind: str, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["down_proj", "q_proj"])
 def test_hooks_that_write_past_versions(name: str) -> None:
-    """Hooks write into tensors as programs do that switch off neurons."""
+    """Tests hooks that write into tensors without changing a tensor's version, for example to switch off neurons."""
 
     def erase(module: nn.Module, args: tuple) -> None:
         args[0].data[..., :20].zero_()

@@ -332,9 +332,7 @@ BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "ml
 def test_whatever_a_known_forward_reaches_makes_another_form_when_it_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Covers each class of the installed transformers that has a known form, and each thing that its code finds by
-    name.
-    """
+    """Covers each class of the installed transformers with a known form, and each name that its forward looks up."""
     counted, held = 0, []
     for digest in BLOCKS:
         for cls in classes_by_digest().get(digest, ())[:1]:
@@ -420,7 +418,7 @@ def test_register_form() -> None:
 
 
 class Louder(nn.Module):
-    """Returns an MLP's output, one hundredth larger."""
+    """Computes an MLP's output, enlarged by one hundredth."""
 
     def forward(self, x):
         return self.down(self.act(self.gate(x)) * self.up(x)) * 1.01

@@ -157,9 +157,9 @@ def test_autocast_counts_and_the_yardstick_has_none():
 def test_autocast_in_the_forward(prepared):
     model, batch = peft_ext.accelerate(llama().train()), tokens()
     if prepared:
-        AcceleratorState._reset_state(reset_partial_state=True)  # clears the state of other tests in this process
+        AcceleratorState._reset_state(reset_partial_state=True)  # clears accelerate's state from other tests
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-        AcceleratorState._reset_state(reset_partial_state=True)  # so that other tests do not find this state
+        AcceleratorState._reset_state(reset_partial_state=True)  # other tests must not find this state
     else:
         inner = model.forward.__func__
         model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(inner), model)

@@ -1,4 +1,4 @@
-"""estimate_memory, compared with the allocations of real training steps and with exactly known sizes."""
+"""Compares estimate_memory with the allocations of real training steps and with exactly known sizes."""
 
 import copy
 import math
@@ -102,7 +102,7 @@ def test_bitsandbytes_layers_too(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
-    """PyTorch's fake kernel of the grouped product accepts bfloat16 only."""
+    """Tests experts in every dtype, because PyTorch's fake kernel of the grouped product accepts bfloat16 only."""
     config = lora(target_modules=["q_proj"])
     how = {"dtype": dtype, "accelerated": False}
     assert_near(estimated(MIXTRAL, config, **how), measured(adapted(MIXTRAL, config, **how)))
@@ -171,7 +171,7 @@ def test_a_frozen_layer_saves_nothing():
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False).requires_grad_(False))
     tokens = 8
     estimate = estimate_memory(model, inputs={"input": torch.empty(tokens, 64)})
-    assert estimate.activations == 4 * tokens * 64  # the input, for the first layer's gradient
+    assert estimate.activations == 4 * tokens * 64  # the input, which the gradient of the first layer's weight needs
     assert estimate.adapters == estimate.gradients == 4 * 64 * 64
 
 
@@ -193,7 +193,7 @@ def test_logits_in_float32_and_their_gradient():
 
 
 def test_a_real_step_has_a_chunk_of_logits(monkeypatch):
-    """Stock transformers has logits, log probabilities and gradient, 5 MB each; a chunk is a tenth of 5 MB."""
+    """A stock step holds logits, log probabilities and gradient of 5 MB each; a chunk of peft_ext's loss has 0.5 MB."""
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 2**19)
     large = copy.deepcopy(LLAMA)
     large.vocab_size, logits = 9999, 2 * 64 * 9999 * 4
@@ -323,7 +323,9 @@ def test_gpu_sized_models_take_no_memory():
     )  # fmt: skip
     estimate = estimate_memory(config, "lora", quantization="nf4", dtype=torch.bfloat16, **TOKENS)
     assert estimate.parameters > 3.8e9
-    assert 0.5 < (estimate.weights - 2 * 2 * 128256 * 8192) / (2 * 855_638_016) < 0.51  # half a byte an element
+    assert (
+        0.5 < (estimate.weights - 2 * 2 * 128256 * 8192) / (2 * 855_638_016) < 0.51
+    )  # NF4 has half a byte for each element
 
 
 def test_transformers_mask_detection_is_put_back():
@@ -422,7 +424,10 @@ def test_extrapolates_to_more_layers(method, checkpointing):
 
 
 def test_extrapolates_to_another_moment():
-    """The peak is at the end of the backward (the embedding) with few layers, at its begin (logits) with many."""
+    """Tests the extrapolation to more layers, where the peak moves from the backward's end to its begin.
+
+    With few layers the peak is at the gradient of the embedding, with many layers at the logits.
+    """
     config = copy.deepcopy(LLAMA)
     config.vocab_size = 4096
 

@@ -1,4 +1,4 @@
-"""merge_to_dense: errors in the middle of writing, refusals, and the messages of the command."""
+"""Tests merge_to_dense: errors in the middle of writing, wrong arguments, and the messages of the command."""
 
 import errno
 import json
@@ -228,7 +228,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
         shutil.copy(adapter / name, checkpoint)
     assert merge_to_dense(None, checkpoint, tmp_path / "early").base_quant == "nf4"
     assert merge_to_dense(None, checkpoint, tmp_path / "plain", base_quant="none").base_quant == "none"
-    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # as another program would write it
+    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # options that another program wrote
     with pytest.raises(MergeError, match="options have the quant 'int3', wanted 'nf4' or 'none'"):
         merge_to_dense(None, adapter, tmp_path / "other")
 

@@ -31,7 +31,7 @@ def native():
         pytest.skip(f"the native library is not built: {error}")
 
 
-# An editable install finds a checkout's native library for any package of its name.
+# Code that removes the import hooks of editable installs, which find a checkout's library for any folder peft_ext.
 WITHOUT_EDITABLE_INSTALLS = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
@@ -39,7 +39,7 @@ sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__mo
 
 
 def python(code: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new interpreter, with the package in ``path``, without PEFT_EXT_ settings and without a GPU."""
+    """Runs code in a new interpreter with the peft_ext in ``path``, without PEFT_EXT_ variables and without a GPU."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PEFT_EXT_")}
     place = str(path or PACKAGE.parent)  # also the working directory, which Python searches before PYTHONPATH
     clean |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": place} | env
@@ -50,7 +50,7 @@ def python(code: str, path: Path | None = None, **env: str) -> subprocess.Comple
 
 @pytest.fixture
 def bare_package(tmp_path):
-    """Makes a copy of the package without native libraries."""
+    """Returns a folder with a copy of peft_ext without native libraries."""
     ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "peft_ext", ignore=ignore)
     return tmp_path
@@ -215,7 +215,8 @@ def test_an_include_that_runs_the_wrong_way_is_found(graph, said):
 def test_every_op_has_its_file_in_every_tree():
     ops = {path.stem for path in (ROOT / "peft_ext/ops").glob("[!_]*.py")}
     ops -= {"checks", "layer_lists", "library", "prove"}
-    # The folders of the lower levels are shared by the operators; the products of NF4's own operators are in linear.
+    # The operators share the folders of the lower levels, except nf4. NF4's own operators have their products in
+    # linear.
     shared = {folder for floor in include_check.FLOORS for folder in floor} - {"nf4"}
     folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
     assert folders - shared == ops

@@ -1,4 +1,4 @@
-"""Prefix tuning: plain Transformers models with the module compute the same as PEFT's models."""
+"""Tests prefix tuning: plain transformers models with a PrefixEncoder give the results of PEFT's models."""
 
 import copy
 from collections.abc import Callable
@@ -35,8 +35,10 @@ def peft_prefix(kind: str, model: nn.Module, **config: Any) -> peft.PeftModel:
 
 
 def run_peft_prefix(theirs: peft.PeftModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Returns the logits of PEFT's model. PEFT's forward for classification uses an argument that Transformers 5.24 has
-    renamed, and raises; there, the cache is given to its base model.
+    """Returns the logits of PEFT's model.
+
+    PEFT's forward for classification uses an argument that transformers 5.24 renamed, and raises an error. For this
+    model the function passes the cache to the base model.
     """
     if theirs.active_peft_config.task_type != "SEQ_CLS":
         return theirs(**inputs).logits
@@ -109,7 +111,7 @@ def test_prefix_files_are_pefts_both_ways(projection: bool, tmp_path) -> None:
 
 
 def test_prefix_layout() -> None:
-    """A row holds the keys, then the values, of each layer in turn, head by head."""
+    """A row of the prefix holds, for each layer in turn, the keys of all heads and then the values of all heads."""
     prefix = PrefixEncoder(3, 2, 4, P)
     out = prefix(BATCH)
     assert out.shape == (3, 2, BATCH, 2, P, 4)

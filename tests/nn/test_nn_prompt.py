@@ -1,5 +1,6 @@
-"""Prompt tuning: plain Transformers models with the module compute the same as PEFT's models; prompt and prefix as
-modules.
+"""Tests prompt tuning: plain transformers models with a prompt module give the results of PEFT's models.
+
+Other tests treat prompt and prefix as modules.
 """
 
 import copy
@@ -147,7 +148,7 @@ def test_from_vocab_draws_rows_and_keeps_a_copy() -> None:
 
 
 def test_prompt_starts_as_what_the_model_reads() -> None:
-    """Gemma's embedding module scales its output: the prompt starts with scaled embeddings."""
+    """Gemma's embedding module scales its output, so a prompt must start from the scaled embeddings."""
     config = transformers.Gemma2Config(**{**GROUPED, "num_hidden_layers": 1, "head_dim": 8})
     embedding = transformers.Gemma2ForCausalLM(config).get_input_embeddings()
     prompt = PromptEmbedding.from_text("is bad", word_level(), embedding, 2)

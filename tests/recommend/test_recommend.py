@@ -1,4 +1,4 @@
-"""recommend_peft_method: the order of its methods and settings, and its reasons where nothing fits."""
+"""Tests recommend_peft_method: the order of methods and settings, and the reasons where no method fits."""
 
 import math
 
@@ -20,7 +20,7 @@ SHORT = {"batch_size": 2, "sequence_length": 128}
 
 
 class Fixed:
-    """A model of 7 billion parameters. ``need`` returns the GiB of its step in a setting."""
+    """A model of 7 billion parameters. The function ``need`` returns the GiB of a training step in a setting."""
 
     size_b, has_biases, is_encoder, sequence_length, about = 7.0, False, False, 1024, "a model of the test's"
 
@@ -52,7 +52,7 @@ def search(subject, gpu_memory_gb, num_examples=None, prefer="balanced", batch_s
 
 
 def by_setting(dense, checkpointed, nf4, both, one):
-    """Returns a ``need`` with these GiB in the five settings of the search, equal for all methods."""
+    """Returns a function ``need`` with the given GiB in the five settings of the search, equal for all methods."""
 
     def need(method, quantization, gradient_checkpointing, batch_size, **_):
         if quantization is None:
@@ -113,7 +113,7 @@ def test_prompt_tuning_comes_second_only_for_large_models():
 def test_methods_that_a_task_has_no_use_for_are_left_out(task, left_out):
     found = search(Fixed(lambda *_, **__: 1.0, task=task), 24)
     methods = {found.method, *(other.method for other in found.alternatives)}
-    # QLoRA is a setting of LoRA. Diff pruning and partial fine-tuning change the model itself, like full fine-tuning.
+    # QLoRA is LoRA in an NF4 setting. Diff Pruning and partial fine-tuning are not in the ranking.
     assert methods == set(NAMES) - left_out - {"qlora", "diff-pruning", "partial"}
 
 

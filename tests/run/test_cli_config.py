@@ -104,9 +104,9 @@ def test_the_command_hands_them_on(written, monkeypatch):
         monkeypatch.setattr(library, name, lambda options, name=name: seen.append((options, name)) or options.nothing)
     path = written("rank: 8\nseed: 3\nstock: true\ngradient_checkpointing: true\n")
     for arguments in (["--config", str(path), "--seed", "0", "--no-stock", "--dry-run"], []):
-        with pytest.raises(AttributeError, match="nothing"):  # raised at the start of the run
+        with pytest.raises(AttributeError, match="nothing"):  # the error comes at the start of the run
             main(["finetune", *arguments])
-    # A flag wins over the file even where its value is the default.
+    # A flag overrules the file even where the flag's value is the default.
     assert seen == [(Options(rank=8, gradient_checkpointing=True), "dry_run"), (Options(), "finetune")]
 
 
@@ -229,7 +229,7 @@ def small(tiny: Path, output: Path, *options: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(tiny, tmp_path_factory) -> Path:
-    """The folder of a finished run with checkpoints."""
+    """Returns the folder of a finished run with checkpoints."""
     folder = tmp_path_factory.mktemp("done") / "out"
     assert main(small(tiny, folder, "--lr", "1e-3", "--seed", 5, "--blocksize", 128, "--save-steps", 2)) == 0
     return folder
@@ -239,7 +239,7 @@ def done(tiny, tmp_path_factory) -> Path:
 
 
 def files(*folders: Path) -> dict[Path, tuple[int, int]]:
-    """Returns size and time of change of each file, by path, and (0, 0) for folders."""
+    """Returns the size and the modification time of each file, by path, and (0, 0) for folders."""
     found = [path for folder in folders for path in folder.rglob("*")]
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()} | {
         path: (0, 0) for path in found if path.is_dir()
@@ -423,7 +423,7 @@ def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatc
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-# Most lines of each help at 100 and at 80 columns.
+# For each command: the most lines of its help at 100 columns and at 80 columns.
 HELP = {"": (30, 30), "doctor": (12, 12), "report": (16, 16), "finetune": (62, 83), "merge": (26, 40),
         "recommend": (22, 28), "explain": (26, 32), "chat": (22, 26), "bench": (24, 28)}  # fmt: skip
 
@@ -470,7 +470,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600)
             if select.select([here], [], [], 0.5)[0]:
                 try:
                     part = os.read(here, 65536)
-                except OSError:  # the other side is closed
+                except OSError:  # the other side of the terminal is closed
                     break
                 if not part:
                     break
@@ -505,9 +505,9 @@ def test_a_run_again_from_its_file_with_bars_and_ctrl_c_on_a_terminal(done, tmp_
     training, rest = shown.split("MERGE")
     merging, rest = rest.split("BENCH")
     benching, interrupted = rest.split("INTERRUPTED")
-    assert "loading the model" in training  # a status line
+    assert "loading the model" in training  # the text of a status line
     assert "NF4:" in training and "held-out loss:" in training
-    assert " 2/3 [" in training and "  lr 1.0e-03  " in training  # the Trainer's bar with our numbers
+    assert " 2/3 [" in training and "  lr 1.0e-03  " in training  # the Trainer's bar, with loss and learning rate
     assert "'loss'" not in training and "step 1/3" not in training
     assert "merging:" in merging and "B/s]" in merging
     assert "timing ia3 over bf16:" in benching and "timing ia3 over nf4:" in benching and "1/2 [" in benching

@@ -1,4 +1,4 @@
-"""Runs of the command line that train LoRA on a mixture's experts."""
+"""Tests runs of the command line that train LoRA on a mixture's experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, needs_hf]
 
 @pytest.fixture(scope="module")
 def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """The folder of ``tiny``, with a mixture of experts as model."""
+    """Returns a folder like that of ``tiny``, with a mixture of experts as model."""
     folder = tmp_path_factory.mktemp("mixture")
     for path in tiny.glob("*.*"):
         shutil.copy(path, folder / path.name)
@@ -37,7 +37,7 @@ def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path
     from safetensors.torch import load_file
 
     saved = load_file(out / "adapter_model.safetensors")
-    assert not any("gate.lora" in name for name in saved)  # the router
+    assert not any("gate.lora" in name for name in saved)  # the router has no adapter
     experts = [tensor for name, tensor in saved.items() if "experts" in name and "lora_B" in name]
     assert len(experts) == 4 and all(tensor.any() for tensor in experts)
 

@@ -1,4 +1,4 @@
-"""The library of a run: each method trains, saves, re-reads, reports, resumes, and merges where it can."""
+"""Tests the library of a run: each method trains, saves, re-reads and reports, and resumes and merges if possible."""
 
 import json
 import logging
@@ -69,7 +69,9 @@ def test_every_method(tiny, tmp_path, method):
 
 
 def _resumes(options: Options, whole: train.Result, folder: Path) -> None:
-    """A resumed run has the bits of an uninterrupted run, or refuses to resume with a reason."""
+    """Asserts that a resumed run has the bits of an uninterrupted run, or that the method can't resume, with a
+    reason.
+    """
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole.output / "checkpoints/checkpoint-2", folder / "checkpoints/checkpoint-2")
     shutil.copy(whole.output / "run.json", folder / "run.json")
@@ -84,7 +86,7 @@ def _resumes(options: Options, whole: train.Result, folder: Path) -> None:
 
 
 def _merges(options: Options, result: train.Result, folder: Path) -> None:
-    """The merged model has the logits of the adapted model, with the base quantized as in training."""
+    """Asserts that the merged model has the logits of the adapted model, with the base quantized as in training."""
     assert result.can_merge == METHODS[options.method].can_merge
     if not result.can_merge:
         with pytest.raises(peft_ext.MergeError, match="."):
