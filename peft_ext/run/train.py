@@ -224,10 +224,7 @@ def load_base(run: Run) -> Any:
     model.config.use_cache = False  # training needs no KV cache; generation turns the cache on
     if o.quant == "nf4":
         quantize_nf4(model, blocksize=o.blocksize)
-        for tensor in (
-            *model.parameters(),
-            *model.buffers(),
-        ):  # a tensor in a mapped file keeps the whole file mapped
+        for tensor in (*model.parameters(), *model.buffers()):  # a tensor of a mapped file keeps the whole file mapped
             tensor.data = tensor.data.clone()
     if run.dtype != torch.bfloat16:
         widen(model)

@@ -39,10 +39,8 @@ def _base(kind):
     else:
         linear = nn.Linear(64, 64)
     model.add_module("layer", linear)
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = (
-        kind.endswith("4bit"),
-        kind.endswith("8bit"),
-    )  # PEFT reads these
+    # PEFT reads these attributes of a model.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.endswith("4bit"), kind.endswith("8bit")
     return model
 
 
