@@ -179,7 +179,7 @@ def test_explain_is_what_the_live_model_is(base, tmp_path, explained, method):
     assert found["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
     header = (tmp_path / "adapter_model.safetensors").stat().st_size - found["adapter_bytes"]
-    assert 0 < header < 20_000  # the header has names and shapes
+    assert 0 < header < 20_000  # the header has names and shapes of the tensors
     memory = peft_ext.estimate_memory(model, batch_size=2, sequence_length=32)
     assert found["memory"]["total"] == pytest.approx(memory.total, rel=0.01)
     assert explained["parameters"] == base_of(base).num_parameters()

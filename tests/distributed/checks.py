@@ -140,7 +140,8 @@ def ddp_accumulates_without_sending(folder: Path) -> None:
     (model(**halves[1]).loss / 2).backward()
     assert_same_gradients(model, alone)
     model.zero_grad()
-    ((model(**mine()).loss + model(**mine()).loss) / 2).backward()  # two forwards before a backward, as in DPO's loss
+    # DPO's loss also calls the model twice before a backward.
+    ((model(**mine()).loss + model(**mine()).loss) / 2).backward()
     assert_close(gradients(model), gradients(alone))
 
 

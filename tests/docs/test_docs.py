@@ -272,7 +272,7 @@ def _check_cli(arguments: list[str]) -> Optional[str]:
         return None
     try:
         command.make_context(arguments[0], list(arguments[1:]))
-    except Exception as error:  # an error of typer or click, see peft_ext.cli.main
+    except Exception as error:  # the error is typer's or click's, see peft_ext.cli.main
         if not hasattr(error, "format_message"):
             raise
         return error.format_message()

@@ -331,7 +331,7 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     if PeftExtCallback.__name__ in marked(name)[0][1]:
         assert re.search(r"^tokens_per_s \S+, fused_share 1, peak_mib ", out, re.MULTILINE)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
-    moved = [bool(tensor.any()) for key, tensor in adapter.items() if "lora_B" in key]  # the parameters start at 0
+    moved = [bool(tensor.any()) for key, tensor in adapter.items() if "lora_B" in key]  # lora_B starts at 0
     assert len(moved) == LAYERS and all(moved)
 
 

@@ -68,7 +68,7 @@ def damaged(path: Path, how: str) -> None:
         path.unlink()
     elif how == "cut":
         path.write_bytes(data[: len(data) // 2])
-    else:  # changes one byte
+    else:  # flips a byte of the file
         path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
 
 
@@ -152,7 +152,7 @@ def test_killed_at_any_moment_a_merge_leaves_the_old_model_or_the_new(dense, tmp
         found = content(out)
         assert found in (old, new), text
         seen.append(found == new)
-        with atomic_folder(out, overwrite=True) as folder:  # any later write to the same place removes the leftovers
+        with atomic_folder(out, overwrite=True) as folder:  # a later write of this folder removes leftovers
             (folder / "a").write_text("")
         assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["a"]
         shutil.rmtree(out)
@@ -215,7 +215,8 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
         for _ in range(2):
             line = refused(finetune(out, "--overwrite"))
             assert line == f"error: --output {out}: another process is writing to it"
-            with atomic_folder(out, overwrite=True, keep=True) as folder:  # as an adapter is saved; the lock file stays
+            # Save_adapter also writes with keep=True, which keeps the lock file.
+            with atomic_folder(out, overwrite=True, keep=True) as folder:
                 (folder / "new").write_text("")
             before["new"] = b""
         assert {name: data for name, data in content(out).items() if name != ".lock"} == before

@@ -70,7 +70,7 @@ def test_a_signal_that_ends_a_run_saves_a_checkpoint(finetune, tmp_path, name):
 
 def test_a_second_signal_ends_a_run_at_once(finetune, tmp_path):
     def slow(number: int) -> None:
-        if number > 1:  # waits for the second signal
+        if number > 1:  # from the second step on, waits for the second signal
             time.sleep(points.SECONDS)
 
     code, text = signalled(finetune, tmp_path / "out", signal.SIGINT, signal.SIGINT, before=lambda: at_steps(slow))
@@ -147,7 +147,7 @@ def test_nobody_reads_what_is_printed(finetune, runs, tmp_path):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_of_a_dataloader_run_kernels(two_threads, context):
-    step()  # starts two threads, which a fork does not have
+    step()  # the call starts two threads, which a fork does not inherit
     loader = torch.utils.data.DataLoader(Steps(), batch_size=None, num_workers=2 if context == "fork" else 1,
                                          timeout=600, multiprocessing_context=context)  # fmt: skip
     torch.testing.assert_close(list(loader), [step(i, quantized=True) for i in range(4)], rtol=0, atol=0)

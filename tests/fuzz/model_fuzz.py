@@ -78,7 +78,7 @@ def serve() -> None:
     """Runs the cases whose seeds arrive on stdin, and writes one line of JSON for each."""
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # output of libraries must not be taken for an answer
+    os.dup2(2, 1)  # output of libraries must not mix with the results on stdout
     for line in sys.stdin:
         seed = int(line)
         faulthandler.dump_traceback_later(0.95 * LIMIT, file=sys.stderr)

@@ -230,7 +230,7 @@ class Case(Pair):
     def act_unhook(self) -> None:
         def unhook(model: nn.Module) -> None:
             for name in self.hooked:
-                with contextlib.suppress(AttributeError):  # a hook of an adapter that was deleted
+                with contextlib.suppress(AttributeError):  # the hook is of a deleted adapter
                     module = model.get_submodule(name)
                     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                         hooks.clear()

@@ -324,7 +324,7 @@ class Pair:
             self.seen.counts["refused by PEFT alone"] += 1
             self.ended = True
             return False
-        # Our error names the argument.
+        # peft_ext's error has another text, which names the argument.
         if "shapes cannot be multiplied" in str(theirs) and isinstance(ours, ValueError):
             return False
         if type(theirs) is not type(ours) or plain(theirs) != plain(ours):
@@ -453,7 +453,7 @@ class Pair:
         largest = max(norms, default=0.0)
         largest = max(largest, 1.0)  # if only a key trains and there is one key, all gradients are only rounding
         for name in far:
-            if not exact or not exact[name].isfinite().all():  # some models have no float64, because their masks do not
+            if not exact or not exact[name].isfinite().all():  # some models can't run in float64 because of their masks
                 ours, theirs = pairs[name]
                 slack = OF_LARGEST * largest if name.startswith("grad") else 0
                 if not distance(ours, theirs) <= 50 * TIGHT * theirs.double().norm().item() + slack:

@@ -44,7 +44,7 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             dense.bias = base.bias
             dense._forward_hooks, dense._forward_pre_hooks = base._forward_hooks, base._forward_pre_hooks
             setattr(parent, name, dense)
-        if isinstance(parent, ia3.Linear4bit):  # this class casts to float32
+        if isinstance(parent, ia3.Linear4bit):  # PEFT's class of 4-bit IA3 layers casts to float32
             parent.__class__, parent.fan_in_fan_out = ia3.Linear, False
         if hasattr(getattr(parent, "config", None), "_experts_implementation"):
             parent.config._experts_implementation = "eager"  # the grouped products do not support float64
@@ -175,7 +175,7 @@ def measure(model: nn.Module, batch: dict[str, Any], probe: Probe, dtype: torch.
             stack.enter_context(torch.inference_mode() if probe.inference else torch.no_grad())
         for _ in range(probe.steps):
             output = model(**given)
-            getattr(output, "logits", None)  # the logits are an item of the output after this access
+            getattr(output, "logits", None)  # the access computes waiting logits and stores them in the output
             floats = {key: value for key, value in output.items()
                       if isinstance(value, Tensor) and value.is_floating_point() and key != "loss"}  # fmt: skip
             loss = getattr(output, "loss", None)

@@ -75,11 +75,11 @@ def test_a_4bit_weight_is_never_repacked(adapted):
     fused = peft_ext.accelerate(model).eval()
     before = {name: value.clone() for name, value in fused.state_dict().items()}
     layer = next(module for module in fused.modules() if isinstance(module, bnb.nn.Linear4bit))
-    layer.support_avx512bf16_for_cpu = True  # the value on a CPU with AVX-512 BF16
+    layer.support_avx512bf16_for_cpu = True  # bitsandbytes sets this attribute on CPUs with AVX-512 BF16
     packed = layer.weight.data.clone()
     with torch.no_grad():
         fused(torch.randn(2, K).bfloat16())
-        fused(torch.randn(2, K).double())  # this call runs stock code
+        fused(torch.randn(2, K).double())  # for a float64 input stock code runs
         if adapted:
             with fused.disable_adapter():
                 fused(torch.randn(2, K).bfloat16())

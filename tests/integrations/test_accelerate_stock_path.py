@@ -239,7 +239,7 @@ def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
     stock = make(base, **config).train()
     (prepare or (lambda model: None))(stock)
     fused = copy.deepcopy(stock)
-    wide = copy.deepcopy(stock).double()  # every layer in float64, including hooks
+    wide = copy.deepcopy(stock).double()  # all layers compute in float64, also within hooks
     for model in (fused, wide):  # hooks and patched forwards of the first model are bound to it
         for layer in tuners(model).values():
             base_layer = layer.base_layer
@@ -377,7 +377,7 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
 
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", True)
     assert loaded() is None
-    for name in PUBLIC[op]:  # a kernel for the forward alone is not enough
+    for name in PUBLIC[op]:  # a layer is not fused where only the forward has a kernel
         assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
         assert reasons.kernel_reason(op, "cpu") is None
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", False)

@@ -399,7 +399,7 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
         more["scaling"] = -0.3
     elif what.startswith("position bias"):
         more["position_bias"] = torch.randn(1, 4, 20, 20)
-        if what.endswith("more keys"):  # causal attention sees the first key alone
+        if what.endswith("more keys"):  # with causal attention the one query sees only the first key
             k, v = (torch.cat((x, x), 2) for x in (k, v))
             more["position_bias"] = torch.randn(1, 4, 20, 40)
         elif what.endswith("of others"):

@@ -510,7 +510,7 @@ def test_dropouts_that_stay_as_they_are() -> None:
     own = layers[4]
     assert set(own(torch.ones(40, 4).t()).unique().tolist()) == {0.0, 2.0}  # the input is not contiguous
     assert own(torch.ones(4, dtype=torch.float64)).dtype is torch.float64 and own(torch.ones(0, 3)).shape == (0, 3)
-    assert own(input=x).shape == x.shape  # called with PyTorch's name of the argument
+    assert own(input=x).shape == x.shape  # input is PyTorch's name of the argument
     own.p = 1.0
     assert own.block_reason() == "it drops in place, or all" and own(x).count_nonzero() == 0
     own.p, own.forward = 0.5, lambda x: x + 1

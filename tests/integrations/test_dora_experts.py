@@ -297,6 +297,6 @@ def test_a_magnitude_of_zero_merges_and_says_that_it_is_no_way_back() -> None:
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-4)
     held: Tensor = wrapper.get_param()
     assert torch.isfinite(held).all()
-    for _ in range(2):  # the warning is repeated
+    for _ in range(2):  # the warning comes in each call
         with pytest.raises(RuntimeError, match="a magnitude is 0"):
             model.unmerge_adapter()

@@ -363,7 +363,7 @@ def test_activations_by_their_form() -> None:
              "gelu_new": "gelu_tanh", "gelu_python": None, "quick_gelu": None, "gelu_10": None, "mish": None,
              "tanh": None, "linear": None, "gelu_accurate": None}  # fmt: skip
     assert {name: activation_name(ACT2FN[name]) for name in names} == names
-    assert activation_name(ACT2FN["gelu_new"], torch.float16) is None  # the cube in this activation overflows float16
+    assert activation_name(ACT2FN["gelu_new"], torch.float16) is None  # the cube in gelu_new overflows float16
     assert activation_name(F.silu) == "silu" and activation_name(torch.tanh) is None
     assert (
         activation_name(nn.GELU(approximate="tanh")) == "gelu_tanh" and activation_name(nn.SiLU(inplace=True)) is None

@@ -91,7 +91,8 @@ OPTIONAL = {
     "transformers.utils.ModelOutput": ([], [["transformers.utils", "ModelOutput"]], set()),
     "peft.PeftModel": ([], [["peft", "PeftModel"]], set()),
     "peft.tuners.tuners_utils.BaseTunerLayer": (
-        [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,  # explain then has no rows of adapters
+        # Without this class explain has no rows for adapters.
+        [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,
     ),
 }  # fmt: skip
 # Attributes that the fused layers read from the stock layers.

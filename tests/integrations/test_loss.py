@@ -610,5 +610,5 @@ def test_heads_and_forwards_that_have_whole_logits() -> None:
     base, forward = model.get_base_model(), model.get_base_model().forward
     base.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert reason(model).startswith("the model's forward was replaced")
-    base._original_forward = forward  # accelerate's mixed precision calls this attribute
+    base._original_forward = forward  # accelerate's mixed precision sets and calls this attribute
     assert reason(model) == "logits in chunks" and waits(step(model)[2])

@@ -133,13 +133,14 @@ class Odd(nn.Module):
         (Attention.forward, (NAMES,)),
         (Odd.forward, (("a", "l", "m"), ("b", "f"), ("c", "d"), ("i", "j"))),
         (hf.models.llama.modeling_llama.LlamaAttention.forward, (NAMES,)),
-        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),  # q gets the decoder's states
+        # Q gets the decoder's states, k and v the encoder's.
+        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),
         (hf.models.whisper.modeling_whisper.WhisperAttention.forward, (("k_proj", "v_proj"),)),
-        # Q and k get the states with positions added.
+        # q_proj and k_proj get the hidden states plus positions, v_proj does not.
         (hf.models.detr.modeling_detr.DetrSelfAttention.forward, (("q_proj", "k_proj"),)),
         (nn.Linear.forward, ()),
         (len, ()),
-        (eval("lambda self, x: (self.a(x), self.b(x))"), ()),  # code without a source
+        (eval("lambda self, x: (self.a(x), self.b(x))"), ()),  # the source of this code is unknown
     ],
 )
 def test_the_groups_are_read_in_the_source(forward: Any, groups: tuple) -> None:

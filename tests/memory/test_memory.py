@@ -189,7 +189,8 @@ def test_logits_in_float32_and_their_gradient():
     estimate = estimate_memory(LLAMA, lora(), accelerated=False, **BF16, **TOKENS)
     logits = 2 * 64 * 512 * 4
     assert 2 * logits <= estimate.logits <= 3.5 * logits
-    assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4  # the loss
+    # The logits' memory is the loss alone, a float32 number.
+    assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4
 
 
 def test_a_real_step_has_a_chunk_of_logits(monkeypatch):
@@ -365,7 +366,8 @@ def test_every_task(task_type):
             auto = getattr(transformers, AUTO_CLASSES[task_type]).from_config(config)
         assert estimate.about.startswith(type(auto).__name__)
         assert estimate.weights <= sum(t.nbytes for t in (*auto.parameters(), *auto.buffers()))
-        assert estimate.parameters > sum(p.numel() for p in auto.parameters()) - 4  # the head's biases may train
+        # The biases of the head may be trainable.
+        assert estimate.parameters > sum(p.numel() for p in auto.parameters()) - 4
 
 
 def test_an_encoder_and_decoder():
@@ -374,7 +376,7 @@ def test_an_encoder_and_decoder():
     assert estimate.about.startswith("T5ForConditionalGeneration, LORA r=16, nf4")
     assert estimate.logits > 2 * 64 * 97 * 4
     dense = estimate_memory(config, "lora", **TOKENS)
-    wo = 2 * 2 * 64 * 128  # wo stays dense: transformers reads its dtype
+    wo = 2 * 2 * 64 * 128  # T5's wo stays dense, because transformers reads the dtype of its weight
     layers = dense.parameters - dense.trainable - 97 * 64 - wo
     assert 0.85 * 4 * layers < dense.weights - estimate.weights < 4 * layers
 

@@ -319,7 +319,7 @@ class Allocations(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not func.is_view:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # the operator worked in place or returned its input
+                if storage._cdata not in given:  # skips results that share storage with an input
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self.largest = max(self.largest, storage.nbytes())
         self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}

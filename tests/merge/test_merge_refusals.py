@@ -220,7 +220,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
     assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     said = capsys.readouterr().out
     assert "quantization nf4, double quantization, blocks of 128, as the adapter's run.json has it" in said
-    trained_on = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # the dtype that finetune uses
+    trained_on = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # finetune trains on a bfloat16 base
     assert not same_as_on(dequantized(trained_on, 128), adapter, tmp_path / "out")
     checkpoint = adapter / "checkpoints/checkpoint-3"
     checkpoint.mkdir(parents=True)

@@ -212,7 +212,7 @@ def test_mma_fragments(run, dtype, name):
 
 @pytest.mark.parametrize("name", ["ldmatrix", "ldmatrix_trans"])
 def test_ldmatrix(run, name):
-    words = [2 * i | (2 * i + 1) << 16 for i in range(128)]  # 16-bit values 0..255: 4 matrices of 8 rows of 8
+    words = [2 * i | (2 * i + 1) << 16 for i in range(128)]  # the 16-bit values 0 to 255: 4 matrices of 8 x 8
     out = run(name, words + [0] * 128, grid=(1, 1, 1), threads=32)
     for lane in range(32):
         for matrix in range(4):

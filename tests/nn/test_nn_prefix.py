@@ -131,7 +131,7 @@ def test_prefix_runs_the_mlp_once_and_copies_nothing() -> None:
     plain = prefix.bake()
     assert plain(8).untyped_storage().data_ptr() == plain.embedding.weight.untyped_storage().data_ptr()
     with torch.no_grad():
-        assert plain(8, torch.bfloat16).stride(2) == 0  # the prefix is cast once for any batch size
+        assert plain(8, torch.bfloat16).stride(2) == 0  # the prefix is cast once and expanded over the batch
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -74,7 +74,8 @@ def test_prompt_forward_and_its_gradients() -> None:
     assert torch.equal(x.grad, direction[:, P:])
     torch.testing.assert_close(prompt.embedding.weight.grad, direction[:, :P].sum(0))
     assert prompt.prompt(7).shape == (7, P, 4)
-    assert prompt.prompt(7).data_ptr() == prompt.embedding.weight.data_ptr()  # the batch needs no copy
+    # A prompt for a batch is a view of the embedding's weight.
+    assert prompt.prompt(7).data_ptr() == prompt.embedding.weight.data_ptr()
 
 
 def test_prepend_extends_what_it_is_given() -> None:
@@ -139,7 +140,7 @@ def test_from_vocab_draws_rows_and_keeps_a_copy() -> None:
     embedding = nn.Embedding(3, 8)
     draws = [PromptEmbedding.from_vocab(embedding, 40, torch.Generator().manual_seed(s)).embedding for s in (1, 1, 2)]
     rows = {tuple(row) for row in embedding.weight.tolist()}
-    assert {tuple(row) for row in draws[0].weight.tolist()} == rows  # in 40 draws, each of the 3 rows occurs
+    assert {tuple(row) for row in draws[0].weight.tolist()} == rows  # in 40 draws each of the three rows occurs
     assert torch.equal(draws[0].weight, draws[1].weight) and not torch.equal(draws[0].weight, draws[2].weight)
     before = embedding.weight.clone()
     with torch.no_grad():

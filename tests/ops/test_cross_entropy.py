@@ -73,7 +73,7 @@ def test_a_label_out_of_range(device: torch.device) -> None:
     labels = torch.tensor([0, 20, 1], device=device)
     try:
         loss = ops.linear_cross_entropy(hidden, weight, labels, reduction="none").cpu()
-    except RuntimeError as error:  # on a CPU
+    except RuntimeError as error:  # on a CPU the operator raises an error
         assert "labels has 20, wanted 0 to 19 or -100" in str(error)
     else:
         assert loss.isnan().tolist() == [False, True, False]

@@ -160,7 +160,7 @@ def planted() -> Iterator[dict[str, Callable[[int], object]]]:
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     yield {
-        "malloc": lambda index: blocks.append(libc.malloc(64)),  # smaller than the data of any tensor
+        "malloc": lambda index: blocks.append(libc.malloc(64)),  # 64 bytes, smaller than the data of any tensor
         "resident": lambda index: kept.append(_touched(mmap.mmap(-1, mmap.PAGESIZE))),
         "tensors": lambda index: kept.append(torch.zeros(1)),
         "objects": lambda index: kept.append({"step": [index]}),

@@ -316,7 +316,7 @@ def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):
     assert found.steps == 3 and found.longest == max(len(e["input_ids"]) for e in run.examples.train)
     save_adapter(model, tmp_path / "saved")
     header = (tmp_path / "saved/adapter_model.safetensors").stat().st_size - adapter.adapter_bytes
-    assert 0 < header < 20_000  # the header of the file: names and shapes
+    assert 0 < header < 20_000  # the header has names and shapes of the tensors
     assert adapter.memory.total > 0 and found.needed_bytes > adapter.memory.total
     held = adapter.memory.weights + adapter.memory.quantization + adapter.memory.adapters
     assert found.check_bytes == 2 * 90_560 + held and found.needed_bytes >= found.check_bytes + found.held_bytes
@@ -418,7 +418,8 @@ def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatc
     monkeypatch.setattr("peft_ext.memory.estimate_memory", fails)
     assert "a step's memory could not be estimated: an operator\n" in dry(capsys, *small(tiny, tmp_path / "out"))
     dry(capsys, *small(tiny, tmp_path / "out", "--data", tiny / "docs.txt", "--gradient-checkpointing"))
-    assert seen == [(30, True, False), (64, False, True)]  # conversations are padded, blocks of a text are not
+    # Batches of conversations are padded, batches of blocks are not.
+    assert seen == [(30, True, False), (64, False, True)]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -519,7 +520,7 @@ def same_run(first: Path, again: Path) -> None:
     old, new = (json.loads((folder / "run.json").read_text()) for folder in (first, again))
     assert new["losses"] == old["losses"] and new["perplexity"] == old["perplexity"]
     assert {k for k, v in old["options"].items() if v != new["options"][k]} == {"output"}
-    assert old["options"]["seed"] == 5  # not the default seed
+    assert old["options"]["seed"] == 5  # 5 is not the default seed
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (first / name).read_bytes()
 

@@ -25,7 +25,7 @@ def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "out"
-    assert finetune(mixture, out, "--quant", quant, "--lr", "0.02", steps=12) == 0  # the run finds the experts
+    assert finetune(mixture, out, "--quant", quant, "--lr", "0.02", steps=12) == 0  # finetune finds the experts itself
     found = report(out)
     assert found["check"]["ok"] and found["finished"]
     assert found["fused"]["fused"] == found["fused"]["layers"]

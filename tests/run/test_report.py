@@ -219,7 +219,8 @@ def test_texts_are_never_markup():
     assert sum(tag == "script" for tag, _ in parsed.tags) == 1
     assert not [at for _, at in parsed.tags if any(name.startswith("on") for name in at)]
     assert parsed.text.count("window.hacked") >= 12
-    assert "\ufffd" not in render(document()) and "?" in render(document(started="\ud800"))  # a lone surrogate
+    # A lone surrogate can't be encoded.
+    assert "\ufffd" not in render(document()) and "?" in render(document(started="\ud800"))
 
 
 def test_the_page_asks_for_nothing():
@@ -296,16 +297,18 @@ def test_a_run_leaves_its_report(run):
 
 @needs_hf
 def test_memory_is_the_bytes_of_the_tensors(run):
-    found, tensors = read(run), 28  # a LoRA pair for each of 14 layers
+    found, tensors = read(run), 28  # lora_A and lora_B of each of 14 layers
     memory, adapter = found["memory"], 4 * found["trainable_parameters"]
     assert memory["adapter"] == memory["gradients"] == adapter
-    assert memory["optimizer"] == 2 * adapter + 4 * tensors  # AdamW's moments, and its count of steps
+    # Two moments of AdamW for each parameter, and a step count for each tensor.
+    assert memory["optimizer"] == 2 * adapter + 4 * tensors
     hidden, inner, vocab = 64, 128, 258
     linear = 2 * (2 * hidden * hidden + 2 * hidden * 32 + 3 * hidden * inner)
-    dense = 2 * (vocab * hidden + 5 * hidden)  # embedding, tied, and norms
+    dense = 2 * (vocab * hidden + 5 * hidden)  # bytes of the tied embedding and of the norms
     assert found["parameters"] == linear + vocab * hidden + 5 * hidden
     scales = memory["frozen"] - dense - linear // 2
-    assert linear // 64 <= scales < linear // 64 + 20_000  # a byte for each block, their scales, rotary tables
+    # One byte for each block, the scales of these scales, and rotary tables.
+    assert linear // 64 <= scales < linear // 64 + 20_000
 
 
 @needs_hf

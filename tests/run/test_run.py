@@ -63,7 +63,7 @@ def test_every_method(tiny, tmp_path, method):
     assert result.fused_layers == result.layers or METHODS[method].kind == "selective"
     if method == "diff-pruning":
         kept = json.loads((result.output / "adapter_config.json").read_text())["kept"]
-        assert 0 < sum(kept.values()) <= 0.005 * 73_728  # of the linear layers' parameters
+        assert 0 < sum(kept.values()) <= 0.005 * 73_728  # 73,728 is the number of parameters of the linear layers
     _resumes(options, result, tmp_path / "broken")
     _merges(options, result, tmp_path)
 

@@ -49,7 +49,7 @@ def lora_embedding_case(base: str, *, adapter_dtype: Any = None, padding: bool =
     return Case(
         name, "embedding", make, call, plain,
         held=lambda sample: {"column": sample.inputs["lora_A"].detach()[:, -1:].clone()} if padding else {},
-        saved=lambda t, k, n, r: t * 8 if int32 else 0,  # the indices as int64
+        saved=lambda t, k, n, r: t * 8 if int32 else 0,  # the call saves the indices as int64
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from peft_ext import NF4Weight, ops, reference
 
 # --- experts ----------------------------------------------------------------------------------------------------------
 
-_EXPERTS = 5  # the second and the last expert get no rows
+_EXPERTS = 5  # number of experts; the second and the last expert get no rows
 
 
 def _ends(rows: int) -> list[int]:

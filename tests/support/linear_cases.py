@@ -209,7 +209,7 @@ def dora_norm_case(base: str, *, adapter_dtype: Any = None) -> Case:
     return Case(
         name, "dora", make, call, plain,
         result=lambda dtype, shape: (torch.float32, (shape[2],)),
-        saved=lambda t, k, n, r: n * 4 + n * r * 4,  # the norm and U
+        saved=lambda t, k, n, r: n * 4 + n * r * 4,  # the call saves the norm and U
     )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def dora_case(
         return y + ((g - 1) * unbiased + g * low_rank)
 
     def saved(t: int, k: int, n: int, r: int) -> int:
-        found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # Z, g and the norm
+        found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # the call saves Z, g and the norm
         if norm_grad:  # U, the norm, the mask of zero norms, and magnitude in float32
             found += n * r * 4 + n * 4 + n * 1 + (0 if adapter_dtype == torch.float32 else n * 4)
         return found

@@ -34,12 +34,12 @@ class Sizes:
     inner: int = 128
     layers: int = 2
     heads: int = 4
-    kv_heads: int = 2  # fewer keys than queries: a narrow k_proj and v_proj
+    kv_heads: int = 2  # fewer key heads than query heads, so that k_proj and v_proj are narrow
     head_dim: int = 32  # in architectures where it is independent of hidden / heads
     vocab: int = 128
     experts: int = 2
     active: int = 2  # a token goes to both experts, since rounding may change a choice of one
-    smooth: bool = False  # without ReLU: a rounding may change the side of its kink
+    smooth: bool = False  # activations without a kink; rounding may change the side of ReLU's kink
     batch: int = 8
     length: int = 9
 
@@ -454,7 +454,7 @@ class OperatorCalls(TorchDispatchMode):
             layers = args[0] if name.endswith("_backward") else args[3][::2]  # a gradient or a scaling for each layer
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
-            scaled = args[12] is not None  # the scale vector of DoRA
+            scaled = args[12] is not None  # argument 12 is DoRA's vector of output scales
             self.calls[name.replace("lora_experts", "dora_linear" if scaled else "lora_linear")] += 1
         elif func.namespace == "peft_ext" and not OPERATORS[name].composed:
             self.calls[name] += 1

@@ -39,7 +39,8 @@ MODELS = {
     "bart": ("BartConfig", "BartForConditionalGeneration", {"vocab_size": VOCAB, "d_model": 32, "encoder_ffn_dim": 40,
                                                             "decoder_ffn_dim": 40, **DECODER_LAYERS}),
 }  # fmt: skip
-TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}  # all other kinds: CAUSAL_LM
+# All other kinds of models have the task CAUSAL_LM.
+TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}
 
 
 def make_model(kind: str) -> transformers.PreTrainedModel:

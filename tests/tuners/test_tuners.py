@@ -254,7 +254,7 @@ def test_gradient_checkpointing(method, reentrant):
     model.base_model.model.enable_input_require_grads()
     torch.manual_seed(5)
     actual = gradients(model)
-    assert_same(actual, wanted)  # under Diff Pruning, the second forward draws the same u
+    assert_same(actual, wanted)  # under Diff Pruning, the recomputation must draw the u of the forward
 
 
 @pytest.mark.parametrize("method", ["BitFit", "diff"])
@@ -395,7 +395,7 @@ def test_shards_are_refused_and_what_can_not_be_wrapped_stays_frozen():
         def __init__(self):
             super().__init__()
             self.inner = Mixed()
-            self.inner.bias = nn.Parameter(torch.zeros(8))  # a parameter beside a list of layers
+            self.inner.bias = nn.Parameter(torch.zeros(8))  # a parameter of the module that also has a list of layers
 
     for config in (BitFitConfig(), PartialConfig(target_modules=["inner"]), DiffPruningConfig()):
         with pytest.warns(UserWarning, match="inner.bias stays frozen"):
