@@ -228,7 +228,7 @@ def gradient_checkpointing_changes_nothing(folder: Path) -> None:
 
 @check
 def dropout_is_each_process_its_own(folder: Path) -> None:
-    """Masks follow the generator of the process: the same seed gives the same masks, another seed gives other masks."""
+    """Dropout masks depend on the generator of the process: equal seeds give equal masks, other seeds other masks."""
     for wrap in (DDP, shard):
         model = wrap(make(base="nf4", lora_dropout=0.5))
         losses = []
@@ -263,7 +263,7 @@ def accelerate_before_and_after_wrapping(folder: Path) -> None:
 
 @check
 def fsdp1_computes_the_logits(folder: Path) -> None:
-    """FSDP1 makes parameters views of a flat parameter, which it frees after the forward."""
+    """With FSDP1 the model computes whole logits, because FSDP1 frees the flat parameter after the forward."""
     decoder = type(make().get_base_model().model.layers[0])
     for of in (lambda model: model, LossOutside, Entropy):
         wanted = train_alone(of(make(accelerated=False)))

@@ -381,7 +381,7 @@ def history(folder: Path) -> list[dict[str, float]]:
 def test_resumed_trainer_goes_where_the_unbroken_one_goes(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The training has dropout, gradient accumulation, evaluation and generation."""
+    """Compares a resumed training with an unbroken one; both have dropout, accumulation, evaluation and generation."""
     run = (EXAMPLES / "trainer.py", monkeypatch, *options, "--save-steps", "2", "--max-steps", "4", "--output")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_example(*run, str(whole))

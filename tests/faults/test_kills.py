@@ -187,7 +187,7 @@ def test_killed_at_any_moment_an_adapter_is_the_old_or_the_new(dense, tmp_path):
 
 
 def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
-    """Another process removes its lock file after this process opened the file and before it locked the file."""
+    """Another process removes the lock file after this process opened the file and before this process locks it."""
     fcntl = pytest.importorskip("fcntl")
     real, lock = fcntl.flock, tmp_path / ".lock"
     calls = []
@@ -215,7 +215,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
         for _ in range(2):
             line = refused(finetune(out, "--overwrite"))
             assert line == f"error: --output {out}: another process is writing to it"
-            # Save_adapter also writes with keep=True, which keeps the lock file.
+            # The function save_adapter also writes with keep=True, which keeps the lock file.
             with atomic_folder(out, overwrite=True, keep=True) as folder:
                 (folder / "new").write_text("")
             before["new"] = b""
@@ -233,7 +233,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
 
 
 def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path):
-    """The merge that ends second finds a model that did not exist when this merge began."""
+    """The merge that ends second finds a model that did not exist when the second merge began."""
     out, write = tmp_path / "out", writer.write_safetensors
     outcome = []
 

@@ -74,7 +74,9 @@ def test_a_command_that_ends_has_its_own_status(tmp_path: Path) -> None:
 
 
 def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    """The grandchild has its own session, like torchrun's children. Each process writes its stack."""
+    """Tests a command with a grandchild in a session of its own, like torchrun's children; each process dumps its
+    stack.
+    """
     child = "import faulthandler, os, ctypes; faulthandler.enable(); os.setsid(); open(str(os.getpid()), 'w').close()"
     (tmp_path / "child.py").write_text(f"{child}\ndef inner(): ctypes.PyDLL(None).pause()\ninner()\n")
     parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, 'child.py']); time.sleep(10**6)"

@@ -45,7 +45,9 @@ pytestmark = [
 
 @pytest.fixture
 def small(tmp_path):
-    """``small.path`` is a file system of 4 MiB; ``small.leave(n)`` fills it until n bytes are free."""
+    """Yields ``small``: ``small.path`` is a file system of 4 MiB, and ``small.leave(n)`` fills it until n bytes are
+    free.
+    """
     path = tmp_path / "disk"
     path.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, text=True)
@@ -336,7 +338,7 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
 
 
 def test_an_operator_without_memory_says_it_as_pytorch_does():
-    """The Trainer's auto_find_batch_size retries with a smaller batch after an error with this text."""
+    """An operator's error without memory has the text after which auto_find_batch_size retries with a smaller batch."""
     accelerate_memory = pytest.importorskip("accelerate.utils.memory")
 
     def work() -> int:

@@ -106,7 +106,7 @@ def test_a_config_as_large_as_no_config_is_not_read(made, tmp_path, monkeypatch)
 
 
 def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) -> None:
-    """The checks of types accept every configuration that PEFT writes."""
+    """The checks of types accept every configuration that PEFT or peft_ext writes."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     read = 0
@@ -249,7 +249,7 @@ def test_missing_tensors_are_found_whatever_peft_says_of_them(made, tmp_path, mo
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_a_rank_beyond_the_base_that_its_start_cuts(tmp_path, init: str) -> None:
-    """PEFT truncates r to the base weight's shorter side; the configuration keeps the larger r."""
+    """For some init_lora_weights PEFT truncates r to the base weight's shorter side; the configuration keeps r."""
 
     def base() -> transformers.PreTrainedModel:
         torch.manual_seed(0)

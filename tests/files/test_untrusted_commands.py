@@ -173,7 +173,7 @@ _RUNS = (
 
 @pytest.mark.parametrize(("text", "message"), _RUNS, ids=range(len(_RUNS)))
 def test_a_run_that_does_not_say_which_base(made, tmp_path, capsys, text: bytes, message: str) -> None:
-    """Without the error, the adapter would be merged into another base than the one it was trained on."""
+    """Without an error the adapter would be merged into another base than the base of the training."""
     folder = rewritten(made[1], tmp_path / "v", "run.json", text)
     for command in commands(folder, tmp_path):
         assert message in refused(capsys, *command, unchanged=tmp_path)
@@ -258,7 +258,7 @@ def test_a_gguf_that_is_none(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(demo_model, "_target", lambda: tmp_path / "cache/model")
 
     def run(command: list[str], **kwargs: Any) -> Any:
-        """Converts in this process: a child process would import for seconds."""
+        """Converts the model in this process, because a child process would import packages for seconds."""
         with pytest.raises(Exception) as caught:
             demo_model.convert(Path(command[-2]), Path(command[-1]))
         return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{caught.value!r}\n")

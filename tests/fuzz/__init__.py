@@ -155,7 +155,7 @@ class Target:
 
 
 class Finding(AssertionError):
-    """A result that no input may have."""
+    """The error for a result that no input of a target may have."""
 
 
 @contextlib.contextmanager

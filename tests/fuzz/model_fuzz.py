@@ -92,7 +92,7 @@ def serve() -> None:
 
 
 class Worker:
-    """A process that runs cases. It is ended and started again if a case does not return or ends the process."""
+    """A process that runs cases. Where a case does not return or ends the process, the Worker starts a new process."""
 
     COMMAND = (sys.executable, os.fspath(Path(__file__).resolve()), "--serve")
 

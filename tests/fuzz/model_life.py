@@ -1,4 +1,4 @@
-"""The actions that the fuzzer draws and applies to both models, step by step."""
+"""The actions of the model fuzzer, which it draws and applies to PEFT's model and to the accelerated model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from peft_ext.nn import NF4Linear
 
 
 class Case(Pair):
-    """Two models and the actions on both; ``live`` draws all of them."""
+    """A case of the fuzzer: two models, and actions on both models, which ``live`` draws."""
 
     def live(self) -> None:
         self.draw()

@@ -61,7 +61,7 @@ ROUNDED_FLOOR = 2.0  # in epsilons of the dtype, of a tensor's norm and of a hun
 
 
 class Failed(AssertionError):
-    """A difference between the accelerated model and PEFT's."""
+    """The error for a difference between the accelerated model and PEFT's model."""
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -102,7 +102,7 @@ class OwnDropout(PhiloxDropout):
 
 
 class Pair:
-    """Two models of one draw, PEFT's and the accelerated one. Every action on both is compared."""
+    """PEFT's model and the accelerated model of one draw. Every action is applied to both models and compared."""
 
     def __init__(self, seed: int, say: Callable[[str], None] = lambda text: None, family: Optional[str] = None) -> None:
         self.seed, self.say = seed, say

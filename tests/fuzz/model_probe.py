@@ -131,7 +131,7 @@ IN_PLACE = ("add_", "mul_", "relu_", "neg_", "tanh_")
 
 @dataclass(frozen=True)
 class Probe:
-    """How a model is called, and which of its values are compared."""
+    """The options of one call of a model, and the choice of the values that are compared."""
 
     training: bool = True
     backward: bool = True

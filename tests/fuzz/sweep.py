@@ -144,7 +144,7 @@ def _attention(rng: random.Random, shape: tuple) -> tuple[Case, tuple]:
 
 
 def _away_from_zero(case: Case) -> Case:
-    """ReLU's slope jumps at 0: draws values until no product is so near 0 that rounding could choose the side."""
+    """Draws values until no input of a ReLU is so near 0 that rounding could choose the side of the kink."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         while True:

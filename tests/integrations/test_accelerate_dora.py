@@ -121,8 +121,8 @@ def test_doras_cache_is_honoured(monkeypatch):
 
 @pytest.mark.parametrize("base", ["nf4", "nf4 bfloat16"])
 def test_dora_over_nf4(base):
-    """DoRA is added to an accelerated model, made before the model was quantized, or made by PEFT's hook for a layer
-    class.
+    """Tests DoRA over NF4, added to an accelerated model, made before the quantization, or made by PEFT's hook for
+    layers.
     """
     model = peft_ext.accelerate(make(base))
     model.add_adapter("dora", config_of("DoRA"))
@@ -148,7 +148,7 @@ def test_other_variants_over_nf4_are_a_clear_error():
 
 
 def test_dora_on_a_quantized_base_is_made_loaded_and_added(tmp_path):
-    """PEFT computes the norm of the weight when it makes the layer, which fails for an NF4Linear."""
+    """PEFT computes DoRA's norm when it makes a layer; for an NF4Linear this would fail without peft_ext."""
     torch.manual_seed(0)
     dense = MLP()
     config = functools.partial(config_of, "DoRA")

@@ -164,7 +164,7 @@ SWAPPED = {"small": {"r": 4, "lora_alpha": 3}, "large": {"r": 9, "lora_alpha": 7
     ("base", "compiled"), [*((base, False) for base in BASES), ("float32", True), ("nf4 bfloat16", True)]
 )
 def test_swapped_adapters_are_pefts(base, compiled, tmp_path):
-    """PEFT's hotswap makes the scale a tensor and pads the rank, so another adapter runs in the same graph."""
+    """PEFT's hotswap makes the scaling a tensor and pads the rank, so that another adapter can run in one graph."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for name, config in SWAPPED.items():

@@ -342,7 +342,7 @@ def no_kernels(monkeypatch):
 @every_base
 @every_method
 def test_without_a_native_kernel_the_stock_path_runs(method, base, no_kernels):
-    """The reference behind the operator is correct but slower than PEFT, so it must not replace a layer."""
+    """Without a kernel an operator would run the reference, which is slower than PEFT, so PEFT's layer must run."""
     model = make_method(method, base)
     stock, fused = stock_of(model), peft_ext.accelerate(model)
     x = inputs(base, (21,))
@@ -498,7 +498,7 @@ def test_convolutions_stay_as_they_are(method):
 
 
 def test_a_dora_whose_lora_b_has_a_bias():
-    """PEFT never makes such a layer; an ``add_adapter`` that failed half-way can leave one behind."""
+    """PEFT makes no DoRA layer with a bias in lora_B, but a failed ``add_adapter`` may leave one behind."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(K, N)), LoraConfig(r=3, target_modules=["0"], use_dora=True))
     layer = model.base_model.model[0]

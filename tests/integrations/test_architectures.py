@@ -99,7 +99,7 @@ def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
 
 
 class Case:
-    """An architecture under a method: PEFT's model, an accelerated copy, and a training step of each."""
+    """An architecture with a method: PEFT's model, an accelerated copy, and a training step of both models."""
 
     def __init__(self, name: str, method: str) -> None:
         self.name, self.method, self.architecture = name, method, ARCHITECTURES[name]

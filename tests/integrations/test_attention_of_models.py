@@ -291,7 +291,7 @@ def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_wrapper_of_transformers_function_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrapper may do more than the function that it wraps."""
+    """A wrapper around transformers' function must run, since it may do more than the function."""
     seen = []
 
     @functools.wraps(sdpa_attention_forward)
@@ -320,7 +320,7 @@ assert tests.rows(model) == [(True, "")] * 2
 
 @pytest.mark.slow
 def test_a_model_that_was_pickled_trains_in_another_process(tmp_path: Path) -> None:
-    """The other process has accelerated nothing, and its first step is under checkpointing's hooks."""
+    """The process that unpickles the model has called no accelerate, and its first step runs under checkpointing."""
     torch.save(peft_ext.accelerate(build(DECODERS["Llama"])), tmp_path / "model.pt")
     here = Path(__file__).parent
     subprocess.run(

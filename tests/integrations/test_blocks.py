@@ -129,7 +129,7 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
 
 @pytest.mark.parametrize("under", ["meta", "bfloat16", "inference"])
 def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> None:
-    """The first model of a class may be made on the meta device, or with another default dtype."""
+    """The default device, dtype and mode at the time of accelerate do not change a fused block's results."""
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
     if under == "meta":
         with torch.device("meta"):

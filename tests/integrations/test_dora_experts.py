@@ -37,7 +37,7 @@ def config(name: str = "Qwen3-MoE", **fields: Any) -> Any:
 
 @torch.no_grad()
 def moved(model: PeftModel) -> PeftModel:
-    """Moves the magnitudes away from the norms."""
+    """Changes the magnitudes of a DoRA, which start as the norms, and returns the model."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.mul_(1 + 0.2 * torch.sin(torch.arange(parameter.numel())).view(parameter.shape))
@@ -135,7 +135,7 @@ def test_merged_on_disk(name: str, tmp_path: Path) -> None:
 
 
 def test_a_new_adapter_changes_nothing() -> None:
-    """The magnitudes start as the norms, also for an adapter whose matrices are not zero."""
+    """A new adapter changes nothing, also with non-zero matrices, because the magnitudes start as the norms."""
     torch.manual_seed(0)
     for init in (True, False):
         model = peft_ext.get_peft_model(base(), config(init_lora_weights=init, target_modules=[])).eval()

@@ -431,7 +431,7 @@ def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
 
 
 def test_nf4_experts_that_are_sharded_by_themselves_are_refused(tmp_path: Path) -> None:
-    """The hook of such a shard would gather the weights only after the operator needs them."""
+    """NF4 experts that are sharded by themselves are refused: FSDP would gather the weights too late."""
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)

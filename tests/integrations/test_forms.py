@@ -295,7 +295,7 @@ def test_rows_of_functions() -> None:
 
 @pytest.mark.parametrize("name", ["offset", "rounds", "eps", "act", "inner", "gated", "norms", "cache", "options"])
 def test_a_wrong_formula_is_disproved(name: str) -> None:
-    """The proof can fail: it finds each changed value of a formula."""
+    """Tests that the proof of a form fails for each changed value of its formula."""
     others = {"offset": {"0": "1", "1": "0"}, "rounds": {"yes": "no", "no": "yes"}, "gated": {"yes": "no", "no": "yes"},
               "norms": {"head": "flat", "flat": "head"}, "cache": {"cache:kwargs": "cache:plain"}}  # fmt: skip
     tried = 0

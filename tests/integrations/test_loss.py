@@ -112,7 +112,7 @@ def test_a_step_is_the_stock_step(name: str, items: Any) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_lora_on_the_head(dropout: float) -> None:
-    """The head's dropout is PEFT's own, so the same seed gives the same masks."""
+    """The dropout of a LoRA on the head is PEFT's own, so that equal seeds give equal masks."""
     for targets in (["lm_head"], ["lm_head", "q_proj"][: 1 if dropout else 2]):
         stock = step(build("Llama", targets, lora_dropout=dropout))
         ours = step(peft_ext.accelerate(build("Llama", targets, lora_dropout=dropout)))

@@ -133,7 +133,7 @@ class Odd(nn.Module):
         (Attention.forward, (NAMES,)),
         (Odd.forward, (("a", "l", "m"), ("b", "f"), ("c", "d"), ("i", "j"))),
         (hf.models.llama.modeling_llama.LlamaAttention.forward, (NAMES,)),
-        # Q gets the decoder's states, k and v the encoder's.
+        # In T5's cross-attention q gets the decoder's states, k and v the encoder's states.
         (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),
         (hf.models.whisper.modeling_whisper.WhisperAttention.forward, (("k_proj", "v_proj"),)),
         # q_proj and k_proj get the hidden states plus positions, v_proj does not.

@@ -12,7 +12,7 @@
 namespace peft_ext {
 namespace {
 
-// Where the planted fault is, if it is at a single place.
+// Whether this thread runs the planted fault of a kernel whose fault is in a single thread.
 __device__ __forceinline__ bool here() { return blockIdx.x == 1 && threadIdx.x == 37; }
 __device__ __forceinline__ int index() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
@@ -83,7 +83,7 @@ template <bool kBroken>
 __global__ void member_bounds(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(Rows, rows);
   if (threadIdx.x == 37) {
-    const int column = kBroken && here() ? 4 + in[0] : 3;  // still within the struct
+    const int column = kBroken && here() ? 4 + in[0] : 3;  // column 4 is still within Rows
     rows.row[1][column] = 1;
     out[index()] = rows.row[1][column];
   }
@@ -103,7 +103,7 @@ __global__ void never_written(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[2 * threadIdx.x + (kBroken && here() ? 1 : 0)];
 }
 
-// A value that another block wrote there counts as unwritten.
+// A value that an earlier block wrote to shared memory counts as unwritten.
 template <bool kBroken>
 __global__ void never_written_by_this_block(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
@@ -120,7 +120,7 @@ __global__ void in_flight(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[threadIdx.x];
 }
 
-// Two groups of copies are in flight, and the kernel reads the older one.
+// Two groups of copies are in flight, and the correct kernel reads the older group.
 template <bool kBroken>
 __global__ void wrong_group(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[2][64], tile);
@@ -352,7 +352,7 @@ __global__ void atomics(const uint32_t* in, uint32_t* out) {
   atomic_add(reinterpret_cast<int*>(out) + 2, -static_cast<int>(in[index()]));
 }
 
-// Sums the block's words by halves, with a barrier each.
+// Sums the block's words in halving steps, with a barrier before each step.
 __global__ void reduction(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
   tile[threadIdx.x] = in[index()] + kTable[threadIdx.x % 4];
@@ -427,7 +427,7 @@ __global__ void coordinates(const uint32_t*, uint32_t* out) {
   if (threadIdx.x == 0) out[block] = blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z + 1000 * blockDim.x;
 }
 
-// ---- loads to measure time: in[0] rounds, which the compiler cannot remove
+// ---- kernels to measure time: in[0] is the number of rounds; the accesses must not be optimized away
 
 __global__ void many_global_reads(const uint32_t* in, uint32_t* out) {
   const uint32_t rounds = in[0];
