@@ -45,8 +45,8 @@ constexpr Layer kLayers[] = {
 
 struct Summary {
   int64_t plans = 0, broken = 0;
-  double worst_many = 0.0, worst_few = 0.0;  // largest idle share of plans with kPlanUnits units per thread; of other
-  plans
+  // Largest idle share of plans with kPlanUnits units per thread, and of all other plans.
+  double worst_many = 0.0, worst_few = 0.0;
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -129,7 +129,7 @@ std::vector<int64_t> all(int64_t most) {
   return values;
 }
 
-// Tests the plan of the passes: each thread has a fair share, one thread reads m once, and kept sums are bounded.
+// Tests the plan of the passes: no thread has less than a fair share, one thread reads m once, and kept sums are bounded.
 void check_passes(int64_t most_threads, Summary* summary) {
   const auto expect = [&](bool holds, const char* what, int64_t tokens, int64_t columns, int64_t rank,
                           int64_t threads) {
