@@ -94,7 +94,7 @@ def mine() -> dict[str, Tensor]:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    # SGD instead of Adam, because Adam makes a step of full size from a gradient that is only rounding.
+    # The optimizer is SGD, because Adam makes a step of full size even from a gradient that is only rounding.
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
 

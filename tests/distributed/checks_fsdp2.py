@@ -115,7 +115,7 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
             with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
             assert tuple(counted.values()) == counts, counted
-            # The whole model is one unit: only the hook on its output gathers and reduces.
+            # The whole model is one unit of FSDP2: only the hooks of the whole model gather and reduce parameters.
             assert_losses(train(of(fully_shard(build()))), wanted)
             model = build()
             for layer in model.get_base_model().model.layers:
@@ -361,7 +361,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
         with raises(RuntimeError, "NF4Linear: its weight is a DTensor with placements (Shard(dim=0),)"):
             call()
     inner = model.get_submodule(name.removesuffix(".base_layer"))
-    # Explain is asked about a part, without the module that gathers it.
+    # This call of explain gets a part of the model, without the module that gathers the part's parameters.
     with raises(AssertionError, "lora_A is a DTensor, wanted a plain parameter"):
         assert_all_fused(inner)
     with raises(TypeError, "weight is a DTensor, wanted a plain parameter"):

@@ -206,7 +206,7 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
         write(tmp_path / "model", 2)  # like another process; the first part folder is locked
         assert first.is_dir()
         found = {path.name for path in tmp_path.iterdir()} - {first.name}
-        # The empty folder that was moved aside came back; the other folders are not leftovers of this name.
+        # The empty folder that a killed write moved aside is back; the other folders are no leftovers of this name.
         assert found == {"model", ".other.0123456789ab.part", ".model.mine.part"}
         files._remove_leftovers(tmp_path / "model")
         assert first.is_dir()

@@ -99,7 +99,7 @@ def test_no_command_reads_a_pickle(made, tmp_path, capsys) -> None:
     torch.save(Evil(), base / "pytorch_model.bin")
     for command in commands(made[1], tmp_path, base)[:2]:
         assert "has pytorch_model.bin, a pickle, and no safetensors" in refused(capsys, *command, unchanged=tmp_path)
-    # An index of safetensors that names a pickle, which transformers would read.
+    # This index of safetensors names a pickle file, which transformers would read.
     shutil.copy(made[0] / "model.safetensors", base / "model-9.safetensors")
     for name, message in (("pytorch_model.bin", "weight_map has 'pytorch_model.bin', wanted the name of a"),
                           ("../x.safetensors", "weight_map has '../x.safetensors', wanted")):  # fmt: skip

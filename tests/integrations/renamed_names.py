@@ -99,7 +99,7 @@ def main():
     found = {}
     for number, (name, case) in enumerate(json.load(sys.stdin).items()):
         folder = tmp / str(number)
-        # The copy includes compiled files, which refer to their sources by modification time.
+        # copytree also copies compiled files, and keeps the modification times by which they refer to their sources.
         shutil.copytree(installed, folder / "peft")
         for file, pattern, replacement in case["edits"]:
             if pattern is None:

@@ -218,7 +218,7 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     assert row.name == "base_model.model.up"
     if case.startswith("LoRA: "):
         assert row.kind == ("aLoRA over Linear" if case == "LoRA: aLoRA" else "LoRA over Linear")
-    # If the other layer is fused, it gets PEFT's class back, so that all bits can be compared.
+    # The other layer becomes stock again where it is fused, so that all bits can be compared.
     peft_ext.restore(fused.base_model.model.down)
     found, wanted = run(fused, x), run(stock, x)
     assert_identical(found, wanted)

@@ -78,7 +78,7 @@ LAYERS = {
     "Mixtral": ((12, 12), (8, 8),   (4, 4)),
 }  # fmt: skip
 
-# The reasons of the layers that are not fused.
+# By architecture and method, for layers that are not fused: the reason and the number of layers.
 REASONS: dict[tuple[str, str], dict[str, int]] = {}
 
 GENERATING = [name for name, architecture in ARCHITECTURES.items() if architecture.generates]
@@ -151,7 +151,7 @@ def test_the_layers_that_should_be_are_fused(case: Case) -> None:
     assert {row.name for row in explanation.rows} == set(tuners(case.fused))
     reasons = Counter(row.reason for row in explanation.rows if not row.fused)
     assert reasons == REASONS.get((case.name, case.method), {}), explanation
-    # explain trusts what a layer says; the operators that a call runs are what really happens.
+    # explain reports what the layers say; this test counts the operators that a call really runs.
     for training in (False, True):
         with OperatorCalls() as seen:
             case.fused.train(training)(**case.batch)

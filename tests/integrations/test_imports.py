@@ -95,7 +95,7 @@ OPTIONAL = {
         [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,
     ),
 }  # fmt: skip
-# Attributes that the fused layers read from the stock layers.
+# Attributes of stock layers that the fused layers read.
 READ = {
     "cast_input_dtype_enabled": (word("cast_input_dtype_enabled"), {k for k in LAYERS if "LoRA" in k or "DoRA" in k}),
     "lora_variant": (word("lora_variant"), {k for k in LAYERS if "LoRA" in k or "DoRA" in k}),

@@ -172,7 +172,7 @@ def compare(found: list[dict[str, float]], wanted: list[dict[str, float]], withi
     for ours_, trls in zip(found, wanted, strict=True):
         assert ours_.keys() == trls.keys()
         for key, value in trls.items():
-            # A margin (0) or a ratio (1) of two runs of the same model shows nothing but rounding.
+            # A margin near 0 or a ratio near 1 compares two equal models, and differs by rounding alone.
             assert ours_[key] == pytest.approx(value, rel=10 * within, abs=10 * within), key
 
 

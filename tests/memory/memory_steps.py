@@ -1,4 +1,4 @@
-"""Models for tests of the estimate, and measurements of real training steps."""
+"""Makes models for the tests of the memory estimate, and measures real training steps."""
 
 import copy
 

@@ -24,7 +24,7 @@ def test_a_dequantized_weight_is_temporary():
 
 @pytest.mark.parametrize("isa", ["amx", "avx2"])
 def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.MonkeyPatch):
-    """In bfloat16 the scratch is strips of the activations, or float32 copies on a CPU without bfloat16 products."""
+    """In bfloat16 a layer's scratch is strips of activations, or float32 copies on a CPU without bfloat16 products."""
     monkeypatch.setattr(type(_native.STATE), "isa", isa)
     tokens, k, n = 512, 256, 1024
     model = nn.Sequential(peft_ext.nn.NF4Linear(k, n, bias=False), nn.Linear(n, 8, dtype=torch.bfloat16))
@@ -59,7 +59,7 @@ def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int)
 
 
 def test_the_weight_is_packed_where_bfloat16_is_emulated(monkeypatch: pytest.MonkeyPatch):
-    """oneDNN packs the weight on AVX-512 without bfloat16 instructions, where the portable path calls oneDNN."""
+    """On AVX-512 without bfloat16 instructions the portable path calls oneDNN, which packs the weight."""
     model = adapted(LLAMA, lora(), torch.bfloat16)
     chunk, weight = 2 * 2 * 64 * 512, 2 * 512 * 128
     seen = {}

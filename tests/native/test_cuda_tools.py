@@ -143,7 +143,7 @@ def test_the_model_knows_how_a_pass_is_cut() -> None:
 
 
 def test_a_pass_is_cut_by_its_shape_alone_and_each_tile_is_in_one_block(tmp_path: Path) -> None:
-    """Enumerates the plans in C++, see tests/native/rank_plan.cpp; the included headers need no device."""
+    """Runs tests/native/rank_plan.cpp, which enumerates the plans of rank passes; no GPU is needed."""
     compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")

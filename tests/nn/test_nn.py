@@ -194,7 +194,7 @@ def test_an_adapted_layer_starts_as_its_base_and_trains_its_adapter_alone(kind: 
 @BASE
 @KIND
 def test_an_adapted_layer_is_its_merged_weight(kind: str, base: str) -> None:
-    """``forward`` and ``merge`` use one formula."""
+    """The layer's forward must agree with a linear layer whose weight is the merged weight."""
     module = make_adapted(kind, base).double().eval()
     x = torch.randn(5, 65, dtype=torch.float64)
     weight = module.base_layer.dequantize(torch.float64) if base == "nf4" else module.base_layer.weight

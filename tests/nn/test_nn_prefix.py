@@ -190,7 +190,7 @@ def test_prefix_of_layers_that_differ() -> None:
 
 
 def test_prefix_of_some_layers_without_keys() -> None:
-    """Qwen3-Next: linear attention keeps a state instead of keys, and gets no prefix."""
+    """In Qwen3-Next, linear attention keeps a state instead of keys, and gets no prefix."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
               "linear_value_head_dim": 8}  # fmt: skip
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
@@ -228,7 +228,7 @@ def test_prefix_without_a_config_is_a_plain_cache() -> None:
 
 
 def test_generation_with_a_prefix() -> None:
-    """Greedy generation with its growing cache gives the argmax of the forward in each step."""
+    """Greedy generation, with a growing cache, gives the argmax of the forward's logits in each step."""
     model = make_model("llama")
     prefix, ids = PrefixEncoder.from_config(model.config, P), torch.randint(3, VOCAB, (BATCH, T))
     mask = prefix.extend_mask(torch.ones_like(ids))

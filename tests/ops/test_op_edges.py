@@ -448,8 +448,8 @@ def test_merge_says_what_is_wrong_and_what_is_not_finite(device: torch.device) -
     assert ops.nf4_merge(zero, a, b * 0)[1] == 0
 
 
-# Per sample, tokens of each, K, N, ranks, the samples' adapters: samples that end within a strip of 16 tokens, tails of
-# every width, an adapter that no sample has, none at all, one sample, and more samples than one launch takes on a GPU.
+# (samples, tokens of a sample, K, N, ranks, each sample's adapter): samples that end within a strip of 16 tokens, tails
+# of all widths, an adapter without samples, no adapters, one sample, and more samples than one launch on a GPU takes.
 _GROUPS: tuple[tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]], ...] = (
     (5, 7, 33, 65, (1, 64, 16, 31), (3, 0, 1, -1, 3)),
     (3, 16, 64, 32, (8, 17), (1, 1, 0)),

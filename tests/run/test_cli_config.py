@@ -248,7 +248,7 @@ def files(*folders: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture
 def weightless(tiny, tmp_path) -> Path:
-    """A copy of the tiny model's folder whose weight file can't be read."""
+    """Returns a copy of the tiny model's folder in which the weight file can't be read."""
     folder = tmp_path / "weightless"
     folder.mkdir()
     for path in (tiny / "model").iterdir():
@@ -323,7 +323,7 @@ def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):
 
 
 def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypatch):
-    """A run of small steps needs most memory in the last check, which loads the base a second time."""
+    """A run with small steps needs the most memory in the last check, which loads the base a second time."""
     seen = []
     monkeypatch.setattr(screen, "show_plan", seen.append)
     arguments = small(tiny, tmp_path / "out", "--quant", "none", "--dry-run")
@@ -488,7 +488,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600)
 @pytest.mark.slow
 @posix
 def test_a_run_again_from_its_file_with_bars_and_ctrl_c_on_a_terminal(done, tmp_path):
-    """All commands share one process, since starting a process takes most of the time."""
+    """The test runs its commands in one process, because starting a process takes most of the time."""
     again, dense = str(tmp_path / "again"), str(tmp_path / "dense")
     code = (
         "import sys\n"

@@ -104,7 +104,7 @@ def _merges(options: Options, result: train.Result, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_equal_runs_in_two_processes_write_equal_adapters(tiny, tmp_path):
-    """Python's hash seed decides the order of the sets of module names in PEFT, and must not change the adapter."""
+    """Python's hash seed decides the order of PEFT's sets of module names; this order must not change the adapter."""
     written = []
     for seed in ("1", "2"):
         run = tmp_path / seed / "run"

@@ -135,7 +135,7 @@ def _prompt() -> Alone:
 
 
 def _prefix() -> Alone:
-    """The prefix in a Llama, whose logits are right only if keys and values are in the right places."""
+    """Returns the row of a PrefixEncoder in a Llama, whose logits show keys or values in wrong places."""
     model = LLAMA.build().requires_grad_(False)
     ids, size = BATCH["input_ids"], len(BATCH["input_ids"])
 

@@ -90,12 +90,12 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 def _drawn_with() -> str:
-    # No local part such as +cpu: every build of a release gives the same table.
+    # The version has no local part such as +cpu, so that every build of a release gives an equal table.
     return _VERSIONS + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES) + "."
 
 
 def split(document: str) -> tuple[str, str]:
-    """Splits a drawn document into its text and its last line, which has the libraries' versions."""
+    """Splits a drawn document into the text and the last line, which has the versions of the libraries."""
     body, _, last = document.rstrip("\n").rpartition("\n\n")
     if not last.startswith(_VERSIONS):
         raise ValueError(f"split: the document ends in {last[:60]!r}, wanted a line that starts with {_VERSIONS!r}")

@@ -131,7 +131,7 @@ def with_errors(errors: dict[str, tuple[Error, ...]], *cases: Case) -> tuple[Cas
 
 
 def nothing(t: int, k: int, n: int, r: int) -> int:
-    """Is the ``Case.saved`` of an operator that keeps only its inputs."""
+    """Returns 0, as the ``Case.saved`` of an operator that keeps only its inputs."""
     return 0
 
 

@@ -177,7 +177,7 @@ def run(model, x, **kwargs):
 
 
 class PhiloxDropout(nn.Module):
-    """Dropout for a layer on PEFT's own path, with the seed and the mask of the fused operator."""
+    """A dropout for a layer that runs PEFT's code; it draws the seed and the mask of the fused operator."""
 
     def __init__(self, p):
         super().__init__()
