@@ -31,7 +31,7 @@ IGNORED = -100  # label of a token without a loss, as in PyTorch and transformer
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-_PASSAGE = 4000  # most characters of a record that is joined from several paragraphs of a .txt file
+_PASSAGE = 4000  # about the most characters of a record that is joined from several paragraphs of a .txt file
 
 Row = dict[str, Any]
 Message = dict[str, str]

@@ -384,8 +384,8 @@ class Case(Pair):
         self.dtype = torch.float64
         probe = self.drawn_probe(autocast=False)
         for name, wanted in (found := self.call(probe) or [{}, {}])[0].items():
-            # Values that a model computes in float32 in every dtype, such as rotary positions, have only float32
-            # precision.
+            # Some values have only float32 precision in a float64 model, because a model computes them in float32 in
+            # every dtype, for example rotary positions.
             if wanted is not None and not wanted.isfinite().all():  # a mask of the model does not work in float64
                 self.seen.counts["not finite in PEFT"] += 1
             elif wanted is not None and not distance(found[1][name], wanted) <= TIGHT * wanted.norm().item() + 1e-9:
@@ -400,8 +400,9 @@ class Case(Pair):
         merge = self.maybe(0.7)
         self.tell("  merge_and_unload" if merge else "  unload")
         if self.both("leave", lambda model: model.merge_and_unload() if merge else model.unload()):
-            # Parts that belong to no adapter stay fused until restore: norms, a head and its model without the logits,
-            # and, if this CPU has no product in the dtype, the frozen linear layers, including the bases of adapters.
+            # Parts without an adapter stay fused until restore: norms, and language models without whole logits. Where
+            # the CPU has no products in the dtype, frozen linear layers also stay fused, including the bases of
+            # adapters.
             kept = (Block, FusedLinear, LanguageModel)
             left = [name for name, module in self.fused.named_modules()
                     if type(module) in STOCK and not isinstance(module, kept)]  # fmt: skip

@@ -85,10 +85,11 @@ GENERATING = [name for name, architecture in ARCHITECTURES.items() if architectu
 
 
 def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
-    """Dtypes are PEFT's. The error of all gradients together, with equal weights, is at most twice PEFT's error.
+    """Asserts that dtypes are PEFT's, and that the error of all gradients together is at most twice PEFT's error.
 
-    Most of the error is the model's own rounding, which is another random draw if a layer rounds once less: over other
-    batches, our error is 0.6 to 1.7 times PEFT's.
+    In the error of all gradients each gradient has equal weight. Most of the error is the model's own rounding, which
+    is
+    another random draw if a layer rounds once less: with other batches, our error is 0.6 to 1.7 times PEFT's.
     """
     assert {key: value.dtype for key, value in actual.items()} == {key: value.dtype for key, value in stock.items()}
     ours, theirs = (
@@ -179,7 +180,7 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
     model = copy.deepcopy(case.fused)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     batch = {key: value.clone() for key, value in case.batch.items()}
-    if reentrant:  # reentrant checkpointing gives a block gradients only if an input of the block has one
+    if reentrant:  # reentrant checkpointing needs an input that requires a gradient
         model.enable_input_require_grads()
         batch = {key: value.requires_grad_(value.is_floating_point()) for key, value in batch.items()}
     with OperatorCalls() as seen:
@@ -320,8 +321,8 @@ def test_the_head_of_a_quantized_classifier_trains(name: str) -> None:
 # --- how many parameters train ----------------------------------------------------------------------------------------
 
 
-# Values that a configuration does not give are those of the named model: transformers' defaults are Llama-7B, GPT-2 and
-# BERT-base.
+# For each published model: its class, a function that makes its configuration, and the task. The defaults of
+# transformers' configurations are the sizes of Llama-7B, GPT-2 and BERT-base.
 SIZES: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PretrainedConfig], str]] = {
     "Llama-7B": (hf.LlamaForCausalLM, hf.LlamaConfig, "CAUSAL_LM"),
     "Llama-3-8B": (

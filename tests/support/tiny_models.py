@@ -429,10 +429,10 @@ ARCHITECTURES = {name: architecture(name) for name in _TESTED}
 
 # --- a step of a model, and what is compared --------------------------------------------------------------------------
 
-# Logits, loss and gradients by name.
+# The results of a training step by name: logits, loss and gradients.
 Step = dict[str, Optional[Tensor]]
-# The order of float32 sums of at most 128 terms differs, through two layers and back, which changes a gradient by up to
-# 5e-6 of its norm. A bfloat16 rounding changes it by 2e-3, a missing term of a layer by more than 1e-2.
+# Another order of float32 sums of at most 128 terms, through two layers and back, changes a gradient by up to 5e-6 of
+# the gradient's norm. A bfloat16 rounding changes a gradient by 2e-3, a missing term of a layer by more than 1e-2.
 TOLERANCE = 2e-5
 
 
