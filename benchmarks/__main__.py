@@ -31,13 +31,13 @@ from .files import result_path
 from .grid import SHAPES, Options, cases
 from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
 
-# The first six fields of Options; then the limit of the run and the timing of a row, in seconds. The limits leave time
-# for the row that is running when the limit is reached.
+# The first six fields of Options, then the time limit of the run in seconds, then the seconds of timing of a row. The
+# time limit leaves time for the row that is running when the limit is reached.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
-# Numbers of tokens at which forwards alone are compared: few tokens on a GPU; a mixed batch of 8 samples on the CPU.
+# Numbers of tokens at which forwards without backward are compared, on a CPU (a mixed batch of 8 samples) and on a GPU.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
-# On a GPU operators without tokens are compared at the shape "wide" too.
+# Like FULL and QUICK, for a GPU. On a GPU operators without tokens are compared at the shape "wide" too.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 
@@ -117,7 +117,7 @@ def _on_the_cpu(cases: list[Case], limits: dict[str, float], subject: str, out: 
 
 def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Optional[Path]) -> None:
     ceilings = cuda.measured_ceilings()
-    gpu = cuda.about_gpu()  # after the ceilings, to read the clocks of a busy device
+    gpu = cuda.about_gpu()  # called after the ceilings, to read the clocks of a busy GPU
     about = {**machine(), "gpu": gpu}
     out = result_path(subject, about, out)
     print(f"{gpu['name']}: copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 product "

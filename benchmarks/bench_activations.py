@@ -1,9 +1,10 @@
-"""Times a gated activation's training step in bf16 beside plain PyTorch; gate and up are one tensor, as in Phi-3.
+"""Times a gated activation's training step in bf16 beside plain PyTorch; gate and up are halves of one tensor, as in
+Phi-3.
 
     y = act(gate) ∘ up
 
-The least work reads gate and up and writes y in the forward. In the backward it reads gate, up and dY and writes the
-gradients of gate and up.
+The least work of the forward reads gate and up and writes y. The least work of the backward reads gate, up and dY and
+writes the gradients of gate and up.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Times attention in bf16 or float32 beside PyTorch's: heads of 64 values, and a fourth as many heads for k and v.
+"""Times attention in bf16 or float32 beside PyTorch's function; k and v have a fourth of the heads of q.
 
     dropout(softmax(scale q kᵀ + bias)) v        query i sees all keys, or the keys j <= i (causal)
 
-The tokens are cut into sequences of 512. q has K columns, k and v have K / 4 each; all three are views of one x. The
-least work has seven products of the scores' size, or of half that size where causal. PyTorch's function gets no mask,
-so that it takes its fastest path; with a dropout it computes the plain formula. The bias is one matrix for each head,
-the same for all sequences, like T5's relative positions.
+The tokens are cut into sequences of 512, and a head has 64 values. q has K columns, k and v have K / 4 columns each; q,
+k and v are views of one x. The least work has seven products of the scores' size, or of half that size where causal.
+Without bias PyTorch's function gets no mask, so that its fastest kernel runs; with a dropout PyTorch computes the plain
+formula. The bias is one matrix for each head, and equal for all sequences, like T5's relative positions.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     Y = x + gelu(x Dᵀ) Vᵀ        M = 64; the adapter has no frozen weight, and N is K
 
-PEFT has no such method. The least work reads x and dY twice and writes Y and dX.
+PEFT has no bottleneck adapters. The least work reads x and dY twice and writes Y and dX.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Times the loss of a language model from its last hidden states in bf16, beside transformers' computation with logits.
+"""Times a language model's loss from its last hidden states in bf16, beside transformers' computation with logits.
 
     loss = Σ_t (log Σ_v exp z_tv - z_t[label]) / T        z = h Wᵀ,  V = 49,152; W [V, K] is frozen
 
-The least work computes two products, z and dh, reads W twice and h once, and writes dh.
+The least work computes the two products z and dh, reads W twice and h once, and writes dh.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _loss(problem: Problem, compile: bool) -> Comparison:
         return Contender(run, lambda loss: {"loss": loss, "grad": hidden.grad}, exact)
 
     def exact() -> dict[str, Tensor]:
-        # Float64 logits of 128 tokens at a time, to save memory; the gradient comes from its formula.
+        # To save memory, float64 logits are made for 128 tokens at a time, and the gradient is computed by its formula.
         wide, loss, grads = weight.double(), 0.0, []
         for part, label in zip(hidden.detach().double().split(128), labels.split(128), strict=True):
             z = part @ wide.T

@@ -1,8 +1,9 @@
-"""Times dropout alone, forward and backward, over bf16 and float32 activations, beside PyTorch's.
+"""Times dropout alone, forward and backward, over bf16 and float32 activations, beside PyTorch's dropout.
 
     y = mask ∘ x / (1 - p)
 
-PyTorch writes the mask and reads the mask again. The least work reads x and writes y, and reads dY and writes dX.
+PyTorch writes the mask in the forward and reads the mask in the backward. The least work reads x and writes y, and
+reads dY and writes dX.
 """
 
 from __future__ import annotations

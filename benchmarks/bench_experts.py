@@ -3,9 +3,9 @@
     Y_t = x_t W_eᵀ + s · (x_t A_eᵀ) B_eᵀ        for every row t of expert e
 
 The 64 weights [N / 8, K / 8] are cut from one weight [N, K]. Each of T tokens has eight rows, and each row goes to an
-expert at random. "PEFT" is PEFT's computation: it forms W + s B A of all experts and multiplies by PyTorch's grouped
-product. "frozen" is the grouped product of the bf16 weights alone. The least work reads the weights, x and dY, writes Y
-and dX, and computes the products of W and of the ranks.
+expert at random. The contender "PEFT" is PEFT's computation, which forms W + s B A of all experts and multiplies by
+PyTorch's grouped product. The contender "frozen" is the grouped product of the bf16 weights alone. The least work reads
+the weights, x and dY, writes Y and dX, and computes the products of W and of the ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXPERTS, PARTS = 64, 8  # the weight [N, K] is cut into PARTS x PARTS weights of
 
 @lru_cache(maxsize=1)
 def _routing(rows: int, device: str) -> Tensor:
-    """Returns the end of each expert's rows, where each row goes to an expert at random."""
+    """Returns, for each expert, the index after its last row; each row goes to an expert at random."""
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(0, EXPERTS, (rows,), generator=draw)
     return torch.bincount(chosen, minlength=EXPERTS).cumsum(0).to(torch.int32).to(device)
@@ -43,7 +43,7 @@ def _adapters(k: int, n: int, device: str) -> dict[str, Tensor]:
 
 
 def _stack(weight: Any) -> Any:
-    """Returns a layer's weight [N, K] as the stacked weights of the experts."""
+    """Returns a layer's weight [N, K] as the experts' stacked weights [64, N / 8, K / 8]."""
     n, k = weight.shape
     shape = (EXPERTS, n // PARTS, k // PARTS)
     if isinstance(weight, NF4Weight):

@@ -1,9 +1,9 @@
 """Times a mixed batch: eight samples of one batch, each with its own adapter, in a forward without autograd.
 
-T tokens are eight samples of T / 8 tokens, or fewer samples where T is below 8. T = 8 is generation, one token a
-sample. PEFT (``adapter_names``) takes the rows of a sample out of x and adds to the sample's rows of the output, one
-adapter after the other. The least work is the frozen layer's product and the two products of the low rank. "frozen" is
-PyTorch's bf16 F.linear alone.
+T tokens are eight samples of T / 8 tokens, or T samples of one token where T is below 8. With T = 8 each sample has one
+token, as in generation. For one adapter after the other, PEFT (``adapter_names``) takes the adapter's samples out of x
+and adds to these samples' rows of the output. The least work is the frozen layer's product and the two products of the
+low rank. The contender "frozen" is PyTorch's bf16 F.linear alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .harness import Comparison, Contender
 from .peers import RANK, SCALING, Problem, Turns, dense, frozen, gather, peft_config, peft_name, stock_linear
 
 ADAPTERS = 8
-SETS = 4  # sets of eight adapters that take turns, so that no set stays in a cache
+SETS = 4  # number of sets of adapters; the sets take turns, so that no set stays in a cache
 
 Adapters = tuple[list[Tensor], list[Tensor]]
 
@@ -89,7 +89,7 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
 
 def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:
-    """Returns PEFT's layer with eight adapters, called with the adapter's name of each sample."""
+    """Returns PEFT's layer with one adapter for each sample, called with the samples' adapter names."""
     from peft import get_peft_model
 
     model, set_next_weight = stock_linear(problem, base)

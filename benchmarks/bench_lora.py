@@ -1,8 +1,8 @@
 """Times one LoRA layer's training step with float32 adapters of rank 16 beside PEFT's own layer.
 
-The least work is the frozen layer's two products and the six products of the low rank. "frozen" is PyTorch's bf16
-F.linear with the two products alone: ``frozen 0.80x`` says that the frozen layer takes 0.80 of our adapted layer's
-time. On a GPU Unsloth's autograd function, which has no dropout, is a peer.
+The least work is the frozen layer's two products and the six products of the low rank. The contender "frozen" is
+PyTorch's bf16 F.linear with the two products alone: ``frozen 0.80x`` says that the frozen layer takes 0.80 of the time
+of peft_ext's adapted layer. On a GPU Unsloth's autograd function, which has no dropout, is a peer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .peers import (
     peft_config,
 )
 
-_ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # PEFT's scaling: alpha over the number of unpruned ranks
+_ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # AdaLoRA's scaling in PEFT, alpha / (unpruned ranks + 1e-5)
 
 
 def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Comparison:

@@ -2,7 +2,7 @@
 
     RMSNorm: y = w ∘ x / √(mean x² + eps)        LayerNorm: y = w ∘ (x - μ) / √(mean (x - μ)² + eps) + b
 
-The least work reads x and writes y in the forward, and reads x and dY and writes dX in the backward. N is K.
+The least work of the forward reads x and writes y. The least work of the backward reads x and dY and writes dX. N is K.
 """
 
 from __future__ import annotations

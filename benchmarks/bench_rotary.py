@@ -1,9 +1,9 @@
-"""Times rotary positions of q and k in bf16 beside transformers' code: heads of 128 values, a fourth as many for k.
+"""Times rotary positions of q and k in bf16 beside transformers' code; k has a fourth of the heads of q.
 
     y = x ∘ cos + rotate_half(x) ∘ sin
 
-The least work reads and writes q and k once in the forward and once in the backward. q has K columns, k has K / 4;
-both are views of one x.
+A head has 128 values. The least work reads and writes q and k once in the forward, and their gradients once in the
+backward. q has K columns and k has K / 4 columns; q and k are views of one x.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Times a training step of three LoRA layers of one input, computed together and each alone.
+"""Times a training step of three LoRA layers with one input: all layers computed together, and each layer alone.
 
     Y_i = x W_iᵀ + s · dropout_i(x) Aᵀ B_iᵀ        the three layers share A, of rank 16
 
-The layers have a half, a quarter and a quarter of N, a bf16 base and float32 adapters. Every contender concatenates the
-three results. "frozen" is PyTorch's bf16 F.linear of all N at once. The least work reads W, x and dY, writes Y and dX,
-and computes the products of W and of the ranks.
+The layers have a half, a quarter and a quarter of the N outputs, a bf16 base and float32 adapters. Every contender
+concatenates the three results. The contender "frozen" is PyTorch's bf16 F.linear of all N outputs at once. The least
+work reads W, x and dY, writes Y and dX, and computes the products of W and of the ranks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
         return torch.cat([F.linear(x, w) + SCALING * low_rank(b) for w, b in _parts(problem, weight, lora_B)], dim=-1)
 
     def masks() -> list[Any]:
-        """Returns the mask of each layer, in the order in which the operators draw their seeds."""
+        """Returns the dropout mask of each layer, drawn in the order in which the operators draw their seeds."""
         return [philox_mask(problem, dropout)() for _ in range(3)] if dropout else [1.0] * 3
 
     def formula(linear: Any, x: Tensor, masks: list[Any], lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
     makers["frozen"] = partial(frozen, problem)
     contenders, absent = gather(makers)
     tokens, k = problem.tokens, problem.k
-    # Each of the three layers has its own products of x with the rank.
+    # Each of the three layers multiplies x with its own small matrices of the rank, since the dropout masks differ.
     flops = 4 * tokens * problem.n * k + low_rank_flops(problem) + 2 * 6 * tokens * problem.rank * k
     return Comparison(contenders, layer_bytes(problem, "bf16") + low_rank_bytes(problem), flops, absent=absent)
 

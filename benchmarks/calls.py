@@ -51,7 +51,7 @@ def _linear4bit() -> nn.Module:
 
 
 def _configs() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Any]]:
-    """Returns, for each method, a function that makes a layer, an input, and PEFT's configuration."""
+    """Returns, for each method, a function that makes a base layer, the chain's input, and PEFT's configuration."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
     targets = [f"layers.{i}" for i in range(LAYERS)]
@@ -82,7 +82,7 @@ def _model(kind: str, make: Callable[[], nn.Module], config: Any) -> nn.Module:
 
 
 def _timed(call: Callable[[], Any], repeats: int) -> float:
-    """Returns microseconds a layer, the least of some repeats: an interruption of a call is not the call's time."""
+    """Returns the microseconds that a call takes for each layer, in the fastest repeat, which had no interruptions."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -109,13 +109,13 @@ def measure(rounds: int, repeats: int) -> dict[str, Any]:
     for method, (make, x, config) in _configs().items():
         models = {kind: _model(kind, make, config) for kind in KINDS}
         found: dict[str, dict[str, list[float]]] = {call: {kind: [] for kind in KINDS} for call in CALLS}
-        # Evaluation comes last: bitsandbytes repacks the weight for it, and a repacked weight cannot train.
+        # Evaluation comes last: bitsandbytes repacks a weight in evaluation, and a repacked weight cannot train.
         for calls in (CALLS[:2], CALLS[2:]):
             for i in range(rounds + 1):
                 for kind, model in models.items():
                     taken = _training(model, x, repeats) if calls[1:] else [_evaluation(model, x, repeats)]
                     for call, microseconds in zip(calls, taken, strict=True):
-                        if i > 0:  # the first warms up
+                        if i > 0:  # the first round warms up and does not count
                             found[call][kind].append(microseconds)
         row: dict[str, Any] = {"method": method}
         for call, by_kind in found.items():

@@ -29,7 +29,7 @@ from .grid import MAIN
 from .tables import DORA, LABELS, LORA, METHODS, ROOT, about, about_gpu
 
 IMAGES = ROOT / "docs" / "images"
-TOKENS = {"cpu": 512, "cuda": 2048}  # the numbers of tokens at which torch.compile takes part
+TOKENS = {"cpu": 512, "cuda": 2048}  # numbers of tokens of the drawn rows, at which torch.compile takes part
 ADAPTED = ("lora_linear", "dora_linear", "ia3_linear")  # operators of layers with an adapter
 BASES = {"bf16": "bf16 base", "nf4": "NF4 base"}
 
@@ -43,7 +43,8 @@ def _about(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of a result file. ``times``: each contender's time over the frozen bf16 layer's; ``base``: of BASES."""
+    """A row of a result file. ``times`` has each contender's time over the frozen bf16 layer's time, ``base`` a key of
+    BASES."""
 
     label: str
     base: str
@@ -55,7 +56,7 @@ def _tokens(result: Result) -> int:
 
 
 def _label(op: str, case: str) -> tuple[str, str]:
-    """Returns ``(label, base)`` of a case such as "T=512 4096->4096, bf16 base, dropout 0.05"."""
+    """Returns a chart's label and the base for a case such as "T=512 4096->4096, bf16 base, dropout 0.05"."""
     _, *parts = case.split(", ")
     base = next(key for key, text in BASES.items() if text in parts)
     rest = [part for part in parts if part not in BASES.values()]
@@ -66,7 +67,8 @@ def _label(op: str, case: str) -> tuple[str, str]:
 def adapted_layers(result: Result) -> list[Layer]:
     """Returns the file's 4096 x 4096 layers with an adapter at :data:`TOKENS` and with rotating weights.
 
-    A time is the quotient of two medians of the file: the contender's ratio to ours over the frozen layer's.
+    A time is the quotient of two median ratios of the file: the contender's time over our time, and the frozen layer's
+    time over our time.
     """
     layers = []
     for row in result["rows"]:
@@ -82,13 +84,13 @@ def _contender(name: str) -> str:
     return "stock" if name.startswith("PEFT") else name
 
 
-# Colour of each contender, and its text in the legend where that differs from the contender's name.
+# LOOKS: the colour of each contender. WORDS: the legend's text for a contender, where it is not the contender's name.
 LOOKS = {"ours": "ours", "stock": "stock", "torch eager": "eager", "torch.compile": "compiled"}
 WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
 
 
 def layers(result: Result) -> Optional[Picture]:
-    """Draws a bar for each layer and contender: the time over the frozen layer's. None where the file has no layer."""
+    """Draws a bar for each layer and contender: the time over the frozen layer's time. Returns None for no layers."""
     found = adapted_layers(result)
     if not found:
         return None
@@ -124,7 +126,7 @@ def layers(result: Result) -> Optional[Picture]:
 
 
 def _gutter(labels: list[str]) -> float:
-    """Returns the room that the labels of rows take."""
+    """Returns the width of the room that the labels of rows take."""
     return 12 + max(text_width(line) for label in labels for line in label.split("\n"))
 
 
@@ -132,7 +134,7 @@ def _gutter(labels: list[str]) -> float:
 
 
 def training(result: Result) -> Optional[Picture]:
-    """Draws tokens/s and peak memory over those of PEFT and bitsandbytes. None where the file has no row."""
+    """Draws tokens/s and peak memory relative to PEFT and bitsandbytes. Returns None where the file has no row."""
     rows = result["rows"]
     if not rows:
         return None
@@ -166,7 +168,7 @@ def training(result: Result) -> Optional[Picture]:
 
 
 def losses(result: Result) -> Optional[Picture]:
-    """Draws a panel for each method: our loss curve and its twin's in bfloat16, and their largest differences."""
+    """Draws a panel for each method: the loss curves of our run and of its twin in bfloat16, and their difference."""
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     if not rows:
         return None
@@ -206,7 +208,7 @@ CURVES = {"ours": "ours thick", "twin": "stock"}
 
 
 def _notes(row: Result, exact: Optional[Result]) -> str:
-    """Returns the twin's name where the twin is not PEFT, and the largest difference of the curves in each dtype."""
+    """Returns notes on a panel: a twin that is not PEFT, and the largest difference of the curves in each dtype."""
     lines = []
     for name, found in (("bf16", row), ("float32", exact)):
         if found and "twin" in found["losses"]:
@@ -229,7 +231,7 @@ CHARTS = {"layers": (LORA, layers), "layers-dora": (DORA, layers), "training": (
 
 
 def pictures() -> Iterator[tuple[str, Optional[bytes], str]]:
-    """Yields ``(name, SVG or None, why there is no SVG)`` for each picture."""
+    """Yields, for each picture, its name, its SVG or None, and the reason where there is no SVG."""
     todo = [(name, draw, newest(file), f"no result file {file}-<date>.json") for name, (file, draw) in CHARTS.items()]
     todo += [(f"layers-{slug(found['machine']['gpu']['name'])}", layers, found, "") for found in newest_by_gpu()]
     for name, draw, result, why in todo:

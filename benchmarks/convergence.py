@@ -40,7 +40,7 @@ from .harness import machine
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
-NAME = "run-convergence-avx512_bf16"  # of the result file that the document shows, without its date
+NAME = "run-convergence-avx512_bf16"  # name of the drawn result file, without its date
 IGNORED = -100  # label of the tokens that the loss leaves out
 
 Batch = dict[str, Tensor]
@@ -52,7 +52,7 @@ Batch = dict[str, Tensor]
 def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Returns the summed loss of the tokens that have a label, and the number of these tokens.
 
-    ``logits [B, P + T, V]``, with P virtual tokens first where the method has some; ``labels [B, T]``.
+    ``logits`` are [B, P + T, V] with P virtual tokens first (P is 0 for methods without them); ``labels`` are [B, T].
     """
     logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     chosen = labels != IGNORED
@@ -61,7 +61,7 @@ def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
-    """Returns the mean loss over the label tokens, with the model in eval mode."""
+    """Returns the mean loss over all tokens of ``held_out`` that have a label, with the model in eval mode."""
     was_training = model.training
     model.eval()
     found = [label_loss(model(**_inputs(batch)).logits, batch["labels"]) for batch in held_out]
@@ -74,7 +74,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 class _Run:
-    """One model in training: its optimizer and the loss of each step."""
+    """A model in training, with its optimizer and the losses of the steps."""
 
     def __init__(self, method: Method, model: nn.Module, pruned: Optional[int]) -> None:
         self.method, self.model, self.pruned = method, model.train(), pruned
@@ -92,7 +92,7 @@ class _Run:
         output = self.model(**batch)
         output.loss.backward()
         self.optimizer.step()
-        if hasattr(self.tuner, "update_and_allocate"):  # AdaLoRA reads the gradients and the updated parameters
+        if hasattr(self.tuner, "update_and_allocate"):  # for AdaLoRA, which reads gradients and new parameters
             self.tuner.update_and_allocate(number)
         self.optimizer.zero_grad()
         if number == self.pruned:
@@ -110,14 +110,16 @@ def compare(
     dtype: str = "bfloat16",
     steps: Optional[int] = None,
 ) -> Row:
-    """Trains method ``name`` and its twin side by side, and loads the saved adapter over a new base.
+    """Trains the method ``name`` and its twin side by side, and loads the saved adapter over a new base.
 
     Args:
         name: a key of ``METHODS``.
-        make_base: makes a new bfloat16 causal language model with Llama's names and with the same weights each time.
-        train: a batch for each step of the whole run, see :func:`batches`. held_out: batches of other examples.
+        make_base: a function that makes a bfloat16 causal language model with Llama's module names, with equal weights
+            in each call.
+        train: a batch for each step of the whole run, see :func:`batches`.
+        held_out: batches of other examples.
         dtype: dtype of the base, "bfloat16" or "float32"; the float32 start has the values of the bfloat16 start.
-        steps: number of first steps that are trained, of a run that is planned for all batches.
+        steps: number of steps to train; the schedules are planned for all batches.
 
     Returns: a row of the result file.
 
@@ -165,7 +167,9 @@ def compare(
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """Returns the largest difference of a logit after a reload, padding left out, and the largest logit."""
+    """Returns the largest difference between logits before and after a reload, and the largest logit; no padding
+    counts.
+    """
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:
@@ -203,7 +207,7 @@ def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> li
 
 
 def tokenize(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], end: int) -> Iterator[Batch]:
-    """Yields ``input_ids`` and ``labels``, int64 ``[T]``, of each prompt and completion; ``end`` ends a completion."""
+    """Yields ``input_ids`` and ``labels``, int64 ``[T]``, of each pair; the token ``end`` ends each completion."""
     for prompt, completion in pairs:
         asked, answer = encode(prompt), [*encode(completion), end]
         yield {
@@ -234,7 +238,7 @@ def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
 
 
 def _smollm2() -> tuple[MakeBase, Callable[[str], list[int]], int, int]:
-    """Returns a function that makes the model, its encoding, its end token and its padding token."""
+    """Returns a function that makes SmolLM2, a function that encodes text, the end token and the padding token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -254,7 +258,7 @@ def _smollm2() -> tuple[MakeBase, Callable[[str], list[int]], int, int]:
 
 
 def _plan(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Returns the methods and dtypes of a run, those of bfloat16 first."""
+    """Returns the pairs of method and dtype that a run trains, the pairs with bfloat16 first."""
     plan = [(name, "bfloat16") for name in METHODS] + [(name, "float32") for name in FLOAT32]
     return [(name, dtype) for name, dtype in plan if name in (options.methods or METHODS)]
 
@@ -265,7 +269,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, out: Path) -> None:
-    """Trains the methods that ``out`` lacks, and writes ``out`` after each method."""
+    """Trains the methods that the result file ``out`` lacks, and writes the file after each method."""
     from peft_ext.integrations.transformers import keep_freed_memory
 
     result = {"machine": machine(), "settings": _settings(options), "rows": []}

@@ -20,13 +20,14 @@ MakeBase = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Method:
-    """The settings of a method's run, and its twin.
+    """The settings of a method's run, and the kind of its twin, a second run for comparison.
 
     Attributes:
-        config: ``(steps, layers)`` -> PEFT's configuration for a run of ``steps`` of a model with ``layers``.
-        twin: "PEFT": PEFT's own layers; "reference": PyTorch's operators in place of ours; "parameters": the model's
-            own parameters, trained without an adapter, which compute the same function in float32 alone; "": no twin.
-        prune_at: part of the run after which Diff Pruning keeps the part ``keep`` of its entries.
+        config: a function from the number of steps and of layers to PEFT's configuration.
+        twin: "PEFT" for PEFT's own layers; "reference" for PyTorch's operators in place of peft_ext's; "parameters" for
+            the model's own parameters, trained without an adapter, which compute an equal function in float32 alone; ""
+            for no twin.
+        prune_at: fraction of the run's steps after which Diff Pruning keeps the fraction ``keep`` of its entries.
     """
 
     config: Callable[[int, int], Any]
@@ -42,9 +43,9 @@ class Method:
 
 
 def _config(name: str, **fields: Any) -> Callable[[int, int], Any]:
-    """Returns a function that makes the configuration ``name``, "package:class".
+    """Returns a function that makes a configuration of the class ``name``, given as "package:class".
 
-    A field may be a function of the steps and the layers.
+    The value of a field may be a function of the number of steps and of layers.
     """
 
     def config(steps: int, layers: int) -> Any:
@@ -80,7 +81,8 @@ METHODS = {
     "Diff Pruning": Method(_DIFF_PRUNING, 2e-3, "", prune_at=0.5),
     "partial": Method(_PARTIAL, 2e-4, "parameters"),
 }
-# Methods that run in float32 too: not those whose masks differ from the twin's, nor those without a kernel of ours.
+# Methods that also run in float32. Left out are methods whose masks differ from the twin's, and methods without a
+# kernel of peft_ext.
 FLOAT32 = ("LoRA", "QLoRA", "DoRA", "AdaLoRA", "IA3", "bottleneck", "BitFit", "partial")
 TWINS = {"PEFT": "PEFT", "reference": "PyTorch", "parameters": "the model's own parameters", "": "–"}
 
@@ -97,7 +99,7 @@ def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[
         warnings.simplefilter("ignore")
         model = peft_ext.get_peft_model(model, method.config(steps, layers), accelerate=False)
     for key, parameter in model.named_parameters():
-        if ".ranknum." in key:  # PEFT trains AdaLoRA's divisor over a base that is not float32, and does not save it
+        if ".ranknum." in key:  # over a base that is not float32 PEFT trains ranknum, and does not save it
             parameter.requires_grad_(False)
     if dtype == "float32":
         model = model.float()
@@ -137,7 +139,7 @@ def _reference_adapter() -> type[nn.Module]:
 
 
 def _parameters(method: Method, make_base: MakeBase) -> nn.Module:
-    """Returns the float32 base in which only the parameters of BitFit or of partial fine-tuning require grad."""
+    """Returns a float32 base in which only the parameters that BitFit or partial fine-tuning trains require grad."""
     model = make_base().float().requires_grad_(False)
     if method.config is _PARTIAL:
         for layer in model.base_model.layers[-2:]:

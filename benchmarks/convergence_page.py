@@ -13,8 +13,8 @@ from .e2e import PROMPT
 __all__ = ["DTYPES", "LONGEST", "Row", "curve_text", "differences", "draw", "held_out_text", "max_difference"]
 
 DTYPES = ("bfloat16", "float32")
-LONGEST = 80  # characters of the longest question that is used
-ENDS = 5  # steps at each end of a run whose mean loss the table shows
+LONGEST = 80  # most characters of a question that is used
+ENDS = 5  # number of first and of last steps of a run whose mean losses the table shows
 
 Row = dict[str, Any]
 
@@ -25,7 +25,7 @@ def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 def max_difference(row: Row) -> Optional[float]:
-    """Returns the largest difference of the two runs' losses; None where the method has no twin."""
+    """Returns the largest difference between a step's losses of a method's two runs; None for a method without twin."""
     return max(differences(row["losses"]["ours"], row["losses"]["twin"])) if row["twin"] else None
 
 
@@ -69,7 +69,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
-    """Returns how far the losses of both bfloat16 runs are from those of the float32 run, over the float32 steps."""
+    """Returns a table of the distances of both bfloat16 runs' losses from the float32 run's, over the float32 steps."""
     exact = {row["method"]: row["losses"]["twin"] for row in wide if row["twin"]}
     lines = ["| method | peft_ext, mean (most) | twin, mean (most) |", "|---|---|---|"]
     for row in narrow:
@@ -81,9 +81,9 @@ def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
 
 
 def _agreement(rows: list[Row]) -> str:
-    """Names the methods whose two curves are equal, and the largest difference of the others.
+    """Returns a sentence with the methods whose two curves are equal, and the largest difference of other methods.
 
-    Methods with dropout are left out: the two runs draw different masks.
+    Methods with dropout are left out, because the two runs draw different masks.
     """
     compared = {
         row["method"]: max_difference(row) for row in rows if row["twin"] and not METHODS[row["method"]].dropout
@@ -117,7 +117,7 @@ def _reload_text(rows: list[Row]) -> str:
 
 
 def _pruning_text(rows: list[Row]) -> str:
-    """Returns the loss before and after the pruning in the middle of a run, and at the end of the run."""
+    """Returns a text with Diff Pruning's losses before and after the pruning, and at the end of the run."""
     texts = []
     for row in rows:
         if (at := row["pruned"]) is not None and at + 1 < len(row["losses"]["ours"]):

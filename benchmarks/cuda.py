@@ -1,8 +1,9 @@
 """Times calls on a GPU with CUDA events, and measures the GPU's ceilings.
 
-A call is timed between two events, or as a part of a CUDA graph of many calls. No call waits for the device. Between
-events a short call takes the time of its launch on the host; in a graph a call takes the time of its kernels. The
-outputs of all calls of a sample are kept until the sample ends, so that no output reuses cached memory of another call.
+A call is timed between two events, or as a part of a CUDA graph of many calls. The host does not wait for the GPU
+between calls. Between events a short call takes the time of its launch on the host; in a graph a call takes the time of
+its kernels. The outputs of all calls of a sample between events are kept until the sample ends, so that no output
+reuses memory that is still in the GPU's cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .harness import Contender
 __all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
-# Fields of nvidia-smi, by their names in a result file.
+# The fields that are asked of nvidia-smi, by their names in a result file.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
        "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
 
@@ -29,7 +30,7 @@ def _event() -> Any:
 
 
 def event_clock(contender: Contender) -> Callable[[], float]:
-    """Returns a function that times :data:`CALLS` queued calls, each between two events, and returns their median."""
+    """Returns a function that times CALLS queued calls, each between two events, and returns the median in seconds."""
     marks = [(_event(), _event()) for _ in range(CALLS)]
 
     def sample() -> float:
@@ -47,14 +48,14 @@ def event_clock(contender: Contender) -> Callable[[], float]:
 
 
 def graph_clock(contender: Contender) -> Callable[[], float]:
-    """Returns a function that times a CUDA graph of :data:`GRAPH_CALLS` calls and returns the time of one call.
+    """Returns a function that times a CUDA graph of :data:`GRAPH_CALLS` calls and returns the seconds of one call.
 
     Each call of the graph takes the next weight. A sample replays the graph twice: the first replay keeps the device
-    busy until the second, timed replay is queued. Raises the exception of a failed capture.
+    busy until the second, timed replay is queued. Raises the exception of a call that can't be captured.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # before the capture: libraries allocate their workspaces in the first calls
+    with torch.cuda.stream(side):  # in the first calls, before the capture, libraries allocate workspaces
         for _ in range(3):
             contender.take()
             contender.run()
@@ -82,13 +83,13 @@ def graph_clock(contender: Contender) -> Callable[[], float]:
 def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
     """Measures GB/s of a copy (bytes read plus written), and TFLOP/s of PyTorch's products in bf16 and float32.
 
-    Each figure is the best of ``repeats``.
+    Each figure is the best of ``repeats`` measurements.
     """
     start, end = _event(), _event()
 
     def best(run: Callable[[], Any]) -> float:
         seconds = []
-        for _ in range(1 + repeats):  # the first warms up
+        for _ in range(1 + repeats):  # the first call warms up
             start.record()
             for _ in range(CALLS):
                 run()
@@ -114,7 +115,10 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 
 
 def about_gpu() -> dict[str, Any]:
-    """Returns name, capability, sizes and CUDA's version; with nvidia-smi also the driver and the current clocks."""
+    """Returns the GPU's name, capability and sizes, and CUDA's version.
+
+    Where nvidia-smi runs, also returns the driver's version and the GPU's clocks.
+    """
     found = torch.cuda.get_device_properties(0)
     about = {
         "name": found.name,

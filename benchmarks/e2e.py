@@ -44,7 +44,7 @@ def finetune(output: Path, *arguments: str) -> dict[str, Any]:
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Runs ``peft-ext finetune`` with and without ``--stock`` in turn. Ratios compare runs that follow each other.
 
-    Losses are compared in two more runs without dropout, since the two contenders draw different masks.
+    The losses are compared in two more runs without dropout, since with dropout the contenders draw different masks.
     """
     steps = ("--max-steps", str(args.steps), "--eval-fraction", "0.03")
     kinds = {"ours": (), "stock": ("--stock",)}
@@ -76,7 +76,9 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratio(runs: dict[str, list[dict[str, Any]]], name: str) -> float:
-    """Returns the median over the turns of our figure over stock's."""
+    """Returns the median, over the turns, of the accelerated run's figure ``name`` divided by the stock run's
+    figure.
+    """
     return round(statistics.median(o[name] / s[name] for o, s in zip(*runs.values(), strict=True)), 3)
 
 
@@ -86,7 +88,9 @@ def _short(run: dict[str, Any]) -> str:
 
 
 def intents(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains on questions and intents as text, and counts the generated lines that equal the intent's name."""
+    """Trains on BANKING77's questions and intents as text, and measures how many answers are the right intent's
+    name.
+    """
     train, test = (_read(args.data / name) for name in ("train.csv", "test.csv"))
     picked = random.Random(0).sample(test, args.questions)
     accuracy: dict[str, list[float]] = {"ours": [], "stock": []}
@@ -114,7 +118,9 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
-    """Returns the part of right answers of an adapter over the NF4 base: greedy, 32 questions at a time."""
+    """Returns the fraction of right answers of an adapter over the NF4 base, generated greedily, 32 questions at a
+    time.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -146,7 +152,7 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """A PEFT method. ``quantized``: the base is bitsandbytes' Linear4bit (double-quantized NF4) in both contenders."""
+    """A PEFT method. With ``quantized`` both contenders' base layers are bitsandbytes' Linear4bit (nested NF4)."""
 
     peft_type: str
     quantized: bool = False
@@ -173,7 +179,7 @@ SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-# The width of Llama 3.2 1B, with 4 layers instead of 16.
+# Sizes of a Llama with the width of Llama 3.2 1B, and with 4 layers instead of 16.
 LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -188,7 +194,7 @@ KINDS = ("ours", "stock")
 
 
 def peft_config(method: Method, steps: int) -> Any:
-    """Returns PEFT's configuration of a method: rank 16 on every linear layer but the head."""
+    """Returns PEFT's configuration of a method. Low-rank methods have rank 16 on every linear layer but the head."""
     import peft
 
     if method.peft_type == "IA3":
@@ -200,13 +206,16 @@ def peft_config(method: Method, steps: int) -> Any:
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
-    if method.peft_type == "ADALORA":  # ranks are pruned in every step
+    if method.peft_type == "ADALORA":  # AdaLoRA prunes ranks in every step
         return peft.AdaLoraConfig(init_r=16, target_r=8, tinit=0, tfinal=1, deltaT=1, total_step=steps + 2, **common)
     return peft.LoraConfig(r=16, use_dora=method.use_dora, **common)
 
 
 def build_model(method: Method, steps: int, sizes: dict[str, Any]) -> Any:
-    """Returns a Llama of ``sizes`` with an adapter, in training. Both contenders get the same random bf16 weights."""
+    """Returns a Llama of ``sizes`` with an adapter, in training mode.
+
+    Both contenders get equal random bf16 weights.
+    """
     import torch
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -237,13 +246,16 @@ def train(
     method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
     checkpointing: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times ``steps`` training steps after one that warms up: forward, backward, AdamW over the adapters, zero_grad."""
+    """Times ``steps`` training steps after one step that warms up.
+
+    A step is a forward, a backward, a step of AdamW over the adapters, and zero_grad.
+    """
     import torch
 
     import peft_ext
     from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
 
-    keep_freed_memory()  # in both contenders: a setting of the process, not of a kernel
+    keep_freed_memory()  # set for both contenders, since it is no part of a kernel
     model = build_model(method, steps, sizes)
     if checkpointing:
         model.enable_input_require_grads()
@@ -277,7 +289,7 @@ def train(
 
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs both contenders of each method in turn, each run in its own process. Ratios compare neighbouring runs."""
+    """Runs both contenders of each method in turn, each run in its own process. A ratio compares neighbouring runs."""
     rows = []
     for name in args.methods:
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
@@ -316,13 +328,13 @@ def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
         "fused": ours[0]["fused"],
         "layers": ours[0]["layers"],
         "losses": {kind: runs[kind][0]["losses"] for kind in KINDS},
-        # With dropout the contenders draw different masks, so that their losses are not comparable.
+        # With dropout the contenders draw different masks, so that losses are not compared.
         "max_loss_difference": None if METHODS[name].dropout else max(differences),
     }
 
 
 def _names(text: str) -> list[str]:
-    """Returns the methods whose names begin with one of the parts of ``text``, which ";" divides."""
+    """Returns the methods whose names begin with one of the prefixes in ``text``, which ";" separates."""
     found = [name for part in text.split(";") for name in METHODS if name.lower().startswith(part.strip().lower())]
     if not found:
         raise argparse.ArgumentTypeError(f"no method {text!r}; there are {'; '.join(METHODS)}")

@@ -1,7 +1,7 @@
-"""Result files: ``benchmarks/results/<kind>-<subject>-<CPU path or GPU>-<date>.json``.
+"""Reads and writes result files: ``benchmarks/results/<kind>-<subject>-<CPU path or GPU>-<date>.json``.
 
 The kind is ``layer`` (operators and single layers), ``step`` (whole training steps) or ``run`` (whole training runs).
-A committed file comes from one run of one command. It keeps only the rows that a table or a picture shows.
+A committed file comes from one run of one command, and keeps only the rows that a table or a picture shows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def result_path(subject: str, machine: dict[str, Any], out: Optional[Path] = Non
     """Returns the path of a result file: ``out`` itself, or a file in the folder ``out`` (default: ``results/``).
 
     Args:
-        subject: kind and subject, such as "layer-nf4". machine: the dictionary of :func:`.harness.machine`.
+        subject: kind and subject, such as "layer-nf4".
+        machine: the result of :func:`.harness.machine`.
     """
     if out is not None and not out.is_dir():
         return out

@@ -12,7 +12,7 @@ from .peers import Problem
 __all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
 
 MAIN = "4096"
-# (K, N) of the linear layers of some models. Every run has MAIN, Llama-3-8B's square layer.
+# Sizes (K, N) of the linear layers of some models. Every run measures the shapes MAIN, Llama-3-8B's square layer.
 SHAPES = {
     MAIN: ((4096, 4096),),
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
@@ -27,11 +27,12 @@ class Variant:
     """A comparison that can be built at any shape.
 
     Attributes:
-        build: ``(problem, compile) -> Comparison``.
-        tokens: numbers of tokens; None: those of the run; (None,): the operator has no tokens.
-        everywhere: the variant is compared at the models' shapes too, not only at 4096 x 4096.
+        build: a function ``(problem, compile) -> Comparison``.
+        tokens: numbers of tokens at which the variant is compared; None: the numbers of the run; (None,): the operator
+            has no tokens.
+        everywhere: whether the variant is also compared at the models' shapes, and not only at 4096 x 4096.
         devices: devices on which the variant is compared.
-        graph: the variant has no autograd, so that a CUDA graph can hold its calls.
+        graph: whether a CUDA graph can hold the variant's calls, because they have no autograd.
     """
 
     op: str
@@ -45,16 +46,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Options:
-    """The choice of cases for a run.
+    """The options that choose the cases of a run.
 
     Attributes:
         tokens, hot_tokens: numbers of tokens at 4096 x 4096 with rotating and with hot weights.
         shape_tokens: numbers of tokens at the models' shapes; None stands for operators without tokens.
-        shapes: names of :data:`SHAPES` besides MAIN.
-        weights: "rotating", "hot", and on a GPU "graph": rotating weights, the calls captured in a CUDA graph.
-        compile_tokens: numbers of tokens at which torch.compile takes part at 4096 x 4096; each compiles for seconds.
+        shapes: names in :data:`SHAPES` that are measured besides MAIN.
+        weights: "rotating", "hot", or on a GPU "graph" (rotating weights, with the calls captured in a CUDA graph).
+        compile_tokens: numbers of tokens at which torch.compile takes part at 4096 x 4096; each compilation takes
+            seconds.
         device: "cpu" or "cuda".
-        forward_tokens: numbers of tokens at which forwards without autograd are compared as well.
+        forward_tokens: more numbers of tokens, at which only variants without autograd are compared.
     """
 
     tokens: Sequence[int]
@@ -68,7 +70,7 @@ class Options:
 
 
 def cases(variants: Sequence[Variant], options: Options) -> Iterator[Case]:
-    """Yields the cases, those of the 4096 x 4096 layer first. Cases that share their weights follow each other."""
+    """Yields the cases, the cases of the 4096 x 4096 layer first. Cases that share weights follow each other."""
     for weights in options.weights:
         tokens = options.hot_tokens if weights == "hot" else (*options.tokens, *options.forward_tokens)
         yield from _cases(variants, MAIN, weights, (*tokens, None), options)
@@ -91,7 +93,10 @@ def _cases(
 
 
 def _has(variant: Variant, tokens: Optional[int], options: Options) -> bool:
-    """Returns whether the variant is compared at ``tokens``. On a GPU forwards are compared at all of the run's."""
+    """Returns whether the variant is compared at ``tokens``.
+
+    On a GPU variants without autograd are compared at all numbers of tokens of the run.
+    """
     if variant.tokens is None:
         return tokens is not None and tokens not in options.forward_tokens
     if options.device == "cuda" and None not in variant.tokens:

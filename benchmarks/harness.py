@@ -1,7 +1,7 @@
-"""Compares operators with the timer of :mod:`peft_ext.bench`: verifies each result, then times all in turn.
+"""Compares contenders with the timer of :mod:`peft_ext.bench`: verifies each result, then times all contenders in turn.
 
-The ceilings of a machine are measured in the same run: the bandwidth of a copy and of reading, and the rates of
-PyTorch's own products. A :data:`Clock` takes the times: the host's clock here, a GPU's in :mod:`.cuda`.
+A run also measures the ceilings of the machine: the bandwidth of a copy and of reading, and the rates of PyTorch's
+products. A :data:`Clock` takes the times: the host's clock in this module, a GPU's clock in :mod:`.cuda`.
 """
 
 from __future__ import annotations
@@ -44,20 +44,21 @@ __all__ = [
 ]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
-# Environment variables that choose the instructions of peft_ext and PyTorch. A result file records those that are set.
+# Environment variables that choose the instructions of peft_ext and PyTorch. A result file records the variables in
+# this tuple that are set.
 ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
                "OMP_NUM_THREADS")  # fmt: skip
 
 
 @dataclass
 class Comparison:
-    """The contenders, "ours" first, and the least work that the operator takes.
+    """The contenders, "ours" (peft_ext) first, and the least work that the operator takes.
 
     Attributes:
-        bytes_moved, flops: bytes and operations of that work.
-        reads: nearly all of the bytes are read, so that the bandwidth of reading bounds the time.
-        tolerance: largest relative error that ours may have; with 0 ours must have the same bits.
-        absent: reason for each peer that cannot run.
+        bytes_moved, flops: bytes and operations of the least work.
+        reads: whether nearly all of the bytes are read, so that the bandwidth of reading bounds the time.
+        tolerance: largest relative error that "ours" may have; with 0 "ours" must have the bits of the exact result.
+        absent: the reason for each peer that cannot run.
     """
 
     contenders: dict[str, Contender]
@@ -70,7 +71,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison at one shape. ``build`` makes its contenders."""
+    """A comparison at one shape. ``build`` makes the Comparison with its contenders."""
 
     op: str
     case: str
@@ -87,12 +88,13 @@ class Row:
 
     Attributes:
         milliseconds: median time of each contender.
-        speedup: time of each peer over ours, the median over rounds; above 1, ours is faster.
-        quartiles: first and third quartile of these ratios.
-        errors: relative error of each contender's outputs to float64 (Frobenius norm), or why it is not verified.
-        absent: reason for each peer that could not run.
-        bytes_moved, flops, reads: of the :class:`Comparison`.
-        roofline: least time of that work (see :func:`floor_ms`) in percent of each contender's time.
+        speedup: time of each peer divided by our time, the median over rounds; above 1, peft_ext is faster.
+        quartiles: first and third quartile, over rounds, of the ratios in ``speedup``.
+        errors: relative error of each contender's outputs to float64 (Frobenius norm), or the reason why the contender
+            is not verified.
+        absent: the reason for each peer that could not run.
+        bytes_moved, flops, reads: the fields of the :class:`Comparison`.
+        roofline: time of the least work (see :func:`floor_ms`) in percent of each contender's time.
     """
 
     op: str
@@ -119,7 +121,7 @@ class Row:
 def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
     """Measures GB/s of a 256 MB copy and of reading, and TFLOP/s of PyTorch's products in bf16 and float32.
 
-    Each figure is the best of ``repeats``.
+    Each figure is the best of ``repeats`` measurements.
     """
     source, target = torch.ones(size << 15), torch.empty(size << 15)
 
@@ -142,19 +144,20 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 def floor_ms(
     bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float], reads: bool = False
 ) -> float:
-    """Returns the least time of some work: the longer of the time to move its bytes and the time of its products.
+    """Returns the least milliseconds of some work: the time to move its bytes or the time of its products, if longer.
 
-    The products run at the faster of PyTorch's measured rates. On a path without bf16 instructions that is float32's.
+    The products count at the faster of PyTorch's two measured rates, bf16 and float32. On a CPU without bf16
+    instructions the float32 rate is the faster one.
     """
     peak = max(value for name, value in ceilings.items() if name.startswith("matmul_"))
     bandwidth = ceilings["copy_gb_s"]
-    if reads:  # a GPU's ceilings have no bandwidth of reading
+    if reads:  # the ceilings of a GPU do not have read_gb_s
         bandwidth = max(bandwidth, ceilings.get("read_gb_s", 0.0))
     return 1e3 * max((bytes_moved or 0) / (bandwidth * 1e9), (flops or 0) / (peak * 1e12))
 
 
 def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, float], reads: bool = False) -> str:
-    """Returns the reached rate, such as "812 GB/s" or "0.41 TFLOP/s", of the ceiling that bounds the work."""
+    """Returns the reached bandwidth ("812 GB/s") or rate ("0.41 TFLOP/s"), whichever bounds the least work."""
     if floor_ms(bytes_moved, 0, ceilings, reads) >= floor_ms(0, flops, ceilings):
         return f"{bytes_moved / milliseconds / 1e6:.3g} GB/s"
     return f"{flops / milliseconds / 1e9:.3g} TFLOP/s"
@@ -164,10 +167,10 @@ def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, 
 
 
 def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the errors and the reasons of absence by contender.
+    """Returns two dictionaries by contender: the errors, and the reasons why contenders are absent.
 
-    Raises AssertionError where ours is off by more than the tolerance. A peer that cannot run, such as torch.compile
-    without a compiler, is absent with the first line of its error.
+    Raises AssertionError where the error of "ours" is larger than the tolerance. A peer that cannot run, such as
+    torch.compile without a compiler, is absent; the reason is the first line of its error.
     """
     errors, absent = timer.verify(op, comparison.contenders, comparison.tolerance)
     return errors, {**comparison.absent, **absent}
@@ -176,7 +179,7 @@ def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, s
 def compare(
     case: Case, comparison: Comparison, ceilings: dict[str, float], budget_s: float = 4.0, clock: Clock = host_clock
 ) -> Row:
-    """Verifies, then times at least five interleaved rounds that take about ``budget_s`` seconds in all.
+    """Verifies the contenders, then times at least five interleaved rounds, in about ``budget_s`` seconds in all.
 
     A peer that ``clock`` cannot time, such as a call that cannot be captured in a CUDA graph, is absent. A peer that
     takes longer than ``timer.LONGEST_CALL_S``, such as bfloat16 on a CPU without bfloat16 instructions, is timed once.
@@ -227,10 +230,10 @@ def run(
 ) -> tuple[list[Row], list[str]]:
     """Returns the rows, and the names of the cases that were left out.
 
-    A row takes about ``row_s`` seconds of timing, the run at most ``limit_s`` seconds, with set-up, verification and
-    compilation. A case is left out where five rounds of five contenders at the least time, and as much again for the
-    set-up, would pass the limit. An error of ours ends the run; with a list ``failed`` the error is added to the list,
-    and the run goes on.
+    A row takes about ``row_s`` seconds of timing, or less where little time is left. The run takes about ``limit_s``
+    seconds, with set-up, verification and compilation. A case is left out where twice the least time of five rounds of
+    five contenders would pass the limit. An error of "ours" ends the run; where ``failed`` is a list, the error is
+    added to ``failed`` instead, and the run goes on.
     """
     cases = list(cases)
     check_kernels({case.op for case in cases}, device)
@@ -264,9 +267,10 @@ def run(
 
 
 def check_kernels(ops: set[str], device: str = "cpu") -> None:
-    """Exits where an operator has no kernel, since its reference must not be timed as if it were a kernel.
+    """Exits where an operator has no kernel, since the operator's reference must not be timed as if it were a kernel.
 
-    With PEFT_EXT_REQUIRE=0 the reference is timed (``python -m benchmarks`` sets PEFT_EXT_REQUIRE=1 by default).
+    Does nothing with PEFT_EXT_REQUIRE=0 or unset; the reference is then timed. ``python -m benchmarks`` sets
+    PEFT_EXT_REQUIRE=1 by default.
     """
     if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
         return
@@ -299,7 +303,7 @@ def save(
     left_out: Iterable[str] = (),
     **more: Any,
 ) -> None:
-    """Writes a result file."""
+    """Writes the result file ``path``."""
     result = {"machine": about, "ceilings": ceilings, "left_out": list(left_out), **more}
     files.write(path, {**result, "rows": [asdict(row) for row in rows]})
 
@@ -310,7 +314,7 @@ def ratio_text(speedup: Mapping[str, float], quartiles: Mapping[str, Sequence[fl
 
 
 def spread_text(quartiles: Optional[Sequence[float]]) -> str:
-    """Returns quartiles such as " (1.02 to 1.10)"; nothing where there are none, or where both are printed alike."""
+    """Returns quartiles as text, such as " (1.02 to 1.10)"; "" for None, and where both quartiles have equal texts."""
     low, high = (f"{value:.2f}" for value in quartiles or (0.0, 0.0))
     return "" if low == high else f" ({low} to {high})"
 

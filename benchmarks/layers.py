@@ -29,13 +29,14 @@ from .files import result_path, write
 from .harness import machine, measured_ceilings
 
 RANK = 16
-# Bytes that the layers of a shape fill together, more than the caches of a core, and the largest number of layers.
+# ROTATING_BYTES: bytes that the layers of a shape fill together, more than a core's caches. MOST_LAYERS: most layers of
+# a shape.
 ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The measurements in a dtype: ``(K, N)`` of the layers, tokens of a step, and methods."""
+    """The measurements in a dtype: sizes ``(K, N)`` of layers, numbers of tokens of a step, and methods."""
 
     shapes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
@@ -95,7 +96,7 @@ def _configs() -> dict[str, tuple[Callable[..., nn.Module], Any]]:
 
 
 class Contender:
-    """Layers of one shape, each step on the next layer."""
+    """Layers of one shape. Each step runs on the next layer."""
 
     def __init__(self, kind: str, make: Callable[..., nn.Module], config: Any, k: int, n: int, dtype: torch.dtype):
         import peft
@@ -113,7 +114,7 @@ class Contender:
         self.layers, self.turn = list(model.layers), 0
 
     def step(self, x: Tensor, grad: Tensor) -> float:
-        """Returns the seconds of a step of the next layer."""
+        """Returns the seconds that a training step of the next layer takes."""
         layer = self.layers[self.turn]
         self.turn = (self.turn + 1) % len(self.layers)
         x.grad = None
@@ -131,7 +132,7 @@ def _ratio(over: list[float], under: list[float]) -> dict[str, Any]:
 
 
 def _calls(tokens: int, k: int, n: int) -> int:
-    """Returns how many steps a round times for each contender: several where a step is short."""
+    """Returns the number of steps that a round times for each contender, which is larger where a step is short."""
     return max(1, min(8, int(4e9 // (4 * tokens * k * n + 1e8))))
 
 
@@ -151,9 +152,9 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             calls, order = _calls(tokens, k, n), list(contenders)
             for i in range(rounds + 1):
                 for name in order[i % len(order) :] + order[: i % len(order)]:
-                    contenders[name].step(x, grad)  # not timed: the caches hold the data of another contender
+                    contenders[name].step(x, grad)  # not timed, since the caches have another contender's data
                     mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
-                    if i > 0:  # the first warms up
+                    if i > 0:  # the first round warms up
                         times[name].append(mean)
             for method in configs:
                 frozen, stock, ours = times[("frozen", "")], times[("stock", method)], times[("ours", method)]

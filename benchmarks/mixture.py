@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# A Qwen3-MoE of 4 layers, each with 64 experts of 512 x 256; the router gives a token to 4 experts.
+# Sizes of a Qwen3-MoE of 4 layers. A layer has 64 experts of 512 x 256; the router gives each token to 4 experts.
 MIXTURE = {
     "hidden_size": 512,
     "intermediate_size": 256,
@@ -38,7 +38,7 @@ KINDS = {
 
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """Times ``steps`` forwards and backwards of one of KINDS, after one that warms up. There is no optimizer."""
+    """Times ``steps`` forwards and backwards of a kind in KINDS, after one that warms up. No optimizer runs."""
     from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -62,7 +62,8 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         )  # fmt: skip
-        # PEFT has no DoRA on experts: "dora sums" has peft_ext's layers on experts, not accelerated, and PEFT's others.
+        # PEFT has no DoRA on experts. "dora sums" has peft_ext's unaccelerated layers on experts, and else PEFT's
+        # layers.
         accelerate = kind not in ("stock", "dora sums")
         dropout = 0.05 if kind == "dropout" else 0.0
         model = peft_ext.get_peft_model(model, config, accelerate=accelerate, experts_dropout=dropout)
@@ -84,7 +85,7 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the kinds in turn, each run in its own process. Ratios compare runs that follow each other."""
+    """Runs the kinds in turn, each run in its own process. A ratio compares runs that follow each other."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:

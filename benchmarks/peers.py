@@ -1,9 +1,9 @@
-"""Inputs, weights and contenders that the comparisons of layers share.
+"""Makes the inputs, weights and contenders that the comparisons of layers share.
 
-A layer is ``x [T, K]``, ``grad [T, N]`` and a frozen ``W [N, K]`` in bfloat16, dense or in double-quantized NF4, with
-float32 adapters, on the CPU or on a GPU. With "hot" weights a layer has one weight. With "rotating" weights it has
-copies that fill :data:`ROTATING_BYTES`; all have the same values, so that one float64 result verifies them all.
-Adapters rotate with the weights.
+A layer has ``x [T, K]`` and ``grad [T, N]`` in bfloat16, a frozen ``W [N, K]`` in bfloat16 or in NF4, and float32
+adapters, on the CPU or on a GPU. With "hot" weights a layer has one weight. With "rotating" weights a layer has copies
+of one weight that fill :data:`ROTATING_BYTES`; the copies have equal values, so that one float64 result verifies every
+call. Adapters rotate with the weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Exact = Callable[[], dict[str, Tensor]]
 
 
 class Turns(Generic[_Item]):
-    """Gives its items in turn, again and again."""
+    """Gives a list's items in turn, and begins again after the last item."""
 
     def __init__(self, items: Iterable[_Item]) -> None:
         self.items = list(items)
@@ -93,11 +93,13 @@ def _first(k: int, n: int, device: str) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
-    """Returns a weight quantized on the CPU: an error of a GPU's quantize kernel must not hide another kernel's."""
+    """Returns a weight that is quantized on the CPU, so that no error of a GPU's quantize kernel hides another
+    error.
+    """
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
-# One pool of each kind is kept, since cases of the same shape follow each other.
+# The last pool of weights is kept, since cases of one shape follow each other.
 @lru_cache(maxsize=1)
 def _dense_pool(k: int, n: int, least_bytes: int, device: str, base: str) -> list[Tensor]:
     first = _first(k, n, device).to(DTYPES[base])
@@ -133,14 +135,14 @@ def _adapter_pool(k: int, n: int, rank: int, count: int, device: str) -> list[di
 
 @lru_cache(maxsize=16)
 def _exact_products(problem_key: tuple, base: str) -> tuple[Tensor, Tensor]:
-    """Returns ``(x Wᵀ, grad W)`` in float64, which most exact results of one shape share."""
+    """Returns ``(x Wᵀ, grad W)`` in float64; most exact results of one shape use these products."""
     problem = Problem(*problem_key)
     weight = problem.wide_weight(base)
     return problem.x.detach().double() @ weight.t(), problem.grad.double() @ weight
 
 
 class _ExactBase(torch.autograd.Function):
-    """``x Wᵀ`` in float64. For the problem's own x and gradient the products come from :func:`_exact_products`."""
+    """Computes ``x Wᵀ`` in float64. For the problem's own x and grad takes the products of :func:`_exact_products`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, problem: Problem, base: str) -> Tensor:
@@ -160,8 +162,9 @@ class _ExactBase(torch.autograd.Function):
 class Problem:
     """Inputs and weights of one layer at one number of tokens.
 
-    ``weights("bf16")`` and ``weights("nf4")`` give a frozen weight at a time, ``adapters`` a dict of leaves.
-    ``captured``: the calls are captured in a CUDA graph, which cannot hold a copy from the host.
+    ``weights("bf16")`` and ``weights("nf4")`` return Turns that give one frozen weight at a time; ``adapters`` are
+    Turns of dictionaries of leaf tensors. ``captured`` says that the calls are captured in a CUDA graph, which cannot
+    hold a copy from the host.
     """
 
     def __init__(
@@ -177,9 +180,10 @@ class Problem:
         self._turns: dict[str, Turns[Any]] = {}
 
     def weights(self, base: str) -> Turns[Any]:
-        """Returns the weights in a base, one of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain".
+        """Returns Turns of the weights in a base: a key of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain".
 
-        All contenders share the turns, so that no contender finds a weight in a cache that another has just read.
+        All contenders share the Turns, so that no contender finds a weight in a cache that another contender has just
+        read.
         """
         if base not in self._turns:
             if base in DTYPES:
@@ -211,7 +215,7 @@ class Problem:
     ) -> Exact:
         """Returns a function that computes a float64 result: the value of ``formula`` and autograd's gradients.
 
-        ``formula(linear, x, mask, **adapters)``: linear is ``x -> x Wᵀ``; mask is ``keep / (1 - p)``, or 1.
+        The call is ``formula(linear, x, mask, **adapters)``: linear is ``x -> x Wᵀ``; mask is ``keep / (1 - p)``, or 1.
         """
 
         def compute() -> dict[str, Tensor]:
@@ -235,17 +239,17 @@ def dense(weight: Weight) -> Tensor:
 
 
 def draw_seed(problem: Problem) -> Tensor:
-    """Returns a seed from PyTorch's generator, drawn like the seed of an operator that is given none."""
+    """Returns a seed from PyTorch's generator, drawn as an operator draws its seed where the caller gives no seed."""
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=problem.device)
 
 
 def philox_mask(problem: Problem, p: float) -> Callable[[], Tensor]:
-    """Returns a function that draws the mask of a call that used :func:`draw_seed`, over ``1 - p``."""
+    """Returns a function that draws the mask of a call that used :func:`draw_seed`, divided by ``1 - p``."""
     return lambda: reference.dropout_keep_mask(draw_seed(problem), p, problem.x.shape).double() / (1 - p)
 
 
 def torch_mask(problem: Problem, p: float, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Returns a function that draws the mask of ``F.dropout`` on x in ``dtype``, over ``1 - p``."""
+    """Returns a function that draws the mask of ``F.dropout`` on x in ``dtype``, divided by ``1 - p``."""
     ones = partial(torch.ones, problem.x.shape, dtype=dtype, device=problem.device)
     return lambda: (F.dropout(ones(), p) != 0).double() / (1 - p)
 
@@ -257,7 +261,7 @@ def _trained(
     problem: Problem, take: Callable[[], Any], forward: Callable[[Tensor], Tensor],
     parameters: Callable[[], dict[str, Tensor]], exact: Union[Exact, str],
 ) -> Contender:  # fmt: skip
-    """Returns a contender that runs forward and backward, after it has dropped the gradients of the step before."""
+    """Returns a contender whose call drops the earlier gradients, then runs forward and backward."""
     x, grad = problem.x, problem.grad
 
     def run() -> Tensor:
@@ -282,11 +286,12 @@ def functional(
     """Returns a contender of ``forward(x, enter(weight), *adapters)``.
 
     Args:
-        weights: a base of the problem, or the contender's own weights. names: names of the adapters that are passed.
-        exact: function of the float64 result, or why there is none.
-        training: run the backward too; else run without autograd.
-        enter: function that converts a weight, called once for each weight and not timed.
-        adapters: adapters in place of the problem's.
+        weights: a base of the problem, or the contender's own weights.
+        names: names of the adapters that are passed to ``forward``.
+        exact: function of the float64 result, or the reason why there is no float64 result.
+        training: whether a call also runs the backward; a call without backward runs without autograd.
+        enter: function that converts a weight; the call of ``enter`` for each weight is not timed.
+        adapters: adapters in place of the problem's adapters.
     """
     turns = problem.weights(weights) if isinstance(weights, str) else weights
     entered = entered_once(turns, enter)
@@ -310,18 +315,24 @@ def functional(
 
 
 def entered_once(turns: Turns[Any], enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a lookup of ``enter(item)``, computed here for all items: on a GPU ``enter`` may wait for the device."""
+    """Returns a function that looks up ``enter(item)``.
+
+    ``enter`` runs for all items at once, before the timing, because on a GPU it may wait for the device.
+    """
     entered = {id(item): enter(item) for item in turns.items}
     return lambda item: entered[id(item)]
 
 
 def value_of(exact: Exact) -> Exact:
-    """Returns a function of the value alone of a float64 result, for contenders without autograd."""
+    """Returns a function that computes only the value "y" of a float64 result, for contenders without autograd."""
     return lambda: {"y": exact()["y"]}
 
 
 def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Returns ``(contenders, absent)``. A peer that cannot be made is absent; an error of the first, ours, rises."""
+    """Returns ``(contenders, absent)``. A peer that cannot be made is absent.
+
+    An error of the first maker, which makes "ours", is raised.
+    """
     contenders: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name, make in makers.items():
@@ -335,13 +346,13 @@ def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Conten
 
 
 def frozen(problem: Problem, *, training: bool = True) -> Contender:
-    """Returns PyTorch's bf16 ``F.linear`` over the frozen weight: the forward, and in training the gradient of x."""
+    """Returns the contender "frozen": PyTorch's bf16 ``F.linear``, and with ``training`` also the gradient of x."""
     exact = problem.exact("bf16", lambda linear, x, mask: linear(x))
     return functional(problem, "bf16", F.linear, (), exact if training else value_of(exact), training=training)
 
 
 def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns ``forward`` under ``torch.compile`` for one shape. The verification's call, not timed, compiles it."""
+    """Returns ``forward`` under ``torch.compile`` for one shape. The call of the verification compiles it untimed."""
     torch._dynamo.reset()
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
@@ -359,7 +370,7 @@ def bitsandbytes_linear(nf4: NF4Weight, bias: Optional[Tensor] = None) -> nn.Mod
 
 
 def _set_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Sets a layer's weight: a dense tensor, or bitsandbytes' Params4bit."""
+    """Sets a layer's weight to a dense tensor or to bitsandbytes' Params4bit."""
     if hasattr(weight, "quant_state"):
         layer.weight = weight
         layer.quant_state = weight.quant_state
@@ -372,7 +383,7 @@ def peft_name(base: str) -> str:
 
 
 def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[nn.Module], None]]:
-    """Returns a model with one linear layer "proj", and a function that gives such a layer the next weight."""
+    """Returns a model with one linear layer "proj", and a function that gives a layer like "proj" the next weight."""
     weights = problem.weights(base)
     first = weights.items[0]
     if base == "bf16":
@@ -385,16 +396,17 @@ def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[
 
 
 def peft_config(name: str, **fields: Any) -> Any:
-    """Returns PEFT's configuration class ``name`` for the layer of :func:`stock_linear`."""
+    """Returns a configuration of PEFT's class ``name`` for the layer of :func:`stock_linear`."""
     import peft
 
     return getattr(peft, name)(target_modules=["proj"], **fields)
 
 
 def peft_layer(problem: Problem, base: str, config: Any, parameters: dict[str, str], exact: Exact) -> Contender:
-    """Returns PEFT's own layer in training.
+    """Returns a contender that runs PEFT's own layer in training.
 
-    ``config``: see :func:`peft_config`. ``parameters``: names of the layer's parameters by our names of the adapters.
+    ``config`` is a configuration of :func:`peft_config`. ``parameters`` has the names of the layer's parameters, by the
+    names of the problem's adapters.
     """
     from peft import get_peft_model
 
@@ -433,9 +445,10 @@ def layer_comparison(
 
     Args:
         ours, eager: functions of ``(x, weight, *adapters)``; the contender torch.compile is ``eager`` compiled.
-        formula: float64 formula of ours, see :meth:`Problem.exact`. peft_formula: formula of PEFT and eager, where
-            different.
-        config: makes PEFT's configuration. where: names of the layer's parameters by our names of the adapters.
+        formula: formula of the float64 result of ``ours``, see :meth:`Problem.exact`.
+        peft_formula: formula for PEFT and ``eager``, where it differs from ``formula``.
+        config: a function that makes PEFT's configuration.
+        where: names of the PEFT layer's parameters, by the names of the problem's adapters.
         more: other peers that compute ``formula``, without dropout.
     """
     theirs, names = peft_formula or formula, tuple(where)
@@ -444,7 +457,8 @@ def layer_comparison(
         return draw(problem, dropout, *args) if dropout else None
 
     exact = problem.exact(base, formula, names, mask(philox_mask))
-    # PEFT drops elements of x in the adapters' float32, eager in x's dtype. Without dropout all have one exact result.
+    # PEFT draws the dropout mask in the adapters' float32, eager in x's dtype. Without dropout both have one exact
+    # result.
     shared = theirs is formula and not dropout
     exact_peft = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.float32))
     exact_eager = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.bfloat16))
@@ -474,7 +488,7 @@ def weightless_comparison(
     bytes_moved: int,
     flops: int = 0,
 ) -> Comparison:
-    """Returns the comparison of an operator without a frozen weight: a training step of ours and of PyTorch's."""
+    """Returns the comparison of an operator without a frozen weight: a training step of peft_ext and of PyTorch."""
     exact = problem.exact("bf16", formula, names)
 
     def contender(forward: Callable[..., Tensor]) -> Contender:
@@ -488,12 +502,14 @@ def weightless_comparison(
 
 
 def layer_bytes(problem: Problem, base: str) -> int:
-    """Returns the bytes that a frozen layer's training step moves: W twice, x and grad read, Y and dX written."""
+    """Returns the bytes that a frozen layer's training step moves: it reads W twice, x and grad, and writes Y and
+    dX.
+    """
     return 2 * problem.weight_bytes(base) + 2 * 2 * problem.tokens * (problem.k + problem.n)
 
 
 def low_rank_bytes(problem: Problem) -> int:
-    """Returns the bytes that a low-rank adapter adds: x once more, S twice, A and B twice, and their gradients."""
+    """Returns the bytes that a low-rank adapter adds: x once more, S twice, A and B twice, and dA and dB."""
     tokens, k, n, r = problem.tokens, problem.k, problem.n, problem.rank
     return 2 * tokens * k + 2 * 4 * tokens * r + 3 * 4 * r * (k + n)
 

@@ -24,7 +24,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 MARK = re.compile(r"(<!-- measured( [\w-]+)?: python -m benchmarks\.tables -->).*?(<!-- /measured -->)", re.DOTALL)
 NOTHING = "Not measured yet."
 
-# Result files that the documents show, without their date.
+# Names, without the date, of the result files that the documents show.
 LORA, DORA = "layer-lora_ia3-avx512_bf16", "layer-dora_dropouts-avx512_bf16"
 NF4, ATTENTION = "layer-nf4-avx512_bf16", "layer-attention-avx512_bf16"
 METHODS = "step-methods-avx512_bf16"
@@ -34,7 +34,7 @@ LABELS = {"lora_linear": "LoRA", "dora_linear": "DoRA", "ia3_linear": "IA3", "nf
 
 
 def about(result: Result) -> str:
-    """Returns processor, threads, CPU path, set variables, date and versions of a run."""
+    """Returns processor, threads, CPU path, environment variables, date and versions of a run, as text."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     environment = "".join(f", {name}={value}" for name, value in machine.get("environment", {}).items())
@@ -43,7 +43,7 @@ def about(result: Result) -> str:
 
 
 def about_gpu(result: Result) -> str:
-    """Returns the GPU, its clocks, CUDA and driver, date and versions of a run."""
+    """Returns the GPU, the GPU's clocks, CUDA and driver, date and versions of a run, as text."""
     machine = result["machine"]
     gpu = machine["gpu"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -54,9 +54,9 @@ def about_gpu(result: Result) -> str:
 
 
 def _table(corner: str, cells: dict[tuple[str, str], str]) -> str:
-    """Returns a table of ``{(row, column): text}``, rows and columns in their order in the dictionary.
+    """Returns a Markdown table of ``{(row, column): text}``, with rows and columns in the order of the dictionary.
 
-    A " | " in ``corner`` and in the row's name divides two columns.
+    A " | " in ``corner`` and in a row's name makes two columns.
     """
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     lines = [f"| {' | '.join([corner, *columns])} |", "|---" * (corner.count(" | ") + 1 + len(columns)) + "|"]
@@ -67,7 +67,10 @@ def _table(corner: str, cells: dict[tuple[str, str], str]) -> str:
 
 
 def peers_table(result: Result, op: str, peers: Iterable[str]) -> str:
-    """Returns a row for each case and peer, a column for each number of tokens: the peer's time over ours."""
+    """Returns a table of each peer's time divided by our time.
+
+    The table has a row for each case and peer, and a column for each number of tokens.
+    """
     found = {(row["case"].partition(", ")[2], row["tokens"]): row for row in result["rows"] if row["op"] == op}
     cases, all_tokens = dict.fromkeys(case for case, _ in found), sorted({tokens for _, tokens in found})
     cells = {}
@@ -81,7 +84,7 @@ def peers_table(result: Result, op: str, peers: Iterable[str]) -> str:
 
 
 def cases_table(rows: Iterable[Result]) -> str:
-    """Returns a row for each case, with our time and every peer's time over ours."""
+    """Returns a table with a row for each case: our time, and each peer's time divided by our time."""
     lines = ["| operator | case | weights | ms | faster than |", "|---|---|---|---|---|"]
     for row in rows:
         lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {row['milliseconds']['ours']:.3f} | "
@@ -94,7 +97,7 @@ def quantize_table(result: Result) -> str:
 
 
 def gpu_tables() -> str:
-    """Returns every row of each GPU that was measured."""
+    """Returns tables with all rows of each measured GPU."""
     parts = []
     for result in newest_by_gpu():
         parts += [f"### {result['machine']['gpu']['name']}", f"{about_gpu(result)}.", cases_table(result["rows"])]
@@ -183,7 +186,7 @@ def experts_table(result: Result) -> str:
 
 
 def shown(*parts: tuple[str, Callable[[Result], str]]) -> str:
-    """Returns, for each ``(name of a result file, table of a result)``, the table and the run that it is from."""
+    """Returns, for each ``(name of a result file, function that makes a table)``, the table and its run as text."""
     found = [(table, result) for name, table in parts if (result := newest(name)) is not None]
     return "\n\n".join(f"{table(result)}\n\n{about(result)}." for table, result in found) or NOTHING
 
@@ -218,7 +221,10 @@ DRAWN: dict[str, Callable[[], str]] = {
 
 
 def draw(text: str, where: str = "the document") -> str:
-    """Returns ``text`` with every marked place drawn. Raises SystemExit for an unknown NAME, or where no place is."""
+    """Returns ``text`` with every marked place drawn.
+
+    Raises SystemExit for an unknown NAME or without marked places.
+    """
 
     def place(match: re.Match[str]) -> str:
         name = (match[2] or "").strip()

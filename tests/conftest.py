@@ -1,11 +1,11 @@
-"""Tests run against the native library, offline, and say so where they can't.
+"""Configures pytest: tests run offline and against the native library, and fail where the library is missing.
 
 ``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda) gives the operators CUDA tensors, in the tests that take the ``device``
-fixture. Inputs are drawn on the CPU, and what results are compared with is computed there. ``--device emulated`` keeps
-CPU tensors and gives them to the CUDA kernels, which the emulator runs and checks; it builds them first.
+fixture. Inputs are drawn on the CPU, and expected results are computed on the CPU. ``--device emulated`` builds the
+CUDA kernels for the emulator, which runs the kernels on CPU tensors and checks their memory accesses.
 ``--share 3`` runs a third of the tests, as CI does on each further CPU path. The commit that is checked out chooses the
-third, so that later commits run the others; ``--share 2/3`` runs the second third. A test's share depends on its id
-alone, so adding a test moves no other test.
+third, so that later commits run the other thirds; ``--share 2/3`` runs the second third. A test's share depends only on
+the test's id, so that a new test does not change the share of another test.
 """
 
 import argparse
@@ -19,10 +19,10 @@ import subprocess
 import sys
 import zlib
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without it the reference would be compared with itself
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be compared with itself
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin as they wait keep a busy machine's cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would keep a busy machine's cores
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,14 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def share_of(text: str) -> tuple[int, int]:
-    """Returns (K, N) of "K/N" or "N", where the commit that is checked out gives K, from 1 to N."""
+    """Returns (K, N) for the text "K/N" or "N". For "N" the commit that is checked out gives K, from 1 to N."""
     chosen, _, count = text.rpartition("/")
     total = int(count)
     if chosen:
         number = int(chosen)
     else:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "0"  # no git: an sdist
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "0"  # an sdist has no git
         number = int(commit, 16) % max(1, total) + 1
     if not 1 <= number <= total:
         raise argparse.ArgumentTypeError(f"--share is {text}, wanted K/N with 1 <= K <= N")
@@ -76,7 +76,9 @@ EMULATED = pytest.StashKey[torch.library.Library]()
 
 
 def _emulated_kernels() -> torch.library.Library:
-    """peft_ext's operators on CPU tensors are the CUDA kernels, emulated, as long as the result lives."""
+    """Makes peft_ext's operators on CPU tensors run the emulated CUDA kernels, as long as the returned Library
+    lives.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     import emulated_cuda
 
@@ -90,7 +92,7 @@ def _emulated_kernels() -> torch.library.Library:
         if declared.cuda:
             op = getattr(getattr(torch.ops, emulated_cuda.NAMESPACE), name).default
             kernels.impl(name, op, "CPU", allow_override=True)
-        elif declared.composed:  # as on a GPU, where the CPU's own kernels of them are not
+        elif declared.composed:  # a composition: as on a GPU, its own CPU kernel does not run
             kernels.impl(name, declared.reference, "CPU", allow_override=True)
     return kernels
 
@@ -127,8 +129,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _beyond_each_value(cases: list[pytest.Function]) -> list[pytest.Function]:
-    """Returns the cases of one parametrized test that the first tier can leave out: in the others, drawn greedily, each
-    value of each parameter is there once."""
+    """Returns the cases of one parametrized test that the first tier of tests can leave out.
+
+    The cases that stay are chosen greedily, so that each value of each parameter is in at least one of these cases.
+    """
     values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in cases}
     missing, left = set().union(*values.values()), list(cases)
     while missing:
@@ -143,7 +147,7 @@ _LOST = re.compile("illegal memory access|misaligned address|illegal instruction
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytest.TestReport:
-    """Stops where a kernel has lost the CUDA context: all that came after would fail, and say nothing."""
+    """Stops the session where a kernel has lost the CUDA context, because all later tests on the GPU would fail."""
     report = yield
     if report.failed and _LOST.search(str(report.longrepr)):
         item.session.shouldstop = f"{item.nodeid} lost the CUDA context"
@@ -152,9 +156,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytes
 
 @pytest.fixture(scope="session", autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The device of the operators' tensors."""
+    """Yields the device of the operators' tensors."""
     name = request.config.getoption("--device")
-    if name == "cuda":  # PyTorch's products sum in float32 like the CPU's, whose error is the yardstick
+    if name == "cuda":  # sums in float32, as in PyTorch's products on the CPU, which give the bounds
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     yield torch.device("cpu" if name == "emulated" else name)
@@ -162,7 +166,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture(autouse=True)
 def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest's workers tell of a terminal's width that their tests do not write to."""
+    """Removes COLUMNS, which pytest's workers inherit from a terminal that the tests do not write to."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
@@ -173,14 +177,14 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """Fails a file of tests that leaves the process's logging disabled: every later test of messages would fail."""
+    """Fails a file of tests that leaves logging disabled, because later tests of log messages would fail."""
     yield
     assert logging.root.manager.disable == 0, "logging.disable was called and not undone"
 
 
 @pytest.fixture
 def two_threads():
-    """Runs the test with two threads, whatever the machine has, and restores the setting."""
+    """Runs the test with two threads on any machine, and then restores the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -195,7 +199,7 @@ _ARGUMENTS = [
 
 @pytest.fixture(scope="module")
 def browser():
-    """A Chromium that playwright drives."""
+    """Returns a Chromium browser that playwright drives."""
     if importlib.util.find_spec("playwright") is None:
         pytest.skip("needs playwright (pip install playwright)")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

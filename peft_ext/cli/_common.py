@@ -1,4 +1,4 @@
-"""Helpers of several commands: models and their quantization, checks of options, tables and JSON."""
+"""Functions that several commands share: models and their quantization, checks of options, tables and JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTo
 def model_config(model: str) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    Fetches only the JSON files of a hub name. Raises :class:`peft_ext.sources.model.SourceError`.
+    For a hub name fetches only the JSON files. Raises :class:`peft_ext.sources.model.SourceError` where there is no
+    such model.
     """
     if model == DEMO_MODEL:
         model = str(demo_model())
@@ -48,10 +49,11 @@ def model_config(model: str) -> tuple[Path, Any]:
 
 
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
-    """Returns the base for the adapter: ``model``, or None for the base that the adapter's configuration names.
+    """Returns the folder or name of the adapter's base; None for the base that the adapter's configuration names.
 
-    The name of the default model becomes its folder. So does None where the adapter's run used the default model and
-    the folder in the configuration no longer exists.
+    ``model`` is the base that the user named, or None. For the default model, "smollm2", returns its folder. For None
+    also returns this folder where the adapter's run used the default model, and the folder that the adapter's
+    configuration names no longer exists.
     """
     if model is None:
         try:
@@ -67,7 +69,7 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 
 
 def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:
-    """Raises CliError for an unknown quantization, the value of ``option``, or an unknown block size."""
+    """Raises CliError for an unknown quantization or block size. ``quant`` is the value of the option ``option``."""
     if quant not in (None, *QUANTIZATIONS):
         raise CliError(f"{option} {quant}: wanted one of {', '.join(QUANTIZATIONS)}")
     if blocksize is not None and blocksize not in BLOCKSIZES:
@@ -77,8 +79,9 @@ def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> N
 def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], dtype: Any = None) -> Any:
     """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
 
-    Casts a base that is not in 4 bits to ``dtype`` (None: its own dtype), quantizes it to NF4 where ``blocksize`` is
-    given, and widens it to float32 on a CPU without bfloat16. Raises CliError where a weight is missing.
+    A base whose files have 4-bit weights stays unchanged. Any other base is cast to ``dtype`` (None: no cast), is
+    quantized to NF4 where ``blocksize`` is not None, and is widened from bfloat16 to float32 on a CPU that lacks
+    bfloat16 instructions. Raises CliError where a weight is missing.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
         raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")
@@ -101,7 +104,10 @@ def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> 
 
 
 def dense_config(config: Any) -> Any:
-    """Removes the quantization from ``config`` and returns it. A traced model is quantized afterwards, as asked."""
+    """Removes the quantization from ``config`` and returns ``config``.
+
+    A model for a trace is built dense; the caller quantizes the model afterwards.
+    """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
@@ -111,12 +117,15 @@ def dense_config(config: Any) -> Any:
 
 
 def drop_output() -> None:
-    """Redirects standard output to the null device: its reader has ended, and the last flush would fail."""
+    """Redirects standard output to the null device, so that the last flush succeeds after the reader has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Console:
-    """Returns a console on standard output, as wide as the terminal, else 120 columns. It interprets no markup."""
+    """Returns a rich Console on standard output that interprets no markup.
+
+    The console is as wide as the terminal or as COLUMNS says, else 120 columns wide.
+    """
     from rich.console import Console
 
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -126,13 +135,14 @@ def console() -> Console:
 def new_table(
     *columns: str, right: tuple[str, ...] = (), unfolded: tuple[str, ...] = (), expand: bool = False, **kwargs: Any
 ) -> Any:
-    """Returns an empty table.
+    """Returns an empty rich Table.
 
     Args:
         columns: names of the columns.
-        right: columns that are aligned to the right.
-        unfolded: columns whose cells stay on one line.
-        expand: whether the columns share the screen's width evenly.
+        right: names of the columns that are aligned to the right.
+        unfolded: names of the columns whose cells stay on one line.
+        expand: whether the columns share the console's whole width evenly.
+        kwargs: more arguments of rich's Table.
     """
     from rich.box import SIMPLE
     from rich.table import Table
@@ -145,9 +155,10 @@ def new_table(
 
 
 def layers_table(methods: dict[Any, list[Any]]) -> Any:
-    """Returns a table of rows of :func:`peft_ext.explain`, by method, with like layers in one row.
+    """Returns a table of the rows of :func:`peft_ext.explain` of each method.
 
-    The key None, for a single method, leaves out the column of methods.
+    One row of the table shows all layers of a method that have the same kind, state and reason. Where ``methods`` has
+    the key None, for a single method, the table has no column of methods.
     """
     from ..integrations.peft import alike
 
@@ -161,10 +172,10 @@ def layers_table(methods: dict[Any, list[Any]]) -> Any:
 
 
 def mib(size: int) -> str:
-    """Returns a number of bytes as a number of MiB without the unit."""
+    """Returns a number of bytes as text: the number of MiB with one decimal, without the unit."""
     return f"{size / 2**20:,.1f}"
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document on standard output: of a dataclass its fields, of a mapping its items."""
+    """Prints ``value`` as one JSON document on standard output; a dataclass becomes an object of its fields."""
     print(json.dumps(value, indent=2, default=lambda o: dict(o) if isinstance(o, Mapping) else vars(o)))

@@ -20,17 +20,19 @@ def verified(
     name: str, config: Any, adapter: Optional[Path], dtype: torch.dtype, blocksize: Optional[int], data: str,
     batch_size: int, length: int,
 ) -> Any:  # fmt: skip
-    """Returns the :class:`peft_ext.verification.Verification` of an adapter on a model.
+    """Returns the :class:`peft_ext.verification.Verification` of a training step of an adapter on a model.
 
     Args:
         name: folder or hub name of the model.
-        adapter: folder of a saved adapter; None: a new adapter. Zero tensors of a new adapter get small random numbers,
-            since a gradient through a zero tensor is zero.
-        blocksize: block size of the base's NF4; None: the base stays dense.
-        data: data as for ``peft-ext finetune``.
-        batch_size, length: number of the batch's examples, and most tokens of an example.
+        config: PEFT configuration of the adapter.
+        adapter: folder of a saved adapter; None: a new adapter. Tensors of a new adapter that are zero get small random
+            numbers, because a gradient through a zero tensor is zero.
+        dtype: dtype of a base that is not in 4 bits.
+        blocksize: block size for quantizing the base to NF4; None: the base is not quantized.
+        data: value of the option ``--data`` of ``peft-ext finetune``.
+        batch_size, length: number of examples of the batch, and most tokens of an example.
 
-    Raises CliError.
+    Raises CliError where the adapter does not fit, or where the model can't be verified.
     """
     from ..model import get_peft_model, load_adapter
     from ..verification import verify
@@ -57,7 +59,7 @@ def verified(
 
 
 def _batch(base: Any, folder: Path, data: str, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Returns a batch of the data's first examples, with labels only for a model that generates text."""
+    """Returns a batch of the first training examples. The batch has labels only for a model that generates text."""
     from transformers import DataCollatorForSeq2Seq
 
     with raised_as(CliError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):

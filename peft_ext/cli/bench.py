@@ -1,7 +1,7 @@
 """``peft-ext bench``: times an adapted layer's training step on this machine, fused and with PEFT and bitsandbytes.
 
-:mod:`peft_ext.bench` documents the measurement. ``--output FOLDER`` writes the document of ``--json`` as ``bench.json``
-and draws ``bench.svg``.
+The docstring of :mod:`peft_ext.bench` documents the measurement. ``--output FOLDER`` writes the JSON that ``--json``
+prints as ``bench.json`` and draws ``bench.svg``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..run.record import machine
 from . import CliError
 from ._common import Threads, check_range, console, new_table, print_json
 
-# A ratio whose quartiles differ by more than this share of the ratio shows that the machine has other work.
+# Where the quartiles of a ratio of times differ by more than this share of the ratio, the machine is called too busy.
 _BUSY = 0.25
 
 
@@ -88,7 +88,7 @@ def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], seconds: float, chart: Optional[Path],
     output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Checks the options and returns pairs of method and base without repetition. Raises CliError."""
+    """Checks the options and returns pairs of method and base without repetition. Raises CliError for a wrong value."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")
@@ -148,12 +148,12 @@ def _show(results: list[Result]) -> None:
 
 
 def _spread(result: Result) -> float:
-    """Returns the largest distance between the quartiles of a ratio, divided by the ratio, of all contenders."""
+    """Returns the largest value, over all contenders, of a ratio's interquartile range divided by the ratio."""
     return max((high - low) / result.ratio[name] for name, (low, high) in result.quartiles.items())
 
 
 def _write(option: str, files: dict[Path, bytes]) -> None:
-    """Writes each file atomically, and makes its folder. Raises CliError."""
+    """Writes each file atomically, and makes the file's folder. Raises CliError where a file can't be written."""
     for path, data in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
 
 
 def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:
-    """Returns an SVG chart: bars of milliseconds, in a group for each layer."""
+    """Returns an SVG chart with a group of bars for each layer; a bar is a contender's milliseconds."""
     looks = {OURS: "ours", "stock": "stock", FROZEN: "eager"}
     words = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
     labels = [_label(result) for result in results]

@@ -1,8 +1,8 @@
 """``peft-ext chat``: answers of a base model and of the adapted model to one prompt, side by side.
 
-One model is in memory: the base answers with the adapter disabled, in the quantization that the adapter was trained on.
-Some adapters, such as PiSSA's, change the base; the reason then replaces the base's answer. Each prompt is answered
-without history, since the two answers would make two conversations.
+One model is in memory, by default in the quantization that the adapter was trained on. The base answers while the
+adapter is disabled. Some adapters, such as PiSSA's, change the base's weights; a reason then stands in place of the
+base's answer. Each prompt is answered without history, since the two answers would make two conversations.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ._common import (
     new_table,
 )
 
-_SECONDS = 10.0  # most time of a chat template, which is a program by a stranger
+_SECONDS = 10.0  # most seconds that a chat template may run; a template is a program that may be hostile
 
 
 def chat(
@@ -76,14 +76,14 @@ def chat(
     for line in _prompts():
         try:
             answers = pair.answers(line)
-        except CliError as error:  # the next prompt may work
+        except CliError as error:  # the next prompt may get an answer
             print(f"error: {error}", file=sys.stderr)
             continue
         _show(line, *answers)
 
 
 def _prompts() -> Iterator[str]:
-    """Yields the lines that are not empty, from a terminal with a prompt and a history, or from a pipe."""
+    """Yields the non-empty lines of standard input. A terminal shows a prompt and keeps a history of lines."""
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
@@ -103,12 +103,12 @@ def _prompts() -> Iterator[str]:
 
 
 class _Pair:
-    """A base and its adapter.
+    """A base model with an adapter.
 
     Attributes:
-        about: base, quantization and adapter in words.
-        no_base: the reason why the base can't answer; None where it can.
-        room: most tokens of a prompt and its answer; None where there is no limit.
+        about: the base, the quantization and the adapter in words.
+        no_base: the reason why the base can't answer; None where the base can answer.
+        room: most tokens that a prompt and its answer may have together; None where the model has no limit.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class _Pair:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _adapter_config(adapter)
         base, folder, quant, self.kind = _base(adapter, config, model, base_quant, blocksize, self.device)
-        own = (adapter / "tokenizer_config.json").is_file()  # the adapter has a tokenizer with its own tokens
+        own = (adapter / "tokenizer_config.json").is_file()  # the adapter's folder may have its own tokenizer
         with raised_as(CliError, f"{adapter if own else folder}: no tokenizer (", Exception, after=")"):
             self.tokenizer = load_tokenizer(str(adapter if own else folder))
         self.no_base = _why_no_base(config, base)
@@ -135,7 +135,7 @@ class _Pair:
         self.room = None if room is None or encodes_decodes else room - virtual
 
     def answers(self, prompt: str) -> tuple[str, str]:
-        """Returns the base's answer, or the reason why there is none, and the adapted model's answer.
+        """Returns the base's answer, or the reason why the base can't answer, and the adapted model's answer.
 
         Raises CliError where the prompt is too long for the model.
         """
@@ -149,7 +149,7 @@ class _Pair:
     def _tokens(self, prompt: str) -> dict[str, Any]:
         tokenizer, kind = self.tokenizer, self.kind
         if kind in ("chat", "text") or getattr(tokenizer, "chat_template", None):
-            # A template is a program and may raise any exception.
+            # A chat template is a program and may raise any exception.
             with raised_as(CliError, "the tokenizer's chat template: ", Exception), _at_most(_SECONDS):
                 ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": prompt}], str(kind))])
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -164,7 +164,7 @@ class _Pair:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _answer(self, inputs: dict[str, Any]) -> str:
-        torch.manual_seed(self.seed)  # before each answer, so that equal models give equal answers
+        torch.manual_seed(self.seed)  # set before each answer, so that equal models give equal answers
         with raised_as(CliError, "generate, with the base's generation_config: ", *REFUSALS):
             return continued(self.model, self.tokenizer, inputs, self.max_new_tokens, has_prompt=self.is_prompt,
                              temperature=self.temperature)  # fmt: skip
@@ -172,9 +172,10 @@ class _Pair:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within the block after ``seconds``, in the main thread of a system with signals.
+    """Raises TimeoutError within the block after ``seconds``.
 
-    There is no limit where C code has installed a handler, which Python could not restore.
+    Sets no limit outside of the main thread, on a system without interval timers, and where C code has installed a
+    handler of SIGALRM, which Python could not restore.
     """
     ours = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGALRM) is None:
@@ -210,8 +211,10 @@ def _adapter_config(adapter: Path) -> Any:
 def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
 ) -> tuple[Any, Path, str, Optional[str]]:
-    """Returns the base with the quantization of the adapter's training, its folder, the quantization in words, and the
-    kind of the training data."""
+    """Returns the base, the base's folder, its quantization in words, and the kind of the adapter's training data.
+
+    ``quant`` and ``blocksize`` of None mean the quantization of the adapter's training.
+    """
     from ..sources.adapter import training_options
 
     trained = training_options(adapter)
@@ -231,7 +234,10 @@ def _base(
 
 
 def _why_no_base(config: Any, base: Any) -> Optional[str]:
-    """Returns why ``base`` will differ when the adapter, not yet added, is disabled; None where it will not."""
+    """Returns why the adapted model with its adapter disabled will differ from ``base``; None where it will not.
+
+    The adapter is not yet added to ``base``.
+    """
     from ..merge.dense import init_that_changes_base
 
     init, bias = init_that_changes_base(config), getattr(config, "bias", "none")
@@ -263,7 +269,7 @@ def _adapted(base: Any, adapter: Path) -> Any:
 
 
 def _printable(text: str) -> str:
-    """Returns a text with control characters replaced, which a terminal would obey."""
+    """Returns ``text`` with each unprintable character replaced, such as escape codes that a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -23,7 +23,7 @@ _ENVIRONMENT = (
 
 def doctor() -> int:
     """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
-    # The exit code is 1 where the native CPU library is missing.
+    # The exit code is 1 where the native CPU library can't be loaded.
     state = _native.STATE
     _section("versions")
     _row("peft_ext", __version__)

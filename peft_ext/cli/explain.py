@@ -1,8 +1,9 @@
 """``peft-ext explain``: fused layers, trainable parameters, file size and memory of an adapter on a model.
 
-The command reads configuration files alone, see :func:`peft_ext.run.plan.preview`; it reads and initializes no weight.
-It does not see the state of a live model (hooks, shards, offloading, autocast, a merged or disabled adapter), which
-:func:`peft_ext.explain` sees. Only ``--verify`` reads the weights, and runs a training step.
+Without ``--verify`` the command builds the model on the meta device from configuration files, and reads no weight; see
+:func:`peft_ext.run.plan.preview`. The command does not see the state of a live model (hooks, shards, offloading,
+autocast, a merged or disabled adapter); the function :func:`peft_ext.explain` does. With ``--verify`` the command also
+reads the weights, and runs a training step.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "lo
 
 @dataclass(frozen=True)
 class _Base:
-    """The base model on the meta device, with its dtype and quantization."""
+    """A base model on the meta device, with the dtype and the quantization that the base has in the preview."""
 
     name: str
     model: Any
@@ -130,7 +131,7 @@ def _adapter_folder(what: str) -> Optional[Path]:
     try:
         folder = Path(what).expanduser()
         return folder if (folder / "adapter_config.json").is_file() else None
-    except (OSError, RuntimeError):  # a name too long, or "~" with an unknown user
+    except (OSError, RuntimeError):  # the name is too long, or has "~" with an unknown user
         return None
 
 
@@ -138,7 +139,7 @@ def _check(
     adapter: Optional[Path], model: Optional[str], method: Optional[Sequence[str]], rank: Optional[int],
     quant: Optional[str], blocksize: Optional[int], dtype: str,
 ) -> list[str]:  # fmt: skip
-    """Checks the options and returns the methods without repetition. Raises CliError."""
+    """Checks the options and returns the methods without repetition. Raises CliError for a wrong option."""
     from ..merge import DTYPES
 
     chosen = list(dict.fromkeys(method or ["lora"]))
@@ -219,7 +220,7 @@ def _of_adapter(
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
-    """Returns the base's quantization, its block size, and both in words with their origin."""
+    """Returns the quantization and the block size of the base, and a text about both that says where they come from."""
     held = is_nf4(folder, config)
     dense_config(config)
     if held and quant == "none":
@@ -269,7 +270,7 @@ def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refu
 
 
 def _why_float32(step: dict[str, Any]) -> str:
-    """Returns why a run on this machine computes in float32; "" where it does not."""
+    """Returns why ``peft-ext finetune`` computes in float32 on this machine; "" where it computes in bfloat16."""
     return _cpu.why_float32() if step["device"] == "cpu" else ""
 
 

@@ -30,7 +30,7 @@ def finetune(
     **values: Any,
 ) -> int:
     """Train an adapter and check it. Without arguments: SmolLM2-135M, NF4, LoRA, Python's reference."""
-    # The exit code is 1 where the re-read adapter differs, 128 + n where signal n stopped it.
+    # The exit code is 1 where the last check of the saved adapter fails, and 128 + n where signal n stopped the run.
     flags = {name: value for name, value in values.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
     for name in _OFF:
         if flags.pop(f"no_{name}", False):
@@ -52,17 +52,17 @@ def finetune(
     return 0 if result.check is not None and result.check.ok else 1
 
 
-_OFF = ("stock", "gradient_checkpointing")  # flags with a hidden --no- form, which overrules the file
+_OFF = ("stock", "gradient_checkpointing")  # flags with a hidden --no- form, which overrules the --config file
 
 
 def _signature() -> inspect.Signature:
-    """Returns the signature of :func:`finetune` with a parameter for each field of Options, as typer reads it."""
+    """Returns a signature of :func:`finetune` for typer, with a parameter for each field of Options."""
     known = inspect.signature(finetune, eval_str=True)
     parameters = [p for p in known.parameters.values() if p.name != "values"]
     hints = get_type_hints(run.Options)
 
     def add(name: str, default: Any, kind: Any, **about: Any) -> None:
-        flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a name typer adds a --no- form
+        flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a flag's name typer adds a --no- form
         annotation = Annotated[kind, typer.Option(*flag, **about)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,
                                             annotation=annotation))  # fmt: skip
@@ -79,7 +79,7 @@ finetune.__signature__ = _signature()
 
 
 class _Screen(logging.Handler):
-    """Prints log lines on standard output, warnings and errors on standard error."""
+    """Prints log lines on standard output, and warnings and errors on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
@@ -93,7 +93,7 @@ class _Screen(logging.Handler):
 
 @contextlib.contextmanager
 def _shown_log() -> Iterator[None]:
-    """Prints the log of a run until the block ends."""
+    """Prints the lines of the logger ``peft_ext.run`` until the block ends."""
     log, handler = logging.getLogger("peft_ext.run"), _Screen()
     before = log.level, log.propagate
     log.addHandler(handler)

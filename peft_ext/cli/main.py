@@ -1,4 +1,4 @@
-"""Declares the commands: functions in modules of their names, which import Hugging Face's packages when called."""
+"""Declares the commands of ``peft-ext``. Each command is a function in the module of the same name."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ app = typer.Typer(
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Prints an error that the user can mend as one line, with exit code 2; 128 + n after signal n (Ctrl-C: 130)."""
+    """Ends the command with one printed line and an exit code where the block raises an error that the user can mend.
+
+    The exit code is 2; after signal n it is 128 + n, so that Ctrl-C gives 130.
+    """
     try:
         yield
     except (CliError, RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
-        number = getattr(stopped, "signal", signal.SIGINT)  # Interrupted has the number
+        number = getattr(stopped, "signal", signal.SIGINT)  # the exception Interrupted has the signal's number
         by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
         print(f"error: {by}", file=sys.stderr, flush=True)
         raise typer.Exit(128 + number) from None
@@ -59,11 +62,15 @@ def _common(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Parameter-efficient fine-tuning, fast and small."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of an unused kernel at import
+    # bitsandbytes warns at import where it can't load a kernel that peft_ext does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _register(name: str) -> None:
-    """Makes a command of the function ``name`` in the module ``name``. It returns an exit code, or None for 0."""
+    """Makes a command of the function ``name`` in the module ``name``.
+
+    The function returns the command's exit code, or None for 0.
+    """
 
     def declared() -> Callable[..., Optional[int]]:
         return getattr(importlib.import_module(f".{name}", __package__), name)
@@ -81,20 +88,23 @@ for _name in ("doctor", "finetune", "report", "merge", "recommend", "explain", "
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Runs the command line (default: ``sys.argv``) and returns the exit code. Wrong usage prints one line."""
+    """Runs the command line ``argv`` (None: the arguments in ``sys.argv``) and returns the exit code.
+
+    For wrong usage prints one line on standard error.
+    """
     command = typer.main.get_command(app)
     try:
         code = command.main(args=None if argv is None else list(argv), prog_name="peft-ext", standalone_mode=False)
     except Exception as error:
-        # An error of typer or of click, which depends on the version of typer.
+        # The error's class is typer's or click's, depending on the version of typer; it always has format_message.
         if not hasattr(error, "format_message"):
             raise
-        if message := error.format_message():  # "" where typer has shown the help
+        if message := error.format_message():  # the message is "" where typer has shown the help
             print(f"error: {message}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         drop_output()
-        return 1  # as rich and click do
+        return 1  # rich and click also end with 1 after a BrokenPipeError
     return int(code) if isinstance(code, int) else 0

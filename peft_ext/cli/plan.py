@@ -20,7 +20,7 @@ _KINDS = {
 
 
 def show_plan(plan: Plan) -> None:
-    """Prints the plan of a run."""
+    """Prints the plan of a run as tables on standard output."""
     print("dry run: no weight is read, nothing is written")
     screen = console()
     screen.print(_summary(plan))
@@ -93,7 +93,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
     run, o, adapter = plan.run, plan.run.options, plan.adapter
     if adapter.no_memory is not None:
         yield f"a step's memory could not be estimated: {adapter.no_memory}"
-    # The memory of this process is not free now, but will be before the run.
+    # The memory that this process uses now counts as free, because the process ends before the run begins.
     free = None if plan.free_bytes is None else plan.free_bytes + plan.held_bytes
     if free is not None and plan.needed_bytes > free:
         method = METHODS[o.method]

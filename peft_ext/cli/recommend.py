@@ -61,7 +61,10 @@ def recommend(
 
 
 def _in_options(text: str) -> str:
-    """Returns an error of ``recommend_peft_method`` with the command line's names: ``--memory 0: wanted ...``."""
+    """Returns the text of an error of ``recommend_peft_method``, with options in place of the arguments' names.
+
+    An example of the result is ``--memory 0: wanted ...``.
+    """
     text = text.partition(": ")[2] if text.startswith("recommend_peft_method: ") else text
     match = re.match(r"(\w+) is (.+?), (.*)", text)
     if match is None or match[1] not in _OPTIONS:

@@ -2,10 +2,14 @@
 
 The recommendation is the first method for the task and the data, in the first of these settings that fits the card:
 
-    16-bit weights  >  with checkpointing  >  NF4 weights  >  NF4 with checkpointing  >  that, one sequence at a time
+    1. dense weights
+    2. dense weights, with gradient checkpointing
+    3. NF4 weights
+    4. NF4 weights, with gradient checkpointing
+    5. NF4 weights, with gradient checkpointing and one sequence at a time
 
-:func:`peft_ext.estimate_memory` traces the training step to find what fits. It traces the given model, or a model of
-the given size with the proportions of Llama, BERT or T5.
+A setting fits where the memory of a traced training step does, see :func:`peft_ext.estimate_memory`. The traced model
+is the given model, or a model of the given size with the proportions of Llama, BERT or T5.
 """
 
 from .choice import PREFERENCES, recommend_peft_method

@@ -1,4 +1,4 @@
-"""``recommend_peft_method``: the checks of its arguments, and the names of tasks."""
+"""The function ``recommend_peft_method``, the checks of its arguments, and the names of tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .subjects import Given, Synthetic
 
 PREFERENCES = ("balanced", "quality")
 
-# Names of a task, by PEFT's name.
+# For each task type of PEFT, all names that a caller may give to the task.
 _TASKS = {
     "CAUSAL_LM": ("causal-lm", "generation", "text-generation", "language-modeling", "chat", "instruction",
                   "instruction-tuning", "completion", "code", "qa", "summarization", "translation"),
@@ -42,46 +42,50 @@ def recommend_peft_method(
     accelerated: bool = True,
     headroom: float = 0.1,
 ) -> Recommendation:
-    """Returns the method for the task and the data, in the first setting that fits the card.
+    """Returns the first method for the task and the data that fits the card, in the first setting that fits.
 
     The number of examples decides the method:
 
-    - fewer than 100: IA3, which was made for few examples and beats in-context learning (arXiv 2205.05638);
-    - fewer than 1,000: LoRA of rank 8;
-    - fewer than 50,000, or unknown: LoRA of rank 16 on all linear layers, which matches full fine-tuning (QLoRA, arXiv
-      2305.14314, section 4);
-    - more: rsLoRA of rank 64, since LoRA lacks capacity on large data (arXiv 2405.09673) and a larger rank learns no
-      more without rsLoRA's scale (arXiv 2312.03732);
-    - a small encoder that classifies, with 100 to 10,000 examples or an unknown number: BitFit, which competes there
-      with full fine-tuning (arXiv 2106.10199).
+    - For fewer than 100 examples: IA3, which was made for few examples and beats in-context learning (arXiv
+      2205.05638).
+    - For 100 to 999 examples: LoRA of rank 8.
+    - For 1,000 to 49,999 examples, or an unknown number: LoRA of rank 16 on all linear layers, which matches full
+      fine-tuning (QLoRA, arXiv 2305.14314, section 4).
+    - For 50,000 examples or more: rsLoRA of rank 64, since LoRA lacks capacity on large data (arXiv 2405.09673) and a
+      larger rank learns no more without rsLoRA's scale (arXiv 2312.03732).
+    - For an encoder with biases and fewer than a billion parameters that classifies, with 100 to 9,999 examples or an
+      unknown number: BitFit, which competes there with full fine-tuning (arXiv 2106.10199).
 
-    ``prefer="quality"`` takes DoRA instead of LoRA (arXiv 2402.09353), with rank 32 from 1,000 to 50,000 examples.
-    Prompt tuning competes only from 10 billion parameters on (arXiv 2104.08691). Prefix tuning suits generation (arXiv
-    2101.00190), AdaLoRA a tight budget of parameters (arXiv 2303.10512). Bottleneck adapters (arXiv 1902.00751) can't
-    be merged.
+    With ``prefer="quality"`` and at least 100 examples, or an unknown number, DoRA comes first (arXiv 2402.09353); its
+    rank is 32 where LoRA's rank would be 16. Prompt tuning competes only from 10 billion parameters on (arXiv
+    2104.08691). Prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters (arXiv
+    2303.10512). Bottleneck adapters (arXiv 1902.00751) can't be merged.
 
-    The memory decides the setting: 16-bit weights; then gradient checkpointing (arXiv 1604.06174); then NF4 with double
-    quantization, with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314); then both; then both with one sequence
-    at a time.
+    The memory decides the setting. The order of the settings is: dense weights; dense weights with gradient
+    checkpointing (arXiv 1604.06174); NF4 weights with double quantization, with which QLoRA matched 16-bit fine-tuning
+    (arXiv 2305.14314); NF4 weights with gradient checkpointing; and at last NF4 weights, gradient checkpointing and one
+    sequence at a time.
 
     Args:
-        model_size_b: billions of parameters; or a transformers configuration or model, which is traced.
+        model_size_b: billions of parameters; or a transformers configuration or model, whose training step is traced.
         gpu_memory_gb: memory of one card, in GiB.
-        task_type: PEFT's ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION") or
-            a common name ("generation", "chat", "qa", "summarization", "classification", "ner", ...), in any case.
-            "qa" and "summarization" generate text; "extractive-qa" marks spans.
+        task_type: PEFT's task type ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS",
+            "FEATURE_EXTRACTION") or a common name ("generation", "chat", "qa", "summarization", "classification",
+            "ner", ...), in any case. "qa" and "summarization" mean models that generate text; "extractive-qa" means
+            models that mark spans.
         num_examples: number of training examples; None: unknown.
-        batch_size, sequence_length: sequences of one forward, which may be lowered to 1, and tokens of a sequence.
-            Default: 1024 tokens, 512 for an encoder, at most the positions of a given model.
-        prefer: "balanced" or "quality", which allows a slower step.
+        batch_size: sequences of one forward. The recommendation may lower the number to 1.
+        sequence_length: tokens of a sequence. The default is 1024 tokens, or 512 for an encoder, but at most the number
+            of positions of a given model.
+        prefer: "balanced", or "quality", with which the method's step may be slower.
         dtype: dtype of weights that are not quantized.
         optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
         headroom: share of the card that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
 
-    Returns: a Recommendation of a method that fits. Where nothing fits, ``method`` is None and ``reasons`` say what
-    would fit.
+    Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` say which
+    card, sequence length or model size would fit.
 
-    Raises: TypeError or ValueError, whose message names the argument, its value and the wanted values.
+    Raises: TypeError or ValueError for a wrong argument; the message names the argument and the wanted values.
     """
     _check_arguments(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
     check_arguments(
@@ -113,7 +117,7 @@ def _check_arguments(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any
 
 
 def task_named(task_type: Any) -> str:
-    """Returns PEFT's name of a task. Raises ValueError for an unknown task."""
+    """Returns PEFT's task type for a task's name or task type. Raises ValueError for an unknown task."""
     name = str(getattr(task_type, "value", task_type)).strip().lower().replace("_", "-").replace(" ", "-")
     if name not in _BY_NAME:
         wanted = "; ".join(f"{task} ({', '.join(names[1:])})" for task, names in _TASKS.items())

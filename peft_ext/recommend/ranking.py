@@ -13,12 +13,12 @@ _BITFIT_EXAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method in the order.
+    """One method in the ranking of methods for a task, which :func:`ranked` returns best first.
 
     Attributes:
-        why_not: reason against the method, where another is chosen.
-        changes: fields of its configuration that differ from the method's defaults.
-        why: reason for the method, where it comes first.
+        why_not: the reason against the method, which is shown where another method is chosen.
+        changes: the fields of the method's configuration that differ from the method's defaults.
+        why: the reason for the method, which is shown where the method is the first of the ranking.
     """
 
     method: str
@@ -28,7 +28,7 @@ class Candidate:
 
 
 def ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[Candidate]:
-    """Returns the methods that the task allows, best first."""
+    """Returns the methods that the task allows, best first, and full fine-tuning at the end."""
     n = num_examples
     few, small, large = (n is not None and n < _FEW), (n is not None and n < _SMALL), (n is not None and n >= _LARGE)
     examples = "an unknown number of examples" if n is None else f"{n:,} examples"
@@ -113,5 +113,5 @@ def ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[Candi
 
 
 def _steps(num_examples: Optional[int]) -> int:
-    """Returns the steps of three epochs of batches of 16."""
+    """Returns the training steps of three epochs with batches of 16, at least 100; 1000 for an unknown number."""
     return 1000 if num_examples is None else max(100, 3 * num_examples // 16)

@@ -1,4 +1,4 @@
-"""The results of ``recommend_peft_method``."""
+"""The classes of the results of ``recommend_peft_method``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class Alternative:
     """A method that was not chosen.
 
     Attributes:
-        why_not: reason against the method.
-        memory: memory of its step in the recommended setting; None where the method can't run in this setting.
-        fits: whether its step fits the card.
+        why_not: the reason against the method.
+        memory: memory of a training step of the method in the recommended setting (full fine-tuning: without
+            quantization); None where the method can't run in the setting.
+        fits: whether a training step of the method fits the card in this setting.
     """
 
     method: str
@@ -30,17 +31,17 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The result of :func:`peft_ext.recommend_peft_method`. ``str`` of it is a text for people.
+    """The result of :func:`peft_ext.recommend_peft_method`. ``str`` of a Recommendation is a text for people.
 
     Attributes:
-        method: one of ``peft_ext.memory.METHODS``; None where nothing fits.
-        name: common name of the method, such as "LoRA", "QLoRA" or "IA3"; "nothing fits".
+        method: one of :data:`peft_ext.methods.METHODS`; None where no method fits.
+        name: common name of the method, such as "LoRA", "QLoRA" or "IA3"; "nothing fits" where no method fits.
         quantization: quantization of the weights: "nf4" or None.
-        gradient_checkpointing, batch_size, sequence_length: the step's setting.
-        config_class: full name of the configuration's class; "" where nothing fits.
+        gradient_checkpointing, batch_size, sequence_length: the setting of the training step.
+        config_class: full name of the configuration's class; "" where no method fits.
         config_kwargs: arguments of the configuration's class.
-        memory: memory of the training step; where nothing fits, of the method that needs the least.
-        gpu_memory_gb, headroom: memory of the card in GiB, and the share of it that stays free.
+        memory: memory of the training step; where no method fits, memory of the method that needs the least memory.
+        gpu_memory_gb, headroom: memory of the card in GiB, and the share of the card that stays free of tensors.
         reasons: reasons for the recommendation, as sentences.
         alternatives: the other methods, best first.
     """
@@ -65,7 +66,7 @@ class Recommendation:
         return self.method is not None
 
     def config(self) -> Any:
-        """Makes and returns the PEFT configuration. Raises RuntimeError where nothing fits."""
+        """Makes and returns the PEFT configuration of the method. Raises RuntimeError where no method fits."""
         if self.method is None:
             raise RuntimeError("Recommendation: nothing fits, so there is no configuration; see reasons")
         return make_config(self.config_class, self.config_kwargs)

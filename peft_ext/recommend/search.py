@@ -1,4 +1,4 @@
-"""The search for the first method of the order, in the first setting, that fits the card."""
+"""The search for the first method of the ranking that fits the card, and for the first setting in which it fits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
-# Common names of a method, over dense weights and over NF4.
+# For each method, its common names over dense weights and over NF4 weights.
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
-# Quantization and checkpointing, in the order of the search. Checkpointing costs a second forward, a third of the step,
-# and no accuracy. NF4 costs time to dequantize and sometimes accuracy.
+# Pairs of quantization and gradient checkpointing, in the order of the search. Checkpointing adds a second forward,
+# about a third of the step's time, and costs no accuracy. NF4 costs time to dequantize and sometimes accuracy.
 _SETTINGS = ((None, False), (None, True), ("nf4", False), ("nf4", True))
 
 
@@ -47,7 +47,8 @@ class Search:
         settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
         settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
         self.settings = settings
-        # The step's memory, or the error of PEFT or the model; None where a method is known not to work in a setting.
+        # For a method and a setting: the step's memory; the error of PEFT or the model; None for a method that can't
+        # work.
         self._known: dict[tuple[str, _Setting], Union[MemoryEstimate, Exception, None]] = {}
 
     def _has_room(self, memory: Optional[MemoryEstimate]) -> bool:
@@ -58,7 +59,7 @@ class Search:
         return path, fields | dict(candidate.changes) | self.subject.fields(candidate.method)
 
     def _memory(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
-        """Returns the memory of the step; None where the method does not work in this setting."""
+        """Returns the memory of a training step of the method; None where the method does not work in the setting."""
         key = (candidate.method, setting)
         if key not in self._known:
             try:
@@ -119,13 +120,13 @@ class Search:
         )  # fmt: skip
 
     def _outcome(self, candidate: Candidate, settings: Sequence[_Setting]) -> tuple[Optional[str], bool]:
-        """Returns the first error among the settings that were tried, and whether the method works in one of them."""
+        """Returns the first error among the tried settings, or None, and whether the method works in one of them."""
         found = [self._known.get((candidate.method, setting)) for setting in settings]
         error = next((first_line(one) for one in found if isinstance(one, Exception)), None)
         return error, any(isinstance(one, MemoryEstimate) for one in found)
 
     def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
-        """Returns why the method works in none of these settings; None where it works in one of them."""
+        """Returns why the method works in none of ``settings``; None where it works in one, or no setting failed."""
         error, works = self._outcome(candidate, settings)
         return None if error is None or works else f"it can't adapt this model ({error})"
 
@@ -136,7 +137,7 @@ class Search:
         for other in ranked:
             if other is chosen:
                 continue
-            # Full fine-tuning can't quantize its weights.
+            # Full fine-tuning trains the weights, which can't be quantized.
             at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
             name = NAMES[other.method][at.quantization is not None]
@@ -166,7 +167,10 @@ class Search:
         return reasons
 
     def _nothing(self, ranked: list[Candidate]) -> Recommendation:
-        """Returns the recommendation where nothing fits: the method that needs the least memory, and what would fit."""
+        """Returns the recommendation for a card that no method fits.
+
+        It has the memory of the method that needs the least, and says which card, length or model size would fit.
+        """
         setting = self.settings[-1]
         needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]
         needs = [(candidate, memory) for candidate, memory in needs if memory is not None]

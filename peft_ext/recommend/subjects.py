@@ -1,4 +1,4 @@
-"""The model of a recommendation: the user's own, or a model of a given size with the proportions of a family."""
+"""The model that a recommendation is for: the user's model, or a model of a given size with a family's proportions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LARGEST_B = 1_000_000
 
 
 def parameters_text(size_b: float) -> str:
-    """Returns a number of parameters, given in billions, in words: "7 billion parameters"."""
+    """Returns a number of parameters, given in billions, as text, such as "7 billion parameters"."""
     units = ((1.0, "billion"), (1e3, "million"), (1e6, "thousand"))
     size, unit = next(((size_b * n, unit) for n, unit in units if size_b * n >= 1), (size_b * 1e6, "thousand"))
     return f"{size:.0f} {unit} parameters" if size >= 10 else f"{size:.2g} {unit} parameters"
 
 
 class Given:
-    """A model or configuration that the user gave."""
+    """A model or a transformers configuration that the user gave."""
 
     def __init__(self, model: Any, task: str, sequence_length: Optional[int]) -> None:
         import transformers
@@ -62,11 +62,14 @@ class Given:
 
 
 class Synthetic:
-    """A model of a given size with the proportions of Llama, of BERT (a small one that classifies), or of T5.
+    """A model of a given size with the proportions of BERT, of T5 or of Llama.
 
-    The width h grows with the number of layers L: h = 128 L from a billion parameters on and h = 64 L below (Llama 7B
-    to 405B: 102 to 130; GPT-2, BERT: 64); T5: h = 85 L. The width of the feed-forward layers makes up for rounding. The
-    memory of a step grows linearly with L, so steps of two and of three layers are traced.
+    Models below a billion parameters for classification or features are like BERT, models for "SEQ_2_SEQ_LM" like T5,
+    all other models like Llama. The width h grows with the number of layers L. In models like Llama h = 128 L from a
+    billion parameters on (Llama 7B to 405B have 102 L to 130 L), and h = 64 L below (like GPT-2). In models like BERT
+    h = 64 L, in models like T5 h = 85 L. The width of the feed-forward layers is chosen so that the size is met despite
+    the rounding of L and h. The memory of a step grows linearly with L, so that for more than three layers the steps of
+    models with two and with three layers are traced.
     """
 
     def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:
@@ -92,7 +95,10 @@ class Synthetic:
 
 
 def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
-    """Solves ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L`` for layers L and heads in steps."""
+    """Solves ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L``; returns layers and heads.
+
+    The number of heads is a multiple of ``step``, and ``h = heads · head``.
+    """
     low, high = 0.5, 1e3
     for _ in range(60):
         layers = (low + high) / 2
@@ -104,18 +110,18 @@ def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, em
 
 
 def _family(size: float, task: str, positions: int, is_encoder: bool) -> tuple[int, Callable[[int], Any]]:
-    """Returns the number of layers of a model of ``size`` parameters, and a function from layers to configurations."""
+    """Returns the layers of a model of ``size`` parameters, and a function from numbers of layers to configurations."""
     import transformers as hf
 
     small, tied = size < 1e9, size < 4e9
 
     def shaped(per_layer: float, ratio: float, head: int, step: int, vocab: int, times: int = 1) -> tuple[int, ...]:
-        # A very small model gets a small vocabulary, since embeddings would be all of its parameters.
+        # A very small model gets a small vocabulary: nearly all of its parameters would otherwise be embeddings.
         vocab = max(256, min(vocab, int(size / 640)))
         return vocab, *_shape(size, per_layer, ratio, head, step, vocab * times), vocab * times
 
     def wide(others: float, per_width: float) -> int:
-        """Returns the width of the feed-forward layers that makes up the size."""
+        """Returns the width of the feed-forward layers with which the model has about ``size`` parameters."""
         return max(64, round((size - others) / (layers * per_width) / 64) * 64)
 
     if is_encoder:

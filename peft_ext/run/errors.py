@@ -18,12 +18,12 @@ from ..sources.json_file import first_line
 class RunError(Exception):
     """An error that the user can mend: one line about the options, the data, the model or the machine.
 
-    The line names options as the command line does: ``--block-size``.
+    The line names options like the command line, for example ``--block-size``.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run at once: a second signal, or a signal outside of training. ``signal``: the number."""
+    """A second signal, or a signal outside of training, ended the run at once. ``signal`` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def need(what: str, *packages: str) -> None:
-    """Raises RunError where a package that ``what`` needs is missing."""
+    """Raises RunError where one of ``packages``, which the command or option ``what`` needs, is not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise RunError(f"{what} needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
 
@@ -39,7 +39,8 @@ def need(what: str, *packages: str) -> None:
 def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
     """Returns the UTF-8 text of a file, without a byte order mark.
 
-    Raises RunError, which begins with ``about`` and the path, also where the text has more than ``most`` characters.
+    Raises RunError where the file can't be read, is not UTF-8, or has more than ``most`` characters. The message begins
+    with ``about`` and the path.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -53,13 +54,13 @@ def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
     return text
 
 
-# Errors of transformers, tokenizers and PEFT for unusable files and configurations.
+# The classes of errors that transformers, tokenizers and PEFT raise for unusable files and configurations.
 REFUSALS = (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError, ArithmeticError)
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in the errors of PyTorch and of this package
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of error messages of PyTorch and of peft_ext
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Returns whether ``error``, or an error that caused it, is a failed allocation of Python or PyTorch."""
+    """Returns whether ``error``, or an error that caused ``error``, is a failed allocation of Python or PyTorch."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"MemoryError", "OutOfMemoryError"} or any(text in str(error) for text in _NO_MEMORY):
         return True
@@ -69,11 +70,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
-    """Raises RunError in place of an OSError and of the errors of a full disk or a full memory.
+    """Raises RunError where the block raises an OSError, or the error of a full disk or a full memory.
+
+    A BrokenPipeError stays as it is.
 
     Args:
         output: the folder that the run writes to.
-        hint: returns the end of the message: how the run can be continued.
+        hint: a function that returns the end of the message, which says how to continue the run.
     """
     from safetensors import SafetensorError
 
@@ -99,12 +102,12 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
 
 @dataclass
 class Stop:
-    """What signals have asked for.
+    """The requests that signals have made to a run.
 
     Attributes:
-        signal: the number of the signal that is to end the run; 0: none.
-        save: a checkpoint is wanted after the current step.
-        training: the Trainer runs, so that a signal ends the run after the current step.
+        signal: the number of the signal that asked the run to end; 0 where no signal did.
+        save: whether a signal asked for a checkpoint after the current step.
+        training: whether the Trainer runs, so that a first signal ends the run only after the current step.
     """
 
     signal: int = 0
@@ -114,9 +117,9 @@ class Stop:
 
 @contextlib.contextmanager
 def caught_signals(stop: Stop) -> Iterator[None]:
-    """Handles the signals that :func:`peft_ext.run.finetune` lists, in the main thread only, until the block ends.
+    """Handles the signals that :func:`peft_ext.run.finetune` lists, until the block ends.
 
-    Raises Interrupted where a signal ends the block at once.
+    Does nothing outside of the main thread. Raises Interrupted where a signal ends the block at once.
     """
 
     def end(number: int, frame: Any) -> None:
@@ -124,7 +127,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        with contextlib.suppress(OSError):  # the terminal hung up
+        with contextlib.suppress(OSError):  # the terminal of standard error is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,
                   flush=True)  # fmt: skip
 
@@ -140,7 +143,8 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         for name, handler in handlers.items():
             number = getattr(signal, name, None)
             ignored = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
-            # None: the system lacks the signal, or has a handler of C code, which Python could not restore.
+            # number is None where the system lacks the signal. getsignal gives None for a handler of C code, which
+            # Python could not restore.
             if number is not None and signal.getsignal(number) is not None and not ignored:
                 before[number] = signal.signal(number, handler)
         yield

@@ -17,20 +17,20 @@ from .prepare import Run
 from .progress import bar, status
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
-HELD_OUT_POINTS = 4  # evaluations during training, in addition to those before and after training
-HELD_OUT_SHARE = 1 / 4  # most tokens of all evaluations during training, as a share of the tokens trained on
-SAMPLES = 3  # held-out prompts that the model answers in addition to the user's prompt
-REREAD = 2  # held-out examples on which logits of the re-read adapter are compared
-CHUNK = 64  # tokens whose logits are converted to float32 at a time
+HELD_OUT_POINTS = 4  # number of evaluations during training, without the evaluations before and after training
+HELD_OUT_SHARE = 1 / 4  # tokens of all evaluations during training, as a share of the tokens trained on
+SAMPLES = 3  # most held-out prompts that the model answers in addition to the user's prompt
+REREAD = 2  # number of held-out examples for which the logits of the re-read adapter are compared
+CHUNK = 64  # number of tokens whose logits are converted to float32 at a time
 
-Losses = list[tuple[float, int]]  # for each example: the sum of its tokens' losses, and the number of these tokens
+Losses = list[tuple[float, int]]  # for each example: sum of the losses of its labels, number of labels
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def collate(run: Run, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Returns a batch of examples on the run's device."""
+    """Returns the examples as one padded batch of tensors on the run's device."""
     from transformers import DataCollatorForSeq2Seq
 
     batch = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)([dict(e) for e in examples])
@@ -38,14 +38,14 @@ def collate(run: Run, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the logits of the batch's tokens, without those of the virtual tokens that prompt methods put first."""
+    """Returns the logits of the batch's tokens, without the logits of the virtual tokens that prompt methods add."""
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits[:, -batch["input_ids"].shape[1] :]
 
 
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
-    """Returns the losses of each held-out example, or of the examples with the ``chosen`` indices."""
+    """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``."""
     model.eval()
     examples, sums = run.examples.held_out, []
     for index in bar(range(len(examples)), "held-out loss", "example") if chosen is None else chosen:
@@ -59,19 +59,20 @@ def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None
 
 
 def mean_loss(losses: Losses) -> float:
-    """Returns the mean loss over the tokens of all examples."""
+    """Returns the mean loss over all tokens that have a label."""
     return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 def perplexity(losses: Losses) -> float:
-    """Returns ``exp`` of the mean loss over the tokens of all examples."""
+    """Returns ``exp`` of the mean loss over all tokens that have a label; at most ``exp(700)``."""
     return math.exp(min(mean_loss(losses), 700.0))
 
 
 def curve_examples(run: Run) -> list[int]:
     """Returns the indices of the held-out examples on which each point of the held-out curve is computed.
 
-    The examples are evenly spread, and as many as HELD_OUT_SHARE allows. A resumed run uses the number in its history.
+    The indices are evenly spread. Their number is as large as HELD_OUT_SHARE allows, but at least 4 (or all examples).
+    A resumed run uses the number of examples in its checkpoint's history.
     """
 
     def tokens(examples: list[Any]) -> float:
@@ -90,7 +91,7 @@ def curve_examples(run: Run) -> list[int]:
 
 
 def sample_prompts(run: Run) -> list[dict[str, Any]]:
-    """Returns the prompts to answer: the user's, then held-out prompts with the answers in the data."""
+    """Returns the prompts to answer: the user's or a default prompt, then held-out prompts with the data's answers."""
     prompt = run.options.prompt
     if prompt is None:
         prompt = DEMO_PROMPT if run.corpus.where == PYTHON_DOCS else run.corpus.sample_prompt()
@@ -131,18 +132,18 @@ def continued(
 ) -> str:
     """Returns the text of up to ``count`` tokens that the model generates after the inputs.
 
-    Each token is the likeliest, or is sampled where ``temperature`` is not 0. ``has_prompt``: the method is a prompt
-    method, for which :func:`greedy` replaces ``generate``.
+    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. ``has_prompt`` says that the
+    adapter is of a prompt method; :func:`greedy` then replaces the model's ``generate``.
     """
     from peft.helpers import DoraCaching
 
     ids = inputs["input_ids"]
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with torch.no_grad(), DoraCaching():  # the weights stay the same during an answer, so DoRA needs its norm once
+    with torch.no_grad(), DoraCaching():  # weights do not change during an answer, so DoRA's norms are cached
         if has_prompt:
             out = greedy(model, ids, count, temperature)
         else:
-            out = model.generate(  # the generation_config of a stranger could ask for a million beams
+            out = model.generate(  # num_beams and more are set, because a model's generation_config may be hostile
                 **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
                 pad_token_id=tokenizer.pad_token_id, **(draws if temperature else {"do_sample": False}),
             )  # fmt: skip
@@ -153,8 +154,8 @@ def continued(
 def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> Any:
     """Returns ``input_ids [1, T]`` followed by up to ``count`` generated tokens, computed without a cache.
 
-    Each token is the likeliest, or is sampled where ``temperature`` is not 0. PEFT's prompt methods need this function:
-    their ``generate`` loses the virtual tokens with transformers 5.
+    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. The function replaces ``generate``
+    for PEFT's prompt methods, because ``generate`` loses the virtual tokens with transformers 5.
     """
     stop = model.generation_config.eos_token_id
     stop = stop if isinstance(stop, list) else [stop]
@@ -175,15 +176,15 @@ def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> 
 
 @dataclass(frozen=True)
 class Check:
-    """The greatest differences between logits on two held-out examples.
+    """The largest absolute differences between logits, computed for at most two held-out examples.
 
     Attributes:
         max_difference: difference between the trained model on its stock path and the saved adapter read by stock PEFT.
-        bound: difference that rounding may cause: four units in the last place of the largest logit.
+        bound: the difference that rounding may cause: 4 eps of the computation's dtype, times the largest logit.
         ok: whether ``max_difference`` is at most ``bound``.
-        largest: largest absolute logit.
+        largest: largest absolute logit of the trained model.
         accelerated_difference: difference between the fused and the stock path of the trained model; None in a stock
-            run.
+            run, and for a model with experts over NF4.
     """
 
     max_difference: float
@@ -194,10 +195,10 @@ class Check:
 
 
 def reread(run: Run, model: Any, fresh_base: Any) -> Check:
-    """Compares the trained model with ``fresh_base()`` that has the saved adapter, both on PEFT's stock path.
+    """Compares the logits of the trained model with those of ``fresh_base()`` with the saved adapter.
 
-    The trained model stays unaccelerated. A model with experts over NF4 is compared accelerated: PEFT itself can't
-    adapt these experts.
+    Both models run PEFT's own code, and the trained model stays unaccelerated. Models with experts over NF4 are
+    compared accelerated, because PEFT itself can't adapt these experts.
     """
     from peft import PeftConfig, PeftModel
 
@@ -205,7 +206,7 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     from ..nn import NF4Experts
 
     batch = collate(run, run.examples.held_out[:REREAD])
-    keep = batch["attention_mask"].bool()  # logits at padding have no meaning
+    keep = batch["attention_mask"].bool()  # logits of padding tokens have no meaning
     model.eval()
     accelerated, stays = None, any(isinstance(module, NF4Experts) for module in model.modules())
     if not run.options.stock and not stays:

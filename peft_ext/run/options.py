@@ -1,4 +1,4 @@
-"""The options of a run, and the checks that need nothing but the options."""
+"""The options of a run, and the checks of the options that need neither data nor model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")
 QUANTIZATIONS = ("nf4", "none")
-_MOST = 2**31 - 1  # largest value of a count
+_MOST = 2**31 - 1  # largest value of an option that is a count
 
 
 def _option(default: Any, text: str, panel: Optional[str] = None, least: Optional[int] = None) -> Any:
-    """Returns a field: its default, its help on the command line, the panel of the help, and the least of a count."""
+    """Returns a dataclass field for an option.
+
+    ``text`` is the option's help on the command line, ``panel`` the panel of the help that lists the option, and
+    ``least`` the smallest value of a count.
+    """
     return dataclasses.field(default=default, metadata={"help": text, "panel": panel, "least": least})
 
 
@@ -76,11 +80,14 @@ class Options:
 
     @property
     def learning_rate(self) -> float:
-        """Largest learning rate of the run."""
+        """The largest learning rate of the run: ``lr``, or the method's default where ``lr`` is None."""
         return METHODS[self.method].learning_rate if self.lr is None else self.lr
 
     def resolved(self) -> Options:
-        """Returns the options with the method's quantization as default, and with converted paths and lists."""
+        """Returns the options with the method's quantization where ``quant`` is None, and with converted types.
+
+        ``output`` becomes a Path, ``model`` and ``data`` become texts, and lists of names become texts with commas.
+        """
         quant = METHODS[self.method].quant if self.quant is None else self.quant
         lists: dict[str, Any] = {name: ",".join(value) for name in LISTS
                                  if isinstance(value := getattr(self, name), (list, tuple))}  # fmt: skip
@@ -88,13 +95,13 @@ class Options:
                                    data=str(self.data), **lists)  # fmt: skip
 
     def changed(self) -> list[str]:
-        """Returns the names of the options whose values are not the defaults."""
+        """Returns the names of the options whose values differ from the defaults of the method."""
         defaults = Options(method=self.method).resolved()
         names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(defaults, f.name)]
         return names if self.method == Options.method else ["method", *names]
 
 
-# Options that a resumed run may change, and options that it may not change.
+# _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: all other options.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "save_steps", "gradient_checkpointing", "threads", "resume",
                    "overwrite", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
@@ -103,13 +110,14 @@ Options.__doc__ = f"{Options.__doc__}\n    Attributes:\n" + "".join(
     f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(Options)
 )
 
-LISTS = ("target_modules", "target_parameters")  # names separated by commas, or a list of names
+LISTS = ("target_modules", "target_parameters")  # options that take names separated by commas, or a list of names
 
-# Types that an option accepts, by its annotation. An option in LISTS also accepts a list of texts.
+# The Python types of values that an option accepts, by the option's annotation. An option in LISTS also accepts a list
+# of texts.
 _TYPES = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": (str, Path), "Path": (str, Path)}
 
 
-# By option: whether a value is in its range, and the range in words.
+# For each option with a range: a function that tells whether a value is in the range, and the range in words.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dropout": (lambda p: 0 <= p < 1, "0 <= p < 1"),
     "eval_fraction": (lambda part: 0 < part < 1, "more than 0 and less than 1"),
@@ -134,7 +142,7 @@ def _check_types(o: Options) -> None:
 
 
 def check_options(o: Options) -> None:
-    """Raises RunError for a value out of its range, and for options that exclude each other."""
+    """Raises RunError for a value of a wrong type or out of its range, and for options that exclude each other."""
     _check_types(o)
     if o.prompt is not None and not o.prompt.strip():
         raise RunError("--prompt: it is empty")

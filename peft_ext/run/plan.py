@@ -1,8 +1,8 @@
 """A dry run: the model, data, memory, steps and files of a run, without weights and without writing a file.
 
-The dry run uses the checks, the tokenizer, the examples and the steps of the run, and builds the model on the meta
-device. Each parameter is then replaced by one element that is expanded to the parameter's shape. The checks of the
-fused layers, which read shapes, dtypes and types, treat the result as a model in memory. Times are not estimated.
+The dry run makes the run's checks, tokenizes the data, counts the steps, and builds the model on the meta device. Each
+parameter is then replaced by a tensor of one element that is expanded to the parameter's shape. The checks of fused
+layers read shapes, dtypes and types only, so these tensors pass like real weights. The dry run estimates no times.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Preview:
     """An adapter on a model, predicted from configurations alone.
 
     Attributes:
-        rows: the rows that :func:`peft_ext.explain` returns for the live model.
+        rows: the predicted rows of :func:`peft_ext.explain`, one for each layer.
         trainable: number of trainable parameters.
-        adapter_bytes: bytes of the adapter's tensors, which is about the size of its file.
-        memory: estimate of a training step's memory; None where ``no_memory`` is the reason.
-        no_memory: the reason why the memory could not be estimated; None where it was.
+        adapter_bytes: bytes of the adapter's tensors, about the size of adapter_model.safetensors.
+        memory: estimate of a training step's memory; None where the memory could not be estimated.
+        no_memory: the reason why the memory could not be estimated; None where ``memory`` is the estimate.
     """
 
     rows: list[Any]
@@ -54,17 +54,17 @@ class Plan:
     Attributes:
         run: the prepared run.
         model_class, parameters: class name and number of parameters of the base.
-        adapter: the adapter, and the memory of a step whose examples have ``longest`` tokens.
-        load_bytes: bytes of the dense weights, which are all in memory before quantization.
-        check_bytes: least bytes during the last check, which loads the base a second time: the dense weights and, where
-            the step could be estimated, the trained model.
+        adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
+        load_bytes: bytes of the dense bfloat16 weights, which are all in memory before quantization.
+        check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the dense
+            weights and, where a step's memory could be estimated, the trained model.
         held_bytes: bytes that this process uses now; 0 on a GPU.
         machine_bytes, free_bytes: total and free memory of the device; None where the system does not report them.
         train_tokens, held_out_tokens: tokens of the examples, without padding.
         longest: tokens of the longest training example.
         steps: steps of the whole run.
         done: steps of the checkpoint to resume from; 0 for a new run.
-        step_tokens: mean tokens of a step, without padding.
+        step_tokens: mean number of tokens of a step, without padding.
     """
 
     run: Run
@@ -85,13 +85,15 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """Largest of the bytes needed for loading, for training and for the last check."""
+        """Largest of the bytes for loading, for a training step and for the last check, plus ``held_bytes``."""
         step = self.adapter.memory.total if self.adapter.memory is not None else 0
         return max(self.load_bytes, step, self.check_bytes) + self.held_bytes
 
 
 def dry_run(options: Options) -> Plan:
-    """Makes all checks of a run and returns its plan. Raises RunError where the run would raise it.
+    """Makes the checks of a run that need no weights, and returns the plan of the run.
+
+    Raises RunError where one of these checks fails.
 
     ::
 
@@ -127,7 +129,7 @@ def make_plan(run: Run) -> Plan:
         adapter = dataclasses.replace(adapter, rows=rows)
     total, free, held = memory_of(run.device)
     load = sum(p.nbytes for p in base.parameters())
-    # A dense base is converted to the run's dtype after loading; a quantized base is not.
+    # A dense base is converted to the run's dtype after loading. A base that is quantized later is loaded in bfloat16.
     again = load if o.quant == "nf4" else load * run.dtype.itemsize // torch.bfloat16.itemsize
     memory = adapter.memory
     trained = 0 if memory is None else memory.weights + memory.quantization + memory.adapters
@@ -148,10 +150,11 @@ def preview(
     """Returns the preview of the adapter of a PEFT configuration on ``base``, a model on the meta device.
 
     Args:
-        dtype, quant, blocksize: dtype and quantization of the base.
+        dtype, quant, blocksize: dtype of the base, "nf4" or another value for a dense base, and NF4's block size.
         device: device of the run.
-        batch_size, sequence_length, gradient_checkpointing, padding: the step whose memory is estimated.
-        stock: whether all layers are PEFT's own, none fused.
+        batch_size, sequence_length, gradient_checkpointing, padding: the training step whose memory is estimated, with
+            arguments of :func:`peft_ext.estimate_memory`.
+        stock: whether all layers are PEFT's own layers, and none is fused.
 
     Raises the errors of PEFT for a configuration that does not fit the model.
     """
@@ -177,13 +180,16 @@ def preview(
             quantization="nf4" if quant == "nf4" else None, blocksize=blocksize, accelerated=not stock,
             gradient_checkpointing=gradient_checkpointing, padding=padding,
         )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # a forward that can't be traced
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # the model's forward can't be traced
         why = first_line(error).removeprefix("estimate_memory: ")
     return Preview(rows, trainable, size, memory, why)
 
 
 def _saved_tensors(model: Any) -> list[Any]:
-    """Returns the tensors that PEFT would save. Of a prompt method it is the prompt, which PEFT can't read on meta."""
+    """Returns the tensors that PEFT would save.
+
+    For a prompt method returns the prompt encoder's embedding, since PEFT can't compute the prompt on the meta device.
+    """
     from peft.utils import get_peft_model_state_dict
 
     if model.active_peft_config.is_prompt_learning:

@@ -1,6 +1,6 @@
-"""The part of a run before it loads weights: checks, data, tokenizer, configuration, the number of steps.
+"""The preparation of a run, without the weights: checks, data, tokenizer, configuration, number of steps.
 
-The functions here refuse everything that can be refused before a weight is loaded.
+Errors in options, data, tokenizer and configurations are raised here, before the run loads weights.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from .progress import log, quiet, status
 
 @dataclass
 class Run:
-    """A checked run, whose weights are not loaded yet.
+    """A run that has passed the checks, and whose weights are not loaded yet.
 
     Attributes:
         options: resolved options.
-        corpus, examples: the data as records, and tokenized.
+        corpus, examples: the data as records, and the tokenized data.
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: device and dtype of the computation.
-        why_dtype: the reason for the dtype; "" where it is the default, bfloat16.
-        folder: folder of the model.
-        packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked.
+        why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
+        folder: folder or hub name of the model.
+        packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked; else
+            {}.
         config, tokenizer: configuration and tokenizer of the model.
         parameters, trainable: number of the base's parameters, and of the adapter's trainable parameters.
         steps: number of steps of the whole run.
-        seconds: seconds by phase.
-        stop: requests of signals.
+        seconds: seconds that each phase took, by the phase's name.
+        stop: the requests that signals have made.
     """
 
     options: Options
@@ -73,18 +74,18 @@ class Run:
 
     @property
     def room_of_prompts(self) -> float:
-        """Most tokens of a prompt and its answer, without virtual tokens."""
+        """Most tokens that a prompt and its answer may have together; virtual tokens are subtracted from ``room``."""
         return self.room - (self.options.virtual_tokens if self.is_prompt_method else 0)
 
     @property
     def room(self) -> float:
-        """Most tokens that the model takes; infinity where it has no limit."""
+        """Most tokens that the model takes; infinity where the configuration has no limit."""
         room = getattr(self.config, "max_position_embeddings", None)
-        return room if isinstance(room, int) and room > 0 else math.inf  # XLNet has -1
+        return room if isinstance(room, int) and room > 0 else math.inf  # XLNet's max_position_embeddings is -1
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds of the block to the seconds of a phase."""
+        """Adds the seconds that the block takes to the seconds of the phase ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -93,9 +94,10 @@ class Run:
 
 
 def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: bool = True) -> Run:
-    """Makes all checks and returns the run. Without ``reads_weights`` the default model is not unpacked.
+    """Makes the checks that need no weights, and returns the run. Raises RunError where a check fails.
 
-    Sets the number of threads and turns off the libraries' remarks. Raises RunError where a check fails.
+    Sets the number of threads in this process, and turns off progress bars and some warnings of transformers, PEFT,
+    accelerate and bitsandbytes. Without ``reads_weights`` the default model is not unpacked.
     """
     check_options(options)
     options = options.resolved()
@@ -137,7 +139,10 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
 
 
 def needs_bitsandbytes(o: Options) -> bool:
-    """Returns whether NF4 layers must be bitsandbytes' own: PEFT's DoRA can dequantize no other NF4 layer."""
+    """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA.
+
+    The DoRA of PEFT can dequantize no other NF4 layer.
+    """
     return o.quant == "nf4" and (o.stock or o.method == "dora")
 
 
@@ -157,7 +162,7 @@ def _check_packages(o: Options) -> None:
 
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
-    """Returns the dtype of activations and dense weights, and the reason; "" where it is the default, bfloat16."""
+    """Returns the dtype of activations and dense weights, and the reason for it; "" for the default, bfloat16."""
     if o.dtype != "auto":
         return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
     why = _cpu.why_float32() if device.type == "cpu" else ""
@@ -175,7 +180,10 @@ def _model_folder(run: Run) -> str:
 
 
 def _packed_folder(run: Run) -> str:
-    """Returns the model's folder for a dry run: the package's folder where the default model is not unpacked."""
+    """Returns the model's folder for a dry run.
+
+    Where the default model is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
+    """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
         return _model_folder(run)
     run.packed = {"gguf_file": gguf.name}
@@ -222,7 +230,10 @@ def _count_steps(o: Options, examples: int) -> int:
 
 
 def _count_parameters(run: Run) -> tuple[int, int]:
-    """Returns the numbers of parameters of model and adapter. Raises RunError where PEFT refuses the adapter."""
+    """Returns the number of parameters of the base, and the number of trainable parameters of the adapter.
+
+    Raises RunError where transformers refuses the model's configuration, or PEFT the adapter's.
+    """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -237,12 +248,12 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # as accelerate does: AdaLoRA stores its number of ranks as a parameter
+            freeze_ranknum(model)  # accelerate() freezes ranknum too: AdaLoRA's number of ranks, a parameter
     return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:
-    """Returns the configuration's fields for the experts of a mixture; {} where it has none."""
+    """Returns the fields of the PEFT configuration for the experts of a mixture; {} without experts to adapt."""
     from ..nn.experts import adapter_fields
 
     if o.target_parameters is None and targets is not None:
@@ -263,7 +274,7 @@ def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:
 
 
 def adapter_config(run: Run, model: Any) -> Any:
-    """Returns the options' PEFT configuration for ``model``, which may be on the meta device."""
+    """Returns the PEFT configuration of the run's options for ``model``, which may be on the meta device."""
     o = run.options
     config_class, fields = method_config(o.method, "CAUSAL_LM")
     targets: Any = o.target_modules
@@ -276,7 +287,7 @@ def adapter_config(run: Run, model: Any) -> Any:
     fields |= _experts_fields(o, model, targets)
     match o.method:
         case "adalora":
-            # The budget shrinks from 1.5 times the rank to the rank between a tenth and two thirds of the run.
+            # A layer's mean rank shrinks from 1.5 times --rank to --rank between a tenth and two thirds of the run.
             fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
         case "lora" | "rslora" | "qlora" | "dora":

@@ -1,7 +1,7 @@
 """The progress of a run: lines of :mod:`logging`, and bars and status lines on a terminal.
 
-The logger ``peft_ext.run`` gets a line for each event of a run, and a warning where the user should act. The lines are
-printed only where a program asks for them, as the command line does::
+The logger ``peft_ext.run`` gets a line for each event of a run, and a warning where the user should act. A program that
+wants to print the lines configures logging, for example::
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("peft_ext.run").setLevel("INFO")
@@ -23,9 +23,9 @@ log = logging.getLogger("peft_ext.run")
 
 
 def quiet() -> None:
-    """Turns off the libraries' bars for loading a small model, and their remarks about deliberate choices."""
+    """Turns off transformers' progress bars, and log messages and warnings of the libraries that need no action."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
-    # PEFT passes prefixes in this argument.
+    # PEFT passes the prefixes of prefix tuning in the argument past_key_values.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     for name in ("bitsandbytes", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -36,7 +36,7 @@ def quiet() -> None:
 
 
 def status(text: str) -> AbstractContextManager[Any]:
-    """Returns a context that shows ``text`` with a spinner, on a terminal alone."""
+    """Returns a context manager that shows ``text`` with a spinner, where standard error is a terminal."""
     if not sys.stderr.isatty():
         return contextlib.nullcontext()
     from rich.console import Console
@@ -47,13 +47,15 @@ def status(text: str) -> AbstractContextManager[Any]:
 def bar(
     items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str] = lambda item: ""
 ) -> Iterator[_Item]:
-    """Yields ``items`` and shows a bar on a terminal alone; ``each`` names the current item, after ``text``.
+    """Yields ``items``, and shows a bar where standard error is a terminal.
 
-    tqdm draws between items: no thread beside them takes time from the timed work.
+    The bar shows ``text`` and the name that ``each`` returns for the current item. tqdm draws the bar between two
+    items, in the thread of the items. Beside this thread only tqdm's monitor thread runs, which wakes every ten
+    seconds.
     """
     from tqdm import tqdm
 
-    # The context clears the bar where the loop ends early.
+    # The context manager clears the bar also where the consumer's loop ends early.
     with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True, disable=None) as shown:
         for item in items:
             if name := each(item):
@@ -63,7 +65,7 @@ def bar(
 
 
 def progress_callback(steps: int) -> Any:
-    """Returns a callback of the Trainer: a bar on a terminal, else about 20 log lines."""
+    """Returns a Trainer callback: it shows a bar where standard error is a terminal, else writes about 20 log lines."""
     from transformers import ProgressCallback, TrainerCallback
 
     every = max(1, steps // 20)

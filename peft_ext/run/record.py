@@ -1,4 +1,4 @@
-"""The measurements of a run: run.json, from which the report is drawn, and the Trainer's history."""
+"""The record of a run's measurements: the Trainer's history, and run.json, from which the report is drawn."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Record:
     """The results of a run up to now.
 
     Attributes:
-        results: entries of run.json, by name.
+        results: entries of run.json, by name, that the run has added up to now.
         history: the Trainer's log history, with the entries that :func:`recording_callback` adds.
-        meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training.
-        curve: indices of the held-out examples that the held-out curve is computed on.
-        no_report: the reason why the last report could not be drawn; None where it was drawn.
+        meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training; None before training.
+        curve: indices of the held-out examples on which the held-out curve is computed.
+        no_report: the reason why the last report could not be drawn; None where the report was drawn.
     """
 
     run: Run
@@ -44,7 +44,7 @@ class Record:
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def document(self) -> dict[str, Any]:
-        """Returns the content of run.json."""
+        """Returns the content of run.json as a dictionary."""
         run, o = self.run, self.run.options
         return {
             "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(o).items()},
@@ -70,7 +70,7 @@ class Record:
         }  # fmt: skip
 
     def _measured(self) -> dict[str, Any]:
-        """Returns the history by column, and the numbers of the meter."""
+        """Returns the entries of run.json that come from the Trainer's history and from the meter."""
         steps = [entry for entry in self.history if "loss" in entry]
         found: dict[str, Any] = {}
         if self.meter is not None:
@@ -83,7 +83,7 @@ class Record:
         }  # fmt: skip
 
     def write(self) -> None:
-        """Writes run.json atomically, and the report drawn from it. Raises OSError."""
+        """Writes run.json atomically, and draws report.html. Raises OSError where run.json can't be written."""
         folder, document = self.run.options.output, self.document()
         with atomic_file(folder / "run.json") as file:
             file.write(json.dumps(document, indent=2) + "\n")
@@ -94,7 +94,7 @@ class Record:
             self.no_report = " ".join(f"{type(error).__name__}: {error}".split())
 
     def log_report(self) -> None:
-        """Logs where the report is, or why there is none."""
+        """Logs the path of report.html, or a warning with the reason why the report could not be drawn."""
         if self.no_report is None:
             log.info(f"report: {self.run.options.output / 'report.html'}")
         else:
@@ -102,7 +102,7 @@ class Record:
 
 
 def machine() -> dict[str, Any]:
-    """Returns the processor, the threads, the instruction set of the kernels and the device of this process."""
+    """Returns the CPU's name, the number of threads, the CPU path of the kernels, and the GPU's name or "cpu"."""
     return {
         "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -110,9 +110,10 @@ def machine() -> dict[str, Any]:
 
 
 def recording_callback(record: Record) -> Any:
-    """Returns a callback that adds each step's seconds, tokens and held-out loss to the Trainer's history.
+    """Returns a Trainer callback that adds each step's seconds and tokens to the Trainer's history.
 
-    A checkpoint stores the history in trainer_state.json, so a resumed run continues it.
+    At up to HELD_OUT_POINTS steps the callback also adds the held-out loss, and writes run.json. A checkpoint stores
+    the history in trainer_state.json, so that a resumed run continues the history.
     """
     from transformers import TrainerCallback
 
@@ -148,16 +149,16 @@ def recording_callback(record: Record) -> Any:
             if "held_out_loss" in self.entry:
                 try:
                     record.write()
-                except OSError as error:  # this run.json shows progress only; the last one is written at the end
+                except OSError as error:  # training goes on; run.json is written again at the end
                     log.warning(f"{error.filename or run.options.output}: {error.strerror}")
 
     return Recorder()
 
 
 def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
-    """Returns the bytes of a training step's tensors by kind, after the optimizer's step, before gradients are freed.
+    """Returns the bytes of weights, adapter, gradients and optimizer states in memory after an optimizer step.
 
-    Counts each storage once. "optimizer" includes the scores that AdaLoRA keeps.
+    Gradients are not freed yet. Each storage is counted once. "optimizer" includes the scores that AdaLoRA keeps.
     """
     seen: set[int] = set()
 

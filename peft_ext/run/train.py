@@ -1,8 +1,9 @@
 """A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
 
-A run makes all checks, loads and quantizes the model, evaluates it and answers prompts. Then it adds the adapter,
-accelerates and trains the model, and saves the adapter. At the end it evaluates and answers again, lets stock PEFT
-re-read the adapter, and compares the logits with those of the trained model.
+Before training, a run makes all checks, loads and quantizes the model, measures the model's held-out loss, and lets
+the model answer prompts. Then the run adds the adapter, accelerates and trains the model, and saves the adapter. After
+training, the run measures the held-out loss and lets the model answer again. At last stock PEFT loads the saved
+adapter, and the run compares the logits of that model with the logits of the trained model.
 """
 
 from __future__ import annotations
@@ -38,24 +39,25 @@ from .record import Record, recording_callback
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run. ``run.json`` in the output folder has all of these numbers, and more.
+    """The result of a run. ``run.json`` in the output folder has most of these values, and more.
 
     Attributes:
         output: folder with the adapter, run.json and report.html.
-        steps: number of trained steps.
+        steps: number of trained steps, including the steps before a resume.
         losses: training loss of each step.
         perplexity_before, perplexity_after: perplexity on the held-out examples before and after training;
             ``perplexity_after`` is None where the run stopped early.
-        tokens_per_s, median_step_s: speed of the steps, without evaluation and saving; None where no step was taken.
+        tokens_per_s, median_step_s: speed of the training steps, without evaluation and saving; None where this process
+            trained no step.
         peak_mib, peak_cuda_mib: peak memory in MiB until training ended, of the process and of PyTorch's tensors on a
-            GPU; None where it was not measured.
+            GPU; None where the memory was not measured.
         trainable_parameters: number of trainable parameters.
         adapter_bytes: size of the adapter's weight file; None where the run stopped early.
-        fused_layers, layers: number of fused layers, and of all adapted or quantized layers.
+        fused_layers, layers: number of fused layers, and of all adapted or quantized layers; both 0 in a stock run.
         can_merge: whether ``peft-ext merge`` and :func:`peft_ext.merge_to_dense` can merge the adapter.
-        check: comparison with the saved adapter as stock PEFT reads it; None where the run stopped early.
+        check: comparison of the trained model with the saved adapter on a fresh base; None where the run stopped early.
         stopped_by: number of the signal that ended training early, with a checkpoint; 0 where no signal did.
-        seconds: seconds by phase of the run.
+        seconds: seconds that each phase of the run took, by the phase's name.
     """
 
     output: Path
@@ -78,12 +80,12 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether the run trained all steps, saved the adapter and re-read it."""
+        """Whether the run trained all steps, saved the adapter, and made the last check of the saved adapter."""
         return self.check is not None
 
 
 def finetune(options: Options) -> Result:
-    """Trains an adapter, saves and checks it, and returns the result.
+    """Trains an adapter, saves the adapter, checks the saved files, and returns the result.
 
     ::
 
@@ -97,10 +99,10 @@ def finetune(options: Options) -> Result:
     or a signal outside of training, ends the run at once. SIGUSR1, which batch systems send ahead of a time limit,
     writes a checkpoint after the current step, and training continues.
 
-    The logger ``peft_ext.run`` reports the progress. The function turns off warnings and progress bars of transformers,
-    PEFT, accelerate and bitsandbytes in this process.
+    The logger ``peft_ext.run`` reports the progress. In this process the function turns off transformers' progress
+    bars, and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
 
-    Raises RunError for an error that the user can mend, such as a wrong option, a full disk or a full memory;
+    Raises RunError for an error that the user can mend, such as a wrong option, a full disk or a full memory. Raises
     Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
     """
     stop = Stop()
@@ -125,7 +127,7 @@ def train(run: Run) -> Result:
         write_config(run.options.output / CONFIG_FILE, run.options)
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
-        resumed: list[int] = []  # the steps after which this run and earlier ones resumed from a checkpoint
+        resumed: list[int] = []  # the steps after which this run, or an earlier call of it, resumed
         if run.checkpoint is not None:
             earlier = checkpoints.read_record(run.options).get("resumed")
             resumed = [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
@@ -137,14 +139,14 @@ def train(run: Run) -> Result:
         }  # fmt: skip
         try:
             return _train(run, record, model)
-        except BaseException:  # Ctrl-C twice, no memory left: the results up to now stay, marked as unfinished
+        except BaseException:  # Ctrl-C twice, no memory left: run.json keeps the results up to now
             with contextlib.suppress(Exception):
                 record.write()
             raise
 
 
 def _train(run: Run, record: Record, model: Any) -> Result:
-    """Adapts the frozen base, trains, saves and checks the adapter, and returns the result."""
+    """Adds an adapter to the frozen base, trains, saves and checks the adapter, and returns the result."""
     o, results = run.options, record.results
     with run.phase("adapt"):
         model = adapt(run, model)
@@ -159,7 +161,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         log.info(f"stopped after step {done}{goes_on}")
         record.log_report()
         return _result(record, done)
-    with run.phase("save"):  # before all else, so that a later error does not lose the adapter
+    with run.phase("save"):  # saved before the evaluation, so that a later error does not lose the adapter
         save_adapter(model, o.output, overwrite=True)
         shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
     results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
@@ -201,10 +203,11 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 
 
 def load_base(run: Run) -> Any:
-    """Returns the frozen base, quantized as the options ask; with bitsandbytes' layers where stock code needs them.
+    """Returns the frozen base, quantized to NF4 where the options say so.
 
-    The weights are rounded to bfloat16 for every computation dtype, so that each machine trains on the same base.
-    Raises RunError where a weight can't be read or is missing.
+    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. The weights are rounded to bfloat16 for every
+    computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or is
+    missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -218,10 +221,10 @@ def load_base(run: Run) -> Any:
     if absent := sorted(info["missing_keys"]):
         raise RunError(f"--model {o.model}: the files lack {absent[0]}, which would be random")
     model = model.to(run.device).eval().requires_grad_(False)
-    model.config.use_cache = False  # a cache only takes memory in training; generation turns it on
+    model.config.use_cache = False  # training needs no KV cache; generation turns the cache on
     if o.quant == "nf4":
         quantize_nf4(model, blocksize=o.blocksize)
-        for tensor in (*model.parameters(), *model.buffers()):  # a dense tensor keeps the whole file mapped
+        for tensor in (*model.parameters(), *model.buffers()):  # a tensor of a mapped file keeps the whole file mapped
             tensor.data = tensor.data.clone()
     if run.dtype != torch.bfloat16:
         widen(model)
@@ -233,7 +236,10 @@ def load_base(run: Run) -> Any:
 
 
 def adapt(run: Run, model: Any) -> Any:
-    """Returns the model with a new adapter, initialized with the run's seed, accelerated unless the run is stock."""
+    """Returns the model with a new adapter, which is initialized with the run's seed.
+
+    The model is accelerated unless the run is stock.
+    """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
     from transformers import set_seed
@@ -244,8 +250,8 @@ def adapt(run: Run, model: Any) -> Any:
     config = adapter_config(run, model)
     register_layers(config, model)
     model = get_peft_model(model, config)
-    # PEFT draws other random numbers for a layer over bitsandbytes. A second initialization makes the adapters of a run
-    # and of its --stock twin equal.
+    # PEFT draws other random numbers for layers over bitsandbytes' layers. A second initialization makes the adapters
+    # of a run with --stock and of a run without --stock equal.
     set_seed(run.options.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and run.options.method in ("lora", "rslora", "qlora"):
@@ -259,7 +265,7 @@ def adapt(run: Run, model: Any) -> Any:
 
 
 def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
-    """Returns the number of layers, the number of fused layers, and like layers in groups."""
+    """Returns the number of layers, the number of fused layers, and groups of layers of one kind and reason."""
     if run.options.stock:
         return {"layers": 0, "fused": 0, "reasons": []}
     from ..integrations.peft import alike, explain
@@ -277,12 +283,12 @@ def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
 
 
 def fit(run: Run, record: Record, model: Any) -> int:
-    """Trains the model and returns the number of its steps, those before a resume included."""
+    """Trains the model and returns the number of trained steps, including the steps before a resume."""
     trainer = _trainer(run, record, model)
     if run.checkpoint is not None and (done := checkpoints.step_of(run.checkpoint)) >= run.steps:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-        # Trainer.train would train one more step than the run has.
+        # The checkpoint has all steps of the run: Trainer.train would train one step more.
         set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
     try:
@@ -310,7 +316,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 
     class GateTrainer(Trainer):
         def create_optimizer(self, model: Any = None) -> Any:
-            """Makes an optimizer with a larger learning rate for gates; called after a checkpoint is loaded."""
+            """Makes an optimizer with a larger learning rate for Diff Pruning's gates than for other parameters."""
             if self.optimizer is None:
                 kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer = kind(self.model.parameter_groups(kwargs["lr"]), **kwargs)
@@ -340,7 +346,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(progress_callback(run.steps))  # after the removal: it is a ProgressCallback too
+    trainer.add_callback(progress_callback(run.steps))  # after the removal, which would remove this callback too
     return trainer
 
 

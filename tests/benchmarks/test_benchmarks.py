@@ -1,6 +1,6 @@
-"""Runs the benchmarks on toy layers: refusals, contents of rows and files, and documents that show the result files.
+"""Tests the benchmarks on small layers: errors, rows and result files, and the documents that show result files.
 
-The benchmarks of a GPU run on the CPU here, with replaced clocks.
+The benchmarks for a GPU run on the CPU in these tests, with replaced clocks.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.1, "matmul_f32_tflop_s":
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sets few rotating weights and rounds, and afterwards drops the cached weights and float64 results."""
+    """Sets small numbers of rotating weights and of rounds, and later drops cached weights and float64 results."""
     monkeypatch.setattr(peers, "ROTATING_BYTES", 4 * 32 * 64 * 2)
     monkeypatch.setattr(harness, "MAX_ROUNDS", 5)
     monkeypatch.setattr(grid, "SHAPES", {grid.MAIN: ((64, 32),)})
@@ -102,7 +102,7 @@ def test_a_peer_that_takes_long_is_timed_once(monkeypatch):
     )  # fmt: skip
     comparison = harness.Comparison({"ours": contender(torch.ones(4)), "slow": slow}, bytes_moved=1000, flops=100)
     row = harness.compare(case(), comparison, CEILINGS, budget_s=0.01)
-    assert len(calls) == 2  # one was verified
+    assert len(calls) == 2  # one call verifies, one call is timed
     assert row.milliseconds["slow"] >= 20 and row.speedup["slow"] > 1 and row.rounds >= harness.MIN_ROUNDS
 
 
@@ -115,8 +115,8 @@ def test_a_short_call_is_timed_as_one_of_several(monkeypatch):
     monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
     taken = []
     sample = timer.host_clock(timer.Contender(runs, lambda y: {}, "no reason", lambda: taken.append(0)))
-    assert sample() == pytest.approx(33e-3 / 3) and len(taken) == 4  # the first is not counted
-    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer one is timed alone
+    assert sample() == pytest.approx(33e-3 / 3) and len(taken) == 4  # the first call is not counted
+    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer call is timed alone
 
 
 def test_quartiles_are_of_the_rounds_ratios():
@@ -168,7 +168,7 @@ def test_floor_is_the_longer_of_bytes_and_products():
     read = {**CEILINGS, "read_gb_s": 20.0}
     assert harness.floor_ms(10**7, 0, read) == pytest.approx(1.0)
     assert harness.floor_ms(10**7, 0, read, reads=True) == pytest.approx(0.5)
-    assert harness.floor_ms(10**7, 0, CEILINGS, reads=True) == pytest.approx(1.0)  # of a file without that ceiling
+    assert harness.floor_ms(10**7, 0, CEILINGS, reads=True) == pytest.approx(1.0)  # CEILINGS has no read_gb_s
     assert harness.rate(10**6, 10**6, 1.0, read, reads=True) == "1 GB/s"
 
 
@@ -229,13 +229,13 @@ def test_every_comparison_runs_and_agrees_with_float64(small, name):
     for one in cases:
         comparison = one.build()
         errors, absent = harness.verify(one.op, comparison)
-        # PyTorch's grouped product refuses experts as small as these.
+        # PyTorch's grouped product raises an error for experts as small as in this test.
         assert set(absent) <= ({"PEFT", "frozen"} if name == "experts" else {"bitsandbytes, repacked"})
-        # Peers are within a few roundings of bf16 of their own float64 result, which has their dropout's mask.
-        # bitsandbytes quantizes some nested scales by a coarser table.
+        # A peer is compared with a float64 result with the peer's own dropout mask; the errors are a few bf16
+        # roundings. bitsandbytes does not quantize every nested scale to the nearest code.
         for peer, found in errors.items():
             limit = 0.1 if one.op == "nf4_quantize" or peer == "bitsandbytes, repacked" else 0.015
-            known = isinstance(found, dict) or peer.startswith("torch")  # else why there is nothing to compare with
+            known = isinstance(found, dict) or peer.startswith("torch")  # else not verified
             assert known and (isinstance(found, str) or max(found.values()) < limit), (one.op, one.case, peer, found)
 
 
@@ -279,7 +279,7 @@ GPU = {"name": "NVIDIA Toy 80GB", "capability": "9.0", "multiprocessors": 4, "me
 
 @pytest.fixture
 def device_log(monkeypatch):
-    """Returns the calls to torch.cuda in order. Each event is one millisecond after the event before."""
+    """Returns a list of the calls of torch.cuda in order. Each event is one millisecond after the previous event."""
     log = []
 
     class Event:
@@ -415,7 +415,7 @@ def test_a_gpu_has_tables_of_its_own(monkeypatch, tmp_path):
     assert "### NVIDIA Toy 80GB" in text and "SM clock 100 of 200 MHz; CUDA 13.0, driver 1.2.3; 2026-01-02" in text
     assert "| `nf4_dequantize` | 4096->4096, to bfloat16, plain | graph | 0.500 | bitsandbytes 1.25x |" in text
     assert "Not measured: bitsandbytes (ModuleNotFoundError" in text and "; ia3_scale: T=1, rotating." in text
-    assert tables.DRAWN["lora"]() == tables.NOTHING  # no CPU's
+    assert tables.DRAWN["lora"]() == tables.NOTHING  # there is no result file of a CPU
 
 
 def test_without_a_gpu_the_commands_say_so(monkeypatch, capsys):
@@ -465,7 +465,7 @@ def test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept(tmp_path
         child = "import time, subprocess, sys; print('two'); subprocess.run([sys.executable, '-c', 'input()'])"
         start = time.monotonic()
         assert runner.run([sys.executable, "-c", child + "; time.sleep(600)"], 1.0) == "cut off after 1 s"
-        assert time.monotonic() - start < 300  # of the 600 that it would sleep
+        assert time.monotonic() - start < 300  # the sleep alone would take 600 s
     text = (tmp_path / "log").read_text()
     assert "one" in text
 
@@ -477,7 +477,7 @@ def test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept(tmp_path
 def test_a_method_trains(name, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
-    # It would change the allocator of the tests' own process.
+    # The real function would change malloc's settings in the process of the tests.
     monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
     sizes = {**e2e.SMOLLM2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip

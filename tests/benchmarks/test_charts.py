@@ -1,6 +1,6 @@
-"""Charts: lengths and points, read back from the SVG's coordinates, are the numbers of the result files.
+"""Tests charts: lengths and points that are read from an SVG's coordinates must be the numbers of the result files.
 
-Each element that stands for a number has an id. Scales are read from elements whose numbers are known.
+Each SVG element that shows a number has an id. The tests read the scales from elements whose numbers are known.
 """
 
 import importlib
@@ -31,7 +31,7 @@ CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.5, "matmul_f32_tflop_s":
 
 
 class Drawing:
-    """The elements of an SVG by their id: the corners of bars and the points of paths; y points downwards."""
+    """Has the elements of an SVG by id: the corners of bars and the points of paths, with y pointing downwards."""
 
     def __init__(self, data: bytes) -> None:
         root = ElementTree.fromstring(data)
@@ -109,9 +109,9 @@ def test_a_bar_is_as_long_as_the_ratio_in_the_file():
 
 def test_rows_that_the_picture_is_not_about_are_left_out():
     rows = [row("lora_linear", "bf16 base", FULL), row("lora_linear", "NF4 base", {"frozen": 0.5}),
-            row("dora_linear", "bf16 base", {"PEFT": 2.0}),  # no frozen layer to be divided by
+            row("dora_linear", "bf16 base", {"PEFT": 2.0}),  # a row without the frozen layer is not drawn
             row("ia3_linear", "bf16 base, output", FULL, weights="hot"),
-            row("nf4_linear", "forward", FULL),  # no adapter
+            row("nf4_linear", "forward", FULL),  # a layer without an adapter is not drawn
             row("lora_linear", "bf16 base, dropout 0.05", FULL, tokens=2048)]  # fmt: skip
     drawing = drawn(charts.layers, kernels(*rows))
     assert {name.split(":")[1] for name in lengths(drawing, "bf16")} == {"LoRA"}
@@ -208,7 +208,7 @@ def test_committed_pictures_are_small_and_their_text_is_text(path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
 def test_committed_pictures_read_in_a_browser(browser, path, scheme):
-    """No text leaves the picture or touches another one, and each stands out from what is under it."""
+    """No text leaves the picture or touches another text, and each text has enough contrast to its background."""
     context = browser.new_context(viewport={"width": 1000, "height": 1200}, color_scheme=scheme)
     tab = context.new_page()
     tab.goto(path.as_uri())
@@ -222,7 +222,7 @@ def test_committed_pictures_read_in_a_browser(browser, path, scheme):
         assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3], (one, other)
 
 
-# Returns the box of each text, without the room above and below its letters, and the contrast to the background.
+# JavaScript that returns the box of each text, without the space above and below the letters, and the text's contrast.
 _TEXTS = """() => {
   const parse = c => c.match(/[\\d.]+/g).map(Number);
   const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -250,7 +250,8 @@ def test_the_same_numbers_give_the_same_bytes():
         (Scale(0, 7), [0, 2, 4, 6]),
         (Scale(0.8, 3000, log=True), [1, 10, 100, 1000]),
         (Scale(0.3, 9, log=True), [0.5, 1, 2, 5]),
-        (Scale(2.1, 4.8, log=True), [3, 4]),  # no two of 1, 2 and 5
+        # Less than two numbers of the form 1, 2 or 5 times a power of ten are within this scale.
+        (Scale(2.1, 4.8, log=True), [3, 4]),
     ],
 )
 def test_ticks_are_round_numbers_within(scale, ticks):
@@ -287,7 +288,7 @@ def test_check_finds_what_is_stale(tmp_path, monkeypatch, capsys):
         charts.main(["--check", "--out", str(images)])
     (results / f"{charts.LORA}-2026-01-02.json").unlink()
     (images / "layers.svg").write_bytes(picture)
-    with pytest.raises(SystemExit, match=r"^error: layers.svg in"):  # nothing draws it
+    with pytest.raises(SystemExit, match=r"^error: layers.svg in"):  # no chart has this name
         charts.main(["--check", "--out", str(images)])
 
 

@@ -1,4 +1,4 @@
-"""Loss curves of every method, accelerated and not, on a tiny model and a made-up text, and on BANKING77."""
+"""Tests the loss curves of every method, accelerated and stock, on a tiny model with made-up text and on BANKING77."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import convergence as c  # noqa: E402
 from peft_ext.integrations.adapter_layers import lora  # noqa: E402
 
 STEPS, BATCH = 12, 8
-END, PAD, VOCAB = 256, 257, 258  # after the bytes
+END, PAD, VOCAB = 256, 257, 258  # token ids: 0 to 255 are bytes, then the end token and the padding token
 NOTHING_TO_FUSE = ("prefix", "prompt", "BitFit", "Diff Pruning", "partial")
 
 
@@ -34,7 +34,7 @@ def encode(text):
 
 
 def made_up(count, start=0):
-    """Makes a text of numbers and whether each is even."""
+    """Returns prompts and completions: a number, and whether the number is even."""
     numbers = range(start, start + count)
     return [(f"The number {n}{'!' * (n % 3)} is", " even" if n % 2 == 0 else " odd") for n in numbers]
 
@@ -73,10 +73,10 @@ def test_every_method_learns_and_is_read_again(name):
     )
     assert row["layers"] > 0 or name in ("prefix", "prompt")
     difference = row["reload_difference"]
-    # AdaLoRA is saved without the ranks it gave up, other sums, and PEFT reads it into the base's bfloat16.
+    # AdaLoRA is saved without its pruned ranks, so that sums have another order, and PEFT loads it in bfloat16.
     assert difference["max"] <= (2**-5 * difference["largest"] if name == "AdaLoRA" else 0.0)
     if row["twin"]:
-        assert c.max_difference(row) <= 0.05  # of losses of about 5, each of bfloat16 logits
+        assert c.max_difference(row) <= 0.05  # the losses are about 5, from bfloat16 logits
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -174,7 +174,7 @@ def test_the_document_is_what_the_result_file_gives():
 
 
 def result_of(curves, reloaded=0.0):
-    """Returns a result of some methods with these curves of ours; all losses of the twins are 3.0."""
+    """Returns a result with the given loss curves of accelerated runs; all losses of the twins are 3.0."""
     rows = [
         {
             "method": name, "dtype": dtype, "twin": "PEFT", "steps": 2, "lr": 1e-3, "pruned": None, "trainable": 4,
@@ -199,7 +199,7 @@ def test_the_document_says_what_differs():
     assert text.count("the two curves of prefix are equal to the last recorded digit; the two curves of LoRA differ by "
                       "0.2500 at most (LoRA)") == 2  # fmt: skip
     assert "| LoRA | PEFT | 1 of 2 | 3.125 → 3.125 | 3.000 → 3.000 |" in text
-    assert "| LoRA | 0.1250 (0.2500) | 0 (0) |" in text  # from the float32 run
+    assert "| LoRA | 0.1250 (0.2500) | 0 (0) |" in text  # the distances from the float32 run
     assert "curves differ by 0.5000 at most, rounding included, and end at held-out losses of 2.500 and 2.500." in text
     assert "except (largest difference of a logit, and largest logit): LoRA in bfloat16 0.5000 of 30," in text
     text = text_of(result_of({"LoRA": [3.0, 3.25]}))

@@ -1,4 +1,4 @@
-"""The command line on a tiny random model: runs, comparisons with stock runs, resuming, and refusals in one line."""
+"""Tests finetune and merge on a tiny random model: runs, comparisons with stock runs, resuming, one-line errors."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def test_stock_runs_the_same_run(tiny, tmp_path, capsys):
         assert finetune(tiny, tmp_path / name, "--dropout", "0", *options) == 0
     ours, stock = report(tmp_path / "ours"), report(tmp_path / "stock")
     assert stock["fused"]["fused"] == 0
-    # The same weights, data and seeds; bfloat16 rounding differs.
+    # Both runs have equal weights, data and seeds; the losses differ by bfloat16 rounding.
     assert ours["losses"] == pytest.approx(stock["losses"], rel=5e-3)
     assert ours["perplexity"]["before"] == pytest.approx(stock["perplexity"]["before"], rel=1e-2)
 
@@ -91,7 +91,7 @@ def test_methods(tiny, tmp_path, capsys, method):
     if method == "adalora":
         config = json.loads((tmp_path / "out/adapter_config.json").read_text())
         kept = [sum(rank) for rank in config["rank_pattern"].values()]
-        assert sum(kept) <= 4 * 14 < 6 * 14  # from 1.5 times the rank down to the rank, on average
+        assert sum(kept) <= 4 * 14 < 6 * 14  # 14 layers; the mean rank falls from 6 to 4
 
 
 @needs_hf

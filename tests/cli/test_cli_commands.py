@@ -1,4 +1,4 @@
-"""recommend, explain, chat and bench print the results of the library, and refuse in one line."""
+"""Tests that recommend, explain, chat and bench print the results of the library, and print errors in one line."""
 
 import io
 import json
@@ -38,9 +38,9 @@ def document(capsys, *arguments: object):
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory) -> Path:
-    """The folder of a random Llama with large weights: with small weights a model repeats the last token.
+    """Returns the folder of a random Llama with large weights, because with small weights a model repeats tokens.
 
-    In float32 the likeliest tokens are no ties, with a cache or without.
+    The model is float32, so that the likeliest token is unique, with a KV cache and without.
     """
     folder = tmp_path_factory.mktemp("base")
     config = transformers.AutoConfig.from_pretrained(tiny / "model")
@@ -57,7 +57,7 @@ def base_of(folder, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def adapters(base, tmp_path_factory):
-    """``adapters(method)`` returns the folder of a saved adapter with large weights, as after long training."""
+    """Returns a function from a method to the folder of a saved adapter with large weights, as after long training."""
     folder = tmp_path_factory.mktemp("adapters")
 
     def make(method: str) -> Path:
@@ -153,7 +153,7 @@ EXPLAINED = ("lora", "rslora", "dora", "adalora", "ia3", "prefix", "prompt", "bo
 
 @pytest.fixture(scope="module")
 def explained(base):
-    """The output of ``explain --json`` with all methods."""
+    """Returns the output of ``explain --json`` with all methods."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -179,7 +179,7 @@ def test_explain_is_what_the_live_model_is(base, tmp_path, explained, method):
     assert found["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
     header = (tmp_path / "adapter_model.safetensors").stat().st_size - found["adapter_bytes"]
-    assert 0 < header < 20_000  # names and shapes
+    assert 0 < header < 20_000  # the header has names and shapes of the tensors
     memory = peft_ext.estimate_memory(model, batch_size=2, sequence_length=32)
     assert found["memory"]["total"] == pytest.approx(memory.total, rel=0.01)
     assert explained["parameters"] == base_of(base).num_parameters()
@@ -291,7 +291,9 @@ def test_explain_refuses(capsys, base, adapters, tmp_path):
 
 
 def parts(out: str) -> list[tuple[str, str, str]]:
-    """Returns prompt, base's answer and adapted model's answer from chat's output without a terminal."""
+    """Returns prompts, the base's answers and the adapted model's answers from the output of chat without a
+    terminal.
+    """
     found = []
     for block in out.split("prompt: ")[1:]:
         prompt, rest = block.split("\nbase: ", 1)
@@ -302,7 +304,7 @@ def parts(out: str) -> list[tuple[str, str, str]]:
 
 @torch.no_grad()
 def answer(model, tokenizer, prompt: str, count: int = 10) -> str:
-    """Returns the likeliest tokens, computed token by token with the model's forward."""
+    """Returns the text of ``count`` likeliest tokens, computed token by token with the model's forward."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     length = ids.shape[1]
     for _ in range(count):
@@ -325,7 +327,7 @@ def test_chat_answers_for_base_and_adapter(capsys, base, adapters, method):
     assert adapted == answer(stock, tokenizer, prompt) != plain
 
 
-# Options of LoRA, whether the base has biases, and why the base differs with the adapter disabled.
+# (options of LoRA, whether the base has biases, reason why the model with the adapter disabled differs from the base)
 @pytest.mark.parametrize(
     "options, biases, reason",
     [
@@ -536,7 +538,7 @@ def test_bench_times_nothing_that_is_wrong_or_not_fused(capsys, monkeypatch):
 
     asked = [str(part) for part in (*SMALL, "--method", "lora", "--base", "bf16", "--json")]
     right = lora.checked_lora_linear
-    with monkeypatch.context() as patch:  # the value alone: y off by 2%
+    with monkeypatch.context() as patch:  # a wrong value with right gradients: y is off by 2%
         patch.setattr(lora, "checked_lora_linear", lambda *args: 1.02 * right(*args))
         assert main(asked) == 2
         assert "bench: lora over bf16 is off from float64 by 0.02" in capsys.readouterr().err

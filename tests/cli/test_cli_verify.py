@@ -1,4 +1,4 @@
-"""explain --verify reads weights and compares a step. Its exit code is 1 where a number is wrong."""
+"""Tests explain --verify, which reads weights, compares a step, and has exit code 1 where a number is wrong."""
 
 import json
 

@@ -98,7 +98,8 @@ def ddp_joins_layers_of_one_input(folder: Path) -> None:
 
 @check
 def ddp_over_bfloat16(folder: Path) -> None:
-    """For another number of rows, a product may add its terms in another order and then round to the next bfloat16.
+    """Tests DDP over a bfloat16 base. A product of fewer rows may add in another order and round to another bfloat16.
+
     Each of about thirty products may differ by half of 2^-8.
     """
     alone, model = make(base="nf4 bfloat16"), DDP(make(base="nf4 bfloat16"))
@@ -125,8 +126,9 @@ def ddp_saves_the_adapter_of_one_process(folder: Path) -> None:
 
 @check
 def ddp_accumulates_without_sending(folder: Path) -> None:
-    """Two half batches, the first within no_sync, give the gradients of one step. Before the second half, each process
-    has gradients of its own.
+    """Two half batches, the first within no_sync, give the gradients of one step with the whole batch.
+
+    After the first half, the gradients of the processes differ.
     """
     alone, model = make(base="nf4"), DDP(make(base="nf4"))
     step(alone, batch())
@@ -138,7 +140,8 @@ def ddp_accumulates_without_sending(folder: Path) -> None:
     (model(**halves[1]).loss / 2).backward()
     assert_same_gradients(model, alone)
     model.zero_grad()
-    ((model(**mine()).loss + model(**mine()).loss) / 2).backward()  # two forwards before a backward, as in DPO's loss
+    # DPO's loss also calls the model twice before a backward.
+    ((model(**mine()).loss + model(**mine()).loss) / 2).backward()
     assert_close(gradients(model), gradients(alone))
 
 
@@ -188,7 +191,7 @@ def ddp_leaves_the_logits_to_the_loss(folder: Path) -> None:
 @check
 def ddp_leaves_the_buffers_alone_where_told(folder: Path) -> None:
     """The scales of NF4Linear are buffers. DDP sends buffers before each forward unless an option says otherwise."""
-    scales = 4 * LAYERS  # absmax and the three buffers that decode it
+    scales = 4 * LAYERS  # buffers of a layer: absmax, and three to decode absmax
     assert len(DDP(make(base="nf4")).modules_buffers) >= scales
     wanted = train_alone(make(base="nf4"))
     names = {"broadcast_buffers", "forward_sync_buffers"} & set(inspect.signature(DDP).parameters)
@@ -203,7 +206,7 @@ def ddp_leaves_the_buffers_alone_where_told(folder: Path) -> None:
 
 @check
 def gradient_checkpointing_changes_nothing(folder: Path) -> None:
-    """The recomputation has to draw the same dropout masks."""
+    """The recomputation of gradient checkpointing must draw the dropout masks of the forward again."""
     for base in ("float32", "nf4"):
         for wrap in (DDP, shard):
             found = []
@@ -225,7 +228,7 @@ def gradient_checkpointing_changes_nothing(folder: Path) -> None:
 
 @check
 def dropout_is_each_process_its_own(folder: Path) -> None:
-    """Masks follow the generator of the process: the same seed gives the same masks, another seed gives other masks."""
+    """Dropout masks depend on the generator of the process: equal seeds give equal masks, other seeds other masks."""
     for wrap in (DDP, shard):
         model = wrap(make(base="nf4", lora_dropout=0.5))
         losses = []
@@ -260,7 +263,7 @@ def accelerate_before_and_after_wrapping(folder: Path) -> None:
 
 @check
 def fsdp1_computes_the_logits(folder: Path) -> None:
-    """FSDP1 makes parameters views of a flat parameter, which it frees after the forward."""
+    """With FSDP1 the model computes whole logits, because FSDP1 frees the flat parameter after the forward."""
     decoder = type(make().get_base_model().model.layers[0])
     for of in (lambda model: model, LossOutside, Entropy):
         wanted = train_alone(of(make(accelerated=False)))

@@ -1,4 +1,4 @@
-"""Code that the checks of distributed/ share: a model, its steps in one process and in several, and comparisons."""
+"""Functions that the checks of distributed/ share: they make and train a model in one or several processes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ LAYERS = 14  # linear layers that LoRA adapts in the model
 STEPS = 3
 METHODS = ("LoRA", "DoRA", "IA3", "AdaLoRA")
 
-# Bounds for the rounding of sums over a batch in two or four parts: a few units in the last place of a loss near 5, and
-# of the largest entry of a gradient, in float32. Adapters, losses and gradients are float32 over every base.
+# Bounds for the rounding of sums over a batch in two or four parts, in float32: a few units in the last place of a loss
+# near 5, and of the largest entry of a gradient. Adapters, losses and gradients are float32 over every base.
 LOSS = 4e-6
 GRADIENT = 2e-5
 
@@ -52,7 +52,7 @@ def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def make(method: str = "LoRA", base: str = "float32", accelerated: bool = True, **config: Any) -> PeftModel:
-    """Returns the same model in every process: a Llama with an adapter as after some training, in training mode."""
+    """Returns a Llama with an adapter as after some training, in training mode, equal in every process."""
     model = quantize(LLAMA.build(), base)
     if method == "AdaLoRA":
         chosen = AdaLoraConfig(
@@ -84,7 +84,7 @@ def long_batch() -> dict[str, Tensor]:
 
 
 def part(whole: dict[str, Tensor], rank: Optional[int] = None) -> dict[str, Tensor]:
-    """Returns the part of a process, by default of this process."""
+    """Returns the part of the batch ``whole`` for the process ``rank``, by default for this process."""
     rank = dist.get_rank() if rank is None else rank
     return {name: tensor.chunk(dist.get_world_size())[rank] for name, tensor in whole.items()}
 
@@ -94,7 +94,7 @@ def mine() -> dict[str, Tensor]:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    # SGD instead of Adam, because Adam makes a step of full size from a gradient that is only rounding.
+    # The optimizer is SGD, because Adam makes a step of full size even from a gradient that is only rounding.
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
 
@@ -108,7 +108,7 @@ def step(model: nn.Module, inputs: dict[str, Tensor], optimizer: Optional[torch.
 
 
 class LossOutside(nn.Module):
-    """The loss of a training loop, computed from the logits that the wrapped model returns."""
+    """Computes the loss outside of the model, as some training loops do, from the logits of the wrapped model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class LossOutside(nn.Module):
 
 
 class Entropy(LossOutside):
-    """The model's own loss, and another loss of its logits."""
+    """Adds another loss of the logits to the model's own loss."""
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         out = self.model(**inputs)
@@ -180,11 +180,11 @@ def assert_close(came: dict[str, Tensor], wanted: dict[str, Tensor], bound: floa
 def assert_losses(came: list[float], wanted: list[float], bound: float = LOSS) -> None:
     assert len(came) == len(wanted)
     assert max(abs(a - b) for a, b in zip(came, wanted, strict=True)) <= bound, (came, wanted)
-    assert max(wanted) - min(wanted) > 100 * bound, wanted  # the steps changed the loss
+    assert max(wanted) - min(wanted) > 100 * bound, wanted  # the training changes the loss by much more than the bound
 
 
 def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
-    """To the bit."""
+    """Tests that tensors are equal to the bit in all processes."""
     flat = torch.cat([tensor.flatten().float() for tensor in tensors.values()])
     parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, flat)
@@ -193,8 +193,10 @@ def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[dict[str, int]]:
-    """Counts calls of adapter layers: on the operator ("fused"), on the operator for layers of one input ("joint"), and
-    on PEFT's own code ("stock").
+    """Counts the calls of adapter layers.
+
+    "fused" are calls of one layer's operator, "joint" calls of the operator for several layers with one input, "stock"
+    calls of PEFT's own code.
     """
     counts = {"fused": 0, "joint": 0, "stock": 0}
     kinds = (LowRank, IA3Layer)
@@ -260,7 +262,7 @@ def assert_same_gradients(model: nn.Module, alone: nn.Module, bound: float = GRA
 
 
 def assert_joins(model: nn.Module, alone: nn.Module) -> None:
-    """q, k, v, and gate, up of two layers are computed together; their gradients equal those of one process."""
+    """Tests that q, k and v, and gate and up, of two layers are computed together, with one process's gradients."""
     step(alone, long_batch())
     with counted_calls() as calls:
         step(model, part(long_batch()))

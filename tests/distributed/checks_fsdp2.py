@@ -115,7 +115,7 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
             with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
             assert tuple(counted.values()) == counts, counted
-            # The whole model is one unit: only the hook on its output gathers and reduces.
+            # The whole model is one unit of FSDP2: only the hooks of the whole model gather and reduce parameters.
             assert_losses(train(of(fully_shard(build()))), wanted)
             model = build()
             for layer in model.get_base_model().model.layers:
@@ -129,7 +129,7 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
 
 @check
 def fsdp2_with_whole_codes(folder: Path) -> None:
-    """The way for PyTorch 2.11, which shards only float parameters."""
+    """Tests FSDP2 with whole codes in each process, as with PyTorch 2.11, which shards only floating parameters."""
     model = make(base="nf4")
     codes = {parameter for parameter in model.parameters() if parameter.dtype is torch.uint8}
     shard(model, ignored_params=codes)
@@ -269,7 +269,7 @@ def _scales_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _moved(model: PeftModel) -> PeftModel:
-    """Returns the model with other weights."""
+    """Changes the weights of the model and returns the model."""
     torch.manual_seed(11)
     with torch.no_grad():
         for name, layer in nf4_layers(model):
@@ -343,7 +343,7 @@ def fsdp2_around_single_layers(folder: Path) -> None:
     assert reasons == {"the adapter's part: hooks on base_layer would not run"}
     assert_trains(bases, wanted)
 
-    def is_trained(module: Any) -> bool:  # the choice of PEFT's fsdp_auto_wrap_policy
+    def is_trained(module: Any) -> bool:  # PEFT's fsdp_auto_wrap_policy wraps these modules
         return type(module) is nn.Linear and module.weight.requires_grad
 
     leaves = wrap(make(base="nf4"), is_trained)
@@ -361,7 +361,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
         with raises(RuntimeError, "NF4Linear: weight is a DTensor with placements (Shard(dim=0),)"):
             call()
     inner = model.get_submodule(name.removesuffix(".base_layer"))
-    # Explain is asked about a part, without the module that gathers it.
+    # This call of explain gets a part of the model, without the module that gathers the part's parameters.
     with raises(AssertionError, "lora_A is a DTensor, wanted a plain parameter"):
         assert_all_fused(inner)
     with raises(TypeError, "weight is a DTensor, wanted a plain parameter"):
@@ -371,7 +371,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
 
 @check
 def hybrid_sharding(folder: Path) -> None:
-    """Shards in each half of the processes, and whole copies across the halves, as on several machines."""
+    """Each half of the processes shards the model; the two halves have copies, as with several machines."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
     alone, model = make("DoRA", "nf4"), shard(make("DoRA", "nf4"), mesh=mesh)
     assert_all_fused(model)

@@ -30,7 +30,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checks.py")
-SECONDS = 720  # time limit of a run; it takes about 50 s on two cores, and longer on a busy machine
+SECONDS = 720  # time limit of a run, which takes about 50 s on two cores, and longer on a busy machine
 
 CHECKS = [name for path in sorted(SCRIPT.parent.glob("checks*.py"))
           for name in re.findall(r"^@check\ndef (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
@@ -76,8 +76,9 @@ def torchrun(processes: int, *command: str) -> tuple[int, str]:
 
 
 class Results(dict[int, tuple[list[dict[str, str]], str]]):
-    """By number of processes: the result of each process, and the output. The first test that asks starts the
-    processes.
+    """Has, by number of processes, each process's results and the output.
+
+    The first test that needs the results starts the processes.
     """
 
     def __init__(self, folders: pytest.TempPathFactory) -> None:

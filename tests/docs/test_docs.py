@@ -201,7 +201,7 @@ def test_a_wrong_output_and_a_wrong_name_fail(tmp_path: Path) -> None:
 
 
 def test_languages_are_known_ones() -> None:
-    """A block of Python under another language name would not run."""
+    """Tests the language names of code blocks, because a Python block under another language name would not run."""
     known = {"python", "bash", "text", "diff", "json", "yaml", "cpp", "bibtex", "svg"}
     for page in PAGES:
         for block in blocks(page):
@@ -209,7 +209,7 @@ def test_languages_are_known_ones() -> None:
 
 
 def test_docstrings_have_no_examples_that_nothing_runs() -> None:
-    """There are no examples in docstrings now; a new one is run here."""
+    """Runs the examples in docstrings; at present no docstring has an example."""
     failed = 0
     for module in sorted({m for m in sys.modules if m.split(".")[0] == "peft_ext"}):
         for test in doctest.DocTestFinder(exclude_empty=True).find(sys.modules[module], module):
@@ -272,7 +272,7 @@ def _check_cli(arguments: list[str]) -> Optional[str]:
         return None
     try:
         command.make_context(arguments[0], list(arguments[1:]))
-    except Exception as error:  # an error of typer or click, see peft_ext.cli.main
+    except Exception as error:  # the error is typer's or click's, see peft_ext.cli.main
         if not hasattr(error, "format_message"):
             raise
         return error.format_message()
@@ -418,7 +418,7 @@ def test_files_that_the_documents_name_are_there() -> None:
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
-# Modules whose __all__ is public, and the page that documents the names of each.
+# Modules whose __all__ is public, with the page that documents the names of the module.
 PUBLIC = {
     "peft_ext": "peft_ext",
     "peft_ext.ops": "ops",

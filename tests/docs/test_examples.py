@@ -169,7 +169,7 @@ def test_the_tokens_are_those_of_the_steps(tmp_path: Path, counted: str) -> None
 
 
 def test_a_forward_without_gradients_is_no_training(tmp_path: Path) -> None:
-    """For example, the forward of a reference model in the middle of a step."""
+    """A forward without gradients within a step, such as of a reference model, adds no tokens."""
 
     class Refers(hf.Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +202,8 @@ def test_it_trains_what_the_stock_classes_train(tmp_path: Path, checkpointing: b
         weights.append(trained_weights(model))
         assert fused(model) == (LAYERS if accelerated else 0) and meter.fused_share == accelerated
     assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][-1] < curves[0][0]
-    # Adam divides by the size of a gradient, so the rounding of a tiny gradient may move its entry by a part of a step.
+    # Adam divides by the size of a gradient, so the rounding of a tiny gradient may change a weight by a part of a
+    # step.
     assert (weights[0] - weights[1]).abs().max() < 0.01 * (weights[0] - trained_weights(adapted())).abs().max()
 
 
@@ -330,7 +331,7 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     if PeftExtCallback.__name__ in marked(name)[0][1]:
         assert re.search(r"^tokens_per_s \S+, fused_share 1, peak_mib ", out, re.MULTILINE)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
-    moved = [bool(tensor.any()) for key, tensor in adapter.items() if "lora_B" in key]  # the parameters start at 0
+    moved = [bool(tensor.any()) for key, tensor in adapter.items() if "lora_B" in key]  # lora_B starts at 0
     assert len(moved) == LAYERS and all(moved)
 
 
@@ -380,7 +381,7 @@ def history(folder: Path) -> list[dict[str, float]]:
 def test_resumed_trainer_goes_where_the_unbroken_one_goes(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The training has dropout, gradient accumulation, evaluation and generation."""
+    """Compares a resumed training with an unbroken one; both have dropout, accumulation, evaluation and generation."""
     run = (EXAMPLES / "trainer.py", monkeypatch, *options, "--save-steps", "2", "--max-steps", "4", "--output")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_example(*run, str(whole))

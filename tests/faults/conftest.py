@@ -1,4 +1,4 @@
-"""Runs and models for the tests of faults. The tests themselves skip where a package is missing."""
+"""Fixtures with runs and models for the tests of faults. The test files skip where a package is missing."""
 
 from pathlib import Path
 
@@ -7,7 +7,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def finetune(tiny):
-    """Returns ``finetune(output, *options)``: exit code and standard error of a forked run of 4 steps."""
+    """Returns a function ``finetune(output, *options)``, which forks a run of 4 steps.
+
+    The function returns the run's exit code and standard error.
+    """
     from faults.points import forked, start
 
     from peft_ext.cli.main import main

@@ -1,7 +1,7 @@
 """Forks the test's process and kills the fork at a chosen moment of its writing.
 
-A moment is before or after a call that changes the disk, or in the middle of writing a file. Calls of ``killed_at(0)``,
-``killed_at(1)`` and so on, in a fork each, kill at every moment once.
+A moment is before or after a call that changes the disk, or in the middle of writing a file. With ``killed_at(0)``,
+``killed_at(1)`` and so on, each in a fork of its own, a process is killed at every moment once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ SECONDS = 600  # a forked test process is killed after this time
 
 
 def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:
-    """Runs ``work`` in a fork. Returns its result, or minus the signal that ended the fork, and its standard error."""
+    """Runs ``work`` in a fork.
+
+    Returns the fork's exit code, or minus the signal that ended it, and its standard error.
+    """
     child, stream = start(work, stdout)
     with stream:
         text = stream.read()
@@ -43,7 +46,7 @@ def start(work: Callable[[], int], stdout: int = -1) -> tuple[int, io.TextIOWrap
             os.dup2({-1: os.open(os.devnull, os.O_WRONLY), -2: write}.get(stdout, stdout), 1)
             # Replaces pytest's streams, which capture the output.
             sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            torch.set_num_threads(1)  # a fork has no threads of the pool
+            torch.set_num_threads(1)  # a fork lacks the threads of PyTorch's pool
             code = work()
         except SystemExit as end:
             code = end.code
@@ -63,7 +66,7 @@ def ended(child: int) -> int:
 
 
 def killed_at(at: int, below: Path) -> None:
-    """Makes this process kill itself at its ``at``-th moment (from 0), of those that concern files under ``below``."""
+    """Makes this process kill itself at its ``at``-th moment (from 0) that concerns a file under ``below``."""
     import peft.peft_model
     import safetensors.torch
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests of faults: a run's folder, an adapter, leftovers of writing, the line of an error."""
+"""Functions for the tests of faults that check a run's folder, an adapter, leftovers of writing, and errors."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def hidden(folder: Path) -> list[str]:
 
 
 def adapter(folder: Path):
-    """Returns the bytes of the adapter's weights; None: no adapter. Raises where the adapter can't be read."""
+    """Returns the bytes of the adapter's weights; None without an adapter. Raises where the adapter can't be read."""
     if not ((folder / WEIGHTS).exists() and (folder / "adapter_config.json").exists()):
         return None
     json.loads((folder / "adapter_config.json").read_text())
@@ -58,7 +58,7 @@ def assert_same_run(out: Path, unbroken: Path) -> None:
 
 
 def refused(code_and_text) -> str:
-    """Returns the line of an error. A warning that a report could not be drawn may come before the line."""
+    """Returns the line of the error from a failed command's result; a warning about the report may precede the line."""
     code, text = code_and_text
     lines = [line for line in text.splitlines() if not line.startswith("warning: ")]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, text)

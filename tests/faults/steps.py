@@ -1,4 +1,4 @@
-"""Computations of DataLoader workers, in a small module that a spawned process imports quickly."""
+"""The computation of DataLoader workers, in a small module that a spawned process imports quickly."""
 
 import torch
 

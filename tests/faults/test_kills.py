@@ -1,4 +1,7 @@
-"""Kills at many moments, damaged checkpoints, two writers: old content stays, and runs resume from a whole one."""
+"""Tests kills at many moments, damaged checkpoints, and two writers.
+
+Old content must stay, and a run must resume from a whole checkpoint.
+"""
 
 import json
 import os
@@ -48,7 +51,7 @@ def test_killed_at_any_moment_a_run_goes_on_and_loses_nothing(finetune, runs, tm
         code, text = finetune(out, "--resume")
         assert "Traceback" not in text
         tried.append(code)
-        if code == 2:  # killed before the first checkpoint was whole
+        if code == 2:  # the run was killed before the first checkpoint was whole
             assert "error: --resume: " in text
             assert_readable(out, old)
             code, text = finetune(out, "--overwrite")
@@ -65,7 +68,7 @@ def damaged(path: Path, how: str) -> None:
         path.unlink()
     elif how == "cut":
         path.write_bytes(data[: len(data) // 2])
-    else:  # changes one byte
+    else:  # flips a byte of the file
         path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
 
 
@@ -149,7 +152,7 @@ def test_killed_at_any_moment_a_merge_leaves_the_old_model_or_the_new(dense, tmp
         found = content(out)
         assert found in (old, new), text
         seen.append(found == new)
-        with atomic_folder(out, overwrite=True) as folder:  # any later write to the same place removes the leftovers
+        with atomic_folder(out, overwrite=True) as folder:  # a later write of this folder removes leftovers
             (folder / "a").write_text("")
         assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["a"]
         shutil.rmtree(out)
@@ -184,7 +187,7 @@ def test_killed_at_any_moment_an_adapter_is_the_old_or_the_new(dense, tmp_path):
 
 
 def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
-    """Another process removes its lock file after this process opened the file and before it locked the file."""
+    """Another process removes the lock file after this process opened the file and before this process locks it."""
     fcntl = pytest.importorskip("fcntl")
     real, lock = fcntl.flock, tmp_path / ".lock"
     calls = []
@@ -198,7 +201,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     try:
         with checkpoints.sole_writer(tmp_path):
-            assert lock.exists()  # a new file, which is locked
+            assert lock.exists()  # the lock is a new file
     except RunError as error:
         assert "another process is writing to it" in str(error)
     assert calls
@@ -212,7 +215,8 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
         for _ in range(2):
             line = refused(finetune(out, "--overwrite"))
             assert line == f"error: --output {out}: another process is writing to it"
-            with atomic_folder(out, overwrite=True, keep=True) as folder:  # as an adapter is saved; the lock file stays
+            # The function save_adapter also writes with keep=True, which keeps the lock file.
+            with atomic_folder(out, overwrite=True, keep=True) as folder:
                 (folder / "new").write_text("")
             before["new"] = b""
         assert {name: data for name, data in content(out).items() if name != ".lock"} == before
@@ -229,7 +233,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
 
 
 def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path):
-    """The merge that ends second finds a model that did not exist when this merge began."""
+    """The merge that ends second finds a model that did not exist when the second merge began."""
     out, write = tmp_path / "out", writer.write_safetensors
     outcome = []
 

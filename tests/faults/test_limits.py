@@ -1,4 +1,4 @@
-"""Time limits: a test that hangs in native code, a test that holds the GIL, and a whole command are ended and named."""
+"""Tests the time limits: hanging tests (in native code, or with the GIL) and commands are ended and named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if os.name != "posix":
     pytest.skip("pause() is POSIX's", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-HANGS = {  # without the GIL, as in PyTorch's operators; with the GIL no Python thread could interrupt the test
+HANGS = {  # with the GIL held, no Python thread can interrupt the test; PyTorch's operators release the GIL
     "native": "ctypes.CDLL(None).pause()",
     "native with the GIL": "ctypes.PyDLL(None).pause()",
     "native loop": "hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)",
@@ -76,7 +76,9 @@ def test_a_command_that_ends_has_its_own_status(tmp_path: Path) -> None:
 
 
 def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    """The grandchild has its own session, like torchrun's children. Each process writes its stack."""
+    """Tests a command with a grandchild in a session of its own, like torchrun's children; each process dumps its
+    stack.
+    """
     child = "import faulthandler, os, ctypes; faulthandler.enable(); os.setsid(); open(str(os.getpid()), 'w').close()"
     (tmp_path / "child.py").write_text(f"{child}\ndef inner(): ctypes.PyDLL(None).pause()\ninner()\n")
     parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, 'child.py']); time.sleep(10**6)"

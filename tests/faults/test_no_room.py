@@ -1,4 +1,4 @@
-"""Full disks, outputs that can't be written, no memory: a one-line error, and the old content stays."""
+"""Tests full disks, outputs that can't be written, and full memory: a one-line error, and old content stays."""
 
 import contextlib
 import errno
@@ -45,7 +45,9 @@ pytestmark = [
 
 @pytest.fixture
 def small(tmp_path):
-    """``small.path`` is a file system of 4 MiB; ``small.leave(n)`` fills it until n bytes are free."""
+    """Yields ``small``: ``small.path`` is a file system of 4 MiB, and ``small.leave(n)`` fills it until n bytes are
+    free.
+    """
     path = tmp_path / "disk"
     path.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, text=True)
@@ -67,7 +69,7 @@ def small(tmp_path):
         subprocess.run(["umount", "-l", path], check=True)
 
 
-# Free bytes as the run begins: none, too few for a checkpoint, for the second checkpoint, for the adapter.
+# Free bytes at the start of the run: none, or too few for the first checkpoint, the second checkpoint, or the adapter.
 @pytest.mark.parametrize("free", [0, 65_536, 180_000, 420_000])
 def test_a_run_on_a_full_disk_says_so_and_keeps_what_was_there(finetune, runs, small, free):
     out = small.path / "out"
@@ -115,7 +117,7 @@ def test_a_merge_on_a_full_disk_keeps_the_old_model(dense, small, monkeypatch, c
     shutil.copytree(dense / "from one", small.path / "out")
     before = content(small.path)
     small.leave(free)
-    if free > 40_000:  # the disk fills up while it is written to
+    if free > 40_000:  # the disk fills up during the run
         usage = shutil.disk_usage(small.path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     assert main(merge_command(dense, small.path / "out", "--overwrite")) == 2
@@ -160,7 +162,7 @@ def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):
     def nobody() -> None:
         os.setuid(65534)
 
-    # Another user can't read pytest's folders: the run can't read its model and data.
+    # Another user can't read pytest's folders, so that the run can't read the model and the data.
     assert refused(finetune(tmp_path / "out", before=nobody)).endswith(": Permission denied")
     with tempfile.TemporaryDirectory() as name:
         closed = Path(name)
@@ -212,7 +214,7 @@ def address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-HELD: list[torch.Tensor] = []  # takes the memory that the allocator has free
+HELD: list[torch.Tensor] = []  # tensors that take the free memory of the allocator
 
 
 def limit_memory(room: int) -> None:
@@ -276,7 +278,7 @@ def test_layers_that_share_a_weight_are_quantized_together_or_not_at_all(monkeyp
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2, 3)[fails]:  # the call for the second weight; from_linear calls from_nf4 too
+        if len(calls) == (2, 3)[fails]:  # the call for the second weight
             raise MemoryError
         return make(*args, **kwargs)
 
@@ -336,13 +338,13 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
 
 
 def test_an_operator_without_memory_says_it_as_pytorch_does():
-    """The Trainer's auto_find_batch_size retries with a smaller batch after an error with this text."""
+    """An operator's error without memory has the text after which auto_find_batch_size retries with a smaller batch."""
     accelerate_memory = pytest.importorskip("accelerate.utils.memory")
 
     def work() -> int:
         x, weight = torch.zeros(4096, 64), torch.zeros(4096, 64)
         lora_A, lora_B = torch.zeros(8, 64), torch.zeros(4096, 8)
-        limit_memory(16)  # the result takes 64
+        limit_memory(16)  # the result takes 64 MiB
         try:
             with pytest.raises(RuntimeError) as caught:
                 ops.lora_linear(x, weight, lora_A, lora_B)

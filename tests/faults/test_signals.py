@@ -1,4 +1,4 @@
-"""Signals, closed pipes, forks and threads: a run ends as asked and resumes, and kernels work in forks and threads."""
+"""Tests signals and closed pipes, which end a run that can then be resumed, and kernels in forks and threads."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Python warns that forking a
 
 
 def signalled(finetune, out: Path, *numbers: int, before=None) -> tuple[int, str]:
-    """Runs a long training and sends it signals, the next one after the run has printed its answer to the last."""
+    """Runs a long training and sends it signals, each after the run has printed its message on the previous signal."""
     child, stream = finetune(out, "--max-steps", "100000", "--save-steps", "0", stdout=-2, before=before)
     text = ""
     with stream:
@@ -70,7 +70,7 @@ def test_a_signal_that_ends_a_run_saves_a_checkpoint(finetune, tmp_path, name):
 
 def test_a_second_signal_ends_a_run_at_once(finetune, tmp_path):
     def slow(number: int) -> None:
-        if number > 1:  # waits for the second signal
+        if number > 1:  # from the second step on, waits for the second signal
             time.sleep(points.SECONDS)
 
     code, text = signalled(finetune, tmp_path / "out", signal.SIGINT, signal.SIGINT, before=lambda: at_steps(slow))
@@ -96,7 +96,7 @@ def test_sigusr1_saves_a_checkpoint_and_the_run_goes_on(finetune, runs, tmp_path
 
     def before() -> None:
         at_steps(asks)
-        os.kill(os.getpid(), signal.SIGHUP)  # ignored, as under nohup
+        os.kill(os.getpid(), signal.SIGHUP)  # the run ignores SIGHUP, as under nohup
 
     signal_before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -110,7 +110,7 @@ def test_sigusr1_saves_a_checkpoint_and_the_run_goes_on(finetune, runs, tmp_path
 
 
 def test_a_handler_that_is_not_pythons_stays(monkeypatch):
-    """A program that embeds Python has such handlers: signal.signal returns None and can't restore the handler."""
+    """A program that embeds Python may have handlers of C code; signal.signal returns None and can't restore them."""
     from peft_ext.cli import chat
 
     foreign, real = {signal.SIGTERM, signal.SIGALRM}, (signal.signal, signal.getsignal)
@@ -147,7 +147,7 @@ def test_nobody_reads_what_is_printed(finetune, runs, tmp_path):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_of_a_dataloader_run_kernels(two_threads, context):
-    step()  # starts two threads, which a fork does not have
+    step()  # the call starts two threads, which a fork does not inherit
     loader = torch.utils.data.DataLoader(Steps(), batch_size=None, num_workers=2 if context == "fork" else 1,
                                          timeout=600, multiprocessing_context=context)  # fmt: skip
     torch.testing.assert_close(list(loader), [step(i, quantized=True) for i in range(4)], rtol=0, atol=0)
@@ -163,7 +163,7 @@ def test_a_fork_runs_kernels_on_one_thread(two_threads):
 
 
 def losses(seed: int, steps: int = 6) -> list[float]:
-    """Returns the losses of a training of model ``seed`` with its own random numbers."""
+    """Returns the losses of a training of the model with seed ``seed``, which draws its own random numbers."""
     adapted = models[seed]
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of untrusted files. The tests themselves skip where a package is missing."""
+"""Fixtures of the tests of untrusted files. The test files skip where a package is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> tuple[Path, Path]:
-    """The folders of a tiny base model, with a tokenizer, and of an adapter that names it."""
+    """Returns the folders of a tiny base model with a tokenizer, and of an adapter that names the base."""
     import peft
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -1,4 +1,4 @@
-"""Atomic files and folders: errors, kills at every step, and saved adapters."""
+"""Tests atomic files and folders: errors, kills at every step, and saved adapters."""
 
 import errno
 import importlib.util
@@ -97,7 +97,7 @@ def test_a_folder_is_replaced_whole(tmp_path, renaming):
     (path / "mine").write_text("old")
     write(path, 2, overwrite=True)
     assert names(path) == ["a", "b", "sub", "sub/c"] and (path / "sub/c").read_text().startswith("2\n")
-    assert names(path.parent)[0] == "model" and len(names(path.parent)) == 5  # nothing is left beside it
+    assert names(path.parent)[0] == "model" and len(names(path.parent)) == 5  # no leftovers beside the folder
 
 
 def test_what_the_new_folder_has_not_is_kept_where_asked(tmp_path, renaming):
@@ -111,21 +111,21 @@ def test_what_the_new_folder_has_not_is_kept_where_asked(tmp_path, renaming):
     write(path, 2, overwrite=True, keep=True)
     found = content(path)
     assert {name for name, text in found.items() if text == "kept"} == {"mine", "link", "sub/mine", "other/mine"}
-    assert (path / "link").is_symlink() and (path / "mine").stat().st_ino == inode  # no copy
+    assert (path / "link").is_symlink() and (path / "mine").stat().st_ino == inode  # the file is moved, not copied
     assert all(found[name].startswith("2\n") for name in ("a", "b", "sub/c"))
 
 
 def test_a_folder_is_not_replaced_unasked(tmp_path):
     path = tmp_path / "model"
     path.mkdir()
-    write(path, 1)  # an empty one may be there
+    write(path, 1)  # an existing empty folder is replaced without overwrite
     with pytest.raises(FileExistsError, match="not empty"):
         write(path, 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         write(tmp_path / "file", 1, overwrite=True)
     assert (path / "a").read_text().startswith("1\n")
-    with pytest.raises(OSError), atomic_folder(tmp_path / "race") as folder:  # another process writes it first
+    with pytest.raises(OSError), atomic_folder(tmp_path / "race") as folder:  # another process writes the folder first
         (folder / "a").write_text("mine")
         (tmp_path / "race").mkdir()
         (tmp_path / "race/a").write_text("theirs")
@@ -203,10 +203,10 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
     for name in ("model.0123456789ab.part", "model.0123456789ab.old", "other.0123456789ab.part", "model.mine.part"):
         (tmp_path / f".{name}").mkdir()
     with atomic_folder(tmp_path / "model") as first:
-        write(tmp_path / "model", 2)  # as another process at the same time: the first folder is locked
+        write(tmp_path / "model", 2)  # like another process; the first part folder is locked
         assert first.is_dir()
         found = {path.name for path in tmp_path.iterdir()} - {first.name}
-        # The empty folder that was moved aside came back; the other folders are not leftovers of this name.
+        # The empty folder that a killed write moved aside is back; the other folders are no leftovers of this name.
         assert found == {"model", ".other.0123456789ab.part", ".model.mine.part"}
         files._remove_leftovers(tmp_path / "model")
         assert first.is_dir()

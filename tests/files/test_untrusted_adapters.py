@@ -1,7 +1,7 @@
 """Untrusted adapters that are broken, absurd or malicious: their configuration, expressions and tensors.
 
-Each of them must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
-wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more such files.
+Each adapter must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
+wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more files with bad effects.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_a_config_as_large_as_no_config_is_not_read(made, tmp_path, monkeypatch)
 
 
 def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) -> None:
-    """The checks of types accept every configuration that PEFT writes."""
+    """The checks of types accept every configuration that PEFT or peft_ext writes."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     read = 0
@@ -127,7 +127,7 @@ def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) 
     assert read > 30
 
 
-# Every field of a configuration that PEFT or peft_ext.tuners matches as an expression.
+# The fields of configurations that PEFT or peft_ext.tuners matches as regular expressions.
 _EXPRESSIONS = (
     {"target_modules": EVIL}, {"exclude_modules": EVIL}, {"rank_pattern": {EVIL: 4}}, {"alpha_pattern": {EVIL: 4}},
     {"modules_to_save": ["norm", EVIL]}, {"layers_pattern": EVIL, "layers_to_transform": [0]},
@@ -142,7 +142,7 @@ def test_an_expression_that_does_not_end(made, tmp_path, changes: dict[str, Any]
     config = read_config(edited(made[1], tmp_path / "v", **changes) / "adapter_config.json")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(made[0]))
-    # The time limit includes the start of the child process: allow four times its present duration.
+    # The time limit includes the start of the child process, and is about four times the usual duration.
     started = time.perf_counter()
     check_expressions(peft.LoraConfig(target_modules="a+"), model)
     seconds = 0.4 + 4 * (time.perf_counter() - started)
@@ -240,7 +240,7 @@ def test_tensors_of_an_adapter(made, tmp_path, about: str) -> None:
 def test_missing_tensors_are_found_whatever_peft_says_of_them(made, tmp_path, monkeypatch) -> None:
     folder = changed_tensors(made[1], tmp_path / "v", lambda t, key: t.pop(key))
     monkeypatch.setattr("peft.peft_model.warnings.warn", lambda *args, **kwargs: None)
-    for name in ("default", "lora"):  # "lora" is a part of each key
+    for name in ("default", "lora"):  # "lora" is a part of each key in the file
         model = transformers.AutoModelForCausalLM.from_pretrained(made[0])
         with pytest.raises(ValueError, match=r"lacks 1 of the adapter's tensors, first base_model\..*q_proj\.lora_A"):
             peft_ext.load_adapter(model, folder, name)
@@ -249,7 +249,7 @@ def test_missing_tensors_are_found_whatever_peft_says_of_them(made, tmp_path, mo
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_a_rank_beyond_the_base_that_its_start_cuts(tmp_path, init: str) -> None:
-    """PEFT truncates r to the base weight's shorter side; the configuration keeps the larger r."""
+    """For some init_lora_weights PEFT truncates r to the base weight's shorter side; the configuration keeps r."""
 
     def base() -> transformers.PreTrainedModel:
         torch.manual_seed(0)
@@ -275,7 +275,7 @@ def test_missing_tensors_of_a_second_adapter(made, tmp_path) -> None:
     with pytest.raises(ValueError, match="lacks 1 of the adapter's tensors, first .*q_proj.lora_A"):
         peft_ext.load_adapter(model, folder, "a")
     assert list(model.peft_config) == ["default"]
-    peft_ext.load_adapter(model, made[1], "a")  # "a" is a part of other names
+    peft_ext.load_adapter(model, made[1], "a")  # "a" is a part of other modules' names
 
 
 @pytest.mark.parametrize("place", ["layers.7.self_attn.q_proj", "layers.0.self_attn.x_proj"])

@@ -1,7 +1,7 @@
 """The commands on untrusted adapters, bases, runs and data that are broken, absurd or malicious.
 
-Each of them must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
-wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more such files.
+Each input must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
+wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more files with bad effects.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_no_command_reads_a_pickle(made, tmp_path, capsys) -> None:
     torch.save(Evil(), base / "pytorch_model.bin")
     for command in commands(made[1], tmp_path, base)[:2]:
         assert "has pytorch_model.bin, a pickle, and no safetensors" in refused(capsys, *command, unchanged=tmp_path)
-    # An index of safetensors that names a pickle, which transformers would read.
+    # This index of safetensors names a pickle file, which transformers would read.
     shutil.copy(made[0] / "model.safetensors", base / "model-9.safetensors")
     for name, message in (("pytorch_model.bin", "weight_map has 'pytorch_model.bin', wanted the name of a"),
                           ("../x.safetensors", "weight_map has '../x.safetensors', wanted")):  # fmt: skip
@@ -147,7 +147,7 @@ def test_chat_refuses_tokenizers_templates_and_generation(made, tmp_path, capsys
     ):
         folder = rewritten(base, tmp_path / "b", name, data)
         with monkeypatch.context() as patch:
-            if data is loop:  # the other templates end by themselves
+            if data is loop:  # only this template loops without end
                 patch.setattr(chat, "_SECONDS", 0.3)
             assert message in refused(capsys, *commands(adapter, tmp_path, folder)[0], unchanged=tmp_path), name
         shutil.rmtree(folder)
@@ -173,7 +173,7 @@ _RUNS = (
 
 @pytest.mark.parametrize(("text", "message"), _RUNS, ids=range(len(_RUNS)))
 def test_a_run_that_does_not_say_which_base(made, tmp_path, capsys, text: bytes, message: str) -> None:
-    """Without the error, the adapter would be merged into another base than the one it was trained on."""
+    """Without an error the adapter would be merged into another base than the base of the training."""
     folder = rewritten(made[1], tmp_path / "v", "run.json", text)
     for command in commands(folder, tmp_path):
         assert message in refused(capsys, *command, unchanged=tmp_path)
@@ -258,7 +258,7 @@ def test_a_gguf_that_is_none(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(demo_model, "_target", lambda: tmp_path / "cache/model")
 
     def run(command: list[str], **kwargs: Any) -> Any:
-        """Converts in this process: a child process would import for seconds."""
+        """Converts the model in this process, because a child process would import packages for seconds."""
         with pytest.raises(Exception) as caught:
             demo_model.convert(Path(command[-2]), Path(command[-1]))
         return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{caught.value!r}\n")

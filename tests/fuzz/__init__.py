@@ -155,7 +155,7 @@ class Target:
 
 
 class Finding(AssertionError):
-    """A result that no input may have."""
+    """The error for a result that no input of a target may have."""
 
 
 @contextlib.contextmanager
@@ -288,7 +288,7 @@ def _load(files: dict[str, bytes], folder: Path) -> None:
 
 def _adapter_target(method: str, part: str, format: str, file: str) -> Target:
     """Returns the two files of an adapter, one mutated and the other unchanged."""
-    # PEFT's own refusals: PyTorch's RuntimeError for a size that does not fit, KeyErrors for layers that do not exist.
+    # The classes of errors that PEFT raises, such as RuntimeError for a wrong size and KeyError for an unknown layer.
     refusals = (ValueError, TypeError, OSError, RuntimeError, LookupError, AttributeError)
     return Target(f"{method}-{part}", format, lambda: [_adapter_files()[method][file]],
                   lambda data, folder: _load({**_adapter_files()[method], file: data}, folder), refusals)  # fmt: skip

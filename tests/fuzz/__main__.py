@@ -47,7 +47,7 @@ def main() -> int:
 def _try(target: Target, seed: str, out: Path, findings: set[tuple[str, str]]) -> str:
     data = mutated(target, random.Random(seed))
     out.mkdir(parents=True, exist_ok=True)
-    last = out / f"{target.name}-last"  # the input that is left if the process itself ends
+    last = out / f"{target.name}-last"  # this file keeps the input if the process dies
     last.write_bytes(data)
     try:
         with tempfile.TemporaryDirectory() as folder:

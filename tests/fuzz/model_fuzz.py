@@ -78,7 +78,7 @@ def serve() -> None:
     """Runs the cases whose seeds arrive on stdin, and writes one line of JSON for each."""
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # output of libraries must not be taken for an answer
+    os.dup2(2, 1)  # output of libraries must not mix with the results on stdout
     for line in sys.stdin:
         seed = int(line)
         faulthandler.dump_traceback_later(0.95 * LIMIT, file=sys.stderr)
@@ -92,7 +92,7 @@ def serve() -> None:
 
 
 class Worker:
-    """A process that runs cases. It is ended and started again if a case does not return or ends the process."""
+    """A process that runs cases. Where a case does not return or ends the process, the Worker starts a new process."""
 
     COMMAND = (sys.executable, os.fspath(Path(__file__).resolve()), "--serve")
 

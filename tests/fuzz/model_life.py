@@ -1,4 +1,4 @@
-"""The actions that the fuzzer draws and applies to both models, step by step."""
+"""The actions of the model fuzzer, which it draws and applies to PEFT's model and to the accelerated model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from peft_ext.nn import NF4Linear
 
 
 class Case(Pair):
-    """Two models and the actions on both; ``live`` draws all of them."""
+    """A case of the fuzzer: two models, and actions on both models, which ``live`` draws."""
 
     def live(self) -> None:
         self.draw()
@@ -83,7 +83,7 @@ class Case(Pair):
     def act_add(self) -> None:
         name = f"other{len(self.names)}"
         if self.nf4 and self.method in ("AdaLoRA", "IA3"):
-            # Over a weight of bytes, PEFT decides otherwise which parameters of a second adapter train.
+            # Over an NF4 weight, PEFT makes other parameters of a second adapter trainable than over a dense weight.
             return self.act_train()
         # PEFT cannot start a DoRA over an NF4Linear that has no adapter yet.
         method = self.rng.choice(("LoRA",) if self.nf4 else ("LoRA", "LoRA", "DoRA"))
@@ -230,7 +230,7 @@ class Case(Pair):
     def act_unhook(self) -> None:
         def unhook(model: nn.Module) -> None:
             for name in self.hooked:
-                with contextlib.suppress(AttributeError):  # a hook of an adapter that was deleted
+                with contextlib.suppress(AttributeError):  # the hook is of a deleted adapter
                     module = model.get_submodule(name)
                     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                         hooks.clear()
@@ -384,8 +384,8 @@ class Case(Pair):
         self.dtype = torch.float64
         probe = self.drawn_probe(autocast=False)
         for name, wanted in (found := self.call(probe) or [{}, {}])[0].items():
-            # Values that a model computes in float32 in every dtype, such as rotary positions, have only float32
-            # precision.
+            # Some values have only float32 precision in a float64 model, because a model computes them in float32 in
+            # every dtype, for example rotary positions.
             if wanted is not None and not wanted.isfinite().all():  # a mask of the model does not work in float64
                 self.seen.counts["not finite in PEFT"] += 1
             elif wanted is not None and not distance(found[1][name], wanted) <= TIGHT * wanted.norm().item() + 1e-9:
@@ -400,8 +400,9 @@ class Case(Pair):
         merge = self.maybe(0.7)
         self.tell("  merge_and_unload" if merge else "  unload")
         if self.both("leave", lambda model: model.merge_and_unload() if merge else model.unload()):
-            # Parts that belong to no adapter stay fused until restore: norms, a head and its model without the logits,
-            # and, if this CPU has no product in the dtype, the frozen linear layers, including the bases of adapters.
+            # Parts without an adapter stay fused until restore: norms, and language models without whole logits. Where
+            # the CPU has no products in the dtype, frozen linear layers also stay fused, including the bases of
+            # adapters.
             kept = (Block, FusedLinear, LanguageModel)
             left = [name for name, module in self.fused.named_modules()
                     if type(module) in STOCK and not isinstance(module, kept)]  # fmt: skip

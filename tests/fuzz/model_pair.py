@@ -40,28 +40,29 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # are 1e-7 to 1e-6 of a tensor's norm.
 TIGHT = 2e-5
 NO_FLOAT64 = ("XGLM",)  # architectures whose mask raises an error in float64
-# Larger differences are judged by float64: a gradient that is zero except for rounding (a key's bias, which the softmax
-# does not see) has no correct digits, here and in PEFT. Our error may be AGAINST_FLOAT64 times PEFT's, plus OF_TENSOR
-# of the tensor and OF_LARGEST of the largest gradient.
+# Where float32 results differ by more than TIGHT, both are compared with float64: a gradient that is zero except for
+# rounding (a key's bias has no effect on the softmax) has no correct digits in either model. Our error may be
+# AGAINST_FLOAT64 times PEFT's error, plus OF_TENSOR of the tensor's norm and OF_LARGEST of the largest gradient.
 AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 
-# Bounds in 16 bits: errors are measured against the same model in float32, and compared with PEFT's errors. Two
-# roundings of one model are two random draws. Their quotient varies more if the values go through few numbers: the
-# gradients of a query and a key, which go through the softmax of a few keys, have 0.1 to 6 times PEFT's error over
-# other weights, the logits 0.7 to 1.2 times. So these cases have several tokens, and PEFT's error counts at least as
-# the median over the call's tensors. Among about 5,000 tensors of more than FEW elements, our error was at most 1.9
-# times that value. A tensor of few elements says little: a router's bias over two experts is one number, and the
-# quotient of two draws exceeds 10 in 6 of 100 cases. For all tensors of a call together, each divided by its norm, our
-# error was 0.6 to 1.7 times PEFT's in 98 of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms
-# of the factors are symmetric about 0 with a deviation of 0.3, so from MANY calls on a mean that differs by a tenth is
-# significant. A missing term, or a term with the wrong sign, has an error of 1 where PEFT's errors are 0.01.
+# Bounds in 16 bits: the errors of both models are measured against an equal model in float32, and our errors are
+# compared with PEFT's. The rounding errors of the two models are two random draws. The quotient of the errors varies
+# more where values go through few numbers: gradients of a query and a key, which go through the softmax of a few keys,
+# have 0.1 to 6 times PEFT's error with other weights, the logits 0.7 to 1.2 times. Cases in 16 bits therefore have
+# several tokens, and PEFT's error counts at least as the median over the call's tensors. Among about 5,000 tensors of
+# more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. A tensor of few
+# elements says little: a router's bias over two experts is one number, and the quotient of two draws exceeds 10 in 6 of
+# 100 cases. For all tensors of a call together, each divided by its norm, our error was 0.6 to 1.7 times PEFT's in 98
+# of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms of the factors are symmetric about 0 with
+# a deviation of 0.3, so from MANY calls on a mean that differs by a tenth is significant. A missing term, or a term
+# with the wrong sign, has an error of 1 where PEFT's errors are 0.01.
 ROUNDED_EACH, ROUNDED_FEW, ROUNDED_ALL, ROUNDED_MEAN = 8.0, 20.0, 3.0, 1.1
 FEW, MANY = 16, 200
-ROUNDED_FLOOR = 2.0  # in epsilons of the dtype, of a tensor's norm and of a hundredth of the largest gradient's norm
+ROUNDED_FLOOR = 2.0  # error in eps of the dtype, times a tensor's norm or a hundredth of the largest gradient's norm
 
 
 class Failed(AssertionError):
-    """A difference between the accelerated model and PEFT's."""
+    """The error for a difference between the accelerated model and PEFT's model."""
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -102,7 +103,7 @@ class OwnDropout(PhiloxDropout):
 
 
 class Pair:
-    """Two models of one draw, PEFT's and the accelerated one. Every action on both is compared."""
+    """PEFT's model and the accelerated model of one draw. Every action is applied to both models and compared."""
 
     def __init__(self, seed: int, say: Callable[[str], None] = lambda text: None, family: Optional[str] = None) -> None:
         self.seed, self.say = seed, say
@@ -139,9 +140,9 @@ class Pair:
         rng = self.rng
         self.method, self.base = self.pick(METHODS), self.pick(BASES)
         self.dtype = next((dtype for name, dtype in DTYPES.items() if name in self.base), torch.float32)
-        # If values are rounded to 16 bits, a router may choose another expert, and a ReLU may take the other side. In
-        # these cases each token goes to all experts, and activations are smooth.
-        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # float32 except for the 4-bit layers
+        # Where values are rounded to 16 bits, a router may choose another expert, and a ReLU may take the other side.
+        # Cases with this rounding send each token to all experts, and have smooth activations.
+        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # the model is float32 except for the 4-bit layers
         self.rounds = self.dtype is not torch.float32 or self.maybe(0.25)
         if self.rounds and self.family == "DistilBERT":  # the head of DistilBERT has a ReLU for every configuration
             self.family = "BERT"
@@ -324,7 +325,7 @@ class Pair:
             self.seen.counts["refused by PEFT alone"] += 1
             self.ended = True
             return False
-        # Our error names the argument.
+        # peft_ext's error has another text, which names the argument.
         if "shapes cannot be multiplied" in str(theirs) and isinstance(ours, ValueError):
             return False
         if type(theirs) is not type(ours) or plain(theirs) != plain(ours):
@@ -374,7 +375,7 @@ class Pair:
         with torch.autocast("cpu", torch.bfloat16, enabled=probe.autocast):
             explained = peft_ext.explain(self.fused)
         fused = {row.name: row.fused for row in explained.rows}
-        heads = {row.name for row in explained.blocks if row.fused}  # their dropout is PEFT's
+        heads = {row.name for row in explained.blocks if row.fused}  # heads with an adapter keep PEFT's dropout
         for name, layer in tuners(self.stock).items():
             parts = self.kbit and not probe.autocast and isinstance(layer.get_base_layer(), bnb.nn.Linear4bit)
             for adapter, dropout in getattr(layer, "lora_dropout", {}).items():
@@ -453,7 +454,7 @@ class Pair:
         largest = max(norms, default=0.0)
         largest = max(largest, 1.0)  # if only a key trains and there is one key, all gradients are only rounding
         for name in far:
-            if not exact or not exact[name].isfinite().all():  # some models have no float64, because their masks do not
+            if not exact or not exact[name].isfinite().all():  # some models can't run in float64 because of their masks
                 ours, theirs = pairs[name]
                 slack = OF_LARGEST * largest if name.startswith("grad") else 0
                 if not distance(ours, theirs) <= 50 * TIGHT * theirs.double().norm().item() + slack:
@@ -487,8 +488,8 @@ class Pair:
             all_ours, all_theirs = (
                 math.sqrt(sum(min(errors[name][side], 1.0) ** 2 for name in several) / len(several)) for side in (0, 1)
             )
-            # All tensors of a call depend on one loss, so their errors are small or large together. The size of the
-            # errors depends on the model, which its other calls show too.
+            # All tensors of a call depend on one loss, so that the errors of a call are small or large together. PEFT's
+            # errors in other calls of the model show the usual size of errors.
             self.theirs_together.append(all_theirs)
             usual_all = max(all_theirs, statistics.median(self.theirs_together))
             if not all_ours <= ROUNDED_ALL * usual_all + ROUNDED_FLOOR * eps:

@@ -34,7 +34,7 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(base, NF4Linear):
                 weight = base.dequantize()
             elif isinstance(base, bnb.nn.Linear4bit):
-                # After a pickle, only the second is left.
+                # After a pickle, only the module still has quant_state.
                 state = getattr(base.weight, "quant_state", None) or base.quant_state
                 weight = peft_ext.NF4Weight.from_bitsandbytes(base.weight, state).dequantize(base.compute_dtype)
             else:
@@ -44,7 +44,7 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             dense.bias = base.bias
             dense._forward_hooks, dense._forward_pre_hooks = base._forward_hooks, base._forward_pre_hooks
             setattr(parent, name, dense)
-        if isinstance(parent, ia3.Linear4bit):  # this class casts to float32
+        if isinstance(parent, ia3.Linear4bit):  # PEFT's class of 4-bit IA3 layers casts to float32
             parent.__class__, parent.fan_in_fan_out = ia3.Linear, False
         if hasattr(getattr(parent, "config", None), "_experts_implementation"):
             parent.config._experts_implementation = "eager"  # the grouped products do not support float64
@@ -131,7 +131,7 @@ IN_PLACE = ("add_", "mul_", "relu_", "neg_", "tanh_")
 
 @dataclass(frozen=True)
 class Probe:
-    """How a model is called, and which of its values are compared."""
+    """The options of one call of a model, and the choice of the values that are compared."""
 
     training: bool = True
     backward: bool = True
@@ -175,7 +175,7 @@ def measure(model: nn.Module, batch: dict[str, Any], probe: Probe, dtype: torch.
             stack.enter_context(torch.inference_mode() if probe.inference else torch.no_grad())
         for _ in range(probe.steps):
             output = model(**given)
-            getattr(output, "logits", None)  # the logits are an item of the output after this access
+            getattr(output, "logits", None)  # the access computes waiting logits and stores them in the output
             floats = {key: value for key, value in output.items()
                       if isinstance(value, Tensor) and value.is_floating_point() and key != "loss"}  # fmt: skip
             loss = getattr(output, "loss", None)

@@ -38,11 +38,11 @@ from torch import Tensor
 from peft_ext import _native
 from peft_ext.weight import BLOCKSIZES
 
-# Largest number of multiply-adds in one case's products: a case takes some hundredths of a second.
+# Largest number of multiply-adds in one case's products, for which a case takes some hundredths of a second.
 BUDGET, SMALL_BUDGET = 3e7, 2e5
 MANY = 128  # largest number of threads; 16 for small sizes
 SLOW, STDERR = 120.0, 2  # seconds after which a running case is named, and the file descriptor for its name
-FEW = 64  # elements of a result up to which one draw says little
+FEW = 64  # results of at most FEW elements are judged by several draws
 EMULATED = "emulated CUDA"
 LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "offset", "rows apart")
 
@@ -91,7 +91,7 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
     """Draws (shape of the tokens, K, N, R) within the budget, which is smaller if many threads wait for each other."""
     most, most_r, budget = (300, 70, SMALL_BUDGET) if small else (5000, 512, BUDGET if threads <= 8 else BUDGET / 3)
     t, k, n, r = (_size(rng, m) for m in (most, most, most, most_r))
-    if rng.random() < 0.1:  # one size is huge and another one small
+    if rng.random() < 0.1:  # one size is huge and one size is small
         thin, huge = rng.randrange(3), _size(rng, 40 * most)
         t, k, n = (huge if i == thin else min(size, 8) for i, size in enumerate((t, k, n)))
         r = min(r, 8)
@@ -122,7 +122,7 @@ def makers(rng: random.Random) -> dict[str, Callable[[], Case]]:
 
 
 def _case(rng: random.Random) -> Case:
-    """An operator with options of its own."""
+    """Draws the case of an operator with options of its own."""
     weights = {"lora_linear": 4, "dora_linear": 4, "nf4_linear": 2, "grouped_lora_linear": 2}
     made = makers(rng)
     return made[rng.choices(list(made), [weights.get(op, 1) for op in made])[0]]()
@@ -144,7 +144,7 @@ def _attention(rng: random.Random, shape: tuple) -> tuple[Case, tuple]:
 
 
 def _away_from_zero(case: Case) -> Case:
-    """ReLU's slope jumps at 0: draws values until no product is so near 0 that rounding could choose the side."""
+    """Draws values until no input of a ReLU is so near 0 that rounding could choose the side of the kink."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         while True:
@@ -231,7 +231,7 @@ def check(drawn: Drawn) -> None:
         assert got.dtype == want.dtype and got.shape == want.shape, (got.dtype, got.shape)
         assert torch.equal(got, want), f"{(got != want).sum()} of {got.numel()} elements differ"
         return
-    terms = max(*shape[1:], torch.Size(shape[0]).numel())  # of the longest sum: the rank is one too
+    terms = max(*shape[1:], torch.Size(shape[0]).numel())  # terms of the longest sum over K, N, R or the tokens
     suspect = []
     for name in got:
         try:

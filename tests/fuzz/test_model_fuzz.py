@@ -57,7 +57,7 @@ def test_the_cases_compare_much_and_most_of_it_is_fused(ran: tuple[Statistics, l
     counts = ran[0].counts
     assert counts["calls compared"] > 4 * CASES
     assert counts["fused layers"] > 0.75 * counts["layers"]
-    assert counts["refused by PEFT"] < 0.15 * counts["calls compared"]  # 0.11
+    assert counts["refused by PEFT"] < 0.15 * counts["calls compared"]  # the measured share is 0.11
     assert len(ran[0].rounded) > MANY
 
 

@@ -11,7 +11,7 @@ import pytest
 import sweep
 
 CHUNKS, CHUNK = 20, 100
-SMALL_CHUNK = 50  # under the emulator or a sanitizer
+SMALL_CHUNK = 50  # number of cases of a test under the emulator or a sanitizer
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_random_calls_agree_with_float64(chunk: int, pytestconfig: pytest.Config
 
 def test_the_sweep_draws_every_operator_and_path() -> None:
     drawn = [sweep.draw(seed) for seed in range(CHUNKS * CHUNK)]
-    apart = {"dropout", "scaled_dot_product_attention"}  # drawn on seeds of their own
+    apart = {"dropout", "scaled_dot_product_attention"}  # operators whose cases come from other seeds
     assert {case.case.public for case in drawn} == {*sweep.makers(random.Random(0)), *apart}
     assert {case.isa for case in drawn} == set(sweep._native.STATE.module.isas())
     threads = {case.threads for case in drawn}

@@ -1,5 +1,7 @@
-"""In these tests, a fused layer asks for its reasons even if its call is known, and fused LayerNorms run for few
-elements too, because the tests use few.
+"""Fixtures of the tests of integrations.
+
+In these tests, a fused layer checks its reasons even for a known call, and LayerNorms are fused for few elements too,
+because the tests use few elements.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ norm = pytest.importorskip("peft_ext.integrations.model_blocks.norm")
 
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Returns the former limits of few elements, by dtype."""
+    """Removes the limits below which PyTorch computes a norm, and returns the removed limits by dtype."""
     usual = norm.LEAST
     monkeypatch.setattr(norm, "LEAST", {})
     return usual

@@ -1,9 +1,9 @@
 """Changes names in PEFT, transformers or bitsandbytes, and shows what peft_ext then does and says.
 
-``python renamed_names.py peft_folder tmp_folder`` reads cases from stdin as JSON. By name, each case has its edits of a
-copy of PEFT ([file, pattern, replacement]; file "*" means every file; without a pattern the file is renamed) and the
-names to delete from loaded modules ([module, name]). Each case runs in a fork of this process, which has loaded torch
-and transformers, but not PEFT. The findings are printed as JSON.
+``python renamed_names.py peft_folder tmp_folder`` reads cases by name from stdin as JSON. A case has edits of a copy of
+PEFT and names to delete from loaded modules. An edit is [file, pattern, replacement], where the file "*" means every
+file, and a file without a pattern is renamed. A name to delete is [module, name]. Each case runs in a fork of this
+process, which has loaded torch and transformers, but not PEFT. The findings are printed as JSON.
 """
 
 import json
@@ -39,7 +39,8 @@ def _base(kind):
     else:
         linear = nn.Linear(64, 64)
     model.add_module("layer", linear)
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.endswith("4bit"), kind.endswith("8bit")  # PEFT asks it
+    # PEFT reads these attributes of a model.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.endswith("4bit"), kind.endswith("8bit")
     return model
 
 
@@ -62,7 +63,7 @@ def _models():
 
 
 def _found(folder, deleted):
-    """Returns what accelerate, explain and other parts of the package do: fused layers, warnings, errors."""
+    """Returns the results of accelerate, explain and other parts of peft_ext: fused layers, warnings, errors."""
     sys.path.insert(0, str(folder))
     import peft
 
@@ -98,7 +99,7 @@ def main():
     found = {}
     for number, (name, case) in enumerate(json.load(sys.stdin).items()):
         folder = tmp / str(number)
-        # The copy includes compiled files, which refer to their sources by modification time.
+        # copytree also copies compiled files, and keeps the modification times by which they refer to their sources.
         shutil.copytree(installed, folder / "peft")
         for file, pattern, replacement in case["edits"]:
             if pattern is None:

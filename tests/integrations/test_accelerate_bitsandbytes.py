@@ -1,6 +1,4 @@
-"""Tests of accelerate over bitsandbytes' 4-bit and 8-bit layers, adapted and plain: numbers, dtypes, and what does not
-change.
-"""
+"""Tests of accelerate over bitsandbytes' 4-bit and 8-bit layers, with and without adapters: numbers, dtypes, state."""
 
 import pytest
 import torch
@@ -77,11 +75,11 @@ def test_a_4bit_weight_is_never_repacked(adapted):
     fused = peft_ext.accelerate(model).eval()
     before = {name: value.clone() for name, value in fused.state_dict().items()}
     layer = next(module for module in fused.modules() if isinstance(module, bnb.nn.Linear4bit))
-    layer.support_avx512bf16_for_cpu = True  # the value on a CPU with AVX-512 BF16
+    layer.support_avx512bf16_for_cpu = True  # bitsandbytes sets this attribute on CPUs with AVX-512 BF16
     packed = layer.weight.data.clone()
     with torch.no_grad():
         fused(torch.randn(2, K).bfloat16())
-        fused(torch.randn(2, K).double())  # this call runs stock code
+        fused(torch.randn(2, K).double())  # for a float64 input stock code runs
         if adapted:
             with fused.disable_adapter():
                 fused(torch.randn(2, K).bfloat16())
@@ -160,7 +158,7 @@ def test_a_plain_adapter_class_over_a_4bit_layer(method):
 
 
 def test_a_4bit_weight_of_inference_mode_trains_as_in_peft():
-    """PEFT's merge and unmerge make such a weight if they run in inference mode."""
+    """In inference mode PEFT's merge and unmerge make a 4-bit weight that is an inference tensor."""
     base = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     with torch.inference_mode():
         weight = torch.randn(32, 64)

@@ -54,7 +54,7 @@ def test_doras_dropout_can_act_on_the_low_rank_path_alone():
     torch.testing.assert_close(y, wanted)
     torch.manual_seed(5)
     other = first(peft_ext.accelerate(copy.deepcopy(model)))(x)
-    assert (other - wanted).norm() > 0.01 * wanted.norm()  # PEFT's dropout with the same mask gives another function
+    assert (other - wanted).norm() > 0.01 * wanted.norm()  # PEFT's kind of dropout gives other values for an equal mask
     for eval_mode in (fused.eval(), peft_ext.accelerate(fused)):
         torch.testing.assert_close(eval_mode(x), model.eval()(x))
 
@@ -87,7 +87,7 @@ def test_a_wrong_dropout_is_named_before_anything_changes():
 
 def test_doras_dropout_needs_the_layer_in_training_too():
     model = make_method("DoRA", lora_dropout=0.9).eval()
-    first(model).lora_dropout.train()  # PEFT's DoRA looks at the layer's mode as well
+    first(model).lora_dropout.train()  # PEFT's DoRA also reads the layer's training mode
     stock, fused = both(model)
     x = inputs()
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-5)
@@ -103,13 +103,13 @@ def test_doras_cache_is_honoured(monkeypatch):
     with DoraCaching():
         for _ in range(3):
             torch.testing.assert_close(fused(x), wanted)
-        assert len(seen) == 2  # once a layer
+        assert len(seen) == 2  # one computation of the norm for each layer
         cached, theirs = (first(model).lora_magnitude_vector["default"] for model in (fused, stock))
         stock(x)
         key = "weight-norm-default"
         torch.testing.assert_close(cached._dora_cache[key], theirs._dora_cache[key])
     fused(x)
-    assert not cached._dora_cache  # PEFT forgets the norm outside of the cache, too
+    assert not cached._dora_cache  # outside of DoraCaching a call clears the cached norm, as in PEFT
     with DoraCaching():
         fused(x)
         assert cached._dora_cache
@@ -121,8 +121,8 @@ def test_doras_cache_is_honoured(monkeypatch):
 
 @pytest.mark.parametrize("base", ["nf4", "nf4 bfloat16"])
 def test_dora_over_nf4(base):
-    """DoRA is added to an accelerated model, made before the model was quantized, or made by PEFT's hook for a layer
-    class.
+    """Tests DoRA over NF4, added to an accelerated model, made before the quantization, or made by PEFT's hook for
+    layers.
     """
     model = peft_ext.accelerate(make(base))
     model.add_adapter("dora", config_of("DoRA"))
@@ -148,7 +148,7 @@ def test_other_variants_over_nf4_are_a_clear_error():
 
 
 def test_dora_on_a_quantized_base_is_made_loaded_and_added(tmp_path):
-    """PEFT computes the norm of the weight when it makes the layer, which fails for an NF4Linear."""
+    """PEFT computes DoRA's norm when it makes a layer; for an NF4Linear this would fail without peft_ext."""
     torch.manual_seed(0)
     dense = MLP()
     config = functools.partial(config_of, "DoRA")

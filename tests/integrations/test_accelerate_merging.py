@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ("method", "base"),
     [
         *((method, base) for method in METHODS for base in ("float32", "bfloat16")),
-        # PEFT refuses the other methods.
+        # PEFT refuses to merge the other methods into bitsandbytes' layers.
         *((method, base) for method in ("LoRA", "DoRA") for base in ("bnb", "bnb nested")),
     ],
 )

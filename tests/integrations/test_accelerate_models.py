@@ -57,7 +57,7 @@ def test_restore_leaves_nothing_behind(method, base):
     model = make_method(method, base, **dropout_of(method, 0.1))
     before, keys, text = state_of(model), list(model.state_dict()), repr(model)
     bits = {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(2):  # the second call changes nothing
+    for _ in range(2):  # a second call of restore changes nothing
         assert peft_ext.accelerate(model) is model
     changed = [name for name, (kind, _) in state_of(model).items() if kind is not before[name][0]]
     assert len(changed) == (4 if base.startswith("bnb") else 2)
@@ -99,7 +99,7 @@ def test_saved_files_are_the_same_and_stock_peft_loads_them(method, base, tmp_pa
         assert (tmp_path / "after" / file).read_bytes() == (tmp_path / "before" / file).read_bytes()
     x = inputs(base)
     wanted = model(x)
-    if (method, base) == ("IA3", "bnb"):  # PEFT cannot unload this combination
+    if (method, base) == ("IA3", "bnb"):  # PEFT cannot unload IA3 from bitsandbytes' layers
         plain = MLP()
         plain.up, plain.down = (layer.base_layer for layer in tuners(model).values())
         plain.is_loaded_in_4bit = True
@@ -164,7 +164,7 @@ SWAPPED = {"small": {"r": 4, "lora_alpha": 3}, "large": {"r": 9, "lora_alpha": 7
     ("base", "compiled"), [*((base, False) for base in BASES), ("float32", True), ("nf4 bfloat16", True)]
 )
 def test_swapped_adapters_are_pefts(base, compiled, tmp_path):
-    """PEFT's hotswap makes the scale a tensor and pads the rank, so another adapter runs in the same graph."""
+    """PEFT's hotswap makes the scaling a tensor and pads the rank, so that another adapter can run in one graph."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for name, config in SWAPPED.items():

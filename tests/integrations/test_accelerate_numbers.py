@@ -260,7 +260,7 @@ def test_a_mixed_batch_that_is_not_fused_is_pefts_to_the_bit(about, grouped_call
     model.base_model.model.up.lora_dropout["other"] = nn.Dropout(0.3).eval()
     STOCK_MIXED[about](model)
     stock, fused = both(model)
-    peft_ext.restore(fused.base_model.model.down)  # restores a fused layer, so that all bits can be compared
+    peft_ext.restore(fused.base_model.model.down)  # the other layer becomes stock, so that all bits can be compared
     x, found = inputs(tokens=(len(NAMES), 5)), []
     for model in (stock, fused):
         torch.manual_seed(3)
@@ -272,7 +272,7 @@ def test_a_mixed_batch_that_is_not_fused_is_pefts_to_the_bit(about, grouped_call
 def test_extra_arguments_and_the_argument_check():
     stock, fused = both(mixed())
     x = inputs(tokens=(len(NAMES), 5))
-    for layers in (("third",), ("__base__",)):  # the first layer has neither of these adapters
+    for layers in (("third",), ("__base__",)):  # the layer has neither of these adapters
         up = [first(model)(x, adapter_names=[*layers] * len(NAMES)) for model in (stock, fused)]
         assert torch.equal(*up)
     for model in (stock, fused):
@@ -306,7 +306,7 @@ def test_autocast_gives_pefts_dtype(method, base, x_dtype):
     stock_base = base in (
         "bnb",
         "bnb nested",
-    )  # a layer that computes in float32 does so under autocast too, with its own forward
+    )  # under autocast, a Linear4bit with compute dtype float32 still computes in float32, by its own forward
     assert explanation.fused_share == (0.0 if stock_base and method in ("DoRA", "IA3") else 1.0)
     alone = "autocast computes in bfloat16, the layer's compute_dtype is float32" if stock_base else ""
     assert all(alone in row.reason and bool(alone) == bool(row.reason) for row in explanation.rows)

@@ -153,7 +153,7 @@ COMMON = {
     "patched": (_patch_layer, "replaced on the instance"),
     "float64": (lambda m: m.double(), "float64"),
 }
-ON_ITS_OWN = {  # DoRA is not fused over such a base; for the other methods the adapter's part is fused
+ON_ITS_OWN = {  # bases over which DoRA is not fused, and only the adapter's term of other methods is fused
     "base requires grad": (lambda m: first(m).base_layer.weight.requires_grad_(), "requires grad"),
     "base hook": (HOOKS["forward hook on the base"], "hooks on base_layer"),
 }
@@ -186,7 +186,7 @@ STOCK = {
     "several: a variant": ("LoRA", _add("DoRA", r=2), {}, "DoRA beside another active adapter"),
 }  # fmt: skip
 
-# Each case is fused over the base layer's own forward, and gives a reason.
+# Cases in which the adapter's term is fused over the base layer's own forward, with the reason that explain gives.
 FUSED = {
     "lora_bias": (None, {"lora_bias": True}, ""),
     "lora_bias, several": (_second, {"lora_bias": True}, ""),
@@ -218,7 +218,7 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     assert row.name == "base_model.model.up"
     if case.startswith("LoRA: "):
         assert row.kind == ("aLoRA over Linear" if case == "LoRA: aLoRA" else "LoRA over Linear")
-    # If the other layer is fused, it gets PEFT's class back, so that all bits can be compared.
+    # The other layer becomes stock again where it is fused, so that all bits can be compared.
     peft_ext.restore(fused.base_model.model.down)
     found, wanted = run(fused, x), run(stock, x)
     assert_identical(found, wanted)
@@ -239,7 +239,7 @@ def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
     stock = make(base, **config).train()
     (prepare or (lambda model: None))(stock)
     fused = copy.deepcopy(stock)
-    wide = copy.deepcopy(stock).double()  # every layer in float64, including hooks
+    wide = copy.deepcopy(stock).double()  # all layers compute in float64, also within hooks
     for model in (fused, wide):  # hooks and patched forwards of the first model are bound to it
         for layer in tuners(model).values():
             base_layer = layer.base_layer
@@ -261,7 +261,7 @@ def test_over_a_base_that_runs_on_its_own_the_adapters_part_is_fused(method, nam
     stock = make_method(method).train()
     fused = copy.deepcopy(stock)
     for model in (stock, fused):
-        for layer in ("up", "down"):  # (IA)³ has one layer of each kind
+        for layer in ("up", "down"):  # one of the two layers is (IA)³'s feedforward layer
             prepare(SimpleNamespace(base_model=SimpleNamespace(model=SimpleNamespace(up=getattr(model, layer)))))
     peft_ext.accelerate(fused)
     rows = peft_ext.explain(fused).rows
@@ -342,13 +342,13 @@ def no_kernels(monkeypatch):
 @every_base
 @every_method
 def test_without_a_native_kernel_the_stock_path_runs(method, base, no_kernels):
-    """The reference behind the operator is correct but slower than PEFT, so it must not replace a layer."""
+    """Without a kernel an operator would run the reference, which is slower than PEFT, so PEFT's layer must run."""
     model = make_method(method, base)
     stock, fused = stock_of(model), peft_ext.accelerate(model)
     x = inputs(base, (21,))
     for train in (False, True):
         found, wanted = run(fused.train(train), x), run(stock.train(train), x)
-        if method == "DoRA" and base.startswith("nf4"):  # the stock layer has another weight, the dequantized one
+        if method == "DoRA" and base.startswith("nf4"):  # the stock layer's weight is dequantized
             torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
         else:
             assert_identical(found, wanted)
@@ -377,7 +377,7 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
 
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", True)
     assert loaded() is None
-    for name in PUBLIC[op]:  # a kernel for the forward alone is not enough
+    for name in PUBLIC[op]:  # a layer is not fused where only the forward has a kernel
         assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
         assert reasons.kernel_reason(op, "cpu") is None
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", False)
@@ -498,7 +498,7 @@ def test_convolutions_stay_as_they_are(method):
 
 
 def test_a_dora_whose_lora_b_has_a_bias():
-    """PEFT never makes such a layer; an ``add_adapter`` that failed half-way can leave one behind."""
+    """PEFT makes no DoRA layer with a bias in lora_B, but a failed ``add_adapter`` may leave one behind."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(K, N)), LoraConfig(r=3, target_modules=["0"], use_dora=True))
     layer = model.base_model.model[0]

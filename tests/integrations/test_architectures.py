@@ -50,7 +50,7 @@ def masks_of_pytorch():
         yield
 
 
-# By architecture: how many layers each method adapts, and how many of them run fused.
+# By architecture, for each method: (number of adapted layers, number of adapted layers that run fused).
 LAYERS = {
     #           LoRA      DoRA      IA3
     "Llama":   ((14, 14), (14, 14), (6, 6)),
@@ -78,17 +78,18 @@ LAYERS = {
     "Mixtral": ((12, 12), (8, 8),   (4, 4)),
 }  # fmt: skip
 
-# The reasons of the layers that are not fused.
+# By architecture and method, for layers that are not fused: the reason and the number of layers.
 REASONS: dict[tuple[str, str], dict[str, int]] = {}
 
 GENERATING = [name for name, architecture in ARCHITECTURES.items() if architecture.generates]
 
 
 def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
-    """Dtypes are PEFT's. The error of all gradients together, with equal weights, is at most twice PEFT's error.
+    """Asserts that dtypes are PEFT's, and that the error of all gradients together is at most twice PEFT's error.
 
-    Most of the error is the model's own rounding, which is another random draw if a layer rounds once less: over other
-    batches, our error is 0.6 to 1.7 times PEFT's.
+    In the error of all gradients each gradient has equal weight. Most of the error is the model's own rounding, which
+    is
+    another random draw if a layer rounds once less: with other batches, our error is 0.6 to 1.7 times PEFT's.
     """
     assert {key: value.dtype for key, value in actual.items()} == {key: value.dtype for key, value in stock.items()}
     ours, theirs = (
@@ -99,7 +100,7 @@ def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
 
 
 class Case:
-    """An architecture under a method: PEFT's model, an accelerated copy, and a training step of each."""
+    """An architecture with a method: PEFT's model, an accelerated copy, and a training step of both models."""
 
     def __init__(self, name: str, method: str) -> None:
         self.name, self.method, self.architecture = name, method, ARCHITECTURES[name]
@@ -121,7 +122,7 @@ class Case:
         assert (len(rows), sum(row.fused for row in rows)) == (self.layers, self.fused_layers), peft_ext.explain(model)
 
 
-# One model of each family is in the first tier of tests, and each method.
+# The cases in the first tier of tests: one model of each family, and each method.
 FIRST_TIER = {"Llama-LoRA", "Llama-DoRA", "Llama-IA3", "Gemma3-LoRA", "GPT-2-DoRA", "Mixtral-LoRA", "BERT-LoRA",
               "T5-IA3", "ViT-DoRA"}  # fmt: skip
 
@@ -151,7 +152,7 @@ def test_the_layers_that_should_be_are_fused(case: Case) -> None:
     assert {row.name for row in explanation.rows} == set(tuners(case.fused))
     reasons = Counter(row.reason for row in explanation.rows if not row.fused)
     assert reasons == REASONS.get((case.name, case.method), {}), explanation
-    # explain trusts what a layer says; the operators that a call runs are what really happens.
+    # explain reports what the layers say; this test counts the operators that a call really runs.
     for training in (False, True):
         with OperatorCalls() as seen:
             case.fused.train(training)(**case.batch)
@@ -171,7 +172,7 @@ def test_logits_loss_and_gradients_are_pefts(case: Case) -> None:
     layers = peft_ext.accelerate(copy.deepcopy(case.fused), blocks=False)
     with layers.disable_adapter():
         assert torch.equal(logits(layers, case.batch), plain)
-    assert error_of(plain, adapted) > 0.1  # otherwise a layer that ignores its adapter might pass
+    assert error_of(plain, adapted) > 0.1  # the adapter must matter, so that a layer that ignores it fails
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
@@ -179,7 +180,7 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
     model = copy.deepcopy(case.fused)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     batch = {key: value.clone() for key, value in case.batch.items()}
-    if reentrant:  # reentrant checkpointing gives a block gradients only if an input of the block has one
+    if reentrant:  # reentrant checkpointing needs an input that requires a gradient
         model.enable_input_require_grads()
         batch = {key: value.requires_grad_(value.is_floating_point()) for key, value in batch.items()}
     with OperatorCalls() as seen:
@@ -231,7 +232,7 @@ def test_over_nf4_it_is_pefts_over_the_dequantized_weights(case: Case) -> None:
     assert_close(step(fused, case.batch), step(stock, case.batch))
 
 
-@pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case, because it takes seconds
+@pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case alone, because compiling takes seconds
 def test_a_model_compiles_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()
     model = copy.deepcopy(case.fused).base_model.model  # PEFT's own wrapper breaks the graph
@@ -320,8 +321,8 @@ def test_the_head_of_a_quantized_classifier_trains(name: str) -> None:
 # --- how many parameters train ----------------------------------------------------------------------------------------
 
 
-# Values that a configuration does not give are those of the named model: transformers' defaults are Llama-7B, GPT-2 and
-# BERT-base.
+# For each published model: its class, a function that makes its configuration, and the task. The defaults of
+# transformers' configurations are the sizes of Llama-7B, GPT-2 and BERT-base.
 SIZES: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PretrainedConfig], str]] = {
     "Llama-7B": (hf.LlamaForCausalLM, hf.LlamaConfig, "CAUSAL_LM"),
     "Llama-3-8B": (

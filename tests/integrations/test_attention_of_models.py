@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(_native.STATE.isa not in attention._PATHS, reaso
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 GROUPS = {**SMALL, "num_key_value_heads": 2}
-# Architectures with grouped heads, head sizes, norms, windows, experts, and values of another size than keys.
+# Architectures that cover grouped heads, several head sizes, norms of q and k, windows, experts, and values of another
+# size than keys.
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPS)),
     "Qwen 2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPS)),
@@ -107,7 +108,7 @@ def test_a_step_is_the_stock_one(name: str, masked: bool) -> None:
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "DeepSeek-V3"])
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]
-    for seed in range(6):  # one model alone may be chance
+    for seed in range(6):  # several seeds, because one model alone may agree by chance
         exact = step(build(DECODERS[name], seed=seed))
         narrow = [build(DECODERS[name], torch.bfloat16, seed) for _ in errors]
         for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
@@ -132,7 +133,7 @@ RELATIVE: dict[str, Callable[..., nn.Module]] = {
     "T5": lambda **how: hf.T5ForConditionalGeneration(hf.T5Config(**T5 | how)),
     "UMT5": lambda **how: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5 | how)),
 }
-# More keys than there are buckets of positions; q and k without a scale.
+# Sizes of T5, with more keys than buckets of relative positions. T5's attention has no scale.
 T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
       "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 8,
       "relative_attention_max_distance": 16}  # fmt: skip
@@ -175,7 +176,7 @@ def test_relative_positions_that_train_are_the_models_own() -> None:
 
 
 def test_who_sees_nothing_beside_relative_positions() -> None:
-    """The mask adds a finite number to hidden keys, so a query whose keys are all hidden sees all keys equally."""
+    """The mask adds a finite number to the scores of hidden keys; a query with hidden keys alone sees all keys."""
     stock, model = build(RELATIVE["T5"]), peft_ext.accelerate(build(RELATIVE["T5"]))
     mask = torch.ones_like(IDS)
     mask[1] = 0
@@ -209,7 +210,7 @@ def test_packed_texts_see_their_own() -> None:
 
 
 def test_generation_is_the_stock_one() -> None:
-    """The operator computes the prompt, and PyTorch's function each further token."""
+    """In generation the operator computes the attention of the prompt, and PyTorch's function that of new tokens."""
     stock, model = (m.eval() for m in (build(DECODERS["Llama"]), peft_ext.accelerate(build(DECODERS["Llama"]))))
     more = {"max_new_tokens": 9, "do_sample": False, "attention_mask": left_padding()}
     with Calls() as counted:
@@ -290,7 +291,7 @@ def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_wrapper_of_transformers_function_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrapper may do more than the function that it wraps."""
+    """A wrapper around transformers' function must run, since it may do more than the function."""
     seen = []
 
     @functools.wraps(sdpa_attention_forward)
@@ -319,7 +320,7 @@ assert tests.rows(model) == [(True, "")] * 2
 
 @pytest.mark.slow
 def test_a_model_that_was_pickled_trains_in_another_process(tmp_path: Path) -> None:
-    """The other process has accelerated nothing, and its first step is under checkpointing's hooks."""
+    """The process that unpickles the model has called no accelerate, and its first step runs under checkpointing."""
     torch.save(peft_ext.accelerate(build(DECODERS["Llama"])), tmp_path / "model.pt")
     here = Path(__file__).parent
     subprocess.run(
@@ -365,7 +366,7 @@ def test_autocast_computes_it_in_bfloat16() -> None:
 def test_more_keys_on_amx_are_pytorchs_own(
     keys: dict[bool, int], of_ours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The case is bfloat16 without dropout; the results are the same."""
+    """On AMX, in bfloat16 without dropout, PyTorch's function runs for many keys; the results agree."""
     model = peft_ext.accelerate(build(DECODERS["Llama"], torch.bfloat16))
     wide = peft_ext.accelerate(build(DECODERS["Llama"]))
     monkeypatch.setattr(type(_native.STATE), "isa", property(lambda _: "amx"))
@@ -398,12 +399,12 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
         more["scaling"] = -0.3
     elif what.startswith("position bias"):
         more["position_bias"] = torch.randn(1, 4, 20, 20)
-        if what.endswith("more keys"):  # causal attention sees the first key alone
+        if what.endswith("more keys"):  # with causal attention the one query sees only the first key
             k, v = (torch.cat((x, x), 2) for x in (k, v))
             more["position_bias"] = torch.randn(1, 4, 20, 40)
         elif what.endswith("of others"):
             more["position_bias"] = torch.randn(1, 3, 20, 20)
-        elif what.endswith("a mask"):  # with this mask, a query sees nothing
+        elif what.endswith("a mask"):  # with this mask, a query sees no key
             mask = torch.rand(2, 1, 20, 20) > 0.5
             mask[1, :, 3] = False
         elif what.endswith("a float"):
@@ -436,7 +437,7 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
 
 
 def test_the_memory_of_a_step_is_estimated_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a mask is given, stock makes and saves the keys and values of every head."""
+    """With a mask, stock attention repeats and saves the keys and values for each query head; the operator does not."""
     model = peft_ext.accelerate(build(DECODERS["Llama"]))
     found = peft_ext.estimate_memory(model, batch_size=4, sequence_length=300, padding=True)
     monkeypatch.setattr(attention, "_PATHS", ())

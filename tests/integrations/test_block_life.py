@@ -1,5 +1,6 @@
-"""Tests of events in the life of a model with fused blocks: replaced code, hooks, PyTorch's tools around a module,
-copies, restore. Each is compared with the same model without peft_ext.
+"""Tests changes to a model with fused blocks: replaced code, hooks, PyTorch's tools around a module, copies, restore.
+
+Each result is compared with an equal model without peft_ext.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def test_what_changes_on_a_module(name: str, when: str, x: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["q_norm", "act", "row", "out", "inner", "known"])
 def test_a_child_of_any_name_is_the_models(kind: str, x: Tensor) -> None:
-    """Additional attributes of a fused class hide no child of the module."""
+    """The attributes of a fused class hide no child of the module."""
     stock = gated()
     stock.get_base_model()[1].add_module(kind, nn.Identity())
     ours = peft_ext.accelerate(copy.deepcopy(stock))
@@ -236,7 +237,7 @@ def test_a_child_of_any_name_is_the_models(kind: str, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["down_proj", "q_proj"])
 def test_hooks_that_write_past_versions(name: str) -> None:
-    """Hooks write into tensors as programs do that switch off neurons."""
+    """Tests hooks that write into tensors without changing a tensor's version, for example to switch off neurons."""
 
     def erase(module: nn.Module, args: tuple) -> None:
         args[0].data[..., :20].zero_()
@@ -315,7 +316,7 @@ def test_forward_mode_goes_past_blocks_and_layers() -> None:
 
 
 def test_layers_that_are_checkpointed_beside_their_own_cache() -> None:
-    """The recomputation adds to the cache again, and must save the same tensors as before."""
+    """The recomputation of checkpointing adds to the layer's cache again, and must save equal tensors."""
     stock = llama()
     ours = peft_ext.accelerate(copy.deepcopy(stock))
     layers = list(ours.get_base_model().model.layers)
@@ -344,7 +345,7 @@ def test_global_hooks_see_the_activation(x: Tensor) -> None:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_what_was_saved_and_then_changed_in_place_is_refused(blocks: bool, x: Tensor) -> None:
-    """autograd itself refuses such a change, but does not check if hooks on saved tensors are set."""
+    """autograd refuses an in-place change of a saved tensor, but does not check with hooks on saved tensors."""
     model = peft_ext.accelerate(gated(), blocks=blocks)
     x.requires_grad_()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

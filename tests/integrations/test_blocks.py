@@ -1,4 +1,4 @@
-"""Tests of norms and MLPs on fused operators: their code is known, and results are like the model's own."""
+"""Tests of norms and MLPs on fused operators: their forms are known, and their results are those of stock code."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]
-    for seed in range(6):  # one model alone may be chance
+    for seed in range(6):  # several seeds, because one model alone may agree by chance
         exact = step(build(name, seed=seed))
         narrow = [build(name, torch.bfloat16, seed=seed) for _ in errors]
         for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
@@ -123,13 +123,13 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
         found.append((y.detach(), leaf.grad))
     for ours, stock in zip(found[1], found[0], strict=True):
         assert ours.dtype is stock.dtype
-        narrow = torch.bfloat16 in (of_x, of_weight)  # stock rounds in the backward, too
+        narrow = torch.bfloat16 in (of_x, of_weight)  # stock code also rounds in the backward
         torch.testing.assert_close(ours, stock, rtol=2**-6 if narrow else 1e-5, atol=0.05 if narrow else 1e-4)
 
 
 @pytest.mark.parametrize("under", ["meta", "bfloat16", "inference"])
 def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> None:
-    """The first model of a class may be made on the meta device, or with another default dtype."""
+    """The default device, dtype and mode at the time of accelerate do not change a fused block's results."""
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
     if under == "meta":
         with torch.device("meta"):
@@ -203,7 +203,7 @@ def test_what_takes_it_back() -> None:
 
 
 def test_nothing_wide_is_saved() -> None:
-    """A norm in a bfloat16 model keeps x and a few float32 numbers of each row; stock keeps float32 activations."""
+    """A norm in a bfloat16 model keeps x and a few float32 numbers per row; stock code keeps float32 activations."""
     saved = []
     for model in (build("Llama", torch.bfloat16), peft_ext.accelerate(build("Llama", torch.bfloat16))):
         norm, wide = model.get_base_model().model.norm, []
@@ -245,7 +245,7 @@ def test_an_mlp_keeps_gate_and_up_and_the_ranks(dropout: float) -> None:
     config = LoraConfig(r=r, target_modules="all-linear", lora_dropout=dropout)
     mlp = peft_ext.accelerate(get_peft_model(model, config)).train().get_base_model().model.layers[0].mlp
     x = torch.randn(2, tokens // 2, 32, dtype=torch.bfloat16, requires_grad=True)
-    mlp(x)  # makes everything that is made once for all calls
+    mlp(x)  # a first call allocates everything that later calls reuse
     with Alive() as alive:
         y = mlp(x)
     kept = alive.bytes() - y.numel() * 2
@@ -293,7 +293,7 @@ def adapted(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MLPS)
 def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)  # gives both the same masks
+    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)  # both models draw PyTorch's masks
     stock = adapted(name, checkpointing)
     torch.manual_seed(3)
     stock = step(stock)
@@ -386,7 +386,7 @@ class Shifted(nn.Module):
 
 
 class Unknown(Shifted):
-    """An activation that no operator computes."""
+    """Has an activation that no operator computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -466,9 +466,7 @@ def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
 def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PyTorch's masks, the step equals stock's. With its own masks, the model draws as many, new ones in each
-    step.
-    """
+    """With PyTorch's masks, a step equals the stock step. With the operator's masks, a step draws as many new masks."""
     stock, model = with_dropouts(kind, dtype), peft_ext.accelerate(with_dropouts(kind, dtype))
     rows = [row for row in peft_ext.explain(model).blocks if row.kind == "dropout"]
     assert len(rows) >= 5 and all(row.fused for row in rows) and not any("lora" in row.name for row in rows)
@@ -476,7 +474,7 @@ def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pyt
     monkeypatch.setattr(ops, "dropout", lambda x, p: drawn.append(p) or real(x, p))
     torch.manual_seed(1)
     first = step(model)["loss"]
-    assert drawn == [0.2] * len(drawn) and len(drawn) == 5 and step(model)["loss"] != first  # each step drew new masks
+    assert drawn == [0.2] * len(drawn) and len(drawn) == 5 and step(model)["loss"] != first  # each step draws new masks
     torch.manual_seed(1)
     assert step(model)["loss"] == first
     # Dropouts of adapters and of attention are off, because their masks differ as well.
@@ -512,7 +510,7 @@ def test_dropouts_that_stay_as_they_are() -> None:
     own = layers[4]
     assert set(own(torch.ones(40, 4).t()).unique().tolist()) == {0.0, 2.0}  # the input is not contiguous
     assert own(torch.ones(4, dtype=torch.float64)).dtype is torch.float64 and own(torch.ones(0, 3)).shape == (0, 3)
-    assert own(input=x).shape == x.shape  # called with PyTorch's name of the argument
+    assert own(input=x).shape == x.shape  # input is PyTorch's name of the argument
     own.p = 1.0
     assert own.block_reason() == "it drops in place, or all" and own(x).count_nonzero() == 0
     own.p, own.forward = 0.5, lambda x: x + 1
@@ -538,7 +536,7 @@ def test_a_norm_is_called_by_name() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_few_elements_are_normed_by_pytorch(dtype, few_elements, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, PyTorch's call takes less time for few elements. A compiled graph does not choose by the batch size."""
+    """On a CPU, PyTorch's norm runs for few elements, because its call is faster; a compiled graph does not choose."""
     monkeypatch.setattr(norm, "LEAST", few_elements)
     layer = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f.to(dtype)
     rows = few_elements[dtype] // 32

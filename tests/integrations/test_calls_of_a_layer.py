@@ -1,4 +1,4 @@
-"""Tests how much Python a call of a fused layer runs, and which calls skip the reasons because they are known."""
+"""Tests how many Python functions a call of a fused layer runs, and which known calls skip the checks of reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of DoRA on the experts of mixtures, which PEFT does not have: our accelerated layer against sums of weights."""
+"""Tests of DoRA on the experts of mixtures, which PEFT lacks: the layer is compared with dense sums of weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(name: str = "Qwen3-MoE", **fields: Any) -> Any:
 
 @torch.no_grad()
 def moved(model: PeftModel) -> PeftModel:
-    """Moves the magnitudes away from the norms."""
+    """Changes the magnitudes of a DoRA, which start as the norms, and returns the model."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.mul_(1 + 0.2 * torch.sin(torch.arange(parameter.numel())).view(parameter.shape))
@@ -52,7 +52,7 @@ def adapt(name: str = "Qwen3-MoE", model: nn.Module | None = None, accelerate: b
 
 @torch.no_grad()
 def with_sums(model: PeftModel) -> nn.Module:
-    """Returns the base model with DoRA's weights, which are made here from PEFT's own sum, in float64."""
+    """Returns the base model, in float64, with DoRA's weights, which are computed from PEFT's own sum W + s B A."""
     model = copy.deepcopy(model)
     for wrapper in [m for m in model.modules() if isinstance(m, ParamWrapper)]:
         experts = wrapper.get_base_layer()
@@ -135,7 +135,7 @@ def test_merged_on_disk(name: str, tmp_path: Path) -> None:
 
 
 def test_a_new_adapter_changes_nothing() -> None:
-    """The magnitudes start as the norms, also for an adapter whose matrices are not zero."""
+    """A new adapter changes nothing, also with non-zero matrices, because the magnitudes start as the norms."""
     torch.manual_seed(0)
     for init in (True, False):
         model = peft_ext.get_peft_model(base(), config(init_lora_weights=init, target_modules=[])).eval()
@@ -198,7 +198,7 @@ def test_a_dora_adapter_beside_pefts_lora(tmp_path: Path) -> None:
         model = peft_ext.load_adapter(model, tmp_path, "more", accelerate=accelerate).eval()
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-5)
     accelerated = peft_ext.get_peft_model(base(), config(use_dora=False))
-    accelerated.add_adapter("own", config())  # PEFT's own wrapper would make it LoRA without a warning
+    accelerated.add_adapter("own", config())  # PEFT's wrapper would ignore use_dora without a warning
     assert any("own" in n and "magnitude" in n and "experts" in n for n, _ in accelerated.named_parameters())
 
 
@@ -277,7 +277,7 @@ def test_memory_is_estimated() -> None:
     planned = peft_ext.estimate_memory(base(dtype=torch.bfloat16), config(), **size)
     lora = peft_ext.estimate_memory(base(dtype=torch.bfloat16), config(use_dora=False), **size)
     assert (planned.weights, planned.parameters) == (there.weights, there.parameters)
-    assert planned.activations > lora.activations  # Z
+    assert planned.activations > lora.activations  # DoRA also keeps Z
 
 
 def test_hooks_leave_it_to_the_sum_of_weights() -> None:
@@ -298,6 +298,6 @@ def test_a_magnitude_of_zero_merges_and_says_that_it_is_no_way_back() -> None:
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-4)
     held: Tensor = wrapper.get_param()
     assert torch.isfinite(held).all()
-    for _ in range(2):  # the warning is repeated
+    for _ in range(2):  # the warning comes in each call
         with pytest.raises(RuntimeError, match="a magnitude is 0"):
             model.unmerge_adapter()

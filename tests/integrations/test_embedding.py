@@ -1,4 +1,4 @@
-"""LoRA over an nn.Embedding: PEFT's function on the op, and PEFT's own bits wherever the op does not compute it."""
+"""Tests LoRA over an nn.Embedding: fused results agree with PEFT's, and other calls have PEFT's own bits."""
 
 import copy
 
@@ -18,7 +18,7 @@ V, K = 37, 24
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's, which multiplies by a buffer."""
+    """Multiplies the embeddings by a buffer, like Gemma's embedding."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -48,7 +48,7 @@ def model_of(kind=nn.Embedding, dtype=torch.float32, adapters=torch.float32, con
 
 
 def step(model, ids):
-    """The output, and the gradients of all parameters that train."""
+    """Returns the output, and the gradients of all trainable parameters."""
     model.zero_grad()
     y = model(ids)
     torch.manual_seed(1)

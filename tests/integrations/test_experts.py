@@ -119,12 +119,12 @@ def test_under_autocast_and_checkpointing() -> None:
 
 
 def test_dropout_on_the_low_rank_path() -> None:
-    """Compares with a float64 step with the same masks. Evaluation and files have no dropout."""
+    """Compares a step with a float64 step with equal masks. Evaluation has no dropout, and files do not store it."""
     model, plain = (peft_ext.accelerate(adapt(base()), experts_dropout=p) for p in (0.4, 0.0))
     assert {row.kind.partition(" over")[0] for row in experts_rows(model)} == {"LoRA with dropout 0.4"}
     assert torch.equal(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)
     first, again, other = step(model), step(model), step(plain)
-    assert all(torch.equal(first[n], again[n]) for n in first)  # one seed
+    assert all(torch.equal(first[n], again[n]) for n in first)  # one seed gives equal masks
     assert (first["logits"] - other["logits"]).abs().max() > 1e-3
     rows, weight, a, b = torch.randn(40, 32), torch.randn(6, 16, 32), torch.randn(6, 4, 32), torch.randn(6, 16, 4)
     offsets, means = torch.tensor([10, 10, 25, 30, 40, 40]), []
@@ -329,7 +329,7 @@ def test_nf4_experts_state_files_and_copies(tmp_path: Path) -> None:
     held = sum(t.numel() * t.element_size() for t in (*experts._parameters.values(), *experts._buffers.values())
                if t is not None)  # fmt: skip
     dense = base(dtype=torch.bfloat16).model.layers[0].mlp.experts
-    # A table of 1 KiB for each of two parameters, which have few weights here.
+    # Each of two NF4 parameters has a table of 1 KiB, which counts in a small model.
     assert held - 2 * 1024 <= 0.28 * sum(p.numel() * p.element_size() for p in dense.parameters())
 
 
@@ -409,8 +409,9 @@ def test_hooks_around_nf4_experts_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["replaced", "skipped", "compiled", "compiled alone"])
 def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
-    """If other code runs instead of the experts' own forward, or under compile, there is an error: nothing else could
-    add the adapter.
+    """Under torch.compile, or where other code runs instead of the experts' forward, there must be an error.
+
+    No other code could add the adapter to the output.
     """
     model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))).eval()
     wanted = model(**batch()).logits
@@ -430,7 +431,7 @@ def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
 
 
 def test_nf4_experts_that_are_sharded_by_themselves_are_refused(tmp_path: Path) -> None:
-    """The hook of such a shard would gather the weights only after the operator needs them."""
+    """NF4 experts that are sharded by themselves are refused: FSDP would gather the weights too late."""
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
@@ -457,8 +458,9 @@ def test_hooks_on_the_factors_of_experts_are_never_called() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_an_adapter_that_leaves_the_experts_alone(quantized: bool) -> None:
-    """The adapter leaves the experts as they are in the base; if it adapts one of the two parameters, the other is the
-    base's.
+    """Tests an adapter that does not adapt the experts, and an adapter that adapts one of their two parameters.
+
+    A parameter without adapter has the values of the base.
     """
     model = base()
     model = peft_ext.quantize_nf4(model) if quantized else model

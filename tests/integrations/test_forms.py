@@ -295,7 +295,7 @@ def test_rows_of_functions() -> None:
 
 @pytest.mark.parametrize("name", ["offset", "rounds", "eps", "act", "inner", "gated", "norms", "cache", "options"])
 def test_a_wrong_formula_is_disproved(name: str) -> None:
-    """The proof can fail: it finds each changed value of a formula."""
+    """Tests that the proof of a form fails for each changed value of its formula."""
     others = {"offset": {"0": "1", "1": "0"}, "rounds": {"yes": "no", "no": "yes"}, "gated": {"yes": "no", "no": "yes"},
               "norms": {"head": "flat", "flat": "head"}, "cache": {"cache:kwargs": "cache:plain"}}  # fmt: skip
     tried = 0
@@ -332,9 +332,7 @@ BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "ml
 def test_whatever_a_known_forward_reaches_makes_another_form_when_it_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Covers each class of the installed transformers that has a known form, and each thing that its code finds by
-    name.
-    """
+    """Covers each class of the installed transformers with a known form, and each name that its forward looks up."""
     counted, held = 0, []
     for digest in BLOCKS:
         for cls in classes_by_digest().get(digest, ())[:1]:
@@ -365,7 +363,7 @@ def test_activations_by_their_form() -> None:
              "gelu_new": "gelu_tanh", "gelu_python": None, "quick_gelu": None, "gelu_10": None, "mish": None,
              "tanh": None, "linear": None, "gelu_accurate": None}  # fmt: skip
     assert {name: activation_name(ACT2FN[name]) for name in names} == names
-    assert activation_name(ACT2FN["gelu_new"], torch.float16) is None  # the cube in this activation overflows float16
+    assert activation_name(ACT2FN["gelu_new"], torch.float16) is None  # the cube in gelu_new overflows float16
     assert activation_name(F.silu) == "silu" and activation_name(torch.tanh) is None
     assert (
         activation_name(nn.GELU(approximate="tanh")) == "gelu_tanh" and activation_name(nn.SiLU(inplace=True)) is None
@@ -420,7 +418,7 @@ def test_register_form() -> None:
 
 
 class Louder(nn.Module):
-    """Returns an MLP's output, one hundredth larger."""
+    """Computes an MLP's output, enlarged by one hundredth."""
 
     def forward(self, x):
         return self.down(self.act(self.gate(x)) * self.up(x)) * 1.01

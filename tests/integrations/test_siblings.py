@@ -1,5 +1,6 @@
-"""Tests that adapter layers with the same input are computed together, as a row of a form says, and never return a
-stale result.
+"""Tests that adapter layers with one input are computed together where a row of the table of forms names the layers.
+
+A layer must never return a stale result.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Attention(nn.Module):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives the attention of these tests a row, as attentions of transformers have."""
+    """Adds a row for the attention of these tests to the table of forms."""
     digest = form_of(Attention).digest
     monkeypatch.setitem(REGISTERED, digest, Row(digest, "projections", (("inputs", "+".join(NAMES)),)))
 
@@ -132,13 +133,14 @@ class Odd(nn.Module):
         (Attention.forward, (NAMES,)),
         (Odd.forward, (("a", "l", "m"), ("b", "f"), ("c", "d"), ("i", "j"))),
         (hf.models.llama.modeling_llama.LlamaAttention.forward, (NAMES,)),
-        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),  # q gets the decoder's states
+        # In T5's cross-attention q gets the decoder's states, k and v the encoder's states.
+        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),
         (hf.models.whisper.modeling_whisper.WhisperAttention.forward, (("k_proj", "v_proj"),)),
-        # Q and k get the states with positions added.
+        # q_proj and k_proj get the hidden states plus positions, v_proj does not.
         (hf.models.detr.modeling_detr.DetrSelfAttention.forward, (("q_proj", "k_proj"),)),
         (nn.Linear.forward, ()),
         (len, ()),
-        (eval("lambda self, x: (self.a(x), self.b(x))"), ()),  # code without a source
+        (eval("lambda self, x: (self.a(x), self.b(x))"), ()),  # the source of this code is unknown
     ],
 )
 def test_the_groups_are_read_in_the_source(forward: Any, groups: tuple) -> None:
@@ -182,7 +184,7 @@ def test_outputs_have_the_same_bits_and_gradients_agree(how: dict[str, Any]) -> 
     wanted, found = gradients(alone, x, alone), gradients(joint, x, joint)
     assert found.keys() == wanted.keys() and len(found) > 4
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if x.dtype is torch.float32 else {"rtol": 2**-7, "atol": 0.05}
-    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)  # the sum is made before it is rounded
+    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)  # a sum of gradients that is rounded once
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
@@ -197,7 +199,7 @@ def test_autocast_and_evaluation_and_no_gradients() -> None:
         assert seen.layers == [3]
     with torch.inference_mode(), Together() as seen:
         assert all(map(torch.equal, outputs(joint, draw(torch.float32)), outputs(alone, draw(torch.float32))))
-    assert not seen.layers  # an inference tensor has no version that shows a change
+    assert not seen.layers  # an inference tensor has no version, so a change can't be noticed
 
 
 def test_bitsandbytes_layers() -> None:
@@ -301,7 +303,7 @@ CHANGES = [change_x, change_weights, change_scale, replace_weights, disable, eva
 @pytest.mark.filterwarnings("ignore")
 def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     model = build(LoraConfig(r=4, target_modules=list(NAMES), init_lora_weights=False, lora_dropout=0.0)).train()
-    if change in (evaluate, change_dropout):  # the dropout keeps almost nothing
+    if change in (evaluate, change_dropout):  # the dropout drops almost all elements
         for layer in (attention(model).k_proj, attention(model).v_proj):
             layer.lora_dropout["default"] = nn.Dropout(0.99)
     alone, joint = peft_ext.accelerate(copy.deepcopy(model), blocks=False), peft_ext.accelerate(model)
@@ -309,7 +311,7 @@ def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     with Together() as seen:
         found = outputs(attention(joint), draw(), change)
     wanted = outputs(attention(alone), draw(), change)
-    assert seen.layers == [3]  # the result of the three layers was waiting
+    assert seen.layers == [3]  # one call has computed all three layers
     assert all(map(torch.equal, found, wanted))
     assert torch.equal(found[0], before[0]) and not any(map(torch.equal, found[1:], before[1:]))
 

@@ -44,7 +44,7 @@ STEPS = 2
 WORDS = ("<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
 # Largest ‖ours - TRL's‖ / ‖TRL's‖ of a step's gradients that rounding explains.
 WITHIN = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-# Figures that no trainer computes from the loss: times, and what PeftExtCallback and Trainer count.
+# Parts of the names of logged figures that do not depend on the loss: times, and counts of PeftExtCallback and Trainer.
 LEFT_OUT = ("runtime", "per_second", "step_time", "tokens_per_s", "peak_mib", "fused_share", "total_flos")
 SFT, DPO, KTO, GRPO, RLOO = "SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer"
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -151,7 +151,10 @@ def history(trainer: Any) -> list[dict[str, float]]:
 def assert_alike(
     name: str, folder: Path, model: Any = None, within: float = WITHIN[torch.float32], **options: Any
 ) -> Any:
-    """Trains with TRL's own trainer and with ours; every logged figure and all gradients agree."""
+    """Asserts that TRL's own trainer and peft_ext's trainer agree in all gradients and logged figures.
+
+    Figures in LEFT_OUT are not compared.
+    """
     model = llama() if model is None else model
     stock, wanted = run(getattr(trl, name), folder, copy.deepcopy(model), **options)
     with warnings.catch_warnings():
@@ -169,7 +172,7 @@ def compare(found: list[dict[str, float]], wanted: list[dict[str, float]], withi
     for ours_, trls in zip(found, wanted, strict=True):
         assert ours_.keys() == trls.keys()
         for key, value in trls.items():
-            # A margin (0) or a ratio (1) of two runs of the same model shows nothing but rounding.
+            # A margin near 0 or a ratio near 1 compares two equal models, and differs by rounding alone.
             assert ours_[key] == pytest.approx(value, rel=10 * within, abs=10 * within), key
 
 
@@ -256,7 +259,7 @@ def test_heads(name: str, kind: str, sizes: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["NF4Linear", "Linear4bit"])
 def test_a_head_in_nf4_gives_what_trl_gives_of_its_values(kind: str, tmp_path: Path) -> None:
-    """TRL cannot multiply by a packed weight."""
+    """Compares with TRL's loss over the dequantized head, because TRL cannot multiply by a packed weight."""
     model = llama(vocab=320)
     packed = peft_ext.nn.NF4Linear.from_linear(model.lm_head)
     model.lm_head.weight.data = packed.dequantize()
@@ -323,7 +326,7 @@ def test_a_call_without_it_is_the_models_own(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, reason: str, model: Any = None, kind: type = ours.SFTTrainer, **options: Any) -> Any:
-    """Constructs a trainer that warns once why its loss is TRL's."""
+    """Constructs a trainer that uses TRL's loss, and asserts that the trainer warns once with the reason."""
     with pytest.warns(UserWarning, match=f"the loss is TRL's own: {reason}") as said:
         trainer = trainer_of(kind, folder, model, **options)
     assert sum("TRL's own" in str(warning.message) for warning in said) == 1
@@ -408,7 +411,7 @@ def test_lora_on_the_head_is_refused_by_trl(tmp_path: Path) -> None:
 
 
 def started(*arguments: str, processes: int = 0) -> dict[str, Any]:
-    """Returns what this file prints if it is run as a script."""
+    """Runs this file as a script and returns the JSON that the script prints."""
     paths = [str(Path(peft_ext.__file__).parents[1]), *sys.path]
     environment = {
         **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",

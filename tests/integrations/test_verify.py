@@ -157,9 +157,9 @@ def test_autocast_counts_and_the_yardstick_has_none():
 def test_autocast_in_the_forward(prepared):
     model, batch = peft_ext.accelerate(llama().train()), tokens()
     if prepared:
-        AcceleratorState._reset_state(reset_partial_state=True)  # clears the state of other tests in this process
+        AcceleratorState._reset_state(reset_partial_state=True)  # clears accelerate's state from other tests
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-        AcceleratorState._reset_state(reset_partial_state=True)  # so that other tests do not find this state
+        AcceleratorState._reset_state(reset_partial_state=True)  # clears accelerate's state for later tests
     else:
         inner = model.forward.__func__
         model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(inner), model)
@@ -339,7 +339,7 @@ def test_what_a_forward_writes_is_written_to_the_copy():
             return self.last
 
     model = get_peft_model(Counting(), LoraConfig(target_modules=["up", "down"], init_lora_weights=False)).train()
-    model(inputs(tokens=(5,)))  # leaves a tensor with a graph on the module
+    model(inputs(tokens=(5,)))  # the module keeps a tensor with an autograd graph
     batch = {"x": inputs(tokens=(5,))}
     before = everything(model, batch)
     assert peft_ext.verify(model, batch).ok

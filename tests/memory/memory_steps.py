@@ -1,4 +1,4 @@
-"""Models for tests of the estimate, and measurements of real training steps."""
+"""Makes models for the tests of the memory estimate, and measures real training steps."""
 
 import copy
 
@@ -32,7 +32,7 @@ def lora(**changes):
 
 
 def held(model, optimizer):
-    """Returns the bytes of the tensors that outlive a step. Counts each storage once."""
+    """Returns the bytes of the tensors of model and optimizer that outlive a step; counts each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
@@ -50,7 +50,7 @@ def held(model, optimizer):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """One thread: PyTorch's 16-bit products allocate memory for each thread, much for these small sizes."""
+    """Runs a test on one thread: PyTorch's 16-bit products allocate memory per thread, much for small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -123,5 +123,8 @@ def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
 
 
 def assert_near(estimate, wanted, within=0.02):
-    """Asserts a difference below 2 %: scratch memory is an upper bound. For real sizes the difference is 0.1 %."""
+    """Asserts that the estimate is within a factor of the measured bytes.
+
+    The default factor is 2 %, because the estimate of scratch memory is an upper bound. For real sizes it is 0.1 %.
+    """
     assert abs(estimate.total / wanted - 1) < within, f"estimated {estimate.total:,}, measured {wanted:,}\n{estimate}"

@@ -1,4 +1,4 @@
-"""estimate_memory, compared with the allocations of real training steps and with exactly known sizes."""
+"""Compares estimate_memory with the allocations of real training steps and with exactly known sizes."""
 
 import copy
 import math
@@ -102,7 +102,7 @@ def test_bitsandbytes_layers_too(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
-    """PyTorch's fake kernel of the grouped product accepts bfloat16 only."""
+    """Tests experts in every dtype, because PyTorch's fake kernel of the grouped product accepts bfloat16 only."""
     config = lora(target_modules=["q_proj"])
     how = {"dtype": dtype, "accelerated": False}
     assert_near(estimated(MIXTRAL, config, **how), measured(adapted(MIXTRAL, config, **how)))
@@ -171,7 +171,7 @@ def test_a_frozen_layer_saves_nothing():
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False).requires_grad_(False))
     tokens = 8
     estimate = estimate_memory(model, inputs={"input": torch.empty(tokens, 64)})
-    assert estimate.activations == 4 * tokens * 64  # the input, for the first layer's gradient
+    assert estimate.activations == 4 * tokens * 64  # the input, which the gradient of the first layer's weight needs
     assert estimate.adapters == estimate.gradients == 4 * 64 * 64
 
 
@@ -189,11 +189,12 @@ def test_logits_in_float32_and_their_gradient():
     estimate = estimate_memory(LLAMA, lora(), accelerated=False, **BF16, **TOKENS)
     logits = 2 * 64 * 512 * 4
     assert 2 * logits <= estimate.logits <= 3.5 * logits
-    assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4  # the loss
+    # The logits' memory is the loss alone, a float32 number.
+    assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4
 
 
 def test_a_real_step_has_a_chunk_of_logits(monkeypatch):
-    """Stock transformers has logits, log probabilities and gradient, 5 MB each; a chunk is a tenth of 5 MB."""
+    """A stock step holds logits, log probabilities and gradient of 5 MB each; a chunk of peft_ext's loss has 0.5 MB."""
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 2**19)
     large = copy.deepcopy(LLAMA)
     large.vocab_size, logits = 9999, 2 * 64 * 9999 * 4
@@ -323,7 +324,8 @@ def test_gpu_sized_models_take_no_memory():
     )  # fmt: skip
     estimate = estimate_memory(config, "lora", quantization="nf4", dtype=torch.bfloat16, **TOKENS)
     assert estimate.parameters > 3.8e9
-    assert 0.5 < (estimate.weights - 2 * 2 * 128256 * 8192) / (2 * 855_638_016) < 0.51  # half a byte an element
+    # NF4 has half a byte for each element, and the scales.
+    assert 0.5 < (estimate.weights - 2 * 2 * 128256 * 8192) / (2 * 855_638_016) < 0.51
 
 
 def test_transformers_mask_detection_is_put_back():
@@ -364,7 +366,8 @@ def test_every_task(task_type):
             auto = getattr(transformers, AUTO_CLASSES[task_type]).from_config(config)
         assert estimate.about.startswith(type(auto).__name__)
         assert estimate.weights <= sum(t.nbytes for t in (*auto.parameters(), *auto.buffers()))
-        assert estimate.parameters > sum(p.numel() for p in auto.parameters()) - 4  # the head's biases may train
+        # The biases of the head may be trainable.
+        assert estimate.parameters > sum(p.numel() for p in auto.parameters()) - 4
 
 
 def test_an_encoder_and_decoder():
@@ -373,7 +376,7 @@ def test_an_encoder_and_decoder():
     assert estimate.about.startswith("T5ForConditionalGeneration, LORA r=16, nf4")
     assert estimate.logits > 2 * 64 * 97 * 4
     dense = estimate_memory(config, "lora", **TOKENS)
-    wo = 2 * 2 * 64 * 128  # wo stays dense: transformers reads its dtype
+    wo = 2 * 2 * 64 * 128  # T5's wo stays dense, because transformers reads the dtype of its weight
     layers = dense.parameters - dense.trainable - 97 * 64 - wo
     assert 0.85 * 4 * layers < dense.weights - estimate.weights < 4 * layers
 
@@ -423,7 +426,10 @@ def test_extrapolates_to_more_layers(method, checkpointing):
 
 
 def test_extrapolates_to_another_moment():
-    """The peak is at the end of the backward (the embedding) with few layers, at its begin (logits) with many."""
+    """Tests the extrapolation to more layers, where the peak moves from the backward's end to its begin.
+
+    With few layers the peak is at the gradient of the embedding, with many layers at the logits.
+    """
     config = copy.deepcopy(LLAMA)
     config.vocab_size = 4096
 

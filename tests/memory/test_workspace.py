@@ -1,4 +1,4 @@
-"""The scratch memory of operators in an estimate, compared with their allocations."""
+"""Compares the estimated scratch memory of operators with the operators' allocations."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_a_dequantized_weight_is_temporary():
 
 @pytest.mark.parametrize("isa", ["amx", "avx2"])
 def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.MonkeyPatch):
-    """In bfloat16 the scratch is strips of the activations, or float32 copies on a CPU without bfloat16 products."""
+    """In bfloat16 a layer's scratch is strips of activations, or float32 copies on a CPU without bfloat16 products."""
     monkeypatch.setattr(type(_native.STATE), "isa", isa)
     tokens, k, n = 512, 256, 1024
     model = nn.Sequential(peft_ext.nn.NF4Linear(k, n, bias=False), nn.Linear(n, 8, dtype=torch.bfloat16))
@@ -40,7 +40,9 @@ def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("rank", [0, 64], ids=["head", "LoRA on the head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int):
-    """The scratch of a loss has a chunk's logits, in float32 too where widened, and sums for an adapter's gradients."""
+    """A loss needs scratch for a chunk's logits, for float32 logits where it widens, and for gradients of an
+    adapter.
+    """
     if dtype in _cpu.widened_dtypes() and dtype is torch.bfloat16 and _native.STATE.isa in _native.TILE_PATHS:
         pytest.skip("the tiles' strips, which are counted, are no tensors of PyTorch's")
     tokens, vocab, k = 512, 4096, 128
@@ -57,7 +59,7 @@ def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int)
 
 
 def test_the_weight_is_packed_where_bfloat16_is_emulated(monkeypatch: pytest.MonkeyPatch):
-    """oneDNN packs the weight on AVX-512 without bfloat16 instructions, where the portable path calls oneDNN."""
+    """On AVX-512 without bfloat16 instructions the portable path calls oneDNN, which packs the weight."""
     model = adapted(LLAMA, lora(), torch.bfloat16)
     chunk, weight = 2 * 2 * 64 * 512, 2 * 512 * 128
     seen = {}
@@ -70,4 +72,4 @@ def test_the_weight_is_packed_where_bfloat16_is_emulated(monkeypatch: pytest.Mon
     plain = seen["scalar", True, True]
     assert chunk <= plain < chunk + 2**16
     assert seen["scalar", True, False] == plain + weight and seen["scalar", False, False] == plain
-    assert seen["avx512", True, False] > plain + 2 * chunk  # the package's own product, widened
+    assert seen["avx512", True, False] > plain + 2 * chunk  # peft_ext's own product widens to float32

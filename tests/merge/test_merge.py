@@ -1,4 +1,4 @@
-"""merge_to_dense: the written model, loaded by transformers alone, computes what the adapted model computes."""
+"""Tests merge_to_dense: the written model, loaded by transformers alone, has the adapted model's logits."""
 
 import copy
 import importlib.util
@@ -54,7 +54,7 @@ def assert_merged(name, base, adapter, out, *, dtype=torch.float32, tight=2e-5, 
     assert model.dtype == dtype and type(model) is kind
     wanted, plain = logits(reference, name), logits(kind.from_pretrained(base, dtype=torch.float32), name)
     scale = wanted.abs().max()
-    assert (wanted - plain).abs().max() > 0.02 * scale  # else nothing was compared
+    assert (wanted - plain).abs().max() > 0.02 * scale  # the adapter must change the logits
     torch.testing.assert_close(logits(model, name).float(), wanted, rtol=0, atol=float(tight * scale))
     if bits:
         for key, tensor in reference.merge_and_unload().state_dict().items():
@@ -143,7 +143,7 @@ def test_a_pruned_difference(tmp_path):
     assert {name: count for name, count in changed.items() if count} == kept
 
 
-# PEFT's own merge of one of two tied weights changes both.
+# Adapters on one of two tied weights. PEFT's own merge would change both weights.
 UNTIED = {
     "embedding": ("Llama, tied", lora("embed_tokens"), ("lm_head.weight",)),
     "embedding, Conv1D": ("GPT-2", lora("wte", "c_attn"), ("lm_head.weight",)),
@@ -306,7 +306,7 @@ def test_what_is_used_beside_the_weights_comes_along(made, tmp_path):
 
 
 class Allocations(TorchDispatchMode):
-    """Measures the largest storage that an operator made, and the peak of all such storages alive."""
+    """Measures the largest storage that an operator allocated, and the peak of the bytes of all storages alive."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +319,7 @@ class Allocations(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not func.is_view:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # the operator worked in place or returned its input
+                if storage._cdata not in given:  # skips results that share storage with an input
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self.largest = max(self.largest, storage.nbytes())
         self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
@@ -339,5 +339,5 @@ def test_memory_is_that_of_a_layer(tmp_path, quant):
     layer = 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     with Allocations() as seen:
         merge_to_dense(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", base_quant=quant)
-    assert seen.largest == 4 * 64 * 256  # the largest weight in float32
+    assert seen.largest == 4 * 64 * 256  # the bytes of the largest weight in float32
     assert 4 * 64 * 256 < seen.peak < 2 * layer < 4 * sum(p.numel() for p in model.parameters()) / 5

@@ -1,4 +1,4 @@
-"""merge_to_dense of a mixture of experts over NF4: each expert is quantized as quantize_nf4 does."""
+"""Tests merge_to_dense for a mixture of experts over NF4, with experts that are quantized as by quantize_nf4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""merge_to_dense: errors in the middle of writing, refusals, and the messages of the command."""
+"""Tests merge_to_dense: errors in the middle of writing, wrong arguments, and the messages of the command."""
 
 import errno
 import json
@@ -220,7 +220,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
     assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     said = capsys.readouterr().out
     assert "quantization nf4, double quantization, blocks of 128, as the adapter's run.json has it" in said
-    trained_on = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # the dtype that finetune uses
+    trained_on = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # finetune trains on a bfloat16 base
     assert not same_as_on(dequantized(trained_on, 128), adapter, tmp_path / "out")
     checkpoint = adapter / "checkpoints/checkpoint-3"
     checkpoint.mkdir(parents=True)
@@ -228,7 +228,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
         shutil.copy(adapter / name, checkpoint)
     assert merge_to_dense(None, checkpoint, tmp_path / "early").base_quant == "nf4"
     assert merge_to_dense(None, checkpoint, tmp_path / "plain", base_quant="none").base_quant == "none"
-    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # as another program would write it
+    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # options that another program wrote
     with pytest.raises(MergeError, match="options have the quant 'int3', wanted 'nf4' or 'none'"):
         merge_to_dense(None, adapter, tmp_path / "other")
 

@@ -131,7 +131,7 @@ def test_the_page_has_what_is_computed() -> None:
 
 
 def test_the_model_knows_how_a_pass_is_cut() -> None:
-    """The model's partial sums are those of csrc/linear/cuda/rank_plan.cuh, whose constants the test reads."""
+    """The cost model must have the partial sums of csrc/linear/cuda/rank_plan.cuh; the test reads its constants."""
     plan = (ROOT / "csrc/linear/cuda/rank_plan.cuh").read_text() + (ROOT / "csrc/linear/cuda/rank_pass.cuh").read_text()
     number = {name: int(value) for name, value in re.findall(r"constexpr int(?:64_t)? (\w+) = (\d+);", plan)}
     assert number["kRankBlocksWanted"] == 768 and number["kRankBlocksOfBoth"] == 384
@@ -143,7 +143,7 @@ def test_the_model_knows_how_a_pass_is_cut() -> None:
 
 
 def test_a_pass_is_cut_by_its_shape_alone_and_each_tile_is_in_one_block(tmp_path: Path) -> None:
-    """Enumerates the plans in C++, see tests/native/rank_plan.cpp; the included headers need no device."""
+    """Runs tests/native/rank_plan.cpp, which enumerates the plans of rank passes; no GPU is needed."""
     compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")

@@ -1,5 +1,6 @@
-"""Tests of the CUDA emulator: it finds planted faults and accepts correct kernels, its instructions behave as PTX says,
-and the CUDA operators run under it.
+"""Tests of the CUDA emulator: planted faults are found, correct kernels are accepted, instructions behave as in PTX.
+
+The CUDA operators must also run under the emulator.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def run(library):
 WORDS = [(i * 2654435761 + 12345) % 2**32 for i in range(256)]
 SMALL = list(range(256))
 
-# Kernel, expected message, and the block and thread that it names: for a fault of many threads, the first thread that
-# has it; for a barrier that some threads never reach, the first thread that waits.
+# Kernel, expected message, and the block and thread that the message names. For a fault of many threads, the message
+# names the first thread with the fault; for a barrier that some threads never reach, the first thread that waits.
 FAULTS = [
     ("read_past_end", "reads 4 bytes out of bounds of global memory; the nearest is byte 1024 of a", 1, 37),
     ("write_before_begin", "writes 4 bytes out of bounds of global memory; the nearest is byte -4 of", 1, 37),
@@ -195,7 +196,7 @@ def registers(matrix: torch.Tensor, place, count: int) -> list[int]:
 
 @pytest.mark.parametrize("dtype,name", [(torch.bfloat16, "mma_bf16"), (torch.float16, "mma_f16")])
 def test_mma_fragments(run, dtype, name):
-    # Distinct integers whose products have sums that float32 holds exactly, so that a value at a wrong place is seen.
+    # Distinct integers, whose sums of products are exact in float32, so that a value at a wrong place shows.
     a = (torch.arange(256) * 37 % 256).view(16, 16).to(dtype)
     b = (torch.arange(128) * 53 % 128 - 64).view(16, 8).to(dtype)
     c = (torch.arange(128) * 1001.0).view(16, 8)
@@ -211,7 +212,7 @@ def test_mma_fragments(run, dtype, name):
 
 @pytest.mark.parametrize("name", ["ldmatrix", "ldmatrix_trans"])
 def test_ldmatrix(run, name):
-    words = [2 * i | (2 * i + 1) << 16 for i in range(128)]  # 16-bit values 0..255: 4 matrices of 8 rows of 8
+    words = [2 * i | (2 * i + 1) << 16 for i in range(128)]  # the 16-bit values 0 to 255: 4 matrices of 8 x 8
     out = run(name, words + [0] * 128, grid=(1, 1, 1), threads=32)
     for lane in range(32):
         for matrix in range(4):

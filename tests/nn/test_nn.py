@@ -1,4 +1,4 @@
-"""Tests of the modules: state, round trips, merging. The tests of the operators cover their arithmetic."""
+"""Tests of the modules: state, round trips, merging. The tests of the operators cover the arithmetic."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "n
 BASE = pytest.mark.parametrize("base", ["dense", "nf4"])
 
 
-# Every adapted layer: its class, its own arguments, and its trainable parameters.
+# For each adapted layer: its class, the arguments of the class, and the names of the trainable parameters.
 ADAPTED = {
     "lora": (LoRALinear, {"r": 4}, ["lora_A", "lora_B"]),
     "dora": (DoRALinear, {"r": 4}, ["lora_magnitude_vector", "lora_A", "lora_B"]),
@@ -46,7 +46,7 @@ def make_base(base: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> n
 
 
 def make_adapted(kind: str, base: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:
-    """Returns a layer whose adapter has an effect: each of its parameters is moved away from its start."""
+    """Returns an adapted layer with an effective adapter: every parameter is moved away from its initial value."""
     cls, own, trainable = ADAPTED[kind]
     module = cls.from_linear(make_base(base, dtype), **own, **kwargs)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_nf4_linear_state_dict_round_trip(double_quant: bool) -> None:
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
-    fresh = NF4Linear(65, 33, double_quant=not double_quant)  # the state dict decides
+    fresh = NF4Linear(65, 33, double_quant=not double_quant)  # the state dict decides about double quantization
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     x = torch.randn(3, 65)
     assert torch.equal(fresh(x), module(x))
@@ -137,7 +137,7 @@ def test_casting_keeps_codes_and_scales(double_quant: bool) -> None:
 
 
 def test_eval_then_train_then_save_is_bit_identical() -> None:
-    """bitsandbytes' layer repacks itself in eval mode; NF4Linear must not."""
+    """In eval mode bitsandbytes' layer repacks its weight; NF4Linear must not change."""
     module = NF4Linear.from_linear(nn.Linear(64, 32, dtype=torch.bfloat16))
     before = {k: v.clone() for k, v in module.state_dict().items()}
     x = torch.randn(1, 64, dtype=torch.bfloat16)
@@ -194,12 +194,13 @@ def test_an_adapted_layer_starts_as_its_base_and_trains_its_adapter_alone(kind: 
 @BASE
 @KIND
 def test_an_adapted_layer_is_its_merged_weight(kind: str, base: str) -> None:
-    """``forward`` and ``merge`` use one formula."""
+    """The layer's forward must agree with a linear layer whose weight is the merged weight."""
     module = make_adapted(kind, base).double().eval()
     x = torch.randn(5, 65, dtype=torch.float64)
     weight = module.base_layer.dequantize(torch.float64) if base == "nf4" else module.base_layer.weight
     bias = module.merged_bias(module.base_layer.bias)
-    # DoRA's norm is computed from the NF4 weight as it was quantized, which is from float32.
+    # NF4Linear keeps the dtype float32 of the quantized layer, also after ``double()``. The merge computes DoRA's norm
+    # from the weight dequantized to float32, and forward from the weight dequantized to float64.
     tolerance = 1e-12 if base == "dense" else 1e-6
     wanted = nn.functional.linear(x, module.merged_weight(weight), bias)
     torch.testing.assert_close(module(x), wanted, rtol=tolerance, atol=tolerance)
@@ -217,7 +218,7 @@ def test_merge_and_exact_unmerge(kind: str, base: str, dtype: torch.dtype) -> No
     assert module.merged and "merged=True" in repr(module)
     assert module.state_dict().keys() == bits.keys()
     merged = module(x)
-    # A merge rounds the weight once; a merge into NF4 has a quantization error.
+    # A merge rounds a dense weight once. A merge into NF4 also has a quantization error.
     bound = 0.2 if base == "nf4" else 20 * torch.finfo(dtype).eps
     assert (merged - before).norm() <= bound * before.norm()
     assert torch.equal(copy.deepcopy(module)(x), merged)
@@ -298,7 +299,7 @@ def test_an_adapted_layer_compiles_without_a_graph_break(kind: str) -> None:
 
 
 def test_dora_norm_follows_every_change() -> None:
-    """Changes through ``.data``, which do not change a tensor's version, are seen too."""
+    """DoRA's norm follows every change of weights, also through ``.data``, which does not change a tensor's version."""
     module = make_adapted("dora", "dense").eval()
     x = torch.randn(3, 65)
 
@@ -380,8 +381,10 @@ def test_bits_are_bitsandbytes() -> None:
 
 @THEIRS
 def test_double_quantization_against_bitsandbytes() -> None:
-    """The code table has bitsandbytes' bits. The offset is PyTorch's mean there, whose last bits depend on its threads,
-    and exact here; the scales of the scales follow the offset. bitsandbytes' 8-bit codes on the CPU are not the nearest
+    """Compares double quantization with bitsandbytes; the code table must have bitsandbytes' bits.
+
+    In bitsandbytes the offset is PyTorch's mean, whose last bits depend on the threads; in peft_ext the offset is
+    exact. The scales of the scales depend on the offset. bitsandbytes' 8-bit codes on the CPU are not the nearest codes
     for about 0.2% of the scales.
     """
     bnb = pytest.importorskip("bitsandbytes")
@@ -396,7 +399,7 @@ def test_double_quantization_against_bitsandbytes() -> None:
     torch.testing.assert_close(ours.nested.absmax, state.state2.absmax, rtol=1e-5, atol=0.0)
     differ = ours.absmax != state.absmax
     assert differ.float().mean() < 0.01
-    # Where the codes differ, ours is at least as near.
+    # Where the codes differ, peft_ext's code is at least as near as bitsandbytes' code.
     plain = plain - state.offset
     scale = state.state2.absmax.repeat_interleave(256)[: plain.numel()]
     near, far = (state.state2.code[c.int()] * scale - plain for c in (ours.absmax, state.absmax))

@@ -83,7 +83,7 @@ def test_errors(wrong, message):
 
 
 def test_the_bias_gradient_of_many_tokens_loses_no_bit() -> None:
-    """A hundred thousand equal numbers, one after the other in float32, would be off by a thousandth."""
+    """A plain float32 sum of a hundred thousand equal numbers would be wrong by a thousandth."""
     tokens, width = 2**17, 8
     down, up = torch.full((2, width), 0.1), torch.full((width, 2), 0.1)
     down_bias, up_bias = torch.zeros(2, requires_grad=True), torch.zeros(width)

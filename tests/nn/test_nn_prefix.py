@@ -1,4 +1,4 @@
-"""Prefix tuning: plain Transformers models with the module compute the same as PEFT's models."""
+"""Tests prefix tuning: plain transformers models with a PrefixEncoder give the results of PEFT's models."""
 
 import copy
 from collections.abc import Callable
@@ -35,8 +35,10 @@ def peft_prefix(kind: str, model: nn.Module, **config: Any) -> peft.PeftModel:
 
 
 def run_peft_prefix(theirs: peft.PeftModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Returns the logits of PEFT's model. PEFT's forward for classification uses an argument that Transformers 5.24 has
-    renamed, and raises; there, the cache is given to its base model.
+    """Returns the logits of PEFT's model.
+
+    PEFT's forward for classification uses an argument that transformers 5.24 renamed, and raises an error. For this
+    model the function passes the cache to the base model.
     """
     if theirs.active_peft_config.task_type != "SEQ_CLS":
         return theirs(**inputs).logits
@@ -109,7 +111,7 @@ def test_prefix_files_are_pefts_both_ways(projection: bool, tmp_path) -> None:
 
 
 def test_prefix_layout() -> None:
-    """A row holds the keys, then the values, of each layer in turn, head by head."""
+    """A row of the prefix holds, for each layer in turn, the keys of all heads and then the values of all heads."""
     prefix = PrefixEncoder(3, 2, 4, P)
     out = prefix(BATCH)
     assert out.shape == (3, 2, BATCH, 2, P, 4)
@@ -129,7 +131,7 @@ def test_prefix_runs_the_mlp_once_and_copies_nothing() -> None:
     plain = prefix.bake()
     assert plain(8).untyped_storage().data_ptr() == plain.embedding.weight.untyped_storage().data_ptr()
     with torch.no_grad():
-        assert plain(8, torch.bfloat16).stride(2) == 0  # the prefix is cast once for any batch size
+        assert plain(8, torch.bfloat16).stride(2) == 0  # the prefix is cast once and expanded over the batch
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -188,7 +190,7 @@ def test_prefix_of_layers_that_differ() -> None:
 
 
 def test_prefix_of_some_layers_without_keys() -> None:
-    """Qwen3-Next: linear attention keeps a state instead of keys, and gets no prefix."""
+    """In Qwen3-Next, linear attention keeps a state instead of keys, and gets no prefix."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
               "linear_value_head_dim": 8}  # fmt: skip
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
@@ -226,7 +228,7 @@ def test_prefix_without_a_config_is_a_plain_cache() -> None:
 
 
 def test_generation_with_a_prefix() -> None:
-    """Greedy generation with its growing cache gives the argmax of the forward in each step."""
+    """Greedy generation, with a growing cache, gives the argmax of the forward's logits in each step."""
     model = make_model("llama")
     prefix, ids = PrefixEncoder.from_config(model.config, P), torch.randint(3, VOCAB, (BATCH, T))
     mask = prefix.extend_mask(torch.ones_like(ids))

@@ -1,5 +1,6 @@
-"""Prompt tuning: plain Transformers models with the module compute the same as PEFT's models; prompt and prefix as
-modules.
+"""Tests prompt tuning: plain transformers models with a prompt module give the results of PEFT's models.
+
+Other tests treat prompt and prefix as modules.
 """
 
 import copy
@@ -73,7 +74,8 @@ def test_prompt_forward_and_its_gradients() -> None:
     assert torch.equal(x.grad, direction[:, P:])
     torch.testing.assert_close(prompt.embedding.weight.grad, direction[:, :P].sum(0))
     assert prompt.prompt(7).shape == (7, P, 4)
-    assert prompt.prompt(7).data_ptr() == prompt.embedding.weight.data_ptr()  # the batch needs no copy
+    # A prompt for a batch is a view of the embedding's weight.
+    assert prompt.prompt(7).data_ptr() == prompt.embedding.weight.data_ptr()
 
 
 def test_prepend_extends_what_it_is_given() -> None:
@@ -138,7 +140,7 @@ def test_from_vocab_draws_rows_and_keeps_a_copy() -> None:
     embedding = nn.Embedding(3, 8)
     draws = [PromptEmbedding.from_vocab(embedding, 40, torch.Generator().manual_seed(s)).embedding for s in (1, 1, 2)]
     rows = {tuple(row) for row in embedding.weight.tolist()}
-    assert {tuple(row) for row in draws[0].weight.tolist()} == rows  # in 40 draws, each of the 3 rows occurs
+    assert {tuple(row) for row in draws[0].weight.tolist()} == rows  # in 40 draws each of the three rows occurs
     assert torch.equal(draws[0].weight, draws[1].weight) and not torch.equal(draws[0].weight, draws[2].weight)
     before = embedding.weight.clone()
     with torch.no_grad():
@@ -147,7 +149,7 @@ def test_from_vocab_draws_rows_and_keeps_a_copy() -> None:
 
 
 def test_prompt_starts_as_what_the_model_reads() -> None:
-    """Gemma's embedding module scales its output: the prompt starts with scaled embeddings."""
+    """Gemma's embedding module scales its output, so a prompt must start from the scaled embeddings."""
     config = transformers.Gemma2Config(**{**GROUPED, "num_hidden_layers": 1, "head_dim": 8})
     embedding = transformers.Gemma2ForCausalLM(config).get_input_embeddings()
     prompt = PromptEmbedding.from_text("is bad", word_level(), embedding, 2)

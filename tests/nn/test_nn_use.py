@@ -1,4 +1,4 @@
-"""The modules with PyTorch's own tools: export, transforms, states that are loaded in place, merges over one base."""
+"""Tests the modules with PyTorch's tools: export, transforms, in-place loading of states, merges over one base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations at the ends of their range, and halves of one tensor as they lie."""
+"""Tests activations at the ends of their range, and gate and up as halves of one tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ACTIVATIONS = reference.activations.ACTIVATIONS
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 def test_every_value_of_a_16_bit_type(activation: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Value and slope from -100 to 100; of float32 the values of float16."""
+    """Compares value and slope at every 16-bit value from -100 to 100; float32 gets the values of float16."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = x.view(torch.float16 if dtype == torch.float32 else dtype).to(dtype)
     x = x[x.abs() <= 100]
@@ -24,7 +24,7 @@ def test_every_value_of_a_16_bit_type(activation: str, dtype: torch.dtype, devic
     y.sum().backward()
     exact.sum().backward()
     eps = torch.finfo(dtype).eps
-    # 1 + erf(x) of a large negative x has lost what is left of it, in PyTorch as on a GPU here.
+    # For a large negative x, 1 + erf(x) loses all digits, in PyTorch and in the CUDA kernels.
     near = {"rtol": eps if dtype != torch.float32 else 8 * eps, "atol": max(1e-6, 1e-3 * eps)}
     torch.testing.assert_close(y.detach().cpu().double(), exact.detach(), **near)
     torch.testing.assert_close(moved.grad.cpu().double(), wide.grad, **near)

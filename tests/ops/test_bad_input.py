@@ -1,6 +1,6 @@
-"""Wrong arguments, one by one: each raises the error that names operator, argument, what came and what was wanted.
+"""Tests wrong arguments one by one: the error must name the operator, the argument, what came and what was wanted.
 
-The tables say what comes of each; errors of an operator's own arguments that are no tensors are in ``op_db.CASES`` too.
+The tables below have the error of each wrong argument. ``op_db.CASES`` has more errors of single operators.
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
 
 CALLS = _calls()
 _OPTIONAL = ("bias", "row_scale", "rank_scale", "weight_norm", "down_bias", "up_bias", "residual", "up")
-_NORMS = ("rms_norm", "layer_norm")  # their weight may be None, and may train
+_NORMS = ("rms_norm", "layer_norm")  # operators whose weight may be None and may be trained
 
-# The argument that a device is compared with, and of x's own device the first that is compared with it.
+# _BESIDE: the argument whose device an argument's device is compared with, where it is not x. _FIRST: the argument
+# whose device is the first to be compared with x's device.
 _BESIDE = {"lora_A": "weight", "lora_B": "weight", "up": "gate", "k": "q", "cos": "q", "sin": "q"}
-_ALONE = ("nf4_quantize", "activation")  # no other tensor to be compared with
+_ALONE = ("nf4_quantize", "activation")  # operators with a single tensor, whose device is compared with no other
 _FIRST = {"lora_residual": "residual", "ia3_scale": "ia3_l", "bottleneck_adapter": "down_weight"}
 
 
@@ -80,7 +81,8 @@ def _nested(tensor: Tensor) -> Tensor:
     return torch.nested.nested_tensor([tensor, tensor])
 
 
-# What is no tensor that the operators take: how it is made, and the error's type and text after "op: argument ".
+# Values that operators refuse in place of a tensor: a function that makes the value from a tensor, and the type of the
+# error and its text after "op: argument ".
 _KINDS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "None": (lambda t: None, TypeError, "is NoneType, wanted a Tensor"),
     "list": (lambda t: t.tolist(), TypeError, "is list, wanted a Tensor"),
@@ -111,7 +113,7 @@ def _tensors(wanted: type = Tensor) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def exactly(kind: type[Exception], message: str) -> Iterator[None]:
-    """An error of this very type with this very message is raised."""
+    """Asserts that the block raises an error of exactly this type and with exactly this message."""
     with pytest.raises(kind) as caught:
         yield
     assert type(caught.value) is kind and str(caught.value) == message
@@ -271,7 +273,7 @@ def test_a_weight_that_trains(op: str) -> None:
     ("op", "name"), [entry for entry in _tensors() if entry.values[1] not in ("weight",)], ids=lambda value: value
 )
 def test_tensors_of_another_kind_that_are_taken(op: str, name: str) -> None:
-    """A subclass, a conjugate's view, a negation's view and a tensor of inference mode are tensors like any other."""
+    """Operators accept subclasses of Tensor, conjugate and negative views, and tensors made in inference mode."""
 
     class Own(Tensor):
         pass
@@ -314,7 +316,7 @@ def test_on_the_meta_device_there_are_shapes_alone(op: str) -> None:
         assert got.is_meta and got.shape == want.shape and got.dtype == want.dtype
 
 
-# Sizes that no memory holds, or that 64 bits do not: one element, expanded.
+# One element, which is expanded to sizes that do not fit into memory or into 64 bits.
 _HUGE = torch.zeros(1)
 _TOO_LARGE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("nf4_quantize", {"weight": _HUGE.expand(2**40, 2**20)}),
@@ -369,7 +371,7 @@ _WEIGHTS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     *(({"shape": shape}, ValueError, f"shape is {shape}, wanted sizes of 0 or more")
       for shape in ((-N, -K), (-1, K), (2**63, 1), (10**30, 1))),
     ({"shape": torch.Size((-N, -K))}, ValueError, f"shape is (-{N}, -{K}), wanted sizes of 0 or more"),
-    # Products that are 0 in 64 bits.
+    # Sizes whose product overflows to 0 in 64 bits.
     ({"shape": (2**32, 2**32)}, ValueError,
      f"packed is torch.uint8 with {N * K // 2} elements, wanted torch.uint8 with {2**63} for "
      f"shape ({2**32}, {2**32}) and blocksize 64"),

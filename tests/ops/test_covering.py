@@ -1,4 +1,4 @@
-"""The first tier's test of operators: calls that cover each pair of dtype, shape, layout, CPU path and thread count.
+"""Tests operators in the first tier, by calls that cover each pair of dtype, shape, layout, CPU path and thread count.
 
 ``tests/support/covering.py`` draws the calls. Values and gradients are compared with the float64 oracle.
 """

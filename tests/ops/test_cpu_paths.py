@@ -1,4 +1,4 @@
-"""What is computed in, and by which product, on a CPU that has no instructions for products in 16 bits."""
+"""Tests the dtype of computations, and which products run, on CPUs without instructions for 16-bit products."""
 
 import copy
 import dataclasses
@@ -40,7 +40,7 @@ AVX2 = {"PEFT_EXT_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_C
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch):
-    """Makes this CPU another one: what CPUID and oneDNN say of it, the path in use, the limit, the machine."""
+    """Returns a function that simulates a CPU: features of CPUID and oneDNN, CPU path, oneDNN's limit, architecture."""
 
     def be(has=(), onednn=(), isa="avx2", limit=None, machine="x86_64"):
         monkeypatch.setattr(_cpu, "capabilities", lambda: NOTHING | dict.fromkeys(has, True))
@@ -141,7 +141,7 @@ def test_a_process_forced_to_avx2_knows_it_and_accelerate_takes_the_frozen_layer
 
 @pytest.fixture(params=["avx2", "avx512"])
 def widening(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """The package on a path that widens, and PyTorch taken to have no product in 16 bits."""
+    """Sets a CPU path that widens 16-bit products to float32, and simulates a PyTorch without 16-bit products."""
     module = _native.STATE.module
     if request.param not in module.isas():
         pytest.skip(f"this CPU has no {request.param}")
@@ -156,7 +156,7 @@ def widening(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The calls of ``ops.frozen_linear``: the shapes of x and weight, and what it computes in."""
+    """Returns the list of calls of ``ops.frozen_linear``: the shapes of x and weight, and the dtype of the result."""
     seen: list[tuple] = []
     op = ops.frozen_linear
 
@@ -173,7 +173,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 @pytest.mark.parametrize("tokens", [(1,), (5,), (3, 7), (64,), (300,), (0, 4)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 def test_values_and_gradients(widening, calls, dtype: torch.dtype, tokens: tuple, with_bias: bool) -> None:
-    layer = nn.Linear(96, 1100, bias=with_bias).to(dtype)  # more rows than are widened together
+    layer = nn.Linear(96, 1100, bias=with_bias).to(dtype)  # has more rows than one panel, which is widened at once
     layer.weight.requires_grad_(False)
     x, grad = randn(*tokens, 96, dtype=dtype).requires_grad_(), randn(*tokens, 1100, dtype=dtype)
     assert type(peft_ext.accelerate(layer)) is FusedLinear
@@ -249,7 +249,7 @@ def test_a_model_is_as_close_to_float32_as_stock(widening, calls, tied: bool) ->
 
 def test_only_frozen_layers_outside_of_adapters_are_taken(widening) -> None:
     model = llama(modules_to_save=["lm_head"])
-    model.add_adapter("idle", peft.LoraConfig(target_modules=["q_proj"]))  # frozen while another one is active
+    model.add_adapter("idle", peft.LoraConfig(target_modules=["q_proj"]))  # an inactive adapter is frozen
     base = model.get_base_model()
     base.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     before = {name: type(module) for name, module in model.named_modules()}
@@ -302,7 +302,7 @@ def test_a_float32_model_under_autocast(widening, calls) -> None:
     want, exact = step(model)
     peft_ext.accelerate(model, blocks=False)
     torch.testing.assert_close(step(model)[0], want)
-    assert not calls  # outside of autocast the product is PyTorch's
+    assert not calls  # outside of autocast PyTorch computes the product
     assert not any(row.kind == "Linear" for row in peft_ext.explain(model).rows)
     fused, grads = step(model, dtype=BF16)
     assert len(calls) == 1 + 2 * 5 and all(dtype is BF16 for _, _, dtype in calls)
@@ -387,11 +387,11 @@ def test_a_run_computes_in_what_the_cpu_has(tiny, tmp_path, capsys, monkeypatch)
     assert finetune(tiny, tmp_path / "bf16", "--dtype", "bf16") == 0
     asked = report(tmp_path / "bf16")
     assert asked["machine"]["dtype"] == "bfloat16: as asked for"
-    # The same base, of codes quantized from the same bfloat16 weights: what differs is rounding.
+    # Both runs have equal bases, whose codes come from equal bfloat16 weights, so the losses differ by rounding alone.
     assert asked["losses"] == pytest.approx(found["losses"], rel=5e-3)
     for when in ("before", "after"):
         assert asked["perplexity"][when] == pytest.approx(found["perplexity"][when], rel=1e-2)
-    # The embedding and the norms are held in float32, the codes are not.
+    # In the float32 run only the embedding and the norms grow; the NF4 codes do not.
     grown = found["memory"]["frozen"] - asked["memory"]["frozen"]
     dense = 2 * (258 * 64 + 5 * 64)
     assert dense <= grown <= 1.1 * dense
@@ -428,7 +428,7 @@ def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypat
         sizes[dtype] = float(out.partition("frozen weights")[2].split()[0])
         twice = f"float32: {NO}; the dense weights take twice the bytes of bfloat16"
         assert (twice in out) is (dtype == "auto")
-    assert sizes["auto"] == pytest.approx(2 * sizes["bf16"], rel=0.5)  # of 0.2 MiB, with a digit behind the point
+    assert sizes["auto"] == pytest.approx(2 * sizes["bf16"], rel=0.5)  # about 0.2 MiB, with one decimal
 
 
 @needs_accelerate
@@ -494,5 +494,5 @@ def test_paths_force_everything_that_multiplies(paths, monkeypatch) -> None:
     found = paths.environment("amx")
     assert found["PEFT_EXT_CPU_ISA"] == "amx" and not {"DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA"} & set(found)
     assert AVX2.items() <= paths.environment("avx2").items()
-    # Every path of a build but the one that emulates another.
+    # LIMITS has every CPU path of the build, except the path that emulates AMX.
     assert set(_native.STATE.build["isas"]) - {"amx_emulated"} <= set(paths.LIMITS)

@@ -1,4 +1,4 @@
-"""Rows of logits as long as vocabularies are: several vectors, blocks of sums and turns of a thread; and odd values."""
+"""Tests the cross entropy of logits in rows as long as a vocabulary, and of unusual values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_ext import ops, reference
 def rows(
     logits: Tensor, labels: Tensor, weight: Tensor | None, *loss: float, grad: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The losses, and what the logits became."""
+    """Returns the losses, and the logits after the in-place operator, which holds the gradients with ``grad``."""
     logits = logits.clone()
     return torch.ops.peft_ext.cross_entropy_rows(logits, labels, weight, *loss, -100, grad).cpu(), logits.cpu()
 
@@ -25,7 +25,7 @@ def rows(
 def test_long_rows(dtype: torch.dtype, loss: tuple, columns: int, device: torch.device) -> None:
     torch.manual_seed(0)
     logits = (torch.randn(5, columns) * 3).to(dtype)
-    logits[0] = torch.linspace(-20, 20, columns)  # each reading finds a larger one
+    logits[0] = torch.linspace(-20, 20, columns)  # ascending: each logit is a new maximum
     logits[1] = torch.linspace(20, -20, columns)
     labels = torch.tensor([columns - 1, 3, -100, columns // 2, 0])
     weight = torch.tensor([1.0, 0.25, 2.0, -1.5, 3.0])
@@ -35,7 +35,7 @@ def test_long_rows(dtype: torch.dtype, loss: tuple, columns: int, device: torch.
     assert losses.dtype is torch.float32 and losses[2] == 0 and not grad[2].any()
     torch.testing.assert_close(losses.double(), want, rtol=2e-6, atol=2e-6)
     info = torch.finfo(dtype)
-    subnormal = info.smallest_normal * info.eps / 2 * columns**0.5  # float16's least step, half of it at each element
+    subnormal = info.smallest_normal * info.eps / 2 * columns**0.5  # half of the smallest step at each element
     for got, wanted in zip(grad.double(), exact, strict=True):
         assert (got - wanted).norm() <= max(info.eps / 2, 4e-6) * wanted.norm() + subnormal
 
@@ -60,7 +60,7 @@ def test_values_that_are_not_finite_stay_in_their_row(device: torch.device) -> N
 
 
 def test_large_logits_keep_the_logarithm(device: torch.device) -> None:
-    """Of lse = 1000 + log Σ itself, float32 would keep four digits of the logarithm."""
+    """In float32 the sum 1000 + log Σ would keep only four digits of log Σ after the decimal point."""
     logits = 1000 + torch.rand(2, 5000)
     labels = torch.tensor([0, 4999])
     want = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
@@ -73,7 +73,7 @@ def test_a_label_out_of_range(device: torch.device) -> None:
     labels = torch.tensor([0, 20, 1], device=device)
     try:
         loss = ops.linear_cross_entropy(hidden, weight, labels, reduction="none").cpu()
-    except RuntimeError as error:  # on a CPU
+    except RuntimeError as error:  # on a CPU the operator raises an error
         assert "labels has 20, wanted 0 to 19 or -100" in str(error)
     else:
         assert loss.isnan().tolist() == [False, True, False]
@@ -82,7 +82,7 @@ def test_a_label_out_of_range(device: torch.device) -> None:
 @pytest.mark.parametrize("given", [{"num_items_in_batch": 0}, {"num_items_in_batch": 0, "summed": True}, {}], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 def test_no_label_counts(dtype: torch.dtype, given: dict, device: torch.device) -> None:
-    """The loss is 0 / 0, as PyTorch's, and every gradient is 0."""
+    """Without a label that counts, the loss is 0 / 0 = NaN like PyTorch's, and every gradient is 0."""
     given = dict(given)
     divided = given.pop("num_items_in_batch") if given.pop("summed", False) else None
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_no_label_counts(dtype: torch.dtype, given: dict, device: torch.device) 
 
 
 def test_a_head_with_lora_in_float16_sums_beyond_its_range(device: torch.device) -> None:
-    """The mean's gradients fit into float16, the sums over tokens that they are made of do not."""
+    """The gradients of the mean fit into float16, although the sums over tokens before the division do not."""
     torch.manual_seed(0)
     tokens, k, v, r = 8192, 32, 64, 8
     hidden, weight = torch.randn(tokens, k).add_(4).half(), (torch.randn(v, k) / 8).half()
@@ -123,7 +123,7 @@ def test_a_head_with_lora_in_float16_sums_beyond_its_range(device: torch.device)
 
 
 def test_float16_divides_by_the_count_in_the_backward(device: torch.device) -> None:
-    """Divided by a large count before, the gradients of the logits would be too small for float16."""
+    """A division by a large count in the forward would make the logits' gradients too small for float16."""
     torch.manual_seed(0)
     items, labels = 2**20, torch.randint(0, 512, (64,))
     hidden, weight = torch.randn(64, 32).half(), (torch.randn(512, 32) / 4).half()

@@ -1,4 +1,6 @@
-"""The CUDA library: it loads and registers its kernels (no GPU needed), and its bits are the reference's (GPU)."""
+"""Tests that the CUDA library loads and registers its kernels (without a GPU), and that its bits are the
+reference's.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ op = torch.ops.peft_ext.nf4_dequantize.default
 
 
 def dequantize_args(numel: int, blocksize: int, nested: bool) -> tuple:
-    """An NF4 weight that holds every code, as the operator takes it; a flat shape."""
+    """Returns an NF4 weight with every code and a flat shape, as the arguments of the operator."""
     generator = torch.Generator().manual_seed(numel + blocksize)
     weight = torch.randn(numel, generator=generator) * torch.rand(numel, generator=generator).mul(-8).exp()
     _, absmax, *rest = reference.nf4_quantize(weight, blocksize, nested).op_args()
@@ -50,7 +52,7 @@ def test_every_op_has_a_kernel():
 
 @pytest.mark.parametrize("case", [case for case in op_db.CASES if not case.exact], ids=lambda case: case.name)
 def test_fake_tensors_on_cuda_have_the_shapes_of_results(case):
-    """Forward alone: autograd's engine asks for the device itself."""
+    """Tests the forward alone, because a backward of autograd needs the device."""
     shape, dtype = op_db.SHAPES[0], torch.bfloat16
     sample = case.make(dtype, shape)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -69,7 +71,7 @@ def test_fake_tensors_have_the_result_of_the_kernel(dtype):
 
 
 def test_arguments_reach_the_kernel():
-    # Enters the CUDA kernel with CPU tensors: all arguments are unboxed before the first check refuses them.
+    # Calls the CUDA kernel with CPU tensors: the kernel unboxes all arguments before its first check raises an error.
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match="nf4_dequantize: weight is not on a CUDA device"):
         op.redispatch(keys, *dequantize_args(512, 64, True), torch.bfloat16)
@@ -80,7 +82,7 @@ def test_arguments_reach_the_kernel():
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_bits_are_the_reference_s(blocksize, nested, dtype):
-    # Below, at and above what a vector, a warp and a thread block own; odd counts; many blocks with a tail.
+    # The counts are below, at and above the elements of a vector, of a warp and of a thread block, odd, and very large.
     for numel in (1, 2, 7, 8, 9, 31, 32, 33, 1023, 1024, 1025, 8191, 8192, 8193, 333 * 77, 1024 * 1024 + 5):
         check_bits(dequantize_args(numel, blocksize, nested), dtype)
 

@@ -1,7 +1,7 @@
-"""The passes of the CUDA kernels over activations: every rank, mask, number of tiles and chunk, one call after another.
+"""Tests the rank passes of the CUDA kernels over activations, with every rank, mask and number of tiles and chunks.
 
-The operators' battery has small shapes. Here a pass is cut into chunks of several tiles, rows and columns end in the
-middle of a tile, and ranks go past what one launch makes; and mixed batches have every kind of row and adapter.
+The battery has small shapes. In these tests a pass is cut into chunks of several tiles, rows and columns end in the
+middle of a tile, and a rank may need several launches. Mixed batches have every kind of row and adapter.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ pytestmark = pytest.mark.slow
 
 SCALING = 0.75
 SEED = torch.tensor([0x1234_5678_9ABC, 77])
-# (T, K, N): several tiles and chunks both ways; ends within a tile; no multiple of 8; few of each.
+# Sizes (T, K, N): several tiles and chunks in both dimensions, ends within a tile, no multiples of 8, few rows, few
+# columns.
 SHAPES = [(330, 584, 328), (64, 64, 64), (129, 1160, 72), (70, 99, 333), (3, 8, 1040), (1100, 40, 24)]
-# One, two, four and eight tiles of 16 ranks, ends between them, and more than one launch makes.
+# Ranks of one, two, four and eight tiles of 16 ranks, ranks that end within a tile, and ranks beyond one launch.
 RANKS = [1, 16, 24, 32, 50, 64, 100, 128, 130, 200]
 
 
@@ -51,9 +52,9 @@ def expected(x: Tensor, residual: Tensor, a: Tensor, b: Tensor, grad: Tensor, p:
 
 
 def close(got: Tensor, want: Tensor, name: str, terms: int) -> None:
-    """Within the rounding of the result's type, and what a float32 sum of so many terms leaves."""
+    """Asserts that errors are within the rounding of the result's dtype and of a float32 sum of ``terms`` terms."""
     eps = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[got.dtype]
-    # Where the result has 16 bits its products are of two terms of eight bits.
+    # For a 16-bit result the kernels split a float32 operand into two terms of 8 bits, which leaves out 2^-16.
     left_out = 2.0**-24 * (8 + terms**0.5) if got.dtype == torch.float32 else 2.0**-16
     bound = eps * want.abs() * 1.01 + want.abs().max().item() * left_out
     worst = ((got.double() - want).abs() / bound).max().item()
@@ -73,7 +74,7 @@ def check(
     close(grad_x, want["grad_x"], "grad_x", shape[2])
     close(grad_a, want["grad_A"], "grad_A", shape[0] * 4)
     close(grad_b, want["grad_B"], "grad_B", shape[0] * 4)
-    if p:  # the very elements, though most of dX could be nearly zero
+    if p:  # dX is 0 exactly at the dropped elements; few other elements are 0 by chance
         kept = dropout_keep_mask(SEED, p, x.shape)
         assert not grad_x[~kept].any()
         assert grad_x[kept].count_nonzero() >= 0.99 * kept.sum()
@@ -100,7 +101,7 @@ def test_every_shape_and_type(
 def test_every_threshold_drops_the_reference_s_elements(
     cuda_call: Callable[..., Any], dtype: torch.dtype, p: float
 ) -> None:
-    """A and B of ones show the mask: S counts what is kept of a row, dX is zero where nothing is."""
+    """With A and B of ones, S counts the kept elements of a row, and dX is 0 exactly at dropped elements."""
     x = torch.ones(70, 72, dtype=dtype)
     a, b = torch.ones(1, 72), torch.ones(8, 1)
     kept = dropout_keep_mask(SEED, p, x.shape)
@@ -123,7 +124,7 @@ def test_every_threshold_drops_the_reference_s_elements(
 def test_few_tokens(
     cuda_call: Callable[..., Any], outputs: int, inputs: int, blocksize: int, dtype: torch.dtype, nested: bool
 ) -> None:
-    """Warps without a slab, with some, and with more than wait in registers; outputs and tokens that end anywhere."""
+    """Covers warps with no slab of the weight, with few, and with more than registers hold; tails of all sizes."""
     generator = torch.Generator().manual_seed(outputs)
     draw = functools.partial(torch.randn, generator=generator)
     weight = nf4_quantize(draw(outputs, inputs) / 8, blocksize, nested)
@@ -146,7 +147,7 @@ def test_few_tokens_of_a_weight_with_a_nan_leave_other_outputs_alone(cuda_call: 
     weight = nf4_quantize(torch.randn(40, 256), 64)
     packed, absmax, *rest = weight.op_args()
     absmax = absmax.clone()
-    absmax[4 * 17 + 1] = float("nan")  # of output 17
+    absmax[4 * 17 + 1] = float("nan")  # a scale of the weight's row for output 17
     y = cuda_call("nf4_linear", torch.randn(4, 256).bfloat16(), packed, absmax, *rest, None)
     nan = y.isnan()
     assert nan[:, 17].all() and nan.sum() == 4
@@ -154,7 +155,7 @@ def test_few_tokens_of_a_weight_with_a_nan_leave_other_outputs_alone(cuda_call: 
 
 @pytest.mark.parametrize(("rank", "p"), [(16, 0.1), (40, 0.0)])
 def test_blocks_of_more_tiles_than_are_on_their_way(cuda_call: Callable[..., Any], rank: int, p: float) -> None:
-    """So many row tiles that a block has seven of columns, and four of rows: stages come round, the last tile ends."""
+    """A block has more tiles than the pipeline has stages, so that stages are reused, and the last tile is partial."""
     check(cuda_call, (25570, 440, 24), rank, p, torch.bfloat16, torch.float32)
 
 
@@ -164,7 +165,9 @@ def test_blocks_of_more_tiles_than_are_on_their_way(cuda_call: Callable[..., Any
 def mixed_batch(
     samples: int, length: int, inputs: int, outputs: int, ranks: list[int], dtype: torch.dtype, kinds: list[torch.dtype]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[float], list[int]]:
-    """x, W, A and B of each adapter, their scaling, and each sample's: all of them in turn, none among them."""
+    """Returns x, W, the adapters' A, B and scalings, and each sample's adapter; the samples use all adapters and
+    none.
+    """
     generator = torch.Generator().manual_seed(samples + 7 * length + inputs)
     draw = functools.partial(torch.randn, generator=generator)
     lora_A = [(draw(rank, inputs) / 8).to(kinds[g % len(kinds)]) for g, rank in enumerate(ranks)]
@@ -180,7 +183,7 @@ def mixed_batch(
 def mixed_expected(
     x: Tensor, weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float], adapters: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64: Y, what the adapters add, and S."""
+    """Returns, in float64, Y, the low-rank terms that the adapters add, and S."""
     x = x.double()
     s = torch.zeros(*x.shape[:-1], max(a.shape[0] for a in lora_A), dtype=torch.float64)
     added = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float64)
@@ -203,7 +206,7 @@ def check_mixed(cuda_call: Callable[..., Any], batch: tuple, weight: Any, bias: 
     want = want + offset
     assert s.shape == want_s.shape and torch.equal(s == 0, want_s == 0), note
     close(s, want_s, f"s, {note}", x.shape[-1])
-    # The product's own rounding, and that of what it is added to: as plain PyTorch has it, half as much again.
+    # The bound is 1.5 times plain PyTorch's error, plus the rounding of the result and of the added terms.
     held = weight.dequantize(x.dtype) if nf4 else weight
     plain = F.linear(x, held, bias).double() - F.linear(x.double(), exact) - offset
     rounding = torch.finfo(x.dtype).eps / 2 * (want.abs() + (added + offset).abs())
@@ -214,8 +217,8 @@ def check_mixed(cuda_call: Callable[..., Any], batch: tuple, weight: Any, bias: 
     return y
 
 
-# (samples, tokens of each, K, N, ranks): generation, tiles that end anywhere, more adapters and runs than a launch's
-# arguments hold, ranks of every kind of pass, one adapter, and one without ranks.
+# (samples, tokens of a sample, K, N, ranks): generation; partial tiles; more adapters, and more runs of samples with
+# one adapter, than a launch's arguments hold; ranks of every kind of pass; a single adapter; an adapter of rank 0.
 MIXED = [
     (8, 1, 72, 40, [16, 16, 4]), (64, 1, 64, 96, [8, 3, 20]), (65, 1, 136, 72, [1, 16, 8]), (7, 9, 99, 33, [5, 2]),
     (9, 64, 64, 64, [16, 16, 16, 16]), (5, 129, 72, 136, [8, 16]), (6, 70, 99, 333, [4, 24, 16]),
@@ -269,7 +272,7 @@ def test_what_is_not_finite_stays_with_its_own_samples(
     x, weight, lora_A, lora_B, scaling, adapters = mixed_batch(
         samples, length, 128, 72, [8, 20, 8, 4], dtype, [torch.float32, dtype]
     )
-    adapters = [g if g != 3 else -1 for g in adapters]  # nobody's
+    adapters = [g if g != 3 else -1 for g in adapters]  # no sample has adapter 3
     held = nf4_quantize(weight.float(), 64).op_args() if nf4 else (weight, *[None] * 4, 0, list(weight.shape))
 
     def call() -> tuple[Tensor, Tensor]:
@@ -291,7 +294,7 @@ def test_what_is_not_finite_stays_with_its_own_samples(
 
 
 def test_a_mixed_batch_without_adapters(cuda_call: Callable[..., Any]) -> None:
-    """Nobody has one, or there are no samples: what there is of adapters says how wide S is."""
+    """Where no sample has an adapter, or there are no samples, S still has the columns of the largest rank."""
     x, weight, lora_A, lora_B, scaling, _ = mixed_batch(3, 40, 72, 40, [3, 8], torch.bfloat16, [torch.float32])
     lora_B[0][:] = float("nan")
     args = (weight, *[None] * 4, 0, list(weight.shape))

@@ -1,4 +1,4 @@
-"""NF4 dequantize with a merge, merge, what quantize refuses: the CUDA kernels, on a GPU, and under the emulator."""
+"""Tests the CUDA kernels of NF4's merge and the errors of quantize, on a GPU and under the emulator."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_public_function_takes_the_kernels(double_quant):
 
 @pytest.fixture(scope="module", params=["reference", "cuda", "emulated"])
 def merge(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
-    """The op: on the CPU, where its reference serves, and its kernel."""
+    """Returns the operator: on the CPU, where the reference runs, or the CUDA kernel."""
     if request.param == "reference":
         return torch.ops.peft_ext.nf4_dequantize_merged
     if request.param == "emulated" and request.config.getoption("--device") == "cuda":
@@ -73,7 +73,10 @@ def merge_args(
 
 
 def check_merge(got: Tensor, args: tuple, dtype: torch.dtype) -> None:
-    """Against float64: half an ulp of dtype, and of float32 what a sum of R products, and three steps more, round."""
+    """Compares with float64.
+
+    The bound is half an ulp of ``dtype``, plus float32 rounding of R products and three steps.
+    """
     *held, lora_A, lora_B, row_scale, scaling = args
     base = reference.dequantize(*held, torch.float64)
     g = 1.0 if row_scale is None else row_scale.double()[:, None]
@@ -84,7 +87,7 @@ def check_merge(got: Tensor, args: tuple, dtype: torch.dtype) -> None:
     terms = lora_A.shape[0] + 4
     bound = rounding / 2 * want.abs() + terms * torch.finfo(torch.float32).eps * sizes
     if dtype == torch.float16:
-        bound = bound + 2.0**-25  # subnormals
+        bound = bound + 2.0**-25  # the rounding of subnormal numbers
     worst = ((got.double() - want).abs() / bound.clamp(min=1e-300)).amax().item() if got.numel() else 0.0
     assert worst <= 1.01, f"{worst} of the bound"
 
@@ -120,7 +123,7 @@ def test_merged_of_a_zero_adapter_has_the_bits_of_dequantize(merge, k, dtype):
 
 @pytest.mark.parametrize("k", [132, 131])
 def test_merged_rounds_the_sum_once_where_products_are_exact(merge, k):
-    """Small integers and a scaling of a half: one rounding is left, that of the sum with the weight."""
+    """With small integers and a scaling of a half only the sum with the weight is rounded."""
     *held, _, _, _, _ = merge_args(70, k, 1)
     lora_A, lora_B = torch.randint(-4, 5, (40, k)).float(), torch.randint(-4, 5, (70, 40)).float()
     got = merge(*held, lora_A, lora_B, None, 0.5, torch.float32)

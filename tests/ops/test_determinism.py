@@ -1,4 +1,4 @@
-"""The same bits again: over runs, processes and threads; and nothing that grows with steps or with shapes."""
+"""Tests that bits are equal over runs, processes and threads, and that no memory grows with steps or shapes."""
 
 import ctypes
 import functools
@@ -30,10 +30,10 @@ from peft_ext import get_peft_model, quantize_nf4
 
 pytestmark = [
     pytest.mark.cpu_only("it is about CPU threads and the C library's memory"),
-    pytest.mark.filterwarnings("ignore"),  # PEFT's, on AdaLoRA's schedule
+    pytest.mark.filterwarnings("ignore"),  # PEFT warns about AdaLoRA's schedule
 ]
 RUNS = 5
-STEPS = int(os.environ.get("PEFT_EXT_TEST_STEPS", "2000"))  # of the search for leaks
+STEPS = int(os.environ.get("PEFT_EXT_TEST_STEPS", "2000"))  # steps of the search for leaks
 SHAPES = int(os.environ.get("PEFT_EXT_TEST_SHAPES", "500"))
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
@@ -41,13 +41,13 @@ SHAPES = int(os.environ.get("PEFT_EXT_TEST_SHAPES", "500"))
 
 @pytest.fixture(scope="module")
 def digests() -> list[dict[str, list[str]]]:
-    """Of two processes, each training's digests."""
+    """Returns, for two processes, the digests of each training."""
     tests = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tests / "support"), str(tests.parent)))}
     env |= {
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "passive",
-    }  # on a machine with other work, spinning takes seconds
+    }  # spinning threads would take seconds on a busy machine
     script = str(tests / "faults/trainings.py")
     started = [
         subprocess.Popen([sys.executable, script, str(runs)], stdout=subprocess.PIPE, text=True, env=env)
@@ -132,7 +132,7 @@ def test_checkpointing_trains_to_the_same_bits(method: str, base: str, reentrant
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # each thread of a pool has an arena of its own
+    torch.set_num_threads(1)  # each thread of a pool would have its own arena of malloc
     yield
     torch.set_num_threads(before)
 
@@ -157,12 +157,12 @@ def test_steps_of_a_training_leave_nothing_behind(one_thread: None, base: str) -
 
 @pytest.fixture
 def planted() -> Iterator[dict[str, Callable[[int], object]]]:
-    """Steps that leak, by what they keep; all is freed at the end."""
+    """Yields functions that leak memory in each step, by the kind of memory; frees the memory at the end."""
     libc, kept, blocks = ctypes.CDLL(None), [], []
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     yield {
-        "malloc": lambda index: blocks.append(libc.malloc(64)),  # less than the smallest tensor's data
+        "malloc": lambda index: blocks.append(libc.malloc(64)),  # 64 bytes, smaller than the data of any tensor
         "resident": lambda index: kept.append(_touched(mmap.mmap(-1, mmap.PAGESIZE))),
         "tensors": lambda index: kept.append(torch.zeros(1)),
         "objects": lambda index: kept.append({"step": [index]}),
@@ -201,7 +201,7 @@ def test_what_is_allocated_once_is_no_leak(one_thread: None) -> None:
 
 
 def containers() -> Iterator[tuple[str, int]]:
-    """Name and size of every dict, list, set and cache that a module of peft_ext, or a class in it, holds."""
+    """Yields the name and the size of each dict, list, set and cache in a module or class of peft_ext."""
     for module_name, module in list(sys.modules.items()):
         if module_name.split(".")[0] != "peft_ext" or not isinstance(module, types.ModuleType):
             continue
@@ -217,7 +217,7 @@ def containers() -> Iterator[tuple[str, int]]:
 
 
 def one_of_each_op() -> dict[str, Case]:
-    """A case of each operator, and one over an NF4 weight where it takes one."""
+    """Returns a case of each operator, and a case with an NF4 weight for each operator that accepts one."""
     found: dict[str, Case] = {}
     for case in CASES:
         found.setdefault(case.op if "nf4" not in case.name and "nested" not in case.name else f"{case.op} nf4", case)
@@ -232,7 +232,7 @@ def test_changing_shapes_leave_nothing_behind(one_thread: None) -> None:
         tokens, k, n, r = 1 + index % 67, 1 + (13 * index) % 131, 1 + (29 * index) % 127, 1 + index % 17
         shape = ((tokens,), k, n, r)
         for case in cases:
-            # float32: of other types PyTorch's own products keep a kernel for each shape.
+            # In float32: for other dtypes PyTorch's products cache a kernel for each shape.
             run(case.call, case.make(torch.float32, shape),
                 None if case.exact else output_grad(case, torch.float32, shape))  # fmt: skip
 
@@ -254,9 +254,9 @@ def test_changing_shapes_compile_once_more_and_no_more(name: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.call, fullgraph=True, backend=counter)
     for tokens in (9, 12, 17, 31, 64, 65, 100):
-        # The adapters of a batch are constants of a graph, one for each sample: the samples stay as many.
+        # The adapters of a mixed batch are constants of a graph, so the number of samples does not change.
         shape = ((4, tokens) if case.op == "grouped_lora" else (tokens,), 64, 96, 16)
         sample = case.make(torch.float32, shape)
         run(compiled, sample, None if case.exact else output_grad(case, torch.float32, shape))
     torch._dynamo.reset()
-    assert counter.frame_count <= 2  # of one size, then of any
+    assert counter.frame_count <= 2  # a graph for one size, then a graph for any size

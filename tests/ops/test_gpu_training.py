@@ -1,4 +1,4 @@
-"""A few training steps of a small Llama on a GPU: accelerated against PEFT's own layers, from the same weights."""
+"""Compares training steps of an accelerated small Llama on a GPU with PEFT's own layers, from equal weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "
          "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip
 LINEARS = 7 * SIZES["num_hidden_layers"]
 STEPS = 5
-# The loss is a mean over 256 tokens of about ln 97 = 4.6, and falls by some 0.2. What differs is the order of float32
-# sums, or, in bfloat16, which of a layer's terms are rounded (PEFT rounds the adapter's, the fused layer their sum):
-# 2^-9 of an output, of either sign from token to token, and what AdamW makes of gradients near zero. On the CPU the
-# same runs differ by 5e-7 and 4e-4. A wrong term of any layer is some 1e-2.
+# The loss is a mean over 256 tokens, begins at about ln 97 = 4.6 and falls by about 0.2. The two runs differ in the
+# order of float32 sums, and in bfloat16 in the rounding of a layer's terms: PEFT rounds the adapter's term, the fused
+# layer rounds the sum. The rounding is 2^-9 of an output, with a random sign, and AdamW enlarges the rounding of
+# gradients near zero. On the CPU the runs differ by 5e-7 (float32) and 4e-4 (bfloat16). A wrong term of a layer changes
+# the loss by about 1e-2.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-3}
 
 
 def llama(base: str, dtype: torch.dtype, use_dora: bool) -> nn.Module:
-    """``base``: "dense", or "bitsandbytes" for its Linear4bit, double-quantized."""
+    """Returns a Llama with LoRA or DoRA over a dense base, or over bitsandbytes' Linear4bit with double
+    quantization.
+    """
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, use_cache=False)).to(DEVICE, dtype)
     if base == "bitsandbytes":

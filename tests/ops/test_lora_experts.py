@@ -1,4 +1,4 @@
-"""Experts beyond the battery's: routings, threads, what each expert alone gives, offsets that are none."""
+"""Tests the operators over experts beyond the battery: routings, threads, single experts, and wrong offsets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def operands(dtype: torch.dtype, kind: str, experts: int = 4, rows: int = 200) -
 
 
 def with_magnitude(held: dict) -> dict:
-    """As they are, and what makes them DoRA's."""
+    """Returns the operands with a magnitude for DoRA."""
     norm = ops.dora_experts_weight_norm(held["weight"], held["lora_A"], held["lora_B"], 0.5)
     return held | {"magnitude": norm * (1 + 0.1 * torch.sin(torch.arange(norm.numel())).view(norm.shape))}
 
@@ -66,8 +66,10 @@ def moved(held: dict, device: torch.device) -> dict:
 def test_each_expert_is_a_layer_of_its_own(
     routing: str, dtype: torch.dtype, kind: str, method: str, device: torch.device, pytestconfig: pytest.Config
 ) -> None:
-    """The rows of an expert, its mask among them, and what has no rows is zeros. On the CPU bit for bit; on a GPU Y and
-    dX are rounded once there, and twice by the layer."""
+    """Compares each expert, with its dropout mask, with a layer of its own; experts without rows get zeros.
+
+    On the CPU the bits are equal. On a GPU the operator rounds Y and dX once, and the layer rounds them twice.
+    """
     exact = pytestconfig.getoption("--device") == "cpu"
 
     def same(got: Tensor, wanted: Tensor, made_of: torch.dtype = torch.float32) -> bool:
@@ -95,14 +97,14 @@ def test_each_expert_is_a_layer_of_its_own(
         for name, wanted in (("y", y), ("x", x.grad)):
             assert same(found[name][rows], wanted.detach()), name
         for name, value in zip(trained, adapter, strict=True):
-            # The magnitude's gradient is made of Z as it is kept.
+            # The magnitude's gradient is computed from Z, which is kept in x's dtype.
             assert same(found[name][e], value.grad, dtype if name == "magnitude" else torch.float32), name
     assert not found["y"][begin:].any() and not found["x"][begin:].any()
 
 
-# Rows of each expert, sizes and ranks at which kernels go other ways: tiles of 64 rows and chunks of 1,024, ranks of
-# 16, 32 and 64 at a time, columns of 128, sums in slabs of 64, many rows in the mean, more experts than threads of a
-# block.
+# (rows of each expert, K, N, R) at which kernels take other branches: tiles of 64 rows, chunks of 1,024 rows, passes of
+# 16, 32 and 64 ranks, blocks of 128 columns, sums in slabs of 64, many rows for each expert on average, and more
+# experts than a block has threads.
 SHAPES = {
     "tiles": ([64, 65, 0, 1, 127], 64, 128, 16),
     "chunks": ([0, 2100, 3, 1024, 1025], 64, 64, 4),
@@ -183,7 +185,7 @@ def test_norms_of_the_experts_that_have_rows(shape: str, kind: str, device: torc
         found = ops.dora_experts_weight_norm(weight.to(device), a.to(device), b.to(device), 2.0, offsets=offsets).cpu()
         assert found.dtype is torch.float32
         asked = wanted if offsets is None else wanted * has[:, None]
-        # A GPU takes the factors in two bfloat16 terms.
+        # On a GPU the kernel splits A and B into two bfloat16 terms each.
         torch.testing.assert_close(found, asked.float(), rtol=1e-5, atol=0)
 
 
@@ -194,7 +196,7 @@ def test_no_count_of_threads_changes_a_bit(dtype: torch.dtype, method: str) -> N
     held = operands(dtype, "nf4" if dtype is torch.bfloat16 else "dense", experts=40, rows=700)
     held = with_magnitude(held) if method == "dora" else held
     counts = torch.randint(0, 20, (40,), generator=torch.Generator().manual_seed(0))
-    counts[7] = 700 - int(counts.sum()) + int(counts[7])  # more than a thread's share
+    counts[7] = 700 - int(counts.sum()) + int(counts[7])  # expert 7 has more rows than a thread's share
     offsets, before, found = counts.cumsum(0), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 16, 64):
@@ -204,7 +206,7 @@ def test_no_count_of_threads_changes_a_bit(dtype: torch.dtype, method: str) -> N
         torch.set_num_threads(before)
     for other in found[1:]:
         for name, wanted in found[0].items():
-            # Without tiles for the dtype it is made of PyTorch's product, whose bits may depend on its threads.
+            # Without tiles for the dtype the value comes from PyTorch's product, whose bits may depend on the threads.
             of_pytorch = name in ("y", "x", "magnitude") and not (TILES and dtype is torch.bfloat16)
             assert torch.equal(other[name], wanted) or of_pytorch, name
             rtol = 1e-4 if dtype is torch.float32 else torch.finfo(dtype).eps
@@ -237,7 +239,7 @@ def test_offsets_that_are_none(ends: list[int], text: str) -> None:
 def test_a_gpu_stays_within_its_memory(
     ends: list[int], kind: str, device: torch.device, pytestconfig: pytest.Config
 ) -> None:
-    """Whatever the offsets say; the emulator checks each access."""
+    """No offsets make a CUDA kernel access memory out of bounds; the emulator checks each access."""
     if pytestconfig.getoption("--device") == "cpu":
         pytest.skip("the CPU refuses them")
     held = operands(torch.bfloat16, kind)
@@ -247,7 +249,7 @@ def test_a_gpu_stays_within_its_memory(
 
 
 def test_what_nobody_has_is_not_touched(device: torch.device) -> None:
-    """Rows behind the last expert's may hold anything; neither it nor an expert without rows reaches a result."""
+    """Rows after the last expert's rows, and the magnitude of an expert without rows, have no effect on a result."""
     held, ends = with_magnitude(operands(torch.bfloat16, "dense")), torch.tensor([20, 20, 70, 120])
     clean = step(moved(held, device), ends.to(device))
     held["x"][120:] = float("nan")

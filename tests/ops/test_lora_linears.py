@@ -1,4 +1,4 @@
-"""Layers of one input beyond the battery's sizes: panels that no cache holds together, many layers, some not used."""
+"""Tests layers of one input beyond the battery: panels larger than a cache, many layers, and unused outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 0.1) ->
 
 
 class Layers:
-    """Weights [N, K] of these N, an adapter for each but every ``frozen``-th, each with a seed of its own."""
+    """Layers with weights [N, K] for each N in ``sizes``; each layer except every ``frozen``-th has an adapter.
+
+    Each layer has its own dropout seed.
+    """
 
     def __init__(self, sizes: list[int], k: int, dtype: torch.dtype, nf4: bool, frozen: int, device: torch.device):
         torch.manual_seed(0)
@@ -32,7 +35,7 @@ class Layers:
         self.grads = [draw(2, 20, n, dtype=dtype).to(device) for n in sizes]
 
     def step(self, p: float, used: list[int], wide: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The outputs, and the gradients of what is used of them."""
+        """Returns the outputs, and the gradients of a backward through the outputs with the indices ``used``."""
         to = (lambda t: t.double()) if wide else (lambda t: t.clone())
         x = to(self.x).requires_grad_()
         As, Bs = ([None if t is None else to(t).requires_grad_() for t in held] for held in (self.As, self.Bs))

@@ -1,4 +1,4 @@
-"""More tokens, or rows, than a kernel sums at once: the parts' sums are added."""
+"""Tests sums over more tokens or rows than a kernel sums at once, so that partial sums are added."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_gradient_of_an_input_scale_is_of_all_tokens(dtype: torch.dtype, dev
 
 
 def test_the_gradient_of_a_norm_over_a_wide_weight_is_of_all_rows(device: torch.device) -> None:
-    """So wide a weight that not all parts of its rows have their sums at once."""
+    """The weight is so wide that the kernel computes the partial sums of its rows in several turns."""
     torch.manual_seed(0)
     weight, lora_A, lora_B = torch.randn(2112, 8208), torch.randn(16, 8208) / 90, torch.randn(2112, 16)
     trained = [value.to(device).requires_grad_() for value in (lora_A, lora_B)]

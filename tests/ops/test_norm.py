@@ -1,4 +1,4 @@
-"""The norms beside transformers' own layers, and rows that no random draw has."""
+"""Compares the norms with transformers' layers, and tests special rows that random draws do not contain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ K = 256
 
 
 def whole_numbers(dtype: torch.dtype) -> Tensor:
-    """Sums of their squares are exact in any order."""
+    """Returns whole numbers, whose squares have exact sums in any order."""
     return torch.randint(-7, 8, (33, K)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Operators at their edges, and what is not one call of one of them: masks, raw arguments, autocast, merges, groups."""
+"""Tests edge cases of operators, and tests that need more than one call: masks, raw arguments, autocast, merges."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from peft_ext.ops import library
 
 
 def test_every_op_has_a_kernel(device: torch.device, pytestconfig: pytest.Config) -> None:
-    """A battery over the fallback would prove nothing."""
+    """Without kernels the battery would only compare the reference with itself."""
     assert _native.STATE.module is not None
-    # What nf4_merge starts from on a GPU; on the CPU that is one pass.
+    # On a GPU nf4_merge calls nf4_dequantize_merged first. On the CPU nf4_merge is one pass and does not call it.
     by_reference = {"nf4_dequantize_merged"} if pytestconfig.getoption("--device") == "cpu" else set()
     for op in library.OPERATORS.values():
         if not op.composed:  # a composition needs no kernel
@@ -50,9 +50,9 @@ print(resident() - before)
 @pytest.mark.cpu_only("it is about the CPU's scratch")
 @pytest.mark.skipif(not TILES or not Path("/proc/self/statm").exists(), reason="no strips here, or no /proc")
 def test_a_large_scratch_is_given_back_when_the_call_ends() -> None:
-    """The strips of 48 MiB of activations; a thread keeps 32 MiB of a kind at most.
+    """Strips of activations take 48 MiB; a thread keeps at most 32 MiB of one kind of scratch.
 
-    In a process of its own: others' tests tell theirs to keep what is freed.
+    The test runs in its own process, because other tests make this process keep freed memory.
     """
     found = subprocess.run([sys.executable, "-c", SCRATCH], check=True, stdout=subprocess.PIPE, text=True)
     assert int(found.stdout) < 24 * 2**20
@@ -60,7 +60,7 @@ def test_a_large_scratch_is_given_back_when_the_call_ends() -> None:
 
 @pytest.mark.cpu_only("the checks of CUDA's glue are its own")
 def test_raw_operators_check_their_weight() -> None:
-    """The public functions check it before; a weight of another type would be read past its end."""
+    """Raw operators check the weight too, because a kernel would read a weight of another dtype past its end."""
     raw, x = torch.ops.peft_ext, torch.zeros(40, 64, dtype=torch.bfloat16)
     a, b, g = torch.zeros(4, 64), torch.zeros(96, 4), torch.zeros(96)
     dense = (torch.zeros(96, 64, dtype=torch.float32)[:, :32], *[None] * 4, 0, (96, 64))
@@ -88,7 +88,7 @@ def test_raw_operators_check_their_weight() -> None:
 
 
 def test_native_and_reference_agree_on_the_mask(device: torch.device) -> None:
-    """x of ones, A of the identity: S is the dropped x itself, kept elements scaled by 1/(1-p)."""
+    """With x of ones and A the identity, S is dropout(x), whose kept elements are 1 / (1 - p)."""
     for p in (0.05, 0.5, 0.999):
         for tokens, k in ((5, 33), (64, 512), (3, 1029)):
             x, a, b = (t.to(device) for t in (torch.ones(tokens, k), torch.eye(k), torch.zeros(1, k)))
@@ -100,7 +100,7 @@ def test_native_and_reference_agree_on_the_mask(device: torch.device) -> None:
 
 
 def test_philox_is_the_published_generator() -> None:
-    """Known answers of Philox4x32-7 (Random123's kat_vectors: zeros, ones, digits of pi)."""
+    """Compares with known answers of Philox4x32-7 (kat_vectors of Random123: zeros, ones, digits of pi)."""
     from peft_ext.reference.philox import philox4x32
 
     ones = 0xFFFFFFFF
@@ -118,7 +118,7 @@ def test_philox_is_the_published_generator() -> None:
 @pytest.mark.parametrize("tokens", [5, 16, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=names)
 def test_float32_adapters_keep_their_bits(dtype: torch.dtype, tokens: int, device: torch.device) -> None:
-    """Over a base of zeros Y and dX are the low-rank term alone: as good as the exact one, rounded once."""
+    """Over a base of zeros Y and dX are the low-rank term alone, and as exact as the float64 term rounded once."""
     x, grad = randn(tokens, 192, dtype=dtype).to(device).requires_grad_(), randn(tokens, 130, dtype=dtype).to(device)
     a, b = randn(16, 192, dtype=torch.float32).to(device), randn(130, 16, dtype=torch.float32).to(device)
     y = ops.lora_linear(x, torch.zeros(130, 192, dtype=dtype, device=device), a, b)
@@ -236,7 +236,7 @@ def test_float64_runs_and_bad_nf4_weights_are_refused(device: torch.device) -> N
 
 
 def dora_leaves(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A weight with a zero row that the adapter leaves at zero, and x, lora_A, lora_B, magnitude."""
+    """Returns a weight with a row of zeros, a bias, and x, lora_A, lora_B (with a zero in this row) and magnitude."""
     weight, b = randn(6, 64, dtype=dtype, scale=0.1), randn(6, 3, dtype=dtype)
     weight[2], b[2] = 0.0, 0.0
     x, a, magnitude = randn(5, 64, dtype=dtype), randn(3, 64, dtype=dtype, scale=0.1), torch.ones(6, dtype=dtype)
@@ -272,7 +272,7 @@ def test_an_all_zero_row_is_finite(module: Any, norm_grad: bool, device: torch.d
 def test_a_factor_near_zero_has_its_gradient(
     save_output: bool, factor: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Y = g∘Z holds little of Z, or nothing: its gradient still has to be that of Z."""
+    """Where a factor g is 0 or nearly 0, Y = g∘Z does not determine Z; the gradient of g must still be exact."""
     k = 70
     weight, x, grad = randn(9, k, dtype=dtype), randn(33, k, dtype=dtype), randn(33, 9, dtype=dtype)
     a, b = randn(3, k, dtype=dtype, scale=0.1), randn(9, 3, dtype=dtype, scale=0.1)
@@ -300,7 +300,7 @@ def test_the_norm_is_that_of_the_weights_now(device: torch.device) -> None:
     ops.dora_linear(x, weight, a, b, magnitude)
     weight.mul_(2)
     weight[2] = 1.0
-    b.data.mul_(3)  # leaves no trace in b._version
+    b.data.mul_(3)  # a change through .data does not change b._version
     g = magnitude / (weight + b @ a).norm(dim=1)
     torch.testing.assert_close(ops.dora_linear(x, weight, a, b, magnitude), g * (x @ (weight + b @ a).t()))
 
@@ -325,7 +325,7 @@ def test_peft_and_lora_dropout_are_one_without_dropout_and_differ_with_it(device
 def test_peft_dropout_of_any_share_is_the_formula(
     dtype: torch.dtype, dropout_p: float, tokens: int, k: int, n: int, device: torch.device, pytestconfig: pytest.Config
 ) -> None:
-    """Below a share the base's second product may be of the dropped elements alone."""
+    """Below some dropout probability, the second product of the base may use the dropped elements alone."""
     x, grad, weight, bias = (
         randn(*shape, dtype=dtype).to(device) for shape in ((tokens, k), (tokens, n), (n, k), (n,))
     )
@@ -342,7 +342,7 @@ def test_peft_dropout_of_any_share_is_the_formula(
     for name, ours, exact in zip(("y", "x", "A", "B", "magnitude"), *found, strict=True):
         assert (ours.double() - exact).norm() <= bound * exact.norm(), name
         assert (ours.double() - exact).abs().max() <= 2 * bound * exact.abs().max(), name
-    # y is rounded once, and nothing before it, but where the product is PyTorch's in 16 bits.
+    # On the CPU paths of x86-64 only y is rounded, and no value before y, except where PyTorch multiplies in 16 bits.
     ours = pytestconfig.getoption("--device") == "cpu" and "neon" not in _native.STATE.isa
     if ours and tokens >= 128 and dropout_p <= 0.25:
         (y, *_), (exact, *_) = found
@@ -391,7 +391,7 @@ def test_rank_scale_of_ones_is_none_and_of_zeros_the_base(device: torch.device) 
     y = ops.lora_linear(x, w, a, b, rank_scale=zero, scaling=0.5)
     torch.testing.assert_close(y, x @ w.t())
     (grad,) = torch.autograd.grad(y.sum(), zero)
-    # Of 16,384 products in float32: some ulp more than one sum's, in whatever order.
+    # The gradient is a sum of 16,384 products in float32, whose order is not fixed: some ulp more than for a short sum.
     wanted = 0.5 * (x.double() @ a.double().t()).sum(0) * b.double().sum(0)
     torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -448,8 +448,8 @@ def test_merge_says_what_is_wrong_and_what_is_not_finite(device: torch.device) -
     assert ops.nf4_merge(zero, a, b * 0)[1] == 0
 
 
-# Per sample, tokens of each, K, N, ranks, the samples' adapters: samples that end within a strip of 16 tokens, tails of
-# every width, an adapter that no sample has, none at all, one sample, and more samples than one launch takes on a GPU.
+# (samples, tokens of a sample, K, N, ranks, each sample's adapter): samples that end within a strip of 16 tokens, tails
+# of all widths, an adapter without samples, no adapters, one sample, and more samples than one launch on a GPU takes.
 _GROUPS: tuple[tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]], ...] = (
     (5, 7, 33, 65, (1, 64, 16, 31), (3, 0, 1, -1, 3)),
     (3, 16, 64, 32, (8, 17), (1, 1, 0)),
@@ -464,7 +464,7 @@ _GROUPS: tuple[tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]], ...]
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("groups", _GROUPS, ids=lambda groups: f"{groups[0]}x{groups[1]}")
 def test_groups_of_any_sizes(groups: tuple, dtype: torch.dtype, device: torch.device) -> None:
-    """Values, gradients and S; the adapters of three dtypes, every second one not contiguous."""
+    """Compares values, gradients and S; adapters have three dtypes, and every second adapter is not contiguous."""
     samples, length, k, n, ranks, adapters = groups
     x, weight = randn(samples, length, k, dtype=dtype), randn(n, k, dtype=dtype, scale=k**-0.5)
     held = {"x": x}
@@ -492,7 +492,7 @@ def test_groups_of_any_sizes(groups: tuple, dtype: torch.dtype, device: torch.de
     moved = Sample({name: value.to(device) for name, value in odd.items()}, tuple(held))
     assert_close(run(call, moved, grad), run(plain, sample, grad), run(plain, to_wide(sample), grad), max(k, n))
 
-    # Beyond a token's own rank S has zeros, and nothing but zeros for a token without an adapter.
+    # In a token's row of S, columns beyond the rank of the token's adapter are zeros; without an adapter all are zeros.
     lora = [[moved.inputs[f"{side}{group}"] for group in range(len(ranks))] for side in "AB"]
     args = (*ops.checks.weight_args(weight.to(device)), None, *lora, scaling, list(adapters))
     s = torch.ops.peft_ext.grouped_lora_linear(moved.inputs["x"], *args)[1].cpu()
@@ -546,7 +546,7 @@ def test_an_adapter_that_no_sample_has_may_hold_anything(device: torch.device) -
 
 
 class Seen(TorchDispatchMode):
-    """What reaches the dispatcher: profilers, counters of FLOPs and selective checkpointing look there."""
+    """Records the operators that reach the dispatcher, where profilers and selective checkpointing see operators."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The battery: every operator of ``op_db.CASES`` against the float64 oracle, values and gradients.
+"""The battery: compares values and gradients of every case in ``op_db.CASES`` with the float64 oracle.
 
-``test_op_edges.py`` has what is not one call of one operator.
+``test_op_edges.py`` has the tests that need more than one call of an operator.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def test_same_bits_for_one_and_two_threads(case: Case, two_threads: None) -> Non
     both = run(case.call, sample, grad)
     torch.set_num_threads(1)
     one = run(case.call, sample, grad)
-    # Without tiles the base product is PyTorch's: it, and what is computed from it, is not ours to promise.
+    # Without tiles PyTorch computes the base product; the bits of this product and of results from it may depend on the
+    # number of threads.
     hers = () if case.exact or TILES else ("y", "x", *case.from_product)
     for name in both:
         if name not in hers:
@@ -106,7 +107,7 @@ def test_few_tokens_have_the_same_bits_for_one_and_two_threads(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", SAVED_OUTPUT, ids=ids)
 def test_gradients_from_the_saved_output(case: Case, dtype: torch.dtype) -> None:
-    """Where nobody changes the result in place, it is what is saved for its scale's gradient."""
+    """With save_output the caller promises not to change the result in place, and the result is saved for backward."""
     for shape in case.shapes:
         sample, grad = case.make(dtype, shape), output_grad(case, dtype, shape)
         exact, plain = run(case.oracle, to_wide(sample), grad), run(case.plain, sample, grad)
@@ -120,7 +121,7 @@ def test_gradients_from_the_saved_output(case: Case, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("save_output", SAVES)
 def test_the_output_may_be_changed_in_place(save_output: bool, device: torch.device) -> None:
-    """As Falcon adds to it; where Y itself is saved the promise not to is checked by autograd."""
+    """Falcon adds to a layer's output in place. Where Y is saved, autograd raises an error for an in-place change."""
     x, weight, a, b = (randn(*s, dtype=torch.float32).to(device) for s in ((7, 64), (96, 64), (4, 64), (96, 4)))
     vector, grad = torch.rand(96).to(device).requires_grad_(), randn(7, 96, dtype=torch.float32).to(device)
 
@@ -142,7 +143,7 @@ def test_the_output_may_be_changed_in_place(save_output: bool, device: torch.dev
 
 
 def saved_bytes(case: Case, sample: Sample) -> int:
-    """What one call keeps for the backward beside its inputs."""
+    """Returns the bytes that a call keeps for the backward, without the call's inputs."""
     inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
     held = {t.untyped_storage().data_ptr() for t in inputs.values() if isinstance(t, Tensor)}
     for weight in inputs.values():
@@ -158,7 +159,9 @@ def saved_bytes(case: Case, sample: Sample) -> int:
 
 @pytest.mark.parametrize("case", [case for case in LINEAR if case.saved is not None], ids=ids)
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
-    """Nothing beside the inputs but what the case names: no mask, no dropped x, no copy of x, no weight."""
+    """Besides its inputs a call keeps only ``Case.saved`` bytes: no mask, no dropout(x), no copy of x or of a
+    weight.
+    """
     if case.op == "attention" and device.type == "cuda":
         pytest.skip("on a GPU it is PyTorch's own")
     t, k, n, r = 40, 128, 96, 8
@@ -177,7 +180,7 @@ def test_dora_with_a_frozen_magnitude_saves_no_product(device: torch.device) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_gradcheck_of_the_oracle(case: Case, dtype: torch.dtype) -> None:
-    """The oracle's gradients, against finite differences: what everything else is measured by."""
+    """Compares the oracle's gradients, with which all other gradients are compared, with finite differences."""
     sample = to_wide(case.make(dtype, ((3,), 5, 4, 2)))
     if not sample.grads:
         pytest.skip("it has no gradient")
@@ -190,7 +193,7 @@ def test_gradcheck_of_the_oracle(case: Case, dtype: torch.dtype) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
-# The closed-form backwards that the fallback and the kernels implement, in float64 against autograd of the forwards.
+# These tests compare, in float64, the closed-form backwards of the reference with autograd of the forwards.
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -236,7 +239,7 @@ def test_reference_dora_backward_is_the_gradient_of_its_forward(base: str, drop_
     weight, bias = frozen(base, 4, 64), randn(4, dtype=torch.float64) if with_bias else None
     x, a, b, g = inputs = leaves((6, 64), (3, 64), (4, 3), (4,))
     with torch.no_grad():
-        g[1], g[2] = 0.0, 1e-3  # Y / g would hold nothing of Z
+        g[1], g[2] = 0.0, 1e-3  # with g = 0, Y does not determine Z
     for scaled in (False,) if drop_base or with_bias else (False, True):
         y, s, z = reference.dora.dora_linear_forward(x, weight, bias, a, b, g, 0.5, 0.25, SEED, drop_base)
         held = y if scaled else z
@@ -328,7 +331,7 @@ def test_reference_activation_backwards_are_the_gradients_of_their_forwards(acti
 
 @pytest.mark.parametrize("family", library.PROOFS)
 def test_opcheck(family: str, device: torch.device) -> None:
-    """Schema, fake, autograd and compilation of each operator that has a gradient, on the calls that prove it."""
+    """Runs torch.library.opcheck (schema, fake, autograd, compilation) on the calls that prove a family of kernels."""
     for name, args in library.PROOFS[family](ProofInputs(device, torch.float32, (10, 64, 96))):
         if library.has_kernel(name, "Autograd"):
             leaves = [value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point()
@@ -365,7 +368,7 @@ def test_error_messages(case: Case) -> None:
 def test_what_is_not_finite_in_a_row_of_the_weight_stays_with_its_output(
     dtype: torch.dtype, tokens: int, k: int, device: torch.device
 ) -> None:
-    """Rows are read in whole vectors or tiles, which may end in the next one."""
+    """Kernels read a row of the weight in whole vectors or tiles, which may reach into the next row."""
     x, weight = randn(tokens, k, dtype=dtype).to(device), randn(48, k, dtype=dtype).to(device)
     a, b = randn(4, k, dtype=torch.float32).to(device), randn(48, 4, dtype=torch.float32).to(device)
     weight[5::7] = float("nan")

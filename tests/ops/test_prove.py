@@ -1,4 +1,7 @@
-"""Kernels are proved at their first use on a card, and dropped where they are wrong: the emulator is the card."""
+"""Tests that CUDA kernels are proved at their first use on a card, and that wrong kernels are dropped.
+
+The emulator stands in for the card.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ CARD = "a card"
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
-    """What replaces an operator's kernel, by name; all others are the CUDA kernels, emulated."""
+    """Returns a dict of replacements of operators' kernels, by name; all other operators run emulated CUDA kernels."""
     kernels, planted = emulated_ops(), {}
     monkeypatch.setattr(prove, "_native_op", lambda name: planted.get(name) or getattr(kernels, name))
     return planted
@@ -29,7 +32,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
-    """As in a process that has proved nothing, with a card and a cache of its own; what is dropped comes back."""
+    """Simulates a process that has proved no kernel, with a card and an own cache, and restores dropped kernels."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("PEFT_EXT_PROVE", raising=False)
     for name, value in {"_done": False, "_found": {}, "_overriding": []}.items():
@@ -94,7 +97,7 @@ def test_every_operator_with_a_cuda_kernel_is_called() -> None:
 
 
 def no_mask(*arguments: Any) -> Any:
-    """lora_linear_backward without the mask."""
+    """Computes lora_linear_backward without the dropout mask."""
     *rest, p, _seed, needs = arguments
     return torch.ops.peft_ext.lora_linear_backward(*rest, p, None, needs)
 
@@ -141,7 +144,7 @@ def test_what_is_wrong_is_dropped_once_and_said(fresh: None, monkeypatch: pytest
         assert reasons.kernel_reason("lora_linear", "cuda") == "its CUDA kernels were dropped on a card: it is off"
     assert reasons.kernel_reason("ia3_linear", "cuda") is None
     assert reasons.kernel_reason("lora_linear", "cpu") is None
-    assert reasons.kernel_reason("grouped_lora_linear", "cuda")  # its backward is lora_linear's
+    assert reasons.kernel_reason("grouped_lora_linear", "cuda")  # grouped_lora_linear uses lora_linear's backward
     assert len(asked) == 1 and prove.report() == {CARD: wrong}
 
 
@@ -169,7 +172,7 @@ def test_agreement_is_remembered_and_nothing_else(fresh: None, monkeypatch: pyte
     found.append(agrees)
     next_process(monkeypatch, "always")
     assert len(asked) == 3
-    # Another build's word is not this one's.
+    # The stored result of another build's proof does not count for this build.
     monkeypatch.setattr(prove, "__version__", "0.0.0")
     found.append(agrees)
     next_process(monkeypatch, "1")
@@ -237,7 +240,7 @@ def test_a_card_without_kernels_is_known_at_once(fresh: None, monkeypatch: pytes
 def test_the_card_in_use_is_the_first_and_of_its_kind_the_only_one(
     fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A context on another card takes half a GB of it, from every process of a training."""
+    """A proof on another card would make every training process hold half a GB of the other card for a context."""
     proved: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)

@@ -1,5 +1,7 @@
-"""NF4 codes and scales, to the bit, as the reference has them: each kernel on its edges. On the CPU (the path in use),
-on a GPU where there is one, and CUDA's under the emulator."""
+"""Tests that NF4 kernels give the reference's codes and scales to the bit, also for edge cases.
+
+The tests run the kernels of the CPU path in use, the CUDA kernels on a GPU, and the CUDA kernels under the emulator.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from peft_ext.reference import nf4 as reference
 from peft_ext.weight import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Below, at and above what a vector, a quantization block, a warp and a thread block own.
+# Numbers of elements below, at and above those of a vector, a quantization block, a warp and a thread block.
 COUNTS = (1, 2, 7, 31, 32, 33, 63, 255, 1023, 1024, 1025, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 2 * 8192 + 4333)
 
 
@@ -35,7 +37,10 @@ def thresholds() -> Tensor:
 
 
 def weight(numel: int, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Blocks of scales from 2^-30 to 2^10; every fifth is zero, another so small that its scale is clamped."""
+    """Returns blocks of random numbers with scales from 2^-30 to 2^9.
+
+    Every fifth block is zero, and every fifth block is so small that its scale is clamped.
+    """
     blocks = -(-numel // blocksize)
     scale = torch.randint(-30, 10, (blocks, 1)).double().exp2()
     scale[::5] = 0
@@ -59,7 +64,10 @@ def test_quantize_has_the_bits_of_the_reference(call, blocksize, dtype):
 
 @pytest.mark.parametrize("tail", [0, 45])
 def test_quantize_every_threshold_and_its_neighbours(call, tail):
-    """Of a block whose scale is one; a tie takes the lower code. The last ones divide, in a tail block."""
+    """Tests each threshold, where a tie takes the lower code, and its neighbours, in a full and in a tail block.
+
+    The kernels multiply a full block by the scale's reciprocal, and divide a tail block by the scale.
+    """
     at = thresholds()
     up, down = (torch.nextafter(at, torch.full_like(at, way)) for way in (2.0, -2.0))
     edges = torch.cat([at, up, down, torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-45, -1e-45])])
@@ -69,13 +77,13 @@ def test_quantize_every_threshold_and_its_neighbours(call, tail):
 
 
 def test_quantize_multiplies_a_full_block_and_divides_the_tail(call):
-    """Values a few ulp around a threshold times the scale: the two ways to scale them give other codes."""
+    """For values within an ulp of a threshold times the scale, multiplication and division give different codes."""
     differ = 0
     for _ in range(40):
         scale = torch.rand(1) + 1.0
         near = (thresholds() * scale).view(torch.int32) + torch.randint(-1, 2, (15,), dtype=torch.int32)
         near = torch.cat([near.view(torch.float32), scale, torch.zeros(16)])
-        check_quantize(call, torch.cat([near, near[:-1]]), 32)  # a full block, and the same as a tail
+        check_quantize(call, torch.cat([near, near[:-1]]), 32)  # a full block, and a tail block of equal values
         (full, _), (tail, _) = reference.quantize(near, 32), reference.quantize(near[:-2], 32)
         differ += (full[:15] != tail).sum().item()
     assert differ > 0, "the values say nothing"
@@ -83,7 +91,7 @@ def test_quantize_multiplies_a_full_block_and_divides_the_tail(call):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_quantize_every_value_of_a_16_bit_type(call, dtype):
-    """As they are, 31 a block beside a one, and all of them in blocks of their own order."""
+    """Quantizes every value up to 1 in blocks with scale 1 (31 values and a one), and all finite values in order."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     small = every[every.abs() <= 1]
     small = torch.cat([small, small.new_zeros(-len(small) % 31)]).view(-1, 31)
@@ -99,7 +107,7 @@ def test_quantize_nan_and_infinity(call, dtype):
         value[4 * blocksize + 7] = float("inf")
         value[5 * blocksize] = float("-inf")
         value[7 * blocksize + 1], value[7 * blocksize + 30] = float("nan"), float("inf")
-        for last in (0.5, float("nan"), float("inf")):  # of the tail, of an odd count
+        for last in (0.5, float("nan"), float("inf")):  # the last element of the tail block
             value[-1] = last
             check_quantize(call, value, blocksize)
 
@@ -169,7 +177,7 @@ def test_quantize_absmax_of_nothing(call):
 
 
 def mean(absmax: Tensor) -> Tensor:
-    """The operator's; it has the reference's bits."""
+    """Returns the mean by the operator, and asserts that it has the reference's bits."""
     found = torch.ops.peft_ext.nf4_scale_mean(absmax)
     assert_same_bits(found, reference.scale_mean(absmax))
     return found
@@ -177,7 +185,7 @@ def mean(absmax: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 255, 256, 8191, 8192, 8193, 100_003])
 def test_the_mean_of_the_scales_has_no_order(count: int, device: torch.device) -> None:
-    """It is the offset of double quantization: with another last bit every weight would be another."""
+    """The mean is the offset of double quantization: one other bit of the mean would change every weight."""
     absmax = (torch.rand(count) * 0.7).to(device)
     found = mean(absmax)
     assert found.shape == () and found.dtype == torch.float32
@@ -198,7 +206,7 @@ def test_the_mean_of_odd_scales() -> None:
     for value in (3e38, 1e-45, 2.0**-126, 1.0):
         assert_same_bits(mean(torch.full((3,), value)), torch.tensor(value))
     mean(torch.rand(64, 50).t()[::2])
-    # So many scales of hardly more than a unit: a coarser one would lose them all, and move the mean.
+    # A million scales of 1.5 times 2^-40 beside a 1: a sum in a coarser unit would lose the small scales.
     many = torch.full((1 << 20,), 1.5 * 2.0**-40)
     many[0] = 1.0
     assert mean(many) > 2.0**-20

@@ -1,4 +1,4 @@
-"""What reaches the kernels past the public functions, or in their threads: sizes that do not fit, modes, memory."""
+"""Tests raw operators, which the public functions' checks do not protect: wrong sizes, modes, memory."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_sizes_that_do_not_fit_are_refused(call: Callable[[], object], says: str
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_experts_of_a_rank_that_is_padded_under_inference_mode(dtype: torch.dtype) -> None:
-    """A loop's other threads are in no mode: what they write into is a tensor of inference."""
+    """The other threads of a parallel loop are not in inference mode, but write into tensors made in inference mode."""
     torch.manual_seed(0)
     ends, before = torch.arange(3000, 18001, 3000), torch.get_num_threads()
     x, weight = torch.randn(18000, 64).to(dtype), torch.randn(6, 64, 64).to(dtype)
@@ -92,7 +92,7 @@ def test_what_a_thread_says_of_memory_is_heard() -> None:
 
 
 def test_the_sums_of_many_keys() -> None:
-    """One key far above all others, whose probabilities are alike: one after the other their sum rounds each away."""
+    """One key's probability is far above the others, which are equal: a sum one by one would round each other away."""
     q, k, v = torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 131072, 8), torch.rand(1, 1, 131072, 8)
     q[..., 0], k[..., 0], k[0, 0, 0, 0] = 1, -1, 0
     wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)

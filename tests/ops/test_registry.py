@@ -1,4 +1,4 @@
-"""The registry of operators: each one declares all that kernels, proofs, batteries and documents ask for."""
+"""Tests the registry: each operator declares everything that kernels, proofs, the battery and documents need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Called(TorchDispatchMode):
-    """Notes the names of peft_ext's operators that are called."""
+    """Records the names of peft_ext's operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Called(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace == NAMESPACE:
             self.names.add(name)
-            if OPERATORS[name].composed:  # the operators that it is made of count too
+            if OPERATORS[name].composed:  # a composition calls other operators, which count too
                 with self:
                     return OPERATORS[name].reference(*args)
         return func(*args, **(kwargs or {}))
@@ -82,5 +82,5 @@ def test_the_battery_reaches_every_operator() -> None:
         for case in CASES:
             sample = case.make(torch.float32, SHAPES[0])
             run(case.call, sample, None if case.exact else output_grad(case, torch.float32, SHAPES[0]))
-    # What has no CPU kernel is for a GPU.
+    # An operator without a CPU kernel runs on a GPU only.
     assert called.names == {name for name, op in OPERATORS.items() if op.composed or has_kernel(name, "CPU")}

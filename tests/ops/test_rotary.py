@@ -1,4 +1,4 @@
-"""Rotary positions beside transformers' own function, and tensors as they lie."""
+"""Compares rotary positions with transformers' function, also for tensors that are not contiguous."""
 
 from __future__ import annotations
 

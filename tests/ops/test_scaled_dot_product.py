@@ -1,4 +1,4 @@
-"""Attention beyond the battery's sizes: beside PyTorch's own, long, wide, with little to see, as it lies."""
+"""Compares attention with PyTorch's function beyond the battery: long, wide, with few visible keys, with strides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_ext import ops, reference
 
 
 def draw(*sizes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Heads, as a projection gives them: [B, T, H, D], transposed."""
+    """Returns random heads [B, H, T, D], a transposed view of [B, T, H, D] as a projection gives it."""
     return torch.randn(*sizes).to(dtype).to(device).transpose(1, 2).requires_grad_()
 
 
@@ -61,13 +61,14 @@ def test_the_result_lies_as_the_next_layer_takes_it(device: torch.device) -> Non
         assert y.transpose(1, 2).is_contiguous()
     with torch.no_grad():
         y = ops.scaled_dot_product_attention(*drawn(9, 9, 8, torch.float32, device))
-    y.mul_(torch.ones(8, device=device, requires_grad=True))  # which autograd forbids of a view made without it
+    # If y were a view that was made under no_grad, autograd would refuse this in-place product.
+    y.mul_(torch.ones(8, device=device, requires_grad=True))
     assert y.requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 def test_one_key_alone_gives_its_value(dtype: torch.dtype, device: torch.device) -> None:
-    """Its probability is 1 whatever the score, which so has no gradient."""
+    """A single key has probability 1 for any score, so the score's gradient is 0."""
     q, k, v = drawn(5, 1, 16, dtype, device)
     y, of_q, of_k, of_v = step(ops.scaled_dot_product_attention, q, k, v)
     torch.testing.assert_close(y, v.detach().repeat_interleave(2, 1).expand_as(y), rtol=1e-6, atol=0)
@@ -77,7 +78,7 @@ def test_one_key_alone_gives_its_value(dtype: torch.dtype, device: torch.device)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 def test_scores_of_any_size(dtype: torch.dtype, device: torch.device) -> None:
-    """exp of none of them overflows, and the largest one decides."""
+    """No exp of a score overflows, and the key with the largest score gets all weight."""
     q, k, v = drawn(70, 300, 16, torch.float32, device)
     q = (100 * q.detach()).to(dtype).requires_grad_()
     k, v = ((x.detach() * by).to(dtype).requires_grad_() for x, by in ((k, 10), (v, 1)))

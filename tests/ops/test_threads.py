@@ -1,7 +1,8 @@
-"""The operators on more threads than there are cores, and on counts that divide nothing: one thread's bits, and an end.
+"""Tests that operators on many threads, also on more threads than cores, end and give the bits of one thread.
 
-A process for each count of threads (``threads.py``), which names each call before it runs: one that hangs is ended and
-named. ``make threads`` runs all counts and all calls (PEFT_EXT_TEST_THREADS=all); every test run a part of them.
+For each number of threads a process runs ``threads.py``, which prints the name of each call before the call runs. The
+test ends a process that hangs and names the call. ``make threads`` runs all numbers of threads and all calls
+(PEFT_EXT_TEST_THREADS=all); a usual test run has a part of them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import pytest
 SCRIPT = Path(__file__).parent / "threads.py"
 ALL = os.environ.get("PEFT_EXT_TEST_THREADS") == "all"
 COUNTS = (3, 5, 7, 12, 16, 24, 48, 96) if ALL else (3, 7, 16, 96)
-SECONDS = 180  # for one call, which takes hundredths of one, or one where 96 threads share two busy cores
+SECONDS = 180  # time limit of a call, which takes about 0.01 s, or 1 s for 96 threads on two busy cores
 MOST_HANGS = 3
 
 pytestmark = [pytest.mark.slow, pytest.mark.cpu_only("it is about CPU threads")]
 
 
 def lines(process: subprocess.Popen[str], seconds: float) -> Iterator[str]:
-    """What it prints; ends where it ends or prints nothing for so long."""
+    """Yields the lines that the process prints, until the process ends or prints nothing for ``seconds``."""
     printed: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
@@ -44,8 +45,8 @@ def lines(process: subprocess.Popen[str], seconds: float) -> Iterator[str]:
 
 
 def outcome(threads: int, *options: str, seconds: float = SECONDS) -> tuple[list[str], str]:
-    """What is wrong on so many threads, and the last line that was printed."""
-    # Threads that spin as they wait would keep the cores from those that work.
+    """Returns the errors on ``threads`` threads, and the last line that the process printed."""
+    # With the policy "active", waiting threads would spin and keep cores from working threads.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_DYNAMIC": "false"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
     wrong, after = [], 0
@@ -81,7 +82,7 @@ def test_any_count_of_threads_has_the_bits_of_one(threads: int) -> None:
 
 
 def test_a_call_that_hangs_and_one_that_differs_are_named(tmp_path: Path) -> None:
-    """Planted in the script's own calls, as a build that does so has not to be made."""
+    """The faults are planted in the calls of the script, so that no faulty build is needed."""
     planted = (
         "import sys, time; sys.path.insert(0, {folder!r}); import threads\n"
         "class Planted:\n"

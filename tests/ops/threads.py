@@ -4,7 +4,7 @@
     python tests/ops/threads.py 7 --only TEXT   the cases that have TEXT in their name
     python tests/ops/threads.py 7 --few         a part of them, for every test run
 
-A call of few tokens is given to few threads; so the shapes are such as are shared out, and such as leave threads idle.
+A call with few tokens uses few threads, so there are shapes that use all threads and shapes that leave threads idle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from peft_ext import _native, ops
 
-# (tokens shape, K, N, R): less than a panel or a strip, odd, few tokens of many columns, many panels, many tokens.
+# (shape of the tokens, K, N, R): less than a panel or a strip, odd sizes, few tokens with many columns, many panels,
+# many tokens.
 SHAPES = (
     ((3, 7), 65, 33, 5),
     ((131,), 515, 70, 8),
@@ -37,17 +38,17 @@ SHAPES = (
     ((2, 333), 96, 261, 24),
 )
 FEW_SHAPES = (((131,), 515, 70, 8), ((2, 333), 96, 261, 24))
-LAYERS = ((576, 192), (576, 576), (1536, 576), (576, 1536))  # K, N: SmolLM2-135M's
+LAYERS = ((576, 192), (576, 576), (1536, 576), (576, 1536))  # (K, N) of layers of SmolLM2-135M
 TOKENS = (777, 2048)
-WITHOUT_PRODUCTS = ("norm", "activations", "dropout", "rotary", "attention")  # operators
-QUANTIZED = ((4096, 1024), (11008, 512))  # so many blocks' scales that PyTorch would share out their sum
-# The paths whose dense bfloat16 product is the package's own.
+WITHOUT_PRODUCTS = ("norm", "activations", "dropout", "rotary", "attention")  # operators without a matrix product
+QUANTIZED = ((4096, 1024), (11008, 512))  # weights with so many scales that PyTorch would sum them on several threads
+# Whether the CPU path multiplies dense bfloat16 weights with peft_ext's tiles.
 TILES = _native.STATE.isa in ("avx512_bf16", "amx", "amx_emulated")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One case, dtype and shape; its values come from its name."""
+    """A call of one case with one dtype and shape. The call's name is the seed of its values."""
 
     case: Case
     dtype: torch.dtype
@@ -68,18 +69,20 @@ class Call:
         return run(self.case.call, *self.sample)
 
     def differing(self, threads: int) -> list[str]:
-        """The value ("y") and gradients whose bits are others than one thread's, and by how much."""
+        """Returns the value ("y") and gradients whose bits differ from those on one thread, and the largest
+        difference.
+        """
         many, one = self.run(threads), self.run(1)
         return [f"{name} by {(many[name].double() - one[name].double()).abs().max():.3g}"
                 for name in one if name not in self.of_pytorch and not torch.equal(many[name], one[name])]  # fmt: skip
 
     @property
     def of_pytorch(self) -> tuple[str, ...]:
-        """What a product of PyTorch's own gives, whose bits may depend on its threads: not ours to promise."""
+        """Names of the results that PyTorch's products compute, whose bits may depend on the number of threads."""
         if self.case.exact or self.case.op in WITHOUT_PRODUCTS:
             return ()
         if TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck":
-            # The tiles' bounds: the gradient of fewer tokens is a product of PyTorch's over a dense weight.
+            # For fewer tokens than the tiles take, PyTorch computes the gradient of x over a dense weight.
             size = self.shape[1] * self.shape[2]
             if _native.STATE.isa == "avx512_bf16":
                 fewest = 17 if size <= 2**20 else 24
@@ -87,13 +90,17 @@ class Call:
                 fewest = 17 if size <= 2**19 else 128
             few = torch.Size(self.shape[0]).numel() < fewest and isinstance(self.sample[0].inputs.get("weight"), Tensor)
             return ("x",) if few else ()
-        # A bottleneck's hidden gradient is a product too, over one token with a matrix and a vector.
+        # For one token the hidden gradient of a bottleneck adapter is a matrix-vector product of PyTorch.
         hidden = ("down_weight", "down_bias") if self.case.op == "bottleneck" and self.shape[0] == (1,) else ()
         return ("y", "x", *self.case.from_product, *hidden)
 
 
 def _quantize(k: int, n: int) -> Case:
-    """The offset of double quantization is a mean: of five weights, as every other has the same bits by luck."""
+    """Returns a case that quantizes five weights.
+
+    The offset of double quantization is a mean; for one weight in two, another order of the sum gives equal bits by
+    luck.
+    """
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         return Sample({f"weight{i}": randn(n, k, dtype=dtype, scale=0.02) for i in range(5)})
@@ -136,7 +143,7 @@ def main() -> int:
         if wrong := call.differing(options.threads):
             failed += 1
             print(f"differs on {options.threads} threads from 1: {call}: {', '.join(wrong)}", flush=True)
-    # Each has a task of its own: fewer would mean that nothing was shared out among so many.
+    # Each thread is a task of the process: fewer tasks than threads would mean that the threads were not started.
     tasks = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else options.threads
     print(f"{count} calls on {options.threads} threads, {tasks} in the process: {failed} differ")
     return int(bool(failed or not count or tasks < options.threads))

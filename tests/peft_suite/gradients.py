@@ -2,11 +2,12 @@
 
     python tests/peft_suite/gradients.py [--count FILE]      in the folder of PEFT's unpacked sdist
 
-For every entry of its TEST_CASES and MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES, whatever the method, in training and in eval
-mode: the suite's own model and inputs, adapters as after some training, the same output gradient. Where a layer is
-fused, output and gradients (of every trained parameter, and of inputs that are floats) must be as good as PEFT's
-against float64, or as float64 itself over operands an ulp of float32 off; where none is, they must be the same bits.
-Fails where one is not, and where a configuration of a method that is fused could not be run at all.
+The script runs every entry of TEST_CASES and MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES of PEFT's tests, in training and in
+eval mode, on the model and inputs of PEFT's tests. Adapters have values as after some training. A comparison is of the
+output and of the gradients of trained parameters and of floating-point inputs. Where a layer is fused, the error from
+float64 must be as small as PEFT's error, or as the error of float64 over operands that are off by an ulp of float32.
+Where no layer is fused, the bits must be equal. The script fails where a comparison fails, and where a configuration of
+a fused method can't be run.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Found = dict[str, Tensor]
 
 
 def cases() -> Iterator[Case]:
-    """The name, the class of the configuration, and what makes the adapted model."""
+    """Yields, for each case, its name, the class of its configuration, and a function that makes the adapted model."""
     for name, model_id, config_cls, kwargs in suite.TEST_CASES:
         yield name, config_cls, lambda m=model_id, c=config_cls, k=kwargs: _single(m, c, k)
     for name, method, config_cls, *kwargs in suite.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES:
@@ -73,7 +74,7 @@ def _several(method: str, config_cls: type, kwargs: list[dict[str, Any]]) -> nn.
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
-    """Masks would not be the same: each path draws its own."""
+    """Sets each dropout's probability to 0, because the stock and the fused path would draw different masks."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -83,13 +84,13 @@ def _without_dropout(model: nn.Module) -> nn.Module:
 def _in_float64(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).double()
     for module in model.modules():
-        if isinstance(module.__dict__.get("dtype"), torch.dtype):  # to which the suite's models cast their input
+        if isinstance(module.__dict__.get("dtype"), torch.dtype):  # the suite's models cast their input to module.dtype
             module.dtype = torch.float64
     return model
 
 
 def _an_ulp_off(model: nn.Module, seed: int) -> nn.Module:
-    """A float64 model with each parameter an ulp of float32 larger or smaller."""
+    """Returns a copy of a float64 model in which each parameter is larger or smaller by an ulp of float32."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,9 +103,9 @@ def _an_ulp_off(model: nn.Module, seed: int) -> nn.Module:
 
 
 def run(model: nn.Module, inputs: Found) -> Found:
-    """Output y, gradient of the input x and of what is trained, for a scalar loss with fixed random weights.
+    """Returns the output y and the gradients of x and of trained parameters, for a loss with fixed random weights.
 
-    A parameter that gets no gradient is left out; over indices there is none of x, and y stands there.
+    Parameters without gradient are left out. Where x are indices, which have no gradient, "x" is y.
     """
     model.zero_grad()
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
@@ -120,10 +121,13 @@ def run(model: nn.Module, inputs: Found) -> Found:
 
 
 def compare(make: Callable[[], nn.Module]) -> bool:
-    """Whether a layer was fused. Raises AssertionError where the accelerated model is not as good as the stock one."""
+    """Returns whether a layer was fused.
+
+    Raises AssertionError where the accelerated model's result is worse than the stock model's.
+    """
     torch.manual_seed(0)
     made = _without_dropout(make())
-    # Both are copies: what a method hooks to its parameters' gradients is lost in one (OSF's).
+    # Both models are copies, because a copy loses the hooks that a method (OSF) registers on its parameters' gradients.
     stock, fused = copy.deepcopy(made), peft_ext.accelerate(copy.deepcopy(made), blocks=False)
     inputs = suite.TestMultipleActiveAdapters().prepare_inputs_for_testing()
     before = plugin.FUSED.total()
@@ -138,9 +142,10 @@ def compare(make: Callable[[], nn.Module]) -> bool:
 
 
 def _yardstick(stock: nn.Module, wanted: Found, inputs: Found) -> tuple[Found, Found]:
-    """Of PEFT's result and three with operands an ulp off, the one that is farthest from the exact result; and that.
+    """Returns, for each tensor, the least exact of four results, and the exact result in float64.
 
-    A sum that cancels, as a magnitude's gradient does over tokens, may come out near exact by luck in PEFT.
+    The four results are PEFT's result and three results with operands that are off by an ulp of float32. PEFT's result
+    alone is no good bound: a sum that cancels, such as a magnitude's gradient over tokens, may be nearly exact by luck.
     """
     model = _in_float64(stock)
     exact = run(model, inputs)
@@ -165,11 +170,11 @@ def main() -> int:
             outcomes["fused" if compare(make) else "same bits"] += 1
         except pytest.skip.Exception:
             outcomes["skipped"] += 1
-        except ImportError as error:  # of a method that wants a package that is not here
+        except ImportError as error:  # the method needs a package that is not installed
             if config_cls in FUSED_METHODS:
                 wrong.append(f"{name}: {error}")
             outcomes["skipped"] += config_cls not in FUSED_METHODS
-        except Exception as error:  # of any kind: the next configurations are to be compared all the same
+        except Exception as error:  # after any error the next configurations are still compared
             wrong.append(f"{name}: {type(error).__name__}: {error}")
     print(f"gradients of {sum(outcomes.values()) + len(wrong)} configurations: "
           + ", ".join(f"{count} {which}" for which, count in outcomes.items()) + f", {len(wrong)} wrong")  # fmt: skip

@@ -1,7 +1,8 @@
-"""Stand-ins for the hub's tiny models that PEFT's tests take: of their classes, about their sizes, with random weights.
+"""Makes stand-ins for the hub's tiny models that PEFT's tests load: equal classes, similar sizes, random weights.
 
-They lie in a cache of the hub's own form, where ``from_pretrained`` finds them by the hub's names without a network.
-Tests that want what a stand-in has not (a tokenizer, another revision, weights that were trained) still want the hub.
+The stand-ins are in a cache folder with the layout of the hub's cache, where ``from_pretrained`` finds them by the
+hub's names without a network. Tests that need something that a stand-in lacks (a tokenizer, another revision, trained
+weights) still need the hub.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ MODELS = {
 
 
 def write(cache: Path) -> Path:
-    """``cache``, which is to be HF_HUB_CACHE, with all of MODELS in it."""
+    """Writes all of MODELS into the folder ``cache``, for use as HF_HUB_CACHE, and returns ``cache``."""
     for name, (kind, config) in MODELS.items():
         folder = cache / f"models--{name.replace('/', '--')}"
         if (folder / "refs/main").exists():

@@ -1,9 +1,9 @@
-"""A pytest plugin under which every PEFT model is accelerated: ``pytest -p plugin``, this folder on PYTHONPATH.
+"""A pytest plugin that accelerates every PEFT model: ``pytest -p plugin``, with this folder on PYTHONPATH.
 
-All ways to adapter layers (get_peft_model, from_pretrained, add_adapter, load_adapter, inject_adapter_in_model) meet
-in ``BaseTuner.inject_adapter``; after it, :func:`peft_ext.accelerate` runs over the model. The forwards of accelerated
-layers are counted, by method and by what they did, and the layers that ran fused, by kind: a method of which nothing
-was fused was not tested.
+All functions that make adapter layers (get_peft_model, from_pretrained, add_adapter, load_adapter,
+inject_adapter_in_model) call ``BaseTuner.inject_adapter``; the plugin then calls :func:`peft_ext.accelerate` on the
+model. The plugin counts the fused forwards by method, the stock forwards by reason, and the layers that ran fused by
+kind, because a method without a fused layer was not tested.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from peft_ext.integrations.adapter_layers.base import Fused, class_name
 
 FUSED: Counter[str] = Counter()
 STOCK: Counter[str] = Counter()
-# Each layer once, however often it ran: a copy is another layer, and one that is gone gives its id to the next.
+# Counts each fused layer once. A copy of a layer is another layer. Ids can't identify layers, because a new layer may
+# get the id of a deleted layer.
 LAYERS: Counter[str] = Counter()
 _seen: WeakSet[Any] = WeakSet()
 
@@ -50,7 +51,7 @@ def _method(layer: Any) -> str:
 
 
 def _kind(layer: Any) -> str:
-    """As "LoRA: lora.Linear over Linear"."""
+    """Returns the kind of an accelerated layer, such as "LoRA: lora.Linear over Linear"."""
     stock = STOCK_OF[type(layer)]
     package = stock.__module__.removeprefix("peft.tuners.").split(".")[0]
     base = class_name(type(layer.get_base_layer()))
@@ -74,14 +75,14 @@ def _counted(fused: Callable) -> Callable:
 
 
 def count_fused() -> None:
-    """Count what accelerated layers do from now on."""
+    """Counts the forwards of accelerated layers from now on."""
     for layer in STOCK_OF:
         if issubclass(layer, Fused):
             layer._fused = _counted(layer._fused)
 
 
 def counts() -> dict[str, dict[str, int]]:
-    """Fused forwards by method, and layers that ran fused by kind."""
+    """Returns the number of fused forwards by method, and of layers that ran fused by kind."""
     return {"forwards": dict(FUSED), "layers": dict(LAYERS)}
 
 
@@ -92,10 +93,11 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A model under FSDP takes the stock path, and is compared with one that is fused: they round differently.
+    """Runs a test; where the test wraps a model in FSDP, allclose gets an absolute tolerance of 1e-6.
 
-    The outputs are log-probabilities, whose small ones are differences of numbers near 10 and good to 1e-6 at most;
-    allclose's own atol is 1e-8, for two runs of the same code.
+    These tests compare a model under FSDP, which runs stock code, with a fused model, which rounds differently. The
+    outputs are log-probabilities; small log-probabilities are differences of numbers near 10, and precise to 1e-6 only.
+    The default tolerance 1e-8 of allclose suits two runs of the same code.
     """
     with ExitStack() as stack:
         if "fsdp_wrapped" in item.name:

@@ -1,8 +1,9 @@
-"""A pytest plugin for the tests that fail only with accelerated layers: is it rounding? ``-p plugin -p rounding``.
+"""A pytest plugin that finds out whether a test fails by rounding alone: ``-p plugin -p rounding``.
 
-A comparison of float32 tensors (torch.allclose, torch.testing.assert_close) that fails is taken as passed where the
-largest difference is at most LARGEST of the largest value, which is what another order of the sums may do. Each such
-comparison is counted. A test that passes then, and had one at least, differs by rounding; any other fails for good.
+The plugin is for tests that fail only with accelerated layers. A failed comparison of float32 tensors (torch.allclose,
+torch.testing.assert_close) counts as passed where the largest difference is at most LARGEST times the largest value,
+because another order of sums may cause this difference. The plugin records each comparison that it lets pass. A test
+that passes with at least one recorded comparison differs by rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _rounding(one: Any, other: Any) -> bool:
     if one.shape != other.shape or not one.numel():
         return False
     apart = ((one - other).abs().max() / torch.maximum(one.abs().max(), other.abs().max())).item()
-    if not apart <= LARGEST:  # nor not a number
+    if not apart <= LARGEST:  # also true for NaN, so that a NaN difference does not count as rounding
         return False
     TAKEN[_test].append(apart)
     return True

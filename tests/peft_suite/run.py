@@ -3,17 +3,18 @@ a test passes only without, where a gradient is worse than PEFT's, or where too 
 
     python tests/peft_suite/run.py [--mode quick|lora|others|full] [--cache FOLDER] [--sdist FILE]
 
-The tests come with the sdist of the installed PEFT (unpacked into the cache folder once) and run offline, on stand-ins
-for the hub's tiny models (models.py). Tests that want more of the hub are skipped and counted in both runs; tests that
-fail without the plugin are listed by number and do not count. In ``quick`` only those that fail with it run without,
-and what the plugin would have skipped is not seen. A test that fails only with it runs once more, where a
-comparison of float32 that is off by at most 2e-6 of the largest value is taken (rounding.py): then the difference is
-rounding, counted, and the largest one is told.
+The tests come from the sdist of the installed PEFT, which is unpacked into the cache folder once. The tests run
+offline, on stand-ins for the hub's tiny models (models.py). Tests that need other files of the hub are skipped and
+counted in both runs. Tests that fail without the plugin do not count as failures; their number is printed. In the mode
+``quick`` only the tests that fail with the plugin also run without the plugin. A test that fails only with the plugin
+runs once more with the plugin of rounding.py, which lets differences of up to 2e-6 of the largest value pass. A test
+that then passes differs by rounding; the number of these tests and the largest difference are printed.
 
-Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, mixed tuners,
-LoRA's variants, and LoRA in a Llama; ``experts``, those of ``target_parameters``; ``lora``, of test_custom_models.py
-all that LoRA touches; ``others``, all tests of the files OTHERS; ``full``, all these. In each the gradients
-(gradients.py, 15 s) are of all configurations.
+The mode ``quick`` has plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers, several adapters at once, mixed tuners,
+LoRA's variants, and LoRA in a Llama. The mode ``experts`` has the tests of ``target_parameters``. The mode ``lora`` has
+the tests of test_custom_models.py that concern LoRA. The mode ``others`` has all tests of the files OTHERS. The mode
+``full`` has all tests of the other modes. In each mode the gradients of all configurations are compared (gradients.py,
+15 s).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROOT = HERE.parents[1]
 TESTS = "tests/test_custom_models.py"
 _OTHERS = "".join(f" and not {name}" for name in ("adalora", "randlora", "gralora", "vblora", "unilora", "delora"))
 _CLASSES = "LayerRepr or DynamicDispatch or MixedAdapter"
-# "timing" compares run times of two PEFT versions of one forward.
+# Tests with "timing" in their name compare the run times of two versions of one forward of PEFT.
 _METHODS = "(mlp and (dora or adalora or ia3) and not timing) or (MultipleActive and (lora or ia3))"
 OTHERS = tuple(
     f"tests/test_{name}.py" for name in ("lora_variants", "initialization", "mixed", "decoder_models", "seq_classifier")
@@ -47,9 +48,9 @@ _QUICK = (
     f"((mlp and lora) or {_CLASSES}) and not dora and not velora and not timing and not Parameter{_OTHERS}"
     f" or {_METHODS}"
 )
-# Those that count how often PEFT's own sum W + s B A is made, which no fused layer makes.
+# Leaves out the tests that count how often PEFT forms W + s B A, because fused layers do not form this sum.
 _EXPERTS = "not multiple_parameters_on_same_module and not forward_under_autocast and not result_caching_works"
-# What to run, in turn: files, and of their tests those that pytest's -k selects.
+# For each mode, the runs of pytest in turn: the files, and the expression for pytest's option -k.
 MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "quick": [
         ((TESTS,), _QUICK),
@@ -64,18 +65,19 @@ MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "others": [(OTHERS, "")],
     "full": [((TESTS,), "not timing"), (OTHERS, ""), (("tests/test_target_parameters.py",), _EXPERTS)],
 }
-# What has to be fused at least once; "quick" and "full" meet all of it.
+# Methods of which a layer must run fused at least once. The modes "quick" and "full" test all of these methods.
 METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA, several adapters", "IA3, several adapters")
 LORA_METHODS = tuple(name for name in METHODS if not name.startswith(("AdaLoRA", "IA3")))
-SECONDS = 900  # for one test
-# So many layers, each counted once, have to run fused, in PEFT's tests and where gradients are compared.
+SECONDS = 900  # time limit of one test
+# For each mode, the least number of layers that must run fused in PEFT's tests and in the comparison of gradients.
 LEAST_LAYERS = {"quick": 500, "lora": 400, "experts": 100, "others": 100, "full": 500}
-# The shared test code imports this class; the tests of this file never use it.
+# A stand-in for the package diffusers: PEFT's shared test code imports this class, but the tests that run do not use
+# it.
 _DIFFUSERS = "class StableDiffusionPipeline:\n    pass\n"
 
 
 def unpack(cache: Path, sdist: Path | None) -> Path:
-    """The unpacked sdist of the installed PEFT, made ready to be collected."""
+    """Returns the folder of the unpacked sdist of the installed PEFT, prepared so that pytest can collect the tests."""
     name = f"peft-{version('peft')}"
     folder = cache / name
     if not (folder / TESTS).exists():
@@ -86,7 +88,7 @@ def unpack(cache: Path, sdist: Path | None) -> Path:
             sdist = cache / f"{name}.tar.gz"
         with tarfile.open(sdist) as archive:
             archive.extractall(cache, filter="data")
-    (folder / "tests" / "__init__.py").touch()  # the tests import each other relatively; the sdist leaves this out
+    (folder / "tests" / "__init__.py").touch()  # the sdist lacks __init__.py, which relative imports need
     if importlib.util.find_spec("diffusers") is None:
         (folder / "diffusers.py").write_text(_DIFFUSERS)
     return folder
@@ -100,13 +102,14 @@ def _environment(*paths: Path) -> dict[str, str]:
 def run(
     folder: Path, report: Path, files: Sequence[str], select: str, *plugins: str, **variables: str
 ) -> dict[str, str]:
-    """Outcomes by test: passed, failed, skipped, or "hub" where that was wanted."""
+    """Runs pytest; returns by test "passed", "failed", "skipped", or "hub" for tests skipped for want of the hub."""
     command = [sys.executable, "-m", "pytest", *files, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=short", "--no-header", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     command += ["-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
     command += ["-k", select] if select else []
     command += [word for plugin in ("offline", *plugins) for word in ("-p", plugin)]
-    # PEFT's tests before all: this folder's parent is a package of that name, too.
+    # The folder of PEFT's tests is first on PYTHONPATH, because peft_ext's tests are a package with the name "tests"
+    # too.
     environment = _environment(folder, HERE) | {"HF_HUB_CACHE": str(models.write(folder.parent / "hub"))} | variables
     report.unlink(missing_ok=True)
     with open(report.with_suffix(".log"), "w") as log:
@@ -116,20 +119,20 @@ def run(
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag: child for child in case}
-        if "error" in kinds and kinds["error"].get("message") == "collection failure":  # then no other file ran either
+        if "error" in kinds and kinds["error"].get("message") == "collection failure":  # no file ran
             raise SystemExit(f"{case.get('name')} can't be collected:\n{kinds['error'].text}")
         if "skipped" in kinds:
             outcome = "hub" if "wants the hub" in kinds["skipped"].get("message", "") else "skipped"
         else:
             outcome = "failed" if kinds.keys() & {"failure", "error"} else "passed"
-        # pytest's own name for it, but for the class, which is not told apart from the file.
+        # The name is pytest's id of the test, without the module's name where the report has it in place of a class.
         name = f"{case.get('file')}::{case.get('classname').rpartition('.')[2]}::{case.get('name')}"
         outcomes[name.replace(f"::{Path(case.get('file')).stem}::", "::")] = outcome
     return outcomes
 
 
 def _rounds(folder: Path, report: Path, names: Sequence[str]) -> dict[str, float]:
-    """Of these tests, those that differ by rounding alone, and the largest difference in each."""
+    """Returns, of the tests ``names``, the tests that differ by rounding alone, and the largest difference in each."""
     if not names:
         return {}
     taken = report.with_suffix(".json")
@@ -140,7 +143,10 @@ def _rounds(folder: Path, report: Path, names: Sequence[str]) -> dict[str, float
 
 
 def compare_gradients(folder: Path, count: Path) -> tuple[int, str]:
-    """The exit status of gradients.py and what it prints; ``count`` gets the layers it fused."""
+    """Runs gradients.py; returns its exit status and its output.
+
+    The file ``count`` gets the numbers of fused layers.
+    """
     command = [sys.executable, str(HERE / "gradients.py"), "--count", str(count)]
     count.unlink(missing_ok=True)
     done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What the suite's runner takes for rounding, and what it does not."""
+"""Tests which differences the plugin rounding.py takes for rounding."""
 
 import pytest
 import rounding
@@ -10,7 +10,7 @@ ONE = torch.tensor([1.0, 100.0])
 @pytest.mark.parametrize(
     "one, other, taken",
     [
-        (ONE, ONE + torch.tensor([1e-4, 0.0]), True),  # 1e-6 of the largest value, which allclose refuses
+        (ONE, ONE + torch.tensor([1e-4, 0.0]), True),  # 1e-6 of the largest value; allclose alone would refuse it
         (ONE, ONE + torch.tensor([1e-3, 0.0]), False),
         (ONE, ONE * torch.tensor([float("nan"), 1.0]), False),
         (ONE.half(), ONE.half() + torch.tensor([0.1, 0.0]).half(), False),

@@ -1,4 +1,4 @@
-"""quantize_nf4 and dequantize_nf4: the layers they replace, the layers they leave, and when memory is freed."""
+"""Tests which layers quantize_nf4 and dequantize_nf4 replace, which layers they keep, and when memory is freed."""
 
 import copy
 import gc
@@ -223,7 +223,7 @@ def test_dequantize_gives_the_weights_that_the_layers_multiplied_with():
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
 def test_dequantize_to_a_dtype(dtype):
     model = quantize_nf4(nn.Sequential(nn.Linear(64, 64)).bfloat16())
-    model.float()  # the bias alone
+    model.float()  # casts the bias alone
     weight, bias = model[0].dequantize(dtype), model[0].bias
     dequantize_nf4(model, dtype=dtype)
     wanted = dtype or torch.bfloat16
@@ -348,7 +348,7 @@ def test_dora_s_variant_follows_its_base(dora_dropout):
         return {type(variant) for module in layers for variant in module.lora_variant.values()}
 
     def on_pefts_path():
-        """Returns logits on PEFT's own path: a fused layer with a hook calls PEFT's forward."""
+        """Returns logits by PEFT's own code, which a fused layer with a hook runs."""
         layer = next(module for module in model.modules() if isinstance(module, lora.Lora))
         handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
         with torch.no_grad():
@@ -379,7 +379,7 @@ def test_merged_into_nf4_it_is_refused():
 
 
 def test_all_of_a_classifier_can_be_trained_over_nf4():
-    """PEFT trains and saves modules whose name ends in "classifier", so DistilBERT's pre_classifier too."""
+    """PEFT trains and saves modules whose name ends in "classifier", such as DistilBERT's pre_classifier."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     config = transformers.DistilBertConfig(vocab_size=32, dim=32, hidden_dim=64, n_layers=1, n_heads=2)
     model = transformers.DistilBertForSequenceClassification(config)

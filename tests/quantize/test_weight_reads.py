@@ -1,4 +1,4 @@
-"""Layers that quantize_nf4 leaves dense: with weights that other code reads, routers, PEFT's target_parameters."""
+"""Tests the layers that quantize_nf4 keeps dense: weights that other code reads, routers, target_parameters."""
 
 from __future__ import annotations
 

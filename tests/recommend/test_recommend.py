@@ -1,4 +1,4 @@
-"""recommend_peft_method: the order of its methods and settings, and its reasons where nothing fits."""
+"""Tests recommend_peft_method: the order of methods and settings, and the reasons where no method fits."""
 
 import math
 
@@ -20,7 +20,7 @@ SHORT = {"batch_size": 2, "sequence_length": 128}
 
 
 class Fixed:
-    """A model of 7 billion parameters. ``need`` returns the GiB of its step in a setting."""
+    """A model of 7 billion parameters. The function ``need`` returns the GiB of a training step in a setting."""
 
     size_b, has_biases, is_encoder, sequence_length, about = 7.0, False, False, 1024, "a model of the test's"
 
@@ -52,7 +52,7 @@ def search(subject, gpu_memory_gb, num_examples=None, prefer="balanced", batch_s
 
 
 def by_setting(dense, checkpointed, nf4, both, one):
-    """Returns a ``need`` with these GiB in the five settings of the search, equal for all methods."""
+    """Returns a function ``need`` with the given GiB in the five settings of the search, equal for all methods."""
 
     def need(method, quantization, gradient_checkpointing, batch_size, **_):
         if quantization is None:
@@ -113,7 +113,7 @@ def test_prompt_tuning_comes_second_only_for_large_models():
 def test_methods_that_a_task_has_no_use_for_are_left_out(task, left_out):
     found = search(Fixed(lambda *_, **__: 1.0, task=task), 24)
     methods = {found.method, *(other.method for other in found.alternatives)}
-    # QLoRA is a setting of LoRA. Diff pruning and partial fine-tuning change the model itself, like full fine-tuning.
+    # QLoRA is LoRA in an NF4 setting. Diff Pruning and partial fine-tuning are not in the ranking.
     assert methods == set(NAMES) - left_out - {"qlora", "diff-pruning", "partial"}
 
 
@@ -143,7 +143,7 @@ def test_the_first_setting_that_fits(need, name, quantization, checkpointing, ba
 
 
 def test_never_what_does_not_fit():
-    """The first method of the order that fits is chosen, and the methods before it are called too large."""
+    """The first method of the ranking that fits is chosen; the reasons call the methods ranked before it too large."""
     needs = {"lora": 30, "dora": 31, "rslora": 30, "adalora": 30, "bottleneck": 30, "ia3": 20}
     found = search(Fixed(lambda method, **_: needs.get(method, 40)), 24)
     assert found.method == "ia3" and found.memory.fits(24)
@@ -189,7 +189,7 @@ def test_what_was_refused_is_not_called_too_large(refused, said):
 
 
 def test_what_is_too_large_is_not_called_refused():
-    """PEFT refuses LoRA with checkpointing, and LoRA without checkpointing is too large."""
+    """In this case PEFT refuses LoRA with checkpointing, and LoRA without checkpointing is too large for the card."""
     refused = [("nf4", True), (None, True)]
     found = search(Refusing(refused, lambda method, **_: 20 if method == "ia3" else 40), 24)
     assert found.method == "ia3" and found.quantization is None
@@ -282,7 +282,7 @@ def test_a_given_model():
 
 
 def test_a_method_that_peft_refuses_is_passed_over():
-    """IA3 would come first, but PEFT knows no layers of this model type for IA3."""
+    """For few examples IA3 would be first, but PEFT knows no layers of this model type for IA3."""
     config = transformers.Phi3Config(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=97,
         pad_token_id=0,
@@ -305,7 +305,7 @@ def test_a_synthetic_model_has_the_size(size_b, task):
 
 @pytest.mark.parametrize("size_b, layers, width", [(8, 32, 4096), (0.11, 12, 768)])
 def test_a_synthetic_model_has_known_proportions(size_b, layers, width):
-    """The sizes are those of Llama 3 8B and of BERT-base."""
+    """The expected layers and widths are those of Llama 3 8B and of BERT-base."""
     subject = subjects.Synthetic(size_b, "CAUSAL_LM" if size_b > 1 else "SEQ_CLS", None)
     assert (subject.layers, subject.make(2).hidden_size) == (layers, width)
 

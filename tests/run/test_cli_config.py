@@ -104,9 +104,9 @@ def test_the_command_hands_them_on(written, monkeypatch):
         monkeypatch.setattr(library, name, lambda options, name=name: seen.append((options, name)) or options.nothing)
     path = written("rank: 8\nseed: 3\nstock: true\ngradient_checkpointing: true\n")
     for arguments in (["--config", str(path), "--seed", "0", "--no-stock", "--dry-run"], []):
-        with pytest.raises(AttributeError, match="nothing"):  # raised at the start of the run
+        with pytest.raises(AttributeError, match="nothing"):  # the error comes at the start of the run
             main(["finetune", *arguments])
-    # A flag wins over the file even where its value is the default.
+    # A flag overrules the file even where the flag's value is the default.
     assert seen == [(Options(rank=8, gradient_checkpointing=True), "dry_run"), (Options(), "finetune")]
 
 
@@ -229,7 +229,7 @@ def small(tiny: Path, output: Path, *options: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(tiny, tmp_path_factory) -> Path:
-    """The folder of a finished run with checkpoints."""
+    """Returns the folder of a finished run with checkpoints."""
     folder = tmp_path_factory.mktemp("done") / "out"
     assert main(small(tiny, folder, "--lr", "1e-3", "--seed", 5, "--blocksize", 128, "--save-steps", 2)) == 0
     return folder
@@ -239,7 +239,7 @@ def done(tiny, tmp_path_factory) -> Path:
 
 
 def files(*folders: Path) -> dict[Path, tuple[int, int]]:
-    """Returns size and time of change of each file, by path, and (0, 0) for folders."""
+    """Returns the size and the modification time of each file, by path, and (0, 0) for folders."""
     found = [path for folder in folders for path in folder.rglob("*")]
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()} | {
         path: (0, 0) for path in found if path.is_dir()
@@ -248,7 +248,7 @@ def files(*folders: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture
 def weightless(tiny, tmp_path) -> Path:
-    """A copy of the tiny model's folder whose weight file can't be read."""
+    """Returns a copy of the tiny model's folder in which the weight file can't be read."""
     folder = tmp_path / "weightless"
     folder.mkdir()
     for path in (tiny / "model").iterdir():
@@ -316,14 +316,14 @@ def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):
     assert found.steps == 3 and found.longest == max(len(e["input_ids"]) for e in run.examples.train)
     save_adapter(model, tmp_path / "saved")
     header = (tmp_path / "saved/adapter_model.safetensors").stat().st_size - adapter.adapter_bytes
-    assert 0 < header < 20_000  # the header of the file: names and shapes
+    assert 0 < header < 20_000  # the header has names and shapes of the tensors
     assert adapter.memory.total > 0 and found.needed_bytes > adapter.memory.total
     held = adapter.memory.weights + adapter.memory.quantization + adapter.memory.adapters
     assert found.check_bytes == 2 * 90_560 + held and found.needed_bytes >= found.check_bytes + found.held_bytes
 
 
 def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypatch):
-    """A run of small steps needs most memory in the last check, which loads the base a second time."""
+    """A run with small steps needs the most memory in the last check, which loads the base a second time."""
     seen = []
     monkeypatch.setattr(screen, "show_plan", seen.append)
     arguments = small(tiny, tmp_path / "out", "--quant", "none", "--dry-run")
@@ -418,12 +418,13 @@ def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatc
     monkeypatch.setattr("peft_ext.memory.estimate_memory", fails)
     assert "a step's memory could not be estimated: an operator\n" in dry(capsys, *small(tiny, tmp_path / "out"))
     dry(capsys, *small(tiny, tmp_path / "out", "--data", tiny / "docs.txt", "--gradient-checkpointing"))
-    assert seen == [(30, True, False), (64, False, True)]  # conversations are padded, blocks of a text are not
+    # Batches of conversations are padded, batches of blocks are not.
+    assert seen == [(30, True, False), (64, False, True)]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-# Most lines of each help at 100 and at 80 columns.
+# For each command: the most lines of its help at 100 columns and at 80 columns.
 HELP = {"": (30, 30), "doctor": (12, 12), "report": (16, 16), "finetune": (62, 83), "merge": (26, 40),
         "recommend": (22, 28), "explain": (26, 32), "chat": (22, 26), "bench": (24, 28)}  # fmt: skip
 
@@ -470,7 +471,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600)
             if select.select([here], [], [], 0.5)[0]:
                 try:
                     part = os.read(here, 65536)
-                except OSError:  # the other side is closed
+                except OSError:  # the other side of the terminal is closed
                     break
                 if not part:
                     break
@@ -487,7 +488,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600)
 @pytest.mark.slow
 @posix
 def test_a_run_again_from_its_file_with_bars_and_ctrl_c_on_a_terminal(done, tmp_path):
-    """All commands share one process, since starting a process takes most of the time."""
+    """The test runs its commands in one process, because starting a process takes most of the time."""
     again, dense = str(tmp_path / "again"), str(tmp_path / "dense")
     code = (
         "import sys\n"
@@ -505,9 +506,9 @@ def test_a_run_again_from_its_file_with_bars_and_ctrl_c_on_a_terminal(done, tmp_
     training, rest = shown.split("MERGE")
     merging, rest = rest.split("BENCH")
     benching, interrupted = rest.split("INTERRUPTED")
-    assert "loading the model" in training  # a status line
+    assert "loading the model" in training  # the text of a status line
     assert "NF4:" in training and "held-out loss:" in training
-    assert " 2/3 [" in training and "  lr 1.0e-03  " in training  # the Trainer's bar with our numbers
+    assert " 2/3 [" in training and "  lr 1.0e-03  " in training  # the Trainer's bar, with loss and learning rate
     assert "'loss'" not in training and "step 1/3" not in training
     assert "merging:" in merging and "B/s]" in merging
     assert "timing ia3 over bf16:" in benching and "timing ia3 over nf4:" in benching and "1/2 [" in benching
@@ -519,7 +520,7 @@ def same_run(first: Path, again: Path) -> None:
     old, new = (json.loads((folder / "run.json").read_text()) for folder in (first, again))
     assert new["losses"] == old["losses"] and new["perplexity"] == old["perplexity"]
     assert {k for k, v in old["options"].items() if v != new["options"][k]} == {"output"}
-    assert old["options"]["seed"] == 5  # not the default seed
+    assert old["options"]["seed"] == 5  # 5 is not the default seed
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (first / name).read_bytes()
 

@@ -1,4 +1,4 @@
-"""Runs of the command line that train LoRA on a mixture's experts."""
+"""Tests runs of the command line that train LoRA on a mixture's experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, needs_hf]
 
 @pytest.fixture(scope="module")
 def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """The folder of ``tiny``, with a mixture of experts as model."""
+    """Returns a folder like that of ``tiny``, with a mixture of experts as model."""
     folder = tmp_path_factory.mktemp("mixture")
     for path in tiny.glob("*.*"):
         shutil.copy(path, folder / path.name)
@@ -25,7 +25,7 @@ def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "out"
-    assert finetune(mixture, out, "--quant", quant, "--lr", "0.02", steps=12) == 0  # the run finds the experts
+    assert finetune(mixture, out, "--quant", quant, "--lr", "0.02", steps=12) == 0  # finetune finds the experts itself
     found = report(out)
     assert found["check"]["ok"] and found["finished"]
     assert found["fused"]["fused"] == found["fused"]["layers"]
@@ -37,7 +37,7 @@ def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path
     from safetensors.torch import load_file
 
     saved = load_file(out / "adapter_model.safetensors")
-    assert not any("gate.lora" in name for name in saved)  # the router
+    assert not any("gate.lora" in name for name in saved)  # the router has no adapter
     experts = [tensor for name, tensor in saved.items() if "experts" in name and "lora_B" in name]
     assert len(experts) == 4 and all(tensor.any() for tensor in experts)
 

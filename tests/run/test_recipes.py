@@ -1,4 +1,4 @@
-"""Each function of the lesson runs on a tiny model and gives the result of PEFT."""
+"""Tests that each function of peft_ext.recipes runs on a tiny model and gives the result of PEFT."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""report.html shows the measurements of a run, escapes all texts, and a browser draws the page without a request."""
+"""Tests that report.html shows a run's measurements and escapes all texts, and that a browser makes no request."""
 
 import json
 import math
@@ -25,7 +25,7 @@ EVIL = '<script>window.hacked = 1</script>"\'><img src=x onerror="window.hacked 
 
 
 def document(steps: int = 60, **changes) -> dict:
-    """Returns a run.json of ``steps`` steps, with different figures everywhere."""
+    """Returns the content of a run.json of ``steps`` steps, in which all figures differ."""
     losses = [3 - i / steps + 0.2 * math.sin(7 * i) for i in range(steps)]
     held_out = {steps * i // 5: 2.9 - i / 20 for i in range(1, 5)}
     made = {
@@ -131,7 +131,7 @@ def test_smoothing_is_a_weighted_mean_of_what_was():
 @pytest.mark.parametrize("steps", [1000, 20_000])
 def test_a_long_run_is_a_small_page(steps):
     given = document(steps)
-    given["losses"][steps // 2] = 99.0  # an outlier of one step
+    given["losses"][steps // 2] = 99.0  # one step has an outlier
     text = render(given)
     assert len(text.encode()) < 200_000
     parsed = Parsed(text)
@@ -157,7 +157,7 @@ def test_what_is_not_finite_is_left_out_and_counted():
     assert "2 without a finite value are left out" in parsed.text
     assert not [d for paths in parsed.paths.values() for _, d in paths if re.search("nan|inf", d)]
     (path,) = [d for kind, d in parsed.paths["loss"] if kind == "line raw"]
-    assert path.count("M") == 2  # a gap, no line across it
+    assert path.count("M") == 2  # the curve has a gap, which no line crosses
     assert parsed.charts["loss"]["s"][0]["y"][3:5] == [None, None]
     given["losses"] = [math.nan] * 10
     assert "Loss" in Parsed(render(given)).text
@@ -219,7 +219,8 @@ def test_texts_are_never_markup():
     assert sum(tag == "script" for tag, _ in parsed.tags) == 1
     assert not [at for _, at in parsed.tags if any(name.startswith("on") for name in at)]
     assert parsed.text.count("window.hacked") >= 12
-    assert "\ufffd" not in render(document()) and "?" in render(document(started="\ud800"))  # a lone surrogate
+    # A lone surrogate can't be encoded.
+    assert "\ufffd" not in render(document()) and "?" in render(document(started="\ud800"))
 
 
 def test_the_page_asks_for_nothing():
@@ -264,7 +265,7 @@ def short_answers():
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory) -> Path:
-    """The folder of a finished run of ten steps, with a checkpoint after the fifth."""
+    """Returns the folder of a finished run of ten steps, with a checkpoint after the fifth step."""
     folder = tmp_path_factory.mktemp("report") / "run"
     assert finetune(tiny, folder, "--save-steps", "5", "--eval-fraction", "0.4", steps=10) == 0
     return folder
@@ -296,16 +297,18 @@ def test_a_run_leaves_its_report(run):
 
 @needs_hf
 def test_memory_is_the_bytes_of_the_tensors(run):
-    found, tensors = read(run), 28  # a LoRA pair for each of 14 layers
+    found, tensors = read(run), 28  # lora_A and lora_B of each of 14 layers
     memory, adapter = found["memory"], 4 * found["trainable_parameters"]
     assert memory["adapter"] == memory["gradients"] == adapter
-    assert memory["optimizer"] == 2 * adapter + 4 * tensors  # AdamW's moments, and its count of steps
+    # Two moments of AdamW for each parameter, and a step count for each tensor.
+    assert memory["optimizer"] == 2 * adapter + 4 * tensors
     hidden, inner, vocab = 64, 128, 258
     linear = 2 * (2 * hidden * hidden + 2 * hidden * 32 + 3 * hidden * inner)
-    dense = 2 * (vocab * hidden + 5 * hidden)  # embedding, tied, and norms
+    dense = 2 * (vocab * hidden + 5 * hidden)  # bytes of the tied embedding and of the norms
     assert found["parameters"] == linear + vocab * hidden + 5 * hidden
     scales = memory["frozen"] - dense - linear // 2
-    assert linear // 64 <= scales < linear // 64 + 20_000  # a byte for each block, their scales, rotary tables
+    # One byte for each block, the scales of these scales, and rotary tables.
+    assert linear // 64 <= scales < linear // 64 + 20_000
 
 
 @needs_hf

@@ -1,4 +1,4 @@
-"""The library of a run: each method trains, saves, re-reads, reports, resumes, and merges where it can."""
+"""Tests the library of a run: each method trains, saves, re-reads and reports, and resumes and merges if possible."""
 
 import json
 import logging
@@ -65,13 +65,15 @@ def test_every_method(tiny, tmp_path, method):
     assert result.fused_layers == result.layers or METHODS[method].kind == "selective"
     if method == "diff-pruning":
         kept = json.loads((result.output / "adapter_config.json").read_text())["kept"]
-        assert 0 < sum(kept.values()) <= 0.005 * 73_728  # of the linear layers' parameters
+        assert 0 < sum(kept.values()) <= 0.005 * 73_728  # 73,728 is the number of parameters of the linear layers
     _resumes(options, result, tmp_path / "broken")
     _merges(options, result, tmp_path)
 
 
 def _resumes(options: Options, whole: train.Result, folder: Path) -> None:
-    """A resumed run has the bits of an uninterrupted run, or refuses to resume with a reason."""
+    """Asserts that a resumed run has the bits of an uninterrupted run, or that the method can't resume, with a
+    reason.
+    """
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole.output / "checkpoints/checkpoint-2", folder / "checkpoints/checkpoint-2")
     shutil.copy(whole.output / "run.json", folder / "run.json")
@@ -86,7 +88,7 @@ def _resumes(options: Options, whole: train.Result, folder: Path) -> None:
 
 
 def _merges(options: Options, result: train.Result, folder: Path) -> None:
-    """The merged model has the logits of the adapted model, with the base quantized as in training."""
+    """Asserts that the merged model has the logits of the adapted model, with the base quantized as in training."""
     assert result.can_merge == METHODS[options.method].can_merge
     if not result.can_merge:
         with pytest.raises(peft_ext.MergeError, match="."):
@@ -104,7 +106,7 @@ def _merges(options: Options, result: train.Result, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_equal_runs_in_two_processes_write_equal_adapters(tiny, tmp_path):
-    """Python's hash seed decides the order of the sets of module names in PEFT, and must not change the adapter."""
+    """Python's hash seed decides the order of PEFT's sets of module names; this order must not change the adapter."""
     written = []
     for seed in ("1", "2"):
         run = tmp_path / seed / "run"

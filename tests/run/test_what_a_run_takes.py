@@ -1,4 +1,4 @@
-"""Data, prompts, models and options from Python that a run accepts, or refuses before it loads a weight."""
+"""Tests which data, prompts, models and options a run accepts, and which it refuses before it loads weights."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_ia3_says_where_it_has_no_layers(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_float32_runs_compute_what_a_float32_load_does(tiny: Path, tmp_path: Path) -> None:
-    """Gemma 3 scales its embeddings by a buffer that no weight file contains."""
+    """A float32 run must widen buffers too: Gemma 3 scales its embeddings by a buffer that no weight file contains."""
     gemma = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**{**SIZES, "hidden_size": 40}, head_dim=8, sliding_window=32))
     model = model_folder(tiny, tmp_path / "gemma3", gemma)
     for quant in ("none", "nf4"):

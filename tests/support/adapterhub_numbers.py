@@ -33,7 +33,7 @@ MODELS = {
     ),
     "whisper": lambda: transformers.WhisperModel(transformers.WhisperConfig(**_WHISPER)),
 }
-# AdapterHub's configuration of each placement, as its adapter_config.json has it.
+# For each placement, AdapterHub's configuration as in adapter_config.json.
 CONFIGS = {
     "pfeiffer": {"mh_adapter": False, "output_adapter": True, "original_ln_before": True, "original_ln_after": True,
                  "non_linearity": "relu", "reduction_factor": 2},

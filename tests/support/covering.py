@@ -1,9 +1,8 @@
 """The covering array of the operators' calls: every pair of values of two factors is in at least one call.
 
 Factors: case of an operator (``op_db``), dtype, shape, layout of the tensors in memory, CPU path, number of threads.
-Each case is called as many times as the longest other factor has values. At each call every factor takes its next
-value.
-The value at which a factor starts differs from case to case, so that the other factors meet each other too.
+Each case has as many calls as the longest other factor has values. Each call takes the next value of every factor.
+A factor's first value differs from case to case, so that all pairs of values of the other factors occur in some case.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NAMES = ("case", "dtype", "shape", "layout", "path", "threads")
 
 
 def calls_of(case: Case) -> list[sweep.Drawn]:
-    """Returns the calls of one case; the seed of a call's values is its position in the array."""
+    """Returns the calls of one case; the position of a call in the array is the seed of its values."""
     number = (*CASES, *SAVED_OUTPUT).index(case)
     paths = _native.STATE.module.isas()
     shapes = sorted(set(case.shapes), key=case.shapes.index)
@@ -31,8 +30,8 @@ def calls_of(case: Case) -> list[sweep.Drawn]:
     count = max(map(len, factors))
     calls = []
     for i in range(count):
-        # The number of earlier calls over the product of the lengths before it: a digit of a mixed radix, so that the
-        # starts of two factors do not move together.
+        # Each factor divides the number of the case by another stride, so that the starts of two factors do not move
+        # together.
         starts = (number // stride for stride in (1, 3, 2, 5, 4))
         dtype, shape, layout, path, threads = (
             values[(i + start) % len(values)] for values, start in zip(factors, starts, strict=True)
@@ -47,8 +46,10 @@ def row(call: sweep.Drawn) -> tuple[Any, ...]:
 
 
 def pairs() -> tuple[set, set]:
-    """Returns the pairs of two factors' values that are in the array, and all that there can be: a case is called
-    with its own shapes alone."""
+    """Returns the pairs of two factors' values that are in the array, and all pairs that are possible.
+
+    A case is possible only with its own shapes.
+    """
     cases = (*CASES, *SAVED_OUTPUT)
     covered = {pair for case in cases for call in calls_of(case) for pair in _pairs_of(row(call))}
     paths = _native.STATE.module.isas()

@@ -18,11 +18,11 @@ from peft_ext import NF4Weight, ops, reference
 
 # --- experts ----------------------------------------------------------------------------------------------------------
 
-_EXPERTS = 5  # the second and the last expert get no rows
+_EXPERTS = 5  # number of experts; the second and the last expert get no rows
 
 
 def _ends(rows: int) -> list[int]:
-    """Returns the end of each expert's rows. Some rows belong to no expert."""
+    """Returns, for each expert, the index after its last row. Some rows belong to no expert."""
     first, third = rows // 4, rows // 4 + (rows + 1) // 2
     last = max(third, rows - rows // 8)
     return [first, first, third, last, last]
@@ -45,13 +45,13 @@ def _experts_inputs(base: str, dtype: torch.dtype, shape: tuple, adapters: torch
         "offsets": torch.tensor(_ends(rows)),
         "compute": dtype,
         "lora_A": randn(_EXPERTS, r, k, dtype=adapters, scale=0.1),
-        # PEFT's layout: ranks before experts.
+        # PEFT's layout of lora_B has the experts as the innermost dimension.
         "lora_B": randn(n, r, _EXPERTS, dtype=adapters, scale=0.1).permute(2, 0, 1),
     }
 
 
 def _dropped_rows(rows: Tensor, expert: int, dropout_p: float) -> Tensor:
-    """Returns the rows of an expert after dropout. Each expert has its own mask."""
+    """Returns the rows of an expert after dropout with the expert's own mask."""
     seed = SEED + torch.tensor([0, expert])
     kept = torch.where(reference.dropout_keep_mask(seed, dropout_p, rows.shape), rows / (1 - dropout_p), 0.0)
     return kept if dropout_p else rows
@@ -168,7 +168,7 @@ def dora_experts_case(base: str, *, with_bias: bool = False, dropout_p: float = 
         from_product=("magnitude",),
         result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
         held=lambda sample: {"weight_norm": norm(sample.inputs, torch.float64).detach()},
-        # Z, g and the norm of each expert
+        # Saved are S, Z, and for each expert g and the norm.
         saved=lambda t, k, n, r: shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + 2 * _EXPERTS * n * 4,
     )  # fmt: skip
 
@@ -241,5 +241,5 @@ CASES = with_errors(
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """The sweep draws no mixtures."""
+    """Returns no functions, since the sweep draws no calls over experts."""
     return {}

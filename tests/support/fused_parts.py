@@ -1,4 +1,4 @@
-"""Helpers that the tests of rotary positions and of attention share."""
+"""Functions that the tests of rotary positions and of attention share."""
 
 from __future__ import annotations
 

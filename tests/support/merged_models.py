@@ -1,4 +1,4 @@
-"""Bases and adapters for tests of merging. The adapters have values as after some training."""
+"""Makes bases and adapters for tests of merging; the adapters have values as after some training."""
 
 import copy
 from dataclasses import replace

@@ -35,9 +35,9 @@ STEPS = 4  # steps of a Trainer's run
 
 @dataclass(frozen=True)
 class Alone:
-    """A module of peft_ext.nn with values as after some training, how to call it, and the oracle of its result.
+    """A module of peft_ext.nn with values as after some training, its inputs, a call, and the oracle of its result.
 
-    ``oracle`` gets float64 copies of the module and of the inputs, and calls no operator of this package.
+    ``oracle`` gets float64 copies of the module and of the inputs, and calls no operator of peft_ext.
     """
 
     module: nn.Module
@@ -48,7 +48,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the configuration with which a Llama is adapted, its base, and modules of peft_ext.nn, if any."""
+    """A row of docs/methods.md: a configuration for a Llama, the kind of base, and modules of peft_ext.nn, if any."""
 
     config: Callable[[], PeftConfig]
     alone: tuple[Callable[[], Alone], ...] = ()
@@ -57,7 +57,7 @@ class Method:
 
     @property
     def in_peft(self) -> bool:
-        """Whether the method is one of PEFT's own."""
+        """Whether PEFT itself has the method."""
         return type(self.config()).__module__.partition(".")[0] == "peft"
 
 
@@ -135,7 +135,7 @@ def _prompt() -> Alone:
 
 
 def _prefix() -> Alone:
-    """The prefix in a Llama, whose logits are right only if keys and values are in the right places."""
+    """Returns the row of a PrefixEncoder in a Llama, whose logits show keys or values in wrong places."""
     model = LLAMA.build().requires_grad_(False)
     ids, size = BATCH["input_ids"], len(BATCH["input_ids"])
 

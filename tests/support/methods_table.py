@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 __all__ = ["Cell", "Table", "split"]
 
-# What may change a cell without a change here: how many breaks torch.compile finds, what PEFT says where it refuses.
+# Libraries whose versions may change a cell: the number of graph breaks, or the text of an error of PEFT.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _VERSIONS = "Drawn with "
 _NONE = "—"
@@ -16,7 +16,7 @@ _NONE = "—"
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: ``text`` of a few words, and footnotes. Cells with equal notes share a footnote."""
+    """A cell of the table: a ``text`` of a few words, and footnotes. Cells with equal notes share a footnote."""
 
     text: str
     notes: tuple[str, ...] = ()
@@ -59,14 +59,14 @@ class Table:
         self.cells[place] = cell
 
     def missing(self) -> list[tuple[str, str]]:
-        """The places that have no cell yet."""
+        """Returns the pairs of row and column that have no cell yet."""
         return [(row, column) for row in self.rows for column in self.columns if (row, column) not in self.cells]
 
     def draw(self) -> str:
-        """The document. Raises ValueError where a cell is missing."""
+        """Returns the document as Markdown. Raises ValueError where a cell is missing."""
         if missing := self.missing():
             raise ValueError(f"Table: {len(missing)} cells are missing, the first is {missing[0]}")
-        numbers: dict[str, int] = {}  # by footnote, in reading order
+        numbers: dict[str, int] = {}  # numbers of footnotes, by their text, in reading order
 
         def drawn(cell: Cell) -> str:
             marks = [f"[^{numbers.setdefault(note, len(numbers) + 1)}]" for note in cell.notes]
@@ -90,12 +90,12 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 def _drawn_with() -> str:
-    # No local part such as +cpu: every build of a release gives the same table.
+    # The version has no local part such as +cpu, so that every build of a release gives an equal table.
     return _VERSIONS + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES) + "."
 
 
 def split(document: str) -> tuple[str, str]:
-    """Splits a drawn document into its text and its last line, which has the libraries' versions."""
+    """Splits a drawn document into the text and the last line, which has the versions of the libraries."""
     body, _, last = document.rstrip("\n").rpartition("\n\n")
     if not last.startswith(_VERSIONS):
         raise ValueError(f"split: the document ends in {last[:60]!r}, wanted a line that starts with {_VERSIONS!r}")

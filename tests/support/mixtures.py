@@ -1,4 +1,4 @@
-"""Tiny models with a mixture of experts, one of each known family, with adapters on the experts."""
+"""Makes tiny models with a mixture of experts, one of each known family, with adapters on the experts."""
 
 from __future__ import annotations
 

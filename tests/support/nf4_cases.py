@@ -1,4 +1,4 @@
-"""Cases of NF4 alone: quantizing, decoding, merging, and the linear layer over a frozen weight without an adapter."""
+"""Cases of NF4: quantizing, decoding, merging, and the linear layer over a frozen weight without an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_ext import NF4Weight, ops, reference
 
 
 def nf4_weight(n: int, k: int, dtype: torch.dtype, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Quantized by the reference, so that a fault of the quantize kernel does not hide one of another's."""
+    """Returns a weight that the reference quantized, so that no fault of the quantize kernel hides another fault."""
     return reference.nf4_quantize(randn(n, k, dtype=dtype, scale=0.05), blocksize, double_quant)
 
 
@@ -24,8 +24,8 @@ def quantize_case(blocksize: int, double_quant: bool) -> Case:
         _, k, n, _ = shape
         weight = randn(n, k, dtype=dtype)
         flat = weight.view(-1)
-        flat[: min(flat.numel(), blocksize)] = 0.0  # an all-zero block
-        # Values on a threshold between two codes, in a block whose scale is one: ties.
+        flat[: min(flat.numel(), blocksize)] = 0.0  # the first block is all zeros
+        # The second block has ties: values on a threshold between two codes, with a scale of one.
         code = reference.nf4_code()
         if flat.numel() >= 2 * blocksize:
             ties = torch.cat([(code[1:] + code[:-1]) / 2, torch.ones(1)]).to(dtype)
@@ -54,7 +54,7 @@ def dequantize_case(blocksize: int, double_quant: bool) -> Case:
 
 
 def dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
-    """The dense weight that a kernel computes with, in its compute dtype."""
+    """Returns the dense weight that a kernel computes with: an NF4 weight is decoded to ``dtype``."""
     return reference.nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
@@ -79,7 +79,7 @@ def nf4_linear_case(double_quant: bool, with_bias: bool, blocksize: int = 64) ->
 
 
 def frozen_linear_case(with_bias: bool = False) -> Case:
-    """A dense weight; over an NF4 one ``frozen_linear`` is ``nf4_linear``."""
+    """Returns a case of frozen_linear over a dense weight. Over an NF4 weight ``frozen_linear`` is ``nf4_linear``."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, k, n, _ = shape
@@ -91,7 +91,10 @@ def frozen_linear_case(with_bias: bool = False) -> Case:
 
 
 def merge_case(double_quant: bool) -> Case:
-    """The bits of W + s B A, requantized: the product is rounded to float32, and is exact of small whole numbers."""
+    """Returns a case of nf4_merge, which must have the bits of W + s B A, quantized again.
+
+    The factors are small whole numbers, so that the float32 product is exact.
+    """
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         _, k, n, r = shape
@@ -152,7 +155,7 @@ CASES = with_errors(
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """By public op: what makes a case for the sweep."""
+    """Returns, by public operator, a function that makes a random case for the sweep."""
     return {
         "nf4_quantize": lambda: quantize_case(o.blocksize, o.nested),
         "nf4_dequantize": lambda: dequantize_case(o.blocksize, o.nested),

@@ -1,4 +1,4 @@
-"""What a case of an operator is: how to draw inputs, the public op, plain PyTorch and the float64 oracle."""
+"""The class Case of a tested operator: a function that draws inputs, the operator, plain PyTorch and the oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0, -0x0FED_CBA9_8765_4321], dtype=torch.int64)
 
-# (tokens shape, K, N, R): odd, prime, one, empty, wider than a panel, and a multiple of everything.
+# (shape of the tokens, K, N, R): odd, prime, one, no tokens, wider than a panel, and multiples of all tile sizes.
 SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
     ((4, 8), 64, 96, 16),
     ((3, 7), 65, 33, 5),
@@ -37,13 +37,13 @@ SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
 
 @dataclass
 class Sample:
-    """Inputs of one call. ``grads`` names those that get a gradient; ``call`` takes the inputs and nothing else."""
+    """The inputs of one call. ``grads`` has the names of the inputs that get a gradient."""
 
     inputs: dict[str, Any]
     grads: Sequence[str] = ()
 
     def to(self, device: torch.device) -> Sample:
-        """The same values on ``device``."""
+        """Returns a sample with equal values on ``device``."""
         return Sample({name: _moved(value, device) for name, value in self.inputs.items()}, self.grads)
 
 
@@ -56,13 +56,20 @@ class Case:
     """One operator in one configuration.
 
     Attributes:
-        name: test id. op: stem of the operator's files. make: draws a sample for (dtype, shape).
-        call: the public op. plain: the same in eager PyTorch, in the dtype a user would run it in; the yardstick.
-        oracle: the same in float64, differentiable by autograd. exact: the result must have the oracle's bits.
-        result: dtype and shape of the result, for (dtype, shape). held: inputs of the oracle that its gradient takes
-        for constants although they depend on the sample. from_product: gradients that are computed from the base
-        product, as it was rounded to x's dtype. shapes: those of SHAPES it is tested on. errors: what the operator
-        refuses. saved: bytes that a bfloat16 call keeps for the backward beside its inputs, for (T, K, N, R).
+        name: id of the tests of the case.
+        op: stem of the operator's files.
+        make: a function that draws a sample for (dtype, shape).
+        call: a function that calls the public operator with a sample's inputs.
+        plain: ``call`` in eager PyTorch, in the dtype that a user would choose; the bound of errors comes from it.
+        oracle: ``call`` in float64, differentiable by autograd.
+        exact: whether the result must have the oracle's bits.
+        result: a function from (dtype, shape) to the dtype and the shape of the result.
+        held: a function from a sample to inputs of the oracle that are constants of the gradient although they depend
+            on the sample.
+        from_product: names of the gradients that are computed from the base product after its rounding to x's dtype.
+        shapes: the shapes of SHAPES on which the case is tested.
+        errors: wrong arguments of the operator, and the expected errors.
+        saved: a function from (T, K, N, R) to the bytes that a bfloat16 call keeps for the backward besides its inputs.
     """
 
     name: str
@@ -70,7 +77,7 @@ class Case:
     make: Callable[[torch.dtype, tuple], Sample]
     call: Callable[..., Tensor]
     plain: Callable[..., Tensor]
-    oracle: Callable[..., Tensor] = None  # by default the code of plain
+    oracle: Callable[..., Tensor] = None  # the default is ``plain``, called with float64 inputs
     exact: bool = False
     result: Callable[[torch.dtype, tuple], tuple[torch.dtype, tuple]] = lambda dtype, shape: (
         dtype, (*shape[0], shape[2]))  # fmt: skip
@@ -86,17 +93,19 @@ class Case:
 
     @property
     def public(self) -> str:
-        """The public function of peft_ext.ops that this case calls."""
+        """Name of the public function of peft_ext.ops that this case calls."""
         return self.name.partition("-")[0]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a random case is made of, drawn from its seed.
+    """The options of a random case, drawn from the case's seed.
 
     Attributes:
-        base: "dense", "nf4:BLOCKSIZE" or "nested:BLOCKSIZE". adapters: the adapters' dtype; None: the input's.
-        dropout: its probability. blocksize, nested: of an NF4 weight.
+        base: "dense", "nf4:BLOCKSIZE" or "nested:BLOCKSIZE".
+        adapters: dtype of the adapters; None: the dtype of the input.
+        dropout: dropout probability.
+        blocksize, nested: block size of an NF4 weight, and whether the weight is double-quantized.
     """
 
     rng: random.Random
@@ -111,7 +120,10 @@ class Options:
 
 
 def with_errors(errors: dict[str, tuple[Error, ...]], *cases: Case) -> tuple[Case, ...]:
-    """Gives cases their errors, by a case's name, or by an operator's: then all of its cases."""
+    """Returns the cases with their errors.
+
+    A key of ``errors`` is a case's name, or an operator's name for all its cases.
+    """
     given = tuple(replace(case, errors=errors.get(case.name, errors.get(case.public, ()))) for case in cases)
     unknown = errors.keys() - {name for case in given for name in (case.name, case.public)}
     assert not unknown, f"errors of no case: {unknown}"
@@ -119,7 +131,7 @@ def with_errors(errors: dict[str, tuple[Error, ...]], *cases: Case) -> tuple[Cas
 
 
 def nothing(t: int, k: int, n: int, r: int) -> int:
-    """``Case.saved`` of an operator that keeps its inputs alone."""
+    """Returns 0, as the ``Case.saved`` of an operator that keeps only its inputs."""
     return 0
 
 
@@ -133,7 +145,7 @@ def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def wide(value: Any) -> Any:
-    """An input as the oracle takes it: float64 of the very same value."""
+    """Returns an input for the oracle: a floating-point tensor in float64, any other value unchanged."""
     if isinstance(value, NF4Weight):
         return value
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

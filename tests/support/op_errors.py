@@ -1,4 +1,4 @@
-"""What the operators refuse, and how they say it: arguments that stand in for those of a sample of ``SHAPES[0]``."""
+"""Wrong arguments of operators with the expected errors; they replace arguments of a sample of ``SHAPES[0]``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-Error = tuple[str, dict[str, Any], type, str]  # about what, the arguments, the error's class, its message
-Wrong = tuple[dict[str, Any], type, str]  # the arguments, the error's class, and what follows the operator's name
+Error = tuple[str, dict[str, Any], type, str]  # name of the fault, wrong arguments, class and message of the error
+Wrong = tuple[dict[str, Any], type, str]  # wrong arguments, class of the error, message after the operator
 
-# By what is wrong: what several operators say alike.
+# Faults that several operators report in equal words, by the name of the fault.
 _ALIKE: dict[str, Wrong] = {
     "columns": ({"x": torch.zeros(2, 3)}, ValueError, r"x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
     "weight dtype": ({"weight": torch.zeros(96, 64, dtype=torch.bfloat16)}, TypeError,
@@ -33,6 +33,6 @@ _ALIKE: dict[str, Wrong] = {
 
 
 def errors(operator: str, *alike: str, **own: Wrong) -> tuple[Error, ...]:
-    """Returns the errors of an operator: those named in ``alike``, and its own."""
+    """Returns the errors of an operator: the faults of _ALIKE that ``alike`` names, and the faults ``own``."""
     wrong = {**{name: _ALIKE[name] for name in alike}, **own}
     return tuple((about, arguments, kind, f"{operator}: {text}") for about, (arguments, kind, text) in wrong.items())

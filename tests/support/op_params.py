@@ -1,4 +1,4 @@
-"""What tests of operators share: names of their parameters, the paths' own products, tensors that lie otherwise."""
+"""Values that the tests of operators share: names of parameters, whether tiles multiply, and strided tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from peft_ext import _native
 
 LINEAR = [case for case in CASES if not case.exact]
-# The paths whose bfloat16 product is the package's own.
+# Whether the CPU path in use multiplies bfloat16 with peft_ext's tiles.
 TILES = _native.STATE.isa in _native.TILE_PATHS
 SAVES = [False, pytest.param(True, marks=pytest.mark.cpu_only("elsewhere the promise changes nothing"))]
 
@@ -24,7 +24,7 @@ def names(dtype: torch.dtype) -> str:
 
 
 def strided(value: Tensor) -> Tensor:
-    """The same values, not contiguous; a number has no other way to lie."""
+    """Returns the values in a tensor that is not contiguous; a tensor without dimensions stays as it is."""
     if value.dim() == 0:
         return value
     if value.dim() > 1 and 1 not in value.shape:

@@ -1,4 +1,4 @@
-"""Small PEFT models over every kind of base layer, and how accelerated ones are compared with PEFT's own."""
+"""Makes small PEFT models over every kind of base layer, and compares accelerated models with PEFT's own models."""
 
 import copy
 import pickle
@@ -73,14 +73,14 @@ def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
 
 
 def eight_bit(linear):
-    """Returns an 8-bit layer of bitsandbytes with the linear layer's weight, which the first call quantizes."""
+    """Returns bitsandbytes' 8-bit layer with the linear layer's weight; the first call quantizes the weight."""
     layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
 
 def config_of(method, **config):
-    """Returns a PEFT configuration of one of METHODS for MLP's two layers; IA3 has one of them as feedforward."""
+    """Returns a PEFT configuration of one of METHODS for MLP's two layers; IA3 has one layer as feedforward."""
     config = {"target_modules": ["up", "down"], **config}
     if method == "IA3":
         return IA3Config(**{"feedforward_modules": ["down"], "init_ia3_weights": False, **config})
@@ -91,7 +91,7 @@ def config_of(method, **config):
 
 
 def make_method(method, base="float32", **config):
-    """Returns MLP with an adapter. A DoRA is made over dense weights: stock PEFT has no norm of an NF4Linear."""
+    """Returns MLP with an adapter. A DoRA is made over dense weights, since PEFT can't compute an NF4Linear's norm."""
     late = method == "DoRA" and base.startswith("nf4")
     model = get_peft_model(quantize(MLP(), str(dtype_of(base)) if late else base), config_of(method, **config))
     if late:
@@ -120,7 +120,7 @@ def spread(model, name="default"):
         if name in getattr(layer, "lora_E", {}):
             layer.lora_A[name].data *= 0.1
             layer.lora_B[name].data *= 0.1
-            layer.ranknum[name].requires_grad_(False)  # PEFT leaves it trainable over a base that is not float32
+            layer.ranknum[name].requires_grad_(False)  # over a base that is not float32, PEFT leaves ranknum trainable
 
 
 def dense_twin(model, dtype=None):
@@ -177,7 +177,7 @@ def run(model, x, **kwargs):
 
 
 class PhiloxDropout(nn.Module):
-    """Dropout for a layer on PEFT's own path, with the seed and the mask of the fused operator."""
+    """A dropout for a layer that runs PEFT's code; it draws the seed and the mask of the fused operator."""
 
     def __init__(self, p):
         super().__init__()

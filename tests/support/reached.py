@@ -43,7 +43,7 @@ def reached(cls: type) -> list[Place]:
         for path in digest._paths(digest._tree(function), code, this):
             for place in places(path, function, this):
                 if digest._asks_for_the_environment(place.value, place.name, function):
-                    continue  # which backend or version is there: the same code on another machine
+                    continue  # a question about installed backends or versions, which the digest leaves out
                 found[id(place.owner), place.name] = place
                 visit(place.value, cls if place.owner in cls.__mro__ else None)
 

@@ -34,18 +34,20 @@ class Sizes:
     inner: int = 128
     layers: int = 2
     heads: int = 4
-    kv_heads: int = 2  # fewer keys than queries: a narrow k_proj and v_proj
+    kv_heads: int = 2  # fewer key heads than query heads, so that k_proj and v_proj are narrow
     head_dim: int = 32  # in architectures where it is independent of hidden / heads
     vocab: int = 128
     experts: int = 2
-    active: int = 2  # both of two experts: a rounding may change a choice
-    smooth: bool = False  # without ReLU: a rounding may change the side of its kink
+    active: int = 2  # a token goes to both experts, since rounding may change a choice of one
+    smooth: bool = False  # activations without a kink; rounding may change the side of ReLU's kink
     batch: int = 8
     length: int = 9
 
     @property
     def spread(self) -> float:
-        """The deviation of a weight whose product keeps its input's size, so that every layer counts in the logits."""
+        """The standard deviation of weights with which a product keeps the size of its input, so that every layer
+        matters.
+        """
         return self.hidden**-0.5
 
     @property
@@ -117,14 +119,14 @@ class Sizes:
         return torch.randint(3, self.vocab, (self.batch, length), generator=torch.Generator().manual_seed(5))
 
     def fewer_tokens(self) -> Tensor:
-        """What a decoder is to say of an encoder's tokens."""
+        """Returns a decoder's labels, which are fewer than an encoder's tokens."""
         return self.tokens(max(2, self.length - 3))
 
     def numbers(self, *shape: int) -> Tensor:
         return torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(6))
 
     def text(self) -> dict[str, Tensor]:
-        """Every second sequence is three tokens shorter, padded on the left."""
+        """Returns a batch of tokens, in which every second sequence is three tokens shorter and padded on the left."""
         mask = torch.ones(self.batch, self.length, dtype=torch.long)
         mask[1::2, : min(3, self.length - 1)] = 0
         return {"input_ids": self.tokens(), "attention_mask": mask}
@@ -227,7 +229,7 @@ def _falcon(s: Sizes, ia3: Optional[dict[str, Any]] = None, **sizes: Any) -> Arc
     return _decoder(s, "Falcon", {**s.body, **_SPECIAL, "vocab_size": s.vocab, **sizes}, ia3=ia3 or {})
 
 
-# What is tested one by one.
+# The architectures that tests cover one by one.
 _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Llama": lambda s: _decoder(s, "Llama", s.grouped),
     "Qwen2": lambda s: _decoder(s, "Qwen2", s.grouped),
@@ -301,7 +303,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
 
 _POSITIONS = {"max_position_embeddings": 32}
 
-# What the model fuzzer draws from beside them; its target modules are its own.
+# More architectures for the model fuzzer, which chooses target modules itself.
 _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     "Gemma": lambda s: _decoder(s, "Gemma", s.headed),
     "GPT-J": lambda s: _decoder(s, "GPTJ", {**s.gpt, "rotary_dim": 4}),
@@ -366,7 +368,7 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
          "hidden_dim": s.inner, "initializer_range": s.spread, "pad_token_id": 0},
     ),
     "ELECTRA": lambda s: _classifier(s, "Electra", {**s.encoder, "embedding_size": 24}),
-    # All its layers are one module, which is called several times.
+    # All layers of ALBERT are one module, which is called several times.
     "ALBERT": lambda s: _classifier(s, "Albert", {**s.encoder, "embedding_size": 24}),
     "DeBERTa-v2": lambda s: _classifier(
         s, "DebertaV2",
@@ -380,7 +382,7 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     ),
     "BART": lambda s: _seq2seq(s, "Bart", {**s.bart, **_POSITIONS}),
     "mBART": lambda s: _seq2seq(s, "MBart", {**s.bart, **_POSITIONS}),
-    "NLLB-MoE": lambda s: _seq2seq(  # its experts are modules; with few tokens one ReLU may change everything
+    "NLLB-MoE": lambda s: _seq2seq(  # experts are modules; with few tokens one ReLU matters much
         s, "NllbMoe",
         {**s.bart, **_POSITIONS, "num_experts": s.experts, "encoder_sparse_step": 1, "decoder_sparse_step": 1,
          "expert_capacity": 64, "router_jitter_noise": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
@@ -427,10 +429,10 @@ ARCHITECTURES = {name: architecture(name) for name in _TESTED}
 
 # --- a step of a model, and what is compared --------------------------------------------------------------------------
 
-# Logits, loss and gradients by name.
+# The results of a training step by name: logits, loss and gradients.
 Step = dict[str, Optional[Tensor]]
-# The order of float32 sums of at most 128 terms differs, through two layers and back, which changes a gradient by up to
-# 5e-6 of its norm. A bfloat16 rounding changes it by 2e-3, a missing term of a layer by more than 1e-2.
+# Another order of float32 sums of at most 128 terms, through two layers and back, changes a gradient by up to 5e-6 of
+# the gradient's norm. A bfloat16 rounding changes a gradient by 2e-3, a missing term of a layer by more than 1e-2.
 TOLERANCE = 2e-5
 
 
@@ -452,7 +454,7 @@ class OperatorCalls(TorchDispatchMode):
             layers = args[0] if name.endswith("_backward") else args[3][::2]  # a gradient or a scaling for each layer
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
-            scaled = args[12] is not None  # the scale vector of DoRA
+            scaled = args[12] is not None  # argument 12 is DoRA's vector of output scales
             self.calls[name.replace("lora_experts", "dora_linear" if scaled else "lora_linear")] += 1
         elif func.namespace == "peft_ext" and not OPERATORS[name].composed:
             self.calls[name] += 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-# On the name of a layer this expression backtracks without end.
+# A regular expression that backtracks without end on the name of a layer.
 EVIL = "([a-z_.0-9]+)+!"
 
 

@@ -15,7 +15,7 @@ GROUPED = {**SMALL, "num_key_value_heads": 2}
 DECODER_LAYERS = {"encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 2}
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_heads": 4, "decoder_start_token_id": 0}
 
-# Each kind of configuration: its class, the model's, its arguments; dropout is off in eval.
+# For each kind: the class of the configuration, the class of the model, and the arguments of the configuration.
 MODELS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "num_hidden_layers": 3}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "num_hidden_layers": 2, "head_dim": 12}),
@@ -39,7 +39,8 @@ MODELS = {
     "bart": ("BartConfig", "BartForConditionalGeneration", {"vocab_size": VOCAB, "d_model": 32, "encoder_ffn_dim": 40,
                                                             "decoder_ffn_dim": 40, **DECODER_LAYERS}),
 }  # fmt: skip
-TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}  # all other kinds: CAUSAL_LM
+# All other kinds of models have the task CAUSAL_LM.
+TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}
 
 
 def make_model(kind: str) -> transformers.PreTrainedModel:

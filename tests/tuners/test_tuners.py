@@ -58,7 +58,7 @@ def test_starts_as_the_base_model_and_trains_its_own_tensors_alone(method, name)
     model, base = make(method, name)
     wanted = logits(base)
     assert torch.equal(logits(model), wanted)
-    assert torch.equal(logits(model.train()), wanted)  # the difference is 0 for any gates
+    assert torch.equal(logits(model.train()), wanted)  # w is 0, so a new adapter adds 0 for any gates
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == set(adapter_parameters(model)) and all(f".{PREFIX[method]}" in n for n in trained)
     assert set(gradients(model)) == trained
@@ -170,7 +170,7 @@ def test_merged_unmerged_disabled_and_unloaded(method, name):
     model.merge_adapter(safe_merge=True)
     assert torch.equal(logits(model), wanted)
     assert get_model_status(model).merged_adapters == ["default"]
-    assert_same(get_peft_model_state_dict(model), saved)  # the saved state is the adapter's, merged or not
+    assert_same(get_peft_model_state_dict(model), saved)  # the adapter's saved state does not depend on a merge
     clone = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     for one in (model, clone):
         one.unmerge_adapter()
@@ -254,7 +254,7 @@ def test_gradient_checkpointing(method, reentrant):
     model.base_model.model.enable_input_require_grads()
     torch.manual_seed(5)
     actual = gradients(model)
-    assert_same(actual, wanted)  # under Diff Pruning, the second forward draws the same u
+    assert_same(actual, wanted)  # under Diff Pruning, the recomputation must draw the u of the forward
 
 
 @pytest.mark.parametrize("method", ["BitFit", "diff"])
@@ -395,7 +395,7 @@ def test_shards_are_refused_and_what_can_not_be_wrapped_stays_frozen():
         def __init__(self):
             super().__init__()
             self.inner = Mixed()
-            self.inner.bias = nn.Parameter(torch.zeros(8))  # a parameter beside a list of layers
+            self.inner.bias = nn.Parameter(torch.zeros(8))  # a parameter of the module that also has a list of layers
 
     for config in (BitFitConfig(), PartialConfig(target_modules=["inner"]), DiffPruningConfig()):
         with pytest.warns(UserWarning, match="inner.bias stays frozen"):

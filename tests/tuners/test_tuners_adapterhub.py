@@ -76,7 +76,7 @@ def test_a_block_that_is_checkpointed_has_its_adapter_recomputed(kind):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         model.train().zero_grad()
-        torch.manual_seed(0)  # GPT-2 drops
+        torch.manual_seed(0)  # GPT-2 has dropout
         measured(model, kind, trained)
         grads.append([p.grad.clone() for p in trained.values()])
     for one, two in zip(*grads, strict=True):

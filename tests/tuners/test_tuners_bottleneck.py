@@ -166,7 +166,7 @@ def test_errors():
 
 
 _LAYERS = {"layers.0", "layers.1"}
-EXPECTED = {  # by placement: the adapted modules of a layer
+EXPECTED = {  # for each placement, the names of the adapted modules of a layer
     "Llama": {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": _LAYERS, "after_ffn": {"down_proj"}, "parallel": {"mlp"}},
     "Gemma2": {"houlsby": {"o_proj", "down_proj"}, "after_ffn": {"down_proj"}, "parallel": {"mlp"}},
     "Phi": {"houlsby": {"dense", "fc2"}, "pfeiffer": {"fc2"}, "after_ffn": {"fc2"}, "parallel": {"mlp"}},

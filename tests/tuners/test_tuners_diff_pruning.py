@@ -118,7 +118,7 @@ def test_the_penalty_is_in_the_loss_while_training_whatever_way_in(task_type):
         assert torch.equal(model.base_model(**inputs).loss, outputs.loss)
         return outputs, (outputs.loss - data).double()
 
-    outputs, added = losses()  # in eval mode
+    outputs, added = losses()  # the losses in eval mode
     assert added.abs() < 1e-6
     model.train()
     outputs, added = losses()

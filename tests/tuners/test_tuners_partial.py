@@ -75,7 +75,7 @@ def test_a_second_adapter_finds_linear_layers_under_the_first():
     model.add_adapter("second", PartialConfig(target_modules="all-linear"))
     second = {name for name, layer in model.base_model.layers() if "second" in layer.adapters}
     assert first < second and len(second) == 14
-    # Target_modules are names that also exist in a model without adapters.
+    # The names in target_modules must also exist in a model without adapters.
     assert model.peft_config["second"].target_modules >= first
 
 

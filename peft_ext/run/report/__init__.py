@@ -2,10 +2,11 @@
 
 ::
 
-    redraw("outputs/finetune")           # draws it again from run.json
+    redraw("outputs/finetune")           # draws report.html again from run.json
 
-page.html is the template and style.css the style sheet. script.js shows the figures under the pointer; all else works
-without scripts. A Content-Security-Policy in the page forbids every request, and every script except script.js.
+page.html is the template and style.css the style sheet. script.js shows the values under the pointer; the other parts
+of the page work without scripts. The Content-Security-Policy of the page forbids requests to a network, and scripts
+other than script.js.
 """
 
 from .page import redraw, render, write_report

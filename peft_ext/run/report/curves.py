@@ -1,7 +1,7 @@
-"""The curves of a report: the paths of an inline SVG, and the data of the page's script.
+"""Computes the curves of a report: the paths of an inline SVG, and the data of the page's script.
 
 A curve of at most :data:`MOST_POINTS` steps is drawn point by point. A longer curve is drawn as the means of bins of
-steps, over a band from the least to the greatest value of each bin.
+steps, usually over a band from the least to the greatest value of each bin.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, Optional
 from ...chart import Scale, path, span
 from .figures import short
 
-MOST_POINTS = 1000  # points of the longest curve that is drawn point by point
+MOST_POINTS = 1000  # number of points of the longest curve that is drawn point by point
 _BINS = 400
-WIDTH, HEIGHT = 1000, 300  # units of a plot, which the page stretches
+WIDTH, HEIGHT = 1000, 300  # size of a plot in SVG units; the page stretches the plot
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: ``x`` ascending, ``y`` with None where there is no finite value.
+    """A curve. ``x`` is ascending; ``y`` has None where there is no finite value.
 
     Attributes:
         look: CSS class of the curve.
@@ -39,7 +39,7 @@ class Series:
 
 
 def _binned(series: Series) -> dict[str, Any]:
-    """Returns a curve's data for the script: points, or mean, least and greatest of bins of ``width`` steps."""
+    """Returns a curve's data for script.js: its points, or each bin's mean, least and greatest value."""
     about = {"look": series.look, "last": series.x[-1]}
     if len(series.x) <= MOST_POINTS:
         return {"x": list(series.x), "y": list(series.y), "low": None, "high": None, "width": 1, **about}
@@ -54,7 +54,7 @@ def _binned(series: Series) -> dict[str, Any]:
 def draw_chart(
     name: str, heading: str, unit: str, series: Sequence[Series], *, zero: bool, steps: int
 ) -> dict[str, Any]:
-    """Returns a figure's data for the template: notes, legend, paths, labels. ``zero``: the axis begins at 0."""
+    """Returns a figure's data for the template: notes, legend, paths, labels. With ``zero`` the y axis begins at 0."""
     series = [s for s in series if any(v is not None for v in s.y)]
     drawn = [_binned(s) for s in series]
     chart: dict[str, Any] = {
@@ -115,7 +115,10 @@ def _told(series: Series) -> str:
 
 
 def smoothed(values: Sequence[Optional[float]], over: int) -> list[Optional[float]]:
-    """Returns ``m_t = Σ_i b^(t−i) v_i / Σ_i b^(t−i)`` with ``b = 1 − 1/over``, over the finite values up to t."""
+    """Returns ``m_t = Σ_i b^(t−i) v_i / Σ_i b^(t−i)``, summed over the finite ``v_i`` with i ≤ t; b = 1 − 1/over.
+
+    ``m_t`` is None where ``v_t`` is None.
+    """
     decay, total, weight = 1 - 1 / over, 0.0, 0.0
     smooth: list[Optional[float]] = []
     for value in values:

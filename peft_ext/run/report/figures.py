@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
-_MOST_TEXT = 4000  # most characters of a text
+_MOST_TEXT = 4000  # most characters of a text that the report shows
 NONE = "–"
 
 
 def number(value: Any) -> Optional[float]:
-    """Returns a finite float, or None."""
+    """Returns ``value`` as a float; None where ``value`` is no finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def clip(value: Any) -> str:
-    """Returns the text of a value, cut after 4,000 characters."""
+    """Returns ``value`` as a text, cut after 4,000 characters with a note on the number of other characters."""
     text = str(value)
     if len(text) > _MOST_TEXT:
         text = f"{text[:_MOST_TEXT]} … ({len(text) - _MOST_TEXT:,} characters more)"
@@ -25,7 +25,10 @@ def clip(value: Any) -> str:
 
 
 def short(value: Any, digits: int = 4) -> str:
-    """Returns a number with ``digits`` significant digits. ``short`` in script.js returns equal texts."""
+    """Returns a number as text with ``digits`` significant digits; "–" for no finite number.
+
+    With four digits the function ``short`` of script.js returns equal texts.
+    """
     if (value := number(value)) is None:
         return NONE
     size = abs(value)
@@ -38,7 +41,7 @@ def short(value: Any, digits: int = 4) -> str:
 
 
 def count(value: Any) -> str:
-    """Returns a number rounded to an integer, with commas."""
+    """Returns a number, rounded to an integer, as text with commas; "–" for no finite number."""
     found = number(value)
     return NONE if found is None else f"{found:,.0f}"
 
@@ -48,7 +51,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration: "4.2 s", "1 min 15 s" or "2 h 05 min"."""
+    """Returns a number of seconds as text, such as "4.2 s", "1 min 15 s" or "2 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Draws report.html from the document of a run.json. page.html is the template and reads the document itself."""
+"""Draws report.html from the content of a run.json. The template page.html reads most entries of run.json directly."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .curves import HEIGHT, WIDTH, Series, draw_chart, smoothed
 from .figures import clip, count, duration, number, percent, short
 
 _FOLDER = Path(__file__).parent
-_ROWS = 21  # rows of the table of figures, without the rows added for held-out losses
+_ROWS = 21  # most rows of the table of figures, without the rows added for held-out losses
 _KINDS = {"frozen": "frozen weights and their scales", "adapter": "adapter", "gradients": "gradients",
           "optimizer": "optimizer's states"}  # fmt: skip
-# Entries that the run.json of a stopped run may lack. The page says that their contents are missing.
+# Entries that the run.json of a stopped run may lack. An absent entry is drawn as an empty mapping or list.
 _MAPPINGS = ("perplexity", "examples", "held_out", "history", "seconds", "memory", "check", "fused", "machine",
              "versions")  # fmt: skip
 _LISTS = ("losses", "resumed", "samples")
@@ -30,10 +30,10 @@ Document = Mapping[str, Any]
 
 
 def redraw(folder: Union[str, Path]) -> Path:
-    """Draws ``report.html`` in ``folder`` again from the run.json there, and returns the path of the report.
+    """Draws ``report.html`` in ``folder`` from the folder's run.json, and returns the path of the report.
 
-    Raises RunError where the folder has no run.json, where a run did not write that file, or where the report can't be
-    written.
+    Raises RunError where the folder has no run.json, where the content of run.json is not as a run writes it, or where
+    the report can't be written.
     """
     from jinja2 import TemplateError
 
@@ -55,7 +55,7 @@ def redraw(folder: Union[str, Path]) -> Path:
 
 
 def write_report(folder: Path, document: Document) -> Path:
-    """Writes ``report.html`` into ``folder`` atomically and returns its path."""
+    """Writes ``report.html`` into ``folder`` atomically and returns the path of the report."""
     path, page = folder / "report.html", render(document)
     with atomic_file(path) as file:
         file.write(page)
@@ -63,7 +63,7 @@ def write_report(folder: Path, document: Document) -> Path:
 
 
 def render(document: Document) -> str:
-    """Returns the page of a run.json's ``document``. Where a stopped run lacks an entry, the page says so."""
+    """Returns the HTML page of ``document``, the content of a run.json, which may lack entries of a finished run."""
     run = {name: {} for name in _MAPPINGS} | {name: [] for name in _LISTS} | {"steps": 0} | dict(document)
     if not run["samples"] and "answers" in run:
         run["samples"] = [run["answers"]]
@@ -100,7 +100,10 @@ def _files() -> tuple[Any, Any, Any, str]:
 
 
 def _history(document: Document) -> SimpleNamespace:
-    """Returns columns as long as ``step``, with None where a value is missing or not finite, and held-out points."""
+    """Returns the columns of the history, each as long as ``step``, and the points of the held-out curve.
+
+    A column has None where a value is missing or not finite.
+    """
     history, losses = document["history"], document["losses"]
     step = [int(s) for s in history.get("step", [])] or list(range(1, len(losses) + 1))
     if len(step) != len(losses):
@@ -145,7 +148,10 @@ def _charts(document: Document) -> list[dict[str, Any]]:
 
 
 def _memory(document: Document) -> Optional[dict[str, Any]]:
-    """Returns the memory bar's parts, the peak in MiB and the table's rows; None where nothing was measured."""
+    """Returns the parts of the memory bar, the peak in MiB and the rows of the memory table.
+
+    Returns None where no tensors were measured.
+    """
     gpu, process = number(document.get("peak_cuda_mib")), number(document.get("peak_mib"))
     peak = process if gpu is None else gpu
     kinds = [(name, label, size) for name, label in _KINDS.items()
