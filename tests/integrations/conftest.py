@@ -1,5 +1,5 @@
-"""In these tests, a fused layer asks for its reasons even if its call is known, and fused LayerNorms run for few
-elements too, because the tests use few.
+"""Fixtures of all tests in this folder: each call on the fast path also runs the checks, and a fused LayerNorm runs the
+operator for any number of elements, because the tests use small tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ norm = pytest.importorskip("peft_ext.integrations.model_blocks.norm")
 
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Returns the former limits of few elements, by dtype."""
+    """Removes the limits ``norm.LEAST``, and returns the removed limits by dtype."""
     usual = norm.LEAST
     monkeypatch.setattr(norm, "LEAST", {})
     return usual

@@ -1,4 +1,4 @@
-"""Changes names in PEFT, transformers or bitsandbytes, and shows what peft_ext then does and says.
+"""Changes names in PEFT, transformers or bitsandbytes, and prints what peft_ext then fuses, warns and raises.
 
 ``python renamed_names.py peft_folder tmp_folder`` reads cases from stdin as JSON. By name, each case has its edits of a
 copy of PEFT ([file, pattern, replacement]; file "*" means every file; without a pattern the file is renamed) and the
@@ -39,7 +39,8 @@ def _base(kind):
     else:
         linear = nn.Linear(64, 64)
     model.add_module("layer", linear)
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.endswith("4bit"), kind.endswith("8bit")  # PEFT asks it
+    # PEFT reads these attributes to choose the class of an adapter layer.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.endswith("4bit"), kind.endswith("8bit")
     return model
 
 
@@ -62,7 +63,8 @@ def _models():
 
 
 def _found(folder, deleted):
-    """Returns what accelerate, explain and other parts of the package do: fused layers, warnings, errors."""
+    """Returns which layers accelerate fuses, and the warnings and errors of accelerate, explain and other functions of
+    peft_ext, with PEFT imported from ``folder`` and the names ``deleted``."""
     sys.path.insert(0, str(folder))
     import peft
 

@@ -1,5 +1,5 @@
-"""Tests of accelerate on DoRA: the two dropouts, PEFT's cache of the norm, and DoRA over NF4, which stock PEFT cannot
-adapt.
+"""Tests of accelerate on DoRA: both values of dora_dropout, PEFT's cache of the norm, and DoRA over NF4Linear, which
+stock PEFT can't adapt.
 """
 
 import copy
@@ -87,7 +87,7 @@ def test_a_wrong_dropout_is_named_before_anything_changes():
 
 def test_doras_dropout_needs_the_layer_in_training_too():
     model = make_method("DoRA", lora_dropout=0.9).eval()
-    first(model).lora_dropout.train()  # PEFT's DoRA looks at the layer's mode as well
+    first(model).lora_dropout.train()  # PEFT's DoRA applies dropout only if the layer is in training mode, too
     stock, fused = both(model)
     x = inputs()
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-5)
@@ -103,13 +103,13 @@ def test_doras_cache_is_honoured(monkeypatch):
     with DoraCaching():
         for _ in range(3):
             torch.testing.assert_close(fused(x), wanted)
-        assert len(seen) == 2  # once a layer
+        assert len(seen) == 2  # the norm is computed once for each of the two layers
         cached, theirs = (first(model).lora_magnitude_vector["default"] for model in (fused, stock))
         stock(x)
         key = "weight-norm-default"
         torch.testing.assert_close(cached._dora_cache[key], theirs._dora_cache[key])
     fused(x)
-    assert not cached._dora_cache  # PEFT forgets the norm outside of the cache, too
+    assert not cached._dora_cache  # outside of DoraCaching a call clears the cached norm, as in PEFT
     with DoraCaching():
         fused(x)
         assert cached._dora_cache
@@ -121,9 +121,7 @@ def test_doras_cache_is_honoured(monkeypatch):
 
 @pytest.mark.parametrize("base", ["nf4", "nf4 bfloat16"])
 def test_dora_over_nf4(base):
-    """DoRA is added to an accelerated model, made before the model was quantized, or made by PEFT's hook for a layer
-    class.
-    """
+    """DoRA is added to an accelerated model over NF4, or made by PEFT's registry of custom layer classes."""
     model = peft_ext.accelerate(make(base))
     model.add_adapter("dora", config_of("DoRA"))
     model.set_adapter("dora")
@@ -148,7 +146,8 @@ def test_other_variants_over_nf4_are_a_clear_error():
 
 
 def test_dora_on_a_quantized_base_is_made_loaded_and_added(tmp_path):
-    """PEFT computes the norm of the weight when it makes the layer, which fails for an NF4Linear."""
+    """PEFT computes the norm of the weight when PEFT makes a DoRA layer. Stock PEFT can't compute the norm of an
+    NF4Linear's weight."""
     torch.manual_seed(0)
     dense = MLP()
     config = functools.partial(config_of, "DoRA")

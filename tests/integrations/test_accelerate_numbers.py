@@ -1,5 +1,5 @@
-"""Tests of accelerate on live PEFT models: output and gradients are as exact as PEFT's, with PEFT's dtypes and
-dropout.
+"""Tests of accelerate on live PEFT models: outputs and gradients are as exact as PEFT's, and have PEFT's dtypes and
+dropout probabilities.
 """
 
 import copy
@@ -67,9 +67,8 @@ def test_output_and_gradients_are_as_good_as_pefts(method, config, base, mode):
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @every_method
 def test_float32_activations_over_a_16_bit_compute_dtype(method, dropout, compute):
-    """Activations are float32, as after prepare_model_for_kbit_training: PEFT adds the adapter in float32, and so does
-    peft_ext.
-    """
+    """Activations are float32, as after prepare_model_for_kbit_training. PEFT and peft_ext add the adapter in
+    float32."""
     errors = {"stock": 0.0, "fused": 0.0}
     for _ in range(4):
         model = MLP(lambda k, n: four_bit(k, n, compute))
@@ -118,7 +117,8 @@ def test_a_llama_has_pefts_loss_and_gradients(train):
 def test_dropout_draws_from_pytorchs_generator_and_keeps_the_right_share():
     model = peft_ext.accelerate(make(lora_dropout=0.25).train())
     layer = model.base_model.model.up
-    with torch.no_grad():  # y - base = x̃ Aᵀ Bᵀ s with A = B = I over 64 features: the mask itself
+    # The base output is zero and A = B = I, so that y is the dropped x times the scaling and shows the mask.
+    with torch.no_grad():
         layer.base_layer.weight.zero_(), layer.base_layer.bias.zero_()
     model.delete_adapter("default")
     model.add_adapter(
@@ -185,7 +185,7 @@ NAMES = ["default", "other", "__base__", "other", "third", "default", "default"]
 
 
 def mixed(base="float32", **config):
-    """Returns a model with three adapters of different ranks, scales and targets; "third" is on one layer alone."""
+    """Returns a model with three adapters of different ranks and scales. The adapter "third" is on one layer only."""
     model = make(base, **config)
     model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, lora_alpha=7, init_lora_weights=False))
     model.add_adapter("third", LoraConfig(target_modules=["down"], r=11, init_lora_weights=False))
@@ -272,7 +272,7 @@ def test_a_mixed_batch_that_is_not_fused_is_pefts_to_the_bit(about, grouped_call
 def test_extra_arguments_and_the_argument_check():
     stock, fused = both(mixed())
     x = inputs(tokens=(len(NAMES), 5))
-    for layers in (("third",), ("__base__",)):  # the first layer has neither of these adapters
+    for layers in (("third",), ("__base__",)):  # the first layer has no adapter of these names
         up = [first(model)(x, adapter_names=[*layers] * len(NAMES)) for model in (stock, fused)]
         assert torch.equal(*up)
     for model in (stock, fused):
@@ -306,14 +306,14 @@ def test_autocast_gives_pefts_dtype(method, base, x_dtype):
     stock_base = base in (
         "bnb",
         "bnb nested",
-    )  # a layer that computes in float32 does so under autocast too, with its own forward
+    )  # a 4-bit layer with compute_dtype float32 runs its own forward under autocast
     assert explanation.fused_share == (0.0 if stock_base and method in ("DoRA", "IA3") else 1.0)
     alone = "autocast computes in bfloat16, the layer's compute_dtype is float32" if stock_base else ""
     assert all(alone in row.reason and bool(alone) == bool(row.reason) for row in explanation.rows)
 
 
 def test_several_adapters_in_float16_under_bfloat16_autocast():
-    """A CPU's autocast in bfloat16 refuses to concatenate float16."""
+    """Under bfloat16 autocast on a CPU, PyTorch's cat raises an error for float16 tensors."""
     torch.manual_seed(0)
     model = make_method("LoRA", "dense").train()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False))
@@ -339,7 +339,8 @@ def assert_layers_return_pefts_dtype(stock, fused, x_dtype):
 @pytest.mark.parametrize("method", METHODS[1:])
 @every_dtype
 def test_a_4bit_layer_returns_pefts_dtype_under_cudas_autocast(method, x_dtype, monkeypatch):
-    """PEFT's 4-bit layers ask for CUDA's autocast on every device; the test replaces it by the CPU's autocast."""
+    """PEFT's 4-bit layers check CUDA's autocast on every device. The test makes this check return the CPU's
+    autocast."""
     stock, fused = both(make_method(method, "bnb bfloat16").train())
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": enabled(device))

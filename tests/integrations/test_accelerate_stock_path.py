@@ -1,5 +1,5 @@
-"""Tests of accelerate on live PEFT models: layers that are not fused are bitwise equal to PEFT's, and explain has the
-reason.
+"""Tests of accelerate on live PEFT models: a layer that is not fused gives bitwise PEFT's results, and explain gives
+the reason.
 """
 
 import copy
@@ -58,7 +58,7 @@ class Doubled(nn.Linear):
 
 
 def _double(*args):
-    """A forward hook that doubles the result."""
+    """Returns twice the layer's output, as a forward hook."""
     return args[-1] * 2
 
 
@@ -153,7 +153,9 @@ COMMON = {
     "patched": (_patch_layer, "replaced on the instance"),
     "float64": (lambda m: m.double(), "float64"),
 }
-ON_ITS_OWN = {  # DoRA is not fused over such a base; for the other methods the adapter's part is fused
+# Cases in which the base layer's own forward has to run. DoRA is then not fused; of the other methods the adapter's
+# part is fused.
+ON_ITS_OWN = {
     "base requires grad": (lambda m: first(m).base_layer.weight.requires_grad_(), "requires grad"),
     "base hook": (HOOKS["forward hook on the base"], "hooks on base_layer"),
 }
@@ -186,7 +188,8 @@ STOCK = {
     "several: a variant": ("LoRA", _add("DoRA", r=2), {}, "DoRA beside another active adapter"),
 }  # fmt: skip
 
-# Each case is fused over the base layer's own forward, and gives a reason.
+# Cases in which the adapter's part is fused over the base layer's own forward: how to change the model, the adapter's
+# configuration, and the reason for the base layer.
 FUSED = {
     "lora_bias": (None, {"lora_bias": True}, ""),
     "lora_bias, several": (_second, {"lora_bias": True}, ""),
@@ -218,7 +221,7 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     assert row.name == "base_model.model.up"
     if case.startswith("LoRA: "):
         assert row.kind == ("aLoRA over Linear" if case == "LoRA: aLoRA" else "LoRA over Linear")
-    # If the other layer is fused, it gets PEFT's class back, so that all bits can be compared.
+    # The layer `down` gets PEFT's class back, so that only the layer of the case is compared, bit by bit.
     peft_ext.restore(fused.base_model.model.down)
     found, wanted = run(fused, x), run(stock, x)
     assert_identical(found, wanted)
@@ -239,8 +242,8 @@ def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
     stock = make(base, **config).train()
     (prepare or (lambda model: None))(stock)
     fused = copy.deepcopy(stock)
-    wide = copy.deepcopy(stock).double()  # every layer in float64, including hooks
-    for model in (fused, wide):  # hooks and patched forwards of the first model are bound to it
+    wide = copy.deepcopy(stock).double()  # the expected values are computed in float64
+    for model in (fused, wide):  # copied hooks and patched forwards still belong to the stock model
         for layer in tuners(model).values():
             base_layer = layer.base_layer
             base_layer._forward_hooks.clear(), base_layer._backward_pre_hooks.clear()
@@ -261,7 +264,7 @@ def test_over_a_base_that_runs_on_its_own_the_adapters_part_is_fused(method, nam
     stock = make_method(method).train()
     fused = copy.deepcopy(stock)
     for model in (stock, fused):
-        for layer in ("up", "down"):  # (IA)³ has one layer of each kind
+        for layer in ("up", "down"):  # in the (IA)³ configuration only `down` is a feedforward layer
             prepare(SimpleNamespace(base_model=SimpleNamespace(model=SimpleNamespace(up=getattr(model, layer)))))
     peft_ext.accelerate(fused)
     rows = peft_ext.explain(fused).rows
@@ -348,7 +351,7 @@ def test_without_a_native_kernel_the_stock_path_runs(method, base, no_kernels):
     x = inputs(base, (21,))
     for train in (False, True):
         found, wanted = run(fused.train(train), x), run(stock.train(train), x)
-        if method == "DoRA" and base.startswith("nf4"):  # the stock layer has another weight, the dequantized one
+        if method == "DoRA" and base.startswith("nf4"):  # stock DoRA runs over a dequantized copy of the weight
             torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
         else:
             assert_identical(found, wanted)
@@ -498,7 +501,8 @@ def test_convolutions_stay_as_they_are(method):
 
 
 def test_a_dora_whose_lora_b_has_a_bias():
-    """PEFT never makes such a layer; an ``add_adapter`` that failed half-way can leave one behind."""
+    """PEFT does not make a DoRA layer whose lora_B has a bias, but an ``add_adapter`` that fails midway can leave
+    one."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(K, N)), LoraConfig(r=3, target_modules=["0"], use_dora=True))
     layer = model.base_model.model[0]

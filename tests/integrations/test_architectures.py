@@ -1,8 +1,8 @@
-"""Tests of accelerate on transformers' architectures: results must equal PEFT's own layers with the same weights, batch
-and seed.
+"""Tests of accelerate on transformers' architectures: results must equal those of PEFT's own layers with equal weights,
+batch and seed.
 
-The models keep their own dropout in training, with PyTorch's masks here. So an adapter layer that does not draw from
-the generator where PEFT's layer draws gives another loss.
+The models' own dropouts act in training, with PyTorch's masks. An adapter layer that does not draw from the generator
+at the points where PEFT's layer draws would therefore change the loss.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def masks_of_pytorch():
         yield
 
 
-# By architecture: how many layers each method adapts, and how many of them run fused.
+# For each architecture and method: how many layers the method adapts, and how many of the adapted layers run fused.
 LAYERS = {
     #           LoRA      DoRA      IA3
     "Llama":   ((14, 14), (14, 14), (6, 6)),
@@ -78,17 +78,17 @@ LAYERS = {
     "Mixtral": ((12, 12), (8, 8),   (4, 4)),
 }  # fmt: skip
 
-# The reasons of the layers that are not fused.
+# For an architecture and a method: the reasons of the layers that are not fused, each with the number of layers.
 REASONS: dict[tuple[str, str], dict[str, int]] = {}
 
 GENERATING = [name for name, architecture in ARCHITECTURES.items() if architecture.generates]
 
 
 def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
-    """Dtypes are PEFT's. The error of all gradients together, with equal weights, is at most twice PEFT's error.
+    """Asserts that dtypes are PEFT's, and that the norm of the gradients' relative errors is at most twice PEFT's.
 
-    Most of the error is the model's own rounding, which is another random draw if a layer rounds once less: over other
-    batches, our error is 0.6 to 1.7 times PEFT's.
+    Most of the error is rounding inside of the model. One rounding less in a layer changes these errors at random: over
+    other batches, the error of peft_ext is 0.6 to 1.7 times PEFT's error.
     """
     assert {key: value.dtype for key, value in actual.items()} == {key: value.dtype for key, value in stock.items()}
     ours, theirs = (
@@ -99,7 +99,7 @@ def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
 
 
 class Case:
-    """An architecture under a method: PEFT's model, an accelerated copy, and a training step of each."""
+    """An architecture with a method's adapter: PEFT's model, an accelerated copy, and a training step of each model."""
 
     def __init__(self, name: str, method: str) -> None:
         self.name, self.method, self.architecture = name, method, ARCHITECTURES[name]
@@ -121,7 +121,7 @@ class Case:
         assert (len(rows), sum(row.fused for row in rows)) == (self.layers, self.fused_layers), peft_ext.explain(model)
 
 
-# One model of each family is in the first tier of tests, and each method.
+# The architectures and methods in the first tier of tests: each method, and one model of each family.
 FIRST_TIER = {"Llama-LoRA", "Llama-DoRA", "Llama-IA3", "Gemma3-LoRA", "GPT-2-DoRA", "Mixtral-LoRA", "BERT-LoRA",
               "T5-IA3", "ViT-DoRA"}  # fmt: skip
 
@@ -134,7 +134,7 @@ def cases(names: Iterable[str]) -> list[Any]:
 
 @pytest.fixture(scope="module", params=cases(ARCHITECTURES))
 def case(request: pytest.FixtureRequest) -> Case:
-    """The tests of one architecture and method share a case, and change only copies."""
+    """Returns the case that all tests of one architecture and method share. Tests change only copies of the models."""
     return Case(*request.param)
 
 
@@ -151,7 +151,7 @@ def test_the_layers_that_should_be_are_fused(case: Case) -> None:
     assert {row.name for row in explanation.rows} == set(tuners(case.fused))
     reasons = Counter(row.reason for row in explanation.rows if not row.fused)
     assert reasons == REASONS.get((case.name, case.method), {}), explanation
-    # explain trusts what a layer says; the operators that a call runs are what really happens.
+    # explain reports what a layer's checks return, so the operators that a call really runs are counted too.
     for training in (False, True):
         with OperatorCalls() as seen:
             case.fused.train(training)(**case.batch)
@@ -171,7 +171,7 @@ def test_logits_loss_and_gradients_are_pefts(case: Case) -> None:
     layers = peft_ext.accelerate(copy.deepcopy(case.fused), blocks=False)
     with layers.disable_adapter():
         assert torch.equal(logits(layers, case.batch), plain)
-    assert error_of(plain, adapted) > 0.1  # otherwise a layer that ignores its adapter might pass
+    assert error_of(plain, adapted) > 0.1  # the adapter must change the logits, so that an ignored adapter is noticed
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
@@ -185,8 +185,8 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
     with OperatorCalls() as seen:
         found = step(model, batch)
     assert_close(found, case.fused_step)
-    # Checkpointing keeps nothing of a block's forward. Fused layers inside a block, not in a pooler, run again in its
-    # backward.
+    # Checkpointing saves no activation inside of a block. Fused layers inside of a block run again in the block's
+    # backward; fused layers outside of blocks, as in a pooler, run once.
     rows = [row for row in peft_ext.explain(model).rows if row.fused]
     again = sum(any(part.isdigit() for part in row.name.split(".")) for row in rows)
     assert seen.calls[case.operator] == case.fused_layers + again
@@ -194,7 +194,8 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
 
 
 def test_bfloat16_models_are_as_good_as_pefts(case: Case) -> None:
-    """Adapters are float32, as PEFT makes them; modules that transformers keeps in float32 stay float32."""
+    """The adapters are float32, as PEFT makes adapters, and the modules that transformers keeps in float32 are
+    float32."""
     stock = copy.deepcopy(case.stock)
     keep = set(stock.base_model.model._keep_in_fp32_modules or ())
     for name, parameter in stock.named_parameters():
@@ -234,7 +235,7 @@ def test_over_nf4_it_is_pefts_over_the_dequantized_weights(case: Case) -> None:
 @pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case, because it takes seconds
 def test_a_model_compiles_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()
-    model = copy.deepcopy(case.fused).base_model.model  # PEFT's own wrapper breaks the graph
+    model = copy.deepcopy(case.fused).base_model.model  # the forward of PEFT's PeftModel would break the graph
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = {key.removeprefix("_orig_mod."): value for key, value in step(compiled, case.batch).items()}
     assert_close(found, step(model, case.batch))
@@ -292,7 +293,7 @@ def test_greedy_tokens_are_pefts(case: Case) -> None:
     assert len(wanted.logits) == 5 and found.past_key_values is not None
     for ours, theirs in zip(found.logits, wanted.logits, strict=True):
         assert_close(ours, theirs)
-    # An encoder runs once, and a decoder keeps its keys and values: of T5's 16 IA3 layers, 6 run for each token.
+    # The encoder's layers and the projections of its keys and values run once: 6 of T5's 16 IA3 layers run per token.
     assert seen.calls[case.operator] >= (1 + 4 * 6 / 16) * case.fused_layers
 
 
@@ -303,7 +304,7 @@ def test_a_quantized_t5_runs() -> None:
     architecture = ARCHITECTURES["T5"]
     batch, wanted = architecture.batch(), architecture.build()
     model = peft_ext.quantize_nf4(architecture.build(), progress=False)
-    # NF4 has an error of about 10% of a weight's norm.
+    # NF4's rounding error is about 10% of a weight's norm.
     assert error_of(logits(model, batch), logits(wanted, batch)) < 0.5
 
 
@@ -320,8 +321,8 @@ def test_the_head_of_a_quantized_classifier_trains(name: str) -> None:
 # --- how many parameters train ----------------------------------------------------------------------------------------
 
 
-# Values that a configuration does not give are those of the named model: transformers' defaults are Llama-7B, GPT-2 and
-# BERT-base.
+# A configuration here lists only values that differ from transformers' defaults. The defaults are those of Llama-7B,
+# GPT-2 and BERT-base.
 SIZES: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PretrainedConfig], str]] = {
     "Llama-7B": (hf.LlamaForCausalLM, hf.LlamaConfig, "CAUSAL_LM"),
     "Llama-3-8B": (
@@ -375,8 +376,8 @@ TRAINABLE = {
     ("name", "method"), [(name, method) for name, methods in TRAINABLE.items() for method in methods]
 )
 def test_the_published_models_train_as_many_parameters(name: str, method: str) -> None:
-    """The model is on the meta device. Acceleration changes no parameter there, and every layer says that it has no
-    memory.
+    """The model is on the meta device. accelerate changes no parameter there, and explain reports every layer as "on
+    meta".
     """
     model_class, config, task = SIZES[name]
     with torch.device("meta"):

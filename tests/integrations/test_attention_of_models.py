@@ -1,5 +1,5 @@
-"""Tests of attention within a model's own forward: the operator runs for supported calls, the model's function
-otherwise.
+"""Tests of attention in a model's own forward: the operator runs for calls that it accepts, and the model's function
+runs for other calls.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(_native.STATE.isa not in attention._PATHS, reaso
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 GROUPS = {**SMALL, "num_key_value_heads": 2}
-# Architectures with grouped heads, head sizes, norms, windows, experts, and values of another size than keys.
+# Architectures that differ in grouped heads, head size, norms, sliding windows, experts, and the size of values.
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPS)),
     "Qwen 2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPS)),
@@ -107,7 +107,7 @@ def test_a_step_is_the_stock_one(name: str, masked: bool) -> None:
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "DeepSeek-V3"])
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]
-    for seed in range(6):  # one model alone may be chance
+    for seed in range(6):  # the error of a single model may be small by chance
         exact = step(build(DECODERS[name], seed=seed))
         narrow = [build(DECODERS[name], torch.bfloat16, seed) for _ in errors]
         for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
@@ -132,7 +132,7 @@ RELATIVE: dict[str, Callable[..., nn.Module]] = {
     "T5": lambda **how: hf.T5ForConditionalGeneration(hf.T5Config(**T5 | how)),
     "UMT5": lambda **how: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5 | how)),
 }
-# More keys than there are buckets of positions; q and k without a scale.
+# T5 has fewer buckets of relative positions than there are keys in the tests, and does not scale q and k.
 T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
       "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 8,
       "relative_attention_max_distance": 16}  # fmt: skip
@@ -145,7 +145,7 @@ def test_relative_positions_are_added_to_the_scores(name: str, masked: bool) -> 
     more = {"labels": IDS[:, :21].contiguous()} | ({"attention_mask": left_padding().flip(1)} if masked else {})
     assert rows(model) == [(True, "")] * 6 and calls(model, **more) == 6 and calls(stock, **more) == 0
     assert_alike(step(model, **more), step(stock, **more))
-    # PyTorch's function also rounds them under autocast.
+    # Under autocast PyTorch's function rounds the position bias, and so does peft_ext.
     with torch.autocast("cpu", torch.bfloat16):
         assert calls(model, **more) == 6
 
@@ -169,7 +169,7 @@ def test_relative_positions_that_train_are_the_models_own() -> None:
     more = {"labels": IDS[:, :21].contiguous()}
     with Calls() as counted:
         found = step(model, **more)
-    assert counted.ours == 2  # the decoder's attention to the encoder, which has no positions
+    assert counted.ours == 2  # only the decoder's attention to the encoder has no position bias
     assert any("relative_attention_bias" in name for name in found)
     assert_alike(found, step(stock, **more))
 
@@ -209,7 +209,7 @@ def test_packed_texts_see_their_own() -> None:
 
 
 def test_generation_is_the_stock_one() -> None:
-    """The operator computes the prompt, and PyTorch's function each further token."""
+    """The operator computes attention for the prompt, and PyTorch's function computes attention for each new token."""
     stock, model = (m.eval() for m in (build(DECODERS["Llama"]), peft_ext.accelerate(build(DECODERS["Llama"]))))
     more = {"max_new_tokens": 9, "do_sample": False, "attention_mask": left_padding()}
     with Calls() as counted:
@@ -223,8 +223,8 @@ def dropping() -> nn.Module:
 
 
 def test_dropout_of_probabilities_is_the_operators() -> None:
-    """The operator's mask differs from PyTorch's and comes from the same generator, so results agree with stock on
-    average.
+    """The operator draws another dropout mask than PyTorch, so only means and deviations over many calls agree with
+    stock attention.
     """
     model = peft_ext.accelerate(build(dropping))
     assert calls(model) == 2
@@ -268,8 +268,8 @@ def test_another_implementation_is_the_models() -> None:
 
 
 def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests functions that replace transformers' function, before or after ``accelerate``. When the function is back,
-    the attention is fused again.
+    """A function that replaces transformers' sdpa function, before or after ``accelerate``, is called. When
+    transformers' function is back, the attention is fused again.
     """
     model, seen = peft_ext.accelerate(build(DECODERS["Llama"])), []
 
@@ -319,7 +319,7 @@ assert tests.rows(model) == [(True, "")] * 2
 
 @pytest.mark.slow
 def test_a_model_that_was_pickled_trains_in_another_process(tmp_path: Path) -> None:
-    """The other process has accelerated nothing, and its first step is under checkpointing's hooks."""
+    """The other process has not called accelerate, and its first step runs under checkpointing's saved-tensor hooks."""
     torch.save(peft_ext.accelerate(build(DECODERS["Llama"])), tmp_path / "model.pt")
     here = Path(__file__).parent
     subprocess.run(
@@ -365,7 +365,8 @@ def test_autocast_computes_it_in_bfloat16() -> None:
 def test_more_keys_on_amx_are_pytorchs_own(
     keys: dict[bool, int], of_ours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The case is bfloat16 without dropout; the results are the same."""
+    """On AMX, PyTorch's function computes attention in bfloat16 without dropout if there are more keys than the
+    limit."""
     model = peft_ext.accelerate(build(DECODERS["Llama"], torch.bfloat16))
     wide = peft_ext.accelerate(build(DECODERS["Llama"]))
     monkeypatch.setattr(type(_native.STATE), "isa", property(lambda _: "amx"))
@@ -398,12 +399,12 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
         more["scaling"] = -0.3
     elif what.startswith("position bias"):
         more["position_bias"] = torch.randn(1, 4, 20, 20)
-        if what.endswith("more keys"):  # causal attention sees the first key alone
+        if what.endswith("more keys"):  # causal attention with 20 queries sees only the first 20 of 40 keys
             k, v = (torch.cat((x, x), 2) for x in (k, v))
             more["position_bias"] = torch.randn(1, 4, 20, 40)
         elif what.endswith("of others"):
             more["position_bias"] = torch.randn(1, 3, 20, 20)
-        elif what.endswith("a mask"):  # with this mask, a query sees nothing
+        elif what.endswith("a mask"):  # with this mask, one query sees no key
             mask = torch.rand(2, 1, 20, 20) > 0.5
             mask[1, :, 3] = False
         elif what.endswith("a float"):
@@ -436,7 +437,8 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
 
 
 def test_the_memory_of_a_step_is_estimated_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a mask is given, stock makes and saves the keys and values of every head."""
+    """With a mask, stock attention repeats keys and values for every head and saves the repeated tensors. The operator
+    does not."""
     model = peft_ext.accelerate(build(DECODERS["Llama"]))
     found = peft_ext.estimate_memory(model, batch_size=4, sequence_length=300, padding=True)
     monkeypatch.setattr(attention, "_PATHS", ())
