@@ -176,7 +176,7 @@ def test_several_active_adapters_of_one_scale_and_one_active_twice():
     model = make_several(names=("default", "other", "default")).train()
     compare(model, inputs(tokens=(21,)))
     model = peft_ext.accelerate(make_several(lora_dropout=0.5).eval())
-    assert peft_ext.explain(model).fused_share == 1.0  # only the dropout masks prevent one call for several adapters
+    assert peft_ext.explain(model).fused_share == 1.0  # in eval mode no dropout masks prevent the fusion
 
 
 # --- an adapter for each sample ---------------------------------------------------------------------------------------

@@ -321,8 +321,7 @@ def test_the_head_of_a_quantized_classifier_trains(name: str) -> None:
 # --- how many parameters train ----------------------------------------------------------------------------------------
 
 
-# A configuration here lists only values that differ from transformers' defaults. The defaults are those of Llama-7B,
-# GPT-2 and BERT-base.
+# Values that a configuration leaves out are transformers' defaults, which are those of Llama-7B, GPT-2 and BERT-base.
 SIZES: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PretrainedConfig], str]] = {
     "Llama-7B": (hf.LlamaForCausalLM, hf.LlamaConfig, "CAUSAL_LM"),
     "Llama-3-8B": (

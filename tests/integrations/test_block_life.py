@@ -1,5 +1,5 @@
-"""Tests of events in the life of a model with fused blocks: replaced code, hooks, PyTorch's tools around a module,
-copies, restore. Each is compared with the same model without peft_ext.
+"""Tests of events in the life of a model with fused blocks: replaced code, hooks, PyTorch's wrappers around a module,
+copies, restore. Most tests compare the model with an equal model without peft_ext.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def gpt2() -> nn.Module:
 
 
 def gated(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Returns a Llama's MLP and norms in a plain module."""
+    """Returns an adapted nn.Sequential of Llama's RMSNorm and MLP, an nn.LayerNorm and an nn.Linear."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(**SMALL)
     parts = modeling_llama.LlamaRMSNorm(32), modeling_llama.LlamaMLP(config), nn.LayerNorm(32), nn.Linear(32, 32)
@@ -132,8 +132,8 @@ REPLACED = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", REPLACED)
 def test_what_is_replaced_runs(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code is replaced before accelerate, or after accelerate, which is then called again: values are stock's, and
-    explain says stock.
+    """A part of a model's code is replaced before accelerate, or after a first call and before a second call of
+    accelerate. Values are then those of the stock model, and explain reports the block as not fused.
     """
     owner, attribute, value, kind = REPLACED[name]
     stock = llama()
@@ -236,7 +236,7 @@ def test_a_child_of_any_name_is_the_models(kind: str, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["down_proj", "q_proj"])
 def test_hooks_that_write_past_versions(name: str) -> None:
-    """Hooks write into tensors as programs do that switch off neurons."""
+    """Hooks change tensors through ``.data``, which changes no version, as programs that switch off neurons do."""
 
     def erase(module: nn.Module, args: tuple) -> None:
         args[0].data[..., :20].zero_()
@@ -315,7 +315,8 @@ def test_forward_mode_goes_past_blocks_and_layers() -> None:
 
 
 def test_layers_that_are_checkpointed_beside_their_own_cache() -> None:
-    """The recomputation adds to the cache again, and must save the same tensors as before."""
+    """The recomputation adds keys and values to the cache again, and must save tensors of the same shapes as the first
+    forward."""
     stock = llama()
     ours = peft_ext.accelerate(copy.deepcopy(stock))
     layers = list(ours.get_base_model().model.layers)
@@ -344,7 +345,8 @@ def test_global_hooks_see_the_activation(x: Tensor) -> None:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_what_was_saved_and_then_changed_in_place_is_refused(blocks: bool, x: Tensor) -> None:
-    """autograd itself refuses such a change, but does not check if hooks on saved tensors are set."""
+    """A saved tensor is changed in place before the backward. Autograd does not check this for tensors that pass
+    through saved-tensor hooks, so peft_ext raises the error."""
     model = peft_ext.accelerate(gated(), blocks=blocks)
     x.requires_grad_()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -1,4 +1,5 @@
-"""Tests of norms and MLPs on fused operators: their code is known, and results are like the model's own."""
+"""Tests of norms, MLPs and dropouts on fused operators: known forms are fused, and results agree with the model's
+own."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]
-    for seed in range(6):  # one model alone may be chance
+    for seed in range(6):  # the error of a single model may be small by chance
         exact = step(build(name, seed=seed))
         narrow = [build(name, torch.bfloat16, seed=seed) for _ in errors]
         for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
@@ -129,7 +130,8 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
 
 @pytest.mark.parametrize("under", ["meta", "bfloat16", "inference"])
 def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> None:
-    """The first model of a class may be made on the meta device, or with another default dtype."""
+    """The first call of accelerate for a class may be under the meta device, inference mode or another default
+    dtype."""
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
     if under == "meta":
         with torch.device("meta"):
@@ -217,7 +219,7 @@ def test_nothing_wide_is_saved() -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the memory that is allocated within the block, and how much of it is still in use."""
+    """Counts the bytes of tensors that are allocated within the context and are still in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,15 +239,15 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_an_mlp_keeps_gate_and_up_and_the_ranks(dropout: float) -> None:
-    """Besides x and y, an MLP keeps 2 I bfloat16 numbers and three float32 S of each token, and with dropout the
-    seeds.
+    """Besides x and y, an MLP of inner size I with LoRA of rank R keeps 2 I bfloat16 numbers and 3 R float32 numbers
+    per token, and with dropout three seeds of 16 bytes.
     """
     inner, r, tokens = 64, 4, 80
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "intermediate_size": inner})).bfloat16()
     config = LoraConfig(r=r, target_modules="all-linear", lora_dropout=dropout)
     mlp = peft_ext.accelerate(get_peft_model(model, config)).train().get_base_model().model.layers[0].mlp
     x = torch.randn(2, tokens // 2, 32, dtype=torch.bfloat16, requires_grad=True)
-    mlp(x)  # makes everything that is made once for all calls
+    mlp(x)  # the first call allocates tensors that later calls use again
     with Alive() as alive:
         y = mlp(x)
     kept = alive.bytes() - y.numel() * 2
@@ -293,7 +295,7 @@ def adapted(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MLPS)
 def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)  # gives both the same masks
+    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)  # gives the stock and the fused MLP equal masks
     stock = adapted(name, checkpointing)
     torch.manual_seed(3)
     stock = step(stock)
@@ -359,7 +361,8 @@ def test_what_was_changed_in_place_before_it_is_saved_is_not_computed_again() ->
 
 
 def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:
-    """A hook before the last layer changes the layer's input, which is then no longer the activation's output."""
+    """A forward pre-hook on the last layer changes the layer's input in place. The changed input must be saved, because
+    a recomputation of the activation would give the unchanged input."""
     found = []
 
     def shift(_layer: nn.Module, args: tuple[Tensor]) -> None:
@@ -386,7 +389,7 @@ class Shifted(nn.Module):
 
 
 class Unknown(Shifted):
-    """An activation that no operator computes."""
+    """An MLP with an activation that no operator computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -419,8 +422,8 @@ def test_an_activation_that_was_replaced_is_used() -> None:
 
 @pytest.mark.parametrize("regional", [False, True], ids=["model", "each layer"])
 def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
-    """PEFT's issue 3020: in layers compiled with dynamic shapes, the backward drew another dropout mask than the
-    forward.
+    """In layers compiled with dynamic shapes and checkpointing, the backward must use the dropout mask of the forward
+    (PEFT's issue 3020).
     """
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -450,7 +453,7 @@ def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
 
 
 def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Returns a model whose own dropouts act, and an adapter's dropout."""
+    """Returns an adapted model in training mode, whose own dropouts and whose adapter's dropout act."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "BERT":
@@ -466,8 +469,8 @@ def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
 def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PyTorch's masks, the step equals stock's. With its own masks, the model draws as many, new ones in each
-    step.
+    """With PyTorch's masks, the accelerated model's step equals the stock model's step. With the operator's masks, the
+    model calls the operator for each of its five dropouts, and draws new masks in each step.
     """
     stock, model = with_dropouts(kind, dtype), peft_ext.accelerate(with_dropouts(kind, dtype))
     rows = [row for row in peft_ext.explain(model).blocks if row.kind == "dropout"]
@@ -500,7 +503,8 @@ def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pyt
 
 
 def test_dropouts_that_stay_as_they_are() -> None:
-    """Stock dropouts: in-place ones, probabilities of 0 and 1, those of adapters, and all dropouts after restore."""
+    """The stock class stays for in-place dropouts, for probabilities of 0 and 1, for the dropouts of adapters, and for
+    all dropouts after restore."""
     model = with_dropouts("BERT")
     layers = [nn.Dropout(0.5, inplace=True), nn.Dropout(0.0), nn.Dropout(1.0), nn.Dropout1d(0.5), nn.Dropout(0.5)]
     model.get_base_model().more = nn.ModuleList(layers)
@@ -538,7 +542,8 @@ def test_a_norm_is_called_by_name() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_few_elements_are_normed_by_pytorch(dtype, few_elements, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, PyTorch's call takes less time for few elements. A compiled graph does not choose by the batch size."""
+    """A LayerNorm of few elements on a CPU runs PyTorch's layer_norm, which is faster there. A compiled graph runs the
+    operator for any number of elements."""
     monkeypatch.setattr(norm, "LEAST", few_elements)
     layer = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f.to(dtype)
     rows = few_elements[dtype] // 32

@@ -1,4 +1,7 @@
-"""Tests of DoRA on the experts of mixtures, which PEFT does not have: our accelerated layer against sums of weights."""
+"""Tests of DoRA on the experts of mixtures: the accelerated layer is compared with weights computed here in float64.
+
+PEFT has no DoRA on experts.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def config(name: str = "Qwen3-MoE", **fields: Any) -> Any:
 
 @torch.no_grad()
 def moved(model: PeftModel) -> PeftModel:
-    """Moves the magnitudes away from the norms."""
+    """Multiplies the magnitudes by factors between 0.8 and 1.2, so that they differ from the norms."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.mul_(1 + 0.2 * torch.sin(torch.arange(parameter.numel())).view(parameter.shape))
@@ -52,14 +55,15 @@ def adapt(name: str = "Qwen3-MoE", model: nn.Module | None = None, accelerate: b
 
 @torch.no_grad()
 def with_sums(model: PeftModel) -> nn.Module:
-    """Returns the base model with DoRA's weights, which are made here from PEFT's own sum, in float64."""
+    """Returns the base model with DoRA's weights, computed in float64 from the weight and PEFT's
+    ``get_delta_weight``."""
     model = copy.deepcopy(model)
     for wrapper in [m for m in model.modules() if isinstance(m, ParamWrapper)]:
         experts = wrapper.get_base_layer()
         weight = getattr(experts, wrapper.parameter_name)
         magnitude = wrapper.lora_magnitude_vector["default"].weight.double()
         summed = weight.double() + ParamWrapper.get_delta_weight(wrapper, "default").double()
-        # Llama 4 has no such attribute.
+        # Llama 4's experts have no attribute `is_transposed`, and are stored transposed.
         transposed = experts.is_transposed if hasattr(experts, "is_transposed") else True
         inputs = 1 if transposed else 2
         assert magnitude.shape == summed.sum(inputs).shape
@@ -67,7 +71,7 @@ def with_sums(model: PeftModel) -> nn.Module:
         weight.copy_(magnitude.unsqueeze(inputs) * summed / norm)
     for module in [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]:
         module.merge()
-    # Takes the wrappers out of the model's forward.
+    # Replaces each wrapper by the module below it.
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, ParamWrapper) and not isinstance(parent, ParamWrapper):
@@ -110,7 +114,7 @@ def test_files_merging_and_back(name: str, tmp_path: Path) -> None:
         assert all(row.fused and row.kind.startswith("DoRA") for row in experts_rows(again))
         assert torch.equal(again.eval()(**batch()).logits, wanted)
         with pytest.raises(ValueError, match="does not work with use_dora=True"):
-            # Stock PEFT raises an error and does not compute another function.
+            # Stock PEFT must raise an error for the file and not load the adapter as LoRA.
             PeftModel.from_pretrained(base(name), tmp_path)
         before = {n: p.clone() for n, p in model.state_dict().items()}
         model.merge_adapter()
@@ -135,7 +139,7 @@ def test_merged_on_disk(name: str, tmp_path: Path) -> None:
 
 
 def test_a_new_adapter_changes_nothing() -> None:
-    """The magnitudes start as the norms, also for an adapter whose matrices are not zero."""
+    """A new adapter's magnitudes equal the norms, also if lora_B is not zero, so that g is 1."""
     torch.manual_seed(0)
     for init in (True, False):
         model = peft_ext.get_peft_model(base(), config(init_lora_weights=init, target_modules=[])).eval()
@@ -162,7 +166,7 @@ def test_a_step_lowers_the_loss_and_moves_the_magnitudes() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    assert len(before) == 2 * 2 + 2  # two parameters in each of two layers, and o_proj in each layer
+    assert len(before) == 2 * 2 + 2  # in each of two layers: two parameters of the experts, and o_proj
 
 
 def test_several_adapters_switched_and_together() -> None:
@@ -189,7 +193,7 @@ def test_several_adapters_switched_and_together() -> None:
 
 
 def test_a_dora_adapter_beside_pefts_lora(tmp_path: Path) -> None:
-    """The two adapters may come in either order, and the model may be accelerated before or not."""
+    """A DoRA adapter can be loaded or added to a model that has a LoRA adapter on the experts, accelerated or not."""
     adapt().save_pretrained(tmp_path)
     wanted = peft_ext.load_adapter(base(), tmp_path).eval()(**batch()).logits
     for accelerate in (True, False):
@@ -198,7 +202,7 @@ def test_a_dora_adapter_beside_pefts_lora(tmp_path: Path) -> None:
         model = peft_ext.load_adapter(model, tmp_path, "more", accelerate=accelerate).eval()
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-5)
     accelerated = peft_ext.get_peft_model(base(), config(use_dora=False))
-    accelerated.add_adapter("own", config())  # PEFT's own wrapper would make it LoRA without a warning
+    accelerated.add_adapter("own", config())  # PEFT's own wrapper would add a LoRA adapter without a warning
     assert any("own" in n and "magnitude" in n and "experts" in n for n, _ in accelerated.named_parameters())
 
 
@@ -276,7 +280,7 @@ def test_memory_is_estimated() -> None:
     planned = peft_ext.estimate_memory(base(dtype=torch.bfloat16), config(), **size)
     lora = peft_ext.estimate_memory(base(dtype=torch.bfloat16), config(use_dora=False), **size)
     assert (planned.weights, planned.parameters) == (there.weights, there.parameters)
-    assert planned.activations > lora.activations  # Z
+    assert planned.activations > lora.activations  # DoRA also saves Z, the output before scaling
 
 
 def test_hooks_leave_it_to_the_sum_of_weights() -> None:
@@ -297,6 +301,6 @@ def test_a_magnitude_of_zero_merges_and_says_that_it_is_no_way_back() -> None:
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-4)
     held: Tensor = wrapper.get_param()
     assert torch.isfinite(held).all()
-    for _ in range(2):  # the warning is repeated
+    for _ in range(2):  # the second call raises the error, too
         with pytest.raises(RuntimeError, match="a magnitude is 0"):
             model.unmerge_adapter()

@@ -1,4 +1,4 @@
-"""LoRA over an nn.Embedding: PEFT's function on the op, and PEFT's own bits wherever the op does not compute it."""
+"""Tests of LoRA over an nn.Embedding: the operator agrees with PEFT, and calls on the stock path give PEFT's bits."""
 
 import copy
 
@@ -18,7 +18,7 @@ V, K = 37, 24
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's, which multiplies by a buffer."""
+    """An embedding that multiplies its output by a buffer, as Gemma's embedding does."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -48,7 +48,7 @@ def model_of(kind=nn.Embedding, dtype=torch.float32, adapters=torch.float32, con
 
 
 def step(model, ids):
-    """The output, and the gradients of all parameters that train."""
+    """Returns the output, and the gradients of all trainable parameters."""
     model.zero_grad()
     y = model(ids)
     torch.manual_seed(1)

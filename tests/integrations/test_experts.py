@@ -1,4 +1,5 @@
-"""Tests of LoRA on the experts of mixtures: PEFT's target_parameters, accelerated, against PEFT alone."""
+"""Tests of LoRA on the experts of mixtures (PEFT's target_parameters): accelerated models are compared with PEFT
+alone."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_logits_and_gradients_are_pefts(name: str) -> None:
 @pytest.mark.slow
 @every_model
 def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> None:
-    """Compares medians of eleven runs: in 16 bits, a token may go to another expert in either model."""
+    """The median over eleven seeds of the ratio of the errors is at most 1.1. The median is used because in 16 bits a
+    rounding may send a token to another expert in either model."""
     eager = None if name == "Llama 4" else "eager"  # the other implementations do not multiply float64
     ratios = []
     for seed in range(11):
@@ -119,12 +121,13 @@ def test_under_autocast_and_checkpointing() -> None:
 
 
 def test_dropout_on_the_low_rank_path() -> None:
-    """Compares with a float64 step with the same masks. Evaluation and files have no dropout."""
+    """Dropout acts in training only and its mean over many seeds is the result without dropout. One seed gives one
+    mask, and files do not store the dropout."""
     model, plain = (peft_ext.accelerate(adapt(base()), experts_dropout=p) for p in (0.4, 0.0))
     assert {row.kind.partition(" over")[0] for row in experts_rows(model)} == {"LoRA with dropout 0.4"}
     assert torch.equal(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)
     first, again, other = step(model), step(model), step(plain)
-    assert all(torch.equal(first[n], again[n]) for n in first)  # one seed
+    assert all(torch.equal(first[n], again[n]) for n in first)  # both steps use the same seed
     assert (first["logits"] - other["logits"]).abs().max() > 1e-3
     rows, weight, a, b = torch.randn(40, 32), torch.randn(6, 16, 32), torch.randn(6, 4, 32), torch.randn(6, 16, 4)
     offsets, means = torch.tensor([10, 10, 25, 30, 40, 40]), []
@@ -329,7 +332,7 @@ def test_nf4_experts_state_files_and_copies(tmp_path: Path) -> None:
     held = sum(t.numel() * t.element_size() for t in (*experts._parameters.values(), *experts._buffers.values())
                if t is not None)  # fmt: skip
     dense = base(dtype=torch.bfloat16).model.layers[0].mlp.experts
-    # A table of 1 KiB for each of two parameters, which have few weights here.
+    # Each of the two parameters has a table of 1 KiB, which is large beside the few weights of this model.
     assert held - 2 * 1024 <= 0.28 * sum(p.numel() * p.element_size() for p in dense.parameters())
 
 
@@ -368,7 +371,8 @@ def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
 
 
 def test_hooks_around_nf4_experts_run() -> None:
-    """PEFT calls each wrapper and the inner experts, but no module of an adapter: it uses the weights alone."""
+    """Hooks on the wrappers and on the inner experts run, and hooks on lora_A do not run: PEFT too reads only the
+    weights of an adapter's modules."""
     plain, model = (
         peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))) for _ in range(2)
     )
@@ -409,8 +413,8 @@ def test_hooks_around_nf4_experts_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["replaced", "skipped", "compiled", "compiled alone"])
 def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
-    """If other code runs instead of the experts' own forward, or under compile, there is an error: nothing else could
-    add the adapter.
+    """If other code replaces the forward of NF4 experts, or if experts with hooks are compiled, a call raises an error
+    and does not leave the adapter out.
     """
     model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))).eval()
     wanted = model(**batch()).logits
@@ -430,7 +434,8 @@ def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
 
 
 def test_nf4_experts_that_are_sharded_by_themselves_are_refused(tmp_path: Path) -> None:
-    """The hook of such a shard would gather the weights only after the operator needs them."""
+    """A call of NF4 experts on which fully_shard itself was called raises an error, because the hook that gathers the
+    weights would run too late for the operator."""
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
@@ -457,9 +462,7 @@ def test_hooks_on_the_factors_of_experts_are_never_called() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_an_adapter_that_leaves_the_experts_alone(quantized: bool) -> None:
-    """The adapter leaves the experts as they are in the base; if it adapts one of the two parameters, the other is the
-    base's.
-    """
+    """An active adapter that has no part on the experts leaves the experts' output as in the base model."""
     model = base()
     model = peft_ext.quantize_nf4(model) if quantized else model
     model, plain = adapt(model, target_parameters=targets(base())), adapt(dequantized(base()) if quantized else base())
@@ -486,7 +489,7 @@ def test_a_mixed_batch_is_refused_in_pefts_words() -> None:
 
 
 def test_adapters_of_several_dtypes_under_autocast() -> None:
-    """A CPU's autocast in bfloat16 refuses to concatenate float16."""
+    """Under bfloat16 autocast on a CPU, PyTorch's cat raises an error for float16 tensors."""
     model = adapt(base(dtype=torch.float16), autocast_adapter_dtype=False)
     model.add_adapter("other", adapt_config(target_parameters=targets(base())), autocast_adapter_dtype=True)
     peft_ext.accelerate(model)
@@ -499,7 +502,8 @@ def test_adapters_of_several_dtypes_under_autocast() -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral"])
 def test_all_linear_as_peft_reads_it(name: str) -> None:
-    """ "all-linear" adapts the experts, with other ranks, and the router, which PEFT computes."""
+    """PEFT's "all-linear" adapts the experts and the router. The experts are fused, and PEFT's own code computes the
+    router."""
     found = []
     for accelerated in (False, True):
         model = adapt(base(name), target_modules="all-linear", target_parameters=None)

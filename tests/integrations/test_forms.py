@@ -1,5 +1,5 @@
-"""Tests of the known forms: how code is compared, that each row is true for its classes, and that a change of anything
-that a forward uses gives another form.
+"""Tests of the known forms: code is compared by digests, each row passes the proof for its classes, and a changed
+helper, value or method gives another form.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS = read_rows(TABLE.read_text())
 
 @functools.cache
 def classes_by_digest() -> dict[str, list[Any]]:
-    """Returns the installed transformers' classes of each row."""
+    """Returns a dict from digest to the classes of the installed transformers that have this form."""
     found: dict[str, list[Any]] = {}
     for cls in tool.classes():
         if not isinstance(row := row_of(cls), str):
@@ -118,7 +118,8 @@ def test_other_code_is_another_form(kind: type) -> None:
 
 
 def test_a_decorator_that_names_a_function_that_it_does_not_call() -> None:
-    """``__wrapped__`` is an attribute that anyone can set: the function has to be in the decorator's closure too."""
+    """A wrapper counts as its ``__wrapped__`` function only if the function is also in the wrapper's closure, because
+    any code can set ``__wrapped__``."""
     honest, forged = can_return_tuple(Plain.forward), can_return_tuple(OtherOperator.forward)
     forged.__wrapped__ = Plain.forward
     known = form_of(type("Honest", (Plain,), {"forward": honest})).digest
@@ -295,7 +296,7 @@ def test_rows_of_functions() -> None:
 
 @pytest.mark.parametrize("name", ["offset", "rounds", "eps", "act", "inner", "gated", "norms", "cache", "options"])
 def test_a_wrong_formula_is_disproved(name: str) -> None:
-    """The proof can fail: it finds each changed value of a formula."""
+    """The proof fails for a row in which the value ``name`` of the formula was changed."""
     others = {"offset": {"0": "1", "1": "0"}, "rounds": {"yes": "no", "no": "yes"}, "gated": {"yes": "no", "no": "yes"},
               "norms": {"head": "flat", "flat": "head"}, "cache": {"cache:kwargs": "cache:plain"}}  # fmt: skip
     tried = 0
@@ -332,8 +333,8 @@ BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "ml
 def test_whatever_a_known_forward_reaches_makes_another_form_when_it_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Covers each class of the installed transformers that has a known form, and each thing that its code finds by
-    name.
+    """Takes one class of the installed transformers for each known form of a norm, an MLP or an attention, and replaces
+    each value that the class's code finds by name.
     """
     counted, held = 0, []
     for digest in BLOCKS:

@@ -1,5 +1,5 @@
-"""If another release of PEFT, bitsandbytes or transformers lacks a name, peft_ext loses what needs the name, and says
-so.
+"""Tests of peft_ext beside releases of PEFT, bitsandbytes or transformers that lack a name: only layers that need the
+name are not fused, and a warning names the missing name.
 """
 
 import ast
@@ -26,7 +26,7 @@ OUTSIDE = ("peft", "transformers", "bitsandbytes")
 
 
 def word(name):
-    """Renames the name in all of PEFT."""
+    """Returns the edit that renames ``name`` in all files of PEFT."""
     return [["*", rf"\b{name}\b", f"{name}Renamed"]]
 
 
@@ -36,7 +36,8 @@ def of(method, *bases):
 
 _DENSE = ("LoRA", "DoRA", "AdaLoRA", "IA3", "Conv1D")
 _DORA = of("DoRA")
-# Cases that work without the name: edits of PEFT, names deleted from loaded modules, and the layers that are not fused.
+# Names without which peft_ext still works. Each has the edits of PEFT, the names deleted from loaded modules, and the
+# layers that are then not fused.
 OPTIONAL = {
     "peft.tuners.tuners_utils.check_adapters_to_merge": (word("check_adapters_to_merge"), [], set()),
     "peft.tuners.lora.Embedding": (
@@ -90,10 +91,11 @@ OPTIONAL = {
     "transformers.utils.ModelOutput": ([], [["transformers.utils", "ModelOutput"]], set()),
     "peft.PeftModel": ([], [["peft", "PeftModel"]], set()),
     "peft.tuners.tuners_utils.BaseTunerLayer": (
-        [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,  # explain then has no rows of adapters
+        [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,  # explain then has no rows for adapter layers
     ),
 }  # fmt: skip
-# Attributes that the fused layers read from the stock layers.
+# Attributes that the fused layers read from the stock layers. Each has the edits of PEFT and the layers that are then
+# not fused.
 READ = {
     "cast_input_dtype_enabled": (word("cast_input_dtype_enabled"), {k for k in LAYERS if "LoRA" in k or "DoRA" in k}),
     "lora_variant": (word("lora_variant"), {k for k in LAYERS if "LoRA" in k or "DoRA" in k}),
@@ -102,7 +104,8 @@ READ = {
     "is_feedforward": (word("is_feedforward"), of("IA3")),
     "_cache_get": (word("_cache_get"), _DORA),
 }
-# Names without which some function cannot be used; the acceleration of a live model does not need them.
+# Names without which some function of peft_ext raises an error. The acceleration of a live model works without the
+# names.
 REQUIRED = {
     "register_peft_method": word("register_peft_method"),
     "_remove_adapter_name_from_key": word("_remove_adapter_name_from_key"),
@@ -165,8 +168,8 @@ def test_what_can_not_be_used_without_a_name_says_so(found, name):
 
 
 def imports(kind):
-    """Returns module and name of everything that the package imports from outside within ``with kind(...)``; None:
-    all.
+    """Yields module and name of each import from PEFT, transformers or bitsandbytes in peft_ext that is inside of
+    ``with kind(...)``; of every such import if ``kind`` is None.
     """
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text())

@@ -1,6 +1,4 @@
-"""Tests of the loss of a language model without whole logits, and of all code that uses logits of a model that
-trains.
-"""
+"""Tests of the loss of a language model without whole logits, and of code that uses the logits of a training step."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "T5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "BERT": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
 }
-# The loss function of these models is not one of the known ones.
+# Models whose loss function has no known form, so that the logits are computed whole.
 WHOLE = ("T5", "BERT")
 
 
@@ -114,7 +112,7 @@ def test_a_step_is_the_stock_step(name: str, items: Any) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_lora_on_the_head(dropout: float) -> None:
-    """The head's dropout is PEFT's own, so the same seed gives the same masks."""
+    """PEFT's module computes the dropout of an adapter on the head, so equal seeds give stock and fused equal masks."""
     for targets in (["lm_head"], ["lm_head", "q_proj"][: 1 if dropout else 2]):
         stock = step(build("Llama", targets, lora_dropout=dropout))
         ours = step(peft_ext.accelerate(build("Llama", targets, lora_dropout=dropout)))
@@ -151,7 +149,7 @@ def test_accelerate_takes_them_to_float32() -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]], ids=str)
 @pytest.mark.parametrize("items", [None, torch.tensor(0)], ids=str)
 def test_a_step_in_which_no_label_counts(dtype: torch.dtype, targets: Any, items: Optional[Tensor]) -> None:
-    """As in a plain Trainer, the loss is NaN, and the adapter's gradients are zeros."""
+    """If no label counts, the loss is NaN and the gradients are zero, for the stock and for the accelerated model."""
     labels = torch.full((3, 17), -100)
     for model in (build("Llama", targets, dtype), peft_ext.accelerate(build("Llama", targets, dtype))):
         loss, grads, _ = step(model, labels=labels, num_items_in_batch=items)
@@ -232,7 +230,7 @@ class Uses(hf.LlamaForCausalLM):
 
 def own_model(kind: type) -> nn.Module:
     model = kind(hf.LlamaConfig(**SMALL))
-    model.loss_type = "ForCausalLM"  # else transformers logs a warning, which torch.compile can't trace
+    model.loss_type = "ForCausalLM"  # without loss_type, transformers logs a warning, which torch.compile can't trace
     return model
 
 
@@ -381,7 +379,8 @@ def test_logits_of_a_head_that_is_another_by_now_are_refused(target: str, after:
 
 
 LEARNED = nn.Parameter(torch.tensor(2.0))
-STEPS: dict[str, tuple[Callable[[Any], Any], bool]] = {  # by name: the steps, and whether the operator computes them
+# Maps a name to a function of the logits, and to whether the operator computes this function.
+STEPS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "scale": (lambda z: 2 * (z / 3.0) * -0.5, True),
     "cap": (lambda z: torch.tanh(z * 0.1 / 3.0) * 2, True),
     "cap of a Tensor's method, float32": (lambda z: (z.float() / 5).tanh().float() * 5, True),
@@ -440,7 +439,7 @@ def test_steps_in_16_bits_are_as_good_as_stock(name: str) -> None:
 
 
 class Graphs(EagerAndRecordGraphs):
-    """A backend that keeps the graphs, and compiles by ``aot_eager``."""
+    """A backend of torch.compile that records the graphs, and compiles the graphs by ``aot_eager``."""
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         super().__call__(graph, inputs)
@@ -507,7 +506,8 @@ def test_logits_of_a_compiled_step_are_refused_where_the_head_is_another(target:
 
 
 def test_a_change_of_hidden_states_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trace sees no version: the hidden states that the head was called with are kept."""
+    """Hidden states that change in place after the head's call give the logits of the head's call, as in the stock
+    model: a trace can't check versions, so the graph copies the hidden states."""
     held: list[Tensor] = []
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x, run=nn.Linear.forward: run(self, x))
     stock, model = with_use(lambda z, y: held[0].mul_(2), monkeypatch)
@@ -588,7 +588,7 @@ def test_another_thread_gets_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_class_that_was_made_of_ours_is_not_made_again() -> None:
-    """fully_shard makes such a class if it wraps the model itself."""
+    """accelerate keeps a subclass of a fused model class, as fully_shard makes one of the class of a model."""
     model = peft_ext.accelerate(build())
     base = model.get_base_model()
     made = base.__class__ = type("Sharded", (type(base),), {})
@@ -612,5 +612,5 @@ def test_heads_and_forwards_that_have_whole_logits() -> None:
     base, forward = model.get_base_model(), model.get_base_model().forward
     base.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert reason(model).startswith("the model's forward was replaced")
-    base._original_forward = forward  # accelerate's mixed precision calls this attribute
+    base._original_forward = forward  # the library accelerate's mixed precision stores the wrapped forward here
     assert reason(model) == "logits in chunks" and waits(step(model)[2])

@@ -1,5 +1,5 @@
-"""Tests that adapter layers with the same input are computed together, as a row of a form says, and never return a
-stale result.
+"""Tests of adapter layers with one input, which are computed together if a row of a form names them, and which must not
+return a stale result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives the attention of these tests a row, as attentions of transformers have."""
+    """Registers a row for the form of ``Attention``, the attention class of these tests."""
     digest = form_of(Attention).digest
     monkeypatch.setitem(REGISTERED, digest, Row(digest, "projections", (("inputs", "+".join(NAMES)),)))
 
@@ -98,7 +98,7 @@ def gradients(model: Any, x: Tensor, forward: Callable[..., tuple[Tensor, ...]])
 
 
 def both(**how: Any) -> tuple[Any, Any]:
-    """Returns a model whose layers run alone, and one whose layers run together."""
+    """Returns an accelerated model whose layers are computed alone, and a copy whose siblings are computed together."""
     model = build(**how).train()
     return peft_ext.accelerate(copy.deepcopy(model), blocks=False), peft_ext.accelerate(model)
 
@@ -182,7 +182,8 @@ def test_outputs_have_the_same_bits_and_gradients_agree(how: dict[str, Any]) -> 
     wanted, found = gradients(alone, x, alone), gradients(joint, x, joint)
     assert found.keys() == wanted.keys() and len(found) > 4
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if x.dtype is torch.float32 else {"rtol": 2**-7, "atol": 0.05}
-    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)  # the sum is made before it is rounded
+    # The joint operator sums the layers' gradients of x before it rounds the sum.
+    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
@@ -197,7 +198,7 @@ def test_autocast_and_evaluation_and_no_gradients() -> None:
         assert seen.layers == [3]
     with torch.inference_mode(), Together() as seen:
         assert all(map(torch.equal, outputs(joint, draw(torch.float32)), outputs(alone, draw(torch.float32))))
-    assert not seen.layers  # an inference tensor has no version that shows a change
+    assert not seen.layers  # each layer is computed alone, because an inference tensor has no version
 
 
 def test_bitsandbytes_layers() -> None:
@@ -301,7 +302,7 @@ CHANGES = [change_x, change_weights, change_scale, replace_weights, disable, eva
 @pytest.mark.filterwarnings("ignore")
 def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     model = build(LoraConfig(r=4, target_modules=list(NAMES), init_lora_weights=False, lora_dropout=0.0)).train()
-    if change in (evaluate, change_dropout):  # the dropout keeps almost nothing
+    if change in (evaluate, change_dropout):  # a probability of 0.99 makes the effect of dropout large
         for layer in (attention(model).k_proj, attention(model).v_proj):
             layer.lora_dropout["default"] = nn.Dropout(0.99)
     alone, joint = peft_ext.accelerate(copy.deepcopy(model), blocks=False), peft_ext.accelerate(model)
@@ -309,7 +310,7 @@ def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     with Together() as seen:
         found = outputs(attention(joint), draw(), change)
     wanted = outputs(attention(alone), draw(), change)
-    assert seen.layers == [3]  # the result of the three layers was waiting
+    assert seen.layers == [3]  # the first layer's call computed the outputs of all three layers
     assert all(map(torch.equal, found, wanted))
     assert torch.equal(found[0], before[0]) and not any(map(torch.equal, found[1:], before[1:]))
 

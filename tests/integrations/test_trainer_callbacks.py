@@ -1,4 +1,4 @@
-"""What Trainer's callbacks hand on and count, without a run."""
+"""Tests of the arguments that the callbacks for Trainer pass on, and of their token counts, without a training run."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_only_the_tokens_of_steps_are_counted() -> None:
     args = SimpleNamespace(device=torch.device("cpu"), include_num_input_tokens_seen="no")
     state, callback = SimpleNamespace(num_input_tokens_seen=0), PeftExtCallback(accelerate=False)
     callback.on_train_begin(args, state, None, model=model)
-    model.embedding(ids)  # of an evaluation before the first step
+    model.embedding(ids)  # stands for an evaluation before the first step, whose tokens do not count
     for _ in range(2):
         callback.on_step_begin(args, state, None)
         model.embedding(ids)
-        with torch.no_grad():  # of a reference model
+        with torch.no_grad():  # stands for a reference model's forward, whose tokens do not count
             model.embedding(ids)
         callback.on_step_end(args, state, None, model=model)
         model.embedding(ids)

@@ -1,5 +1,5 @@
-"""Tests of TRL's trainers with the loss on linear_cross_entropy: TRL's own losses, gradients and metrics, in less
-memory.
+"""Tests of TRL's trainers with the loss on linear_cross_entropy: losses, gradients and metrics agree with TRL's own,
+and a step takes less memory.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 STEPS = 2
 WORDS = ("<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
-# Largest ‖ours - TRL's‖ / ‖TRL's‖ of a step's gradients that rounding explains.
+# Largest relative error of a step's gradients, ‖ours - TRL's‖ / ‖TRL's‖, that rounding explains, by dtype.
 WITHIN = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-# Figures that no trainer computes from the loss: times, and what PeftExtCallback and Trainer count.
+# Parts of the names of logged values that do not depend on the loss: times, memory and counts.
 LEFT_OUT = ("runtime", "per_second", "step_time", "tokens_per_s", "peak_mib", "fused_share", "total_flos")
 SFT, DPO, KTO, GRPO, RLOO = "SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer"
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -52,7 +52,8 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps the precision and the device of the first run for the process, and uses a GPU if it sees one."""
+    """Hides GPUs, and clears the state of the library accelerate after a test, which would otherwise keep the precision
+    and the device of the first run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     yield
     _forget()
@@ -64,7 +65,7 @@ def _forget() -> None:
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Returns a tokenizer whose tokens are bytes."""
+    """Returns a tokenizer that makes one token of each byte."""
     bytewise = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(WORDS)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
@@ -104,7 +105,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 class Gradients(hf.TrainerCallback):
-    """Keeps the gradients of each step."""
+    """Stores the gradients of each step."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
@@ -151,7 +152,8 @@ def history(trainer: Any) -> list[dict[str, float]]:
 def assert_alike(
     name: str, folder: Path, model: Any = None, within: float = WITHIN[torch.float32], **options: Any
 ) -> Any:
-    """Trains with TRL's own trainer and with ours; every logged figure and all gradients agree."""
+    """Trains with TRL's trainer and with peft_ext's trainer of this name, and asserts that gradients and logged values
+    agree. Returns peft_ext's trainer."""
     model = llama() if model is None else model
     stock, wanted = run(getattr(trl, name), folder, copy.deepcopy(model), **options)
     with warnings.catch_warnings():
@@ -169,7 +171,8 @@ def compare(found: list[dict[str, float]], wanted: list[dict[str, float]], withi
     for ours_, trls in zip(found, wanted, strict=True):
         assert ours_.keys() == trls.keys()
         for key, value in trls.items():
-            # A margin (0) or a ratio (1) of two runs of the same model shows nothing but rounding.
+            # A margin of 0 or a ratio of 1 between equal models differs only by rounding, so the bound is absolute,
+            # too.
             assert ours_[key] == pytest.approx(value, rel=10 * within, abs=10 * within), key
 
 
@@ -256,7 +259,7 @@ def test_heads(name: str, kind: str, sizes: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["NF4Linear", "Linear4bit"])
 def test_a_head_in_nf4_gives_what_trl_gives_of_its_values(kind: str, tmp_path: Path) -> None:
-    """TRL cannot multiply by a packed weight."""
+    """TRL's trainer can't multiply by a packed weight, so it gets the dequantized head for the comparison."""
     model = llama(vocab=320)
     packed = peft_ext.nn.NF4Linear.from_linear(model.lm_head)
     model.lm_head.weight.data = packed.dequantize()
@@ -265,7 +268,7 @@ def test_a_head_in_nf4_gives_what_trl_gives_of_its_values(kind: str, tmp_path: P
     if kind == "Linear4bit":
         pytest.importorskip("bitsandbytes")
         to_linear4bit(quantized, torch.float32)
-        quantized.is_loaded_in_4bit = False  # otherwise TRL would train the adapter in bfloat16
+        quantized.is_loaded_in_4bit = False  # with True, TRL would train the adapter in bfloat16
     wanted = run(trl.SFTTrainer, tmp_path, model)
     found = run(ours.SFTTrainer, tmp_path, quantized)
     assert found[0].loss_reason is None
@@ -323,7 +326,7 @@ def test_a_call_without_it_is_the_models_own(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, reason: str, model: Any = None, kind: type = ours.SFTTrainer, **options: Any) -> Any:
-    """Constructs a trainer that warns once why its loss is TRL's."""
+    """Constructs a trainer, asserts that it warns once that TRL computes the loss and why, and returns the trainer."""
     with pytest.warns(UserWarning, match=f"the loss is TRL's own: {reason}") as said:
         trainer = trainer_of(kind, folder, model, **options)
     assert sum("TRL's own" in str(warning.message) for warning in said) == 1
@@ -408,7 +411,7 @@ def test_lora_on_the_head_is_refused_by_trl(tmp_path: Path) -> None:
 
 
 def started(*arguments: str, processes: int = 0) -> dict[str, Any]:
-    """Returns what this file prints if it is run as a script."""
+    """Runs this file as a script in another process, and returns the JSON that the script prints last."""
     paths = [str(Path(peft_ext.__file__).parents[1]), *sys.path]
     environment = {
         **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -442,7 +445,10 @@ def test_two_processes_under_ddp(tmp_path: Path) -> None:
 
 
 def _memory(name: str, folder: str) -> dict[str, Any]:
-    """Runs two steps of accelerated LoRA on the same number of tokens. For DPO, half of the rows are chosen answers."""
+    """Runs STEPS steps of accelerated LoRA with the trainer ``name`` in ``folder``, and returns the measured values.
+
+    All trainers get equally many tokens. For DPO, half of the rows are chosen answers.
+    """
     model, meter = llama(vocab=VOCAB), PeftExtCallback()
     generator = torch.Generator().manual_seed(0)
     given = {"gradient_checkpointing": False, "per_device_train_batch_size": TEXTS}
