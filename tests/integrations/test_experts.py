@@ -121,8 +121,8 @@ def test_under_autocast_and_checkpointing() -> None:
 
 
 def test_dropout_on_the_low_rank_path() -> None:
-    """Dropout acts in training only and its mean over many seeds is the result without dropout. One seed gives one
-    mask, and files do not store the dropout."""
+    """Dropout acts in training only, one seed gives one mask, and the mean over many seeds is the result without
+    dropout. A second accelerate without experts_dropout removes the dropout."""
     model, plain = (peft_ext.accelerate(adapt(base()), experts_dropout=p) for p in (0.4, 0.0))
     assert {row.kind.partition(" over")[0] for row in experts_rows(model)} == {"LoRA with dropout 0.4"}
     assert torch.equal(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)

@@ -1,9 +1,8 @@
-"""The covering array of the operators' calls: every pair of values of two factors is in at least one call.
+"""The covering array of the operators' calls: each possible pair of values of two factors is in at least one call.
 
 Factors: case of an operator (``op_db``), dtype, shape, layout of the tensors in memory, CPU path, number of threads.
-Each case is called as many times as the longest other factor has values. At each call every factor takes its next
-value.
-The value at which a factor starts differs from case to case, so that the other factors meet each other too.
+Each case is called as often as the longest other factor has values, and each call takes the next value of every factor.
+The value at which a factor starts differs between cases, so that the pairs of the other factors occur, too.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def calls_of(case: Case) -> list[sweep.Drawn]:
     count = max(map(len, factors))
     calls = []
     for i in range(count):
-        # The number of earlier calls over the product of the lengths before it: a digit of a mixed radix, so that the
-        # starts of two factors do not move together.
+        # From case to case, the start of each factor advances at another rate (each factor has its own divisor), so
+        # that the starts of two factors do not advance together.
         starts = (number // stride for stride in (1, 3, 2, 5, 4))
         dtype, shape, layout, path, threads = (
             values[(i + start) % len(values)] for values, start in zip(factors, starts, strict=True)
@@ -47,8 +46,8 @@ def row(call: sweep.Drawn) -> tuple[Any, ...]:
 
 
 def pairs() -> tuple[set, set]:
-    """Returns the pairs of two factors' values that are in the array, and all that there can be: a case is called
-    with its own shapes alone."""
+    """Returns the pairs of two factors' values that are in the array, and all possible pairs. A case is called only
+    with its own shapes."""
     cases = (*CASES, *SAVED_OUTPUT)
     covered = {pair for case in cases for call in calls_of(case) for pair in _pairs_of(row(call))}
     paths = _native.STATE.module.isas()

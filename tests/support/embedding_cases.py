@@ -1,4 +1,4 @@
-"""Cases of LoRA over an embedding: K is the vocabulary, N the columns of its table."""
+"""Cases of LoRA over an embedding. K is the size of the vocabulary, and N is the number of columns of the table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from op_errors import errors
 
 from peft_ext import ops
 
-_PADDING = -1  # the last entry
+_PADDING = -1  # the padding_idx of the cases with padding: the last entry of the table
 
 
 def lora_embedding_case(base: str, *, adapter_dtype: Any = None, padding: bool = False, int32: bool = False) -> Case:
@@ -23,7 +23,7 @@ def lora_embedding_case(base: str, *, adapter_dtype: Any = None, padding: bool =
         adapters = adapter_dtype or dtype
         indices = torch.randint(0, entries, tokens)
         if indices.numel() > 2:
-            indices.view(-1)[::3] = entries - 1  # one index again and again
+            indices.view(-1)[::3] = entries - 1  # a third of the indices are equal
         inputs = {
             "indices": indices.int() if int32 else indices,
             "weight": base_weight(base, entries, n, dtype),
@@ -37,8 +37,8 @@ def lora_embedding_case(base: str, *, adapter_dtype: Any = None, padding: bool =
         return ops.lora_embedding(indices, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding_idx)
 
     def plain(indices, weight, lora_A, lora_B, compute, column=None):
-        # As PEFT does it: two embeddings, a product, a sum, each rounded.
-        if padding:  # the column is a constant
+        # PEFT's computation: two embeddings, a product and a sum, each rounded.
+        if padding:  # the column of the padding entry gets no gradient
             column = lora_A.detach()[:, -1:] if column is None else column.to(lora_A.dtype)
             lora_A = torch.cat([lora_A[:, :-1], column], dim=1)
         base_rows = F.embedding(indices, dequantized(weight, compute))
@@ -49,7 +49,7 @@ def lora_embedding_case(base: str, *, adapter_dtype: Any = None, padding: bool =
     return Case(
         name, "embedding", make, call, plain,
         held=lambda sample: {"column": sample.inputs["lora_A"].detach()[:, -1:].clone()} if padding else {},
-        saved=lambda t, k, n, r: t * 8 if int32 else 0,  # the indices as int64
+        saved=lambda t, k, n, r: t * 8 if int32 else 0,  # int32 indices are saved as an int64 copy
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ CASES = with_errors(
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """By public op: what makes a case for the sweep."""
+    """Returns a dict from a public operator to a function that makes a random case of the operator."""
     return {
         "lora_embedding": lambda: lora_embedding_case(
             o.base, adapter_dtype=o.adapters, padding=o.maybe(0.3), int32=o.maybe(0.3)

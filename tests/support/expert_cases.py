@@ -18,11 +18,11 @@ from peft_ext import NF4Weight, ops, reference
 
 # --- experts ----------------------------------------------------------------------------------------------------------
 
-_EXPERTS = 5  # the second and the last expert get no rows
+_EXPERTS = 5  # number of experts, of which the second and the last get no rows
 
 
 def _ends(rows: int) -> list[int]:
-    """Returns the end of each expert's rows. Some rows belong to no expert."""
+    """Returns the end of each expert's rows. The rows behind the last end belong to no expert."""
     first, third = rows // 4, rows // 4 + (rows + 1) // 2
     last = max(third, rows - rows // 8)
     return [first, first, third, last, last]
@@ -45,7 +45,7 @@ def _experts_inputs(base: str, dtype: torch.dtype, shape: tuple, adapters: torch
         "offsets": torch.tensor(_ends(rows)),
         "compute": dtype,
         "lora_A": randn(_EXPERTS, r, k, dtype=adapters, scale=0.1),
-        # PEFT's layout: ranks before experts.
+        # PEFT stores lora_B as [N, R, E].
         "lora_B": randn(n, r, _EXPERTS, dtype=adapters, scale=0.1).permute(2, 0, 1),
     }
 
@@ -58,7 +58,8 @@ def _dropped_rows(rows: Tensor, expert: int, dropout_p: float) -> Tensor:
 
 
 def _by_expert(x: Tensor, weight: Any, offsets: Tensor, run: Any) -> Tensor:
-    """Returns ``run(weight, rows, index)`` of each expert, and zeros for the rows of no expert."""
+    """Returns the results of ``run(weight, rows, index)`` for all experts, concatenated, with zeros for rows that
+    belong to no expert."""
     parts, begin = [], 0
     for expert, end in enumerate(offsets.tolist()):
         own, rows, begin = (
@@ -168,7 +169,7 @@ def dora_experts_case(base: str, *, with_bias: bool = False, dropout_p: float = 
         from_product=("magnitude",),
         result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
         held=lambda sample: {"weight_norm": norm(sample.inputs, torch.float64).detach()},
-        # Z, g and the norm of each expert
+        # The sum of the bytes of S, of Z, and of g and the norm of each expert.
         saved=lambda t, k, n, r: shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + 2 * _EXPERTS * n * 4,
     )  # fmt: skip
 
@@ -241,5 +242,5 @@ CASES = with_errors(
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """The sweep draws no mixtures."""
+    """Returns an empty dict, because the sweep draws no cases of mixtures."""
     return {}

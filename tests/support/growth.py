@@ -1,9 +1,9 @@
-"""Measures leaks: the memory growth per step in each of several windows of steps, and the lower quartile of them.
+"""Finds memory leaks: measures the memory growth per step in windows of steps, and takes the lower quartile.
 
 A process without a leak still allocates at times: a buffer of stdio, a block in malloc's cache of a thread, a string
-that Python interns. Such growth is in some windows only, and a cache is full one day. The last windows are judged, and
-more windows are measured until the last ones are flat or MOST_WINDOWS are measured. A leak is in every window, and so
-in every lower quartile.
+that Python interns. This growth is in some windows only, and ends when the caches are full. The lower quartile of the
+last WINDOWS windows must be below the limit. More windows are measured until this holds, at most MOST_WINDOWS. A leak
+grows in every window, and therefore also in the lower quartile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Mallinfo2(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Held:
-    """Memory of this process: bytes allocated by malloc, resident bytes, tensors, and Python's memory blocks."""
+    """Memory that this process holds: bytes allocated by malloc, resident bytes, the number of tensors, and the number
+    of Python's memory blocks."""
 
     malloc: float
     resident: float
@@ -41,7 +42,7 @@ class Held:
 
     @classmethod
     def now(cls) -> Held:
-        """Returns the current numbers. Skips the test where the C library has no ``mallinfo2``."""
+        """Returns the memory that the process holds now. Skips the test if the C library has no ``mallinfo2``."""
         libc = ctypes.CDLL(None)
         if not hasattr(libc, "mallinfo2"):
             pytest.skip("the C library does not tell what it has given out")
@@ -55,8 +56,8 @@ class Held:
         return cls(given.uordblks + given.hblkhd, resident, tensors, objects)
 
 
-# A step must leave less than this. Operators and trainings leave under one byte of malloc, no resident page and no
-# tensor. They leave one Python block a step at first, and none once the interpreter's caches are full.
+# The growth per step must be less than these limits. Without a leak, a step of an operator or a training leaves less
+# than one byte of malloc, no resident page and no tensor, and one Python block until the interpreter's caches are full.
 MOST = Held(malloc=8, resident=1024, tensors=0.5, objects=0.75)
 
 

@@ -54,7 +54,7 @@ def bottleneck_case(
                      *([f"{adapter_dtype}".removeprefix("torch.")] if adapter_dtype else [])])  # fmt: skip
     return Case(
         name, "bottleneck", make, call, plain,
-        # With one element, a zero of the activation's slope cancels, and plain PyTorch's error may be 0 by chance.
+        # The shape with K = 1 has a single element, for which plain PyTorch's error may be 0 by chance.
         shapes=[shape for shape in SHAPES if shape[1] > 1],
         result=lambda dtype, shape: (dtype, (*shape[0], shape[1] if own else shape[2])),
     )  # fmt: skip
@@ -67,7 +67,10 @@ def cross_entropy_case(
     base: str, *, with_bias: bool = False, adapter_dtype: Any = None, own_input: bool = False, reduction: str = "sum",
     **options: float,
 ) -> Case:  # fmt: skip
-    """N is the size of the vocabulary. Some labels are ignored. ``own_input``: the adapter has a separate input."""
+    """Returns a case of linear_cross_entropy, with N as the size of the vocabulary and every fifth label ignored.
+
+    ``own_input``: the adapter has an input of its own, ``lora_input``.
+    """
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, k, n, _ = shape
@@ -89,7 +92,8 @@ def cross_entropy_case(
         )  # fmt: skip
 
     def plain(hidden, weight, labels, bias, lora_A, lora_B, lora_input, compute):
-        # As transformers does: a linear layer in hidden's dtype with PEFT's adapter, then everything in float32.
+        # transformers' computation: a linear layer with PEFT's adapter in the dtype of `hidden`, and the loss in
+        # float32.
         logits = F.linear(hidden, dequantized(weight, compute).to(hidden.dtype), bias)
         if lora_A is not None:
             low = hidden if lora_input is None else lora_input
@@ -103,7 +107,8 @@ def cross_entropy_case(
 
     name = case_name("linear_cross_entropy", base, 0.0, adapter_dtype, bias=with_bias, own_input=own_input,
                       **dict.fromkeys([reduction, *options], True))  # fmt: skip
-    # The mean over no labels is NaN, and the adapter's gradient of one token is a sum that may cancel.
+    # The mean needs at least two tokens: over no labels it is NaN, and with one token the terms of the adapter's
+    # gradient may cancel.
     shapes = [shape for shape in SHAPES if reduction != "mean" or torch.Size(shape[0]).numel() > 1]
     return Case(
         name, "cross_entropy", make, call, plain, shapes=shapes, from_product=("y", "bias", "lora_A", "lora_B"),
@@ -171,7 +176,7 @@ CASES = with_errors(
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """By public op: what makes a case for the sweep."""
+    """Returns a dict from a public operator to a function that makes a random case of the operator."""
     return {
         "bottleneck_adapter": lambda: bottleneck_case(
             o.rng.choice(ACTIVATIONS), own=o.maybe(), biases=o.maybe(), adapter_dtype=o.adapters,

@@ -1,4 +1,4 @@
-"""Cases of the linear layer over a frozen weight, with each adapter."""
+"""Cases of linear layers over a frozen weight with LoRA, DoRA and (IA)³."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def seed_beside(x: Any) -> Tensor:
 
 
 def base_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
-    """Returns a frozen weight: "dense", "nf4" or "nested" (double quantization), with ":blocksize" (default 64)."""
+    """Returns a frozen weight. ``base``: "dense", "nf4" or "nested" (NF4 with double quantization), and optionally
+    ":BLOCKSIZE" (64 by default)."""
     kind, _, blocksize = base.partition(":")
     if kind == "dense":
         return randn(n, k, dtype=dtype, scale=0.05)
@@ -62,7 +63,7 @@ def lora_case(
                                dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
 
     def plain(x, weight, lora_A, lora_B, bias, compute, rank_scale):
-        # As PEFT does with a single dtype: dropout, two projections, a product, a sum, each rounded.
+        # PEFT's computation in one dtype: dropout, two projections, a product and a sum, each rounded.
         y = F.linear(x, dequantized(weight, compute).to(x.dtype), bias)
         lora_A = lora_A.to(x.dtype) if rank_scale is None else lora_A.to(x.dtype) * rank_scale.to(x.dtype)[:, None]
         return y + F.linear(F.linear(dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
@@ -77,7 +78,8 @@ _OTHER_SEED = SEED + 1
 def lora_linears_case(
     base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None, rank_scale: bool = False
 ) -> Case:
-    """Two layers with adapters of different ranks and masks, and a layer without an adapter; results concatenated."""
+    """Returns a case of lora_linears: two layers with adapters of different ranks and masks, and a layer without an
+    adapter. The case concatenates the three results."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, k, n, r = shape
@@ -146,7 +148,7 @@ def lora_residual_case(*, dropout_p: float = 0.0, adapter_dtype: Any = None, ran
 
 # --- several adapters in one batch ------------------------------------------------------------------------------------
 
-# Runs of one adapter, alternating ones, none, and one that has no sample.
+# The adapter of each sample, -1 for none. Some neighbours have the same adapter, and adapter 3 has no sample.
 _PATTERN = (0, 0, 0, -1, 1, 2, 1, -1, 2, 2, 0)
 
 
@@ -171,7 +173,7 @@ def grouped_lora_case(base: str, *, with_bias: bool = False, adapter_dtype: Any 
         return ops.grouped_lora_linear(x, weight, *groups, adapters, bias, scaling=scaling)
 
     def plain(x, weight, bias, compute, adapters, A0, A1, A2, A3, B0, B1, B2, B3):
-        # As PEFT does: the base on all samples, then each adapter on its own samples.
+        # PEFT's computation: the base layer on all samples, then each adapter on the samples with its name.
         y = F.linear(x, dequantized(weight, compute).to(x.dtype), bias)
         for group, (a, b) in enumerate(((A0, B0), (A1, B1), (A2, B2), (A3, B3))):
             index = torch.tensor([i for i, adapter in enumerate(adapters) if adapter == group], dtype=torch.int64)
@@ -187,7 +189,7 @@ def grouped_lora_case(base: str, *, with_bias: bool = False, adapter_dtype: Any 
 
 
 def plain_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Returns the norm as PEFT computes it: of the dense sum, in the weight's dtype."""
+    """Returns DoRA's norm as PEFT computes it: the norm of the dense sum W + s B A in the weight's dtype."""
     return torch.linalg.norm(weight + 0.75 * (lora_B.to(weight.dtype) @ lora_A.to(weight.dtype)), dim=1)
 
 
@@ -206,7 +208,7 @@ def dora_norm_case(base: str, *, adapter_dtype: Any = None) -> Case:
     return Case(
         name, "dora", make, call, plain,
         result=lambda dtype, shape: (torch.float32, (shape[2],)),
-        saved=lambda t, k, n, r: n * 4 + n * r * 4,  # the norm and U
+        saved=lambda t, k, n, r: n * 4 + n * r * 4,  # the bytes of the float32 norm [N] and of U [N, R]
     )  # fmt: skip
 
 
@@ -242,15 +244,16 @@ def dora_case(
         g = magnitude.to(x.dtype) / weight_norm
         low_rank = F.linear(F.linear(dropped(x, dropout_p), low_a), low_b) * 0.75
         y = F.linear(x, dense, bias)
-        # As PEFT does: without dropout PEFT scales the result minus the bias, else a product with the dropped x.
+        # PEFT's computation: with dropout PEFT scales a second base product of the dropped x; without dropout PEFT
+        # scales the base layer's result minus the bias.
         if dropout_mode == "peft" and dropout_p:
             return y + ((g - 1) * F.linear(dropped(x, dropout_p), dense) + g * low_rank)
         unbiased = y if bias is None else y - bias
         return y + ((g - 1) * unbiased + g * low_rank)
 
     def saved(t: int, k: int, n: int, r: int) -> int:
-        found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # Z, g and the norm
-        if norm_grad:  # U, and of the quotient: the norm itself, where it is 0, and magnitude in float32
+        found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # bytes of S, Z, g and the norm
+        if norm_grad:  # U, and for the division: the norm, a mask of zero norms, and the magnitude as float32
             found += n * r * 4 + n * 4 + n * 1 + (0 if adapter_dtype == torch.float32 else n * 4)
         return found
 
@@ -259,7 +262,8 @@ def dora_case(
     return Case(
         name, "dora", make, call, plain,
         from_product=("magnitude", "lora_A", "lora_B") if norm_grad else ("magnitude",),
-        # Of a single column the norm takes the sign alone: the whole gradient is 0, the sum of two that are not.
+        # Shapes with K = 1 are left out with norm_grad: W / ‖W‖ is then a sign, so that the gradient is 0 as the sum of
+        # two terms that cancel.
         shapes=[shape for shape in SHAPES if shape[1] > 1] if norm_grad else SHAPES,
         held=lambda sample: {} if norm_grad else {"weight_norm": norm(sample.inputs, torch.float64).detach()},
         saved=saved,
@@ -270,7 +274,8 @@ def dora_case(
 
 
 def shrink_some(scale: Tensor) -> None:
-    """Scales some outputs to zero or nearly to zero: their results say little about the product."""
+    """Multiplies some entries of ``scale`` by 0 or a small number, in place. The scaled results of these outputs carry
+    little information about the product."""
     for first, factor in ((3, 0.0), (5, 1e-4), (6, 1e-30)):
         scale[first::16] *= factor
 
@@ -434,7 +439,7 @@ CASES = with_errors(
     ia3_scale_case(torch.float32),
 )
 
-# Cases of a caller that promises not to change the result; on a GPU the promise changes nothing.
+# Cases with save_output=True: the caller promises not to change the result. On a GPU the promise has no effect.
 SAVED_OUTPUT = (
     dora_case("dense", save_output=True),
     dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.1, save_output=True),
@@ -444,7 +449,7 @@ SAVED_OUTPUT = (
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """By public op: what makes a case for the sweep."""
+    """Returns a dict from a public operator to a function that makes a random case of the operator."""
     return {
         "lora_linear": lambda: lora_case(
             o.base, with_bias=o.maybe(), dropout_p=o.dropout, adapter_dtype=o.adapters, rank_scale=o.maybe(0.3)

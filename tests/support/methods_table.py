@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 __all__ = ["Cell", "Table", "split"]
 
-# What may change a cell without a change here: how many breaks torch.compile finds, what PEFT says where it refuses.
+# Libraries whose versions may change a cell, for example the number of graph breaks or the text of PEFT's error.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _VERSIONS = "Drawn with "
 _NONE = "—"
@@ -16,14 +16,14 @@ _NONE = "—"
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: ``text`` of a few words, and footnotes. Cells with equal notes share a footnote."""
+    """A cell of the table: ``text`` of a few words, and ``notes``. Cells with equal notes share a footnote."""
 
     text: str
     notes: tuple[str, ...] = ()
 
     @classmethod
     def none(cls, *reasons: str) -> Cell:
-        """Returns an empty cell with the reasons for it. Raises ValueError where no reason is given."""
+        """Returns an empty cell with ``reasons`` as footnotes. Raises ValueError if no reason is given."""
         if not reasons or not all(reasons):
             raise ValueError(f"Cell.none: reasons are {reasons}, wanted at least one")
         return cls(_NONE, reasons)
@@ -59,14 +59,14 @@ class Table:
         self.cells[place] = cell
 
     def missing(self) -> list[tuple[str, str]]:
-        """The places that have no cell yet."""
+        """Returns the pairs (row, column) that have no cell yet."""
         return [(row, column) for row in self.rows for column in self.columns if (row, column) not in self.cells]
 
     def draw(self) -> str:
-        """The document. Raises ValueError where a cell is missing."""
+        """Returns the document as Markdown. Raises ValueError if a cell is missing."""
         if missing := self.missing():
             raise ValueError(f"Table: {len(missing)} cells are missing, the first is {missing[0]}")
-        numbers: dict[str, int] = {}  # by footnote, in reading order
+        numbers: dict[str, int] = {}  # maps a footnote's text to its number, in reading order
 
         def drawn(cell: Cell) -> str:
             marks = [f"[^{numbers.setdefault(note, len(numbers) + 1)}]" for note in cell.notes]
@@ -90,7 +90,7 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 def _drawn_with() -> str:
-    # No local part such as +cpu: every build of a release gives the same table.
+    # The local part of a version, such as +cpu, is left out, so that each build of a release gives the same line.
     return _VERSIONS + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES) + "."
 
 

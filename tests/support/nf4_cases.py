@@ -1,4 +1,4 @@
-"""Cases of NF4 alone: quantizing, decoding, merging, and the linear layer over a frozen weight without an adapter."""
+"""Cases of NF4's quantizing, dequantizing and merging, and of linear layers over a frozen weight without an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from peft_ext import NF4Weight, ops, reference
 
 
 def nf4_weight(n: int, k: int, dtype: torch.dtype, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Quantized by the reference, so that a fault of the quantize kernel does not hide one of another's."""
+    """Returns a random NF4 weight that the reference quantized, so that the cases of other operators do not depend on
+    the quantize kernel."""
     return reference.nf4_quantize(randn(n, k, dtype=dtype, scale=0.05), blocksize, double_quant)
 
 
@@ -24,8 +25,8 @@ def quantize_case(blocksize: int, double_quant: bool) -> Case:
         _, k, n, _ = shape
         weight = randn(n, k, dtype=dtype)
         flat = weight.view(-1)
-        flat[: min(flat.numel(), blocksize)] = 0.0  # an all-zero block
-        # Values on a threshold between two codes, in a block whose scale is one: ties.
+        flat[: min(flat.numel(), blocksize)] = 0.0  # the first block is all zero
+        # Ties: the second block has scale 1 and holds the values halfway between two neighbouring codes.
         code = reference.nf4_code()
         if flat.numel() >= 2 * blocksize:
             ties = torch.cat([(code[1:] + code[:-1]) / 2, torch.ones(1)]).to(dtype)
@@ -54,7 +55,7 @@ def dequantize_case(blocksize: int, double_quant: bool) -> Case:
 
 
 def dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
-    """The dense weight that a kernel computes with, in its compute dtype."""
+    """Returns the dense weight that a kernel multiplies with, dequantized in ``dtype`` if the weight is NF4."""
     return reference.nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
@@ -79,7 +80,8 @@ def nf4_linear_case(double_quant: bool, with_bias: bool, blocksize: int = 64) ->
 
 
 def frozen_linear_case(with_bias: bool = False) -> Case:
-    """A dense weight; over an NF4 one ``frozen_linear`` is ``nf4_linear``."""
+    """Returns a case of frozen_linear with a dense weight. With an NF4 weight, ``frozen_linear`` calls
+    ``nf4_linear``."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, k, n, _ = shape
@@ -91,7 +93,10 @@ def frozen_linear_case(with_bias: bool = False) -> Case:
 
 
 def merge_case(double_quant: bool) -> Case:
-    """The bits of W + s B A, requantized: the product is rounded to float32, and is exact of small whole numbers."""
+    """Returns a case of nf4_merge whose result must have the oracle's bits.
+
+    B and A have small whole numbers, so that the product B A is exact in float32.
+    """
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         _, k, n, r = shape
@@ -152,7 +157,7 @@ CASES = with_errors(
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """By public op: what makes a case for the sweep."""
+    """Returns a dict from a public operator to a function that makes a random case of the operator."""
     return {
         "nf4_quantize": lambda: quantize_case(o.blocksize, o.nested),
         "nf4_dequantize": lambda: dequantize_case(o.blocksize, o.nested),

@@ -1,4 +1,5 @@
-"""What a case of an operator is: how to draw inputs, the public op, plain PyTorch and the float64 oracle."""
+"""Classes and helpers for the cases of operators. A case has a function that draws inputs, the public operator, plain
+PyTorch, and a float64 oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0, -0x0FED_CBA9_8765_4321], dtype=torch.int64)
 
-# (tokens shape, K, N, R): odd, prime, one, empty, wider than a panel, and a multiple of everything.
+# (shape of the tokens, K, N, R): sizes that are odd, prime, one, zero, wider than a panel, and multiples of tile sizes.
 SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
     ((4, 8), 64, 96, 16),
     ((3, 7), 65, 33, 5),
@@ -37,13 +38,14 @@ SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
 
 @dataclass
 class Sample:
-    """Inputs of one call. ``grads`` names those that get a gradient; ``call`` takes the inputs and nothing else."""
+    """The inputs of one call, by the names of the parameters of ``Case.call``. ``grads``: names of the inputs that get
+    a gradient."""
 
     inputs: dict[str, Any]
     grads: Sequence[str] = ()
 
     def to(self, device: torch.device) -> Sample:
-        """The same values on ``device``."""
+        """Returns a sample with the values of this sample on ``device``."""
         return Sample({name: _moved(value, device) for name, value in self.inputs.items()}, self.grads)
 
 
@@ -56,13 +58,21 @@ class Case:
     """One operator in one configuration.
 
     Attributes:
-        name: test id. op: stem of the operator's files. make: draws a sample for (dtype, shape).
-        call: the public op. plain: the same in eager PyTorch, in the dtype a user would run it in; the yardstick.
-        oracle: the same in float64, differentiable by autograd. exact: the result must have the oracle's bits.
-        result: dtype and shape of the result, for (dtype, shape). held: inputs of the oracle that its gradient takes
-        for constants although they depend on the sample. from_product: gradients that are computed from the base
-        product, as it was rounded to x's dtype. shapes: those of SHAPES it is tested on. errors: what the operator
-        refuses. saved: bytes that a bfloat16 call keeps for the backward beside its inputs, for (T, K, N, R).
+        name: the id of the case in the tests.
+        op: the stem of the names of the operator's files.
+        make: a function that draws a sample for (dtype, shape).
+        call: a function that calls the public operator.
+        plain: the computation in eager PyTorch, in the dtype in which a user would run it. The error of ``plain``
+            determines the tolerance.
+        oracle: the computation for float64 inputs, differentiable by autograd.
+        exact: whether the result must have the oracle's bits.
+        result: a function from (dtype, shape) to the dtype and shape of the result.
+        held: a function from a sample to further inputs of the oracle, which the gradient treats as constants although
+            their values depend on the sample.
+        from_product: names of the parts that are computed from a base product that was rounded to x's dtype.
+        shapes: the shapes of SHAPES on which the case is tested.
+        errors: wrong arguments and the errors that the operator raises for them.
+        saved: a function from (T, K, N, R) to the bytes that a bfloat16 call saves for the backward beside its inputs.
     """
 
     name: str
@@ -92,11 +102,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """What a random case is made of, drawn from its seed.
+    """Options of a random case, drawn from the seed of the case.
 
     Attributes:
-        base: "dense", "nf4:BLOCKSIZE" or "nested:BLOCKSIZE". adapters: the adapters' dtype; None: the input's.
-        dropout: its probability. blocksize, nested: of an NF4 weight.
+        base: the frozen weight: "dense", "nf4:BLOCKSIZE" or "nested:BLOCKSIZE".
+        adapters: the dtype of the adapters; None for the dtype of x.
+        dropout: the probability of dropout.
+        blocksize: the block size of an NF4 weight.
+        nested: whether an NF4 weight has double quantization.
     """
 
     rng: random.Random
@@ -111,7 +124,8 @@ class Options:
 
 
 def with_errors(errors: dict[str, tuple[Error, ...]], *cases: Case) -> tuple[Case, ...]:
-    """Gives cases their errors, by a case's name, or by an operator's: then all of its cases."""
+    """Returns the cases with their errors. A key of ``errors`` is the name of a case, or of an operator for all cases
+    of the operator that have no key of their own."""
     given = tuple(replace(case, errors=errors.get(case.name, errors.get(case.public, ()))) for case in cases)
     unknown = errors.keys() - {name for case in given for name in (case.name, case.public)}
     assert not unknown, f"errors of no case: {unknown}"
@@ -119,12 +133,13 @@ def with_errors(errors: dict[str, tuple[Error, ...]], *cases: Case) -> tuple[Cas
 
 
 def nothing(t: int, k: int, n: int, r: int) -> int:
-    """``Case.saved`` of an operator that keeps its inputs alone."""
+    """Returns 0: a ``Case.saved`` for an operator that saves only its inputs."""
     return 0
 
 
 def shrunk_bytes(dropout_p: float) -> Callable[[int, int, int, int], int]:
-    """Returns ``Case.saved`` of a low-rank layer: S [T, R] in float32, and with dropout the seed's 16 bytes."""
+    """Returns a ``Case.saved`` for a low-rank layer, which saves S [T, R] in float32 and, with dropout, a seed of 16
+    bytes."""
     return lambda t, k, n, r: t * r * 4 + (16 if dropout_p else 0)
 
 
@@ -133,7 +148,7 @@ def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def wide(value: Any) -> Any:
-    """An input as the oracle takes it: float64 of the very same value."""
+    """Returns an input for the oracle: a float tensor is converted to float64, other values are returned unchanged."""
     if isinstance(value, NF4Weight):
         return value
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

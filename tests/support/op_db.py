@@ -1,7 +1,7 @@
 """The inputs on which every operator is tested: the cases of all ``*_cases.py`` beside this file.
 
 A case says how to draw inputs, how to call the public op, and what plain PyTorch and the float64 oracle compute from
-the same inputs. ``test_ops.py`` runs the whole battery over every case; adding an operator is adding a case.
+the same inputs. ``test_ops.py`` runs its tests for each case. To test a new operator, add a case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the operators refuse, and how they say it: arguments that stand in for those of a sample of ``SHAPES[0]``."""
+"""Wrong arguments of operators and the errors that they raise. The arguments replace those of a sample of
+``SHAPES[0]``."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ from typing import Any
 
 import torch
 
-Error = tuple[str, dict[str, Any], type, str]  # about what, the arguments, the error's class, its message
-Wrong = tuple[dict[str, Any], type, str]  # the arguments, the error's class, and what follows the operator's name
+# A name of the fault, the wrong arguments, the class of the error, and a pattern of the error's message.
+Error = tuple[str, dict[str, Any], type, str]
+# The wrong arguments, the class of the error, and a pattern of the message behind the operator's name.
+Wrong = tuple[dict[str, Any], type, str]
 
-# By what is wrong: what several operators say alike.
+# Faults for which several operators raise equal errors, by the name of the fault.
 _ALIKE: dict[str, Wrong] = {
     "columns": ({"x": torch.zeros(2, 3)}, ValueError, r"x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
     "weight dtype": ({"weight": torch.zeros(96, 64, dtype=torch.bfloat16)}, TypeError,
@@ -33,6 +36,6 @@ _ALIKE: dict[str, Wrong] = {
 
 
 def errors(operator: str, *alike: str, **own: Wrong) -> tuple[Error, ...]:
-    """Returns the errors of an operator: those named in ``alike``, and its own."""
+    """Returns the errors of an operator: the faults of ``_ALIKE`` that ``alike`` names, and the faults in ``own``."""
     wrong = {**{name: _ALIKE[name] for name in alike}, **own}
     return tuple((about, arguments, kind, f"{operator}: {text}") for about, (arguments, kind, text) in wrong.items())

@@ -1,4 +1,4 @@
-"""What tests of operators share: names of their parameters, the paths' own products, tensors that lie otherwise."""
+"""Parameters and helpers that tests of operators share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from peft_ext import _native
 
 LINEAR = [case for case in CASES if not case.exact]
-# The paths whose bfloat16 product is the package's own.
+# Whether the CPU path in use is one of TILE_PATHS, on which kernels of peft_ext compute bfloat16 products.
 TILES = _native.STATE.isa in _native.TILE_PATHS
 SAVES = [False, pytest.param(True, marks=pytest.mark.cpu_only("elsewhere the promise changes nothing"))]
 
@@ -24,7 +24,8 @@ def names(dtype: torch.dtype) -> str:
 
 
 def strided(value: Tensor) -> Tensor:
-    """The same values, not contiguous; a number has no other way to lie."""
+    """Returns a tensor with the values of ``value`` that is not contiguous. A tensor without dimensions is returned
+    unchanged."""
     if value.dim() == 0:
         return value
     if value.dim() > 1 and 1 not in value.shape:

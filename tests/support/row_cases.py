@@ -1,4 +1,4 @@
-"""Cases of the operators that have no weight: norms, activations, dropout, positions, attention."""
+"""Cases of the operators without a weight matrix: norms, activations, rotary positions, dropout, attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_ext.reference.activations import ACTIVATIONS
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
-# A row of one column has the gradient 0, but for eps: the difference of two that are not.
+# Shapes without K = 1: the gradient of a norm over one column is 0 up to eps, as a difference of two equal numbers.
 _ROWS = tuple(shape for shape in SHAPES if shape[1] > 1)
 
 
@@ -25,7 +25,8 @@ def _of_x(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
 
 
 def rms_norm_case(kind: str = "llama", *, weight_dtype: Any = None, weighted: bool = True) -> Case:
-    """``kind``: "llama" or "gemma". The plain result is that of transformers' layer of this name."""
+    """Returns a case of rms_norm. ``kind``: "llama" or "gemma"; the plain result is that of transformers' RMSNorm of
+    this model."""
     gemma = kind == "gemma"
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
@@ -54,7 +55,7 @@ def rms_norm_case(kind: str = "llama", *, weight_dtype: Any = None, weighted: bo
 
 
 def layer_norm_case(vectors: str = "weight bias", vector_dtype: Any = None) -> Case:
-    """``vectors``: names of the vectors that the layer has."""
+    """Returns a case of layer_norm. ``vectors``: which of the vectors "weight" and "bias" the layer has."""
     names = vectors.split()
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
@@ -95,7 +96,8 @@ def _of_n(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
 
 
 def gated_activation_case(activation: str, form: str = "two") -> Case:
-    """``form``: gate and up are "two" tensors, "halves" of one given tensor, or "views" of one tensor."""
+    """Returns a case of gated_activation. ``form``: gate and up are "two" tensors, "halves" of the tensor that is given
+    as gate, or two "views" of one tensor."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, n = shape[0], shape[2]
@@ -137,17 +139,20 @@ def activation_case(activation: str) -> Case:
 
 
 def rotary_case(heads: int = 3, kv_heads: int = 1, *, one_cos: bool = False, contiguous: bool = False) -> Case:
-    """q and k are transposed views. ``one_cos``: one cos and sin for the batch. The results are concatenated."""
+    """Returns a case of rotary_embedding, with concatenated results.
+
+    q and k are transposed views unless ``contiguous``. ``one_cos``: one cos and sin for all samples of the batch.
+    """
 
     def sizes(shape: tuple) -> tuple[int, int, int]:
-        """(B, T, D): of a shape's tokens and its rank, as even as a head must be."""
+        """Returns (B, T, D) for a shape. D is twice the shape's rank, because a head has an even size."""
         tokens = shape[0]
         count = torch.Size(tokens[1:]).numel()
         return (tokens[0] if tokens else 1), count, 2 * shape[3]
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         b, t, d = sizes(shape)
-        # The two halves differ, unlike the angles of any model.
+        # The two halves of cos and of sin are drawn independently; in models both halves are equal.
         inputs = {name: randn(1 if one_cos else b, t, d, dtype=dtype) for name in ("cos", "sin")}
         for name, count in (("q", heads), ("k", kv_heads)):
             values = randn(b, t, count, d, dtype=dtype).transpose(1, 2)
@@ -207,20 +212,21 @@ def attention_case(
     dropout_p: float = 0.0,
     biased: str = "",
 ) -> Case:
-    """q, k and v are transposed views, whose head size is twice the shape's rank.
+    """Returns a case of scaled_dot_product_attention. q, k and v are transposed views.
 
-    ``other_values`` is added to the head size of the values, and ``odd`` subtracts one from the head size. ``sees``:
-    "all", "causal", "padding" (some queries see no key), "documents" or "bits" (a mask for each head). ``biased``:
-    "heads" (x's dtype, transposed) or "keys" (float32, some entries -inf).
+    The head size is twice the shape's rank, minus one if ``odd``. ``other_values`` is added to the head size of the
+    values. ``sees``: the keys that a query sees, "all", "causal", "padding" (some queries see no key), "documents" or
+    "bits" (a mask for each head). ``biased``: "heads" (a bias in x's dtype, transposed) or "keys" (a float32 bias with
+    some entries -inf).
     """
 
     def lengths(shape: tuple) -> tuple[int, int, int]:
-        """(B, T, D): a shape of one dimension of tokens is one sequence of them."""
+        """Returns (B, T, D) for a shape. A shape with one dimension of tokens is one sequence."""
         *batch, tokens = shape[0] or (1,)
         return torch.Size(batch).numel(), tokens, 2 * shape[3] - odd
 
     def mask_of(b: int, t: int, s: int) -> Tensor | None:
-        if sees == "padding":  # on the left, as a causal model's
+        if sees == "padding":  # a causal mask with padding on the left
             seen = torch.ones(b, 1, t, s, dtype=torch.bool).tril()
             return seen & (torch.arange(s) >= torch.arange(b)[:, None] % max(s, 1) * 3)[:, None, None]
         if sees == "documents":
@@ -276,11 +282,11 @@ def attention_case(
     traits = "-more_keys" * bool(more_keys) + "-values" * bool(other_values) + "-odd" * odd + "-contiguous" * contiguous
     traits += f"-dropout{dropout_p}" * bool(dropout_p) + f"-bias_of_{biased}" * bool(biased)
     name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
-    # With one key the gradient of the scores is zero, and rounding errors have nothing to be compared with.
+    # Shapes with one key are left out: the gradient of the scores is then zero, and has no relative error.
     shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]
 
     def saved(t: int, k: int, n: int, r: int) -> int:
-        """The result, a float32 number for each query and head, and the seed."""
+        """Returns the bytes of the result, of a float32 number per query and head, and with dropout of the seed."""
         return heads * t * (4 + 2 * (2 * r - odd + other_values)) + (16 if dropout_p else 0)
 
     return Case(name, "attention", make, call, plain, result=result, shapes=shapes, saved=saved)
@@ -406,7 +412,7 @@ CASES = with_errors(
 
 
 def drawn(o: Options) -> dict[str, Callable[[], Case]]:
-    """By public op: what makes a case for the sweep."""
+    """Returns a dict from a public operator to a function that makes a random case of the operator."""
     return {
         "rotary_embedding": lambda: rotary_case(
             o.rng.choice((1, 3, 8)), o.rng.choice((1, 2)), one_cos=o.maybe(), contiguous=o.maybe(0.3)

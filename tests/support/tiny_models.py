@@ -1,4 +1,5 @@
-"""Tiny random models of commonly adapted architectures, of transformers' own classes, with a batch for each."""
+"""Tiny random models of commonly adapted architectures, made of transformers' own classes, and a batch for each
+model."""
 
 from __future__ import annotations
 
@@ -26,26 +27,27 @@ _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 class Sizes:
     """Sizes of a model and its batch.
 
-    For bitsandbytes' kernels, ``hidden`` and ``inner`` must be multiples of 64, the block size of NF4. A token goes to
-    ``active`` of the ``experts``.
+    For bitsandbytes' kernels, ``hidden`` and ``inner`` must be multiples of 64, the block size of NF4. In a mixture,
+    each token goes to ``active`` of the ``experts`` experts.
     """
 
     hidden: int = 64
     inner: int = 128
     layers: int = 2
     heads: int = 4
-    kv_heads: int = 2  # fewer keys than queries: a narrow k_proj and v_proj
-    head_dim: int = 32  # in architectures where it is independent of hidden / heads
+    kv_heads: int = 2  # fewer than heads, so that k_proj and v_proj have fewer outputs than q_proj
+    head_dim: int = 32  # used in architectures where the size of a head is independent of hidden / heads
     vocab: int = 128
     experts: int = 2
-    active: int = 2  # both of two experts: a rounding may change a choice
-    smooth: bool = False  # without ReLU: a rounding may change the side of its kink
+    active: int = 2  # all experts, because a rounding could change the choice of an expert
+    smooth: bool = False  # True replaces ReLU, because a rounding could move a value across ReLU's kink
     batch: int = 8
     length: int = 9
 
     @property
     def spread(self) -> float:
-        """The deviation of a weight whose product keeps its input's size, so that every layer counts in the logits."""
+        """The standard deviation of weights whose product keeps the size of x, so that every layer affects the
+        logits."""
         return self.hidden**-0.5
 
     @property
@@ -117,14 +119,15 @@ class Sizes:
         return torch.randint(3, self.vocab, (self.batch, length), generator=torch.Generator().manual_seed(5))
 
     def fewer_tokens(self) -> Tensor:
-        """What a decoder is to say of an encoder's tokens."""
+        """Returns token ids for a decoder, three fewer than the encoder gets, but at least two."""
         return self.tokens(max(2, self.length - 3))
 
     def numbers(self, *shape: int) -> Tensor:
         return torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(6))
 
     def text(self) -> dict[str, Tensor]:
-        """Every second sequence is three tokens shorter, padded on the left."""
+        """Returns token ids and an attention mask. Every second sequence is padded by up to three tokens on the
+        left."""
         mask = torch.ones(self.batch, self.length, dtype=torch.long)
         mask[1::2, : min(3, self.length - 1)] = 0
         return {"input_ids": self.tokens(), "attention_mask": mask}
@@ -141,11 +144,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model, its inputs, and the modules to adapt.
+    """A recipe for a model, its inputs, and the modules to adapt.
 
-    Text is generated from ``inputs`` too, which have no labels. ``lora``, ``dora`` (None: ``lora``) and ``ia3`` are
-    arguments of PEFT's configurations, empty for the list of layers that PEFT has for the architecture. ``labels`` is
-    None where the model has a loss of its own or none at all.
+    ``inputs`` makes a batch without labels, which is also used for generation. ``lora``, ``dora`` (None for the value
+    of ``lora``) and ``ia3`` are arguments of PEFT's configurations; empty arguments mean PEFT's own list of layers for
+    the architecture. ``labels`` is None if the model computes its loss without labels or has no loss.
     """
 
     model: type[hf.PreTrainedModel]
@@ -162,7 +165,8 @@ class Architecture:
         return self.model.can_generate()
 
     def build(self, seed: int = 1) -> hf.PreTrainedModel:
-        """Returns the model with fixed weights. Biases and norms have values as after training, not 0 and 1."""
+        """Returns the model with random weights of ``seed``, in eval mode. Vectors such as biases and the weights of
+        norms get random values too, not 0 and 1."""
         torch.manual_seed(seed)
         model = self.model(copy.deepcopy(self.config)).eval()
         with torch.no_grad():
@@ -175,7 +179,7 @@ class Architecture:
         return {**self.inputs(), **({} if self.labels is None else {"labels": self.labels()})}
 
     def peft_config(self, method: str) -> PeftConfig:
-        """Returns a configuration of "LoRA", "DoRA" or "IA3" whose initial weights are as after some training."""
+        """Returns a configuration of "LoRA", "DoRA" or "IA3" with random initial weights, so that the adapter acts."""
         if method == "IA3":
             return IA3Config(task_type=self.task, init_ia3_weights=False, **self.ia3)
         targets = self.dora if method == "DoRA" and self.dora is not None else self.lora
@@ -191,7 +195,7 @@ class Architecture:
 
 
 def _of(stem: str, head: str, sizes: dict[str, Any]) -> tuple[type[hf.PreTrainedModel], hf.PretrainedConfig]:
-    """Returns transformers' class of a model, and a configuration with these sizes."""
+    """Returns transformers' model class named ``stem`` + ``head``, and a configuration of ``stem`` with the sizes."""
     return getattr(hf, f"{stem}{head}"), getattr(hf, f"{stem}Config")(**sizes)
 
 
@@ -227,7 +231,7 @@ def _falcon(s: Sizes, ia3: Optional[dict[str, Any]] = None, **sizes: Any) -> Arc
     return _decoder(s, "Falcon", {**s.body, **_SPECIAL, "vocab_size": s.vocab, **sizes}, ia3=ia3 or {})
 
 
-# What is tested one by one.
+# The architectures that tests/integrations/test_architectures.py tests one by one.
 _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Llama": lambda s: _decoder(s, "Llama", s.grouped),
     "Qwen2": lambda s: _decoder(s, "Qwen2", s.grouped),
@@ -239,7 +243,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Phi3": lambda s: _decoder(s, "Phi3", {**s.grouped, "resid_pdrop": 0.1}, **_ia3(["qkv_proj"], ["down_proj"])),
     "GPT-2": lambda s: _decoder(s, "GPT2", s.gpt, "LMHeadModel"),
     "Falcon": lambda s: _falcon(s, bias=True, hidden_dropout=0.1),
-    # Without bias and dropout, Falcon adds a layer's output to the residual in place; IA3 scales that output.
+    # Without bias and dropout, Falcon adds the residual to a layer's output in place. IA3 scales that output.
     "Falcon-7B": lambda s: _falcon(s, bias=False, **_ia3(["query_key_value", "dense_4h_to_h"], [])),
     "Falcon-40B": lambda s: _falcon(s, bias=False, new_decoder_architecture=True, num_kv_heads=s.kv_heads),
     "OPT": lambda s: _decoder(
@@ -253,8 +257,8 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "GPT-NeoX": lambda s: _decoder(s, "GPTNeoX", s.decoder),
     "Cohere": lambda s: _decoder(s, "Cohere", s.grouped, **_LLAMA_IA3),
     "Cohere2": lambda s: _decoder(s, "Cohere2", {**s.grouped, "sliding_window": 4}, **_LLAMA_IA3),
-    # One expert instead of two where each token goes to one: a rounding could change a token's choice. The second layer
-    # is dense. The routed sum is added to the shared expert's output in place.
+    # Each token goes to one expert, and a rounding could change the choice, so the model has one expert. The second
+    # layer is dense. The model adds the routed sum to the shared expert's output in place.
     "Llama4": lambda s: Architecture(
         hf.Llama4ForCausalLM,
         hf.Llama4TextConfig(
@@ -295,13 +299,13 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
             "target_modules": _ATTENTION,
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
-        dora={"target_modules": _ATTENTION},  # PEFT has no DoRA of an expert's weights
+        dora={"target_modules": _ATTENTION},  # PEFT has no DoRA on experts' parameters
     ),
 }  # fmt: skip
 
 _POSITIONS = {"max_position_embeddings": 32}
 
-# What the model fuzzer draws from beside them; its target modules are its own.
+# Further architectures, from which the model fuzzer draws too. The fuzzer chooses target modules itself.
 _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     "Gemma": lambda s: _decoder(s, "Gemma", s.headed),
     "GPT-J": lambda s: _decoder(s, "GPTJ", {**s.gpt, "rotary_dim": 4}),
@@ -366,7 +370,7 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
          "hidden_dim": s.inner, "initializer_range": s.spread, "pad_token_id": 0},
     ),
     "ELECTRA": lambda s: _classifier(s, "Electra", {**s.encoder, "embedding_size": 24}),
-    # All its layers are one module, which is called several times.
+    # All layers of ALBERT are one module, which the model calls several times.
     "ALBERT": lambda s: _classifier(s, "Albert", {**s.encoder, "embedding_size": 24}),
     "DeBERTa-v2": lambda s: _classifier(
         s, "DebertaV2",
@@ -380,7 +384,8 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     ),
     "BART": lambda s: _seq2seq(s, "Bart", {**s.bart, **_POSITIONS}),
     "mBART": lambda s: _seq2seq(s, "MBart", {**s.bart, **_POSITIONS}),
-    "NLLB-MoE": lambda s: _seq2seq(  # its experts are modules; with few tokens one ReLU may change everything
+    # The experts of NLLB-MoE are modules. With few tokens, a rounding across one ReLU's kink can change all results.
+    "NLLB-MoE": lambda s: _seq2seq(
         s, "NllbMoe",
         {**s.bart, **_POSITIONS, "num_experts": s.experts, "encoder_sparse_step": 1, "decoder_sparse_step": 1,
          "expert_capacity": 64, "router_jitter_noise": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
@@ -415,7 +420,7 @@ FAMILIES = (*_TESTED, *_MORE)
 
 
 def architecture(name: str, sizes: Optional[Sizes] = None) -> Architecture:
-    """Returns the architecture of one of ``FAMILIES`` in these sizes."""
+    """Returns the architecture ``name`` in the given sizes, by default ``Sizes()``."""
     make = _TESTED[name] if name in _TESTED else _MORE[name]
     return make(Sizes() if sizes is None else sizes)
 
@@ -427,17 +432,19 @@ ARCHITECTURES = {name: architecture(name) for name in _TESTED}
 
 # --- a step of a model, and what is compared --------------------------------------------------------------------------
 
-# Logits, loss and gradients by name.
+# The logits, the loss, and the gradients of a training step, by name.
 Step = dict[str, Optional[Tensor]]
-# The order of float32 sums of at most 128 terms differs, through two layers and back, which changes a gradient by up to
-# 5e-6 of its norm. A bfloat16 rounding changes it by 2e-3, a missing term of a layer by more than 1e-2.
+# The largest relative error of a tensor. Another order of float32 sums of at most 128 terms changes a gradient, through
+# two layers and back, by up to 5e-6 of its norm. One bfloat16 rounding changes a gradient by 2e-3, and a missing term
+# of a layer changes a gradient by more than 1e-2.
 TOLERANCE = 2e-5
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Counts the calls of peft_ext's operators by name on this thread, on which the CPU's backward runs too.
+    """Counts the calls of peft_ext's operators by name, on this thread, on which the CPU's backward runs too.
 
-    An operator that is a composition of others is not counted. Siblings count one by one.
+    An operator that is composed of other operators is not counted. A call of lora_linears counts one lora_linear for
+    each layer, and a call of lora_experts counts one lora_linear or dora_linear.
     """
 
     def __init__(self) -> None:
@@ -449,10 +456,11 @@ class OperatorCalls(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name.partition("::")[2]
         if name in ("lora_linears", "lora_linears_backward") and func.namespace == "peft_ext":
-            layers = args[0] if name.endswith("_backward") else args[3][::2]  # a gradient or a scaling for each layer
+            # The backward has a gradient for each layer, and the forward has a scaling for each layer.
+            layers = args[0] if name.endswith("_backward") else args[3][::2]
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
-            scaled = args[12] is not None  # the scale vector of DoRA
+            scaled = args[12] is not None  # argument 12 is DoRA's scale, None for LoRA
             self.calls[name.replace("lora_experts", "dora_linear" if scaled else "lora_linear")] += 1
         elif func.namespace == "peft_ext" and not OPERATORS[name].composed:
             self.calls[name] += 1
@@ -479,7 +487,8 @@ def error_of(actual: Tensor, wanted: Tensor) -> float:
 
 
 def assert_close(actual: Any, wanted: Any, tolerance: float = TOLERANCE) -> None:
-    """Asserts that ``actual`` has ``wanted``'s tensors, each within ``tolerance`` times its norm, which is not zero."""
+    """Asserts that ``actual`` and ``wanted`` have equal keys and dtypes, and that each relative error is below
+    ``tolerance``. A wanted tensor of norm 0 fails, because it would compare nothing."""
     if isinstance(wanted, Tensor):
         actual, wanted = {"logits": actual}, {"logits": wanted}
     assert actual.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""Copies of a model's and an adapter's folder that are broken, absurd or malicious."""
+"""Helpers for tests that read broken, absurd or malicious folders of models and adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-# On the name of a layer this expression backtracks without end.
+# A regular expression that takes exponential time on the name of a layer.
 EVIL = "([a-z_.0-9]+)+!"
 
 

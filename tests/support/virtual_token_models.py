@@ -1,4 +1,4 @@
-"""Models of every kind that prefix and prompt tuning have to handle, and PEFT's models of both methods."""
+"""Tiny models of several architectures for tests of prefix and prompt tuning, and PEFT's models of both methods."""
 
 import copy
 from typing import Any
@@ -15,7 +15,8 @@ GROUPED = {**SMALL, "num_key_value_heads": 2}
 DECODER_LAYERS = {"encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 2}
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_heads": 4, "decoder_start_token_id": 0}
 
-# Each kind of configuration: its class, the model's, its arguments; dropout is off in eval.
+# For each kind of model: the name of the configuration's class, the name of the model's class, and the configuration's
+# arguments. The models run in eval mode, in which dropout is off.
 MODELS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "num_hidden_layers": 3}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "num_hidden_layers": 2, "head_dim": 12}),
@@ -39,7 +40,7 @@ MODELS = {
     "bart": ("BartConfig", "BartForConditionalGeneration", {"vocab_size": VOCAB, "d_model": 32, "encoder_ffn_dim": 40,
                                                             "decoder_ffn_dim": 40, **DECODER_LAYERS}),
 }  # fmt: skip
-TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}  # all other kinds: CAUSAL_LM
+TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}  # the task of other kinds is CAUSAL_LM
 
 
 def make_model(kind: str) -> transformers.PreTrainedModel:
@@ -59,7 +60,7 @@ def make_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_peft(kind: str, model: nn.Module, config: type[peft.PromptLearningConfig], **options: Any) -> peft.PeftModel:
-    """Returns PEFT's model around a copy, with P virtual tokens."""
+    """Returns PEFT's model around a copy of ``model``, with P virtual tokens."""
     config = config(task_type=TASKS.get(kind, "CAUSAL_LM"), num_virtual_tokens=P, **options)
     return peft.get_peft_model(copy.deepcopy(model), config).eval()
 
