@@ -90,8 +90,9 @@ def accelerate(
             :func:`explain` tells why. Layers that are added later are not fused until the next call.
         blocks: whether to fuse more than layers. Norms, MLPs and attentions are fused if the code of their forward is a
             known form (docs/known-forms.md) at the time of the call. A norm saves x and one or two numbers per row for
-            the backward. An MLP computes its inner activation again in the backward. An attention computes the layers
-            that get one input together, and on a CPU runs softmax(q kᵀ) v on an operator. Dropouts are fused on a CPU.
+            the backward. An MLP computes its inner activation again in the backward. An attention computes the adapted
+            layers that get one input together, and on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator.
+            Dropouts are fused on a CPU.
             The loss of a language model is fused if the head is frozen (LoRA on the head may train) and the model's
             ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
             :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes

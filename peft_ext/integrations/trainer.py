@@ -277,8 +277,8 @@ class PeftExtCallback(TrainerCallback):
 class AdaLoraCallback(TrainerCallback):
     """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared.
 
-    AdaLoRA's paper and PEFT's documentation call it at this point. Trainer does not call ``update_and_allocate``, and
-    without the call AdaLoRA prunes no ranks. ``AdaLoraConfig.total_step`` must be the number of optimizer steps of the
+    AdaLoRA's paper and PEFT's documentation update the ranks at this point. Trainer does not call
+    ``update_and_allocate``, and without the call AdaLoRA prunes no ranks. ``AdaLoraConfig.total_step`` must be the number of optimizer steps of the
     run. A run can't be resumed, because PEFT saves only the remaining ranks, whose shapes differ from those of the
     optimizer's state.
 

@@ -152,8 +152,8 @@ def _weight(head: nn.Module) -> Union[Tensor, NF4Weight]:
 
 
 def _linear(forward: types.MethodType) -> Callable[..., Any]:
-    """Returns a function that replaces ``forward``, a forward made by TRL's ``add_fused_lm_head``, with its
-    settings."""
+    """Returns a function to replace ``forward``, which TRL's ``add_fused_lm_head`` made. The returned function has the
+    settings of ``forward``."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
     # TRL divides the capped logits by T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
@@ -187,7 +187,7 @@ def _output(
     hidden: Tensor, head: nn.Module, labels: Tensor, items: Union[Tensor, int, None], scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Returns the output that TRL's forward returns. Tokens with the label -100 are not computed; their values are
+    """Returns an output like that of TRL's forward. Tokens with the label -100 are not computed, and have values of
     0."""
     weight, bias = _weight(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))

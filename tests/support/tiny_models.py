@@ -243,7 +243,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Phi3": lambda s: _decoder(s, "Phi3", {**s.grouped, "resid_pdrop": 0.1}, **_ia3(["qkv_proj"], ["down_proj"])),
     "GPT-2": lambda s: _decoder(s, "GPT2", s.gpt, "LMHeadModel"),
     "Falcon": lambda s: _falcon(s, bias=True, hidden_dropout=0.1),
-    # Without bias and dropout, Falcon adds the residual to a layer's output in place. IA3 scales that output.
+    # Falcon adds the attention's output to the MLP's output in place. IA3 scales the MLP's output.
     "Falcon-7B": lambda s: _falcon(s, bias=False, **_ia3(["query_key_value", "dense_4h_to_h"], [])),
     "Falcon-40B": lambda s: _falcon(s, bias=False, new_decoder_architecture=True, num_kv_heads=s.kv_heads),
     "OPT": lambda s: _decoder(

@@ -1,9 +1,9 @@
 """The base class of the fused adapter layers, the tables of fused classes, and functions that read the frozen weight.
 
-A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch, and adds no state to an instance. The
-method ``stock_reason`` of a fused class returns why the next call takes the stock path (see :mod:`.reasons`). The
-method ``_fused`` of an adapter layer computes a call on an operator. :mod:`peft_ext.integrations.peft` replaces the
-class of each layer.
+A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
+class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
+computes a call on an operator. :mod:`peft_ext.integrations.peft` replaces the class of each layer and, apart from an
+option such as dora_dropout, changes no attribute of the layer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Fused:
     result for the call, else the stock class's forward.
 
     ``reads`` names the attributes that the fused class reads of an instance. ``accelerate`` does not fuse an instance
-    that lacks one of them, and ``explain`` names the missing attribute.
+    that lacks one of these attributes, and ``explain`` names the missing attribute.
     """
 
     reads: tuple[str, ...] = ("base_layer", "_active_adapter", "_disable_adapters", "merged_adapters")

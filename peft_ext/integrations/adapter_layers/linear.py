@@ -29,7 +29,7 @@ class FusedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(self, FusedLinear):  # see Fused.forward
             return type(self).forward(self, input)
-        x = input  # nn.Linear's name
+        x = input  # nn.Linear names the argument `input`
         stock = not reasons.accepts_input(x) or reasons.linear_reason(self, autocast_dtype(x) or x.dtype) is not None
         if not stock and operands(self, x) is not None:
             if x.numel() != self.in_features or (torch.is_grad_enabled() and x.requires_grad):

@@ -119,7 +119,8 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
         if not is_fully_sharded(type(module)):
             continue
         state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        # Before torch 2.13 the state has one group or none, as `_fsdp_param_group`.
+        groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):
                 if not parameter.is_dtensor:  # with tensor parallelism a gathered parameter is still a DTensor
@@ -146,8 +147,8 @@ def is_plain(tensor: Any) -> bool:
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
-    The operators work under torch.compile. Returns False for torch.func's transforms, forward-mode differentiation,
-    torch.jit.trace and torch.export (whose x is a fake tensor): these take the stock path.
+    The operators work under torch.compile. Returns False under torch.func's transforms, forward-mode differentiation,
+    torch.jit.trace and torch.export (where x is a fake tensor), so that the call takes the stock path.
     """
     if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
@@ -250,7 +251,8 @@ def alone_reason(layer: Any) -> Optional[str]:
 
 
 def _is_falcons(kind: type) -> bool:
-    """Returns whether ``kind`` is FalconLinear. It computes x @ W.T + b, which autocast treats as two operations."""
+    """Returns whether ``kind`` is FalconLinear, which computes x @ W.T + b. Autocast treats x @ W.T + b as two
+    operations."""
     return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
 
 
@@ -405,8 +407,9 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 def scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
     """Returns why the operators can't use an adapter's scaling, or None. ``like``: the adapter's lora_A."""
+    # PEFT's hotswap makes the scaling a tensor of one element.
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
-        return "scaling is a tensor that requires grad" if scaling.requires_grad else None  # PEFT's hotswap
+        return "scaling is a tensor that requires grad" if scaling.requires_grad else None
     # Not math.isfinite: torch.compile can't trace math.isfinite once the scaling has changed.
     if not isinstance(scaling, (float, int)) or isinstance(scaling, bool) or not -math.inf < scaling < math.inf:
         return f"scaling is {type(scaling).__name__}, wanted a finite number"
@@ -468,7 +471,8 @@ def freed_reason(layer: nn.Module) -> Optional[str]:
     held = {id(parameter) for parameter in layer.parameters()}
     wrapped, is_held = _fully_sharded(), False
     for module, state in wrapped:
-        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        # Before torch 2.13 the state has one group or none, as `_fsdp_param_group`.
+        groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):
                 seen = parameter.sharded_param, getattr(parameter, "_unsharded_param", None)

@@ -2,7 +2,8 @@
 
     digest = SHA-256 of  the syntax tree of the forward, without docstrings, comments, annotations and decorators,
                          and of each value that the code finds by name: the syntax tree of a Python function, the repr
-                         of a plain value, the name of a builtin or of a function or class of PyTorch
+                         of a plain value, the name of a builtin, of a function or class of PyTorch, or of a class of
+                         transformers
 
 The digest is computed from live objects. The source of a function counts only if compiling the source gives the code
 object of the function. Code that this module cannot read completely (for example an instance of an unknown class, an

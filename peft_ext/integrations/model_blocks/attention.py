@@ -6,9 +6,10 @@ An attention module with a known form runs one of two forwards:
     - If the row says ``forward=rotary``, the forward of this module runs: q, k and v in one operator, rotary positions,
       the cache, attention, and the output projection.
 
-Both forwards call the attention function that transformers' public registry has. peft_ext registers its function under
-a name of its own. This function calls :func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator
-accepts, and otherwise the function that is registered as ``sdpa``. On a GPU, PyTorch's own kernels run.
+peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
+that takes its function from the registry gets peft_ext's function in place of ``sdpa``. peft_ext's function calls
+:func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator accepts, and otherwise the function
+that is registered as ``sdpa``. On a GPU, PyTorch's own kernels compute softmax(q kᵀ) v.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ ModelOutput: Any = ()  # isinstance(x, ()) is False for every x
 with optional("transformers", "the loss of a language model takes whole logits"):
     from transformers.utils import ModelOutput
 
-FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
+FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # the module has no FusedLoraLinear without PEFT
 
 __all__ = ["compute_losses", "defer_losses", "loss_parts"]
 
