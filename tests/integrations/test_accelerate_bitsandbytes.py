@@ -160,7 +160,8 @@ def test_a_plain_adapter_class_over_a_4bit_layer(method):
 
 
 def test_a_4bit_weight_of_inference_mode_trains_as_in_peft():
-    """PEFT's merge and unmerge make such a weight if they run in inference mode."""
+    """A 4-bit weight that is an inference tensor, as PEFT's merge and unmerge make it in inference mode, trains as in
+    PEFT."""
     base = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     with torch.inference_mode():
         weight = torch.randn(32, 64)

@@ -99,7 +99,7 @@ def test_saved_files_are_the_same_and_stock_peft_loads_them(method, base, tmp_pa
         assert (tmp_path / "after" / file).read_bytes() == (tmp_path / "before" / file).read_bytes()
     x = inputs(base)
     wanted = model(x)
-    if (method, base) == ("IA3", "bnb"):  # PEFT cannot unload this combination
+    if (method, base) == ("IA3", "bnb"):  # PEFT can't unload (IA)³ over bitsandbytes' 4-bit layers
         plain = MLP()
         plain.up, plain.down = (layer.base_layer for layer in tuners(model).values())
         plain.is_loaded_in_4bit = True

@@ -156,7 +156,7 @@ def test_adapters_keep_their_dtype(method, adapter_dtype):
 def test_adapters_that_are_transposed_views():
     model = make().train()
     layer = model.base_model.model.up
-    # PEFT ties adapters of an embedding in this way.
+    # PEFT's adapters of tied embeddings have a transposed lora_A, too.
     layer.lora_A["default"].weight = nn.Parameter(torch.randn(K, 8).t())
     compare(model, inputs(tokens=(21,)))
     assert not layer.lora_A["default"].weight.is_contiguous()
@@ -224,7 +224,7 @@ def test_a_mixed_batch_is_one_call_as_good_as_pefts_loop(base, length, grouped_c
     exact = run(in_float64(stock), x.double(), adapter_names=NAMES)
     found = run(fused, x, adapter_names=NAMES)
     assert len(grouped_calls) == 2
-    if base.startswith("bnb"):  # PEFT adds in place to bitsandbytes' output, which has no gradient there
+    if base.startswith("bnb"):  # PEFT adds in place to the output of bitsandbytes' layer, so that no gradient flows
         wanted = run(as_nf4(stock), x, adapter_names=NAMES)
     else:
         wanted = run(stock, x, adapter_names=NAMES)

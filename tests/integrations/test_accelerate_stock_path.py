@@ -345,7 +345,8 @@ def no_kernels(monkeypatch):
 @every_base
 @every_method
 def test_without_a_native_kernel_the_stock_path_runs(method, base, no_kernels):
-    """The reference behind the operator is correct but slower than PEFT, so it must not replace a layer."""
+    """Without a native kernel an operator runs the reference, which is slower than PEFT, so the layer must take the
+    stock path."""
     model = make_method(method, base)
     stock, fused = stock_of(model), peft_ext.accelerate(model)
     x = inputs(base, (21,))
@@ -429,7 +430,7 @@ def test_a_flat_shard_is_not_read(shape):
     base = first(fused).base_layer
     base.weight.data = torch.zeros(shape)
     assert "shard" in peft_ext.explain(fused).rows[0].reason
-    with pytest.raises(RuntimeError):  # PyTorch's own error, from PEFT's code
+    with pytest.raises(RuntimeError):  # PEFT's code runs and raises PyTorch's own error
         fused(inputs())
 
 

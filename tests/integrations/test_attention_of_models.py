@@ -175,7 +175,8 @@ def test_relative_positions_that_train_are_the_models_own() -> None:
 
 
 def test_who_sees_nothing_beside_relative_positions() -> None:
-    """The mask adds a finite number to hidden keys, so a query whose keys are all hidden sees all keys equally."""
+    """The mask adds a finite number to the scores of hidden keys, so a query whose keys are all hidden sees all keys
+    equally."""
     stock, model = build(RELATIVE["T5"]), peft_ext.accelerate(build(RELATIVE["T5"]))
     mask = torch.ones_like(IDS)
     mask[1] = 0
@@ -387,7 +388,8 @@ KINDS = ("added mask", "few queries", "scale", "position bias", "position bias o
 
 @pytest.mark.parametrize("what", KINDS)
 def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
-    """Compares values, gradients and errors."""
+    """peft_ext's function and transformers' function give equal values, gradients and errors for a call of this
+    kind."""
     q, k, v = (torch.randn(2, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
     module, mask, more = nn.Module(), None, {"scaling": 0.3}
     module.num_key_value_groups, module.is_causal = 2, what != "not causal"

@@ -132,7 +132,7 @@ class Odd(nn.Module):
         (Attention.forward, (NAMES,)),
         (Odd.forward, (("a", "l", "m"), ("b", "f"), ("c", "d"), ("i", "j"))),
         (hf.models.llama.modeling_llama.LlamaAttention.forward, (NAMES,)),
-        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),  # q gets the decoder's states
+        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),  # q gets another variable than k and v
         (hf.models.whisper.modeling_whisper.WhisperAttention.forward, (("k_proj", "v_proj"),)),
         # Q and k get the states with positions added.
         (hf.models.detr.modeling_detr.DetrSelfAttention.forward, (("q_proj", "k_proj"),)),

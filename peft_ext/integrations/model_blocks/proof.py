@@ -256,7 +256,8 @@ def _differs(
             eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
             if (why := _unlike(a, b, ulps * eps, strict, whole=index == 1)) is not None:
                 return f"{what} differ: {why}"
-            of_elements = row.kind in ("activation", "gate")  # their inputs are outputs of linear layers, contiguous
+            # Activations and gates get the contiguous output of a linear layer, so that strides need not agree.
+            of_elements = row.kind in ("activation", "gate")
             if index == 0 and a.stride() != b.stride() and a.numel() and not of_elements:
                 return f"the strides are {a.stride()}, wanted {b.stride()}"
     return None
