@@ -307,8 +307,8 @@ class DiffPruningCallback(TrainerCallback):
     the pruning trains the kept entries. A run that is resumed from a checkpoint made before the pruning prunes at the
     same step.
 
-    Attributes:
-        kept: after the pruning, a dict from the name of a tensor to the number of kept entries; before it None.
+    ``kept``: after the pruning, a dict from the name of a tensor to the number of kept entries; before the pruning
+    None.
 
     Raises: ValueError if an argument is out of its range. When training begins: ValueError if the run has fewer steps
     than ``at``, or if the run uses several processes, DeepSpeed or FSDP; TypeError if the model has no Diff Pruning
