@@ -1,1 +1,1 @@
-"""What meets Hugging Face: PEFT layers, bitsandbytes' weights, transformers' Trainer."""
+"""Integrations of peft_ext with PEFT, bitsandbytes, transformers and TRL."""

@@ -1,6 +1,7 @@
-"""NF4Weight to and from bitsandbytes' Params4bit, sharing storage both ways; the format is ``peft_ext.weight``'s.
+"""Conversion between NF4Weight and bitsandbytes' Params4bit. Both directions share the storage of the weight.
 
-:func:`to_linear4bit` makes bitsandbytes' layers of a quantized model's, to compare.
+:mod:`peft_ext.weight` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
+bitsandbytes' ``Linear4bit``, for comparisons.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ __all__ = ["nf4_from_params4bit", "params4bit_from_nf4", "to_linear4bit", "why_n
 
 
 def to_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hands every NF4Linear's bits to a bitsandbytes ``Linear4bit``, in place, so that both run on the same weights.
+    """Replaces every NF4Linear in ``model`` by a bitsandbytes ``Linear4bit`` with the same codes and scales.
 
-    ``dtype`` is what the new layers compute in.
+    ``dtype`` is the compute_dtype of the new layers.
     """
     with required("bitsandbytes", "to_linear4bit"):
         from bitsandbytes.nn import Linear4bit
@@ -34,7 +35,7 @@ def to_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
             )  # fmt: skip
             layer.weight = child.nf4.to_bitsandbytes()
             layer.weight.module, layer.quant_state, layer.bias = layer, layer.weight.quant_state, child.bias
-            # In evaluation bitsandbytes repacks the weight in place for its inference, and can't train on that again.
+            # False stops bitsandbytes from repacking the weight in evaluation. A repacked layer can't be trained again.
             layer.support_avx512bf16_for_cpu = False
             setattr(parent, name, layer.train(child.training))
-    model.is_loaded_in_4bit = True  # what PEFT asks before it takes its own 4-bit layers
+    model.is_loaded_in_4bit = True  # PEFT adds its 4-bit adapter layers only if this attribute is set

@@ -1,16 +1,17 @@
-"""PEFT's adapter layers, 4-bit linears, and frozen ones where PyTorch has no fast product, on this project's ops.
+"""``accelerate``, ``restore`` and ``explain``: the fused operators for the layers and blocks of a live model.
 
-    accelerate:  layer.__class__ = the fused subclass of its class          restore:  the way back
+    accelerate:  layer.__class__ = the fused subclass of its class          restore:  layer.__class__ = the stock class
 
-Only the class of a layer changes: its parameters, ``__dict__`` and ``state_dict`` stay what they were, so saving,
-copying, pickling, merging and adding or deleting adapters go on as PEFT wrote them. (DoRA alone leaves two small
-things, which restore takes back: a chosen ``dora_dropout``, and over an NF4Linear a LoRA variant that can dequantize
-it.) On each call a fused layer asks its ``stock_reason``, which :func:`peft_ext.explain` reports, whether the op
-computes what PEFT would, unless a call with the same facts was accepted before; where not, PEFT's own forward runs.
+``accelerate`` changes the class of a layer; the parameters and the ``state_dict`` stay unchanged, so PEFT's code for
+saving, copying, pickling, and adding or deleting adapters still works. Beside the class, ``accelerate`` sets three
+things, which ``restore`` removes: a chosen ``dora_dropout`` or ``experts_dropout`` is an attribute of the layer, DoRA
+over an NF4Linear gets a LoRA variant that can dequantize the weight, and an attention gets a view of its configuration.
 
-PEFT's layers are matched by exact type: a subclass may have changed the forward that would be replaced. They are in
-``adapter_layers``, and why a call takes the stock path in ``adapter_layers/reasons.py``. Blocks of a model are known by
-the code of their forward, see ``forms`` and ``model_blocks``.
+Each call of a fused layer runs the checks in ``adapter_layers/reasons.py``, unless a call with equal facts was accepted
+before. If a check fails, the stock forward runs. :func:`peft_ext.explain` reports the reasons of the same checks.
+
+PEFT's layers are matched by exact type, because a subclass may have another forward. The fused layers are in
+``adapter_layers``. Blocks of a model are recognized by the code of their forward, see ``forms`` and ``model_blocks``.
 """
 
 from __future__ import annotations
@@ -72,41 +73,46 @@ _DORA_DROPOUTS = ("peft", "lora")
 def accelerate(
     model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft", experts_dropout: float = 0.0
 ) -> nn.Module:
-    """Puts the adapter layers and 4-bit linears of a live model on the fused ops, in place.
+    """Replaces, in place, the classes of the adapter layers, 4-bit linear layers and known blocks of a live model by
+    classes that run fused operators.
 
-    Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
-    frozen ``nn.Linear`` layers that compute in it are put on :func:`peft_ext.ops.frozen_linear` as well, the head of a
-    language model among them; a layer whose weight trains is not. :func:`explain` lists them.
+    Some CPUs have no instructions for products in a 16-bit dtype. On these CPUs, the frozen ``nn.Linear`` layers of a
+    CPU model that compute in this dtype, for example the head of a language model, run
+    :func:`peft_ext.ops.frozen_linear`. :func:`explain` lists these layers.
 
     Args:
-        model: a Hugging Face PeftModel, or any module tree with PEFT's linear layers of LoRA (several active adapters
-            included, and mixed batches by ``adapter_names``), DoRA, AdaLoRA or (IA)³ over nn.Linear, Conv1D, NF4Linear
-            or bitsandbytes ``Linear4bit``, with its LoRA on the experts of a mixture (``target_parameters``), or with
-            ``Linear4bit`` layers alone. Over another base layer (bitsandbytes ``Linear8bitLt``, one with hooks) the
-            part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A layer that can't be fused goes on as
-            it was; :func:`explain` tells why.
-            Layers that are added later stay stock until the next call.
-        blocks: more than layers. Norms, which save x and a number a row; MLPs, gated or not, whose inner activation is
-            computed again in the backward; attentions, whose layers of one input are computed together and whose
-            softmax(q kᵀ) v on a CPU is the operator: each where the code of its forward is a known form
-            (docs/known-forms.md) as this is called, and else left as it is. On a CPU, dropouts. And the loss of a
-            language model under a frozen head, where its ``loss_function`` is transformers' ``ForCausalLMLoss``: in a
-            training step with labels :func:`peft_ext.ops.linear_cross_entropy` computes it from the hidden states, and
-            the output computes its logits when they are asked for. False: the layers alone.
-        dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
-            which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
-            product, and other gradients than PEFT's. Layers and their copies keep it until the next call.
-        experts_dropout: in training, the probability to drop an element of what a mixture's experts get, on the
-            low-rank path of their LoRA (``target_parameters``), a mask for each row. PEFT, which adds W + s B A, has
-            none, and refuses a ``lora_dropout`` there; its files don't say it. Kept like dora_dropout.
+        model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
+            layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
+            (IA)³ are fused over nn.Linear, Conv1D, NF4Linear and ``Linear4bit``. LoRA is also fused over nn.Embedding,
+            and LoRA and DoRA on the experts of a mixture (``target_parameters``). Over another base layer (such as
+            bitsandbytes ``Linear8bitLt``, or a layer with hooks), the base layer's own forward runs and only the
+            adapter's part of LoRA, AdaLoRA or (IA)³ is fused. A layer that can't be fused runs its stock forward, and
+            :func:`explain` tells why. Layers that are added later are not fused until the next call.
+        blocks: whether to fuse more than layers. Norms, MLPs and attentions are fused if the code of their forward is a
+            known form (docs/known-forms.md) at the time of the call. A norm saves x and one or two numbers per row for
+            the backward. An MLP computes its inner activation again in the backward. An attention computes the adapted
+            layers that get one input together, and on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator.
+            Dropouts are fused on a CPU.
+            The loss of a language model is fused if the head is frozen (LoRA on the head may train) and the model's
+            ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
+            :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
+            its logits at the first read. False: only layers are fused.
+        dora_dropout: the tensor that DoRA's dropout acts on in training. "peft": x in the low-rank term and in the base
+            layer's term, as in PEFT; this takes a second product with the base weight. "lora": x in the low-rank term
+            only, as in LoRA; this takes one product, and gives other gradients than PEFT. Layers and their copies keep
+            the setting until the next call.
+        experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
+            dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row has its own mask. PEFT
+            computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's adapter files do
+            not store this setting. Layers and their copies keep the setting until the next call.
 
-    Returns: the same model. Calling again is harmless. Outputs and gradients agree with PEFT's to rounding; dropout
-    draws its mask from the same generator, not the same mask. Not offered: the gradient of a gradient. Under
-    forward-mode differentiation and torch.func's transforms PEFT's code runs.
+    Returns: the same model. A second call is harmless. Outputs and gradients agree with PEFT's up to rounding. Dropout
+    uses the same random generator as PEFT, but draws another mask. The gradient of a gradient is not supported. Under
+    forward-mode differentiation and torch.func's transforms, PEFT's code runs.
 
-    Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two, or experts_dropout
-    no probability below 1. Warns where model has no adapter and no 4-bit layer, and where bitsandbytes has repacked a
-    4-bit weight, which it then can't train.
+    Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is neither "peft" nor "lora", or
+    experts_dropout is no number with 0 <= p < 1. Warns if model has no adapter and no 4-bit layer, and if bitsandbytes
+    has repacked a 4-bit weight, because no gradient then flows through the layer to x.
     """
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
@@ -115,7 +121,7 @@ def accelerate(
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
     check_module("accelerate", model)
-    compute_losses(model)  # a head of before may be an adapter's base now
+    compute_losses(model)  # a layer that was a head at the last call may now be the base layer of an adapter
     if not blocks:
         plain_blocks(model)
     for module in without_adapters(model):
@@ -153,10 +159,11 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes :func:`accelerate` in place: every layer has the class it had, and nothing is left behind.
+    """Undoes :func:`accelerate` in place: sets the stock classes and removes what :func:`accelerate` stored.
 
-    Raises: TypeError where model is no nn.Module; RuntimeError, before anything is changed, where a layer is merged
-    into an NF4 weight, which only the fused layer can unmerge, or was itself wrapped by ``fully_shard``.
+    Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into
+    an NF4 weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer
+    itself.
     """
     check_module("restore", model)
     for name, module in model.named_modules():
@@ -176,10 +183,10 @@ def restore(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Row:
-    """What one layer does: ``kind`` as "LoRA over Linear4bit".
+    """The state of one layer or block. ``kind``: for example "LoRA over Linear4bit".
 
-    ``reason``: why it is not fused; of a fused layer empty, or why its base layer runs on its own and the adapter's
-    part alone is fused.
+    ``reason``: why the layer is not fused. For a fused layer, "" or a remark, such as why only the adapter's part is
+    fused.
     """
 
     name: str
@@ -190,26 +197,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each PEFT layer, and for each linear that is not the base of one and is quantized, or computes in a
-    16-bit dtype for whose products the CPU has no instructions. Prints as a table.
+    """The result of :func:`explain`. ``str`` gives a table.
 
-    ``blocks``: a row for each norm and MLP that is known, and for each loss of a language model; ``fused_share`` is of
-    the layers alone.
+    ``rows``: a row for each adapter layer, and for each other quantized layer or frozen linear layer that computes in a
+    16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a block (norm, MLP,
+    attention, dropout) and for each loss of a language model. ``fused_share`` counts ``rows`` and not ``blocks``.
 
-    ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers does not have where this
-    package looks for it, and what is not fused for want of it.
+    ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers lacks, and for what is
+    not fused without this name.
     """
 
     rows: list[Row] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     blocks: list[Row] = field(default_factory=list)
 
-    # A table of more rows than this shows like rows as one, with their count and the first one's name.
+    # A table of more rows than this shows one line for all layers with equal kind and reason: the number of layers and
+    # the name of the first layer.
     LONGEST = 20
 
     @property
     def fused_share(self) -> float:
-        """Fused layers over all layers; 0 where there is none."""
+        """The number of fused rows divided by the number of all rows; 0 if there are no rows."""
         return sum(row.fused for row in self.rows) / len(self.rows) if self.rows else 0.0
 
     def __str__(self) -> str:
@@ -235,7 +243,7 @@ class Explanation:
 
 
 def alike(rows: Iterable[Row]) -> dict[tuple[str, bool, str], list[str]]:
-    """Returns the names of the layers by kind, whether they are fused, and reason."""
+    """Returns a dict from (kind, fused, reason) to the names of the rows that have these values."""
     grouped: dict[tuple[str, bool, str], list[str]] = {}
     for row in rows:
         grouped.setdefault((row.kind, row.fused, row.reason), []).append(row.name)
@@ -243,16 +251,16 @@ def alike(rows: Iterable[Row]) -> dict[tuple[str, bool, str], list[str]]:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Returns which layers run fused right now, and why the others do not.
+    """Returns which layers and blocks of ``model`` run fused now, and why other layers and blocks do not.
 
-    "Right now" is literal: the rows change with ``train()``, ``set_adapter``, ``merge_adapter``, autocast and the rest
-    of the state that :func:`accelerate` honours. What depends on a single call is not known here: extra arguments but
-    ``adapter_names``, and an input whose dtype does not fit, take the stock path as well.
+    The result depends on the current state: ``train()``, ``set_adapter``, ``merge_adapter``, autocast and other state
+    change it. The result does not cover the arguments of a single call: a call with arguments that the operators do not
+    accept (such as an x of another dtype) takes the stock path.
 
-    Under FSDP2 the rows are of a call of ``model``, in which a layer sees the parameters that ``fully_shard`` gathers;
-    nothing is communicated, so that one process alone may ask.
+    Under FSDP2, the result is for a call of ``model``, in which ``fully_shard`` gathers the parameters. ``explain``
+    communicates nothing, so a single process may call it.
 
-    Raises: TypeError where model is no nn.Module.
+    Raises: TypeError if model is no nn.Module.
     """
     check_module("explain", model)
     with as_in_forward(model):
@@ -277,7 +285,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
-            if parameter := getattr(module, "parameter_name", None):  # of one or several nested around the experts
+            if parameter := getattr(module, "parameter_name", None):  # a wrapper of one parameter of the experts
                 kind = f"{method} over {class_name(type(module.get_base_layer()))}.{parameter}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
                 reason = _unmatched_reason(module, method, kind)
@@ -308,19 +316,21 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _lacking(module: nn.Module, fused: type) -> Optional[str]:
-    """Returns which attribute the fused class reads that ``module``, of its stock class, lacks; None: it has all."""
+    """Returns a text that names an attribute that the fused class reads and ``module`` lacks; None if none is
+    lacking."""
     for path in fused.reads:
         found: Any = module
         for name in path.split("."):
             if not hasattr(found, name):
                 return f"{type(found).__module__}.{type(found).__qualname__} has no {name}"
-            if (found := getattr(found, name)) is None:  # a weight that is not quantized yet
+            if (found := getattr(found, name)) is None:  # the quant_state of a weight that is not quantized yet
                 break
     return None
 
 
 def _package(module: nn.Module) -> tuple[str, type]:
-    """Returns the tuner's package, ``x`` of ``peft.tuners.x`` or of ours, and its class that the layer derives from."""
+    """Returns the name of the layer's tuner, ``x`` of ``peft.tuners.x`` or ``peft_ext.tuners.x``, and the layer's stock
+    class in this tuner."""
     for kind in type(module).__mro__:
         kind = STOCK.get(kind, kind)
         path = kind.__module__.split(".")

@@ -1,5 +1,7 @@
-"""For transformers' Trainer, and those that derive from it (TRL's): acceleration with measurements, AdaLoRA's
-budget, Diff Pruning's second phase.
+"""Callbacks for transformers' Trainer and its subclasses, such as TRL's trainers.
+
+:class:`PeftExtCallback` accelerates the model and measures the run, :class:`AdaLoraCallback` updates AdaLoRA's ranks,
+and :class:`DiffPruningCallback` prunes a Diff Pruning adapter.
 
 ::
 
@@ -37,9 +39,10 @@ __all__ = ["AdaLoraCallback", "DiffPruningCallback", "PeftExtCallback", "keep_fr
 def keep_freed_memory() -> bool:
     """Asks the C library to keep freed memory for the next allocation instead of returning it to the system.
 
-    A training step on the CPU frees its activations, glibc returns them, and the next step faults every page in again:
-    a fifth of the step at 135M parameters. The setting is the whole process's, so a library must not make it on its
-    own; call it once, early, in a program that trains. Returns False where there is no such setting (not glibc).
+    A training step on the CPU frees its activations, glibc returns the memory to the system, and the next step causes a
+    page fault for every page: a fifth of the step's time at 135M parameters. The setting applies to the whole process,
+    so importing peft_ext does not change the setting. Call this function once, early, in a program that trains. Returns
+    False if the system is not Linux, or if the C library has no ``mallopt`` or rejects a setting.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -52,10 +55,10 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory_mib() -> Optional[float]:
-    """Returns the most resident memory this process ever had, MiB; None where the system does not tell.
+    """Returns the peak resident memory of this process so far, in MiB; None if the system does not report the peak.
 
-    It counts everything: the interpreter and its libraries, loading, quantizing, training. On Linux it is VmHWM, which
-    is ``ru_maxrss`` without what the process inherits from the one that started it.
+    The peak includes the interpreter, its libraries, loading, quantizing and training. On Linux the value is VmHWM,
+    which unlike ``ru_maxrss`` does not include the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -66,12 +69,12 @@ def peak_memory_mib() -> Optional[float]:
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on other systems
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _now(device: torch.device) -> Any:
-    """A mark in the device's stream, or seconds."""
+    """Returns a recorded CUDA event for a CUDA device, else the value of ``time.perf_counter()`` in seconds."""
     if device.type != "cuda":
         return time.perf_counter()
     mark = torch.cuda.Event(enable_timing=True)
@@ -83,28 +86,32 @@ class PeftExtCallback(TrainerCallback):
     """Accelerates the model as training begins, and measures the run.
 
     Args:
-        accelerate: call :func:`peft_ext.accelerate` on the model as training begins.
-        warmup_steps: steps that the speed leaves out: the first ones allocate.
-        restore: call :func:`peft_ext.restore` on the model as training ends: all of it, also what was accelerated
-            before. A run that ends with an exception leaves the model accelerated.
-        blocks, dora_dropout, experts_dropout: of :func:`peft_ext.accelerate`.
+        accelerate: whether to call :func:`peft_ext.accelerate` on the model when training begins.
+        warmup_steps: number of first steps that the speed leaves out, because the first steps allocate memory.
+        restore: whether to call :func:`peft_ext.restore` on the model when training ends. This restores the whole
+            model, also what was accelerated before training. If training ends with an exception, the model stays
+            accelerated.
+        blocks, dora_dropout, experts_dropout: arguments for :func:`peft_ext.accelerate`.
 
-    Of the run that began last:
+    Attributes that describe the latest run:
 
-    * ``step_seconds``, a list, and ``median_step_s``;
-    * ``tokens_per_s``, of the steps alone: no evaluation, logging or saving, and no wait for data. The tokens are those
-      that Trainer counts, of all processes, with ``TrainingArguments(include_num_input_tokens_seen=...)``, and without
-      it those that the input embedding of this process looks up in the steps, padding and a decoder's included. None
-      where there are none (of images, or in a compiled model without Trainer's count);
-    * ``explanation``, what :func:`peft_ext.explain` says in the first step, in its mode and autocast, and
-      ``fused_share``, the share in it;
-    * ``peak_mib``, see :func:`peak_memory_mib`, and ``peak_cuda_mib`` on a GPU, of the process until then.
+    * ``step_seconds`` is the list of the seconds of each step, and ``median_step_s`` is the median without the warm-up.
+    * ``tokens_per_s`` is tokens per second of the steps, without evaluation, logging, saving and waiting for data. With
+      ``TrainingArguments(include_num_input_tokens_seen=...)`` the tokens are Trainer's count over all processes.
+      Without this argument the tokens are those that the model's input embedding looks up in this process, including
+      padding and the tokens of a decoder. The value is None if no tokens were counted (for example for images, or for a
+      compiled model without Trainer's count).
+    * ``explanation`` is the result of :func:`peft_ext.explain` during the first step, or at its end, and
+      ``fused_share`` is the fused share of this result.
+    * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
+      is the peak of the GPU memory that PyTorch allocated in the process until then.
 
-    Trainer's logs get ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` wherever they have a loss,
-    and the metrics that ``train()`` returns as well. Trainer calls its reporters (TensorBoard, W&B, ...) before
-    the callbacks that it is given; :meth:`attach` puts this one before them, so that they see the figures too.
+    ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
+    loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the
+    callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
+    these values too.
 
-    Raises: ValueError where warmup_steps is negative; as training begins, what :func:`peft_ext.accelerate` raises.
+    Raises: ValueError if warmup_steps is negative. When training begins, the errors of :func:`peft_ext.accelerate`.
     """
 
     def __init__(
@@ -117,7 +124,7 @@ class PeftExtCallback(TrainerCallback):
         self.restore, self.blocks = restore, blocks
         self.dora_dropout, self.experts_dropout = dora_dropout, experts_dropout
         self._seconds: list[float] = []
-        self._spans: list[tuple[Any, Any]] = []  # of steps, not yet in _seconds
+        self._spans: list[tuple[Any, Any]] = []  # begin and end of the steps that are not in _seconds yet
         self.step_tokens: list[int] = []
         self.explanation: Optional[Explanation] = None
         self.peak_mib: Optional[float] = None
@@ -127,9 +134,9 @@ class PeftExtCallback(TrainerCallback):
         self._hook: Optional[RemovableHandle] = None
 
     def attach(self, trainer: Trainer) -> PeftExtCallback:
-        """Makes this the first of ``trainer``'s callbacks, whether it is one of them already or not. Returns self.
+        """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        Raises: TypeError where trainer is no transformers Trainer.
+        A callback that the trainer already has is moved. Raises: TypeError if ``trainer`` is no transformers Trainer.
         """
         callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
         if not isinstance(callbacks, list):
@@ -181,7 +188,7 @@ class PeftExtCallback(TrainerCallback):
         }
         figures = {name: round(figure, digits) for name, (figure, digits) in measured.items() if figure is not None}
         logs.update(figures)
-        if state.log_history:  # its last entry is a copy of these logs, made before any callback saw them
+        if state.log_history:  # the last entry is a copy of the logs, which Trainer made before it called the callbacks
             state.log_history[-1].update(figures)
 
     def on_train_end(
@@ -196,7 +203,8 @@ class PeftExtCallback(TrainerCallback):
 
     @property
     def step_seconds(self) -> list[float]:
-        """Seconds of each step, on a GPU between two marks in its stream, which are waited for here alone."""
+        """Seconds of each step. On a GPU, the seconds are those between two CUDA events, and reading this property
+        waits for the events."""
         for start, end in self._spans:
             if isinstance(end, float):
                 self._seconds.append(end - start)
@@ -212,25 +220,26 @@ class PeftExtCallback(TrainerCallback):
 
     @property
     def median_step_s(self) -> Optional[float]:
-        """The median step, after the warm-up."""
+        """The median of the seconds per step after the warm-up; None if there is no step."""
         seconds = self.step_seconds[self._measured]
         return statistics.median(seconds) if seconds else None
 
     @property
     def tokens_per_s(self) -> Optional[float]:
-        """Tokens over seconds of the steps after the warm-up."""
+        """Tokens per second of the steps after the warm-up; None if no tokens were counted."""
         tokens, seconds = sum(self.step_tokens[self._measured]), sum(self.step_seconds[self._measured])
         return tokens / seconds if tokens and seconds else None
 
     @property
     def fused_share(self) -> Optional[float]:
-        """Fused layers over all adapted or quantized ones, in the first step."""
+        """The ``fused_share`` of ``explanation``; None before the first step."""
         return None if self.explanation is None else self.explanation.fused_share
 
     def _watch(self, model: nn.Module) -> None:
-        """Looks at what the input embedding is called with: callbacks see no batch.
+        """Registers a hook on the model's input embedding that counts tokens, because callbacks do not get the batch.
 
-        Not at what the model is: its arguments have other names in each, and Trainer's autocast begins within its call.
+        The hook is not on the model, because argument names differ between models and Trainer's autocast begins inside
+        of the model's call.
         """
         self._unwatch()
         try:
@@ -246,7 +255,7 @@ class PeftExtCallback(TrainerCallback):
             self._hook = None
 
     def _look(self, model: nn.Module, embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # Evaluation and generation between steps, and a reference's forward within one, are no training.
+        # Tokens of evaluation, of generation between steps, and of a reference model's forward in a step do not count.
         if torch.compiler.is_compiling() or self._started is None or not torch.is_grad_enabled():
             return
         if inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].is_floating_point():
@@ -266,11 +275,12 @@ class PeftExtCallback(TrainerCallback):
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Calls AdaLoRA's ``update_and_allocate`` where its paper and PEFT want it: gradients there, optimizer stepped.
+    """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared.
 
-    Trainer does not do it, and without it no rank is ever given up. ``AdaLoraConfig.total_step`` must be the number of
-    optimizer steps of the run. A run can't be resumed: PEFT saves the ranks that are left, in other shapes than the
-    optimizer's state has.
+    AdaLoRA's paper and PEFT's documentation update the ranks at this point. Trainer does not call
+    ``update_and_allocate``, and without the call AdaLoRA prunes no ranks. ``AdaLoraConfig.total_step`` must be the
+    number of optimizer steps of the run. A run can't be resumed, because PEFT saves only the remaining ranks, whose
+    shapes differ from those of the optimizer's state.
 
     Source: AdaLoRA, arXiv 2303.10512.
     """
@@ -286,20 +296,23 @@ class AdaLoraCallback(TrainerCallback):
 
 
 class DiffPruningCallback(TrainerCallback):
-    """Prunes a Diff Pruning adapter during the run, after which Trainer's optimizer trains what is kept.
+    """Prunes a Diff Pruning adapter during the run. Trainer's optimizer then trains the kept entries.
 
     Args:
         target: the fraction of entries to keep, see :meth:`peft_ext.tuners.DiffPruningModel.prune`.
-        at: when: an optimizer step (int, from 1) or a fraction of the run's steps (float, in (0, 1]).
-        adapter_name: the active adapter by default.
+        at: the time of the pruning: an optimizer step (int, from 1) or a fraction of the run's steps (float, in (0,
+        1]). adapter_name: the name of the adapter; by default the first active adapter.
 
-    The learning rates go on as scheduled. A run that is resumed from a checkpoint after the pruning goes on with what
-    was kept; from one before it, it prunes at the same step.
+    The pruning does not change the schedule of the learning rate. A run that is resumed from a checkpoint made after
+    the pruning trains the kept entries. A run that is resumed from a checkpoint made before the pruning prunes at the
+    same step.
 
-    After it: ``kept``, by tensor how many entries are kept.
+    ``kept``: after the pruning, a dict from the name of a tensor to the number of kept entries; before the pruning
+    None.
 
-    Raises: ValueError where an argument is out of its range; as training begins, where the run has fewer steps, or
-    where several processes, DeepSpeed or FSDP train.
+    Raises: ValueError if an argument is out of its range. When training begins: ValueError if the run has fewer steps
+    than ``at``, or if the run uses several processes, DeepSpeed or FSDP; TypeError if the model has no Diff Pruning
+    adapter.
     """
 
     def __init__(self, target: float = 0.005, at: Union[int, float] = 0.5, adapter_name: Optional[str] = None) -> None:

@@ -1,4 +1,4 @@
-"""The Trainer's callbacks under the import path that they have always had; ``trainer.py`` beside this file has them."""
+"""Exports the public names of :mod:`peft_ext.integrations.trainer` under a second import path."""
 
 from .trainer import *  # noqa: F403
 from .trainer import __all__  # noqa: F401

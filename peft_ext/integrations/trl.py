@@ -6,12 +6,12 @@
 
     class Mine(LinearLoss, trl.SFTTrainer): ...        # for a trainer of your own
 
-TRL gives the model another forward. Called with ``fused_lm_head=True``, that forward runs the layers below the head and
-returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other figures that the
-trainer logs. Every loss, reference and metric of TRL's trainers is made of this output. :class:`LinearLoss` replaces
-the forward by one that returns the same output from the same hidden states and the same weight. The log probabilities
-are ``linear_cross_entropy``'s, per token; the other figures are computed for a chunk of tokens at a time, without
-gradients. TRL's own forward keeps several float32 tiles of 4,096 tokens and 32,768 words on a CPU.
+TRL gives the model another forward. Called with ``fused_lm_head=True``, TRL's forward runs the layers below the head
+and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
+trainer logs. TRL's trainers compute their losses and metrics from this output. :class:`LinearLoss` replaces the forward
+by one that computes the same output from the same hidden states and the same weight. ``linear_cross_entropy`` computes
+the log probability of each token. The other values are computed for a chunk of tokens at a time, without gradients.
+TRL's own forward keeps several float32 pieces of 4,096 tokens and 32,768 words on a CPU.
 
 The trainer still calls the wrapped model, so DDP sees an ordinary call.
 """
@@ -46,10 +46,11 @@ with required("trl", "peft_ext.integrations.trl"):
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer", "SFTTrainer"]
 
-# Bytes of the float32 logits of a chunk of tokens, of which the metrics hold up to four tensors at a time.
+# Bytes of the float32 logits of one chunk of tokens. The metrics hold up to four tensors of this size at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
-# What is known to give TRL's own losses, gradients and metrics. None: a trainer that has one loss alone.
+# The values of `loss_type`, by trainer, that are known to give TRL's own losses, gradients and metrics. None stands for
+# a trainer that has no `loss_type`.
 _LOSSES: dict[type, set[Optional[str]]] = {
     trl.SFTTrainer: {"nll", "dft"},
     trl.DPOTrainer: {
@@ -75,7 +76,8 @@ _OPTIONS: dict[str, tuple] = {
     "use_vllm": (False,),
 }
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-# Digests of the source text of TRL's forward, of its output and of the function that computes it: TRL 1.16's.
+# Digests of the source text of TRL's `add_fused_lm_head`, `FusedCausalLMOutput` and `ChunkedLogProbFunction` together.
+# The digest is that of TRL 1.16.
 _FORMS = {"6607065f623766e1"}
 
 
@@ -89,7 +91,7 @@ def _form() -> str:
 
 
 def _trainer_reason(trainer: Any) -> Optional[str]:
-    """Returns which option of the trainer is not known to give TRL's numbers."""
+    """Returns which option of the trainer is not known to give TRL's numbers, or None."""
     if _form() not in _FORMS:
         return f"the head of {version('trl')} is none of the known forms"
     kind = next((kind for kind in _LOSSES if isinstance(trainer, kind)), None)
@@ -112,7 +114,7 @@ def _trainer_reason(trainer: Any) -> Optional[str]:
 
 
 def _model_reason(model: nn.Module) -> Optional[str]:
-    """Returns why the forward that TRL gave the model can't be replaced."""
+    """Returns why the forward that TRL gave the model can't be replaced, or None."""
     function = getattr(model.forward, "__func__", None)
     if getattr(function, "__code__", None) not in add_fused_lm_head.__code__.co_consts:
         return "the model's forward is not the one that TRL gives it"
@@ -122,7 +124,8 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 
 def _head_reason(model: nn.Module) -> Optional[str]:
-    """Returns why the loss can't be computed from the model's head. Each call asks again."""
+    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward checks
+    again."""
     head = model.get_output_embeddings()
     if type(head) not in (NF4Linear, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear or Linear4bit"
@@ -149,14 +152,15 @@ def _weight(head: nn.Module) -> Union[Tensor, NF4Weight]:
 
 
 def _linear(forward: types.MethodType) -> Callable[..., Any]:
-    """Returns a forward like that of ``add_fused_lm_head``, with the settings of ``forward``, which is one."""
+    """Returns a function to replace ``forward``, which TRL's ``add_fused_lm_head`` made. The returned function has the
+    settings of ``forward``."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
     # TRL divides the capped logits by T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
     temperature, softcap = given["temperature"], given["final_logit_softcapping"]
     scale, softcap = given["logit_scale"] / temperature, None if softcap is None else softcap / temperature
 
-    # The signature is the model's own: generate looks at it.
+    # functools.wraps keeps the signature of the model's forward, because generate reads the signature.
     @functools.wraps(function)
     def linear(
         self: Any, *args: Any, fused_lm_head: bool = False, labels: Optional[Tensor] = None,
@@ -183,7 +187,8 @@ def _output(
     hidden: Tensor, head: nn.Module, labels: Tensor, items: Union[Tensor, int, None], scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Returns what TRL's forward returns. Only tokens whose label counts are computed, the others' figures are 0."""
+    """Returns an output like that of TRL's forward. Tokens with the label -100 are not computed, and have values of
+    0."""
     weight, bias = _weight(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))
     mask, dtype = labels != -100, autocast_dtype(hidden) or hidden.dtype
@@ -209,7 +214,8 @@ def _metrics(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], targets: Tensor, scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Returns the wanted figures of each row of x, from its logits z in float32 and p = exp(z - max z)."""
+    """Returns the metrics named in ``wanted`` for each row of x, computed from the row's float32 logits z and
+    p = exp(z - max z)."""
     names = [name for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1") if name in wanted]
     found = {n: x.new_empty(len(x), dtype=torch.bool if n == "is_top1" else torch.float32) for n in names}
     rows = max(1, CHUNK_BYTES[x.device.type] // (4 * weight.shape[0]))
@@ -259,9 +265,9 @@ class LinearLoss:
     The trainer logs the same metrics as TRL's. The entropy has no gradient: the backward of a loss that contains the
     entropy raises RuntimeError.
 
-    ``loss_reason``: None, or why TRL's own code computes the loss, which a warning at construction says as well. TRL's
-    code does so where the head is trained or computes in float16, where processes share the model (FSDP, DeepSpeed),
-    and where an option is not known to give TRL's numbers.
+    ``loss_reason``: the reason why TRL's own code computes the loss, or None. A warning at construction has the reason,
+    too. TRL's code computes the loss for example if the head is trained or computes in float16, if processes share the
+    model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]

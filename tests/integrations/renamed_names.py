@@ -1,4 +1,4 @@
-"""Changes names in PEFT, transformers or bitsandbytes, and shows what peft_ext then does and says.
+"""Changes names in PEFT, transformers or bitsandbytes, and prints what peft_ext then fuses, warns and raises.
 
 ``python renamed_names.py peft_folder tmp_folder`` reads cases by name from stdin as JSON. A case has edits of a copy of
 PEFT and names to delete from loaded modules. An edit is [file, pattern, replacement], where the file "*" means every

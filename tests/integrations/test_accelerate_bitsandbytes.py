@@ -57,7 +57,7 @@ def test_a_plain_4bit_linear(nested, compute, x_dtype):
     eps = max(torch.finfo(t).eps for t in (compute, x_dtype))
     for actual, wanted in ((ys[1], ys[0]), (found[1].grad, found[0].grad)):
         assert (actual.double() - wanted.double()).norm() <= 2 * eps * wanted.double().norm()
-    assert fused[0].bias.dtype is torch.float32  # the stock layer has cast its bias for good
+    assert fused[0].bias.dtype is torch.float32  # only the stock layer's forward casts the bias parameter itself
     assert stock[0].bias.dtype is compute
 
 
@@ -92,8 +92,8 @@ def test_a_4bit_weight_is_never_repacked(adapted):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_training_after_evaluation_has_the_gradients_of_training_alone(quant_type):
-    """On a CPU with AVX-512 BF16, bitsandbytes repacks in evaluation, and the gradients of 4-bit layers below are then
-    lost.
+    """On a CPU with AVX-512 BF16, bitsandbytes repacks a 4-bit weight in evaluation. A repacked layer passes no
+    gradient to the layers below it.
     """
 
     def grads(evaluated):
@@ -195,7 +195,7 @@ def test_an_8bit_base_runs_on_its_own(train):
     x = inputs("bfloat16", (21,))
     found, wanted = run(fused, x), run(stock, x)
     assert found.keys() == wanted.keys()
-    for name, value in wanted.items():  # x has eight bits, so a difference in rounding changes the values
+    for name, value in wanted.items():  # x is quantized to eight bits, so a difference in rounding changes the values
         assert found[name].dtype is value.dtype
         assert (found[name] - value).norm() <= 2e-2 * value.norm(), name
     assert type(first(peft_ext.restore(fused))) is lora.Linear8bitLt

@@ -1,4 +1,5 @@
-"""Tests of merging adapters of accelerated models: like PEFT's merge, and into NF4, which stock PEFT cannot do."""
+"""Tests of merging the adapters of accelerated models: merges equal PEFT's merges, and adapters merge into NF4 weights,
+which stock PEFT can't do."""
 
 import copy
 
@@ -62,7 +63,7 @@ def test_merging_is_pefts(method, base, safe):
 @every_method
 def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(method, base, safe):
     model = peft_ext.accelerate(make_method(method, base).eval())
-    # The reference is PEFT's own merge, in float32.
+    # The expected weight is that of PEFT's own merge in float32.
     twin = dense_twin(peft_ext.restore(copy.deepcopy(model)), torch.float32).float()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = inputs(base)
@@ -81,7 +82,7 @@ def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(method, 
         assert layer.merge_error == pytest.approx(error.item(), rel=0.05)
         assert f"requantizing moved its weight by {layer.merge_error:.2%}" in row.reason
         assert layer.nf4.dtype is nf4.dtype and layer.weight.dtype is torch.uint8
-    # NF4 has an error of about 10% of a weight's norm; the adapter's part is far above this error.
+    # NF4's rounding error is about 10% of a weight's norm, and the adapter's part of the output is far larger.
     assert (model(x) - unmerged).norm() < 0.5 * unmerged.norm()
     merged, error = first(model).base_layer.nf4, first(model).base_layer.merge_error
     with pytest.raises(RuntimeError, match="is merged into an NF4 weight"):

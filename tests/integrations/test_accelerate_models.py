@@ -1,4 +1,4 @@
-"""Tests of operations on an accelerated model: restore, copies, files, other adapters, training; and of explain."""
+"""Tests of explain, and of operations on an accelerated model: restore, copies, files, other adapters, training."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def test_saved_files_are_the_same_and_stock_peft_loads_them(method, base, tmp_pa
 def test_adapters_come_and_go(method, base):
     stock, fused = both(
         make_method(method, base).train(base == "bnb")
-    )  # in eval mode bitsandbytes rounds x to bfloat16
+    )  # the 4-bit model is in training mode, because in eval mode bitsandbytes rounds x to bfloat16
     x = inputs(base)
-    # AdaLoRA allows one trainable adapter.
+    # AdaLoRA allows only one trainable adapter, so the second adapter is for inference.
     config = {"inference_mode": True} if method == "AdaLoRA" else {}
 
     def agree(change):
@@ -169,7 +169,8 @@ def test_swapped_adapters_are_pefts(base, compiled, tmp_path):
     torch._dynamo.utils.counters.clear()
     for name, config in SWAPPED.items():
         make(base, **config).save_pretrained(tmp_path / name)
-    stock, fused = both(make(base, **SWAPPED["small"]).train())  # in eval mode bitsandbytes rounds x to bfloat16
+    # The model is in training mode, because in eval mode bitsandbytes rounds x to bfloat16.
+    stock, fused = both(make(base, **SWAPPED["small"]).train())
     for model in (stock, fused):
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=12)
     if compiled:
@@ -269,7 +270,8 @@ def test_a_trainer_run_has_pefts_losses(tmp_path):
 
 
 def test_the_rank_allocator_prunes_as_under_peft():
-    """Ten steps of AdaLoRA give the same losses, budget and ranks; then the pruned ranks are cut out."""
+    """Ten steps of AdaLoRA under accelerate give the same losses and ranks as under PEFT alone. Cutting the pruned
+    ranks out of the tensors does not change the output."""
 
     def train(model):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

@@ -1,5 +1,5 @@
-"""Tests of accelerate on live PEFT models: output and gradients are as exact as PEFT's, with PEFT's dtypes and
-dropout.
+"""Tests of accelerate on live PEFT models: outputs and gradients are as exact as PEFT's, and have PEFT's dtypes and
+dropout probabilities.
 """
 
 import copy
@@ -67,9 +67,8 @@ def test_output_and_gradients_are_as_good_as_pefts(method, config, base, mode):
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @every_method
 def test_float32_activations_over_a_16_bit_compute_dtype(method, dropout, compute):
-    """Activations are float32, as after prepare_model_for_kbit_training: PEFT adds the adapter in float32, and so does
-    peft_ext.
-    """
+    """Activations are float32, as after prepare_model_for_kbit_training. PEFT and peft_ext add the adapter in
+    float32."""
     errors = {"stock": 0.0, "fused": 0.0}
     for _ in range(4):
         model = MLP(lambda k, n: four_bit(k, n, compute))
@@ -118,7 +117,8 @@ def test_a_llama_has_pefts_loss_and_gradients(train):
 def test_dropout_draws_from_pytorchs_generator_and_keeps_the_right_share():
     model = peft_ext.accelerate(make(lora_dropout=0.25).train())
     layer = model.base_model.model.up
-    with torch.no_grad():  # y - base = x̃ Aᵀ Bᵀ s with A = B = I over 64 features: the mask itself
+    # The base output is zero and A = B = I, so that y is the dropped x times the scaling and shows the mask.
+    with torch.no_grad():
         layer.base_layer.weight.zero_(), layer.base_layer.bias.zero_()
     model.delete_adapter("default")
     model.add_adapter(
@@ -156,7 +156,7 @@ def test_adapters_keep_their_dtype(method, adapter_dtype):
 def test_adapters_that_are_transposed_views():
     model = make().train()
     layer = model.base_model.model.up
-    # PEFT ties adapters of an embedding in this way.
+    # PEFT's adapters of tied embeddings have a transposed lora_A, too.
     layer.lora_A["default"].weight = nn.Parameter(torch.randn(K, 8).t())
     compare(model, inputs(tokens=(21,)))
     assert not layer.lora_A["default"].weight.is_contiguous()
@@ -176,7 +176,7 @@ def test_several_active_adapters_of_one_scale_and_one_active_twice():
     model = make_several(names=("default", "other", "default")).train()
     compare(model, inputs(tokens=(21,)))
     model = peft_ext.accelerate(make_several(lora_dropout=0.5).eval())
-    assert peft_ext.explain(model).fused_share == 1.0  # only the dropout masks prevent one call for several adapters
+    assert peft_ext.explain(model).fused_share == 1.0  # in eval mode no dropout masks prevent the fusion
 
 
 # --- an adapter for each sample ---------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ NAMES = ["default", "other", "__base__", "other", "third", "default", "default"]
 
 
 def mixed(base="float32", **config):
-    """Returns a model with three adapters of different ranks, scales and targets; "third" is on one layer alone."""
+    """Returns a model with three adapters of different ranks and scales. The adapter "third" is on one layer only."""
     model = make(base, **config)
     model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, lora_alpha=7, init_lora_weights=False))
     model.add_adapter("third", LoraConfig(target_modules=["down"], r=11, init_lora_weights=False))
@@ -224,7 +224,7 @@ def test_a_mixed_batch_is_one_call_as_good_as_pefts_loop(base, length, grouped_c
     exact = run(in_float64(stock), x.double(), adapter_names=NAMES)
     found = run(fused, x, adapter_names=NAMES)
     assert len(grouped_calls) == 2
-    if base.startswith("bnb"):  # PEFT adds in place to bitsandbytes' output, which has no gradient there
+    if base.startswith("bnb"):  # PEFT adds in place to the output of bitsandbytes' layer, so that no gradient flows
         wanted = run(as_nf4(stock), x, adapter_names=NAMES)
     else:
         wanted = run(stock, x, adapter_names=NAMES)
@@ -313,7 +313,7 @@ def test_autocast_gives_pefts_dtype(method, base, x_dtype):
 
 
 def test_several_adapters_in_float16_under_bfloat16_autocast():
-    """A CPU's autocast in bfloat16 refuses to concatenate float16."""
+    """Under bfloat16 autocast on a CPU, PyTorch's cat raises an error for float16 tensors."""
     torch.manual_seed(0)
     model = make_method("LoRA", "dense").train()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False))
@@ -339,7 +339,8 @@ def assert_layers_return_pefts_dtype(stock, fused, x_dtype):
 @pytest.mark.parametrize("method", METHODS[1:])
 @every_dtype
 def test_a_4bit_layer_returns_pefts_dtype_under_cudas_autocast(method, x_dtype, monkeypatch):
-    """PEFT's 4-bit layers ask for CUDA's autocast on every device; the test replaces it by the CPU's autocast."""
+    """PEFT's 4-bit layers check CUDA's autocast on every device. The test makes this check return the CPU's
+    autocast."""
     stock, fused = both(make_method(method, "bnb bfloat16").train())
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": enabled(device))

@@ -1,5 +1,5 @@
-"""Tests of accelerate on live PEFT models: layers that are not fused are bitwise equal to PEFT's, and explain has the
-reason.
+"""Tests of accelerate on live PEFT models: a layer that is not fused gives bitwise PEFT's results, and explain gives
+the reason.
 """
 
 import copy
@@ -58,7 +58,7 @@ class Doubled(nn.Linear):
 
 
 def _double(*args):
-    """A forward hook that doubles the result."""
+    """Returns twice the layer's output, as a forward hook."""
     return args[-1] * 2
 
 
@@ -426,7 +426,7 @@ def test_a_flat_shard_is_not_read(shape):
     base = first(fused).base_layer
     base.weight.data = torch.zeros(shape)
     assert "shard" in peft_ext.explain(fused).rows[0].reason
-    with pytest.raises(RuntimeError):  # PyTorch's own error, from PEFT's code
+    with pytest.raises(RuntimeError):  # PEFT's code runs and raises PyTorch's own error
         fused(inputs())
 
 

@@ -1,8 +1,8 @@
-"""Tests of accelerate on transformers' architectures: results must equal PEFT's own layers with the same weights, batch
-and seed.
+"""Tests of accelerate on transformers' architectures: results must equal those of PEFT's own layers with equal weights,
+batch and seed.
 
-The models keep their own dropout in training, with PyTorch's masks here. So an adapter layer that does not draw from
-the generator where PEFT's layer draws gives another loss.
+The models' own dropouts act in training, with PyTorch's masks. An adapter layer that does not draw from the generator
+at the points where PEFT's layer draws would therefore change the loss.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def cases(names: Iterable[str]) -> list[Any]:
 
 @pytest.fixture(scope="module", params=cases(ARCHITECTURES))
 def case(request: pytest.FixtureRequest) -> Case:
-    """The tests of one architecture and method share a case, and change only copies."""
+    """Returns the case that all tests of one architecture and method share. Tests change only copies of the models."""
     return Case(*request.param)
 
 
@@ -186,8 +186,8 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
     with OperatorCalls() as seen:
         found = step(model, batch)
     assert_close(found, case.fused_step)
-    # Checkpointing keeps nothing of a block's forward. Fused layers inside a block, not in a pooler, run again in its
-    # backward.
+    # Checkpointing saves no activation inside of a block. Fused layers inside of a block run again in the block's
+    # backward; fused layers outside of blocks, as in a pooler, run once.
     rows = [row for row in peft_ext.explain(model).rows if row.fused]
     again = sum(any(part.isdigit() for part in row.name.split(".")) for row in rows)
     assert seen.calls[case.operator] == case.fused_layers + again
@@ -195,7 +195,8 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
 
 
 def test_bfloat16_models_are_as_good_as_pefts(case: Case) -> None:
-    """Adapters are float32, as PEFT makes them; modules that transformers keeps in float32 stay float32."""
+    """The adapters are float32, as PEFT makes adapters, and the modules that transformers keeps in float32 are
+    float32."""
     stock = copy.deepcopy(case.stock)
     keep = set(stock.base_model.model._keep_in_fp32_modules or ())
     for name, parameter in stock.named_parameters():
@@ -235,7 +236,7 @@ def test_over_nf4_it_is_pefts_over_the_dequantized_weights(case: Case) -> None:
 @pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case alone, because compiling takes seconds
 def test_a_model_compiles_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()
-    model = copy.deepcopy(case.fused).base_model.model  # PEFT's own wrapper breaks the graph
+    model = copy.deepcopy(case.fused).base_model.model  # the forward of PEFT's PeftModel would break the graph
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = {key.removeprefix("_orig_mod."): value for key, value in step(compiled, case.batch).items()}
     assert_close(found, step(model, case.batch))
@@ -293,7 +294,7 @@ def test_greedy_tokens_are_pefts(case: Case) -> None:
     assert len(wanted.logits) == 5 and found.past_key_values is not None
     for ours, theirs in zip(found.logits, wanted.logits, strict=True):
         assert_close(ours, theirs)
-    # An encoder runs once, and a decoder keeps its keys and values: of T5's 16 IA3 layers, 6 run for each token.
+    # The encoder's layers and the projections of its keys and values run once: 6 of T5's 16 IA3 layers run per token.
     assert seen.calls[case.operator] >= (1 + 4 * 6 / 16) * case.fused_layers
 
 
@@ -304,7 +305,7 @@ def test_a_quantized_t5_runs() -> None:
     architecture = ARCHITECTURES["T5"]
     batch, wanted = architecture.batch(), architecture.build()
     model = peft_ext.quantize_nf4(architecture.build(), progress=False)
-    # NF4 has an error of about 10% of a weight's norm.
+    # NF4's rounding error is about 10% of a weight's norm.
     assert error_of(logits(model, batch), logits(wanted, batch)) < 0.5
 
 
@@ -376,8 +377,8 @@ TRAINABLE = {
     ("name", "method"), [(name, method) for name, methods in TRAINABLE.items() for method in methods]
 )
 def test_the_published_models_train_as_many_parameters(name: str, method: str) -> None:
-    """The model is on the meta device. Acceleration changes no parameter there, and every layer says that it has no
-    memory.
+    """The model is on the meta device. accelerate changes no parameter there, and explain reports every layer as "on
+    meta".
     """
     model_class, config, task = SIZES[name]
     with torch.device("meta"):

@@ -1,5 +1,5 @@
-"""Tests of attention within a model's own forward: the operator runs for supported calls, the model's function
-otherwise.
+"""Tests of attention in a model's own forward: the operator runs for calls that it accepts, and the model's function
+runs for other calls.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_relative_positions_are_added_to_the_scores(name: str, masked: bool) -> 
     more = {"labels": IDS[:, :21].contiguous()} | ({"attention_mask": left_padding().flip(1)} if masked else {})
     assert rows(model) == [(True, "")] * 6 and calls(model, **more) == 6 and calls(stock, **more) == 0
     assert_alike(step(model, **more), step(stock, **more))
-    # PyTorch's function also rounds them under autocast.
+    # Under autocast PyTorch's function rounds the position bias, and so does peft_ext.
     with torch.autocast("cpu", torch.bfloat16):
         assert calls(model, **more) == 6
 
@@ -170,7 +170,7 @@ def test_relative_positions_that_train_are_the_models_own() -> None:
     more = {"labels": IDS[:, :21].contiguous()}
     with Calls() as counted:
         found = step(model, **more)
-    assert counted.ours == 2  # the decoder's attention to the encoder, which has no positions
+    assert counted.ours == 2  # only the decoder's attention to the encoder has no position bias
     assert any("relative_attention_bias" in name for name in found)
     assert_alike(found, step(stock, **more))
 
@@ -224,8 +224,8 @@ def dropping() -> nn.Module:
 
 
 def test_dropout_of_probabilities_is_the_operators() -> None:
-    """The operator's mask differs from PyTorch's and comes from the same generator, so results agree with stock on
-    average.
+    """The operator draws another dropout mask than PyTorch, so only means and deviations over many calls agree with
+    stock attention.
     """
     model = peft_ext.accelerate(build(dropping))
     assert calls(model) == 2
@@ -269,8 +269,8 @@ def test_another_implementation_is_the_models() -> None:
 
 
 def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests functions that replace transformers' function, before or after ``accelerate``. When the function is back,
-    the attention is fused again.
+    """A function that replaces transformers' sdpa function, before or after ``accelerate``, is called. When
+    transformers' function is back, the attention is fused again.
     """
     model, seen = peft_ext.accelerate(build(DECODERS["Llama"])), []
 
@@ -387,7 +387,8 @@ KINDS = ("added mask", "few queries", "scale", "position bias", "position bias o
 
 @pytest.mark.parametrize("what", KINDS)
 def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
-    """Compares values, gradients and errors."""
+    """peft_ext's function and transformers' function give equal values, gradients and errors for a call of this
+    kind."""
     q, k, v = (torch.randn(2, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
     module, mask, more = nn.Module(), None, {"scaling": 0.3}
     module.num_key_value_groups, module.is_causal = 2, what != "not causal"

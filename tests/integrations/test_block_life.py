@@ -56,7 +56,7 @@ def gpt2() -> nn.Module:
 
 
 def gated(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Returns a Llama's MLP and norms in a plain module."""
+    """Returns an adapted nn.Sequential of Llama's RMSNorm and MLP, an nn.LayerNorm and an nn.Linear."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(**SMALL)
     parts = modeling_llama.LlamaRMSNorm(32), modeling_llama.LlamaMLP(config), nn.LayerNorm(32), nn.Linear(32, 32)
@@ -133,8 +133,8 @@ REPLACED = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", REPLACED)
 def test_what_is_replaced_runs(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code is replaced before accelerate, or after accelerate, which is then called again: values are stock's, and
-    explain says stock.
+    """A part of a model's code is replaced before accelerate, or after a first call and before a second call of
+    accelerate. Values are then those of the stock model, and explain reports the block as not fused.
     """
     owner, attribute, value, kind = REPLACED[name]
     stock = llama()

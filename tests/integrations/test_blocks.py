@@ -217,7 +217,7 @@ def test_nothing_wide_is_saved() -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the memory that is allocated within the block, and how much of it is still in use."""
+    """Counts the bytes of tensors that are allocated within the context and are still in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,8 +237,8 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_an_mlp_keeps_gate_and_up_and_the_ranks(dropout: float) -> None:
-    """Besides x and y, an MLP keeps 2 I bfloat16 numbers and three float32 S of each token, and with dropout the
-    seeds.
+    """Besides x and y, an MLP of inner size I with LoRA of rank R keeps 2 I bfloat16 numbers and 3 R float32 numbers
+    per token, and with dropout three seeds of 16 bytes.
     """
     inner, r, tokens = 64, 4, 80
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "intermediate_size": inner})).bfloat16()
@@ -359,7 +359,8 @@ def test_what_was_changed_in_place_before_it_is_saved_is_not_computed_again() ->
 
 
 def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:
-    """A hook before the last layer changes the layer's input, which is then no longer the activation's output."""
+    """A forward pre-hook on the last layer changes the layer's input in place. The changed input must be saved, because
+    a recomputation of the activation would give the unchanged input."""
     found = []
 
     def shift(_layer: nn.Module, args: tuple[Tensor]) -> None:
@@ -419,8 +420,8 @@ def test_an_activation_that_was_replaced_is_used() -> None:
 
 @pytest.mark.parametrize("regional", [False, True], ids=["model", "each layer"])
 def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
-    """PEFT's issue 3020: in layers compiled with dynamic shapes, the backward drew another dropout mask than the
-    forward.
+    """In layers compiled with dynamic shapes and checkpointing, the backward must use the dropout mask of the forward
+    (PEFT's issue 3020).
     """
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -450,7 +451,7 @@ def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
 
 
 def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Returns a model whose own dropouts act, and an adapter's dropout."""
+    """Returns an adapted model in training mode, whose own dropouts and whose adapter's dropout act."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "BERT":
@@ -498,7 +499,8 @@ def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pyt
 
 
 def test_dropouts_that_stay_as_they_are() -> None:
-    """Stock dropouts: in-place ones, probabilities of 0 and 1, those of adapters, and all dropouts after restore."""
+    """The stock class stays for in-place dropouts, for probabilities of 0 and 1, for the dropouts of adapters, and for
+    all dropouts after restore."""
     model = with_dropouts("BERT")
     layers = [nn.Dropout(0.5, inplace=True), nn.Dropout(0.0), nn.Dropout(1.0), nn.Dropout1d(0.5), nn.Dropout(0.5)]
     model.get_base_model().more = nn.ModuleList(layers)

@@ -43,14 +43,14 @@ class Model(nn.Module):
 
 
 def fused_layer(method: str, base: str = "dense") -> Any:
-    """Returns a fused layer in training."""
+    """Returns a fused layer in training mode."""
     layer: nn.Module = nn.Linear(SIZE, SIZE)
     model = get_peft_model(Model(layer if base == "dense" else NF4Linear.from_linear(layer)), CONFIGS[method]())
     return peft_ext.accelerate(model).train().base_model.model.layer
 
 
 def python_calls(call: Callable[[], Any]) -> list[str]:
-    """Returns the names of the Python functions that a call runs, except for the call itself."""
+    """Returns the names of the Python functions that ``call`` runs, without the name of ``call`` itself."""
     names: list[str] = []
 
     def note(frame: FrameType, event: str, arg: object) -> None:
@@ -72,7 +72,7 @@ def test_a_call_takes_few_calls_of_python(method: str, base: str, monkeypatch: p
     if (method, base) == ("DoRA", "nf4"):
         pytest.skip("the weight is decoded for its norm, in calls of its own")
     layer, x = fused_layer(method, base), torch.randn(16, SIZE, requires_grad=True)
-    monkeypatch.undo()  # undoes the fixture that asks for the reasons of each known call
+    monkeypatch.undo()  # undoes the fixture that runs the checks also for calls on the fast path
     layer(x)
     calls = python_calls(lambda: layer(x))
     assert len(calls) <= MOST_CALLS, calls
@@ -160,7 +160,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 def both_layers() -> tuple[Any, Any]:
-    """Returns a stock layer and its fused copy, whose call is known."""
+    """Returns a stock layer and its fused copy. A call of the copy with 5 rows is on the fast path."""
     torch.manual_seed(0)
     stock = get_peft_model(Model(nn.Linear(SIZE, SIZE)), CONFIGS["LoRA"]()).train()
     fused = peft_ext.accelerate(copy.deepcopy(stock))

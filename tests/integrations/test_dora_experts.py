@@ -59,7 +59,7 @@ def with_sums(model: PeftModel) -> nn.Module:
         weight = getattr(experts, wrapper.parameter_name)
         magnitude = wrapper.lora_magnitude_vector["default"].weight.double()
         summed = weight.double() + ParamWrapper.get_delta_weight(wrapper, "default").double()
-        # Llama 4 has no such attribute.
+        # Llama 4's experts have no attribute `is_transposed`, and are stored transposed.
         transposed = experts.is_transposed if hasattr(experts, "is_transposed") else True
         inputs = 1 if transposed else 2
         assert magnitude.shape == summed.sum(inputs).shape
@@ -67,7 +67,7 @@ def with_sums(model: PeftModel) -> nn.Module:
         weight.copy_(magnitude.unsqueeze(inputs) * summed / norm)
     for module in [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]:
         module.merge()
-    # Takes the wrappers out of the model's forward.
+    # Replaces each wrapper by the module below it.
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, ParamWrapper) and not isinstance(parent, ParamWrapper):
@@ -110,7 +110,7 @@ def test_files_merging_and_back(name: str, tmp_path: Path) -> None:
         assert all(row.fused and row.kind.startswith("DoRA") for row in experts_rows(again))
         assert torch.equal(again.eval()(**batch()).logits, wanted)
         with pytest.raises(ValueError, match="does not work with use_dora=True"):
-            # Stock PEFT raises an error and does not compute another function.
+            # Stock PEFT must raise an error for the file and not load the adapter as LoRA.
             PeftModel.from_pretrained(base(name), tmp_path)
         before = {n: p.clone() for n, p in model.state_dict().items()}
         model.merge_adapter()
@@ -162,7 +162,7 @@ def test_a_step_lowers_the_loss_and_moves_the_magnitudes() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    assert len(before) == 2 * 2 + 2  # two parameters in each of two layers, and o_proj in each layer
+    assert len(before) == 2 * 2 + 2  # in each of two layers: two parameters of the experts, and o_proj
 
 
 def test_several_adapters_switched_and_together() -> None:
@@ -189,7 +189,7 @@ def test_several_adapters_switched_and_together() -> None:
 
 
 def test_a_dora_adapter_beside_pefts_lora(tmp_path: Path) -> None:
-    """The two adapters may come in either order, and the model may be accelerated before or not."""
+    """A DoRA adapter can be loaded or added to a model that has a LoRA adapter on the experts, accelerated or not."""
     adapt().save_pretrained(tmp_path)
     wanted = peft_ext.load_adapter(base(), tmp_path).eval()(**batch()).logits
     for accelerate in (True, False):

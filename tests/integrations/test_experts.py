@@ -1,4 +1,5 @@
-"""Tests of LoRA on the experts of mixtures: PEFT's target_parameters, accelerated, against PEFT alone."""
+"""Tests of LoRA on the experts of mixtures (PEFT's target_parameters): accelerated models are compared with PEFT
+alone."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_logits_and_gradients_are_pefts(name: str) -> None:
 @pytest.mark.slow
 @every_model
 def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> None:
-    """Compares medians of eleven runs: in 16 bits, a token may go to another expert in either model."""
+    """The median over eleven seeds of the ratio of the errors is at most 1.1. The median is used because in 16 bits a
+    rounding may send a token to another expert in either model."""
     eager = None if name == "Llama 4" else "eager"  # the other implementations do not multiply float64
     ratios = []
     for seed in range(11):
@@ -368,7 +370,8 @@ def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
 
 
 def test_hooks_around_nf4_experts_run() -> None:
-    """PEFT calls each wrapper and the inner experts, but no module of an adapter: it uses the weights alone."""
+    """Hooks on the wrappers and on the inner experts run, and hooks on lora_A do not run: PEFT too reads only the
+    weights of an adapter's modules."""
     plain, model = (
         peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))) for _ in range(2)
     )
@@ -488,7 +491,7 @@ def test_a_mixed_batch_is_refused_in_pefts_words() -> None:
 
 
 def test_adapters_of_several_dtypes_under_autocast() -> None:
-    """A CPU's autocast in bfloat16 refuses to concatenate float16."""
+    """Under bfloat16 autocast on a CPU, PyTorch's cat raises an error for float16 tensors."""
     model = adapt(base(dtype=torch.float16), autocast_adapter_dtype=False)
     model.add_adapter("other", adapt_config(target_parameters=targets(base())), autocast_adapter_dtype=True)
     peft_ext.accelerate(model)
@@ -501,7 +504,8 @@ def test_adapters_of_several_dtypes_under_autocast() -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral"])
 def test_all_linear_as_peft_reads_it(name: str) -> None:
-    """ "all-linear" adapts the experts, with other ranks, and the router, which PEFT computes."""
+    """PEFT's "all-linear" adapts the experts and the router. The experts are fused, and PEFT's own code computes the
+    router."""
     found = []
     for accelerated in (False, True):
         model = adapt(base(name), target_modules="all-linear", target_parameters=None)

@@ -1,5 +1,5 @@
-"""Tests of the known forms: how code is compared, that each row is true for its classes, and that a change of anything
-that a forward uses gives another form.
+"""Tests of the known forms: code is compared by digests, each row passes the proof for its classes, and a changed
+helper, value or method gives another form.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS = read_rows(TABLE.read_text())
 
 @functools.cache
 def classes_by_digest() -> dict[str, list[Any]]:
-    """Returns the installed transformers' classes of each row."""
+    """Returns a dict from digest to the classes of the installed transformers that have this form."""
     found: dict[str, list[Any]] = {}
     for cls in tool.classes():
         if not isinstance(row := row_of(cls), str):
@@ -118,7 +118,8 @@ def test_other_code_is_another_form(kind: type) -> None:
 
 
 def test_a_decorator_that_names_a_function_that_it_does_not_call() -> None:
-    """``__wrapped__`` is an attribute that anyone can set: the function has to be in the decorator's closure too."""
+    """A wrapper counts as its ``__wrapped__`` function only if the function is also in the wrapper's closure, because
+    any code can set ``__wrapped__``."""
     honest, forged = can_return_tuple(Plain.forward), can_return_tuple(OtherOperator.forward)
     forged.__wrapped__ = Plain.forward
     known = form_of(type("Honest", (Plain,), {"forward": honest})).digest

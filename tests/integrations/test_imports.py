@@ -1,5 +1,5 @@
-"""If another release of PEFT, bitsandbytes or transformers lacks a name, peft_ext loses what needs the name, and says
-so.
+"""Tests of peft_ext beside releases of PEFT, bitsandbytes or transformers that lack a name: only layers that need the
+name are not fused, and a warning names the missing name.
 """
 
 import ast

@@ -1,5 +1,5 @@
-"""Tests of peft_ext.get_peft_model and load_adapter: like PEFT's, but accelerated; AdaLoRA over bfloat16; refused
-files.
+"""Tests of peft_ext.get_peft_model and load_adapter: results equal those of PEFT's functions and are accelerated;
+AdaLoRA over bfloat16; files that are refused.
 """
 
 import copy
@@ -95,9 +95,8 @@ def test_what_is_within_a_saved_module_is_a_part_of_the_model(tmp_path, beside):
 
 
 def test_an_adapter_of_tied_embeddings_is_loaded_beside_another(tmp_path):
-    """The head's tensor is the embedding's: PEFT has more names for the tensor than the file, and wraps the head
-    twice.
-    """
+    """With tied embeddings, the head and the embedding share a tensor, for which the model has more names than the
+    adapter's file."""
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                       num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
     base = transformers.LlamaForCausalLM(config)
@@ -141,13 +140,15 @@ def train_ada_lora(model, steps=16):
 
 
 def without_loss(model):
-    """PEFT adds a term to an AdaLoRA model's loss for the trainable adapter, and fails if there is none."""
+    """Returns the model's logits without computing a loss: PEFT's loss raises for an AdaLoRA model without a trainable
+    adapter."""
     with torch.no_grad():
         return model.eval()(input_ids=batch(model.get_base_model())["input_ids"]).logits
 
 
 def without_lost_ranks(model):
-    """Returns a copy whose tensors are cut to the remaining ranks, as in the file, so that sums have as many terms."""
+    """Returns a copy whose tensors are cut to the remaining ranks, as in the adapter's file, so that sums over the rank
+    have equally many terms."""
     model = copy.deepcopy(model)
     ranks = {name.removesuffix(".default"): kept for name, kept in model.peft_config["default"].rank_pattern.items()}
     for name, layer in model.base_model.model.named_modules():

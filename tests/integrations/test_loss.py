@@ -230,7 +230,7 @@ class Uses(hf.LlamaForCausalLM):
 
 def own_model(kind: type) -> nn.Module:
     model = kind(hf.LlamaConfig(**SMALL))
-    model.loss_type = "ForCausalLM"  # else transformers logs a warning, which torch.compile can't trace
+    model.loss_type = "ForCausalLM"  # without loss_type, transformers logs a warning, which torch.compile can't trace
     return model
 
 
@@ -438,7 +438,7 @@ def test_steps_in_16_bits_are_as_good_as_stock(name: str) -> None:
 
 
 class Graphs(EagerAndRecordGraphs):
-    """A backend that keeps the graphs, and compiles by ``aot_eager``."""
+    """A backend of torch.compile that records the graphs, and compiles the graphs by ``aot_eager``."""
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         super().__call__(graph, inputs)

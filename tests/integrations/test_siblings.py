@@ -99,7 +99,7 @@ def gradients(model: Any, x: Tensor, forward: Callable[..., tuple[Tensor, ...]])
 
 
 def both(**how: Any) -> tuple[Any, Any]:
-    """Returns a model whose layers run alone, and one whose layers run together."""
+    """Returns an accelerated model whose layers are computed alone, and a copy whose siblings are computed together."""
     model = build(**how).train()
     return peft_ext.accelerate(copy.deepcopy(model), blocks=False), peft_ext.accelerate(model)
 

@@ -1,5 +1,5 @@
-"""Tests of TRL's trainers with the loss on linear_cross_entropy: TRL's own losses, gradients and metrics, in less
-memory.
+"""Tests of TRL's trainers with the loss on linear_cross_entropy: losses, gradients and metrics agree with TRL's own,
+and a step takes less memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 STEPS = 2
 WORDS = ("<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
-# Largest ‖ours - TRL's‖ / ‖TRL's‖ of a step's gradients that rounding explains.
+# Largest relative error of a step's gradients, ‖ours - TRL's‖ / ‖TRL's‖, that rounding explains, by dtype.
 WITHIN = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 # Parts of the names of logged figures that do not depend on the loss: times, and counts of PeftExtCallback and Trainer.
 LEFT_OUT = ("runtime", "per_second", "step_time", "tokens_per_s", "peak_mib", "fused_share", "total_flos")
@@ -52,7 +52,8 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps the precision and the device of the first run for the process, and uses a GPU if it sees one."""
+    """Hides GPUs, and clears the state of the library accelerate after a test, which would otherwise keep the precision
+    and the device of the first run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     yield
     _forget()
@@ -64,7 +65,7 @@ def _forget() -> None:
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Returns a tokenizer whose tokens are bytes."""
+    """Returns a tokenizer that makes one token of each byte."""
     bytewise = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(WORDS)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
@@ -104,7 +105,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 class Gradients(hf.TrainerCallback):
-    """Keeps the gradients of each step."""
+    """Stores the gradients of each step."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
@@ -268,7 +269,7 @@ def test_a_head_in_nf4_gives_what_trl_gives_of_its_values(kind: str, tmp_path: P
     if kind == "Linear4bit":
         pytest.importorskip("bitsandbytes")
         to_linear4bit(quantized, torch.float32)
-        quantized.is_loaded_in_4bit = False  # otherwise TRL would train the adapter in bfloat16
+        quantized.is_loaded_in_4bit = False  # with True, TRL would train the adapter in bfloat16
     wanted = run(trl.SFTTrainer, tmp_path, model)
     found = run(ours.SFTTrainer, tmp_path, quantized)
     assert found[0].loss_reason is None
@@ -445,7 +446,10 @@ def test_two_processes_under_ddp(tmp_path: Path) -> None:
 
 
 def _memory(name: str, folder: str) -> dict[str, Any]:
-    """Runs two steps of accelerated LoRA on the same number of tokens. For DPO, half of the rows are chosen answers."""
+    """Runs STEPS steps of accelerated LoRA with the trainer ``name`` in ``folder``, and returns the measured values.
+
+    All trainers get equally many tokens. For DPO, half of the rows are chosen answers.
+    """
     model, meter = llama(vocab=VOCAB), PeftExtCallback()
     generator = torch.Generator().manual_seed(0)
     given = {"gradient_checkpointing": False, "per_device_train_batch_size": TEXTS}

@@ -1,4 +1,4 @@
-"""Tests that verify finds nothing in a correct model, names a wrong block, and changes nothing."""
+"""Tests of verify: it passes a correct model, names a wrong block, and does not change the model or the batch."""
 
 import math
 import random
@@ -34,7 +34,8 @@ def tokens(count=12):
 
 
 def everything(model, batch):
-    """Returns everything that verify must not change: objects by identity, and tensors by version and bits."""
+    """Returns the state of model and batch that verify must not change: the identity of objects, and the version and
+    the bits of tensors."""
 
     def bits(tensor):
         return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

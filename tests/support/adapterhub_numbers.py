@@ -1,8 +1,8 @@
 """Results of AdapterHub's ``adapters`` with its bottleneck adapters, on tiny models whose weights are a formula.
 
 ``python tests/support/adapterhub_numbers.py``, in an environment with ``adapters``, prints the table ``WANTED``, which
-was computed with adapters 1.3.0, transformers 4.57.6 and torch 2.13.0. No weight is random or downloaded, so that every
-version of the libraries makes the same weights.
+was computed with adapters 1.3.0, transformers 4.57.6 and torch 2.13.0. No weight is random or downloaded, so that the
+weights do not depend on the versions of the libraries.
 """
 
 import zlib
@@ -110,7 +110,7 @@ def main():
     print("}  # fmt: skip")
 
 
-# By model and placement: how many tensors the adapter has, and what ``measured`` found.
+# Maps a model and a placement to the number of the adapter's tensors, and to the result of ``measured``.
 WANTED = {
     ("bert", "pfeiffer"): (
         8, [-0.08074386, 1.169256, -0.03385552, 1.237717, -0.2401725, -0.2505914, 0.1786322, -2.524235,

@@ -1,7 +1,7 @@
-"""Judges an operator's values and gradients: their error from a float64 oracle, relative to plain PyTorch's error.
+"""Compares an operator's values and gradients with a float64 oracle, and the errors with plain PyTorch's errors.
 
-Tolerance: a kernel's error is at most 1.5 times that of plain PyTorch in the same dtype, plus the rounding of the
-result itself; in float32 a few ulp of the sum's length.
+Tolerance: a kernel's error is at most 1.5 times the error of plain PyTorch in the same dtype, plus one rounding of the
+result, plus a float32 rounding error that grows with the square root of the number of summed terms.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from op_db import Case, Sample, randn, wide
 from torch import Tensor
 
-Parts = dict[str, Tensor]  # a result: the value "y", and the gradients by name
+Parts = dict[str, Tensor]  # the value of an operator under the name "y", and the gradients by the inputs' names
 
 
 def run(function: Any, sample: Sample, grad: Tensor | None = None, *, keep_strides: bool = False) -> dict[str, Tensor]:
     """Returns the value of ``function``, and its gradients for a given output gradient, on the CPU.
 
-    ``keep_strides``: call it on the inputs themselves with their strides instead of on copies.
+    ``keep_strides``: call ``function`` on the inputs themselves, with their strides, instead of on copies.
     """
     copy = (lambda value: value.detach()) if keep_strides else (lambda value: value.detach().clone())
     inputs = {k: copy(v) if isinstance(v, Tensor) else v for k, v in sample.inputs.items()}
@@ -49,7 +49,7 @@ def assert_close(
     got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = (),
     product: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """Asserts that each part's error is at most 1.5 times plain PyTorch's, in the norm and at the worst element.
+    """Asserts for each part of ``got`` that the error, in the norm and at the worst element, is within the tolerance.
 
     ``product``: dtype of the product from which the parts in ``from_product`` are computed; default: y's dtype.
     """
@@ -61,7 +61,7 @@ def assert_part_close(
     name: str, got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = (),
     product: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """Asserts as :func:`assert_close` does, for one part: the value "y" or a gradient."""
+    """Asserts the same as :func:`assert_close` for one part: the value "y" or a gradient."""
     value, want = got[name], exact[name]
     assert value.shape == want.shape, name
     if value.numel() == 0:
@@ -70,8 +70,8 @@ def assert_part_close(
     if name in from_product:  # the part is computed from a rounded product
         ulp = max(ulp, torch.finfo(product or got["y"].dtype).eps)
     error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
-    # The error of rounding the exact result once, and a few float32 ulp for the order of the sum.
-    # For a single element plain PyTorch's error may be zero by chance: the rounding of an intermediate is allowed too.
+    # The floor is the error of rounding the exact result once, plus float32 rounding for the order of a sum.
+    # For a single element plain PyTorch's error may be zero by chance, so that twice this rounding is allowed.
     rounding = ulp * want.abs() / (1 if want.count_nonzero() <= 1 else 2)
     floor = rounding + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
     assert error.norm() <= 1.5 * yardstick.norm() + floor.norm(), (name, error.norm(), yardstick.norm())

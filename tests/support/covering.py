@@ -1,4 +1,4 @@
-"""The covering array of the operators' calls: every pair of values of two factors is in at least one call.
+"""The covering array of the operators' calls: each possible pair of values of two factors is in at least one call.
 
 Factors: case of an operator (``op_db``), dtype, shape, layout of the tensors in memory, CPU path, number of threads.
 Each case has as many calls as the longest other factor has values. Each call takes the next value of every factor.

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
 def emulated_ops() -> Any:
-    """Returns the CUDA kernels under the emulator, as operators on CPU tensors. Skips where it can't be built."""
+    """Returns the CUDA kernels under the emulator as operators on CPU tensors. Skips the test if the emulator can't be
+    built."""
     emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")
     if why := emulated_cuda.missing():
         pytest.skip(why)
@@ -26,7 +27,10 @@ def emulated_ops() -> Any:
 
 
 def kernels(where: str) -> Callable[..., Any]:
-    """Returns ``call(name, *args)``, which runs an operator's kernel on ``where`` and returns CPU tensors. May skip."""
+    """Returns a function ``call(name, *args)`` that runs an operator's kernel and returns CPU tensors.
+
+    ``where``: "cpu", "cuda", or another name for the emulator. Skips the test if the kernels are not available.
+    """
     if where == "cpu":
         namespace, device = torch.ops.peft_ext, "cpu"
     elif where == "cuda":
@@ -55,7 +59,7 @@ def cuda_call(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    """Asserts that dtypes, shapes and bits are equal. All NaNs count as equal."""
+    """Asserts that dtypes, shapes and bits of two tensors are equal. All NaNs count as equal."""
     assert got.dtype == want.dtype and got.shape == want.shape
     got, want = (value.nan_to_num(-7.0) if value.is_floating_point() else value for value in (got, want))
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[want.element_size()]

@@ -1,4 +1,4 @@
-"""Cases of LoRA over an embedding: K is the vocabulary, N the columns of its table."""
+"""Cases of LoRA over an embedding. K is the size of the vocabulary, and N is the number of columns of the table."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def _dropped_rows(rows: Tensor, expert: int, dropout_p: float) -> Tensor:
 
 
 def _by_expert(x: Tensor, weight: Any, offsets: Tensor, run: Any) -> Tensor:
-    """Returns ``run(weight, rows, index)`` of each expert, and zeros for the rows of no expert."""
+    """Returns the results of ``run(weight, rows, index)`` for all experts, concatenated, with zeros for rows that
+    belong to no expert."""
     parts, begin = [], 0
     for expert, end in enumerate(offsets.tolist()):
         own, rows, begin = (

@@ -24,7 +24,8 @@ def assert_taken_back(
     calls: Callable[[nn.Module], int],
     rows: Callable[[nn.Module], list[tuple[bool, str]]],
 ) -> None:
-    """Asserts that a fused part of two layers survives copies, and goes with ``blocks=False`` and ``restore``."""
+    """Asserts that a part that is fused in both layers of a model stays fused in copies, and is stock after
+    ``accelerate(model, blocks=False)`` and after ``restore``."""
     kinds, wanted = [type(module) for module in model.modules()], step(model)
     peft_ext.accelerate(model)
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):

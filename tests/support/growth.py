@@ -32,7 +32,8 @@ class Mallinfo2(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Held:
-    """Memory of this process: bytes allocated by malloc, resident bytes, tensors, and Python's memory blocks."""
+    """Memory that this process holds: bytes allocated by malloc, resident bytes, the number of tensors, and the number
+    of Python's memory blocks."""
 
     malloc: float
     resident: float
@@ -41,7 +42,7 @@ class Held:
 
     @classmethod
     def now(cls) -> Held:
-        """Returns the current numbers. Skips the test where the C library has no ``mallinfo2``."""
+        """Returns the memory that the process holds now. Skips the test if the C library has no ``mallinfo2``."""
         libc = ctypes.CDLL(None)
         if not hasattr(libc, "mallinfo2"):
             pytest.skip("the C library does not tell what it has given out")

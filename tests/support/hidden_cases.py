@@ -106,7 +106,8 @@ def cross_entropy_case(
 
     name = case_name("linear_cross_entropy", base, 0.0, adapter_dtype, bias=with_bias, own_input=own_input,
                       **dict.fromkeys([reduction, *options], True))  # fmt: skip
-    # The mean over no labels is NaN, and the adapter's gradient of one token is a sum that may cancel.
+    # The mean needs at least two tokens: over no labels it is NaN, and with one token the terms of the adapter's
+    # gradient may cancel.
     shapes = [shape for shape in SHAPES if reduction != "mean" or torch.Size(shape[0]).numel() > 1]
     return Case(
         name, "cross_entropy", make, call, plain, shapes=shapes, from_product=("y", "bias", "lora_A", "lora_B"),

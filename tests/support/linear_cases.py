@@ -1,4 +1,4 @@
-"""Cases of the linear layer over a frozen weight, with each adapter."""
+"""Cases of linear layers over a frozen weight with LoRA, DoRA and (IA)³."""
 
 from __future__ import annotations
 

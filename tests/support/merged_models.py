@@ -24,7 +24,7 @@ def lora(*targets: str, **options):
 
 
 def trained(model, config):
-    """Returns the adapted model, whose adapter has values as after some training."""
+    """Returns the adapted model. The adapter has random values, as after some training."""
     torch.manual_seed(3)
     adapted = get_peft_model(model, config).eval()
     spread(adapted)

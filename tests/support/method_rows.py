@@ -1,4 +1,4 @@
-"""The rows of docs/methods.md: each method's configuration, its base, and its module of peft_ext.nn."""
+"""The rows of docs/methods.md: the configuration, the base model, and the module of peft_ext.nn of each method."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from peft_ext.nn import (
 
 LLAMA = ARCHITECTURES["Llama"]
 BATCH = LLAMA.batch()
-INPUTS = LLAMA.inputs()  # without labels: PEFT's loss raises for an AdaLoRA that is loaded for inference
-STEPS = 4  # steps of a Trainer's run
+INPUTS = LLAMA.inputs()  # has no labels, because PEFT's loss raises for an AdaLoRA that is loaded for inference
+STEPS = 4  # number of optimizer steps of a run with Trainer
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _linear(nf4: bool) -> nn.Linear:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """Returns the frozen weight, dequantized to float64 where it is NF4."""
+    """Returns the frozen weight of a module's base layer. An NF4 weight is dequantized to float64."""
     base = module.base_layer
     return base.nf4.dequantize(torch.float32).double() if isinstance(base, NF4Linear) else base.weight
 
@@ -143,7 +143,8 @@ def _prefix() -> Alone:
         return model(ids, past_key_values=m.past_key_values(size, model.config)).logits
 
     def oracle(m: Any) -> Tensor:
-        # Order of an embedding row: layers; in a layer the keys, then the values; in each of these the heads.
+        # A row of the embedding holds the layers one after the other. A layer has keys, then values, and keys and
+        # values are ordered by head.
         heads, width = m.num_kv_heads, m.head_dim
         pieces = m.embedding.weight.split(width, dim=1)
         halves = [torch.stack(pieces[i : i + heads]).expand(size, -1, -1, -1) for i in range(0, len(pieces), heads)]

@@ -23,7 +23,7 @@ class Cell:
 
     @classmethod
     def none(cls, *reasons: str) -> Cell:
-        """Returns an empty cell with the reasons for it. Raises ValueError where no reason is given."""
+        """Returns an empty cell with ``reasons`` as footnotes. Raises ValueError if no reason is given."""
         if not reasons or not all(reasons):
             raise ValueError(f"Cell.none: reasons are {reasons}, wanted at least one")
         return cls(_NONE, reasons)

@@ -94,7 +94,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def step(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the logits and the gradients of a training step."""
+    """Returns the logits and the gradients by parameter name of a training step from a fixed seed."""
     model.train().zero_grad()
     torch.manual_seed(3)
     out = model(**batch())
@@ -114,5 +114,5 @@ def experts_rows(model: nn.Module) -> list[peft_ext.Row]:
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """Returns the model with the dense weights that a quantized model multiplies with."""
+    """Returns the model with each weight that quantize_nf4 quantizes replaced by its dequantized values."""
     return peft_ext.dequantize_nf4(peft_ext.quantize_nf4(model))

@@ -136,7 +136,8 @@ def nothing(t: int, k: int, n: int, r: int) -> int:
 
 
 def shrunk_bytes(dropout_p: float) -> Callable[[int, int, int, int], int]:
-    """Returns ``Case.saved`` of a low-rank layer: S [T, R] in float32, and with dropout the seed's 16 bytes."""
+    """Returns a ``Case.saved`` for a low-rank layer, which saves S [T, R] in float32 and, with dropout, a seed of 16
+    bytes."""
     return lambda t, k, n, r: t * r * 4 + (16 if dropout_p else 0)
 
 

@@ -50,7 +50,8 @@ def four_bit(in_features, out_features, compute_dtype=torch.float32, nested=Fals
 
 
 def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
-    """Returns the model over another base: "float32", "nf4", "bnb nested", ...; layers named in ``skip`` stay."""
+    """Converts the linear layers of a model to another base, in place: "float32", "nf4", "bnb nested", ... Layers named
+    in ``skip`` keep their class. Returns the model."""
     dtype = dtype_of(base)
     model = model.to(dtype)
     for parent in list(model.modules()):
@@ -65,7 +66,7 @@ def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
                     compress_statistics="nested" in base, quant_type="nf4",
                 )  # fmt: skip
                 layer.load_state_dict(linear.state_dict())
-                if linear.bias is not None:  # as after loading: bitsandbytes' first forward casts the bias for good
+                if linear.bias is not None:  # a loaded model's bias has this dtype, and the first forward would cast it
                     layer.bias.data = layer.bias.data.to(dtype)
                 setattr(parent, name, layer.to("cpu"))
     model.is_loaded_in_4bit = base.startswith("bnb")
@@ -110,7 +111,7 @@ def dropout_of(method, p):
 
 
 def spread(model, name="default"):
-    """Gives adapter ``name`` of DoRA, IA3 or AdaLoRA values as after some training instead of PEFT's initial ones."""
+    """Changes the initial values of a DoRA, IA3 or AdaLoRA adapter to random values, as after some training."""
     for layer in tuners(model).values():
         if name in getattr(layer, "lora_magnitude_vector", {}):
             magnitude = layer.lora_magnitude_vector[name].weight
@@ -124,7 +125,8 @@ def spread(model, name="default"):
 
 
 def dense_twin(model, dtype=None):
-    """Returns a copy that stock PEFT can run: each NF4Linear and a mixture's experts are dequantized to their dtype."""
+    """Returns a copy that stock PEFT can run, in which NF4Linear layers and NF4 experts are dequantized, to ``dtype``
+    or to their own dtype."""
     model = copy.deepcopy(model)
     for layer in tuners(model).values():
         base = layer.base_layer
@@ -198,7 +200,7 @@ def with_philox(model):
 
 
 def in_float64(model):
-    """Returns a float64 copy over dequantized weights, on PEFT's own path."""
+    """Returns a float64 copy of a stock PEFT model, whose quantized weights are dequantized."""
     model = copy.deepcopy(model)
     for layer in tuners(model).values():
         base = layer.base_layer
@@ -212,15 +214,16 @@ def in_float64(model):
         wide.weight = nn.Parameter(weight.detach().double(), requires_grad=False)
         wide.bias = nn.Parameter(base.bias.detach().double(), requires_grad=base.bias.requires_grad)
         layer.base_layer = wide
-        if isinstance(layer, ia3.IA3Layer):  # PEFT's class of 4-bit layers casts to float32
+        if isinstance(layer, ia3.IA3Layer):  # PEFT's IA3 class for 4-bit layers would cast x to float32
             layer.__class__, layer.fan_in_fan_out = ia3.Linear, False
     return model.double()
 
 
 def assert_as_good(actual, stock, exact):
-    """Asserts that each error from float64 is at most 1.5 times PEFT's, plus the rounding of float32 sums of 100 terms.
+    """Asserts that each tensor's error from float64 is at most 1.5 times PEFT's error plus 1e-6 of the tensor's norm.
 
-    A tensor of at most 16 elements may be off by 2 eps: PEFT's error may be near zero by chance.
+    The 1e-6 allows for rounding in float32 sums of 100 terms. For a tensor of at most 16 elements the allowance is at
+    least 2 eps, because PEFT's error may be near zero by chance.
     """
     assert actual.keys() == stock.keys() == exact.keys()
     eps = 2 * torch.finfo(stock["x"].dtype).eps
@@ -234,7 +237,7 @@ def assert_as_good(actual, stock, exact):
 
 
 def assert_identical(actual, wanted):
-    """Asserts that two dictionaries have equal tensors. A missing gradient is None."""
+    """Asserts that two dictionaries have bitwise equal tensors. NaNs are equal, and None equals None."""
     torch.testing.assert_close(dict(actual), dict(wanted), rtol=0, atol=0, equal_nan=True)
 
 
@@ -254,13 +257,13 @@ def assert_restored(model, before):
 
 
 def activate(model, names):
-    """Makes several adapters active and trainable, layer by layer: AdaLoRA's model refuses several."""
+    """Makes several adapters active and trainable in each layer. PEFT's AdaLoRA model refuses to activate several."""
     for layer in tuners(model).values():
         layer.set_adapter(names)
 
 
 def make_several(method="LoRA", base="float32", names=("default", "other"), **other):
-    """Returns a model with two active adapters of one method."""
+    """Returns a model with two adapters of one method, "default" and "other", of which ``names`` are active."""
     model = make_method(method, base)
     sizes = {"LoRA": {"r": 3, "lora_alpha": 5}, "AdaLoRA": {"init_r": 5, "inference_mode": True}, "IA3": {}}[method]
     torch.manual_seed(2)
@@ -271,14 +274,16 @@ def make_several(method="LoRA", base="float32", names=("default", "other"), **ot
 
 
 def stock_of(model):
-    """Returns a copy on PEFT's own path. A DoRA's NF4 base is dequantized: PEFT has no DoRA over NF4Linear."""
+    """Returns a restored copy, which runs PEFT's own code. With DoRA, NF4 weights are dequantized, because stock PEFT
+    can't compute DoRA over an NF4Linear."""
     has_dora = any(getattr(layer, "lora_variant", None) for layer in tuners(model).values())
     model = peft_ext.restore(copy.deepcopy(model))
     return dense_twin(model) if has_dora else model
 
 
 def compare(model, x):
-    """Accelerates the model, asserts that all layers are fused and as exact as PEFT's, and returns the results."""
+    """Accelerates the model in place, asserts that all layers are fused and as exact as PEFT's layers, and returns the
+    fused results."""
     fused = peft_ext.accelerate(model)
     stock, exact = stock_of(model), in_float64(peft_ext.restore(copy.deepcopy(model)))
     assert peft_ext.explain(fused).fused_share == 1.0, peft_ext.explain(fused)

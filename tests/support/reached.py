@@ -1,4 +1,5 @@
-"""Finds everything that the code of a forward reads by name, and makes replacements for it, for tests of forms."""
+"""Finds the values that the code of a forward reads by name, and makes replacements of the values, for tests of
+forms."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from peft_ext.integrations.forms import digest
 
 
 class Place(NamedTuple):
-    """A place that code reads: the attribute ``name`` of ``owner``, or an item of a function's globals."""
+    """A place from which code reads a value: the attribute ``name`` of ``owner``, or the item ``name`` of a function's
+    globals."""
 
     owner: Any
     name: str
@@ -76,7 +78,7 @@ def code_cells(function: types.FunctionType) -> tuple[str, ...]:
 
 
 def another(value: Any) -> Any:
-    """Returns a replacement of ``value`` that gives other results; None where there is no such replacement."""
+    """Returns a replacement of ``value`` that gives other results; None if this function knows no replacement."""
     if isinstance(value, (staticmethod, classmethod)):
         return type(value)(another(value.__func__))
     if isinstance(value, torch.dtype):

@@ -1,4 +1,5 @@
-"""Tiny random models of commonly adapted architectures, of transformers' own classes, with a batch for each."""
+"""Tiny random models of commonly adapted architectures, made of transformers' own classes, and a batch for each
+model."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 class Sizes:
     """Sizes of a model and its batch.
 
-    For bitsandbytes' kernels, ``hidden`` and ``inner`` must be multiples of 64, the block size of NF4. A token goes to
-    ``active`` of the ``experts``.
+    For bitsandbytes' kernels, ``hidden`` and ``inner`` must be multiples of 64, the block size of NF4. In a mixture,
+    each token goes to ``active`` of the ``experts`` experts.
     """
 
     hidden: int = 64
@@ -143,11 +144,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model, its inputs, and the modules to adapt.
+    """A recipe for a model, its inputs, and the modules to adapt.
 
-    Text is generated from ``inputs`` too, which have no labels. ``lora``, ``dora`` (None: ``lora``) and ``ia3`` are
-    arguments of PEFT's configurations, empty for the list of layers that PEFT has for the architecture. ``labels`` is
-    None where the model has a loss of its own or none at all.
+    ``inputs`` makes a batch without labels, which is also used for generation. ``lora``, ``dora`` (None for the value
+    of ``lora``) and ``ia3`` are arguments of PEFT's configurations; empty arguments mean PEFT's own list of layers for
+    the architecture. ``labels`` is None if the model computes its loss without labels or has no loss.
     """
 
     model: type[hf.PreTrainedModel]
@@ -164,7 +165,8 @@ class Architecture:
         return self.model.can_generate()
 
     def build(self, seed: int = 1) -> hf.PreTrainedModel:
-        """Returns the model with fixed weights. Biases and norms have values as after training, not 0 and 1."""
+        """Returns the model with random weights of ``seed``, in eval mode. Vectors such as biases and the weights of
+        norms get random values too, not 0 and 1."""
         torch.manual_seed(seed)
         model = self.model(copy.deepcopy(self.config)).eval()
         with torch.no_grad():
@@ -177,7 +179,7 @@ class Architecture:
         return {**self.inputs(), **({} if self.labels is None else {"labels": self.labels()})}
 
     def peft_config(self, method: str) -> PeftConfig:
-        """Returns a configuration of "LoRA", "DoRA" or "IA3" whose initial weights are as after some training."""
+        """Returns a configuration of "LoRA", "DoRA" or "IA3" with random initial weights, so that the adapter acts."""
         if method == "IA3":
             return IA3Config(task_type=self.task, init_ia3_weights=False, **self.ia3)
         targets = self.dora if method == "DoRA" and self.dora is not None else self.lora
@@ -193,7 +195,7 @@ class Architecture:
 
 
 def _of(stem: str, head: str, sizes: dict[str, Any]) -> tuple[type[hf.PreTrainedModel], hf.PretrainedConfig]:
-    """Returns transformers' class of a model, and a configuration with these sizes."""
+    """Returns transformers' model class named ``stem`` + ``head``, and a configuration of ``stem`` with the sizes."""
     return getattr(hf, f"{stem}{head}"), getattr(hf, f"{stem}Config")(**sizes)
 
 
@@ -241,7 +243,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Phi3": lambda s: _decoder(s, "Phi3", {**s.grouped, "resid_pdrop": 0.1}, **_ia3(["qkv_proj"], ["down_proj"])),
     "GPT-2": lambda s: _decoder(s, "GPT2", s.gpt, "LMHeadModel"),
     "Falcon": lambda s: _falcon(s, bias=True, hidden_dropout=0.1),
-    # Without bias and dropout, Falcon adds a layer's output to the residual in place; IA3 scales that output.
+    # Falcon adds the attention's output to the MLP's output in place. IA3 scales the MLP's output.
     "Falcon-7B": lambda s: _falcon(s, bias=False, **_ia3(["query_key_value", "dense_4h_to_h"], [])),
     "Falcon-40B": lambda s: _falcon(s, bias=False, new_decoder_architecture=True, num_kv_heads=s.kv_heads),
     "OPT": lambda s: _decoder(
@@ -255,8 +257,8 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "GPT-NeoX": lambda s: _decoder(s, "GPTNeoX", s.decoder),
     "Cohere": lambda s: _decoder(s, "Cohere", s.grouped, **_LLAMA_IA3),
     "Cohere2": lambda s: _decoder(s, "Cohere2", {**s.grouped, "sliding_window": 4}, **_LLAMA_IA3),
-    # One expert instead of two where each token goes to one: a rounding could change a token's choice. The second layer
-    # is dense. The routed sum is added to the shared expert's output in place.
+    # Each token goes to one expert, and a rounding could change the choice, so the model has one expert. The second
+    # layer is dense. The model adds the routed sum to the shared expert's output in place.
     "Llama4": lambda s: Architecture(
         hf.Llama4ForCausalLM,
         hf.Llama4TextConfig(
@@ -297,7 +299,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
             "target_modules": _ATTENTION,
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
-        dora={"target_modules": _ATTENTION},  # PEFT has no DoRA of an expert's weights
+        dora={"target_modules": _ATTENTION},  # PEFT has no DoRA on experts' parameters
     ),
 }  # fmt: skip
 
@@ -417,7 +419,7 @@ FAMILIES = (*_TESTED, *_MORE)
 
 
 def architecture(name: str, sizes: Optional[Sizes] = None) -> Architecture:
-    """Returns the architecture of one of ``FAMILIES`` in these sizes."""
+    """Returns the architecture ``name`` in the given sizes, by default ``Sizes()``."""
     make = _TESTED[name] if name in _TESTED else _MORE[name]
     return make(Sizes() if sizes is None else sizes)
 
@@ -437,9 +439,10 @@ TOLERANCE = 2e-5
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Counts the calls of peft_ext's operators by name on this thread, on which the CPU's backward runs too.
+    """Counts the calls of peft_ext's operators by name, on this thread, on which the CPU's backward runs too.
 
-    An operator that is a composition of others is not counted. Siblings count one by one.
+    An operator that is composed of other operators is not counted. A call of lora_linears counts one lora_linear for
+    each layer, and a call of lora_experts counts one lora_linear or dora_linear.
     """
 
     def __init__(self) -> None:
@@ -451,7 +454,8 @@ class OperatorCalls(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name.partition("::")[2]
         if name in ("lora_linears", "lora_linears_backward") and func.namespace == "peft_ext":
-            layers = args[0] if name.endswith("_backward") else args[3][::2]  # a gradient or a scaling for each layer
+            # The backward has a gradient for each layer, and the forward has a scaling for each layer.
+            layers = args[0] if name.endswith("_backward") else args[3][::2]
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
             scaled = args[12] is not None  # argument 12 is DoRA's vector of output scales
@@ -481,7 +485,8 @@ def error_of(actual: Tensor, wanted: Tensor) -> float:
 
 
 def assert_close(actual: Any, wanted: Any, tolerance: float = TOLERANCE) -> None:
-    """Asserts that ``actual`` has ``wanted``'s tensors, each within ``tolerance`` times its norm, which is not zero."""
+    """Asserts that ``actual`` and ``wanted`` have equal keys and dtypes, and that each relative error is below
+    ``tolerance``. A wanted tensor of norm 0 fails, because it would compare nothing."""
     if isinstance(wanted, Tensor):
         actual, wanted = {"logits": actual}, {"logits": wanted}
     assert actual.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""A tiny random model and data in a folder, and runs of the command line on them."""
+"""A folder with a tiny random model and data files, and functions that run the command line on this folder."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with ``model`` (a random Llama with a byte tokenizer) and data files."""
+    """Returns a folder with ``model`` (a random Llama with a byte tokenizer) and the files pairs.jsonl and docs.txt."""
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_model(folder / "model")
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def write_tiny_model(folder: Path, experts: int = 0) -> None:
-    """Writes a random Llama of two layers, in bfloat16, with a tokenizer of bytes; with experts a Qwen3-MoE."""
+    """Writes a random bfloat16 Llama of two layers, or with ``experts`` a Qwen3-MoE, and a tokenizer of bytes."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -47,7 +47,7 @@ def make_base(name):
     torch.manual_seed(1)
     model = _MODELS[name]()
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # zeros and ones would hide a missing bias or a swapped norm
+        if parameter.dim() == 1:  # biases of 0 and norm weights of 1 would hide a missing bias or a swapped norm
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
@@ -84,7 +84,7 @@ def adapter_parameters(model, adapter="default"):
 
 
 def spread(model, adapter="default", seed=3):
-    """Gives the adapter values as after some training, and returns the model."""
+    """Adds random numbers to the adapter's parameters, as after some training, and returns the model."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapter_parameters(model, adapter).items():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -113,7 +113,7 @@ def gradients(model):
 
 
 def reference(model, base, adapter="default"):
-    """Returns a copy of the base with the adapter's tensors written into it. These tensors alone are trainable."""
+    """Returns a copy of the base model with the adapter's tensors written into it. Only these tensors are trainable."""
     plain = copy.deepcopy(base)
     plain.requires_grad_(False)
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -149,7 +149,7 @@ def wrapped(model):
 
 
 class Mixer(nn.Module):
-    """A module with its own parameter beside its projections, like a state-space layer."""
+    """A module with projections and a parameter of its own, like a state-space layer."""
 
     def __init__(self):
         super().__init__()

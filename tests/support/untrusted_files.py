@@ -1,4 +1,4 @@
-"""Copies of a model's and an adapter's folder that are broken, absurd or malicious."""
+"""Helpers for tests that read broken, absurd or malicious folders of models and adapters."""
 
 from __future__ import annotations
 

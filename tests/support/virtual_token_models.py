@@ -1,4 +1,4 @@
-"""Models of every kind that prefix and prompt tuning have to handle, and PEFT's models of both methods."""
+"""Tiny models of several architectures for tests of prefix and prompt tuning, and PEFT's models of both methods."""
 
 import copy
 from typing import Any
@@ -60,7 +60,7 @@ def make_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_peft(kind: str, model: nn.Module, config: type[peft.PromptLearningConfig], **options: Any) -> peft.PeftModel:
-    """Returns PEFT's model around a copy, with P virtual tokens."""
+    """Returns PEFT's model around a copy of ``model``, with P virtual tokens."""
     config = config(task_type=TASKS.get(kind, "CAUSAL_LM"), num_virtual_tokens=P, **options)
     return peft.get_peft_model(copy.deepcopy(model), config).eval()
 

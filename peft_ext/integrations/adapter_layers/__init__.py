@@ -1,10 +1,11 @@
-"""PEFT's and bitsandbytes' layers on this package's operators.
+"""Layers of PEFT, bitsandbytes and PyTorch that run on the operators of peft_ext.
 
-reasons     why a call takes the stock path: what explain prints, and each forward asks
-known       common calls whose like the reasons have accepted, and which do not ask them again
-base        the classes that are swapped, and how they read the frozen weight
-lora, dora, adalora, ia3, linear, linear4bit, embedding     the layers
-experts     LoRA and DoRA on the experts of a mixture
-siblings    layers of one input, computed together
-merging     an adapter merged into an NF4 weight
+reasons     functions that return why a call takes the stock path; the forwards and explain call these functions
+known       the fast path for common calls that equal a call which the checks in reasons accepted before
+base        the base class of the fused layers, the tables of fused classes, and reading of the frozen weight
+lora, dora, adalora, ia3, linear, linear4bit, embedding     the fused layers
+experts, dora_experts   LoRA and DoRA on the experts of a mixture
+siblings    layers that get the same input tensor and are computed together
+recompute   tensors that the backward computes again instead of saving them
+merging     merging of an adapter into an NF4 weight
 """

@@ -1,4 +1,4 @@
-"""PEFT's AdaLoRA layers on :func:`peft_ext.ops.lora_linear`, the singular values as a scale per rank."""
+"""PEFT's AdaLoRA layers on :func:`peft_ext.ops.lora_linear`, which gets the singular values as a scale per rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if FOUR_BIT:
 
 
 class AdaLora(LowRank):
-    """``adalora.SVDLinear`` and ``SVDLinear4bit``: parameters lora_A, lora_B, lora_E; ``ρ = s·E/(ranknum + 1e-5)``."""
+    """Base class of the fused AdaLoRA layers, with parameters lora_A, lora_B, lora_E.
+
+    The scale per rank is ``ρ = s·E/(ranknum + 1e-5)``.
+    """
 
     reads = (*LowRank.reads, "lora_E", "ranknum")
 
@@ -55,7 +58,7 @@ if SVDLinear is not None:
 
     @fuses(SVDLinear)
     class FusedSVDLinear(AdaLora, MergesNF4, SVDLinear):
-        """``peft.tuners.adalora.SVDLinear`` over nn.Linear, NF4Linear or Linear4bit."""
+        """Fused ``peft.tuners.adalora.SVDLinear``."""
 
         def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
             return self._side_by_side(names)
@@ -68,11 +71,11 @@ if SVDLinear8bitLt is not None:
 
     @fuses(SVDLinear8bitLt)
     class FusedSVDLinear8bitLt(AdaLora, SVDLinear8bitLt):
-        """``peft.tuners.adalora.bnb.SVDLinear8bitLt``, likewise."""
+        """Fused ``peft.tuners.adalora.bnb.SVDLinear8bitLt``: only the low-rank part is fused."""
 
 
 if SVDLinear4bit is not None:
 
     @fuses(SVDLinear4bit)
     class FusedSVDLinear4bit(AdaLora, SVDLinear4bit):
-        """``peft.tuners.adalora.bnb.SVDLinear4bit``."""
+        """Fused ``peft.tuners.adalora.bnb.SVDLinear4bit``."""

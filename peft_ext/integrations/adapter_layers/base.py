@@ -1,8 +1,9 @@
-"""The base class of the fused layers of every method, the tables of their classes, and how they read the frozen weight.
+"""The base class of the fused adapter layers, the tables of fused classes, and functions that read the frozen weight.
 
-A fused class is a subclass of PEFT's or bitsandbytes' that adds no state: ``stock_reason`` says why the next call has
-to take the stock path, see :mod:`.reasons`, and ``_fused`` computes it on the op. :mod:`peft_ext.integrations.peft`
-swaps the classes.
+A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
+class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
+computes a call on an operator. :mod:`peft_ext.integrations.peft` replaces the class of each layer and, apart from an
+option such as dora_dropout, changes no attribute of the layer.
 """
 
 from __future__ import annotations
@@ -29,25 +30,28 @@ with optional("transformers", "no layer over a Conv1D (GPT-2) is fused"):
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Where a layer merged into an NF4 weight keeps what unmerge puts back: an attribute, no part of the state dict.
+# Name of the attribute in which a layer that is merged into an NF4 weight keeps the weight from before the merge. The
+# attribute is no part of the state dict.
 KEPT = "_peft_ext_unmerged"
 
-# Fused class by stock class, and the way back.
+# FUSED maps each stock class to its fused class. STOCK maps each fused class to its stock class.
 FUSED: dict[type, type] = {}
 STOCK: dict[type, type] = {}
 
-# Linear layers over a dense and over a 4-bit weight, by exact type; the fused class of one is one of them.
+# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). `fuses` appends the
+# fused class of each type.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
-# bitsandbytes' classes whose layers are listed by explain, whether or not an adapter is over them.
+# bitsandbytes' layer classes whose layers `explain` lists also without an adapter.
 QUANTIZED = tuple(kind for kind in (Linear4bit, Linear8bitLt) if kind is not None)
 
 
 def fuses(stock: type) -> Callable[[type], type]:
     """Returns a decorator that registers a class as the fused subclass of ``stock``, under the same ``__name__``.
 
-    PEFT, accelerate and ``repr`` look at the class's ``__name__`` ("Linear4bit"); pickle at ``__qualname__``.
+    The fused class needs the stock ``__name__`` because PEFT, accelerate and ``repr`` read ``__name__`` (for example
+    "Linear4bit"). The ``__qualname__`` stays the fused class's own, because pickle finds the class by ``__qualname__``.
     """
 
     def register(fused: type) -> type:
@@ -62,44 +66,47 @@ def fuses(stock: type) -> Callable[[type], type]:
 
 
 class Fused:
-    """The forward of a fused layer: runs the op where the op computes the stock class's result, else the stock forward.
+    """Base class of the fused adapter layers. The forward runs an operator if the operator computes the stock class's
+    result for the call, else the stock class's forward.
 
     ``reads`` names the attributes that the fused class reads of an instance. ``accelerate`` does not fuse an instance
-    that lacks one of them, and ``explain`` names the missing attribute.
+    that lacks one of these attributes, and ``explain`` names the missing attribute.
     """
 
     reads: tuple[str, ...] = ("base_layer", "_active_adapter", "_disable_adapters", "merged_adapters")
 
     def stock_reason(self) -> Optional[str]:
-        """Returns why the next call takes the stock path; None: it is fused."""
+        """Returns why the next call takes the stock path; None if the call is fused."""
         return self._reasons()[0]
 
     def part_reason(self) -> Optional[str]:
-        """Returns why the adapter's part alone is fused, over the base layer's own forward, where that is so."""
+        """Returns why only the adapter's part is fused and the base layer's own forward runs; else None."""
         reason, alone = self._reasons()
         return alone if reason is None else None
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
-        """Returns why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+        """Returns two reasons or None each: why PEFT's own forward has to run, and why the base layer's own forward has
+        to run below a fused adapter."""
         raise NotImplementedError
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        """Returns the op's result; None: the stock class's own forward has to run."""
+        """Returns the fused result for x; None if the stock class's forward has to run."""
         raise NotImplementedError
 
     def _fused_with(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[Tensor]:
-        """Returns the op's result of a call with more arguments than x; None: the stock forward has to run."""
+        """Returns the fused result of a call with more arguments than x; None if the stock forward has to run."""
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Fused):  # restored, and called by who held the bound method
+        # A caller may hold the bound method from before `restore`, and call the method with a restored layer.
+        if not isinstance(self, Fused):
             return type(self).forward(self, x, *args, **kwargs)
         y = self._fused_with(x, args, kwargs) if args or kwargs else self._fused(x)
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
 def active_in(layer: Any, held: Any) -> list[str]:
-    """Returns the active adapters of a layer that are among ``held``, in the order in which PEFT adds them."""
+    """Returns the active adapters of a layer that are in ``held``, in the order in which PEFT adds the adapters."""
     active = layer._active_adapter
     held = held._modules if type(held) is nn.ModuleDict else held
     if type(active) is not str:
@@ -110,10 +117,10 @@ def active_in(layer: Any, held: Any) -> list[str]:
 
 
 def give_back(module: nn.Module) -> None:
-    """Gives a module the class that it had before it was fused."""
+    """Sets the class of a module back to the stock class."""
     if (stock := STOCK.get(type(module))) is not None:
         module.__class__ = stock
-    elif is_parametrized(module):  # of a class of its own, made of the fused one
+    elif is_parametrized(module):  # register_parametrization gave the module a subclass of the fused class
         type(module).__bases__ = tuple(STOCK.get(base, base) for base in type(module).__bases__)
 
 
@@ -122,18 +129,20 @@ def class_name(kind: type) -> str:
 
 
 def is_fully_sharded(kind: type) -> bool:
-    """Returns whether fully_shard wrapped modules of this class themselves; torch.distributed is not imported."""
+    """Returns whether ``fully_shard`` was called on modules of this class. The check does not import
+    torch.distributed."""
     return hasattr(kind, "_get_fsdp_state")
 
 
 def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Iterator[nn.Module]:
-    """Yields the modules of ``model`` without those of adapters: an adapter layer and its base layer, not lora_A."""
+    """Yields the modules of ``model``, with adapter layers and their base layers, without other children of adapter
+    layers such as lora_A."""
     seen = set() if seen is None else seen
     if id(model) in seen:
         return
     seen.add(id(model))
     yield model
-    if isinstance(model, torch.jit.ScriptModule):  # whose children are its own business
+    if isinstance(model, torch.jit.ScriptModule):  # children of a ScriptModule are compiled code, nothing to replace
         return
     base = model._modules.get("base_layer")
     for child in model._modules.values() if base is None else [base]:
@@ -147,23 +156,23 @@ def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Itera
 def operands(
     base: nn.Module, x: Tensor, seen: Optional[torch.dtype] = None
 ) -> Optional[tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor], torch.dtype]]:
-    """Returns x, weight and bias as the base layer's forward hands them on, and the dtype that this forward returns.
+    """Returns x, weight and bias as the base layer's forward multiplies them, and the dtype of that forward's result.
 
-    None where its own forward has to run, which raises PyTorch's error or gives a sum a dtype of its own. ``seen`` is
-    the dtype in which PEFT hands x to the base layer, x's own by default.
+    Returns None if the stock forward has to run, because the stock forward raises PyTorch's error or PEFT's sum has
+    another dtype. ``seen`` is the dtype in which PEFT passes x to the base layer; the default is x's dtype.
     """
     kind, bias, cast = type(base), base._parameters["bias"], autocast_dtype(x)
     if kind is not NF4Linear and kind not in FOUR_BIT:
         weight = base._parameters["weight"]
         weight = weight.t() if kind is Conv1D else weight
         if cast is None and not (weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)):
-            return None  # as in F.linear, an error
+            return None  # F.linear raises an error for these dtypes, and the stock forward is to raise this error
         return x, weight, bias, cast or x.dtype
     if kind is NF4Linear:
         return x, base.nf4, bias if bias is None else bias.to(x.dtype), cast or x.dtype
     seen = seen or x.dtype
     if cast not in (None, seen) and seen is not torch.float32:
-        return None  # float16 plus bfloat16 under autocast: PEFT's sum has a dtype of its own
+        return None  # PEFT's sum of a float16 and a bfloat16 tensor under autocast is float32
     found = operands_4bit(base, x, seen)
     return None if found is None else (*found, seen)
 
@@ -171,10 +180,10 @@ def operands(
 def operands_4bit(
     base: nn.Module, x: Tensor, seen: torch.dtype
 ) -> Optional[tuple[Tensor, NF4Weight, Optional[Tensor]]]:
-    """Returns x, weight and bias as ``Linear4bit.forward`` hands them on for an x of dtype ``seen``.
+    """Returns x, weight and bias as ``Linear4bit.forward`` multiplies them for an x of dtype ``seen``.
 
-    None where its own forward has to run. The bias is cast for the call, where bitsandbytes casts the parameter for
-    good.
+    Returns None if ``Linear4bit.forward`` has to run. The returned bias is cast for this call only, whereas
+    bitsandbytes casts the parameter itself.
     """
     if not base.compute_type_is_set:
         base.set_compute_type(x.to(seen))
@@ -188,23 +197,24 @@ def operands_4bit(
 
 
 def sums_wider(base: nn.Module, x: Tensor) -> bool:
-    """Returns whether ``base``, a 4-bit layer, multiplies in fewer bits than PEFT adds the adapter in.
+    """Returns whether a 4-bit layer ``base`` multiplies in a 16-bit dtype while PEFT adds the adapter in float32.
 
-    So it is with float32 activations, as behind ``prepare_model_for_kbit_training``'s norms, over a 16-bit
-    compute_dtype. Then the base layer runs on its own, as in PEFT.
+    This is the case if x is float32 (as after the norms of ``prepare_model_for_kbit_training``) and compute_dtype is a
+    16-bit dtype. The base layer's own forward then runs, as in PEFT.
     """
     if type(base) not in FOUR_BIT or x.dtype is not torch.float32 or autocast_dtype(x) is not None:
         return False
-    # Where the layer has not chosen its type yet, it will take x's.
+    # A layer that has not chosen its compute_dtype yet will choose x's dtype.
     return base.compute_type_is_set and base.compute_dtype not in (None, torch.float32)
 
 
 def quant_state_of(base: nn.Module) -> Any:
-    """Returns a ``Linear4bit``'s state: the parameter's or, where fully_shard made that a plain one, the layer's."""
+    """Returns the quant_state of a ``Linear4bit``: the parameter's or, if fully_shard replaced the parameter by a plain
+    one, the layer's."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return base.__dict__.get("quant_state") if state is None else state
 
 
 def is_repacked(base: nn.Module) -> bool:
-    """Returns whether bitsandbytes has repacked the weight of a ``Linear4bit``, in an evaluation on this CPU."""
+    """Returns whether bitsandbytes has repacked the weight of a ``Linear4bit`` for inference on a CPU."""
     return bool(getattr(quant_state_of(base), "packing_format_for_cpu", False))

@@ -1,4 +1,4 @@
-"""DoRA on :func:`peft_ext.ops.dora_linear`, and on PEFT's own path over an NF4Linear."""
+"""DoRA on :func:`peft_ext.ops.dora_linear`, and a variant of PEFT's own DoRA that works over an NF4Linear."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ with optional("peft", "DoRA is not fused"):
     has(_DoraLinearVariant, "init", "forward")
     DoraLinearVariant = _DoraLinearVariant
 
-# accelerate's dora_dropout: the attribute of a layer that has another than PEFT's.
+# Name of the attribute that holds accelerate's dora_dropout on a layer where dora_dropout is not "peft".
 DORA_DROPOUT = "_peft_ext_dora_dropout"
 
-# Variants that are DoRA and fused; empty where PEFT's is not as it is known here.
+# Classes of the DoRA variants that are fused; empty if the installed PEFT lacks a name that this module uses.
 VARIANTS: tuple[type, ...] = ()
 DoraNF4Variant = None
 
 if DoraLinearVariant is not None:
 
     class _Dequantized:
-        """A LoRA layer over an NF4Linear, seen as one over a dense linear."""
+        """A proxy of a LoRA layer. get_base_layer returns a dequantized nn.Linear in place of an NF4Linear."""
 
         def __init__(self, layer: Any) -> None:
             object.__setattr__(self, "_layer", layer)
@@ -56,7 +56,7 @@ if DoraLinearVariant is not None:
             return dense
 
     class DoraNF4Variant(DoraLinearVariant):
-        """PEFT's DoRA over an NF4Linear, whose weight PEFT does not know how to dequantize."""
+        """PEFT's DoRA over an NF4Linear. PEFT alone can't dequantize the weight of an NF4Linear."""
 
         @staticmethod
         def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -70,7 +70,8 @@ if DoraLinearVariant is not None:
 
 
 def prepare_dora(layer: Any, dora_dropout: str) -> None:
-    """Leaves on a LoRA layer what DoRA needs of :func:`peft_ext.accelerate` beside its class."""
+    """Sets the attribute DORA_DROPOUT on a LoRA layer if ``dora_dropout`` is not "peft", and over an NF4Linear replaces
+    PEFT's DoRA variants by DoraNF4Variant."""
     layer.__dict__.pop(DORA_DROPOUT, None)
     if dora_dropout != "peft":
         layer.__dict__[DORA_DROPOUT] = dora_dropout
@@ -97,7 +98,10 @@ def forward(
     layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], pair: tuple[Tensor, Tensor],
     dtype: torch.dtype, is_known: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Returns ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b``, with PEFT's dropout or the one on the low-rank path alone."""
+    """Returns ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` of one adapter.
+
+    Dropout acts on x in both products (DORA_DROPOUT "peft") or in the low-rank product only ("lora").
+    """
     modules = layer._modules
     module = modules["lora_magnitude_vector"]._modules[name]
     magnitude, dropout = module._parameters["weight"], modules["lora_dropout"]._modules[name]
@@ -111,13 +115,13 @@ def forward(
         y = ops.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=p, training=True,
                             dropout_mode=mode, weight_norm=norm)  # fmt: skip
     if x.dim() == 1:
-        y = y.unsqueeze(0)  # as in PEFT, which multiplies by [1, N]
+        y = y.unsqueeze(0)  # PEFT's result has two dimensions too, because PEFT multiplies by a scale [1, N]
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
 
 
 def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
-    """Returns the same in float32, over a 4-bit layer that computes in fewer bits, and so runs on its own."""
+    """Returns DoRA's output, summed in float32, over a 4-bit layer whose own forward multiplies in a 16-bit dtype."""
     modules = layer._modules
     module, dropout = modules["lora_magnitude_vector"]._modules[name], modules["lora_dropout"]._modules[name]
     (lora_A, lora_B), scaling, bias = layer.pair(name), layer.scaling[name], base._parameters["bias"]
@@ -127,7 +131,8 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
     scale, result = output_scale(module._parameters["weight"], norm), base(x)
     drops = type(dropout) is nn.Dropout and dropout.training and layer.training and dropout.p > 0.0
-    if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":  # on the base too, in float32
+    # PEFT's dropout acts on the base product too, which is then computed in float32.
+    if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":
         dropped = dropout(x)
         product = ops.nf4_linear(dropped, weight)
         z = ops.lora_residual(dropped, product, lora_A, lora_B, scaling=scaling)
@@ -142,12 +147,13 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
 def cached_norm(
     module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Optional[Tensor]:
-    """Returns the norm from PEFT's own cache inside ``peft.helpers.DoraCaching`` in eval mode, else None.
+    """Returns DoRA's weight norm from PEFT's cache inside ``peft.helpers.DoraCaching`` in eval mode, else None.
 
-    Of a weight of three dimensions it is that of a mixture's experts, all of them.
+    A norm that is not cached yet is computed and stored. For a weight of three dimensions the norm is ``[E, N]``, that
+    of all experts of a mixture.
     """
     if not dora.ENABLE_DORA_CACHING or module.training:
-        if module._dora_cache:  # as in PEFT: what was cached may be of other adapters by the next time
+        if module._dora_cache:  # PEFT clears the cache too: a cached norm is stale once the adapter has changed
             module._cache_clear()
         return None
     key = f"weight-norm-{name}"

@@ -1,10 +1,12 @@
-"""DoRA on the experts of a mixture, which PEFT refuses, as a layer of PEFT's kind: a wrapper of one parameter.
+"""DoRA on the experts of a mixture: a subclass of PEFT's wrapper of one parameter (``ParamWrapper``).
 
-    W'_e = g_e ∘ (W_e + s B_e A_e),  g_e = magnitude_e / ‖W_e + s B_e A_e‖  per output, the norm a constant
+    W'_e = g_e ∘ (W_e + s B_e A_e),  g_e = magnitude_e / ‖W_e + s B_e A_e‖  per output; the norm has no gradient
 
-Alone it does as PEFT's wrapper does: it makes W' of all experts on each forward, and lets the experts' own forward run
-over that; :mod:`.experts` computes it on the rows. Saved in PEFT's files, under PEFT's names for DoRA: the magnitudes
-are ``lora_magnitude_vector``, ``[E, N]``, and ``use_dora`` is true, by which PEFT alone refuses the file and says so.
+PEFT alone refuses DoRA on experts. Without ``accelerate`` the wrapper computes W' of all experts on each forward, and
+the experts' own forward uses W', as with PEFT's wrapper. After ``accelerate``, :mod:`.experts` computes DoRA on the
+rows of each expert without W'. Adapter files have PEFT's names for DoRA: the magnitudes ``[E, N]`` are named
+``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error for these
+files.
 """
 
 from __future__ import annotations
@@ -34,19 +36,19 @@ with optional("peft", "DoRA on the experts of a mixture is not known"):
 
 
 def factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Returns an adapter's lora_A ``[E, R, K]`` and lora_B ``[E, N, R]``, of the parameters' memory."""
+    """Returns an adapter's lora_A ``[E, R, K]`` and lora_B ``[E, N, R]`` as views of the parameters."""
     a, b = (wrapper._modules[kind]._modules[name]._parameters["weight"] for kind in ("lora_A", "lora_B"))
     count = wrapper.num_experts
     a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
     if is_stored_transposed(wrapper.get_base_layer()) is wrapper._did_swap_in_out_features:
-        # PEFT takes the parameter, as it is stored, for [E, out, in]; here it is the other way round, and so are A and
-        # B.
+        # PEFT assumes that the parameter is stored as [E, out, in]. This parameter is stored as [E, in, out], so PEFT's
+        # A and B are exchanged.
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b
 
 
 def magnitude_of(wrapper: Any, name: str) -> Optional[Tensor]:
-    """Returns an adapter's magnitude ``[E, N]``; None: it is LoRA."""
+    """Returns an adapter's magnitude ``[E, N]``; None if the adapter is LoRA."""
     held = wrapper._modules["lora_magnitude_vector"]._modules.get(name)
     return None if held is None else held._parameters["weight"]
 
@@ -56,10 +58,15 @@ def is_dora(wrapper: Any, names: list[str]) -> bool:
 
 
 def register(config: Any, model: nn.Module) -> None:
-    """Lets a configuration with ``use_dora`` adapt the experts of ``model``; PEFT's own wrappers there take it too."""
+    """Registers DoraParamWrapper in a configuration with ``use_dora`` for the classes of experts in ``model``.
+
+    PEFT's wrappers that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA adapter can be
+    added to these wrappers.
+    """
     if DoraParamWrapper is None or not getattr(config, "use_dora", False):
         return
-    # Of NF4Experts the class they had, which theirs derives from: made at run time, it can't be pickled.
+    # For NF4Experts, `kinds` has the stock class: the class of NF4Experts derives from the stock class, is made at run
+    # time, and can't be pickled.
     kinds = {getattr(module, "stock_class", type(module)) for module in model.modules() if expert_parameters(module)}
     if kinds:
         config._register_custom_module(dict.fromkeys(kinds, _made))
@@ -69,14 +76,15 @@ def register(config: Any, model: nn.Module) -> None:
 
 
 def _made(target: Any, adapter_name: str, *, parameter_name: Optional[str] = None, **kwargs: Any) -> Any:
-    """What PEFT calls to make a layer; None: it is asked for another, of the module itself."""
+    """Returns the wrapper of a parameter, as PEFT calls this function to make a layer; None if PEFT asks for a layer of
+    the module itself."""
     if parameter_name is None:
         return None
     return DoraParamWrapper(target, adapter_name, parameter_name=parameter_name, **kwargs)
 
 
 class _Plus(nn.Module):
-    """A parametrization: the weight and what DoRA adds to it."""
+    """A parametrization that returns the weight plus DoRA's change of the weight."""
 
     def __init__(self, delta: Tensor) -> None:
         super().__init__()
@@ -89,7 +97,7 @@ class _Plus(nn.Module):
 if ParamWrapper is not None:
 
     class ExpertsMagnitude(DoraLinearLayer):
-        """The magnitudes ``[E, N]`` of one adapter, and PEFT's cache of their norms."""
+        """The magnitudes ``[E, N]`` of one adapter, with PEFT's cache of the weight norm."""
 
         def __init__(self, weight: Tensor) -> None:
             super().__init__(fan_in_fan_out=False)
@@ -102,7 +110,8 @@ if ParamWrapper is not None:
             return f"lora.dora.{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
 
     class DoraParamWrapper(ParamWrapper):
-        """LoRA or DoRA, as each adapter's configuration says, on one parameter of a mixture's experts."""
+        """A wrapper of one parameter of a mixture's experts, with adapters of LoRA or, where an adapter's configuration
+        has ``use_dora``, of DoRA."""
 
         def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any):
             super().__init__(base_layer, adapter_name, parameter_name, _without_dora(config), **kwargs)
@@ -124,7 +133,7 @@ if ParamWrapper is not None:
 
         @torch.no_grad()
         def weight_norm(self, name: str) -> Tensor:
-            """Returns ``‖W_e + s B_e A_e‖`` of each output ``[E, N]``, float32."""
+            """Returns the float32 norm ``‖W_e + s B_e A_e‖`` of each output of each expert, ``[E, N]``."""
             experts, (lora_A, lora_B) = self.get_base_layer(), factors(self, name)
             if isinstance(experts, NF4Experts):
                 weight = experts.nf4(self.parameter_name)
@@ -137,12 +146,13 @@ if ParamWrapper is not None:
             return ops.dora_experts_weight_norm(weight, lora_A, lora_B, float(self.scaling[name]))
 
         def _scale(self, name: str, norm: Optional[Tensor] = None) -> Tensor:
-            """Returns g as it meets the parameter: ``[E, N, 1]``, or ``[E, 1, N]`` where it is stored that way."""
+            """Returns g in a shape that broadcasts over the parameter: ``[E, N, 1]`` for a parameter stored as
+            ``[E, N, K]``, ``[E, 1, N]`` for one stored as ``[E, K, N]``."""
             g = output_scale(self.lora_magnitude_vector[name].weight, self.weight_norm(name) if norm is None else norm)
             return g[:, None, :] if is_stored_transposed(self.get_base_layer()) else g[:, :, None]
 
         def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
-            """Returns what is to be added to the parameter as it is now: of DoRA ``g ∘ (W + s B A) - W``."""
+            """Returns the difference to add to the parameter: ``g ∘ (W + s B A) - W`` for DoRA, ``s B A`` for LoRA."""
             delta = super().get_delta_weight(adapter_name, *args, **kwargs)
             if magnitude_of(self, adapter_name) is None:
                 return delta
@@ -157,7 +167,7 @@ if ParamWrapper is not None:
                 with super()._activate_lora(active_adapters):
                     yield
                 return
-            # As PEFT's DoRA has several adapters: each adds to the output of the base what it alone would change.
+            # Several adapters add up as in PEFT's DoRA: each adapter adds the change that it alone makes to W.
             deltas = [self.get_delta_weight(name) for name in names]
             base, parameter, trains = self.get_base_layer(), self.parameter_name, self.get_param().requires_grad
             parametrize.register_parametrization(base, parameter, _Plus(sum(deltas)))
@@ -169,11 +179,11 @@ if ParamWrapper is not None:
             finally:
                 if len(held) == 1:
                     parametrize.remove_parametrizations(base, parameter, leave_parametrized=False)
-                else:  # somebody else's is on it as well
+                else:  # the parameter has another parametrization too, which stays
                     del held[-1]
 
         def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-            """As PEFT's. Of DoRA the norm is kept, and so is the way back."""
+            """Merges like PEFT's wrapper. For a DoRA adapter, the norm before the merge is kept for ``unmerge``."""
             for name in check_adapters_to_merge(self, adapter_names):
                 if name not in self.lora_A:
                     continue
@@ -200,11 +210,11 @@ if ParamWrapper is not None:
         def _norms_at_merge(self) -> dict[str, Tensor]:
             return self.__dict__.setdefault("_peft_ext_norms_at_merge", {})
 
-    DoraParamWrapper.__name__ = "ParamWrapper"  # by which PEFT nests wrappers
+    DoraParamWrapper.__name__ = "ParamWrapper"  # PEFT nests wrappers by this class name
 
 
 def _without_dora(config: Any) -> Any:
-    """Returns the configuration of the LoRA that a DoRA has in it."""
+    """Returns a copy of the configuration with ``use_dora`` false."""
     plain = copy.copy(config)
     plain.use_dora = False
     return plain

@@ -20,8 +20,8 @@ with optional("peft", "LoRA over an embedding is not fused"):
 
 
 def _base_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the op can't stand for the forward of the base layer."""
-    if type(base) is not nn.Embedding:  # a subclass may scale what it returns, as Gemma's does
+    """Returns why the operator can't replace the forward of the base layer, or None."""
+    if type(base) is not nn.Embedding:  # a subclass may scale its output, as Gemma's embedding does
         return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding"
     if hooked(base):
         return "hooks on base_layer would not run"
@@ -45,7 +45,8 @@ if LoraEmbedding is not None:
 
     @fuses(LoraEmbedding)
     class FusedLoraEmbedding(Fused, LoraEmbedding):
-        """``peft.tuners.lora.Embedding`` over a plain ``nn.Embedding`` with one active adapter of plain LoRA."""
+        """Fused ``peft.tuners.lora.Embedding``; fuses calls over a plain ``nn.Embedding`` with one active adapter of
+        plain LoRA."""
 
         reads = (*Fused.reads, "lora_embedding_A", "lora_embedding_B", "lora_variant", "scaling", "input_fns",
                  "output_fns")  # fmt: skip

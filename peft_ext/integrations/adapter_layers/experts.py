@@ -1,18 +1,21 @@
-"""PEFT's LoRA on the experts of a mixture (``target_parameters``) on :func:`peft_ext.ops.lora_experts`, and DoRA there.
+"""LoRA and DoRA on the experts of a mixture (PEFT's ``target_parameters``).
 
-PEFT adds W + s B A of all experts on each forward, and lets the experts' own forward run over the sums. Here the rows
-of each expert meet its own weight, dense or NF4, and adapter, and no sum is made:
+The operators are :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT computes W + s B A of
+all experts on each forward, and the experts' own forward uses these sums. The fused forward multiplies the rows of each
+expert with the expert's weight (dense or NF4) and the expert's adapter, and does not compute W + s B A:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
 
-as transformers' "grouped_mm" experts compute it, whichever implementation the model is set to. The router is untouched.
-Llama 4 gives every token to every expert, times a routing weight that may be 0: there the rows come in order. Several
-active adapters are one of the sum of their ranks; of several with a DoRA among them each adds to the base's rows what
-it alone would change, as in PEFT.
+transformers' "grouped_mm" experts use the same order of steps. The fused forward uses these steps for every experts
+implementation that the model may be set to. The router's code runs unchanged. In Llama 4 every expert gets a copy of
+every token, scaled by a routing weight that may be 0, so the rows need no sorting.
 
-PEFT nests a wrapper for each parameter around the experts' module: the outermost computes, those within it run where it
-leaves the call to PEFT.
+Several active LoRA adapters run as one adapter whose rank is the sum of their ranks. If one of several active adapters
+is DoRA, each adapter adds the change that it alone makes to the base output, as in PEFT.
+
+PEFT nests one wrapper per parameter around the experts' module. The outermost wrapper computes all fused calls. The
+inner wrappers run if the outermost wrapper takes the stock path.
 """
 
 from __future__ import annotations
@@ -62,21 +65,23 @@ ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
     from peft.tuners.lora.layer import ParamWrapper
 
-# accelerate's experts_dropout: the attribute of a wrapper that has one, which PEFT's configuration can't say.
+# Name of the attribute that holds accelerate's experts_dropout on a wrapper. PEFT's configuration has no field for a
+# dropout on experts.
 EXPERTS_DROPOUT = "_peft_ext_experts_dropout"
 
-# By the function of a class of experts: whether its form is a known gate, as it was when it was first asked.
+# Maps the `_apply_gate` function of a class of experts to whether the function's form is a known gate.
+# `prepare_experts` clears the mapping.
 _GATES: dict[Any, bool] = {}
 
 
 class Experts(Fused):
-    """A wrapper of one parameter of an experts' module."""
+    """The fused forward of a wrapper of one parameter of an experts' module."""
 
     reads = (*Fused.reads, "parameter_name", "num_experts", "lora_A", "lora_B", "scaling",
              "_did_swap_in_out_features")  # fmt: skip
 
     def _wrappers(self) -> list[Any]:
-        """Returns this wrapper and those within it, of the same module."""
+        """Returns this wrapper and the wrappers nested in it around the same experts' module, outermost first."""
         found: list[Any] = [self]
         while isinstance(inner := found[-1]._modules["base_layer"], Experts):
             found.append(inner)
@@ -102,7 +107,7 @@ class Experts(Fused):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, Experts):  # see Fused.forward
             return type(self).forward(self, x, *args, **kwargs)
-        if is_computing(self.get_base_layer()):  # with this wrapper's adapters
+        if is_computing(self.get_base_layer()):  # the outermost wrapper computes with this wrapper's adapters too
             return self._modules["base_layer"](x, *args, **kwargs)
         y = self._routed(x, *args, **kwargs)
         return self._stock(x, *args, **kwargs) if y is None else y
@@ -117,12 +122,13 @@ class Experts(Fused):
         return super(Fused, self).forward(x, *args, **kwargs)
 
     def _routed(self, x: Tensor, *args: Any, **kwargs: Any) -> Optional[Tensor]:
-        """Returns what the op computes of tokens [T, H], their experts [T, k] and their weights [T, k]; or None."""
+        """Returns the fused output for tokens [T, H], the experts [T, k] of each token and the routing weights [T, k];
+        None if the call takes the stock path."""
         if not accepts_input(x) or self._reasons()[0] is not None:
             return None
         wrappers = self._wrappers()
         experts = wrappers[-1]._modules["base_layer"]
-        given = (*args, *kwargs.values())  # by position, or in the order of the forward's own names
+        given = (*args, *kwargs.values())  # assumes that keywords come in the order of the forward's parameters
         if not routes(experts, x, given):
             return None
         adapters = {wrapper.parameter_name: wrapper for wrapper in wrappers if _names(wrapper)}
@@ -138,7 +144,10 @@ class Experts(Fused):
 
     def _called(self, experts: NF4Experts, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, *args: Any,
                 **kwargs: Any) -> Tensor:  # fmt: skip
-        """Returns what calling what this wraps gives, with ``run`` in the experts' own forward."""
+        """Calls the wrapped layer, so that hooks run, and has the experts' own forward compute ``run``.
+
+        Returns the wrapped layer's output. Raises RuntimeError if the experts' own forward did not call ``run``.
+        """
         ran = False
 
         def noted(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -157,15 +166,19 @@ class Experts(Fused):
 
 
 def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
-    """Returns whether the experts' forward is ours to compute in, so that hooks run as it is called; not where one of
-    them gathers shards, which the op would have to have before."""
+    """Returns whether the fused output may be computed inside the forward of these NF4 experts, so that hooks run.
+
+    Returns False for dense experts, under torch.compile, and for experts with a forward on the instance. Returns False
+    also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because the hook that gathers
+    the shards would run too late for the operator.
+    """
     if not isinstance(experts, NF4Experts) or torch.compiler.is_compiling() or "forward" in experts.__dict__:
         return False
     return not any(is_fully_sharded(type(module)) for module in (experts, *on_the_way))
 
 
 def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
-    """Returns why the experts' own forward has to run."""
+    """Returns why the experts' own forward has to run, or None. ``names``: the adapted parameters."""
     if not (held := expert_parameters(experts)):
         return f"it is over a {class_name(type(experts))}, wanted a mixture's experts, as transformers keeps them"
     if getattr(experts, "_is_expert_parallel", False):
@@ -176,7 +189,7 @@ def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
         return f"the parameters {', '.join(names)} are adapted, wanted {' or '.join(held)}"
     for name in held:
         weight, quantized = experts._parameters.get(name), isinstance(experts, NF4Experts)
-        if weight is None:  # parametrized, where PEFT's own forward is under way
+        if weight is None:  # the parameter is parametrized, because PEFT's own forward is running
             return f"its {name} is no parameter of its own"
         if reason := tensor_reason(f"its {name}", weight, dim=2 if quantized else 3):
             return reason
@@ -188,15 +201,15 @@ def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
 
 
 def _names(wrapper: Any) -> list[str]:
-    """Returns the active adapters that a wrapper has."""
+    """Returns the names of the active adapters that have a lora_A in this wrapper."""
     return active_in(wrapper, wrapper._modules["lora_A"])
 
 
 def _adapter_reason(wrapper: Any) -> Optional[str]:
-    """Returns why a wrapper's adapters are not fused; one that has no active one has nothing against it."""
+    """Returns why the active adapters of a wrapper can't be fused; None if they can, or if no adapter is active."""
     for name in _names(wrapper):
         for kind in ("lora_A", "lora_B"):
-            weight = wrapper._modules[kind]._modules[name]._parameters["weight"]  # all that PEFT takes of it
+            weight = wrapper._modules[kind]._modules[name]._parameters["weight"]  # PEFT uses only this weight
             if reason := tensor_reason(kind, weight):
                 return reason
             if weight.dtype not in DTYPES:
@@ -210,16 +223,16 @@ def _adapter_reason(wrapper: Any) -> Optional[str]:
 
 
 def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
-    """Returns lora_A [E, R, K], lora_B [E, N, R] and the scaling of a wrapper's adapters together."""
+    """Returns lora_A [E, R, K], lora_B [E, N, R] and the scaling of the adapters ``names``, concatenated along R."""
     found = [(*factors(wrapper, name), float(wrapper.scaling[name])) for name in names]
     if len(found) == 1:
         return found[0]
-    with torch.autocast(found[0][0].device.type, enabled=False):  # a CPU's in bfloat16 refuses float16
+    with torch.autocast(found[0][0].device.type, enabled=False):  # a CPU's bfloat16 autocast rejects float16 in cat
         return torch.cat([a for a, _, _ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
 
 
 def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Returns a parameter's product with the rows, its adapter and its bias."""
+    """Returns the product of the rows with the parameter ``name``, including the parameter's adapters and bias."""
     transposed = is_stored_transposed(experts)
     weight: Union[Tensor, NF4Weight]
     if isinstance(experts, NF4Experts):
@@ -246,7 +259,7 @@ def _adapted(
     wrapper: Any, names: list[str], rows: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor,
     bias: Optional[Tensor],
 ) -> Tensor:  # fmt: skip
-    """Returns a parameter's product with the rows under one DoRA, or under LoRAs together."""
+    """Returns the product of the rows with a weight that has one DoRA adapter, or one or several LoRA adapters."""
     lora_A, lora_B, scaling = _adapter(wrapper, names)
     dropout = {"dropout_p": wrapper.__dict__.get(EXPERTS_DROPOUT, 0.0), "training": wrapper.training}
     if (magnitude := magnitude_of(wrapper, names[0])) is None:
@@ -258,15 +271,18 @@ def _adapted(
 
 
 def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
-    """Returns the activation of experts that compute act(rows), or act(first half) times the second; None: others."""
+    """Returns the name of the activation of experts that compute act(rows), or act(first half) times the second half.
+
+    Returns None for experts that compute another function, or whose activation is not known.
+    """
     gated, act_fn = getattr(experts, "has_gate", True), getattr(experts, "act_fn", None)
     act = None if act_fn is None or _has_hooks(act_fn) else activation_name(act_fn, dtype)
     return act if act is None or not gated or _is_plain_gate(experts) else None
 
 
 def prepare_experts(model: nn.Module, dropout: float) -> None:
-    """Leaves on the wrappers of a model's experts what :func:`peft_ext.accelerate` was told, and has the experts'
-    gates looked up again."""
+    """Stores accelerate's experts_dropout on the wrappers of the model's experts, and clears the cache of known
+    gates."""
     clear_experts(model)
     _GATES.clear()
     for module in model.modules():
@@ -275,13 +291,16 @@ def prepare_experts(model: nn.Module, dropout: float) -> None:
 
 
 def clear_experts(model: nn.Module) -> None:
-    """Undoes :func:`prepare_experts`."""
+    """Removes the experts_dropout that :func:`prepare_experts` stored."""
     for module in model.modules():
         module.__dict__.pop(EXPERTS_DROPOUT, None)
 
 
 def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Returns the second layer's output of the first one's; a gate that is known is computed again in the backward."""
+    """Applies the experts' gate to the first layer's output ``rows``, and returns the second layer's output.
+
+    The backward computes a known gate again instead of saving its result.
+    """
     if torch.compiler.is_compiling() or (act := _known_gate(experts, rows.dtype)) is None:
         return _linear(experts, adapters, name, gate(experts, rows), offsets)
     gated = getattr(experts, "has_gate", True)
@@ -293,11 +312,11 @@ def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offse
 
 
 def _is_plain_gate(experts: Any) -> bool:
-    """Returns whether the experts' gate is act(first half) times the second: the form of their class's function."""
+    """Returns whether the experts' gate is act(first half) times the second half, by the form of ``_apply_gate``."""
     kind = type(experts)
     own = getattr(kind, "_apply_gate", None)
     if own is None or "_apply_gate" in experts.__dict__:
-        return own is None  # then nn.experts.gate computes it
+        return own is None  # without an `_apply_gate`, nn.experts.gate computes act(first half) times the second half
     if own not in _GATES:
         found = row_of(kind, "_apply_gate")
         _GATES[own] = not isinstance(found, str) and found[0].kind == "gate"
@@ -309,10 +328,10 @@ def _has_hooks(act: Any) -> bool:
 
 
 class MergesExperts:
-    """merge and unmerge of a wrapper over :class:`NF4Experts`; over dense experts the stock class's own."""
+    """merge and unmerge of a wrapper over :class:`NF4Experts`. Over dense experts the stock class's methods run."""
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """As :class:`.merging.MergesNF4` does it, expert by expert: always from the weight that was kept."""
+        """Merges adapters into each expert's NF4 weight, starting from the weight kept before the first merge."""
         experts, parameter = self.get_base_layer(), self.parameter_name
         if not isinstance(experts, NF4Experts):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -361,12 +380,12 @@ if ParamWrapper is not None:
 
     @fuses(ParamWrapper)
     class FusedExperts(MergesExperts, Experts, ParamWrapper):
-        """LoRA on one parameter of a mixture's experts."""
+        """Fused wrapper with LoRA on one parameter of a mixture's experts."""
 
         def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
             if not (config.use_dora and expert_parameters(self.get_base_layer())):
                 return super().update_layer(adapter_name, *args, config=config, **kwargs)
-            self.__class__ = FusedDoraExperts  # which can take it
+            self.__class__ = FusedDoraExperts  # PEFT's ParamWrapper refuses use_dora, DoraParamWrapper accepts it
             self.update_layer(adapter_name, *args, config=config, **kwargs)
 
 
@@ -374,4 +393,4 @@ if DoraParamWrapper is not None:
 
     @fuses(DoraParamWrapper)
     class FusedDoraExperts(MergesExperts, Experts, DoraParamWrapper):
-        """LoRA or DoRA on one parameter of a mixture's experts."""
+        """Fused wrapper with LoRA or DoRA on one parameter of a mixture's experts."""

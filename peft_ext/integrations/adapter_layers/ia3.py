@@ -1,6 +1,7 @@
-"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`; several active adapters multiply their vectors first.
+"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`.
 
-Over a base layer that has to run on its own the product with the vector alone is fused, :func:`peft_ext.ops.ia3_scale`.
+The vectors of several active adapters are multiplied first. If the base layer's own forward has to run, only the
+product with the vector is fused, on :func:`peft_ext.ops.ia3_scale`.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ if FOUR_BIT:
 
 
 class IA3Layer(Fused):
-    """``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` in a feedforward layer."""
+    """Base class of the fused (IA)³ layers: ``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` if ``is_feedforward``."""
 
     reads = (*Fused.reads, "ia3_l", "is_feedforward")
 
-    # Whether the class's forward is the base layer's with the vector before or behind it, in one dtype.
+    # Whether the stock forward only multiplies the base layer's input or output by the vector, without casts.
     _scales_any_base = False
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
         return self._checked()[:2]
 
     def _checked(self) -> tuple[Optional[str], Optional[str], list[Tensor]]:
-        """Returns the reasons of the next call, and ia3_l of the active adapters."""
+        """Returns both reasons of :meth:`_reasons` for the next call, and the vectors ia3_l of the active adapters."""
         if reason := layer_reason(self):
             return reason, None, []
         reason, vectors = checked_vectors(self)
@@ -52,11 +53,17 @@ class IA3Layer(Fused):
         return (f"{reason}; {alone}" if alone else kernel_reason("ia3_scale", device)), reason, vectors
 
     def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
-        """Returns the dtype in which PEFT hands x to the base layer, and its result's; None: the base layer's."""
+        """Returns the dtype in which PEFT passes x to the base layer, and the dtype of PEFT's result.
+
+        The second is None if PEFT's result has the dtype of the base layer's result.
+        """
         return x.dtype, None
 
     def _common(self, x: Any) -> Optional[tuple]:
-        """Returns the facts of a call with one adapter, see :mod:`.known`, the base layer, and ia3_l."""
+        """Returns the facts (see :mod:`.known`) of a call with one active adapter, the base layer, and ia3_l.
+
+        Returns None if the call is not common.
+        """
         vector = self._modules["ia3_l"]._parameters.get(single_name(self))
         if vector is None or not self._scales_any_base:
             return None
@@ -100,7 +107,7 @@ if IA3Linear is not None:
 
     @fuses(IA3Linear)
     class FusedIA3Linear(IA3Layer, MergesNF4, IA3Linear):
-        """``peft.tuners.ia3.Linear`` over nn.Linear, Conv1D, NF4Linear or Linear4bit."""
+        """Fused ``peft.tuners.ia3.Linear``."""
 
         _scales_any_base = True
 
@@ -115,10 +122,11 @@ if IA3Linear4bit is not None:
 
     @fuses(IA3Linear4bit)
     class FusedIA3Linear4bit(IA3Layer, IA3Linear4bit):
-        """``peft.tuners.ia3.bnb.Linear4bit``, which works and returns in float32 outside CUDA's autocast."""
+        """Fused ``peft.tuners.ia3.bnb.Linear4bit``. Outside of CUDA's autocast, this PEFT class computes in float32 and
+        returns float32."""
 
         def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
-            if not torch.is_autocast_enabled():  # PEFT asks for CUDA's autocast, whatever the device
+            if not torch.is_autocast_enabled():  # PEFT checks CUDA's autocast on every device
                 return torch.float32, torch.float32
             wide = torch.promote_types(x.dtype, vector.dtype)
             return (wide if self.is_feedforward else x.dtype), wide

@@ -1,9 +1,9 @@
 """Fast path: fuses a common call without the checks of :mod:`.reasons`, which have accepted an equal call before.
 
 :func:`facts_of` gathers everything that the checks of a common call read in one tuple: types, dtypes, shapes, devices,
-flags and numbers. After the checks accepted a call, a call with an equal tuple is fused without the checks. A tuple
-holds no object of a model, and so never goes stale: a replaced parameter or a changed flag makes another tuple. A call
-with hooks, under autocast or under a compiler has no tuple, and is checked each time.
+flags and numbers. After the checks accepted a call, a call with an equal tuple is fused without the checks. Each call
+makes its tuple anew, and a tuple holds no module and no tensor, so an accepted tuple stays valid. A call with hooks,
+under autocast or under a compiler has no tuple, and is checked each time.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ KNOWN: set[tuple] = set()
 
 _is_tracing = torch._C._is_tracing
 
-_MOST = 4096  # a schedule of scaling or dropout makes a tuple for each step
+_MOST = 4096  # tuples kept in KNOWN; a schedule of scaling or dropout makes new tuples at each step
 
 
 def remember(facts: tuple) -> None:
-    """Notes that the reasons accepted a call with these facts, and that the operator's checks did."""
+    """Stores that the checks of :mod:`.reasons` and the operator's checks accepted a call with these facts."""
     if len(KNOWN) >= _MOST:
         KNOWN.clear()
     KNOWN.add(facts)
 
 
 def single_name(layer: Any) -> Optional[str]:
-    """Returns the active adapter of a layer, where it is one."""
+    """Returns the name of the active adapter of a layer, or None if not exactly one adapter is active."""
     active = layer._active_adapter
     if type(active) is str:
         return active
@@ -43,8 +43,11 @@ def single_name(layer: Any) -> Optional[str]:
 def facts_of(
     layer: Any, x: Any, op: str, modules: tuple[nn.Module, ...], tensors: tuple, numbers: tuple
 ) -> Optional[tuple]:
-    """Returns everything that the checks of a call on ``op`` read of x, a layer, its base layer, and an adapter: of the
-    adapter's ``modules``, ``tensors`` and ``numbers``. None: the call is not common, and the checks run."""
+    """Returns the facts of a call on the operator ``op``: a tuple of everything that the checks read of x, the layer,
+    the base layer, and the adapter's ``modules``, ``tensors`` and ``numbers``.
+
+    Returns None if the call is not common; the checks then have to run.
+    """
     plain = reasons.plain_types()
     if type(x) not in plain or torch.compiler.is_compiling() or under_a_transform() or _is_tracing():
         return None

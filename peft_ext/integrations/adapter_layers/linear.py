@@ -1,4 +1,4 @@
-"""Frozen linear layers that no adapter's op takes, where PyTorch has no fast product of their dtype."""
+"""Frozen linear layers outside of adapter layers, for CPUs where PyTorch has no fast product of the layer's dtype."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .base import fuses, operands
 
 @fuses(nn.Linear)
 class FusedLinear(nn.Linear):
-    """A frozen ``nn.Linear`` that no adapter's op takes, the head among them, on :func:`peft_ext.ops.frozen_linear`.
+    """A frozen ``nn.Linear`` on :func:`peft_ext.ops.frozen_linear`, for example the head of a language model.
 
-    For calls in a dtype of ``reasons.WIDENED``; in another one PyTorch's own product runs, and for one token without a
-    gradient, which PyTorch multiplies as a vector, without widening W.
+    The operator runs for calls that compute in a dtype of ``reasons.WIDENED``. PyTorch's product runs in other dtypes,
+    and for a single token without a gradient: PyTorch multiplies a single token without widening W.
     """
 
     reads: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ class FusedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(self, FusedLinear):  # see Fused.forward
             return type(self).forward(self, input)
-        x = input  # nn.Linear's name
+        x = input  # nn.Linear names the argument `input`
         stock = not reasons.accepts_input(x) or reasons.linear_reason(self, autocast_dtype(x) or x.dtype) is not None
         if not stock and operands(self, x) is not None:
             if x.numel() != self.in_features or (torch.is_grad_enabled() and x.requires_grad):
@@ -38,15 +38,15 @@ class FusedLinear(nn.Linear):
 
 
 def linear_dtype(layer: nn.Linear) -> torch.dtype:
-    """Returns the dtype that the layer computes in, for an x of its weight's dtype."""
-    weight = layer.weight  # of prune's and weight_norm's it is no parameter
+    """Returns the dtype in which the layer multiplies an x of the weight's dtype."""
+    weight = layer.weight  # prune and weight_norm make `weight` an attribute that is no parameter
     return autocast_dtype(weight) or weight.dtype
 
 
 def would_widen(layer: nn.Module) -> bool:
-    """Returns whether accelerate is to make ``layer``, a frozen nn.Linear, a FusedLinear: some call is faster then.
+    """Returns whether ``layer`` is a frozen nn.Linear on a CPU that is faster as a FusedLinear in some dtype.
 
-    One of float32 computes in 16 bits under autocast.
+    A float32 layer counts if bfloat16 is in ``reasons.WIDENED``, because autocast multiplies in bfloat16.
     """
     if type(layer) is not nn.Linear:
         return False

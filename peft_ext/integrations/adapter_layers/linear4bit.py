@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit linear layers on this package's product."""
+"""bitsandbytes' 4-bit linear layers on :func:`peft_ext.ops.nf4_linear`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if FOUR_BIT:
 
     @fuses(Linear4bit)
     class FusedLinear4bit(Linear4bit):
-        """bitsandbytes' ``Linear4bit`` over an NF4 weight on :func:`peft_ext.ops.nf4_linear`."""
+        """bitsandbytes' ``Linear4bit`` on :func:`peft_ext.ops.nf4_linear`. An FP4 weight takes the stock path."""
 
         reads = (
             "compute_dtype", "compute_type_is_set", "quant_state", "set_compute_type", "weight.quant_state.absmax",
@@ -38,9 +38,10 @@ if FOUR_BIT:
 
         @property
         def support_avx512bf16_for_cpu(self) -> bool:
-            """False: bitsandbytes must not repack the weight in evaluation, whichever path a call takes, NF4 or FP4.
+            """False, so that bitsandbytes does not repack the weight in evaluation, for NF4 and FP4 weights.
 
-            A repacked weight loses its gradients when it is trained again, and changes in the state dict.
+            After a repacking, no gradient would flow through the layer to x in later training, and the state dict would
+            hold scales rounded to bfloat16.
             """
             return False
 

@@ -1,8 +1,8 @@
 """PEFT's LoRA and DoRA layers on :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
-Several active adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and the
-scales become a scale per rank. Over a base layer that has to run on its own (8-bit, of another class, with hooks) only
-the low-rank part is fused, on :func:`peft_ext.ops.lora_residual`. A mixed batch runs on
+Several active LoRA adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and
+different scales become a scale per rank. If the base layer's own forward has to run (8-bit, another class, hooks), only
+LoRA's low-rank part is fused, on :func:`peft_ext.ops.lora_residual`. A mixed batch runs on
 :func:`peft_ext.ops.grouped_lora_linear`.
 """
 
@@ -48,19 +48,23 @@ if FOUR_BIT:
 
 
 class LowRank(Fused):
-    """A layer of adapters A, B and a scale per rank. A subclass gives ``pair`` and ``checked_adapter``."""
+    """Base class of the fused layers with lora_A, lora_B and an optional scale per rank.
+
+    A subclass defines ``pair``, ``checked_adapter`` and ``_parts``.
+    """
 
     reads = (*Fused.reads, "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "cast_input_dtype_enabled")
 
     def _names(self) -> list[str]:
-        """Returns the active adapters that this layer has, in the order in which PEFT adds them."""
+        """Returns the active adapters that this layer has, in the order in which PEFT adds the adapters."""
         return active_in(self, self._modules["lora_A"])
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
         return self._checked(self._names())[:2]
 
     def _checked(self, names: list[str]) -> tuple[Optional[str], Optional[str], Pairs]:
-        """Returns the reasons of a call with these adapters, and lora_A and lora_B of each."""
+        """Returns both reasons of :meth:`_reasons` for a call with the adapters ``names``, and each adapter's pair
+        (lora_A, lora_B)."""
         if reason := layer_reason(self):
             return reason, None, []
         reason, pairs = checked_adapters(self, names, len(names) > 1)
@@ -75,7 +79,10 @@ class LowRank(Fused):
         return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason, pairs
 
     def joint_state(self) -> Optional[tuple]:
-        """Returns the state, to be compared, on which the output depends beside x; None: the layer computes alone."""
+        """Returns a comparable tuple of all state except x on which the output depends.
+
+        Returns None if the layer can't be computed together with siblings.
+        """
         names, modules = self._names(), self._modules
         reason, alone, pairs = self._checked(names)
         if reason is not None or alone is not None or len(names) > 1 or names[0] in self.lora_variant:
@@ -91,8 +98,11 @@ class LowRank(Fused):
         return name, self.scaling[name], getattr(dropout, "p", 0.0), dropout.training, versions
 
     def joint_call(self, x: Tensor) -> Optional[tuple]:
-        """Returns weight, bias, lora_A, lora_B, rank_scale, scaling, p and the dtype of the output, where x is what the
-        layer multiplies; of a layer that has a ``joint_state``."""
+        """Returns weight, bias, lora_A, lora_B, rank_scale, scaling, dropout p and the dtype of the output.
+
+        Returns None if the layer does not multiply x itself, for example if the layer casts x. The layer must have a
+        ``joint_state``.
+        """
         (name,), base = self._names(), self._modules["base_layer"]
         if sums_wider(base, x) or (found := operands(base, x)) is None or found[0] is not x:
             return None
@@ -106,20 +116,26 @@ class LowRank(Fused):
         return ()
 
     def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
-        """Returns ``scaling`` times the adapter's own scale per rank ``[R]``, or None where it has none."""
+        """Returns ``scaling`` times the adapter's scale per rank ``[R]``; None if the adapter has no scale per rank."""
         return None
 
     def _bias(self, name: str) -> Optional[Tensor]:
-        """Returns a bias of lora_B's ``[N]``, which PEFT scales with the rest; or None."""
+        """Returns the bias ``[N]`` of lora_B, which PEFT multiplies by the adapter's scaling; None without a bias."""
         return None
 
     def _parts(self, name: str) -> Optional[tuple]:
-        """Returns lora_A, lora_B, and all modules, tensors and types that the reasons look at in an adapter."""
+        """Returns lora_A, lora_B, and three tuples: the modules, tensors and types of an adapter that the checks read.
+
+        Returns None if the adapter can't take the fast path.
+        """
         raise NotImplementedError
 
     def _common(self, x: Any) -> Optional[tuple]:
-        """Returns the facts of a call with one adapter, see :mod:`.known`, its name, the base layer, lora_A, lora_B and
-        the dropout's p. None: the reasons have to be asked."""
+        """Returns the facts (see :mod:`.known`) of a call with one active adapter, the adapter's name, the base layer,
+        lora_A, lora_B and the dropout's p.
+
+        Returns None if the call is not common; the checks then have to run.
+        """
         if (name := single_name(self)) is None or (parts := self._parts(name)) is None:
             return None
         lora_A, lora_B, modules, tensors, types = parts
@@ -136,7 +152,10 @@ class LowRank(Fused):
         return facts, name, base, lora_A, lora_B, float(p) if training else 0.0
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in PEFT's dtype; None: its own forward has to run."""
+        """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b``, or DoRA's output, in the dtype of PEFT's result.
+
+        Returns None if PEFT's own forward has to run.
+        """
         if siblings.NOW.groups and (y := siblings.output_of(self, x)) is not None:
             return y
         if (common := self._common(x)) is not None and common[0] in KNOWN:
@@ -187,7 +206,7 @@ class LowRank(Fused):
             if not accepts_input(result) or result.shape[:-1] != x.shape[:-1]:
                 return self._added(names, x, result)
             wide = torch.promote_types(x.dtype, dtype)
-            # Autocast would round what the base layer returned, where PEFT adds to it.
+            # Autocast is off because it would round the base layer's result; PEFT adds to the unrounded result.
             with torch.autocast(x.device.type, enabled=False):
                 y = ops.lora_residual(x.to(wide), result.to(wide), lora_A, lora_B, scaling=scaling,
                                       rank_scale=rank_scale, dropout_p=p, training=True)  # fmt: skip
@@ -197,7 +216,11 @@ class LowRank(Fused):
         return y if y.dtype is dtype else y.to(dtype)
 
     def _added(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
-        """Adds as PEFT does, to a result that the op does not take: the base layer has run, and must not run again."""
+        """Adds the low-rank terms to ``result`` with PyTorch's functions, as PEFT does, and returns the sum.
+
+        This is for a result of the base layer that the operator does not accept. PEFT's own forward can't be used
+        here, because it would run the base layer a second time.
+        """
         dtype = result.dtype
         for name in names:
             lora_A, lora_B = self.pair(name)
@@ -208,7 +231,8 @@ class LowRank(Fused):
         return result.to(dtype)
 
     def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
-        """Returns lora_A ``[R, K]`` with all scales in it and lora_B ``[N, R]`` of several adapters, float32."""
+        """Returns the adapters' lora_A ``[R, K]``, multiplied by all scales, and lora_B ``[N, R]``, both concatenated
+        along R in float32, and None as the scale of the rows."""
         pairs, scaled = [self.pair(name) for name in names], []
         for name, (a, _) in zip(names, pairs, strict=True):
             scale = _times(self.scaling[name], self._rank_scale(name, 1.0), a.shape[0], a.device)
@@ -216,7 +240,10 @@ class LowRank(Fused):
         return torch.cat(scaled), torch.cat([b.float() for _, b in pairs], dim=1), None
 
     def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
-        """Returns the adapters as one; scales are filled in on the device, since a copy from the host would wait."""
+        """Returns lora_A, lora_B, the scaling and the scale per rank of several adapters concatenated along the rank.
+
+        Scales are filled in on the device, because a copy from the host would wait for the device.
+        """
         pairs = [self.pair(name) for name in names]
         lora_A, lora_B = _cat([a for a, _ in pairs]), _cat([b for _, b in pairs], dim=1)
         scalings = [self.scaling[name] for name in names]
@@ -237,13 +264,14 @@ class LowRank(Fused):
 
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """Returns ``torch.cat``, which a CPU's autocast in bfloat16 refuses for float16."""
+    """Returns ``torch.cat(tensors, dim)`` without autocast: a CPU's bfloat16 autocast rejects float16 tensors."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         return torch.cat(tensors, dim)
 
 
 def _times(scaling: Any, rank_scale: Optional[Tensor], rank: int, device: Any = None) -> Tensor:
-    """Returns ``[R]`` float32: a scale that may be a tensor of one element, times the adapter's own."""
+    """Returns the scale per rank ``[R]``, float32: ``scaling`` (a number or a tensor of one element) times the
+    adapter's ``rank_scale``, if there is one."""
     if not isinstance(scaling, Tensor):
         scaling = torch.full((1,), scaling, dtype=torch.float32, device=device)
     scaling = scaling.to(torch.float32).reshape(1)
@@ -251,16 +279,17 @@ def _times(scaling: Any, rank_scale: Optional[Tensor], rank: int, device: Any = 
 
 
 class Lora(LowRank):
-    """``lora.Linear`` and ``lora.Linear4bit``: modules lora_A and lora_B, one scale, DoRA's magnitude."""
+    """Base class of the fused LoRA and DoRA layers, with modules lora_A and lora_B and one scaling per adapter."""
 
     reads = (
         *LowRank.reads, "lora_bias", "lora_magnitude_vector", "_check_forward_args", "get_base_layer",
     )  # fmt: skip
 
     def _fused_with(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[Tensor]:
-        """Computes a mixed batch, a name for each sample of x; None: PEFT's loop has to run.
+        """Computes a mixed batch, with one adapter name per sample in ``adapter_names``.
 
-        A name that this layer does not have, ``__base__`` among them, is the base layer's alone.
+        A sample whose name is no adapter of this layer (such as ``__base__``) gets the base layer's output. Returns
+        None if PEFT's own loop over the adapters has to run.
         """
         names = kwargs.get("adapter_names")
         if names is None or args or len(kwargs) > 1:
@@ -312,7 +341,7 @@ class Lora(LowRank):
         return self._modules["lora_B"]._modules[name]._parameters.get("bias")
 
     def dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
-        """Returns the dtype of PEFT's DoRA over a base layer that returns ``dtype``."""
+        """Returns the dtype of the result of PEFT's DoRA over a base layer whose result has dtype ``dtype``."""
         return dtype
 
 
@@ -320,7 +349,7 @@ if LoraLinear is not None:
 
     @fuses(LoraLinear)
     class FusedLoraLinear(Lora, MergesNF4, LoraLinear):
-        """``peft.tuners.lora.Linear`` over nn.Linear, NF4Linear or Linear4bit: LoRA and DoRA."""
+        """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:
             variant = super().resolve_lora_variant(**kwargs)
@@ -345,14 +374,14 @@ if LoraLinear is not None:
             variant = self.lora_variant.get(name)
             delta = self.get_delta_weight(name).float()
             merged = weight + delta
-            if type(variant) in dora.VARIANTS:  # the norm is of the weight that the forward sees
+            if type(variant) in dora.VARIANTS:  # as in the forward, the norm is that of the unmerged weight plus delta
                 norm = torch.linalg.norm(unmerged + delta, dim=1)
                 merged = output_scale(self.lora_magnitude_vector[name].weight, norm).unsqueeze(1) * merged
             elif variant is not None:
                 raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear can't be merged")
             if self.lora_bias[name]:
                 if bias is None:
-                    raise RuntimeError(  # as PEFT says it
+                    raise RuntimeError(  # PEFT's own error text
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
                     )
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
@@ -363,15 +392,16 @@ if LoraLinear8bitLt is not None:
 
     @fuses(LoraLinear8bitLt)
     class FusedLoraLinear8bitLt(Lora, LoraLinear8bitLt):
-        """``peft.tuners.lora.bnb.Linear8bitLt``: the low-rank part, over bitsandbytes' own 8-bit product."""
+        """Fused ``peft.tuners.lora.bnb.Linear8bitLt``: the low-rank part is fused, bitsandbytes computes the 8-bit
+        product."""
 
 
 if LoraLinear4bit is not None:
 
     @fuses(LoraLinear4bit)
     class FusedLoraLinear4bit(Lora, LoraLinear4bit):
-        """``peft.tuners.lora.bnb.Linear4bit``: QLoRA and QDoRA."""
+        """Fused ``peft.tuners.lora.bnb.Linear4bit``: QLoRA and QDoRA."""
 
         def dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
-            # PEFT asks for CUDA's autocast, whatever the device, and casts back only outside it.
+            # PEFT checks CUDA's autocast on every device, and casts the result back only outside of that autocast.
             return torch.promote_types(dtype, magnitude.dtype) if torch.is_autocast_enabled() else dtype

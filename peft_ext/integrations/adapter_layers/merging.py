@@ -1,4 +1,4 @@
-"""Merging an adapter into an NF4 weight, with an exact way back."""
+"""Merging of an adapter into an NF4 weight. Unmerging restores the exact bits of the weight before the merge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ check_adapters_to_merge = None
 with optional("peft", "an adapter over an NF4Linear can't be merged"):
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
-Merged = tuple[Tensor, Optional[Tensor]]  # weight and bias with an adapter in them
+Merged = tuple[Tensor, Optional[Tensor]]  # a weight and a bias (or None) with an adapter merged into both
 
 MERGE_LOSES = (
     "merging into an NF4 weight rounds the merged weight to 4 bits again; peft_ext.explain(model) says how far that "
@@ -29,13 +29,16 @@ MERGE_LOSES = (
 
 
 class MergesNF4:
-    """merge and unmerge of an adapter layer over an NF4Linear; over another base the stock class's own.
+    """merge and unmerge of an adapter layer over an NF4Linear. Over another base layer the stock class's methods run.
 
-    merge requantizes the merged weight with the base's own block size, always from the weight that was kept: one
-    rounding, in any order; ``base_layer.merge_error`` says how far that moves it. unmerge puts the kept weight's very
-    bits back. A subclass gives ``_merged``: weight and bias after one adapter more, from those before it and the weight
-    without any; and ``_factors``, where all adapters are low-rank: lora_A, lora_B and the rows' scale of them together,
-    which :func:`peft_ext.ops.nf4_merge` adds in one pass over the codes.
+    ``merge`` merges all adapters into the weight kept before the first merge, and quantizes the result once with the
+    base weight's block size. ``base_layer.merge_error`` is the relative error of that quantization. ``unmerge``
+    restores the kept weight bit for bit.
+
+    A subclass defines ``_merged``, which returns weight and bias with one more adapter, computed from the weight and
+    bias before this adapter and from the weight without any adapter. A subclass of low-rank adapters also defines
+    ``_factors``, which returns the concatenated lora_A, the concatenated lora_B and a scale per output row (or None).
+    :func:`peft_ext.ops.nf4_merge` adds these factors in one pass over the codes.
     """
 
     def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:

@@ -1,7 +1,7 @@
-"""The checks of a call: each function returns the reason for the stock path, one line of text, or None to fuse.
+"""The checks of a call. A ``*_reason`` function returns the reason for the stock path as one line of text, or None.
 
-The forward of a fused layer calls these functions, but for a call that :mod:`.known` finds equal to an accepted one.
-:func:`peft_ext.explain` prints the reasons of the same functions, so that ``explain`` and the forward can't differ.
+The forward of a fused layer calls these functions, except for a call that :mod:`.known` finds equal to an accepted
+call. :func:`peft_ext.explain` calls these functions too, so ``explain`` and the forward use one set of checks.
 """
 
 from __future__ import annotations
@@ -41,23 +41,26 @@ from .base import (
 
 
 def native_kernels() -> dict[str, dict[str, bool]]:
-    """Returns by public op, by device, whether all that it calls has a kernel of the library that is loaded."""
+    """Returns for each public operator, and for each device ("cpu", "cuda"), whether the loaded library has kernels for
+    all native operators that the public operator calls."""
     return {
         op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
         for op, called in PUBLIC.items()
     }
 
 
-# Without them an op runs the reference, which is slower than PEFT.
+# The result of `native_kernels` at import. An operator without native kernels runs the reference, which is slower than
+# PEFT, so that layers take the stock path.
 KERNELS = native_kernels()
 
-# The dtypes in which a frozen linear without an adapter is put on an op as well: PyTorch has no product of them here.
+# The dtypes in which a frozen linear layer without an adapter runs on an operator too, because PyTorch has no fast
+# product in these dtypes on this CPU.
 WIDENED = _cpu.widened_dtypes()
 
-# What the fused layers take for a tensor, by exact type.
+# Exact types that the fused layers accept as plain tensors.
 _plain: tuple[type, ...] = (nn.Parameter, Tensor)
 
-# Shards that fully_shard gathers into plain parameters by the time a fused layer sees them: by id.
+# Ids of the sharded parameters that fully_shard gathers into plain parameters before a fused layer's forward runs.
 _gathered: frozenset[int] = frozenset()
 
 _VARIANTS = {
@@ -89,7 +92,8 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 @contextmanager
 def accepting(kind: type) -> Iterator[None]:
-    """Lets the fused layers accept tensors of this subclass as well: fake ones, where a step is estimated."""
+    """Lets the fused layers accept tensors of the class ``kind`` within the context, such as the fake tensors of the
+    memory estimate."""
     global _plain
     before, _plain = _plain, (*_plain, kind)
     try:
@@ -100,7 +104,8 @@ def accepting(kind: type) -> Iterator[None]:
 
 @contextmanager
 def as_in_forward(model: nn.Module) -> Iterator[None]:
-    """Within, a layer's reasons are those of a call in ``model``'s forward: FSDP2's shards count as gathered."""
+    """Makes the checks within the context count FSDP2's shards in ``model`` as gathered, as in the forward of
+    ``model``."""
     global _gathered
     before, _gathered = _gathered, frozenset(_gathered_ids(model))
     try:
@@ -114,10 +119,11 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
         if not is_fully_sharded(type(module)):
             continue
         state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        # Before torch 2.13 the state has one group or none, as `_fsdp_param_group`.
+        groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):
-                if not parameter.is_dtensor:  # under tensor parallelism too, which is what is left after gathering
+                if not parameter.is_dtensor:  # with tensor parallelism a gathered parameter is still a DTensor
                     yield id(parameter.sharded_param)
 
 
@@ -129,20 +135,20 @@ def _is_shard(parameter: Any) -> bool:
 
 
 def plain_types() -> tuple[type, ...]:
-    """Returns the classes that the fused layers take for a tensor."""
+    """Returns the classes that the fused layers accept as plain tensors, by exact type."""
     return _plain
 
 
 def is_plain(tensor: Any) -> bool:
-    """Returns whether ``tensor`` is one of the classes that the fused layers take for a tensor."""
+    """Returns whether the exact type of ``tensor`` is a class that the fused layers accept as a plain tensor."""
     return type(tensor) in _plain
 
 
 def accepts_input(x: Any) -> bool:
-    """Returns whether x is a tensor that the ops take: plain, dense, of a float dtype; no transform under way.
+    """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
-    The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
-    and forward-mode differentiation see PEFT's own path.
+    The operators work under torch.compile. Returns False under torch.func's transforms, forward-mode differentiation,
+    torch.jit.trace and torch.export (where x is a fake tensor), so that the call takes the stock path.
     """
     if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
@@ -150,8 +156,8 @@ def accepts_input(x: Any) -> bool:
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
-    """Returns why the ops can't read a parameter, called ``name``, as it lies."""
-    # a DTensor, a quantized subclass, or taken out of the module by FSDP
+    """Returns why the operators can't read the parameter ``tensor``, or None. The reason's text uses ``name``."""
+    # Other types are a DTensor, a quantized subclass, or None if FSDP took the parameter out of the module.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
     if tensor.dim() != dim or hasattr(tensor, "ds_id"):
@@ -162,7 +168,7 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
-    """Returns why the public op ``op`` would run the reference on ``device``."""
+    """Returns why the public operator ``op`` would run the reference on ``device``, or None."""
     if KERNELS[op].get(device):
         return proved(*PUBLIC[op]) if device == "cuda" else None
     if device == "cuda" and not STATE.cuda_loaded:
@@ -186,7 +192,10 @@ def hooked(module: nn.Module) -> bool:
 
 
 def replaced_on_instance(module: nn.Module) -> bool:
-    """Returns whether a module has a forward of its own, other than its class's, bound, as hooks leave it behind."""
+    """Returns whether the instance ``module`` has a forward that is not its class's forward.
+
+    The class's forward, bound to the module and stored on the module (as removed hooks leave it), does not count.
+    """
     own = module.__dict__.get("forward")
     return own is not None and not (
         getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
@@ -194,13 +203,14 @@ def replaced_on_instance(module: nn.Module) -> bool:
 
 
 def forward_is_replaced(kind: type) -> bool:
-    """Returns whether the stock class of a fused one has another forward than when it was fused."""
+    """Returns whether the forward of the stock class was replaced after the fused class ``kind`` was made."""
     known = getattr(kind, "stock_forward", None)
     return known is not None and kind.stock_class.forward is not known
 
 
 def layer_reason(layer: Any) -> Optional[str]:
-    """Returns why an adapter layer's next call runs no adapter, or another forward than its class's."""
+    """Returns why the next call of an adapter layer runs no adapter, or a forward that is not the stock class's, or
+    None."""
     if layer.__dict__.get("forward") is not None and replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     kind = type(layer)
@@ -216,7 +226,7 @@ def layer_reason(layer: Any) -> Optional[str]:
 
 
 def base_reason(layer: Any) -> Optional[str]:
-    """Returns why the base layer of ``layer`` has to run on its own, and not in the op."""
+    """Returns why the base layer's own forward has to run; None if the operator can compute the base layer too."""
     base = layer._modules["base_layer"]
     if hooked(base):
         return "hooks on base_layer would not run"
@@ -226,10 +236,10 @@ def base_reason(layer: Any) -> Optional[str]:
 
 
 def alone_reason(layer: Any) -> Optional[str]:
-    """Returns why the base layer of ``layer``, which runs on its own, may return a tensor that the op does not take."""
+    """Returns why the operator may not accept the result of the base layer's own forward, or None."""
     base = layer._modules["base_layer"]
     for name, parameter in base._parameters.items():
-        # What fully_shard wrapped by itself gathers its parameters as it is called.
+        # A base layer on which fully_shard itself was called gathers its parameters when the base layer is called.
         if _is_shard(parameter) and not is_fully_sharded(type(base)):
             return f"base_layer.{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
         if parameter is not None and parameter.is_meta:
@@ -241,25 +251,31 @@ def alone_reason(layer: Any) -> Optional[str]:
 
 
 def _is_falcons(kind: type) -> bool:
-    """Returns whether ``kind`` is Falcon's x @ W.T + b, which autocast takes for two operations."""
+    """Returns whether ``kind`` is FalconLinear, which computes x @ W.T + b. Autocast treats x @ W.T + b as two
+    operations."""
     return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
 
 
 def weight_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the ops can't read the weight of ``base``, a Linear, Conv1D, NF4Linear or Linear4bit, as it lies."""
+    """Returns why the operators can't read the weight of the layer ``base``, or None.
+
+    The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear and Linear4bit.
+    """
     kind = type(base)
     weight = base._parameters.get("weight")
     if kind in FOUR_BIT:
-        # pickle and fully_shard make the one into the other
+        # Pickling and fully_shard can replace a Params4bit by a plain nn.Parameter.
         if type(weight) not in (Params4bit, nn.Parameter) and id(weight) not in _gathered:
             return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
-        # PEFT's merge makes one, if it runs there; bitsandbytes keeps it for the backward in a way of its own.
+        # PEFT's merge in inference mode makes an inference tensor. Autograd can't save it for the operator's backward.
+        # bitsandbytes keeps the weight without autograd, so the stock path works.
         if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
             return "its weight was made in inference mode, and autograd can't keep it"
         quant_state = quant_state_of(base)
         if reason := why_not_nf4(quant_state):
             return reason
-        absmax = quant_state.absmax  # on the weight's device, and no tensor subclass, whose attributes are slow to read
+        # absmax is on the weight's device. It is a plain tensor, whose attributes are faster to read than a subclass's.
+        absmax = quant_state.absmax
         if absmax.is_meta or tuple(quant_state.shape) != (base.out_features, base.in_features):
             return f"its weight is {tuple(quant_state.shape)} on {absmax.device}, wanted [N, K] in memory"
         cast = autocast_dtype(absmax)
@@ -285,7 +301,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 
 
 def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
-    """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``."""
+    """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``, or None."""
     if dtype not in WIDENED:
         return f"PyTorch's product of {short(dtype)} is as fast here"
     if replaced_on_instance(layer):
@@ -300,15 +316,16 @@ def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
 
 
 def variant_name(variant: Any) -> str:
-    """Returns the common name of the variant of LoRA."""
+    """Returns the common name of a variant of LoRA, such as "DoRA" for PEFT's DoraLinearVariant."""
     name = type(variant).__name__
     return _VARIANTS.get(name, f"LoRA variant {name}")
 
 
 def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optional[str], Pairs]:
-    """Returns the reason not to fuse the adapters ``names``, over any base layer, and lora_A and lora_B of each.
+    """Returns the reason not to fuse the adapters ``names`` (or None), and the pair (lora_A, lora_B) of each adapter.
 
-    A method's own checks are in ``layer.checked_adapter``: :func:`lora_adapter` and :func:`adalora_adapter`.
+    The checks do not look at the base layer. ``layer.checked_adapter`` has the checks of one method:
+    :func:`lora_adapter` or :func:`adalora_adapter`.
     """
     if not names:
         return "no active adapter on this layer", []
@@ -389,10 +406,11 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 
 def scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
-    """Returns why the ops can't take an adapter's scaling. ``like``: the adapter's lora_A."""
+    """Returns why the operators can't use an adapter's scaling, or None. ``like``: the adapter's lora_A."""
+    # PEFT's hotswap makes the scaling a tensor of one element.
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
-        return "scaling is a tensor that requires grad" if scaling.requires_grad else None  # hotswap's
-    # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
+        return "scaling is a tensor that requires grad" if scaling.requires_grad else None
+    # Not math.isfinite: torch.compile can't trace math.isfinite once the scaling has changed.
     if not isinstance(scaling, (float, int)) or isinstance(scaling, bool) or not -math.inf < scaling < math.inf:
         return f"scaling is {type(scaling).__name__}, wanted a finite number"
     return None
@@ -405,7 +423,7 @@ def _magnitude_reason(module: nn.Module) -> Optional[str]:
 
 
 def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
-    """Returns why a module with DoRA's magnitude, a tensor of so many dimensions, is not fused."""
+    """Returns why a module with DoRA's magnitude can't be fused, or None. ``dim``: the magnitude's dimensions."""
     if hooked(module):
         return "hooks on lora_magnitude_vector would not run"
     magnitude = module._parameters.get("weight")
@@ -420,7 +438,7 @@ def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
 
 
 def checked_vectors(layer: Any) -> tuple[Optional[str], list[Tensor]]:
-    """Returns the reason not to fuse the active adapters, over any base layer, and ia3_l of each."""
+    """Returns the reason not to fuse the active (IA)³ adapters (or None), and the vector ia3_l of each adapter."""
     held, vectors = layer._modules["ia3_l"], []
     for name in active_in(layer, held):
         vector = held._parameters.get(name)
@@ -444,13 +462,17 @@ def checked_vectors(layer: Any) -> tuple[Optional[str], list[Tensor]]:
 
 
 def freed_reason(layer: nn.Module) -> Optional[str]:
-    """Returns which engine frees the tensors of ``layer`` after a forward, from which logits could not be computed."""
-    if not getattr(layer, "_is_fsdp_managed_module", False):  # PyTorch's own mark of both FSDPs
+    """Returns which engine (FSDP1 or FSDP2) frees the parameters of ``layer`` after a forward; None if no engine does.
+
+    Logits can't be computed from a head after its parameters were freed.
+    """
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set this attribute
         return None
     held = {id(parameter) for parameter in layer.parameters()}
     wrapped, is_held = _fully_sharded(), False
     for module, state in wrapped:
-        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        # Before torch 2.13 the state has one group or none, as `_fsdp_param_group`.
+        groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):
                 seen = parameter.sharded_param, getattr(parameter, "_unsharded_param", None)
@@ -465,13 +487,14 @@ def freed_reason(layer: nn.Module) -> Optional[str]:
 
 
 def _fully_sharded() -> list[tuple[nn.Module, Any]]:
-    """Returns the modules that fully_shard was called on, each with its state; torch.distributed is not imported."""
+    """Returns the modules on which fully_shard was called, each with its state, without importing torch.distributed."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     return [(module, state()) for module, state in list(states.items()) if is_fully_sharded(type(module))]
 
 
 def _will_be_root(module: nn.Module, state: Any, wrapped: list[tuple[nn.Module, Any]]) -> bool:
-    """Returns whether the first forward will find ``module`` the outermost, which keeps its parameters by default."""
+    """Returns whether ``module`` will be FSDP2's root in the first forward. By default, the root keeps its parameters
+    after the forward."""
     if state._is_root is not None or not getattr(state, "_auto_reshard_after_forward", False):
         return False
     return not any(module in other.modules() for other, _ in wrapped if other is not module)

@@ -1,4 +1,4 @@
-"""What an operator saves of an activation, computed again in the backward from what the activation was made of."""
+"""Recomputation: an activation that an operator saves for the backward is computed again there from its inputs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ __all__ = ["computed_again"]
 
 @contextmanager
 def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> Iterator[None]:
-    """Has what is saved of ``h`` within computed again in the backward: ``operator(*args)``.
+    """Replaces tensors that are saved within the context and are views of all of ``h`` by a recomputation.
 
-    Not where somebody else's hooks see to what is saved, as checkpointing's do.
+    The backward computes ``operator(*args)`` again. Nothing is replaced if other saved-tensor hooks are active (as
+    under checkpointing) or if saved-tensor hooks are disabled.
     """
     if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
         yield
         return
-    # The storage and not its address, which a tensor without data, as the estimate of memory has, does not have.
+    # h is recognized by its storage object. A tensor without data, as in the memory estimate, has no data address.
     storage, version, numel, dtype, held = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype, [_nothing]
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]
     args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
 
     def pack(value: Tensor) -> Any:
-        # What somebody changed in place is no longer what the operator gives.
+        # A tensor that was changed in place no longer equals the operator's result.
         if value.numel() != numel or value.dtype is not dtype or value._version != version:
             return value, value._version
         if value.storage_offset() or value.untyped_storage()._cdata != storage:
@@ -39,7 +40,7 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
     def unpack(value: Any) -> Tensor:
         if not isinstance(value, _Again):
             value, saved = value
-            if value._version != saved:  # autograd does not look where there are hooks
+            if value._version != saved:  # autograd does not check versions of tensors that pass through hooks
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"{value.dtype} {tuple(value.shape)} is at version {value._version}, expected version {saved}"
@@ -59,7 +60,7 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
 
 
 def _nothing() -> None:
-    """A reference to what was not computed again yet."""
+    """Stands for a weak reference to a result that was not computed yet: returns None."""
 
 
 class _Again(NamedTuple):

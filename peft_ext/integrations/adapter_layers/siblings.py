@@ -2,8 +2,9 @@
 
 The row of a module's form names the children that are called with one variable, as in ``self.q_proj(x)``,
 ``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of
-all. Each other child takes its output when it is called with the very same tensor, unchanged, and in the same state. In
-every other case the child computes alone. No output outlives the module's forward or leaves its thread.
+all children of its group that can be computed together. Each other child takes its output when the child is called with
+the same tensor object, unchanged, and with its state unchanged. Otherwise the child computes its output alone. Outputs
+that no child took are dropped at the end of the module's forward. Outputs are not shared between threads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .reasons import accepts_input, hooked, kernel_reason
 
 __all__ = ["output_of", "together"]
 
-# Below it layers have other ways, which share nothing (small layers up to 16 tokens alone); on AMX they share x.
+# Fewest tokens for which siblings are computed together. With fewer tokens, the kernels of two layers have no work to
+# share.
 _FEWEST_TOKENS = 24
 
 
@@ -31,15 +33,18 @@ _FEWEST_TOKENS = 24
 
 class _Now(threading.local):
     groups: Optional[dict[int, _Group]] = None
-    hooks: Any = None  # on what is saved, as the forward began
+    hooks: Any = None  # the saved-tensor hook that was active when the module's forward began
 
 
 NOW = _Now()
 
 
 def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> AbstractContextManager[None]:
-    """Within, the children of each group that have an output to give join; see the module. A compiler traces each layer
-    by itself."""
+    """Within the context, computes the layers of each group together, as the module's docstring says.
+
+    ``groups``: names of children of ``module``, for example ("q_proj", "k_proj", "v_proj"). Under torch.compile each
+    layer is computed alone.
+    """
     return nullcontext() if torch.compiler.is_compiling() else _together(module, groups)
 
 
@@ -59,11 +64,12 @@ def _together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> Iterator[
 
 
 def output_of(layer: Any, x: Any) -> Optional[Tensor]:
-    """Returns the layer's output of x, computed together with others'; None: it computes alone."""
+    """Returns the layer's output for x, computed together with its siblings' outputs; None if the layer has to compute
+    alone."""
     if not (groups := NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
     if _saving_hooks() is not NOW.hooks:
-        return None  # within a checkpoint of the forward's own, whose recomputation is alone as well
+        return None  # inside a checkpoint within the module's forward: its recomputation runs each layer alone, too
     return group.output(layer, x)
 
 
@@ -73,7 +79,7 @@ def _saving_hooks() -> Any:
 
 
 class _Group:
-    """Layers, in the order of their calls, and the outputs that were computed and not taken yet."""
+    """A group of sibling layers in the order of their calls, with the outputs that no layer has taken yet."""
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers
@@ -90,11 +96,14 @@ class _Group:
         return self._compute(layer, x)
 
     def _compute(self, leader: Any, x: Tensor) -> Optional[Tensor]:
-        """Returns the leader's output, and holds the others'; None: it is not the first that can join, or is alone."""
+        """Returns the output of ``leader``, and stores the outputs of the other layers that can be computed together.
+
+        Returns None if ``leader`` is not the first layer that can be computed together, or if no other layer can.
+        """
         if kernel_reason("lora_linears", x.device.type) is not None:
             return None
         if any(map(hooked, self._layers)):
-            return None  # who sees one's call may write into x, past its version
+            return None  # a hook may change x in place without a new version of x
         found = []
         for layer in self._layers:
             if (state := _state(layer, x)) is None or (call := layer.joint_call(x)) is None:

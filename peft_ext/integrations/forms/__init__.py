@@ -1,11 +1,11 @@
-"""The known forms: which forwards of models this package has a forward of its own for.
+"""The table of known forms: the forwards of models for which peft_ext has a fused forward.
 
-    forms.tsv   digest, kind, formula, example, classes, since      one row a form, drawn by tools/forms.py
-    row_of      a class or a function -> its row, or the reason for which it has none
+    forms.tsv   digest, kind, formula, example, classes, since      one row per form, written by tools/forms.py
+    row_of      a class or a function -> its row, or the reason why it has no row
 
-The key is the digest of the code (:mod:`.digest`), never the name of a class. A row is there because its formula gave
-the values and gradients of each class that has the form, at extremes and in each dtype (:mod:`.proof`; the tests do it
-again). Code that has no row runs as its author wrote it.
+The key of a row is the digest of the code (:mod:`.digest`), not the name of a class. The table has a row only if the
+row's formula gave the same values and gradients as each class with the form, for extreme inputs and in each dtype
+(see :mod:`peft_ext.integrations.model_blocks.proof`; the tests repeat the proof). Code without a row runs unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .digest import Form, Unknown, form_of
 
 __all__ = ["Form", "KINDS", "Row", "Rows", "Unknown", "form_of", "holds_for", "read_rows", "row_of"]
 
-# The kinds, and what the formula of each names.
+# The kinds of forms (such as a norm, an MLP or an attention), and for each kind the names of the values that the
+# formula of a row may have.
 KINDS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("weight", "eps", "offset", "rounds", "mixed", "needs"),
     "layer_norm": (),
@@ -38,8 +39,12 @@ HEADER = ("digest", "kind", "formula", "example", "classes", "since")
 
 @dataclass(frozen=True)
 class Row:
-    """One known form. ``formula``: names and values, see KINDS; ``classes``: how many have it in the newest release
-    that the table was drawn from; ``since``: the oldest one."""
+    """One known form.
+
+    ``formula``: names and values of the form, see KINDS. ``classes``: number of classes with this form in the newest
+    release of transformers that the table was drawn from. ``since``: the oldest release of transformers, of those that
+    the table was drawn from, that has the form.
+    """
 
     digest: str
     kind: str
@@ -49,11 +54,11 @@ class Row:
     since: str = ""
 
     def get(self, name: str) -> str:
-        """Returns a value of the formula; "" where the row has none."""
+        """Returns the value ``name`` of the formula; "" if the formula has no such value."""
         return dict(self.formula).get(name, "")
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Returns a value of the formula that lists names."""
+        """Returns the value ``name`` of the formula, which is a comma-separated list, as a tuple of strings."""
         return tuple(part for part in self.get(name).split(",") if part)
 
     def line(self) -> str:
@@ -62,7 +67,7 @@ class Row:
 
 
 def read_rows(text: str) -> dict[str, Row]:
-    """Returns the rows of a table by their digests."""
+    """Returns the rows of a table's text as a dict from digest to row."""
     rows = {}
     for line in text.splitlines()[1:]:
         digest, kind, formula, example, classes, since = line.split("\t")
@@ -80,21 +85,21 @@ REGISTERED: dict[str, Row] = {}
 
 
 class Rows:
-    """What the classes of a model are, each looked up once: as their code is now, and not as it was at another time."""
+    """A cache of :func:`row_of` for one walk through a model: each class is looked up once, by its current code."""
 
     def __init__(self) -> None:
         self._found: dict[Any, Union[tuple[Row, Form], str]] = {}
 
     def of(self, subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str]:
-        """As :func:`row_of`."""
+        """Returns :func:`row_of` of the subject's method, cached."""
         if (subject, method) not in self._found:
             self._found[subject, method] = row_of(subject, method)
         return self._found[subject, method]
 
 
 def row_of(subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str]:
-    """Returns the row and form of a class's forward, or of another method, or of a Python function, as they are now; or
-    the reason for which it has none."""
+    """Returns the row and the form of the current code of a class's method (by default the forward) or of a Python
+    function; or the reason why the code has no row."""
     try:
         form = form_of(subject, method)
     except Unknown as unknown:
@@ -106,11 +111,11 @@ def row_of(subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str
 
 
 def holds_for(row: Row, dtype: Any) -> bool:
-    """Returns whether a row holds for a dtype; where it names none, for float32, bfloat16 and float16."""
+    """Returns whether a row's formula holds for a dtype. A row that names no dtypes holds for every dtype."""
     names = row.names("dtypes")
     return not names or str(dtype).removeprefix("torch.") in names
 
 
 def command(subject: Any) -> str:
-    """Returns the command that tries which known formula a class computes."""
+    """Returns the shell command that tests which known formula a class computes."""
     return f"python -m peft_ext.integrations.model_blocks {subject.__module__}:{subject.__qualname__}"

@@ -1,7 +1,7 @@
-"""Which activation a function or a module is, by its form.
+"""Finds the name of the activation that a function or a module computes, by the form of its code.
 
-torch.nn.functional.silu, nn.GELU(approximate="tanh"), transformers' GELUActivation, ...   ->   a name of
-:func:`peft_ext.ops.activation`
+For example, torch.nn.functional.silu, nn.GELU(approximate="tanh") and transformers' GELUActivation each give a name
+that :func:`peft_ext.ops.activation` accepts.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from . import Row, holds_for, row_of
 
 __all__ = ["activation_name", "refresh"]
 
-# Functions, which are what they are: a name that stands for another one is another object.
+# PyTorch's functions, by identity: a function that replaces one of these names is another object and has no entry.
 _FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
-# By class: its forward, its row, and what no instance may hide.
+# Maps a class to its forward, its row, and the names of class attributes that no instance may override; or to None.
 _KNOWN: dict[type, Optional[tuple[Any, Row, tuple[str, ...]]]] = {}
 
 
 def refresh() -> None:
-    """Has each class of activations read again when it is next asked for."""
+    """Clears the cache, so that the next :func:`activation_name` of each class reads the class's code again."""
     _KNOWN.clear()
 
 
 def activation_name(act: Any, dtype: Optional[torch.dtype] = None) -> Optional[str]:
-    """Returns the name of the activation that ``act`` computes, in ``dtype``; None: one that is not known, or not any
-    more."""
+    """Returns the name of the activation that ``act`` computes in ``dtype``.
+
+    Returns None if the activation is not known, or if the class or the instance was changed since its code was read.
+    """
     if not isinstance(act, nn.Module):
         return (
             (_FUNCTIONS.get(act) or None) if isinstance(act, (types.FunctionType, types.BuiltinFunctionType)) else None

@@ -1,12 +1,13 @@
-"""What a class's forward computes, as a digest of its code: the key of the table of known forms.
+"""The digest of the code of a forward: the key of the table of known forms.
 
-    digest = SHA-256 of  the syntax tree of the forward, without docstrings, comments, annotations and decorators
-                         and, by the name under which the code finds it: the digest of each Python function of its class
-                         and modules, each plain value there, and the own name of each function and class of PyTorch
+    digest = SHA-256 of  the syntax tree of the forward, without docstrings, comments, annotations and decorators,
+                         and of each value that the code finds by name: the syntax tree of a Python function, the repr
+                         of a plain value, the name of a builtin, of a function or class of PyTorch, or of a class of
+                         transformers
 
-The digest is taken from live objects. A function's source counts only where compiling it gives the code that runs.
-Whatever this module cannot read to the end (a C extension, an import within, a tensor among the defaults, ...) raises
-:class:`Unknown`: the forward then has no form.
+The digest is computed from live objects. The source of a function counts only if compiling the source gives the code
+object of the function. Code that this module cannot read completely (for example an instance of an unknown class, an
+import inside of a function, a tensor among the defaults) raises :class:`Unknown`: the forward then has no form.
 """
 
 from __future__ import annotations
@@ -34,19 +35,20 @@ __all__ = ["Form", "Unknown", "form_of"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device)
 _TORCH = str(Path(torch.__file__).parent) + "/"
-# Decorators of transformers that call what they are around: with arguments renamed, or after a warning.
+# Modules of transformers whose decorators call the decorated function, with arguments renamed or after a warning.
 _TRANSPARENT = ("transformers.utils.deprecation", "transformers.utils.generic", "transformers.utils.output_capturing")
-# What would let a class answer for attributes or calls in a way that its forward does not show.
+# Methods by which a class can change its attributes or its calls without a trace in its forward. A module class that
+# overrides one of these methods has no form.
 _OWN_WAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
-# Modules whose classes are what their names say.
+# Standard modules whose classes enter the digest by name.
 _STANDARD = ("builtins", "collections", "collections.abc", "contextlib", "functools", "typing")
-# Modules that a function may import for itself.
+# Modules that a function may import in its body.
 _IMPORTED = ("math", "os", "torch", "warnings")
 _SKIPPED = ("annotation", "returns", "decorator_list", "type_comment", "type_params", "ctx", "kind")
 
 
 class Unknown(Exception):
-    """Raised where code reaches something that this module cannot read to the end."""
+    """Raised if code uses a value that this module cannot read completely."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Form:
 
     Attributes:
         digest: 20 hexadecimal digits.
-        reads: attributes of the instance that the code reads and its class does not have, sorted.
-        of_class: attributes that it finds on its class, which no instance may hide; sorted.
-        passes_itself: whether the instance is used otherwise than for its attributes, as an argument for example.
+        reads: sorted names of the attributes that the code reads from the instance and that the class does not define.
+        of_class: sorted names of the attributes that the code finds on the class. No instance may override one of them.
+        passes_itself: whether the code uses the instance itself, for example as an argument of a call.
         writes: whether the code assigns to attributes or items of the instance.
     """
 
@@ -68,14 +70,15 @@ class Form:
     writes: bool
 
     def hidden_by(self, module: nn.Module) -> Optional[str]:
-        """Returns an attribute of the class that ``module`` itself has another of; None: there is none."""
+        """Returns the name of a class attribute that the form reads and that the instance ``module`` overrides in its
+        ``__dict__``; None if the instance overrides none."""
         return next((name for name in self.of_class if name in module.__dict__), None)
 
 
 def form_of(subject: Any, method: str = "forward") -> Form:
-    """Returns the form of a class's forward, or of another method, or of a Python function.
+    """Returns the form of a class's method (by default the forward) or of a Python function.
 
-    Raises: Unknown, with the reason.
+    Raises: Unknown if the code has no form; the text is the reason.
     """
     walk = _Walk(subject if isinstance(subject, type) else None)
     if isinstance(subject, type):
@@ -91,7 +94,10 @@ def form_of(subject: Any, method: str = "forward") -> Form:
 
 
 class _Walk:
-    """One walk through the code that a forward reaches."""
+    """One walk through the code of a forward and of the functions that the forward uses.
+
+    The methods return nested tuples, lists and strings, of which the digest is computed: the "key" of a value.
+    """
 
     def __init__(self, owner: Optional[type]) -> None:
         self._owner = owner
@@ -101,7 +107,8 @@ class _Walk:
         self.passes_itself = self.writes = False
 
     def of_class(self, owner: type, name: str, after: Optional[type] = None) -> Any:
-        """Returns what stands for the attribute ``name`` of ``owner``, or of its classes behind ``after``."""
+        """Returns the key of the attribute ``name`` of the class ``owner``. With ``after``, the search begins behind
+        the class ``after`` in the MRO of ``owner``."""
         classes = owner.__mro__
         for kind in classes[0 if after is None else classes.index(after) + 1 :]:
             if name in vars(kind):
@@ -120,7 +127,7 @@ class _Walk:
         return self._value(value, name, kind)
 
     def function(self, function: Any, kind: Optional[type] = None) -> Any:
-        """Returns what stands for a Python function, of the class ``kind`` where it is a method."""
+        """Returns the key of a Python function. ``kind``: the class that defines the function, if it is a method."""
         if not isinstance(function, types.FunctionType):
             raise Unknown(f"{_name(function)} is no Python function")
         if _is_transparent(function):
@@ -189,7 +196,7 @@ class _Walk:
         return value
 
     def _value(self, value: Any, name: str, kind: Optional[type]) -> Any:
-        """Returns what stands for a value that code finds by ``name``."""
+        """Returns the key of a value that code finds by ``name``."""
         if isinstance(value, enum.Enum):
             return "enum", _name(type(value)), value.name
         if isinstance(value, _PLAIN):
@@ -225,7 +232,7 @@ def _name(value: Any) -> str:
 
 
 def _is_torchs(function: types.FunctionType) -> bool:
-    """Returns whether a function is PyTorch's own code, and no wrapper around some other."""
+    """Returns whether a function is PyTorch's own code and not a wrapper around another function."""
     return function.__code__.co_filename.startswith(_TORCH) and not hasattr(function, "__wrapped__")
 
 
@@ -235,13 +242,13 @@ def _is_torchs_class(kind: type) -> bool:
 
 
 def _is_transformers_class(kind: type) -> bool:
-    """Returns whether a class is the one that transformers has under its name, so that no other passes for it."""
+    """Returns whether ``kind`` is the very class that its module of transformers holds under the class's name."""
     module = sys.modules.get(kind.__module__)
     return kind.__module__.startswith("transformers.") and getattr(module, kind.__qualname__, None) is kind
 
 
 def _is_transparent(function: types.FunctionType) -> bool:
-    """Returns whether a function is a decorator of transformers' that calls what it is around."""
+    """Returns whether a function is a wrapper, made by a decorator of transformers, that calls the wrapped function."""
     inner = getattr(function, "__wrapped__", None)
     if not isinstance(inner, types.FunctionType) or not any(
         cell.cell_contents is inner for cell in _set_cells(function)
@@ -252,8 +259,10 @@ def _is_transparent(function: types.FunctionType) -> bool:
 
 
 def _asks_for_the_environment(value: Any, name: str, function: types.FunctionType) -> bool:
-    """Returns whether a value is transformers' answer, or the function that answers, which backend or version is there:
-    other values on other machines, in the same code."""
+    """Returns whether a value is transformers' flag or function that tells which backend or version is installed.
+
+    The value may differ between machines, so the digest has only the value's name.
+    """
     if isinstance(value, bool):
         return name.lstrip("_").startswith("is_torch_") and function.__module__.startswith("transformers.")
     value = getattr(value, "__wrapped__", value)
@@ -262,17 +271,18 @@ def _asks_for_the_environment(value: Any, name: str, function: types.FunctionTyp
 
 
 def _set_cells(function: types.FunctionType) -> Iterator[Any]:
-    """Yields the cells of a closure that have a value."""
+    """Yields those cells of a function's closure that have a value."""
     for cell in function.__closure__ or ():
         try:
-            cell.cell_contents  # noqa: B018  raises where it has none
+            cell.cell_contents  # noqa: B018  raises ValueError if the cell is empty
         except ValueError:
             continue
         yield cell
 
 
 def _registry(value: Any) -> Optional[tuple[str, str]]:
-    """Returns what stands for transformers' own registry of attentions, in which a model's module has nothing else."""
+    """Returns the key of ``value`` if it is transformers' own registry of attention functions without local entries;
+    else None."""
     utils = sys.modules.get("transformers.modeling_utils")
     known = getattr(utils, "ALL_ATTENTION_FUNCTIONS", None)
     return ("registry", "attention") if known is not None and value is known and not value._local_mapping else None
@@ -281,12 +291,13 @@ def _registry(value: Any) -> Optional[tuple[str, str]]:
 # --- source -----------------------------------------------------------------------------------------------------------
 
 
-# By file name: its text, code objects and syntax trees of its functions by name and first line.
+# Maps a file name to the file's text, and to the code objects and syntax trees of the file's functions by name and
+# first line.
 _FILES: dict[str, tuple[str, dict[tuple[str, int], list[tuple[types.CodeType, ast.AST]]]]] = {}
 
 
 def _tree(function: types.FunctionType) -> Any:
-    """Returns the syntax tree of a function whose code is what the source at hand compiles to."""
+    """Returns the syntax tree of a function. Raises Unknown if the source does not compile to the function's code."""
     code = function.__code__
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))
@@ -317,7 +328,7 @@ def _functions_in(text: str, file: str) -> dict[tuple[str, int], list[tuple[type
     found: dict[tuple[str, int], list[tuple[types.CodeType, ast.AST]]] = {}
     for code in _codes(compiled):
         key = code.co_name, code.co_firstlineno
-        if len(nodes.get(key, ())) == 1:  # of two in one line it could not be told which is which
+        if len(nodes.get(key, ())) == 1:  # two functions of one name in one line can't be told apart
             found.setdefault(key, []).append((code, nodes[key][0]))
     return found
 
@@ -330,7 +341,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _canonical(node: Any) -> Any:
-    """Returns a syntax tree as nested tuples that are the same under every version of Python."""
+    """Returns a syntax tree as nested lists and tuples without the fields in ``_SKIPPED``, without empty fields and
+    without docstrings, so that the digest does not depend on the version of Python."""
     if isinstance(node, list):
         return [_canonical(one) for one in node]
     if isinstance(node, ast.Constant):
@@ -354,10 +366,11 @@ def _canonical(node: Any) -> Any:
 
 
 def _paths(node: ast.AST, code: types.CodeType, this: Optional[str]) -> set[tuple[str, ...]]:
-    """Returns each name that a function's code finds outside of itself, with the attributes that are asked of it.
+    """Returns the names that a function's code finds outside of the function, each with the attributes that the code
+    reads from it.
 
-    Of the instance, ``this``, one attribute each: ("self", "weight"); ("self",) where it is used by itself, and
-    ("self", "=") where something is assigned to it.
+    For the instance ``this`` a path has one attribute, as ("self", "weight"). The path is ("self",) where the code uses
+    the instance itself, and ("self", "=") where the code assigns to an attribute or item of the instance.
     """
     outside: set[str] = set()
     for inner in _codes(code):
@@ -407,9 +420,9 @@ def _visit(node: ast.AST, outside: set[str], this: Optional[str], found: set[tup
         if isinstance(root, ast.Name) and root.id == this:
             found.add((this, "="))
     if isinstance(node, ast.Attribute) and (static := inspect.getattr_static(Tensor, node.attr, None)) is not None:
-        if isinstance(static, types.FunctionType):  # in PyTorch's file, also where it is a wrapper of PyTorch's
+        if isinstance(static, types.FunctionType):  # PyTorch's Python methods and their wrappers are in PyTorch's files
             is_own = static.__code__.co_filename.startswith(_TORCH)
-        else:  # a method that is written in C knows its name
+        else:  # a method that is written in C has its own name in `__name__`
             is_own = getattr(static, "__name__", node.attr) == node.attr
         if not is_own:
             raise Unknown(f"torch.Tensor.{node.attr} was replaced")

@@ -14,7 +14,10 @@ from .proof import proposed
 
 
 def main() -> int:
-    """Prints what is known of the class that the command line names. Returns 0 where its form is known or proposed."""
+    """Prints whether the class that the command line names has a known form, or which formula passes the proof.
+
+    Returns 0 if the form is known or a formula passes the proof, 1 if not, and 2 for wrong arguments.
+    """
     module, _, name = sys.argv[1].partition(":") if len(sys.argv) == 2 else ("", "", "")
     if not module or not name:
         print(__doc__, file=sys.stderr)

@@ -1,13 +1,15 @@
-"""Attention of transformers' models: layers of one input together, rotary positions in one pass, softmax(q kᵀ) v.
+"""Attention of transformers' models: joint projections, rotary positions in one pass, softmax(q kᵀ) v.
 
-A known attention runs
+An attention module with a known form runs one of two forwards:
 
-    its own code, in which the layers that get one input are computed together (the row's ``inputs``), or
-    a forward written here (``forward=rotary``): q, k, v in one operator, positions, the cache, attention, o
+    - The module's own code runs, and the layers that get one input (the row's ``inputs``) are computed together.
+    - If the row says ``forward=rotary``, the forward of this module runs: q, k and v in one operator, rotary positions,
+      the cache, attention, and the output projection.
 
-and takes softmax(q kᵀ) v by transformers' public registry, where this package's function stands under a name of its
-own: :func:`peft_ext.ops.scaled_dot_product_attention` for the calls that it takes, transformers' ``sdpa`` for all
-others. What others register under ``sdpa`` is called as ever; on a GPU it is PyTorch's own kernels that run.
+peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
+that takes its function from the registry gets peft_ext's function in place of ``sdpa``. peft_ext's function calls
+:func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator accepts, and otherwise the function
+that is registered as ``sdpa``. On a GPU, PyTorch's own kernels compute softmax(q kᵀ) v.
 """
 
 from __future__ import annotations
@@ -36,26 +38,28 @@ with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    _IS_REGISTERED = True  # as it is at the end of this file
+    _IS_REGISTERED = True  # the registration itself is further below in this file
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
-# The name of this package's function in transformers' registry.
+# The name of peft_ext's attention function in transformers' registry.
 OURS = "peft_ext_sdpa"
 _OPERATOR = "scaled_dot_product_attention"
 _OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
-# The paths on which it was timed against PyTorch's own, and is ahead.
+# The CPU paths on which the operator was measured to be faster than PyTorch's own attention.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
-# On AMX PyTorch's multiplies bfloat16 on tiles, but for dropout, and is ahead from more keys on: of causal attention
-# without a mask or a bias, and of any other.
+# On AMX, PyTorch's attention in bfloat16 without dropout is faster than the operator if there are more keys than this
+# number. The first number is for causal attention without a mask or a bias, the second for all other attention.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
-# A block of it has lanes for 64 queries: of fewer than so many PyTorch's own is faster.
+# Fewest queries for which the operator runs. The operator computes blocks of 64 queries, so PyTorch's own attention is
+# faster for fewer queries than this.
 _LEAST_QUERIES = 16
-# What a thread holds of a block grows with a head's size; one of more is no attention over tokens.
+# Largest size of a head for which the operator runs. The scratch memory of a thread grows with the size of a head, and
+# attention over tokens has smaller heads.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
-# Arguments of a call beside the tensors. Those of the first kind change nothing in transformers' sdpa; those of the
-# second are looked at. A call with any other that is not None goes to transformers' function.
+# Keyword arguments of an attention call. transformers' sdpa ignores the arguments of _IGNORED. The checks read the
+# arguments of _LOOKED_AT. A call with another keyword argument that is not None runs transformers' function.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
@@ -63,7 +67,8 @@ _IGNORED = frozenset({
 })  # fmt: skip
 _LOOKED_AT = frozenset({"output_attentions", "position_bias", "softcap"})
 _KNOWN = _IGNORED | _LOOKED_AT
-# By function that stood under "sdpa": whether it takes a bias of the scores; None where its form is unknown.
+# Maps a function that was registered as "sdpa" to whether the function accepts a bias of the scores; to None if the
+# form of the function is unknown.
 _SDPA: dict[Any, Optional[bool]] = {}
 
 
@@ -71,15 +76,19 @@ _SDPA: dict[Any, Optional[bool]] = {}
 
 
 class Attention(Block):
-    """``inputs``: layers that get one tensor; ``interface``: it takes its function from the registry by its
-    configuration; ``forward``: the forward here that stands for its own."""
+    """A fused attention.
+
+    Values of its row: ``inputs``, groups of layers that get one tensor; ``interface``, whether the forward takes its
+    attention function from transformers' registry; ``forward``, "rotary" if ``_rotary_forward`` can replace the
+    module's own forward.
+    """
 
     block_kind = "attention"
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         cache_name, _, cache_style = row.get("cache").partition(":")
-        names = inspect.unwrap(stock.forward).__globals__  # of its module, as they are at any time
+        names = inspect.unwrap(stock.forward).__globals__  # the live globals of the module that defines the forward
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
         return {**super().settled(stock, row), "groups": groups,
                 "asks": row.get("interface") == "yes", "own": row.get("forward"), "norms": row.get("norms"),
@@ -106,7 +115,10 @@ class Attention(Block):
         return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
 
     def _own_reason(self) -> Optional[str]:
-        """Returns which function of its module, called by the forward here as well, was replaced since accelerate."""
+        """Returns which function of the model's Python module was replaced since accelerate, or None.
+
+        Only functions that ``_rotary_forward`` calls are checked.
+        """
         known = self.peft_ext_known
         changed = [name for name, value in known.found.items() if known.names.get(name) is not value]
         return f"{changed[0]} was replaced" if changed else None
@@ -123,7 +135,8 @@ class Attention(Block):
             return super(Block, self).forward(*args, **kwargs)
 
     def _takes(self, given: dict[str, Any]) -> bool:
-        """Returns whether the forward here takes a call: tokens and a pair of positions, no cache of another name."""
+        """Returns whether ``_rotary_forward`` accepts a call: hidden states, a pair of position tensors, and no cache
+        under a keyword that the row does not name."""
         positions = given.get("position_embeddings")
         return (
             accepts_input(given.get("hidden_states"))
@@ -137,7 +150,10 @@ class Attention(Block):
         self, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any = None,
         **given: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
-        """Attention over rotary positions, with or without norms of q and k."""
+        """Returns the output and the attention weights of attention with rotary positions.
+
+        Norms of q and k are applied if the row has them.
+        """
         known, modules, shape = self.peft_ext_known, self._modules, hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
         with siblings.together(self, known.groups):
@@ -173,7 +189,7 @@ _OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})
 
 
 def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
-    """Returns whether the operator takes a call."""
+    """Returns whether the operator rotary_embedding accepts q, k, cos and sin."""
     if not all(map(accepts_input, (q, k))) or (q.dim(), k.dim(), cos.dim()) != (4, 4, 3):
         return False
     if not q.dtype is k.dtype is cos.dtype is sin.dtype or not q.device == k.device == cos.device == sin.device:
@@ -190,13 +206,14 @@ def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 
 
 class _View:
-    """A configuration as an attention sees it: the model's own, sharing all that it holds, but that ``sdpa`` is this
-    package's function. It is the model's configuration to isinstance, and follows each change of it."""
+    """A view of a model's configuration for one attention. It names peft_ext's function where the configuration says
+    "sdpa". The view shares the ``__dict__`` of the configuration, and its class is a subclass of the configuration's
+    class."""
 
     __slots__ = ("original",)
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Nothing: it is no new configuration."""
+        """Does nothing, so that transformers' method does not treat the view's class as a new configuration class."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return view_of, (self.original,)
@@ -212,7 +229,7 @@ _VIEWS: dict[type, type] = {}
 
 
 def view_of(config: Any) -> Any:
-    """Returns a configuration as an attention sees it."""
+    """Returns a :class:`_View` of a configuration."""
     stock = type(config)
     if (kind := _VIEWS.get(stock)) is None:
         own = stock._attn_implementation
@@ -230,7 +247,8 @@ def view_of(config: Any) -> Any:
 
 
 def set_view(module: nn.Module) -> None:
-    """Gives an attention that asks the registry this package's function, where its ``sdpa`` is transformers'."""
+    """Replaces the configuration of a fused attention by a :class:`_View` if the attention uses transformers'
+    registry."""
     config = module.__dict__.get("config")
     asks = _IS_REGISTERED and isinstance(module, Attention) and module.peft_ext_known.asks
     if asks and not isinstance(config, _View):
@@ -245,14 +263,14 @@ def take_view(module: nn.Module) -> None:
 
 
 def look_at_sdpa() -> None:
-    """Has what stands under ``sdpa`` looked at again: now, and other functions when they are met."""
+    """Clears the cache of known sdpa functions, and reads the form of the function now registered as ``sdpa``."""
     _SDPA.clear()
     if _IS_REGISTERED:
         _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def _knows_bias(function: Any) -> Optional[bool]:
-    """Returns whether a function with a known form takes a bias of the scores; None: its form is unknown."""
+    """Returns whether a function with a known form accepts a bias of the scores; None if its form is unknown."""
     if function not in _SDPA:
         if torch.compiler.is_compiling():
             return None
@@ -263,7 +281,7 @@ def _knows_bias(function: Any) -> Optional[bool]:
 
 
 def _reason(module: Any) -> Optional[str]:
-    """Returns why a module's calls would go to the model's own function."""
+    """Returns why the module's attention calls would not run peft_ext's operator, or None."""
     config = module.__dict__.get("config")
     implementation = getattr(getattr(config, "original", config), "_attn_implementation", None)
     if implementation != "sdpa":
@@ -277,7 +295,7 @@ def _reason(module: Any) -> Optional[str]:
 
 @torch.compiler.assume_constant_result
 def _isa() -> str:
-    """Returns the CPU path that runs; a compiler asks once, as it traces."""
+    """Returns the CPU path in use. torch.compile calls this function once, while it traces."""
     return _native.STATE.isa
 
 
@@ -305,7 +323,8 @@ def sdpa_attention_forward(
     is_causal: Optional[bool] = None,
     **kwargs: Any,
 ) -> Any:
-    """What transformers' registry has under OURS: transformers' ``sdpa`` on the operator, for the calls it takes."""
+    """Computes attention on the operator if the operator accepts the call and is faster, else by the function that is
+    registered as ``sdpa``. transformers' registry has this function under the name OURS."""
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     knows_bias, bias = _knows_bias(function), kwargs.get("position_bias")
     if (
@@ -328,13 +347,15 @@ def by_operator(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], dropout: float = 0.0,
     scaling: Optional[float] = None, is_causal: Optional[bool] = None, position_bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers' ``sdpa_attention_forward`` returns of a call that fits."""
+    """Returns what transformers' ``sdpa_attention_forward`` returns, computed by the operator, for a call that the
+    operator accepts."""
     causal = _causal(module, mask, is_causal)
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
     if causal and k.shape[2] > (queries := q.shape[2]):
-        # No query sees a key behind them: an empty static cache's, or those that a recomputation adds to a cache again,
-        # which has to save what was saved before.
+        # No query sees the keys behind the first `queries` keys. These keys are an empty part of a static cache, or a
+        # checkpoint's recomputation added them to the cache again. The recomputation must save tensors of the shapes
+        # that the first forward saved, so the keys are cut off.
         k, v = k[:, :, :queries], v[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
     out = ops.scaled_dot_product_attention(
@@ -350,7 +371,7 @@ def _causal(module: Any, mask: Optional[Tensor], is_causal: Optional[bool]) -> b
 def _fits(
     module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: float, scaling: Any, others: dict[str, Any]
 ) -> bool:  # fmt: skip
-    """Returns whether the operator takes a call, and is to."""
+    """Returns whether the operator accepts a call, and is to be used for the call on this device."""
     if not all(map(accepts_input, (q, k, v))) or (q.dim(), k.dim(), v.dim()) != (4, 4, 4):
         return False
     if not q.device == k.device == v.device or _device_reason(q.device.type):
@@ -385,8 +406,11 @@ def _fits(
 
 
 def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
-    """Returns whether the operator adds what a call wants added to the scores: of T5's relative positions, which no
-    gradient is asked of. A query that sees nothing has the mean of all values there, as what hides a key is finite."""
+    """Returns whether the operator accepts a bias that is added to the scores, as T5's relative positions are.
+
+    The operator gives no gradient of the bias. Returns False if some query sees no key: transformers hides keys by a
+    finite bias, so that this query would get the mean of all values.
+    """
     if not accepts_input(bias) or bias.dim() != 4 or bias.device != q.device:
         return False
     if bias.dtype not in (q.dtype, torch.float32):
@@ -400,7 +424,7 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
 
 
 def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
-    """Returns whether PyTorch's own is faster, on AMX."""
+    """Returns whether PyTorch's own attention is faster for this call because it uses AMX tiles."""
     if _isa() != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
         return False
     return k.shape[2] > _MOST_KEYS_ON_AMX[causal]

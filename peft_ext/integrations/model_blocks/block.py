@@ -1,7 +1,8 @@
-"""A fused block of a model: a module whose forward is a known form, under a class that runs fused operators.
+"""The base class of fused blocks: modules whose forward is a known form, under a class that runs fused operators.
 
-The fused class is a subclass of the module's class, made once for each row of the table of forms; it adds no state. The
-model's own code runs where the fused forward does not take a call, or the module is no longer as its row says.
+The fused class is a subclass of the module's class. It is made once per stock class and row of the table of forms, and
+adds no state to an instance. The model's own code runs if the fused forward does not accept a call, or if the module no
+longer fits its row.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ __all__ = ["Block", "class_of"]
 
 
 class Known(types.SimpleNamespace):
-    """The facts that a fused class holds of its row: ``row``, ``needs``, ``of_class``, and those of its mixin."""
+    """The facts that a fused class holds of its row: ``row``, ``needs``, ``of_class``, and the facts of its mixin."""
 
 
 class Block:
-    """A module on fused operators. A subclass gives ``block_reason`` and ``_fused``, or its own ``parts``, ``forward``.
+    """The base class of the fused classes of model blocks (norms, MLPs, attentions, dropouts).
 
-    What a class knows of its row is in one attribute, whose name no module's child is to have: an attribute
-    of the class hides a child.
+    A subclass defines ``block_reason`` and ``_fused``, or its own ``block_parts`` and ``forward``. A fused class keeps
+    the facts of its row of the table of forms in one attribute, ``peft_ext_known``. No child module may have this name,
+    because a class attribute hides a child of the same name.
     """
 
     stock_class: type
@@ -37,19 +39,20 @@ class Block:
     block_kind = ""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing: a model's class may list its subclasses here, and a fused class is not to be listed."""
+        """Does nothing: a model's class may register its subclasses in this method, and a fused class must not be
+        registered."""
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        """Returns the facts of the row that the class holds, by name. They are read once, as the class is made."""
+        """Returns the facts of the row that the fused class holds, by name. Called when the fused class is made."""
         return {"row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
-        """Returns why the module's own forward runs."""
+        """Returns why the module's own forward runs, or None."""
         raise NotImplementedError
 
     def replaced_reason(self) -> Optional[str]:
-        """Returns why the module's forward is not the one that its row tells of."""
+        """Returns why the module's forward is not, or no longer, the code that its row describes; else None."""
         held, known = self.__dict__, self.peft_ext_known
         if replaced_on_instance(self):
             return "its forward was replaced on the instance"
@@ -64,11 +67,13 @@ class Block:
         return None
 
     def block_parts(self) -> Iterator[tuple[str, Optional[str]]]:
-        """Yields each part of the module that can be fused, and the reason why the part is not fused now, or None."""
+        """Yields the name of each part of the module that can be fused, with the reason why the part is not fused now,
+        or None."""
         yield self.block_kind, self.block_reason()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Block):  # restored, and called by who held the bound method
+        # A caller may hold the bound method from before `restore`, and call the method with a restored module.
+        if not isinstance(self, Block):
             return type(self).forward(self, *args, **kwargs)
         alone = len(args) == 1 and not kwargs and accepts_input(args[0])
         return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)
@@ -77,17 +82,18 @@ class Block:
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class was made at run time: it is made again from the model's.
+        # Pickle can't find a class that was made at run time, so unpickling makes the class again from the stock class.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, (type(self).__mro__[1], self.stock_class, self.peft_ext_known.row), *state
 
 
-# By mixin, stock class and row: the class made of them.
+# Maps a mixin, a stock class and a row to the fused class made of the three.
 _CLASSES: dict[tuple[type, type, Row], type] = {}
 
 
 def _new(mixin: type, stock: type, row: Row) -> nn.Module:
-    """Returns an instance without attributes: a stock one where the class is another here than where it was saved."""
+    """Returns an instance without attributes, for unpickling: of the fused class, or of the stock class if the form of
+    the stock class is not the form of ``row``."""
     kind = _CLASSES.get((mixin, stock, row))
     if kind is None:
         found = row_of(stock)
@@ -96,11 +102,11 @@ def _new(mixin: type, stock: type, row: Row) -> nn.Module:
 
 
 def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
-    """Returns the class of ``stock`` on fused operators by ``row``, made once."""
+    """Returns the fused class of ``stock`` for ``row``; the first call makes the class."""
     if (made := _CLASSES.get((mixin, stock, row))) is None:
         known = Known(**mixin.settled(stock, row))
         held = {"stock_class": stock, "peft_ext_known": known, "__doc__": stock.__doc__, "__module__": stock.__module__}
-        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # past a metaclass of the model's, too
+        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # skips a metaclass's own __new__
         STOCK[made] = stock
         _CLASSES[mixin, stock, row] = made
     made.stock_forward, made.peft_ext_known.of_class = stock.forward, form.of_class
@@ -108,8 +114,10 @@ def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
 
 
 def strides_of(x: Tensor) -> Optional[list[int]]:
-    """Returns the order of dimensions in which x lies in memory without gaps, the last dimension last; None: it has
-    gaps, or elements that are seen several times."""
+    """Returns the order of dimensions, the last dimension of x last, in which x.permute(order) is contiguous.
+
+    Returns None if there is no such order, because x has gaps or overlapping elements.
+    """
     order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
     expected = itertools.accumulate((x.shape[dim] for dim in reversed(order)), lambda a, b: a * b, initial=1)
     lies = all(x.shape[dim] == 1 or x.stride(dim) == wanted
@@ -118,5 +126,5 @@ def strides_of(x: Tensor) -> Optional[list[int]]:
 
 
 def device_of(module: nn.Module) -> str:
-    """Returns the type of the device of a module's parameters; a CPU's where it has none."""
+    """Returns the device type of a module's first parameter; "cpu" if the module has no parameter."""
     return next((parameter.device.type for parameter in module.parameters()), "cpu")

@@ -1,4 +1,7 @@
-"""Which modules of a model are fused blocks: those whose forward is a known form, whatever the name of their class."""
+"""Finds the modules of a model whose forward is a known form, and gives these modules fused classes.
+
+The name of a module's class does not matter.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ MIXINS: dict[str, type[Block]] = {
 _COPIED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _NOT_ACCELERATED = "accelerate(model) was not called on it, or with blocks=False"
 _CHANGED = "its code is no longer the known form: call accelerate(model) again"
-# What the classes of models' blocks are called: explain says of these that their form is unknown.
+# Parts of class names, each with the kind of block that it stands for. `explain` reports modules with these class names
+# whose form is unknown.
 _CALLED = (("norm", "norm"), ("attention", "attention"), ("attn", "attention"), ("mlp", "MLP"), ("feedforward", "MLP"))
 
 
@@ -35,7 +39,10 @@ def _stock(module: nn.Module) -> type:
 
 
 def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
-    """Returns the row and form of a block, or the reason why a module is no block; None: the module can be none."""
+    """Returns the row and form of a module that is a block, or the reason why the module can't be fused as a block.
+
+    Returns None for a module of a kind that is never a block, such as a linear layer.
+    """
     stock = _stock(module)
     if stock in STOCK or issubclass(stock, (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return None
@@ -62,13 +69,14 @@ def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
 
 
 def _joins(module: nn.Module, row: Row) -> bool:
-    """Returns whether two layers that get one tensor have adapters."""
+    """Returns whether some group of layers that get one tensor has two LoRA or AdaLoRA layers."""
     groups = (group.split("+") for group in row.names("inputs"))
     return any(sum(isinstance(module._modules.get(name), LowRank) for name in group) > 1 for group in groups)
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives the blocks of ``model`` whose form is known, now, their fused classes, and all others their own."""
+    """Gives each block of ``model`` whose current code is a known form its fused class, and each fused block that is no
+    such block any more its stock class."""
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
@@ -81,7 +89,7 @@ def fuse_blocks(model: nn.Module) -> None:
             module.__class__ = class_of(MIXINS[row.kind], _stock(module), row, form)
             set_view(module)
             if isinstance(module, Mlp):
-                activation_name(getattr(module, row.get("act"), None))  # reads its code now, and not under a compiler
+                activation_name(getattr(module, row.get("act"), None))  # caches the activation before torch.compile
         elif isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)
 
@@ -99,7 +107,8 @@ def _plain(module: nn.Module) -> None:
 
 
 def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
-    """Yields the name of each block of ``model``, each part that is or could be fused, and the reason why it is not."""
+    """Yields, for each block of ``model``, the block's name, each part that can be fused, and the reason why the part
+    is not fused, or None."""
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
@@ -120,7 +129,10 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
 
 
 def _called(module: nn.Module) -> Optional[str]:
-    """Returns the kind of block that a class's name says; None: no kind, or the name of a child's class says it too."""
+    """Returns the kind of block that the name of the module's class stands for.
+
+    Returns None if the name stands for no kind, or if the class name of a child contains the same part.
+    """
     name = _stock(module).__name__.lower()
     part, kind = next(((part, kind) for part, kind in _CALLED if part in name), ("", None))
     inner = (child for child in module.modules() if child is not module)
@@ -128,7 +140,7 @@ def _called(module: nn.Module) -> Optional[str]:
 
 
 def _device_around(model: nn.Module, name: str) -> str:
-    """Returns the type of the device of the first parameter around a module that has none."""
+    """Returns the device type of the first parameter in the nearest module around ``name`` that has parameters."""
     while name:
         name = name.rpartition(".")[0]
         if (parameter := next(model.get_submodule(name).parameters(), None)) is not None:

@@ -1,4 +1,4 @@
-"""nn.Dropout on a CPU: the mask is drawn in a vector's lanes, and drawn again in the backward."""
+"""nn.Dropout on a CPU: SIMD code draws the mask, and the backward draws the mask again instead of saving it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Dropout", "dropouts_of_adapters"]
 
 
 class Dropout(Block):
-    """nn.Dropout, on a CPU. Those of adapters are the adapter layers' own."""
+    """A fused nn.Dropout on a CPU. The dropouts of adapter layers are not replaced by this class."""
 
     block_kind = "dropout"
 
@@ -30,13 +30,13 @@ class Dropout(Block):
         if not isinstance(self, Dropout):
             return type(self).forward(self, input)
         acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(input)
-        # PyTorch's result has the input's strides.
+        # PyTorch's result has the strides of the input, and the operator's result is contiguous.
         if not acts or input.device.type != "cpu" or not input.is_contiguous() or self.block_reason() is not None:
             return self.stock_class.forward(self, input)
         return ops.dropout(input, self.p)
 
 
 def dropouts_of_adapters(model: nn.Module) -> set[nn.Module]:
-    """Returns the dropouts of LoRA's layers, which read their probabilities."""
+    """Returns the dropout modules of LoRA and AdaLoRA layers."""
     held = (getattr(module, "lora_dropout", None) for module in model.modules())
     return {dropout for children in held if isinstance(children, nn.Module) for dropout in children.modules()}

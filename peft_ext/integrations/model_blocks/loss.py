@@ -1,8 +1,8 @@
 """The loss of a language model without whole logits, between two public points of transformers.
 
 While a model trains with labels, the model's head (point one) returns a :class:`.pending.Pending` in place of logits.
-``PreTrainedModel.loss_function`` (point two) takes a Pending that arrives unused, and runs
-:func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` when they are asked for.
+``PreTrainedModel.loss_function`` (point two) takes a Pending that nothing has used, and runs
+:func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` at the first read.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from ..adapter_layers.reasons import (
 from ..forms import row_of
 from .pending import Call, Pending, computed, real
 
-ModelOutput: Any = ()  # of which nothing is an instance
+ModelOutput: Any = ()  # isinstance(x, ()) is False for every x
 with optional("transformers", "the loss of a language model takes whole logits"):
     from transformers.utils import ModelOutput
 
-FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
+FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # the module has no FusedLoraLinear without PEFT
 
 __all__ = ["compute_losses", "defer_losses", "loss_parts"]
 
-# The name under which an output holds its Pending, and the node of its loss a weak reference to the Pending.
+# The key under which an output's ``__dict__`` holds its Pending, and under which the metadata of the loss's autograd
+# node holds a weak reference to the Pending.
 _PENDING = "_peft_ext_pending"
-# By loss function: the functions that it called when its code was read; None where its form is unknown.
+# Maps a loss function to the functions that it called when its code was read; to None if its form is unknown.
 _LOSSES: dict[Any, Optional[tuple[Any, ...]]] = {}
 
 
@@ -57,7 +58,8 @@ def _called_by(function: Any) -> tuple[Any, ...]:
 
 
 def _is_known_loss(function: Any) -> bool:
-    """Returns whether a loss function has a known form, and calls the functions that it called when it was read."""
+    """Returns whether a loss function has a known form and still calls the functions that it called when its code was
+    read."""
     if not inspect.isfunction(function):
         return False
     if function not in _LOSSES:
@@ -71,7 +73,7 @@ def _is_known_loss(function: Any) -> bool:
 
 
 class Forward:
-    """A forward that is under way: its model, the model's head, and the head's calls that were left to the loss."""
+    """A running forward: the model, the model's head, and the calls of the head that returned a Pending."""
 
     def __init__(self, model: nn.Module, head: Optional[nn.Module]) -> None:
         self.model, self.head = model, head
@@ -79,11 +81,11 @@ class Forward:
 
 
 def _is_traced() -> bool:
-    """Returns whether torch.compile, and not torch.export, traces, in a release that is known to trace a Pending."""
+    """Returns whether torch.compile (and not torch.export) is tracing, in a torch release that can trace a Pending."""
     return torch.__version__ >= "2.13" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
-_THREAD = threading.local()  # ``forward``: the Forward on this thread
+_THREAD = threading.local()  # its attribute ``forward`` is the Forward that runs on this thread, or None
 
 
 def _forward_now() -> Optional[Forward]:
@@ -91,14 +93,14 @@ def _forward_now() -> Optional[Forward]:
 
 
 class DefersLoss:
-    """A layer over a frozen weight whose outputs are a model's logits.
+    """The base class of fused heads: layers over a frozen weight whose outputs are a model's logits.
 
-    A subclass gives ``_reason``, the reason of its own for whole logits, and ``_call``, which returns a Call, or None
-    where the logits have to be computed.
+    A subclass defines ``_reason``, which returns why the layer's logits have to be computed whole (or None), and
+    ``_call``, which returns a Call, or None if the logits have to be computed.
     """
 
     def head_reason(self) -> Optional[str]:
-        """Returns why the logits are computed whole in training."""
+        """Returns why the logits are computed whole in training, or None."""
         reason = self._reason() or kernel_reason("linear_cross_entropy", next(self.parameters()).device.type)
         if not reason and (self._forward_hooks or self._backward_hooks or self._backward_pre_hooks):
             reason = "hooks on the head have to run"
@@ -107,7 +109,8 @@ class DefersLoss:
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, DefersLoss):  # restored, and called by who held the bound method
+        # A caller may hold the bound method from before `restore`, and call the method with a restored layer.
+        if not isinstance(self, DefersLoss):
             return type(self).forward(self, *args, **kwargs)
         forward, call = _forward_now(), None
         if forward is not None and forward.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
@@ -138,14 +141,16 @@ LinearHead.__name__, LinearHead.stock_class = "Linear", nn.Linear
 STOCK[LinearHead] = nn.Linear
 LINEAR.append(LinearHead)
 
-# Head by the class of a layer, stock or fused; and the classes of heads, with the class of the layer alone.
+# HEADS maps the class of a layer to the class that the layer gets as a head. LAYERS maps the class of a head to the
+# class that the layer gets when losses are not deferred any more.
 HEADS: dict[type, type] = {nn.Linear: LinearHead, FusedLinear: LinearHead}
 LAYERS: dict[type, type] = {LinearHead: nn.Linear}
 
 if FusedLoraLinear is not None:
 
     class LoraHead(DefersLoss, FusedLoraLinear):
-        """A head with one LoRA adapter over a frozen weight. Its dropout is PEFT's own, of PyTorch's mask."""
+        """A head with one LoRA adapter over a frozen weight. Dropout is computed by PEFT's dropout module, with
+        PyTorch's mask."""
 
         def _reason(self) -> Optional[str]:
             reason, alone = self._reasons()
@@ -185,17 +190,19 @@ if FusedLoraLinear is not None:
 
 
 class LanguageModel:
-    """A model of transformers, the head of which leaves its logits to the loss function in a training step."""
+    """The base class of fused language models: in a training step the head returns a Pending, from which the loss
+    function computes the loss."""
 
     stock_class: type
     stock_loss_function: Callable[..., Any]
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing: the method of transformers would take the class that is made here for a new model."""
+        """Does nothing: the method of transformers would treat the fused class as a new model class."""
 
     @property
     def loss_function(self) -> Any:
-        function, forward = self.stock_loss_function(), _forward_now()  # torch.compile traces no property of super()
+        # `stock_loss_function` is called because torch.compile can't trace a property of super().
+        function, forward = self.stock_loss_function(), _forward_now()
         return function if forward is None or forward.model is not self else functools.partial(_loss, function)
 
     @loss_function.setter
@@ -203,7 +210,7 @@ class LanguageModel:
         super(LanguageModel, type(self)).loss_function.__set__(self, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class was made at run time: it is made again from the model's.
+        # Pickle can't find a class that was made at run time, so unpickling makes the class again from the stock class.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, (self.stock_class,), *state
 
@@ -215,19 +222,21 @@ def _new(stock: type) -> Any:
 
 @functools.cache
 def _on_loss(stock: type) -> type:
-    """Returns the subclass of a model's class ``stock`` that leaves its logits to the loss, made once."""
+    """Returns the fused subclass, which defers the loss, of a model's class ``stock``. The first call makes it."""
     names = list(inspect.signature(stock.forward).parameters)
     at = names.index("labels") - 1 if "labels" in names else sys.maxsize
 
-    @functools.wraps(stock.forward)  # whose signature Trainer and generate read
+    @functools.wraps(stock.forward)  # Trainer and generate read the signature of the forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, LanguageModel):  # restored, and called by who held the bound method
+        # A caller may hold the bound method from before `restore`, and call the method with a restored model.
+        if not isinstance(self, LanguageModel):
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
         if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):
             return run(*args, **kwargs)
         labels = args[at] if at < len(args) else kwargs.get("labels")
-        # Under torch.compile `_loss` alone asks: `loss_function` may log, which a trace can't, and may never be called.
+        # Under torch.compile only `_loss` checks the loss function. The property `loss_function` may write to a log,
+        # which can't be traced.
         known = labels is not None and (torch.compiler.is_compiling() or _is_known_loss(self.stock_loss_function()))
         if not known or under_a_transform() or torch.jit.is_tracing() or "_is_replica" in self.__dict__:
             return run(*args, **kwargs)
@@ -249,7 +258,8 @@ def _on_loss(stock: type) -> type:
 
 
 def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Computes the loss of an unused Pending without logits, else calls the model's loss function with real logits."""
+    """Computes the loss of an unused Pending without logits; otherwise calls the model's loss function with real
+    logits."""
     first = args[0] if args else kwargs.get("logits")
     if type(first) is Pending and first._value is None and _is_known_loss(function):
         named = {name: value for name, value in kwargs.items() if name != "logits"}
@@ -263,7 +273,7 @@ def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _settled(output: Any, forward: Forward) -> Any:
-    """Returns a forward's output with real logits, or of a ModelOutput with logits that wait to be asked for."""
+    """Returns a forward's output with real logits, or a ModelOutput that computes its logits at the first read."""
     used = "its forward does not hand its head's logits to its loss function"
     if any(call.logits is not None for call in forward.calls):
         used = "its forward uses the logits before the loss, other than for a scale or a soft cap, or has another loss"
@@ -284,7 +294,8 @@ def _settled(output: Any, forward: Forward) -> Any:
 
 
 def _settled_in_graph(output: Any, _: Forward) -> Any:
-    """Returns a forward's output as a graph returns it: with real logits, or a ModelOutput with an unused Pending."""
+    """Returns the output of a compiled forward: with real logits, or a ModelOutput whose ``logits`` is an unused
+    Pending."""
     logits = output.get("logits") if isinstance(output, ModelOutput) else None
     if type(logits) is Pending and logits._call.is_taken and logits._value is None:
         return output
@@ -294,21 +305,25 @@ def _settled_in_graph(output: Any, _: Forward) -> Any:
 def _without_pending(value: Any) -> Any:
     if pytree.tree_any(lambda one: type(one) is Pending, value):
         return pytree.tree_map(real, value)
-    for name, one in list(getattr(value, "__dict__", {}).items()):  # of an output that is no container
+    for name, one in list(getattr(value, "__dict__", {}).items()):  # for outputs that are no pytree containers
         if type(one) is Pending and name != _PENDING:
             setattr(value, name, real(one))
     return value
 
 
 class _Logits:
-    """The logits of an output that waits. No field: FSDP2 searches fields for tensors, DDP and pytrees items."""
+    """The descriptor of ``logits`` in an output whose logits are not computed yet. Reading computes the logits.
+
+    A dataclass field or an item would not do: FSDP2 looks for tensors in fields, DDP and pytrees in items.
+    """
 
     def __get__(self, output: Any, kind: Any = None) -> Any:
         return None if output is None else output._whole().logits
 
 
 def _pending_behind(nodes: list[Any], depth: int = 4) -> Optional[Pending]:
-    """Returns the Pending behind a loss that may have been cast or copied since; None: there is none, or several."""
+    """Returns the Pending of a loss, also if the loss was cast or copied after the forward, by a search through at most
+    ``depth`` levels of autograd nodes. Returns None if there is no Pending, or several."""
     nodes = [node for node in nodes if node is not None]
     if found := [node.metadata[_PENDING] for node in nodes if _PENDING in node.metadata]:
         return found[0]() if len(found) == 1 else None
@@ -316,7 +331,8 @@ def _pending_behind(nodes: list[Any], depth: int = 4) -> Optional[Pending]:
 
 
 class _Waits:
-    """An output until its logits are asked for, by name or place; it then has the class that it would have had."""
+    """A model output whose logits are not computed yet. Reading the logits, by name or by position, computes them and
+    gives the output its stock class."""
 
     logits = _Logits()
 
@@ -334,7 +350,8 @@ class _Waits:
         return self
 
     def __post_init__(self) -> None:
-        """Finds the Pending behind the loss of an output that DDP, FSDP or accelerate make of another's items."""
+        """Finds the Pending by the loss, for an output that DDP, FSDP or accelerate build from the items of another
+        output."""
         if (logits := self.__dict__.pop("logits", None)) is not None:
             self.__class__ = type(self).__mro__[2]
             self["logits"] = logits
@@ -347,7 +364,7 @@ class _Waits:
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int) and key == 0:
-            return next(iter(self.values()))  # the loss
+            return next(iter(self.values()))  # item 0 of an output with a deferred loss is the loss
         return super().__getitem__(key) if isinstance(key, str) and key != "logits" else self._whole()[key]
 
     def __contains__(self, key: Any) -> bool:
@@ -365,8 +382,11 @@ class _Waits:
 
 @functools.cache
 def _waiting(kind: type) -> type:
-    """Returns the subclass of an output's class whose logits wait. One for all: the garbage collector alone frees a
-    class, and hidden states that it reaches would wait for that."""
+    """Returns the subclass of an output's class whose logits are computed at the first read, made once per class.
+
+    One class serves all outputs: only the garbage collector frees a class, and a class per output would hold hidden
+    states until then.
+    """
     fields = {name: field for name, field in kind.__dataclass_fields__.items() if name != "logits"}
     held = {"__doc__": kind.__doc__, "__module__": __name__, "__dataclass_fields__": fields}
     made = type(kind)(kind.__name__, (_Waits, kind), held)
@@ -376,21 +396,21 @@ def _waiting(kind: type) -> type:
 
 # --- accelerate, restore, explain -------------------------------------------------------------------------------------
 
-# Why the last training step of a model had whole logits; empty: it had none.
+# Maps a model to the reason why the model's last training step computed whole logits; "" if the step computed none.
 _USED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def _head_of(owner: Any) -> Optional[nn.Module]:
     try:
         found = owner.get_output_embeddings()
-    except Exception:  # a model without a head; another's method of this name, which wants arguments
+    except Exception:  # the model has no head, or a class outside of transformers has a method of this name
         return None
     return found if isinstance(found, nn.Module) else None
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yields the language models in ``model``, each with its head."""
-    seen: set[int] = set()  # a model and the one around it may name the same
+    """Yields the language models in ``model``, each with its head. A head is yielded once, with its outermost model."""
+    seen: set[int] = set()  # ids of the heads found: a model and a module inside of it may return the same head
     for module in model.modules():
         if hasattr(type(module), "get_output_embeddings") and (head := _head_of(module)) is not None:
             if id(head) not in seen:
@@ -399,13 +419,14 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def defer_losses(model: nn.Module) -> None:
-    """Gives each language model with a known loss function, and its head, the class that leaves the logits to it."""
+    """Gives each language model with a known loss function, and the model's head, the fused classes that defer the
+    loss."""
     _LOSSES.clear()
     for owner, layer in list(_owners(model)):
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
         if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
-            if not isinstance(owner, LanguageModel):  # as it stays where fully_shard has made a class of the class
+            if not isinstance(owner, LanguageModel):  # fully_shard's subclass of a fused class is a LanguageModel
                 owner.__class__ = _on_loss(type(owner))
 
 
@@ -420,7 +441,8 @@ def compute_losses(model: nn.Module) -> None:
 
 
 def loss_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Optional[str]]]:
-    """Yields the heads of the language models in ``model``, each with the reason why its logits are computed whole."""
+    """Yields the heads of the language models in ``model``, each with the reason why its logits are computed whole, or
+    None."""
     _LOSSES.clear()
     for owner, layer in _owners(model):
         yield layer, _reason(owner, layer)
@@ -436,7 +458,8 @@ def _reason(owner: Any, layer: nn.Module) -> Optional[str]:
     if reason := layer.head_reason():
         return reason
     if replaced_on_instance(owner):
-        inner = (owner.__dict__.get(name) for name in ("_original_forward", "_old_forward"))  # accelerate's, around it
+        # The forward below the wrappers that the library accelerate puts on an instance.
+        inner = (owner.__dict__.get(name) for name in ("_original_forward", "_old_forward"))
         if not any(getattr(one, "__func__", None) is type(owner).forward for one in inner):
             return "the model's forward was replaced on the instance (TRL does, and computes the loss by itself)"
     return _USED.get(owner) or None

@@ -1,7 +1,7 @@
-"""MLPs on fused operators: down(act(gate x) ∘ up x), down(act(up x)).
+"""MLPs on fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
-The activation is one pass; saved are gate and up, and what ``down`` saves of act(gate) ∘ up is computed again in the
-backward.
+The activation is computed in one pass, and saves the outputs of ``gate`` and ``up`` for the backward. The input of
+``down``, if ``down`` saves it, is computed again in the backward.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ __all__ = ["Mlp"]
 
 
 class Mlp(Block):
-    """``inner``: the layer in, or gate and up; ``out``: the layer out; ``act``: the activation's name; ``gated``; a
-    dropout behind the layer out ("out") or behind the activation ("act"), or none (""), and its name: of a layer, or of
-    a probability."""
+    """A fused MLP.
+
+    Facts of its row: ``inner``, the names of the first layer, or of gate and up; ``out``, the name of the last layer;
+    ``act``, the name of the activation's attribute; ``gated``, whether the MLP is gated; ``drops``, "out" for a dropout
+    behind the last layer, "act" for one behind the activation, "" for none; ``dropout``, the name of the attribute that
+    holds the dropout module or the dropout's probability.
+    """
 
     block_kind = "MLP"
 
@@ -59,10 +63,10 @@ class Mlp(Block):
         known, modules = self.peft_ext_known, self._modules
         out, act = modules[known.out], getattr(self, known.act)
         if known.drops == "act" and getattr(getattr(out, "weight", x), "dtype", None) is not x.dtype:
-            return self.stock_class.forward(self, x)  # T5's kind changes the dtype on its way to the layer out
+            return self.stock_class.forward(self, x)  # T5's MLP casts the input of the last layer to the weight's dtype
         with siblings.together(self, (known.inner,)):
             inner = [modules[name](x) for name in known.inner]
-        # The operator's result lies in one piece, PyTorch's as its input does.
+        # The operator's result is contiguous, and PyTorch's result has the strides of its input.
         plain = all(accepts_input(value) and value.is_contiguous() for value in inner)
         name = activation_name(act, inner[0].dtype) if plain else None
         if name is None or len({value.dtype for value in inner}) > 1:
@@ -75,7 +79,7 @@ class Mlp(Block):
         return self._dropped(self._finished(operator, args, out), "out")
 
     def _finished(self, operator: Callable[..., Tensor], args: tuple, out: nn.Module) -> Tensor:
-        if torch.compiler.is_compiling():  # no compiler traces hooks on what is saved, but it is told what to recompute
+        if torch.compiler.is_compiling():  # torch.compile can't trace saved-tensor hooks, but can trace a checkpoint
             h = checkpoint(operator, *args, use_reentrant=False) if torch.is_grad_enabled() else operator(*args)
             return out(self._dropped(h, "act"))
         h = operator(*args)
@@ -91,5 +95,6 @@ class Mlp(Block):
 
 
 def _calls_hooks(layer: nn.Module) -> bool:
-    """Returns whether hooks see the layer's input, which they may change where no version shows it."""
+    """Returns whether hooks on the layer or its children get the layer's input. A hook may change the input in place
+    without a new version."""
     return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())

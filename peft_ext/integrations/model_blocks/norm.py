@@ -1,4 +1,5 @@
-"""RMSNorm and LayerNorm on fused operators: saved are x and one or two numbers a row, and no float32 copy of x."""
+"""RMSNorm and LayerNorm on fused operators. The backward needs x, the weight and one or two numbers per row, and no
+float32 copy of x."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from .block import Block, strides_of
 
 __all__ = ["LEAST", "LayerNorm", "RMSNorm"]
 
-# Of how many elements a LayerNorm on a CPU is the operator's: of fewer PyTorch's shorter call is the faster one.
+# Fewest elements of x for which a LayerNorm on a CPU runs the operator, by dtype. For fewer elements PyTorch's
+# layer_norm is faster, because its call has less overhead.
 LEAST = {torch.bfloat16: 1 << 17, torch.float16: 1 << 17, torch.float32: 1 << 20}
 
 
 class Norm(Block):
-    """A norm over the last dimension."""
+    """The base class of fused norms over the last dimension."""
 
     def _norm_reason(self, operator: str, eps: Any, *names: str) -> Optional[str]:
         if reason := self.replaced_reason():
@@ -38,7 +40,8 @@ class Norm(Block):
 
 
 class RMSNorm(Norm):
-    """``x / sqrt(mean x² + eps) ∘ (weight + offset)``, in float32, rounded before or after the weight."""
+    """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row has ``rounds``,
+    the normalized x is rounded to x's dtype before the multiplication by the weight."""
 
     block_kind = "RMSNorm"
 
@@ -61,14 +64,16 @@ class RMSNorm(Norm):
             return ops.rms_norm(x, weight, eps, offset=offset, round_before_weight=known.rounds)
         if (order := strides_of(x)) is None:
             return self.stock_class.forward(self, x)
-        # The result lies in memory as x does, as that of a formula of elements.
+        # The result gets the strides of x, as the result of the stock class's elementwise operations has.
         y = ops.rms_norm(x.permute(order), weight, eps, offset=offset, round_before_weight=known.rounds)
         return y.permute([order.index(dim) for dim in range(x.dim())])
 
 
 class LayerNorm(Norm):
-    """nn.LayerNorm over the last dimension. Autocast, which takes it in float32, is PyTorch's, and so are few elements
-    on a CPU, where its shorter call is the faster one."""
+    """A fused nn.LayerNorm over the last dimension.
+
+    PyTorch's layer_norm runs under autocast, which computes it in float32, and for few elements on a CPU (see LEAST).
+    """
 
     block_kind = "LayerNorm"
 
@@ -83,7 +88,8 @@ class LayerNorm(Norm):
     def _fused(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         few = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() < LEAST.get(x.dtype, 0)
-        # PyTorch's for few elements, and its error, or what it makes of the two, where dtype or shape does not fit.
+        # PyTorch's layer_norm runs for few elements, and where dtype or shape do not fit. PyTorch's layer_norm then
+        # raises its own error, or computes with two dtypes.
         if few or x.dtype is not weight.dtype or x.shape[-1:] != self.normalized_shape:
             return nn.LayerNorm.forward(self, x)
         return ops.layer_norm(x, weight, self._parameters["bias"], self.eps)

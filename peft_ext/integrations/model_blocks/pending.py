@@ -1,11 +1,13 @@
 """The logits of a language model's head that are not computed before something uses them.
 
-In a training step the head returns a :class:`Pending`, a plain object, in place of logits. A loss function that takes
-the Pending unused is computed without whole logits, by :meth:`Call.loss`. Any other use computes the real logits, once.
-A scale, a soft cap and a cast to float32 are steps that the Pending notes, and that :meth:`Call.loss` computes.
+In a training step the head returns a :class:`Pending`, a plain object, in place of logits. If a loss function gets a
+Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. A scale, a soft cap and a cast
+to float32 are steps that the Pending records and that :meth:`Call.loss` computes. Reading the shape, dtype or device
+computes nothing. Any other use of the Pending computes the real logits, once.
 
-torch.compile traces a Pending: a compiled forward has the operator of the loss in its graph, and no logits. The output
-of a compiled forward has the Pending for ``logits``. The Pending computes the logits, outside of the graph, at any use.
+torch.compile traces a Pending: a compiled forward has the operator of the loss in its graph, and no logits. The
+``logits`` of a compiled forward's output is the Pending, which computes the logits outside of the graph when it is
+used.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from ..adapter_layers.reasons import is_plain
 
 __all__ = ["Call", "Pending", "computed", "real"]
 
-# Keyword arguments of a model's forward that reach its loss function, which ignores them.
+# Keyword arguments of a model's forward that reach the model's loss function, and that the loss function ignores.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
     "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
 })  # fmt: skip
-# PyTorch's own functions, also where somebody replaces them later.
+# The functions of torch.nn.functional at import, by name. They stay PyTorch's own if another library replaces one
+# later.
 _FUNCTIONAL = {name: value for name, value in vars(F).items() if getattr(value, "__globals__", None) is vars(F)}
 
 
@@ -51,11 +54,11 @@ def _(tensors: list[Tensor]) -> Tensor:
 
 
 class Call:
-    """One call of a head: the tensors from which its logits are computed, or its loss without logits.
+    """One call of a head: the tensors from which the call's logits, or the loss without logits, can be computed.
 
-    ``inputs``: the hidden states, and, of an adapter with dropout, the hidden states after dropout. ``forward``:
-    computes the logits from the inputs, as the head does. ``operands``: the arguments of ``ops.linear_cross_entropy``
-    beside the inputs and the labels.
+    ``inputs``: the hidden states and, if the head's adapter has dropout, the hidden states after dropout. ``forward``:
+    the function that computes the logits from the inputs as the head does. ``operands``: the arguments of
+    ``ops.linear_cross_entropy`` that depend on the head alone.
     """
 
     def __init__(
@@ -63,14 +66,15 @@ class Call:
         operands: dict[str, Any],
     ) -> None:  # fmt: skip
         self._is_traced = torch.compiler.is_compiling()
-        # A trace sees no change of the inputs: it takes copies, which the compiler removes where nothing is changed.
+        # Traced code can't check whether the inputs were changed, so it takes copies. The compiler removes the copies
+        # of inputs that nothing changes.
         self.inputs = tuple(x.clone() for x in inputs) if self._is_traced else inputs
         self.operands, self.dtype, self.device = operands, dtype, inputs[0].device
         self.shape = torch.Size((*inputs[0].shape[:-1], operands["weight"].shape[0]))
-        self.is_taken = False  # a loss was computed without the logits
-        self.is_widened = False  # by accelerate's mixed precision, which casts the outputs of a model to float32
+        self.is_taken = False  # whether a loss was computed without the logits
+        self.is_widened = False  # whether the library accelerate's mixed precision cast the model's outputs to float32
         self.logits: Optional[Tensor] = None
-        # All that stand for these logits or a function of them, while the model's forward runs.
+        # The Pendings of these logits and of their scaled or capped forms, while the model's forward runs.
         self.pending: list[Pending] = []
         device = self.device.type
         self.has_autocast = torch.is_autocast_enabled(device)
@@ -80,7 +84,7 @@ class Call:
         self._state_then: Any = (_state_in_graph if self._is_traced else _state_of)(self._tensors_then)
 
     def autocast(self) -> torch.autocast:
-        """Returns the autocast under which the head was called."""
+        """Returns an autocast context with the settings under which the head was called."""
         return torch.autocast(*self._autocast, enabled=self.has_autocast)
 
     def _settings(self) -> tuple:
@@ -90,14 +94,15 @@ class Call:
         return type(self._layer), *held, getattr(self._layer, "disable_adapters", False)
 
     def _tensors(self) -> list[Tensor]:
-        """Returns the tensors that the logits are computed with, without copies."""
+        """Returns the tensors from which the logits are computed, except inputs that were copied for a trace."""
         operands = [value for value in self.operands.values() if isinstance(value, Tensor)]
         return [*(() if self._is_traced else self.inputs), *self._layer.parameters(), *operands]
 
     def _is_changed(self) -> bool:
-        """Returns whether the logits would be others than those of the head's call."""
+        """Returns whether the inputs, the head or its adapters have changed since the head's call, so that logits
+        computed now would differ from the logits of that call."""
         if torch.compiler.is_compiling():
-            return False  # the trace of one forward
+            return False  # a trace is of one forward, in which the head's tensors do not change
         found, then = self._tensors(), self._tensors_then
         if len(found) != len(then) or any(one is not other for one, other in zip(found, then, strict=True)):
             return True
@@ -105,7 +110,7 @@ class Call:
         return self._settings() != self._settings_then or _state_of(found) != state
 
     def compute(self) -> Tensor:
-        """Returns the real logits with their graph, by the head's own forward, computed once."""
+        """Returns the real logits with their autograd graph; the first call computes them by the head's own forward."""
         if self.logits is None:
             if self._is_changed():
                 raise RuntimeError(
@@ -121,9 +126,9 @@ class Call:
         self, steps: tuple[Step, ...], labels: Any = None, vocab_size: Any = None, num_items_in_batch: Any = None,
         ignore_index: Any = -100, shift_labels: Any = None, **rest: Any,
     ) -> Optional[Tensor]:  # fmt: skip
-        """Returns the causal loss, after ``steps``, by :func:`peft_ext.ops.linear_cross_entropy`.
+        """Returns the causal loss of the logits after ``steps``, by :func:`peft_ext.ops.linear_cross_entropy`.
 
-        Returns None where the loss function has to run.
+        Returns None if the model's own loss function has to run on real logits.
         """
         (hidden, *low), items = self.inputs, num_items_in_batch
         given = labels if shift_labels is None else shift_labels
@@ -152,7 +157,7 @@ class Call:
             outside = ((given < 0) | (given >= vocab_size)) & (given != ignore_index)
             if hidden.device.type != "cpu" or not outside.any():
                 raise
-            return None  # to raise the loss function's own error
+            return None  # the model's own loss function then runs, and raises its error for a label out of range
         self.is_taken = True
         return loss
 
@@ -166,7 +171,11 @@ _APPLIED: dict[str, Callable[..., Tensor]] = {
 
 
 def _scale_and_cap(steps: tuple[Step, ...]) -> Optional[tuple[float, Optional[float]]]:
-    """Returns scale s and cap c of ``c tanh(s z / c)`` or, without a cap, of ``s z``; None: the steps are neither."""
+    """Returns the scale s and the cap c if the steps compute ``c tanh(s z / c)``, or s and None if they compute ``s
+    z``.
+
+    Returns None if the steps compute another function.
+    """
     scale, inner = 1.0, None
     for name, number in steps:
         if name == "tanh" and inner is not None:
@@ -181,9 +190,10 @@ def _scale_and_cap(steps: tuple[Step, ...]) -> Optional[tuple[float, Optional[fl
 
 
 class Pending:
-    """The logits of a head, or a scaled or capped form of them, not computed before something uses them. No tensor.
+    """Stands for the logits of a head, or for scaled or capped logits, until something uses them. It is no tensor.
 
-    A Pending is gone when the model's forward ends, but of a compiled forward, whose output has it for logits.
+    A caller of the model gets a Pending only from a compiled forward, as the ``logits`` of the output. The output of
+    another forward holds its Pending internally, and gives real logits.
     """
 
     __array_priority__ = Tensor.__array_priority__
@@ -200,7 +210,8 @@ class Pending:
         return getattr(self._call if name in ("device", "shape") else real(self), name)
 
     def _after(self, name: str, number: Any = None) -> Any:
-        """Returns this Pending after one more step; the real result where it is computed, or ``number`` is none."""
+        """Returns a Pending with one more step, or the real result if this Pending was computed already, if gradients
+        are off, or if ``number`` is no finite number other than 0."""
         is_number = number is None or (type(number) in (float, int) and number != 0 and -math.inf < number < math.inf)
         if self._value is not None or not is_number or not torch.is_grad_enabled():
             return _APPLIED[name](real(self), number)
@@ -230,15 +241,16 @@ class Pending:
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        # A function of torch.nn.functional that calls this names what stands in its module, which may be a wrapper
-        # around it that is under way already.
+        # PyTorch's function passes as `func` what its name in torch.nn.functional now stands for. If a library replaced
+        # the name by a wrapper, calling `func` would enter the running wrapper again; so PyTorch's own function is
+        # called.
         name = next((name for name, value in vars(F).items() if value is func), None)
         args, kwargs = pytree.tree_map(real, (args, kwargs or {}))
         return _FUNCTIONAL.get(name, func)(*args, **kwargs)
 
 
 def real(value: Any) -> Any:
-    """Returns the real logits of a Pending, and anything else as it is."""
+    """Returns the real logits of a Pending, and returns any other value unchanged."""
     if type(value) is not Pending:
         return value
     has_grad = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -251,7 +263,10 @@ def real(value: Any) -> Any:
 
 
 def computed(pending: Pending) -> Tensor:
-    """Computes the logits and, before anything can change them in place, all that stands for a function of them."""
+    """Returns the real value of a Pending.
+
+    All Pendings of the call are computed at once, because later code may change the logits in place.
+    """
     if pending._value is None:
         logits = pending._call.compute()
         for one in (pending, *pending._call.pending):

@@ -1,8 +1,9 @@
-"""The proof that a formula is a class's own function: the same values and gradients, at extremes, in each dtype.
+"""The proof that a row's formula gives the values and gradients of a class's own code, for extreme inputs, in each
+dtype.
 
-An instance is made of the row alone, with layers and weights of the proof's own, and runs by the class's forward and by
-this package's. The tests do it for every row and every class that has its form; ``register_form`` and the command do it
-for a class that has none yet.
+The proof makes an instance of the class from the row alone, with layers and weights of the proof, and runs the class's
+forward and the fused forward. The tests prove every row for every class that has the form. ``register_form`` and the
+command ``python -m peft_ext.integrations.model_blocks`` prove a formula for a class without a known form.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ __all__ = ["disproof", "proposals", "register_form"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAGNITUDES = (1e-4, 1.0, 1e2, 1e4)
-# How many units in the last place of the largest value the results may differ by: forward, gradients.
+# Tolerance per kind of form, for the values and for the gradients, in units of the dtype's eps times the largest value
+# of a row (values) or of the tensor (gradients).
 _ULPS = {
     "rms_norm": (4, 24),
     "layer_norm": (4, 24),
@@ -42,7 +44,7 @@ _K, _F = 24, 20
 
 
 def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
-    """Returns where the formula of ``row`` gives something else than ``cls`` does; None: nowhere."""
+    """Returns for which input the formula of ``row`` and the code of ``cls`` differ; None if they agree everywhere."""
     if form.writes:
         return "its forward assigns to attributes of the module"
     if row.kind in ("sdpa", "causal_loss"):
@@ -60,7 +62,7 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
 
 
 def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
-    """Returns the dtypes of x and of the weights to try, and whether under autocast in bfloat16."""
+    """Returns the cases to try: the dtype of x, the dtype of the weights, and whether bfloat16 autocast is on."""
     mixed = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
     held = [dtype for dtype in DTYPES if holds_for(row, dtype)]
     pairs = [(dtype, dtype) for dtype in held] + (mixed if row.get("mixed") == "yes" else [])
@@ -69,7 +71,7 @@ def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
 
 
 def _reads_of(row: Row) -> set[str]:
-    """Returns the attributes of the instance that a row accounts for."""
+    """Returns the names of the attributes of an instance that the row's formula uses."""
     names = [
         *row.names("inner"),
         row.get("weight"),
@@ -89,7 +91,7 @@ def _reads_of(row: Row) -> set[str]:
 
 
 def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
-    """Returns an instance of ``cls`` that has what the row names, and nothing else."""
+    """Returns an instance of ``cls`` that has only the attributes and layers that the row's formula uses."""
     torch.manual_seed(0)
     made = object.__new__(cls)
     nn.Module.__init__(made)
@@ -139,12 +141,12 @@ def _fill_attention(made: Any, row: Row) -> None:
         setattr(made, option.split(":")[1], 7)
 
 
-# What attentions called their function with, in the order of the calls.
+# A summary of the mask and the keyword arguments of each call of :func:`_noted`, in the order of the calls.
 _CALLS: list[Any] = []
 
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """Stands in transformers' registry for an attention while one is proved, and notes how it is called."""
+    """The attention function that instances of the proof use. It records a summary of its arguments in ``_CALLS``."""
     _CALLS.append((_told(mask), _told(given)))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=given.get("scaling")).transpose(1, 2).contiguous()
@@ -152,7 +154,8 @@ def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any
 
 
 def _inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple, dict]]]]:
-    """Yields what an input is, and a function that makes it: positional arguments and others."""
+    """Yields a description of each input, and a function from a dtype to the input's positional and keyword
+    arguments."""
     width = {"gate": 2 * _F}.get(row.kind, _K)
 
     def drawn(*shape: int) -> Tensor:
@@ -197,7 +200,7 @@ def _attention_arguments(row: Row, drawn: Callable[..., Tensor], dtype: torch.dt
 
 
 class _Cache:
-    """A cache that notes how it is called, and gives other keys and values than it got."""
+    """A key and value cache that records its calls, and returns keys and values that differ from the given ones."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -231,14 +234,15 @@ def _differs(
             module = _instance(cls, row, of_weights, training)
             args, kwargs = arguments(dtype)
             found.append(_run(_called(cls, row, form, module, ours), module, autocast, args, kwargs))
-        except Exception as error:  # whatever another function raises
+        except Exception as error:  # the class's code is foreign and may raise any exception
             return f"{'the formula' if ours else 'the class'} raises {type(error).__name__}: {error}"
     stock, fused = found
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     if stock[2] != fused[2]:
         return f"the cache and attention are called with {fused[2]}, wanted {stock[2]}"
     if row.kind == "rms_norm" and dtype is of_weights and dtype is not torch.float32:
-        a, b = fused[0][0], stock[0][0]  # where it rounds is the formula: most results have the same bits
+        # The place of the rounding is part of the formula, so most results must have the same bits.
+        a, b = fused[0][0], stock[0][0]
         if a.numel() and a.shape == b.shape and (a.nan_to_num() == b.nan_to_num()).double().mean() < 0.97:
             return "the values are rounded at another place"
     for index, what in enumerate(("the values", "the gradients")):
@@ -247,19 +251,20 @@ def _differs(
             return f"{what} are {len(fused[index])} tensors, wanted {len(stock[index])}"
         for a, b in zip(fused[index], stock[index], strict=True):
             strict = row.kind in ("rms_norm", "layer_norm", "attention")
-            if not strict and index == 1 and a.shape == x.shape:  # PyTorch's ReLU passes on the gradient of a NaN
+            if not strict and index == 1 and a.shape == x.shape:  # PyTorch's ReLU passes gradients on where x is NaN
                 a, b = (value.masked_fill(~x.isfinite(), 0.0) for value in (a, b))
             eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
             if (why := _unlike(a, b, ulps * eps, strict, whole=index == 1)) is not None:
                 return f"{what} differ: {why}"
-            of_elements = row.kind in ("activation", "gate")  # which are given what a linear layer returns
+            # Activations and gates get the contiguous output of a linear layer, so that strides need not agree.
+            of_elements = row.kind in ("activation", "gate")
             if index == 0 and a.stride() != b.stride() and a.numel() and not of_elements:
                 return f"the strides are {a.stride()}, wanted {b.stride()}"
     return None
 
 
 def _called(cls: type, row: Row, form: Form, module: Any, ours: bool) -> Callable:
-    """Returns what computes: a forward of the class, or the fused one's."""
+    """Returns the function to run: the fused forward if ``ours``, else the class's own forward."""
     if row.kind == "activation":
         name = row.get("function") or {"": "gelu"}.get(row.get("approximate"), "gelu_tanh")
         return (lambda x: ops.activation(x, name)) if ours else (lambda x: cls.forward(module, x))
@@ -280,7 +285,7 @@ def _called(cls: type, row: Row, form: Form, module: Any, ours: bool) -> Callabl
 
 
 def _normed_of_few(fused: Any, x: Tensor) -> Tensor:
-    """Calls a LayerNorm that takes the operator for few elements, too."""
+    """Returns the output of a fused LayerNorm that runs the operator also for fewer elements than LEAST."""
     least = dict(LEAST)
     LEAST.clear()
     try:
@@ -307,9 +312,12 @@ def _run(
 
 
 def _unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
-    """Returns how two tensors differ beyond rounding: of values that are not finite, or by ``tolerance`` of the largest
-    finite value of a row, or of the ``whole``, where terms of sums may cancel. Not ``strict``: NaN and infinity are the
-    same, of which PyTorch's activations give the one or the other for an infinite input as the instructions go."""
+    """Returns how two tensors differ beyond rounding, or None.
+
+    Elements that are not finite must agree. Finite elements may differ by ``tolerance`` times the largest finite value
+    of the row, or of the whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and
+    infinity count as equal: for an infinite input, PyTorch's activations give either, depending on the instruction set.
+    """
     if found.shape != wanted.shape or found.dtype is not wanted.dtype:
         return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"
     if not found.numel():
@@ -365,7 +373,10 @@ def _sdpa_disproof(function: Callable) -> Optional[str]:
 
 
 def _loss_disproof(function: Callable) -> Optional[str]:
-    """Compares with the operator over an identity, whose logits are its hidden states."""
+    """Returns how a loss function and the operator linear_cross_entropy differ, or None.
+
+    The operator gets the identity matrix as weight, so that its logits equal its hidden states.
+    """
     for dtype, items, shifted in itertools.product(DTYPES, (None, 5, torch.tensor(7)), (False, True)):
         logits = (torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
         labels = torch.tensor([[3, 1, -100, 4, 10, 0], [-100, 2, 2, 7, -100, 9]])
@@ -389,7 +400,8 @@ def _loss_disproof(function: Callable) -> Optional[str]:
 
 
 def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields kinds and formulas that a class may have by what its forward reads; the proof decides."""
+    """Yields the kinds and formulas that fit the attributes that a class's forward reads. The proof decides which
+    holds."""
     reads = set(form.reads)
     for eps, weight in itertools.product(("variance_epsilon", "eps", "epsilon"), ("weight", "scale")):
         if {eps, weight} <= reads <= {eps, weight, "with_scale", "normalized_shape", "hidden_size", "dim"}:
@@ -424,7 +436,10 @@ def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def proposed(cls: type) -> tuple[Optional[Row], str]:
-    """Returns the row of the first formula that a class passes the proof of; None, and why the last one failed."""
+    """Returns the row of the first proposed formula that passes the proof for ``cls``, and "".
+
+    If no formula passes, returns None and the reason why the last formula failed.
+    """
     form, why = form_of(cls), "no kind's formula fits what its forward reads"
     for kind, formula in proposals(cls, form):
         row = Row(form.digest, kind, tuple(formula.items()), f"{cls.__module__}.{cls.__qualname__}", 1, "proposed")
@@ -434,23 +449,25 @@ def proposed(cls: type) -> tuple[Optional[Row], str]:
 
 
 def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
-    """Makes the form of ``cls`` a known one in this process, after the proof that each row of the table has passed.
+    """Makes the form of ``cls`` a known form in this process, if the formula passes the proof for ``cls``.
 
     Args:
-        cls: the class; all classes with its code get the same forward.
+        cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
         kind: "rms_norm" or "mlp".
-        formula: as in the table. rms_norm: ``weight`` and ``eps``, the names of its attributes; ``offset``, 0 or 1,
-            which is added to the weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before it meets the
-            weight; ``mixed``, whether the formula also holds where x and the weight have different dtypes.
-            mlp: ``inner``, the layer in, or gate and up; ``out``, the layer out; ``act``, the activation; ``gated``;
-            ``drop``, "out:name" or "act:name" for a dropout behind the layer out or the activation; "out:p:name" where
+        formula: the values of the row. For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0
+            or 1, which is added to the weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the
+            multiplication by the weight; ``mixed``, whether the formula also holds if x and the weight have different
+            dtypes.
+            For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
+            layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
+            "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
             the attribute is a probability.
-            Both: ``needs``, attributes that must have the given value, as "with_scale:True".
+            For both: ``needs``, attributes that must have the given value, as "with_scale:True".
 
-    Returns: the row. The next :func:`peft_ext.accelerate` uses it.
+    Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
 
-    Raises: ValueError where the kind or a name is unknown, the class's code has no form, or the formula gives other
-    values or gradients than the class: the message says where.
+    Raises: ValueError if the kind or the name of a value is unknown, if the class's code has no form, or if the formula
+    and the class give different values or gradients. The message says for which input.
     """
     if kind not in ("rms_norm", "mlp"):
         raise ValueError(f"register_form: kind is {kind!r}, wanted 'rms_norm' or 'mlp'")
