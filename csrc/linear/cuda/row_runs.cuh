@@ -11,13 +11,14 @@
 namespace peft_ext {
 
 struct RowRun {
-  int32_t first, rows;  // rows of the matrix; rows is 0 if the tile is unused
-  int32_t tile;         // first of the run's tiles
-  int32_t expert;       // -1: no expert
+  int32_t first, rows;  // first row and number of rows in the matrix; rows is 0 if the run is unused
+  int32_t tile;         // index of the run's first tile
+  int32_t expert;       // index of the expert; -1: no expert
   int32_t before;       // number of the expert's rows before `first`
 };
 
-// A chunk: sums over more than kChunkRows rows of an expert are divided among several blocks.
+// Number of tiles in a chunk. Sums over more than kChunkRows rows of an expert are divided among several blocks, one
+// for each chunk.
 constexpr int kChunkTiles = 16;
 constexpr int kChunkRows = kChunkTiles * kTileRows;
 

@@ -20,7 +20,7 @@ struct RowTile {
 };
 
 struct RowTable {
-  const int32_t* rows = nullptr;   // [tiles][kTileRows]
+  const int32_t* rows = nullptr;   // [tiles][kTileRows]: row of the matrix, or -1
   const RowTile* tiles = nullptr;  // null: rows are in order, and all rows have one factor
 };
 

@@ -2,8 +2,8 @@
 //
 // v = v₀ + v₁ + v₂, where v_i is the bfloat16 nearest to v - v₀ - … - v_{i-1}. Each term has 8 bits, and float32's
 // range. A bfloat16 has one term, a float16 two, a float32 three. A product of two such sums computes the products of
-// the terms i, j with i + j <= 2; the omitted ones are below 2⁻²⁴ of the result. If the result is rounded to 16 bits at
-// once, two terms with i + j <= 1 are enough: the omitted products are below 2⁻¹⁶.
+// the terms i, j with i + j <= 2; the omitted products are below 2⁻²⁴ of the whole product. If the sum is rounded to 16
+// bits at once, two terms with i + j <= 1 are enough: the omitted products are below 2⁻¹⁶.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -33,16 +33,16 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// Memory orders of a small matrix's terms. Each order is that of the fragments of one operand: a lane's part is 16
-// bytes, a warp's 512 bytes are contiguous, and a 64 x 64 tile is contiguous, at offsets that the compiler knows.
+// Memory orders of a small matrix's terms. Each order is the order of the fragments of one operand: a lane's part is 16
+// bytes, and a warp's 512 bytes are contiguous. In kPass a 64 x 64 tile is contiguous too.
 enum class TermsOrder : int {
-  kPass,   // B of a rank pass: outer = ranks, inner = summed; a lane has two steps of 16
+  kPass,   // B of a rank pass: outer = ranks, inner = summed dimension; a lane has two steps of 16
   kLeft,   // A of expand: outer = rows, inner = ranks
   kRight,  // B of expand: outer = columns, inner = ranks; a lane has two tiles of 8, see expand.cuh
 };
 
 // A small matrix [outer, inner] as terms, zero-padded. inner is the summed dimension, padded to a multiple of 16
-// (kPass: of 64). outer is padded to 16, to 32, or to a multiple of 64 (kRight: to a multiple of 64).
+// (kPass: of 64). outer is padded to 16, to 32, or to a multiple of 64 (kLeft and kRight: to a multiple of 64).
 struct Terms {
   const uint4* data = nullptr;
   int count = 0;
@@ -76,7 +76,7 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
 
 // Memory to write terms to.
 struct TermsOut {
-  uint32_t* data = nullptr;  // null: not wanted
+  uint32_t* data = nullptr;  // null: no terms are written
   int count = 0;
   int64_t outer = 0, inner = 0;  // padded
   TermsOrder order = TermsOrder::kPass;
@@ -128,8 +128,8 @@ struct Split {
   const void* in;
   DType type;
   int64_t outer, inner, outer_stride, inner_stride;
-  const float* outer_scale;  // null: 1
-  const float* inner_scale;  // null: 1
+  const float* outer_scale;  // factors [outer]; null: 1
+  const float* inner_scale;  // factors [inner]; null: 1
   TermsOut out;
 };
 
@@ -155,7 +155,8 @@ __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
 constexpr int kMaxSplits = 3;
 constexpr int kSplitThreads = 256;
 
-// The small matrices of one call. One launch splits them all, because a launch takes longer than splitting a matrix.
+// The small matrices of one call. One launch splits all matrices, because a launch takes longer than splitting a
+// matrix.
 struct Splits {
   Split work[kMaxSplits];
 };
