@@ -13,7 +13,7 @@ namespace peft_ext {
 
 namespace {
 
-// Rows of W that are widened to float32 at a time.
+// Number of rows of W that are widened to float32 at a time.
 constexpr int64_t kWidePanel = 1024;
 
 // Returns W's rows [begin, end) in float32, [end - begin, K].
@@ -82,7 +82,7 @@ bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens,
 
 namespace {
 
-constexpr int64_t kDroppedTokens = 128;  // tokens in one unit of a thread's work
+constexpr int64_t kDroppedTokens = 128;  // number of tokens in one unit of a thread's work
 
 // Calls run(work, first row) for each group of kDroppedRows rows of W. work.turned is the transposed group.
 template <typename Run>

@@ -46,7 +46,7 @@ inline Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), tensor.scalar_type());
 }
 
-// Returns the rows [begin, end) of a contiguous matrix, without a copy.
+// Returns the run's rows of a contiguous matrix, without a copy.
 inline Tensor rows_of_run(const Tensor& matrix, const Run& run) {
   const int64_t columns = matrix.size(1);
   return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});

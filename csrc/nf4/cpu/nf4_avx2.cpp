@@ -14,9 +14,9 @@
 namespace peft_ext {
 namespace {
 
-// Pivots of the bisection. A lane's pivot depends on the number found so far. A comparison gives -1 if true, so that
-// the numbers go from 0 down: entry 8 - i is the pivot of -i, and entry 0 that of 0. `!(pivot >= value)` puts a NaN
-// above all pivots.
+// Pivots of the bisection. The next pivot of a lane depends on the leading bits of the lane's code, which the previous
+// comparisons have found. A comparison gives -1 if true, so that the found bits form a number from 0 down: entry 8 - i
+// is the pivot for the number -i, and entry 0 is the pivot for 0. `!(pivot >= value)` puts a NaN above all pivots.
 struct Pivots {
   alignas(32) float values[3][8] = {};
 
@@ -52,8 +52,8 @@ inline void store_codes(uint8_t* packed, const __m256i* codes) {
 
 template <typename T>
 inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum is taken of the bits without sign, as integers. A NaN's bits are above infinity's: NaN wins, as in
-  // amax.
+  // The maximum is taken of the bits without sign, as integers. The bits of a NaN are above the bits of infinity, so
+  // that a NaN wins, as in torch.amax.
   const __m256i sign_free = _mm256_set1_epi32(0x7fffffff);
   __m256i most = _mm256_setzero_si256();
   for (int64_t i = 0; i < blocksize; i += 8)
@@ -86,7 +86,7 @@ inline BytePlanes byte_planes(__m128i first8, __m128i last8) {
   return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
 }
 
-// Expands 16 bytes to 32 elements of two bytes.
+// Expands 16 bytes of codes to 32 elements of two bytes.
 inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* out) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
   const __m128i nibble = _mm_set1_epi8(15);
@@ -102,7 +102,7 @@ inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* 
   _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
 }
 
-// Expands 4 bytes to 8 elements.
+// Expands 4 bytes of codes to 8 elements.
 inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) {
   int32_t four;
   memcpy(&four, packed, sizeof(four));
@@ -113,7 +113,7 @@ inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) 
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-// The 16 products of a block.
+// The 16 products code * scale of a block.
 struct Products {
   __m256 first8, last8;
 

@@ -1,7 +1,8 @@
-// The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of them.
+// The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of these
+// kernels.
 //
-// Matrices with a dimension of the rank are float32, and the rank is padded with zeros to a multiple of kRankStep. The
-// order of all sums depends only on the sizes.
+// In RowPass and Expand, matrices with a dimension of the rank are float32, and the rank is padded with zeros to a
+// multiple of kRankStep. The order of all sums depends only on the sizes.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +13,7 @@
 namespace peft_ext {
 
 constexpr int64_t kRankStep = 16;
-// Rows and columns that a pass takes at a time.
+// Numbers of rows and of columns that a pass takes at a time.
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
@@ -65,7 +66,8 @@ struct Expand {
 
 constexpr int64_t kColumnStep = 32;
 
-// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = or += sum_k x[t, k] w[n, k]. w is read once.
+// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = or += sum_k x[t, k] w[n, k]. w is read once for each
+// group of tokens that for_token_groups makes.
 struct FewTokens {
   const void* w;  // [rows, columns]
   DType dtype;    // dtype of w
@@ -100,8 +102,8 @@ struct DropElements {
 };
 constexpr int64_t kDropTogether = 512;
 
-// Products with the elements that the mask drops, for few dropped elements. W [N, K] comes transposed, a group of its
-// rows at a time. For the tokens [begin, end):
+// Products with the elements that the dropout mask drops, for few dropped elements. W [N, K] comes transposed, a group
+// of W's rows at a time. For the tokens [begin, end):
 //   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`
 //   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`
 struct Dropped {
@@ -109,11 +111,11 @@ struct Dropped {
   DType dtype;
   int64_t m_stride;  // row stride of m
   int64_t columns;   // K
-  int64_t rows;      // rows of W in this group, at most kDroppedRows
+  int64_t rows;      // number of W's rows in this group, at most kDroppedRows
   const uint32_t* keep;
   int64_t keep_words;
   const float* turned;  // [K, stride]: the group of rows, transposed and zero-padded
-  int64_t stride;       // a multiple of kDroppedStrip
+  int64_t stride;       // row stride of `turned`, a multiple of kDroppedStrip
   float* out;
   int64_t out_stride;
   bool accumulate = false;

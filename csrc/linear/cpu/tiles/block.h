@@ -1,5 +1,6 @@
-// A block of up to 2 x 2 strips of sums, which stays in L1. The kernels clear a block, add products to it, and write
-// its results once. Include this file after the target pragma and after the files of an instruction set, which define
+// A block of up to 2 x 2 strips of sums, which stays in L1. The kernels clear a block, add products to the block, and
+// write the block's results once. Include this file after the target pragma and after the files of an instruction set,
+// which define
 //   Row: 16 sums, with the operations of the Vec of simd_<isa>.h
 //   transposed(part, rows): returns the columns of 16 x 16 sums
 //   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values
@@ -20,7 +21,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int kBlockStrips = 2;  // strips of a block, in rows and in lanes
+constexpr int kBlockStrips = 2;  // largest number of strips in a block, in rows and in lanes
 constexpr int kBlockElements = kBlockStrips * kBlockStrips * kStrip * kStrip;
 
 template <typename Left>

@@ -1,5 +1,6 @@
-// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. An NF4 weight is
-// decoded during the conversion. Include this file after the target pragma and the microkernel's file.
+// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. While a panel of
+// an NF4 weight is converted to strips, the weight is decoded. Include this file after the target pragma and the
+// microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"

@@ -19,7 +19,8 @@ struct TileUnit {
   TileUnit() {}
 };
 
-constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // elements in one step of a pair
+constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // kDepthStep: depth of one step; kPair: number of elements
+                                                           // of a pair in one step
 constexpr int kPairs = 4;                                  // pairs of rows, and pairs of lanes, in registers at a time
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
