@@ -29,8 +29,7 @@ struct Adapter {
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]
-  const Groups* groups = nullptr;   // adapters of a mixed batch, instead of the fields above; allowed only in the
-                                    // forward
+  const Groups* groups = nullptr;   // adapters of a mixed batch, instead of the fields above; null in the backward
 
   bool low_rank() const { return lora_A.has_value() || groups != nullptr; }
   int64_t rank() const { return groups != nullptr ? groups->rank : lora_A.has_value() ? lora_A->size(0) : 0; }

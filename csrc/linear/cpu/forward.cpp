@@ -1,9 +1,9 @@
 // The forward of the adapted layer, whose formula is in adapted_linear.h. One of three ways computes the base product:
 //
 //   tiles    bfloat16 on a CPU with bfloat16 products: one pass writes Y with all terms of Y
-//   few      few tokens: W (decoded from NF4 if needed), A and B are read row by row, in their own layout, without panels
+//   few      few tokens: W (decoded from NF4 if needed), A and B are read row by row, without panels
 //   mm       otherwise: PyTorch's matrix product. If Y has no other operation, the product is added in place onto the
-//            low-rank term. Otherwise another pass computes Y from the product in float32
+//            low-rank term. Otherwise another pass computes Y from the product, in float32
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
@@ -195,8 +195,7 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   if (there) {
     before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
     const Tensor dense = transposed(working_weight(f.op, f.weight, type));
-    if (finish.rank == 0 && finish.bias_before != nullptr) {  // the product is added to the bias, as in PyTorch's
-                                                              // linear layer
+    if (finish.rank == 0 && finish.bias_before != nullptr) {  // nn.Linear adds x Wᵀ to the bias too
       fill_rows(before, finish.bias_before);
       addmm_(before, x, dense, 1.0);
       finish.bias_before = nullptr;

@@ -206,8 +206,7 @@ void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, con
     Expand work = finish;
     work.rank = s.strides[i];
     if (segment.group >= 0) {
-      work.left = s.of(i) - segment.begin * s.strides[i];  // the kernel indexes the rows of `left` by the token's index
-                                                           // in the call
+      work.left = s.of(i) - segment.begin * s.strides[i];  // the kernel indexes `left` by the token's index in x
       work.right = rights[static_cast<size_t>(segment.group)].const_data_ptr<float>();
     }
     for (int64_t t = segment.begin; t < segment.end; t += kTaskTokens)

@@ -48,7 +48,7 @@ struct TokensFinish {
   float scaling;
   const float* scale;       // g [outputs]; null: all ones
   const void* bias_before;  // b₀, T [outputs], or null
-  const void* bias_after;   // b₁
+  const void* bias_after;   // b₁, T [outputs], or null
   void* y;                  // T [tokens, outputs]
   void* z;                  // T [tokens, outputs]: y before g and b₁; or null
 };

@@ -8,12 +8,12 @@
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep, kDecodeStrips:
 //     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB. The
 //     function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
-//   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand without a copy. This way
-//     is used for up to kFewStrips strips of tokens; with kFewStrips 0 W is always copied to strips
+//   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand, without a copy. The
+//     forward uses rows_of for up to kFewStrips strips of tokens; with kFewStrips 0 the forward never uses rows_of
 //   decodes_rows(weight): whether rows of this W can be a left operand that is decoded during the product with one
 //     strip of tokens
-//   decoded_rows(weight, row): that left operand
-//   class TileUnit: an object of the class exists while a task multiplies.
+//   decoded_rows(weight, row): returns the left operand that decodes W's rows from `row` on
+//   class TileUnit: an object of this class exists while a task multiplies.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -32,7 +32,7 @@ inline void multiply(const Left& left, int left_strips, const bf16* right, int r
 
 struct Block {
   alignas(64) float c[kBlockElements];
-  int left, right;  // strips
+  int left, right;  // numbers of strips in rows and in lanes
 
   float* part(int i, int j) { return c + (i * kBlockStrips + j) * kStrip * kStrip; }
   void clear() {

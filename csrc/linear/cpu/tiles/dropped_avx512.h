@@ -3,8 +3,8 @@
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
 //             E[t] = sum over dropped k of x[t, k] W[:, k]. W's columns k lie in rows. One step of the dot product
-//             takes two of them
-//   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all of them
+//             takes two of these columns
+//   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all kept elements
 //             dropped elements: dX[t, k] = dY[t] · W[:, k], one dot product for each element
 //
 // Forward and backward need W's columns as rows. For that, a panel of W is transposed once, into the memory after the

@@ -86,19 +86,18 @@ constexpr int64_t kDroppedStep = 4;
 // transpose takes half of the scratch that a thread keeps.
 constexpr int64_t kDroppedDepth = 65536;
 
+// Arguments of the forward. With `dropped`, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ.
 struct TileForward {
   TileWeight weight;
   int64_t tokens;
   const bf16* x;        // right strips of x; null with `rest`
-  const bf16* dropped;  // right strips of mask ∘ x, or null. With it Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃
-                        // Wᵀ,
-  float dropped_scale;  // as in PEFT's DoRA; mask ∘ x times dropped_scale is x̃
+  const bf16* dropped;  // right strips of mask ∘ x, or null
+  float dropped_scale;  // x̃ is mask ∘ x times dropped_scale
   DroppedEntries rest;  // with `dropped`: null, or the dropped elements of x
   int64_t rank;         // 0: no low-rank term
   const float* s;       // strips of S: [strips, rank, 16]
   const float* b;       // ρB [rows rounded up to 32, rank]
-  const TileTerm* terms = nullptr;  // terms of a mixed batch, or null; strip i has the terms [first_term[i],
-                                    // first_term[i + 1])
+  const TileTerm* terms = nullptr;  // terms of a mixed batch, or null; strip i begins at first_term[i]
   const int64_t* first_term = nullptr;
   const float* scale;        // g [rows] or null
   const float* bias_before;  // b₀ [rows] or null
@@ -112,8 +111,7 @@ struct TileBackward {
   int64_t tokens;
   const bf16* grad;             // left strips of G
   const bf16* more;             // left strips of H, or null
-  const bf16* given = nullptr;  // null, or dY [tokens, rows], from which the dropped elements of dX are computed as
-                                // elements of dY W
+  const bf16* given = nullptr;  // null, or dY [tokens, rows]; the dropped elements of dX are then those of dY W
   int64_t rank;                 // 0: no low-rank term
   const float* p;               // [tokens rounded up to 32, rank]
   const float* a;               // strips of A: [strips, rank, 16]
