@@ -56,8 +56,7 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
 
 struct DeviceBackward {
   Tensor grad_x;           // dX in x's shape; [0] if needs_grad_x is false
-  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; unset if the layer has no adapter
-                           // matrices
+  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; unset without lora_A
   Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; [0] without rank_scale
   Tensor grad_in_scale;    // gradient of in_scale, [K] float32; [0] without in_scale
   Tensor grad_out_scale;   // gradient of out_scale, [N] float32; [0] if z is nullopt

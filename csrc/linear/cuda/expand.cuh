@@ -95,8 +95,8 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
     }
 }
 
-// kSteps: number of steps of 16 ranks if known at compile time, otherwise 0. Grid: x: tiles of rows; y: tiles of
-// columns.
+// kSteps: number of steps of 16 ranks if known at compile time, otherwise 0.
+// Grid: x: tiles of rows; y: tiles of columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;

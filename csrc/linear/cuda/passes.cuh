@@ -119,8 +119,7 @@ struct PassInput {
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
   const RowTiles* tiles = nullptr;  // allowed only with `right`, which then holds one factor per adapter
-  const RowRuns* runs = nullptr;    // allowed with `right` or `left`, not with both; `right` then holds one factor per
-                                    // expert
+  const RowRuns* runs = nullptr;    // allowed with `right` or `left` alone; `right` then holds one factor per expert
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
 };
@@ -144,10 +143,8 @@ struct PassSums {
 // [ranks][columns]), and Q = Dᵀ L if `left` is given (L as [ranks][rows]). P and Q are partial sums.
 struct PassWants {
   bool squares = false;            // whether to sum the squares of D's rows; only with F alone
-  bool mask = false;               // whether to store the bits of the mask; only with L alone; ignored if D is not
-                                   // dropped or not whole
-  const Tensor* beside = nullptr;  // E, for the sums of D ∘ E; used only with F and L, up to 32 ranks, if D and E are
-                                   // whole
+  bool mask = false;               // whether to store the mask's bits; only with L alone, and for a whole, dropped D
+  const Tensor* beside = nullptr;  // E, for sums of D ∘ E; only with F and L, up to 32 ranks, and for a whole D
 };
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants = {});
 
@@ -177,8 +174,7 @@ struct Reduced {
   const HeldTerms* transposed = nullptr;
   const Tensor* out = nullptr;
   int64_t row_stride = 0, rank_stride = 0;
-  const RowTiles* tiles = nullptr;  // table of the pass; each tile then has its own rank, and its own scaling instead
-                                    // of `after`
+  const RowTiles* tiles = nullptr;  // table of the pass; each tile then has its own rank and scaling, without `after`
 };
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);

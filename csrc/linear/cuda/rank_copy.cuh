@@ -45,8 +45,7 @@ struct RankPass {
   int64_t padded_rows = 0, padded_columns = 0;
   uint32_t* kept = nullptr;      // bits of the dropout mask, [row tiles][column tiles][kRankThreads], see kKeptBits
   RowTable table;                // kGroupedRows: the table of rows
-  int64_t right_stride = 0;      // distance from one adapter's (or expert's) F to the next F in `right`, in units of 16
-                                 // bytes
+  int64_t right_stride = 0;      // distance from one adapter's or expert's F to the next F, in units of 16 bytes
   const RowRun* runs = nullptr;  // kRunRows: tiles; kRunColumns: chunks, one per chunk of column_sums
 };
 

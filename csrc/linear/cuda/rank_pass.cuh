@@ -16,13 +16,15 @@
 // cp.async fills other stages (plain loads and stores do so for NF4 weights and for matrices that are not whole). The
 // thread that copied eight elements also drops them in place. Fragments of a 16-bit D are loaded by ldmatrix,
 // transposed for Q. Fragments of F and L, which all blocks read, come from L1 and L2; a warp loads as many as registers
-// hold before it waits for D. Shared memory: kRankStages stages, each a tile of D with 64 rows and 64 columns. In a
-// 16-bit dtype the eight groups of a row, of eight columns each, lie in the order group ^ row % 8, so that ldmatrix has
-// no bank conflicts. Rows of float32 are padded to 72 elements. Sums are float32. Each tile (or half of a tile) has
-// fresh sums, which are then added to the block's sums, because a tensor core's own sum rounds toward zero. Blocks
-// write partial sums [chunks][padded rows][padded rank]; a second kernel adds the partial sums in order. The kernel
-// uses no atomics. Bytes moved by a launch: D once, E once, and the partial sums once; the second kernel reads the
-// partial sums.
+// hold before it waits for D.
+// Shared memory: kRankStages stages, each a tile of D with 64 rows and 64 columns. In a 16-bit dtype the eight groups
+// of a row, of eight columns each, lie in the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of
+// float32 are padded to 72 elements.
+// Sums are float32. Each tile (or half of a tile) has fresh sums, which are then added to the block's sums, because a
+// tensor core's own sum rounds toward zero.
+// Blocks write partial sums [chunks][padded rows][padded rank]; a second kernel adds the partial sums in order. The
+// kernel uses no atomics.
+// Bytes moved by a launch: D once, E once, and the partial sums once; the second kernel reads the partial sums.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
@@ -49,8 +51,7 @@ template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
   static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // number of tiles of 8 ranks within 64 ranks
-  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a tile of 64 columns and up to 64 ranks, in
-                                                                  // units of 16 bytes
+  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a factor's tile, in units of 16 bytes
   static constexpr int kHeld = kRoomy ? 2 : 1;
 
   uint4 held[kHeld][kTerms][kTiles];
@@ -276,8 +277,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   // For a whole, dense D: `from` is the address of this thread's part of the next tile, and rows_left and columns_left
   // are the sizes of the part of D that begins at `from`.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // bytes from one tile to the next
-                                                                                      // tile
+  const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // bytes from tile to tile
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
                               (first_row * pass.columns + column + copy_group * kVector) * sizeof(T);
@@ -306,8 +306,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
 
   // `right` and `left` point to this lane's part of the first fragments of F and L.
   using Share = RankShare<kRanks>;
-  constexpr bool kRoomy = kRanks == 2;  // whether registers are left for a larger factor, because 16 ranks have few
-                                        // sums
+  constexpr bool kRoomy = kRanks == 2;  // with 16 ranks, sums take few registers
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
   using Left = RankFactor<kRanks, kMaxTerms, kRoomy && !kBoth>;
   const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;
@@ -352,8 +351,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         }
       }
     }
-    cp_async_commit();  // an empty group is committed too, so that cp_async_wait counts as many groups in the last
-                        // iterations as in the first
+    cp_async_commit();  // an empty group too, so that the wait counts equally many groups in all iterations
   };
 
   typename Share::Sums row_sums[kAround] = {}, column_sums = {};

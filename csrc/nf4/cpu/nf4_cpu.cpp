@@ -94,8 +94,7 @@ class NearestScale {
 
   float thresholds_[256];
   int32_t ordered_[256];      // thresholds_, mapped by in_order
-  uint8_t below_[2 * kBins];  // number of thresholds below each bin of positive values, then below each bin of negative
-                              // values
+  uint8_t below_[2 * kBins];  // numbers of thresholds below the bins of positive, and then of negative values
   int most_ = 0;              // largest number of thresholds in a bin
 };
 

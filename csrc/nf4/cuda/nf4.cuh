@@ -5,10 +5,12 @@
 // Ownership: a warp owns 1024 consecutive elements. Lane l decodes the scale of the l-th 32 elements. Up to 8/9 of the
 // traffic is output, so lanes are ordered along the output: in each step lane l computes the l-th next 16 bytes (8
 // elements; 4 of float32), so that a store of a warp is 512 contiguous bytes. A warp's loads are contiguous too, 4 (2)
-// bytes per lane. Tables: each lane holds one of the 16 codes and other lanes read the code by shuffle, without bank
-// conflicts. The kernel uses no shared memory. Rounding: each float32 product and sum is rounded, without FMA; the
-// result is then rounded once to T, to nearest even. Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized:
-// n/blocksize · 1.016).
+// bytes per lane.
+// Tables: each lane holds one of the 16 codes and other lanes read the code by shuffle, without bank conflicts. The
+// kernel uses no shared memory.
+// Rounding: each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest
+// even.
+// Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
 #pragma once
 
 #include "cuda/ptx.cuh"

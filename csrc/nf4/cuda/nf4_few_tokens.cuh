@@ -3,17 +3,19 @@
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
 // W is the A operand of mma.sync without rearranging, 16 outputs by 16 inputs. The order in which inputs are summed is
-// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s the lane's inputs 16 t
-// + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes x in the same order, 16
-// bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32 lanes], which has no
+// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s the lane's inputs
+// 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes x in the same order,
+// 16 bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32 lanes], which has no
 // bank conflicts. The table holds the codes alone. The product over a slab of 64 inputs is multiplied by the slab's
 // scale in float32, which is nearer to the exact result than rounding each product of code and scale to T, as
-// nf4_dequantize does. A block of 8 warps owns 16 outputs. Warp w owns the slabs w, w + 8, …, so that the bytes of a
-// row are read contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no partial
-// sums in global memory and no second launch, and the bits are equal on every card. The bytes of W for four slabs, and
-// x for one slab, are loaded ahead into registers. Lane t of a row decodes the scale of every fourth slab, from a
-// stored scale that was loaded four slabs earlier. Shared memory: 32 KiB, for the table and then for the sums. Bytes
-// moved: W once; x once per block, from L2 and L1.
+// nf4_dequantize does.
+// A block of 8 warps owns 16 outputs. Warp w owns the slabs w, w + 8, …, so that the bytes of a row are read
+// contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no partial sums in
+// global memory and no second launch, and the bits are equal on every card. The bytes of W for four slabs, and x for
+// one slab, are loaded ahead into registers. Lane t of a row decodes the scale of every fourth slab, from a stored
+// scale that was loaded four slabs earlier.
+// Shared memory: 32 KiB, for the table and then for the sums.
+// Bytes moved: W once; x once per block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"

@@ -69,8 +69,7 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
   const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
   std::optional<Tensor> g;
   if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);
-  const bool wide = dtype == ScalarType::Double;  // the result is float32 values in a wider dtype, for tests, not for
-                                                  // speed
+  const bool wide = dtype == ScalarType::Double;  // the result then has float32 values, for tests only
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
 
   if (rows * columns > 0) {
