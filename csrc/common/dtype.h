@@ -1,5 +1,6 @@
-// Element types that the kernels read and write, and their scalar conversions. The file does not depend on torch. All
-// functions have internal linkage, so that the linker never merges code for one instruction set with that for another.
+// Element types that the kernels read and write, and the scalar conversions of these types. The file does not depend on
+// torch. All functions have internal linkage, so that the linker never merges code for one instruction set with code
+// for another instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -37,8 +38,7 @@ inline float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(v
 inline float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));  // the value is
-                                                                                                   // infinity or NaN
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));  // infinity or NaN
   // Multiplying by 2^-24 avoids subnormal float32 numbers, which the thread may be set to flush to zero.
   if (magnitude < 0x400) return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));

@@ -55,7 +55,7 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
 struct Layer {
   FrozenWeight weight;
   std::optional<Tensor> bias;  // b₁
-  Adapter adapter;             // an adapter without drop_base, in_scale and groups
+  Adapter adapter;             // adapter of the layer, without drop_base, in_scale and groups
 };
 
 // Computes the forward of each layer, with the bits of adapted_forward. For the layers that the tile kernels accept, x
@@ -63,7 +63,7 @@ struct Layer {
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {
-  Tensor grad_x;           // x's shape, or [0] unless asked for
+  Tensor grad_x;           // dX in x's shape; [0] if needs_grad_x is false
   Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; [0] without lora_A
   Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; [0] without rank_scale
   Tensor grad_in_scale;    // gradient of in_scale, [K] float32; [0] without in_scale
@@ -86,7 +86,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 // Otherwise the dX of some layers is added to the rounded sum of the previous layers. A layer without dY has no
 // gradients.
 struct SiblingsBackward {
-  Tensor grad_x;  // x's shape, or [0] unless asked for
+  Tensor grad_x;  // dX in x's shape; [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;
 };
 SiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads, Tensor x,

@@ -63,7 +63,7 @@ struct BackwardCall {
   LinearSizes size;
   Tensor grad, x;  // grad is dY [T, N], x is [T, K]; both are contiguous
   Tensor p;        // P [T rounded up to 32, padded rank]; kernels read the rows beyond T, but store no results of them
-  KeepBits keep;   // the mask's bits, if dropout is active and dX is wanted
+  KeepBits keep;   // bits of the dropout mask, if dropout is active and dX is wanted
 
   ScalarType type() const { return x.scalar_type(); }
   DType dtype() const { return dtype_of(op, "x", x); }

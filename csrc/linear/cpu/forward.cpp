@@ -121,7 +121,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bool apart = rest_apart(calls[0]);  // always false for several layers
+  const bool apart = rest_apart(calls[0]);  // `apart` is false for several layers, because siblings have no drop_base
   const bf16* x = apart ? nullptr
                         : token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
                                        floats(calls[0].adapter.in_scale), nullptr);
@@ -202,7 +202,7 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
     } else {
       mm_out(before, x, dense);
     }
-    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // `before` is Z already
+    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // `before` is already Z
   } else if (!f.drop_base()) {
     before = product_forward(f.op, x, f.weight, type);
   } else {

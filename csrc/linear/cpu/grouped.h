@@ -2,10 +2,10 @@
 //
 //   S_t = x_t A_gᵀ [R_g]      Z_t = x_t Wᵀ + s_g S_t B_gᵀ      for every token t of adapter g
 //
-// A segment is a run of tokens with one adapter. The matrices of an adapter are read in their own layout for few
-// tokens, and packed once per call otherwise. No token is moved in memory. The tile kernels compute, for a strip of 16
-// tokens, the term of each adapter that one of the strip's tokens has; the other kernels compute for a token only the
-// term of the token's adapter.
+// A segment is a run of tokens with one adapter. For few tokens, the matrices of an adapter are read without packing;
+// otherwise the matrices are packed once per call. No token is moved in memory. The tile kernels compute, for a strip
+// of 16 tokens, the term of each adapter that one of the strip's tokens has; the other kernels compute for a token only
+// the term of the token's adapter.
 #pragma once
 
 #include <vector>

@@ -1,7 +1,7 @@
 // Decides how passes over tokens are divided among threads. This file contains only arithmetic.
 //
 // Sums over tokens are computed per chunk of tokens and added in order. The number of chunks depends only on the number
-// of tokens, so that the number of threads never changes a bit.
+// of tokens, so that the results do not depend on the number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -34,7 +34,7 @@ inline int64_t chunks_together(int64_t tokens, int64_t columns, int64_t rank) {
   return std::min(chunks, std::max<int64_t>(1, kMostSums / std::max<int64_t>(1, columns * rank)));
 }
 
-// Returns the smallest number of parts for a thread, if each part has this many multiplications.
+// Returns the smallest number of parts for a thread, if each part has `multiplications` multiplications.
 inline int64_t pass_grain(int64_t multiplications) { return shares(kPassGrain, std::max<int64_t>(1, multiplications)); }
 
 // Returns the number of parts that the busiest thread gets from PyTorch's parallel_for.

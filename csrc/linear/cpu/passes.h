@@ -17,8 +17,8 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 // Runs a pass without `left` over all tokens.
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null without tokens) and returns its sums [columns, rank]. totals: if not null,
-// receives the sums of m's columns, [columns].
+// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [columns, rank]. totals: if
+// not null, receives the sums of m's columns, [columns].
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
 void run_expand(const Expand& work, int64_t tokens);

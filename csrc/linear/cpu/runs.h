@@ -1,6 +1,6 @@
-// The rows of a batch, sorted by expert, and their division among threads. All threads work together on a run of rows
-// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. The number of
-// threads never changes a bit.
+// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on a run of rows
+// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. The results do
+// not depend on the number of threads.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// The norm of each row of W + s B A and its gradients. The formulas are in weight_norm.h.
+// The norm of each row of W + s B A, and the gradients of the norm. The formulas are in weight_norm.h.
 #include "cpu/threads.h"
 #include "linear/cpu/weight_norm.h"
 

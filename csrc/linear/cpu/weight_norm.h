@@ -1,4 +1,4 @@
-// DoRA's norm n of each row of W + s B A, and its gradient. The matrix W + s B A is never formed.
+// DoRA's norm n of each row of W + s B A, and the gradient of the norm. The matrix W + s B A is never formed.
 //
 //   n² = ‖W‖² + 2 rowsum(U ∘ sB) + rowsum(sB (A Aᵀ) ∘ sB),  U = W Aᵀ: one pass over W
 //   dB = c (s U + s² B A Aᵀ),  dA = s (cB)ᵀ W + s² (cB)ᵀ B A,  c = dn / n, or 0 where n = 0: one more pass over W

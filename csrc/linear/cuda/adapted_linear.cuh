@@ -72,7 +72,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
 struct DeviceLayer {
   DeviceWeight weight;
   std::optional<Tensor> bias;  // b₁
-  DeviceAdapter adapter;       // an adapter without drop_base, out_scale and in_scale
+  DeviceAdapter adapter;       // adapter of the layer, without drop_base, out_scale and in_scale
 };
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes

@@ -33,7 +33,7 @@ struct HeldFactors {
   std::vector<Tensor> lora_B;
 };
 
-// Returns the device pointer of the factors for a kernel that reads them.
+// Returns the device pointer of the factors for a kernel that reads the factors.
 inline const TokenFactor* read_factors(const Launcher& launcher, const HeldFactors& held) {
   for (const Tensor& b : held.lora_B) launcher.in<void>(b);
   return static_cast<const TokenFactor*>(launcher.in<void>(held.table));

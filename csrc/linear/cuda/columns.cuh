@@ -26,7 +26,7 @@ struct ColumnWork {
   const void* other;   // matrix that m is multiplied with in the sums; null: no sums
   const float* scale;  // factors [columns]; null if out is null
   float shift;
-  void* out;    // null: no output
+  void* out;    // receives m ∘ (scale + shift); null: no output
   float* sums;  // partial sums [row chunks][columns]
   int64_t rows, columns;
   bool whole;  // columns is a multiple of 8, and the matrices are aligned to 16 bytes
@@ -42,7 +42,7 @@ __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], i
   for (int i = 0; i < kVector; ++i)  // adjacent lanes write adjacent words, without bank conflicts
     shared[threadIdx.x / kWarpSize][i * kWarpSize + threadIdx.x % kWarpSize] = sums[i];
   sync_threads();
-  const int mine = threadIdx.x;  // column within the tile
+  const int mine = threadIdx.x;  // number of the column within the tile
   const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
   if (to < columns) {
     float sum = 0.0f;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 struct Drop {
   const void* x;
-  const void* add;  // T [numel], added to the result; null: 0
+  const void* add;  // T [numel] that is added to mask/(1-p) ∘ x; null: nothing is added
   void* out;
   int64_t numel;
   bool whole;  // x, add and out are aligned to 16 bytes

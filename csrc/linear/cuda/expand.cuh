@@ -32,17 +32,17 @@ enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
 struct ExpandTerms {
   void* out;
   int64_t rows, columns;
-  Terms left;  // L; outer is the rows, inner is the ranks
+  Terms left;  // L as terms: outer is the rows, inner is the ranks
   Terms right;
-  const void* before;  // T [rows, columns] or null; may be out itself
+  const void* before;  // T [rows, columns] that is added to the result, or null; may be `out`
   const void* bias;    // [columns] of bias_type, or null; bias_type is T for kBias and kGrouped, float32 for kOnto
   DType bias_type;
   float bias_scale;
   const void* z;          // T [rows, columns], or null
   const float* scale;     // g [columns], given together with z
-  const uint32_t* kept;   // kMask: bits of the mask, in the layout of a rank pass
-  DeviceDropout dropout;  // kAny: parameters to draw the mask again
-  RowTable table;         // kGrouped, kGroupedAny: the table of rows; left is in the table's order
+  const uint32_t* kept;   // kMask: bits of the dropout mask, in the layout of a rank pass
+  DeviceDropout dropout;  // kAny: parameters of dropout, to draw the mask again
+  RowTable table;         // kGrouped, kGroupedAny: the table of rows; `left` is in the table's order
   int64_t tiles;          // number of tiles of rows
   int64_t right_stride;   // distance from one factor's terms to the next factor's terms, in units of 16 bytes
 };

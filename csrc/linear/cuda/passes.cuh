@@ -1,5 +1,6 @@
 // Host functions that launch passes over activations and over W. The kernels are in the .cuh files. A temporary tensor
-// may be freed right after a launch: later work that reuses its memory runs after the launch, on the same stream.
+// may be freed right after a launch: later work that reuses the tensor's memory runs after the launch, on the same
+// stream.
 #pragma once
 
 #include <algorithm>
@@ -118,8 +119,8 @@ struct PassInput {
   int64_t rows = 0, columns = 0;
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
-  const RowTiles* tiles = nullptr;  // allowed only with `right`, which then holds one factor per adapter
-  const RowRuns* runs = nullptr;    // allowed with `right` or `left` alone; `right` then holds one factor per expert
+  const RowTiles* tiles = nullptr;  // rows of a mixed batch; only with `right`, which then holds one factor per adapter
+  const RowRuns* runs = nullptr;    // rows of experts; only with `right` alone (one factor per expert) or `left` alone
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
 };
@@ -128,14 +129,14 @@ PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullp
 PassInput weight_input(const DeviceWeight& weight, ScalarType type);
 
 struct PartialSums {
-  Tensor sums;  // [chunks, padded rows, padded rank]; with runs each chunk belongs to one run
+  Tensor sums;  // partial sums [chunks, padded rows, padded rank]; with runs a chunk belongs to one run
   int64_t chunks = 0, padded_rows = 0, rows = 0;
 };
 
 struct PassSums {
   PartialSums rows, columns;
   Tensor squares;              // partial sums of the squares of D's rows, [chunks, padded rows]
-  std::optional<Tensor> kept;  // bits of the mask
+  std::optional<Tensor> kept;  // bits of the dropout mask
   std::optional<Tensor> dots;  // partial sums of D ∘ E, [chunks, padded columns]
 };
 
@@ -144,7 +145,7 @@ struct PassSums {
 struct PassWants {
   bool squares = false;            // whether to sum the squares of D's rows; only with F alone
   bool mask = false;               // whether to store the mask's bits; only with L alone, and for a whole, dropped D
-  const Tensor* beside = nullptr;  // E, for sums of D ∘ E; only with F and L, up to 32 ranks, and for a whole D
+  const Tensor* beside = nullptr;  // E, for the sums of D ∘ E; only with F and L, up to 32 ranks, and for a whole D
 };
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants = {});
 

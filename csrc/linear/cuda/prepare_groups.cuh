@@ -3,7 +3,7 @@
 //
 // The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
 // CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
-// launches. Bytes moved: A and B once, their terms once, and 4 T for the table.
+// launches. Bytes moved: A and B once, the terms of A and B once, and 4 T for the table.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -22,7 +22,7 @@ struct AdapterFactors {
 struct TokenRun {
   int32_t first, count;  // first token, and number of tokens
   int32_t place;         // first row in the table
-  int32_t filled;        // number of table rows to fill from `place` on: count, or more up to the end of the tile
+  int32_t filled;        // number of table rows to fill from `place` on: `count`, or more up to a tile's end
   RowTile tile;
 };
 

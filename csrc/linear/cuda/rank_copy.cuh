@@ -8,7 +8,7 @@
 
 namespace peft_ext {
 
-constexpr int kRankTile = kTileRows;  // rows and columns of a tile of D
+constexpr int kRankTile = kTileRows;  // number of rows, and of columns, in a tile of D
 constexpr int kRankThreads = 128;
 
 // The results of a pass. kGroupedRows: P for the rows of a RowTable, where each tile has its own factor. kRunRows: P,
@@ -24,29 +24,29 @@ template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
 template <typename T>
-constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // bytes from one row of a stage to the next
+constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // number of bytes from one row of a stage to the next row
 
 struct RankPass {
-  const void* dense = nullptr;  // D, contiguous; or null for an NF4 weight
+  const void* dense = nullptr;  // D as a contiguous matrix; null for an NF4 weight
   Nf4View nf4{};                // D as an NF4 weight, whose values are rounded to T
   int64_t rows = 0, columns = 0;
   const void* beside = nullptr;  // E, in the layout of D
   DeviceDropout dropout;
-  Terms right;                   // F: outer = ranks, inner = columns, padded to tiles
-  Terms left;                    // L: outer = ranks, inner = rows, padded to tiles
-  int64_t row_tiles = 1;         // tiles of rows per block
-  int64_t column_tiles = 1;      // tiles of columns per block
+  Terms right;                   // F as terms: outer = ranks, inner = columns of D, both padded
+  Terms left;                    // L as terms: outer = ranks, inner = rows of D, both padded
+  int64_t row_tiles = 1;         // number of tiles of rows per block
+  int64_t column_tiles = 1;      // number of tiles of columns per block
   int64_t padded_rank = 0;       // padded rank of the partial sums
   int64_t first_rank = 0;        // first rank that this launch computes
-  float* row_sums = nullptr;     // [column chunks][padded rows][padded_rank]
-  float* squares = nullptr;      // [column chunks][padded rows]
-  float* column_sums = nullptr;  // [row chunks][padded columns][padded_rank]
-  float* dots = nullptr;         // [row chunks][padded columns]
+  float* row_sums = nullptr;     // partial sums of P, [column chunks][padded rows][padded_rank]
+  float* squares = nullptr;      // partial sums of squares, [column chunks][padded rows]
+  float* column_sums = nullptr;  // partial sums of Q, [row chunks][padded columns][padded_rank]
+  float* dots = nullptr;         // partial sums of D ∘ E, [row chunks][padded columns]
   int64_t padded_rows = 0, padded_columns = 0;
-  uint32_t* kept = nullptr;      // bits of the dropout mask, [row tiles][column tiles][kRankThreads], see kKeptBits
+  uint32_t* kept = nullptr;      // bits of the dropout mask: [row tiles][column tiles][kRankThreads], see kKeptBits
   RowTable table;                // kGroupedRows: the table of rows
   int64_t right_stride = 0;      // distance from one adapter's or expert's F to the next F, in units of 16 bytes
-  const RowRun* runs = nullptr;  // kRunRows: tiles; kRunColumns: chunks, one per chunk of column_sums
+  const RowRun* runs = nullptr;  // kRunRows: runs of tiles; kRunColumns: runs of chunks, one per chunk of column_sums
 };
 
 // Layout of a mask's bits, which is the layout in which the threads of a rank pass draw the bits. Thread i of a tile

@@ -14,17 +14,15 @@
 // row_tiles tiles of rows and one tile of columns. Warp w owns the rows from 16 w on of a tile for P, and the columns
 // from 16 w on for Q. Tiles of D pass through kRankStages stages of shared memory: while a block uses one stage,
 // cp.async fills other stages (plain loads and stores do so for NF4 weights and for matrices that are not whole). The
-// thread that copied eight elements also drops them in place. Fragments of a 16-bit D are loaded by ldmatrix,
-// transposed for Q. Fragments of F and L, which all blocks read, come from L1 and L2; a warp loads as many as registers
-// hold before it waits for D.
+// thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit D are loaded
+// by ldmatrix, transposed for Q. Fragments of F and L, which all blocks read, come from L1 and L2; a warp loads as many
+// fragments as registers hold before the warp waits for D.
 // Shared memory: kRankStages stages, each a tile of D with 64 rows and 64 columns. In a 16-bit dtype the eight groups
 // of a row, of eight columns each, lie in the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of
-// float32 are padded to 72 elements.
-// Sums are float32. Each tile (or half of a tile) has fresh sums, which are then added to the block's sums, because a
-// tensor core's own sum rounds toward zero.
-// Blocks write partial sums [chunks][padded rows][padded rank]; a second kernel adds the partial sums in order. The
-// kernel uses no atomics.
-// Bytes moved by a launch: D once, E once, and the partial sums once; the second kernel reads the partial sums.
+// float32 are padded to 72 elements. Sums are float32. Each tile (or half of a tile) has fresh sums, which are then
+// added to the block's sums, because a tensor core's own sum rounds toward zero. Blocks write partial sums
+// [chunks][padded rows][padded rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes
+// moved by a launch: D once, E once, and the partial sums once; the second kernel reads the partial sums.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
@@ -36,7 +34,7 @@ namespace peft_ext {
 // more products.
 template <int kRanks>
 struct RankShare {
-  static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // tiles of 8 ranks per warp
+  static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // number of tiles of 8 ranks per warp
   static constexpr int kParts = kRanks / kTiles;          // number of parts of the ranks; a warp has one part
   static constexpr int kRuns = kParts;                    // number of runs of 16 rows per warp
   using Sums = float[kRuns][kTiles][4];
@@ -51,7 +49,7 @@ template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
   static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // number of tiles of 8 ranks within 64 ranks
-  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a factor's tile, in units of 16 bytes
+  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a factor's tile in 16-byte units
   static constexpr int kHeld = kRoomy ? 2 : 1;
 
   uint4 held[kHeld][kTerms][kTiles];
@@ -130,8 +128,8 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
 }
 
 // Adds the product of this warp's strip of the stage (kTransposed: of its transpose) with F (or L) to sums. The factor
-// holds the fragments of two steps. As soon as a term is used, its registers are loaded for the next two steps, first
-// of this tile and then of the tile at `next`. kRoomy: the factor holds all steps.
+// holds the fragments of two steps. As soon as a term is used, the term's registers are loaded for the next two steps,
+// first of this tile and then of the tile at `next`. kRoomy: the factor holds all steps.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
@@ -306,7 +304,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
 
   // `right` and `left` point to this lane's part of the first fragments of F and L.
   using Share = RankShare<kRanks>;
-  constexpr bool kRoomy = kRanks == 2;  // with 16 ranks, sums take few registers
+  constexpr bool kRoomy = kRanks == 2;  // the sums of 16 ranks take few registers
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
   using Left = RankFactor<kRanks, kMaxTerms, kRoomy && !kBoth>;
   const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;
@@ -351,7 +349,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         }
       }
     }
-    cp_async_commit();  // an empty group too, so that the wait counts equally many groups in all iterations
+    cp_async_commit();  // commits an empty group too, so that every wait counts equally many groups
   };
 
   typename Share::Sums row_sums[kAround] = {}, column_sums = {};

@@ -22,7 +22,7 @@ constexpr int64_t kRankBlocksOfBoth = 384;
 constexpr int64_t kRankTilesAtLeast = 2;
 
 struct RankPlan {
-  int64_t row_tiles, column_tiles;    // tiles per block
+  int64_t row_tiles, column_tiles;    // numbers of tiles per block
   int64_t row_chunks, column_chunks;  // numbers of blocks in the grid
 };
 

@@ -19,11 +19,11 @@ struct RankReduce {
   const float* row_scale;   // factors of the rows; null: 1
   const float* rank_scale;  // factors of the ranks; null: 1
   float after;              // one more factor of the results that are multiplied by rank_scale
-  float* plain;             // [rows][plain_stride], not multiplied by rank_scale
+  float* plain;             // values [rows][plain_stride], not multiplied by rank_scale
   int64_t plain_stride;
-  TermsOut terms;       // [padded rows, padded rank], multiplied by rank_scale
-  TermsOut transposed;  // [padded rank, padded rows], multiplied by rank_scale
-  void* out;            // the values multiplied by rank_scale, with the dtype and strides of the fields below
+  TermsOut terms;       // terms [padded rows, padded rank] of the values multiplied by rank_scale
+  TermsOut transposed;  // terms [padded rank, padded rows] of the values multiplied by rank_scale
+  void* out;            // values multiplied by rank_scale, of dtype `type`, with the strides below
   DType type;
   int64_t row_stride, rank_stride;
 };

@@ -12,7 +12,7 @@ namespace peft_ext {
 struct RunTables {
   const int64_t* ends;  // [experts]
   int64_t experts, rows;
-  int32_t* first_row;    // [experts + 2]: first row of each expert and of no expert, and the end
+  int32_t* first_row;    // [experts + 2]: first row of each expert and of no expert, and the number of rows
   int32_t* first_tile;   // [experts + 2]: first tile of each expert and of no expert, and the number of tiles
   int32_t* first_chunk;  // [experts + 1]: first chunk of each expert, and the number of chunks
   RowRun* tiles;         // [tile_room]

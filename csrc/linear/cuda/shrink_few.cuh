@@ -1,9 +1,9 @@
 // S [T, R] = x̃ Aᵀ for few tokens, in one launch. In generation a launch costs more than the arithmetic.
 //
-// A block owns one rank and kShrinkTokens tokens. Its threads share K, eight inputs at a time, and read A's row once
-// for all tokens. The arithmetic is float32 FMAs. The sums of a warp's lanes are added by shuffles, and the sums of the
-// warps are added in shared memory, always in one order. In a mixed batch the tokens of a block have one adapter. Bytes
-// moved: A once per group of tokens; x once per rank (from L2 after the first time).
+// A block owns one rank and kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and read A's
+// row once for all tokens of the block. The arithmetic is float32 FMAs. The sums of a warp's lanes are added by
+// shuffles, and the sums of the warps are added in shared memory, always in one order. In a mixed batch the tokens of a
+// block have one adapter. Bytes moved: A once per group of tokens; x once per rank (from L2 after the first time).
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"
@@ -92,7 +92,7 @@ constexpr int kGroupedFewTokens = 64;
 // All arguments of a launch, so that nothing is copied from the host. few.s [tokens, rank] receives zeros beyond the
 // rank of a token's adapter.
 struct ShrinkGrouped {
-  ShrinkFew few;         // only x, inputs, whole, rank and s are used
+  ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
   TokenFactor* factors;  // [tokens]: receives the factors that the next kernel reads
   TokenGroup groups[kGroupedFewTokens];
 };

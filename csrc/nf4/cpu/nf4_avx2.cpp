@@ -1,9 +1,9 @@
 // The NF4 kernels of nf4_kernels.h with AVX2.
 //
-// Quantize: 8 values at a time find their codes by bisection, with pivots from register tables. Dequantize: the 16
+// Quantize: bisection finds the codes of 8 values at a time, with pivots from register tables. Dequantize: the 16
 // products code * absmax of a block are computed and rounded once, and then looked up. bfloat16 and float16 words are
 // looked up as two planes of bytes (pshufb), float32 values in two tables of eight (vpermps), selected by the code's
-// high bit. The results have the same bits as one product per element.
+// high bit. The results have the same bits as a separate product for each element.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
 // These headers must be included after the target pragma.

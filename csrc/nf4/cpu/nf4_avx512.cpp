@@ -1,10 +1,10 @@
 // The NF4 kernels of nf4_kernels.h with AVX-512 F/BW/DQ/VL.
 //
-// Quantize: 16 values at a time look up, in register tables, the one threshold that decides each value's code.
+// Quantize: for 16 values at a time, lookups in register tables find the threshold that decides each value's code.
 // Dequantize: the 16 products code * absmax of a block are computed and rounded once, and then looked up: bfloat16 and
 // float16 words with two codes per lane (vpermw), float32 with one code per lane (vpermps). The results have the same
-// bits as one product per element. Both kernels read each element once and write each element once: half a byte and the
-// scales in NF4, and 2 or 4 bytes in the other dtype.
+// bits as a separate product for each element. Both kernels read each element once and write each element once: half a
+// byte and the scales in NF4, and 2 or 4 bytes in the other dtype.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
 // These headers must be included after the target pragma.
@@ -20,7 +20,7 @@ namespace {
 // below[bin], plus one if the value is above bound[bin]. The bin is in the lowest five bits of the float value *
 // kPerUnit + kZero.
 struct Bins {
-  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats of 1.5 * 2^23 have a unit of 1
+  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 have a unit of 1
   alignas(64) float bound[32] = {};
   alignas(64) int32_t below[32] = {};
 

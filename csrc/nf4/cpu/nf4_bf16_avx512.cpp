@@ -59,7 +59,7 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
       if (whole) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);
         scale[r] = _mm512_mask_mov_ps(scale[r], 0xff00, _mm512_set1_ps(work.absmax[block(flat + kSkinnyStep)]));
-      } else {  // half of a group; x is zero where there is no weight
+      } else {  // the last group has one block; x is zero beyond that block
         words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
       }
       for (int t = 0; t < kTokens; ++t) fresh[r][t] = _mm512_setzero_ps();
@@ -115,7 +115,7 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
       if (j + kNibbleGroup <= k) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);
         second = scaled(flat + kSkinnyStep);
-      } else {  // half of a group; x is zero where there is no weight
+      } else {  // the last group has one block; x is zero beyond that block
         words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
       }
       table[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));

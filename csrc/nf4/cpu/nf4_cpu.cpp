@@ -86,14 +86,15 @@ class NearestScale {
 
   static uint32_t first_bits(int bin) { return static_cast<uint32_t>(bin + kFirst) << kShift; }
 
-  // Maps a float to an integer with the same order. Comparing integers takes half the time.
+  // Maps a float to an integer, so that the integers have the order of the floats. Comparing integers takes half the
+  // time.
   static int32_t in_order(float value) {
     const auto bits = static_cast<int32_t>(float_to_bits(value));
     return bits ^ ((bits >> 31) & 0x7fffffff);
   }
 
   float thresholds_[256];
-  int32_t ordered_[256];      // thresholds_, mapped by in_order
+  int32_t ordered_[256];      // the values of thresholds_, mapped by in_order
   uint8_t below_[2 * kBins];  // numbers of thresholds below the bins of positive, and then of negative values
   int most_ = 0;              // largest number of thresholds in a bin
 };
@@ -125,7 +126,7 @@ Tensor nf4_scale_mean_cpu(Tensor absmax) {
   *out = largest;
   if (largest == 0.0f || !std::isfinite(largest)) return mean;
 
-  int above = 0, length = 0;  // the largest is below 2^above, and n is below 2^length
+  int above = 0, length = 0;  // `largest` is below 2^above, and n is below 2^length
   std::frexp(static_cast<double>(largest), &above);
   while (n >> length != 0) ++length;
   const double by = std::ldexp(1.0, 62 - length - above);

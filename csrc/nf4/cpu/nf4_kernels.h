@@ -4,8 +4,8 @@
 //   w_i = code[q_i] * absmax_b, float32, rounded once        packed: high nibble = even element
 //
 // quantize and dequantize handle the blocks [begin, end) of a tensor of n elements. Blocks are independent, so that
-// callers can divide them among threads in any way without changing a bit. blocksize is a multiple of 32, so that a
-// block starts at a whole byte.
+// callers can divide the blocks among threads in any way without changing the results. blocksize is a multiple of 32,
+// so that a block starts at a whole byte.
 #pragma once
 
 #include <stdint.h>
@@ -18,14 +18,14 @@ namespace peft_ext {
 // Multiplies few tokens with the rows [begin, end) of an NF4 weight: y[t, n] = sum_k x[t, k] w[n, k].
 struct Nf4Skinny {
   const uint8_t* packed;
-  const float* absmax;  // scales from the block in which row `begin` starts
+  const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
                         // blocksize and columns are multiples of kSkinnyStep: a step lies in one block and one row
   int64_t columns, rows;
   DType dtype;  // dtype to which each weight is rounded; the bfloat16 kernels round codes or weights to bfloat16
   int64_t tokens;
   const float* x;         // [tokens, columns]
-  const bf16* x_ordered;  // [tokens, columns rounded up], in the order of a bfloat16 kernel
+  const bf16* x_ordered;  // x [tokens, columns rounded up], in the order of a bfloat16 kernel
   float* y;               // [tokens, rows]
 };
 

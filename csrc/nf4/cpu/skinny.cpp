@@ -14,7 +14,7 @@ namespace {
 
 struct SkinnyKernel {
   void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
-  int64_t tokens;  // largest number of tokens; 0: there is no kernel
+  int64_t tokens;  // largest number of tokens that the kernel accepts; 0: there is no kernel
   // For kernels that read x in bfloat16: permutes a row of x to the kernel's order, `group` columns at a time. Null for
   // kernels that read x in float32.
   void (*order)(const bf16* x, int64_t columns, bf16* out) = nullptr;

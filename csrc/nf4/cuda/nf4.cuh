@@ -21,7 +21,7 @@ namespace peft_ext {
 
 // An NF4 weight as an argument of kernels. nested_* are null unless absmax is double-quantized.
 struct Nf4View {
-  const uint8_t* packed;  // aligned to 4 bytes
+  const uint8_t* packed;  // packed codes, aligned to 4 bytes
   const void* absmax;     // float scales, or uint8_t codes of scales if nested_absmax is given
   const float* nested_absmax;
   const float* nested_code;
@@ -34,7 +34,7 @@ constexpr int kNf4Group = 32;                    // number of elements that shar
 constexpr int kNf4Tile = kWarpSize * kNf4Group;  // number of elements per warp
 constexpr int kNf4Warps = 8;                     // number of warps per thread block
 constexpr int kNf4Threads = kNf4Warps * kWarpSize;
-constexpr int kNf4BlocksPerMultiprocessor = 6;  // 1536 threads: the most that every architecture from 8.0 on can hold
+constexpr int kNf4BlocksPerMultiprocessor = 6;  // a multiprocessor of every architecture from 8.0 on holds 1536 threads
 constexpr int kNf4BlockTile = kNf4Warps * kNf4Tile;
 
 // A copy of kNf4Code that device code can index.
@@ -114,8 +114,9 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
     }
   }
 
-  // This barrier keeps the loads of the codes before the loads of the scales. A double-quantized scale is a chain of
-  // two loads, for which the compiler would wait first; now the codes are loaded at the same time.
+  // This barrier keeps the loads of the codes before the loads of the scales. Without the barrier the compiler would
+  // first wait for a double-quantized scale, which is a chain of two loads. With the barrier the codes are loaded at
+  // the same time.
   __syncwarp();
   const float code = kNf4DeviceCode[lane % 16];
   const int64_t group = first + lane * kNf4Group;
@@ -140,7 +141,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       }
     }
     if (kWhole || element + kSize <= weight.numel) {
-      store_vector(out + element, values);  // not a streaming store, because a GEMM reads the weight next
+      store_vector(out + element, values);  // the store is no streaming store, because a GEMM reads the weight next
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {

@@ -3,19 +3,18 @@
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
 // W is the A operand of mma.sync without rearranging, 16 outputs by 16 inputs. The order in which inputs are summed is
-// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s the lane's inputs
-// 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes x in the same order,
-// 16 bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32 lanes], which has no
-// bank conflicts. The table holds the codes alone. The product over a slab of 64 inputs is multiplied by the slab's
-// scale in float32, which is nearer to the exact result than rounding each product of code and scale to T, as
-// nf4_dequantize does.
+// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s the lane's inputs 16 t
+// + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes the inputs of x in the
+// order of W's inputs, 16 bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32
+// lanes], which has no bank conflicts. The table holds the codes alone. The product over a slab of 64 inputs is
+// multiplied by the slab's scale in float32, which is nearer to the exact result than rounding each product of code and
+// scale to T, as nf4_dequantize does.
 // A block of 8 warps owns 16 outputs. Warp w owns the slabs w, w + 8, …, so that the bytes of a row are read
 // contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no partial sums in
 // global memory and no second launch, and the bits are equal on every card. The bytes of W for four slabs, and x for
 // one slab, are loaded ahead into registers. Lane t of a row decodes the scale of every fourth slab, from a stored
-// scale that was loaded four slabs earlier.
-// Shared memory: 32 KiB, for the table and then for the sums.
-// Bytes moved: W once; x once per block, from L2 and L1.
+// scale that was loaded four slabs earlier. Shared memory: 32 KiB, for the table and then for the sums. Bytes moved: W
+// once; x once per block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -27,7 +26,7 @@ constexpr int kFewThreads = 256;
 constexpr int kFewWarps = kFewThreads / kWarpSize;
 constexpr int kFewRows = 16;  // number of outputs per block
 constexpr int kLog2FewSlab = 6;
-constexpr int kFewSlab = 1 << kLog2FewSlab;  // number of inputs in a slab, which share a scale
+constexpr int kFewSlab = 1 << kLog2FewSlab;  // number of inputs in a slab; the inputs of a slab share a scale
 constexpr int kFewAhead = 4;                 // number of slabs that a warp loads ahead
 constexpr int kFewTokens = 16;
 
@@ -41,7 +40,7 @@ struct TokenFactor {
 
 // The operations after a product of few tokens.
 struct TokensFinish {
-  const TokenFactor* factors;  // [tokens] or null; if given, replaces lora_B, lora_B_type, rank_scale and scaling
+  const TokenFactor* factors;  // [tokens], or null; replace lora_B, lora_B_type, rank_scale and scaling if given
   int64_t rank;
   const float* s;      // S [tokens, rank]
   const void* lora_B;  // [outputs, rank] of lora_B_type
@@ -52,12 +51,12 @@ struct TokensFinish {
   const void* bias_before;  // b₀, T [outputs], or null
   const void* bias_after;   // b₁, T [outputs], or null
   void* y;                  // T [tokens, outputs]
-  void* z;                  // T [tokens, outputs]: y before g and b₁; or null
+  void* z;                  // Z + b₀, T [tokens, outputs], or null
 };
 
 struct FewWork {
   const void* x;   // T [tokens, inputs], aligned to 16 bytes
-  Nf4View weight;  // aligned to 8 bytes; inputs and the blocksize are multiples of kFewSlab
+  Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs and blocksize are multiples of kFewSlab
   int64_t outputs, inputs;
   int tokens;
   TokensFinish finish;
@@ -106,7 +105,8 @@ __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t 
   }
 }
 
-// The scales of a lane's two rows while they are loaded: the stored scale and, if double-quantized, its decoded parts.
+// The scales of a lane's two rows while they are loaded: the stored scale, and, for double-quantized scales, the
+// decoded parts of the scale.
 template <bool kNested>
 struct FewScales {
   using Stored = std::conditional_t<kNested, uint8_t, float>;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   // A lane beyond the last output or token computes the last output or token again, and the lane's result is not
   // stored.
   const uint8_t* codes[2];
-  uint32_t row_slab[2];  // first slab of a row
+  uint32_t row_slab[2];  // number of the first slab of a row
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = min_of(first + g + 8 * i, work.outputs - 1) * work.inputs;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     ahead.look_up(work.weight, blocks);
 #pragma unroll
     for (int j = 0; j < kFewAhead; ++j) {
-      if (group + j >= steps) break;  // uniform: all lanes of a warp have equally many steps
+      if (group + j >= steps) break;  // the branch is uniform: all lanes of a warp have equally many steps
       const float upper = shuffle(scales[0], j, 4), lower = shuffle(scales[1], j, 4);
       float fresh[kTiles][4] = {};
 #pragma unroll

@@ -6,7 +6,8 @@
 // 4c + 3 and 64 + 4c to 64 + 4c + 3, so that 16 lanes read A's shared rows without conflict and store 128 (256)
 // contiguous bytes.
 // Shared memory: two slabs of 16 ranks, A [16][128] and B transposed [16][64 + 4], 24.5 KiB. One slab is used while
-// cp.async fills the other. The padding spreads the transposed writes over the banks and keeps 16-byte reads aligned.
+// cp.async fills the other slab. The padding spreads the transposed writes over the banks and keeps 16-byte reads
+// aligned.
 // Rounding: float32. The sum is made by FMAs in the order of r. The sum is multiplied by scaling, added to code · s_b
 // (which is rounded before), and multiplied by g, and each of these steps is rounded. The result is then rounded once
 // to T, to nearest even.
@@ -92,7 +93,7 @@ __device__ __forceinline__ void merge_store(T* out, const float (&values)[kMerge
 }
 
 // kAligned: K is a multiple of 4. If kAligned, a chunk starts at a whole byte of the codes, lies in one quantization
-// block, lies within K or beyond it, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads,
+// block, lies within K or beyond K, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads,
 // along K first. out is aligned to 16 bytes.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge merge, T* out) {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
   const int64_t tile_row = blockIdx.x / across * kMergeRows, tile_column = blockIdx.x % across * kMergeColumns;
   const int own_row = threadIdx.x / kMergeLanes * kMergeThreadRows;
   const int own_column = threadIdx.x % kMergeLanes * kMergeChunk;
-  constexpr int kApart = kMergeChunk * kMergeLanes;  // distance of a thread's two chunks
+  constexpr int kApart = kMergeChunk * kMergeLanes;  // distance between a thread's two chunks
 
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         }
       }
     }
-    sync_threads();  // the slab is filled again in the next round
+    sync_threads();  // the next round fills the slab again
   }
 
   const float code = kNf4DeviceCode[threadIdx.x % 16];

@@ -34,7 +34,7 @@ constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 // The values that lane l holds for bin l (0 to 15) or bin l - 32 (negative bins).
 struct Nf4Bins {
   float threshold[kWarpSize];  // threshold within the bin; 2, which is above every value, if the bin has no threshold
-  uint32_t below[kWarpSize];   // number of thresholds in lower bins
+  uint32_t below[kWarpSize];   // number of thresholds in all lower bins
 };
 
 constexpr int nf4_bin(float value) { return static_cast<int>(15.0f * value + 15.5f) - 15; }
@@ -77,11 +77,12 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
   return value;
 }
 
-// Appends to `codes`, as its lowest nibble, the number of thresholds below `scaled`, which is at most a few ulp outside
+// Appends to `codes`, as the lowest nibble, the number of thresholds below `scaled`, which is at most a few ulp outside
 // of [-1, 1]. All lanes of a warp call the function. `threshold` and `below` are this lane's values of kNf4DeviceBins.
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
-  scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has code 15 like NaN
-  // Floats of 1.5 · 2^23 have a unit of one: the sum is rounded to an integer, in two's complement in its low bits.
+  scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has the code 15 that a NaN has
+  // Floats near 1.5 · 2^23 have a unit of one, so that the sum is rounded to an integer. The low bits of the sum are
+  // this integer in two's complement.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
   // Adds the sign bit of the difference: a comparison would need one more select instruction.
@@ -166,7 +167,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
 
   const int blocksize = 1 << log2_blocksize;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int mine = warp * kQuantizeTile + lane * kSize;  // offset in the tile
+  const int mine = warp * kQuantizeTile + lane * kSize;  // offset of this lane in the tile
   w += first + mine;
   uint32_t words[kSteps][4];
 #pragma unroll
@@ -250,10 +251,10 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     for (int i = 0; i < 4; ++i) Word::values(words[step][i], values + i * Word::kSize);
 #pragma unroll
     for (int nibble = kSize - 1; nibble >= 0; --nibble) {
-      const int i = nibble ^ 1;  // the high nibble is the even element
+      const int i = nibble ^ 1;  // the high nibble holds the code of the even element
       float scaled = fmul_rn(values[i], step_inverse);
       if (tail) scaled = values[i] / step_divisor;
-      if (!kWhole && element + i >= left) scaled = 0.0f;  // padding of an odd count
+      if (!kWhole && element + i >= left) scaled = 0.0f;  // an odd number of elements is padded with a zero
       codes = nf4_append_code(codes, scaled, threshold, below);
     }
     uint8_t* to = packed + step * kStride / 2;

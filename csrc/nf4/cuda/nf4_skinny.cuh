@@ -1,16 +1,16 @@
-// Up to 64 tokens against an NF4 weight:  Z [T, N] = x [T, K] Wᵀ, where W is decoded on its way to the tensor cores.
+// Up to 64 tokens against an NF4 weight: Z [T, N] = x [T, K] Wᵀ, where W is decoded on the way to the tensor cores.
 //
 // W is the A operand of mma.sync without rearranging: row-major, 16 outputs by 16 inputs. The order in which inputs are
 // summed is free, so lane t of a row takes 16 consecutive inputs of every 64, 8 contiguous bytes. In step s (16 of the
 // 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B
-// operand takes x in the same order, so that two steps read 16 contiguous bytes of a row of x. A block of 4 warps owns
-// 128 outputs, a warp 32, and a chunk of K (split-K, because one weight alone must fill the device). Slabs of 64 inputs
-// pass through kSkinnyStages stages of shared memory by cp.async: W's bytes, which only the lane that copied them
-// reads, and x's rows, padded by 16 bytes, so that 16-byte loads of a quarter warp spread over all banks. A
-// double-quantized scale is a chain of two loads: the first load is started two slabs ahead, the second load one slab
-// ahead. Sums are float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded N] in order, and computes
-// the low-rank term, g and the biases. Weights are rounded to T, as in nf4_dequantize, before the multiplication. Bytes
-// moved: W once, x once per block, the partial sums twice (in L2).
+// operand takes the inputs of x in the order of W's inputs, so that two steps read 16 contiguous bytes of a row of x. A
+// block of 4 warps owns 128 outputs, a warp 32, and a chunk of K (split-K, because one weight alone must fill the
+// device). Slabs of 64 inputs pass through kSkinnyStages stages of shared memory by cp.async: the bytes of W, each read
+// only by the lane that copied the byte, and the rows of x, padded by 16 bytes, so that 16-byte loads of a quarter warp
+// spread over all banks. A double-quantized scale is a chain of two loads: the first load is started two slabs ahead,
+// the second load one slab ahead. Sums are float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded
+// N] in order, and computes the low-rank term, g and the biases. Weights are rounded to T, as in nf4_dequantize, before
+// the multiplication. Bytes moved: W once, x once per block, the partial sums twice (in L2).
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -26,7 +26,7 @@ constexpr int64_t kSkinnyTokens = 64;
 
 struct Skinny {
   const void* x;   // T [tokens, inputs], aligned to 16 bytes
-  Nf4View weight;  // aligned to 8 bytes; inputs is a multiple of 32
+  Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs is a multiple of 32
   int64_t outputs, inputs;
   int tokens;
   int64_t slabs_per_chunk;
@@ -40,7 +40,7 @@ constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // [tile of 16 rows, upper or lower 8 rows][thread]
+  uint2 codes[4][kSkinnyThreads];  // index: [tile of 16 rows, upper or lower 8 rows][thread]
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
 #pragma unroll
     for (int part = 0; part < 4; ++part) codes[part] = stage.codes[part][threadIdx.x];
 #pragma unroll
-    for (int two = 0; two < 2; ++two) {  // two steps at a time
+    for (int two = 0; two < 2; ++two) {  // each iteration computes two steps
       uint32_t a[2][2][4];               // [tile of 16 rows][step]
 #pragma unroll
       for (int part = 0; part < 4; ++part) {

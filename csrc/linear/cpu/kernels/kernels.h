@@ -29,13 +29,13 @@ struct RowPass {
   const void* m;
   DType dtype;
   int64_t columns;
-  int64_t rank;  // padded
+  int64_t rank;  // padded rank
   Dropout dropout;
   const float* right = nullptr;  // [K, rank]
   float* out = nullptr;          // [T, rank]
   const float* left = nullptr;   // [T, rank]
-  float* acc = nullptr;          // [K, rank], zeroed by the caller
-  float* totals = nullptr;       // [K], zeroed by the caller
+  float* acc = nullptr;          // sums [K, rank], which the caller has set to zero
+  float* totals = nullptr;       // sums [K], which the caller has set to zero
   float* squares = nullptr;      // [T]
   uint32_t* keep = nullptr;      // [T, keep_words]
   int64_t keep_words = 0;
@@ -44,15 +44,15 @@ struct RowPass {
 // The last pass over a base product, or over the low-rank product alone. For the rows [begin, end) and the columns
 // [first, last), where first is a multiple of kColumnStep:
 //   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
-// Each element is written once and rounded once to dtype. A null pointer leaves its term out. With rank 0 the low-rank
-// term is left out.
+// Each element is written once and rounded once to dtype. A term whose pointer is null is left out. With rank 0 the
+// low-rank term is left out.
 struct Expand {
   void* y;
   void* z = nullptr;
   DType dtype;
   int64_t columns;
-  int64_t rank;    // padded
-  int64_t stride;  // row stride of right, and length of vectors: columns, zero-padded to a multiple of kColumnStep
+  int64_t rank;    // padded rank
+  int64_t stride;  // row stride of `right`, and length of the vectors: columns rounded up to kColumnStep
   Dropout dropout;
   const float* left = nullptr;         // [T, rank]
   const float* right = nullptr;        // [rank, stride]
@@ -90,7 +90,7 @@ struct ColumnPass {
   float shift = 0.0f;
   const void* other = nullptr;
   DType other_dtype = DType::kF32;
-  float* sums = nullptr;  // [K], zeroed by the caller
+  float* sums = nullptr;  // sums [K], which the caller has set to zero
 };
 
 // Computes out = mask/(1-p) ∘ m for the flat elements [begin, end). begin is a multiple of kDropTogether.
@@ -114,7 +114,7 @@ struct Dropped {
   int64_t rows;      // number of W's rows in this group, at most kDroppedRows
   const uint32_t* keep;
   int64_t keep_words;
-  const float* turned;  // [K, stride]: the group of rows, transposed and zero-padded
+  const float* turned;  // [K, stride]: the group of W's rows, transposed and zero-padded
   int64_t stride;       // row stride of `turned`, a multiple of kDroppedStrip
   float* out;
   int64_t out_stride;

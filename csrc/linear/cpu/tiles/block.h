@@ -75,8 +75,8 @@ inline void add_low_rank(const float* left, const float* right, int64_t rank, Bl
   for (int j = 0; j < block->right; ++j) add_low_rank<false>(left, right + j * rank * kStrip, rank, j, block, 0);
 }
 
-// Writes the block transposed into out [tokens, columns]: the block's rows are columns of out, and its lanes are rows
-// of out. more: null, or kPanelStep values per token of the block, which are added.
+// Writes the block transposed into out [tokens, columns]: the block's rows are columns of out, and the block's lanes
+// are rows of out. more: null, or kPanelStep values per token of the block, which are added.
 inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tokens, int64_t column, int64_t columns,
                              const float* more = nullptr) {
   for (int j = 0; j < block->right; ++j) {

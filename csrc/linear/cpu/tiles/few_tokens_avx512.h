@@ -103,7 +103,7 @@ void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
   if (work.tokens <= kFewestTokens) return few_tokens_group(work, begin, end);
   // All groups of tokens use kRows rows of W before the next rows. The rows stay in L2 meanwhile, so that W is read
   // from memory once.
-  constexpr int64_t kRows = 12;  // a multiple of kRows of few_tokens_block for every number of tokens
+  constexpr int64_t kRows = 12;  // a multiple of every kRows with which few_tokens_of is compiled
   const int64_t length = tiles_of(work.columns) * kTileDepth;
   for (int64_t row = begin; row < end; row += kRows)
     for (int64_t t = 0; t < work.tokens; t += kFewestTokens) {

@@ -21,12 +21,12 @@ struct TileUnit {
 };
 
 constexpr int kRowsTogether = 8;
-constexpr int64_t kRowsOfStep = kRowsTogether;  // rows of the block that one step of the depth multiplies
+constexpr int64_t kRowsOfStep = kRowsTogether;  // number of rows of a block that one step of the depth multiplies
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
 constexpr int64_t kFewStrips = 0;
 
-// Rows of W from `row` on, as a left operand that is decoded during its product with one strip.
+// A left operand: the rows of W from `row` on, which are decoded during the product with one strip.
 struct DecodedRows {
   const TileWeight* weight;
   int64_t row;

@@ -42,7 +42,7 @@ inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
                                       : Ahead{};
 }
 
-constexpr int64_t kRowsAhead = 32;  // number of rows between prefetching and decoding, for columns
+constexpr int64_t kRowsAhead = 32;  // number of rows between the row that is decoded and the row that is prefetched
 
 // Prefetches the columns [column, column + 64) of two rows, kRowsAhead rows before these rows are decoded. The rows of
 // a large weight are half a page or more apart, and the hardware prefetcher does not cross pages.

@@ -21,7 +21,7 @@ enum class TileProduct {
   kPlainBackward  // a backward for which PyTorch's product, added onto the low-rank term, is an alternative
 };
 
-// Returns whether the tiles accept this number of tokens of this dtype for the weight.
+// Returns whether the tile kernels accept `tokens` tokens of dtype `type` for the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product);
 
 // Returns whether TileFewTokens computes the tokens of a dense weight that the tiles do not accept.
@@ -49,7 +49,7 @@ struct DroppedTokens {
 };
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep);
 
-// Returns the calling thread's scratch for a panel of W with this many elements.
+// Returns the calling thread's scratch for a panel of W with `elements` elements.
 bf16* panel_scratch(int64_t elements);
 
 // Calls run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, on all threads.

@@ -14,9 +14,9 @@
 //   left   16 rows x 32 of the depth, in row-major order;
 //   right  16 pairs of the depth x 16 lanes x 2: AMX's VNNI layout, of which vdpbf16ps reads one register per pair.
 // So the forward reads W's rows in row-major order, decoded from NF4 on the way, and transposes x once. The backward
-// interleaves pairs of W's rows and copies G. On Arm both tiles are 8 steps of the depth x 8 pairs x 2 x 4, see
-// microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use the panel. No
-// repacked copy of the whole W is made. Y and dX are written once and rounded once.
+// interleaves pairs of W's rows and copies G. On Arm the tiles of both operands are 8 steps of the depth x 8 pairs x 2
+// x 4, see microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use the panel.
+// No repacked copy of the whole W is made. Y and dX are written once and rounded once.
 #pragma once
 
 #include <stdint.h>
@@ -61,8 +61,8 @@ struct TokenStrips {
   const bf16* m;
   int64_t tokens, depth;
   const float* scale;    // [depth], or null
-  const uint32_t* keep;  // bit d % 32 of word d / 32 of each row, or null
-  int64_t keep_words;    // words in a row
+  const uint32_t* keep;  // mask of dropout, or null: bit d % 32 of word d / 32 of a row is for column d
+  int64_t keep_words;    // number of words in a row of `keep`
   bf16* strips;
 };
 
@@ -71,7 +71,7 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
-  uint16_t lanes;  // bit per token of the strip that has this adapter: non-finite values of B reach no other token
+  uint16_t lanes;  // bit j: token j of the strip has this adapter; non-finite values of B reach no other token
 };
 
 // The dropped elements of x. Token t has the entries [first[t], first[t + 1]). An entry is the column, shifted left by
@@ -90,11 +90,11 @@ constexpr int64_t kDroppedDepth = 65536;
 struct TileForward {
   TileWeight weight;
   int64_t tokens;
-  const bf16* x;        // right strips of x; null with `rest`
+  const bf16* x;        // right strips of x; null if `rest` is given
   const bf16* dropped;  // right strips of mask ∘ x, or null
   float dropped_scale;  // x̃ is mask ∘ x times dropped_scale
-  DroppedEntries rest;  // with `dropped`: null, or the dropped elements of x
-  int64_t rank;         // 0: no low-rank term
+  DroppedEntries rest;  // null, or, if `dropped` is given, the dropped elements of x
+  int64_t rank;         // rank of the low-rank term; 0: no low-rank term
   const float* s;       // strips of S: [strips, rank, 16]
   const float* b;       // ρB [rows rounded up to 32, rank]
   const TileTerm* terms = nullptr;  // terms of a mixed batch, or null; strip i begins at first_term[i]
@@ -103,7 +103,7 @@ struct TileForward {
   const float* bias_before;  // b₀ [rows] or null
   const float* bias;         // b₁ [rows] or null
   bf16* y;                   // [tokens, rows]
-  bf16* z;                   // [tokens, rows] or null: Z + b₀
+  bf16* z;                   // Z + b₀ [tokens, rows], or null
 };
 
 struct TileBackward {
@@ -112,15 +112,15 @@ struct TileBackward {
   const bf16* grad;             // left strips of G
   const bf16* more;             // left strips of H, or null
   const bf16* given = nullptr;  // null, or dY [tokens, rows]; the dropped elements of dX are then those of dY W
-  int64_t rank;                 // 0: no low-rank term
-  const float* p;               // [tokens rounded up to 32, rank]
+  int64_t rank;                 // rank of the low-rank term; 0: no low-rank term
+  const float* p;               // P [tokens rounded up to 32, rank]
   const float* a;               // strips of A: [strips, rank, 16]
   const uint32_t* keep;
   int64_t keep_words;
   float keep_scale;
   const float* in_scale;  // IA3's vector l of input scales [columns], or null
   const bf16* x;          // x [tokens, columns], given with in_scale
-  float* grad_in_scale;   // [ceil(tokens / kReduceTokens), columns], zeroed by the caller: sums of x ∘ (dX / l)
+  float* grad_in_scale;   // sums of x ∘ (dX / l), [ceil(tokens / kReduceTokens), columns], zero before the call
   bf16* grad_x;           // [tokens, columns]
   bool onto = false;      // whether dX is added to the values in grad_x
 };
@@ -135,7 +135,7 @@ constexpr int64_t kFewestTokens = 8;  // largest number of tokens whose sums wit
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
   int64_t rows, columns, tokens;
-  const bf16* x;  // groups of 8 tokens: [columns / 32 rounded up, 8 (or the rest), 32], zero-padded
+  const bf16* x;  // x in groups of 8 tokens: [columns / 32 rounded up, 8 (or the rest), 32], zero-padded
   float* y;       // [tokens, rows]
 };
 
