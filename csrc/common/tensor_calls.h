@@ -1,6 +1,7 @@
-// Functions on tensors that call torch::stable only if there is work to do, or call PyTorch's C shim directly. Many
-// functions of torch::stable look an operator up by name and box the arguments, which takes about a microsecond per
-// call, even if nothing has to be done. An operator on few tokens calls the functions of this file about a dozen times.
+// Functions on tensors. Most of these functions call torch::stable only if there is work to do, or call PyTorch's C
+// shim directly. Many functions of torch::stable look an operator up by name and box the arguments, which takes about a
+// microsecond per call, even if nothing has to be done. An operator on few tokens calls the functions of this file
+// about a dozen times.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

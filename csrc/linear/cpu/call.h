@@ -18,7 +18,7 @@ Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded);
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// One call of the forward. One of three ways writes y, s and z of `out`: see forward.cpp.
+// One call of the forward. forward.cpp describes the three ways in which y and z of `out` are computed.
 struct ForwardCall {
   const char* op;
   const FrozenWeight& weight;

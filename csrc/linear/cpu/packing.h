@@ -19,9 +19,10 @@ inline const float* floats(const std::optional<Tensor>& tensor) {
 // Returns a float32 tensor of zeros.
 Tensor zeros(const std::vector<int64_t>& shape);
 
-// Converts a matrix [rows, columns] of any dtype to float32, zero-padded to [frame_rows, frame_columns], and transposed
-// if `transpose` is true. Each element is multiplied by by_row[row] and by by_column[column], if these pointers are not
-// null. If nothing has to change, the result is the matrix itself and must not be written to.
+// Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
+// frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
+// by_column[column], if these pointers are not null. If nothing has to change, the result is the matrix itself and must
+// not be written to.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 

@@ -1,6 +1,6 @@
-// The forward of a mixed batch, which has an adapter for each sample. The number of launches does not depend on the
-// number of adapters, except that prepare_groups_kernel takes up to 48 adapters and 64 runs of tokens per launch. The
-// steps, besides PyTorch's product:
+// The forward of a mixed batch, in which each sample has an adapter or none. The number of launches does not depend on
+// the number of adapters, except that prepare_groups_kernel takes up to 48 adapters and 64 runs of tokens per launch.
+// The steps, besides PyTorch's product:
 //
 //   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = (s S) Bᵀ + b (expand)
 //

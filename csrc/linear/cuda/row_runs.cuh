@@ -1,9 +1,10 @@
 // Divides the rows of a mixture of experts, which are sorted by expert, for the passes over activations and the
 // experts' product: into tiles of 64 rows of one expert, and into chunks of tiles.
 //
-// The rows of an expert fill ceil(rows / 64) tiles. Rows of no expert fill the tiles after the last expert's. Only the
-// device knows which rows an expert has: a launch has blocks for the largest possible number of tiles, and a block
-// without a tile returns. Small matrices that belong to rows are stored in the order of the tiles, 64 rows per tile.
+// The rows of an expert fill ceil(rows / 64) tiles. Rows of no expert fill the tiles after the last expert's tiles.
+// Only the device knows which rows an expert has: a launch has blocks for the largest possible number of tiles, and a
+// block without a tile returns. Small matrices that belong to rows are stored in the order of the tiles, 64 rows per
+// tile.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"

@@ -38,7 +38,7 @@ inline __m256i encode8(__m256 scaled) {
   return _mm256_sub_epi32(_mm256_setzero_si256(), found);
 }
 
-// Packs 32 codes into 16 bytes. The first code of each pair is the high nibble.
+// Packs 32 codes into 16 bytes. The first code of each pair becomes the high nibble of a byte.
 inline void store_codes(uint8_t* packed, const __m256i* codes) {
   const __m256i bytes =
       _mm256_packus_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));

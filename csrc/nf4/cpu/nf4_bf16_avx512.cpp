@@ -28,7 +28,7 @@ namespace {
 // Lane i of register j of a group of kNibbleGroup elements holds element 4 i + kNibble[j].
 constexpr int kNibble[4] = {1, 0, 3, 2};
 
-// Largest number of tokens for which sums are scaled instead of the table.
+// Largest number of tokens in a group for which the kernel scales the sums instead of the table.
 constexpr int kScaledSums = 4;
 
 // Returns the codes in bfloat16, twice: vpermw reads five bits of an index, and the fifth bit of a shifted word belongs

@@ -1,4 +1,4 @@
-// Quantizes and dequantizes blocks: code that all vector paths share. Include this file after the target pragma, by a
+// Quantizes and dequantizes blocks, in code that all CPU paths share. Include this file after the target pragma, by a
 // file that defines
 //
 //   float largest_of(const T* in, int64_t blocksize);                        returns the largest magnitude; a NaN wins

@@ -20,7 +20,7 @@ struct Nf4Skinny {
   const uint8_t* packed;
   const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
-                        // blocksize and columns are multiples of kSkinnyStep: a step lies in one block and one row
+                        // blocksize and columns are multiples of kSkinnyStep, so that a step lies in one block and row
   int64_t columns, rows;
   DType dtype;  // dtype to which each weight is rounded; the bfloat16 kernels round codes or weights to bfloat16
   int64_t tokens;

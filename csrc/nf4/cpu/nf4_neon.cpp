@@ -64,7 +64,7 @@ inline void expand(const uint8_t* packed, float scale, int64_t count, T* out) {
   }
 }
 
-// One tbl reads a quarter of the 256 values, so that the portable loop is as fast.
+// One tbl instruction can look up only a quarter of the 256 values, so that the portable loop is as fast.
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   for (int64_t i = begin; i < end; ++i) out[i - begin] = decode_scale(scales, i);
 }

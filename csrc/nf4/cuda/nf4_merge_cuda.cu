@@ -24,7 +24,7 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// Returns a factor or the row scale, of any float dtype, as float32.
+// Returns a factor or the row scale as float32. The tensor may be float32, bfloat16, float16 or float64.
 Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
   STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
                   " is on another device than weight, wanted cuda:", weight.get_device_index());

@@ -17,9 +17,9 @@ constexpr int64_t kRankStep = 16;
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
-// One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, m is dropped
-// first (flat index t K + k). With `right` or squares the pass must take all columns; otherwise `first` is a multiple
-// of kColumnStep. The pass computes, for each pointer that is given:
+// One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, the pass applies
+// dropout to m first (element [t, k] has the flat index t K + k). With `right` or squares the pass must take all
+// columns; otherwise `first` is a multiple of kColumnStep. The pass computes, for each pointer that is given:
 //   right given:    out[t, r] = sum_k m[t, k] right[k, r]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
 //   left given:     acc[k, r] += sum_t m[t, k] left[t, r]          dA = Pᵀ x̃, dB = dYᵀ S
 //   totals given:   totals[k] += sum_t m[t, k]                     db of a bias

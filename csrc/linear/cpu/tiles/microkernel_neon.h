@@ -20,8 +20,7 @@ struct TileUnit {
 };
 
 constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // depth of a step; elements of a pair in a step
-constexpr int kPairs = 4;                                  // number of pairs of rows, and of pairs of lanes, in
-                                                           // registers at a time
+constexpr int kPairs = 4;                                  // number of row pairs, and of lane pairs, in registers
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
