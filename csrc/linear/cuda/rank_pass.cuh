@@ -224,11 +224,11 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
     }
 }
 
-// Tiles of rows per block for passes that compute P and Q. The sums of these tiles stay in registers; the more tiles,
-// the fewer partial sums of Q.
+// Number of tiles of rows per block in passes that compute P and Q. The sums of these tiles stay in registers. More
+// tiles per block make fewer partial sums of Q.
 constexpr int kRankTilesOfBoth = 4;
 
-// Blocks per multiprocessor for which the compiler must limit the registers.
+// Number of blocks per multiprocessor for which the compiler must limit the registers.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2)

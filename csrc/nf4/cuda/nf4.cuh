@@ -86,7 +86,7 @@ struct Nf4RowScale {
 };
 
 // Dequantizes this warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight;
-// otherwise every access is checked. All lanes take part either way, because each holds a part of the tables.
+// otherwise every access is checked. All lanes take part in both cases, because each lane holds a part of the tables.
 template <typename T, bool kWhole, bool kScaled>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
                                                     const Nf4RowScale& rows) {
@@ -115,8 +115,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
   }
 
   // This barrier keeps the loads of the codes before the loads of the scales. Without the barrier the compiler would
-  // first wait for a double-quantized scale, which is a chain of two loads. With the barrier the codes are loaded at
-  // the same time.
+  // first wait for a double-quantized scale, which is a chain of two loads. With the barrier the loads of codes and
+  // scales overlap.
   __syncwarp();
   const float code = kNf4DeviceCode[lane % 16];
   const int64_t group = first + lane * kNf4Group;
