@@ -29,7 +29,7 @@ struct ColumnWork {
   void* out;    // receives m ∘ (scale + shift); null: no output
   float* sums;  // partial sums [row chunks][columns]
   int64_t rows, columns;
-  bool whole;  // columns is a multiple of 8, and the matrices are aligned to 16 bytes
+  bool whole;  // whether columns is a multiple of 8 and the matrices are aligned to 16 bytes
 };
 
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork 
 struct Finish {
   const void* z;
   const float* scale;       // g [columns]
-  const void* bias_before;  // b₀, T [columns], or null
-  const void* bias_after;   // b₁, T [columns], or null
+  const void* bias_before;  // bias b₀ as T [columns], or null
+  const void* bias_after;   // bias b₁ as T [columns], or null
   void* out;
   int64_t rows, columns;
   bool whole;
@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 struct Drop {
   const void* x;
-  const void* add;  // T [numel] that is added to mask/(1-p) ∘ x; null: nothing is added
+  const void* add;  // array T [numel] that is added to mask/(1-p) ∘ x, or null
   void* out;
   int64_t numel;
-  bool whole;  // x, add and out are aligned to 16 bytes
+  bool whole;  // whether x, add and out are aligned to 16 bytes
   DeviceDropout dropout;
 };
 

@@ -34,11 +34,11 @@ struct ExpandTerms {
   int64_t rows, columns;
   Terms left;  // L as terms: outer is the rows, inner is the ranks
   Terms right;
-  const void* before;  // T [rows, columns] that is added to the result, or null; may be `out`
-  const void* bias;    // [columns] of bias_type, or null; bias_type is T for kBias and kGrouped, float32 for kOnto
+  const void* before;  // matrix T [rows, columns] that is added to the result, or null; may be `out`
+  const void* bias;    // bias [columns] of bias_type (kBias, kGrouped: T; kOnto: float32), or null
   DType bias_type;
   float bias_scale;
-  const void* z;          // T [rows, columns], or null
+  const void* z;          // z as T [rows, columns], or null
   const float* scale;     // g [columns], given together with z
   const uint32_t* kept;   // kMask: bits of the dropout mask, in the layout of a rank pass
   DeviceDropout dropout;  // kAny: parameters of dropout, to draw the mask again
@@ -56,7 +56,7 @@ struct ExpandPart {
 };
 struct ExpandSum {
   void* out;
-  int64_t rows, columns;  // sizes in elements; columns is a multiple of eight
+  int64_t rows, columns;  // sizes of `out` in elements; columns is a multiple of eight
   int count;
   ExpandPart parts[kMostExpandParts];
 };

@@ -19,7 +19,7 @@ struct ShrinkFew {
   const void* lora_A;  // [rank, inputs]
   DType type;          // dtype of lora_A
   int64_t tokens, inputs, rank;
-  bool whole, whole_A;  // for x and for lora_A: inputs is a multiple of 8, and the matrix is aligned to 16 bytes
+  bool whole, whole_A;  // for x and for lora_A: whether inputs is a multiple of 8 and the matrix is aligned to 16 bytes
   DeviceDropout dropout;
   float* s;  // [tokens, rank]
 };

@@ -16,11 +16,11 @@
 namespace peft_ext {
 
 // Multiplies few tokens with the rows [begin, end) of an NF4 weight: y[t, n] = sum_k x[t, k] w[n, k].
+// blocksize and columns are multiples of kSkinnyStep, so that a step of kSkinnyStep columns lies in one block and row.
 struct Nf4Skinny {
   const uint8_t* packed;
   const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
-                        // blocksize and columns are multiples of kSkinnyStep, so that a step lies in one block and row
   int64_t columns, rows;
   DType dtype;  // dtype to which each weight is rounded; the bfloat16 kernels round codes or weights to bfloat16
   int64_t tokens;

@@ -43,19 +43,19 @@ struct TokensFinish {
   const TokenFactor* factors;  // [tokens], or null; replace lora_B, lora_B_type, rank_scale and scaling if given
   int64_t rank;
   const float* s;      // S [tokens, rank]
-  const void* lora_B;  // [outputs, rank] of lora_B_type
+  const void* lora_B;  // B [outputs, rank], of dtype lora_B_type
   DType lora_B_type;
-  const float* rank_scale;  // [rank]; null: all ones
+  const float* rank_scale;  // rank_scale [rank]; null: all ones
   float scaling;
-  const float* scale;       // g [outputs]; null: all ones
-  const void* bias_before;  // b₀, T [outputs], or null
-  const void* bias_after;   // b₁, T [outputs], or null
+  const float* scale;       // scale g [outputs]; null: all ones
+  const void* bias_before;  // bias b₀ as T [outputs], or null
+  const void* bias_after;   // bias b₁ as T [outputs], or null
   void* y;                  // T [tokens, outputs]
-  void* z;                  // Z + b₀, T [tokens, outputs], or null
+  void* z;                  // Z + b₀ as T [tokens, outputs], or null
 };
 
 struct FewWork {
-  const void* x;   // T [tokens, inputs], aligned to 16 bytes
+  const void* x;   // x as T [tokens, inputs], aligned to 16 bytes
   Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs and blocksize are multiples of kFewSlab
   int64_t outputs, inputs;
   int tokens;

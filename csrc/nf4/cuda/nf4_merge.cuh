@@ -34,7 +34,7 @@ struct Nf4Merge {
   Nf4View weight;
   int64_t rows, columns;
   int ranks;
-  const float* lora_A;     // [R, K], aligned to 16 bytes
+  const float* lora_A;     // A [R, K], aligned to 16 bytes
   const float* lora_B;     // [N, R]
   const float* row_scale;  // [N] or null
   float scaling;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
   // Loads codes and scales, a chain of up to three loads, while the first slab is copied.
-  uint32_t codes[kMergeThreadRows];  // 16 bits per chunk
+  uint32_t codes[kMergeThreadRows];  // 16 bits of codes per chunk
   float scales[kMergeThreadRows][kMergeChunks];
 #pragma unroll
   for (int i = 0; i < kMergeThreadRows; ++i) {

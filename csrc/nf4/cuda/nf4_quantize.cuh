@@ -127,7 +127,7 @@ struct QuantizeCodes<float> {
 };
 
 __device__ __forceinline__ float at_least_smallest(float absmax) {
-  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN is kept
+  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays a NaN
 }
 
 // Loads 16 bytes of w if kWhole, and otherwise the `left` elements that exist, followed by zeros.

@@ -25,7 +25,7 @@ constexpr int kSkinnyStride = kSkinnySlab + 8;
 constexpr int64_t kSkinnyTokens = 64;
 
 struct Skinny {
-  const void* x;   // T [tokens, inputs], aligned to 16 bytes
+  const void* x;   // x as T [tokens, inputs], aligned to 16 bytes
   Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs is a multiple of 32
   int64_t outputs, inputs;
   int tokens;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     for (int part = 0; part < 4; ++part) codes[part] = stage.codes[part][threadIdx.x];
 #pragma unroll
     for (int two = 0; two < 2; ++two) {  // each iteration computes two steps
-      uint32_t a[2][2][4];               // [tile of 16 rows][step]
+      uint32_t a[2][2][4];               // index: [tile of 16 rows][step]
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         const uint32_t word = two == 0 ? codes[part].x : codes[part].y;

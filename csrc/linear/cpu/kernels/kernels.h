@@ -61,7 +61,7 @@ struct Expand {
   const float* bias = nullptr;         // [stride]
   const float* before = nullptr;       // [T, columns]
   const float* after = nullptr;        // [T, columns]
-  const void* residual = nullptr;      // [T, columns] of dtype
+  const void* residual = nullptr;      // matrix [T, columns] of dtype, added last
 };
 
 constexpr int64_t kColumnStep = 32;
@@ -85,7 +85,7 @@ struct ColumnPass {
   const void* m;
   DType dtype;
   int64_t columns;
-  void* out = nullptr;  // [T, K] of dtype
+  void* out = nullptr;  // result [T, K] of dtype
   const float* scale = nullptr;
   float shift = 0.0f;
   const void* other = nullptr;

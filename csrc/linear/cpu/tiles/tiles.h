@@ -26,7 +26,7 @@
 namespace peft_ext {
 
 constexpr int64_t kStrip = 16;      // number of rows or lanes in a strip
-constexpr int64_t kTileDepth = 32;  // depth of a tile
+constexpr int64_t kTileDepth = 32;  // number of elements of the depth in a tile
 constexpr int64_t kTile = kStrip * kTileDepth;
 constexpr int64_t kPanelStep = 64;      // number of rows or columns of W that are decoded together
 constexpr int64_t kReduceTokens = 512;  // number of tokens in one partial sum of grad_in_scale
@@ -90,18 +90,18 @@ constexpr int64_t kDroppedDepth = 65536;
 struct TileForward {
   TileWeight weight;
   int64_t tokens;
-  const bf16* x;        // right strips of x; null if `rest` is given
-  const bf16* dropped;  // right strips of mask ∘ x, or null
-  float dropped_scale;  // x̃ is mask ∘ x times dropped_scale
-  DroppedEntries rest;  // null, or, if `dropped` is given, the dropped elements of x
-  int64_t rank;         // rank of the low-rank term; 0: no low-rank term
-  const float* s;       // strips of S: [strips, rank, 16]
-  const float* b;       // ρB [rows rounded up to 32, rank]
+  const bf16* x;                    // right strips of x; null if `rest` is given
+  const bf16* dropped;              // right strips of mask ∘ x, or null
+  float dropped_scale;              // x̃ is mask ∘ x times dropped_scale
+  DroppedEntries rest;              // null, or, if `dropped` is given, the dropped elements of x
+  int64_t rank;                     // rank of the low-rank term; 0: no low-rank term
+  const float* s;                   // strips of S: [strips, rank, 16]
+  const float* b;                   // ρB: [rows rounded up to 32, rank]
   const TileTerm* terms = nullptr;  // terms of a mixed batch, or null; strip i begins at first_term[i]
   const int64_t* first_term = nullptr;
-  const float* scale;        // g [rows] or null
-  const float* bias_before;  // b₀ [rows] or null
-  const float* bias;         // b₁ [rows] or null
+  const float* scale;        // scale g [rows], or null
+  const float* bias_before;  // bias b₀ [rows], or null
+  const float* bias;         // bias b₁ [rows], or null
   bf16* y;                   // [tokens, rows]
   bf16* z;                   // Z + b₀ [tokens, rows], or null
 };
