@@ -1,5 +1,5 @@
-// The only pybind11 file: it exposes build facts and the selection of the CPU path. The file includes no torch headers;
-// the operators register themselves with the dispatcher when this library is loaded.
+// Defines the pybind11 module _C, which exposes build facts and selects the CPU path. This file includes no torch
+// headers; the operators register themselves with the dispatcher when this library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

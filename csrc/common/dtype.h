@@ -1,5 +1,6 @@
-// Element types that the kernels read and write, and their scalar conversions. The file does not depend on torch. All
-// functions have internal linkage, so that the linker never merges code for one instruction set with that for another.
+// Element types that the kernels read and write, and the scalar conversions of these types. The file does not depend on
+// torch. All functions have internal linkage, so that the linker never merges code for one instruction set with code
+// for another instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -43,7 +44,8 @@ inline float to_float(f16 value) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));
 }
 
-// Rounds to nearest, ties to even. Every NaN becomes the quiet NaN that PyTorch stores.
+// Converts a float32 value to T. For bf16 and f16, from_float rounds to nearest, ties to even, and turns a NaN into the
+// quiet NaN that PyTorch stores.
 template <typename T>
 inline T from_float(float value);
 

@@ -9,7 +9,8 @@
 
 namespace peft_ext {
 
-// Parameters of dropout. An element is kept if draw >= threshold. Kept elements are multiplied by 1 / (1 - p).
+// Parameters of dropout. An element is kept if the element's draw is at least `threshold`. Kept elements are multiplied
+// by 1 / (1 - p).
 struct Dropout {
   bool active = false;
   uint64_t seed = 0, offset = 0;

@@ -1,6 +1,7 @@
-// Functions on tensors that call the C shim directly. The stable ABI's functions of the same names look an operator up
-// by name and box the arguments, which takes about a microsecond per call, even if nothing has to be done. An operator
-// on few tokens makes a dozen of these calls.
+// Functions on tensors. Most of these functions call torch::stable only if there is work to do, or call PyTorch's C
+// shim directly. Many functions of torch::stable look an operator up by name and box the arguments, which takes about a
+// microsecond per call, even if nothing has to be done. An operator on few tokens calls the functions of this file
+// about a dozen times.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -28,7 +29,7 @@ inline torch::stable::Tensor as_type(const torch::stable::Tensor& tensor, torch:
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
-// Returns x if the last dimension of x is contiguous, otherwise a contiguous copy.
+// Returns x if the last dimension of x is contiguous, otherwise a contiguous copy of x.
 inline torch::stable::Tensor with_whole_rows(const torch::stable::Tensor& x) {
   const int64_t last = x.dim() - 1;
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : as_contiguous(x);
@@ -42,12 +43,12 @@ inline torch::stable::Tensor like_with_whole_rows(const torch::stable::Tensor& x
   return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
 }
 
-// Returns a contiguous tensor in another shape with equally many elements. The memory is shared.
+// Returns a view of the tensor in another shape with equally many elements. The view shares the tensor's memory.
 inline torch::stable::Tensor as_shape(const torch::stable::Tensor& tensor, const std::vector<int64_t>& shape) {
   int64_t elements = 1;
   for (const int64_t size : shape) elements *= size;
   if (!tensor.is_contiguous() || elements != tensor.numel()) return torch::stable::view(tensor, shape);
-  AtenTensorHandle out = nullptr;  // storage offset 0 is relative to the tensor's own
+  AtenTensorHandle out = nullptr;  // offset 0 is relative to the tensor's storage offset
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(shape.size()), shape.data(),
                                                         row_major_strides(shape).data(), 0, &out));
   return torch::stable::Tensor(out);

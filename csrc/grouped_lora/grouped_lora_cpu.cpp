@@ -1,4 +1,5 @@
-// The adapted linear layer with a LoRA adapter per sample of a batch, on the CPU. See linear/cpu/grouped.h.
+// The adapted linear layer on the CPU for a batch in which each sample has its own LoRA adapter or none. See
+// linear/cpu/grouped.h.
 #include <tuple>
 
 #include "linear/cpu/adapted_linear.h"

@@ -5,7 +5,7 @@
 
 namespace peft_ext {
 
-// Returns the gradient of ia3_l in ia3_l's shape, [N], [N, 1] or [1, N], and in ia3_l's dtype.
+// Returns the gradient of ia3_l in the shape and the dtype of ia3_l.
 inline torch::stable::Tensor like(const torch::stable::Tensor& gradient, const torch::stable::Tensor& ia3_l) {
   return as_shape(as_type(gradient, ia3_l.scalar_type()), {ia3_l.sizes().begin(), ia3_l.sizes().end()});
 }

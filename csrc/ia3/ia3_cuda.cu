@@ -4,8 +4,8 @@
 //   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b)
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W
 //
-// The pass that computes l ∘ dY also computes dl of an output scale. One pass over U computes dX and dl of a
-// feedforward scale.
+// For an output scale, one pass over dY computes dl, and also l ∘ dY unless l is multiplied into W. For a feedforward
+// scale, one pass over U computes dX and dl.
 #include <tuple>
 
 #include "ia3/glue.h"

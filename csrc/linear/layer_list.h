@@ -11,7 +11,7 @@
 
 namespace peft_ext {
 
-// One layer of the lists. Without lora_A the layer has no adapter.
+// One layer of an operator's lists. A layer without lora_A has no adapter.
 struct ListedLayer {
   torch::stable::Tensor weight;
   std::optional<torch::stable::Tensor> absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
@@ -22,8 +22,8 @@ struct ListedLayer {
 };
 
 // Reads the layers. tensors: for each layer, the tensors of ListedLayer that the layer has, in the order of
-// declaration. sizes: four per layer: which tensors the layer has, as bits; blocksize; N; K. numbers: scaling and
-// dropout_p per layer.
+// declaration. sizes: four numbers for each layer: the tensors that the layer has, as bits; blocksize; N; K. numbers:
+// scaling and dropout_p of each layer.
 inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<torch::stable::Tensor>& tensors,
                                               const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
   constexpr size_t kTensors = 10, kSizes = 4, kNumbers = 2;

@@ -7,14 +7,15 @@
 namespace peft_ext {
 
 struct FrozenWeight {
-  Tensor weight;                 // dense [N, K], or packed uint8 [ceil(N K / 2), 1]
-  std::optional<Tensor> absmax;  // nullopt for a dense weight; else float32 [blocks], uint8 if nested
+  Tensor weight;                 // dense weight [N, K], or packed NF4 codes: ceil(N K / 2) elements of uint8
+  std::optional<Tensor> absmax;  // NF4 scales, float32 or with double quantization uint8; nullopt for a dense weight
   std::optional<Tensor> nested_absmax, nested_code, nested_offset;
   int64_t blocksize = 0;
   std::vector<int64_t> shape;
 
   bool is_nf4() const { return absmax.has_value(); }
-  // N and K of a matrix. A weight of another shape gives 0, and check_matrix_weight refuses such a weight.
+  // out_features() is N and in_features() is K of a weight [N, K]. For a weight that is not a matrix, both functions
+  // return 0, and check_matrix_weight refuses the weight.
   int64_t out_features() const { return shape.size() == 2 ? shape[0] : 0; }
   int64_t in_features() const { return shape.size() == 2 ? shape[1] : 0; }
 };
@@ -22,10 +23,11 @@ struct FrozenWeight {
 // Returns the number of elements of a shape. Fails if a size is negative or if the product overflows 63 bits.
 int64_t checked_numel(const std::vector<int64_t>& shape);
 
-// Fails with an error that names op if NF4 has no blocks of this size.
+// Fails with an error that names op if NF4 has no blocks of `blocksize` elements.
 void check_blocksize(const char* op, int64_t blocksize);
 
-// Returns the tensor, contiguous. Fails with an error that names op and argument if its dtype or size is another.
+// Returns the tensor, made contiguous. Fails with an error that names op and argument if the tensor's dtype is not
+// `type` or if the tensor does not have `numel` elements.
 Tensor checked_part(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t numel);
 
 // Returns the weight with contiguous NF4 tensors. Fails with an error that names op and argument if a tensor's size or

@@ -6,9 +6,9 @@
 
 namespace peft_ext {
 
-constexpr int kSmallestBlock = 32, kLargestBlock = 4096;  // elements; a block size is a power of two in this range
+constexpr int kSmallestBlock = 32, kLargestBlock = 4096;  // smallest and largest number of elements in a block
 constexpr int kLog2NestedBlock = 8;
-constexpr int kNestedBlock = 1 << kLog2NestedBlock;  // scales that share one float32
+constexpr int kNestedBlock = 1 << kLog2NestedBlock;  // number of scales that share one float32 scale
 constexpr int kNestedCodes = 256;
 
 namespace {

@@ -1,4 +1,4 @@
-// The formula of all adapted linear layers, forward and backward, on the CPU:
+// Declares the forward and the backward of the adapted linear layer on the CPU. The formula:
 //
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
@@ -19,16 +19,17 @@ namespace peft_ext {
 // Makes the kernels' parameters of dropout from a probability and a seed tensor. Without a seed dropout is inactive.
 Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed);
 
-// The adapter of a frozen linear layer. Vectors are float32 and contiguous. ρ is scaling times rank_scale.
+// The low-rank term, the scales and the dropout that a CPU kernel adds to a frozen linear layer. out_scale and in_scale
+// are float32 and contiguous. ρ is scaling times rank_scale.
 struct Adapter {
-  std::optional<Tensor> lora_A, lora_B;  // [R, K] and [N, R]; the two dtypes may differ
+  std::optional<Tensor> lora_A, lora_B;  // lora_A is [R, K], lora_B is [N, R]; the two dtypes may differ
   std::optional<Tensor> rank_scale;      // [R]
   double scaling = 1.0;
   Dropout dropout;
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]
-  const Groups* groups = nullptr;   // an adapter per token, instead of all fields above; only in the forward
+  const Groups* groups = nullptr;   // adapters of a mixed batch, instead of the fields above; null in the backward
 
   bool low_rank() const { return lora_A.has_value() || groups != nullptr; }
   int64_t rank() const { return groups != nullptr ? groups->rank : lora_A.has_value() ? lora_A->size(0) : 0; }
@@ -39,32 +40,33 @@ Adapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
                      const std::optional<Tensor>& seed);
 
 struct AdaptedForward {
-  Tensor y;  // [..., N] of x's dtype
-  Tensor s;  // [T, R] float32, or [0] without a low-rank term
-  Tensor z;  // Z + b₀ [T, N] of x's dtype, or [0] unless want_z
+  Tensor y;  // Y, [..., N] of x's dtype
+  Tensor s;  // S, [T, R] float32; [0] without a low-rank term
+  Tensor z;  // Z + b₀, [T, N] of x's dtype; [0] if want_z is false
 };
 
-// Computes the forward. bias_inside: the bias is b₀, otherwise b₁. room: contiguous tensors for the results, or null.
+// Computes the forward. bias_inside: whether `bias` is b₀, which g scales, or b₁, which g does not scale. room:
+// contiguous tensors that receive the results; if room is null, the function allocates the results.
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z,
                                const AdaptedForward* room = nullptr);
 
-// One of several layers with one input.
+// One of several layers with the same input.
 struct Layer {
   FrozenWeight weight;
   std::optional<Tensor> bias;  // b₁
-  Adapter adapter;             // an adapter without drop_base, in_scale and groups
+  Adapter adapter;             // adapter of the layer, without drop_base, in_scale and groups
 };
 
-// Computes the forward of each layer, with the bits of adapted_forward. If the tiles accept all layers, x is packed
-// once, and the panels of all weights are shared among the threads as one list.
+// Computes the forward of each layer, with the bits of adapted_forward. For the layers that the tile kernels accept, x
+// is packed once, and the panels of these layers' weights are divided among the threads as one list.
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {
-  Tensor grad_x;           // x's shape, or [0] unless asked for
-  Tensor grad_A, grad_B;   // in the dtypes of lora_A and lora_B
-  Tensor grad_rank_scale;  // [R] float32, or [0] without rank_scale
-  Tensor grad_in_scale;    // [K] float32, or [0] without in_scale
+  Tensor grad_x;           // dX in x's shape; [0] if needs_grad_x is false
+  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; [0] without lora_A
+  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; [0] without rank_scale
+  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; [0] without in_scale
 };
 
 // Returns dg [N] float32, the gradient of the output scale: sum_t dY ∘ (Z + b₀). z [T, N] is Z + b₀, or with
@@ -73,23 +75,25 @@ Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before);
 
-// Computes the backward. s is the forward's S. x may be absent without a low-rank term and without in_scale. room: a
-// contiguous tensor for dX, or nullopt.
+// Computes the backward. s is S from the forward. x may be nullopt if the layer has neither a low-rank term nor
+// in_scale. room: a contiguous tensor that receives dX; if room is nullopt, the function allocates dX.
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                  const std::optional<Tensor>& room = std::nullopt);
 
-// Result of the backward of several layers with one input: the sum of all dX, and each layer's own gradients. If the
-// tiles accept the layers and their panels of W fit the cache, the sum is rounded once. Otherwise each layer's dX is
-// added to the rounded sum of the layers before. A layer without dY has no gradients.
+// Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
+// the tile kernels accept all layers and the layers' panels of W fit the cache together, the sum is rounded once.
+// Otherwise the dX of some layers is added to the rounded sum of the previous layers. A layer without dY has no
+// gradients.
 struct SiblingsBackward {
-  Tensor grad_x;  // x's shape, or [0] unless asked for
+  Tensor grad_x;  // dX in x's shape; [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;
 };
 SiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads, Tensor x,
                                    const std::vector<Layer>& layers, const std::vector<Tensor>& s, bool needs_grad_x);
 
-// Computes Y = residual + S (ρB)ᵀ. residual is the output of another base layer, in x's dtype.
+// Computes Y = residual + S (ρB)ᵀ. residual is the output of a base layer that the operator does not compute, in x's
+// dtype.
 AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual, const Adapter& adapter);
 AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const Adapter& adapter, const Tensor& s,
                                   bool needs_grad_x);

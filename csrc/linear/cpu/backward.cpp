@@ -63,8 +63,8 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
   return work;
 }
 
-// Computes the sum of the dX of several layers of one input, in one block of sums. in_scale is allowed for a single
-// layer. onto: dX is added to the values in out->grad_x.
+// Computes the sum of the dX of several layers of one input, in one block of sums. in_scale is allowed only if there is
+// a single layer. onto: dX is added to the values in out->grad_x.
 void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto, AdaptedBackward* out) {
   const LinearSizes& size = calls[0]->size;
   std::vector<const FrozenWeight*> weights;
@@ -151,7 +151,8 @@ bool tiles_accept(const BackwardCall& b) {
   return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
 }
 
-// Bytes of the panels of layers whose dX is computed together. The panels fit the L2 cache of a core.
+// Largest number of bytes in the panels of several layers whose dX is computed together, so that the panels fit the L2
+// cache of a core.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace peft_ext {
 
 namespace {
 
-// Rows of W that are widened to float32 at a time.
+// Number of rows of W that are widened to float32 at a time.
 constexpr int64_t kWidePanel = 1024;
 
 // Returns W's rows [begin, end) in float32, [end - begin, K].
@@ -69,7 +69,8 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 }
 
 bool drops_few(const Dropout& dropout) {
-  // Measured: if between a quarter and a third of the elements is dropped, both ways take equally long.
+  // Measured: if between a quarter and a third of the elements is dropped, a product with the dropped elements takes as
+  // long as a product with all of W.
   constexpr uint32_t kFewDropped = 65536 / 4;
   return dropout.active && dropout.threshold <= kFewDropped;
 }
@@ -82,7 +83,7 @@ bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens,
 
 namespace {
 
-constexpr int64_t kDroppedTokens = 128;  // tokens in one unit of a thread's work
+constexpr int64_t kDroppedTokens = 128;  // number of tokens in one unit of a thread's work
 
 // Calls run(work, first row) for each group of kDroppedRows rows of W. work.turned is the transposed group.
 template <typename Run>

@@ -1,13 +1,13 @@
-// The base product by PyTorch's matrix product, in x's dtype or in float32, where the package has no kernel of its own.
+// The base product by PyTorch's matrix product, in x's dtype or in float32, where peft_ext has no kernel of its own.
 #pragma once
 
 #include "linear/cpu/passes.h"
 
 namespace peft_ext {
 
-// Returns whether PyTorch's product runs in x's own dtype. plain: the product is Y or dX and is rounded at once;
-// otherwise the product is scaled later. On x86-64, products of 16-bit types need special instructions to be fast, and
-// products of float32 do not.
+// Returns whether PyTorch's product runs in x's own dtype. plain: whether the product is Y or dX itself, which is
+// rounded at once, or an intermediate result that is scaled later. On x86-64, products of 16-bit types need special
+// instructions to be fast, and products of float32 do not.
 bool multiplies_in(ScalarType type, bool plain);
 
 // Returns x [T, K] Wᵀ in float32. x has W's dtype or float32.
@@ -16,7 +16,8 @@ Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weig
 // Returns g [T, N] W in float32. g has W's dtype or float32.
 Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& weight, ScalarType type);
 
-// Returns whether so few elements are dropped that a product with only these elements is faster than one with all of W.
+// Returns whether so few elements are dropped that a product with only these elements is faster than a product with all
+// of W.
 bool drops_few(const Dropout& dropout);
 
 // Returns whether the second product of a dropped base uses only the dropped elements. The products must be float32,
@@ -26,7 +27,7 @@ bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens,
 // Adds (x - mask ∘ x) Wᵀ to out [T, N] float32. x is contiguous.
 void add_dropped_product(const char* op, const Tensor& x, const KeepBits& keep, const FrozenWeight& weight,
                          const Tensor& out);
-// Sets the dropped elements of out [T, K] to those of dY W. dY is contiguous.
+// Sets the dropped elements of out [T, K] to the same elements of dY W. grad is dY, contiguous.
 void put_dropped_dots(const char* op, const Tensor& grad, const KeepBits& keep, const FrozenWeight& weight,
                       const Tensor& out);
 

@@ -18,7 +18,7 @@ Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded);
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// One call of the forward. One of three ways writes y, s and z of `out`: see forward.cpp.
+// One call of the forward. forward.cpp describes the three ways in which y and z of `out` are computed.
 struct ForwardCall {
   const char* op;
   const FrozenWeight& weight;
@@ -26,7 +26,7 @@ struct ForwardCall {
   LinearSizes size;
   Tensor x;  // [T, K], contiguous
   bool bias_inside, want_z;
-  std::optional<Tensor> bias, scale;  // float32, padded to kColumnStep
+  std::optional<Tensor> bias, scale;  // float32, padded with zeros to a multiple of kColumnStep
   AdaptedForward out;
 
   ScalarType type() const { return x.scalar_type(); }
@@ -34,14 +34,16 @@ struct ForwardCall {
   bool drop_base() const { return adapter.drop_base && adapter.dropout.active; }
 };
 
-// Returns the final pass, which computes Y and Z from the base product. The low-rank term is not set yet.
+// Returns the arguments of the final pass, which computes Y and Z from the base product. The arguments do not contain
+// the low-rank term yet.
 Expand finishing(const ForwardCall& f);
 
-// S [T, padded rank], which is also copied to out.s, and with drop_base the bits of the dropout mask.
+// The results of shrink_tokens: s is S [T, padded rank], which shrink_tokens also writes to ForwardCall::out.s, and
+// keep has the bits of the dropout mask if drop_base() is true.
 struct Shrunk {
   Tensor s;
   KeepBits keep;
-  GroupedS grouped;  // S of several adapters, instead of s
+  GroupedS grouped;  // S of a mixed batch, instead of s
 };
 
 // Computes S in one pass over x.
@@ -52,15 +54,16 @@ void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y,
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// One call of the backward. The gradients of the adapter are computed first, then dX in one of two ways.
+// One call of the backward. The gradients of the adapter are computed first. Then one of two ways computes dX: see
+// backward.cpp.
 struct BackwardCall {
   const char* op;
   const FrozenWeight& weight;
   const Adapter& adapter;
   LinearSizes size;
-  Tensor grad, x;  // [T, N], [T, K], contiguous
-  Tensor p;        // [T rounded up to 32, padded rank]; kernels read rows beyond T, but do not store their results
-  KeepBits keep;   // the mask's bits, if dropout is active and dX is wanted
+  Tensor grad, x;  // grad is dY [T, N], x is [T, K]; both are contiguous
+  Tensor p;        // P [T rounded up to 32, padded rank]; kernels read the rows beyond T, but store no results of them
+  KeepBits keep;   // bits of the dropout mask, if dropout is active and dX is wanted
 
   ScalarType type() const { return x.scalar_type(); }
   DType dtype() const { return dtype_of(op, "x", x); }
@@ -73,7 +76,8 @@ struct BackwardCall {
 BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
                               const Tensor& held_x);
 
-// Computes P, dB and the gradient of rank_scale from dY, dA from x and P, and the bits of the mask for dX.
+// Computes P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits of the dropout
+// mask for dX.
 void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out);
 
 // Sets `finish` up for dX = mask/(1-p) ∘ (P A) + terms of the caller. Returns the tensor to which `finish` points.

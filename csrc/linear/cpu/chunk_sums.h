@@ -10,8 +10,8 @@
 
 namespace peft_ext {
 
-// Calls run(first token, last token, sums) for each chunk, with zeroed sums [size], and returns the total. Memory is
-// limited to kMostSums floats of sums at a time, but to no fewer chunks than threads.
+// Calls run(first token, last token, sums) for each chunk, with zeroed sums [size], and returns the total. The function
+// holds the sums of as many chunks at a time as fit kMostSums floats, or of one chunk per thread if that is more.
 template <typename Run>
 Tensor sum_chunks(int64_t tokens, int64_t size, const Run& run) {
   if (tokens == 0) return zeros({size});

@@ -1,9 +1,9 @@
 // The forward of the adapted layer, whose formula is in adapted_linear.h. One of three ways computes the base product:
 //
-//   tiles    bfloat16 on a CPU with a bfloat16 dot product: one pass writes Y with all its terms
-//   few      few tokens: W (decoded from NF4 if needed), A and B are read once, in their own layout, in float32
+//   tiles    bfloat16 on a CPU with bfloat16 products: one pass writes Y with all terms of Y
+//   few      few tokens: W (decoded from NF4 if needed), A and B are read row by row, without panels
 //   mm       otherwise: PyTorch's matrix product. If Y has no other operation, the product is added in place onto the
-//            low-rank term. Otherwise the product is float32 (W is widened panel by panel), and another pass finishes Y
+//            low-rank term. Otherwise another pass computes Y from the product, in float32
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
@@ -15,7 +15,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether forward_few_tokens can run: there is one base product, and W can be read row by row.
+// Returns whether forward_few_tokens runs: there is one base product, W can be read row by row, and the tokens are few.
 bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
   if (weight.is_nf4()) return skinny_accepts(weight, type, tokens);
@@ -121,7 +121,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bool apart = rest_apart(calls[0]);  // always false for several layers
+  const bool apart = rest_apart(calls[0]);  // `apart` is false for several layers, because siblings have no drop_base
   const bf16* x = apart ? nullptr
                         : token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
                                        floats(calls[0].adapter.in_scale), nullptr);
@@ -188,28 +188,28 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
     terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
     return;
   }
-  // In float32 the product is written into Z or Y, and the last pass works there in place.
+  // In float32 the product is written into Z or Y, and run_finish changes Z or Y in place.
   const bool there =
       type == ScalarType::Float && !f.drop_base() && size.in > 0 && !skinny_accepts(f.weight, type, size.tokens);
   Tensor before, after;
   if (there) {
     before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
     const Tensor dense = transposed(working_weight(f.op, f.weight, type));
-    if (finish.rank == 0 && finish.bias_before != nullptr) {  // as PyTorch's linear layer adds its bias
+    if (finish.rank == 0 && finish.bias_before != nullptr) {  // nn.Linear adds x Wᵀ to the bias too
       fill_rows(before, finish.bias_before);
       addmm_(before, x, dense, 1.0);
       finish.bias_before = nullptr;
     } else {
       mm_out(before, x, dense);
     }
-    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // `before` is Z already
+    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // `before` is already Z
   } else if (!f.drop_base()) {
     before = product_forward(f.op, x, f.weight, type);
   } else {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
     Dropout dropout = adapter.dropout;
-    if (apart) dropout.scale = 1.0f;  // the product uses unscaled values of x: scaling would round them
+    if (apart) dropout.scale = 1.0f;  // the product uses unscaled values of x, because scaling would round the values
     before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {
       const auto times = [&](float by) {

@@ -11,8 +11,8 @@ namespace peft_ext {
 
 namespace {
 
-constexpr int64_t kTaskTokens = 32;           // tokens of a segment that one thread takes
-constexpr int64_t kTaskElements = 64 * 1024;  // elements of a small matrix that one thread takes
+constexpr int64_t kTaskTokens = 32;           // number of tokens of a segment that one thread takes
+constexpr int64_t kTaskElements = 64 * 1024;  // number of elements of a small matrix that one thread takes
 
 // Multiplies the rows [begin, end) of a small matrix with the tokens of a segment.
 struct FewTask {
@@ -71,7 +71,7 @@ GroupedS empty_s(const Groups& groups, bool padded) {
   return s;
 }
 
-// Returns make(group) for every adapter that has tokens, and an empty Tensor for the others.
+// Returns make(group) for every adapter that has tokens, and an undefined Tensor for every other adapter.
 template <typename Make>
 std::vector<Tensor> of_used(const Groups& groups, const Make& make) {
   std::vector<Tensor> made(groups.lora_A.size());
@@ -206,7 +206,7 @@ void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, con
     Expand work = finish;
     work.rank = s.strides[i];
     if (segment.group >= 0) {
-      work.left = s.of(i) - segment.begin * s.strides[i];  // the kernel indexes rows by the call's token
+      work.left = s.of(i) - segment.begin * s.strides[i];  // the kernel indexes `left` by the token's index in x
       work.right = rights[static_cast<size_t>(segment.group)].const_data_ptr<float>();
     }
     for (int64_t t = segment.begin; t < segment.end; t += kTaskTokens)
@@ -228,7 +228,8 @@ GroupedTerms grouped_terms(const char* op, const Groups& groups, const GroupedS&
     const Tensor& b = groups.lora_B[g];
     return packed(op, "lora_B", b, nullptr, scales(groups, g).data(), false, round_up(out, kColumnStep), b.size(1));
   });
-  // A strip has one term for each adapter among its tokens. The term is zero for the tokens of other adapters.
+  // A strip has one term for each adapter that the strip's tokens have. The term is zero for the tokens of other
+  // adapters.
   struct Part {
     int64_t group, offset;
   };

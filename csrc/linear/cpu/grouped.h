@@ -2,8 +2,10 @@
 //
 //   S_t = x_t A_gᵀ [R_g]      Z_t = x_t Wᵀ + s_g S_t B_gᵀ      for every token t of adapter g
 //
-// A segment is a run of tokens with one adapter. The matrices of an adapter are read in their own layout for few
-// tokens, and packed once per call otherwise. No token is moved in memory. A token costs only the rank of its adapter.
+// A segment is a run of tokens with one adapter. For few tokens, the matrices of an adapter are read without packing;
+// otherwise the matrices are packed once per call. No token is moved in memory. The tile kernels compute, for a strip
+// of 16 tokens, the term of each adapter that one of the strip's tokens has; the other kernels compute for a token only
+// the term of the token's adapter.
 #pragma once
 
 #include <vector>
@@ -14,26 +16,28 @@
 namespace peft_ext {
 
 struct Segment {
-  int64_t begin, end;  // tokens
+  int64_t begin, end;  // first token, and the token after the last token
   int64_t group;       // index of the adapter, or -1 for none
   int64_t tokens() const { return end - begin; }
 };
 
 struct Groups {
-  std::vector<Tensor> lora_A, lora_B;  // [R_g, K], [N, R_g], contiguous
+  std::vector<Tensor> lora_A, lora_B;  // lora_A[g] is [R_g, K], lora_B[g] is [N, R_g]; both are contiguous
   std::vector<float> scaling;
-  std::vector<Segment> segments;  // all tokens, in order
-  int64_t rank = 0;               // the largest rank
+  std::vector<Segment> segments;  // segments of all tokens, in order
+  int64_t rank = 0;               // largest rank of all adapters
 
   int64_t rank_of(const Segment& segment) const { return lora_A[static_cast<size_t>(segment.group)].size(0); }
 };
 
-// Checks the arguments. adapters: the adapter of each sample, or -1; all samples have `tokens` / samples tokens.
+// Checks the arguments. adapters: the index of each sample's adapter, or -1 for none; all samples have `tokens` /
+// samples tokens.
 Groups make_groups(const char* op, const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
                    const std::vector<double>& scaling, const std::vector<int64_t>& adapters, int64_t tokens, int64_t in,
                    int64_t out);
 
-// S of every segment: a float32 matrix [tokens, stride] at data + offset. Columns beyond the rank are zeros.
+// S of every segment: a float32 matrix [tokens, stride] in `storage`, from the segment's offset on. Columns beyond the
+// rank are zeros.
 struct GroupedS {
   Tensor storage;
   std::vector<int64_t> offsets, strides;
@@ -44,7 +48,7 @@ struct GroupedS {
 // Computes S from x [T, K], and also writes S to s [T, groups.rank], with zeros for tokens without an adapter.
 GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, const Tensor& s);
 
-// Adds the low-rank terms of x [T, K] float32 to y [T, N] float32. Also writes s, like grouped_shrink.
+// Adds the low-rank terms of x [T, K] float32 to y [T, N] float32. The function also writes s, as grouped_shrink does.
 void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s);
 
 // Runs `finish` over all tokens, each token with its own adapter's term.

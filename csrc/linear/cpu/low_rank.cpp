@@ -1,4 +1,5 @@
-// The low-rank term S (ρB)ᵀ and its gradients, as a part of the adapted layer, and alone for lora_residual.
+// The low-rank term (S ∘ ρ) Bᵀ and the term's gradients, as a part of the adapted layer, and alone for the operator
+// lora_residual. ρ [R] is scaling times rank_scale.
 #include <algorithm>
 
 #include "cpu/threads.h"
@@ -55,7 +56,7 @@ Shrunk shrink_tokens(const ForwardCall& f) {
   if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
   run_row_pass(pass, size.tokens);
   if (size.padded != size.rank) {
-    // Copied without PyTorch: on another thread, PyTorch's copy refuses an inference tensor.
+    // The loop copies S without PyTorch, because PyTorch's copy refuses an inference tensor on another thread.
     float* given = static_cast<float*>(f.out.s.mutable_data_ptr());
     parallel_for(0, size.tokens, ceil_div(kPackGrain, size.rank), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) std::copy_n(s + t * size.padded, size.rank, given + t * size.rank);
@@ -66,7 +67,7 @@ Shrunk shrink_tokens(const ForwardCall& f) {
 
 namespace {
 
-// Returns d rank_scale [R] from sums = Gᵀ S, whose columns are not scaled by g yet.
+// Returns the gradient of rank_scale [R] from sums = dYᵀ S, which are not scaled by g yet.
 Tensor rank_scale_gradient(const BackwardCall& b, const Tensor& sums) {
   const Tensor wide = packed(b.op, "lora_B", *b.adapter.lora_B, b.g(), nullptr, false, b.size.out, b.size.padded);
   const Tensor dots = column_pass(b.op, wide, nullptr, 0.0f, &sums).sums;
@@ -130,7 +131,7 @@ Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* ou
 
 namespace {
 
-// Returns a weight that has only sizes, for a base product that was computed elsewhere.
+// Returns a FrozenWeight that has only sizes, for an operator that does not compute the base product.
 FrozenWeight no_weight(const Adapter& adapter) {
   FrozenWeight weight;
   weight.shape = {adapter.lora_B->size(0), adapter.lora_A->size(1)};

@@ -102,7 +102,7 @@ Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const 
           to[transpose ? rank * columns + column : column * columns + rank] = from_float<T>(value);
         }
     };
-    // Transposed: the lines of `sums` in one block stay in L1 for all ranks.
+    // If the result is transposed, the cache lines of `sums` in one block stay in L1 for all ranks.
     constexpr int64_t kColumns = 64;
     const int64_t length = transpose ? columns : rows;
     const int64_t grain = ceil_div(kPackGrain, kColumns * (ranks + 1));

@@ -19,18 +19,20 @@ inline const float* floats(const std::optional<Tensor>& tensor) {
 // Returns a float32 tensor of zeros.
 Tensor zeros(const std::vector<int64_t>& shape);
 
-// Converts a matrix [rows, columns] of any dtype to float32, zero-padded to [frame_rows, frame_columns], transposed if
-// asked for. Each element is multiplied by by_row[row] and by_column[column], unless null. If nothing has to change,
-// the result is the matrix itself and must not be written to.
+// Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
+// frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
+// by_column[column], if these pointers are not null. If nothing has to change, the result is the matrix itself and must
+// not be written to.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 
 // Converts sums [columns, padded rank] float32 to like's dtype and shape: [R, columns] (transposed) or [columns, R].
-// Each element is multiplied by by_column[column] and by_rank[rank], unless null.
+// Each element is multiplied by by_column[column] and by by_rank[rank], if these pointers are not null.
 Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const float* by_column, const float* by_rank,
                 bool transpose, const Tensor& like);
 
-// Returns a vector as float32, zero-padded. If nothing has to change, the result is the vector itself, to be read only.
+// Returns a vector as float32, zero-padded. If nothing has to change, the result is the vector itself, and must not be
+// written to.
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length);
 
 // Converts a matrix [rank, columns] with row stride `stride` to strips [ceil(columns / 16), rank, 16], zero-padded.
@@ -39,7 +41,8 @@ Tensor lane_strips(const float* rows, int64_t rank, int64_t stride, int64_t colu
 // Converts m [columns, stride], whose columns are the ranks, to strips like lane_strips.
 Tensor lane_strips_of_rows(const float* m, int64_t rank, int64_t stride, int64_t columns);
 
-// Checks that a vector such as out_scale has `numel` elements, and returns it as float32. May return the vector itself.
+// Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The function may
+// return the vector itself.
 Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel);
 
 }  // namespace peft_ext

@@ -1,7 +1,7 @@
-// Decides how passes over tokens are divided among threads. Pure arithmetic.
+// Decides how passes over tokens are divided among threads. This file contains only arithmetic.
 //
 // Sums over tokens are computed per chunk of tokens and added in order. The number of chunks depends only on the number
-// of tokens, so that the number of threads never changes a bit.
+// of tokens, so that the results do not depend on the number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -10,7 +10,7 @@
 
 namespace peft_ext {
 
-// Rows that a pass takes at a time.
+// Number of rows that a pass takes at a time.
 constexpr int64_t kTokenStep = 8;
 constexpr int64_t kMinChunkTokens = 64;
 constexpr int64_t kMaxChunks = 32;
@@ -34,7 +34,7 @@ inline int64_t chunks_together(int64_t tokens, int64_t columns, int64_t rank) {
   return std::min(chunks, std::max<int64_t>(1, kMostSums / std::max<int64_t>(1, columns * rank)));
 }
 
-// Returns the smallest number of parts for a thread, if each part has this many multiplications.
+// Returns the smallest number of parts for a thread, if each part has `multiplications` multiplications.
 inline int64_t pass_grain(int64_t multiplications) { return shares(kPassGrain, std::max<int64_t>(1, multiplications)); }
 
 // Returns the number of parts that the busiest thread gets from PyTorch's parallel_for.
@@ -49,7 +49,7 @@ inline int64_t row_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int6
   return std::min(tokens, steps * kTokenStep) * columns * rank;
 }
 
-// The cost of chunks that are each divided into `blocks` blocks of columns, several chunks at a time.
+// Returns the cost of chunks that are each divided into `blocks` blocks of columns, several chunks at a time.
 inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t blocks, int64_t threads) {
   const int64_t chunk = std::min(chunk_tokens(tokens), tokens), chunks = shares(tokens, chunk);
   const int64_t together = chunks_together(tokens, columns, rank), groups = chunks / together;
@@ -59,13 +59,13 @@ inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_
   return std::min(parts * part, tokens * columns * rank);
 }
 
-// The cost of mᵀ left [K, R] if only columns are divided: no sums of chunks are kept.
+// Returns the cost of mᵀ left [K, R] if only columns are divided: no sums of chunks are kept.
 inline int64_t sums_by_columns_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t blocks = shares(columns, kBlockColumns), part = tokens * std::min(kBlockColumns, columns) * rank;
   return std::min(busiest(blocks, part, threads) * part, tokens * columns * rank);
 }
 
-// The cost of mᵀ left [K, R] if chunks are divided too.
+// Returns the cost of mᵀ left [K, R] if chunks are divided too.
 inline int64_t sums_by_chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   return chunks_cost(tokens, columns, rank, shares(columns, kBlockColumns), threads);
 }
@@ -80,7 +80,7 @@ inline int64_t outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, in
                                                          : sums_by_chunks_cost(tokens, columns, rank, threads);
 }
 
-// The cost of both products in one pass, divided by chunks, because `out` needs all columns of a token.
+// Returns the cost of `out` and mᵀ left in one pass, divided by chunks, because `out` needs all columns of a token.
 inline int64_t row_and_outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   return 2 * chunks_cost(tokens, columns, rank, 1, threads);
 }

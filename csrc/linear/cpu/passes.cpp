@@ -18,7 +18,7 @@ constexpr int64_t kExpandPasses = 8;
 static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");
 static_assert(kTokenStep == kRowsTogether);
-// Rows of W that are decoded at a time in a pass over W.
+// Number of rows of W that are decoded at a time in a pass over W.
 constexpr int64_t kRowChunk = 64;
 
 // Returns W's rows [first, last) in `type`: a pointer into W, or rows decoded into the calling thread's scratch.
@@ -118,8 +118,8 @@ void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
   });
 }
 
-// width: columns of a part, or all columns if P is computed too. The first chunk's sums are computed in the total's
-// memory. The sums of the other chunks have memory of their own, for some chunks at a time.
+// width: number of columns of a part, or of all columns if P is computed too. The first chunk's sums are computed in
+// the total's memory. The sums of all other chunks have separate memory, for some chunks at a time.
 Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tensor* totals) {
   const PassKernels& isa = pass_kernels();
   const int64_t size = pass.columns * pass.rank, blocks = ceil_div(pass.columns, width);

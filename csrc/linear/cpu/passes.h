@@ -17,15 +17,15 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 // Runs a pass without `left` over all tokens.
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null without tokens) and returns its sums [columns, rank]. totals: if not null,
-// receives the sums of m's columns, [columns].
+// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [columns, rank]. totals: if
+// not null, receives the sums of m's columns, [columns].
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
 void run_expand(const Expand& work, int64_t tokens);
 
 // The bits of a dropout mask.
 struct KeepBits {
-  Tensor words;  // int32 words, stored as float32, because few types of stable tensors are instantiated here
+  Tensor words;  // words of 32 bits in a float32 tensor, because this code instantiates stable tensors for few types
   int64_t per_row = 0;
   uint32_t* data = nullptr;
 };
@@ -36,14 +36,14 @@ KeepBits keep_bits(int64_t tokens, int64_t columns);
 // Returns x̃ = mask ∘ x times dropout's scale, in x's dtype and shape. x is contiguous.
 Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout);
 
-// One pass over m. scaled: m ∘ (scale + shift) in m's dtype and shape, or [0] if scale [K] is null. sums: float32 [K],
-// sum_t m[t, k] other[t, k], or [0] if other is null.
+// Results of column_pass, which makes one pass over m. scaled: m ∘ (scale + shift) in m's dtype and shape; [0] if scale
+// [K] is null. sums: float32 [K], sum_t m[t, k] other[t, k]; [0] if other is null.
 struct ColumnSums {
   Tensor scaled, sums;
 };
 ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, float shift, const Tensor* other);
 
-// Computes y [T, N] = or += x [T, K] wᵀ for at most kFewTokens tokens. x, y are float32, w [N, K] is contiguous.
+// Computes y [T, N] = or += x [T, K] wᵀ for few tokens. x and y are float32, and w [N, K] is contiguous.
 void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 
 // Returns W Aᵀ [N, padded rank] and the sum of squares of each row of W, float32 [N]. W is read in `type`.

@@ -1,6 +1,6 @@
-// The rows of a batch, sorted by expert, and their division among threads. All threads work together on a run of rows
-// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. The number of
-// threads never changes a bit.
+// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on a run of rows
+// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. The results do
+// not depend on the number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -46,7 +46,7 @@ inline Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), tensor.scalar_type());
 }
 
-// Returns the rows [begin, end) of a contiguous matrix, without a copy.
+// Returns the run's rows of a contiguous matrix, without a copy.
 inline Tensor rows_of_run(const Tensor& matrix, const Run& run) {
   const int64_t columns = matrix.size(1);
   return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});

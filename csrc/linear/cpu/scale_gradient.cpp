@@ -12,8 +12,8 @@ namespace peft_ext {
 
 namespace {
 
-// If |g| is smaller, Z cannot be computed from Y = g Z: in float16 Y may be subnormal, and in dtypes with float32's
-// exponent range Y may be zero or close to zero.
+// Returns the smallest |g| with which Z is computed from Y = g Z. With a smaller |g|, Y may be subnormal in float16,
+// and zero or close to zero in dtypes with float32's exponent range.
 float smallest_scale(ScalarType type) { return type == ScalarType::Half ? 0x1p-6f : 0x1p-60f; }
 
 // Returns the given rows of a matrix of any dtype, contiguous.

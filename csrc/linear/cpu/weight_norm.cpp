@@ -1,4 +1,4 @@
-// The norm of each row of W + s B A and its gradients. The formulas are in weight_norm.h.
+// The norm of each row of W + s B A, and the gradients of the norm. The formulas are in weight_norm.h.
 #include "cpu/threads.h"
 #include "linear/cpu/weight_norm.h"
 
@@ -94,7 +94,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
   const Tensor held_u = wide_matrix(u);
   const int64_t padded = products.size(1);
   const float s = static_cast<float>(scaling);
-  // c B and dB are computed here.
+  // Computes c B and dB.
   Tensor left = empty({n, rank}, ScalarType::Float), grad_b = empty({n, rank}, ScalarType::Float);
   const float* b_data = b.const_data_ptr<float>();
   float* left_data = left.mutable_data_ptr<float>();

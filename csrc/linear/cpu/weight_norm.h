@@ -1,4 +1,4 @@
-// DoRA's norm n of each row of W + s B A, and its gradient. The matrix W + s B A is never formed.
+// DoRA's norm n of each row of W + s B A, and the gradient of the norm. The matrix W + s B A is never formed.
 //
 //   n² = ‖W‖² + 2 rowsum(U ∘ sB) + rowsum(sB (A Aᵀ) ∘ sB),  U = W Aᵀ: one pass over W
 //   dB = c (s U + s² B A Aᵀ),  dA = s (cB)ᵀ W + s² (cB)ᵀ B A,  c = dn / n, or 0 where n = 0: one more pass over W
@@ -9,7 +9,7 @@
 namespace peft_ext {
 
 struct WeightNorm {
-  Tensor norm, u;  // [N], [N, R] float32
+  Tensor norm, u;  // norm is n [N], u is U [N, R]; both are float32
 };
 
 // type: dtype to which an NF4 weight is decoded.
@@ -17,7 +17,7 @@ WeightNorm weight_norm(const char* op, const FrozenWeight& weight, const Tensor&
                        double scaling, ScalarType type);
 
 struct WeightNormGradient {
-  Tensor grad_A, grad_B;  // in the dtypes of lora_A and lora_B
+  Tensor grad_A, grad_B;  // gradients of lora_A and lora_B, in their dtypes
 };
 
 WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const FrozenWeight& weight,

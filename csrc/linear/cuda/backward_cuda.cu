@@ -1,6 +1,7 @@
 // The backward of the adapted layer, whose formula is in adapted_linear.cuh. The steps:
 //
-//   P = dY (ρB) and dB = dYᵀ S: one pass over dY; dA = x̃ᵀ P: one pass over x; dX₀ = mask ∘ (P A): one write of dX;
+//   P = dY (ρB), dB = dYᵀ S: a pass over dY (two above 32 ranks); dA = x̃ᵀ P: a pass over x;
+//   dX₀ = mask ∘ (P A): one write of dX;
 //   dX = dX₀ + G W: PyTorch's matrix product, added in place
 #include "linear/cuda/call.cuh"
 
@@ -15,12 +16,12 @@ void check_grad(const char* op, const Tensor& grad, const Tensor& x, const Linea
                   size.tokens * size.outputs);
 }
 
-// Returns a tensor for x's gradient, or [0].
+// Returns an uninitialized tensor for x's gradient; the tensor has shape [0] if needs_grad_x is false.
 Tensor empty_grad_x(const Tensor& x, bool needs_grad_x) {
   return needs_grad_x ? device_empty_like(x) : device_empty(x, {0}, x.scalar_type());
 }
 
-// Sets grad_A and grad_B to zeros if there are no tokens.
+// Sets grad_A and grad_B to zeros, for a call without tokens.
 void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, DeviceBackward* out) {
   if (size.rank == 0) return;
   out->grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
@@ -36,7 +37,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // Without tokens the sums are zeros. Otherwise the sums are allocated and written completely below.
+  // Without tokens the gradients of the scales are zeros. Otherwise the code below allocates and writes these
+  // gradients.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);
@@ -57,10 +59,10 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (low_rank)
     grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, other.has_value() ? &*other : nullptr,
                            &out);
-  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // dg is computed already
+  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // rank_gradients has computed dg
 
-  // dX's product is either G W with G = g ∘ dY (with drop_base G - dY), or dY (g ∘ W), whichever takes less work. The
-  // pass that computes G also computes the sums of dg.
+  // With out_scale, dX's product is G W with G = g ∘ dY (with drop_base G = (g - 1) ∘ dY), or dY (g ∘ W) if folds_scale
+  // returns true. The pass that computes G also computes the sums of dg, unless rank_gradients has computed dg.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
   const bool folds =
       product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, x.scalar_type(), size.tokens);

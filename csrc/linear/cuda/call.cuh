@@ -24,7 +24,7 @@ void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& si
 constexpr int64_t kMaxShrinkTokens = 16;
 void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s);
 
-// Checks a bias, and returns the bias in the form that kernels read.
+// Checks a bias, and returns the bias as a contiguous tensor.
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t outputs);
 
 // A TokenFactor for each token of a mixed batch, and the tensors to which the factors point.
@@ -33,14 +33,14 @@ struct HeldFactors {
   std::vector<Tensor> lora_B;
 };
 
-// Returns the device pointer of the factors for a kernel that reads them.
+// Returns the device pointer of the factors for a kernel that reads the factors.
 inline const TokenFactor* read_factors(const Launcher& launcher, const HeldFactors& held) {
   for (const Tensor& b : held.lora_B) launcher.in<void>(b);
   return static_cast<const TokenFactor*>(launcher.in<void>(held.table));
 }
 
-// few_tokens_accept: whether few_tokens_forward can run a call. few_tokens_forward computes y, and z if wanted, from S
-// in `out`. factors: the adapters of a mixed batch, or null.
+// few_tokens_accept returns whether few_tokens_forward accepts a call. few_tokens_forward computes y, and out.z if
+// want_z is true, from S in out.s. factors: the adapters of a mixed batch, or null.
 bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter);
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
                         const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
@@ -52,11 +52,12 @@ void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, co
 // The terms of P and A for dX's low-rank part, mask/(1-p) ∘ (P A).
 struct RankGradients {
   HeldTerms p, a;
-  std::optional<Tensor> kept;  // bits of the mask that the pass over x drew
+  std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
 };
 
 // Computes grad_A, grad_B and grad_rank_scale from dY and x as matrices, and the terms for dX if dX is wanted. If z is
-// given and the pass over dY has registers for it, grad_out_scale is computed too.
+// given, the padded rank is at most 32, and dY and z can be read in vectors of eight, the function also computes
+// grad_out_scale.
 RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
                              const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
                              bool needs_grad_x, const Tensor* z, DeviceBackward* out);

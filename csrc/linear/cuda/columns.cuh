@@ -5,10 +5,11 @@
 //   scale_rows:    out = g ∘ w, row by row                                          (DoRA's scale in W)
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x
 //
-// A thread moves eight columns at a time, 16 bytes of a 16-bit dtype. Arithmetic is float32 and rounds once. A block of
-// column_pass and finish owns 256 columns and a chunk of rows; a warp owns every eighth row of the chunk, so that each
-// vector of factors is read once. A second kernel adds the partial sums [chunks][columns] in order. Shared memory:
-// 8 KiB, where the sums of the warps are added. Each matrix is read or written once.
+// A thread moves eight columns at a time, 16 bytes of a 16-bit dtype. Arithmetic is float32, and each result is rounded
+// once. A block of column_pass and finish owns 256 columns and a chunk of rows; a warp owns every eighth row of the
+// chunk, so that a thread reads the factors of its eight columns once. A second kernel adds the partial sums
+// [chunks][columns] in order. column_pass uses 8 KiB of shared memory, in which the sums of the warps are added. Each
+// matrix is read or written once.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -18,29 +19,30 @@ namespace peft_ext {
 constexpr int kColumnThreads = 256;
 constexpr int kColumnWarps = kColumnThreads / kWarpSize;
 constexpr int kColumnTile = kWarpSize * kVector;
-constexpr int64_t kColumnRows = 128;  // rows of a block
+constexpr int64_t kColumnRows = 128;  // number of rows that a block processes
 
 struct ColumnWork {
   const void* m;
-  const void* other;   // null: no sums
-  const float* scale;  // [columns]; null if out is null
+  const void* other;   // matrix that m is multiplied with in the sums; null: no sums
+  const float* scale;  // factors [columns]; null if out is null
   float shift;
-  void* out;    // null: no output
-  float* sums;  // [row chunks][columns]
+  void* out;    // receives m ∘ (scale + shift); null: no output
+  float* sums;  // partial sums [row chunks][columns]
   int64_t rows, columns;
-  bool whole;  // columns is a multiple of 8, and the matrices are aligned to 16 bytes
+  bool whole;  // whether columns is a multiple of 8 and the matrices are aligned to 16 bytes
 };
 
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
 
-// Adds the warps' sums and writes them to the partial sums. All threads of the block call the function.
+// Adds the sums of the block's warps, and writes the totals to the partial sums. All threads of the block call the
+// function.
 __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
                                                  ColumnSumsShared& shared) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i)  // adjacent lanes, adjacent words: no bank conflicts
+  for (int i = 0; i < kVector; ++i)  // adjacent lanes write adjacent words, without bank conflicts
     shared[threadIdx.x / kWarpSize][i * kWarpSize + threadIdx.x % kWarpSize] = sums[i];
   sync_threads();
-  const int mine = threadIdx.x;  // column of the tile
+  const int mine = threadIdx.x;  // number of the column within the tile
   const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
   if (to < columns) {
     float sum = 0.0f;
@@ -86,8 +88,8 @@ __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork 
 struct Finish {
   const void* z;
   const float* scale;       // g [columns]
-  const void* bias_before;  // b₀, T [columns], or null
-  const void* bias_after;   // b₁
+  const void* bias_before;  // bias b₀ as T [columns], or null
+  const void* bias_after;   // bias b₁ as T [columns], or null
   void* out;
   int64_t rows, columns;
   bool whole;
@@ -132,10 +134,10 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 struct Drop {
   const void* x;
-  const void* add;  // null: 0
+  const void* add;  // array T [numel] that is added to mask/(1-p) ∘ x, or null
   void* out;
   int64_t numel;
-  bool whole;  // x, add and out are aligned to 16 bytes
+  bool whole;  // whether x, add and out are aligned to 16 bytes
   DeviceDropout dropout;
 };
 

@@ -2,17 +2,19 @@
 //
 //   out [T, N] = (before or 0) + mask ∘ (L Fᵀ) + (g - 1) ∘ z + bias,    L [T, R],  F [N, R]
 //
-// Uses: the low-rank term and bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added; the low-rank part of dX,
-// whose mask was kept by the pass that computed dA, and whose factor 1/(1-p) is in L; a bottleneck adapter's output
-// plus its residual; and with g and z the output of PEFT's DoRA, Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ. L
-// and F are given as bfloat16 terms, three for float32 results and two for 16-bit results. R is padded to a multiple of
-// 16; R is 0 for the bias alone.
+// The kernel computes the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added. The kernel
+// computes the low-rank part of dX: the pass that computed dA kept the bits of the mask (if these bits are missing, the
+// kernel draws the mask again), and L contains the factor 1/(1-p). The kernel adds a bottleneck adapter's output to the
+// residual. With g and z the kernel computes the output of PEFT's DoRA with dropout, Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with
+// Z = x̃ Wᵀ + L Fᵀ. L and F are given as bfloat16 terms, three for float32 results and two for 16-bit results; F has
+// one term if F and the result are bfloat16. R is padded to a multiple of 16; R is 0 for the bias alone.
 //
 // A block of 4 warps owns 64 x 64 of out, and a warp owns 16 rows. The columns are permuted so that a lane's
 // accumulators are eight adjacent columns: row g of F's tile 4 h + j (of 8 rows) is column 32 h + 8 (g / 2) + 2 j + g %
 // 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. So a lane stores 16
-// bytes (32 for float32) at once, and its draws are one block of Philox. No shared memory. Sums are float32 and are
-// rounded once. Bytes moved: out, once (twice with before).
+// bytes (32 for float32) at once, and the draws of the eight elements are one block of Philox. The kernel uses no
+// shared memory. Sums are float32, and each result is rounded once. Bytes moved: out once, and each of `before` and z
+// once if given.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"
@@ -22,27 +24,27 @@ namespace peft_ext {
 constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
-// The operands besides L Fᵀ. kBias: the bias only. kMask: the kept mask only. kOnto: before, bias and z. kAny: all
-// operands, for any shape and alignment. kGrouped: kBias for the rows of a RowTable, where each tile has its own factor
-// F or none. kGroupedAny: kGrouped for any shape.
+// The operands besides L Fᵀ that an instance of expand_kernel takes. kBias: the bias only. kMask: the kept mask only.
+// kOnto: before, bias and z. kAny: all operands, for any shape and alignment. kGrouped: kBias for the rows of a
+// RowTable, where each tile has its own factor F or none. kGroupedAny: kGrouped for any shape.
 enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {
   void* out;
   int64_t rows, columns;
-  Terms left;  // outer: rows, inner: ranks
+  Terms left;  // L as terms: outer is the rows, inner is the ranks
   Terms right;
-  const void* before;  // T [rows, columns] or null; may be out itself
-  const void* bias;    // [columns] of bias_type, or null; of type T for kBias, float32 for kOnto
+  const void* before;  // matrix T [rows, columns] that is added to the result, or null; may be `out`
+  const void* bias;    // bias [columns] of bias_type (kBias, kGrouped: T; kOnto: float32), or null
   DType bias_type;
   float bias_scale;
-  const void* z;          // T [rows, columns], or null
-  const float* scale;     // g [columns], with z
-  const uint32_t* kept;   // kMask: bits of the mask, in the layout of a rank pass
-  DeviceDropout dropout;  // kAny: parameters to draw the mask again
-  RowTable table;         // kGrouped, kGroupedAny: the table of rows; left is in the table's order
+  const void* z;          // z as T [rows, columns], or null
+  const float* scale;     // g [columns], given together with z
+  const uint32_t* kept;   // kMask: bits of the dropout mask, in the layout of a rank pass
+  DeviceDropout dropout;  // kAny: parameters of dropout, to draw the mask again
+  RowTable table;         // kGrouped, kGroupedAny: the table of rows; `left` is in the table's order
   int64_t tiles;          // number of tiles of rows
-  int64_t right_stride;   // distance from one factor's terms to the next factor's, in 16 bytes
+  int64_t right_stride;   // distance from one factor's terms to the next factor's terms, in units of 16 bytes
 };
 
 // Computes the dropped low-rank parts of dX for several layers of one input, in one write: out = Σ_i mask_i ∘ (L_i
@@ -50,11 +52,11 @@ struct ExpandTerms {
 constexpr int kMostExpandParts = 8;
 struct ExpandPart {
   Terms left, right;
-  const uint32_t* kept;  // null: no dropout
+  const uint32_t* kept;  // bits of the dropout mask; null without dropout
 };
 struct ExpandSum {
   void* out;
-  int64_t rows, columns;  // sizes in elements; columns is a multiple of eight
+  int64_t rows, columns;  // sizes of `out` in elements; columns is a multiple of eight
   int count;
   ExpandPart parts[kMostExpandParts];
 };
@@ -62,8 +64,8 @@ struct ExpandSum {
 template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
-// Adds to C a warp's 16 x 64 product over 16 ranks, from rank 16 `step` on: the 16 rows number `rows`, and a tile of 64
-// columns. `factor`: the terms of this tile's F.
+// Adds to C a warp's 16 x 64 product over the 16 ranks from rank 16 `step` on, for the 16 rows from row 16 `rows` on
+// and the 64 columns from column 64 `column_tile` on. `factor`: the terms of F.
 template <typename T, int kRightTerms>
 __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, uint32_t rows,
                                                uint32_t column_tile, int64_t step, float (&c)[2][4][4]) {
@@ -93,7 +95,7 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
     }
 }
 
-// kSteps: number of ranks in steps of 16 if known at compile time, otherwise 0.
+// kSteps: number of steps of 16 ranks if known at compile time, otherwise 0.
 // Grid: x: tiles of rows; y: tiles of columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
@@ -101,7 +103,8 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile + 8 * t;
 
-  // The destinations of the rows g and g + 8 of this warp's 16 rows.
+  // named: the rows of `out` to which the rows g and g + 8 of this warp's 16 rows are written; negative if a row is
+  // unused.
   constexpr bool kTabled = kWork == ExpandWork::kGrouped || kWork == ExpandWork::kGroupedAny;
   [[maybe_unused]] int32_t named[2];
   const uint4* factor = work.right.data;
@@ -230,7 +233,7 @@ __global__ void __launch_bounds__(kExpandThreads, 4) expand_sum_kernel(ExpandSum
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         kept[h][half] = part.kept == nullptr ? ~0u : part.kept[kept_at + half * 64 + h * 4] << (4 * warp);
-    // A fresh accumulator per 64 ranks, as in expand_kernel.
+    // A fresh accumulator per 64 ranks limits the error, because a tensor core's own sum rounds toward zero.
     const int64_t steps = part.left.inner / 16;
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};

@@ -1,8 +1,9 @@
-// The forward for few tokens against an NF4 weight, in 16-bit dtypes. In generation the number of launches matters. Up
-// to kFewTokens tokens take one launch for S and one for everything else (nf4_few_tokens.cuh). Up to kSkinnyTokens
-// tokens, and weights whose blocks or rows are not multiples of 64 inputs, take two launches after S (nf4_skinny.cuh).
-// A mixed batch over a weight that is not NF4 uses only the last kernel, to compute the terms to which PyTorch's
-// product is added.
+// The forward for few tokens against an NF4 weight, in 16-bit dtypes. In generation the number of launches matters. A
+// call of up to kFewTokens tokens takes one launch for S and one launch for all other work (nf4_few_tokens.cuh). A call
+// of more tokens, up to kSkinnyTokens, takes two launches after S (nf4_skinny.cuh), and so does a call of few tokens if
+// the weight's block size or number of inputs is not a multiple of 64. A mixed batch of few tokens that
+// few_tokens_accept refuses uses only skinny_finish_kernel, which computes the terms to which PyTorch's product is
+// added.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"
@@ -36,8 +37,9 @@ void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes
 
 namespace {
 
-// Number of blocks that share the work of a weight. The number does not depend on the card, so that sums are equal on
-// all cards. With more tokens there are fewer blocks, because their partial sums are larger.
+// Returns the number of blocks among which the work of a weight should be divided. The number does not depend on the
+// card, so that sums are equal on all cards. With more tokens there are fewer blocks, because a block's partial sums
+// are larger.
 int64_t skinny_blocks(int64_t tokens) { return tokens <= 16 ? 528 : 264; }
 
 template <typename T>
@@ -56,7 +58,8 @@ void launch_skinny(const Launcher& launcher, const Skinny& work, const Grid& gri
 template <typename T>
 void run_skinny(const Launcher& launcher, const Tensor& x, const LinearSizes& size, Skinny work,
                 const TokensFinish& finish) {
-  // K is split until there are enough blocks, but a part has at least four slabs, the depth of the pipeline.
+  // K is split until there are enough blocks, but into at most ceil(slabs / 4) parts, because the pipeline is up to
+  // four slabs deep.
   const int64_t row_blocks = ceil_div(size.outputs, kSkinnyRows), slabs = ceil_div(size.inputs, kSkinnySlab);
   const int64_t wanted = std::min(ceil_div(skinny_blocks(size.tokens), row_blocks), ceil_div(slabs, 4));
   work.slabs_per_chunk = ceil_div(slabs, wanted);
@@ -113,7 +116,7 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
   const void* data = launcher.in<void>(held);
   const Nf4View view = nf4_view(launcher, weight);
   const int tokens = static_cast<int>(size.tokens);
-  // The kernel counts the slabs of all rows in 32 bits.
+  // nf4_few_tokens_kernel counts the slabs of all rows in 32 bits.
   const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize % kFewSlab == 0 &&
                    size.outputs * (size.inputs / kFewSlab) < int64_t{1} << 32;
   with_type(x.scalar_type(), [&](auto zero) {

@@ -1,6 +1,6 @@
 // The forward of the adapted layer, whose formula is in adapted_linear.cuh. The steps:
 //
-//   S: one pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write of Y (expand); Y = Y₀ + x Wᵀ: PyTorch's matrix product
+//   S: a pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write of Y (expand); Y = Y₀ + x Wᵀ: PyTorch's matrix product
 //
 // An NF4 weight is dequantized for the product, except for few tokens of 16-bit dtypes: see few_tokens_cuda.cu.
 #include "linear/cuda/call.cuh"
@@ -38,7 +38,8 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const Tensor y = as_shape(out.y, {size.tokens, size.outputs});
   const bool low_rank = size.rank > 0, skinny = few_tokens_accept(weight, type, size.tokens, adapter);
   const bool drop_base = adapter.drop_base && adapter.seed.has_value();
-  // If Z is not wanted, and scaling W takes less work than scaling Z: Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁.
+  // If Z is not wanted and folds_scale returns true, the code computes Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁, in which g
+  // scales W instead of Z.
   const bool folds = adapter.out_scale.has_value() && !skinny && !want_z && !drop_base &&
                      !(bias_inside && held_bias.has_value()) && folds_scale(weight, type, size.tokens);
 
@@ -70,7 +71,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     } else {
       mm_out(y, held, product);
     }
-    if (want_z) {  // here nothing scales Z, so that Y = Z
+    if (want_z) {  // without out_scale, Y = Z + b₀
       Tensor z = out.z;
       torch::stable::copy_(z, y);
     }
@@ -80,7 +81,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
   const Tensor z = want_z ? out.z : drop_base ? device_empty_like(y) : y;
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
-  // If Z + b₀ is kept, b₀ is written first and the product is added to it.
+  // If Z + b₀ is wanted, b₀ is written first, and the product is added to b₀.
   const bool bias_first = want_z && before.has_value();
   if (low_rank || bias_first) {
     expand(z, low_rank ? &s_terms : nullptr, &b_terms, nullptr, bias_first ? before : std::nullopt);

@@ -1,10 +1,12 @@
-// The forward of a mixed batch, which has an adapter for each sample. The number of launches does not depend on the
-// number of adapters. The steps, besides PyTorch's product:
+// The forward of a mixed batch, in which each sample has an adapter or none. The number of launches does not depend on
+// the number of adapters, except that prepare_groups_kernel takes up to 48 adapters and 64 runs of tokens per launch.
+// The steps, besides PyTorch's product:
 //
 //   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = (s S) Bᵀ + b (expand)
 //
-// For few tokens the launches dominate, and each adapter's matrices are read once or twice. Two launches with plain
-// FMAs then compute S (shrink_few) and Y₀, or for an NF4 weight everything else (few_tokens_cuda.cu).
+// For few tokens the cost of launches dominates. One launch then computes S (shrink_few.cuh), and one launch computes
+// Y₀, both with plain FMAs. If few_tokens_accept returns true, few_tokens_forward computes Y after S, without PyTorch's
+// product (few_tokens_cuda.cu).
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/prepare_groups.cuh"
 #include "linear/cuda/shrink_few.cuh"
@@ -16,12 +18,13 @@ namespace {
 struct Batch {
   Tensor x;  // [T, K]
   const DeviceGroups& groups;
-  int64_t tokens, length, inputs, outputs;  // length: tokens of a sample
-  std::vector<Tensor> lora_A, lora_B;       // contiguous
+  int64_t tokens, length, inputs, outputs;  // length: number of tokens of a sample
+  std::vector<Tensor> lora_A, lora_B;       // contiguous matrices
   int64_t rank = 0;                         // the largest rank of an adapter that a sample uses
 };
 
-// Calls f(adapter, its samples) for each adapter, and at last f(-1, the samples without an adapter).
+// Calls f(adapter, samples) for each adapter that has samples, and at last f(-1, samples) for the samples without an
+// adapter if there are any.
 template <typename F>
 void each_group(const Batch& batch, F f) {
   const auto adapters = static_cast<int64_t>(batch.lora_A.size());
@@ -36,7 +39,7 @@ void each_group(const Batch& batch, F f) {
 
 // --- few tokens
 
-// Computes S, and the factors by which the next kernel finds each token's B.
+// Computes S, and the TokenFactors by which the next kernel finds each token's B.
 HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   const Tensor factors =
       device_empty(batch.x, {batch.tokens * static_cast<int64_t>(sizeof(TokenFactor))}, ScalarType::Byte);
@@ -175,7 +178,8 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(as_contiguous(b));
   const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
-  // The kernel for few tokens writes all of S. The other kernels write as many columns as the largest rank in use.
+  // The kernel for few tokens writes all of S. The other kernels write as many columns of S as the largest rank that a
+  // sample uses.
   out.s = low_rank && (few || batch.rank == groups.rank)
               ? device_empty(x, {size.tokens, groups.rank}, ScalarType::Float)
               : device_zeros(x, {size.tokens, groups.rank}, ScalarType::Float);

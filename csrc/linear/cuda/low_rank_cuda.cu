@@ -1,4 +1,5 @@
-// The low-rank term S (ρB)ᵀ and its gradients, as a part of the adapted layer, and alone for lora_residual.
+// The low-rank term (S ∘ ρ) Bᵀ and the term's gradients, as a part of the adapted layer, and alone for the operator
+// lora_residual. ρ [R] is scaling times rank_scale.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/rank_scale.cuh"
 
@@ -71,8 +72,8 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
   const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
   Reduced p;
   p.rank_scale = rank_scale;
-  // P contains dropout's factor 1/(1-p), for both of P's products. With drop_base the gradient through the base is
-  // dropped too, and dX is multiplied by the factor after both are added.
+  // P contains dropout's factor 1/(1-p), which dA and dX both need. With drop_base P does not contain the factor: the
+  // gradient through the base is dropped too, and the factor multiplies the sum of the two gradients, and dA.
   const double divided = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
   p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided;
   p.transposed = &p_transposed;
@@ -119,7 +120,7 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
 
 namespace {
 
-// Returns a weight that has only sizes and a device, for a base product that was computed elsewhere.
+// Returns a DeviceWeight that has only sizes and a device, for an operator that does not compute the base product.
 DeviceWeight no_weight(const char* op, const DeviceAdapter& adapter) {
   const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, op, ": lora_A or lora_B is no matrix");

@@ -1,5 +1,6 @@
 // Host functions that launch passes over activations and over W. The kernels are in the .cuh files. A temporary tensor
-// may be freed right after a launch: later work that reuses its memory runs after the launch, on the same stream.
+// may be freed right after a launch: later work that reuses the tensor's memory runs after the launch, on the same
+// stream.
 #pragma once
 
 #include <algorithm>
@@ -21,18 +22,20 @@ struct HeldTerms {
   Terms terms;
 };
 
-// Allocates terms of activations [rows, rank], padded, as the left operand of `expand`. `type`: dtype of its result.
+// Allocates the terms of activations [rows, rank], padded, as the left operand of `expand`. `type`: dtype of expand's
+// result.
 HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, ScalarType type);
 
-// Allocate terms for A or B of each adapter of a mixed batch, as factors of a rank pass or of `expand`. one: one term
-// is enough, because the matrices and the data are bfloat16.
+// grouped_A_terms allocates the terms of each adapter's A in a mixed batch, as factors of a rank pass. grouped_B_terms
+// allocates the terms of each adapter's B, as factors of `expand`. If `one` is true, one term is allocated, which is
+// exact for bfloat16 matrices.
 HeldTerms grouped_A_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t inputs, bool one);
 HeldTerms grouped_B_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t outputs, bool one,
                           ScalarType type);
 // Allocates terms of several matrices [rows, rank], each as in left_terms.
 HeldTerms grouped_left_terms(const Tensor& like, int64_t matrices, int64_t rows, int64_t padded_rank, ScalarType type);
 
-// Returns the distance from one matrix's terms to the next matrix's, in 16 bytes.
+// Returns the distance from one matrix's terms to the next matrix's terms, in units of 16 bytes.
 inline int64_t terms_stride(const HeldTerms& held) {
   return held.terms.count * held.terms.outer * held.terms.inner / 8;
 }
@@ -40,21 +43,25 @@ inline int64_t terms_stride(const HeldTerms& held) {
 // Allocates terms of a transposed matrix of activations [rank, rows], padded, as operand L of a rank pass.
 HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows);
 
-// Return the terms as arguments of a kernel that reads them, or writes them.
+// read_terms returns the terms as an argument of a kernel that reads the terms, and write_terms of a kernel that writes
+// the terms.
 Terms read_terms(const Launcher& launcher, const HeldTerms& held);
 TermsOut write_terms(const Launcher& launcher, const HeldTerms& held);
 
-// Splits all small matrices of a call into terms, in one launch: add each matrix, then call run(). The matrices must
-// live until then. A matrix is contiguous [rows, columns]; with `transpose` its transpose is split.
+// Splits all small matrices of a call into terms, in one launch. The caller adds each matrix and then calls run(). The
+// matrices must live until run() returns. A matrix is contiguous [rows, columns]; with `transpose` the transposed
+// matrix is split.
 class Splitter {
  public:
-  // type: dtype of the large matrices that the terms are multiplied with.
+  // type: dtype of the call's large matrices, which decides how many terms are made.
   Splitter(const Tensor& like, ScalarType type) : launcher_(like), like_(like), type_(type) {}
 
-  // F [ranks, columns of D] or L [ranks, rows of D] of a rank pass. inner_scale scales D's side, or is null.
+  // right_of_pass adds F [ranks, columns of D] and left_of_pass adds L [ranks, rows of D] of a rank pass. inner_scale:
+  // factors of F along the columns of D, or null.
   HeldTerms right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale = nullptr);
   HeldTerms left_of_pass(const Tensor& matrix, bool transpose);
-  // F [columns of the result, ranks] or L [rows, ranks] of `expand`. outer_scale scales the columns, or is null.
+  // right_of_expand adds F [columns of the result, ranks] and left_of_expand adds L [rows, ranks] of `expand`.
+  // outer_scale: factors of the result's columns, or null.
   HeldTerms right_of_expand(const Tensor& matrix, bool transpose, const Tensor* outer_scale = nullptr);
   HeldTerms left_of_expand(const Tensor& matrix, bool transpose);
   void run() const;
@@ -76,7 +83,7 @@ class Splitter {
 // A RowTable, and the tensors that hold the table.
 struct RowTiles {
   Tensor rows, tiles;
-  int64_t adapted = 0;  // number of tiles with a factor, which come first
+  int64_t adapted = 0;  // number of tiles with a factor; these tiles come first
   int64_t count = 0;    // number of all tiles
 };
 
@@ -84,7 +91,7 @@ RowTable row_table(const Launcher& launcher, const RowTiles& held);
 
 // --- rows of a mixture of experts
 
-// RunTables, and the tensors that hold the tables.
+// The tensors that hold the tables of RunTables, and the sizes of the tables.
 struct RowRuns {
   Tensor first_row, first_tile, first_chunk, tiles, chunks;
   int64_t experts = 0, rows = 0, tile_room = 0, chunk_room = 0;
@@ -92,8 +99,8 @@ struct RowRuns {
   int64_t padded_rows() const { return tile_room * kTileRows; }
 };
 
-// Makes the tables for a matrix with `rows` rows on `like`'s device. ends: int64 [experts], the end of each expert's
-// rows.
+// Makes the tables for a matrix with `rows` rows, on the device of `ends`. ends: int64 [experts], the end of each
+// expert's rows.
 RowRuns row_runs(const char* op, const Tensor& ends, int64_t rows);
 
 inline const RowRun* read_tiles(const Launcher& launcher, const RowRuns& held) {
@@ -102,18 +109,18 @@ inline const RowRun* read_tiles(const Launcher& launcher, const RowRuns& held) {
 
 // --- rank passes
 
-// Returns the padded rank. A kernel takes ranks in tiles of 8, and two, four or eight tiles at a time.
+// Returns the padded rank. A kernel computes two, four, eight or sixteen tiles of 8 ranks at a time.
 inline int64_t padded_rank(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : round_up(rank, 64); }
 
 // The large matrix D of a pass: a dense matrix, or an NF4 weight that is decoded to `type`.
 struct PassInput {
-  const Tensor* dense = nullptr;  // contiguous
+  const Tensor* dense = nullptr;  // D as a contiguous matrix; null for an NF4 weight
   const DeviceWeight* nf4 = nullptr;
   int64_t rows = 0, columns = 0;
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
-  const RowTiles* tiles = nullptr;  // with `right` only, which then holds one factor per adapter
-  const RowRuns* runs = nullptr;    // with `right` or `left`, not both; `right` then holds one factor per expert
+  const RowTiles* tiles = nullptr;  // rows of a mixed batch; only with `right`, which then holds one factor per adapter
+  const RowRuns* runs = nullptr;    // rows of experts; only with `right` alone (one factor per expert) or `left` alone
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
 };
@@ -122,23 +129,23 @@ PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullp
 PassInput weight_input(const DeviceWeight& weight, ScalarType type);
 
 struct PartialSums {
-  Tensor sums;  // [chunks, padded rows, padded rank]; with runs each chunk belongs to one run
+  Tensor sums;  // partial sums [chunks, padded rows, padded rank]; with runs a chunk belongs to one run
   int64_t chunks = 0, padded_rows = 0, rows = 0;
 };
 
 struct PassSums {
   PartialSums rows, columns;
-  Tensor squares;              // [chunks, padded rows]
-  std::optional<Tensor> kept;  // bits of the mask
-  std::optional<Tensor> dots;  // [chunks, padded columns]
+  Tensor squares;              // partial sums of the squares of D's rows, [chunks, padded rows]
+  std::optional<Tensor> kept;  // bits of the dropout mask
+  std::optional<Tensor> dots;  // partial sums of D ∘ E, [chunks, padded columns]
 };
 
-// The results of a rank pass. P = D F if F is given (right: [ranks][columns]), Q = Dᵀ L if L is given (left:
-// [ranks][rows]). P and Q are partial sums. The fields ask for more results.
+// The results that a rank pass computes besides P and Q. The pass computes P = D F if `right` is given (F as
+// [ranks][columns]), and Q = Dᵀ L if `left` is given (L as [ranks][rows]). P and Q are partial sums.
 struct PassWants {
-  bool squares = false;            // sums of squares of D's rows; only with F alone
-  bool mask = false;               // bits of the mask; only with L alone, and only for a suitable shape of a dropped D
-  const Tensor* beside = nullptr;  // E, for the dots; only with F and L, and if shape and ranks fit the pass
+  bool squares = false;            // whether to sum the squares of D's rows; only with F alone
+  bool mask = false;               // whether to store the mask's bits; only with L alone, and for a whole, dropped D
+  const Tensor* beside = nullptr;  // E, for the sums of D ∘ E; only with F and L, up to 32 ranks, and for a whole D
 };
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants = {});
 
@@ -157,7 +164,7 @@ void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
-// The results to make of partial sums; see RankReduce.
+// The results that `reduce` makes of partial sums. RankReduce describes the fields.
 struct Reduced {
   double scale = 1.0;
   const Tensor* row_scale = nullptr;
@@ -168,12 +175,12 @@ struct Reduced {
   const HeldTerms* transposed = nullptr;
   const Tensor* out = nullptr;
   int64_t row_stride = 0, rank_stride = 0;
-  const RowTiles* tiles = nullptr;  // the pass's table; each tile then has its own rank_scale and after
+  const RowTiles* tiles = nullptr;  // table of the pass; each tile then has its own rank and scaling, without `after`
 };
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);
 
-// Reduces P and Q in one launch.
+// Makes the results of P and of Q in one launch.
 void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduced& columns);
 
 // An additional term of expand, (g - 1) ∘ z.
@@ -194,18 +201,20 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept);
 
-// One of several dropped products. The objects that it points to must live until the launch.
+// One of several dropped products. The objects that a DroppedProduct points to must live until the launch.
 struct DroppedProduct {
   const HeldTerms *left, *right;
   const DeviceAdapter* adapter;
   const std::optional<Tensor>* kept;
 };
 
-// Computes out = the sum of the products, each with its own mask. There is one write of out if all products have
-// vectors of eight and factors of one kind.
+// Computes out = the sum of the products, each with its own mask. out is written once if there are at most
+// kMostExpandParts products, if all products can be moved in vectors of eight, and if all factors have equally many
+// terms. Otherwise out is written once for each product.
 void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
 
-// Launch expand_kernel for one element type. Each element type has its own translation unit. `whole`: vectors of eight.
+// launch_expand launches expand_kernel, and launch_expand_sum launches expand_sum_kernel, for one element type. Each
+// element type has its own translation unit. `whole`: whether the kernel may move vectors of eight.
 template <typename T>
 void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole);
 template <typename T>
@@ -216,7 +225,7 @@ void launch_expand_sum(const Launcher& launcher, const ExpandSum& work);
 // Returns mask/(1-p) ∘ x, plus `add` if given.
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add);
 
-// Computes y = g ∘ (z + b₀) + b₁. y may be z.
+// Computes y = g ∘ (z + b₀) + b₁. y may be the same tensor as z.
 void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
             const std::optional<Tensor>& bias_after);
 
@@ -228,7 +237,7 @@ Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& 
 // would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
-// Returns the partial sums of column_pass, added in order.
+// Adds the partial sums of column_pass in order, and returns the sums.
 Tensor reduced_columns(const Tensor& partial);
 
 struct ColumnPartials {

@@ -1,5 +1,5 @@
-// Host functions that launch the passes over activations and over W: they plan the grid, allocate partial sums, and
-// select the kernel. The kernels are in rank_pass.cuh, expand.cuh and columns.cuh. See passes.cuh.
+// Host functions that plan the grid of a pass over activations or over W, allocate partial sums, and select and launch
+// the kernel. The kernels are in rank_pass.cuh, expand.cuh and columns.cuh. See passes.cuh.
 #include "linear/cuda/passes.cuh"
 
 #include <math.h>
@@ -74,7 +74,7 @@ TermsOut write_terms(const Launcher& launcher, const HeldTerms& held) {
 }
 
 HeldTerms Splitter::right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale) {
-  // One term is exact if adapter and base are bfloat16, and has a kernel of its own.
+  // One term represents a bfloat16 matrix exactly. Kernels for one term exist only for a bfloat16 D.
   const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_ && inner_scale == nullptr;
   return add(TermsOrder::kPass, matrix, transpose, one ? 1 : kMaxTerms, nullptr, inner_scale);
 }
@@ -161,7 +161,8 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
 
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants) {
   const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
-  // P and Q need two passes if their sums do not both fit the registers, or if their ranks differ.
+  // P and Q need two passes if the sums of P and Q together do not fit the registers, or if F and L have different
+  // ranks.
   if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
     PassSums both = rank_pass(input, right, nullptr);
     both.columns = rank_pass(input, nullptr, left).columns;
@@ -220,7 +221,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
 
   RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
   if (variant.work == RankWork::kRunColumns)
-    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // each chunk goes down its own rows
+    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // a block owns a chunk of rows
   pass.row_tiles = plan.row_tiles;
   pass.column_tiles = plan.column_tiles;
 
@@ -275,7 +276,7 @@ static RankReduce reduce_work(const Launcher& launcher, const PartialSums& parti
   if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
   if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
   if (wanted.plain != nullptr) {
-    // Columns of a mixed batch beyond the ranks in use already hold zeros.
+    // In a mixed batch, the columns of S beyond the largest rank in use already hold zeros.
     work.plain = wanted.tiles != nullptr ? launcher.out<float>(*wanted.plain) : launcher.scratch<float>(*wanted.plain);
     work.plain_stride = wanted.plain->size(1);
   }
@@ -335,7 +336,8 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
     work.before = before->const_data_ptr() == out.const_data_ptr() ? work.out : launcher.in<void>(*before);
     whole = whole && aligned(*before, 16);
   }
-  // With another operand the kernel reads the bias in float32. A bias alone is read in the result's dtype.
+  // If `before` or `scaled` is given, kOnto reads the bias in float32. Otherwise the kernel reads the bias in the
+  // bias's own dtype.
   const std::optional<Tensor> held_bias = bias.has_value() && (before != nullptr || scaled.has_value())
                                               ? std::optional<Tensor>(as_type(*bias, ScalarType::Float))
                                               : bias;

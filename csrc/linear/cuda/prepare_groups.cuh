@@ -3,7 +3,7 @@
 //
 // The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
 // CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
-// launches. Bytes moved: A and B once, their terms once, and 4 T for the table.
+// launches. Bytes moved: A and B once, the terms of A and B once, and 4 T for the table.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -20,9 +20,9 @@ struct AdapterFactors {
 
 // A run of tokens with one adapter. The tokens are adjacent both in the batch and in the table.
 struct TokenRun {
-  int32_t first, count;  // tokens
+  int32_t first, count;  // first token, and number of tokens
   int32_t place;         // first row in the table
-  int32_t filled;        // rows of the table to fill from there on: count, or up to the end of the tile
+  int32_t filled;        // number of table rows to fill from `place` on: `count`, or more up to a tile's end
   RowTile tile;
 };
 
@@ -32,10 +32,10 @@ constexpr int kPreparedRuns = 64;
 struct PrepareGroups {
   int64_t inputs, outputs;
   TermsOut lora_A, lora_B;     // terms of the launch's first adapter
-  int64_t stride_A, stride_B;  // distance to the next adapter's terms, in words of 4 bytes
+  int64_t stride_A, stride_B;  // distance from one adapter's terms to the next adapter's terms, in words of 4 bytes
   int32_t* rows;               // rows of the table
   RowTile* tiles;
-  int adapters, runs;  // numbers in this launch
+  int adapters, runs;  // numbers of adapters and of runs in this launch
   AdapterFactors factors[kPreparedAdapters];
   TokenRun run[kPreparedRuns];
 };

@@ -8,7 +8,7 @@
 
 namespace peft_ext {
 
-constexpr int kRankTile = kTileRows;  // rows and columns of a tile of D
+constexpr int kRankTile = kTileRows;  // number of rows, and of columns, in a tile of D
 constexpr int kRankThreads = 128;
 
 // The results of a pass. kGroupedRows: P for the rows of a RowTable, where each tile has its own factor. kRunRows: P,
@@ -19,39 +19,39 @@ enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGr
 enum class RankMask { kNone, kDrawn, kKept };
 
 // Number of stages. A stage is a tile in shared memory. float32 tiles are so large that 48 KiB hold only two. An NF4
-// weight needs two, because the codes of the next tile wait in registers.
+// weight needs only two, because the codes of the next tile wait in registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
 template <typename T>
-constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // bytes from one row of a stage to the next
+constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // number of bytes from one row of a stage to the next row
 
 struct RankPass {
-  const void* dense = nullptr;  // D, contiguous; or null for an NF4 weight
+  const void* dense = nullptr;  // D as a contiguous matrix; null for an NF4 weight
   Nf4View nf4{};                // D as an NF4 weight, whose values are rounded to T
   int64_t rows = 0, columns = 0;
-  const void* beside = nullptr;  // E, in D's layout
+  const void* beside = nullptr;  // E, in the layout of D
   DeviceDropout dropout;
-  Terms right;                   // F: outer = ranks, inner = columns, padded to tiles
-  Terms left;                    // L: outer = ranks, inner = rows, padded to tiles
-  int64_t row_tiles = 1;         // tiles of rows per block
-  int64_t column_tiles = 1;      // tiles of columns per block
+  Terms right;                   // F as terms: outer = ranks, inner = columns of D, both padded
+  Terms left;                    // L as terms: outer = ranks, inner = rows of D, both padded
+  int64_t row_tiles = 1;         // number of tiles of rows per block
+  int64_t column_tiles = 1;      // number of tiles of columns per block
   int64_t padded_rank = 0;       // padded rank of the partial sums
   int64_t first_rank = 0;        // first rank that this launch computes
-  float* row_sums = nullptr;     // [column chunks][padded rows][padded_rank]
-  float* squares = nullptr;      // [column chunks][padded rows]
-  float* column_sums = nullptr;  // [row chunks][padded columns][padded_rank]
-  float* dots = nullptr;         // [row chunks][padded columns]
+  float* row_sums = nullptr;     // partial sums of P, [column chunks][padded rows][padded_rank]
+  float* squares = nullptr;      // partial sums of squares, [column chunks][padded rows]
+  float* column_sums = nullptr;  // partial sums of Q, [row chunks][padded columns][padded_rank]
+  float* dots = nullptr;         // partial sums of D ∘ E, [row chunks][padded columns]
   int64_t padded_rows = 0, padded_columns = 0;
-  uint32_t* kept = nullptr;      // bits of the mask: [row tiles][column tiles][kRankThreads], see kKeptBits
+  uint32_t* kept = nullptr;      // bits of the dropout mask: [row tiles][column tiles][kRankThreads], see kKeptBits
   RowTable table;                // kGroupedRows: the table of rows
-  int64_t right_stride = 0;      // distance from one tile's (or expert's) F to the next in `right`, in 16 bytes
-  const RowRun* runs = nullptr;  // kRunRows: tiles; kRunColumns: chunks, one per chunk of column_sums
+  int64_t right_stride = 0;      // distance from one adapter's or expert's F to the next F, in units of 16 bytes
+  const RowRun* runs = nullptr;  // kRunRows: runs of tiles; kRunColumns: runs of chunks, one per chunk of column_sums
 };
 
-// Layout of a mask's bits: that in which the threads of a rank pass draw them. Thread i of a tile has the rows
-// 16 j + i / 8, j < 4, and the columns i % 8 · 8 … + 7. Bits 15 and 31 of the thread's word, after a shift to the left
-// by 4 j + w, tell whether the elements 2 w and 2 w + 1 of row j are kept.
+// Layout of a mask's bits, which is the layout in which the threads of a rank pass draw the bits. Thread i of a tile
+// has the rows 16 j + i / 8, j < 4, and the columns i % 8 · 8 … + 7. Bits 15 and 31 of the thread's word, after a shift
+// to the left by 4 j + w, tell whether the elements 2 w and 2 w + 1 of row j are kept.
 constexpr uint32_t kKeptBits = 0x80008000u;
 
 // Shared memory in which the warps' dots are added.
@@ -88,8 +88,8 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
                                            __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])));
 }
 
-// Copies a tile of any shape and alignment from (row, column), element by element, and drops it. The rows end at
-// `rows`. The generator counts rows from `drawn` rows later. kTabled: `row` is a row of the table.
+// Copies a tile of any shape and alignment from (row, column), element by element, and applies dropout to the tile.
+// Rows from `rows` on are zeros. Dropout counts row i of D as row i + `drawn`. kTabled: `row` is a row of the table.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
                                               int64_t column, int64_t rows, int64_t drawn) {
@@ -122,8 +122,8 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
   }
 }
 
-// Codes and scales of an NF4 tile. Codes and scales are loaded during the products of the tile before, because loading
-// scales is a chain of up to three loads. The decoded values are then stored into a stage.
+// Codes and scales of an NF4 tile. Codes and scales are loaded during the products of the previous tile, because
+// loading scales is a chain of up to three loads. The decoded values are then stored into a stage.
 struct RankCodes {
   uint32_t codes[4];
   float scales[4];
@@ -142,7 +142,7 @@ __device__ __forceinline__ void rank_load(const RankPass& pass, RankCodes& ahead
 
 template <typename T>
 __device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to) {
-  const float code = kNf4DeviceCode[threadIdx.x % 16];  // one of the 16 codes per lane
+  const float code = kNf4DeviceCode[threadIdx.x % 16];  // each lane holds one of the 16 code values
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     float values[kVector];
@@ -153,7 +153,8 @@ __device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to)
   }
 }
 
-// Drops the elements in the stage that this thread copied: draws drawn, drawn + step, … Returns the bits of the mask.
+// Applies dropout to the elements in the stage that this thread copied, with the Philox blocks `drawn`, `drawn` +
+// `step`, … Returns the bits of the mask if kKept, otherwise 0.
 template <typename T, bool kKept>
 __device__ __forceinline__ uint32_t rank_drop(const Philox& philox, SharedAt at, uint64_t drawn, uint32_t step) {
   uint32_t kept = 0;

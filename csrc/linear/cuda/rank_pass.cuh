@@ -6,19 +6,23 @@
 //   grouped:  P_i = D[rows_i] F_i, for tiles of 64 rows that a table names, each with its own factor (row_tiles.cuh)
 //   runs:     P_e = D[rows_e] F_e or Q_e = D[rows_e]ᵀ L[rows_e], for the rows of each expert (row_runs.cuh)
 //
-// D is dense (float32, bfloat16 or float16), x̃ = dropout(x) computed on the way, or an NF4 weight decoded on the way. F
-// and L are given as bfloat16 terms (linear/cuda/terms.cuh), so that sums have float32 precision for every dtype.
+// D is dense (float32, bfloat16 or float16), or x̃ = dropout(x), which the kernel computes from x, or an NF4 weight,
+// which the kernel decodes. F and L are given as bfloat16 terms (linear/cuda/terms.cuh), so that sums have float32
+// precision for every dtype.
 //
-// A block of 4 warps owns kAround tiles of 64 rows (for columns alone, any number of tiles) and some tiles of 64
-// columns. Warp w owns the rows from 16 w on of a tile for P, and the columns from 16 w on for Q. Tiles of D pass
-// through kRankStages stages of shared memory: cp.async fills one stage while another is used. The thread that copied
-// eight elements also drops them in place. Fragments of D are loaded by ldmatrix, transposed for Q. Fragments of F and
-// L, which all blocks read, come from L1 and L2; a warp loads as many as registers hold before it waits for D.
-// Shared memory: kRankStages x [64][64] elements. The eight groups of a row of a 16-bit dtype lie in the order
-// group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of float32 are padded to 72 elements.
-// Sums: float32. Each tile has fresh sums, which are then added, because a tensor core's own sum rounds toward zero.
-// Blocks write partial sums [chunks][padded rows][padded rank]; a second kernel adds them in order. No atomics.
-// Bytes moved: D once, E once, and the partial sums twice.
+// A block of 4 warps owns kAround tiles of 64 rows and column_tiles tiles of 64 columns; for Q alone, a block owns
+// row_tiles tiles of rows and one tile of columns. Warp w owns the rows from 16 w on of a tile for P, and the columns
+// from 16 w on for Q. Tiles of D pass through kRankStages stages of shared memory: while a block uses one stage,
+// cp.async fills other stages (plain loads and stores do so for NF4 weights and for matrices that are not whole). The
+// thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit D are loaded
+// by ldmatrix, transposed for Q. Fragments of F and L, which all blocks read, come from L1 and L2; a warp loads as many
+// fragments as registers hold before the warp waits for D.
+// Shared memory: kRankStages stages, each a tile of D with 64 rows and 64 columns. In a 16-bit dtype the eight groups
+// of a row, of eight columns each, lie in the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of
+// float32 are padded to 72 elements. Sums are float32. Each tile (or half of a tile) has fresh sums, which are then
+// added to the block's sums, because a tensor core's own sum rounds toward zero. Blocks write partial sums
+// [chunks][padded rows][padded rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes
+// moved by a launch: D once, E once, and the partial sums once; the second kernel reads the partial sums.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
@@ -30,9 +34,9 @@ namespace peft_ext {
 // more products.
 template <int kRanks>
 struct RankShare {
-  static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // tiles of 8 ranks per warp
-  static constexpr int kParts = kRanks / kTiles;          // parts of the ranks, each for another warp
-  static constexpr int kRuns = kParts;                    // runs of 16 rows per warp
+  static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // number of tiles of 8 ranks per warp
+  static constexpr int kParts = kRanks / kTiles;          // number of parts of the ranks; a warp has one part
+  static constexpr int kRuns = kParts;                    // number of runs of 16 rows per warp
   using Sums = float[kRuns][kTiles][4];
 
   static __device__ __forceinline__ int part() { return threadIdx.x / kWarpSize % kParts; }
@@ -44,13 +48,14 @@ struct RankShare {
 template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
-  static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // tiles of 8 ranks within 64 ranks
-  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a 64 x 64 tile, in 16 bytes
+  static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // number of tiles of 8 ranks within 64 ranks
+  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a factor's tile in 16-byte units
   static constexpr int kHeld = kRoomy ? 2 : 1;
 
   uint4 held[kHeld][kTerms][kTiles];
 
-  // Returns where this lane's part of its warp's ranks starts. `halves`: distance from 64 ranks to the next 64.
+  // Returns the offset of this lane's part of the warp's ranks, in units of 16 bytes. `halves`: distance from one group
+  // of 64 ranks to the next group.
   static __device__ __forceinline__ int64_t share(int64_t halves) {
     const int part = RankShare<kRanks>::part(), lane = threadIdx.x % kWarpSize;
     return part / 2 * halves + part % 2 * kTiles * 2 * kWarpSize + lane;
@@ -123,8 +128,8 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
 }
 
 // Adds the product of this warp's strip of the stage (kTransposed: of its transpose) with F (or L) to sums. The factor
-// holds the fragments of two steps. As soon as a term is used, its registers are loaded for the next two steps, first
-// of this tile and then of the tile at `next`. kRoomy: the factor holds all steps.
+// holds the fragments of two steps. As soon as a term is used, the term's registers are loaded for the next two steps,
+// first of this tile and then of the tile at `next`. kRoomy: the factor holds all steps.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
@@ -138,7 +143,8 @@ __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedA
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[run][n][i] += fresh[n][i];
   };
-  // Not unrolled: otherwise the compiler would start all loads at once and run out of registers.
+  // Unless kRoomy, the loop is not unrolled: otherwise the compiler would start all loads at once and run out of
+  // registers.
   [[maybe_unused]] constexpr int kUnrolled = kRoomy ? 2 : 1;
 #pragma unroll kUnrolled
   for (int two = 0; two < 2; ++two) {
@@ -195,7 +201,7 @@ __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typen
     }
 }
 
-// Adds D ∘ E to dots, for eight columns and the rows 16 j … that this thread copied.
+// Adds D ∘ E to dots, for the eight columns and the four rows of the tile that this thread copied.
 template <typename T>
 __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)[4][sizeof(T) / 2],
                                           float (&dots)[kVector]) {
@@ -218,11 +224,11 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
     }
 }
 
-// Tiles of rows per block for passes that compute P and Q. The sums of these tiles stay in registers; the more tiles,
-// the fewer partial sums of Q.
+// Number of tiles of rows per block in passes that compute P and Q. The sums of these tiles stay in registers. More
+// tiles per block make fewer partial sums of Q.
 constexpr int kRankTilesOfBoth = 4;
 
-// Blocks per multiprocessor for which the compiler must limit the registers.
+// Number of blocks per multiprocessor for which the compiler must limit the registers.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2)
@@ -230,8 +236,8 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
                             : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
                                                                                                : 4;
 
-// kWhole: columns is a multiple of 8, a tile's bytes are counted in 32 bits, and D is aligned to 16 bytes (NF4: to 4).
-// kRanks: number of tiles of 8 ranks. kTerms: number of F's terms; L has three.
+// kWhole: columns is a multiple of 8, a tile's bytes can be counted in 32 bits, and D is aligned to 16 bytes (an NF4
+// weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F; L always has three terms.
 // Grid: x: chunks of row_tiles tiles of rows; y: chunks of column_tiles tiles of columns.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
@@ -260,18 +266,20 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const int64_t row_tile = kRuns ? run.tile : blockIdx.x * pass.row_tiles;
   const int64_t column_tile = blockIdx.y * pass.column_tiles;
   const int64_t row = kRuns ? run.first : row_tile * kRankTile, column = column_tile * kRankTile;
-  // A block goes along its columns. For columns alone it goes down its rows, with one tile of columns.
+  // For P, or for P and Q, a block goes along its tiles of columns. For Q alone, a block goes down its tiles of rows,
+  // in one tile of columns.
   const int tiles = static_cast<int>(kRows   ? min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile)
                                      : kRuns ? (run.rows + kRankTile - 1) / kRankTile
                                              : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
 
-  // For a whole, dense D: the address of this thread's next tile, and the part of D that is left from there on.
+  // For a whole, dense D: `from` is the address of this thread's part of the next tile, and rows_left and columns_left
+  // are the sizes of the part of D that begins at `from`.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // from a tile to the next
+  const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // bytes from tile to tile
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
                               (first_row * pass.columns + column + copy_group * kVector) * sizeof(T);
-  // kTabled: where this thread's four rows start, in 16 bytes; all ones if there is no row.
+  // kTabled: the offsets of this thread's four rows, in units of 16 bytes; all bits are ones if there is no row.
   [[maybe_unused]] uint32_t tabled[4];
   if constexpr (kTabled && kWhole) {
 #pragma unroll
@@ -294,9 +302,9 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   if constexpr (kMask == RankMask::kKept)
     kept = pass.kept + (row_tile * (pass.padded_columns / kRankTile) + column_tile) * kRankThreads + threadIdx.x;
 
-  // This lane's part of the first fragments of F and L.
+  // `right` and `left` point to this lane's part of the first fragments of F and L.
   using Share = RankShare<kRanks>;
-  constexpr bool kRoomy = kRanks == 2;  // sums take few registers
+  constexpr bool kRoomy = kRanks == 2;  // the sums of 16 ranks take few registers
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
   using Left = RankFactor<kRanks, kMaxTerms, kRoomy && !kBoth>;
   const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;
@@ -341,7 +349,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         }
       }
     }
-    cp_async_commit();  // also commit an empty group, so that the wait counts the same at the end
+    cp_async_commit();  // commits an empty group too, so that every wait counts equally many groups
   };
 
   typename Share::Sums row_sums[kAround] = {}, column_sums = {};
@@ -380,7 +388,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         const uint32_t bits = rank_drop<T, kMask == RankMask::kKept>(philox, copy_at + stage, drawn, drawn_step);
         if constexpr (kMask == RankMask::kKept) *kept = bits;
       }
-      sync_threads();  // the stage is filled for all threads, and the stage before is no longer read
+      sync_threads();  // the stage is filled for all threads, and no thread reads the previous stage any more
       issue(outer, (held + kOnTheWay) / kAround, (held + kOnTheWay) % kAround,
             stage == 0 ? kOnTheWay * kStage : stage - kStage);
       const unsigned char* tile = &shared.tile[0][0] + stage;
@@ -426,8 +434,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
           for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
     }
     if constexpr (kDots) {
-      // The four rows of a warp have one set of columns, and so have all warps: their dots are added. The shared memory
-      // of these sums is free again after the next tile's barrier.
+      // Lanes whose numbers are equal modulo 8 hold dots of the same eight columns, in every warp, and the code adds
+      // these dots. shared.sums may be written again after the next tile's barrier.
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         dots[i] += shuffle_xor(dots[i], 8);
@@ -456,7 +464,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
       const int64_t at = blockIdx.y * pass.padded_rows + mine;
       rank_store<kRanks>(pass.row_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, row_sums[held]);
       if constexpr (kSquares) {
-        // Adds the squares of a row over its four lanes.
+        // Adds the squares of a row over the four lanes that hold the row.
 #pragma unroll
         for (int run = 0; run < Share::kRuns; ++run)
 #pragma unroll

@@ -10,8 +10,9 @@ void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pas
   launcher(rank_pass_kernel<T, kNf4, kWhole, kRanks, kTerms, kWork, kMask>, grid, kRankThreads, pass);
 }
 
-// Launches a pass over 16 or 32 ranks, or several passes over 128 ranks (64 for float32, whose terms need registers),
-// and then over 64.
+// Launches one pass over 16 or 32 ranks, or several passes over more ranks: over 128 ranks each if D is whole, 16-bit
+// and has no runs, because the terms of float32 need registers, and over 64 ranks each otherwise and for the last 64
+// ranks.
 template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
@@ -71,12 +72,13 @@ void launch_work(const Launcher& launcher, const Grid& grid, const RankPass& pas
       }
       launch_terms<T, kNf4, kWhole, RankWork::kColumns, RankMask::kNone>(launcher, grid, pass);
       return;
-    default:  // see launch_rank_runs
+    default:  // launch_rank_runs handles kRunRows and kRunColumns
       return;
   }
 }
 
-// Launches a pass over the rows of each expert. If the shape is not whole, only the copy applies the mask.
+// Launches a pass over the rows of each expert. If D is not whole, rank_copy_any applies the dropout mask while it
+// copies a tile to shared memory, and the kernel is launched with RankMask::kNone.
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant) {
   constexpr RankMask kNone = RankMask::kNone, kDrawn = RankMask::kDrawn, kKept = RankMask::kKept;

@@ -1,5 +1,5 @@
-// Divides a rank pass into blocks. The division depends only on the shape, so that all cards compute equal sums. Host
-// code, pure arithmetic.
+// Divides a rank pass into blocks. The division depends only on the shape and on the results of the pass, so that all
+// cards compute equal sums. This file has only host code, without calls of CUDA.
 #pragma once
 
 #include <algorithm>
@@ -8,20 +8,22 @@
 
 namespace peft_ext {
 
-// From this number of columns on a tile's bytes would overflow 32 bits: 240 rows of float32 are 4 GiB.
+// With fewer columns, the offsets of a block's rows fit 32 bits: the largest offset, 240 rows of float32, is below 3.75
+// GiB.
 constexpr int64_t kMaxRankColumns = int64_t{1} << 22;
 
-// Wanted number of blocks: some waves on a small card, one or two on a large card. More blocks would only write more
-// partial sums. A pass that computes P and Q writes more of them, and so has fewer blocks.
+// Target number of blocks: several waves on a small card, one or two waves on a large card. More blocks would only
+// write more partial sums. A pass that computes P and Q writes more partial sums per block, and so has fewer blocks.
 constexpr int64_t kRankBlocksWanted = 768;
 constexpr int64_t kRankBlocksOfBoth = 384;
 
-// Smallest number of tiles of a block along its direction: the number of tiles that are loaded ahead.
+// Smallest number of tiles along which a block goes, if D has that many, so that a block loads one tile while the block
+// multiplies another tile.
 constexpr int64_t kRankTilesAtLeast = 2;
 
 struct RankPlan {
-  int64_t row_tiles, column_tiles;    // tiles per block
-  int64_t row_chunks, column_chunks;  // size of the grid
+  int64_t row_tiles, column_tiles;    // numbers of tiles per block
+  int64_t row_chunks, column_chunks;  // numbers of blocks in the grid
 };
 
 inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_tiles) {

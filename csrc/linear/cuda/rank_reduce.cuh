@@ -6,37 +6,37 @@
 
 namespace peft_ext {
 
-// Results: value[row][r] = scale · row_scale[row] · Σ_chunks partial, multiplied by rank_scale[r] where noted. Each
-// output pointer may be null. With a table, `row` is a row of the table, each tile has its own rank and (as rank_scale)
-// its own scaling, and tiles without a factor, which have no partial sums, are zero.
+// Results: value[row][r] = scale · row_scale[row] · Σ_chunks partial, multiplied by after · rank_scale[r] where noted.
+// Each output pointer may be null. With a table, `row` is a row of the table, each tile has its own rank and its own
+// scaling (in place of `after`), and tiles without a factor, which have no partial sums, are zero.
 struct RankReduce {
   const float* partial;
   int64_t chunks, rows, padded_rows;
   int64_t rank, padded_rank;
-  RowTable table;      // table.tiles null: rows are in order
-  int64_t table_rows;  // rows of all tiles, at least padded_rows
+  RowTable table;      // table of the rows; if table.tiles is null, rows are in order
+  int64_t table_rows;  // number of rows of all tiles, at least padded_rows
   float scale;
-  const float* row_scale;   // null: 1
-  const float* rank_scale;  // null: 1
-  float after;              // one more factor, applied where rank_scale is
-  float* plain;             // [rows][plain_stride], not multiplied by rank_scale
+  const float* row_scale;   // factors of the rows; null: 1
+  const float* rank_scale;  // factors of the ranks; null: 1
+  float after;              // one more factor of the results that are multiplied by rank_scale
+  float* plain;             // values [rows][plain_stride], not multiplied by rank_scale
   int64_t plain_stride;
-  TermsOut terms;       // [padded rows, padded rank], multiplied by rank_scale
-  TermsOut transposed;  // [padded rank, padded rows], multiplied by rank_scale
-  void* out;            // multiplied by rank_scale, with the dtype and strides below
+  TermsOut terms;       // terms [padded rows, padded rank] of the values multiplied by rank_scale
+  TermsOut transposed;  // terms [padded rank, padded rows] of the values multiplied by rank_scale
+  void* out;            // values multiplied by rank_scale, of dtype `type`, with the strides below
   DType type;
   int64_t row_stride, rank_stride;
 };
 
-// The two reductions of one pass: P's and Q's.
+// The reductions of one pass: of P and of Q, or of one of P and Q in work[0].
 struct RankReduces {
   RankReduce work[2];
 };
 
 constexpr int kReduceThreads = 256;
 
-// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger reduction, table_rows with a table; y:
-// which reduction. A thread computes two adjacent ranks.
+// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger reduction, with table_rows instead of
+// padded_rows if there is a table; y: index of the reduction. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {
   const RankReduce& work = reduces.work[blockIdx.y];
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;

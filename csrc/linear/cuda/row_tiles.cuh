@@ -1,10 +1,11 @@
-// Divides the rows of a mixed batch, which has an adapter for each sample, into tiles of 64 rows with one adapter.
+// Divides the rows of a mixed batch, in which each sample has an adapter or none, into tiles of 64 rows with one
+// adapter.
 //
-// The tokens of an adapter fill ceil(T_g / 64) tiles, wherever in the batch they are: row j of tile i is token
+// The tokens of an adapter, wherever these tokens are in the batch, fill ceil(T_g / 64) tiles: row j of tile i is token
 // rows[64 i + j], or -1 after the adapter's last token. Tokens without an adapter have the last tiles. The passes over
-// activations (rank_pass.cuh, expand.cuh) find their rows by this table, and a tile's factor by RowTile. The passes
-// compute at most T / 64 + G tiles, each with one adapter's ranks, for every order of the samples. The values of one
-// adapter never reach another adapter's tokens.
+// activations (rank_pass.cuh, expand.cuh) find the rows of a tile in this table, and the factor of the tile in RowTile.
+// For every order of the samples there are at most T / 64 + G + 1 tiles, each with one of the G adapters or none. The
+// values of one adapter never reach another adapter's tokens.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -20,8 +21,8 @@ struct RowTile {
 };
 
 struct RowTable {
-  const int32_t* rows = nullptr;   // [tiles][kTileRows]
-  const RowTile* tiles = nullptr;  // null: rows are in order, and all rows have one factor
+  const int32_t* rows = nullptr;   // [tiles][kTileRows]: rows of the matrix, or -1
+  const RowTile* tiles = nullptr;  // tiles; null: the rows are in order and have one factor
 };
 
 }  // namespace peft_ext

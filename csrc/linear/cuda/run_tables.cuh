@@ -1,5 +1,5 @@
-// Makes the tables of row_runs.cuh on the device, from the ends of the experts' rows, in one launch of one block:
-// running sums over the experts, and for each tile a search in them.
+// Makes the tables of row_runs.cuh on the device, from the ends of the experts' rows, in one launch of one block. The
+// block computes running sums over the experts, and searches these sums for each tile and each chunk.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -7,14 +7,14 @@
 
 namespace peft_ext {
 
-// Arguments of the tables. An end below the previous end counts as the previous end; an end beyond the rows counts as
-// the rows' end.
+// Arguments of row_runs_kernel. An end below the previous end counts as the previous end; an end beyond the rows counts
+// as the rows' end.
 struct RunTables {
   const int64_t* ends;  // [experts]
   int64_t experts, rows;
-  int32_t* first_row;    // [experts + 2]: first row of each expert and of no expert, and the end
-  int32_t* first_tile;   // [experts + 2]
-  int32_t* first_chunk;  // [experts + 1], without the rows of no expert
+  int32_t* first_row;    // [experts + 2]: first row of each expert and of no expert, and the number of rows
+  int32_t* first_tile;   // [experts + 2]: first tile of each expert and of no expert, and the number of tiles
+  int32_t* first_chunk;  // [experts + 1]: first chunk of each expert, and the number of chunks
   RowRun* tiles;         // [tile_room]
   RowRun* chunks;        // [chunk_room]
   int64_t tile_room, chunk_room;
@@ -22,7 +22,7 @@ struct RunTables {
 
 constexpr int kRunThreads = 512;
 
-// Returns the sum, or the largest, of the values of the threads up to this thread. All threads call the function.
+// Returns the sum (kSum) or the maximum of the values of the threads 0 to this thread. All threads call the function.
 template <bool kSum>
 __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRunThreads]) {
   sync_threads();
@@ -39,7 +39,7 @@ __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRun
   return shared[threadIdx.x];
 }
 
-// Returns run i, of up to kEach rows. first [experts + 1]: the number of each expert's first run, and the number of
+// Returns run i, of up to kEach rows. first [experts + 1]: the index of each expert's first run, and the number of all
 // runs.
 template <int kEach>
 __device__ __forceinline__ RowRun run_of(const RunTables& work, const int32_t* first, int64_t experts, int32_t i) {
@@ -63,7 +63,7 @@ static __global__ void __launch_bounds__(kRunThreads) row_runs_kernel(RunTables 
     const int64_t e = base + threadIdx.x;
     const int64_t asked = e < work.experts ? work.ends[e] : work.rows;
     const auto own_end = static_cast<int32_t>(asked < 0 ? 0 : min_of(asked, work.rows));
-    // Ends are made ascending. `row` holds the largest end of the rounds before.
+    // Ends are made ascending. `row` holds the largest end of the previous rounds.
     running<false>(own_end > row ? own_end : row, shared);
     const int32_t end = shared[threadIdx.x], begin = threadIdx.x == 0 ? row : shared[threadIdx.x - 1];
     const int32_t last_end = shared[kRunThreads - 1], rows = end - begin;

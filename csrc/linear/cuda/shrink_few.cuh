@@ -1,9 +1,9 @@
 // S [T, R] = x̃ Aᵀ for few tokens, in one launch. In generation a launch costs more than the arithmetic.
 //
-// A block owns one rank and kShrinkTokens tokens. Its threads share K, eight inputs at a time, and read A's row once
-// for all tokens. The arithmetic is float32 FMAs. The sums of a warp's lanes are added by shuffles, and those of the
-// warps in shared memory, always in one order. In a mixed batch the tokens of a block have one adapter. Bytes moved: A
-// once per group of tokens; x once per rank (from L2 after the first time).
+// A block owns one rank and kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and read A's
+// row once for all tokens of the block. The arithmetic is float32 FMAs. The sums of a warp's lanes are added by
+// shuffles, and the sums of the warps are added in shared memory, always in one order. In a mixed batch the tokens of a
+// block have one adapter. Bytes moved: A once per group of tokens; x once per rank (from L2 after the first time).
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"
@@ -19,14 +19,15 @@ struct ShrinkFew {
   const void* lora_A;  // [rank, inputs]
   DType type;          // dtype of lora_A
   int64_t tokens, inputs, rank;
-  bool whole, whole_A;  // inputs is a multiple of 8, and the matrix is aligned to 16 bytes
+  bool whole, whole_A;  // for x and for lora_A: whether inputs is a multiple of 8 and the matrix is aligned to 16 bytes
   DeviceDropout dropout;
   float* s;  // [tokens, rank]
 };
 
 using ShrinkShared = float[kShrinkTokens][kShrinkWarps];
 
-// Returns x̃ A[r] for kShrinkTokens tokens. Thread t returns that of token token_of(t); -1: no token.
+// Returns x̃ A[r] for kShrinkTokens tokens. Thread t returns the product of token token_of(t). token_of(t) is -1 if
+// there is no token.
 template <typename T, typename TokenOf>
 __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void* lora_A, DType type, bool whole_A,
                                                int64_t r, TokenOf token_of) {
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew wo
     work.s[(first + threadIdx.x) * work.rank + r] = sum;
 }
 
-// Tokens with one adapter in a mixed batch.
+// Up to kShrinkTokens tokens with one adapter in a mixed batch.
 struct TokenGroup {
   const void* lora_A;  // [factor.rank, inputs]
   DType type_A;
@@ -88,11 +89,11 @@ struct TokenGroup {
 
 constexpr int kGroupedFewTokens = 64;
 
-// All arguments of a launch, so that nothing is copied from the host. s: [tokens, rank], zeros beyond a token's own
-// rank.
+// All arguments of a launch, so that nothing is copied from the host. few.s [tokens, rank] receives zeros beyond the
+// rank of a token's adapter.
 struct ShrinkGrouped {
-  ShrinkFew few;         // only x, inputs, whole, rank and s are used
-  TokenFactor* factors;  // [tokens], for the kernel after the product
+  ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
+  TokenFactor* factors;  // [tokens]: receives the factors that the next kernel reads
   TokenGroup groups[kGroupedFewTokens];
 };
 static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");

@@ -1,9 +1,9 @@
 // Splits a float into a sum of bfloat16 terms, so that tensor cores compute products with float32 precision.
 //
 // v = v₀ + v₁ + v₂, where v_i is the bfloat16 nearest to v - v₀ - … - v_{i-1}. Each term has 8 bits, and float32's
-// range. A bfloat16 has one term, a float16 two, a float32 three. A product of two such sums computes the products of
-// the terms i, j with i + j <= 2; the omitted ones are below 2⁻²⁴ of the result. If the result is rounded to 16 bits at
-// once, two terms with i + j <= 1 are enough: the omitted products are below 2⁻¹⁶.
+// range. A bfloat16 has one term, a float16 two, a float32 three. A kernel that multiplies two sums of terms computes
+// the products of the terms i, j with i + j <= 2; the omitted products are below 2⁻²⁴ of the whole product. If the sum
+// is rounded to 16 bits at once, two terms with i + j <= 1 are enough: the omitted products are below 2⁻¹⁶.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -33,21 +33,21 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// Memory orders of a small matrix's terms. Each order is that of the fragments of one operand: a lane's part is 16
-// bytes, a warp's 512 bytes are contiguous, and a 64 x 64 tile is contiguous, at offsets that the compiler knows.
+// Memory orders of a small matrix's terms. Each order is the order of the fragments of one operand: a lane's part is 16
+// bytes, and a warp's 512 bytes are contiguous. In kPass a 64 x 64 tile is contiguous too.
 enum class TermsOrder : int {
-  kPass,   // B of a rank pass: outer = ranks, inner = summed; a lane has two steps of 16
-  kLeft,   // A of expand: outer = rows, inner = ranks
-  kRight,  // B of expand: outer = columns, inner = ranks; a lane has two tiles of 8, see expand.cuh
+  kPass,   // operand B of a rank pass: outer = ranks, inner = summed dimension; a lane has two steps of 16
+  kLeft,   // operand A of expand: outer = rows, inner = ranks
+  kRight,  // operand B of expand: outer = columns, inner = ranks; a lane has two tiles of 8 columns
 };
 
 // A small matrix [outer, inner] as terms, zero-padded. inner is the summed dimension, padded to a multiple of 16
-// (kPass: of 64). outer is padded to 16, to 32, or to a multiple of 64 (kRight: to a multiple of 64).
+// (kPass: of 64). outer is padded to 16, to 32, or to a multiple of 64 (kLeft and kRight: to a multiple of 64).
 struct Terms {
   const uint4* data = nullptr;
   int count = 0;
-  int64_t outer = 0;  // padded
-  int64_t inner = 0;  // padded
+  int64_t outer = 0;  // padded size
+  int64_t inner = 0;  // padded size
   TermsOrder order = TermsOrder::kPass;
 };
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
     const int64_t fragment = (outer / 16 * (inner_padded / 16) + inner / 16) * count + term;
     return fragment * (2 * kFragmentWords) + (outer % 8 * 4 + t) * 4 + upper * 2 + outer % 16 / 8;
   }
-  const int64_t column = outer % 64, tile = column % 8 / 2;  // tile of 8 columns; g is the row within it
+  const int64_t column = outer % 64, tile = column % 8 / 2;  // g is the row within the tile of 8 columns
   const int64_t g = column % 32 / 8 * 2 + column % 2;
   const int64_t fragment =
       ((outer / 64 * (inner_padded / 16) + inner / 16) * count + term) * 4 + column / 32 * 2 + tile / 2;
@@ -76,9 +76,9 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
 
 // Memory to write terms to.
 struct TermsOut {
-  uint32_t* data = nullptr;  // null: not wanted
+  uint32_t* data = nullptr;  // null: no terms are written
   int count = 0;
-  int64_t outer = 0, inner = 0;  // padded
+  int64_t outer = 0, inner = 0;  // padded sizes
   TermsOrder order = TermsOrder::kPass;
 };
 
@@ -128,8 +128,8 @@ struct Split {
   const void* in;
   DType type;
   int64_t outer, inner, outer_stride, inner_stride;
-  const float* outer_scale;  // null: 1
-  const float* inner_scale;  // null: 1
+  const float* outer_scale;  // factors [outer]; null: 1
+  const float* inner_scale;  // factors [inner]; null: 1
   TermsOut out;
 };
 
@@ -155,7 +155,8 @@ __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
 constexpr int kMaxSplits = 3;
 constexpr int kSplitThreads = 256;
 
-// The small matrices of one call. One launch splits them all, because a launch takes longer than splitting a matrix.
+// The small matrices of one call. One launch splits all matrices, because a launch takes longer than splitting a
+// matrix.
 struct Splits {
   Split work[kMaxSplits];
 };

@@ -1,10 +1,11 @@
-// DoRA's norm n of each row of W + s B A, which is never formed. One pass over W (linear/cuda/rank_pass.cuh) computes
-// U = W Aᵀ [N, R] and the rows' sums of squares; M = A Aᵀ [R, R].
+// DoRA's norm n of each row of W + s B A. The kernels never form the matrix W + s B A. One pass over W
+// (linear/cuda/rank_pass.cuh) computes U = W Aᵀ [N, R] and the rows' sums of squares; M = A Aᵀ [R, R].
 //
 //   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), clamped to 0 or more
 //
-// The gradient, with c = dn / n, or 0 where n = 0:  dB = c s (U + s B M);  dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W
-// is one more pass over W. A warp owns a row of W, and its lanes own the ranks. All arithmetic is float32.
+// The gradient, with c = dn / n, or 0 where n = 0: dB = c s (U + s B M); dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W
+// is one more pass over W. A warp owns a row of W, and the warp's lanes own the ranks. The arithmetic of these kernels
+// is float32.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -18,14 +19,14 @@ struct Norm {
   const float* u;        // [rows, rank]
   const float* squares;  // [chunks][padded_rows]
   int64_t chunks, padded_rows;
-  const float* products;  // M
+  const float* products;  // M = A Aᵀ [rank, rank]
   const float* lora_B;    // [rows, rank]
   float scaling;
   int64_t rows, rank;
-  float* norm;  // forward: written; backward: read
+  float* norm;  // n [rows]; the forward writes n, and the backward reads n
   const float* grad;
-  float* left;    // backward: c B [rows, rank]
-  float* grad_B;  // backward: [rows, rank]
+  float* left;    // c B [rows, rank], which the backward writes
+  float* grad_B;  // dB [rows, rank], which the backward writes
 };
 
 // Returns (B M)[r] for one row of B.

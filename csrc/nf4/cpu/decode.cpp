@@ -45,7 +45,7 @@ void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, v
   float buffer[kScaleChunk];
   for (int64_t first = begin; first < end; first += kScaleChunk) {
     const int64_t last = min_i64(first + kScaleChunk, end);
-    // The kernel writes block b at an offset of b blocks from the pointer that it gets.
+    // The kernel writes block b at an offset of b blocks from the pointer that the kernel gets.
     char* origin = static_cast<char*>(out) - begin * weight.blocksize * width;
     nf4_kernels().dequantize(packed, scales.decode(first, last, buffer), n, weight.blocksize, first, last, origin,
                              dtype);

@@ -35,7 +35,7 @@ Tensor working_weight(const char* op, const FrozenWeight& weight, ScalarType typ
 // Returns the number of scales that have to be decoded: 0 without double quantization.
 int64_t nested_scales(const FrozenWeight& weight);
 
-// Returns the float32 scales of all blocks of an NF4 weight: the weight's own, or scales decoded into `room`.
+// Returns the float32 scales of all blocks of an NF4 weight: the weight's own scales, or scales decoded into `room`.
 const float* all_scales(const FrozenWeight& weight, float* room);
 
 // Decodes the flat elements [begin, end) of an NF4 weight on the calling thread. `room` must hold all blocks that the

@@ -1,9 +1,9 @@
 // The NF4 kernels of nf4_kernels.h with AVX2.
 //
-// Quantize: 8 values at a time find their codes by bisection, with pivots from register tables. Dequantize: the 16
+// Quantize: bisection finds the codes of 8 values at a time, with pivots from register tables. Dequantize: the 16
 // products code * absmax of a block are computed and rounded once, and then looked up. bfloat16 and float16 words are
 // looked up as two planes of bytes (pshufb), float32 values in two tables of eight (vpermps), selected by the code's
-// high bit. The results have the same bits as one product per element.
+// high bit. The results have the same bits as a separate product for each element.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
 // These headers must be included after the target pragma.
@@ -14,9 +14,9 @@
 namespace peft_ext {
 namespace {
 
-// Pivots of the bisection. A lane's pivot depends on the number found so far. A comparison gives -1 if true, so that
-// the numbers go from 0 down: entry 8 - i is the pivot of -i, and entry 0 that of 0. `!(pivot >= value)` puts a NaN
-// above all pivots.
+// Pivots of the bisection. The next pivot of a lane depends on the leading bits of the lane's code, which the previous
+// comparisons have found. A comparison gives -1 if true, so that the found bits form a number from 0 down: entry 8 - i
+// is the pivot for the number -i, and entry 0 is the pivot for 0. `!(pivot >= value)` puts a NaN above all pivots.
 struct Pivots {
   alignas(32) float values[3][8] = {};
 
@@ -38,7 +38,7 @@ inline __m256i encode8(__m256 scaled) {
   return _mm256_sub_epi32(_mm256_setzero_si256(), found);
 }
 
-// Packs 32 codes into 16 bytes. The first code of each pair is the high nibble.
+// Packs 32 codes into 16 bytes. The first code of each pair becomes the high nibble of a byte.
 inline void store_codes(uint8_t* packed, const __m256i* codes) {
   const __m256i bytes =
       _mm256_packus_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
@@ -52,8 +52,8 @@ inline void store_codes(uint8_t* packed, const __m256i* codes) {
 
 template <typename T>
 inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum is taken of the bits without sign, as integers. A NaN's bits are above infinity's: NaN wins, as in
-  // amax.
+  // The maximum is taken of the bits without sign, as integers. The bits of a NaN are above the bits of infinity, so
+  // that a NaN wins, as in torch.amax.
   const __m256i sign_free = _mm256_set1_epi32(0x7fffffff);
   __m256i most = _mm256_setzero_si256();
   for (int64_t i = 0; i < blocksize; i += 8)
@@ -86,7 +86,7 @@ inline BytePlanes byte_planes(__m128i first8, __m128i last8) {
   return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
 }
 
-// Expands 16 bytes to 32 elements of two bytes.
+// Expands 16 bytes of codes to 32 elements of two bytes.
 inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* out) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
   const __m128i nibble = _mm_set1_epi8(15);
@@ -95,14 +95,14 @@ inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* 
   const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
   const __m256i low = _mm256_shuffle_epi8(planes.low, codes);
   const __m256i high = _mm256_shuffle_epi8(planes.high, codes);
-  const __m256i first = _mm256_unpacklo_epi8(low, high);   // elements 0-7 and 16-23
-  const __m256i second = _mm256_unpackhi_epi8(low, high);  // elements 8-15 and 24-31
+  const __m256i first = _mm256_unpacklo_epi8(low, high);   // the elements 0 to 7 and 16 to 23
+  const __m256i second = _mm256_unpackhi_epi8(low, high);  // the elements 8 to 15 and 24 to 31
   __m256i* to = static_cast<__m256i*>(out);
   _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
   _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
 }
 
-// Expands 4 bytes to 8 elements.
+// Expands 4 bytes of codes to 8 elements.
 inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) {
   int32_t four;
   memcpy(&four, packed, sizeof(four));
@@ -113,7 +113,7 @@ inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) 
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-// The 16 products of a block.
+// The 16 products code * scale of a block.
 struct Products {
   __m256 first8, last8;
 

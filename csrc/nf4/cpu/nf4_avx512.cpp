@@ -1,9 +1,10 @@
 // The NF4 kernels of nf4_kernels.h with AVX-512 F/BW/DQ/VL.
 //
-// Quantize: 16 values at a time look up, in register tables, the one threshold that decides their code. Dequantize: the
-// 16 products code * absmax of a block are computed and rounded once, and then looked up: bfloat16 and float16 words
-// with two codes per lane (vpermw), float32 with one code per lane (vpermps). The results have the same bits as one
-// product per element. Both kernels read and write memory once: 0.53 bytes of NF4, and 2 or 4 bytes, per element.
+// Quantize: for 16 values at a time, lookups in register tables find the threshold that decides each value's code.
+// Dequantize: the 16 products code * absmax of a block are computed and rounded once, and then looked up: bfloat16 and
+// float16 words with two codes per lane (vpermw), float32 with one code per lane (vpermps). The results have the same
+// bits as a separate product for each element. Both kernels read each element once and write each element once: half a
+// byte and the scales in NF4, and 2 or 4 bytes in the other dtype.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
 // These headers must be included after the target pragma.
@@ -14,11 +15,12 @@
 namespace peft_ext {
 namespace {
 
-// Bins of scaled values in [-1, 1]; no bin contains two thresholds. The code of a value is the number of thresholds
-// below its bin, plus one if the value is above the bin's own threshold (infinity if the bin has none). The arrays hold
-// both for each bin. The bin is in the lowest five bits of the float value * kPerUnit + kZero.
+// Bins of scaled values in [-1, 1]; no bin contains two thresholds. below[bin] is the number of thresholds below the
+// bin, and bound[bin] is the threshold within the bin, or infinity if the bin has no threshold. The code of a value is
+// below[bin], plus one if the value is above bound[bin]. The bin is in the lowest five bits of the float value *
+// kPerUnit + kZero.
 struct Bins {
-  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats of 1.5 * 2^23 have a unit of 1
+  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 have a unit of 1
   alignas(64) float bound[32] = {};
   alignas(64) int32_t below[32] = {};
 
@@ -44,7 +46,7 @@ struct Bins {
 constexpr Bins kBins;
 static_assert(kBins.are_sound());
 
-// Returns codes * step for scaled values that are not NaN, one per 32-bit lane.
+// Computes codes * step for scaled values that are not NaN, one value per 32-bit lane.
 struct Encoder {
   __m512 bounds[2];
   __m512i below[2], step;
@@ -65,14 +67,15 @@ struct Encoder {
   }
 };
 
-// Packs 16 codes into 8 bytes. An even lane is the high nibble of the byte that it shares with the next lane.
+// Packs 16 codes into 8 bytes. The code of an even lane becomes the high nibble of the byte that the even lane shares
+// with the next lane.
 inline void store_codes(uint8_t* packed, __m512i codes) {
   const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
 }
 
-// Returns the largest magnitude, compared as integers. A NaN's bits are above infinity's, so that a NaN wins as in
-// amax.
+// Returns the largest magnitude. Magnitudes are compared as integers: the bits of a NaN are above the bits of infinity,
+// so that a NaN wins, as in torch.amax.
 inline float largest_of(const float* in, int64_t blocksize) {
   const __m512i sign_free = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
@@ -98,7 +101,9 @@ inline float largest_of(const f16* in, int64_t blocksize) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(largest_word_of(in, blocksize))));
 }
 
-// Encodes a block that contains an infinity: each finite value becomes 0, and infinity becomes NaN, which has code 15.
+// Encodes a block whose `inverse` is 0 or NaN, because the block contains an infinity or a NaN, and returns true.
+// Returns false for any other block. If `inverse` is 0, each finite value becomes 0, and infinity becomes NaN, which
+// has code 15.
 template <typename T>
 inline bool encoded_unbounded(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (inverse > 0.0f) return false;
@@ -113,7 +118,8 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
   for (int64_t i = 0; i < blocksize; i += 16)
     store_codes(packed + i / 2, encoder(_mm512_mul_ps(load16(in + i), _mm512_set1_ps(inverse))));
 }
-// Encodes two values per lane. The first value is the high nibble.
+// Encodes a block of bfloat16 values to NF4. Each 32-bit lane of a register holds two values, and the code of the first
+// value becomes the high nibble.
 inline void encode(const bf16* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (encoded_unbounded(in, blocksize, inverse, packed)) return;
   const Encoder high(16), low(1);
@@ -127,15 +133,17 @@ inline void encode(const bf16* in, int64_t blocksize, float inverse, uint8_t* pa
   }
 }
 
-// Expands 16 bytes to 32 elements. The index of an even word is the byte's high nibble, that of an odd word the low
-// nibble. vpermw reads five bits of an index, but the table holds the 16 values twice, so that bit 4 has no effect.
+// Expands 16 bytes of codes to 32 elements. The index of an even word is the byte's high nibble, and the index of an
+// odd word is the low nibble. vpermw reads five bits of an index, but the table holds the 16 values twice, so that bit
+// 4 has no effect.
 inline void expand_words(const uint8_t* packed, __m512i table, void* out) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
 
-// Expands 8 bytes to 16 elements, in the same way with 32-bit lanes: vpermps reads four bits of an index.
+// Expands 8 bytes of codes to 16 elements of 32 bits, as expand_words does with elements of 16 bits. vpermps reads four
+// bits of an index.
 inline __m512 expand_floats(const uint8_t* packed, __m512 table) {
   const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
@@ -157,7 +165,8 @@ inline void expand(const uint8_t* packed, float scale, int64_t count, f16* out) 
   for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, table, out + i);
 }
 
-// The low or the high halves of 256 floats, as 16-bit words. A vpermi2w looks up 64 of them.
+// The low or the high halves of 256 floats, as 16-bit words. One vpermi2w looks 32 codes up in a table of 64 of these
+// words, and four vpermi2w cover all 256 words.
 struct ScaleHalves {
   __m512i words[8];
 
@@ -171,7 +180,7 @@ struct ScaleHalves {
     }
   }
 
-  // Returns the halves for 32 codes, one per word.
+  // Returns the halves for 32 codes, one code per word.
   __m512i at(__m512i codes) const {
     const __mmask32 second = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
     const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(128));
@@ -186,7 +195,8 @@ struct ScaleHalves {
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   const __m512 offset = _mm512_set1_ps(scales.offset);
   const ScaleHalves low(scales.code, 0), high(scales.code, 1);
-  // The halves are joined within 128-bit lanes. Each lane then holds four of the first 16 codes and four of the others.
+  // The halves are joined within 128-bit lanes. Each lane then holds four of the first 16 codes and four of the last 16
+  // codes.
   const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = begin;
   while (i < end) {

@@ -5,14 +5,14 @@
 //
 // 64 bytes of W are 128 elements, read as 32 words of four codes each. The low bits of a word after shifts by 0, 4, 8
 // and 12 bits are the indices for four registers of weights. So no code has to move to a lane of its own; instead x is
-// permuted to the same order once for all rows. vpermw looks weights up, and vdpbf16ps multiplies and adds pairs in
-// float32.
+// permuted once for all rows, to the order of the codes. vpermw looks weights up, and vdpbf16ps multiplies and adds
+// pairs in float32.
 // For few tokens the table holds the codes, one table for all blocks. A group's sums are then multiplied by the scales:
 // the lower lanes belong to one block, the upper lanes to the next block. For more tokens, scaling the sums would take
 // one multiplication per token, so the table holds the products code * absmax of two blocks, 16 each, rounded once to
 // bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index selects the block. The rounding error
-// of a code or a product is at most 2^-9 of a weight. The weight is read once, 0.53 bytes per element, and never
-// written. One thread owns whole rows.
+// of a code or a product is at most 2^-9 of a weight. The weight is read once for each group of tokens that
+// for_token_groups makes, half a byte per element and the scales, and never written. One thread owns whole rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // These headers must be included after the target pragma.
@@ -28,11 +28,11 @@ namespace {
 // Lane i of register j of a group of kNibbleGroup elements holds element 4 i + kNibble[j].
 constexpr int kNibble[4] = {1, 0, 3, 2};
 
-// Largest number of tokens for which sums are scaled instead of the table.
+// Largest number of tokens in a group for which the kernel scales the sums instead of the table.
 constexpr int kScaledSums = 4;
 
-// The codes in bfloat16, twice: vpermw reads five bits of an index, and the fifth bit of a shifted word belongs to
-// another code.
+// Returns the codes in bfloat16, twice: vpermw reads five bits of an index, and the fifth bit of a shifted word belongs
+// to another code.
 __m512i code_table() {
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(code, code));
@@ -59,7 +59,7 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
       if (whole) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);
         scale[r] = _mm512_mask_mov_ps(scale[r], 0xff00, _mm512_set1_ps(work.absmax[block(flat + kSkinnyStep)]));
-      } else {  // half of a group; x is zero where there is no weight
+      } else {  // the last group has one block; x is zero beyond that block
         words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
       }
       for (int t = 0; t < kTokens; ++t) fresh[r][t] = _mm512_setzero_ps();
@@ -87,14 +87,14 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
 // Computes the rows [n, n + kRows) for kTokens tokens. A register of x serves kRows products.
 template <int kTokens, int kRows>
 inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
-  // A sum must wait for the product before: with eight or more sums the multiplier is always busy. kSums does not
-  // depend on kRows, so that the bits of a row do not depend on how many rows are computed at a time.
+  // A sum must wait for the previous product. Several independent sums keep the multiplier busy. kSums does not depend
+  // on kRows, so that the bits of a row do not depend on how many rows are computed at a time.
   constexpr int kSums = kTokens >= 4 ? 1 : 2;
   const int64_t k = work.columns, stride = nibble_columns(k);
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
-  // The first 16 words of a group belong to its first block.
+  // The first 16 words of a group belong to the first of the group's two blocks, the last 16 words to the second.
   const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   __m512 sums[kRows][kTokens][kSums];
   for (int r = 0; r < kRows; ++r)
@@ -108,13 +108,14 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
         return _mm512_mul_ps(code, _mm512_set1_ps(work.absmax[(at >> work.block_shift) - first_block]));
       };
       const __m512 first = scaled(flat);
-      // Prefetches the next block's rows: several rows at a time are too many streams for the hardware prefetcher.
+      // Prefetches the row that is kRows below this row: several rows at a time are too many streams for the hardware
+      // prefetcher.
       _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + kRows * k / 2), _MM_HINT_T1);
       __m512 second = _mm512_setzero_ps();
       if (j + kNibbleGroup <= k) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);
         second = scaled(flat + kSkinnyStep);
-      } else {  // half of a group; x is zero where there is no weight
+      } else {  // the last group has one block; x is zero beyond that block
         words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
       }
       table[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));

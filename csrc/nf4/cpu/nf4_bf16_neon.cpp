@@ -2,11 +2,12 @@
 //
 //   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
-// 16 bytes of W are 32 elements: the high nibbles are the codes of the even elements, the low nibbles those of the odd
-// elements. Low and high bytes of the weights are looked up by code and joined to four registers of weights. x is
-// permuted to the same order once for all rows. BFDOT multiplies and adds pairs in float32; the sums of a step are then
-// multiplied by the block's scale. The rounding error of the codes is at most 2^-9 of a weight, like that of a rounded
-// product. The weight is read once, 0.53 bytes per element, and never written. One thread owns whole rows.
+// 16 bytes of W are 32 elements: the high nibbles are the codes of the even elements, and the low nibbles are the codes
+// of the odd elements. Low and high bytes of the weights are looked up by code and joined to four registers of weights.
+// x is permuted once for all rows, to the order of the weights in the registers. BFDOT multiplies and adds pairs in
+// float32; the sums of a step are then multiplied by the block's scale. The rounding error of the codes is at most 2^-9
+// of a weight, like the rounding error of a rounded product. The weight is read once for each group of tokens that
+// for_token_groups makes, half a byte per element and the scales, and never written. One thread owns whole rows.
 #include "cpu/isa.h"
 
 #if defined(PEFT_EXT_ARM_BF16)

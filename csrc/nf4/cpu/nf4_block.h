@@ -1,5 +1,5 @@
-// Portable NF4 code for one block: used by the scalar path, and for the tails of the vector paths. The file is included
-// after the target pragma, so that each instruction set compiles its own copy.
+// Portable code that quantizes or dequantizes one NF4 block, for the scalar path and for the tails in the vector paths.
+// The file is included after the target pragma, so that each instruction set compiles its own copy.
 #pragma once
 
 #include "common/dtype.h"
@@ -37,8 +37,8 @@ inline void encode_block(const T* x, int64_t count, const Scaled& scaled, uint8_
   }
 }
 
-// Quantizes the tail block of a tensor by bitsandbytes' rule: values are divided by the clamped absmax, which is also
-// stored. In a full block values are multiplied by the reciprocal.
+// Quantizes the tail block of a tensor by bitsandbytes' rule: values are divided by the clamped absmax, which
+// quantize_tail also stores. In a full block, values are multiplied by the reciprocal of the clamped absmax.
 template <typename T>
 inline void quantize_tail(const T* x, int64_t count, uint8_t* packed, float* absmax) {
   const float largest = block_absmax(x, count);

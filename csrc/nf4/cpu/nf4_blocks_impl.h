@@ -1,4 +1,4 @@
-// Quantizes and dequantizes blocks: code that all vector paths share. Include this file after the target pragma, by a
+// Quantizes and dequantizes blocks, in code that all CPU paths share. Include this file after the target pragma, by a
 // file that defines
 //
 //   float largest_of(const T* in, int64_t blocksize);                        returns the largest magnitude; a NaN wins
@@ -13,7 +13,7 @@ namespace peft_ext {
 namespace {
 
 // Full blocks are taken several at a time: first all absmax, then all codes, so that no block waits for the division of
-// the block before. 4,096 elements stay in L1 between the two.
+// the previous block. The elements, at most 4,096, stay in L1 between the two loops.
 constexpr int64_t kBlocksTogether = 16, kElementsTogether = 4096;
 
 void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,

@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// The codes of 32 elements. The even element of each byte is the high nibble.
+// The codes of 32 elements. The code of a byte's even element is the high nibble.
 struct Nibbles {
   uint8x16_t even, odd;
 };

@@ -33,9 +33,10 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
 // Finds the nearest value in an ascending table of 256 values: the result is the number of thresholds (midpoints) below
 // the value.
 //
-// Values with one sign, exponent and first bits of the mantissa share a bin. The bin knows the number of thresholds
-// below it; thresholds within the bin are counted, at most one for the dynamic map. The first bin holds the values
-// below 2^-22, which are nearer to 0 than any threshold of that map. The last bin holds the values of 1 and above.
+// Values with one sign, exponent and first bits of the mantissa share a bin. below_ holds the number of thresholds
+// below each bin. Comparisons count the thresholds within the bin, at most one for bitsandbytes' dynamic map. The first
+// bin of a sign holds the magnitudes below 2^-22, which are nearer to 0 than any threshold of the dynamic map. The last
+// bin of a sign holds the magnitudes of 1 and above.
 class NearestScale {
  public:
   explicit NearestScale(const float* table) {
@@ -55,7 +56,7 @@ class NearestScale {
     most_ = 255 - before > most_ ? 255 - before : most_;
   }
 
-  // Writes the codes of `count` values, at most kNestedBlock, none of them NaN.
+  // Writes the codes of `count` values times `factor`. `count` is at most kNestedBlock, and no product is NaN.
   void codes(const float* values, float factor, int64_t count, uint8_t* out) const {
     int32_t ordered[kNestedBlock], bins[kNestedBlock];
     for (int64_t i = 0; i < count; ++i) {
@@ -85,20 +86,21 @@ class NearestScale {
 
   static uint32_t first_bits(int bin) { return static_cast<uint32_t>(bin + kFirst) << kShift; }
 
-  // Maps a float to an integer with the same order. Comparing integers takes half the time.
+  // Maps a float to an integer, so that the integers have the order of the floats. Comparing integers takes half the
+  // time.
   static int32_t in_order(float value) {
     const auto bits = static_cast<int32_t>(float_to_bits(value));
     return bits ^ ((bits >> 31) & 0x7fffffff);
   }
 
   float thresholds_[256];
-  int32_t ordered_[256];      // thresholds_, mapped by in_order
-  uint8_t below_[2 * kBins];  // for positive values, then for negative values
+  int32_t ordered_[256];      // the values of thresholds_, mapped by in_order
+  uint8_t below_[2 * kBins];  // numbers of thresholds below the bins of positive, and then of negative values
   int most_ = 0;              // largest number of thresholds in a bin
 };
 
-// Returns the mean of the scales, which are magnitudes. The scales are summed as integers, in units of about 2^-40 of
-// the largest scale, so that the order of the sum does not change the result.
+// Returns the mean of the scales, which are magnitudes. The scales are summed as integers, in units of about n · 2^-62
+// of the largest scale for n scales, so that the order of the sum does not change the result.
 Tensor nf4_scale_mean_cpu(Tensor absmax) {
   constexpr const char* kOp = "nf4_scale_mean";
   constexpr int64_t kChunk = 8192;
@@ -110,7 +112,7 @@ Tensor nf4_scale_mean_cpu(Tensor absmax) {
   *out = 0.0f;
   if (n == 0) return mean;
 
-  // Bits are compared as integers: a NaN's bits are above infinity's, so that a NaN wins.
+  // Magnitudes are compared as integers: the bits of a NaN are above the bits of infinity, so that a NaN wins.
   std::vector<uint32_t> most(static_cast<size_t>(chunks));
   parallel_for(0, chunks, kDecodeGrain / kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -124,7 +126,7 @@ Tensor nf4_scale_mean_cpu(Tensor absmax) {
   *out = largest;
   if (largest == 0.0f || !std::isfinite(largest)) return mean;
 
-  int above = 0, length = 0;  // the largest is below 2^above, and n is below 2^length
+  int above = 0, length = 0;  // `largest` is below 2^above, and n is below 2^length
   std::frexp(static_cast<double>(largest), &above);
   while (n >> length != 0) ++length;
   const double by = std::ldexp(1.0, 62 - length - above);
@@ -158,7 +160,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) 
   parallel_for(0, groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t start = group * kNestedBlock, stop = min_i64(start + kNestedBlock, n);
-      uint32_t most = 0;  // compared as integers, so that a NaN wins
+      uint32_t most = 0;  // magnitudes are compared as integers, so that a NaN wins
       for (int64_t i = start; i < stop; ++i) {
         const uint32_t bits = float_to_bits(in[i]) & 0x7fffffffu;
         most = bits > most ? bits : most;

@@ -1,11 +1,11 @@
-// The contract of the NF4 kernels on the CPU. Each instruction set has a table of them.
+// The contract of the NF4 kernels on the CPU. Each instruction set has a table of these kernels.
 //
 //   absmax_b = max |w| over block b of the flat tensor       q_i = #{thresholds < w_i / absmax_b}
 //   w_i = code[q_i] * absmax_b, float32, rounded once        packed: high nibble = even element
 //
-// Every function handles the blocks [begin, end) of a tensor of n elements. Blocks are independent, so that callers can
-// divide them among threads in any way without changing a bit. blocksize is a multiple of 32, so that a block starts at
-// a whole byte.
+// quantize and dequantize handle the blocks [begin, end) of a tensor of n elements. Blocks are independent, so that
+// callers can divide the blocks among threads in any way without changing the results. blocksize is a multiple of 32,
+// so that a block starts at a whole byte.
 #pragma once
 
 #include <stdint.h>
@@ -15,17 +15,17 @@
 
 namespace peft_ext {
 
-// Few tokens against the rows [begin, end) of an NF4 weight: y[t, n] = sum_k x[t, k] w[n, k].
+// Multiplies few tokens with the rows [begin, end) of an NF4 weight: y[t, n] = sum_k x[t, k] w[n, k].
+// blocksize and columns are multiples of kSkinnyStep, so that a step of kSkinnyStep columns lies in one block and row.
 struct Nf4Skinny {
   const uint8_t* packed;
-  const float* absmax;  // scales from the block in which row `begin` starts
+  const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
-                        // blocksize and columns are multiples of kSkinnyStep: a step lies in one block and one row
   int64_t columns, rows;
-  DType dtype;  // dtype to which each weight is rounded; in the bfloat16 kernels each code
+  DType dtype;  // dtype to which each weight is rounded; the bfloat16 kernels round codes or weights to bfloat16
   int64_t tokens;
   const float* x;         // [tokens, columns]
-  const bf16* x_ordered;  // [tokens, columns rounded up], in the order of a bfloat16 kernel
+  const bf16* x_ordered;  // x [tokens, columns rounded up], in the order of a bfloat16 kernel
   float* y;               // [tokens, rows]
 };
 
@@ -43,10 +43,11 @@ struct Nf4Kernels {
   // Quantizes x [n] of dtype to packed [ceil(n/2)] and absmax [blocks]. For odd n the last nibble is the code of zero.
   void (*quantize)(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
                    uint8_t* packed, float* absmax);
-  // Dequantizes. absmax holds the scales of the blocks [begin, end) only; out is the whole tensor.
+  // Dequantizes the blocks [begin, end). absmax holds only the scales of these blocks; out is the whole tensor.
   void (*dequantize)(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
                      int64_t end, void* out, DType dtype);
-  // Null if this path has none. For more than skinny_tokens tokens, dequantizing and multiplying is as fast.
+  // `skinny` is null if this path has no such kernel. For more than skinny_tokens tokens, dequantizing the weight and
+  // multiplying is as fast.
   void (*skinny)(const Nf4Skinny& work, int64_t begin, int64_t end);
   int64_t skinny_tokens;
   void (*decode_scales)(const Nf4Scales& scales, int64_t begin, int64_t end, float* out);
@@ -59,7 +60,8 @@ extern const Nf4Kernels kNf4KernelsScalar;
 #if defined(__x86_64__)
 extern const Nf4Kernels kNf4KernelsAvx2;
 extern const Nf4Kernels kNf4KernelsAvx512;
-// The skinny product for bfloat16 with the dot product of AVX512-BF16. kNf4KernelsAvx512 has the other dtypes.
+// The skinny product for bfloat16 with the dot product of AVX512-BF16. kNf4KernelsAvx512 has the skinny product for the
+// other dtypes.
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end);
 constexpr int64_t kSkinnyTokensBf16 = 12;
 // Permutes a row of x to the order in which the kernel reads W's codes, zero-padded to a whole group.
@@ -68,7 +70,7 @@ inline int64_t nibble_columns(int64_t columns) { return ceil_div(columns, kNibbl
 void nf4_nibble_order(const bf16* x, int64_t columns, bf16* out);
 #elif defined(__aarch64__)
 extern const Nf4Kernels kNf4KernelsNeon;
-// The skinny product for bfloat16 with Arm's dot product. kNf4KernelsNeon has the other dtypes.
+// The skinny product for bfloat16 with Arm's dot product. kNf4KernelsNeon has the skinny product for the other dtypes.
 void nf4_skinny_bf16_neon(const Nf4Skinny& work, int64_t begin, int64_t end);
 // Permutes a row of x to the order in which the kernel reads W's codes.
 void nf4_order_bf16_neon(const bf16* x, int64_t columns, bf16* out);

@@ -1,8 +1,8 @@
 // The NF4 kernels of nf4_kernels.h with NEON.
 //
-// Quantize: 16 values at a time count the thresholds below them. Dequantize: the 16 products code * absmax of a block
-// are computed and rounded once, and looked up by byte (tbl): two planes of bytes for a 16-bit word, four for a float,
-// which interleaving stores join. The results have the same bits as one product per element.
+// Quantize: 16 values at a time count the thresholds below each value. Dequantize: the 16 products code * absmax of a
+// block are computed and rounded once, and looked up by byte (tbl): two planes of bytes for a 16-bit word, four for a
+// float, which interleaving stores join. The results have the same bits as a separate product for each element.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "nf4/cpu/nf4_block.h"
@@ -12,7 +12,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns the codes of scaled values. A comparison gives -1 if true. A NaN is below no threshold and has code 15.
+// Returns the codes of scaled values. A comparison gives -1 if true. For a NaN no comparison is true, so that a NaN has
+// code 15.
 inline uint32x4_t encode4(float32x4_t scaled) {
   uint32x4_t code = vdupq_n_u32(15);
   for (int i = 0; i < 15; ++i) code = vaddq_u32(code, vcgeq_f32(vdupq_n_f32(nf4_threshold(i)), scaled));
@@ -21,8 +22,8 @@ inline uint32x4_t encode4(float32x4_t scaled) {
 
 template <typename T>
 inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum is taken of the bits without sign, as integers. A NaN's bits are above infinity's: NaN wins, as in
-  // amax.
+  // The maximum is taken of the bits without sign, as integers. The bits of a NaN are above the bits of infinity, so
+  // that a NaN wins, as in torch.amax.
   const uint32x4_t sign_free = vdupq_n_u32(0x7fffffff);
   uint32x4_t most = vdupq_n_u32(0);
   for (int64_t i = 0; i < blocksize; i += 4)
@@ -63,7 +64,7 @@ inline void expand(const uint8_t* packed, float scale, int64_t count, T* out) {
   }
 }
 
-// One tbl reads a quarter of the 256 values, so that the portable loop is as fast.
+// One tbl instruction can look up only a quarter of the 256 values, so that the portable loop is as fast.
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   for (int64_t i = begin; i < end; ++i) out[i - begin] = decode_scale(scales, i);
 }

@@ -5,9 +5,10 @@
 //   Table make_table(float absmax, DType dtype);       returns the values rounded to dtype, as float32
 //   void decode(const uint8_t* packed, const Table& table, Vec* w);   decodes kSkinnyStep values
 //
-// A step of a row of w is decoded in registers and multiplied with every token before the next step is read. The weight
-// is read once, 0.53 bytes per element, and never written. One thread owns whole rows of w, so that a sum has one order
-// for every number of threads. Sums are float32.
+// For each group of up to 8 tokens that for_token_groups makes, a step of a row of w is decoded in registers and
+// multiplied with every token of the group before the next step is read. The weight is read once for each group, half a
+// byte per element and the scales, and never written. One thread owns whole rows of w, so that a sum has one order for
+// every number of threads. Sums are float32.
 #pragma once
 
 #include "nf4/cpu/nf4_kernels.h"
@@ -20,7 +21,7 @@ constexpr int kStepVecs = static_cast<int>(kSkinnyStep) / Vec::kWidth;
 
 template <int kTokens>
 void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t first_token) {
-  // A sum must wait for the product before. With few tokens several sums per token keep the multiplier busy.
+  // A sum must wait for the previous product. With few tokens, several sums per token keep the multiplier busy.
   constexpr int kSums = kTokens >= 4 ? 1 : kStepVecs < 4 ? kStepVecs : 4;
   const int64_t k = work.columns;
   const int64_t first_block = begin * k >> work.block_shift;

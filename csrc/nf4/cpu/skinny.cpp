@@ -14,8 +14,9 @@ namespace {
 
 struct SkinnyKernel {
   void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
-  int64_t tokens;  // largest number of tokens; 0: there is no kernel
-  // For kernels on bfloat16: permutes a row of x to the kernel's order, `group` columns at a time. Null for float32.
+  int64_t tokens;  // largest number of tokens that the kernel accepts; 0: there is no kernel
+  // For kernels that read x in bfloat16: permutes a row of x to the kernel's order, `group` columns at a time. Null for
+  // kernels that read x in float32.
   void (*order)(const bf16* x, int64_t columns, bf16* out) = nullptr;
   int64_t group = 1;
 };
@@ -31,7 +32,8 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
   return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
 }
 
-// Largest number of rows that a kernel takes at a time. A chunk of rows is a multiple, except for the last rows.
+// Largest number of rows that a kernel takes at a time. The number of rows in a chunk is a multiple of kRowsTogether,
+// except for the last chunk.
 constexpr int64_t kRowsTogether = 4;
 
 // Returns the number of rows whose scales are decoded at a time.
@@ -76,8 +78,8 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
   const Scales scales(weight);
   const bool nested = nested_scales(weight) > 0;
   parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
-    // Scales of about kScaleChunk blocks, in whole kernel calls, are decoded at a time; or all rows if nothing is
-    // decoded.
+    // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel takes
+    // the rows of these blocks. Without double quantization, the kernel takes all rows at once.
     const int64_t rows = nested ? skinny_chunk(weight) : end - begin;
     std::vector<float> buffer(nested ? static_cast<size_t>(rows * k / weight.blocksize + 2) : 0);
     for (int64_t first = begin; first < end; first += rows) {

@@ -5,7 +5,7 @@
 
 namespace peft_ext {
 
-// Returns whether skinny_product accepts this number of tokens of x's dtype for this weight on the current CPU path.
+// Returns whether skinny_product accepts `tokens` tokens of dtype `type` for `weight` on the current CPU path.
 bool skinny_accepts(const FrozenWeight& weight, ScalarType type, int64_t tokens);
 
 // Returns x [T, K] Wᵀ in float32, [T, N]. x is contiguous.

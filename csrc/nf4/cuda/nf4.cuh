@@ -6,8 +6,10 @@
 // traffic is output, so lanes are ordered along the output: in each step lane l computes the l-th next 16 bytes (8
 // elements; 4 of float32), so that a store of a warp is 512 contiguous bytes. A warp's loads are contiguous too, 4 (2)
 // bytes per lane.
-// Tables: each lane holds one of the 16 codes and other lanes read the code by shuffle, without bank conflicts. No
-// shared memory. Rounding: float32 product and sum, each rounded, never an FMA; then rounded once to nearest even.
+// Tables: each lane holds one of the 16 codes and other lanes read the code by shuffle, without bank conflicts. The
+// kernel uses no shared memory.
+// Rounding: each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest
+// even.
 // Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
 #pragma once
 
@@ -19,20 +21,20 @@ namespace peft_ext {
 
 // An NF4 weight as an argument of kernels. nested_* are null unless absmax is double-quantized.
 struct Nf4View {
-  const uint8_t* packed;  // aligned to 4 bytes
-  const void* absmax;     // float, or uint8_t with nested_absmax
+  const uint8_t* packed;  // packed codes, aligned to 4 bytes
+  const void* absmax;     // float scales, or uint8_t codes of scales if nested_absmax is given
   const float* nested_absmax;
   const float* nested_code;
-  const float* nested_offset;  // on the device, because reading it on the host would wait for the stream
+  const float* nested_offset;  // in device memory, because reading the offset on the host would wait for the stream
   int64_t numel;
   int log2_blocksize;
 };
 
-constexpr int kNf4Group = 32;                    // elements that share a scale at every blocksize
-constexpr int kNf4Tile = kWarpSize * kNf4Group;  // elements per warp
-constexpr int kNf4Warps = 8;                     // warps per thread block
+constexpr int kNf4Group = 32;                    // number of elements that share a scale at every blocksize
+constexpr int kNf4Tile = kWarpSize * kNf4Group;  // number of elements per warp
+constexpr int kNf4Warps = 8;                     // number of warps per thread block
 constexpr int kNf4Threads = kNf4Warps * kWarpSize;
-constexpr int kNf4BlocksPerMultiprocessor = 6;  // 1536 threads: the most that every architecture from 8.0 on can hold
+constexpr int kNf4BlocksPerMultiprocessor = 6;  // a multiprocessor of every architecture from 8.0 on holds 1536 threads
 constexpr int kNf4BlockTile = kNf4Warps * kNf4Tile;
 
 // A copy of kNf4Code that device code can index.
@@ -47,7 +49,7 @@ __device__ __forceinline__ float nf4_scale(const Nf4View& weight, int64_t block)
   return fadd_rn(fmul_rn(code, weight.nested_absmax[block >> kLog2NestedBlock]), *weight.nested_offset);
 }
 
-// The 16 bytes that a lane stores at a time, and the type of the codes for them.
+// Number of elements in the 16 bytes that a lane stores at a time, and the type that holds the codes of these elements.
 template <typename T>
 struct Nf4Vector {
   using Codes = uint32_t;
@@ -76,14 +78,15 @@ __device__ __forceinline__ void store_element(T* out, float value) {
   out->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
 }
 
-// The factor g of each row, and the length of a row in vectors of Nf4Vector. A weight has fewer than 2^32 vectors.
+// The factor g of each row, and the length of a row in vectors of Nf4Vector. A weight that is scaled has fewer than
+// 2^32 vectors.
 struct Nf4RowScale {
   const float* scale;
   uint32_t vectors;
 };
 
 // Dequantizes this warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight;
-// otherwise every access is checked. All lanes take part either way, because each holds a part of the tables.
+// otherwise every access is checked. All lanes take part in both cases, because each lane holds a part of the tables.
 template <typename T, bool kWhole, bool kScaled>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
                                                     const Nf4RowScale& rows) {
@@ -111,8 +114,9 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
     }
   }
 
-  // This barrier keeps the loads of the codes before the loads of the scales. A double-quantized scale is a chain of
-  // two loads, for which the compiler would wait first; now the codes are loaded at the same time.
+  // This barrier keeps the loads of the codes before the loads of the scales. Without the barrier the compiler would
+  // first wait for a double-quantized scale, which is a chain of two loads. With the barrier the loads of codes and
+  // scales overlap.
   __syncwarp();
   const float code = kNf4DeviceCode[lane % 16];
   const int64_t group = first + lane * kNf4Group;
@@ -125,7 +129,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
     float values[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      // Nibble i ^ 1, because the high nibble of a byte is first. The shuffle ignores the bits above the nibble.
+      // Element i has nibble i ^ 1, because the high nibble of a byte is first. The shuffle ignores the bits above the
+      // nibble.
       values[i] = fmul_rn(shuffle(code, codes[step] >> (4 * (i ^ 1)), 16), step_scale);
     }
     if constexpr (kScaled) {
@@ -136,7 +141,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       }
     }
     if (kWhole || element + kSize <= weight.numel) {
-      store_vector(out + element, values);  // not a streaming store, because a GEMM reads the weight next
+      store_vector(out + element, values);  // the store is no streaming store, because a GEMM reads the weight next
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -150,7 +155,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
 template <typename T, bool kScaled>
 __global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor - (kScaled ? 2 : 0))
     nf4_dequantize_kernel(Nf4View weight, T* out, Nf4RowScale rows) {
-  // The branch is per block, not per warp: the compiler sees that it is uniform, and shuffles need no re-convergence.
+  // The branch is per block, not per warp: the compiler sees that the branch is uniform, and shuffles need no
+  // re-convergence.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;
   if (first + kNf4BlockTile <= weight.numel) {
     nf4_dequantize_tile<T, true, kScaled>(weight, out, first, rows);

@@ -38,7 +38,7 @@ Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& ab
                            const std::optional<Tensor>& nested_offset, int64_t blocksize,
                            const std::vector<int64_t>& shape, ScalarType dtype) {
   constexpr const char* kOp = "nf4_dequantize";
-  const bool wide = dtype == ScalarType::Double;  // float32 values in a wider dtype: for tests, not for speed
+  const bool wide = dtype == ScalarType::Double;  // the result then has float32 values, for tests only
   if (!wide) check_kernel_dtype(kOp, "dtype", dtype);
   int64_t numel = 1;
   for (const int64_t size : shape) numel *= size;

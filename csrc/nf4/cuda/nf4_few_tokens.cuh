@@ -3,16 +3,18 @@
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
 // W is the A operand of mma.sync without rearranging, 16 outputs by 16 inputs. The order in which inputs are summed is
-// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s its inputs
-// 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes x in the same order,
-// 16 bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32 lanes], which has no
-// bank conflicts. The table holds the codes alone. The product over a block of 64 inputs is multiplied by its scale in
-// float32, which is nearer to the exact weight than rounding each product of code and scale to T, as dequantize does.
+// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s the lane's inputs 16 t
+// + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes the inputs of x in the
+// order of W's inputs, 16 bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32
+// lanes], which has no bank conflicts. The table holds the codes alone. The product over a slab of 64 inputs is
+// multiplied by the slab's scale in float32, which is nearer to the exact result than rounding each product of code and
+// scale to T, as nf4_dequantize does.
 // A block of 8 warps owns 16 outputs. Warp w owns the slabs w, w + 8, …, so that the bytes of a row are read
-// contiguously. The warps' sums are added in shared memory, in order: no partial sums in memory, no second launch, and
-// equal bits on every card. W's bytes of four slabs are loaded ahead into registers, and x's of one slab. Lane t of a
-// row decodes the scale of every fourth slab, from a byte that was loaded four slabs before. Shared memory: 32 KiB, for
-// the table and then for the sums. Bytes moved: W once; x once per block, from L2 and L1.
+// contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no partial sums in
+// global memory and no second launch, and the bits are equal on every card. The bytes of W for four slabs, and x for
+// one slab, are loaded ahead into registers. Lane t of a row decodes the scale of every fourth slab, from a stored
+// scale that was loaded four slabs earlier. Shared memory: 32 KiB, for the table and then for the sums. Bytes moved: W
+// once; x once per block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -22,10 +24,10 @@ namespace peft_ext {
 
 constexpr int kFewThreads = 256;
 constexpr int kFewWarps = kFewThreads / kWarpSize;
-constexpr int kFewRows = 16;  // outputs per block
+constexpr int kFewRows = 16;  // number of outputs per block
 constexpr int kLog2FewSlab = 6;
-constexpr int kFewSlab = 1 << kLog2FewSlab;  // inputs that share a scale
-constexpr int kFewAhead = 4;                 // slabs that a warp loads ahead
+constexpr int kFewSlab = 1 << kLog2FewSlab;  // number of inputs in a slab; the inputs of a slab share a scale
+constexpr int kFewAhead = 4;                 // number of slabs that a warp loads ahead
 constexpr int kFewTokens = 16;
 
 // The adapter's B for one token of a mixed batch.
@@ -38,23 +40,23 @@ struct TokenFactor {
 
 // The operations after a product of few tokens.
 struct TokensFinish {
-  const TokenFactor* factors;  // [tokens] or null; if given, replaces lora_B, lora_B_type, rank_scale and scaling
+  const TokenFactor* factors;  // [tokens], or null; replace lora_B, lora_B_type, rank_scale and scaling if given
   int64_t rank;
-  const float* s;      // [tokens, rank]
-  const void* lora_B;  // [outputs, rank] of lora_B_type
+  const float* s;      // S [tokens, rank]
+  const void* lora_B;  // B [outputs, rank], of dtype lora_B_type
   DType lora_B_type;
-  const float* rank_scale;  // [rank], null: 1
+  const float* rank_scale;  // rank_scale [rank]; null: all ones
   float scaling;
-  const float* scale;       // g [outputs], null: 1
-  const void* bias_before;  // b₀, T [outputs], or null
-  const void* bias_after;   // b₁
+  const float* scale;       // scale g [outputs]; null: all ones
+  const void* bias_before;  // bias b₀ as T [outputs], or null
+  const void* bias_after;   // bias b₁ as T [outputs], or null
   void* y;                  // T [tokens, outputs]
-  void* z;                  // T [tokens, outputs]: y before g and b₁; or null
+  void* z;                  // Z + b₀ as T [tokens, outputs], or null
 };
 
 struct FewWork {
-  const void* x;   // T [tokens, inputs], aligned to 16 bytes
-  Nf4View weight;  // aligned to 8 bytes; inputs and the blocksize are multiples of kFewSlab
+  const void* x;   // x as T [tokens, inputs], aligned to 16 bytes
+  Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs and blocksize are multiples of kFewSlab
   int64_t outputs, inputs;
   int tokens;
   TokensFinish finish;
@@ -64,7 +66,7 @@ struct FewShared {
   uint32_t words[256][kWarpSize];
 };
 
-// Finishes output n for kTokens of the `tokens` tokens, from token `first` on, given the sums of the product.
+// Computes output n for up to kTokens of the `tokens` tokens, from token `first` on, from the sums of the product.
 template <typename T, int kTokens>
 __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t outputs, int64_t n, int first,
                                               int tokens, const float (&sums)[kTokens]) {
@@ -103,7 +105,8 @@ __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t 
   }
 }
 
-// The scales of a lane's two rows while they are loaded: the stored scale and, if double-quantized, its decoded parts.
+// The scales of a lane's two rows while they are loaded: the stored scale, and, for double-quantized scales, the
+// decoded parts of the scale.
 template <bool kNested>
 struct FewScales {
   using Stored = std::conditional_t<kNested, uint8_t, float>;
@@ -135,18 +138,20 @@ struct FewScales {
   }
 };
 
-// kTiles: tiles of 8 tokens. Grid: ceil(outputs / kFewRows).
+// kTiles: number of tiles of 8 tokens. Grid: ceil(outputs / kFewRows).
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_tokens_kernel(FewWork work) {
   PEFT_EXT_SHARED(FewShared, shared);
-  // A shuffle tells the compiler that `warp` is equal in all lanes, and so is the number of the loop's rounds.
+  // A shuffle tells the compiler that `warp` is equal in all lanes, and that the number of the loop's rounds is equal
+  // in all lanes too.
   const int warp = shuffle(static_cast<int>(threadIdx.x / kWarpSize), 0);
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kFewRows;
   const int slabs = static_cast<int>(work.inputs / kFewSlab), steps = (slabs - warp + kFewWarps - 1) / kFewWarps;
-  // A lane beyond the last output or token computes the last one again, and its result is not stored.
+  // A lane beyond the last output or token computes the last output or token again, and the lane's result is not
+  // stored.
   const uint8_t* codes[2];
-  uint32_t row_slab[2];  // first slab of a row
+  uint32_t row_slab[2];  // number of the first slab of a row
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = min_of(first + g + 8 * i, work.outputs - 1) * work.inputs;
@@ -159,7 +164,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     x[tile] =
         static_cast<const T*>(work.x) + min_of(tile * 8 + g, work.tokens - 1) * work.inputs + warp * kFewSlab + 16 * t;
 
-  // Loads the codes of the step `further` after step `at`, where the pointers are. Does nothing beyond the last step.
+  // Loads the codes of the step `further` after step `at`, to which the pointers point. The function does nothing
+  // beyond the last step.
   uint2 words[kFewAhead][2];
   const auto load_codes = [&](int at, int further, uint2(&to)[2]) {
     if (at + further >= steps) return;
@@ -177,7 +183,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
         tokens[tile][i] =
             load_cached(reinterpret_cast<const uint4*>(x[tile] + further * (kFewWarps * kFewSlab) + 8 * i));
   };
-  // This lane decodes one slab of four steps: the blocks of its two rows.
+  // In every four steps, this lane decodes the scales of one slab. blocks_of returns the NF4 blocks of the lane's two
+  // rows in that slab.
   const int shift = work.weight.log2_blocksize - kLog2FewSlab;
   const auto blocks_of = [&](int step, uint32_t (&blocks)[2]) {
     const int mine = warp + (step + t) * kFewWarps, slab = mine < slabs ? mine : slabs - 1;
@@ -224,7 +231,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     ahead.look_up(work.weight, blocks);
 #pragma unroll
     for (int j = 0; j < kFewAhead; ++j) {
-      if (group + j >= steps) break;  // uniform: all lanes of a warp have equally many steps
+      if (group + j >= steps) break;  // the branch is uniform: all lanes of a warp have equally many steps
       const float upper = shuffle(scales[0], j, 4), lower = shuffle(scales[1], j, 4);
       float fresh[kTiles][4] = {};
 #pragma unroll
@@ -258,7 +265,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     for (int tile = 0; tile < kTiles; ++tile) x[tile] += kFewAhead * kFewWarps * kFewSlab;
   }
 
-  sync_threads();  // the table is no longer read
+  sync_threads();  // no thread reads the table any more
   float (&meeting)[kFewWarps][kFewTokens][kFewRows] =
       *reinterpret_cast<float (*)[kFewWarps][kFewTokens][kFewRows]>(&shared);
 #pragma unroll

@@ -1,16 +1,15 @@
 // NF4 dequantize with a row scale and a low-rank merge:
 //   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh; without g no factor
 // packed and scales of W [N, K] as in nf4.cuh, A [R, K], B [N, R], g [N] float32 -> out [N, K] float32, bfloat16 or
-// float16. K, N and R are any sizes.
-// Ownership: a thread block owns a tile of 64 rows and 128 columns. A thread owns 4 rows, and in each the columns 4c to
-// 4c + 3 and 64 + 4c to 64 + 4c + 3, so that 16 lanes read A's shared rows without conflict and store 128 (256)
-// contiguous bytes.
-// Shared memory: two slabs of 16 ranks, A [16][128] and B transposed [16][64 + 4], 24.5 KiB. One slab is used while
-// cp.async fills the other. The padding spreads the transposed writes over the banks and keeps 16-byte reads aligned.
-// Rounding: float32. The sum is by FMA in the order of r, then times scaling, plus code · s_b (rounded before), times
-// g, each step rounded; then rounded once to nearest even.
-// Bytes moved: those of nf4.cuh, plus 4RK + 4RN + 4N. Panels of A and B come from L2 when read again, 768 R per tile.
-// An element takes R float32 FMAs: for more than a few ranks the FMAs limit the speed, not the bytes.
+// float16. K, N and R may have any size of 1 or more. Ownership: a thread block owns a tile of 64 rows and 128 columns.
+// A thread owns 4 rows, and in each the columns 4c to 4c + 3 and 64 + 4c to 64 + 4c + 3, so that 16 lanes read A's
+// shared rows without conflict and store 128 (256) contiguous bytes. Shared memory: two slabs of 16 ranks, A [16][128]
+// and B transposed [16][64 + 4], 24.5 KiB. One slab is used while cp.async fills the other slab. The padding spreads
+// the transposed writes over the banks and keeps 16-byte reads aligned. Rounding: float32. The sum is made by FMAs in
+// the order of r. The sum is multiplied by scaling, added to code · s_b (which is rounded before), and multiplied by g,
+// and each of these steps is rounded. The result is then rounded once to T, to nearest even. Bytes moved: as in
+// nf4.cuh, plus 4RK + 4RN + 4N. Panels of A and B come from L2 when they are read again, 768 R bytes per tile. An
+// element takes R float32 FMAs: for more than a few ranks the FMAs limit the speed, not the bytes.
 #pragma once
 
 #include "cuda/block_sum.cuh"
@@ -19,15 +18,15 @@
 
 namespace peft_ext {
 
-constexpr int kMergeRows = 64;      // rows per tile
-constexpr int kMergeColumns = 128;  // columns per tile
-constexpr int kMergeRanks = 16;     // ranks per slab
+constexpr int kMergeRows = 64;      // number of rows per tile
+constexpr int kMergeColumns = 128;  // number of columns per tile
+constexpr int kMergeRanks = 16;     // number of ranks per slab
 constexpr int kMergePitch = kMergeRows + 4;
 constexpr int kMergeThreads = 256;
 constexpr int kMergeThreadRows = 4;
-constexpr int kMergeChunk = 4;  // consecutive columns of a thread
+constexpr int kMergeChunk = 4;  // number of consecutive columns of a thread
 constexpr int kMergeChunks = 2;
-constexpr int kMergeLanes = kMergeColumns / (kMergeChunk * kMergeChunks);  // threads along a row
+constexpr int kMergeLanes = kMergeColumns / (kMergeChunk * kMergeChunks);  // number of threads along a row
 static_assert(kMergeLanes * (kMergeRows / kMergeThreadRows) == kMergeThreads, "the threads cover the tile once");
 static_assert(kMergeThreads % kMergeRanks == 0 && kMergeThreads % kMergeColumns == 0, "threads stage whole rows");
 
@@ -35,7 +34,7 @@ struct Nf4Merge {
   Nf4View weight;
   int64_t rows, columns;
   int ranks;
-  const float* lora_A;     // [R, K], aligned to 16 bytes
+  const float* lora_A;     // A [R, K], aligned to 16 bytes
   const float* lora_B;     // [N, R]
   const float* row_scale;  // [N] or null
   float scaling;
@@ -91,7 +90,7 @@ __device__ __forceinline__ void merge_store(T* out, const float (&values)[kMerge
 }
 
 // kAligned: K is a multiple of 4. If kAligned, a chunk starts at a whole byte of the codes, lies in one quantization
-// block, lies within K or beyond it, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads,
+// block, lies within K or beyond K, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads,
 // along K first. out is aligned to 16 bytes.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge merge, T* out) {
@@ -100,12 +99,12 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
   const int64_t tile_row = blockIdx.x / across * kMergeRows, tile_column = blockIdx.x % across * kMergeColumns;
   const int own_row = threadIdx.x / kMergeLanes * kMergeThreadRows;
   const int own_column = threadIdx.x % kMergeLanes * kMergeChunk;
-  constexpr int kApart = kMergeChunk * kMergeLanes;  // distance of a thread's two chunks
+  constexpr int kApart = kMergeChunk * kMergeLanes;  // distance between a thread's two chunks
 
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
   // Loads codes and scales, a chain of up to three loads, while the first slab is copied.
-  uint32_t codes[kMergeThreadRows];  // 16 bits per chunk
+  uint32_t codes[kMergeThreadRows];  // 16 bits of codes per chunk
   float scales[kMergeThreadRows][kMergeChunks];
 #pragma unroll
   for (int i = 0; i < kMergeThreadRows; ++i) {
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         }
       }
     }
-    sync_threads();  // the slab is filled again in the next round
+    sync_threads();  // the next round fills the slab again
   }
 
   const float code = kNf4DeviceCode[threadIdx.x % 16];

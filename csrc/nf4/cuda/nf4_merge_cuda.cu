@@ -24,7 +24,7 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// Returns a factor or the row scale, of any float dtype, as float32.
+// Returns a factor or the row scale as float32. The tensor may be float32, bfloat16, float16 or float64.
 Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
   STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
                   " is on another device than weight, wanted cuda:", weight.get_device_index());
@@ -69,7 +69,7 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
   const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
   std::optional<Tensor> g;
   if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);
-  const bool wide = dtype == ScalarType::Double;  // float32 values in a wider dtype: for tests, not for speed
+  const bool wide = dtype == ScalarType::Double;  // the result then has float32 values, for tests only
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
 
   if (rows * columns > 0) {

@@ -1,13 +1,14 @@
-// NF4 quantize:  s_b = max |w_i| over block b,  q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}.  A tail block is
+// NF4 quantize: s_b = max |w_i| over block b, q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}. A tail block is
 // divided by max(s_b, 1e-38), which is also the stored scale.
 // w [n] float32, bfloat16 or float16, flat -> packed [ceil(n/2)] uint8, where the high nibble is the even element (an
 // odd n is padded with a zero), absmax [ceil(n/blocksize)] float32. blocksize is a power of two from 32 to 4096.
-// Ownership: a thread block owns 8192 elements, which are whole NF4 blocks; a warp owns 1024 of them. In each step lane
-// l takes the l-th next 16 bytes. The elements stay in registers between the maximum and the codes, so that w is read
-// once. Maximum: of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax. The
-// lanes of an NF4 block combine by shuffles. For more than 1024 elements warps combine in shared memory: 8 words, one
-// barrier. Then lane l takes the l-th NF4 block of the warp: the lane computes the reciprocal, stores the maximum
-// (adjacent lanes, adjacent words), and other lanes read the reciprocal by shuffle.
+// Ownership: a thread block owns 8192 elements, which are whole NF4 blocks; a warp owns 1024 of these elements. In each
+// step lane l takes the l-th next 16 bytes. The elements stay in registers between the maximum and the codes, so that w
+// is read once. The maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in
+// torch.amax. The lanes of an NF4 block combine by shuffles. If an NF4 block has more than 1024 elements, the block's
+// warps combine maxima in shared memory: 8 words, one barrier. Then lane l takes the l-th NF4 block of the warp: the
+// lane computes the reciprocal, stores the maximum (adjacent lanes, adjacent words), and other lanes read the
+// reciprocal by shuffle.
 // Codes: [-1, 1] has 31 bins, rint(15 v), each with at most one threshold. Lane l holds the threshold of bin l (mod 32)
 // and the number of thresholds below the bin: two shuffles and one comparison find the exact code, ties included.
 // Rounding: float32; reciprocal and product are each rounded once. A NaN has code 15, as in the reference.
@@ -22,9 +23,9 @@
 
 namespace peft_ext {
 
-constexpr int kQuantizeWarps = 8;  // warps per thread block
+constexpr int kQuantizeWarps = 8;  // number of warps per thread block
 constexpr int kQuantizeThreads = kQuantizeWarps * kWarpSize;
-constexpr int kQuantizeTile = 1024;  // elements per warp
+constexpr int kQuantizeTile = 1024;  // number of elements per warp
 constexpr int kQuantizeBlockTile = kQuantizeWarps * kQuantizeTile;
 constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 
@@ -32,8 +33,8 @@ constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 
 // The values that lane l holds for bin l (0 to 15) or bin l - 32 (negative bins).
 struct Nf4Bins {
-  float threshold[kWarpSize];  // threshold within the bin; 2, above every value, if there is none
-  uint32_t below[kWarpSize];   // number of thresholds in lower bins
+  float threshold[kWarpSize];  // threshold within the bin; 2, which is above every value, if the bin has no threshold
+  uint32_t below[kWarpSize];   // number of thresholds in all lower bins
 };
 
 constexpr int nf4_bin(float value) { return static_cast<int>(15.0f * value + 15.5f) - 15; }
@@ -52,7 +53,7 @@ constexpr Nf4Bins nf4_bins() {
 }
 
 // Returns whether no two thresholds share a bin, and no threshold is so close to a bin's edge that rounding could move
-// it.
+// the threshold to another bin.
 constexpr bool nf4_bins_hold_one_threshold() {
   for (int i = 0; i < 15; ++i) {
     if (i > 0 && nf4_bin(nf4_threshold(i)) == nf4_bin(nf4_threshold(i - 1))) return false;
@@ -76,11 +77,12 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
   return value;
 }
 
-// Appends to `codes`, as its lowest nibble, the number of thresholds below `scaled`, which is at most a few ulp outside
-// of [-1, 1]. All lanes. `threshold` and `below` are this lane's values of kNf4DeviceBins.
+// Appends to `codes`, as the lowest nibble, the number of thresholds below `scaled`, which is at most a few ulp outside
+// of [-1, 1]. All lanes of a warp call the function. `threshold` and `below` are this lane's values of kNf4DeviceBins.
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
-  scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has code 15 like NaN
-  // Floats of 1.5 · 2^23 have a unit of one: the sum is rounded to an integer, in two's complement in its low bits.
+  scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has the code 15 that a NaN has
+  // Floats near 1.5 · 2^23 have a unit of one, so that the sum is rounded to an integer. The low bits of the sum are
+  // this integer in two's complement.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
   // Adds the sign bit of the difference: a comparison would need one more select instruction.
@@ -125,10 +127,10 @@ struct QuantizeCodes<float> {
 };
 
 __device__ __forceinline__ float at_least_smallest(float absmax) {
-  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN is kept
+  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays a NaN
 }
 
-// Loads 16 bytes of w, or, if checked, the `left` elements that exist, followed by zeros.
+// Loads 16 bytes of w if kWhole, and otherwise the `left` elements that exist, followed by zeros.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&words)[4]) {
   using Word = QuantizeWord<T>;
@@ -159,13 +161,13 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
                                                   uint32_t (&warp_magnitudes)[kQuantizeWarps]) {
   using Word = QuantizeWord<T>;
   using Codes = typename QuantizeCodes<T>::Type;
-  constexpr int kSize = 4 * Word::kSize;      // elements in a lane's 16 bytes
-  constexpr int kStride = kWarpSize * kSize;  // elements per step
+  constexpr int kSize = 4 * Word::kSize;      // number of elements in a lane's 16 bytes
+  constexpr int kStride = kWarpSize * kSize;  // number of elements per step
   constexpr int kSteps = kQuantizeTile / kStride;
 
   const int blocksize = 1 << log2_blocksize;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int mine = warp * kQuantizeTile + lane * kSize;  // offset in the tile
+  const int mine = warp * kQuantizeTile + lane * kSize;  // offset of this lane in the tile
   w += first + mine;
   uint32_t words[kSteps][4];
 #pragma unroll
@@ -182,7 +184,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
 #pragma unroll
     for (int i = 0; i < 4; ++i) magnitudes[step] = max_u32(magnitudes[step], Word::magnitude(words[step][i]));
   }
-  // Combines the steps of one NF4 block first, because that needs no shuffle.
+  // Combines the steps of one NF4 block first, because this combination needs no shuffle.
 #pragma unroll
   for (int apart = 1; apart < kSteps; apart *= 2) {
     if (apart * kStride < blocksize) {
@@ -249,10 +251,10 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     for (int i = 0; i < 4; ++i) Word::values(words[step][i], values + i * Word::kSize);
 #pragma unroll
     for (int nibble = kSize - 1; nibble >= 0; --nibble) {
-      const int i = nibble ^ 1;  // the high nibble is the even element
+      const int i = nibble ^ 1;  // the high nibble holds the code of the even element
       float scaled = fmul_rn(values[i], step_inverse);
       if (tail) scaled = values[i] / step_divisor;
-      if (!kWhole && element + i >= left) scaled = 0.0f;  // padding of an odd count
+      if (!kWhole && element + i >= left) scaled = 0.0f;  // an odd number of elements is padded with a zero
       codes = nf4_append_code(codes, scaled, threshold, below);
     }
     uint8_t* to = packed + step * kStride / 2;

@@ -1,16 +1,16 @@
-// Up to 64 tokens against an NF4 weight:  Z [T, N] = x [T, K] Wᵀ, where W is decoded on its way to the tensor cores.
+// Up to 64 tokens against an NF4 weight: Z [T, N] = x [T, K] Wᵀ, where W is decoded on the way to the tensor cores.
 //
 // W is the A operand of mma.sync without rearranging: row-major, 16 outputs by 16 inputs. The order in which inputs are
 // summed is free, so lane t of a row takes 16 consecutive inputs of every 64, 8 contiguous bytes. In step s (16 of the
-// 64 inputs) its inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand
-// takes x in the same order, so that two steps read 16 contiguous bytes of a row of x. A block of 4 warps owns 128
-// outputs, a warp 32, and a chunk of K (split-K, because one weight alone must fill the device). Slabs of 64 inputs
-// pass through kSkinnyStages stages of shared memory by cp.async: W's bytes, which only the lane that copied them
-// reads, and x's rows, padded by 16 bytes, so that 16-byte loads of a quarter warp spread over all banks. A
-// double-quantized scale is a chain of two loads: the first is started two slabs ahead, the second one slab ahead. Sums
-// are float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded N] in order, and computes the
-// low-rank term, g and the biases. Weights are rounded to T, as in dequantize, before they are multiplied. Bytes moved:
-// W once, x once per block, the partial sums twice (they stay in L2).
+// 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B
+// operand takes the inputs of x in the order of W's inputs, so that two steps read 16 contiguous bytes of a row of x. A
+// block of 4 warps owns 128 outputs, a warp 32, and a chunk of K (split-K, because one weight alone must fill the
+// device). Slabs of 64 inputs pass through kSkinnyStages stages of shared memory by cp.async: the bytes of W, each read
+// only by the lane that copied the byte, and the rows of x, padded by 16 bytes, so that 16-byte loads of a quarter warp
+// spread over all banks. A double-quantized scale is a chain of two loads: the first load is started two slabs ahead,
+// the second load one slab ahead. Sums are float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded
+// N] in order, and computes the low-rank term, g and the biases. Weights are rounded to T, as in nf4_dequantize, before
+// the multiplication. Bytes moved: W once, x once per block, the partial sums twice (in L2).
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -19,14 +19,14 @@
 namespace peft_ext {
 
 constexpr int kSkinnyThreads = 128;
-constexpr int kSkinnyRows = 128;  // outputs per block
-constexpr int kSkinnySlab = 64;   // inputs per stage
+constexpr int kSkinnyRows = 128;  // number of outputs per block
+constexpr int kSkinnySlab = 64;   // number of inputs per stage
 constexpr int kSkinnyStride = kSkinnySlab + 8;
 constexpr int64_t kSkinnyTokens = 64;
 
 struct Skinny {
-  const void* x;   // T [tokens, inputs], aligned to 16 bytes
-  Nf4View weight;  // aligned to 8 bytes; inputs is a multiple of 32
+  const void* x;   // x as T [tokens, inputs], aligned to 16 bytes
+  Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs is a multiple of 32
   int64_t outputs, inputs;
   int tokens;
   int64_t slabs_per_chunk;
@@ -34,13 +34,13 @@ struct Skinny {
   int64_t padded_outputs;
 };
 
-// Number of stages: as many as fit into 48 KiB.
+// Number of stages: four, or three for eight token tiles, of which four stages would not fit into 48 KiB.
 template <int kTokenTiles>
 constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // [tile of 16 rows, upper or lower 8 rows][thread]
+  uint2 codes[4][kSkinnyThreads];  // index: [tile of 16 rows, upper or lower 8 rows][thread]
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
   load_stored(1);
   for (int64_t slab = 0; slab < slabs; ++slab) {
     cp_async_wait<kStages - 2>();
-    sync_threads();  // x is complete for all threads, and the stage before is no longer read
+    sync_threads();  // x is complete for all threads, and no thread reads the previous stage any more
     issue(slab + kStages - 1);
     look_up(slab + 1);
     load_stored(slab + 2);
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
 #pragma unroll
     for (int part = 0; part < 4; ++part) codes[part] = stage.codes[part][threadIdx.x];
 #pragma unroll
-    for (int two = 0; two < 2; ++two) {  // two steps at a time
-      uint32_t a[2][2][4];               // [tile of 16 rows][step]
+    for (int two = 0; two < 2; ++two) {  // each iteration computes two steps
+      uint32_t a[2][2][4];               // index: [tile of 16 rows][step]
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         const uint32_t word = two == 0 ? codes[part].x : codes[part].y;
@@ -188,7 +188,7 @@ struct SkinnySums {
   int64_t outputs;
 };
 
-constexpr int kFinishTokens = 8;  // tokens per thread, which reads its row of B once for all of them
+constexpr int kFinishTokens = 8;  // number of tokens per thread; the thread reads a row of B once for all these tokens
 
 // Computes the operations of TokensFinish on the sums Σ_chunks partial. Grid: x: ceil(outputs / kSkinnyThreads);
 // y: ceil(tokens / kFinishTokens).

@@ -14,7 +14,7 @@ Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight);
 // of 8, row_scale may be given: row n is multiplied by row_scale[n] and rounded once.
 Tensor dense_weight(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale = nullptr);
 
-// Returns packed codes and float32 scales of a weight of any float dtype and shape.
+// Returns packed codes and float32 scales of a weight of any shape, in float32, bfloat16, float16 or float64.
 std::tuple<Tensor, Tensor> nf4_quantized(const Tensor& weight, int64_t blocksize);
 
 }  // namespace peft_ext

@@ -8,8 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// Computes only sums, in float32, without an intermediate copy: a few rows at a time, each column's products added in
-// order.
+// Computes only sums, in float32, without an intermediate copy: a few rows at a time, with each column's products added
+// in the order of the rows.
 void sum_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   const auto* m = static_cast<const float*>(pass.m);

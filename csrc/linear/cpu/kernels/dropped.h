@@ -1,7 +1,8 @@
 // Dropped: float32 products with the few elements that dropout drops. Include this file after the target pragma.
 //
 // W comes transposed, so that W's columns are rows here. A strip of kDroppedStrip of W's rows, or of its columns, stays
-// in cache while all tokens use it. Each dropped element costs one row of the strip, or one dot product with a row.
+// in cache while all tokens use the strip. Each dropped element costs one row of the strip, or one dot product with a
+// row.
 #pragma once
 
 #include "cpu/row_loop.h"

@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// sums = bias_before + left right
+// Computes sums = bias_before + left right.
 template <int kRows>
 inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t width, float (*sums)[kPanel]) {
   constexpr int kVecs = Vec::kWidth == 16 ? 2 : 1;

@@ -1,5 +1,5 @@
-// FewTokens: multiplies few tokens with the rows of a matrix, each row read once. Include this file after the target
-// pragma.
+// FewTokens: multiplies few tokens with the rows of a matrix. for_token_groups divides the tokens into groups, and each
+// row is read once for each group. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/token_groups.h"
@@ -25,7 +25,7 @@ inline const float* widened(const T* x, int64_t count, float* buffer) {
 template <typename T, int kCount>
 inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, const Tails<kCount>& tails,
                            float* sums) {
-  // With few tokens several sums per token are needed, because a sum must wait for the product before.
+  // With few tokens several sums per token are needed, because a sum must wait for the previous product.
   constexpr int kSums = kCount >= 4 ? 1 : 4;
   constexpr int kStep = kSums * Vec::kWidth;
   static_assert(kPanel % kStep == 0, "the tail is the last panel's");

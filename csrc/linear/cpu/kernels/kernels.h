@@ -1,7 +1,8 @@
-// The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of them.
+// The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of these
+// kernels.
 //
-// Matrices with a dimension of the rank are float32, and the rank is padded with zeros to a multiple of kRankStep. The
-// order of all sums depends only on the sizes.
+// In RowPass and Expand, matrices with a dimension of the rank are float32, and the rank is padded with zeros to a
+// multiple of kRankStep. The order of all sums depends only on the sizes.
 #pragma once
 
 #include <stdint.h>
@@ -12,13 +13,13 @@
 namespace peft_ext {
 
 constexpr int64_t kRankStep = 16;
-// Rows and columns that a pass takes at a time.
+// Numbers of rows and of columns that a pass takes at a time.
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
-// One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, m is dropped
-// first (flat index t K + k). With `right` or squares the pass must take all columns; otherwise `first` is a multiple
-// of kColumnStep. The pass computes, for each pointer that is given:
+// One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, the pass applies
+// dropout to m first (element [t, k] has the flat index t K + k). With `right` or squares the pass must take all
+// columns; otherwise `first` is a multiple of kColumnStep. The pass computes, for each pointer that is given:
 //   right given:    out[t, r] = sum_k m[t, k] right[k, r]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
 //   left given:     acc[k, r] += sum_t m[t, k] left[t, r]          dA = Pᵀ x̃, dB = dYᵀ S
 //   totals given:   totals[k] += sum_t m[t, k]                     db of a bias
@@ -28,13 +29,13 @@ struct RowPass {
   const void* m;
   DType dtype;
   int64_t columns;
-  int64_t rank;  // padded
+  int64_t rank;  // padded rank
   Dropout dropout;
   const float* right = nullptr;  // [K, rank]
   float* out = nullptr;          // [T, rank]
   const float* left = nullptr;   // [T, rank]
-  float* acc = nullptr;          // [K, rank], zeroed by the caller
-  float* totals = nullptr;       // [K], zeroed by the caller
+  float* acc = nullptr;          // sums [K, rank], which the caller has set to zero
+  float* totals = nullptr;       // sums [K], which the caller has set to zero
   float* squares = nullptr;      // [T]
   uint32_t* keep = nullptr;      // [T, keep_words]
   int64_t keep_words = 0;
@@ -43,15 +44,15 @@ struct RowPass {
 // The last pass over a base product, or over the low-rank product alone. For the rows [begin, end) and the columns
 // [first, last), where first is a multiple of kColumnStep:
 //   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
-// Each element is written once and rounded once to dtype. A null pointer leaves its term out. With rank 0 the low-rank
-// term is left out.
+// Each element is written once and rounded once to dtype. A term whose pointer is null is left out. With rank 0 the
+// low-rank term is left out.
 struct Expand {
   void* y;
   void* z = nullptr;
   DType dtype;
   int64_t columns;
-  int64_t rank;    // padded
-  int64_t stride;  // row stride of right, and length of vectors: columns, zero-padded to a multiple of kColumnStep
+  int64_t rank;    // padded rank
+  int64_t stride;  // row stride of `right`, and length of the vectors: columns rounded up to kColumnStep
   Dropout dropout;
   const float* left = nullptr;         // [T, rank]
   const float* right = nullptr;        // [rank, stride]
@@ -60,12 +61,13 @@ struct Expand {
   const float* bias = nullptr;         // [stride]
   const float* before = nullptr;       // [T, columns]
   const float* after = nullptr;        // [T, columns]
-  const void* residual = nullptr;      // [T, columns] of dtype
+  const void* residual = nullptr;      // matrix [T, columns] of dtype, added last
 };
 
 constexpr int64_t kColumnStep = 32;
 
-// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = or += sum_k x[t, k] w[n, k]. w is read once.
+// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = or += sum_k x[t, k] w[n, k]. w is read once for each
+// group of tokens that for_token_groups makes.
 struct FewTokens {
   const void* w;  // [rows, columns]
   DType dtype;    // dtype of w
@@ -83,12 +85,12 @@ struct ColumnPass {
   const void* m;
   DType dtype;
   int64_t columns;
-  void* out = nullptr;  // [T, K] of dtype
+  void* out = nullptr;  // result [T, K] of dtype
   const float* scale = nullptr;
   float shift = 0.0f;
   const void* other = nullptr;
   DType other_dtype = DType::kF32;
-  float* sums = nullptr;  // [K], zeroed by the caller
+  float* sums = nullptr;  // sums [K], which the caller has set to zero
 };
 
 // Computes out = mask/(1-p) ∘ m for the flat elements [begin, end). begin is a multiple of kDropTogether.
@@ -100,8 +102,8 @@ struct DropElements {
 };
 constexpr int64_t kDropTogether = 512;
 
-// Products with the elements that the mask drops, for few dropped elements. W [N, K] comes transposed, a group of its
-// rows at a time. For the tokens [begin, end):
+// Products with the elements that the dropout mask drops, for few dropped elements. W [N, K] comes transposed, a group
+// of W's rows at a time. For the tokens [begin, end):
 //   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`
 //   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`
 struct Dropped {
@@ -109,11 +111,11 @@ struct Dropped {
   DType dtype;
   int64_t m_stride;  // row stride of m
   int64_t columns;   // K
-  int64_t rows;      // rows of W in this group, at most kDroppedRows
+  int64_t rows;      // number of W's rows in this group, at most kDroppedRows
   const uint32_t* keep;
   int64_t keep_words;
-  const float* turned;  // [K, stride]: the group of rows, transposed and zero-padded
-  int64_t stride;       // a multiple of kDroppedStrip
+  const float* turned;  // [K, stride]: the group of W's rows, transposed and zero-padded
+  int64_t stride;       // row stride of `turned`, a multiple of kDroppedStrip
   float* out;
   int64_t out_stride;
   bool accumulate = false;

@@ -3,7 +3,7 @@
 // kTokens rows by kPanel columns of m are widened to float32, and dropped, in L1. Each value is then multiplied with a
 // row of `right`, whose sums stay in registers over the panel, and with a row of `left`, whose sums are kept in `acc`.
 // The outer loop runs over panels: a panel's rows of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 for all
-// tokens. m is read once, in its own dtype, and no other matrix of m's size is read or written.
+// tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's size.
 #pragma once
 
 #include "linear/cpu/kernels/row_block.h"

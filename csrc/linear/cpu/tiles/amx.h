@@ -32,5 +32,5 @@ inline void amx_release() { _tile_release(); }
 #define AMX_STORE(tile, base) _tile_stored(tile, base, 64)
 // Computes sums [16][16] += rows [16][32] lanes [16 pairs][16][2].
 #define AMX_PRODUCT(sums, rows, lanes) _tile_dpbf16ps(sums, rows, lanes)
-// The compiler does not know that a tile load reads memory: the barrier makes it finish earlier stores.
+// The compiler does not know that a tile load reads memory: the barrier makes the compiler finish earlier stores.
 #define AMX_MEMORY_BARRIER() __asm__ volatile("" ::: "memory")

@@ -1,5 +1,6 @@
-// A block of up to 2 x 2 strips of sums, which stays in L1. The kernels clear a block, add products to it, and write
-// its results once. Include this file after the target pragma and after the files of an instruction set, which define
+// A block of up to 2 x 2 strips of sums, which stays in L1. The kernels clear a block, add products to the block, and
+// write the block's results once. Include this file after the target pragma and after the files of an instruction set,
+// which define
 //   Row: 16 sums, with the operations of the Vec of simd_<isa>.h
 //   transposed(part, rows): returns the columns of 16 x 16 sums
 //   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values
@@ -7,12 +8,12 @@
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep, kDecodeStrips:
 //     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB. The
 //     function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
-//   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand without a copy. This way
-//     is used for up to kFewStrips strips of tokens; with kFewStrips 0 W is always copied to strips
+//   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand, without a copy. The
+//     forward uses rows_of for up to kFewStrips strips of tokens; with kFewStrips 0 the forward never uses rows_of
 //   decodes_rows(weight): whether rows of this W can be a left operand that is decoded during the product with one
 //     strip of tokens
-//   decoded_rows(weight, row): that left operand
-//   class TileUnit: an object of the class exists while a task multiplies.
+//   decoded_rows(weight, row): returns the left operand that decodes W's rows from `row` on
+//   class TileUnit: an object of this class exists while a task multiplies.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -20,7 +21,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int kBlockStrips = 2;  // strips of a block, in rows and in lanes
+constexpr int kBlockStrips = 2;  // largest number of strips in a block, in rows and in lanes
 constexpr int kBlockElements = kBlockStrips * kBlockStrips * kStrip * kStrip;
 
 template <typename Left>
@@ -31,7 +32,7 @@ inline void multiply(const Left& left, int left_strips, const bf16* right, int r
 
 struct Block {
   alignas(64) float c[kBlockElements];
-  int left, right;  // strips
+  int left, right;  // numbers of strips in rows and in lanes
 
   float* part(int i, int j) { return c + (i * kBlockStrips + j) * kStrip * kStrip; }
   void clear() {
@@ -74,8 +75,8 @@ inline void add_low_rank(const float* left, const float* right, int64_t rank, Bl
   for (int j = 0; j < block->right; ++j) add_low_rank<false>(left, right + j * rank * kStrip, rank, j, block, 0);
 }
 
-// Writes the block transposed into out [tokens, columns]: the block's rows are columns of out, and its lanes are rows
-// of out. more: null, or kPanelStep values per token of the block, which are added.
+// Writes the block transposed into out [tokens, columns]: the block's rows are columns of out, and the block's lanes
+// are rows of out. more: null, or kPanelStep values per token of the block, which are added.
 inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tokens, int64_t column, int64_t columns,
                              const float* more = nullptr) {
   for (int j = 0; j < block->right; ++j) {

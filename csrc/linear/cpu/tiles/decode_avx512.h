@@ -1,5 +1,6 @@
-// Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward. An
-// NF4 weight is decoded during the conversion. Include this file after the target pragma.
+// Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward.
+// While a panel of an NF4 weight is converted to strips, the weight is decoded. Include this file after the target
+// pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"
@@ -21,7 +22,8 @@ inline __m512i decode32(const uint8_t* packed, __m512i table) {
   return _mm512_permutexvar_epi16(index, table);
 }
 
-// Decodes any run of a weight's flat elements. The run may begin and end anywhere in a block or byte.
+// Decodes (or copies, for a dense weight) any run of a weight's flat elements. The run may begin and end anywhere in a
+// block or byte.
 inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
   if (w.dense != nullptr) {
     for (int64_t i = 0; i < count; ++i) out[i] = w.dense[flat + i];
@@ -85,7 +87,7 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);
-  __m512i low, high;  // words of two rows, alternating
+  __m512i low, high;  // indices that interleave the words of two rows
   {
     alignas(64) uint16_t index[64];
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);

@@ -1,5 +1,6 @@
-// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. An NF4 weight is
-// decoded during the conversion. Include this file after the target pragma and the microkernel's file.
+// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. While a panel of
+// an NF4 weight is converted to strips, the weight is decoded. Include this file after the target pragma and the
+// microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"
@@ -125,7 +126,7 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
       for (int64_t i = 0; i < min_i64(kDepthStep, w.rows - row); ++i)
         decode64(w, aligned, row + i, column, count, values[i]);
       bf16* out = base + tile_offset(0, row);
-      // Interleaves eight columns of four rows to [a0 b0 c0 d0 a1 b1 c1 d1], and to three more pairs.
+      // Interleaves eight columns of four rows a, b, c and d: the first of four registers is [a0 b0 c0 d0 a1 b1 c1 d1].
       for (int64_t j = 0; j < 2 * strips; ++j) {
         const auto of_row = [&](int i) { return values[i][j / 4].words[j % 4]; };
         const uint32x4_t ab[2] = {vreinterpretq_u32_u16(vzip1q_u16(of_row(0), of_row(1))),

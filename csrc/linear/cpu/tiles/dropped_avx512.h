@@ -3,11 +3,12 @@
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
 //             E[t] = sum over dropped k of x[t, k] W[:, k]. W's columns k lie in rows. One step of the dot product
-//             takes two of them
-//   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all of them
+//             takes two of these columns
+//   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all kept elements
 //             dropped elements: dX[t, k] = dY[t] · W[:, k], one dot product for each element
 //
-// Forward and backward need W's columns as rows. A panel of W is transposed once for that, in memory after its strips.
+// Forward and backward need W's columns as rows. For that, a panel of W is transposed once, into the memory after the
+// panel's strips.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -68,7 +69,7 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
       const __m512i values = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, work.m + t * work.depth + k));
       const __m512i columns = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(k)));
       const __m512i entries = _mm512_or_si512(values, _mm512_slli_epi32(columns, 16));
-      // The store must not write past the token's entries: another thread may write the next token's.
+      // The store must not write past the token's entries: another thread may write the next token's entries.
       const int count = __builtin_popcount(mask);
       _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(first_bits(count)),
                                _mm512_maskz_compress_epi32(mask, entries));
@@ -79,8 +80,8 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
   }
 }
 
-// out [kPanelStep] = sum over entries of the entry's value times W's column. The first kHalves * 32 values of a row of
-// `turned` are used.
+// Computes out [kPanelStep] = sum over entries of the entry's value times W's column. The first kHalves * 32 values of
+// a row of `turned` are used.
 template <int kHalves>
 inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* turned, float* out) {
   constexpr int kPairs = static_cast<int>(kDroppedStep) / 2;
@@ -100,7 +101,8 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
         sums[q][half][1] = _mm512_dpbf16_ps(sums[q][half][1], high, x);
       }
     }
-  // Unpacking left four of each eight rows in either register: these indices restore the order.
+  // The unpack instructions left four of each eight values in each of the two registers; front and back restore the
+  // order.
   const __m512i front = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i back = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
   for (int half = 0; half < kHalves; ++half) {
@@ -120,7 +122,7 @@ inline void dropped_product(const TileForward& work, int64_t rows, int64_t token
   }
 }
 
-// out[i] = grad · rows[i], dot products of `depth` values. The rows are padded with zeros.
+// Computes out[i] = grad · rows[i], dot products of `depth` values. The rows are padded with zeros.
 template <int kCount>
 inline void dots(const bf16* grad, int64_t depth, const bf16* const* rows, float* out) {
   __m512 sums[kCount][2];

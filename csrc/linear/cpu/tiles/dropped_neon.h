@@ -40,8 +40,8 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
   }
 }
 
-// out [kPanelStep] = sum over entries of the entry's value times W's column. The first kCount values of a row of
-// `turned` are used. Entries are taken in pairs, whose columns are interleaved for BFDOT.
+// Computes out [kPanelStep] = sum over entries of the entry's value times W's column. The first kCount values of a row
+// of `turned` are used. Entries are taken in pairs, whose columns are interleaved for BFDOT.
 template <int kCount>
 inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* turned, float* out) {
   static_assert(kDroppedStep % 2 == 0);

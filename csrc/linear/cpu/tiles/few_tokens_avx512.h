@@ -26,11 +26,11 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
     }
 }
 
-// Multiplies kRows rows at a time, so that one load of x serves all of them. x is packed with the tokens side by side,
-// and is read from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
+// Multiplies kRows rows at a time, so that one load of x serves all kRows rows. x is packed with the tokens side by
+// side, and is read from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
-  // A sum must wait for the product before: with four or more sums the multiplier is always busy.
+  // A sum must wait for the previous product. Several independent sums keep the multiplier busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
   __m512 sums[kRows][kTokens][kSums];
@@ -101,8 +101,9 @@ inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t e
 
 void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
   if (work.tokens <= kFewestTokens) return few_tokens_group(work, begin, end);
-  // All groups of tokens use a few rows, which stay in L2 meanwhile, so that W is read from memory once.
-  constexpr int64_t kRows = 12;  // a multiple of kRows of few_tokens_block for every number of tokens
+  // All groups of tokens use kRows rows of W before the next rows. The rows stay in L2 meanwhile, so that W is read
+  // from memory once.
+  constexpr int64_t kRows = 12;  // a multiple of every kRows with which few_tokens_of is compiled
   const int64_t length = tiles_of(work.columns) * kTileDepth;
   for (int64_t row = begin; row < end; row += kRows)
     for (int64_t t = 0; t < work.tokens; t += kFewestTokens) {

@@ -12,7 +12,8 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
   return values != nullptr && i < count ? values[i] : otherwise;
 }
 
-// Computes one block. rest: null, or for each token of the block the product with its dropped elements, from `row` on.
+// Computes one block. rest: null, or for each token of the block the product of the token's dropped elements with W's
+// rows from `row` on.
 template <typename Left>
 inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const Left& rows, const float* rest,
                           Block* block, Block* base, Ahead* ahead) {
@@ -43,7 +44,7 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
         [&](Row v, int r, int) { return Row::add(v, Row::broadcast(value_at(work.bias_before, row + r, n, 0.0f))); });
   if (work.z != nullptr) store_transposed(block, work.z, strip * kStrip, work.tokens, row, n);
   if (work.dropped != nullptr) {
-    // With `rest` base is D = (mask ∘ x) Wᵀ, and x Wᵀ - x̃ Wᵀ = rest - (1 / (1 - p) - 1) D.
+    // With `rest`, `base` is D = (mask ∘ x) Wᵀ, and x Wᵀ - x̃ Wᵀ = rest - (1 / (1 - p) - 1) D.
     const Row share = Row::broadcast(rest != nullptr ? 1.0f - work.dropped_scale : -1.0f);
     block->each([&](Row v, int r, int j) {
       const Row without = Row::load(base->part(r / kStrip, j) + r % kStrip * kStrip);

@@ -21,7 +21,7 @@ struct TileUnit {
 constexpr int kPart = kStrip * kStrip;  // number of floats in a tile of sums
 constexpr int64_t kRowsOfStep = 2 * kStrip;
 constexpr int64_t kDecodeStrips = 6;
-constexpr int64_t kFewStrips = 8;  // measured: up to 128 tokens, reading W's rows from L2 again is faster than a copy
+constexpr int64_t kFewStrips = 8;  // measured: up to 128 tokens, reading W's rows again from L2 is faster than a copy
 inline bool decodes_rows(const TileWeight&) { return false; }
 inline const bf16* decoded_rows(const TileWeight&, int64_t) { return nullptr; }
 

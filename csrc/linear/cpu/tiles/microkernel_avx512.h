@@ -4,7 +4,7 @@
 // 8 rows by 2 strips of lanes are 16 sums in registers. Each pair of the depth loads two registers of lanes and
 // broadcasts eight pairs of rows: 10 loads for 16 products, so that the products limit the speed, at one per cycle.
 // A single strip is multiplied with 16 rows of NF4 without making a panel: 64 columns are decoded into L1, one row
-// after every 32 products with the 64 columns before. Decoding uses the shuffle and store units, which the products
+// after every 32 products with the previous 64 columns. Decoding uses the shuffle and store units, which the products
 // leave idle. (For a dense W reading row after row into a panel is faster.)
 #pragma once
 
@@ -21,12 +21,12 @@ struct TileUnit {
 };
 
 constexpr int kRowsTogether = 8;
-constexpr int64_t kRowsOfStep = kRowsTogether;  // rows of the block that one step of the depth multiplies
+constexpr int64_t kRowsOfStep = kRowsTogether;  // number of rows of a block that one step of the depth multiplies
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
 constexpr int64_t kFewStrips = 0;
 
-// Rows of W from `row` on, as a left operand that is decoded during its product with one strip.
+// A left operand: the rows of W from `row` on, which are decoded during the product with one strip.
 struct DecodedRows {
   const TileWeight* weight;
   int64_t row;
@@ -35,7 +35,7 @@ inline bool decodes_rows(const TileWeight& w) { return aligned_blocks(w); }
 inline DecodedRows decoded_rows(const TileWeight& weight, int64_t row) { return DecodedRows{&weight, row}; }
 
 // Decodes the columns [column, column + 64) of a row, with zeros beyond the last column. Prefetches the columns of four
-// calls later; after the last columns of a row these are the first columns of the row 16 rows below.
+// calls later; after the last columns of a row, the function prefetches the first columns of the row 16 rows below.
 inline void decode_row(const TileWeight& w, int64_t row, int64_t column, bf16* out) {
   const int64_t far = column + 4 * kPanelStep;
   __builtin_prefetch(

@@ -2,9 +2,9 @@
 // file after the target pragma.
 //
 // BFMMLA multiplies two rows and two lanes with four values of the depth each; one register holds the 2 x 2 sums. So
-// both operands' tiles have the layout [8 steps of four of the depth][8 pairs of rows or lanes][2][4], where a register
-// holds one step of one pair. 8 rows by 8 lanes are 16 sums in registers. Each step of the depth loads four pairs of
-// rows and four pairs of lanes for 16 products.
+// the tiles of both operands have the layout [8 steps of four of the depth][8 pairs of rows or lanes][2][4], where a
+// register holds one step of one pair. 8 rows by 8 lanes are 16 sums in registers. Each step of the depth loads four
+// pairs of rows and four pairs of lanes for 16 products.
 #pragma once
 
 #include <arm_neon.h>
@@ -19,8 +19,8 @@ struct TileUnit {
   TileUnit() {}
 };
 
-constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // elements in one step of a pair
-constexpr int kPairs = 4;                                  // pairs of rows, and pairs of lanes, in registers at a time
+constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // depth of a step; elements of a pair in a step
+constexpr int kPairs = 4;                                  // number of row pairs, and of lane pairs, in registers
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }

@@ -26,8 +26,9 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
                             : reinterpret_cast<const char*>(w.packed + flat / 2);
 }
 
-// Return the memory to prefetch for the next panel during `steps` steps: the rows after `end`, which are contiguous, or
-// the columns after `end`, which are one run in each row.
+// rows_ahead and columns_ahead return the memory to prefetch for the next panel during `steps` steps. rows_ahead
+// returns the rows after `end`, which are contiguous; columns_ahead returns the columns after `end`, which are one run
+// in each row.
 inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
   const int64_t rows = min_i64(kPanelStep, w.rows - end);
   const char* at = element_address(w, end * w.columns);
@@ -41,10 +42,10 @@ inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
                                       : Ahead{};
 }
 
-constexpr int64_t kRowsAhead = 32;  // number of rows between prefetching and decoding, for columns
+constexpr int64_t kRowsAhead = 32;  // number of rows between the row that is decoded and the row that is prefetched
 
-// Prefetches the columns [column, column + 64) of two rows, kRowsAhead rows before they are decoded. Rows are half a
-// page or more apart, and the hardware prefetcher does not cross pages.
+// Prefetches the columns [column, column + 64) of two rows, kRowsAhead rows before these rows are decoded. The rows of
+// a large weight are half a page or more apart, and the hardware prefetcher does not cross pages.
 inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
   for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
     const char* at = element_address(w, ahead * w.columns + column);

@@ -1,5 +1,5 @@
-// Divides the work of the tile kernels among threads. Pure arithmetic without torch and without a search, so that it
-// ends for every input.
+// Divides the work of the tile kernels among threads. The plan is pure arithmetic without torch and without a search,
+// so that planning ends for every input.
 //
 //   unit     a panel of kPlanRows rows of W against kPlanStrip * step tokens; a unit is never divided
 //   block    token strips that all of W is multiplied with before the next block; a block's strips stay in cache
@@ -15,24 +15,25 @@
 
 namespace peft_ext {
 
-constexpr int64_t kPlanRows = 64;   // rows (or columns) of W decoded together
-constexpr int64_t kPlanStrip = 16;  // tokens of a strip
+constexpr int64_t kPlanRows = 64;   // number of rows (or columns) of W that are decoded together
+constexpr int64_t kPlanStrip = 16;  // number of tokens in a strip
 
-// Largest number of bytes in a block's token strips, which stay in L3 while all panels use them.
+// Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips.
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
-// Smallest number of units per part in a block, if there are several blocks: one unit too many then costs little.
+// Smallest number of units per part in a block, if there are several blocks: a part with one unit more than the other
+// parts then costs little.
 constexpr int64_t kPlanUnits = 32;
 
-// Rows [row, end) of W against token strips [first, last).
+// The rows [row, end) of W, which are multiplied with the token strips [first, last).
 struct PlanRange {
   int64_t row, end, first, last;
 };
 
 struct TilePlan {
-  int64_t rows, strips;           // sizes of the whole call
-  int64_t step;                   // strips that stay together in a unit
-  int64_t panels, steps, blocks;  // steps: number of groups of `step` strips; the last group may be shorter
-  int64_t parts;                  // at most the number of threads; 0 without work
+  int64_t rows, strips;           // numbers of rows of W and of token strips in the call
+  int64_t step;                   // number of strips in a unit
+  int64_t panels, steps, blocks;  // `steps` is the number of groups of `step` strips; the last group may be shorter
+  int64_t parts;                  // number of parts, at most the number of threads; 0 without work
   bool whole_panels;              // whether each panel of a block belongs to one part
 
   int64_t first_step(int64_t block) const { return steps * block / blocks; }

@@ -1,4 +1,5 @@
-// Runs the tile kernels on all threads: tells which weights and tokens they accept, and makes strips of activations.
+// Runs the tile kernels on all threads: tells which weights and tokens the tile kernels accept, and makes strips of
+// activations.
 #pragma once
 
 #include "linear/cpu/passes.h"
@@ -20,7 +21,7 @@ enum class TileProduct {
   kPlainBackward  // a backward for which PyTorch's product, added onto the low-rank term, is an alternative
 };
 
-// Returns whether the tiles accept this number of tokens of this dtype for the weight.
+// Returns whether the tile kernels accept `tokens` tokens of dtype `type` for the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product);
 
 // Returns whether TileFewTokens computes the tokens of a dense weight that the tiles do not accept.
@@ -36,23 +37,23 @@ bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Returns whether the tiles compute the products with dropped elements separately. The tiles do not if a product with
-// all of W takes about as long as vectors need for a twentieth of W.
+// Returns whether the tiles compute the products with dropped elements separately. The tiles do not do so with AMX,
+// because a product with all of W takes about as long in AMX as a product with a twentieth of W takes in vectors.
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
 // The dropped elements of m [tokens, depth]. `entries` points into the other fields.
 struct DroppedTokens {
   std::vector<int64_t> first;
-  Tensor held;  // int32 storage as float32
+  Tensor held;  // 32-bit entries in a float32 tensor
   DroppedEntries entries;
 };
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep);
 
-// Returns the calling thread's scratch for a panel of W with this many elements.
+// Returns the calling thread's scratch for a panel of W with `elements` elements.
 bf16* panel_scratch(int64_t elements);
 
 // Calls run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, on all threads.
-// strip_step: strips that stay together. panel: number of elements of a panel's scratch.
+// strip_step: number of strips that one call takes together. panel: number of elements of a panel's scratch.
 template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, int64_t panel, const Run& run) {
   static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip);

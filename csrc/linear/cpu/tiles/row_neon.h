@@ -52,7 +52,7 @@ struct Row {
   }
 };
 
-constexpr int kLowRankRows = 4;  // 16 registers of sums
+constexpr int kLowRankRows = 4;  // four rows are 16 registers of sums
 
 inline void transposed(const float* part, Row* rows) {
   for (int r = 0; r < 16; r += 4)
@@ -69,7 +69,7 @@ inline void transposed(const float* part, Row* rows) {
     }
 }
 
-// Rounds eight sums with one instruction per half.
+// Rounds eight sums to bfloat16, with one instruction for each four sums.
 inline bfloat16x8_t rounded8(Vec first, Vec second) {
   return vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(first.v), second.v);
 }

@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns 32 columns from d of a row of m, with zeros beyond the matrix.
+// Returns the 32 columns from d on of a row of m, dropped and scaled, with zeros beyond the matrix.
 inline __m512i token_values(const TokenStrips& work, int64_t row, int64_t d) {
   if (row >= work.tokens) return _mm512_setzero_si512();
   const int64_t left = work.depth - d;

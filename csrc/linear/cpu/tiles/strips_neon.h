@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns 32 columns from d of a row of m, with zeros beyond the matrix.
+// Returns the 32 columns from d on of a row of m, dropped and scaled, with zeros beyond the matrix.
 inline Values32 token_values(const TokenStrips& work, int64_t row, int64_t d) {
   if (row >= work.tokens) return Values32{};
   const int64_t left = min_i64(kTileDepth, work.depth - d);

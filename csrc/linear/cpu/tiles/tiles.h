@@ -1,22 +1,22 @@
 // The contract of the tile kernels: the adapted linear layer in bfloat16 on CPUs with a bfloat16 product (AVX512-BF16,
-// AMX, Arm's BF16). Each instruction set has a table of them.
+// AMX, Arm's BF16). Each instruction set has a table of these kernels.
 //
 //   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
 //   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
-//             For several layers of one input, one block of sums holds the sum of their dX
+//             For several layers of one input, one block of sums holds the sum of the layers' dX
 //
 // If dropout acts on the base too and drops few elements, the second product with all of W is replaced by a product
 // with the dropped elements: see dropped_avx512.h.
 //
-// One microkernel serves both: C [rows, lanes] += left [rows, depth] right [depth, lanes], where the depth is summed in
-// float32 from first to last. Operands lie in tiles of 1 KiB. The tiles of a strip are in the order of the depth, with
-// zeros where the matrix ends:
+// One microkernel serves the forward and the backward: C [rows, lanes] += left [rows, depth] right [depth, lanes],
+// where the depth is summed in float32 from first to last. Operands lie in tiles of 1 KiB. The tiles of a strip are in
+// the order of the depth, with zeros where the matrix ends:
 //   left   16 rows x 32 of the depth, in row-major order;
 //   right  16 pairs of the depth x 16 lanes x 2: AMX's VNNI layout, of which vdpbf16ps reads one register per pair.
 // So the forward reads W's rows in row-major order, decoded from NF4 on the way, and transposes x once. The backward
-// interleaves pairs of W's rows and copies G. On Arm both tiles are 8 steps of the depth x 8 pairs x 2 x 4, see
-// microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use it. W is never
-// repacked in memory. Y and dX are written once and rounded once.
+// interleaves pairs of W's rows and copies G. On Arm the tiles of both operands are 8 steps of the depth x 8 pairs x 2
+// x 4, see microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use the panel.
+// No repacked copy of the whole W is made. Y and dX are written once and rounded once.
 #pragma once
 
 #include <stdint.h>
@@ -25,11 +25,11 @@
 
 namespace peft_ext {
 
-constexpr int64_t kStrip = 16;      // rows or lanes of a strip
-constexpr int64_t kTileDepth = 32;  // depth of a tile
+constexpr int64_t kStrip = 16;      // number of rows or lanes in a strip
+constexpr int64_t kTileDepth = 32;  // number of elements of the depth in a tile
 constexpr int64_t kTile = kStrip * kTileDepth;
-constexpr int64_t kPanelStep = 64;      // rows or columns of W decoded together; every panel but the last is a multiple
-constexpr int64_t kReduceTokens = 512;  // tokens in one partial sum of grad_in_scale
+constexpr int64_t kPanelStep = 64;      // number of rows or columns of W that are decoded together
+constexpr int64_t kReduceTokens = 512;  // number of tokens in one partial sum of grad_in_scale
 
 // W [rows, columns], dense or NF4. absmax holds the float32 scales of all blocks.
 struct TileWeight {
@@ -40,9 +40,9 @@ struct TileWeight {
   int64_t rows, columns;
 };
 
-// Memory of W that is prefetched into L2 during the products with the panel before, a little at each step of the depth,
-// so that memory and multiplier work at the same time. `left` runs of 128 bytes remain, `stride` bytes apart, and each
-// step prefetches `each` of them.
+// Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the
+// depth, so that memory and multiplier work at the same time. `left` runs of 128 bytes remain, `stride` bytes apart,
+// and each step prefetches `each` runs.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, left = 0, each = 0;
@@ -61,8 +61,8 @@ struct TokenStrips {
   const bf16* m;
   int64_t tokens, depth;
   const float* scale;    // [depth], or null
-  const uint32_t* keep;  // bit d % 32 of word d / 32 of each row, or null
-  int64_t keep_words;    // words in a row
+  const uint32_t* keep;  // mask of dropout, or null: bit d % 32 of word d / 32 of a row is for column d
+  int64_t keep_words;    // number of words in a row of `keep`
   bf16* strips;
 };
 
@@ -71,37 +71,39 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
-  uint16_t lanes;  // bit per token of the strip that has this adapter: non-finite values of B reach no other token
+  uint16_t lanes;  // bit j: token j of the strip has this adapter; non-finite values of B reach no other token
 };
 
 // The dropped elements of x. Token t has the entries [first[t], first[t + 1]). An entry is the column, shifted left by
-// 16, and the value. The number of entries is padded to a multiple of kDroppedStep with zeros in the last entry's
-// column.
+// 16, combined with the 16 bits of the value. The number of entries is padded to a multiple of kDroppedStep with zeros
+// in the last entry's column.
 struct DroppedEntries {
   const int64_t* first = nullptr;
   uint32_t* entries = nullptr;
 };
 constexpr int64_t kDroppedStep = 4;
-// Largest depth: an entry has 16 bits for the column, and a panel with its transpose takes half of the kept scratch.
+// Largest depth for which DroppedEntries are made: an entry has 16 bits for the column, and a panel with the panel's
+// transpose takes half of the scratch that a thread keeps.
 constexpr int64_t kDroppedDepth = 65536;
 
+// Arguments of the forward. With `dropped`, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ.
 struct TileForward {
   TileWeight weight;
   int64_t tokens;
-  const bf16* x;        // right strips of x; null with `rest`
-  const bf16* dropped;  // right strips of mask ∘ x, or null. With it Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ,
-  float dropped_scale;  // as in PEFT's DoRA; mask ∘ x times dropped_scale is x̃
-  DroppedEntries rest;  // with `dropped`: null, or the dropped elements of x
-  int64_t rank;         // 0: no low-rank term
-  const float* s;       // strips of S: [strips, rank, 16]
-  const float* b;       // ρB [rows rounded up to 32, rank]
-  const TileTerm* terms = nullptr;  // or the terms of several adapters; strip i has first_term[i] ... first_term[i + 1]
+  const bf16* x;                    // right strips of x; null if `rest` is given
+  const bf16* dropped;              // right strips of mask ∘ x, or null
+  float dropped_scale;              // x̃ is mask ∘ x times dropped_scale
+  DroppedEntries rest;              // null, or, if `dropped` is given, the dropped elements of x
+  int64_t rank;                     // rank of the low-rank term; 0: no low-rank term
+  const float* s;                   // strips of S: [strips, rank, 16]
+  const float* b;                   // ρB: [rows rounded up to 32, rank]
+  const TileTerm* terms = nullptr;  // terms of a mixed batch, or null; strip i begins at first_term[i]
   const int64_t* first_term = nullptr;
-  const float* scale;        // g [rows] or null
-  const float* bias_before;  // b₀ [rows] or null
-  const float* bias;         // b₁ [rows] or null
+  const float* scale;        // scale g [rows], or null
+  const float* bias_before;  // bias b₀ [rows], or null
+  const float* bias;         // bias b₁ [rows], or null
   bf16* y;                   // [tokens, rows]
-  bf16* z;                   // [tokens, rows] or null: Z + b₀
+  bf16* z;                   // Z + b₀ [tokens, rows], or null
 };
 
 struct TileBackward {
@@ -109,30 +111,31 @@ struct TileBackward {
   int64_t tokens;
   const bf16* grad;             // left strips of G
   const bf16* more;             // left strips of H, or null
-  const bf16* given = nullptr;  // null, or dY [tokens, rows]: dropped elements of dX are those of dY W
-  int64_t rank;                 // 0: no low-rank term
-  const float* p;               // [tokens rounded up to 32, rank]
+  const bf16* given = nullptr;  // null, or dY [tokens, rows]; the dropped elements of dX are then those of dY W
+  int64_t rank;                 // rank of the low-rank term; 0: no low-rank term
+  const float* p;               // P [tokens rounded up to 32, rank]
   const float* a;               // strips of A: [strips, rank, 16]
   const uint32_t* keep;
   int64_t keep_words;
   float keep_scale;
-  const float* in_scale;  // l [columns] or null
-  const bf16* x;          // [tokens, columns], with in_scale
-  float* grad_in_scale;   // [ceil(tokens / kReduceTokens), columns], zeroed by the caller: sums of x ∘ (dX / l)
+  const float* in_scale;  // IA3's vector l of input scales [columns], or null
+  const bf16* x;          // x [tokens, columns], given with in_scale
+  float* grad_in_scale;   // sums of x ∘ (dX / l), [ceil(tokens / kReduceTokens), columns], zero before the call
   bf16* grad_x;           // [tokens, columns]
   bool onto = false;      // whether dX is added to the values in grad_x
 };
 
 constexpr int kMostLayers = 8;  // largest number of layers of one input whose dX is computed together
 
-constexpr int64_t kFewestTokens = 8;  // number of tokens whose sums with a few rows fit the registers
+constexpr int64_t kFewestTokens = 8;  // largest number of tokens whose sums with a few rows fit the registers
 
-// Few tokens against the rows of a dense W in row-major order, each row read once: y[t, row] = sum_k x[t, k] w[row, k].
-// x is packed, because in x's own layout the tokens of one column would share a set of L1 if K is a multiple of 2,048.
+// Multiplies few tokens with the rows of a dense W in row-major order; W is read from memory once: y[t, row] = sum_k
+// x[t, k] w[row, k]. x is packed, because in x's own layout the tokens of one column would share a set of L1 if K is a
+// multiple of 2,048.
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
   int64_t rows, columns, tokens;
-  const bf16* x;  // groups of 8 tokens: [columns / 32 rounded up, 8 (or the rest), 32], zero-padded
+  const bf16* x;  // x in groups of 8 tokens: [columns / 32 rounded up, 8 (or the rest), 32], zero-padded
   float* y;       // [tokens, rows]
 };
 
@@ -149,7 +152,7 @@ struct TileKernels {
   // tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of kReduceTokens.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
                    bf16* panel);
-  // Multiplies the rows [begin, end) of w. Null if the path has no kernel for few tokens.
+  // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null if the path has no kernel for few tokens.
   void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
   // Packs x [tokens, columns] for TileFewTokens.
   void (*few_tokens_pack)(const float* x, int64_t tokens, int64_t columns, bf16* out);
@@ -165,7 +168,7 @@ extern const TileKernels kTileKernelsAvx512Bf16;
 extern const TileKernels kTileKernelsAmx;
 // The AMX kernels with emulated tile instructions, for tests on a CPU without AMX.
 extern const TileKernels kTileKernelsAmxEmulated;
-#elif defined(__aarch64__)  // only where the compiler supports it: see cpu/isa.h
+#elif defined(__aarch64__)  // the kernels exist only where the compiler supports Arm's BF16: see cpu/isa.h
 extern const TileKernels kTileKernelsNeonBf16;
 #endif
 
