@@ -61,6 +61,7 @@ def test_stock_runs_the_same_run(tiny, tmp_path, capsys):
     assert ours["perplexity"]["before"] == pytest.approx(stock["perplexity"]["before"], rel=1e-2)
 
 
+@pytest.mark.slow
 @needs_hf
 @pytest.mark.parametrize("stock", [(), ("--stock",)], ids=["accelerated", "stock"])
 def test_resume_equals_an_unbroken_run(tiny, tmp_path, stock):
@@ -80,6 +81,7 @@ def test_resume_equals_an_unbroken_run(tiny, tmp_path, stock):
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 @needs_hf
 @pytest.mark.parametrize("method", ["rslora", "dora", "adalora", "ia3", "prefix", "prompt"])
 def test_methods(tiny, tmp_path, capsys, method):
@@ -94,6 +96,7 @@ def test_methods(tiny, tmp_path, capsys, method):
         assert sum(kept) <= 4 * 14 < 6 * 14  # 14 layers; the mean rank falls from 6 to 4
 
 
+@pytest.mark.slow
 @needs_hf
 @pytest.mark.parametrize(
     "name, text",
@@ -122,6 +125,7 @@ def test_a_folder_of_texts_by_epochs(tiny, tmp_path, capsys):
     assert report(tmp_path / "out")["steps"] == math.ceil(0.2 * math.ceil(batches / 2))
 
 
+@pytest.mark.slow
 @needs_hf
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_ctrl_c_saves_a_checkpoint(tiny, tmp_path):

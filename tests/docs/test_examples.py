@@ -377,6 +377,7 @@ def history(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--gradient-checkpointing",)], ids=["", "gradient checkpointing"])
 def test_resumed_trainer_goes_where_the_unbroken_one_goes(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

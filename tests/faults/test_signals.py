@@ -24,7 +24,8 @@ from peft_ext.cli.main import main
 from peft_ext.files import not_whole
 from peft_ext.run import errors, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Python warns that forking a process with threads may hang
+# Python warns that forking a process with threads may hang.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 # --- signals and pipes ------------------------------------------------------------------------------------------------
 

@@ -418,6 +418,7 @@ def test_an_activation_that_was_replaced_is_used() -> None:
     torch.testing.assert_close(mlp(x), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [False, True], ids=["model", "each layer"])
 def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
     """In layers compiled with dynamic shapes and checkpointing, the backward must use the dropout mask of the forward

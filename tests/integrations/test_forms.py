@@ -294,6 +294,7 @@ def test_rows_of_functions() -> None:
         assert row.kind == kind and proof.disproof(function, row, form) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["offset", "rounds", "eps", "act", "inner", "gated", "norms", "cache", "options"])
 def test_a_wrong_formula_is_disproved(name: str) -> None:
     """Tests that the proof of a form fails for each changed value of its formula."""

@@ -486,12 +486,14 @@ def test_a_compiled_forward_that_accelerate_takes_to_float32() -> None:
     torch.testing.assert_close(found[2].logits + 0, step(stock)[2].logits, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax", "index", "without a graph"])
 def test_whatever_uses_them_in_a_graph_gets_the_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, model = with_use(USES[name], monkeypatch)
     assert_same_step(compiled_step(model), step(stock), 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "after"), [("q_proj", other_weight), ("q_proj", nn.Module.bfloat16), ("lm_head", optimizer_step)]
 )
@@ -516,6 +518,7 @@ def test_a_change_of_hidden_states_in_a_graph(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(found[0], wanted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["layers", "head"])
 def test_a_graph_that_breaks_within_the_forward(where: str) -> None:
     model, counter = peft_ext.accelerate(build()), CompileCounter()

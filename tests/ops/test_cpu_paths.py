@@ -397,6 +397,7 @@ def test_a_run_computes_in_what_the_cpu_has(tiny, tmp_path, capsys, monkeypatch)
     assert dense <= grown <= 1.1 * dense
 
 
+@pytest.mark.slow
 @needs_accelerate
 @pytest.mark.parametrize("method", ["dora", "adalora", "ia3", "prefix"])
 def test_methods_in_float32(tiny, tmp_path, capsys, method) -> None:
@@ -407,6 +408,7 @@ def test_methods_in_float32(tiny, tmp_path, capsys, method) -> None:
     assert report(tmp_path / "out")["check"]["ok"]
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_a_stock_run_in_float32_is_the_same_run(tiny, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")

@@ -68,6 +68,7 @@ def test_a_training_has_the_same_bits_in_each_run_and_process(
     assert len(found) == RUNS and len(set(found)) == 1
 
 
+@pytest.mark.slow
 def test_another_training_has_other_bits(digests: list[dict[str, list[str]]]) -> None:
     assert len({found[0] for name, found in digests[0].items() if name.startswith("1 ")}) == len(trainings.CASES)
 
@@ -176,6 +177,7 @@ def _touched(pages: mmap.mmap) -> mmap.mmap:
     return pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["malloc", "resident", "tensors", "objects"])
 def test_a_leak_is_found(one_thread: None, planted: dict[str, Callable[[int], object]], what: str) -> None:
     leaking = planted[what]

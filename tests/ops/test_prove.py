@@ -19,6 +19,8 @@ from peft_ext.integrations.adapter_layers import reasons
 from peft_ext.ops import prove
 from peft_ext.ops.library import OPERATORS, cuda_families
 
+pytestmark = pytest.mark.slow  # the emulated library has to be built
+
 CARD = "a card"
 
 

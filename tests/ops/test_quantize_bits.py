@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COUNTS = (1, 2, 7, 31, 32, 33, 63, 255, 1023, 1024, 1025, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 2 * 8192 + 4333)
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda", "emulated"])
+@pytest.fixture(scope="module", params=["cpu", "cuda", pytest.param("emulated", marks=pytest.mark.slow)])
 def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
     if request.param == "emulated" and request.config.getoption("--device") == "cuda":
         pytest.skip("--device cuda: the kernels run on the GPU")

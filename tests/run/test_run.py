@@ -47,7 +47,7 @@ def options_of(tiny: Path, output: Path, **changes) -> Options:
 
 
 @pytest.mark.parametrize(
-    "method", [*METHODS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[2:])]
+    "method", [name if name in ("lora", "dora") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
 def test_every_method(tiny, tmp_path, method):
     if method == "dora":

@@ -93,6 +93,7 @@ def test_a_prompt_is_rendered_as_the_data_is(tiny: Path, template: str | None) -
     assert example["labels"][len(asked)] != -100
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_records_it_began_with(tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text((tiny / "pairs.jsonl").read_text())
@@ -147,6 +148,7 @@ def test_what_is_over_the_models_positions_is_refused(tiny: Path, tmp_path: Path
             prepare(options_of(tiny, tmp_path / "run", **changes))
 
 
+@pytest.mark.slow
 def test_prompts_of_the_data_that_leave_no_room_are_answered_by_nothing(tiny: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "word " * 46 + str(i), "completion": "yes"} for i in range(12)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,6 +165,7 @@ def test_prompts_of_the_data_that_leave_no_room_are_answered_by_nothing(tiny: Pa
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_without_sdpa_trains(tiny: Path, tmp_path: Path) -> None:
     gemma = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=16))
     model = model_folder(tiny, tmp_path / "gemma2", gemma)

@@ -51,7 +51,7 @@ def kernels(where: str) -> Callable[..., Any]:
     return call
 
 
-@pytest.fixture(scope="module", params=["cuda", "emulated"])
+@pytest.fixture(scope="module", params=["cuda", pytest.param("emulated", marks=pytest.mark.slow)])
 def cuda_call(request: pytest.FixtureRequest) -> Callable[..., Any]:
     if request.param == "emulated" and request.config.getoption("--device") == "cuda":
         pytest.skip("--device cuda: the kernels run on the GPU")

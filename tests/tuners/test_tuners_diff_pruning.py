@@ -320,6 +320,7 @@ def test_prune_errors():
 # --- the callback -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_callback_prunes_under_trainer_and_a_run_is_resumed(tmp_path):
     def run(folder, resume=None, **arguments):
         model, base = make("diff", "bert", task_type="SEQ_CLS")
