@@ -25,7 +25,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms
+  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -44,6 +44,7 @@ help:
 	@echo "make threads     every operator and layers of real shapes on 3 to 96 threads: one thread's bits"
 	@echo "make peft-suite  PEFT's own tests, accelerated"
 	@echo "make forms       draw the table of known forms again from seven releases of transformers; a difference is a failure"
+	@echo "make mutations   break the code in one line at a time and record which tests notice; hours"
 	@echo "make newest      all of tests/integrations on the newest packages that pip offers"
 	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
@@ -88,6 +89,7 @@ lint: setup
 	$(BIN)/python tools/private_names.py
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
 	$(BIN)/python tools/include_check.py
+	$(BIN)/python tools/mutations.py --check
 	@! git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs wc -l \
 	    | awk '$$2 != "total" && $$1 > 600 { print $$2 ": " $$1 " lines, wanted 600 at most" }' | grep .
 
@@ -147,6 +149,10 @@ newest: setup
 	$(LIMIT) 7200 $(BIN)/python tools/newest.py $(NEWEST)
 
 # Each release goes into build/forms, 250 MB each.
+mutations: setup
+	$(BIN)/python tools/mutations.py --tier fast --only-unknown
+	$(BIN)/python tools/mutations.py --tier all --only-unknown
+
 forms: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LIMIT) 7200 $(BIN)/python tools/forms.py
 	git diff --exit-code peft_ext/integrations/forms docs/known-forms.md
@@ -162,7 +168,7 @@ kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills aarch64-tests newest forms
+NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills aarch64-tests newest forms mutations
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
