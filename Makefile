@@ -148,11 +148,12 @@ peft-suite: setup
 newest: setup
 	$(LIMIT) 7200 $(BIN)/python tools/newest.py $(NEWEST)
 
-# Each release goes into build/forms, 250 MB each.
+# The results of tests/mutations.tsv stay for the mutations that have not changed since.
 mutations: setup
 	$(BIN)/python tools/mutations.py --tier fast --only-unknown
 	$(BIN)/python tools/mutations.py --tier all --only-unknown
 
+# Each release goes into build/forms, 250 MB each.
 forms: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LIMIT) 7200 $(BIN)/python tools/forms.py
 	git diff --exit-code peft_ext/integrations/forms docs/known-forms.md
