@@ -145,6 +145,7 @@ def load_adapter(
             _check_keys(model, adapter_name, folder, result.missing_keys, result.unexpected_keys)
             _unwrap_tied_heads(model)
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
+            _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
     else:
         if "config" not in kwargs and getattr(config, "use_dora", False):
             kwargs["config"] = config
@@ -166,7 +167,7 @@ def load_adapter(
             _check_keys(model, adapter_name, folder, keys.missing_keys, keys.unexpected_keys)
         if not is_trainable:  # PEFT leaves tensors of AdaLoRA and IA3 trainable where PEFT casts the tensors
             model.requires_grad_(False)
-    _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
+        _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
     freeze_ranknum(model)
     if not accelerate:
         return model

@@ -55,21 +55,22 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
 # For some mixtures PEFT replaces these names in target_modules by parameters of the experts and of the router, although
 # layers outside of the experts may have the same names.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+_ROUTER = "router"  # a linear layer in Llama 4 and Phi-MoE, the parent of a linear layer in Granite-MoE
 
 
 def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
     """Returns the fields that the PEFT configuration of ``method`` needs for a model with experts, else {}.
 
     ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
-    adapt the experts. Each low-rank method also adapts the linear layers except ``lm_head`` and the layers with a name
-    of ``_NAMES_OF_EXPERTS``. A router with the name ``gate`` is therefore not adapted, although PEFT's "all-linear"
-    would adapt this router in some models. For LoRA and DoRA the fields set lora_dropout to 0, because PEFT has no
-    dropout for adapted parameters.
+    adapt the experts. Each low-rank method also adapts the linear layers except ``lm_head``, a ``router`` with its
+    parts, and the layers with a name of ``_NAMES_OF_EXPERTS``. PEFT's "all-linear" would adapt the router of some
+    models. For LoRA and DoRA the fields set lora_dropout to 0, because PEFT has no dropout for adapted parameters.
     """
     held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
     if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):
         return {}
-    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = {path[-1] for path in paths if _ROUTER not in path}
     fields: dict[str, Any] = {"target_modules": sorted(linears - _NAMES_OF_EXPERTS - {"lm_head"})}
     if method != "adalora":
         # The part of a parameter's name after the layer's number is the same in all layers.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_ext
+from peft_ext.nn.experts import adapter_fields
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -564,3 +565,12 @@ def test_a_cast_of_nf4_experts_keeps_their_bits() -> None:
         cast(experts)
         for name, tensor in before.items():
             assert torch.equal(experts.state_dict()[name], tensor) and experts.state_dict()[name].dtype is tensor.dtype
+
+
+@every_model
+def test_the_fields_for_an_adapter_name_no_router(name: str) -> None:
+    model = base(name)
+    fields = adapter_fields(model, "lora")
+    adapted = [path for path, module in model.named_modules()
+               if isinstance(module, nn.Linear) and path.split(".")[-1] in fields["target_modules"]]  # fmt: skip
+    assert adapted and not [path for path in adapted if "router" in path or path.endswith(".gate")]
