@@ -88,13 +88,15 @@ def convert(gguf: Path, folder: Path) -> None:
 
     Raises ValueError where a weight is not finite, and the errors of transformers and gguf for an unreadable file.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, name = str(gguf.parent), gguf.name
-    # Without this configuration transformers keeps the weights quantized.
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    options = {"gguf_file": name, "dtype": torch.bfloat16}
+    # A transformers with GgufConfig can keep the weights quantized. Earlier releases always dequantize the weights.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
     if broken := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
         raise ValueError(f"{gguf}: {broken} has values that are not finite")
     model.save_pretrained(folder)
