@@ -49,6 +49,7 @@ def test_an_adapter_that_is_read_as_another_is_the_exit_code(tiny, tmp_path, cap
     assert not report(tmp_path / "out")["check"]["ok"]
 
 
+@pytest.mark.slow
 @needs_hf
 @needs_bnb
 def test_stock_runs_the_same_run(tiny, tmp_path, capsys):

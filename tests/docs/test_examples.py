@@ -191,6 +191,7 @@ def test_padding_is_left_out_where_trainer_leaves_it_out(tmp_path: Path) -> None
     assert sum(meter.step_tokens) == int(LLAMA.inputs()["attention_mask"].sum()) < BATCH * LENGTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 def test_it_trains_what_the_stock_classes_train(tmp_path: Path, checkpointing: bool) -> None:
     curves, weights = [], []

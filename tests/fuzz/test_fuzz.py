@@ -18,6 +18,7 @@ INPUTS = 60
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("files are read on the CPU")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_but_refusals(name: str, tmp_path: Path) -> None:
     target, outcomes = TARGETS[name], Counter[str]()

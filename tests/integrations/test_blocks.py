@@ -81,6 +81,7 @@ def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]

@@ -373,6 +373,7 @@ def test_the_reference_takes_a_dense_weight() -> None:
 needs_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs peft_ext[hf]")
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_a_run_computes_in_what_the_cpu_has(tiny, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_cpu, "why_float32", lambda: NO)

@@ -70,6 +70,7 @@ def test_a_method_that_is_none(model):
         recipes.setup_peft_training(model, "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adalora", "diff-pruning"])
 def test_train_then_merge(model, tiny, tmp_path, method):
     fields = {"total_step": 4, "tinit": 1, "tfinal": 1} if method == "adalora" else {}

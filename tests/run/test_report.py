@@ -337,6 +337,7 @@ def test_curves_go_on_in_a_resumed_run(run, tiny, tmp_path):
     assert whole["resumed"] == [] and resumed["resumed"] == [5]
 
 
+@pytest.mark.slow
 @needs_hf
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("times", [1, 2])
