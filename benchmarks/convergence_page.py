@@ -181,8 +181,9 @@ def draw(result: dict[str, Any]) -> str:
         f"Saved adapters: {_reload_text(result['rows'])}",
         f"Pruning: {_pruning_text(narrow)}",
         """Prefix and prompt tuning add no layer that peft_ext could fuse. BitFit, Diff Pruning and partial fine-tuning
-        run the layers' own code. Over a dense base `accelerate` finds nothing to fuse in these methods and must not
-        change their results.""",
+        run the layers' own code. Over a dense base, `accelerate` fuses no linear layer in the runs of prefix tuning,
+        prompt tuning, BitFit, Diff Pruning and partial fine-tuning. The norms, MLPs, attentions and the loss of the
+        model may be fused, and change the results by rounding only.""",
     ]
     return "# Convergence\n\n" + "\n\n".join(map(_wrapped, paragraphs)) + "\n"
 

@@ -78,10 +78,10 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     """Yields a new folder, which replaces ``path`` as the block ends; if the block raises, ``path`` does not change.
 
     One system call (Linux ``renameat2``) exchanges an existing folder for the new one, so that ``path`` always exists.
-    On a file system without that call the old folder is first moved aside: a process killed between the two renames
-    leaves the old folder under a hidden name, and the next write to ``path`` puts the old folder back. A folder that
-    can't be renamed (a mount point, the working folder of this process) is not replaced atomically: the new files are
-    moved into the folder one by one, oldest first.
+    On a file system that can't exchange two folders, the old folder is first moved aside: a process killed between the
+    two renames leaves the old folder under a hidden name, and the next write to ``path`` puts the old folder back. A
+    folder that can't be renamed (a mount point, the working folder of this process) is not replaced atomically: the new
+    files are moved into the folder one by one, oldest first.
 
     Args:
         path: the folder, which need not exist; its parent folders are made. A symbolic link is followed and stays.

@@ -324,7 +324,10 @@ def _replace_all(
 
 
 def _choose_dora(layer: nn.Module) -> None:
-    """Sets PEFT's DoRA variant of a fused layer again, because the variants over NF4 and over a dense base differ."""
+    """Chooses the DoRA variant of a fused LoRA layer again after the layer's base layer was replaced.
+
+    The variant is DoraNF4Variant over an NF4Linear, and PEFT's DoraLinearVariant over a dense layer.
+    """
     if getattr(layer, "lora_variant", None):
         from .integrations.adapter_layers.dora import DORA_DROPOUT, clear_dora, prepare_dora
         from .integrations.adapter_layers.lora import Lora

@@ -105,13 +105,15 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
         "table `peft_ext/integrations/forms/forms.tsv`, whatever the class is called. Any other forward runs as its "
         "author wrote it, and `explain` says so. [What a known form is](faq.md#what-is-a-known-form) tells how forms "
         "are compared, and how to add one.", "",
-        f"The table was drawn from transformers {', '.join(RELEASES)}:", "",
+        "The forms in `forms.tsv` were read from the classes and functions of PyTorch and of transformers "
+        f"{', '.join(RELEASES)}. `forms.tsv` has these numbers of forms:", "",
         "| kind | forms |", "|---|---|",
         *(f"| {kind} | {count} |" for kind, count in sorted(kinds.items())), "",
         f"## Classes of transformers {RELEASES[-1]}, by architecture", "",
-        "Each cell is the count of classes whose form is known, of all; then the names of those that run stock. An "
-        "attention whose row is known has at least its layers of one input computed together, or takes softmax(q kᵀ) v "
-        "by the registry.", "",
+        "The columns norms, attentions and MLPs show how many of an architecture's classes of norms, attentions and "
+        "MLPs have a known form. The column stock names the classes without a known form. For an attention with a "
+        "known form, `accelerate` computes the layers of one input together, or replaces the function that computes "
+        "softmax(q kᵀ) v and comes from transformers' registry, or does both.", "",
         "| architecture | norms | attentions | MLPs | stock |", "|---|---|---|---|---|",
     ]  # fmt: skip
     totals: Counter[tuple[str, bool]] = Counter()

@@ -9,7 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// The sums of a strip stay in registers: kRows rows by kVecs vectors. The remaining registers hold operands.
+// The sums of a strip stay in registers: kRows rows by kVecs vectors. The registers that hold no sums hold operands of
+// the strip's product.
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;

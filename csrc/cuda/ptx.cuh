@@ -445,7 +445,7 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ---- matrix products. In the layout of fragments, lane l has g = l / 4 and t = l % 4. A register holds two 16-bit
-// values, the low half first.
+// values; the first value is in the low half.
 
 // Loads four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8:
 // 16 bytes, aligned. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32 lanes must call the

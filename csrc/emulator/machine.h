@@ -170,7 +170,8 @@ struct Current {
 };
 extern __thread Current current __attribute__((tls_model("initial-exec")));
 
-// Ends the launch with an error message. `site` is the code address of the fault.
+// Ends the launch of the emulated kernel with an error message that `format` gives. `site` is the code address of the
+// fault.
 [[noreturn]] void fault(const void* site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 void shared_access(size_t offset, size_t bytes, Access access, const void* site);

@@ -36,7 +36,7 @@ class NotFused(Exception):
 
 
 class NotRight(Exception):
-    """Raised if our layer's error against float64 is too large. The message has the error. No layer was timed."""
+    """Raised before layers are timed, if our layer's error against float64 is too large. The message has the error."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,10 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 
 
 def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:
-    """Raises CliError for an unknown quantization or block size. ``quant`` is the value of the option ``option``."""
+    """Raises CliError for an unknown quantization or block size.
+
+    ``option`` is the name of the command line option whose value is ``quant``, for the error message.
+    """
     if quant not in (None, *QUANTIZATIONS):
         raise CliError(f"{option} {quant}: wanted one of {', '.join(QUANTIZATIONS)}")
     if blocksize is not None and blocksize not in BLOCKSIZES:

@@ -100,11 +100,12 @@ def accelerate(
         dora_dropout: the tensor that DoRA's dropout acts on in training. "peft": x in the low-rank term and in the base
             layer's term, as in PEFT; this takes a second product with the base weight. "lora": x in the low-rank term
             only, as in LoRA; this takes one product, and gives other gradients than PEFT. Layers and their copies keep
-            the setting until the next call.
+            dora_dropout until the next call of ``accelerate``, or until ``restore``.
         experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
             dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row has its own mask. PEFT
             computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's adapter files do
-            not store this setting. Layers and their copies keep the setting until the next call.
+            not store experts_dropout. Layers and their copies keep experts_dropout until the next call of
+            ``accelerate``, or until ``restore``.
 
     Returns: the same model. A second call is harmless. Outputs and gradients agree with PEFT's up to rounding. Dropout
     uses the same random generator as PEFT, but draws another mask. The gradient of a gradient is not supported. Under

@@ -55,10 +55,21 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
 def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: str, backward: bool) -> int:
     """Returns the scratch bytes of the product ``[rows, K] Wᵀ``, or of ``[rows, N] W`` in the backward.
 
-    On CUDA, and on the CPU in float32, the scratch is an NF4 weight dequantized to the activations' dtype. On the CPU
-    in bfloat16, where peft_ext's tiles multiply, the scratch is the activations packed into strips. On the CPU in 16
-    bits, where PyTorch multiplies, the scratch is an NF4 weight decoded to 16 bits, or copies of a product whose input
-    or output is scaled, or nothing. Otherwise the scratch is activations, product and a panel of the weight in float32.
+    On CUDA, and on the CPU in float32, the scratch is an NF4 weight dequantized to the activations' dtype, or nothing
+    for a dense weight. On the CPU in float32, a dropout of the base layer's term adds the dropped x or the scaled dY,
+    the sum that is added to the product, and a panel of the weight.
+
+    On the CPU in 16 bits there are four cases. In the first, second and fourth case, a dropout of the base layer's term
+    doubles the tensors of activations, products and float32 panels.
+
+    1. On a path with tiles, in bfloat16, over an NF4 weight or a contiguous dense weight: the activations packed into
+       strips.
+    2. On a path with tiles, in bfloat16, over a dense weight that is not contiguous: a 16-bit and a float32 copy of the
+       result if the input or the output is scaled, else nothing.
+    3. On the scalar path, without scaling and without a dropout of the base layer's term: an NF4 weight decoded to 16
+       bits, or nothing for a dense weight.
+    4. In all other calls: activations, product and a panel of the weight in float32, and over NF4 the panel in 16 bits.
+       The backward over several panels also has the gradient's columns of one panel in float32.
     """
     out_features, in_features = given["shape"]
     drops = bool(given.get("drop_base")) and given.get("seed") is not None

@@ -242,7 +242,8 @@ class NF4Linear(nn.Linear):
         """
         read_quant_state(found)  # checks that all entries are tensors, before the weight is reshaped
         packed, weight = found["weight"].detach(), self.weight
-        if packed.dtype is not torch.uint8 and not is_dtensor(packed):  # bitsandbytes' quant_storage is another dtype
+        # packed is not uint8 if bitsandbytes stored the codes with another quant_storage.
+        if packed.dtype is not torch.uint8 and not is_dtensor(packed):
             packed = packed.contiguous().view(torch.uint8)
         if is_dtensor(packed) and not is_dtensor(weight):
             raise ValueError("weight is a DTensor, wanted a plain tensor (fully_shard the module first)")

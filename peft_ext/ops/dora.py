@@ -272,7 +272,7 @@ def dora_linear(
         magnitude: ``[N]``, of any float dtype. Where the norm is 0, g is 0, and the gradients through g are 0.
         dropout_mode: "lora": the dropout acts on the low-rank term alone. "peft": the dropout acts as in PEFT,
             ``Y = x Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second base product. Without
-            dropout the two modes give the same result.
+            dropout, dropout_mode "lora" and dropout_mode "peft" give the same result.
         norm_grad: True: the gradient flows through the norm too. False: the norm is constant, as in the paper and in
             PEFT.
         weight_norm: ``[N]``, of any float dtype: the norm, if the caller knows the norm already

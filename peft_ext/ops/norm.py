@@ -181,8 +181,8 @@ def rms_norm(
             transformers' Llama: ``weight * x̂.to(x.dtype)``. False: only the product is rounded, as in Gemma:
             ``(x̂ * (1 + w)).to(x.dtype)``.
 
-    Returns: ``[..., K]`` of x's dtype. With ``round_before_weight`` the result has the dtype of PyTorch's product of w
-    and x: float32 for a float32 weight (as PEFT's ``prepare_model_for_kbit_training`` makes) and 16-bit x. Sums are in
+    Returns: ``[..., K]`` of x's dtype, or, with ``round_before_weight``, of the dtype of PyTorch's product of w and x:
+    float32 for a float32 weight (as PEFT's ``prepare_model_for_kbit_training`` makes) and 16-bit x. Sums are in
     float32. A CPU kernel adds the squares to four vectors of the path's width in turn; on a GPU, each thread sums eight
     columns at a time, and the sums of the threads are added. If the sum of squares has the bits of transformers' sum,
     the result has the bits of transformers' result. Gradients flow to x and weight, in their own dtypes; saved for

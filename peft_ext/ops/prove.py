@@ -11,7 +11,7 @@ Environment:
         torch's CUDA. The result is saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``) only if no
         family failed; otherwise the next process proves again. A family whose kernels ended a process by a fault is
         saved too, and stays dropped. ``always`` proves in every process and reads no saved result, ``0`` never proves.
-        Another value raises ValueError.
+        Any other value of ``PEFT_EXT_PROVE`` raises ValueError.
 """
 
 from __future__ import annotations

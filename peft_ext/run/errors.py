@@ -23,7 +23,10 @@ class RunError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A second signal, or a signal outside of training, ended the run at once. ``signal`` is the signal's number."""
+    """Raised where a signal ends the run at once: SIGINT, SIGTERM or SIGHUP outside of training, or a second of them.
+
+    ``signal`` is the signal's number.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -71,7 +71,8 @@ def perplexity(losses: Losses) -> float:
 def curve_examples(run: Run) -> list[int]:
     """Returns the indices of the held-out examples on which each point of the held-out curve is computed.
 
-    The indices are evenly spread. Their number is as large as HELD_OUT_SHARE allows, but at least 4 (or all examples).
+    The indices are evenly spread over the held-out examples. The number of indices is as large as HELD_OUT_SHARE
+    allows, but at least 4 (or all held-out examples).
     A resumed run uses the number of examples in its checkpoint's history.
     """
 

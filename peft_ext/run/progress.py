@@ -65,7 +65,10 @@ def bar(
 
 
 def progress_callback(steps: int) -> Any:
-    """Returns a Trainer callback: it shows a bar where standard error is a terminal, else writes about 20 log lines."""
+    """Returns a Trainer callback that shows a progress bar where standard error is a terminal.
+
+    Elsewhere the callback writes at most 39 log lines, and about 20 in a long run.
+    """
     from transformers import ProgressCallback, TrainerCallback
 
     every = max(1, steps // 20)

@@ -95,9 +95,9 @@ def finetune(options: Options) -> Result:
         print(result.perplexity_before, result.perplexity_after)
 
     Signals, in the main thread only: SIGINT, SIGTERM and SIGHUP (unless SIGHUP was ignored, as under nohup) end
-    training after the current step, with a checkpoint, and ``stopped_by`` is the number of the signal. A second signal,
-    or a signal outside of training, ends the run at once. SIGUSR1, which batch systems send ahead of a time limit,
-    writes a checkpoint after the current step, and training continues.
+    training after the current step, with a checkpoint, and ``stopped_by`` is the number of the signal. A second SIGINT,
+    SIGTERM or SIGHUP, or one of these signals outside of training, ends the run at once. SIGUSR1, which batch systems
+    send ahead of a time limit, writes a checkpoint after the current step, and training continues.
 
     The logger ``peft_ext.run`` reports the progress. In this process the function turns off transformers' progress
     bars, and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.

@@ -31,7 +31,8 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|densereludense|intermediate|expert|^ou
 def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
     """Returns the members of ``BIAS_KINDS`` that describe a module's bias.
 
-    The class decides for a norm. For other modules the full name decides, and "mlp_up" depends on the layer's sizes.
+    A module whose class name contains "norm" has the kinds "all" and "norm", whatever the module's name is. For other
+    modules the full name decides, and "mlp_up" depends on the layer's sizes.
     """
     parts = name.split(".")
     if "norm" in type(module).__name__.lower():

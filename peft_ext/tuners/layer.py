@@ -271,7 +271,9 @@ class ReplacingTuner(Tuner):
     """Base class of a tuner with :class:`ReplacingLayer`. A subclass defines :meth:`make_plan` and :meth:`make`."""
 
     def make_plan(self, config: Any, model: nn.Module) -> Plan:
-        """Returns the tensors that the adapter of ``config`` replaces. Raises ValueError before the model changes."""
+        """Returns a Plan: for each layer, the names of the parameters that an adapter with the configuration ``config``
+        replaces. Raises ValueError before the model changes.
+        """
         raise NotImplementedError
 
     def make(self, layer: Any, key: str, names: list[str], config: Any) -> nn.Module:

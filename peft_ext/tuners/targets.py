@@ -305,10 +305,11 @@ def _trainable(parameter: Optional[nn.Parameter]) -> bool:
 
 
 def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], skip_tied: Collection[str] = ()) -> Plan:
-    """Returns the plan to replace tensors: which module owns which tensor. ``units``: module -> names of its tensors.
+    """Returns the plan to replace tensors: which module owns which tensor.
 
-    If several units hold a tensor, the first unit in the model owns the tensor. ``skip_tied``: full names
-    under which a target tensor may stay unreplaced, because the modules of these names never read the tensor.
+    ``units`` maps the full name of each target module to the names of the module's tensors. If several target modules
+    hold a tensor, the first of these modules in the model owns the tensor. ``skip_tied``: full names under which a
+    target tensor may stay unreplaced, because the modules of these names never read the tensor.
 
     Raises: ValueError if a module that is not a target holds a target tensor too, because the two modules would then
     use different tensors; or if a tensor is a shard (ZeRO-3, DTensor), because a copy of a shard can't be trained.

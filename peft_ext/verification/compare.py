@@ -274,7 +274,11 @@ def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def _measured(
     stock: nn.Module, batch: Any, wide: torch.dtype, narrow: torch.dtype, seed: Seed, casts: set[torch.dtype]
 ) -> tuple[Optional[nn.Module], Optional[Results], Optional[str]]:
-    """Returns the yardstick and the results of its step, or None, None and the reason why the yardstick can't run."""
+    """Returns ``(model, results, None)``, or ``(None, None, reason)`` if ``model`` can't run.
+
+    ``model`` is the yardstick: a copy of the stock model in the dtype ``wide``. ``results`` are the results of a
+    training step of ``model``.
+    """
     try:
         model = twin(stock, wide, narrow)
         if "_original_forward" in vars(model):  # an Accelerator sets this and wraps the forward in autocast

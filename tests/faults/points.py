@@ -44,7 +44,7 @@ def start(work: Callable[[], int], stdout: int = -1) -> tuple[int, io.TextIOWrap
             signal.alarm(SECONDS)
             os.dup2(write, 2)
             os.dup2({-1: os.open(os.devnull, os.O_WRONLY), -2: write}.get(stdout, stdout), 1)
-            # Replaces pytest's streams, which capture the output.
+            # pytest captures sys.stdout and sys.stderr; the fork writes to its own descriptors 1 and 2 instead.
             sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
             torch.set_num_threads(1)  # a fork lacks the threads of PyTorch's pool
             code = work()

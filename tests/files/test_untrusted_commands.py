@@ -147,7 +147,7 @@ def test_chat_refuses_tokenizers_templates_and_generation(made, tmp_path, capsys
     ):
         folder = rewritten(base, tmp_path / "b", name, data)
         with monkeypatch.context() as patch:
-            if data is loop:  # only this template loops without end
+            if data is loop:  # of these chat templates only `loop` never ends, and so gets a shorter time limit
                 patch.setattr(chat, "_SECONDS", 0.3)
             assert message in refused(capsys, *commands(adapter, tmp_path, folder)[0], unchanged=tmp_path), name
         shutil.rmtree(folder)

@@ -180,7 +180,8 @@ def test_merging_dora_after_lora_into_nf4_takes_the_norm_of_the_unmerged_weight(
     norm = (weight + delta).norm(dim=1, keepdim=True)
     wanted = layer.lora_magnitude_vector["default"].weight[:, None] / norm * (weight + plain + delta)
     layer.merge(adapter_names=["plain"])
-    layer.merge(adapter_names=["default"])  # the merge runs in two steps and starts from the weight that was kept
+    # The second merge starts from the kept unmerged weight and merges both adapters into this weight.
+    layer.merge(adapter_names=["default"])
     nf4 = layer.base_layer.nf4
     expected = peft_ext.ops.nf4_quantize(wanted, nf4.blocksize, nf4.nested is not None).dequantize(torch.float32)
     assert ((nf4.dequantize(torch.float32) - expected).abs() > 1e-6).float().mean() < 1e-2

@@ -206,8 +206,8 @@ def slope(model: PeftModel, gradients: dict[str, Tensor], reach: float = 2e-3) -
 @column("`get_peft_model`")
 def test_get_peft_model(name: str) -> Cell:
     """The test runs a model of `peft_ext.get_peft_model`, forward and backward. Logits, loss and gradients agree with
-    stock PEFT. For a method that PEFT does not have, the gradient agrees with a finite difference of the loss. The
-    cell shows the number of trained parameters.
+    stock PEFT. For a method that PEFT does not have, the gradient agrees with a finite difference of the loss. A cell
+    of this column shows the number of trained parameters.
     """
     model = adapted(name)
     found = step(model, BATCH)
@@ -337,8 +337,8 @@ def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @column("save, load")
 def test_save_and_load(name: str, tmp_path: Path) -> Cell:
-    """`save_pretrained` saves the adapter, and `peft_ext.load_adapter` loads it into a new base model. The logits are
-    bitwise equal, and the same layers are fused.
+    """`save_pretrained` saves the adapter, and `peft_ext.load_adapter` loads the adapter into a new base model. The
+    logits are bitwise equal, and the same layers are fused.
     """
     model = adapted(name)
     model.save_pretrained(tmp_path)
@@ -451,14 +451,15 @@ def base_cell(name: str, kind: str, llama: Path) -> Cell:
 @column("NF4 base")
 def test_nf4_base(name: str, llama: Path) -> Cell:
     """The test runs the method over a base of `peft_ext.quantize_nf4`, double-quantized, forward and backward. Logits,
-    loss and gradients agree with those over the dequantized weights. The cell shows how many linear layers are in NF4.
+    loss and gradients agree with those over the dequantized weights. A cell of this column shows how many linear layers
+    of the model are in NF4.
     """
     return base_cell(name, "nf4", llama)
 
 
 @column("bitsandbytes base")
 def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
-    """The test of the NF4 base, over double-quantized `Linear4bit` layers as transformers loads them."""
+    """The test of the NF4 base runs over double-quantized `Linear4bit` layers as transformers loads them."""
     return base_cell(name, "bitsandbytes", llama)
 
 
@@ -468,8 +469,8 @@ def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
 @column("compile")
 def test_compile(name: str) -> Cell:
     """`torch.compile(fullgraph=True)` compiles the adapted MLP of the last layer, forward and backward. If the method
-    adapts the layer itself, the layer is compiled; for prefix and prompt tuning, the whole PeftModel. Outputs and
-    gradients agree with those of eager mode.
+    adapts the layer itself, the layer is compiled. For prefix and prompt tuning, the whole PeftModel is compiled.
+    Outputs and gradients agree with those of eager mode.
     """
     model = adapted(name).train()
     if tuners(model):
@@ -524,8 +525,9 @@ OF_BLOCKS = {
 
 @column("fused on CPU")
 def test_fused_on_cpu(name: str) -> Cell:
-    """The cell shows how many of the adapted layers are fused, as `explain` reports. In a training step, each fused
-    layer calls its operator once, and every operator of the step, including those of the blocks, has a native kernel.
+    """A cell of this column shows how many of the adapted layers are fused, as `explain` reports. In a training step,
+    each fused layer calls its operator once, and every operator of the step, including those of the blocks, has a
+    native kernel.
     """
     model = adapted(name)
     rows = peft_ext.explain(model).rows
@@ -553,8 +555,8 @@ def cuda_operators() -> set[str]:
 
 @column("fused on CUDA")
 def test_fused_on_cuda(name: str) -> Cell:
-    """The cell shows how many operators of a training step have a CUDA kernel in `csrc`. Other tests run these kernels
-    under the emulator; no test of this table has run on a GPU.
+    """A cell of this column shows how many operators of a training step have a CUDA kernel in `csrc`. Other tests run
+    these kernels under the emulator; no test of this table has run on a GPU.
     """
     model = adapted(name)
     calls = operators(model).calls

@@ -147,7 +147,8 @@ def test_few_tokens_of_a_weight_with_a_nan_leave_other_outputs_alone(cuda_call: 
     weight = nf4_quantize(torch.randn(40, 256), 64)
     packed, absmax, *rest = weight.op_args()
     absmax = absmax.clone()
-    absmax[4 * 17 + 1] = float("nan")  # a scale of the weight's row for output 17
+    # W has 4 scales per row. This is the second scale of row 17, from which output 17 is computed.
+    absmax[4 * 17 + 1] = float("nan")
     y = cuda_call("nf4_linear", torch.randn(4, 256).bfloat16(), packed, absmax, *rest, None)
     nan = y.isnan()
     assert nan[:, 17].all() and nan.sum() == 4

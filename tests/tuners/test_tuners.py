@@ -293,7 +293,7 @@ def test_generates_and_is_injected_without_a_peft_model(method):
     injected = inject_adapter_in_model(config_of(method, "gpt2"), copy.deepcopy(base))
     assert type(injected) is GPT2LMHeadModel and torch.equal(logits(injected), logits(base))
     loss = injected(**batch(injected)).loss
-    # The injected model's loss includes the penalty of Diff Pruning.
+    # In training, the loss of a model with an adapter from inject_adapter_in_model includes Diff Pruning's penalty.
     assert (injected.train()(**batch(injected)).loss > loss) == (method == "diff")
 
 

@@ -56,10 +56,10 @@ struct RunRows {
   int64_t chunks, padded_rows, rank, padded_rank;
   const RowRun* tiles;
   float scale;
-  float after;          // additional factor, for the terms only
+  float after;          // additional factor of `terms` and `transposed`, but not of `plain`
   float* plain;         // value [rows][rank], with zeros for rows of no expert; null if unneeded
-  TermsOut terms;       // terms of value, [padded rows, padded rank]
-  TermsOut transposed;  // terms of the transposed value, [padded rank, padded rows]
+  TermsOut terms;       // terms of `value`, [padded rows, padded rank]
+  TermsOut transposed;  // terms of the transpose of `value`, [padded rank, padded rows]
 };
 
 constexpr int kStackThreads = 256;

@@ -38,7 +38,8 @@ Tensor padded_vector(const char* op, const char* argument, const Tensor& values,
 // Converts a matrix [rank, columns] with row stride `stride` to strips [ceil(columns / 16), rank, 16], zero-padded.
 Tensor lane_strips(const float* rows, int64_t rank, int64_t stride, int64_t columns);
 
-// Converts m [columns, stride], whose columns are the ranks, to strips like lane_strips.
+// Converts the transpose of a matrix m [columns, rank], with row stride `stride`, to strips of the layout that
+// lane_strips returns.
 Tensor lane_strips_of_rows(const float* m, int64_t rank, int64_t stride, int64_t columns);
 
 // Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The function may

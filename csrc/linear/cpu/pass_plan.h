@@ -42,8 +42,8 @@ inline int64_t busiest(int64_t parts, int64_t multiplications, int64_t threads) 
   return shares(parts, std::max<int64_t>(1, std::min(threads, shares(parts, pass_grain(multiplications)))));
 }
 
-// Each cost below is the number of multiplications of the busiest thread. This function returns the cost of out [T, R]
-// = m [T, K] right, if the tokens are divided.
+// Each cost below is the number of multiplications of the busiest thread. This function returns the cost of the product
+// m · right, of shape [T, R], if the threads divide the tokens. m is [T, K], and right is [K, R].
 inline int64_t row_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t steps = busiest(shares(tokens, kTokenStep), kTokenStep * columns * rank, threads);
   return std::min(tokens, steps * kTokenStep) * columns * rank;
@@ -59,13 +59,14 @@ inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_
   return std::min(parts * part, tokens * columns * rank);
 }
 
-// Returns the cost of mᵀ left [K, R] if only columns are divided: no sums of chunks are kept.
+// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide only the columns of m. No sums of
+// chunks of tokens are then kept.
 inline int64_t sums_by_columns_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t blocks = shares(columns, kBlockColumns), part = tokens * std::min(kBlockColumns, columns) * rank;
   return std::min(busiest(blocks, part, threads) * part, tokens * columns * rank);
 }
 
-// Returns the cost of mᵀ left [K, R] if chunks are divided too.
+// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide the chunks of tokens too.
 inline int64_t sums_by_chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   return chunks_cost(tokens, columns, rank, shares(columns, kBlockColumns), threads);
 }

@@ -1,6 +1,6 @@
 // The forward of a mixed batch, in which each sample has an adapter or none. The number of launches does not depend on
 // the number of adapters, except that prepare_groups_kernel takes up to 48 adapters and 64 runs of tokens per launch.
-// The steps, besides PyTorch's product:
+// The steps of the forward, besides PyTorch's product x Wᵀ:
 //
 //   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = (s S) Bᵀ + b (expand)
 //
@@ -14,7 +14,7 @@
 namespace peft_ext {
 namespace {
 
-// The arguments of a call.
+// The arguments of one call of the forward of a mixed batch.
 struct Batch {
   Tensor x;  // [T, K]
   const DeviceGroups& groups;

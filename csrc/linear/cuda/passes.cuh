@@ -119,8 +119,11 @@ struct PassInput {
   int64_t rows = 0, columns = 0;
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
-  const RowTiles* tiles = nullptr;  // rows of a mixed batch; only with `right`, which then holds one factor per adapter
-  const RowRuns* runs = nullptr;    // rows of experts; only with `right` alone (one factor per expert) or `left` alone
+  // The rows of a mixed batch. Allowed only with `right`, which then holds one factor for each adapter.
+  const RowTiles* tiles = nullptr;
+  // The runs of rows of the experts. Allowed only if one factor is given: `right` (with one factor for each expert) or
+  // `left`.
+  const RowRuns* runs = nullptr;
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
 };

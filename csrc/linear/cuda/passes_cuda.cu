@@ -74,7 +74,8 @@ TermsOut write_terms(const Launcher& launcher, const HeldTerms& held) {
 }
 
 HeldTerms Splitter::right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale) {
-  // One term represents a bfloat16 matrix exactly. Kernels for one term exist only for a bfloat16 D.
+  // One term represents a bfloat16 matrix exactly. The kernels that take a factor of one term are compiled only for a
+  // large matrix D in bfloat16.
   const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_ && inner_scale == nullptr;
   return add(TermsOrder::kPass, matrix, transpose, one ? 1 : kMaxTerms, nullptr, inner_scale);
 }

@@ -36,7 +36,8 @@ inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_
     plan.column_chunks = divide(column_tiles, plan.column_tiles);
     return plan;
   }
-  // A block goes along the columns for P, and down the rows for Q.
+  // A block computes P for one tile of rows and goes along the tiles of columns. A block computes Q for one tile of
+  // columns and goes down the tiles of rows.
   const bool along = work != RankWork::kColumns;
   const int64_t across = along ? row_tiles : column_tiles, tiles = along ? column_tiles : row_tiles;
   const int64_t chunks =

@@ -87,8 +87,9 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
 // Computes the rows [n, n + kRows) for kTokens tokens. A register of x serves kRows products.
 template <int kTokens, int kRows>
 inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
-  // A sum must wait for the previous product. Several independent sums keep the multiplier busy. kSums does not depend
-  // on kRows, so that the bits of a row do not depend on how many rows are computed at a time.
+  // kSums is the number of sums for each row and token. Several independent sums keep the multiplier busy, because each
+  // addition to a sum must wait for the addition before. kSums does not depend on kRows, so that the bits of a row do
+  // not depend on how many rows are computed at a time.
   constexpr int kSums = kTokens >= 4 ? 1 : 2;
   const int64_t k = work.columns, stride = nibble_columns(k);
   const bf16* x = work.x_ordered + first_token * stride;

@@ -17,8 +17,9 @@ from .base import fuses, operands
 class FusedLinear(nn.Linear):
     """A frozen ``nn.Linear`` on :func:`peft_ext.ops.frozen_linear`, for example the head of a language model.
 
-    The operator runs for calls that compute in a dtype of ``reasons.WIDENED``. PyTorch's product runs in other dtypes,
-    and for a single token without a gradient: PyTorch multiplies a single token without widening W.
+    frozen_linear runs for calls that compute in a dtype of ``reasons.WIDENED``, except for a single token without a
+    gradient. PyTorch's product runs in other dtypes, and for a single token without a gradient: PyTorch multiplies a
+    single token without widening W.
     """
 
     reads: tuple[str, ...] = ()

@@ -3,8 +3,9 @@
 The row of a module's form names the children that are called with one variable, as in ``self.q_proj(x)``,
 ``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of
 all children of its group that can be computed together. Each other child takes its output when the child is called with
-the same tensor object, unchanged, and with its state unchanged. Otherwise the child computes its output alone. Outputs
-that no child took are dropped at the end of the module's forward. Outputs are not shared between threads.
+the same tensor object, unchanged, and with its state unchanged. If a child is called with another tensor object or with
+a changed tensor, or if the child's state has changed, the child computes its output alone. Outputs that no child took
+are dropped at the end of the module's forward. Outputs are not shared between threads.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def output_of(layer: Any, x: Any) -> Optional[Tensor]:
     if not (groups := NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
     if _saving_hooks() is not NOW.hooks:
-        return None  # inside a checkpoint within the module's forward: its recomputation runs each layer alone, too
+        # x is inside a checkpoint that began within the module's forward. The recomputation of the checkpoint runs each
+        # layer alone, so the first run must run each layer alone, too.
+        return None
     return group.output(layer, x)
 
 

@@ -58,8 +58,9 @@ _LEAST_QUERIES = 16
 # attention over tokens has smaller heads.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
-# Keyword arguments of an attention call. transformers' sdpa ignores the arguments of _IGNORED. The checks read the
-# arguments of _LOOKED_AT. A call with another keyword argument that is not None runs transformers' function.
+# Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
+# before the operator read the arguments that _LOOKED_AT names. A call with another keyword argument that is not None
+# runs transformers' function.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",

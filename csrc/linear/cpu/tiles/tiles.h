@@ -152,7 +152,8 @@ struct TileKernels {
   // tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of kReduceTokens.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
                    bf16* panel);
-  // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null if the path has no kernel for few tokens.
+  // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null on Arm, where PassKernels::few_tokens
+  // multiplies up to kFewTokens tokens.
   void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
   // Packs x [tokens, columns] for TileFewTokens.
   void (*few_tokens_pack)(const float* x, int64_t tokens, int64_t columns, bf16* out);

@@ -15,7 +15,8 @@
 
 namespace peft_ext {
 
-// The path has no kernels for few tokens: PyTorch's product computes few tokens.
+// This table has no kernels for few tokens. In the forward over a dense weight, the kernels of kernels_neon.cpp compute
+// up to 8 tokens, and PyTorch's product computes more tokens, up to the number from which the tiles are used.
 const TileKernels kTileKernelsNeonBf16 = {kDecodeStrips, token_strips, token_strips, dropped_entries,
                                           forward,       backward,     nullptr,      nullptr};
 
