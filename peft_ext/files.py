@@ -12,8 +12,8 @@ New content is written into a hidden folder beside the path, flushed to the disk
 such as a full disk, the old content is still at the path, and the hidden folder is removed. The next write to the same
 path removes the hidden folder of a killed process. :func:`atomic_folder` names the exceptions.
 
-The Trainer writes its checkpoints in place. :func:`seal` therefore writes a list of a finished folder's files, with
-their sizes and SHA-256, and :func:`not_whole` compares the folder with that list later.
+The Trainer writes its checkpoints in place. ``seal`` therefore writes a list of a finished folder's files, with
+their sizes and SHA-256, and ``not_whole`` compares the folder with that list later.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def train_with_peft(
 
     Args:
         train_dataset: rows with ``input_ids`` (and ``labels``), or with text, prompt and completion, or messages, which
-            :mod:`peft_ext.run.data` tokenizes.
+            ``peft_ext.run.data`` tokenizes.
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: folder of the trained adapter.
         arguments: further TrainingArguments. Defaults: 3 epochs of batches of 4, 4 batches a step, a learning rate of

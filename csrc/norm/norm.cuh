@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork wo
 
 struct NormColumns {
   const void *x, *grad;
-  const float *mean, *rstd;        // μ and r [rows]; a null mean stands for zeros
+  const float *mean, *rstd;  // μ and r [rows]; a null mean stands for zeros
   // partial sums of dw and db, [row chunks][columns]; null if the call does not need dw or db
   float *weight_sums, *bias_sums;
   int64_t rows, columns;

@@ -1,6 +1,6 @@
 """Conversion between NF4Weight and bitsandbytes' Params4bit. Both directions share the storage of the weight.
 
-:mod:`peft_ext.weight` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
+``peft_ext.weight`` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
 bitsandbytes' ``Linear4bit``, for comparisons.
 """
 

@@ -78,7 +78,7 @@ def accelerate(
 
     Some CPUs have no instructions for products in a 16-bit dtype. On these CPUs, the frozen ``nn.Linear`` layers of a
     CPU model that compute in this dtype, for example the head of a language model, run
-    :func:`peft_ext.ops.frozen_linear`. :func:`explain` lists these layers.
+    :func:`peft_ext.ops.frozen_linear`. :func:`peft_ext.explain` lists these layers.
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
@@ -87,7 +87,7 @@ def accelerate(
             and LoRA and DoRA on the experts of a mixture (``target_parameters``). Over another base layer (such as
             bitsandbytes ``Linear8bitLt``, or a layer with hooks), the base layer's own forward runs and only the
             adapter's part of LoRA, AdaLoRA or (IA)³ is fused. A layer that can't be fused runs its stock forward, and
-            :func:`explain` tells why. Layers that are added later are not fused until the next call.
+            :func:`peft_ext.explain` tells why. Layers that are added later are not fused until the next call.
         blocks: whether to fuse more than layers. Norms, MLPs and attentions are fused if the code of their forward is a
             known form (docs/known-forms.md) at the time of the call. A norm saves x and one or two numbers per row for
             the backward. An MLP computes its inner activation again in the backward. An attention computes the adapted
@@ -198,7 +198,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of :func:`explain`. ``str`` gives a table.
+    """The result of :func:`peft_ext.explain`. ``str`` gives a table.
 
     ``rows``: a row for each adapter layer, and for each other quantized layer or frozen linear layer that computes in a
     16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a block (norm, MLP,

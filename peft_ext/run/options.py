@@ -80,7 +80,7 @@ class Options:
 
     @property
     def learning_rate(self) -> float:
-        """The largest learning rate of the run: ``lr``, or the method's default where ``lr`` is None."""
+        """Largest learning rate of the run, which is ``lr``, or the method's default where ``lr`` is None."""
         return METHODS[self.method].learning_rate if self.lr is None else self.lr
 
     def resolved(self) -> Options:
