@@ -36,6 +36,8 @@ _MOST_BYTES, _DEEPEST = 1_000_000, 3
 _SHOWN = 40  # most characters of a value that an error message shows
 _FLAGS = ("resume", "overwrite")  # refused in a file: the file would resume or replace a run unasked
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+# Numbers as they are usually written. YAML 1.1 reads 010 as octal and 1:30 as a time, Python reads 1_000 and nan.
+_NUMBERS = {int: r"[-+]?(0|[1-9][0-9]*)", float: r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"}
 _READ = {int: int, float: float, str: str, Path: lambda text: Path(os.path.expanduser(text))}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -186,6 +188,8 @@ def _convert(path: Path, name: str, kind: Any, node: Any) -> Any:
             _fail(path, node, f"{name} has no value, wanted {_WANTED[kinds[0]]}")
         if "\0" in text:
             _fail(path, node, f"{name} has a NUL character in it")
+        if not re.fullmatch(_NUMBERS.get(kinds[0], "(?s:.*)"), text):
+            _fail(path, node, f"{name} is {_came(node)}, wanted {_WANTED[kinds[0]]}")
         with contextlib.suppress(ValueError, KeyError):
             return _BOOLS[text.lower()] if kinds[0] is bool else _READ[kinds[0]](text)
     _fail(path, node, f"{name} is {_came(node)}, wanted {_WANTED[kinds[0]]}")

@@ -9,6 +9,7 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 
 import peft_ext
 
@@ -149,3 +150,21 @@ def test_it_compiles_in_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(step(compiled, IDS)["y"], step(stock, IDS)["y"])
+
+
+def tripled(function):
+    return lambda *args, **kwargs: 3 * function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["before accelerate", "after accelerate"])
+@pytest.mark.parametrize("owner, name", [(nn.Embedding, "forward"), (lora.Embedding, "_embed"), (None, "_embed")])
+def test_a_replaced_part_of_the_forward_runs(owner, name, is_first, monkeypatch):
+    stock, fused = model_of()
+    if is_first:
+        peft_ext.restore(fused)
+    for target in (owner,) if owner else (model.base_model.model.table for model in (stock, fused)):
+        monkeypatch.setattr(target, name, tripled(getattr(target, name)))
+    if is_first:
+        peft_ext.accelerate(fused)
+    assert torch.equal(fused(IDS), stock(IDS))
+    assert "was replaced" in row_of(fused).reason

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.cpu_only("the CPU paths are a factor of the array")
 def test_calls_of_the_covering_array(case: Case) -> None:
     module, before, failures = _native.STATE.module, (torch.get_num_threads(), _native.STATE.isa), []
     try:
-        for call in covering.calls_of(case):
+        for call in (call for call in covering.array() if call.case is case):
             module.set_isa(call.isa)
             torch.set_num_threads(call.threads)
             try:

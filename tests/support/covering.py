@@ -7,6 +7,7 @@ A factor's first value differs from case to case, so that all pairs of values of
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ THREADS = (1, 2, 7)
 NAMES = ("case", "dtype", "shape", "layout", "path", "threads")
 
 
-def calls_of(case: Case) -> list[sweep.Drawn]:
+def _calls_of(case: Case) -> list[sweep.Drawn]:
     """Returns the calls of one case; the position of a call in the array is the seed of its values."""
     number = (*CASES, *SAVED_OUTPUT).index(case)
     paths = _native.STATE.module.isas()
@@ -40,23 +41,40 @@ def calls_of(case: Case) -> list[sweep.Drawn]:
     return calls
 
 
+@functools.cache
+def array() -> tuple[sweep.Drawn, ...]:
+    """Returns all calls: those of each case, and one for each pair that the starts of the factors have left out."""
+    calls = [call for case in (*CASES, *SAVED_OUTPUT) for call in _calls_of(case)]
+    fields = ("dtype", "shape", "layout", "path", "threads")
+    covered = {pair for call in calls for pair in _pairs_of(row(call))}
+    for pair in sorted(_wanted() - covered, key=str):
+        if pair in covered:  # by a call that was added for another pair
+            continue
+        held = dict(pair)
+        near = next(call for call in calls if held.get("shape", call.shape) in call.case.shapes)
+        values = {**dict(zip(NAMES, row(near), strict=True)), **held}
+        dtype, shape, layout, path, threads = (values[name] for name in fields)
+        calls.append(sweep.Drawn(1000 * len(calls), near.case, dtype, shape, (layout,), path, threads, False))
+        covered.update(_pairs_of(row(calls[-1])))
+    return tuple(calls)
+
+
 def row(call: sweep.Drawn) -> tuple[Any, ...]:
     """Returns the values of a call's factors, in the order of NAMES."""
     return call.case.name, call.dtype, call.shape, call.layouts[0], call.isa, call.threads
 
 
-def pairs() -> tuple[set, set]:
-    """Returns the pairs of two factors' values that are in the array, and all pairs that are possible.
-
-    A case is possible only with its own shapes.
-    """
-    cases = (*CASES, *SAVED_OUTPUT)
-    covered = {pair for case in cases for call in calls_of(case) for pair in _pairs_of(row(call))}
+def _wanted() -> set:
+    """Returns every pair that can be: a case is called with its own shapes alone."""
     paths = _native.STATE.module.isas()
-    wanted = {pair for case in cases for shape in case.shapes
-              for rest in itertools.product(DTYPES, [shape], LAYOUTS, paths, THREADS)
-              for pair in _pairs_of((case.name, *rest))}  # fmt: skip
-    return covered, wanted
+    return {pair for case in (*CASES, *SAVED_OUTPUT) for shape in case.shapes
+            for rest in itertools.product(DTYPES, [shape], LAYOUTS, paths, THREADS)
+            for pair in _pairs_of((case.name, *rest))}  # fmt: skip
+
+
+def pairs() -> tuple[set, set]:
+    """Returns the pairs of two factors' values that are in the array, and all pairs that are possible."""
+    return {pair for call in array() for pair in _pairs_of(row(call))}, _wanted()
 
 
 def _pairs_of(values: tuple[Any, ...]) -> Iterator[tuple]:

@@ -18,6 +18,10 @@ LoraEmbedding = None
 with optional("peft", "LoRA over an embedding is not fused"):
     from peft.tuners.lora import Embedding as LoraEmbedding
 
+# The forward and the helpers of PEFT's forward that the operator replaces, as they were at import.
+_FORWARD = nn.Embedding.forward
+_HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_get_embed_scale")}
+
 
 def _base_reason(base: nn.Module) -> Optional[str]:
     """Returns why the operator can't replace the forward of the base layer, or None."""
@@ -25,6 +29,8 @@ def _base_reason(base: nn.Module) -> Optional[str]:
         return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding"
     if hooked(base):
         return "hooks on base_layer would not run"
+    if nn.Embedding.forward is not _FORWARD:
+        return "the forward of nn.Embedding was replaced"
     if base.max_norm is not None:
         return "max_norm changes the weights in the forward"
     if base.scale_grad_by_freq or base.sparse:
@@ -57,6 +63,9 @@ if LoraEmbedding is not None:
         def _reason(self) -> Optional[str]:
             if reason := layer_reason(self):
                 return reason
+            for helper, known in _HELPERS.items():
+                if helper in self.__dict__ or getattr(LoraEmbedding, helper, None) is not known:
+                    return f"its {helper} was replaced"
             names = active_in(self, self.lora_embedding_A)
             if len(names) != 1:
                 return "several active adapters over an embedding" if names else "no active adapter on this layer"
