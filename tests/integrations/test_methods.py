@@ -546,7 +546,7 @@ def test_fused_on_cpu(name: str) -> Cell:
 def cuda_operators() -> set[str]:
     """Returns the operators that csrc registers for CUDA."""
     found = set()
-    for path in (ROOT / "csrc").rglob("*_cuda.cu"):
+    for path in (ROOT / "csrc").rglob("*_cuda.cpp"):
         source = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
         for block in re.findall(r"PEFT_EXT_CUDA_LIBRARY\(\w+\)\s*\{(.*?)\}", source, flags=re.DOTALL):
             found.update(re.findall(r'\.impl\("(\w+)"', block))
