@@ -272,8 +272,9 @@ class NF4Linear(nn.Linear):
         self._set_scales(nf4)
 
     def _copied(self, nf4: NF4Weight) -> bool:
-        """Copies ``nf4`` into the existing tensors, which other modules may share. Returns False if the sizes differ,
-        if a tensor of ``nf4`` is on the meta device, or if an inference tensor comes outside of inference mode.
+        """Copies ``nf4`` into the layer's existing tensors, which other modules may share, and returns True. Returns
+        False, without a copy, if the sizes differ, if a tensor of ``nf4`` is on the meta device, or if a tensor of
+        ``nf4`` is an inference tensor outside of inference mode.
         """
         own, came = self.nf4.tensors(), nf4.tensors()
         if nf4.shape != self.nf4.shape or nf4.blocksize != self.blocksize or own.keys() != came.keys():

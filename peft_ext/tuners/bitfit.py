@@ -61,8 +61,8 @@ class BitFitConfig(TargetConfig):
             trained, whether or not the layer is a target. Merging leaves the new biases in the model; to reload the
             merged model, its config may need a field such as ``attention_bias``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a bias is a target. A
-            classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
+            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a parameter ``bias`` is a
+            target. A classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
 
     Raises: TypeError or ValueError if a field has a value of another form.
     """

@@ -172,13 +172,15 @@ class BottleneckLayer(Wrapper):
         return self._adapted(args, kwargs, self.base_layer(*args, **kwargs))
 
     def _before_norm(self, names: list[str], x: Tensor) -> Tensor:
-        """Returns the new input of base, a LayerNorm: ``x + s · Up(act(Down(base(x))))``, for each adapter in turn."""
+        """Returns the new input of ``base_layer``, a LayerNorm: ``x + s · Up(act(Down(base(x))))``, for each adapter in
+        turn."""
         for name in names:
             x = self.bottleneck_adapters[name](self.base_layer(x).to(x.dtype), x)
         return x
 
     def _adapted(self, args: tuple, kwargs: dict[str, Any], found: Any) -> Any:
-        """Returns ``found``, the output of base for the arguments, with "after" and "parallel" adapters applied."""
+        """Returns ``found``, the output of ``base_layer`` for the arguments, with the active "after" and "parallel"
+        adapters applied."""
         y = found[0] if isinstance(found, tuple) else found
         for name in self.active():
             adapter, place = self.bottleneck_adapters[name], self.bottleneck_place[name]
@@ -193,12 +195,13 @@ class BottleneckLayer(Wrapper):
         return found if self._disable_adapters else self._adapted(args, kwargs, found)
 
     def remove_hook(self) -> None:
-        """Removes the adapters' hook from base, so that base can be used without this layer."""
+        """Removes the adapters' hook from ``base_layer``, so that ``base_layer`` can be used without this wrapper."""
         if self._hook is not None:
             self._hook.remove()
 
     def stock_reason(self) -> Optional[str]:
-        """Returns why the adapters' next call runs plain PyTorch, see :func:`peft_ext.explain`, or None if fused."""
+        """Returns why the adapters' next call runs plain PyTorch (:func:`peft_ext.explain` reports this), or None if it
+        is fused."""
         if self._disable_adapters:
             return "adapters are disabled"
         weights = [self.bottleneck_adapters[name].down.weight for name in self.active()]

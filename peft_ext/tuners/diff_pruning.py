@@ -293,8 +293,7 @@ class DiffPruningModel(ReplacingTuner):
             target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
             optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
-            the
-                gates are removed; the optimizer state of w and of the gates is dropped. Other parameters and the
+                the gates are removed; the optimizer state of w and of the gates is dropped. Other parameters and the
                 learning rates stay. Without this argument make a new optimizer, because w and the gates are no longer
                 parameters.
 
@@ -329,7 +328,8 @@ class DiffPruningModel(ReplacingTuner):
         if optimizer is not None:
             _exchange(optimizer, {diff: sparse.get(name) for name, diff in dense.items()})
         kept = {name: diff.values.numel() for name, diff in sparse.items()}
-        # The configuration is replaced, not changed: the user's own object still describes a new adapter.
+        # The configuration is replaced, not changed, so that the user's own configuration object still describes an
+        # adapter before pruning.
         self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], kept=kept)
         return dict(kept)
 

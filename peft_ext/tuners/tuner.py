@@ -16,7 +16,8 @@ with required("peft", "peft_ext.tuners"):
 
 
 class Wrapper(nn.Module, BaseTunerLayer):
-    """A layer that wraps the module ``base_layer``. An attribute that the layer lacks is read from ``base_layer``."""
+    """A layer that wraps the module ``base_layer``. An attribute that the wrapper lacks is read from ``base_layer``,
+    except special names such as ``__len__`` and accelerate's ``_hf_hook``."""
 
     def _read(self, name: str) -> Any:
         return getattr(self.base_layer, name)

@@ -60,8 +60,8 @@ def is_dora(wrapper: Any, names: list[str]) -> bool:
 def register(config: Any, model: nn.Module) -> None:
     """Registers DoraParamWrapper in a configuration with ``use_dora`` for the classes of experts in ``model``.
 
-    PEFT's wrappers that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA adapter can be
-    added to these wrappers.
+    Wrappers of PEFT's own class that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA
+    adapter can be added to them.
     """
     if DoraParamWrapper is None or not getattr(config, "use_dora", False):
         return
@@ -76,15 +76,16 @@ def register(config: Any, model: nn.Module) -> None:
 
 
 def _made(target: Any, adapter_name: str, *, parameter_name: Optional[str] = None, **kwargs: Any) -> Any:
-    """Returns the wrapper of a parameter, as PEFT calls this function to make a layer; None if PEFT asks for a layer of
-    the module itself."""
+    """Returns a DoraParamWrapper of the parameter ``parameter_name`` of ``target``, or None without ``parameter_name``.
+    PEFT calls this function to make an adapter layer."""
     if parameter_name is None:
         return None
     return DoraParamWrapper(target, adapter_name, parameter_name=parameter_name, **kwargs)
 
 
 class _Plus(nn.Module):
-    """A parametrization that returns the weight plus DoRA's change of the weight."""
+    """A parametrization that returns the weight plus ``delta``, the sum of the changes that the active adapters make to
+    the weight."""
 
     def __init__(self, delta: Tensor) -> None:
         super().__init__()

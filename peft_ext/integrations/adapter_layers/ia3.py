@@ -1,7 +1,7 @@
 """PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`.
 
-The vectors of several active adapters are multiplied first. If the base layer's own forward has to run, only the
-product with the vector is fused, on :func:`peft_ext.ops.ia3_scale`.
+If several adapters are active, their vectors are first multiplied with each other. If the base layer's own forward has
+to run, only the product with the vector is fused, on :func:`peft_ext.ops.ia3_scale`.
 """
 
 from __future__ import annotations

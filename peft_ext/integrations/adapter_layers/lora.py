@@ -79,7 +79,8 @@ class LowRank(Fused):
         return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason, pairs
 
     def joint_state(self) -> Optional[tuple]:
-        """Returns a comparable tuple of all state except x on which the output depends.
+        """Returns a comparable tuple of the layer's state on which its output depends: the adapter's name, scaling and
+        dropout, and the identity and version of each tensor.
 
         Returns None if the layer can't be computed together with siblings.
         """
@@ -286,10 +287,10 @@ class Lora(LowRank):
     )  # fmt: skip
 
     def _fused_with(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[Tensor]:
-        """Computes a mixed batch, with one adapter name per sample in ``adapter_names``.
+        """Returns the output of a mixed batch, in which ``adapter_names`` gives one adapter name per sample.
 
         A sample whose name is no adapter of this layer (such as ``__base__``) gets the base layer's output. Returns
-        None if PEFT's own loop over the adapters has to run.
+        None if PEFT's own forward has to run.
         """
         names = kwargs.get("adapter_names")
         if names is None or args or len(kwargs) > 1:

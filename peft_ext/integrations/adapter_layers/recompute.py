@@ -1,4 +1,5 @@
-"""Recomputation: an activation that an operator saves for the backward is computed again there from its inputs."""
+"""Computes an activation again in the backward, from the activation's inputs, instead of keeping it since the
+forward."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ __all__ = ["computed_again"]
 
 @contextmanager
 def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> Iterator[None]:
-    """Replaces tensors that are saved within the context and are views of all of ``h`` by a recomputation.
+    """Within the context, autograd does not keep a saved tensor that is a view of all elements of ``h``, the result of
+    ``operator(*args)``.
 
-    The backward computes ``operator(*args)`` again. Nothing is replaced if other saved-tensor hooks are active (as
-    under checkpointing) or if saved-tensor hooks are disabled.
+    The backward computes ``operator(*args)`` again instead. If other saved-tensor hooks are active (as under
+    checkpointing) or saved-tensor hooks are disabled, autograd keeps the saved tensors as usual.
     """
     if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
         yield
@@ -60,7 +62,8 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
 
 
 def _nothing() -> None:
-    """Stands for a weak reference to a result that was not computed yet: returns None."""
+    """Returns None, like a weak reference whose object is gone. `held` has this function until the backward has
+    computed a result."""
 
 
 class _Again(NamedTuple):

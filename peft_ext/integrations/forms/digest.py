@@ -96,7 +96,7 @@ def form_of(subject: Any, method: str = "forward") -> Form:
 class _Walk:
     """One walk through the code of a forward and of the functions that the forward uses.
 
-    The methods return nested tuples, lists and strings, of which the digest is computed: the "key" of a value.
+    The key of a value is a nested structure of tuples, lists and strings, from which the digest is computed.
     """
 
     def __init__(self, owner: Optional[type]) -> None:

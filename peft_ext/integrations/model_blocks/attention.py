@@ -38,7 +38,7 @@ with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    _IS_REGISTERED = True  # the registration itself is further below in this file
+    _IS_REGISTERED = True  # `AttentionInterface.register` is called further below in this file
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
@@ -207,9 +207,9 @@ def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 
 
 class _View:
-    """A view of a model's configuration for one attention. It names peft_ext's function where the configuration says
-    "sdpa". The view shares the ``__dict__`` of the configuration, and its class is a subclass of the configuration's
-    class."""
+    """A view of a model's configuration for one attention. The view names peft_ext's attention function where the
+    configuration says "sdpa". The view shares the ``__dict__`` of the configuration, and its class is a subclass of the
+    configuration's class."""
 
     __slots__ = ("original",)
 
