@@ -1,5 +1,5 @@
 """Tests of accelerate on DoRA: both values of dora_dropout, PEFT's cache of the norm, and DoRA over NF4Linear, which
-stock PEFT can't adapt.
+stock PEFT can't compute.
 """
 
 import copy

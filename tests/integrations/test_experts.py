@@ -122,7 +122,8 @@ def test_under_autocast_and_checkpointing() -> None:
 
 
 def test_dropout_on_the_low_rank_path() -> None:
-    """Compares a step with a float64 step with equal masks. Evaluation has no dropout, and files do not store it."""
+    """Evaluation has no dropout, equal seeds give equal masks, the mean over many masks is the result without dropout,
+    and a copy keeps experts_dropout until accelerate is called again."""
     model, plain = (peft_ext.accelerate(adapt(base()), experts_dropout=p) for p in (0.4, 0.0))
     assert {row.kind.partition(" over")[0] for row in experts_rows(model)} == {"LoRA with dropout 0.4"}
     assert torch.equal(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)

@@ -91,7 +91,7 @@ OPTIONAL = {
     "transformers.utils.ModelOutput": ([], [["transformers.utils", "ModelOutput"]], set()),
     "peft.PeftModel": ([], [["peft", "PeftModel"]], set()),
     "peft.tuners.tuners_utils.BaseTunerLayer": (
-        # Without this class explain has no rows for adapters.
+        # Without BaseTunerLayer, explain has no rows for adapters.
         [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,
     ),
 }  # fmt: skip

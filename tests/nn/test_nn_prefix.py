@@ -155,8 +155,8 @@ def test_prefix_has_the_shapes_that_the_model_caches(kind: str) -> None:
 
 
 def test_prefix_of_layers_that_differ() -> None:
-    """Gemma 4: a layer takes the part of the prefix that fits, and a layer that reuses another layer's keys takes
-    nothing.
+    """In Gemma 4, a layer gets the part of the prefix that fits its head_dim, and a layer that reuses another layer's
+    keys gets no prefix.
     """
     layers = {
         "num_hidden_layers": 4,

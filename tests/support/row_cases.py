@@ -283,7 +283,8 @@ def attention_case(
     traits = "-more_keys" * bool(more_keys) + "-values" * bool(other_values) + "-odd" * odd + "-contiguous" * contiguous
     traits += f"-dropout{dropout_p}" * bool(dropout_p) + f"-bias_of_{biased}" * bool(biased)
     name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
-    # Leaves out shapes with one key: the gradient of the scores is then zero, and a relative error has no meaning.
+    # Leaves out shapes with one token: with one key the gradient of the scores is zero, and a relative error has no
+    # meaning.
     shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]
 
     def saved(t: int, k: int, n: int, r: int) -> int:

@@ -2,8 +2,8 @@
 dtype.
 
 The proof makes an instance of the class from the row alone, with layers and random weights that the proof chooses, and
-runs the class's forward and the fused forward. The tests repeat the proof of each row for the classes of the installed
-transformers that have the form, where the row replaces a computation. ``register_form`` and the command ``python -m
+runs the class's forward and the fused forward. The tests repeat the proof of a row that replaces a computation for one
+or two classes of the installed transformers that have the form. ``register_form`` and the command ``python -m
 peft_ext.integrations.model_blocks`` prove a formula for a class without a known form.
 """
 
