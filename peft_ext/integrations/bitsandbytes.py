@@ -1,4 +1,4 @@
-"""Conversion between NF4Weight and bitsandbytes' Params4bit. Both directions share the storage of the weight.
+"""Conversion between NF4Weight and bitsandbytes' Params4bit. Neither direction copies the packed weight.
 
 ``peft_ext.weight`` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
 bitsandbytes' ``Linear4bit``, for comparisons.

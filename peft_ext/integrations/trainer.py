@@ -89,9 +89,9 @@ class PeftExtCallback(TrainerCallback):
     Args:
         accelerate: whether to call :func:`peft_ext.accelerate` on the model when training begins.
         warmup_steps: number of first steps that the speed leaves out, because the first steps allocate memory.
-        restore: whether to call :func:`peft_ext.restore` on the model when training ends. This restores the whole
-            model, also what was accelerated before training. If training ends with an exception, the model stays
-            accelerated.
+        restore: whether to call :func:`peft_ext.restore` on the model when training ends. With True, the whole model is
+            restored, also layers that were accelerated before training. If training ends with an exception, the model
+            stays accelerated.
         blocks, dora_dropout, experts_dropout: arguments for :func:`peft_ext.accelerate`.
 
     Attributes that describe the latest run:
@@ -99,9 +99,9 @@ class PeftExtCallback(TrainerCallback):
     * ``step_seconds`` is the list of the seconds of each step, and ``median_step_s`` is the median without the warm-up.
     * ``tokens_per_s`` is tokens per second of the steps, without evaluation, logging, saving and waiting for data. With
       ``TrainingArguments(include_num_input_tokens_seen=...)`` the tokens are Trainer's count over all processes.
-      Without this argument the tokens are those that the model's input embedding looks up in this process, including
-      padding and the tokens of a decoder. The value is None if no tokens were counted (for example for images, or for a
-      compiled model without Trainer's count).
+      Without ``include_num_input_tokens_seen`` the tokens are those that the model's input embedding looks up in this
+      process, including padding and the tokens of a decoder. The value is None if no tokens were counted (for example
+      for images, or for a compiled model without Trainer's count).
     * ``explanation`` is the result of :func:`peft_ext.explain` during the first step, or at its end, and
       ``fused_share`` is the fused share of this result.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``

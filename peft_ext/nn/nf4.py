@@ -217,7 +217,7 @@ class NF4Linear(nn.Linear):
                 self._hold_state(found, assign)
             except (ValueError, TypeError) as error:
                 errors.append(f"NF4Linear {prefix.rstrip('.')!r}: {error}")
-        elif "weight" in found:  # a strict load has reported a missing "weight"
+        elif "weight" in found:  # a missing "weight" was reported above if the load is strict
             errors.append(f"NF4Linear {prefix.rstrip('.')!r}: weight comes without weight.absmax or {QUANT_STATE}, "
                           "wanted a state in 4 bits (quantize_nf4 after the dense state is loaded)")  # fmt: skip
         if self.bias is not None:

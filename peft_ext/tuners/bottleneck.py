@@ -49,7 +49,8 @@ class _Places(NamedTuple):
 
 
 _GATED = _Places(r"self_attn\.o_proj", r"mlp\.down_proj", "mlp", r"layers\.\d+")
-# These models put a norm between the feed-forward's output and the residual sum, so that "pfeiffer" has no place.
+# Models such as Gemma 2 put a norm between the feed-forward's output and the residual sum, so that "pfeiffer" has no
+# place.
 _NORMED = _GATED._replace(summed=None)
 _BERT = _Places(r"attention\.output\.dense", r"layer\.\d+\.output\.dense", None, r"layer\.\d+\.output\.LayerNorm")
 _OPT = _Places(r"self_attn\.out_proj", "fc2", None, r"layers\.\d+")

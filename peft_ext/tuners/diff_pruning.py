@@ -54,8 +54,9 @@ class DiffPruningConfig(TargetConfig):
         kept: number of entries that pruning kept, by full name of the tensor ("model.layers.0.mlp.up_proj.weight").
             Pruning sets the field, and loading allocates the entries by the field.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every parameter is a target. A classification
-            head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
+            :class:`~peft_ext.tuners.targets.TargetConfig`. By default the parameters of every module are targets,
+            except the own parameters of a module with a list of layers below it. A classification head belongs in
+            modules_to_save, where task_type="SEQ_CLS" puts the head.
 
     Raises: TypeError or ValueError if a field has a value of another form.
     """
@@ -293,9 +294,9 @@ class DiffPruningModel(ReplacingTuner):
             target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
             optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
-                the gates are removed; the optimizer state of w and of the gates is dropped. Other parameters and the
-                learning rates stay. Without this argument make a new optimizer, because w and the gates are no longer
-                parameters.
+                the gates are removed; the optimizer state of w and of the gates is dropped. The optimizer's other
+                parameters and its learning rates stay. Without ``optimizer``, make a new optimizer after pruning,
+                because w and the gates are no longer parameters.
 
         Returns: the number of kept entries, by full name of the tensor, as in the field ``kept`` of the configuration.
 

@@ -98,7 +98,7 @@ def _of_n(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
 def gated_activation_case(activation: str, form: str = "two") -> Case:
     """Returns a case of the gated activation. ``form`` says how gate and up are given.
 
-    They are "two" tensors, "halves" of one given tensor, or "views" of one tensor.
+    Gate and up are "two" tensors, "halves" of one given tensor, or "views" of one tensor.
     """
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:

@@ -41,7 +41,7 @@ def factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
     count = wrapper.num_experts
     a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
     if is_stored_transposed(wrapper.get_base_layer()) is wrapper._did_swap_in_out_features:
-        # PEFT assumes that the parameter is stored as [E, out, in]. This parameter is stored as [E, in, out], so PEFT's
+        # PEFT assumes that the parameter is stored as [E, out, in]. If the parameter is stored as [E, in, out], PEFT's
         # A and B are exchanged.
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b
@@ -211,7 +211,7 @@ if ParamWrapper is not None:
         def _norms_at_merge(self) -> dict[str, Tensor]:
             return self.__dict__.setdefault("_peft_ext_norms_at_merge", {})
 
-    DoraParamWrapper.__name__ = "ParamWrapper"  # PEFT nests wrappers by this class name
+    DoraParamWrapper.__name__ = "ParamWrapper"  # PEFT looks for this class name to find nested wrappers
 
 
 def _without_dora(config: Any) -> Any:

@@ -33,7 +33,8 @@ class IA3Layer(Fused):
 
     reads = (*Fused.reads, "ia3_l", "is_feedforward")
 
-    # Whether the stock forward only multiplies the base layer's input or output by the vector, without casts.
+    # Class attribute: whether the stock forward only multiplies the base layer's input or output by the vector, without
+    # casts.
     _scales_any_base = False
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:

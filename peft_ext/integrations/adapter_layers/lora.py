@@ -219,7 +219,7 @@ class LowRank(Fused):
     def _added(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
         """Adds the low-rank terms to ``result`` with PyTorch's functions, as PEFT does, and returns the sum.
 
-        This is for a result of the base layer that the operator does not accept. PEFT's own forward can't be used
+        The method is called if the operator does not accept the base layer's result. PEFT's own forward can't be used
         here, because it would run the base layer a second time.
         """
         dtype = result.dtype

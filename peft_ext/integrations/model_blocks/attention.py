@@ -354,9 +354,9 @@ def by_operator(
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
     if causal and k.shape[2] > (queries := q.shape[2]):
-        # No query sees the keys behind the first `queries` keys. These keys are an empty part of a static cache, or a
-        # checkpoint's recomputation added them to the cache again. The recomputation must save tensors of the shapes
-        # that the first forward saved, so the keys are cut off.
+        # No query sees the keys behind the first `queries` keys. The keys behind them are an empty part of a static
+        # cache, or a checkpoint's recomputation added them to the cache again. The recomputation must save tensors of
+        # the shapes that the first forward saved, so the keys are cut off.
         k, v = k[:, :, :queries], v[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
     out = ops.scaled_dot_product_attention(

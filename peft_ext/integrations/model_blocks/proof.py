@@ -148,7 +148,8 @@ _CALLS: list[Any] = []
 
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """The attention function that instances of the proof use. It records a summary of its arguments in ``_CALLS``."""
+    """The attention function that instances of the proof use. The function records a summary of its arguments in
+    ``_CALLS``."""
     _CALLS.append((_told(mask), _told(given)))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=given.get("scaling")).transpose(1, 2).contiguous()
