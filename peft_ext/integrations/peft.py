@@ -95,11 +95,11 @@ def accelerate(
             that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
         blocks: whether to fuse norms, MLPs, attentions, dropouts and the loss, and not only layers. Norms, MLPs and
             attentions are fused if the code of their forward is a known form (docs/known-forms.md) at the time of the
-            call. A norm saves x and one or two numbers per row for the backward. An MLP computes its inner activation
-            again in the backward. An attention computes the adapted layers that get one input together, and on an x86
-            CPU with AVX2 runs softmax(q kᵀ) v on an operator. Dropouts are fused on a CPU. The loss of a language model
-            is fused if the head is frozen (LoRA on the head may train) and the model's ``loss_function`` has the form
-            of transformers' ``ForCausalLMLoss``: in a training step with labels,
+            call. A fused norm saves x and one or two numbers per row for the backward. An MLP computes its inner
+            activation again in the backward. An attention computes the adapted layers that get one input together, and
+            on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator. Dropouts are fused on a CPU. The loss of a
+            language model is fused if the head is frozen (LoRA on the head may train) and the model's ``loss_function``
+            has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
             :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
             its logits at the first read. False: only layers are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. "peft": x in the low-rank term and in the base
@@ -107,10 +107,10 @@ def accelerate(
             only, as in LoRA; this takes one product, and gives other gradients than PEFT. Layers and their copies keep
             dora_dropout until the next call of ``accelerate``, or until ``restore``.
         experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
-            dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row has its own mask. PEFT
-            computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's adapter files do
-            not store experts_dropout. Layers and their copies keep experts_dropout until the next call of
-            ``accelerate``, or until ``restore``.
+            dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row of an expert's input gets its
+            own mask. PEFT computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's
+            adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
+            of ``accelerate``, or until ``restore``.
 
     Returns: the same model. ``accelerate`` may be called again on the same model. Without dropout, the outputs and
     gradients of a fused layer agree with PEFT's up to rounding. A fused dropout uses the same random generator as PEFT,

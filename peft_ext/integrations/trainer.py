@@ -297,7 +297,7 @@ class AdaLoraCallback(TrainerCallback):
 
 
 class DiffPruningCallback(TrainerCallback):
-    """Prunes a Diff Pruning adapter during the run. Trainer's optimizer then trains the kept entries.
+    """Prunes a Diff Pruning adapter during the run. After the pruning, Trainer's optimizer trains the kept entries.
 
     Args:
         target: the fraction of entries to keep, see :meth:`peft_ext.tuners.DiffPruningModel.prune`.

@@ -46,7 +46,8 @@ with required("trl", "peft_ext.integrations.trl"):
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer", "SFTTrainer"]
 
-# Bytes of the float32 logits of one chunk of tokens. The metrics hold up to four tensors of this size at a time.
+# Bytes of the float32 logits of one chunk of tokens. The computation of the metrics holds up to four tensors of
+# CHUNK_BYTES at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
 # The values of `loss_type`, by trainer, that are known to give TRL's own losses, gradients and metrics. None stands for
@@ -154,7 +155,7 @@ def _weight(head: nn.Module) -> Union[Tensor, NF4Weight]:
 
 def _linear(forward: types.MethodType) -> Callable[..., Any]:
     """Returns a function to replace ``forward``, which TRL's ``add_fused_lm_head`` made. The returned function has the
-    settings of ``forward``."""
+    temperature, the logit scale and the soft cap of ``forward``."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
     # TRL divides the capped logits by T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).

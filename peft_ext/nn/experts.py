@@ -116,7 +116,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Order(torch.autograd.Function):
-    """Permutes the rows of y [S, N] by ``order``. ``inverse`` is the inverse permutation, for the backward."""
+    """Permutes the rows of y [S, N] by ``order``. ``inverse`` is the inverse permutation of ``order``; the backward
+    needs it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -248,7 +249,8 @@ class NF4Experts:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name in self.__dict__.get("nf4_shapes", ()):
-            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. PEFT needs the dense shape.
+            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. Of NF4 experts PEFT must read
+            # the dense shape, so the attribute holds the dense shape.
             experts, n, k = self.nf4_shapes[name]
             value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
         return value

@@ -67,7 +67,8 @@ class NF4Linear(nn.Linear):
         super().__init__(1, 1, bias=False, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        # Initial weight: zeros, that is code 7 in all elements and scale 0 in all blocks. On "meta" only shapes exist.
+        # Initial weight: zeros, that is code 7 in all elements and scale 0 in all blocks. On the device "meta" the
+        # weight has a shape and no values.
         nf4 = empty_nf4(
             out_features, in_features, blocksize, double_quant, dtype or torch.get_default_dtype(),
             lambda kind, shape: torch.zeros(shape, dtype=kind, device=device),

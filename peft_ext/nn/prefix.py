@@ -25,8 +25,8 @@ class PrefixEncoder(VirtualTokens):
         model(input_ids, attention_mask=prefix.extend_mask(attention_mask),
               past_key_values=prefix.past_key_values(batch_size, model.config))
 
-    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``cache``, and accepts both
-    names.) Logits and labels keep their length.
+    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``past_key_values`` ``cache``,
+    and accepts both names.) Logits and labels keep their length.
 
     Args:
         num_layers, num_kv_heads, head_dim: sizes of the model's attention; num_kv_heads counts the heads of the keys.

@@ -24,8 +24,8 @@ __all__ = ["config_from_adapterhub", "from_adapterhub", "to_adapterhub"]
 _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn")
 
 # Model type -> places within a layer. Each entry holds AdapterHub's place, peft_ext's place for an adapter directly
-# after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The last item is None for
-# attention, which has no adapter under "pfeiffer", and "" if the place is the layer itself.
+# after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The last item of an entry is
+# None for attention, which has no adapter under "pfeiffer", and "" if the place is the layer itself.
 _GATED = (("attention_adapters", "self_attn.o_proj", None), ("output_adapters", "mlp.down_proj", ""))
 _BERT = (("attention.output", "attention.output.dense", None), ("output", "output.dense", "output.LayerNorm"))
 _PLACES: dict[str, tuple[tuple[str, str, Any], ...]] = {

@@ -3,9 +3,9 @@
     after:     Y = h + s · Up(act(Down(h))),  h = base(x)          parallel:  Y = base(x) + s · Up(act(Down(x)))
     around:    Y = base(z),  z = x + s · Up(act(Down(base(x))))    base: a LayerNorm after a residual sum x
 
-Sources: Houlsby et al. (arXiv 1902.00751) place adapters after attention and after the feed-forward. Pfeiffer et al.
-(arXiv 2005.00247) place an adapter after the residual sum of the feed-forward, as ``SeqBnConfig`` of AdapterHub's
-``adapters`` does. He et al. (arXiv 2110.04366) run the adapter parallel to the feed-forward.
+Sources: Houlsby and others (arXiv 1902.00751) place adapters after attention and after the feed-forward. Pfeiffer and
+others (arXiv 2005.00247) place an adapter after the residual sum of the feed-forward, as ``SeqBnConfig`` of
+AdapterHub's ``adapters`` does. He and others (arXiv 2110.04366) run the adapter parallel to the feed-forward.
 """
 
 from __future__ import annotations

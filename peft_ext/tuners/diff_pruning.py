@@ -52,7 +52,7 @@ class DiffPruningConfig(TargetConfig):
         alpha_init: initial α of every gate.
         stretch_low, stretch_high: l < 0 and r > 1; a gate is stretched to the interval [l, r] before it is clamped.
         kept: number of entries that pruning kept, by full name of the tensor ("model.layers.0.mlp.up_proj.weight").
-            Pruning sets the field, and loading allocates the entries by the field.
+            Pruning sets ``kept``, and loading allocates as many entries as ``kept`` says.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. By default the parameters of every module are targets,
             except the own parameters of a module with a list of layers below it. A classification head belongs in
@@ -354,7 +354,8 @@ class DiffPruningModel(ReplacingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # The checkpoint may hold this adapter before or after pruning. The adapter takes the checkpoint's form.
+        # The checkpoint may hold this adapter before or after pruning. The adapter is made pruned or not pruned, as the
+        # checkpoint is.
         kept = _kept_in(state_dict)
         if kept != config.kept:
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)

@@ -414,10 +414,7 @@ def test_hooks_around_nf4_experts_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["replaced", "skipped", "compiled", "compiled alone"])
 def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
-    """Under torch.compile, or where other code runs instead of the experts' forward, there must be an error.
-
-    No other code could add the adapter to the output.
-    """
+    """Where torch.compile or other code runs in place of the experts' forward, a call is right or raises an error."""
     model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))).eval()
     wanted = model(**batch()).logits
     held = model.get_base_model().model.layers[0].mlp.experts.get_base_layer()

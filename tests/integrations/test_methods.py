@@ -303,7 +303,8 @@ def exchange_base(name: str, llama: Path) -> hf.PreTrainedModel:
 
 @dataclass
 class StockReader:
-    """A process of stock PEFT that reads adapters of accelerated models. ``wanted`` has their logits, by method."""
+    """A process of stock PEFT that reads adapters of accelerated models. ``wanted`` has the logits of the accelerated
+    models, by method."""
 
     process: subprocess.Popen
     folder: Path
@@ -379,7 +380,7 @@ def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
     stock = adapted(name, exchange_base(name, llama), make=peft.get_peft_model)
     stock.save_pretrained(tmp_path)
     loaded = peft_ext.load_adapter(exchange_base(name, llama), tmp_path)
-    # As for the stock reader above, training mode keeps bitsandbytes from repacking the stock model's weights.
+    # In training mode bitsandbytes does not repack the stock model's 4-bit weights.
     with torch.no_grad():
         assert_close(logits(loaded, INPUTS), stock.train(METHODS[name].base != "dense")(**INPUTS).logits)
     made = peft_ext.explain(adapted(name, exchange_base(name, llama)))
@@ -423,8 +424,8 @@ def test_merge(name: str) -> Cell:
 
 
 def over_4_bits(name: str, kind: str, llama: Path) -> tuple[PeftModel, tuple[str, ...]]:
-    """Returns the method over a quantized base. If that raises an error, the model is adapted before it is quantized
-    (NF4), or the trained modules are left dense (bitsandbytes), and a note says so.
+    """Returns the method over a quantized base. If adapting a quantized base raises an error, the model is adapted
+    before it is quantized (NF4), or the trained modules are left dense (bitsandbytes), and a note says so.
     """
     try:
         return adapted(name, make_base(kind, llama)), ()

@@ -37,8 +37,8 @@ def peft_prefix(kind: str, model: nn.Module, **config: Any) -> peft.PeftModel:
 def run_peft_prefix(theirs: peft.PeftModel, inputs: dict[str, Tensor]) -> Tensor:
     """Returns the logits of PEFT's model.
 
-    PEFT's forward for classification uses an argument that transformers 5.24 renamed, and raises an error. For this
-    model the function passes the cache to the base model.
+    PEFT's forward for classification uses an argument that transformers 5.24 renamed, and raises an error. For a
+    classification model this function passes the cache to the base model instead.
     """
     if theirs.active_peft_config.task_type != "SEQ_CLS":
         return theirs(**inputs).logits

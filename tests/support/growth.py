@@ -56,8 +56,9 @@ class Held:
         return cls(given.uordblks + given.hblkhd, resident, tensors, objects)
 
 
-# A step must leave less memory than MOST. Operators and trainings leave under one byte of malloc, no resident page and
-# no tensor. At first a step leaves one Python block, and none after the interpreter's caches are full.
+# A step must leave less memory than MOST. A step of an operator or a training without a leak leaves under one byte of
+# malloc, no resident page and no tensor. Such a step leaves one Python block at first, and none after the interpreter's
+# caches are full.
 MOST = Held(malloc=8, resident=1024, tensors=0.5, objects=0.75)
 
 

@@ -244,7 +244,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Phi3": lambda s: _decoder(s, "Phi3", {**s.grouped, "resid_pdrop": 0.1}, **_ia3(["qkv_proj"], ["down_proj"])),
     "GPT-2": lambda s: _decoder(s, "GPT2", s.gpt, "LMHeadModel"),
     "Falcon": lambda s: _falcon(s, bias=True, hidden_dropout=0.1),
-    # Falcon adds the attention's output to the MLP's output in place. IA3 scales the MLP's output.
+    # Falcon adds the attention's output to the MLP's output in place. IA3 scales the output of Falcon's MLP.
     "Falcon-7B": lambda s: _falcon(s, bias=False, **_ia3(["query_key_value", "dense_4h_to_h"], [])),
     "Falcon-40B": lambda s: _falcon(s, bias=False, new_decoder_architecture=True, num_kv_heads=s.kv_heads),
     "OPT": lambda s: _decoder(
@@ -259,7 +259,8 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Cohere": lambda s: _decoder(s, "Cohere", s.grouped, **_LLAMA_IA3),
     "Cohere2": lambda s: _decoder(s, "Cohere2", {**s.grouped, "sliding_window": 4}, **_LLAMA_IA3),
     # Llama 4 sends each token to one expert, and rounding could change the choice, so by default this model has one
-    # expert. The second layer is dense. Llama 4 adds the routed sum to the shared expert's output in place.
+    # expert. The second layer of this Llama 4 is dense. Llama 4 adds the routed sum to the shared expert's output in
+    # place.
     "Llama4": lambda s: Architecture(
         hf.Llama4ForCausalLM,
         hf.Llama4TextConfig(

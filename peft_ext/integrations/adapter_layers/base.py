@@ -31,15 +31,15 @@ with optional("transformers", "no layer over a Conv1D (GPT-2) is fused"):
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Name of the attribute in which a layer that is merged into an NF4 weight keeps the weight from before the merge. The
-# attribute is no part of the state dict.
+# kept weight is no part of the state dict.
 KEPT = "_peft_ext_unmerged"
 
 # FUSED maps each stock class to its fused class. STOCK maps each fused class to its stock class.
 FUSED: dict[type, type] = {}
 STOCK: dict[type, type] = {}
 
-# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). `fuses` appends the
-# fused class of each type.
+# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). The decorator
+# `fuses` appends the fused class of each of these types.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
@@ -202,7 +202,8 @@ def sums_wider(base: nn.Module, x: Tensor) -> bool:
     """Returns whether a 4-bit layer ``base`` multiplies in a 16-bit dtype while PEFT adds the adapter in float32.
 
     Returns True outside of autocast if x is float32 (as after the norms of ``prepare_model_for_kbit_training``) and the
-    layer's compute_dtype is a 16-bit dtype. The base layer's own forward then runs, as in PEFT.
+    layer's compute_dtype is a 16-bit dtype. If the function returns True, the base layer's own forward runs, as in
+    PEFT.
     """
     if type(base) not in FOUR_BIT or x.dtype is not torch.float32 or autocast_dtype(x) is not None:
         return False

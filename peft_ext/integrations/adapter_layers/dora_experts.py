@@ -5,8 +5,8 @@
 PEFT alone refuses DoRA on experts. Without ``accelerate`` the wrapper computes W' of all experts on each forward, and
 the experts' own forward uses W', as with PEFT's wrapper. After ``accelerate``, :mod:`.experts` computes DoRA on the
 rows of each expert without W'. Adapter files have PEFT's names for DoRA: the magnitudes ``[E, N]`` are named
-``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error for these
-files.
+``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error for
+adapter files of DoRA on experts.
 """
 
 from __future__ import annotations

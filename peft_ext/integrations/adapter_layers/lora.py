@@ -101,7 +101,7 @@ class LowRank(Fused):
     def joint_call(self, x: Tensor) -> Optional[tuple]:
         """Returns weight, bias, lora_A, lora_B, rank_scale, scaling, dropout p and the dtype of the output.
 
-        Returns None if the layer does not multiply x itself, for example if the layer casts x. The layer must have a
+        Returns None if the base layer multiplies another tensor than x, for example a cast of x. The layer must have a
         ``joint_state``.
         """
         (name,), base = self._names(), self._modules["base_layer"]

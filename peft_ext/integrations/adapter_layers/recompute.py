@@ -19,13 +19,14 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
     """Within the context, autograd does not keep a saved tensor that is a view of all elements of ``h``, the result of
     ``operator(*args)``.
 
-    The backward computes ``operator(*args)`` again instead. If other saved-tensor hooks are active (as under
-    checkpointing) or saved-tensor hooks are disabled, autograd keeps the saved tensors as usual.
+    Instead of keeping ``h``, the backward computes ``operator(*args)`` again. If other saved-tensor hooks are active
+    (as under checkpointing) or saved-tensor hooks are disabled, autograd keeps the saved tensors as usual.
     """
     if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
         yield
         return
-    # h is recognized by its storage object. A tensor without data, as in the memory estimate, has no data address.
+    # A saved tensor counts as ``h`` if it has the storage object of ``h``. The data address would not do, because a
+    # tensor without data, as in the memory estimate, has none.
     storage, version, numel, dtype, held = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype, [_nothing]
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]
@@ -62,8 +63,8 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
 
 
 def _nothing() -> None:
-    """Returns None, like a weak reference whose object is gone. `held` has this function until the backward has
-    computed a result."""
+    """Returns None, like a weak reference whose object is gone. The function takes the place of the weak reference
+    until the backward has computed a result."""
 
 
 class _Again(NamedTuple):

@@ -24,8 +24,8 @@ from .reasons import accepts_input, hooked, kernel_reason
 
 __all__ = ["output_of", "together"]
 
-# Fewest tokens for which siblings are computed together. With fewer tokens, the kernels of two layers have no work to
-# share.
+# Fewest tokens for which siblings are computed together. With fewer tokens, the kernels of some CPU paths compute each
+# layer separately and share no work.
 _FEWEST_TOKENS = 24
 
 

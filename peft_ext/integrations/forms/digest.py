@@ -38,7 +38,7 @@ _TORCH = str(Path(torch.__file__).parent) + "/"
 # Modules of transformers whose decorators call the decorated function, with arguments renamed or after a warning.
 _TRANSPARENT = ("transformers.utils.deprecation", "transformers.utils.generic", "transformers.utils.output_capturing")
 # Methods by which a class can change its attributes or its calls without a trace in its forward. A module class that
-# overrides one of these methods has no form.
+# overrides one of the methods in _OWN_WAYS has no form.
 _OWN_WAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
 # Standard modules whose classes enter the digest by name.
 _STANDARD = ("builtins", "collections", "collections.abc", "contextlib", "functools", "typing")

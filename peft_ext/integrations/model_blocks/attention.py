@@ -59,8 +59,8 @@ _LEAST_QUERIES = 16
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 # Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
-# before the operator read the arguments that _LOOKED_AT names. A call with another keyword argument that is not None
-# runs transformers' function.
+# before the operator read the arguments that _LOOKED_AT names. An attention call with a keyword argument in neither
+# set, with another value than None, runs transformers' function.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
@@ -79,9 +79,9 @@ _SDPA: dict[Any, Optional[bool]] = {}
 class Attention(Block):
     """A fused attention.
 
-    Values of its row: ``inputs``, groups of layers that get one tensor; ``interface``, whether the forward takes its
-    attention function from transformers' registry; ``forward``, "rotary" if ``_rotary_forward`` can replace the
-    module's own forward.
+    Values of an attention's row in the table of forms: ``inputs``, groups of layers that get one tensor; ``interface``,
+    whether the forward takes its attention function from transformers' registry; ``forward``, "rotary" if
+    ``_rotary_forward`` can replace the module's own forward.
     """
 
     block_kind = "attention"

@@ -316,7 +316,8 @@ def _without_pending(value: Any) -> Any:
 
 
 class _Logits:
-    """The descriptor of ``logits`` in an output whose logits are not computed yet. Reading computes the logits.
+    """The descriptor of ``logits`` in an output whose logits are not computed yet. Reading ``logits`` computes the
+    logits.
 
     The logits are neither a dataclass field nor an item of the output, because FSDP2 looks for tensors in fields, and
     DDP and pytrees look for tensors in items.
@@ -431,7 +432,7 @@ def defer_losses(model: nn.Module) -> None:
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
         if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
-            if not isinstance(owner, LanguageModel):  # fully_shard's subclass of a fused class is a LanguageModel
+            if not isinstance(owner, LanguageModel):  # a fused model stays, also in fully_shard's subclass
                 owner.__class__ = _on_loss(type(owner))
 
 

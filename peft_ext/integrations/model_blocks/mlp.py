@@ -95,6 +95,6 @@ class Mlp(Block):
 
 
 def _calls_hooks(layer: nn.Module) -> bool:
-    """Returns whether hooks on the layer or its children get the layer's input. A hook may change this input in place
-    without an increase of its version counter."""
+    """Returns whether hooks on the layer or its children get the layer's input. A hook may change the layer's input in
+    place without an increase of the input's version counter."""
     return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())

@@ -43,7 +43,8 @@ def _state_of(tensors: list[Tensor]) -> list[list[int]]:
     return [[-1 if one.is_inference() else one._version, one.untyped_storage()._cdata] for one in tensors]
 
 
-# torch.compile traces neither a version nor an address. A graph has this operator, which reads both as the graph runs.
+# torch.compile traces neither a version nor an address. A compiled graph contains the operator ``state_of``, which
+# reads the versions and addresses as the graph runs.
 @torch.library.custom_op("peft_ext_python::state_of", mutates_args=())
 def _state_in_graph(tensors: list[Tensor]) -> Tensor:
     return torch.tensor(_state_of(tensors), dtype=torch.int64)
@@ -75,7 +76,7 @@ class Call:
         self.is_taken = False  # whether a loss was computed without the logits
         self.is_widened = False  # whether the library accelerate's mixed precision cast the model's outputs to float32
         self.logits: Optional[Tensor] = None
-        # The Pendings of these logits and of their scaled or capped forms, while the model's forward runs.
+        # The Pendings of this call's logits, and of the scaled or capped logits, while the model's forward runs.
         self.pending: list[Pending] = []
         device = self.device.type
         self.has_autocast = torch.is_autocast_enabled(device)

@@ -148,8 +148,7 @@ _CALLS: list[Any] = []
 
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """The attention function that instances of the proof use. The function records a summary of its arguments in
-    ``_CALLS``."""
+    """The attention function that instances of the proof use; it records a summary of its arguments in ``_CALLS``."""
     _CALLS.append((_told(mask), _told(given)))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=given.get("scaling")).transpose(1, 2).contiguous()
@@ -405,8 +404,8 @@ def _loss_disproof(function: Callable) -> Optional[str]:
 
 
 def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the kinds and formulas that fit the attributes that a class's forward reads. The proof decides which of
-    them is right."""
+    """Yields the kinds and formulas that fit the attributes that a class's forward reads. The proof then decides which
+    of the proposed formulas is right."""
     reads = set(form.reads)
     for eps, weight in itertools.product(("variance_epsilon", "eps", "epsilon"), ("weight", "scale")):
         if {eps, weight} <= reads <= {eps, weight, "with_scale", "normalized_shape", "hidden_size", "dim"}:
@@ -467,12 +466,13 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
             "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
             the attribute is a probability.
-            For both: ``needs``, attributes that must have the given value, as "with_scale:True".
+            For rms_norm and mlp: ``needs``, attributes that must have the given value, as "with_scale:True".
 
     Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
 
     Raises: ValueError if the kind or the name of a value is unknown, if the class's code has no form, or if the formula
-    and the class give different values or gradients. The message says for which input.
+    and the class give different values or gradients. The error's message says for which input the formula and the class
+    differ.
     """
     if kind not in ("rms_norm", "mlp"):
         raise ValueError(f"register_form: kind is {kind!r}, wanted 'rms_norm' or 'mlp'")
