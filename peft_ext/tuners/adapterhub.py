@@ -57,8 +57,8 @@ _OURS = re.compile(rf"(?:base_model\.model\.)?{_LAYER}(?:\.(?P<place>.+))?\.bott
 _BY_CONFIG = {(True, True, False): "houlsby", (False, True, True): "pfeiffer", (False, True, False): "after_ffn"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "swish": "silu", "silu": "silu"}  # fmt: skip
-# Fields of AdapterHub's BnConfig for features that BottleneckConfig lacks, each with the only value that can be
-# converted.
+# Fields of AdapterHub's BnConfig for features that BottleneckConfig lacks, each with the value under which a
+# configuration can be converted.
 _PLAIN = {"ln_before": False, "ln_after": False, "is_parallel": False, "use_gating": False, "phm_layer": False,
           "inv_adapter": None, "dropout": 0.0, "stochastic_depth": 0.0, "original_ln_after": True,
           "residual_before_ln": True}  # fmt: skip

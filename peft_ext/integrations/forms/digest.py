@@ -58,7 +58,8 @@ class Form:
     Attributes:
         digest: 20 hexadecimal digits.
         reads: sorted names of the attributes that the code reads from the instance and that the class does not define.
-        of_class: sorted names of the attributes that the code finds on the class. No instance may override one of them.
+        of_class: sorted names of the attributes that the code finds on the class. No instance may override an attribute
+            in ``of_class``.
         passes_itself: whether the code uses the instance itself, for example as an argument of a call.
         writes: whether the code assigns to attributes or items of the instance.
     """

@@ -45,8 +45,8 @@ _K, _F = 24, 20
 
 
 def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
-    """Returns for which input the formula of ``row`` and the code of ``cls`` differ; None if they agree for all inputs
-    of the proof."""
+    """Returns why the formula of ``row`` does not stand for the code of ``cls``, such as an input for which the two
+    differ; None if they agree for all inputs of the proof."""
     if form.writes:
         return "its forward assigns to attributes of the module"
     if row.kind in ("sdpa", "causal_loss"):
