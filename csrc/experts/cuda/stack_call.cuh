@@ -12,7 +12,7 @@ inline bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 // The weights of all experts: dense [E, N, K] with any strides, or NF4, where each expert is packed separately and the
 // experts follow in order.
 struct DeviceStack {
-  DeviceWeight all;  // its sizes are those of one expert; a dense weight is [E, N, K]
+  DeviceWeight all;  // weights of all experts, dense [E, N, K] or NF4; `all` holds the sizes of one expert's weight
   int64_t experts = 0;
 };
 

@@ -81,13 +81,14 @@ inline int64_t outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, in
                                                          : sums_by_chunks_cost(tokens, columns, rank, threads);
 }
 
-// Returns the cost of `out` and mᵀ left in one pass, divided by chunks, because `out` needs all columns of a token.
+// Returns the cost of one pass that computes both m · right and mᵀ · left. The threads divide only the chunks of tokens,
+// because m · right needs all columns of a token.
 inline int64_t row_and_outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   return 2 * chunks_cost(tokens, columns, rank, 1, threads);
 }
 
-// Returns whether two passes, which read m twice, are faster than one. With fewer chunks than threads, or only a few
-// more chunks, some threads of one pass would wait.
+// Returns whether two passes over m, one for m · right and one for mᵀ · left, are faster than one pass that computes
+// both products. With fewer chunks than threads, or only a few more chunks, some threads of one pass would wait.
 inline bool passes_apart(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t apart = row_pass_cost(tokens, columns, rank, threads) + outer_pass_cost(tokens, columns, rank, threads);
   return 8 * apart < 7 * row_and_outer_pass_cost(tokens, columns, rank, threads);
