@@ -70,7 +70,8 @@ struct AttentionKernels {
   // Makes the left operands of the key heads [begin, end) of the B · Hkv key heads.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
-  // Computes out and lse for the blocks [begin, end). A block has 64 queries; the blocks are [B, H, ceil(queries / 64)].
+  // Computes out and lse for the blocks [begin, end) of queries. A block has 64 queries of one head, so that there are
+  // B · H · ceil(queries / 64) blocks.
   void (*forward)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*forward_scratch)(const Attention& work);
   // Computes grad_q, key_sums and value_sums for the units [begin, end) of the units [B, Hkv, splits].

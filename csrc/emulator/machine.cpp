@@ -549,8 +549,8 @@ void cp_async(void* shared, const void* global, int bytes, bool take) {
   }
   shared_access(offset, size, Access::kWrite, SITE);
   if (take) check_access(global, size, Access::kRead, SITE);
-  // The bytes of a cp.async are written to shared memory only at the thread's wait, so that a read before the wait finds
-  // the previous values.
+  // The bytes of a cp.async are written to shared memory only at the thread's wait, so that a read before the wait
+  // finds the previous values.
   for (size_t word = offset / 4; word < (offset + size) / 4; ++word) machine.words[word] = {current.now | kInFlight, 0};
   if (fiber.copy_count == fiber.copy_capacity) {
     fiber.copy_capacity = fiber.copy_capacity == 0 ? 16 : 2 * fiber.copy_capacity;

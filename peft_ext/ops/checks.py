@@ -192,7 +192,7 @@ def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], name: str = "x") -> None:
-    """Checks x ``[..., K]`` against a frozen weight ``[N, K]``, dense of x's dtype or NF4. An error calls x ``name``."""
+    """Checks x ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or NF4. An error calls x by ``name``."""
     check_float(op, name, x)
     check_weight(op, weight)
     if isinstance(weight, NF4Weight):

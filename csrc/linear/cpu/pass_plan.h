@@ -81,8 +81,8 @@ inline int64_t outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, in
                                                          : sums_by_chunks_cost(tokens, columns, rank, threads);
 }
 
-// Returns the cost of one pass that computes both m · right and mᵀ · left. The threads divide only the chunks of tokens,
-// because m · right needs all columns of a token.
+// Returns the cost of one pass that computes both m · right and mᵀ · left. The threads divide only the chunks of
+// tokens, because m · right needs all columns of a token.
 inline int64_t row_and_outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   return 2 * chunks_cost(tokens, columns, rank, 1, threads);
 }

@@ -25,7 +25,8 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-// Loads the rows [t, t + tokens) and the columns [k, k + width) of m, widens the values to float32, and applies dropout.
+// Loads the rows [t, t + tokens) and the columns [k, k + width) of m, widens the values to float32, and applies
+// dropout.
 template <typename T>
 inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, int64_t width, RowBlock* block) {
   for (int i = 0; i < tokens; ++i) {

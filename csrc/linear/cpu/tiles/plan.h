@@ -6,9 +6,9 @@
 //   part     the work of one thread: a range of units in each block, panel after panel
 //
 // Every unit is in exactly one range. In one division, a range may end at any unit, and two threads may decode the same
-// panel. In the other division, a range ends only at a whole panel. The plan takes the division whose busiest thread has
-// the smaller cost. Costs are in strips of products; decoding a panel costs `decode` strips. The busiest part of a block
-// costs at most the mean part, plus one unit, plus decoding two panels.
+// panel. In the other division, a range ends only at a whole panel. The plan takes the division whose busiest thread
+// has the smaller cost. Costs are in strips of products; decoding a panel costs `decode` strips. The busiest part of a
+// block costs at most the mean part, plus one unit, plus decoding two panels.
 #pragma once
 
 #include <stdint.h>

@@ -75,8 +75,8 @@ struct TileTerm {
 };
 
 // The dropped elements of x. Token t has the entries [first[t], first[t + 1]). An entry is the column, shifted left by
-// 16, combined with the 16 bits of the value. A token's entries are padded to a multiple of kDroppedStep by entries with
-// the value 0 and the last entry's column.
+// 16, combined with the 16 bits of the value. A token's entries are padded to a multiple of kDroppedStep by entries
+// with the value 0 and the last entry's column.
 struct DroppedEntries {
   const int64_t* first = nullptr;
   uint32_t* entries = nullptr;
