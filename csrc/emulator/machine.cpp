@@ -236,7 +236,7 @@ void collect(Machine& machine, Warp& warp, Wait kind, Fiber* lanes, const void* 
   }
 }
 
-// The running fiber takes part in a collective of its warp. The operands are in the fiber.
+// Lets the running fiber take part in a collective of its warp. The operands are fields of the fiber.
 void arrive(Wait kind, const void* site) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;

@@ -259,7 +259,7 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
   }
 }
 
-// Number of blocks per multiprocessor for which the compiler must limit the registers.
+// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers for this number.
 template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;

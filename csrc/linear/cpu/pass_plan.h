@@ -49,7 +49,8 @@ inline int64_t row_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int6
   return std::min(tokens, steps * kTokenStep) * columns * rank;
 }
 
-// Returns the cost of chunks that are each divided into `blocks` blocks of columns, several chunks at a time.
+// Returns the cost of a pass over chunks of tokens, if the threads divide chunks_together chunks at a time, each into
+// `blocks` blocks of columns.
 inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t blocks, int64_t threads) {
   const int64_t chunk = std::min(chunk_tokens(tokens), tokens), chunks = shares(tokens, chunk);
   const int64_t together = chunks_together(tokens, columns, rank), groups = chunks / together;
@@ -59,8 +60,8 @@ inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_
   return std::min(parts * part, tokens * columns * rank);
 }
 
-// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide only the columns of m. No sums of
-// chunks of tokens are then kept.
+// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide only the columns of m. A thread
+// then sums over all tokens, and no sums of single chunks are kept.
 inline int64_t sums_by_columns_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t blocks = shares(columns, kBlockColumns), part = tokens * std::min(kBlockColumns, columns) * rank;
   return std::min(busiest(blocks, part, threads) * part, tokens * columns * rank);

@@ -98,7 +98,7 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
 }
 
 // kSteps: number of steps of 16 ranks if known at compile time, otherwise 0.
-// Grid: x: tiles of rows; y: tiles of columns.
+// Grid: x has a thread block for each tile of 64 rows; y has one for each tile of 64 columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
   }
 }
 
-// Grid: x: tiles of rows; y: tiles of columns.
+// Grid: x has a thread block for each tile of 64 rows; y has one for each tile of 64 columns.
 template <typename T, int kRightTerms>
 __global__ void __launch_bounds__(kExpandThreads, 4) expand_sum_kernel(ExpandSum work) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;

@@ -167,7 +167,7 @@ void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
-// The results that `reduce` makes of partial sums. RankReduce describes the fields.
+// The results that `reduce` makes of partial sums. The fields have the meaning of the fields of RankReduce.
 struct Reduced {
   double scale = 1.0;
   const Tensor* row_scale = nullptr;

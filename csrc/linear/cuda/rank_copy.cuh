@@ -89,7 +89,8 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
 }
 
 // Copies a tile of any shape and alignment from (row, column), element by element, and applies dropout to the tile.
-// Rows from `rows` on are zeros. Dropout counts row i of D as row i + `drawn`. kTabled: `row` is a row of the table.
+// Rows from `rows` on are zeros. Dropout counts row i of D as row i + `drawn`. kTabled: `row` counts rows of the table,
+// not of D.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
                                               int64_t column, int64_t rows, int64_t drawn) {

@@ -233,7 +233,7 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
 // registers. More tiles per thread block make fewer partial sums of Q.
 constexpr int kRankTilesOfBoth = 4;
 
-// Number of blocks per multiprocessor for which the compiler must limit the registers.
+// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers for this number.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2)
@@ -243,7 +243,8 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
 
 // kWhole: columns is a multiple of 8, a tile's bytes can be counted in 32 bits, and D is aligned to 16 bytes (an NF4
 // weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F; L always has three terms.
-// Grid: x: chunks of row_tiles tiles of rows; y: chunks of column_tiles tiles of columns.
+// Grid: x has a thread block for each chunk of row_tiles tiles of rows, or with runs for each run; y has one for each
+// chunk of column_tiles tiles of columns.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {

@@ -138,7 +138,7 @@ struct FewScales {
   }
 };
 
-// kTiles: number of tiles of 8 tokens. Grid: ceil(outputs / kFewRows).
+// kTiles: number of tiles of 8 tokens. Grid: ceil(outputs / kFewRows) thread blocks.
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_tokens_kernel(FewWork work) {
   PEFT_EXT_SHARED(FewShared, shared);

@@ -217,7 +217,7 @@ static __global__ void __launch_bounds__(kErrorThreads)
   }
 }
 
-// Grid: 1 block of two threads.
+// Grid: one thread block of two threads.
 static __global__ void nf4_merge_error_sum_kernel(const float* partial, int64_t blocks, double* out) {
   double sum = 0.0;
   for (int64_t block = 0; block < blocks; ++block) sum += partial[block * 2 + threadIdx.x];

@@ -52,7 +52,7 @@ struct SkinnyShared {
   SkinnyStage<T, kTokenTiles> stage[kSkinnyStages<kTokenTiles>];
 };
 
-// Grid: x: blocks of kSkinnyRows outputs; y: chunks of K.
+// Grid: x has a thread block for each kSkinnyRows outputs; y has one for each chunk of K.
 template <typename T, int kTokenTiles>
 __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work) {
   using Shared = SkinnyShared<T, kTokenTiles>;
@@ -193,8 +193,8 @@ struct SkinnySums {
 
 constexpr int kFinishTokens = 8;  // number of tokens per thread; the thread reads a row of B once for all these tokens
 
-// Computes the operations of TokensFinish on the sums Σ_chunks partial. Grid: x: ceil(outputs / kSkinnyThreads);
-// y: ceil(tokens / kFinishTokens).
+// Adds the partial sums of the chunks, and computes the operations of TokensFinish on the result. Grid: x has
+// ceil(outputs / kSkinnyThreads) thread blocks; y has ceil(tokens / kFinishTokens).
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnySums product, TokensFinish work) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kSkinnyThreads + threadIdx.x;

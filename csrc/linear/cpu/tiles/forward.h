@@ -12,8 +12,8 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
   return values != nullptr && i < count ? values[i] : otherwise;
 }
 
-// Computes one block. rest: null, or for each token of the block the product of the token's dropped elements with W's
-// rows from `row` on.
+// Computes one block of Y (and of Z, if wanted). rest: null, or for each token of the block the product of the token's
+// dropped elements with W's rows from `row` on.
 template <typename Left>
 inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const Left& rows, const float* rest,
                           Block* block, Block* base, Ahead* ahead) {
