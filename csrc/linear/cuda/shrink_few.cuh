@@ -89,9 +89,8 @@ struct TokenGroup {
 
 constexpr int kGroupedFewTokens = 64;
 
-// The launch arguments for a mixed batch: they hold all that the kernel needs, so that nothing is copied from the host
-// to device memory. few.s [tokens, rank] receives zeros beyond the
-// rank of a token's adapter.
+// The launch arguments for a mixed batch. The arguments hold all that the kernel needs, so that nothing is copied from
+// the host to device memory. few.s [tokens, rank] receives zeros beyond the rank of a token's adapter.
 struct ShrinkGrouped {
   ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
   TokenFactor* factors;  // [tokens]: receives the factors that the next kernel reads
