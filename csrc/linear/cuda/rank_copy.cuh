@@ -18,8 +18,8 @@ enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGr
 // Dropout of a pass: none, drawn, or drawn and kept as bits for a later pass.
 enum class RankMask { kNone, kDrawn, kKept };
 
-// Number of stages. A stage is a tile in shared memory. float32 tiles are so large that 48 KiB hold only two. An NF4
-// weight needs only two, because the codes of the next tile wait in registers.
+// Number of stages of a rank pass. A stage is a tile in shared memory. 48 KiB of shared memory hold only two float32
+// tiles. An NF4 weight needs only two stages, because the codes of the next tile wait in registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 

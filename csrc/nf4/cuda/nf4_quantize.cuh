@@ -85,7 +85,7 @@ __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled
   // this integer in two's complement.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
-  // Adds the sign bit of the difference: a comparison would need one more select instruction.
+  // Adds the sign bit of threshold - scaled: a comparison would need one more select instruction.
   return codes + (float_as_bits(fadd_rn(shuffle(threshold, bin), -scaled)) >> 31);
 }
 
@@ -275,7 +275,7 @@ template <typename T>
 __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiprocessor)
     nf4_quantize_kernel(const T* w, int64_t numel, int log2_blocksize, uint8_t* packed, float* absmax) {
   PEFT_EXT_SHARED(uint32_t[kQuantizeWarps], warp_magnitudes);
-  // The branch is per thread block, so that all threads meet the shuffles and the barrier.
+  // All threads of a thread block take the same branch, so that all of them reach the shuffles and the barrier.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kQuantizeBlockTile;
   if (first + kQuantizeBlockTile <= numel) {
     nf4_quantize_tile<T, true>(w, first, kQuantizeBlockTile, log2_blocksize, packed, absmax, warp_magnitudes);
