@@ -2,7 +2,7 @@
 
 The frozen weight of a linear layer is a dense Tensor ``[N, K]`` (of experts: ``[E, N, K]``) or an
 :class:`peft_ext.NF4Weight`. A docstring lists the dtypes that kernels compute. For float64 operands, the functions run
-the reference, in plain PyTorch.
+the reference, in plain PyTorch; ``nf4_quantize`` converts float64 to float32.
 """
 
 from .activations import activation, gated_activation

@@ -21,7 +21,7 @@
 // ahead and are decoded one slab ahead, each code to round(code · scale) as in nf4_dequantize. Groups of 16 bytes lie
 // in the order group ^ line % 8, so that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums.
 // float32 uses FMAs, where a thread has 8 rows and 4 columns. At the end, each warp reads sums from shared memory, adds
-// the low-rank term, which is computed as in expand.cuh, rounds once, and stores 16 bytes per lane. Shared memory: 48
+// the low-rank term, which is computed as in expand.cuh, rounds once, and stores 8 elements per lane. Shared memory: 48
 // KiB. Bytes moved: D, W (of experts that have rows) and out, once each. From L2, D is read C / 128 times, and W once
 // per 64 rows.
 #pragma once
