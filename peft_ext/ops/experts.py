@@ -8,10 +8,10 @@ Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e â
 Saved: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The weight of an expert without
 rows is not read, and its norm is not computed.
 
-On the CPU a loop over the experts runs each expert's products on all threads. On a GPU one kernel multiplies the rows
-of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and the bias before rounding. For a dense
-bfloat16 weight with many rows, PyTorch's grouped product may run instead. The CUDA kernels read the number of an
-expert's rows on the device, so the host does not wait.
+On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
+On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
+the bias before rounding. For a dense bfloat16 weight with many rows, PyTorch's grouped product may run instead. The
+CUDA kernels read the number of an expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
