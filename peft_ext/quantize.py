@@ -1,4 +1,4 @@
-"""Converts a model's linear layers to NF4 and back, in place."""
+"""Converts a model's linear layers, and the experts of mixtures, to NF4 and back, in place."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def _nf4_places(model: nn.Module) -> list[list[Place]]:
 
 
 def experts_to_quantize(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.Module]]:
-    """Checks and returns the mixtures' experts to quantize, with their names."""
+    """Checks and returns the modules of experts to quantize, with the modules' dotted names."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, NF4Experts) or not (parameters := expert_parameters(module)):

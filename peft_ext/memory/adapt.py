@@ -1,4 +1,5 @@
-"""Prepares a model for a trace: adds an adapter on the meta device, turns checkpointing on, and fuses layers."""
+"""Prepares a model for a trace: adds an adapter on the meta device, turns on checkpointing, and accelerates the model.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,10 @@ def adapt_on_meta(
 
 
 def put_on_ops(model: nn.Module, accelerated: bool) -> None:
-    """Accelerates the model, or restores PEFT's and transformers' own layers."""
+    """Accelerates the model if ``accelerated``; else restores PEFT's and transformers' own layers.
+
+    A model that has a fused adapter layer already stays as it is if ``accelerated``.
+    """
     if not accelerated:
         integration.restore(model)
     # A second call of accelerate would reset the dora_dropout of fused layers.

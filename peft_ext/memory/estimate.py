@@ -78,7 +78,8 @@ def estimate_memory(
         task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's
             task, or the task of the first class in the configuration's ``architectures``, or language modelling.
         inputs: keyword arguments of the model's forward, instead of batch_size and sequence_length; only shapes and
-            dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of an output without one.
+            dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of the output's first tensor
+            where the output has no ``loss``.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

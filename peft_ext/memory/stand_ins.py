@@ -4,8 +4,8 @@
     stand-in  a plain CPU tensor, one element expanded to the shape of a tensor: a model is quantized and accelerated
               with stand-ins
 
-No tensor takes more memory than one element. bitsandbytes' layers, and the layers that are to be quantized, become
-layers whose packed weights and scales are stand-ins or meta tensors.
+No parameter and no buffer takes more memory than one element. bitsandbytes' layers, and the layers that are to be
+quantized, become layers whose packed weights and scales are stand-ins or meta tensors.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
 
 
 def _experts(module: Any, name: str, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Returns the NF4 weights, without data, that replace a parameter of experts."""
+    """Returns the NF4 weights, without data, that replace the parameter ``name`` of a mixture's experts."""
     dense = module._parameters[name]
     count, n, k = dense.transpose(1, 2).shape if is_stored_transposed(module) else dense.shape
     one = empty_nf4(n, k, blocksize, double_quant, dense.dtype,

@@ -127,7 +127,8 @@ class Plan:
             apart = type(self.config).from_dict({**self.config.to_dict(), "tie_word_embeddings": False})
             about, wanted = apart.to_dict(), self.config.to_dict()
             wanted["tie_word_embeddings"] = False
-            # T5 derives another option from this flag, so the flag stays: weights that differ in the files stay untied.
+            # T5's config derives another option from tie_word_embeddings, so T5 keeps tie_word_embeddings as it is:
+            # transformers does not tie weights that differ in the files.
             if about == wanted:
                 self.config.tie_word_embeddings = False
 
@@ -185,7 +186,9 @@ class Plan:
                     del self.meta[name], self.origin[name]
 
     def _grouped(self) -> list[tuple[list[str], dict[str, Tensor]]]:
-        """Returns groups of tensors that are converted together: the model's names, and the files' tensors by name.
+        """Returns groups of tensors that transformers converts together when it saves a model.
+
+        A group is a list of names in the model, and a dictionary of the group's tensors in the files.
 
         The groups are the smallest that give the right result: each tensor alone; or, if transformers' conversion joins
         tensors, the tensors of each layer together; or all tensors together.
@@ -210,7 +213,7 @@ class Plan:
     # - the tensors -
 
     def _value(self, name: str) -> Tensor:
-        """Returns a planned tensor; a merged tensor is in float32."""
+        """Returns the value of a planned tensor. A merged tensor that had 16 bits is in float32."""
         path, local = self.origin[name]
         if path == "":
             return self.base.read(self.after[local]) if local else torch.zeros(self.meta[name].shape)
@@ -219,7 +222,8 @@ class Plan:
         return self._made[path][local]
 
     def _make(self, path: str) -> dict[str, Tensor]:
-        """Merges an adapted module by its layer's own ``merge`` and returns the module's tensors in float32."""
+        """Merges an adapted module by the layer's own ``merge``, and returns the module's tensors widened to float32.
+        """
         target = self.targets[path]
         inner = target.original_module if isinstance(target, AuxiliaryTrainingWrapper) else target.get_base_layer()
         before = {} if isinstance(target, ModulesToSaveWrapper) else self._widen(inner)
@@ -281,7 +285,8 @@ class Plan:
     # - the files -
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
-        """Writes the tensors one group at a time, then an index of several files. Returns the names of the files."""
+        """Writes the tensors one group at a time, then an index if there are several files. Returns the files' names.
+        """
         with as_merge_error(ValueError, about=f"max_shard_size is {max_shard_size!r}: "):
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

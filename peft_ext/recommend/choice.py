@@ -42,7 +42,7 @@ def recommend_peft_method(
     accelerated: bool = True,
     headroom: float = 0.1,
 ) -> Recommendation:
-    """Returns the first method for the task and the data that fits the card, in the first setting that fits.
+    """Recommends the first method for the task and the data that fits the card, in the first setting that fits.
 
     The number of examples decides the method:
 
@@ -82,8 +82,8 @@ def recommend_peft_method(
         optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
         headroom: share of the card that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
 
-    Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` say which
-    card, sequence length or model size would fit.
+    Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` name a
+    larger card, a shorter sequence or a smaller model that would fit, where there is one.
 
     Raises: TypeError or ValueError for a wrong argument; the message names the argument and the wanted values.
     """

@@ -57,7 +57,8 @@ class Corpus:
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def sample_prompt(self) -> str:
-        """Returns a prompt from the first held-out record: the beginning of a text, or the user's first question."""
+        """Returns a prompt from the first held-out record: a text's beginning, or the message before the first answer.
+        """
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
@@ -72,7 +73,8 @@ class Examples:
 
     Attributes:
         truncated: number of conversations that were cut at the block size.
-        left_out: number of conversations that were left out, because they have no token with a loss within it.
+        left_out: number of conversations that were left out, because no token within the
+            block size has a loss.
     """
 
     train: list[Row]
@@ -314,7 +316,7 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
     random.Random(seed).shuffle(order)
     size = [len(r) if by_length else 1 for r in records]
     wanted, held, total = fraction * sum(size), set(), 0
-    for index in order[:-1]:  # the last record always stays for training
+    for index in order[:-1]:  # the last record in the shuffled order stays for training
         if held and total + size[index] / 2 > wanted:
             continue
         held.add(index)

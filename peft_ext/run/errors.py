@@ -23,7 +23,7 @@ class RunError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised where a signal ends the run at once: SIGINT, SIGTERM or SIGHUP outside of training, or a second of them.
+    """Raised where SIGINT, SIGTERM or SIGHUP ends the run at once: outside of training, or as the second such signal.
 
     ``signal`` is the signal's number.
     """

@@ -33,11 +33,12 @@ def _option(default: Any, text: str, panel: Optional[str] = None, least: Optiona
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, named as on the command line. The defaults are the run of ``peft-ext finetune`` alone.
+    """The options of a run, named as on the command line. ``Options()`` is the run of ``peft-ext finetune`` without
+    flags.
 
-    None means the default that the description names. ``target_modules`` and ``target_parameters`` may be lists of
-    names. Where ``target_parameters`` apply, ``dropout`` acts on the experts only: PEFT's configuration has no dropout
-    for layers beside adapted parameters.
+    The value None stands for the default that the option's description names. ``target_modules`` and
+    ``target_parameters`` may be lists of names. Where ``target_parameters`` apply, ``dropout`` acts on the experts
+    only: PEFT's configuration has no dropout for layers beside adapted parameters.
     """
 
     model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, hub name, or "{DEMO_MODEL}".', "Model")

@@ -94,7 +94,7 @@ class Run:
 
 
 def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: bool = True) -> Run:
-    """Makes the checks that need no weights, and returns the run. Raises RunError where a check fails.
+    """Makes the checks that are possible before the weights are loaded, and returns the run. Raises RunError.
 
     Sets the number of threads in this process, and turns off progress bars and some warnings of transformers, PEFT,
     accelerate and bitsandbytes. Without ``reads_weights`` the default model is not unpacked.
@@ -182,7 +182,7 @@ def _model_folder(run: Run) -> str:
 def _packed_folder(run: Run) -> str:
     """Returns the model's folder for a dry run.
 
-    Where the default model is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
+    For the default model, where it is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
     """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
         return _model_folder(run)

@@ -1,9 +1,9 @@
 """A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
 
-Before training, a run makes all checks, loads and quantizes the model, measures the model's held-out loss, and lets
-the model answer prompts. Then the run adds the adapter, accelerates and trains the model, and saves the adapter. After
-training, the run measures the held-out loss and lets the model answer again. At last stock PEFT loads the saved
-adapter, and the run compares the logits of that model with the logits of the trained model.
+Before training, a run checks options and data, loads the model (quantized where the options say so), measures the
+model's held-out loss, and lets the model answer prompts. Then the run adds the adapter, accelerates the model unless
+the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the model
+answer again. At last PEFT loads the saved adapter into a fresh base, and the run compares the logits of both models.
 """
 
 from __future__ import annotations
@@ -250,8 +250,8 @@ def adapt(run: Run, model: Any) -> Any:
     config = adapter_config(run, model)
     register_layers(config, model)
     model = get_peft_model(model, config)
-    # PEFT draws other random numbers for layers over bitsandbytes' layers. A second initialization makes the adapters
-    # of a run with --stock and of a run without --stock equal.
+    # PEFT draws other random numbers for layers over bitsandbytes' layers. A second initialization makes the LoRA
+    # adapters of a run with --stock and of a run without --stock equal.
     set_seed(run.options.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and run.options.method in ("lora", "rslora", "qlora"):
@@ -346,7 +346,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(progress_callback(run.steps))  # after the removal, which would remove this callback too
+    trainer.add_callback(progress_callback(run.steps))  # after the removal, which removes ProgressCallback's subclasses
     return trainer
 
 

@@ -54,7 +54,7 @@ def read_config(file: Path) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # a name that is imported for type checkers alone: PEFT's own checks remain
+    except (NameError, TypeError):  # an annotation has a name that only type checkers import; PEFT's own checks remain
         hints = {}
     for field in dataclasses.fields(config_class):
         value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
@@ -64,7 +64,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    path = values.get("prompt_tuning_init_state_dict_path")  # a saved adapter does not need the file
+    path = values.get("prompt_tuning_init_state_dict_path")  # PEFT does not need this file for a saved adapter
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
@@ -132,7 +132,9 @@ def checked_config(folder: Path) -> PeftConfig:
 
 
 def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
-    """Yields field, size and largest accepted size of the tensors that PEFT allocates before it reads the weights."""
+    """Yields, for each field that gives a size of tensors that PEFT allocates before it reads the weights, the field's
+    name, its value and the largest accepted value.
+    """
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method == "LORA":
         if str(config.init_lora_weights).startswith(_TRUNCATING):

@@ -44,7 +44,8 @@ def read_object(file: Path) -> dict[str, Any]:
 def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
     """Returns the value of the JSON ``text``.
 
-    Raises ValueError, one line: ``where``, the line number if ``has_lines``, and the reason.
+    Raises ValueError. Its message is one line: ``where``, the line number of a syntax error if ``has_lines``, and the
+    reason.
     """
     try:
         return json.loads(text)
@@ -69,7 +70,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
-    """Raises errors of ``kinds`` as ``kind``. The message is ``about``, the error's first line and ``after``."""
+    """Raises errors of ``kinds`` as ``kind``, with the message ``about``, the error's first line and ``after``."""
     try:
         yield
     except kinds as error:
@@ -77,7 +78,7 @@ def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], af
 
 
 def shown(value: object) -> str:
-    """Returns ``repr(value)``, shortened to at most ``_SHOWN`` characters."""
+    """Returns ``repr(value)``, or words where ``repr`` fails, shortened to at most ``_SHOWN`` characters."""
     try:
         text = repr(value)
     except ValueError:  # Python's repr refuses an integer with thousands of digits

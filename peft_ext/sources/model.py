@@ -1,8 +1,8 @@
 """Reads untrusted models: folder, configuration, class, quantization and weights. Each error is one line.
 
-config.json must be a JSON object with at most MOST_LAYERS layers and experts. The index may name only safetensors files
-in the index's own folder. The weights may be dense, or quantized to bitsandbytes' NF4. Code in the model's folder is
-never run.
+config.json must be a JSON object in which no number of layers or experts is above MOST_LAYERS. The index may name only
+safetensors files in the index's own folder. The weights may be dense, or quantized to bitsandbytes' NF4. Code in the
+model's folder is never run.
 """
 
 from __future__ import annotations
@@ -149,7 +149,10 @@ def is_nf4(folder: Path, about: Any) -> bool:
 
 
 def model_class(about: Any, config: Any) -> Any:
-    """Returns the class of the model that an adapter was trained on: the base's own, unless the adapter's task differs.
+    """Returns the class of the model that an adapter was trained on.
+
+    An adapter without a task gives the class that its auto_mapping names. Otherwise the class is the base's own class,
+    or the Auto class of the adapter's task where the base's own class does not serve the task.
 
     Args: about: the base's configuration. config: the adapter's.
     """
@@ -201,7 +204,9 @@ def load_model(
     shapes: Mapping[str, tuple[int, ...]],
     trained: Mapping[str, Any],
 ) -> LoadedModel:
-    """Loads the base of an adapter in the form that the adapter was trained on, from safetensors. Raises SourceError.
+    """Loads the base of an adapter from safetensors, with the class and the number of labels of the adapter's training.
+
+    A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16. Raises SourceError.
 
     Args:
         name: a folder or a hub name; None: the base that the adapter's configuration names.
