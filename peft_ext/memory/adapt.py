@@ -1,5 +1,4 @@
-"""Prepares a model for a trace: adds an adapter on the meta device, turns on checkpointing, and accelerates the model.
-"""
+"""Prepares a model for a trace: adds an adapter on the meta device, turns on checkpointing, and fuses layers."""
 
 from __future__ import annotations
 

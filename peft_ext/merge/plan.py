@@ -222,8 +222,7 @@ class Plan:
         return self._made[path][local]
 
     def _make(self, path: str) -> dict[str, Tensor]:
-        """Merges an adapted module by the layer's own ``merge``, and returns the module's tensors widened to float32.
-        """
+        """Merges an adapted module by the layer's own ``merge``; returns the module's tensors, widened to float32."""
         target = self.targets[path]
         inner = target.original_module if isinstance(target, AuxiliaryTrainingWrapper) else target.get_base_layer()
         before = {} if isinstance(target, ModulesToSaveWrapper) else self._widen(inner)
@@ -285,8 +284,7 @@ class Plan:
     # - the files -
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
-        """Writes the tensors one group at a time, then an index if there are several files. Returns the files' names.
-        """
+        """Writes the tensors one group at a time, and an index if there are several files. Returns the file names."""
         with as_merge_error(ValueError, about=f"max_shard_size is {max_shard_size!r}: "):
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

@@ -1,5 +1,4 @@
-"""Searches for the first method of the ranking that fits the card, and for the first setting that the method fits in.
-"""
+"""Searches for the first method of a ranking that fits the card, and for the first setting in which the method fits."""
 
 from __future__ import annotations
 
@@ -121,8 +120,7 @@ class Search:
         )  # fmt: skip
 
     def _outcome(self, candidate: Candidate, settings: Sequence[_Setting]) -> tuple[Optional[str], bool]:
-        """Returns the first error among the tried settings, or None, and whether the method works in a tried setting.
-        """
+        """Returns the first error among the tried settings, or None; and whether the method works in any of them."""
         found = [self._known.get((candidate.method, setting)) for setting in settings]
         error = next((first_line(one) for one in found if isinstance(one, Exception)), None)
         return error, any(isinstance(one, MemoryEstimate) for one in found)

@@ -54,8 +54,7 @@ class Given:
         self._fields = {method: adapter_fields(built, method) for method in METHODS}
 
     def fields(self, method: str) -> dict[str, Any]:
-        """Returns the fields of a method's configuration that the model's experts need; {} for a model without experts.
-        """
+        """Returns the configuration's fields for a method on the model's experts; {} for a model without experts."""
         return self._fields.get(method, {})
 
     def profile(self, **kwargs: Any) -> Profile:
@@ -111,8 +110,7 @@ def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, em
 
 
 def _family(size: float, task: str, positions: int, is_encoder: bool) -> tuple[int, Callable[[int], Any]]:
-    """Returns the number of layers for ``size`` parameters, and a function from a number of layers to a configuration.
-    """
+    """Returns the number of layers for ``size`` parameters, and a function from a number of layers to a config."""
     import transformers as hf
 
     small, tied = size < 1e9, size < 4e9

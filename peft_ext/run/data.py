@@ -57,8 +57,7 @@ class Corpus:
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def sample_prompt(self) -> str:
-        """Returns a prompt from the first held-out record: a text's beginning, or the message before the first answer.
-        """
+        """Returns a prompt of the first held-out record: a text's beginning, or the message before the first answer."""
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
