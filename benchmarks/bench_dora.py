@@ -86,7 +86,8 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
             "lora_B": "lora_B.default.weight",
             "magnitude": "lora_magnitude_vector.default.weight",
         },
-        # Added bytes: the magnitude, the magnitude's gradient, and one more read of Z for this gradient.
+        # Added bytes: the magnitude, the magnitude's gradient, and for this gradient one more read of the layer's
+        # result before scaling.
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,
         flops=round(4 * (1 + dropout * drops_base) * tokens * n * k) + low_rank_flops(problem) + 2 * n * k * (r + 1),
         dropout=dropout,

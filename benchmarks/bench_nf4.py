@@ -1,8 +1,8 @@
 """Times NF4's quantize, dequantize and linear layer on one weight, beside bitsandbytes and plain bf16.
 
-For bf16, quantizing reads 2 bytes an element and writes about half a byte; dequantizing does the reverse. Both must
-give the reference's bits. The linear layer takes 2 T N K operations in the forward and as many for dX. The bf16 peer of
-the linear layer is the frozen ``F.linear``.
+For bf16, quantizing reads 2 bytes an element and writes about half a byte; dequantizing does the reverse. Both
+operators must give the reference's bits. The linear layer takes 2 T N K operations in the forward and as many for dX.
+The bf16 peer of the linear layer is the frozen ``F.linear``.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 ``layers``       time of a LoRA, AdaLoRA or IA3 layer's training step, relative to the frozen bf16 layer
 ``layers-dora``  time of a DoRA layer's training step, relative to the frozen bf16 layer
 ``training``     tokens/s and peak memory of whole training steps, relative to PEFT and bitsandbytes
-``losses``       loss curves of every method, accelerated and not
+``losses``       loss curves of each method, with and without acceleration
 
-Each picture shows one result file. For each measured GPU a picture ``layers-<gpu>`` is drawn too. The same files give
-the same bytes. ``--check`` writes nothing and fails where a committed picture differs from its result file.
+Each picture shows one result file. For each measured GPU a picture ``layers-<gpu>`` is drawn too. Equal result files
+give byte-equal pictures. ``--check`` writes nothing and fails where a committed picture differs from its result file.
 """
 
 from __future__ import annotations

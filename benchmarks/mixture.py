@@ -38,7 +38,7 @@ KINDS = {
 
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """Times ``steps`` forwards and backwards of a kind in KINDS, after one that warms up. No optimizer runs."""
+    """Times ``steps`` forwards and backwards of a kind in KINDS, after a first one that warms up; runs no optimizer."""
     from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -172,8 +172,8 @@ def fsdp2_shards_the_codes(folder: Path) -> None:
 
 @check
 def fsdp2_shards_unevenly(folder: Path) -> None:
-    """With 165 bytes of codes, 11 rows and rank 3, nothing divides by the number of processes, and some processes hold
-    nothing.
+    """With 165 bytes of codes, 11 rows and rank 3 the shards are uneven, and some processes hold no part of a
+    parameter.
     """
 
     def build() -> PeftModel:
@@ -354,7 +354,7 @@ def fsdp2_around_single_layers(folder: Path) -> None:
 
 @check
 def shards_say_that_they_are_shards(folder: Path) -> None:
-    """An operation that is not possible on a shard says so, and changes nothing."""
+    """An operation that is impossible on a shard raises an error that names the shard, and changes nothing."""
     model = shard(make(base="nf4"))
     (name, layer), *_ = nf4_layers(model)
     for call in (layer.dequantize, lambda: layer(torch.ones(1, layer.in_features)), model.merge_adapter):

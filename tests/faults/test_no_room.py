@@ -338,7 +338,7 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
 
 
 def test_an_operator_without_memory_says_it_as_pytorch_does():
-    """An operator's error without memory has the text after which auto_find_batch_size retries with a smaller batch."""
+    """An operator that gets no memory raises an error after which auto_find_batch_size retries with a smaller batch."""
     accelerate_memory = pytest.importorskip("accelerate.utils.memory")
 
     def work() -> int:

@@ -1,4 +1,4 @@
-"""The actions of the model fuzzer, which it draws and applies to PEFT's model and to the accelerated model."""
+"""The actions that the model fuzzer draws and applies to PEFT's model and to the accelerated model."""
 
 from __future__ import annotations
 
@@ -432,7 +432,7 @@ def _step(model: nn.Module, seed: int) -> None:
 
 
 def contents(name: str, data: bytes) -> Any:
-    """Returns the bytes of a file, or the values of a configuration, in which former sets have no order."""
+    """Returns the bytes of a file; for a JSON file its values, with lists of texts sorted, because PEFT writes sets."""
     if not name.endswith(".json"):
         return data
     return {key: sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value

@@ -1,4 +1,4 @@
-"""The two models of the fuzzer, drawn from a seed: under PEFT alone and accelerated; and how much they may differ."""
+"""Draws the fuzzer's two models from a seed, one under PEFT alone and one accelerated, and bounds their differences."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def require_alike(what: str, name: str, found: Tensor, wanted: Tensor) -> None:
 
 @dataclass
 class Statistics:
-    """Counts of what cases drew, and the logarithms of our error over PEFT's in calls that round to 16 bits."""
+    """Counts of draws and calls, and the logarithms of our error over PEFT's in calls that round to 16 bits."""
 
     counts: Counter = field(default_factory=Counter)
     rounded: list[float] = field(default_factory=list)
@@ -93,8 +93,9 @@ class Statistics:
 
 
 class OwnDropout(PhiloxDropout):
-    """Replaces a dropout of the stock model: draws as the fused one does, and as PyTorch for a non-contiguous x or
-    float64.
+    """Replaces a dropout of the stock model: draws the mask of the fused dropout, so that both models drop alike.
+
+    For a non-contiguous or float64 x it draws PyTorch's mask.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,8 +179,8 @@ class Pair:
         self.seen.counts.update([f"family {self.family}", f"method {self.method}", f"base {self.base}"])
 
     def fresh(self, dense: bool = False) -> nn.Module:
-        """Returns the model without an adapter. NF4 bases are still dense, because PEFT's DoRA cannot start from an
-        NF4Linear.
+        """Returns the model without an adapter. Bases for peft_ext's NF4 are still dense, because PEFT's DoRA cannot
+        start from an NF4Linear.
         """
         model = in_dtype(self.architecture.build(self.model_seed), self.dtype)
         if self.base.startswith("bnb") and not dense:
@@ -300,8 +301,9 @@ class Pair:
         return True
 
     def allowed(self, what: str, errors: list[Optional[Exception]]) -> bool:
-        """Returns whether both models did the action. Reports an error that both raise; raises for every other
-        error.
+        """Returns whether both models did the action; raises Failed where the errors of the models differ.
+
+        Returns False where both models raise alike, and for a few known errors of one model, after which the case ends.
         """
         theirs, ours = errors
         if theirs is None and ours is None:
@@ -335,8 +337,9 @@ class Pair:
         return False
 
     def compare_state(self, what: str) -> None:
-        """Tests that parameters and buffers are bitwise equal, except for NF4 weights, and that the same parameters
-        train.
+        """Tests that parameters and buffers are bitwise equal, and that the same parameters train.
+
+        NF4 weights are left out. A few known roundings of PEFT and bitsandbytes are allowed and then removed.
         """
         theirs, ours = (
             dict(model.named_parameters()) | dict(model.named_buffers()) for model in (self.stock, self.fused)
@@ -369,8 +372,8 @@ class Pair:
     def share_masks(self, probe: Probe) -> None:
         """Makes PEFT's dropout draw as the operator does in each fused layer, so that both drop the same elements.
 
-        For a DoRA in float32 over 4-bit layers that compute in 16 bits, only the parts are fused and the dropout is
-        torch's.
+        For a DoRA in float32 over 4-bit layers that compute in 16 bits, only parts of the layer are fused and the
+        dropout is PyTorch's.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=probe.autocast):
             explained = peft_ext.explain(self.fused)
@@ -387,7 +390,7 @@ class Pair:
                         setattr(other, hooks, getattr(dropout, hooks))
 
     def share_own_masks(self) -> None:
-        """Makes the dropouts of the stock model draw as the operator does where they are fused."""
+        """Makes the stock model's dropouts draw as the operator does where the accelerated model's dropouts are fused."""
         fused = {row.name for row in peft_ext.explain(self.fused).blocks if row.kind == "dropout" and row.fused}
         for name, module in list(self.stock.named_modules()):
             if type(module) in (nn.Dropout, OwnDropout) and "lora_dropout" not in name:

@@ -24,8 +24,9 @@ Parts = dict[str, Optional[Tensor]]
 
 
 def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Returns a copy of the model on PEFT's own code over the same weights, dequantized, in ``dtype``: the exact values
-    for narrower dtypes.
+    """Returns a copy of the model over dense layers with the dequantized weights, cast to ``dtype``.
+
+    A copy in a wider dtype gives the exact values for the model.
     """
     model = copy.deepcopy(model)
     model.zero_grad()

@@ -1,8 +1,8 @@
 """The shape sweep: random calls of every operator, with values and gradients compared with the float64 reference.
 
 A seed determines a case: operator, options, dtypes, sizes, strides, blocksize, rank, number of threads, and one of the
-CPU paths of this machine. Sizes go from 0 to 5,000, and to 200,000 if the other size is small. A failure prints the
-line that repeats it.
+CPU paths of this machine. A size is at most 5,000, or 200,000 if the other sizes are small; the number of tokens may be
+0. A failure prints the line that repeats it.
 
     python tests/fuzz/sweep.py --cases 2000            cases from seed 0
     python tests/fuzz/sweep.py --minutes 60            from a seed of the clock; used by `make sweep`
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # with 128 threads that spin while they wait, nothing would finish
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # 128 threads that spin while waiting leave no time for work
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -42,7 +42,7 @@ from peft_ext.weight import BLOCKSIZES
 BUDGET, SMALL_BUDGET = 3e7, 2e5
 MANY = 128  # largest number of threads; 16 for small sizes
 SLOW, STDERR = 120.0, 2  # seconds after which a running case is named, and the file descriptor for its name
-FEW = 64  # results of at most FEW elements are judged by several draws
+FEW = 64  # a result of at most FEW elements whose error is too large is judged by several draws
 EMULATED = "emulated CUDA"
 LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "offset", "rows apart")
 
@@ -72,7 +72,7 @@ class Drawn:
 
 
 def _size(rng: random.Random, most: int) -> int:
-    """Draws a size, even in the logarithm, often at or beside a multiple of the kernels' block sizes."""
+    """Draws a size, uniformly in its logarithm, often at or beside a multiple of the kernels' block sizes."""
     size = round(most ** rng.random())
     if size > 16 and rng.random() < 0.5:
         unit = rng.choice([u for u in (8, 16, 32, 64, 128) if u <= size])
@@ -81,8 +81,9 @@ def _size(rng: random.Random, most: int) -> int:
 
 
 def _threads(rng: random.Random, small: bool) -> int:
-    """Draws one to four threads, and in every eighth case up to MANY, even in the logarithm: more than there are
-    cores.
+    """Draws one to four threads, or with a probability of 1/8 up to MANY threads, uniformly in the logarithm.
+
+    MANY is more than most machines have cores.
     """
     return round((16 if small else MANY) ** rng.random()) if rng.random() < 0.125 else rng.choice((1, 1, 2, 2, 3, 4))
 
@@ -110,7 +111,7 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
 
 
 def makers(rng: random.Random) -> dict[str, Callable[[], Case]]:
-    """Returns by public operator a function that makes a case with drawn options. Each module of cases has some."""
+    """Returns, by public operator, a function that makes a case with drawn options, from all modules in MODULES."""
     base = rng.choice(("dense", "nf4", "nested"))
     if base != "dense":
         base += f":{rng.choice(BLOCKSIZES)}"
@@ -220,7 +221,9 @@ def measure(drawn: Drawn, values: int) -> tuple[Parts, Parts, Parts]:
 
 
 def check(drawn: Drawn) -> None:
-    """Raises AssertionError if the operator's error is above the bound, which depends on plain PyTorch's error.
+    """Raises AssertionError if the operator's error is above a bound that depends on plain PyTorch's error.
+
+    An exact operator must give the reference's bits.
 
     A result of few elements says little: if its error is too large, nine draws of the values are compared together.
     """

@@ -1,4 +1,4 @@
-"""Runs 2,000 cases of the shape sweep with fixed seeds, on all CPU paths in turn; see ``sweep.py``."""
+"""Runs 2,000 cases of the shape sweep with fixed seeds, on this machine's CPU paths in turn; see ``sweep.py``."""
 
 import os
 import random

@@ -125,6 +125,7 @@ def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
 def assert_near(estimate, wanted, within=0.02):
     """Asserts that the estimate is within a factor of the measured bytes.
 
-    The default factor is 2 %, because the estimate of scratch memory is an upper bound. For real sizes it is 0.1 %.
+    The default is 2 %, because the estimate of scratch memory is an upper bound. For models of real sizes the
+    difference is about 0.1 %.
     """
     assert abs(estimate.total / wanted - 1) < within, f"estimated {estimate.total:,}, measured {wanted:,}\n{estimate}"

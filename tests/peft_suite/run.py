@@ -1,5 +1,7 @@
-"""Run PEFT's own tests without and with accelerated layers, and compare gradients over their configurations; fail where
-a test passes only without, where a gradient is worse than PEFT's, or where too little was fused to say so.
+"""Runs PEFT's own tests without and with accelerated layers, and compares gradients over the tests' configurations.
+
+The script fails where a test passes only without accelerated layers, where a gradient is worse than PEFT's, or where
+too few layers ran fused for a judgement.
 
     python tests/peft_suite/run.py [--mode quick|lora|others|full] [--cache FOLDER] [--sdist FILE]
 
