@@ -173,7 +173,7 @@ _RUNS = (
 
 @pytest.mark.parametrize(("text", "message"), _RUNS, ids=range(len(_RUNS)))
 def test_a_run_that_does_not_say_which_base(made, tmp_path, capsys, text: bytes, message: str) -> None:
-    """The commands must refuse a bad run.json, because the adapter could be merged into another base than in training."""
+    """The commands must refuse a bad run.json: the adapter could be merged into another base than in training."""
     folder = rewritten(made[1], tmp_path / "v", "run.json", text)
     for command in commands(folder, tmp_path):
         assert message in refused(capsys, *command, unchanged=tmp_path)

@@ -390,7 +390,7 @@ class Pair:
                         setattr(other, hooks, getattr(dropout, hooks))
 
     def share_own_masks(self) -> None:
-        """Makes the stock model's dropouts draw as the operator does where the accelerated model's dropouts are fused."""
+        """Makes dropouts of the stock model draw as the operator does where the accelerated model's are fused."""
         fused = {row.name for row in peft_ext.explain(self.fused).blocks if row.kind == "dropout" and row.fused}
         for name, module in list(self.stock.named_modules()):
             if type(module) in (nn.Dropout, OwnDropout) and "lora_dropout" not in name:
