@@ -8,8 +8,8 @@ Both runs of a method begin with equal weights and train on the same batches. So
 SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name, whose tokens alone have
 a loss. The two runs of a method record the loss on the labels, without the terms that AdaLoRA and Diff Pruning add.
 
-A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run converts the same start to float32 and trains
-only the first steps. The bfloat16 runs differ from the float32 run by rounding.
+A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run begins with the weights of the bfloat16 run,
+converted to float32, and trains only the first steps. The bfloat16 runs differ from the float32 run by rounding.
 """
 
 from __future__ import annotations

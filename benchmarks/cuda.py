@@ -20,7 +20,7 @@ from .harness import Contender
 __all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
-# The fields that are asked of nvidia-smi, by their names in a result file.
+# The fields that nvidia-smi is asked for, by their names in a result file.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
        "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
 

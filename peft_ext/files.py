@@ -101,7 +101,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
-    with _hidden_folder(target / target.name if stays else target) as part:  # _put renames part or exchanges it
+    with _hidden_folder(target / target.name if stays else target) as part:  # _put renames part or swaps it with target
         yield part
         if keep and target.is_dir() and not stays:
             _carry_over(target, part)
@@ -301,7 +301,7 @@ def _put(part: Path, target: Path, overwrite: bool) -> None:
                 _move_aside(part, target)
             return
     try:
-        os.rename(part, target)  # rename replaces an empty folder, and raises OSError for any other folder
+        os.rename(part, target)  # rename replaces an empty folder, and raises OSError for a folder with entries
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

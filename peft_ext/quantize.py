@@ -236,7 +236,7 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
 
 
 def _kept_in_float32(model: nn.Module) -> Iterator[Iterable[str]]:
-    """Yields the names of modules that transformers keeps in float32. A name may have dots."""
+    """Yields the names, which may have dots, of modules that transformers keeps in float32."""
     for module in model.modules():
         yield getattr(module, "_keep_in_fp32_modules", None) or ()
         yield getattr(module, "_keep_in_fp32_modules_strict", None) or ()

@@ -61,7 +61,7 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
         integration.restore(model)
     # A second call of accelerate would reset the dora_dropout of fused layers.
     elif not any(type(module) in STOCK for module in model.modules()):
-        with warnings.catch_warnings():  # the heads and norms of a model without adapters are fused too
+        with warnings.catch_warnings():  # a model without adapters has heads and norms to fuse
             warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")
             integration.accelerate(model)
 
@@ -74,7 +74,7 @@ def set_checkpointing(model: nn.Module, wanted: bool) -> None:
     if not wanted and not is_checkpointing(model):
         return
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-    for what in ("activation", "gradient"):  # prefixes of the method's name in new and in old transformers
+    for what in ("activation", "gradient"):  # old transformers: gradient_checkpointing_enable
         enable = getattr(model, f"{what}_checkpointing_enable", None)
         if enable is not None:
             enable(**{f"{what}_checkpointing_kwargs": kwargs})

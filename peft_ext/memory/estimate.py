@@ -48,8 +48,8 @@ def estimate_memory(
     The step is traced (see the module ``peft_ext.memory``), in a second or two for 7 billion parameters, without a GPU.
     A trace does not see the scratch memory of PyTorch's operators: a few MB a thread on the CPU, the workspace of
     cuBLAS on CUDA. The estimate assumes that attention saves q, k, v, its output and the log-sum-exp, as PyTorch's CPU
-    kernel and its flash and memory-efficient CUDA kernels do. The estimate counts the weights that peft_ext's operators
-    dequantize.
+    kernel and its flash and memory-efficient CUDA kernels do. The estimate counts the scratch memory into which
+    peft_ext's operators dequantize weights.
 
     Args:
         model: a model of transformers, a PeftModel over a model of transformers, or any module (then with ``inputs``),

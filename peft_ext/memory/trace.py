@@ -134,8 +134,8 @@ class Step:
     def run(
         self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
     ) -> None:
-        # A model may hold tensors that are neither parameters nor buffers, such as the token ids of PEFT's prompts.
-        # Such tensors are not replaced by fake tensors.
+        # Tensors of the model that are neither parameters nor buffers, such as the token ids of PEFT's prompts, are not
+        # replaced by fake tensors.
         with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), accepting(FakeTensor):
             replace_tensors(self.model, fake)
             if inputs is None:

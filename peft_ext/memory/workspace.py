@@ -84,7 +84,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     if STATE.isa in TILE_PATHS and dtype is torch.bfloat16:
         if is_nf4 or given["weight"].is_contiguous():
             return products * 2 * rows * (out_features if backward else in_features)
-        # PyTorch multiplies by a weight that is not contiguous. A scaled product exists in 16 bits and in float32.
+        # On a path with tiles, PyTorch multiplies by a weight that is not contiguous. A scaled product exists in 16
+        # bits and in float32.
         return products * 6 * rows * (in_features if backward else out_features) if _scales(given) else 0
     # On the scalar path PyTorch multiplies in 16 bits, and the other terms are added to PyTorch's product.
     if STATE.isa == "scalar" and products == 1 and not _scales(given):
@@ -132,7 +133,8 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 
     Measured on 512 x 1024 @ 1024 x 50000: on a CPU with AVX-512 and without bfloat16 instructions, oneDNN's bfloat16
     product (``gemm:jit``) packs the weight, in the forward only. oneDNN's kernel with bfloat16 instructions packs one
-    block a thread. A CPU without AVX-512 multiplies in a plain loop. A float16 product never packs the whole weight.
+    block a thread. On a CPU without AVX-512, PyTorch multiplies bfloat16 in a plain loop. No measured float16 product
+    packed the whole weight.
     """
     return dtype is torch.bfloat16 and not _cpu.multiplies(dtype) and bool(_cpu.capabilities().get("avx512_f"))
 
@@ -183,7 +185,7 @@ def _of_siblings(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of siblings, which are layers of one input.
 
     On the CPU in bfloat16, where peft_ext's tiles multiply, the scratch is x packed once in the forward, and the packed
-    gradients of all layers in the backward. Elsewhere the scratch is that of the largest layer.
+    gradients of all layers in the backward. In all other cases the scratch is that of the layer with the most outputs.
     """
     x, sizes = given["x"], given["sizes"]
     packed = [grad for grad in given.get("grads", [x]) if grad is not None]

@@ -108,7 +108,7 @@ def _from_memory(model: PreTrainedModel) -> Base:
 
 
 def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
-    """Returns the NF4 weight of a linear layer; None for a module without NF4. Raises MergeError for int weights."""
+    """Returns the NF4 weight of a linear layer; None for a dense module. Raises MergeError for other quantizations."""
     if isinstance(module, NF4Linear):
         return module.nf4
     kind = type(module).__name__

@@ -34,10 +34,11 @@ with required("transformers", "peft_ext.merge_to_dense"):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
-# Initializations that change the base's weights. The adapter belongs to the changed base, which PEFT does not save.
+# Initializations that change the base's weights. An adapter with such an initialization belongs to the changed base,
+# which PEFT does not save.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
-# Methods whose layers share one bank of tensors. A merge of one module at a time can't read the bank.
+# Methods whose layers share one bank of tensors. A merge of one module at a time can't read a shared bank.
 _SHARED = ("VBLORA", "UNILORA", "TINYLORA")
 
 

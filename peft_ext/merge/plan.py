@@ -113,7 +113,8 @@ class Plan:
             if len(names) < 2:
                 continue
             first = next((n for n in names if self.origin[n][0] == "" and self.after[n] is not self.before[n]), None)
-            # Here the adapter's tensor replaced one of the tied tensors. PEFT's own load would change all tied tensors.
+            # Where the adapter's tensor replaced one of the tied tensors, the other names get the adapter's tensor too,
+            # as in PEFT's own load.
             for name in names:
                 if self.origin[name][0] == "" and self.after[name] is self.before[name] and first is not None:
                     self.after[name] = self.after[first]
@@ -325,7 +326,8 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()
 
     def assign(state: dict[str, Tensor], strict: bool = False, **kwargs: Any) -> Any:
-        # A copy would round to the base's dtype, and would write into weights that are shared with the caller's model.
+        # Copying the adapter's tensors into the model would round to the base's dtype, and would overwrite weights that
+        # the caller's model shares.
         return type(model).load_state_dict(model, state, strict=strict, assign=True)
 
     model.__dict__["load_state_dict"] = assign

@@ -1,7 +1,7 @@
 """The output folder of a run: its lock, its checkpoints, and the checkpoint that a resumed run starts from.
 
 The Trainer writes a checkpoint, and :func:`peft_ext.files.seal` then adds a list of the checkpoint's files with their
-SHA-256. A run does not resume from a checkpoint without this list, which a killed run left half written, or from a
+SHA-256. A run resumes neither from a checkpoint without a list, which a killed run left half written, nor from a
 checkpoint whose listed files have changed.
 """
 
@@ -28,7 +28,8 @@ from .progress import log
 PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"
-# Error numbers by which a file system says that it has no locks. On such a file system a run works without a lock.
+# Error numbers by which a file system says that it has no locks. On a file system without locks a run works without a
+# lock.
 _NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
 
 
@@ -119,7 +120,7 @@ def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
 
 
 def how_to_go_on(o: Options) -> str:
-    """Returns the end of an error message, which names the checkpoint to resume from; "" without one."""
+    """Returns the end of an error message, naming the checkpoint to resume from; "" without a sealed checkpoint."""
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)

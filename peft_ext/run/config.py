@@ -105,7 +105,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 def merged(options: Any, config: Optional[Config], flags: dict[str, Any]) -> Any:
     """Returns ``options`` with the values of ``config`` and of ``flags``; a flag overrules the value in the file."""
     values = {} if config is None else dict(config.values)
-    if flags.keys() & {"max_steps", "epochs"}:  # either flag drops both of the file's values
+    if flags.keys() & {"max_steps", "epochs"}:  # --max-steps or --epochs drops the file's values of both options
         values = {name: value for name, value in values.items() if name not in ("max_steps", "epochs")}
     return dataclasses.replace(options, **{**values, **flags})
 
@@ -152,7 +152,7 @@ def _parsed(path: Path) -> Any:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(filter(None, (error.context, error.problem)))
         raise RunError(f"{path}:{mark.line + 1}: not YAML: {reason} (column {mark.column + 1})") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: an escape such as "\UFFFFFFFF"
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the escape "\UFFFFFFFF" raises ValueError
         raise RunError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
 
 

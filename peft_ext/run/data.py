@@ -3,10 +3,10 @@
 The columns of a record tell its kind:
 
 * A column ``text`` holds documents. Documents are joined, with an end token after each document, and cut into blocks.
-  The loss is on every token.
+  All tokens of a document have a loss.
 * The columns ``prompt`` and ``completion`` (or ``instruction``, ``input`` and ``output``; or ``question`` and
-  ``answer``) hold prompts and completions. The loss is on the completion.
-* A column ``messages`` holds conversations. The loss is on the turns of the assistant.
+  ``answer``) hold prompts and completions. Only the completion has a loss.
+* A column ``messages`` holds conversations. Only the turns of the assistant have a loss.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
         # The template renders the conversation before and after each turn of the assistant. The loss is on the text
-        # that the turn adds.
+        # that a turn of the assistant adds.
         ids: list[int] = []
         labels: list[int] = []
         done = ""

@@ -93,7 +93,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
     source, name = str(gguf.parent), gguf.name
     options = {"gguf_file": name, "dtype": torch.bfloat16}
-    # A transformers with GgufConfig can keep the weights quantized. Earlier releases always dequantize the weights.
+    # A release of transformers with GgufConfig can keep the weights quantized. Releases without GgufConfig
+    # dequantize the weights.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, **options)

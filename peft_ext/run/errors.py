@@ -59,7 +59,7 @@ def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
 
 # The classes of errors that transformers, tokenizers and PEFT raise for unusable files and configurations.
 REFUSALS = (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError, ArithmeticError)
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of error messages of PyTorch and of peft_ext
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of out-of-memory messages
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -130,7 +130,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        with contextlib.suppress(OSError):  # the terminal of standard error is gone
+        with contextlib.suppress(OSError):  # raised where the terminal of standard error is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,
                   flush=True)  # fmt: skip
 

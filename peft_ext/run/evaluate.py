@@ -144,7 +144,7 @@ def continued(
         if has_prompt:
             out = greedy(model, ids, count, temperature)
         else:
-            out = model.generate(  # sets what a hostile generation_config could set to huge values
+            out = model.generate(  # overrides huge values of an untrusted generation_config
                 **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
                 pad_token_id=tokenizer.pad_token_id, **(draws if temperature else {"do_sample": False}),
             )  # fmt: skip
@@ -198,8 +198,8 @@ class Check:
 def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     """Compares the logits of the trained model with those of ``fresh_base()`` with the saved adapter.
 
-    Both models run PEFT's own code, and the trained model stays unaccelerated. Models with experts over NF4 are
-    compared accelerated, because PEFT itself can't adapt these experts.
+    Both models run PEFT's own code. The trained model is not accelerated again afterwards. Models with experts over NF4
+    are compared accelerated, because PEFT itself can't adapt these experts.
     """
     from peft import PeftConfig, PeftModel
 

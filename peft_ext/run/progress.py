@@ -67,7 +67,7 @@ def bar(
 def progress_callback(steps: int) -> Any:
     """Returns a Trainer callback that shows a progress bar where standard error is a terminal.
 
-    Elsewhere the callback writes at most 39 log lines, and about 20 in a long run.
+    Without a terminal the callback writes at most 39 log lines, and about 20 in a long run.
     """
     from transformers import ProgressCallback, TrainerCallback
 

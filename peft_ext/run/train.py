@@ -139,7 +139,7 @@ def train(run: Run) -> Result:
         }  # fmt: skip
         try:
             return _train(run, record, model)
-        except BaseException:  # Ctrl-C twice, no memory left: run.json keeps the results up to now
+        except BaseException:  # such as a second Ctrl-C: run.json keeps the results up to now
             with contextlib.suppress(Exception):
                 record.write()
             raise

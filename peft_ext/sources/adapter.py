@@ -35,8 +35,8 @@ with required("peft", "a saved adapter's configuration"):
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 
-# Initializations from a decomposition of the base weight. Their rank is at most the shorter side of the weight, but r
-# in the configuration may be larger: PEFT allocates tensors of rank r before PEFT truncates the tensors.
+# Initializations from a decomposition of the base weight. PEFT first allocates tensors of the rank r in the
+# configuration, and then truncates these tensors to the shorter side of the weight. A saved r may therefore be larger.
 _TRUNCATING = ("pissa", "olora")
 
 
@@ -142,7 +142,7 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # the weights have the remaining ranks; rank_pattern lists all ranks of the start
+    elif method == "ADALORA":  # saved weights lack the pruned ranks; rank_pattern has an entry for each initial rank
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:

@@ -59,7 +59,7 @@ for number, pattern in enumerate(patterns):
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
     """Yields, for each expression of the configuration, its field, each pattern built around it, and the expression.
 
-    Leaves out plain names.
+    Expressions that are plain names are left out.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -29,7 +29,7 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a JSON {type(values).__name__}, wanted an object")
     level: list[Any] = [values]
-    for _ in range(_DEEPEST):  # PEFT and transformers walk nested values by recursion
+    for _ in range(_DEEPEST):  # limited, since PEFT and transformers recurse over nested values
         level = [
             child
             for value in level
@@ -44,7 +44,7 @@ def read_object(file: Path) -> dict[str, Any]:
 def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
     """Returns the value of the JSON ``text``.
 
-    Raises ValueError. Its message is one line: ``where``, the line number of a syntax error if ``has_lines``, and the
+    Raises ValueError with a message of one line: ``where``, the line number of a syntax error if ``has_lines``, and the
     reason.
     """
     try:

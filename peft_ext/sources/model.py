@@ -63,7 +63,7 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a path too long, a loop of links, ~ of an unknown user
+    except (OSError, RuntimeError, ValueError) as error:  # a too long path, a loop of links, or ~ of an unknown user
         why = getattr(error, "strerror", None) or first_line(error)
         raise SourceError(f"{what} is {text[:60]}: {why}") from error
     if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
@@ -92,7 +92,7 @@ def read_model_config(folder: Path) -> Any:
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
     with raised_as(SourceError, f"model {folder}: ", Exception):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, transformers may prompt
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None would ask the user
 
 
 def check_model_config(file: Path) -> None:
@@ -151,8 +151,9 @@ def is_nf4(folder: Path, about: Any) -> bool:
 def model_class(about: Any, config: Any) -> Any:
     """Returns the class of the model that an adapter was trained on.
 
-    An adapter without a task gives the class that its auto_mapping names. Otherwise the class is the base's own class,
-    or the Auto class of the adapter's task where the base's own class does not serve the task.
+    For an adapter without a task, returns the class that auto_mapping names if this class takes the base's
+    configuration, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the base's
+    own class if the class can generate. For other adapters returns the Auto class of the adapter's task.
 
     Args: about: the base's configuration. config: the adapter's.
     """

@@ -1,6 +1,6 @@
 """Tests charts: lengths and points that are read from an SVG's coordinates must be the numbers of the result files.
 
-Bars, curves and reference lines of an SVG have ids. The tests read the scales from elements whose numbers are known.
+The bars and curves of an SVG have ids. The tests read the scales from elements whose numbers are known.
 """
 
 import importlib

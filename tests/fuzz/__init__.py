@@ -4,8 +4,8 @@
 
 A target takes bytes and either returns or raises one of its refusals, which are errors that say what is wrong.
 Everything else is a finding: another exception, more than ``SLOWEST`` seconds, a non-finite output, a file that is left
-behind. Mutations know the formats. They flip, cut and splice bytes, the header of safetensors and its length. In JSON
-they swap types, use absurd numbers, add, remove and repeat keys, and nest deeply.
+behind. Mutations know the formats: they flip, cut and splice bytes, the header of safetensors and its length. In JSON,
+mutations swap types, use absurd numbers, add, remove and repeat keys, and nest deeply.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class Pair:
                 model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
             for module in model.modules():
                 if isinstance(module, bnb.nn.Linear4bit):
-                    # Bitsandbytes repacks in evaluation, and then does not train.
+                    # bitsandbytes repacks weights in evaluation, and a layer with repacked weights does not train.
                     module.support_avx512bf16_for_cpu = False
                     if module.bias is not None:  # bitsandbytes casts the bias for good in its first call
                         module.bias.data = module.bias.data.to(module.compute_dtype)
@@ -320,8 +320,8 @@ class Pair:
             trace = "".join(traceback.format_exception(ours)[-3:])
             raise Failed(f"{what}: PEFT does it, accelerated {type(ours).__name__}: {ours}\n{trace}")
         self.seen.counts["refused by PEFT"] += 1
-        # bitsandbytes forbids an in-place change of its 4-bit product. The accelerated model raises the next error
-        # instead.
+        # bitsandbytes forbids an in-place change of its 4-bit product. The accelerated model allows the change, and may
+        # raise a later error.
         if ours is None or "MatMul4Bit is a view" in str(theirs):
             self.tell(f"  only PEFT refuses: {type(theirs).__name__}: {first_line(theirs)}")
             self.seen.counts["refused by PEFT alone"] += 1

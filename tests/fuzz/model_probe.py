@@ -35,7 +35,7 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(base, NF4Linear):
                 weight = base.dequantize()
             elif isinstance(base, bnb.nn.Linear4bit):
-                # After a pickle, only the module still has quant_state.
+                # After pickling, only the module still has quant_state, and the weight does not.
                 state = getattr(base.weight, "quant_state", None) or base.quant_state
                 weight = peft_ext.NF4Weight.from_bitsandbytes(base.weight, state).dequantize(base.compute_dtype)
             else:

@@ -1,4 +1,5 @@
-"""The shape sweep: random calls of every operator, with values and gradients compared with the float64 reference.
+"""The shape sweep: random calls of every public operator, with values and gradients compared with the float64
+reference.
 
 A seed determines a case: operator, options, dtypes, sizes, strides, blocksize, rank, number of threads, and one of the
 CPU paths of this machine. A size is at most 5,000, or 200,000 if the other sizes are small; the number of tokens may be
@@ -92,7 +93,7 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
     """Draws (shape of the tokens, K, N, R) within the budget, which is smaller if many threads wait for each other."""
     most, most_r, budget = (300, 70, SMALL_BUDGET) if small else (5000, 512, BUDGET if threads <= 8 else BUDGET / 3)
     t, k, n, r = (_size(rng, m) for m in (most, most, most, most_r))
-    if rng.random() < 0.1:  # one size is huge and one size is small
+    if rng.random() < 0.1:  # one of T, K and N is huge, and the others are at most 8
         thin, huge = rng.randrange(3), _size(rng, 40 * most)
         t, k, n = (huge if i == thin else min(size, 8) for i, size in enumerate((t, k, n)))
         r = min(r, 8)
@@ -300,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.emulated:
         from conftest import _emulated_kernels
 
-        kernels = _emulated_kernels()  # noqa: F841  held: the operators are its, as long as it lives
+        kernels = _emulated_kernels()  # noqa: F841  held, because the operators last as long as this object
     many = args.cases is not None or args.minutes is not None
     start = args.seed if args.seed is not None else int(time.time()) * 10_000 if args.minutes else 0
     if not many and args.seed is None:

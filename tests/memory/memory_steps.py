@@ -123,7 +123,7 @@ def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
 
 
 def assert_near(estimate, wanted, within=0.02):
-    """Asserts that the estimate is within a factor of the measured bytes.
+    """Asserts that the estimate differs from the measured bytes by less than the fraction ``within``.
 
     The default is 2 %, because the estimate of scratch memory is an upper bound. For models of real sizes the
     difference is about 0.1 %.

@@ -3,7 +3,7 @@
 The script fails where a test passes only without accelerated layers, where a gradient is worse than PEFT's, or where
 too few layers ran fused for a judgement.
 
-    python tests/peft_suite/run.py [--mode quick|lora|others|full] [--cache FOLDER] [--sdist FILE]
+    python tests/peft_suite/run.py [--mode quick|lora|experts|others|full] [--cache FOLDER] [--sdist FILE]
 
 The tests come from the sdist of the installed PEFT, which is unpacked into the cache folder once. The tests run
 offline, on stand-ins for the hub's tiny models (models.py). Tests that need other files of the hub are skipped and
@@ -121,7 +121,7 @@ def run(
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag: child for child in case}
-        if "error" in kinds and kinds["error"].get("message") == "collection failure":  # no file ran
+        if "error" in kinds and kinds["error"].get("message") == "collection failure":  # then pytest ran no test
             raise SystemExit(f"{case.get('name')} can't be collected:\n{kinds['error'].text}")
         if "skipped" in kinds:
             outcome = "hub" if "wants the hub" in kinds["skipped"].get("message", "") else "skipped"

@@ -104,7 +104,7 @@ def test_the_command_hands_them_on(written, monkeypatch):
         monkeypatch.setattr(library, name, lambda options, name=name: seen.append((options, name)) or options.nothing)
     path = written("rank: 8\nseed: 3\nstock: true\ngradient_checkpointing: true\n")
     for arguments in (["--config", str(path), "--seed", "0", "--no-stock", "--dry-run"], []):
-        with pytest.raises(AttributeError, match="nothing"):  # options.nothing raises in place of the run
+        with pytest.raises(AttributeError, match="nothing"):  # options.nothing raises the error, before a run
             main(["finetune", *arguments])
     # A flag overrules the file even where the flag's value is the default.
     assert seen == [(Options(rank=8, gradient_checkpointing=True), "dry_run"), (Options(), "finetune")]

@@ -108,7 +108,7 @@ def test_curves_are_the_run():
     assert held_out["x"] == [0, 12, 24, 36, 48, 60] and held_out["y"] == [3.1, 2.85, 2.8, 2.75, 2.7, 2.7]
     assert smooth["y"] == pytest.approx(curves.smoothed(given["losses"], 5), rel=1e-4)
     assert parsed.charts["speed"]["s"][0]["y"][:2] == [400.0, 400.4]
-    assert parsed.charts["speed"]["y"][0] == parsed.charts["lr"]["y"][0] == 0  # these axes begin at 0
+    assert parsed.charts["speed"]["y"][0] == parsed.charts["lr"]["y"][0] == 0  # the axes of speed and lr begin at 0
     (low, high), values = parsed.charts["loss"]["y"], raw["y"] + held_out["y"]
     assert 0 < low < min(values) < max(values) < high
     assert f"the axis begins at {low:.3g}" in parsed.text
