@@ -84,7 +84,8 @@ def _contender(name: str) -> str:
     return "stock" if name.startswith("PEFT") else name
 
 
-# LOOKS: the colour of each contender. WORDS: the legend's text for a contender, where it is not the contender's name.
+# LOOKS: the look (CSS class) of each contender. WORDS: the legend's text for a contender, where it is not the
+# contender's name.
 LOOKS = {"ours": "ours", "stock": "stock", "torch eager": "eager", "torch.compile": "compiled"}
 WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
 

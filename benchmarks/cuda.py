@@ -89,7 +89,7 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 
     def best(run: Callable[[], Any]) -> float:
         seconds = []
-        for _ in range(1 + repeats):  # the first call warms up
+        for _ in range(1 + repeats):  # the first measurement warms up
             start.record()
             for _ in range(CALLS):
                 run()

@@ -358,10 +358,10 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
 
 def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear, hooks))  # sharing the dict keeps the hooks' handles working
+        setattr(module, hooks, getattr(linear, hooks))  # a shared dict of hooks keeps the hooks' handles working
     for name, value in linear.__dict__.items():
         if name not in module.__dict__ and name not in _NF4_ATTRIBUTES:
-            setattr(module, name, value)  # attributes that other code stored on the layer
+            setattr(module, name, value)  # copies what other code stored on the layer
 
 
 def _progress(items: list[_Item]) -> Iterable[_Item]:

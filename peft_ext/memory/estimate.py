@@ -20,7 +20,7 @@ from .trace import VALUES_WANTED, Step
 METHODS = ("full", *methods.METHODS)
 QUANTIZATIONS = ("nf4", "int8")
 
-_MOST_TOKENS = 2**40  # with more tokens than this, the byte count of a tensor may not fit in 64 bits
+_MOST_TOKENS = 2**40  # most tokens of a batch; with more, a tensor's byte count may not fit in 64 bits
 
 
 def estimate_memory(

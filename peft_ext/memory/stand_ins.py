@@ -114,7 +114,7 @@ class Dequantized(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.dtype = dtype
-        self.saves_x = "packed" not in held  # int8: bitsandbytes saves x, though its backward does not need x
+        self.saves_x = "packed" not in held  # bitsandbytes' int8 layer saves x, though its backward does not need x
         for name, t in held.items():
             self.register_buffer(name, t)
         self.bias = bias

@@ -57,9 +57,9 @@ def recommend_peft_method(
       unknown number: BitFit, which competes there with full fine-tuning (arXiv 2106.10199).
 
     With ``prefer="quality"`` and at least 100 examples, or an unknown number, DoRA comes first (arXiv 2402.09353); its
-    rank is 32 where LoRA's rank would be 16. Prompt tuning competes only from 10 billion parameters on (arXiv
-    2104.08691). Prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters (arXiv
-    2303.10512). Bottleneck adapters (arXiv 1902.00751) can't be merged.
+    rank is 32 where LoRA's rank would be 16. Prompt tuning is competitive only from about 10 billion parameters
+    on (arXiv 2104.08691). Prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters
+    (arXiv 2303.10512). Bottleneck adapters (arXiv 1902.00751) can't be merged.
 
     The memory decides the setting. The order of the settings is: dense weights; dense weights with gradient
     checkpointing (arXiv 1604.06174); NF4 weights with double quantization, with which QLoRA matched 16-bit fine-tuning

@@ -82,7 +82,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
     not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type; an alias, an
     anchor or a tag. Where the error is in one line of the file, the message has the line's number.
     """
-    path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
+    path = Path(os.path.expanduser(path))  # Path.expanduser would raise for an unknown user
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
@@ -97,7 +97,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
         if name in config.lines:
             _fail(path, key, f"{name} is there twice, first in line {config.lines[name]}: leave one out")
         config.lines[name] = key.start_mark.line + 1
-        if (value := _convert(path, name, wanted[name], node)) is not None:  # None stands for the default
+        if (value := _convert(path, name, wanted[name], node)) is not None:  # None stands for the option's default
             config.values[name] = value
     return config
 

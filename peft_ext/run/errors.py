@@ -75,7 +75,7 @@ def out_of_memory(error: BaseException) -> bool:
 def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
     """Raises RunError where the block raises an OSError, or the error of a full disk or a full memory.
 
-    A BrokenPipeError stays as it is.
+    A BrokenPipeError is raised unchanged.
 
     Args:
         output: the folder that the run writes to.

@@ -160,7 +160,8 @@ def check_options(o: Options) -> None:
         if option.name in _RANGES:
             good, wanted = _RANGES[option.name]
         elif least is not None:
-            good, wanted = (lambda v: least <= v <= _MOST), f"{least} to {_MOST}"  # noqa: B023  called in this turn
+            # The lambda is called before the loop changes ``least``.
+            good, wanted = (lambda v: least <= v <= _MOST), f"{least} to {_MOST}"  # noqa: B023
         else:
             continue
         if value is not None and not good(value):

@@ -127,7 +127,7 @@ def train(run: Run) -> Result:
         write_config(run.options.output / CONFIG_FILE, run.options)
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
-        resumed: list[int] = []  # the steps after which this run, or an earlier call of it, resumed
+        resumed: list[int] = []  # the steps after which this call, or earlier calls, resumed the run
         if run.checkpoint is not None:
             earlier = checkpoints.read_record(run.options).get("resumed")
             resumed = [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
@@ -346,7 +346,8 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(progress_callback(run.steps))  # after the removal, which removes ProgressCallback's subclasses
+    # Added after the removal of ProgressCallback, which would remove this subclass of ProgressCallback too.
+    trainer.add_callback(progress_callback(run.steps))
     return trainer
 
 

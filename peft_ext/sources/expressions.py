@@ -57,7 +57,7 @@ for number, pattern in enumerate(patterns):
 
 
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields, for each expression of the configuration, its field, each pattern built around it, and the expression.
+    """Yields (field, pattern, expression) for each pattern that is built around an expression of the configuration.
 
     Expressions that are plain names are left out.
     """

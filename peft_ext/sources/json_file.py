@@ -1,4 +1,4 @@
-"""Reads untrusted JSON files, and shows values and errors on one line."""
+"""Reads untrusted JSON files, and formats values and errors as one line."""
 
 from __future__ import annotations
 

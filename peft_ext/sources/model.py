@@ -92,13 +92,13 @@ def read_model_config(folder: Path) -> Any:
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
     with raised_as(SourceError, f"model {folder}: ", Exception):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None would ask the user
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, transformers asks the user
 
 
 def check_model_config(file: Path) -> None:
-    """Raises ValueError, one line, where ``file`` is no JSON object, or has a wrong size.
+    """Raises ValueError, one line, where ``file`` is no JSON object, or gives the model a size that is out of range.
 
-    A size is wrong if it is a number of layers or experts above ``MOST_LAYERS``, or a field of ``_POSITIVE`` below 1.
+    A number of layers or experts may be at most ``MOST_LAYERS``, and a field of ``_POSITIVE`` must be at least 1.
 
     transformers makes an object for each layer and each expert before it reads the weights.
     """

@@ -235,7 +235,7 @@ def test_every_comparison_runs_and_agrees_with_float64(small, name):
         # roundings. bitsandbytes does not quantize every nested scale to the nearest code.
         for peer, found in errors.items():
             limit = 0.1 if one.op == "nf4_quantize" or peer == "bitsandbytes, repacked" else 0.015
-            known = isinstance(found, dict) or peer.startswith("torch")  # else not verified
+            known = isinstance(found, dict) or peer.startswith("torch")  # else the peer is not verified
             assert known and (isinstance(found, str) or max(found.values()) < limit), (one.op, one.case, peer, found)
 
 

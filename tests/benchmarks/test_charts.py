@@ -116,7 +116,7 @@ def test_rows_that_the_picture_is_not_about_are_left_out():
     drawing = drawn(charts.layers, kernels(*rows))
     assert {name.split(":")[1] for name in lengths(drawing, "bf16")} == {"LoRA"}
     assert set(lengths(drawing, "nf4")) == {"layers.nf4:LoRA:ours"}
-    assert drawing.texts.count("not measured") == 3  # PEFT, eager and compiled over NF4
+    assert drawing.texts.count("not measured") == 3  # PEFT, eager and compiled have no time over NF4
     assert charts.layers(kernels()) is None and charts.layers(kernels(rows[2])) is None
     assert "PEFT cannot drop on the low rank" not in drawing.caption
     dropped = row("dora_linear", "bf16 base, dropout 0.05 on the low rank", FULL)

@@ -150,7 +150,9 @@ def fsdp2_accumulates_without_sending(folder: Path) -> None:
 
 @check
 def fsdp2_shards_the_codes(folder: Path) -> None:
-    """Each process has its part of the packed bytes, and whole scales. The gathered bytes are the original bytes."""
+    """Each process has its part of the packed bytes, and whole scales. The gathered bytes equal the bytes before
+    sharding.
+    """
     whole_model, model = make(base="nf4"), shard(make(base="nf4"))
     size, rank = dist.get_world_size(), dist.get_rank()
     seen = []

@@ -201,7 +201,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     try:
         with checkpoints.sole_writer(tmp_path):
-            assert lock.exists()  # the lock is a new file
+            assert lock.exists()  # a new file was locked
     except RunError as error:
         assert "another process is writing to it" in str(error)
     assert calls

@@ -278,7 +278,7 @@ def test_layers_that_share_a_weight_are_quantized_together_or_not_at_all(monkeyp
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2, 3)[fails]:  # the call for the second weight
+        if len(calls) == (2, 3)[fails]:  # true in the call for the second weight
             raise MemoryError
         return make(*args, **kwargs)
 
@@ -320,10 +320,10 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
         def limited(run, record, model):
             from peft_ext.integrations.trainer import AdaLoraCallback
 
-            AdaLoraCallback  # noqa: B018  imported while there is memory for it
+            AdaLoraCallback  # noqa: B018  imported before the memory is limited
             run.options.__dict__["batch_size"] = 1 << 16
             run.examples.train[:] = run.examples.train * 4000
-            limit_memory(256)  # enough for the batch, and not for its activations
+            limit_memory(256)  # enough for the batch, but not for its activations
             try:
                 return fit(run, record, model)
             finally:

@@ -230,7 +230,7 @@ class Case(Pair):
     def act_unhook(self) -> None:
         def unhook(model: nn.Module) -> None:
             for name in self.hooked:
-                with contextlib.suppress(AttributeError):  # the hook is of a deleted adapter
+                with contextlib.suppress(AttributeError):  # raised where the hook's adapter was deleted
                     module = model.get_submodule(name)
                     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                         hooks.clear()
@@ -267,7 +267,7 @@ class Case(Pair):
         self.base_trains = wanted and chance == 1.0
         self.tell(f"  {chance:.0%} of the parameters {'train' if wanted else 'are frozen'}")
         self.both("requires_grad_", change, compare_state=not self.nf4)
-        if self.nf4:  # a dense weight may train, an NF4 weight cannot
+        if self.nf4:  # an NF4 weight cannot train, so the dense weight must not train
             for name, parameter in self.fused.named_parameters():
                 if parameter.dtype is torch.uint8:
                     self.stock.get_parameter(name).requires_grad_(False)

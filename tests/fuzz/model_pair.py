@@ -48,9 +48,9 @@ AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 # Bounds in 16 bits: the errors of both models are measured against an equal model in float32, and our errors are
 # compared with PEFT's. The rounding errors of the two models are two random draws. The quotient of the errors varies
 # more where values go through few numbers: gradients of a query and a key, which go through the softmax of a few keys,
-# have 0.1 to 6 times PEFT's error with other weights, the logits 0.7 to 1.2 times. Cases in 16 bits therefore have
-# several tokens, and PEFT's error counts at least as the median over the call's tensors. Among about 5,000 tensors of
-# more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. A tensor of few
+# have 0.1 to 6 times PEFT's error, depending on the weights, the logits 0.7 to 1.2 times. Cases in 16 bits therefore
+# have several tokens, and PEFT's error counts at least as the median over the call's tensors. Among about 5,000 tensors
+# of more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. A tensor of few
 # elements says little: a router's bias over two experts is one number, and the quotient of two draws exceeds 10 in 6 of
 # 100 cases. For all tensors of a call together, each divided by its norm, our error was 0.6 to 1.7 times PEFT's in 98
 # of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms of the factors are symmetric about 0 with
@@ -195,7 +195,7 @@ class Pair:
                 if isinstance(module, bnb.nn.Linear4bit):
                     # bitsandbytes repacks weights in evaluation, and a layer with repacked weights does not train.
                     module.support_avx512bf16_for_cpu = False
-                    if module.bias is not None:  # bitsandbytes casts the bias for good in its first call
+                    if module.bias is not None:  # bitsandbytes casts the bias permanently in the first call
                         module.bias.data = module.bias.data.to(module.compute_dtype)
         return model
 

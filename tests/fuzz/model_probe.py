@@ -176,7 +176,7 @@ def measure(model: nn.Module, batch: dict[str, Any], probe: Probe, dtype: torch.
             stack.enter_context(torch.inference_mode() if probe.inference else torch.no_grad())
         for _ in range(probe.steps):
             output = model(**given)
-            getattr(output, "logits", None)  # the access computes waiting logits and stores them in the output
+            getattr(output, "logits", None)  # the access computes the logits that peft_ext deferred
             floats = {key: value for key, value in output.items()
                       if isinstance(value, Tensor) and value.is_floating_point() and key != "loss"}  # fmt: skip
             loss = getattr(output, "loss", None)

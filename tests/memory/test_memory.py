@@ -23,7 +23,7 @@ from memory_steps import (  # noqa: E402
     estimated,
     lora,
     measured,
-    one_thread,  # noqa: F401  a fixture
+    one_thread,  # noqa: F401  one_thread is a fixture
 )
 from peft_models import quantize  # noqa: E402
 

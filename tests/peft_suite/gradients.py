@@ -33,7 +33,7 @@ from peft_models import assert_as_good, assert_identical, spread  # noqa: E402
 from tests.testing_utils import set_init_weights_false  # noqa: E402
 
 import peft_ext  # noqa: E402
-from tests import test_custom_models as suite  # noqa: E402  PEFT's
+from tests import test_custom_models as suite  # noqa: E402  PEFT's package tests
 
 FUSED_METHODS = (LoraConfig, AdaLoraConfig, IA3Config)
 ADAPTERS = ("adapter_1", "adapter_2")
