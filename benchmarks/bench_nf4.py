@@ -173,7 +173,7 @@ def _quantized(double_quant: bool) -> str:
     return "double-quantized" if double_quant else "plain"
 
 
-# Cases in float16, and quantizing from float32, are compared on a GPU alone.
+# Cases in float16, and quantizing from float32, are compared only on a GPU.
 VARIANTS = (
     *(
         Variant(

@@ -1,4 +1,4 @@
-"""Times a training step of three LoRA layers with one input: all layers computed together, and each layer alone.
+"""Times a training step of three LoRA layers with one input: all layers computed together, and each layer by itself.
 
     Y_i = x W_iᵀ + s · dropout_i(x) Aᵀ B_iᵀ        the three layers share A, of rank 16
 

@@ -25,7 +25,7 @@ class Method:
     Attributes:
         config: a function from the number of steps and of layers to PEFT's configuration.
         twin: "PEFT" for PEFT's own layers; "reference" for PyTorch's operators in place of peft_ext's; "parameters" for
-            the model's own parameters, trained without an adapter, which compute an equal function in float32 alone; ""
+            the model's own parameters, trained without an adapter, which compute an equal function only in float32; ""
             for no twin.
         prune_at: fraction of the run's steps after which Diff Pruning keeps the fraction ``keep`` of its entries.
     """

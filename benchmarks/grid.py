@@ -12,7 +12,7 @@ from .peers import Problem
 __all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
 
 MAIN = "4096"
-# Sizes (K, N) of the linear layers of some models. Every run measures the shapes MAIN, Llama-3-8B's square layer.
+# Sizes (K, N) of the linear layers of some models. Every run measures the shape MAIN, Llama-3-8B's square layer.
 SHAPES = {
     MAIN: ((4096, 4096),),
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),

@@ -1,4 +1,4 @@
-"""Draws SVG pictures of bars and curves with Python's standard library alone.
+"""Draws SVG pictures of bars and curves with only Python's standard library.
 
 The report of a fine-tuning run (``peft_ext.run.report``) uses only the scales and paths of this module.
 

@@ -66,7 +66,7 @@ def estimate_memory(
             An adapter that ``model`` has already keeps its dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None.
-        gradient_checkpointing: True: each layer that transformers can checkpoint saves its input alone, and the
+        gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
             backward computes the layer again. False: a model whose checkpointing is on keeps checkpointing.
         quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "int8": as
             bitsandbytes' Linear8bitLt. Heads stay dense.

@@ -96,11 +96,11 @@ def merge_to_dense(
     """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
     Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors and
-    config.json, and where the base has them generation_config.json and tokenizer files. ``from_pretrained`` alone loads
-    the folder. The adapter may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA,
-    patterns, Conv1D, embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial
-    fine-tuning, Diff Pruning; each with ``modules_to_save``. Two tied weights of which the adapter changes one are
-    written as two separate weights; the config unties the two weights, except for T5.
+    config.json, and where the base has them generation_config.json and tokenizer files. ``from_pretrained`` loads the
+    folder without PEFT and peft_ext. The adapter may be of a method whose layers can merge and share no tensors: LoRA
+    (with rsLoRA, DoRA, patterns, Conv1D, embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of
+    PEFT, BitFit, partial fine-tuning, Diff Pruning; each with ``modules_to_save``. Two tied weights of which the
+    adapter changes one are written as two separate weights; the config unties the two weights, except for T5.
 
     Args:
         model: a folder or hub name of a dense model or of a model that bitsandbytes quantized to NF4; or a model in

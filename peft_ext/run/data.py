@@ -179,7 +179,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    # Splits at "\n" alone: str.splitlines() also splits at characters such as U+2028, which a JSON string may contain.
+    # Splits only at "\n": str.splitlines() also splits at characters such as U+2028, which a JSON string may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
@@ -200,7 +200,7 @@ def _row(where: str, value: Any) -> Row:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    # StringIO splits at line ends alone: str.splitlines() also splits fields at characters such as U+2028.
+    # StringIO splits only at line ends: str.splitlines() also splits fields at characters such as U+2028.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     longest = csv.field_size_limit(len(text) + 1)
     try:

@@ -102,7 +102,7 @@ class Options:
         return names if self.method == Options.method else ["method", *names]
 
 
-# _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: all other options.
+# _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "save_steps", "gradient_checkpointing", "threads", "resume",
                    "overwrite", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)

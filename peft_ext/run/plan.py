@@ -25,7 +25,7 @@ from .progress import status
 
 @dataclass(frozen=True)
 class Preview:
-    """An adapter on a model, predicted from configurations alone.
+    """An adapter on a model, predicted without the model's weights.
 
     Attributes:
         rows: the predicted rows of :func:`peft_ext.explain`, one for each layer.

@@ -297,7 +297,7 @@ def task_of(model: nn.Module) -> Optional[str]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Hides transformers' progress bars and all warnings, such as PEFT's about tied weights or about a new head."""
+    """Hides transformers' progress bars, and all warnings, such as PEFT's about tied weights or about a new head."""
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()

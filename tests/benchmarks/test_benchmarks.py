@@ -116,7 +116,7 @@ def test_a_short_call_is_timed_as_one_of_several(monkeypatch):
     taken = []
     sample = timer.host_clock(timer.Contender(runs, lambda y: {}, "no reason", lambda: taken.append(0)))
     assert sample() == pytest.approx(33e-3 / 3) and len(taken) == 4  # the first call is not counted
-    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer call is timed alone
+    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer call is timed by itself
 
 
 def test_quartiles_are_of_the_rounds_ratios():

@@ -1,4 +1,4 @@
-"""Tests the loss curves of every method, accelerated and stock, on a tiny model with made-up text and on BANKING77."""
+"""Tests the loss curves of the methods and of their twins on a tiny model with made-up text, and the page of curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model fuzzer: random models, adapters and actions. The accelerated model must do the same as PEFT alone.
+"""The model fuzzer: random models, adapters and actions. The accelerated model must do what the model under PEFT does.
 
 A seed determines a case: an architecture of ``tiny_models`` and its sizes, the base layers (dense, NF4, bitsandbytes';
 float32, bfloat16, float16), a PEFT configuration, and a list of actions: training steps, evaluations, generation;

@@ -189,7 +189,7 @@ class Case(Pair):
         self.probe(self.drawn_probe())
 
     def act_mix(self) -> None:
-        if self.method in ("IA3", "AdaLoRA") and self.maybe(0.8):  # PEFT has mixed batches for LoRA alone
+        if self.method in ("IA3", "AdaLoRA") and self.maybe(0.8):  # PEFT has mixed batches only for LoRA
             return self.act_toggle()
         size = next(len(value) for value in self.batch.values() if isinstance(value, Tensor))
         names = tuple(self.rng.choice([*self.names, "__base__"]) for _ in range(size))

@@ -104,7 +104,10 @@ class OwnDropout(PhiloxDropout):
 
 
 class Pair:
-    """PEFT's model and the accelerated model of one draw. Every action is applied to both models and compared."""
+    """PEFT's model and the accelerated model of one draw.
+
+    Every action is applied to both models, and the results are compared.
+    """
 
     def __init__(self, seed: int, say: Callable[[str], None] = lambda text: None, family: Optional[str] = None) -> None:
         self.seed, self.say = seed, say
@@ -217,7 +220,7 @@ class Pair:
         return model, peft_ext.accelerate(fused)
 
     def draw_config(self, method: str, plain: bool = False) -> PeftConfig:
-        """Draws a configuration. ``plain`` leaves out experts, for which PEFT has LoRA alone."""
+        """Draws a configuration. ``plain`` leaves out experts, for which PEFT has only LoRA."""
         rng, model = self.rng, self.outline
         known = linears(model)
         heads = [name for name in known if name in (*HEADS, "pre_classifier", "embed_out", "proj_out")]

@@ -1,5 +1,4 @@
-"""The shape sweep: random calls of every public operator, with values and gradients compared with the float64
-reference.
+"""The shape sweep compares random calls of every public operator, values and gradients, with the float64 reference.
 
 A seed determines a case: operator, options, dtypes, sizes, strides, blocksize, rank, number of threads, and one of the
 CPU paths of this machine. A size is at most 5,000, or 200,000 if the other sizes are small; the number of tokens may be

@@ -189,7 +189,7 @@ def test_logits_in_float32_and_their_gradient():
     estimate = estimate_memory(LLAMA, lora(), accelerated=False, **BF16, **TOKENS)
     logits = 2 * 64 * 512 * 4
     assert 2 * logits <= estimate.logits <= 3.5 * logits
-    # The logits' memory is the loss alone, a float32 number.
+    # Of a classifier, only the loss counts as logits: one float32 number.
     assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4
 
 

@@ -134,7 +134,7 @@ def run(
 
 
 def _rounds(folder: Path, report: Path, names: Sequence[str]) -> dict[str, float]:
-    """Returns, of the tests ``names``, the tests that differ by rounding alone, and the largest difference in each."""
+    """Returns, of the tests ``names``, the tests that differ only by rounding, and the largest difference in each."""
     if not names:
         return {}
     taken = report.with_suffix(".json")
