@@ -192,7 +192,7 @@ def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str,
 def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> list[tuple[str, str]]:
     """Returns ``count`` prompts and completions of BANKING77, drawn without repetition.
 
-    Questions have at most ``LONGEST`` characters.
+    The function leaves out questions with more than ``LONGEST`` characters.
 
     Raises: FileNotFoundError where the folder has no such split; ValueError where it has fewer questions.
     """

@@ -9,7 +9,7 @@ Low-rank adapters have rank 16, and adapters are float32.
 In bfloat16, the default, the shapes are those of the linear layers, without heads, of SmolLM2-135M, Qwen2.5-0.5B,
 Llama-3.2-1B, BERT-base and GPT-2, with 16 to 4,096 tokens. ``--dtype float32`` measures some of the shapes with 512
 tokens, also for DoRA and IA3, since CPUs without bfloat16 instructions train in float32. The help of
-``python -m benchmarks`` tells how to measure another path than the best path of the CPU.
+``python -m benchmarks`` tells how to measure another CPU path than the best path.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
         integration.restore(model)
     # A second call of accelerate would reset the dora_dropout of fused layers.
     elif not any(type(module) in STOCK for module in model.modules()):
-        with warnings.catch_warnings():  # a model without adapters has heads and norms to fuse
+        with warnings.catch_warnings():  # hides accelerate's warning about a model without adapters
             warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")
             integration.accelerate(model)
 

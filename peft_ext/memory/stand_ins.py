@@ -59,7 +59,9 @@ def stand_in(t: Tensor) -> Tensor:
 
 
 def fake(t: Tensor) -> Tensor:
-    """Returns a CPU tensor of ``t``'s shape and dtype, without its values. Under FakeTensorMode the result is fake."""
+    """Returns a CPU tensor of ``t``'s shape and dtype, without its values. Under FakeTensorMode the result is a
+    FakeTensor.
+    """
     return torch.empty(t.shape, dtype=t.dtype)
 
 

@@ -322,7 +322,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
     unfit = f"the adapter does not fit {type(base.model).__name__}: "
     with as_merge_error(ValueError, TypeError, KeyError, RuntimeError, AttributeError, about=unfit):
         register_layers(config, base.model)
-        # AdaLoRA has a parameter that is in no file, which must not be left on the meta device.
+        # AdaLoRA's parameter ranknum is in no adapter's file, and must not stay on the meta device.
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()
 
     def assign(state: dict[str, Tensor], strict: bool = False, **kwargs: Any) -> Any:

@@ -218,7 +218,7 @@ HELD: list[torch.Tensor] = []  # tensors that take the free memory of the alloca
 
 
 def limit_memory(room: int) -> None:
-    """Limits this process to ``room`` more MiB of memory, in blocks of up to 1 MiB."""
+    """Lets this process allocate only about ``room`` more MiB of memory, in blocks of up to 1 MiB."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space() + (room << 20), resource.RLIM_INFINITY))
     for size in (256, 64, 16, 4, 1):
         with contextlib.suppress(RuntimeError):

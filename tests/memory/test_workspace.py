@@ -40,7 +40,7 @@ def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("rank", [0, 64], ids=["head", "LoRA on the head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int):
-    """A loss needs scratch for a chunk's logits, for float32 logits where it widens, and for gradients of an
+    """A loss needs scratch for a chunk's logits, for float32 logits where the loss widens, and for gradients of an
     adapter.
     """
     if dtype in _cpu.widened_dtypes() and dtype is torch.bfloat16 and _native.STATE.isa in _native.TILE_PATHS:

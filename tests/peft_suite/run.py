@@ -104,7 +104,7 @@ def _environment(*paths: Path) -> dict[str, str]:
 def run(
     folder: Path, report: Path, files: Sequence[str], select: str, *plugins: str, **variables: str
 ) -> dict[str, str]:
-    """Runs pytest; returns by test "passed", "failed", "skipped", or "hub" for tests skipped for want of the hub."""
+    """Runs pytest; returns by test "passed", "failed", "skipped", or "hub" for tests that were skipped without the hub."""
     command = [sys.executable, "-m", "pytest", *files, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=short", "--no-header", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     command += ["-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
