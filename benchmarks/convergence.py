@@ -194,7 +194,7 @@ def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> li
 
     The function leaves out questions with more than ``LONGEST`` characters.
 
-    Raises: FileNotFoundError where the folder has no such split; ValueError where it has fewer questions.
+    Raises: FileNotFoundError where the folder lacks the split; ValueError where the split has too few questions.
     """
     path = folder / f"{split}.csv"
     if not path.is_file():

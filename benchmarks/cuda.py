@@ -83,7 +83,8 @@ def graph_clock(contender: Contender) -> Callable[[], float]:
 def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
     """Measures GB/s of a copy (bytes read plus written), and TFLOP/s of PyTorch's products in bf16 and float32.
 
-    Each figure is the best of ``repeats`` measurements. A product's figure is the better of those of a b and of a bᵀ.
+    Each figure is the best of ``repeats`` measurements. The rate of a product is the better of the rates of ``a @ b``
+    and ``a @ b.t()``.
     """
     start, end = _event(), _event()
 

@@ -121,7 +121,8 @@ class Row:
 def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
     """Measures GB/s of a 256 MB copy and of reading, and TFLOP/s of PyTorch's products in bf16 and float32.
 
-    Each figure is the best of ``repeats`` measurements. A product's figure is the better of those of a b and of a bᵀ.
+    Each figure is the best of ``repeats`` measurements. The rate of a product is the better of the rates of ``a @ b``
+    and ``a @ b.t()``.
     """
     source, target = torch.ones(size << 15), torch.empty(size << 15)
 

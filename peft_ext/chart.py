@@ -91,7 +91,7 @@ def path(points: Iterable[Optional[Point]], digits: int = 1) -> str:
 
 # --- a picture --------------------------------------------------------------------------------------------------------
 
-# A look is a CSS class. This table maps a look to its colours on a light page and on a dark page. On a light page
+# A look is a CSS class. _COLOURS maps a look to its colours on a light page and on a dark page. On a light page
 # "ours", "stock" and "other" have colours of Okabe and Ito; "eager" and "compiled" are greys. The colours of bars
 # differ in lightness too, for readers who do not see the hue.
 _COLOURS = {

@@ -109,10 +109,10 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
     The dense W is the weight that the quantized layer multiplied with, not the weight from before quantizing; the model
     computes the same results up to rounding.
 
-    Call this function before ``merge_adapter`` or ``merge_and_unload`` of an adapter that was trained over NF4. A merge
-    into NF4 rounds W plus adapter to 4 bits again, which moves the weights about as much as quantizing did; a merge
-    into the dense W rounds to W's dtype. :func:`peft_ext.merge_to_dense` merges into files, usually one layer at a
-    time.
+    Call ``dequantize_nf4`` before ``merge_adapter`` or ``merge_and_unload`` of an adapter that was trained over NF4. A
+    merge into NF4 rounds W plus adapter to 4 bits again, which moves the weights about as much as quantizing did; a
+    merge into the dense W rounds to W's dtype. :func:`peft_ext.merge_to_dense` merges into files, usually one layer at
+    a time.
 
     A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
     layers that shared one weight share the dense weight; hooks are kept. The weights stay frozen. The biases get the

@@ -152,7 +152,7 @@ def _stand_in(base: Base) -> int:
 
 
 def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
-    """Returns a parameter of this shape whose elements share one element of memory; PEFT sees a dense CPU weight."""
+    """Returns a parameter of ``shape`` whose elements share one element of memory; PEFT sees a dense CPU weight."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
 

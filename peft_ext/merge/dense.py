@@ -34,8 +34,8 @@ with required("transformers", "peft_ext.merge_to_dense"):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
-# Initializations that change the base's weights. An adapter with such an initialization belongs to the changed base,
-# which PEFT does not save.
+# Initializations that change the base's weights. An adapter with one of these initializations belongs to the changed
+# base, which PEFT does not save.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 # Methods whose layers share one bank of tensors. A merge of one module at a time can't read a shared bank.
@@ -110,7 +110,7 @@ def merge_to_dense(
         output: a folder, new or empty. The finished folder appears in one step, see
             :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the merged model.
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
-            base's. Tensors that the model's class keeps in float32 in this dtype are written in float32. Tensors of
+            base's. Tensors that the model's class keeps in float32 for this dtype are written in float32. Tensors of
             integers keep their dtypes.
         max_shard_size: bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before

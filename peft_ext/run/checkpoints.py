@@ -180,8 +180,8 @@ def own_output(o: Options, checkpoint: Optional[Path]) -> Iterator[None]:
 def sole_writer(folder: Path) -> Iterator[None]:
     """Locks ``folder``, which must exist, against other runs until the block ends.
 
-    The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps this file when it replaces the
-    folder. The system releases the lock when the process ends for any reason.
+    The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps the lock file in a folder that
+    it replaces. The system releases the lock when the process ends for any reason.
 
     Raises RunError where another process holds the lock. On a file system without locks the folder is not locked.
     """

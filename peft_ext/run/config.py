@@ -37,8 +37,8 @@ _MOST_BYTES, _DEEPEST = 1_000_000, 3
 _SHOWN = 40  # most characters of a value that an error message shows
 _FLAGS = ("resume", "overwrite")  # flags that a file may not have: the file would resume or replace a run unasked
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-# Regular expressions of numbers as people usually write them. YAML 1.1 reads 010 as octal and 1:30 as a time, Python
-# reads 1_000 and nan.
+# Regular expressions of numbers as people usually write them. YAML 1.1 reads 010 as octal and 1:30 as a time, and
+# Python's int and float accept 1_000 and nan.
 _NUMBERS = {int: r"[-+]?(0|[1-9][0-9]*)", float: r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"}
 _READ = {int: int, float: float, str: str, Path: lambda text: Path(os.path.expanduser(text))}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

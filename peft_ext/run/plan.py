@@ -2,7 +2,8 @@
 
 The dry run makes the run's checks, tokenizes the data, counts the steps, and builds the model on the meta device. Each
 parameter is then replaced by a tensor of one element that is expanded to the parameter's shape. The checks of fused
-layers do not read the values of weights, so these tensors pass like real weights. The dry run estimates no times.
+layers do not read the values of weights, so tensors without values pass like real weights. The dry run estimates no
+times.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Plan:
 def dry_run(options: Options) -> Plan:
     """Makes the checks of a run that are possible without the weights, and returns the plan of the run.
 
-    Raises RunError where one of these checks fails.
+    Raises RunError where a check fails.
 
     ::
 

@@ -346,7 +346,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    # Added after the removal of ProgressCallback, which would remove this subclass of ProgressCallback too.
+    # progress_callback is added after the removal of ProgressCallback, which would remove a subclass too.
     trainer.add_callback(progress_callback(run.steps))
     return trainer
 

@@ -1,4 +1,4 @@
-"""Checks the files of an untrusted adapter before PEFT reads them. Each error is one line.
+"""Checks the files of an untrusted adapter before PEFT reads them. The message of each error is one line.
 
 adapter_config.json must be a JSON object with a known method, fields of the right types, and no size beyond the
 weights' sizes. adapter_model.safetensors must have a header that the safetensors library accepts, and float dtypes
@@ -64,7 +64,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    path = values.get("prompt_tuning_init_state_dict_path")  # PEFT does not need this file for a saved adapter
+    path = values.get("prompt_tuning_init_state_dict_path")  # a saved adapter does not need the file at this path
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
@@ -92,7 +92,7 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Returns whether JSON's ``value`` fits a field of this annotation. An unknown annotation fits any value."""
+    """Returns whether JSON's ``value`` fits the annotation ``hint`` of a field. An unknown annotation fits all values."""
     arguments = typing.get_args(hint)
     kind = typing.get_origin(hint) or hint
     if kind in (Union, types.UnionType):

@@ -238,7 +238,9 @@ def fsdp2_saves_the_adapter_of_one_process(folder: Path) -> None:
 
 @check
 def fsdp2_state_dict_goes_both_ways(folder: Path) -> None:
-    """A gathered state dict has bitsandbytes' keys. One process can load it, and so can the shards of another model."""
+    """A gathered state dict has bitsandbytes' keys. One process can load this state dict, and so can the shards of
+    another model.
+    """
     model = shard(make(base="nf4"))
     model.eval()
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Tests fused layers in several processes over gloo on the CPU: with DDP, FSDP2, tensor parallelism and accelerate.
 
 The checks are in distributed/checks*.py. ``torchrun`` starts two processes once for most checks, and four processes
-once for the checks that depend on the number of processes. Each test here reports one check.
+once for the checks that depend on the number of processes. Each test in this file reports one check.
 """
 
 from __future__ import annotations

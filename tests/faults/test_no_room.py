@@ -45,8 +45,8 @@ pytestmark = [
 
 @pytest.fixture
 def small(tmp_path):
-    """Yields ``small``: ``small.path`` is a file system of 4 MiB, and ``small.leave(n)`` fills it until n bytes are
-    free.
+    """Yields ``small``: ``small.path`` is a file system of 4 MiB, and ``small.leave(n)`` fills the file system
+    until n bytes are free.
     """
     path = tmp_path / "disk"
     path.mkdir()

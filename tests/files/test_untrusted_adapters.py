@@ -1,6 +1,6 @@
 """Tests untrusted adapters whose configuration, expressions or tensors are broken, absurd or malicious.
 
-peft_ext must refuse such an adapter with a one-line error that names the fault: no crash, no traceback of the command
+peft_ext must refuse a bad adapter with a one-line error that names the fault: no crash, no traceback of the command
 line, no endless wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for further bad files.
 """
 

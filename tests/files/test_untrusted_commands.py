@@ -1,6 +1,6 @@
 """Tests the commands on untrusted adapters, bases, runs and data that are broken, absurd or malicious.
 
-A command must refuse such an input with a one-line error that names the fault: no crash, no traceback of the command
+A command must refuse a bad input with a one-line error that names the fault: no crash, no traceback of the command
 line, no endless wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for further bad files.
 """
 

@@ -1,6 +1,6 @@
 """Tests untrusted NF4 states that are broken or absurd: as a state dict, in a layer, and as bitsandbytes' objects.
 
-peft_ext must refuse such a state with a one-line error that names the fault: no crash, no traceback of the command
+peft_ext must refuse a bad state with a one-line error that names the fault: no crash, no traceback of the command
 line, no endless wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for further bad files.
 """
 

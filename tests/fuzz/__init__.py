@@ -143,7 +143,7 @@ def _as_lines(data: bytes, draw: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """A target: ``run(data, folder)`` takes the bytes; ``refusals`` are the errors that it may raise, each with a
+    """A target: ``run(data, folder)`` takes the bytes; ``refusals`` are the errors that ``run`` may raise, each with a
     message.
     """
 

@@ -4,8 +4,8 @@ A seed determines a case: an architecture of ``tiny_models`` and its sizes, the 
 float32, bfloat16, float16), a PEFT configuration, and a list of actions: training steps, evaluations, generation;
 adapters added, weighted, toggled, disabled, merged, deleted, saved and loaded; hooks, layers whose output is changed in
 place, checkpointing, autocast, a base that trains, copies, pickles, restore. The same actions are applied to one model
-under PEFT alone and to one accelerated model, from the same weights and seeds. A failure prints the line that repeats
-it.
+under PEFT alone and to one accelerated model, from the same weights and seeds. A failed case prints the command line
+that repeats the case.
 
     python tests/fuzz/model_fuzz.py --cases 300                 cases from seed 0
     python tests/fuzz/model_fuzz.py --minutes 60 [--seed N]     from a seed of the clock; used by `make model-fuzz`
@@ -139,7 +139,7 @@ class Worker:
 def fuzz(
     seeds: Iterable[int], until: float = math.inf, worker: Optional[Worker] = None
 ) -> tuple[Statistics, list[str]]:
-    """Runs cases until ``until``. Returns their statistics, and the reports of failures.
+    """Runs cases until ``until``. Returns the statistics of the cases, and the reports of failures.
 
     The report of a failed case is printed at once.
     """

@@ -40,8 +40,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # are 1e-7 to 1e-6 of a tensor's norm.
 TIGHT = 2e-5
 NO_FLOAT64 = ("XGLM",)  # architectures whose mask raises an error in float64
-# Where float32 results differ by more than TIGHT, both are compared with float64: a gradient that is zero except for
-# rounding (a key's bias has no effect on the softmax) has no correct digits in either model. Our error may be
+# Where float32 results differ by more than TIGHT, both models are compared with float64: a gradient that is zero except
+# for rounding (a key's bias has no effect on the softmax) has no correct digits in either model. Our error may be
 # AGAINST_FLOAT64 times PEFT's error, plus OF_TENSOR of the tensor's norm and OF_LARGEST of the largest gradient.
 AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 
@@ -288,7 +288,7 @@ class Pair:
         return results if self.allowed(what, errors) else None
 
     def both(self, what: str, do: Callable[[nn.Module], Any], compare_state: bool = True) -> bool:
-        """Applies an action to both models, which may return another model. Returns False if both raise."""
+        """Applies an action to both models, which may return another model. Returns False if both models raise."""
         seed = self.new_seed()
 
         def seeded(model: nn.Module) -> Any:
@@ -402,7 +402,7 @@ class Pair:
                 setattr(self.stock.get_submodule(parent), child, kind(module.p).train(module.training))
 
     def call(self, probe: Probe) -> Optional[list[Parts]]:
-        """Returns the values of PEFT's and of the accelerated model; None if both raise."""
+        """Returns the values of PEFT's model and of the accelerated model; None if both models raise."""
         self.tell(f"  {probe}")
         self.share_own_masks()
         if self.drops:
@@ -412,7 +412,7 @@ class Pair:
         return self.attempt(str(probe), lambda model: measure(model, self.batch, probe, self.dtype))
 
     def probe(self, probe: Probe) -> bool:
-        """Calls both models and compares; returns False if both raise."""
+        """Calls both models and compares the values; returns False if both models raise."""
         if (found := self.call(probe)) is None:
             return False
         rows = peft_ext.explain(self.fused).rows

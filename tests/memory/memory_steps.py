@@ -50,7 +50,7 @@ def held(model, optimizer):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Runs a test on one thread: PyTorch's 16-bit products allocate memory per thread, which is much for small models."""
+    """Runs a test on one thread: PyTorch's 16-bit products allocate much memory per thread for a small model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -228,7 +228,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
         shutil.copy(adapter / name, checkpoint)
     assert merge_to_dense(None, checkpoint, tmp_path / "early").base_quant == "nf4"
     assert merge_to_dense(None, checkpoint, tmp_path / "plain", base_quant="none").base_quant == "none"
-    # Another program may have written these options.
+    # Another program may have written the options in this run.json.
     (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))
     with pytest.raises(MergeError, match="options have the quant 'int3', wanted 'nf4' or 'none'"):
         merge_to_dense(None, adapter, tmp_path / "other")

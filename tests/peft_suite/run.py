@@ -10,7 +10,7 @@ offline, on stand-ins for the hub's tiny models (models.py). Tests that need oth
 counted in both runs. Tests that fail without the plugin do not count as failures; their number is printed. In the mode
 ``quick`` only the tests that fail with the plugin also run without the plugin. A test that fails only with the plugin
 runs once more with the plugin of rounding.py, which lets differences of up to 2e-6 of the largest value pass. A test
-that then passes differs by rounding; the number of these tests and the largest difference are printed.
+that passes with rounding.py differs by rounding; the number of these tests and the largest difference are printed.
 
 The mode ``quick`` has plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers, several adapters at once, mixed tuners,
 LoRA's variants, and LoRA in a Llama. The mode ``experts`` has the tests of ``target_parameters``. The mode ``lora`` has
@@ -67,14 +67,14 @@ MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "others": [(OTHERS, "")],
     "full": [((TESTS,), "not timing"), (OTHERS, ""), (("tests/test_target_parameters.py",), _EXPERTS)],
 }
-# Methods of which a layer must run fused at least once. The modes "quick" and "full" test all of these methods.
+# Methods of which a layer must run fused at least once. The modes "quick" and "full" test all METHODS.
 METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA, several adapters", "IA3, several adapters")
 LORA_METHODS = tuple(name for name in METHODS if not name.startswith(("AdaLoRA", "IA3")))
 SECONDS = 900  # time limit of one test
 # For each mode, the least number of layers that must run fused in PEFT's tests and in the comparison of gradients.
 LEAST_LAYERS = {"quick": 500, "lora": 400, "experts": 100, "others": 100, "full": 500}
-# A stand-in for the package diffusers: PEFT's shared test code imports this class, but the tests that run do not use
-# it.
+# A stand-in for the package diffusers: PEFT's shared test code imports its StableDiffusionPipeline, but the tests that
+# run do not use this class.
 _DIFFUSERS = "class StableDiffusionPipeline:\n    pass\n"
 
 
@@ -104,7 +104,7 @@ def _environment(*paths: Path) -> dict[str, str]:
 def run(
     folder: Path, report: Path, files: Sequence[str], select: str, *plugins: str, **variables: str
 ) -> dict[str, str]:
-    """Runs pytest; returns by test "passed", "failed", "skipped", or "hub" for tests that were skipped without the hub."""
+    """Runs pytest; returns by test "passed", "failed", "skipped", or "hub" for tests skipped without the hub."""
     command = [sys.executable, "-m", "pytest", *files, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=short", "--no-header", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     command += ["-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
