@@ -92,7 +92,7 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Returns whether JSON's ``value`` fits the annotation ``hint`` of a field. An unknown annotation fits all values."""
+    """Returns whether JSON's ``value`` fits a field's annotation ``hint``. An unknown annotation fits all values."""
     arguments = typing.get_args(hint)
     kind = typing.get_origin(hint) or hint
     if kind in (Union, types.UnionType):

@@ -1,9 +1,8 @@
-"""Reads untrusted models: folder, configuration, class, quantization and weights. The message of each error is one
-line.
+"""Reads untrusted models: folder, configuration, class, quantization and weights.
 
-config.json must be a JSON object in which no number of layers or experts is above MOST_LAYERS. The index may name only
-safetensors files in the index's own folder. The weights may be dense, or quantized to bitsandbytes' NF4. Code in the
-model's folder is never run.
+The message of each error is one line. config.json must be a JSON object in which no number of layers or experts is
+above MOST_LAYERS. The index may name only safetensors files in the index's own folder. The weights may be dense, or
+quantized to bitsandbytes' NF4. Code in the model's folder is never run.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A seed determines a case: operator, options, dtypes, sizes, strides, blocksize, rank, number of threads, and one of the
 CPU paths of this machine. A size is at most 5,000, or 200,000 if the other sizes are small; the number of tokens may be
-0. A failure prints the line that repeats it.
+0. A failed case prints the command line that repeats the case.
 
     python tests/fuzz/sweep.py --cases 2000            cases from seed 0
     python tests/fuzz/sweep.py --minutes 60            from a seed of the clock; used by `make sweep`
