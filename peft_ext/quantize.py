@@ -74,7 +74,7 @@ def quantize_nf4(
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
     this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
-    computes, and a second call continues with this weight.
+    computes then, and a second call continues with the first weight that was not replaced.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -134,7 +134,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
     this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
-    computes, and a second call continues with this weight.
+    computes then, and a second call continues with the first weight that was not replaced.
 
     Source: QLoRA, arXiv 2305.14314.
     """

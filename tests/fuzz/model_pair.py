@@ -363,7 +363,7 @@ class Pair:
                 if distance(found, wanted) <= 4e-3 * wanted.double().norm().item():
                     found.data = wanted.data.clone()
             if self.base.startswith("bnb") and name.endswith("base_layer.bias") and found.dtype != wanted.dtype:
-                # bitsandbytes' own forward casts the bias for good, before the unmerge subtracts from it.
+                # bitsandbytes' own forward casts the bias permanently, before the unmerge subtracts from it.
                 if distance(found, wanted) <= torch.finfo(torch.bfloat16).eps * wanted.double().norm().item():
                     found.data = wanted.data.clone()
             require_alike(what, name, found, wanted)
