@@ -164,7 +164,7 @@ def main() -> int:
 
     def check(name: str, expression: str, file: str, arch: str) -> None:
         try:
-            image, log = device_code.compile_kernel(expression, file, f"sm_{arch}", "--ptxas-options=-v,-warn-spills")
+            image, log = device_code.compile_kernel(expression, file, f"sm_{arch}", "--ptxas-options=-v")
         except RuntimeError as error:
             failures.append(str(error))
             return
