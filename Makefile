@@ -52,7 +52,7 @@ help:
 	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
 	@echo "make cuda-link   build, load and register the CUDA library against a CUDA torch, without a GPU (3 GB once)"
-	@echo "make gpu         on a machine with an NVIDIA GPU: build, tests on it, benchmarks; within 10 minutes"
+	@echo "make gpu         on a machine with an NVIDIA GPU: build, proof, tests on it, measurements; within 10 minutes"
 
 setup: $(VENV)/.built
 
@@ -204,7 +204,7 @@ cuda-link: setup .venv-cuda/.installed
 	  --no-build-isolation --no-deps --force-reinstall build/cuda-link/*.tar.gz
 	.venv-cuda/bin/pytest tests/ops/test_cuda_library.py
 
-# With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
+# Installs nothing into PYTHON, and missing packages into .venv. GPU_ARGS goes on, for example GPU_ARGS="--parts build,table".
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS) $(BATTERY)
 

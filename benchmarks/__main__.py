@@ -126,6 +126,7 @@ def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Op
     failed: list[str] = []
 
     def report(turn: int, of: int, row: Row, seconds: float) -> None:
+        row.meter = meter.lap()
         _report(turn, of, row, seconds)
         done.append(row)
         save(out, about, done, ceilings, failed=failed)
@@ -133,7 +134,8 @@ def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Op
     def clock_of(case: Case) -> Clock:
         return cuda.graph_clock if case.weights == "graph" else cuda.event_clock
 
-    rows, left_out = run(cases, ceilings, **limits, report=report, clock_of=clock_of, device="cuda", failed=failed)
+    with cuda.Meter(cuda.uuid()) as meter:
+        rows, left_out = run(cases, ceilings, **limits, report=report, clock_of=clock_of, device="cuda", failed=failed)
     save(out, about, rows, ceilings, left_out, failed=failed)
     print_table(rows, ceilings)
     for name in left_out:

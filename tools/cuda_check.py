@@ -76,11 +76,7 @@ def demangle(names: list[str]) -> list[str]:
     if tool is None or not names:
         return names
     text = subprocess.run([tool], input="\n".join(names), check=True, capture_output=True, text=True).stdout
-    # Keeps the name of the kernel and its template arguments; drops return type, namespace and arguments.
-    names = [re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", line) for line in text.splitlines()]
-    for enum, values in slots.enumerators().items():
-        names = [re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name) for name in names]  # noqa: B023
-    return names
+    return [slots.kernel_name(line) for line in text.splitlines()]
 
 
 def hot_rows(cubin: Path, arch: str, nvdisasm: str, rows: list[dict[str, object]]) -> list[dict[str, str]]:

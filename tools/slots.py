@@ -7,6 +7,7 @@ docs/slots.tsv; cuda_model.py computes the time of the kernels from docs/slots.t
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -118,6 +119,19 @@ HOT = (
 )
 
 
+def kernel_name(demangled: str) -> str:
+    """Returns the name of a kernel and its template arguments, as HOT has them, without return type, namespace and
+    arguments. Returns the names of other libraries' kernels unchanged.
+    """
+    if "peft_ext::" not in demangled:
+        return demangled
+    name = re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", demangled)
+    for enum, values in enumerators().items():
+        name = re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name)  # noqa: B023
+    return name
+
+
+@functools.cache
 def enumerators() -> dict[str, list[str]]:
     """Returns the names of the values of each enum of the kernels. Demangled names have the numbers of the values."""
     found = {}
