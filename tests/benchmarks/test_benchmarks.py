@@ -6,6 +6,7 @@ The benchmarks for a GPU run on the CPU in these tests, with replaced clocks.
 import argparse
 import importlib
 import json
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -17,13 +18,12 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
 command, cuda, e2e, files, grid, harness, layers, mixture, peers, tables = (
     importlib.import_module(f"benchmarks.{name}")
     for name in ("__main__", "cuda", "e2e", "files", "grid", "harness", "layers", "mixture", "peers", "tables")
 )
-gpu = importlib.import_module("gpu")
 timer = importlib.import_module("peft_ext.bench.timer")
 
 CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.1, "matmul_f32_tflop_s": 0.05}
@@ -424,50 +424,32 @@ def test_without_a_gpu_the_commands_say_so(monkeypatch, capsys):
         command.main(["--device", "cuda"])
     with pytest.raises(SystemExit, match="no kind of weights graph; there are rotating, hot$"):
         command.main(["--weights", "graph"])
-    monkeypatch.setattr(gpu, "probe", lambda python: {"cuda": None, "gpu": False})
-    monkeypatch.setattr(gpu, "driver_is_here", lambda: False)
-    assert gpu.main([]) == 1
-    assert capsys.readouterr().err == "gpu: no NVIDIA GPU is here\n"
-    with pytest.raises(SystemExit):
-        gpu.main(["--steps", "build,tests"])
-    assert "no step tests; there are build, proof, battery, sanitizer, training, bench" in capsys.readouterr().err
 
 
-def test_every_step_has_its_share_of_the_time_and_a_failure_stops_none(monkeypatch, tmp_path):
-    now, limits = [0.0], {}
-
-    def step(name, seconds, wrong):
-        def run(runner, python, card, out, limit):
-            limits[name] = round(limit)
-            now[0] += seconds
-            if isinstance(wrong, Exception):
-                raise wrong
-            return wrong
-
-        return run
-
-    steps = {"build": step("build", 33.0, ""), "battery": step("battery", 1.0, OSError("no memory")),
-             "bench": step("bench", 1.0, "")}  # fmt: skip
-    monkeypatch.setattr(gpu, "STEPS", steps)
-    with open(tmp_path / "log", "w") as log:
-        runner = gpu.Runner(90.0, log, clock=lambda: now[0])
-        found = gpu.run_steps(runner, list(steps), "python", {}, tmp_path)
-    assert found == {"build": "", "battery": "OSError: no memory", "bench": ""}
-    assert limits == {"build": 28, "battery": 22, "bench": 56}
-    assert "=== battery: OSError: no memory (1 s)" in (tmp_path / "log").read_text()
-
-
-def test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept(tmp_path):
-    with open(tmp_path / "log", "w") as log:
-        runner = gpu.Runner(600.0, log)
-        assert runner.run([sys.executable, "-c", "print('one')"], 300.0) == ""
-        assert runner.run([sys.executable, "-c", "raise SystemExit(3)"], 300.0) == "exit status 3"
-        child = "import time, subprocess, sys; print('two'); subprocess.run([sys.executable, '-c', 'input()'])"
-        start = time.monotonic()
-        assert runner.run([sys.executable, "-c", child + "; time.sleep(600)"], 1.0) == "cut off after 1 s"
-        assert time.monotonic() - start < 300  # the sleep alone would take 600 s
-    text = (tmp_path / "log").read_text()
-    assert "one" in text
+def test_a_meter_samples_power_and_clock(monkeypatch, tmp_path):
+    assert cuda.sample_of("123.45, 1980, 51") == {"power_w": 123.45, "sm_mhz": 1980.0, "temperature_c": 51.0}
+    assert cuda.sample_of("[N/A], 1980, [Not Supported]") == {"sm_mhz": 1980.0}
+    assert cuda.sample_of("") == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!{sys.executable}\nimport sys, time\n"
+                       f"open({str(tmp_path / 'asked')!r}, 'w').write(' '.join(sys.argv[1:]))\n"
+                       "for clock in (100, 300, 200): print(f'7.5, {clock}, [N/A]')\n"
+                       "time.sleep(600)\n")  # fmt: skip
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with cuda.Meter("toy") as meter:
+        end = time.monotonic() + 60
+        while len(meter._samples) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert meter.lap() == {"power_w": 7.5, "sm_mhz": 200.0}
+        assert meter.lap() == {"power_w": 7.5, "sm_mhz": 200.0}  # the last result, without a new sample
+    assert meter._process.returncode == -9
+    assert (tmp_path / "asked").read_text() == ("--id=GPU-toy --query-gpu=power.draw,clocks.sm,temperature.gpu "
+                                                "--format=csv,noheader,nounits --loop-ms=100")  # fmt: skip
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    for uuid in ("toy", None):
+        with cuda.Meter(uuid) as meter:
+            assert meter.lap() == {}
 
 
 # --- whole steps ------------------------------------------------------------------------------------------------------
@@ -498,8 +480,46 @@ def test_a_mixture_trains(monkeypatch):
     assert runs["nf4"]["weights_mib"] <= runs["frozen"]["weights_mib"]
 
 
+def test_a_run_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
+    run = {"tokens_per_s": 10.0, "milliseconds": 5.0, "peak_mib": 7, "peak_before_training_mib": 6, "meter": {},
+           "losses": [2.0, 1.0], "fused": 7, "layers": 7}  # fmt: skip
+    asked = []
+
+    def started(command, *, timeout, **how):
+        asked.append(command[4:6])
+        assert timeout == 60 and command[command.index("--device") + 1] == "cpu"
+        if command[4:6] == ["LoRA", "stock"]:
+            raise subprocess.TimeoutExpired(command, timeout)
+        if command[4:6] == ["DoRA", "ours"]:
+            raise subprocess.CalledProcessError(-11, command)
+        return MagicMock(stdout=f"a line\n{json.dumps(run)}\n")
+
+    monkeypatch.setattr(e2e.subprocess, "run", started)
+    monkeypatch.setattr(sys, "argv", ["e2e", "methods", "--methods", "LoRA; IA3; DoRA", "--repeats", "1", "--shape",
+                                      "tiny", "--limit", "60", "--out", str(tmp_path / "out.json")])  # fmt: skip
+    with pytest.raises(SystemExit, match="1"):
+        e2e.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert asked == [[name, kind] for name in ("LoRA", "IA3", "DoRA") for kind in e2e.KINDS]
+    assert [name.partition(":")[0] for name in result["failed"]] == ["LoRA, stock", "DoRA, ours"]
+    assert "timed out after 60" in result["failed"][0] and "SIGSEGV" in result["failed"][1]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert rows["LoRA"]["tokens_per_s"] == {"ours": [10.0], "stock": []} and "speedup" not in rows["LoRA"]
+    assert rows["IA3"]["speedup"] == 1.0 and rows["IA3"]["max_loss_difference"] == 0.0
+    assert rows["DoRA"]["peak_mib"] == {"ours": [], "stock": [7]}
+
+
+def test_without_bitsandbytes_our_quantized_layers_still_train(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
+    monkeypatch.setattr(e2e.importlib.util, "find_spec", lambda name: None)
+    run = e2e.train(e2e.METHODS["QLoRA, dropout 0.05"], "ours", 1, 2, 8, e2e.TINY)
+    assert (run["fused"], run["layers"], len(run["losses"])) == (7, 7, 2)
+
+
 def test_methods_are_named_by_their_beginnings():
     assert e2e._names("qlora; dora") == ["QLoRA, dropout 0.05", "DoRA"]
+    assert e2e._names("LoRA") == ["LoRA"]
     with pytest.raises(Exception, match="no method 'prefix'"):
         e2e._names("prefix")
 

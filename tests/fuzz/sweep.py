@@ -221,7 +221,8 @@ def measure(drawn: Drawn, values: int, device: torch.device = CPU) -> tuple[Part
 
 
 def check(drawn: Drawn, device: torch.device = CPU) -> None:
-    """Raises AssertionError if the operator's error on ``device`` is above the bound, which depends on plain PyTorch's error.
+    """Raises AssertionError if the operator's error on ``device`` is above the bound, which depends on the error of
+    plain PyTorch.
 
     A result of few elements says little: if its error is too large, nine draws of the values are compared together.
     """

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -160,10 +162,84 @@ def test_a_pass_is_cut_by_its_shape_alone_and_each_tile_is_in_one_block(tmp_path
 
 
 def test_rows_of_a_result_stand_beside_the_model() -> None:
-    row = {"op": "lora_linear", "case": "T=8192 4096->4096, bf16 base", "tokens": 8192, "weights": "rotating",
-           "speedup": {"frozen": 0.8}}  # fmt: skip
-    assert "| LoRA | 8192 | 1.25 | 1." in cuda_model.beside({"rows": [row]}, "NVIDIA H100 80GB HBM3")
-    assert "| LoRA | 8192 | 1.25 | no such card |" in cuda_model.beside({"rows": [row]}, "NVIDIA T4")
+    row = {"op": "lora_linear", "case": "T=8192 4096->4096, bf16 base", "tokens": 8192, "k": 4096, "n": 4096,
+           "weights": "rotating", "speedup": {"frozen": 0.8}}  # fmt: skip
+    wide = row | {"case": "T=8192 4096->14336, NF4 base, dropout 0.05", "n": 14336}
+    goal = cuda_model.ratio("LoRA", cuda_model.CARDS["H100"], 8192)
+    text = cuda_model.beside({"rows": [row, wide]}, "NVIDIA H100 80GB HBM3")
+    assert f"| LoRA | 4096 -> 4096 | 8192 | 1.25 | {goal:.2f} | {1.25 / goal:.2f} |" in text
+    assert "| QLoRA, dropout | 4096 -> 14336 | 8192 | 1.25 | 1.1" in text
+    assert "| LoRA | 4096 -> 4096 | 8192 | 1.25 | no such card | - |" in cuda_model.beside({"rows": [row]}, "NVIDIA T4")
+
+
+def test_the_kernels_of_a_part_are_kernels_of_the_library() -> None:
+    names = [line.split("\t")[1] for line in (ROOT / "docs/ptxas.tsv").read_text().splitlines()[2:]]
+    for part, kernel in cuda_model.KERNELS.items():
+        found = [name for name in names if re.search(kernel, name)]
+        assert bool(found) == (part != "product"), (part, found)
+    # The hot loop that the model computes a part from is in a kernel of this part.
+    for hot in slots.HOT:
+        if hot.name in cuda_model.KERNELS:
+            assert re.search(cuda_model.KERNELS[hot.name], hot.kernel), hot
+    assert re.search(cuda_model.KERNELS["norm"], next(h.kernel for h in slots.HOT if h.name == "W A and the norm"))
+
+
+@pytest.mark.parametrize("method", cuda_model.LAYERS)
+def test_the_parts_of_a_layer_add_up_to_the_time_of_the_layer(method: str) -> None:
+    card = cuda_model.CARDS["H100"]
+    total = sum(seconds for _, seconds in cuda_model.kernel_seconds(card, method, 2048).values())
+    frozen = 2 * cuda_model.parts(card, 2048)["product"]
+    assert total / frozen == pytest.approx(cuda_model.ratio(method, card, 2048))
+    assert method in cuda_model.MEASURED
+
+
+def test_names_of_the_profiler_are_the_names_of_the_table() -> None:
+    pass_name = (
+        "_ZN8peft_ext16rank_pass_kernelINS_4bf16ELb0ELb1ELi2ELi3ELNS_8RankWorkE0ELNS_8RankMaskE1EEEvNS_8RankPassE"
+    )
+    name = slots.kernel_name(torch._C._demangle(pass_name))
+    assert name == "rank_pass_kernel<bf16, false, true, 2, 3, kRows, kDrawn>"
+    assert name in {hot.kernel for hot in slots.HOT if hot.name == "S, dropout"}
+    assert slots.kernel_name("void at::native::kernel<float>(int)") == "void at::native::kernel<float>(int)"
+    assert slots.kernel_name("peft_ext::split_kernel(peft_ext::Splits)") == "split_kernel"
+
+
+def test_measured_kernels_stand_beside_the_model() -> None:
+    import kernel_times
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    prefix = "void peft_ext::rank_pass_kernel<peft_ext::bf16, false, true, 2, 3, (peft_ext::RankWork)"
+    times = kernel_times.by_kernel(
+        SimpleNamespace(key=key, device_type=device, count=count, self_device_time_total=total)
+        for key, device, count, total in [
+            (f"{prefix}0, (peft_ext::RankMask)0>(peft_ext::RankPass)", cuda, 10, 496.0),
+            ("_ZN8peft_ext12split_kernelENS_6SplitsE", cuda, 20, 50.0),
+            ("nvjet_hsh_128x256_64x4_1x2_h_bz_TNT", cuda, 20, 9000.0),
+            ("void at::native::fill<float>(int)", cuda, 10, 30.0), ("cudaLaunchKernel", cpu, 99, 0.0),
+        ]
+    )  # fmt: skip
+    computed = cuda_model.kernel_seconds(cuda_model.CARDS["H100"], "LoRA", 8192)
+    rows = {row["part"]: row for row in kernel_times.rows_of(times, computed, calls=10)}
+    assert list(rows) == [*computed, "other"]
+    assert rows["S"]["kernels"] == ["rank_pass_kernel<bf16, false, true, 2, 3, kRows, kNone>"]
+    assert (rows["S"]["launches"], rows["S"]["microseconds"]) == (1.0, 49.6)
+    assert rows["S"]["measured_over_computed"] == pytest.approx(2.0, abs=0.01)
+    assert (rows["product"]["launches"], rows["product"]["microseconds"]) == (2.0, 900.0)
+    assert rows["launch"]["launches"] == 2.0 and rows["launch"]["computed"] == 12.5
+    assert rows["P and dB"]["kernels"] == [] and rows["P and dB"]["measured_over_computed"] is None
+    assert rows["other"]["kernels"] == ["void at::native::fill<float>(int)"] and rows["other"]["computed"] is None
+    assert "other: void at::native::fill<float>(int)" in kernel_times.table("LoRA", 8192, rows.values())
+
+
+def test_each_profiled_layer_is_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds the contenders of all profiled layers on the CPU with small sizes, and calls each once."""
+    import kernel_times
+
+    monkeypatch.setenv("PEFT_EXT_REQUIRE", "0")
+    for method, tokens, op, case in kernel_times.layers([32]):
+        contender = kernel_times.ours(op, case, tokens, device="cpu", size=64)
+        contender.take()
+        assert contender.run().shape == (tokens, 64), method
 
 
 def test_a_table_of_some_architectures() -> None:
