@@ -361,6 +361,8 @@ def test_the_command_on_a_gpu_writes_each_row(small, monkeypatch, tmp_path, caps
     monkeypatch.setenv("PEFT_EXT_REQUIRE", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "about_gpu", lambda: GPU)
+    monkeypatch.setattr(cuda, "uuid", lambda: None)
+    monkeypatch.setattr(cuda.Meter, "lap", lambda meter: {"power_w": 7.5, "sm_mhz": 200.0})
     monkeypatch.setattr(cuda, "measured_ceilings", lambda: CEILINGS)
     monkeypatch.setattr(cuda, "event_clock", harness.host_clock)
     monkeypatch.setattr(cuda, "graph_clock", harness.host_clock)
@@ -377,6 +379,7 @@ def test_the_command_on_a_gpu_writes_each_row(small, monkeypatch, tmp_path, caps
     assert saved == [*range(1, len(result["rows"]) + 1), len(result["rows"])]
     assert {"ours", "dense"} == set(next(r for r in result["rows"] if r["op"] == "dora_weight_norm")["milliseconds"])
     for row in result["rows"]:
+        assert row["meter"] == {"power_w": 7.5, "sm_mhz": 200.0}
         peer = {"nf4_dequantize": "bitsandbytes", "dora_linear": "PEFT"}.get(row["op"], "ours")
         assert any(name.startswith(peer) for name in row["milliseconds"]), row
         assert (row["weights"] == "graph") <= ("torch eager" not in row["milliseconds"]), row
@@ -396,6 +399,7 @@ def gpu_result():
         row("nf4_linear", "T=4 4096->4096, forward", 4, "graph", {"bitsandbytes": 9.0}),
         row("lora_linear", "T=8192 4096->4096, bf16 base, dropout 0.05", 8192, "rotating", {"frozen": 0.8}),
     ]
+    rows[0]["meter"] = {"power_w": 612.5, "sm_mhz": 1755.0, "temperature_c": 60.0}
     rows[2]["absent"] = {"bitsandbytes": "ModuleNotFoundError: No module named 'bitsandbytes'"}
     machine = {"cpu": "CPU", "threads": 2, "isa": "avx512", "environment": {}, "date": "2026-01-02",
                "versions": {"torch": "2.11.0"}, "gpu": GPU}  # fmt: skip
@@ -413,7 +417,11 @@ def test_a_gpu_has_tables_of_its_own(monkeypatch, tmp_path):
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     text = tables.gpu_tables()
     assert "### NVIDIA Toy 80GB" in text and "SM clock 100 of 200 MHz; CUDA 13.0, driver 1.2.3; 2026-01-02" in text
-    assert "| `nf4_dequantize` | 4096->4096, to bfloat16, plain | graph | 0.500 | bitsandbytes 1.25x |" in text
+    assert (
+        "| `nf4_dequantize` | 4096->4096, to bfloat16, plain | graph | 0.500 | bitsandbytes 1.25x | 612.5; 1755.0 |"
+        in text
+    )
+    assert "rotating | 0.500 | bitsandbytes 9.00x | -; - |" in text
     assert "Not measured: bitsandbytes (ModuleNotFoundError" in text and "; ia3_scale: T=1, rotating." in text
     assert tables.DRAWN["lora"]() == tables.NOTHING  # there is no result file of a CPU
 
