@@ -5,7 +5,8 @@
 ``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv) over seeds
 
-Each run is its own process, so that its peak memory counts nothing else. Each command writes a result file.
+Each run is its own process, so that its peak memory counts nothing else. Each command writes a result file. With
+``--device cuda`` the command methods trains on a GPU.
 """
 
 from __future__ import annotations

@@ -468,7 +468,7 @@ def test_a_method_trains(name, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     # The real function would change malloc's settings in the process of the tests.
-    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
     sizes = {**e2e.SMOLLM2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
     runs = {kind: [e2e.train(e2e.METHODS[name], kind, 1, 2, 8, sizes)] for kind in e2e.KINDS}
@@ -479,7 +479,7 @@ def test_a_method_trains(name, monkeypatch):
 
 
 def test_a_mixture_trains(monkeypatch):
-    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
     sizes = {**mixture.MIXTURE, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16,
              "num_hidden_layers": 1, "num_experts": 8, "vocab_size": 96}  # fmt: skip
     runs = {kind: mixture.train(kind, 1, 2, 16, sizes) for kind in mixture.KINDS}
@@ -519,7 +519,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path
 
 def test_without_bitsandbytes_our_quantized_layers_still_train(monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
     monkeypatch.setattr(e2e.importlib.util, "find_spec", lambda name: None)
     run = e2e.train(e2e.METHODS["QLoRA, dropout 0.05"], "ours", 1, 2, 8, e2e.TINY)
     assert (run["fused"], run["layers"], len(run["losses"])) == (7, 7, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -229,6 +230,35 @@ def test_measured_kernels_stand_beside_the_model() -> None:
     assert rows["P and dB"]["kernels"] == [] and rows["P and dB"]["measured_over_computed"] is None
     assert rows["other"]["kernels"] == ["void at::native::fill<float>(int)"] and rows["other"]["computed"] is None
     assert "other: void at::native::fill<float>(int)" in kernel_times.table("LoRA", 8192, rows.values())
+
+
+def test_a_layer_that_fails_leaves_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import kernel_times
+
+    def ours(op: str, case: str, tokens: int) -> str:
+        if op == "dora_linear":
+            raise RuntimeError("CUDA error")
+        return op
+
+    def profiled(contender: str) -> dict:
+        return {} if contender == "ia3_linear" else {"nf4_few_tokens_kernel<bf16, 1, true>": (10, 100.0)}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_times.cuda, "about_gpu", lambda: {"name": "NVIDIA H100 80GB HBM3"})
+    monkeypatch.setattr(kernel_times.cuda, "uuid", lambda: None)
+    monkeypatch.setattr(kernel_times, "ours", ours)
+    monkeypatch.setattr(kernel_times, "profiled", profiled)
+    assert kernel_times.main(["--tokens", "2048", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("kernel-layers-nvidia-h100-80gb-hbm3-")
+    result = json.loads(path.read_text())
+    assert result["failed"] == ["DoRA, T=2048: RuntimeError: CUDA error",
+                                "IA3, T=2048: RuntimeError: torch.profiler recorded no kernel"]  # fmt: skip
+    assert {row["method"] for row in result["rows"]} == {"LoRA", "LoRA, dropout", "QLoRA, dropout", "NF4, T <= 8",
+                                                         "NF4, T <= 16"}  # fmt: skip
+    (few,) = [row for row in result["rows"] if row["method"] == "NF4, T <= 8"]
+    assert (few["part"], few["microseconds"], few["computed"]) == ("NF4, T <= 8", 10.0, 4.83)
+    assert few["meter"] == {}
 
 
 def test_each_profiled_layer_is_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
