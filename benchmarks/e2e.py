@@ -360,8 +360,9 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
                     continue
                 runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
                 run = runs[kind][-1]
+                metered = "".join(f", {field} {value:g}" for field, value in run["meter"].items())
                 print(f"{name}, {kind}: {run['tokens_per_s']:.0f} tokens/s, peak {run['peak_mib']} MiB, "
-                      f"{run['fused']} of {run['layers']} layers fused", flush=True)  # fmt: skip
+                      f"{run['fused']} of {run['layers']} layers fused{metered}", flush=True)  # fmt: skip
         if any(runs.values()):
             rows.append(method_row(name, runs))
         if all(runs.values()):

@@ -341,12 +341,16 @@ def prove(here: Machine, outcome: Outcome) -> None:
 
 def pytest(here: Machine, outcome: Outcome, limit: float, tests: Sequence[str], processes: int = WORKERS,
            environment: Optional[dict[str, str]] = None, before: Sequence[str] = ()) -> None:  # fmt: skip
-    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before`` precedes the command."""
+    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before`` precedes the command. The
+    processes share the cores, because the expected results are computed on the CPU.
+    """
     several = processes > 1 and "pytest-xdist" not in here.gpu.get("missing", ())
     how = ["-n", str(min(processes, os.cpu_count() or 1))] if several else []
     command = [*before, here.python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--device", here.device, *how,
                *tests]  # fmt: skip
-    outcome.add(here.runner.run(command, limit, environment, outcome.see))
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    cores = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    outcome.add(here.runner.run(command, limit, {**cores, **(environment or {})}, outcome.see))
 
 
 def core(here: Machine, outcome: Outcome) -> None:
@@ -354,7 +358,7 @@ def core(here: Machine, outcome: Outcome) -> None:
 
 
 def battery(here: Machine, outcome: Outcome) -> None:
-    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_cuda_*.py"))
+    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/ops").glob("test_cuda_*.py"))
     files = [name for name in dict.fromkeys((*(here.tests or BATTERY), *own)) if name != CORE]
     # Tests of values run first. Tests of torch.compile take longest and say least about a kernel. CUDA_LAUNCH_BLOCKING
     # makes each fault appear in the test that caused it.

@@ -257,7 +257,8 @@ def test_a_layer_that_fails_leaves_the_rows_of_the_others(monkeypatch: pytest.Mo
     assert {row["method"] for row in result["rows"]} == {"LoRA", "LoRA, dropout", "QLoRA, dropout", "NF4, T <= 8",
                                                          "NF4, T <= 16"}  # fmt: skip
     (few,) = [row for row in result["rows"] if row["method"] == "NF4, T <= 8"]
-    assert (few["part"], few["microseconds"], few["computed"]) == ("NF4, T <= 8", 10.0, 4.83)
+    computed = round(1e6 * cuda_model.decode(cuda_model.CARDS["H100"], 4096, 4096, 1), 2)
+    assert (few["part"], few["microseconds"], few["computed"]) == ("NF4, T <= 8", 10.0, computed)
     assert few["meter"] == {}
 
 
