@@ -91,6 +91,7 @@ for family in [name for name in cuda_families() if name not in sys.argv[1:]]:
 """
 CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
+METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
 WORKERS = 8  # processes of a part's tests; all of them use one GPU
 # Cases of linear layers in bfloat16 with dropout or over NF4, with sizes that no tile divides.
 SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
@@ -421,7 +422,7 @@ def training(here: Machine, outcome: Outcome) -> None:
     if here.device == "cpu":
         sizes = ["--shape", "tiny", "--batch", "2", "--length", "16", "--steps", "2"]
     measure(here, outcome, ["-m", "benchmarks.e2e", "methods", "--device", here.device, "--methods",
-                            "LoRA; QLoRA; DoRA", "--repeats", "1", "--limit", f"{outcome.limit / 3:.0f}",
+                            METHODS, "--repeats", "1", "--limit", f"{outcome.limit / 3:.0f}",
                             *sizes])  # fmt: skip
 
 
