@@ -43,7 +43,7 @@ import cuda_model
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
-# The packages that the parts import, by the names of pip.
+# The packages that the parts import, by pip's names.
 PACKAGES = ("setuptools", "pybind11", "ninja", "numpy", "typer", "rich", "filelock", "cuda-bindings", "pytest",
             "pytest-xdist", "transformers", "peft", "accelerate", "aenum", "bitsandbytes")  # fmt: skip
 PROBE = f"""

@@ -2,10 +2,10 @@
 //
 //   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
 //
-// A thread moves eight adjacent columns, 16 bytes of a 16-bit dtype; a block moves 2,048 columns of a row. Rows may
-// have any stride, so that gate and up may be halves of one tensor. Arithmetic is float32 and rounds once: act(gate) is
-// not rounded in between. Bytes moved: each matrix once; with up, 3 TF elements in the forward and 5 TF in the
-// gradient.
+// A thread computes eight adjacent columns, 16 bytes of a 16-bit dtype; a block computes 2,048 columns of a row. Rows
+// may have any stride, so that gate and up may be halves of one tensor. Arithmetic is float32 and rounds once:
+// act(gate) is not rounded in between. Bytes moved: each matrix once; with up, 3 TF elements in the forward and 5 TF in
+// the gradient.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -39,6 +39,7 @@ __device__ __forceinline__ void with_activation(Activation activation, const F& 
 // Grid: x has a block for each row; y has a block for each tile of kGatedTile columns.
 template <typename T, bool kGradient>
 __global__ void __launch_bounds__(kGatedThreads) gated_kernel(GatedWork work) {
+  PEFT_EXT_KERNEL;
   const int64_t row = blockIdx.x;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kGatedTile + threadIdx.x * kVector;
   if (column >= work.columns) return;

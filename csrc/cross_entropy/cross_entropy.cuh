@@ -6,8 +6,8 @@
 //
 // A block owns a row, and a thread owns every 512th group of eight columns. The first reading gives each thread its
 // largest z and the sum of exp(z - largest); these values are combined over lanes and then over warps in a fixed order.
-// The second reading, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved with the
-// gradient: the row is read twice and written once.
+// The second reading of the row, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved with
+// the gradient: the row is read twice and written once.
 #pragma once
 
 #include <math.h>
@@ -64,6 +64,7 @@ __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShare
 // Grid: one block for each row.
 template <typename T, bool kSoftcap>
 __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(CrossEntropyWork work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(SoftmaxShared, shared);
   const int64_t at = blockIdx.x, columns = work.columns, label = work.labels[at];
   T* row = static_cast<T*>(work.logits) + at * columns;
