@@ -94,7 +94,7 @@ def main(argv: Optional[list[str]] = None) -> None:
                       forward_tokens)  # fmt: skip
     variants = [v for name in args.ops for v in importlib.import_module(f"benchmarks.bench_{name}").VARIANTS]
     limits = {"limit_s": args.limit or limit_s, "row_s": row_s}
-    subject = "layer-all" if args.ops == found else f"layer-{'_'.join(args.ops)}"
+    subject = "layer-all" if set(args.ops) == set(found) else f"layer-{'_'.join(args.ops)}"
     (_on_a_gpu if args.device == "cuda" else _on_the_cpu)(list(cases(variants, options)), limits, subject, args.out)
 
 

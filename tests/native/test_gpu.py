@@ -48,7 +48,7 @@ def test_the_parts_that_teach_most_come_first() -> None:
 def test_each_part_has_its_seconds_and_its_share_of_what_others_left() -> None:
     names = list(gpu.PARTS)
     assert gpu.limit_of(names, names.index("import"), 470.0) == pytest.approx(20.0)
-    assert gpu.limit_of(names, names.index("training"), 580.0) == pytest.approx(80 * 580 / 290)
+    assert gpu.limit_of(names, names.index("training"), 600.0) == pytest.approx(95 * 600 / 300)
     assert gpu.limit_of(names, names.index("build"), 545.0) == 545 / 2
     assert gpu.limit_of(names, len(names) - 1, 33.0) == 33.0
 
@@ -154,6 +154,17 @@ def test_the_tests_run_in_several_processes_where_xdist_is(here: Any, monkeypatc
     assert gpu.CORE in commands[0] and not any(gpu.CORE in command for command in commands[1:-1])
     assert all("tests/ops/test_cuda_passes.py" in command for command in commands[1:-1])
     assert all((ROOT / name).exists() for name in (gpu.CORE, *gpu.BATTERY))
+
+
+def test_the_layers_are_the_first_rows_of_the_table(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(here.runner, "run", lambda command, limit: commands.append(command) or ("", False))
+    gpu.table(here, outcome(60.0))
+    (command,) = commands
+    names = command[3 : command.index("--device")]
+    assert tuple(names[: len(gpu.FIRST)]) == gpu.FIRST
+    assert sorted(f"bench_{name}.py" for name in names) == sorted(p.name for p in ROOT.glob("benchmarks/bench_*.py"))
+    assert command[command.index("--limit") + 1] == "35"
 
 
 def test_the_families_after_a_crash_and_a_hang_are_proved(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
