@@ -207,6 +207,15 @@ def test_names_of_the_profiler_are_the_names_of_the_table() -> None:
     assert slots.kernel_name("peft_ext::split_kernel(peft_ext::Splits)") == "split_kernel"
 
 
+@pytest.mark.skipif(device_code.missing() is not None, reason=f"no NVRTC: {device_code.missing()}")
+def test_the_symbols_of_compiled_kernels_have_the_names_of_the_table() -> None:
+    wanted = {hot.kernel for hot in slots.HOT if hot.name in ("S, dropout", "Y0")}
+    kernels = {slots.kernel_name(kernel): (kernel, file) for kernel, file in device_code.kernels()}
+    for name in wanted:
+        image, _ = device_code.compile_kernel(*kernels[name], "sm_90")
+        assert slots.kernel_name(torch._C._demangle(image.symbol.decode())) == name
+
+
 def test_measured_kernels_stand_beside_the_model() -> None:
     import kernel_times
 
