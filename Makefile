@@ -51,7 +51,7 @@ help:
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
 	@echo "make cuda-link   load the library with a CUDA torch, and compile kernels, without a GPU (3 GB once)"
-	@echo "make gpu         on a machine with an NVIDIA GPU: build, tests on it, benchmarks; within 10 minutes"
+	@echo "make gpu         on a machine with an NVIDIA GPU: build, proof, tests on it, measurements; within 10 minutes"
 
 setup: $(VENV)/.built
 
@@ -201,7 +201,7 @@ cuda-link: setup .venv-cuda/.installed
 	PYTHONPATH=$(CURDIR) PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
 	  tests/native/test_device_code.py tests/native/test_driver.py
 
-# With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
+# Installs nothing into PYTHON, and missing packages into .venv. GPU_ARGS goes on, for example GPU_ARGS="--parts build,table".
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS) $(BATTERY)
 

@@ -86,10 +86,14 @@ def peers_table(result: Result, op: str, peers: Iterable[str]) -> str:
 
 def cases_table(rows: Iterable[Result]) -> str:
     """Returns a table with a row for each case: our time, and each peer's time divided by our time."""
-    lines = ["| operator | case | weights | ms | faster than |", "|---|---|---|---|---|"]
+    rows = list(rows)
+    metered = any(row.get("meter") for row in rows)
+    lines = ["| operator | case | weights | ms | faster than |" + " W; MHz |" * metered, "|---" * (5 + metered) + "|"]
     for row in rows:
+        meter = row.get("meter") or {}
         lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {row['milliseconds']['ours']:.3f} | "
-                     f"{ratio_text(row['speedup'], row['quartiles'])} |")  # fmt: skip
+                     f"{ratio_text(row['speedup'], row['quartiles'])} |"
+                     + f" {meter.get('power_w', '-')}; {meter.get('sm_mhz', '-')} |" * metered)  # fmt: skip
     return "\n".join(lines)
 
 
