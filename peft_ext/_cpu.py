@@ -89,7 +89,11 @@ def is_x86() -> bool:
 
 
 def compute_dtype() -> torch.dtype:
-    """Returns the default compute dtype: bfloat16 where this CPU has instructions for bfloat16, else float32."""
+    """Returns the default compute dtype: bfloat16 where :func:`why_float32` has no reason against it, else float32.
+
+    The reasons for float32: this CPU has no instructions for bfloat16 products, the environment forbids these
+    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), or the CPU path in use has none.
+    """
     return torch.bfloat16 if not why_float32() else torch.float32
 
 

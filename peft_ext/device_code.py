@@ -101,8 +101,9 @@ class Image(NamedTuple):
 def image(kernel: str, file: str, capability: int) -> Image:
     """Returns a kernel's machine code: from the cache, or else compiled.
 
-    ``kernel``: the C++ expression that names the instance. ``file``: the path of its source. ``capability``: 10 · major
-    + minor of the GPU's compute capability. Raises RuntimeError with NVRTC's messages if the kernel does not compile.
+    ``kernel``: the C++ expression that names an instance of a kernel template. ``file``: the path of the file in csrc
+    that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError
+    with NVRTC's messages if the kernel does not compile.
     """
     arch = architecture(capability)
     path = _folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")

@@ -286,7 +286,7 @@ def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list
 
 
 def without_copies(keys: list[str]) -> list[str]:
-    """Returns ``keys`` of an adapter's file without keys of tensors that the file has twice.
+    """Returns the ``keys`` of an adapter's file without the second key of a tensor that the file has under two keys.
 
     With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model.
     """

@@ -51,9 +51,9 @@ def model_config(model: str) -> tuple[Path, Any]:
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     """Returns the folder or name of the adapter's base; None for the base that the adapter's configuration names.
 
-    ``model`` is the base that the user named, or None. For the default model, "smollm2", returns its folder. For None
-    also returns this folder where the adapter's run used the default model, and the folder that the adapter's
-    configuration names no longer exists.
+    ``model`` is the base that the user named, or None. If ``model`` is "smollm2", the default model, returns the folder
+    of the default model. Returns the folder of the default model also if ``model`` is None, the adapter was trained
+    over the default model, and the folder that the adapter's configuration names does not exist.
     """
     if model is None:
         try:

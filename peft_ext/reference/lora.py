@@ -35,7 +35,10 @@ def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Uni
 def lora_linear_forward(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], *adapter: Any
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], S [T, R])``. The backward needs x, S and the seed, besides the weights."""
+    """Returns ``(Y [..., N], S [T, R])``; S is ``dropout(x) Aᵀ``.
+
+    The backward needs x, S and the seed, besides the weights.
+    """
     return lora_residual_forward(x, F.linear(x, dense(weight, x.dtype), bias), *adapter)
 
 

@@ -220,7 +220,9 @@ class Pair:
         return model, peft_ext.accelerate(fused)
 
     def draw_config(self, method: str, plain: bool = False) -> PeftConfig:
-        """Draws a configuration. ``plain`` leaves out experts, for which PEFT has only LoRA."""
+        """Draws a configuration. With ``plain``, linear layers whose names start with gate, up or down are targets only
+        if there is no other linear layer. ``plain`` is for a model for which PEFT has refused three configurations.
+        """
         rng, model = self.rng, self.outline
         known = linears(model)
         heads = [name for name in known if name in (*HEADS, "pre_classifier", "embed_out", "proj_out")]
@@ -311,7 +313,8 @@ class Pair:
         theirs, ours = errors
         if theirs is None and ours is None:
             return True
-        if "NF4 experts, and this one is not fused: hooks on" in str(ours):  # NF4 experts have no unfused code
+        # PEFT has no code for an adapter on NF4 experts, so peft_ext raises if hooks keep the experts from being fused.
+        if "NF4 experts, and this one is not fused: hooks on" in str(ours):
             self.seen.counts["hooks on NF4 experts"] += 1
             self.ended = True
             return False
