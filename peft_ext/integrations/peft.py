@@ -79,8 +79,9 @@ def accelerate(
     """Replaces, in place, the classes of the adapter layers, 4-bit linear layers and known blocks of a live model by
     classes that run fused operators.
 
-    On a CPU without instructions for products in a 16-bit dtype, the frozen ``nn.Linear`` layers of a CPU model that
-    compute in this dtype, for example the head of a language model, run :func:`peft_ext.ops.frozen_linear`.
+    If the CPU has no instructions for products in a 16-bit dtype, or the environment forbids these instructions, the
+    frozen ``nn.Linear`` layers of a CPU model that compute in this dtype, for example the head of a language model, run
+    :func:`peft_ext.ops.frozen_linear`.
     :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that run ``frozen_linear`` and are not the base layer
     of an adapter.
 
