@@ -87,7 +87,7 @@ def missing() -> Optional[str]:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """Returns the kernels that the native library launches: C++ expression and source of each."""
+    """Returns, for each kernel that the native library launches, the C++ expression and the path of the source file."""
     return [] if _native.STATE.module is None else sorted(set(_native.STATE.module.kernels()))
 
 
@@ -134,8 +134,8 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
 def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
     """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
 
-    ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX, which the driver translates. ``options``:
-    more options for NVRTC.
+    ``kernel``, ``file``: as in :func:`image`. ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX,
+    which the driver translates. ``options``: more options for NVRTC.
     """
     from cuda.bindings import nvrtc
 

@@ -68,7 +68,8 @@ struct AttentionKernels {
   DType element;  // element type of the operands
   int64_t word;   // number of elements in a word
   int64_t width;  // number of elements in a vector; rows of sums are padded to whole vectors
-  // Makes the left operands of the key heads [begin, end) of the B · Hkv key heads.
+  // Writes the copies of k and v (key_rows, value_rows, key_columns, value_columns that are not null) for the key heads
+  // [begin, end) of the B · Hkv key heads.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
   // Computes out and lse for the blocks [begin, end) of queries. A block has 64 queries of one head, so that there are

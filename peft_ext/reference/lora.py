@@ -74,7 +74,7 @@ def lora_residual_forward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], S [T, R])`` with ``Y = residual + (S∘ρ) Bᵀ``."""
+    """Returns ``(Y [..., N], S [T, R])`` with ``S = dropout(x) Aᵀ`` and ``Y = residual + (S∘ρ) Bᵀ``."""
     wide = sum_dtype(x.dtype)
     s = dropped(x.to(wide), dropout_p, seed) @ lora_A.to(wide).t()
     y = residual.to(wide) + s @ (_rho(rank_scale, scaling, wide) * lora_B.to(wide)).t()
