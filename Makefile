@@ -34,7 +34,7 @@ help:
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
 	@echo "make docs        the documentation site, in build/docs"
-	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
+	@echo "make sweep       random calls of most operators against float64, for an hour; SWEEP_MINUTES=5 for less"
 	@echo "make model-fuzz  random models and what is done to them, accelerated against PEFT alone, for an hour;"
 	@echo "                 MODEL_FUZZ_MINUTES=5 for less"
 	@echo "make paths       a few steps of the demo forced to each CPU path of the build, with tokens/s: some 20 minutes"

@@ -91,7 +91,7 @@ def missing() -> Optional[str]:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """Returns the kernels that the native library launches: C++ expression and source of each."""
+    """Returns, for each kernel that the native library launches, the C++ expression and the path of the source file."""
     return [] if _native.STATE.module is None else sorted(set(_native.STATE.module.kernels()))
 
 
@@ -105,8 +105,9 @@ class Image(NamedTuple):
 def image(kernel: str, file: str, capability: int) -> Image:
     """Returns a kernel's machine code: from the cache, or else compiled.
 
-    ``kernel``: the C++ expression that names the instance. ``file``: the path of its source. ``capability``: 10 · major
-    + minor of the GPU's compute capability. Raises RuntimeError with NVRTC's messages if the kernel does not compile.
+    ``kernel``: the C++ expression that names an instance of a kernel template. ``file``: the path of the file in csrc
+    that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError
+    with NVRTC's messages if the kernel does not compile.
     """
     arch = architecture(capability)
     path = _folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
@@ -137,8 +138,8 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
 def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
     """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
 
-    ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX, which the driver translates. ``options``:
-    more options for NVRTC.
+    ``kernel``, ``file``: as in :func:`image`. ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX,
+    which the driver translates. ``options``: more options for NVRTC.
     """
     nvrtc = _nvrtc()
     headers = HEADERS | _sources()

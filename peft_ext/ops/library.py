@@ -96,7 +96,8 @@ def define(
 def proof(family: str) -> Callable[[_F], _F]:
     """Registers a generator of ``(operator, arguments)``: the calls that prove a family's kernels on new hardware.
 
-    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call that the generator yields is timed.
+    The generator is a function of one argument, a :class:`.proof_inputs.ProofInputs`. The first call that the generator
+    yields is timed.
     """
 
     def register(calls: _F) -> _F:

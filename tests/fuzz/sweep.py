@@ -1,8 +1,11 @@
-"""The shape sweep compares random calls of every public operator, values and gradients, with the float64 reference.
+"""Compares the values and gradients of random operator calls with the float64 reference (the shape sweep).
+
+The sweep draws all public operators except those over experts, lora_linears, frozen_linear, linear_cross_entropy and
+nf4_merge.
 
 A seed determines a case: operator, options, dtypes, sizes, strides, blocksize, rank, number of threads, and one of the
-CPU paths of this machine. A size is at most 5,000, or 200,000 if the other sizes are small; the number of tokens may be
-0. A failed case prints the command line that repeats the case.
+CPU paths of this machine. T, K and N are at most 5,000, or one of the three is up to 200,000 and the other two are at
+most 8. T may be 0. A failed case prints the command line that repeats the case.
 
     python tests/fuzz/sweep.py --cases 2000            cases from seed 0
     python tests/fuzz/sweep.py --minutes 60            from a seed of the clock; used by `make sweep`
@@ -227,7 +230,8 @@ def check(drawn: Drawn, device: torch.device = CPU) -> None:
 
     An exact operator must give the reference's bits.
 
-    A result of few elements says little: if its error is too large, nine draws of the values are compared together.
+    The error of a result of at most FEW elements depends much on chance. If this error is too large, eight more draws
+    of the values are made, and the bound must hold for all nine draws of the result together.
     """
     case, shape = drawn.case, drawn.shape
     got, plain, exact = measure(drawn, drawn.seed, device)

@@ -445,7 +445,10 @@ def _magnitude_reason(module: nn.Module) -> Optional[str]:
 
 
 def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
-    """Returns why a module with DoRA's magnitude can't be fused, or None. ``dim``: the magnitude's dimensions."""
+    """Returns why a module with DoRA's magnitude can't be fused, or None.
+
+    ``dim``: the number of dimensions that the magnitude must have.
+    """
     if hooked(module):
         return "hooks on lora_magnitude_vector would not run"
     magnitude = module._parameters.get("weight")
