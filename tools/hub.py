@@ -25,8 +25,11 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import stable_abi
+import wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peft_ext"
@@ -42,6 +45,9 @@ TORCH, KERNELS = "2.11", "0.15.1"
 # By backend: the variants' names of the backend, and the architectures. Kernels of CUDA a.b run a variant of CUDA a.c
 # with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
 BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
+
+# The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.
+NEWEST = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.0"}
 
 # A `kernels` release that imports <variant>/<module>/__init__.py gets the same module.
 OLD_IMPORT = '''"""The kernel, for a loader that imports this folder instead of the folder above."""
@@ -122,6 +128,32 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
+# --- the library ------------------------------------------------------------------------------------------------------
+
+
+def abi_faults(library: Path, newest: Mapping[str, str] = NEWEST) -> list[str]:
+    """Returns a line for each rule of ``kernel-builder check-abi``, and of peft_ext, that a library breaks.
+
+    The rules: no symbol of Python, because the library has no Python ABI; of torch only the stable ABI of the release
+    ``TORCH``; no symbol of a C or C++ runtime newer than ``newest``. Exports are the functions ``peft_ext_*`` alone.
+    """
+    symbols = stable_abi.undefined_symbols(library, dynamic=True)
+    found = [f"{symbol}: of Python" for symbol in symbols if re.match(r"_?Py[A-Z_]", symbol)]
+    include = stable_abi.torch_include()
+    if include is not None:
+        found += stable_abi.violations(symbols, include)
+    found += [f"exports {name}" for name in wheels.exports(library) if not name.startswith("peft_ext_")]
+    for runtime, version in wheels.newest_versions(library).items():
+        limit = newest.get(runtime)
+        if limit is not None and _numbers(version) > _numbers(limit):
+            found.append(f"needs {runtime}_{version}, wanted {runtime}_{limit} at most (manylinux_2_28)")
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 # --- the repository ---------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +169,8 @@ def write_variant(folder: Path, backend: str, library: Path) -> str:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PACKAGE / file, folder / file)
     shutil.copyfile(SOURCES / "package.py", folder / "__init__.py")
-    shutil.copyfile(SOURCES / "layers.py", folder / "layers.py")
+    for file in ("layers.py", "_C.py"):
+        shutil.copyfile(SOURCES / file, folder / file)
     shutil.copyfile(library, folder / LIBRARY)
     content = hashlib.sha256(json.dumps(digest(folder)).encode()).hexdigest()
     name = f"_{MODULE}_{backend}_{content[:12]}"
@@ -199,6 +232,8 @@ def main() -> None:
     args = parser.parse_args()
     for name, identifier in write_repository(args.output, args.repo_id, args.library).items():
         print(f"{args.output}/build/{name}: torch.ops.{identifier}")
+    for fault in abi_faults(args.library):
+        print(f"not to be published: {LIBRARY} {fault}", file=sys.stderr)
 
 
 if __name__ == "__main__":
