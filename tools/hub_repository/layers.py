@@ -6,9 +6,11 @@ not compute runs the replaced layer's own forward.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -40,7 +42,7 @@ class MLP(nn.Module):
     """``y = down_proj(act_fn(gate_proj(x)) ∘ up_proj(x))``, the MLP of transformers' Llama.
 
     If gate_proj and up_proj both have the forward of :class:`LoRALinear`, one operator computes both layers. SiLU, GELU
-    and ReLU of torch.nn are multiplied with up_proj(x) in one pass; another act_fn is called.
+    and ReLU are multiplied with up_proj(x) in one pass; another act_fn is called.
     """
 
     gate_proj: nn.Module
@@ -134,11 +136,16 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _activation_name(act: Any) -> Optional[str]:
-    """Returns the operators' name of an activation module of torch.nn; None for another activation."""
+    """Returns the operators' name of an activation module of torch.nn or transformers; None for another activation."""
     if not isinstance(act, nn.Module) or _is_hooked(act):
         return None
     if type(act) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+    if type(act).__module__ == "transformers.activations":
+        function = getattr(act, "act", None)
+        if isinstance(function, partial) and function.func is F.gelu and function.keywords == {"approximate": "tanh"}:
+            return "gelu_tanh" if type(act).__name__ == "GELUTanh" else None
+        return "silu" if type(act).__name__ == "SiLUActivation" else None
     return {nn.SiLU: "silu", nn.ReLU: "relu"}.get(type(act))
 
 
