@@ -67,12 +67,13 @@ def newest_versions(library: Path) -> dict[str, str]:
 def faults(library: Path) -> list[str]:
     """Returns a line for each property of the library that a shipped library must not have.
 
-    The properties: exports besides ``PyInit_<stem>``; an executable stack; a relocation table that stays writable (no
+    The properties: exports besides ``PyInit_<stem>``, or ``peft_ext_...`` of the native library; an executable stack; a relocation table that stays writable (no
     RELRO, or lazy binding); a search path; libraries other than torch's and the C++ runtime (OpenMP would be a second
     thread pool); absolute paths of source files, which name the folders of the build.
     """
     found = []
-    if others := [name for name in exports(library) if name != f"PyInit_{library.name.partition('.')[0]}"]:
+    own = rf"PyInit_{library.name.partition('.')[0]}" if library.name.startswith("_C.") else r"peft_ext_\w+"
+    if others := [name for name in exports(library) if not re.fullmatch(own, name)]:
         found.append(f"exports {len(others)} symbols besides its own: {', '.join(others[:3])}")
     segments, dynamic = _read("readelf", "-lW", library), _read("readelf", "-dW", library)
     stack = re.search(r"GNU_STACK(?:\s+0x[\da-f]+){5}\s([RWE ]{3})", segments)
@@ -94,7 +95,7 @@ def faults(library: Path) -> list[str]:
 
 def misplaced(names: Sequence[str]) -> list[str]:
     """Returns the files that do not belong into a wheel, such as copied libraries, tests and C++ sources."""
-    ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_C(_cuda)?\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
+    ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_kernels\.so|_C\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
                       rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]
 
