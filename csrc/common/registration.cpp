@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "common/api.h"
+
 namespace peft_ext {
 namespace {
 
@@ -19,10 +21,14 @@ Operators::Operators(const char* key, Add add) : key(key), add(add), next(first_
 
 void register_operators(const char* key, const char* name_space) {
   using torch::stable::detail::StableLibrary;
-  using torch::stable::detail::StableTorchLibraryInit;
+  // Never deleted: PyTorch would remove the registrations.
+  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name_space, key, __FILE__, __LINE__);
   for (const Operators* one = first_operators(); one != nullptr; one = one->next)
-    if (strcmp(one->key, key) == 0)  // never deleted: PyTorch calls the functions as long as the process lives
-      new StableTorchLibraryInit(StableLibrary::Kind::IMPL, one->add, name_space, one->key, __FILE__, __LINE__);
+    if (strcmp(one->key, key) == 0) one->add(*library);
 }
 
 }  // namespace peft_ext
+
+void peft_ext_register_operators(const char* key, const char* name_space) {
+  peft_ext::register_operators(key, name_space);
+}

@@ -1,5 +1,5 @@
 """The functions of the native library, called by ctypes: a library of the hub serves every Python, and so has no
-pybind11 module. ``csrc/api.h`` declares the functions."""
+pybind11 module. ``csrc/common/api.h`` declares the functions."""
 
 from __future__ import annotations
 
@@ -101,16 +101,15 @@ def sources() -> dict[str, str]:
     return {_call("source_path", at): _call("source_text", at) for at in range(_call("source_count"))}
 
 
-def set_image_source(function: Callable[[str, str, int], tuple[str, bytes]]) -> None:
+def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -> None:
     """Sets the function ``(kernel, file, capability) -> (symbol, machine code)``."""
     global _callback
 
     def source(name: bytes, file: bytes, capability: int, image: Any) -> None:
         try:
-            symbol, data = function(name.decode(), file.decode(), capability)
-            _held.image = symbol.encode(), data
-            image[0].symbol = _held.image[0]
-            image[0].data = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p)
+            _held.image = symbol, code = function(name.decode(), file.decode(), capability)
+            image[0].symbol = symbol
+            image[0].data = ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p)
         except Exception as error:  # an exception can't pass through the library
             _held.image = str(error).encode()
             image[0].error = _held.image
