@@ -1,8 +1,8 @@
 """Loads the native library, warns once about a failure, and reports the library in use.
 
-The library ``_kernels.so`` has CPU kernels for the operators declared in ``peft_ext.ops``, and CUDA functions, which are
-registered where torch is a CUDA build. The pybind11 module ``_C`` holds the library's functions for Python. Without the library the
-operators run the reference implementation, which is correct and slow.
+The library ``_kernels.so`` has CPU kernels for the operators declared in ``peft_ext.ops``, and CUDA functions, which
+are registered where torch is a CUDA build. The pybind11 module ``_C`` holds the library's other functions. Without the
+library the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import ast
 import copy
+import ctypes
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -255,6 +257,36 @@ def test_two_builds_and_peft_ext_give_the_same_bits_in_one_process(kernel, repos
     assert (kernel._native.STATE.isa, other._native.STATE.isa) == (before, "scalar")
 
 
+def test_the_functions_of_the_library_are_those_of_the_pybind11_module(kernel):
+    ours, theirs = kernel._native.STATE.module, peft_ext._native.STATE.module
+    names = {name for name in dir(theirs) if not name.startswith("_")}
+    assert names <= set(dir(ours))
+    for name in ("build_info", "isa", "isas", "kernels", "sources"):
+        assert getattr(ours, name)() == getattr(theirs, name)()
+    assert len(ours.kernels()) > 100 and any("norm.cuh" in path for path in ours.sources())
+    with pytest.raises(ValueError, match="mmx"):
+        ours.set_isa("mmx")
+    assert "driver" in ours.load_kernel(0, 0)
+
+
+def test_the_library_gets_machine_code_from_python(kernel):
+    module = kernel._native.STATE.module
+
+    def image(name: str, file: str, capability: int) -> tuple[bytes, bytes]:
+        if capability < 80:
+            raise RuntimeError(f"{name} of {file}: no")
+        return f"symbol of {name}".encode(), b"co\0de"
+
+    module.set_image_source(image)
+    found = module._Image()
+    module._callback(b"kernel", b"file", 90, ctypes.byref(found))
+    assert (found.symbol, found.error) == (b"symbol of kernel", None)
+    assert ctypes.string_at(found.data, 5) == b"co\0de"
+    failed = module._Image()
+    module._callback(b"kernel", b"file", 75, ctypes.byref(failed))
+    assert (failed.symbol, failed.error) == (None, b"kernel of file: no")
+
+
 def test_an_older_loader_finds_the_same_module(kernel, repository):
     folder = variant(repository) / hub.MODULE
     spec = kernels.importer.importlib.util.spec_from_file_location("older", folder / "__init__.py")
@@ -307,27 +339,27 @@ def trained(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**found, "loss": loss.detach(), "after": after}
 
 
-def assert_as_good_on_the_whole(found: list[dict], model: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Asserts that losses and gradients of some steps are as near to float64's as the stock model's.
+def assert_as_good_on_the_whole(steps: Iterator[tuple[nn.Module, nn.Module]]) -> None:
+    """Asserts that losses and gradients of a step are as near to float64's as the stock model's, for some models.
 
-    The errors of all tensors are added, because the error of a single tensor depends on chance: an early rounding
-    changes all later ones.
+    ``steps`` yields pairs of a stock model and its kernelized copy. The errors of all tensors are added, because the
+    error of a single tensor depends on chance: an early rounding changes all later ones.
     """
-    stock, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     ours = theirs = 0.0
-    for here, ids in zip(found, batches, strict=True):
-        there, truth = trained(stock, ids), trained(exact, ids)
-        assert here.keys() == truth.keys()
+    for model, kernelized in steps:
+        ids = torch.randint(0, 97, (3, 21))
+        truth = trained(copy.deepcopy(model).double(), ids)
+        here, there = trained(kernelized, ids), trained(model, ids)
+        assert here.keys() == truth.keys() and here["after"] < here["loss"]
         for name, wanted in truth.items():
             assert here[name].dtype is there[name].dtype and wanted.norm() > 0, name
             ours += float((here[name].double() - wanted).norm() / wanted.norm())
             theirs += float((there[name].double() - wanted).norm() / wanted.norm())
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    assert ours <= 1.2 * theirs and ours <= 100 * eps * len(truth) * len(found), (ours, theirs)
+    assert ours <= 1.5 * theirs, (ours, theirs)
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(1)
+def tiny_llama(seed: int = 1) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, vocab_size=97)
@@ -337,19 +369,20 @@ def tiny_llama() -> LlamaForCausalLM:
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_kernelized_llama_trains_as_the_stock_model(kernelized, kernel, dtype, adapted):
-    model = tiny_llama().to(dtype)
-    if adapted:
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    ours = kernelized(model)
-    bound = [m.forward.__func__ for m in ours.modules() if "forward" in vars(m)]
-    wanted = {kernel.layers.RMSNorm: 5, kernel.layers.MLP: 2, kernel.layers.LoRALinear: 14 * adapted}
-    assert {layer: bound.count(layer.forward) for layer in wanted} == wanted
-    batches = [torch.randint(0, 97, (3, 21)) for _ in range(3)]
+    def pairs():
+        for seed in range(4):
+            model = tiny_llama(seed).to(dtype)
+            if adapted:
+                config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+                model = get_peft_model(model, config, autocast_adapter_dtype=False)
+            ours = kernelized(model)
+            bound = [m.forward.__func__ for m in ours.modules() if "forward" in vars(m)]
+            wanted = {kernel.layers.RMSNorm: 5, kernel.layers.MLP: 2, kernel.layers.LoRALinear: 14 * adapted}
+            assert {layer: bound.count(layer.forward) for layer in wanted} == wanted
+            yield model, ours
+
     with calls_of(kernel) as called:
-        found = [trained(ours, ids) for ids in batches]
-    assert found[-1]["after"] < found[0]["loss"]
-    assert_as_good_on_the_whole(found, model, batches)
+        assert_as_good_on_the_whole(pairs())
     operators = {"rms_norm", "rms_norm_backward", "gated_activation", "gated_activation_backward"}
     if adapted:  # gate and up are one call
         operators |= {"lora_linear", "lora_linear_backward", "lora_linears", "lora_linears_backward"}
@@ -457,9 +490,7 @@ def test_another_activation_is_called(kernelized):
     model = tiny_llama()
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Softplus()
-    batches = [torch.randint(0, 97, (2, 9))]
-    ours = kernelized(model)
-    assert_as_good_on_the_whole([trained(ours, ids) for ids in batches], model, batches)
+    assert_as_good_on_the_whole(iter([(model, kernelized(model))]))
 
 
 def test_layers_compile_without_a_break(kernelized):
