@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 
 import pytest
 import torch
@@ -44,6 +44,7 @@ from peft_models import (
     make_method,
     make_several,
     run,
+    tuners,
     with_philox,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -435,6 +436,14 @@ def hooked():
     return model
 
 
+def replaced():
+    model = make()
+    for layer in tuners(model).values():
+        lora_A = layer.lora_A["default"]
+        lora_A.forward = MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), lora_A)
+    return model
+
+
 STOCK = {
     "merged": merged,
     "disabled": disabled,
@@ -442,6 +451,7 @@ STOCK = {
     "two adapters": make_several,
     "no adapter": lambda: (model := make(), activate(model, []))[0],
     "hooks": hooked,
+    "another forward": replaced,
     "a bias of lora_B": lambda: make(lora_bias=True),
     "fp4": lambda: quantize_fp4(make("bnb")),
 }
@@ -468,6 +478,16 @@ def test_what_the_operators_do_not_compute_runs_the_stock_forward(kernelized, ke
     else:
         assert not called
         assert_identical(found, wanted)
+
+
+def test_global_hooks_run(kernelized):
+    ours, x, seen = kernelized(make()), inputs("float32", (5,)), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
+    try:
+        ours(x)
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) == 6  # base, lora_A and lora_B of two layers
 
 
 def test_a_mixed_batch_is_pefts(kernelized):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # no public name for the function
 
 from . import ops
 from .ops.checks import autocast_dtype
@@ -129,9 +130,13 @@ def _is_operand(x: Any) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Returns whether a call of the module also runs hooks."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    """Returns whether a call of the module does more than its class's forward, or a forward of this file."""
+    own = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
+    if own is not None and own not in (type(module).forward, LoRALinear.forward, NF4Linear.forward):
+        return True
+    return (
+        bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        or any_global_hook()
     )
 
 
