@@ -67,9 +67,10 @@ def newest_versions(library: Path) -> dict[str, str]:
 def faults(library: Path) -> list[str]:
     """Returns a line for each property of the library that a shipped library must not have.
 
-    The properties: exports besides ``PyInit_<stem>``, or ``peft_ext_...`` of the native library; an executable stack; a relocation table that stays writable (no
-    RELRO, or lazy binding); a search path; libraries other than torch's and the C++ runtime (OpenMP would be a second
-    thread pool); absolute paths of source files, which name the folders of the build.
+    The properties: exports besides ``PyInit_<stem>``, or ``peft_ext_...`` of the native library; an executable stack; a
+    relocation table that stays writable (no RELRO, or lazy binding); a search path; libraries other than torch's and
+    the C++ runtime (OpenMP would be a second thread pool); absolute paths of source files, which name the folders of
+    the build.
     """
     found = []
     own = rf"PyInit_{library.name.partition('.')[0]}" if library.name.startswith("_C.") else r"peft_ext_\w+"
