@@ -258,6 +258,23 @@ def test_two_builds_and_peft_ext_give_the_same_bits_in_one_process(kernel, repos
     assert (kernel._native.STATE.isa, other._native.STATE.isa) == (before, "scalar")
 
 
+def test_the_kernel_needs_no_installed_peft_ext(repository):
+    code = f"""
+import sys, torch
+sys.modules["peft_ext"] = None  # an import of peft_ext fails
+from pathlib import Path
+from kernels import get_local_kernel
+kernel = get_local_kernel(Path({str(repository)!r}))
+x, w, a, b = torch.randn(5, 64), torch.randn(32, 64), torch.randn(4, 64).requires_grad_(), torch.randn(32, 4)
+torch.testing.assert_close(kernel.lora_linear(x, w, a, b), x @ w.T + x @ a.T @ b.T, atol=1e-4, rtol=1e-4)
+kernel.lora_linear(x, w, a, b).sum().backward()
+print(kernel._native.STATE.isa, a.grad.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.split(maxsplit=1)[0] != "reference"
+
+
 def test_the_functions_of_the_library_are_those_of_the_pybind11_module(kernel):
     ours, theirs = kernel._native.STATE.module, peft_ext._native.STATE.module
     names = {name for name in dir(theirs) if not name.startswith("_")}
