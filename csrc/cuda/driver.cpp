@@ -161,11 +161,6 @@ Kernel*& first_kernel() {
   return first;
 }
 
-const CudaOperators*& first_operators() {
-  static const CudaOperators* first = nullptr;
-  return first;
-}
-
 // The kernels as listed for Python. A kernel with internal linkage has one object per source file that launches the
 // kernel; the list has the first.
 struct Listed {
@@ -240,26 +235,12 @@ void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Blo
   if (result != kSuccess) check(result, "launch", expression(kernel).c_str());
 }
 
-CudaOperators::CudaOperators(RegisterCuda function) : function(function), next(first_operators()) {
-  first_operators() = this;
-}
-
-void register_cuda_operators() {
-  using torch::stable::detail::StableLibrary;
-  static StableLibrary* library = nullptr;  // never deleted: PyTorch would remove the registrations
-  if (library != nullptr) return;
-  library = new StableLibrary(StableLibrary::Kind::IMPL, "peft_ext", "CUDA", __FILE__, __LINE__);
-  for (const CudaOperators* operators = first_operators(); operators != nullptr; operators = operators->next)
-    operators->function(*library);
-}
-
 }  // namespace peft_ext
 
 int peft_ext_kernel_count() { return static_cast<int>(peft_ext::listed().size()); }
 const char* peft_ext_kernel_name(int kernel) { return peft_ext::listed(kernel).name.c_str(); }
 const char* peft_ext_kernel_file(int kernel) { return peft_ext::listed(kernel).kernel->file; }
 void peft_ext_set_image_source(PeftExtImageSource source) { peft_ext::image_source.store(source); }
-void peft_ext_register_cuda() { peft_ext::register_cuda_operators(); }
 
 const char* peft_ext_load_kernel(int kernel, int device) {
   static thread_local std::string error;

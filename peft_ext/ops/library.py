@@ -19,7 +19,8 @@ from typing import Any, Optional, TypeVar
 
 import torch
 
-NAMESPACE = "peft_ext"
+from .._ops import NAMESPACE
+
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # A frozen weight in a schema: dense (the optionals are None, blocksize 0) or NF4 (see NF4Weight.op_args).
