@@ -27,14 +27,15 @@ for name in ("test_launch", "test_fault", "peft_ext_kernel_name", "peft_ext_kern
 library.test_launch.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
 class Image(ctypes.Structure):
     _fields_ = [("symbol", ctypes.c_char_p), ("data", ctypes.c_char_p), ("error", ctypes.c_char_p)]
-asked, broken = [], {}
+asked, broken, kept = [], {}, []
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(Image))
 def source(name, file, capability, image):
     asked.append([name.decode(), file.decode(), capability])
     symbol = name.split(b"::")[1].split(b"<")[0]
-    image.contents.symbol = symbol
-    image.contents.data = broken.get("data", b"code of " + symbol)
-    image.contents.error = broken.get("error")
+    answer = image.contents
+    answer.symbol, answer.data = symbol, broken.get("data", b"code of " + symbol)
+    answer.error = broken.get("error")
+    kept.append(answer)  # the structure keeps the bytes that it points to
 def driver():
     fake = ctypes.CDLL("libcuda.so.1")
     fake.fake_calls.restype = ctypes.c_char_p
