@@ -19,6 +19,11 @@ PEFT_EXT_API int peft_ext_isa_available(int isa);  // 1 if also this CPU has the
 PEFT_EXT_API int peft_ext_isa();
 PEFT_EXT_API void peft_ext_set_isa(int isa);  // only paths that are available
 
+// The scratch memory that threads keep between calls of CPU operators, in bytes.
+PEFT_EXT_API uint64_t peft_ext_kept_scratch();
+// Releases the scratch memory of all threads that are in no call. Returns the number of released bytes.
+PEFT_EXT_API uint64_t peft_ext_release_scratch();
+
 // CUDA: the kernels that the operators launch, and the sources from which the kernels are compiled.
 PEFT_EXT_API int peft_ext_kernel_count();
 // The C++ expression that names a kernel's instance, and the source that defines the kernel.

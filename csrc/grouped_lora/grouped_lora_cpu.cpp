@@ -2,6 +2,7 @@
 // linear/cpu/grouped.h.
 #include <tuple>
 
+#include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -30,5 +31,5 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cpu(Tensor x, Tensor weight, std:
 }  // namespace peft_ext
 
 STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
-  m.impl("grouped_lora_linear", TORCH_BOX(&peft_ext::grouped_lora_linear_cpu));
+  m.impl("grouped_lora_linear", PEFT_EXT_CPU_BOX(&peft_ext::grouped_lora_linear_cpu));
 }

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 #include "rotary/glue.h"
@@ -61,6 +62,6 @@ std::tuple<Tensor, Tensor> rotary_embedding_backward_cpu(Tensor grad_q, Tensor g
 }  // namespace peft_ext
 
 STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
-  m.impl("rotary_embedding", TORCH_BOX(&peft_ext::rotary_embedding_cpu));
-  m.impl("rotary_embedding_backward", TORCH_BOX(&peft_ext::rotary_embedding_backward_cpu));
+  m.impl("rotary_embedding", PEFT_EXT_CPU_BOX(&peft_ext::rotary_embedding_cpu));
+  m.impl("rotary_embedding_backward", PEFT_EXT_CPU_BOX(&peft_ext::rotary_embedding_backward_cpu));
 }

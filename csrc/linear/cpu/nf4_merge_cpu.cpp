@@ -9,6 +9,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "cpu/operator_call.h"
 #include "linear/cpu/passes.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
@@ -98,4 +99,4 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) { m.impl("nf4_merge", TORCH_BOX(&peft_ext::nf4_merge_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) { m.impl("nf4_merge", PEFT_EXT_CPU_BOX(&peft_ext::nf4_merge_cpu)); }
