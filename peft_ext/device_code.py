@@ -16,6 +16,8 @@ Environment:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -25,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
+
+import torch
 
 from . import _native
 from .files import atomic_file
@@ -136,8 +140,7 @@ def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Im
     ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX, which the driver translates. ``options``:
     more options for NVRTC.
     """
-    from cuda.bindings import nvrtc
-
+    nvrtc = _nvrtc()
     headers = HEADERS | _sources()
     texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
     source = f'#include "{file.rpartition("csrc/")[2]}"\n'.encode()
@@ -157,6 +160,16 @@ def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Im
         nvrtc.nvrtcDestroyProgram(program)
 
 
+@functools.cache
+def _nvrtc() -> Any:
+    """Returns the Python module of NVRTC. Loads torch's own NVRTC first, because another package may have installed one
+    of another release, whose machine code an older driver would refuse.
+    """
+    with contextlib.suppress(OSError):  # a CPU build of torch has no such file; the file needs NVIDIA's driver
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libcaffe2_nvrtc.so"))
+    return importlib.import_module("cuda.bindings.nvrtc")
+
+
 def _checked(results: tuple[Any, ...]) -> tuple[Any, ...]:
     error, *values = results
     if error != 0:
@@ -165,8 +178,7 @@ def _checked(results: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _log(program: Any) -> str:
-    from cuda.bindings import nvrtc
-
+    nvrtc = _nvrtc()
     (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
     log = bytearray(size)
     _checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -182,15 +194,11 @@ def _options() -> list[bytes]:
 @functools.cache
 def version() -> str:
     """Returns NVRTC's release, such as "13.0"."""
-    from cuda.bindings import nvrtc
-
-    return ".".join(map(str, _checked(nvrtc.nvrtcVersion())))
+    return ".".join(map(str, _checked(_nvrtc().nvrtcVersion())))
 
 
 def _known_architectures() -> list[int]:
-    from cuda.bindings import nvrtc
-
-    return list(_checked(nvrtc.nvrtcGetSupportedArchs())[0])
+    return list(_checked(_nvrtc().nvrtcGetSupportedArchs())[0])
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Checks that test_distributed.py runs in several processes: ``torchrun checks.py FOLDER CHECK...``.
 
-Every process runs every check and writes ``FOLDER/<rank>.json``, with "ok" or a traceback for each check. If a check
-fails in a process, the process stops and torchrun ends the others, which would wait for it. checks_fsdp2.py has the
-checks of FSDP2 alone, checks_experts.py those of a mixture of experts.
+Each process runs the named checks and writes ``FOLDER/<rank>.json``, with "ok" or a traceback for each check. If a
+check fails in a process, the process stops and torchrun ends the others, which would wait for it. checks_fsdp2.py has
+the checks that need only FSDP2, and checks_experts.py has the checks of a mixture of experts.
 """
 
 from __future__ import annotations
@@ -295,8 +295,9 @@ def tensor_parallel_layers_run_stock(folder: Path) -> None:
     gathered = {"base_layer": ColwiseParallel(output_layouts=Replicate())}
     columns = {"base_layer": ColwiseParallel(), "lora_B.default": ColwiseParallel()}
     reasons = (
-        "hooks on base_layer would not run; base_layer.weight is a shard (FSDP, ZeRO-3 or tensor parallelism)",
-        "hooks on lora_A, lora_B or lora_dropout would not run",
+        "hooks on base_layer, or its replaced forward, would not run; "
+        "base_layer.weight is a shard (FSDP, ZeRO-3 or tensor parallelism)",
+        "hooks on lora_A, lora_B or lora_dropout, or a replaced forward, would not run",
     )
     for plan, reason, mine_of in zip((gathered, columns), reasons, (lambda y: y, _my_columns), strict=True):
         model, parallel = layer("float32")

@@ -89,6 +89,7 @@ def test_a_launch_reaches_the_driver_with_all_its_arguments(run):
     shape = "grid 2 3 4 block 64 1 1 shared 0 stream 0x77"
     assert calls == [
         "init",
+        "context of 0",
         "load full_kernel in mode 2",
         f"launch full_kernel {shape} first {2**40} last 7 extra (nil)",
         f"launch full_kernel {shape} first -3 last 9 extra (nil)",
@@ -150,6 +151,21 @@ show(errors, calls())
     assert loads - unloads == 1 and sum(call.startswith("launch") for call in calls) == 8
 
 
+def test_a_thread_without_a_context_gets_that_of_the_device(run):
+    (calls,) = run(
+        WITH_SOURCE
+        + """
+import threading
+launch(0)
+calls()
+thread = threading.Thread(target=lambda: (launch(0), launch(0)))
+thread.start(); thread.join()
+show(calls())
+"""
+    )
+    assert [call.split()[0] for call in calls] == ["context", "launch", "launch"]
+
+
 def test_errors_say_what_failed(run):
     (errors,) = run("""
 errors = [launch(0)]
@@ -169,6 +185,8 @@ errors.append(launch(0, shared=1 << 20))
 errors.append(launch(0, device=64))
 driver().fake_fail(b"stream")
 errors.append(library.test_fault().decode())
+driver().fake_fail(b"capture")
+errors.append(library.test_fault().decode())
 driver().fake_fail(b"")
 errors += [launch(0), library.test_fault().decode(), library.peft_ext_load_kernel(0, 99).decode()]
 show(errors)
@@ -183,6 +201,7 @@ show(errors)
         f"(peft_ext: shared memory of {name})",
         "GPU number 64, wanted less than 64",
         "unspecified launch failure",
+        "",
         None,
         "",
         "GPU number 99, wanted less than 64",
