@@ -1,8 +1,9 @@
 """Loads the native library, warns once about a failure, and reports the library in use.
 
 The library ``_kernels.so`` has CPU kernels for the operators declared in ``peft_ext.ops``, and CUDA functions, which
-are registered where torch is a CUDA build. The pybind11 module ``_C`` holds the library's other functions. Without the
-library the operators run the reference implementation, which is correct and slow.
+are registered where torch is a CUDA build. On a ROCm build no CUDA functions are registered, because tensors on AMD
+GPUs have the dispatch key CUDA too. The pybind11 module ``_C`` holds the library's other functions. Without the library
+the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from typing import Any, Optional
 import torch
 
 from ._ops import NAMESPACE
+from ._torch_build import torch_build
 from ._version import __version__
 
 # The CPU paths on x86-64 whose kernels multiply bfloat16 matrices with bfloat16 instructions, or emulate the
@@ -79,7 +82,11 @@ def _load_cpu() -> None:
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
         what = "was not built" if missing else f"does not load ({STATE.cpu_error})"
-        _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used. To mend: {MEND}")
+        mend = f" To mend: {MEND}"
+        if sys.platform == "win32":
+            what, mend = "is not built on Windows", ""
+            STATE.cpu_error = f"the native library {what}"
+        _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used.{mend}")
         return
     build = dict(module.build_info())
     if build["version"] != __version__:
@@ -97,18 +104,39 @@ def _load_cpu() -> None:
         module.set_isa(forced)
 
 
-def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
-    """Loads the native library if it is there. ``import peft_ext`` calls this function once.
-
-    ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
-    """
-    _load_cpu()
-    if torch.version.cuda is None:
-        STATE.cuda_error = "torch is not a CUDA build"
+def _register_cuda(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> None:
+    build = torch_build()
+    if build.name != "CUDA":
+        STATE.cuda_error = build.why_no_kernels
+        if build.name != "CPU" and build.has_gpu():
+            warnings.warn(
+                f"peft_ext: a GPU is here, and its tensors take the slow reference: {build.why_no_kernels}. No other "
+                "installation of peft_ext changes this. Tensors on the CPU run the CPU kernels.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
     elif STATE.module is None:
         STATE.cuda_error = STATE.cpu_error
     else:
         STATE.module.set_image_source(image)
         STATE.module.register_operators("CUDA", NAMESPACE)
         STATE.cuda_loaded = True
+
+
+def release_scratch() -> int:
+    """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of bytes.
+
+    A thread keeps at most 32 MiB for each of six uses; a thread that only runs parts of parallel loops has two uses.
+    Blocks of threads that are in an operator's call stay.
+    """
+    return 0 if STATE.module is None else STATE.module.release_scratch()
+
+
+def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
+    """Loads the native library if it is there. ``import peft_ext`` calls this function once.
+
+    ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
+    """
+    _load_cpu()
+    _register_cuda(image)
     return STATE

@@ -14,6 +14,7 @@ import typer
 from rich.progress import track
 
 from .. import __version__, _cpu, _native, device_code
+from .._torch_build import torch_build
 from ..machine import versions
 from ..ops import library, prove
 from ..text import dtype_name
@@ -41,14 +42,17 @@ def doctor(
     state = _native.STATE
     _section("versions")
     _row("peft_ext", __version__)
+    build = torch_build()
     _row("torch", torch.__version__)
+    _row("torch is built for", str(build))
     _row("python", f"{platform.python_version()} ({sys.executable})")
     _row("system", f"{platform.system()} {platform.machine()}")
 
     _section("native library, CPU")
     if state.module is None:
         _row("loaded", f"no: {state.cpu_error}")
-        _row("mend", _native.MEND)
+        if sys.platform != "win32":
+            _row("mend", _native.MEND)
     else:
         _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
         for name, value in state.build.items():
@@ -66,13 +70,15 @@ def doctor(
     _row("finetune computes in", f"float32: {why}" if why else "bfloat16")
 
     _section("native library, CUDA")
-    _row("torch's CUDA", torch.version.cuda or "none: a CPU build of torch")
-    found = torch.cuda.is_available()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
-    _row("devices", ", ".join(devices) or "none")
-    _row("loaded", "yes" if state.cuda_loaded else f"no: {state.cuda_error or 'torch is a CPU build'}")
+    why = device_code.missing() if state.cuda_loaded else state.cuda_error or build.why_no_kernels
+    _row("loaded", "yes" if state.cuda_loaded else f"no: {why}")
+    devices = build.devices()
+    _row("GPUs", ", ".join(devices) or "none")
+    _row("tensors on the CPU run", "the CPU kernels" if state.module is not None else "the slow reference")
+    if devices:
+        _row("tensors on a GPU run", f"the slow reference: {why}" if why else "the CUDA kernels")
     _row("kernels", f"{len(device_code.kernels())}, compiled at the first use by NVRTC")
-    if torch.version.cuda is not None:
+    if build.name == "CUDA":
         _row("compiler", device_code.missing() or f"NVRTC {device_code.version()}")
         _row("compiled kernels", f"{len(list(device_code.cache().glob('*/*.image')))} in {device_code.cache()}")
     prove.first_use()

@@ -27,6 +27,7 @@ from typing import Any, Optional
 from torch import nn
 
 from .._imports import MISSING, optional, say_missing
+from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear
 from ..ops.checks import check_module
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
@@ -170,6 +171,8 @@ def accelerate(
 def restore(model: nn.Module) -> nn.Module:
     """Undoes :func:`accelerate` in place: sets the stock classes and removes what :func:`accelerate` stored.
 
+    Also releases the scratch memory that the threads of CPU operators keep from call to call.
+
     Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into
     an NF4 weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer
     itself.
@@ -187,6 +190,7 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, Lora):
             clear_dora(module)
         give_back(module)
+    release_scratch()
     return model
 
 

@@ -191,8 +191,7 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
     if KERNELS[op].get(device):
         return proved(*PUBLIC[op]) if device == "cuda" else None
     if device == "cuda" and not STATE.cuda_loaded:
-        why = STATE.cuda_error or "torch is a CPU build"
-        return f"it is on a GPU, and the CUDA library is not loaded ({why})"
+        return f"it is on a GPU, and the CUDA library is not loaded ({STATE.cuda_error})"
     return f"no native kernels of {op} for {device} tensors are loaded"
 
 
