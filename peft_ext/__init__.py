@@ -16,9 +16,11 @@ from typing import Any
 
 from . import _native, nn, ops, reference
 from ._version import __version__
+from .ops import prove
 from .weight import NestedAbsmax, NF4Weight
 
 _native.load()
+prove.arm()
 
 # Name -> module, imported on first use, so that ``import peft_ext`` needs torch alone.
 _LAZY = {

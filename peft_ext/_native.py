@@ -12,6 +12,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import sysconfig
@@ -49,6 +50,14 @@ class NativeState:
 
 
 STATE = NativeState()
+
+
+def build_identity() -> str:
+    """Returns a digest of the names, sizes and times of change of the native libraries that exist."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*folder.glob("_C*"), *folder.glob("_kernels*")]):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _fail(message: str) -> None:

@@ -170,7 +170,7 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 def kernel_reason(op: str, device: str) -> Optional[str]:
     """Returns why the public operator ``op`` would run the reference on ``device``, or None."""
     if KERNELS[op].get(device):
-        return proved(*PUBLIC[op]) if device == "cuda" else None
+        return proved(device, *PUBLIC[op])
     if device == "cuda" and not STATE.cuda_loaded:
         why = STATE.cuda_error or "torch is a CPU build"
         return f"it is on a GPU, and the CUDA library is not loaded ({why})"
