@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
 
 import torch
+import typer
 
 from .. import __version__, _cpu, _native
 from ..machine import versions
@@ -15,13 +20,19 @@ from ..text import dtype_name
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
-    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
+    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "PEFT_EXT_PROVE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
     "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
 )  # fmt: skip
+# Numbers of tokens, input features and output features of the calls that --measure times, and number of calls of each.
+MEASURED, ROUNDS = (512, 1024, 1024), 6
 
 
-def doctor() -> int:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time each family of kernels and its reference, on each device.")
+    ] = False,
+) -> int:
     """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
     # The exit code is 1 where the native CPU library can't be loaded.
     state = _native.STATE
@@ -57,10 +68,8 @@ def doctor() -> int:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
     _row("devices", ", ".join(devices) or "none")
     _row("loaded", "yes" if state.cuda_loaded else f"no: {state.cuda_error or 'torch is a CPU build'}")
-    prove.first_use()
-    for card, families in prove.report().items():
-        for family, why in families.items():
-            _row(f"{family} on {card}", f"dropped: {why}" if why else "agrees with the reference")
+    for key in prove.KEYS:
+        _proofs(key, measure)
 
     _section("operators")
     for name in library.OPERATORS:
@@ -79,6 +88,40 @@ def doctor() -> int:
     if not values:
         _row("nothing set", "of " + ", ".join(_ENVIRONMENT[:2]) + ", ...")
     return 1 if state.module is None else 0
+
+
+def _proofs(key: str, measure: bool) -> None:
+    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to add times."""
+    try:
+        prove.settle(key)
+    except RuntimeError as error:
+        _section(f"proof of the {key} kernels")
+        _row("error", str(error))
+    for place, found in prove.report(key).items():
+        _section(f"proof on {place}")
+        for family, why in found.items():
+            _row(family, (f"dropped: {why}" if why else "agrees with the reference") + measure * _times(family, key))
+
+
+def _times(family: str, key: str) -> str:
+    """Returns the median times of the first operator of a family's proof, and of its reference, as text.
+
+    The calls alternate, so that other users of the device slow both.
+    """
+    device = torch.device(key.lower())
+    dtype = torch.bfloat16 if key == "CUDA" else _cpu.compute_dtype()
+    name, arguments = next(prove.calls(family, device, dtype, MEASURED, key))
+    runs: dict[Callable, list[float]] = {prove.native_op(key, name): [], library.OPERATORS[name].reference: []}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for run, seconds in runs.items():
+                start = time.perf_counter()
+                run(*arguments)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - start)
+    ours, plain = (statistics.median(seconds[1:]) for seconds in runs.values())
+    return f"; {name} in {dtype_name(dtype)} takes {ours * 1e3:.3g} ms, the reference {plain * 1e3:.3g} ms"
 
 
 def _section(title: str) -> None:

@@ -82,7 +82,8 @@ QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each fu
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
-_found: dict[str, dict[str, str]] = {}  # by place and family: "", or the reason why the family failed there
+# By key, place and family: "", or the reason why the family failed at the place.
+_found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
 _gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family: its gates
 _kernels: dict[tuple[str, str], Any] = {}  # by key and operator: the native kernel, which the gate stands before
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
@@ -140,12 +141,12 @@ def _arm_family(key: str, family: str, names: list[str]) -> None:
 def _gate(key: str, family: str, name: str) -> Callable[..., Any]:
     def gate(*args: Any) -> Any:
         settle(key, [family])
-        return (OPERATORS[name].reference if (key, name) in DROPPED else _native_op(key, name))(*args)
+        return (OPERATORS[name].reference if (key, name) in DROPPED else native_op(key, name))(*args)
 
     return gate
 
 
-def _native_op(key: str, name: str) -> Callable[..., Any]:
+def native_op(key: str, name: str) -> Callable[..., Any]:
     """Returns a function that calls an operator's native kernel, past the gate."""
     kernel, keys = _kernels[key, name], torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return lambda *args: kernel.call_boxed(keys, *args)
@@ -169,12 +170,12 @@ def proved(device: str, *names: str) -> Optional[str]:
     return next((DROPPED[key, name] for name in names if (key, name) in DROPPED), None) if DROPPED else None
 
 
-def report() -> dict[str, dict[str, str]]:
+def report(key: str) -> dict[str, dict[str, str]]:
     """Returns, by place and family, "" if the family's kernels passed the proof, or why the family failed.
 
     A place is a model of GPU, or a model of CPU with the CPU path in parentheses.
     """
-    return {place: dict(found) for place, found in _found.items()}
+    return {place: dict(found) for place, found in _found[key].items()}
 
 
 def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
@@ -209,7 +210,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
             raise RuntimeError(f"peft_ext: {family}: its {key} kernels failed: {why} (PEFT_EXT_REQUIRE is set)")
         for family, by_place in settled.items():
             for place_name, why in by_place.items():
-                _found.setdefault(place_name, {})[family] = why
+                _found[key].setdefault(place_name, {})[family] = why
         _drop_all(key, settled)
         for family in settled:
             _open(key, family)
@@ -338,7 +339,7 @@ def agree(ask: Callable[[], object]) -> None:
         del _agreeing.now
     if _world() == 1 or _asked() == "0":
         return
-    group, settled = torch.distributed.group.WORLD, sum(map(len, _found.values()))
+    group, settled = torch.distributed.group.WORLD, sum(len(found) for places in _found.values() for found in places.values())
     if _exchanged is not None and _exchanged[0] is group and _exchanged[1] == settled:
         return
     _rounds += 1
@@ -403,8 +404,7 @@ def _recall(place: Place) -> dict[str, str]:
     held, key = _held(), _key(place)
     passed, faulted = held.get(key), held.get(key + _FAULTS)
     found = dict.fromkeys(map(str, passed), "") if isinstance(passed, list) else {}
-    found |= {family: str(why) for family, why in faulted.items()} if isinstance(faulted, dict) else {}
-    return {family: why for family, why in found.items() if family in _gates[place.key]}
+    return found | ({family: str(why) for family, why in faulted.items()} if isinstance(faulted, dict) else {})
 
 
 def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, str]] = None) -> None:
@@ -501,7 +501,7 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
 
 
 def _disagrees(name: str, arguments: tuple, dtype: torch.dtype, key: str) -> str:
-    ours = _called(_native_op(key, name), name, arguments)
+    ours = _called(native_op(key, name), name, arguments)
     with _References() if OPERATORS[name].family in _COMPOSED else nullcontext():
         plain = _called(OPERATORS[name].reference, name, _widened(arguments, dtype))
     why = _differs(ours, plain, dtype)
