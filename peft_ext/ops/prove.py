@@ -339,7 +339,10 @@ def agree(ask: Callable[[], object]) -> None:
         del _agreeing.now
     if _world() == 1 or _asked() == "0":
         return
-    group, settled = torch.distributed.group.WORLD, sum(len(found) for places in _found.values() for found in places.values())
+    group, settled = (
+        torch.distributed.group.WORLD,
+        sum(len(found) for places in _found.values() for found in places.values()),
+    )
     if _exchanged is not None and _exchanged[0] is group and _exchanged[1] == settled:
         return
     _rounds += 1
