@@ -69,8 +69,8 @@ DROPPED: dict[tuple[str, str], str] = {}
 CAPABILITY = (8, 0)  # compute capability of the oldest GPUs for which the library has kernels
 _FAULTS = " | faults"  # suffix of the cache key of the families whose kernels ended a process
 
-# Numbers of tokens, input features and output features of the inputs, by dispatch key. On a GPU a family's first call is
-# also compared with the inputs of LARGE, which take several blocks and other kernels.
+# Numbers of tokens, input features and output features of the inputs, by dispatch key. On a GPU a family's first call
+# also gets inputs of the size LARGE, which take several blocks and other kernels.
 SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024)
 
 # Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
@@ -87,8 +87,8 @@ _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
 _gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family: its gates
 _kernels: dict[tuple[str, str], Any] = {}  # by key and operator: the native kernel, which the gate stands before
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
-_rounds = 0  # number of exchanges of this process with the other ranks
-_exchanged: Optional[tuple[Any, int]] = None  # process group, and number of settled families, at the latest exchange
+# By the id of a process group: the number of results at the latest exchange in the group, and the number of exchanges.
+_exchanged: dict[int, tuple[int, int]] = {}
 _agreeing = threading.local()  # has the attribute `now` in the thread that runs `agree`
 _lock = threading.RLock()
 
@@ -166,7 +166,8 @@ def proved(device: str, *names: str) -> Optional[str]:
     key = device.upper()
     if not torch.compiler.is_compiling():  # first, so that compiled code has no guard on _gates
         if (unproved := _gates[key]) and not torch._C._len_torch_dispatch_stack():
-            settle(key, {OPERATORS[name].family for name in names} & unproved.keys())
+            wanted = {OPERATORS[name].family for name in names}
+            settle(key, [family for family in wanted if family in unproved])
     return next((DROPPED[key, name] for name in names if (key, name) in DROPPED), None) if DROPPED else None
 
 
@@ -330,7 +331,6 @@ def agree(ask: Callable[[], object]) -> None:
 
     Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``.
     """
-    global _rounds, _exchanged
     _agreeing.now = True
     try:
         if any(_gates.values()):
@@ -339,16 +339,14 @@ def agree(ask: Callable[[], object]) -> None:
         del _agreeing.now
     if _world() == 1 or _asked() == "0":
         return
-    group, settled = (
-        torch.distributed.group.WORLD,
-        sum(len(found) for places in _found.values() for found in places.values()),
-    )
-    if _exchanged is not None and _exchanged[0] is group and _exchanged[1] == settled:
+    group = id(torch.distributed.group.WORLD)
+    settled = sum(len(found) for places in _found.values() for found in places.values())
+    before, turn = _exchanged.get(group, (-1, 0))
+    if before == settled:
         return
-    _rounds += 1
     own = {key: {family: DROPPED[key, name] for family, names in families(key).items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
-    for rank, theirs in enumerate(_exchange(own)):
+    for rank, theirs in enumerate(_exchange(own, turn)):
         for key, failed in theirs.items():
             has = families(key)
             lost = [family for family in failed if family in has and (key, has[family][0]) not in DROPPED]
@@ -357,7 +355,7 @@ def agree(ask: Callable[[], object]) -> None:
                     drop(lost, f"dropped on rank {rank}, and so on all ranks: {failed[lost[0]]}", key)
                     for family in lost:
                         _open(key, family)
-    _exchanged = group, settled
+    _exchanged[group] = settled, turn + 1
 
 
 def _world() -> int:
@@ -366,9 +364,9 @@ def _world() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _exchange(own: dict[str, dict[str, str]]) -> list[dict[str, dict[str, str]]]:
+def _exchange(own: dict[str, dict[str, str]], turn: int) -> list[dict[str, dict[str, str]]]:
     store, world = torch.distributed.distributed_c10d._get_default_store(), _world()
-    names = [f"peft_ext/dropped/{_rounds}/{rank}" for rank in range(world)]
+    names = [f"peft_ext/dropped/{turn}/{rank}" for rank in range(world)]
     store.set(names[torch.distributed.get_rank()], json.dumps(own))
     for rank, name in enumerate(names):
         try:
