@@ -50,7 +50,7 @@ from typing import Any, NamedTuple, Optional
 import filelock
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  no public name for it
 
 from .. import _native
 from .._version import __version__
@@ -157,6 +157,11 @@ def _after_fork() -> None:
     _lock = threading.RLock()  # a thread that does not exist in the child may have held the lock
 
 
+@functools.cache
+def _families_of(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(OPERATORS[name].family for name in names)
+
+
 def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of these operators were dropped on a type of device, or None.
 
@@ -165,9 +170,9 @@ def proved(device: str, *names: str) -> Optional[str]:
     """
     key = device.upper()
     if not torch.compiler.is_compiling():  # first, so that compiled code has no guard on _gates
-        if (unproved := _gates[key]) and not torch._C._len_torch_dispatch_stack():
-            wanted = {OPERATORS[name].family for name in names}
-            settle(key, [family for family in wanted if family in unproved])
+        if (unproved := _gates[key]) and not unproved.keys().isdisjoint(wanted := _families_of(names)):
+            if not torch._C._len_torch_dispatch_stack():
+                settle(key, wanted)
     return next((DROPPED[key, name] for name in names if (key, name) in DROPPED), None) if DROPPED else None
 
 
