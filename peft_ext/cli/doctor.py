@@ -20,10 +20,11 @@ from ..text import dtype_name
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
-    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "PEFT_EXT_PROVE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
-    "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
+    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "PEFT_EXT_PROVE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
 )  # fmt: skip
+
 # Numbers of tokens, input features and output features of the calls that --measure times, and number of calls of each.
 MEASURED, ROUNDS = (512, 1024, 1024), 6
 

@@ -285,9 +285,7 @@ def test_a_first_call_proves_its_family_alone_and_opens_its_gates(fresh: None, a
 
 
 def test_compiled_code_proves_when_it_runs(fresh: None, asked: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: False
-    )  # Dynamo would save the state of the card's generator
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # Dynamo would read the card's random generator
     scaled = torch.compile(lambda x, scale: ops.ia3_scale(x, scale) + 1, backend="aot_eager", fullgraph=True)
     x, scale = torch.randn(4, 8), torch.randn(8, requires_grad=True)
     y = scaled(x, scale)
