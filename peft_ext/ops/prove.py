@@ -459,7 +459,7 @@ def prove(
     """
     key = key or device.type.upper()
     with (
-        torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), torch._C.DisableTorchFunction()
+        torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast()
     ):  # fmt: skip
         return {
             family: _prove_family(family, device, key, large and key == "CUDA")
