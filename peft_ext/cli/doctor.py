@@ -101,7 +101,8 @@ def _proofs(key: str, measure: bool) -> None:
     for place, found in prove.report(key).items():
         _section(f"proof on {place}")
         for family, why in found.items():
-            _row(family, (f"dropped: {why}" if why else "agrees with the reference") + measure * _times(family, key))
+            times = _times(family, key) if measure and not why else ""
+            _row(family, f"dropped: {why}" if why else f"agrees with the reference{times}")
 
 
 def _times(family: str, key: str) -> str:

@@ -450,7 +450,7 @@ def prove(
     """Proves families on a device. Returns, by family, "" or the reason why the family failed.
 
     The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
-    thread-local state only.
+    thread-local state only, and restores this state.
 
     Args:
         wanted: the families; default: all families with kernels.
@@ -458,9 +458,8 @@ def prove(
         large: whether to prove CUDA kernels with inputs of LARGE too.
     """
     key = key or device.type.upper()
-    with (
-        torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast()
-    ):  # fmt: skip
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), current:
         return {
             family: _prove_family(family, device, key, large and key == "CUDA")
             for family in (families(key) if wanted is None else wanted)
