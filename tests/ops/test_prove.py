@@ -60,11 +60,10 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     """Simulates a process that has proved no kernel, with a card and an own cache, and restores dropped kernels."""
+    prove.settle("CPU")  # this process is to be proved when the test ends
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("PEFT_EXT_PROVE", "PEFT_EXT_REQUIRE"):
         monkeypatch.delenv(name, raising=False)
-    for family in list(prove._gates["CPU"]):
-        prove._open("CPU", family)
     monkeypatch.setattr(prove, "_found", {key: {} for key in prove.KEYS})
     monkeypatch.setattr(prove, "_gates", {"CPU": {}, "CUDA": {family: Opened() for family in families("CUDA")}})
     monkeypatch.setattr(prove, "_overriding", [])
