@@ -8,12 +8,14 @@ the operators run the reference implementation, which is correct and slow.
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
         Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error.
-    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match is an error instead of a warning.
+    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match, and kernels that fail their proof
+        (:mod:`peft_ext.ops.prove`), are an error instead of a warning.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import os
 import sys
@@ -54,6 +56,14 @@ class NativeState:
 
 
 STATE = NativeState()
+
+
+def build_identity() -> str:
+    """Returns a digest of the names, sizes and times of change of the native libraries that exist."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*folder.glob("_C*"), *folder.glob("_kernels*")]):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _fail(message: str) -> None:
