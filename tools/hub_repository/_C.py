@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and t
     "set_image_source": (None, _IMAGE_SOURCE),
     "register_operators": (None, _TEXT, _TEXT),
     "load_kernel": (_TEXT, _INT, _INT),
+    "kept_scratch": (ctypes.c_uint64,),
+    "release_scratch": (ctypes.c_uint64,),
 }
 
 # What each thread's last call of the image source returned. The library reads the bytes until the thread's next call.
@@ -126,3 +128,13 @@ def register_operators(key: str, namespace: str) -> None:
 def load_kernel(kernel: int, device: int) -> Optional[str]:
     """Loads the kernel of this number on a GPU. Returns None, or the reason of the failure."""
     return _call("load_kernel", kernel, device)
+
+
+def kept_scratch() -> int:
+    """Returns the scratch memory that threads keep between calls of CPU operators, in bytes."""
+    return _call("kept_scratch")
+
+
+def release_scratch() -> int:
+    """Releases the scratch memory of all threads that are in no call. Returns the number of released bytes."""
+    return _call("release_scratch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import _native, layers, ops
 from .ops import *  # noqa: F403
+from .ops import prove
 from .weight import NestedAbsmax, NF4Weight
 
 
@@ -14,5 +15,6 @@ def _image(kernel: str, file: str, capability: int) -> tuple[bytes, bytes]:
 
 
 _native.load(_image)
+prove.arm()
 
 __all__ = ["NF4Weight", "NestedAbsmax", "layers", *ops.__all__]
