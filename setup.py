@@ -6,6 +6,7 @@ Environment variables:
                             kernels are built if nvcc, a CUDA torch of nvcc's release and libcudart.so are found
     TORCH_CUDA_ARCH_LIST    GPU architectures; default: DEFAULT_ARCHS (ARCHS_BEFORE_12_8 with an older nvcc)
     MAX_JOBS                number of parallel compilations
+    PEFT_EXT_PURE=1         no native library is built: every operator runs the slow reference
 """
 
 import os
@@ -185,6 +186,9 @@ def extensions(torch):
 
 
 def main():
+    if os.environ.get("PEFT_EXT_PURE", "") not in ("", "0"):
+        setup(**METADATA)
+        return
     torch = find_torch()
     if torch is not None:
         have = tuple(int(part) for part in torch.__version__.split(".")[:2])
