@@ -1,61 +1,105 @@
-// Defines the pybind11 module _C, which exposes build facts and selects the CPU path. This file includes no torch
-// headers; the operators register themselves with the dispatcher when this library is loaded.
+// Defines the pybind11 module _C: the functions of common/api.h for Python. The module has no code of its own and no
+// torch headers, and needs the native library to be loaded before.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "common/api.h"
 
 namespace py = pybind11;
 
 namespace {
 
-py::dict build_info() {
-  py::dict info;
-  info["version"] = PEFT_EXT_VERSION;
-  info["torch"] = PEFT_EXT_TORCH;
-  info["torch_target"] = PEFT_EXT_TORCH_TARGET;
-#if defined(__clang__)
-  info["compiler"] = std::string("clang ") + __clang_version__;
-#elif defined(__GNUC__)
-  info["compiler"] = std::string("gcc ") + __VERSION__;
-#else
-  info["compiler"] = "unknown";
-#endif
-  std::vector<std::string> compiled;
-  for (int i = 0; i < peft_ext::kIsaCount; ++i)
-    if (const auto isa = static_cast<peft_ext::Isa>(i); peft_ext::isa_compiled(isa))
-      compiled.push_back(peft_ext::isa_name(isa));
-  info["isas"] = compiled;
-  info["cuda"] = PEFT_EXT_CUDA;
-  return info;
-}
-
-std::vector<std::string> available() {
+template <typename Accept>
+std::vector<std::string> paths(Accept accept) {
   std::vector<std::string> names;
-  for (int i = 0; i < peft_ext::kIsaCount; ++i) {
-    const auto isa = static_cast<peft_ext::Isa>(i);
-    if (peft_ext::isa_available(isa)) names.push_back(peft_ext::isa_name(isa));
-  }
+  for (int isa = 0; isa < peft_ext_isa_count(); ++isa)
+    if (accept(isa)) names.push_back(peft_ext_isa_name(isa));
   return names;
 }
 
+py::dict build_info() {
+  py::dict info;
+  info["version"] = peft_ext_version();
+  info["torch"] = peft_ext_built_for_torch();
+  info["torch_target"] = peft_ext_oldest_torch();
+  info["compiler"] = peft_ext_compiler();
+  info["isas"] = paths(peft_ext_isa_compiled);
+  return info;
+}
+
 void set_isa(const std::string& name) {
-  for (int i = 0; i < peft_ext::kIsaCount; ++i) {
-    const auto isa = static_cast<peft_ext::Isa>(i);
-    if (name == peft_ext::isa_name(isa) && peft_ext::isa_available(isa)) return peft_ext::set_current_isa(isa);
-  }
+  for (int isa = 0; isa < peft_ext_isa_count(); ++isa)
+    if (name == peft_ext_isa_name(isa) && peft_ext_isa_available(isa)) return peft_ext_set_isa(isa);
   throw py::value_error("set_isa: name is '" + name + "', wanted one of isas()");
+}
+
+std::vector<std::pair<std::string, std::string>> kernels() {
+  std::vector<std::pair<std::string, std::string>> found;
+  for (int kernel = 0; kernel < peft_ext_kernel_count(); ++kernel)
+    found.emplace_back(peft_ext_kernel_name(kernel), peft_ext_kernel_file(kernel));
+  return found;
+}
+
+std::map<std::string, std::string> sources() {
+  std::map<std::string, std::string> found;
+  for (int source = 0; source < peft_ext_source_count(); ++source)
+    found.emplace(peft_ext_source_path(source), peft_ext_source_text(source));
+  return found;
+}
+
+// The Python function that returns (symbol, machine code), and what it returned last on each thread. Both live as long
+// as the process: a thread may launch a kernel while Python shuts down.
+py::object& image_function() {
+  static auto* function = new py::object;
+  return *function;
+}
+
+void image_of(const char* name, const char* file, int capability, PeftExtImage* image) {
+  static thread_local std::string symbol, data, error;
+  const py::gil_scoped_acquire lock;
+  try {
+    std::tie(symbol, data) = image_function()(name, file, capability).cast<std::pair<std::string, std::string>>();
+    image->symbol = symbol.c_str();
+    image->data = data.data();
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    image->error = error.c_str();
+  }
+}
+
+void set_image_source(py::object function) {
+  image_function() = std::move(function);
+  peft_ext_set_image_source(image_of);
+}
+
+std::optional<std::string> load_kernel(int kernel, int device) {
+  const char* error = peft_ext_load_kernel(kernel, device);
+  return error == nullptr ? std::nullopt : std::optional<std::string>(error);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts and CPU path of peft_ext's native library.";
-  m.def("build_info", &build_info, "What this library was built from.");
-  m.def("isa", [] { return peft_ext::isa_name(peft_ext::current_isa()); }, "The CPU path in use.");
-  m.def("isas", &available, "The CPU paths that this library has and this CPU supports.");
+  m.doc() = "Build facts, CPU path and CUDA kernels of peft_ext's native library.";
+  m.def("build_info", &build_info, "What the native library was built from.");
+  m.def("isa", [] { return peft_ext_isa_name(peft_ext_isa()); }, "The CPU path in use.");
+  m.def(
+      "isas", [] { return paths(peft_ext_isa_available); },
+      "The CPU paths that the library has and this CPU supports.");
   m.def("set_isa", &set_isa, py::arg("name"), "Take a CPU path, one of isas().");
+  m.def("kernels", &kernels, "The CUDA kernels: the C++ expression that names an instance, and the source it is in.");
+  m.def("sources", &sources, "The texts of the CUDA kernels' sources, by path.");
+  m.def("set_image_source", &set_image_source, py::arg("function"),
+        "Set the function (kernel, file, capability) -> (symbol, machine code as bytes).");
+  m.def("register_cuda", &peft_ext_register_cuda, "Register the CUDA functions of the operators with PyTorch.");
+  m.def("load_kernel", &load_kernel, py::arg("kernel"), py::arg("device"), py::call_guard<py::gil_scoped_release>(),
+        "Load the kernel of this number on a GPU. Returns None, or the reason of the failure.");
 }

@@ -18,7 +18,14 @@ from . import _native, nn, ops, reference
 from ._version import __version__
 from .weight import NestedAbsmax, NF4Weight
 
-_native.load()
+
+def _image(kernel: str, file: str, capability: int) -> tuple[bytes, bytes]:
+    from . import device_code
+
+    return device_code.image(kernel, file, capability)
+
+
+_native.load(_image)
 
 # Name -> module, imported on first use, so that ``import peft_ext`` needs torch alone.
 _LAZY = {

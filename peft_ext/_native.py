@@ -1,8 +1,8 @@
-"""Loads the native libraries, warns once about a failure, and reports the libraries in use.
+"""Loads the native library, warns once about a failure, and reports the library in use.
 
-There are two libraries: ``_C`` (CPU kernels, and the pybind11 part) and ``_C_cuda`` (CUDA kernels, loaded where torch
-is a CUDA build). Both libraries register kernels for the operators declared in ``peft_ext.ops``. Without the libraries
-the operators run the reference implementation, which is correct and slow.
+The library ``_kernels.so`` registers CPU kernels for the operators declared in ``peft_ext.ops``, and, where torch is a
+CUDA build, CUDA functions. The pybind11 module ``_C`` holds the library's other functions. Without the library the
+operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
@@ -12,10 +12,11 @@ Environment:
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
-import sysconfig
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,7 @@ MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip i
 
 @dataclass
 class NativeState:
-    """The native libraries found at import, and the reason why a library was not loaded."""
+    """The native library found at import, and the reason why the library, or its CUDA part, is not in use."""
 
     module: Optional[ModuleType] = None
     cpu_error: Optional[str] = None
@@ -67,8 +68,12 @@ def _describe(build: dict[str, Any]) -> str:
 
 def _load_cpu() -> None:
     try:
+        library = Path(__file__).with_name("_kernels.so")
+        if not library.exists():
+            raise ModuleNotFoundError(f"no file {library.name} in {library.parent}")
+        ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)  # global: _C takes the library's functions by their names
         module = importlib.import_module("peft_ext._C")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
         what = "was not built" if missing else f"does not load ({STATE.cpu_error})"
@@ -89,27 +94,18 @@ def _load_cpu() -> None:
         module.set_isa(forced)
 
 
-def _load_cuda() -> None:
-    if torch.version.cuda is None:
-        return
-    path = Path(__file__).with_name("_C_cuda" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
-    if not path.exists():
-        STATE.cuda_error = "not built"
-        if torch.cuda.is_available():
-            _fail(f"peft_ext: a GPU is here and the CUDA library was not built; {_running()}. CUDA tensors take the "
-                  f"slow reference. To mend: FORCE_CUDA=1 {MEND}")  # fmt: skip
-        return
-    try:
-        torch.ops.load_library(str(path))
-        STATE.cuda_loaded = True
-    except OSError as error:
-        STATE.cuda_error = str(error).strip().splitlines()[0]
-        _fail(f"peft_ext: the CUDA library does not load ({STATE.cuda_error}); {_describe(STATE.build)}; {_running()}. "
-              f"CUDA tensors take the slow reference. To mend: FORCE_CUDA=1 {MEND}")  # fmt: skip
+def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
+    """Loads the native library if it is there. ``import peft_ext`` calls this function once.
 
-
-def load() -> NativeState:
-    """Loads the native libraries that exist. ``import peft_ext`` calls this function once."""
+    ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
+    """
     _load_cpu()
-    _load_cuda()
+    if torch.version.cuda is None:
+        STATE.cuda_error = "torch is not a CUDA build"
+    elif STATE.module is None:
+        STATE.cuda_error = STATE.cpu_error
+    else:
+        STATE.module.set_image_source(image)
+        STATE.module.register_cuda()
+        STATE.cuda_loaded = True
     return STATE

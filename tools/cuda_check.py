@@ -1,12 +1,12 @@
-"""Compiles the CUDA kernels and compares their resources with the committed tables; needs nvcc, and no GPU.
+"""Compiles the CUDA kernels with NVRTC and compares their resources with the committed tables; needs no GPU.
 
-Torch's headers of a CPU build are enough. Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120; files with a
-hot loop also for sm_86 and 89. The check fails in these cases: a file does not compile without a warning; a kernel
-spills registers or keeps an array in local memory; an object needs a symbol outside of torch's stable ABI; the
-registers or the shared memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from
-docs/slots.tsv (see slots.py). A table that another nvcc release wrote is not compared. ``--write`` writes the new
-values into the tables, so that a review sees each change. ``--archs`` compiles for some architectures alone, and
-compares only their rows. ``--only`` compiles some files alone, and compares, or writes, only their rows.
+The kernels are those that the native library lists, compiled as on a user's machine (peft_ext/device_code.py), for
+sm_80, 90, 100 and 120; kernels with a hot loop also for sm_86 and 89. The check fails in these cases: a kernel does not
+compile without a warning; a kernel spills registers or keeps an array in local memory; the registers or the shared
+memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from docs/slots.tsv (see slots.py).
+A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables, so that
+a review sees each change. ``--archs`` compiles for some architectures alone, and compares only their rows. ``--only``
+compiles the kernels alone whose names contain one of the texts, and compares, or writes, only their rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import argparse
 import difflib
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -24,33 +22,12 @@ from pathlib import Path
 
 import sass
 import slots
-import stable_abi
+
+from peft_ext import device_code
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs/ptxas.tsv"
 ARCHS = ("80", "90", "100", "120")
-
-
-def find(tool: str) -> str | None:
-    """Returns the path of a tool of the CUDA toolkit, on PATH or under CUDA_HOME."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(tool) or shutil.which(tool, path=os.path.join(home, "bin"))
-
-
-def compile_command(
-    nvcc: str, source: Path, output: Path, include: Path, archs: tuple[str, ...], keep: Path | None = None
-) -> list[str]:
-    """Returns nvcc's command for a source. ``keep``: folder for intermediate files such as the machine code."""
-    target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
-    return [
-        nvcc, "-c", str(source), "-o", str(output), "-O3", "-std=c++17",
-        f"-I{ROOT / 'csrc'}", "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"),
-        "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION=0x{target:016x}",
-        "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage",
-        "-Xcompiler", "-Wall,-fvisibility=hidden",
-        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
-        *([] if keep is None else ["--keep", "--keep-dir", str(keep)]),
-    ]  # fmt: skip
 
 
 def kernel_rows(log: str) -> list[dict[str, object]]:
@@ -71,30 +48,27 @@ def kernel_rows(log: str) -> list[dict[str, object]]:
     return rows
 
 
-def demangle(names: list[str]) -> list[str]:
-    tool = find("cu++filt") or shutil.which("c++filt")
-    if tool is None or not names:
-        return names
-    text = subprocess.run([tool], input="\n".join(names), check=True, capture_output=True, text=True).stdout
-    # Keeps the name of the kernel and its template arguments; drops return type, namespace and arguments.
-    names = [re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", line) for line in text.splitlines()]
+def shown(kernel: str) -> str:
+    """Returns a kernel's name and template arguments as the tables have them: ``rank_pass_kernel<bf16, kRows>``."""
+    name = kernel.replace("peft_ext::", "")
     for enum, values in slots.enumerators().items():
-        names = [re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name) for name in names]  # noqa: B023
-    return names
+        name = re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name)  # noqa: B023
+    return name
 
 
-def hot_rows(cubin: Path, arch: str, nvdisasm: str, rows: list[dict[str, object]]) -> list[dict[str, str]]:
-    """Returns the rows of slots.tsv for the machine code of a file. ``rows`` are the file's rows from kernel_rows."""
-    code = sass.disassemble(cubin, nvdisasm)
-    names = dict(zip(demangle(list(code)), code, strict=True))
-    used = {str(row["kernel"]): row for row in rows}
-    found = []
-    for hot in slots.HOT:
-        if hot.file in cubin.stem and hot.kernel in names:
-            mangled = names[hot.kernel]
-            held = {name: int(str(used[mangled][name])) for name in ("registers", "stack", "shared")}
-            found.append(slots.measure(hot, arch, code[mangled], held))
-    return found
+def hot_rows(
+    image: device_code.Image, name: str, arch: str, nvdisasm: str, row: dict[str, object]
+) -> list[dict[str, str]]:
+    """Returns the rows of slots.tsv for a kernel's machine code. ``row`` is the kernel's row of kernel_rows."""
+    loops = [hot for hot in slots.HOT if hot.kernel == name]
+    if not loops:
+        return []
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image.code)
+        file.flush()
+        code = sass.disassemble(Path(file.name), nvdisasm)[image.symbol.decode()]
+    held = {name: int(str(row[name])) for name in ("registers", "stack", "shared")}
+    return [slots.measure(hot, arch, code, held) for hot in loops]
 
 
 def ptxas_table(rows: list[dict[str, object]]) -> str:
@@ -110,13 +84,6 @@ def ptxas_table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def release(nvcc: str) -> str:
-    """Returns "13.0" for "Cuda compilation tools, release 13.0, V13.0.88"."""
-    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+\.\d+)", text)
-    return found[1] if found else "unknown"
-
-
 def of_archs(table: str, archs: list[str]) -> str:
     """Returns the part of a table about some architectures: columns of ptxas.tsv, or rows of slots.tsv."""
     header, *rows = [line.split("\t") for line in table.splitlines()]
@@ -127,24 +94,25 @@ def of_archs(table: str, archs: list[str]) -> str:
 
 
 def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
-    """Returns the rows of a table that belong to the files ``only`` (stems; empty: all files), and the other rows,
-    without the header.
+    """Returns the rows of a table for the kernels whose names contain one of the texts ``only`` (empty: all kernels),
+    and the other rows, without the header.
     """
-    loops = {entry.name: entry.file for entry in slots.HOT}
+    loops = {entry.name: entry.kernel for entry in slots.HOT}
 
     def asked(row: str) -> bool:
-        first = row.split("\t")[0]
-        return not only or (Path(first).stem if first.endswith(".cu") else loops.get(first)) in only
+        cells = row.split("\t")
+        name = loops.get(cells[0], cells[1])
+        return not only or any(text in name for text in only)
 
     rows = table.splitlines()[1:]
     return [row for row in rows if asked(row)], [row for row in rows if not asked(row)]
 
 
-def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str], only: set[str]) -> list[str]:
-    """Returns the differences between ``table`` and the committed table at ``path``. A committed table of another nvcc
+def compare(path: Path, table: str, nvrtc: str, write: bool, archs: list[str], only: set[str]) -> list[str]:
+    """Returns the differences between ``table`` and the committed table at ``path``. A committed table of another NVRTC
     release, which its first line names, is not compared. With ``write``, writes ``table`` and returns no difference.
     """
-    wanted = f"# nvcc {release(nvcc)}\n{table}"
+    wanted = f"# NVRTC {nvrtc}\n{table}"
     if write:
         header = wanted.splitlines()[:2]
         rows = wanted.splitlines()[2:]
@@ -160,7 +128,7 @@ def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str], on
         return [f"{path.relative_to(ROOT)} is missing; --write makes it"]
     held = path.read_text()
     if held.splitlines()[:1] != wanted.splitlines()[:1]:
-        print(f"cuda-check: {path.name} is of {held.splitlines()[0][2:]}, this is nvcc {release(nvcc)}: not compared")
+        print(f"cuda-check: {path.name} is of {held.splitlines()[0][2:]}, this is NVRTC {nvrtc}: not compared")
         return []
     known = of_archs(held.split("\n", 1)[1], archs)
     known = [known.splitlines()[0], *split(known, only)[0]]
@@ -173,88 +141,56 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables instead of comparing")
     parser.add_argument("--archs", default=",".join(slots.ARCHS), help="comma-separated; default: all")
-    parser.add_argument("--only", default="", help="comma-separated stems of files; default: all")
-    parser.add_argument("--require", action="store_true", help="without nvcc or torch, fail rather than skip")
+    parser.add_argument("--only", default="", help="comma-separated parts of kernels' names; default: all kernels")
     options = parser.parse_args()
     archs, only = options.archs.split(","), set(options.only.split(",")) - {""}
     if unknown := set(archs) - set(slots.ARCHS):
         parser.error(f"no architecture {', '.join(sorted(unknown))}; there are {', '.join(slots.ARCHS)}")
     if options.write and set(archs) != set(slots.ARCHS):
         parser.error("--write takes the tables over as a whole, not for some architectures")
+    nvdisasm = sass.find_nvdisasm()
+    if why := device_code.missing() or (nvdisasm is None and "nvdisasm not found (pip install nvidia-cuda-nvdisasm)"):
+        sys.exit(f"cuda-check: {why}")
+    kernels = [(shown(name), name, file) for name, file in device_code.kernels()]
+    kernels = [kernel for kernel in kernels if not only or any(text in kernel[0] for text in only)]
+    if not kernels:
+        parser.error(f"no kernel's name contains {' or '.join(sorted(only))}")
 
-    nvcc, include, nvdisasm = find("nvcc"), stable_abi.torch_include(), sass.find_nvdisasm()
-    if nvcc is None or include is None:
-        print(f"cuda-check: skipped: {'nvcc' if nvcc is None else 'torch'} not found")
-        return 1 if options.require else 0
-    if nvdisasm is None:
-        print("cuda-check: nvdisasm not found (pip install nvidia-cuda-nvdisasm): hot loops are not counted")
-        if options.require or options.write:
-            return 1
+    with_hot = {entry.kernel for entry in slots.HOT}
+    work = [(*kernel, arch) for kernel in kernels for arch in archs if arch in ARCHS or kernel[0] in with_hot]
+    failures: list[str] = []
+    rows: list[dict[str, object]] = []
+    hot: list[dict[str, str]] = []
 
-    failures, rows, hot = [], [], []
-    # The files that take longest come first: short files with many instances, then long files.
-    with_hot = {entry.file for entry in slots.HOT}
-    sources = sorted(
-        (ROOT / "csrc").rglob("*_cuda.cu"), key=lambda path: (path.stat().st_size > 500, -path.stat().st_size)
-    )
-    if unknown := only - {path.stem for path in sources}:
-        parser.error(f"no file {', '.join(sorted(unknown))} in csrc/")
-    sources = [path for path in sources if not only or path.stem in only]
-    asked: dict[str, list[str]] = {}  # the symbols that each object needs from other objects
-    offered: set[str] = set()
-    jobs = os.cpu_count() or 2
-    work_list = [
-        (source, arch)
-        for source in sources
-        for arch in archs
-        if arch in ARCHS or (source.stem in with_hot and nvdisasm is not None)
-    ]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=jobs) as pool:
-
-        def check(work: tuple[Path, str]) -> tuple[str, str, Path, bool, list[dict[str, str]]]:
-            source, arch = work
-            output = Path(folder, f"{source.stem}.{arch}.o")
-            counted = source.stem in with_hot and nvdisasm is not None
-            keep = Path(folder, f"{source.stem}.{arch}") if counted else None
-            if keep is not None:
-                keep.mkdir()
-            command = compile_command(nvcc, source, output, include, (arch,), keep)
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            found = []
-            if keep is not None and nvdisasm is not None:
-                for cubin in keep.glob("*.cubin"):
-                    found += hot_rows(cubin, arch, nvdisasm, kernel_rows(done.stdout))
-                shutil.rmtree(keep)
-            return str(source.relative_to(ROOT)), done.stdout, output, done.returncode == 0, found
-
-        # Each file and architecture is a job of its own, so that all cores have work while the longest file compiles.
-        for (_, arch), (name, log, output, compiles, found) in zip(work_list, pool.map(check, work_list), strict=True):
-            hot += found
-            rows += [{"file": name} | row for row in kernel_rows(log) if arch in ARCHS]
-            if not compiles:
-                failures.append(f"{name}: does not compile\n{log if 'spilled' not in log else 'registers spill'}")
-                continue
-            asked[name] = stable_abi.undefined_symbols(output)
-            offered |= stable_abi.defined_symbols(output)
-    for name, symbols in asked.items():
-        found = stable_abi.violations([symbol for symbol in symbols if symbol not in offered], include)
-        # With ``--only``, some of peft_ext's functions are defined in files that are not compiled.
-        failures += [f"{name}: {line}" for line in found if not (only and line.startswith("peft_ext::"))]
-
-    for row, kernel in zip(rows, demangle([str(row["kernel"]) for row in rows]), strict=True):
-        row["kernel"] = kernel
+    def check(name: str, expression: str, file: str, arch: str) -> None:
+        try:
+            image, log = device_code.compile_kernel(expression, file, f"sm_{arch}", "--ptxas-options=-v,-warn-spills")
+        except RuntimeError as error:
+            failures.append(str(error))
+            return
+        # Kernels of the same header that are no templates are compiled as well.
+        (row,) = [row for row in kernel_rows(log) if row["kernel"] == image.symbol.decode()]
+        if "warning" in log.lower():
+            failures.append(f"{name} on sm_{arch}: {log}")
         if row["spilled"]:
-            failures.append(f"{row['file']}: {kernel} spills {row['spilled']} bytes on sm_{row['arch']}")
+            failures.append(f"{name} spills {row['spilled']} bytes on sm_{arch}")
+        hot.extend(hot_rows(image, name, arch, nvdisasm, row))
+        if arch in ARCHS:
+            rows.append(row | {"file": file.rpartition("csrc/")[2], "kernel": name})
+
+    with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))) as pool:
+        for done in pool.map(lambda item: check(*item), work):
+            assert done is None  # raises what a call raised
     if not failures:
-        failures += compare(TABLE, ptxas_table(rows), nvcc, options.write, archs, only)
-    if not failures and nvdisasm is not None:
-        wanted = {entry.name for entry in slots.HOT if not only or entry.file in only}
+        failures += compare(TABLE, ptxas_table(rows), device_code.version(), options.write, archs, only)
+        wanted = {entry.name for entry in slots.HOT if not only or any(text in entry.kernel for text in only)}
         missing = wanted - {row["loop"] for row in hot}
         failures += [f"{name}: no such kernel, see slots.py" for name in sorted(missing)]
-        failures += compare(slots.TABLE, slots.table(hot), nvcc, options.write, archs, only) if not missing else []
+        if not missing:
+            failures += compare(slots.TABLE, slots.table(hot), device_code.version(), options.write, archs, only)
     for failure in failures:
         print(f"cuda-check: {failure}", file=sys.stderr)
-    print(f"cuda-check: {len(sources)} files, {len(rows)} kernels, {len(failures)} failures")
+    print(f"cuda-check: {len(kernels)} kernels, {len(work)} compiled, {len(failures)} failures")
     return 1 if failures else 0
 
 

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the emulator and loads the kernels as operators of the namespace ``peft_ext_emulated``.
 
-g++ compiles every csrc/**/*_cuda.cu, with csrc/emulator in place of CUDA. The operators in this namespace take CPU
+g++ compiles every csrc/**/*_cuda.cpp, with csrc/emulator in place of CUDA. The operators in this namespace take CPU
 tensors. The module needs g++ and ninja, but no nvcc and no GPU. Run as a script, the module builds the library and
 prints the library's path.
 """
@@ -47,7 +47,7 @@ def build(name: str, sources: list[Path], flags: str = "", libraries: str = "") 
 
 def build_ops() -> Path:
     """Builds build/emulated/libpeft_ext_emulated.so with every CUDA operator."""
-    return build(NAMESPACE, sorted(CSRC.rglob("*_cuda.cu")), *native_build.torch_flags())
+    return build(NAMESPACE, sorted(CSRC.rglob("*_cuda.cpp")), *native_build.torch_flags())
 
 
 def load() -> Path:

@@ -31,9 +31,9 @@ def includes(csrc: Path) -> dict[str, list[str]]:
 
 def device(file: str) -> str:
     """Returns "cpu" or "cuda" if a file is for this device alone, and otherwise an empty string."""
-    if file.endswith((".cu", ".cuh")):
+    if file.endswith((".cu", ".cuh", "_cuda.cpp")) or "cuda" in Path(file).parts:
         return "cuda"
-    return "cpu" if "cpu" in Path(file).parts or file.endswith(".cpp") else ""
+    return "cpu" if "cpu" in Path(file).parts or file.endswith("_cpu.cpp") else ""
 
 
 def faults(graph: dict[str, list[str]]) -> list[str]:

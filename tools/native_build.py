@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -67,8 +68,7 @@ def torch_flags() -> tuple[str, str]:
 
 
 def module_flags(python: Path | None = None) -> str:
-    """Returns flags for the sources of ``peft_ext._C``: their folder, the headers of Python and pybind11, the macros of
-    setup.py.
+    """Returns flags for ``module_sources``: their folder, the headers of Python and pybind11, the macros of setup.py.
 
     ``python`` is the folder of Python's headers, by default of this Python.
     """
@@ -81,18 +81,20 @@ def module_flags(python: Path | None = None) -> str:
     return (
         f"-I{pybind11.get_include()} -I{python or sysconfig.get_path('include')} -I{ROOT / 'csrc'} "
         f"""-DPEFT_EXT_VERSION='"{__version__}"' -DPEFT_EXT_TORCH='"{torch.__version__}"' """
-        """-DPEFT_EXT_TORCH_TARGET='"2.11"' -DPEFT_EXT_CUDA=false -DTORCH_EXTENSION_NAME=_C"""
+        """-DPEFT_EXT_TORCH_TARGET='"2.11"' -Wno-unknown-pragmas"""
     )
 
 
 def module_sources() -> list[Path]:
-    """Returns the sources of ``peft_ext._C``, as setup.py finds them."""
-    return sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator")
+    """Returns the sources of the native library and of the module ``peft_ext._C``, as setup.py finds them."""
+    embedded = runpy.run_path(str(ROOT / "csrc/embed_sources.py"))["write"](ROOT / "build/embedded_sources.cpp")
+    return [*sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator"), embedded]
 
 
 def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
     """Makes ``folder`` a package for PYTHONPATH, with links to this checkout's Python files and to ``library``.
 
+    ``library`` is both the native library and the module: the loader opens a file once under both names.
     ``suffix`` is the suffix of an extension module, by default of this Python.
     """
     inside = folder / "peft_ext"
@@ -102,6 +104,7 @@ def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
     for path in (ROOT / "peft_ext").iterdir():
         if path.suffix != ".so" and path.name != "__pycache__":
             (inside / path.name).symlink_to(path)
+    (inside / "_kernels.so").symlink_to(library)
     (inside / f"_C{suffix or sysconfig.get_config_var('EXT_SUFFIX')}").symlink_to(library)
     return folder
 

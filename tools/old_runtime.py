@@ -104,6 +104,19 @@ def _stand_in(compiler: str, path: Path, found: dict[str, tuple[str, str, int]])
                     source, "-o", path], check=True)  # fmt: skip
 
 
+def torch_stand_in(folder: Path, compiler: str, torch: Path) -> None:
+    """Makes a stand-in for ``torch``, this machine's libtorch_cpu.so, that a compiler for another machine links to.
+
+    The stand-in has torch's C functions, which are the same on every machine.
+    """
+    listing = subprocess.run(["nm", "-D", "--defined-only", torch], check=True, capture_output=True, text=True).stdout
+    names = sorted(set(re.findall(r" ((?:aoti_torch|torch)_\w+)$", listing, re.MULTILINE)))
+    source = folder / f"{torch.name}.s"
+    source.write_text("".join(f".globl {name}\n.type {name}, %function\n{name}:\n" for name in names))
+    subprocess.run([compiler, "-shared", "-nostdlib", f"-Wl,-soname,{torch.name}", source, "-o", folder / torch.name],
+                   check=True)  # fmt: skip
+
+
 def make(folder: Path, compiler: str = "g++") -> Path:
     """Makes the stand-ins of the compiler's system in ``folder``, and returns ``folder``."""
 

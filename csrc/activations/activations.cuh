@@ -39,6 +39,7 @@ __device__ __forceinline__ void with_activation(Activation activation, const F& 
 // Grid: x has a block for each row; y has a block for each tile of kGatedTile columns.
 template <typename T, bool kGradient>
 __global__ void __launch_bounds__(kGatedThreads) gated_kernel(GatedWork work) {
+  PEFT_EXT_KERNEL;
   const int64_t row = blockIdx.x;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kGatedTile + threadIdx.x * kVector;
   if (column >= work.columns) return;

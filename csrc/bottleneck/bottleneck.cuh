@@ -35,6 +35,7 @@ constexpr int kBottleneckThreads = 256;
 // Grid: ceil(padded_rows · padded_size / 2 / kBottleneckThreads) blocks.
 template <bool kGradient>
 __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(BottleneckWork work) {
+  PEFT_EXT_KERNEL;
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kBottleneckThreads + threadIdx.x;
   const int64_t pairs = work.padded_size / 2, row = pair / pairs, m = pair % pairs * 2;
   if (row >= work.padded_rows) return;
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(Bottlene
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     bottleneck_bias_kernel(const float* grad_u, int64_t rows, int64_t size, float* out) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(BlockSums<kThreads>, shared);
   float sum = 0.0f;
   for (int64_t t = threadIdx.x; t < rows; t += kThreads) sum += grad_u[t * size + blockIdx.x];

@@ -64,6 +64,7 @@ __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShare
 // Grid: one block for each row.
 template <typename T, bool kSoftcap>
 __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(CrossEntropyWork work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(SoftmaxShared, shared);
   const int64_t at = blockIdx.x, columns = work.columns, label = work.labels[at];
   T* row = static_cast<T*>(work.logits) + at * columns;

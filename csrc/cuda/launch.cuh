@@ -9,9 +9,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #else
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/driver.h"
+#include "cuda/kernel_name.h"
 #endif
 
 #include <stdint.h>
@@ -23,17 +24,22 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <atomic>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "cuda/grid.h"
 
 // PEFT_EXT_CUDA_LIBRARY(m) { m.impl("name", TORCH_BOX(&function)); } registers the CUDA functions of an operator.
 #ifdef PEFT_EXT_EMULATE_CUDA
 #define PEFT_EXT_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(peft_ext_emulated, CPU, m)
 #else
-#define PEFT_EXT_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(peft_ext, CUDA, m)
+#define PEFT_EXT_CUDA_LIBRARY(m) PEFT_EXT_CUDA_LIBRARY_(m, C10_UID)
+#define PEFT_EXT_CUDA_LIBRARY_(m, uid)                                                                                 \
+  static void C10_CONCATENATE(register_cuda_, uid)(torch::stable::detail::StableLibrary&);                             \
+  static const ::peft_ext::CudaOperators C10_CONCATENATE(cuda_operators_, uid){&C10_CONCATENATE(register_cuda_, uid)}; \
+  static void C10_CONCATENATE(register_cuda_, uid)(torch::stable::detail::StableLibrary & m)
 #endif
 
 namespace peft_ext {
@@ -52,7 +58,7 @@ inline void mm_out(const torch::stable::Tensor& out, const torch::stable::Tensor
 #ifdef PEFT_EXT_EMULATE_CUDA
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 #else
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(torch_cuda().mm_out(out.get(), a.get(), b.get()));
 #endif
 }
 
@@ -62,22 +68,9 @@ inline void addmm_(const torch::stable::Tensor& out, const torch::stable::Tensor
 #ifdef PEFT_EXT_EMULATE_CUDA
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
 #else
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
+  TORCH_ERROR_CODE_CHECK(torch_cuda().addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
 #endif
 }
-
-// The grid of a launch. A single number is the number of blocks in x.
-struct Grid {
-  Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
-  int64_t x, y, z;
-};
-
-// The block of a launch: number of threads, and bytes of dynamic_shared(). A single number is the number of threads.
-struct Block {
-  Block(int threads, int64_t dynamic_shared = 0) : threads(threads), dynamic_shared(dynamic_shared) {}
-  int threads;
-  int64_t dynamic_shared;
-};
 
 // A Launcher makes the tensor's device the current device for the lifetime of the Launcher. A Launcher never waits for
 // the device, so that CUDA graphs can capture its launches.
@@ -89,7 +82,22 @@ class Launcher {
   // launcher(kernel, {x, y, z}, {threads, dynamic_shared}, arguments...). An empty grid launches nothing.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const Grid& grid, const Block& block,
-                  const Arguments&... arguments) const;
+                  const Arguments&... arguments) const {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    check_shape(grid, block);
+    std::tuple<Parameters...> parameters{arguments...};
+    std::apply(
+        [&](Parameters&... parameter) {
+          void* addresses[] = {&parameter...};
+#ifdef PEFT_EXT_EMULATE_CUDA
+          emulator::launch(memory_, kernel, {grid.x, grid.y, grid.z}, block.threads, block.dynamic_shared, addresses);
+#else
+          kernel(parameter...);  // sets called_kernel
+          launch_kernel(*called_kernel, device_, grid, block, stream_, addresses);
+#endif
+        },
+        parameters);
+  }
 
   // Returns the tensor's data for a kernel that reads the tensor. T is the element type, or void for any type.
   template <typename T>
@@ -170,45 +178,16 @@ class Launcher {
 #else
   int device_;
   torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
+  void* stream_ = nullptr;
 #endif
 };
 
 #ifdef PEFT_EXT_EMULATE_CUDA
-
 inline Launcher::Launcher(const torch::stable::Tensor&) {}
-
-template <typename... Parameters, typename... Arguments>
-void Launcher::operator()(void (*kernel)(Parameters...), const Grid& grid, const Block& block,
-                          const Arguments&... arguments) const {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  check_shape(grid, block);
-  emulator::launch(memory_, kernel, {grid.x, grid.y, grid.z}, block.threads, block.dynamic_shared, arguments...);
-}
-
 #else
-
 inline Launcher::Launcher(const torch::stable::Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-  stream_ = static_cast<cudaStream_t>(stream);
+  TORCH_ERROR_CODE_CHECK(torch_cuda().get_current_cuda_stream(device_, &stream_));
 }
-
-template <typename... Parameters, typename... Arguments>
-void Launcher::operator()(void (*kernel)(Parameters...), const Grid& grid, const Block& block,
-                          const Arguments&... arguments) const {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  check_shape(grid, block);
-  if (block.dynamic_shared > 0) {  // static plus dynamic shared memory may exceed the default limit of 48 KiB
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(block.dynamic_shared)));
-  }
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  kernel<<<blocks, block.threads, static_cast<size_t>(block.dynamic_shared), stream_>>>(arguments...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 #endif
 
 }  // namespace peft_ext

@@ -4,10 +4,10 @@
 // 32 lanes" means that all lanes of a warp must call the wrapper together: the emulator refuses anything else.
 #pragma once
 
-#ifdef PEFT_EXT_EMULATE_CUDA
-#include "emulator/device.h"
-#else
+#ifdef __CUDACC__
 #include <cuda_runtime.h>
+#else
+#include "emulator/device.h"
 #endif
 
 #include <stdint.h>
@@ -16,10 +16,27 @@
 
 #include "common/dtype.h"
 
+// PEFT_EXT_KERNEL is the first statement of every kernel. In the host library, the statement ends the function: g++
+// drops the kernel's code, and what remains tells Launcher which kernel the function stands for (kernel_name.h).
+#if defined(__CUDACC__) || defined(PEFT_EXT_EMULATE_CUDA)
+#define PEFT_EXT_KERNEL
+#else
+#include "cuda/kernel_name.h"
+// Warnings that g++ has about the code of kernels, which it reads and drops.
+#pragma GCC diagnostic ignored "-Wshift-count-negative"
+#pragma GCC diagnostic ignored "-Wstrict-aliasing"
+#define PEFT_EXT_KERNEL                                   \
+  struct Here {                                           \
+    static const char* file() { return __FILE__; }        \
+  };                                                      \
+  ::peft_ext::called_kernel = &::peft_ext::kKernel<Here>; \
+  return
+#endif
+
 // PEFT_EXT_SHARED(Type, name) declares `Type& name` in this block's shared memory, aligned to 128 bytes and not
 // initialized. Type is a trivial type, an array or a struct, without a comma in its name. All declarations of a kernel
 // take at most 48 KiB together.
-#ifdef PEFT_EXT_EMULATE_CUDA
+#ifndef __CUDACC__
 #define PEFT_EXT_SHARED(Type, name)                                             \
   static const char name##_key = 0;                                             \
   ::peft_ext::Identity<Type>& name = *static_cast<::peft_ext::Identity<Type>*>( \

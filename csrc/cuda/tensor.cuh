@@ -36,8 +36,7 @@ inline const char* lost_device() {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return "";
 #else
-  const cudaError_t state = cudaFree(nullptr);
-  return state == cudaSuccess ? "" : cudaGetErrorString(state);
+  return device_fault();
 #endif
 }
 

@@ -4,7 +4,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -52,7 +51,7 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void* call), c
 template <typename... Parameters>
 struct Call {
   void (*kernel)(Parameters...);
-  std::tuple<Parameters...> parameters;
+  void* const* parameters;  // the addresses of the parameters, as CUDA's driver takes them
 
   // `invoke` is not instrumented, because the parameters lie in the host's memory here. The kernel gets copies of the
   // parameters.
@@ -62,14 +61,14 @@ struct Call {
   template <size_t... kIndex>
   __attribute__((no_sanitize("thread", "undefined"))) static void invoke(const Call& call,
                                                                          std::index_sequence<kIndex...>) {
-    call.kernel(std::get<kIndex>(call.parameters)...);
+    call.kernel(*static_cast<const Parameters*>(call.parameters[kIndex])...);
   }
 };
 
-template <typename... Parameters, typename... Arguments>
+template <typename... Parameters>
 void launch(Memory& memory, void (*kernel)(Parameters...), const int64_t (&grid)[3], int threads,
-            int64_t dynamic_shared, const Arguments&... arguments) {
-  const Call<Parameters...> call{kernel, {arguments...}};
+            int64_t dynamic_shared, void* const* parameters) {
+  const Call<Parameters...> call{kernel, parameters};
   run(memory, reinterpret_cast<const void*>(kernel), Call<Parameters...>::invoke, &call, grid, threads, dynamic_shared);
 }
 

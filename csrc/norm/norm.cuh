@@ -69,6 +69,7 @@ __device__ __forceinline__ void load_norm_factor(const NormWork& work, int64_t c
 // Grid: ceil(rows · row_threads / kNormThreads) blocks.
 template <typename T, typename Out, bool kCentered>
 __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(NormSums, shared_mean);
   PEFT_EXT_SHARED(NormSums, shared_square);
   const int lane = threadIdx.x % work.row_threads;
@@ -122,6 +123,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
 // Grid: ceil(rows · row_threads / kNormThreads) blocks.
 template <typename T, typename Grad, bool kCentered>
 __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(NormSums, shared_along);
   PEFT_EXT_SHARED(NormSums, shared_shift);
   const int lane = threadIdx.x % work.row_threads;
@@ -168,6 +170,7 @@ struct NormColumns {
 // Grid: x has a block for each chunk of kColumnRows rows; y has a block for each tile of kColumnTile columns.
 template <typename T, typename Grad>
 __global__ void __launch_bounds__(kColumnThreads) norm_columns_kernel(NormColumns work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(ColumnSumsShared, shared);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumnTile + lane * kVector;

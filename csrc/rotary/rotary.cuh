@@ -35,6 +35,7 @@ constexpr int kRotaryThreads = 256;
 // Grid: B · T blocks.
 template <typename T, bool kBack>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(DeviceRotary work) {
+  PEFT_EXT_KERNEL;
   const int64_t batch = blockIdx.x / work.tokens, token = blockIdx.x % work.tokens;
   const int64_t at = batch * work.cos_batch + token * 2 * work.half;
   const T *cos = static_cast<const T*>(work.cos) + at, *sin = static_cast<const T*>(work.sin) + at;

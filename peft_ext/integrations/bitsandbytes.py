@@ -1,4 +1,4 @@
-"""Conversion between NF4Weight and bitsandbytes' Params4bit. Both directions share the storage of the weight.
+"""Conversion between NF4Weight and bitsandbytes' Params4bit. Neither direction copies the packed weight.
 
 ``peft_ext.weight`` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
 bitsandbytes' ``Linear4bit``, for comparisons.
@@ -35,7 +35,8 @@ def to_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
             )  # fmt: skip
             layer.weight = child.nf4.to_bitsandbytes()
             layer.weight.module, layer.quant_state, layer.bias = layer, layer.weight.quant_state, child.bias
-            # False stops bitsandbytes from repacking the weight in evaluation. A repacked layer can't be trained again.
+            # False stops bitsandbytes from repacking the weight in evaluation. No gradient flows to the input of a
+            # layer with a repacked weight.
             layer.support_avx512bf16_for_cpu = False
             setattr(parent, name, layer.train(child.training))
     model.is_loaded_in_4bit = True  # PEFT adds its 4-bit adapter layers only if this attribute is set

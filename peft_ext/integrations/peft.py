@@ -5,13 +5,16 @@
 ``accelerate`` changes the class of a layer; the parameters and the ``state_dict`` stay unchanged, so PEFT's code for
 saving, copying, pickling, and adding or deleting adapters still works. Beside the class, ``accelerate`` sets three
 things, which ``restore`` removes: a chosen ``dora_dropout`` or ``experts_dropout`` is an attribute of the layer, DoRA
-over an NF4Linear gets a LoRA variant that can dequantize the weight, and an attention gets a view of its configuration.
+over an NF4Linear gets a LoRA variant that can dequantize the weight, and the ``config`` of a fused attention becomes a
+view of the model's configuration that names peft_ext's attention function in place of ``sdpa``.
 
-Each call of a fused layer runs the checks in ``adapter_layers/reasons.py``, unless a call with equal facts was accepted
-before. If a check fails, the stock forward runs. :func:`peft_ext.explain` reports the reasons of the same checks.
+A call of a fused layer first runs the checks in ``adapter_layers/reasons.py``, unless the checks have accepted an
+earlier call with equal types, dtypes, shapes, devices and settings. If a check fails, the stock forward of the layer,
+or of the layer's base layer, runs. :func:`peft_ext.explain` runs the same checks and reports which check fails.
 
-PEFT's layers are matched by exact type, because a subclass may have another forward. The fused layers are in
-``adapter_layers``. Blocks of a model are recognized by the code of their forward, see ``forms`` and ``model_blocks``.
+``accelerate`` recognizes PEFT's layers by exact type, because a subclass may have another forward. The fused layers are
+in ``adapter_layers``. Blocks of a model are recognized by the code of their forward, see ``forms`` and
+``model_blocks``.
 """
 
 from __future__ import annotations
@@ -76,25 +79,27 @@ def accelerate(
     """Replaces, in place, the classes of the adapter layers, 4-bit linear layers and known blocks of a live model by
     classes that run fused operators.
 
-    Some CPUs have no instructions for products in a 16-bit dtype. On these CPUs, the frozen ``nn.Linear`` layers of a
-    CPU model that compute in this dtype, for example the head of a language model, run
-    :func:`peft_ext.ops.frozen_linear`. :func:`peft_ext.explain` lists these layers.
+    On a CPU without instructions for products in a 16-bit dtype, the frozen ``nn.Linear`` layers of a CPU model that
+    compute in this dtype, for example the head of a language model, run :func:`peft_ext.ops.frozen_linear`.
+    :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that run ``frozen_linear`` and are not the base layer
+    of an adapter.
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
             layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
             (IA)³ are fused over nn.Linear, Conv1D, NF4Linear and ``Linear4bit``. LoRA is also fused over nn.Embedding,
-            and LoRA and DoRA on the experts of a mixture (``target_parameters``). Over another base layer (such as
-            bitsandbytes ``Linear8bitLt``, or a layer with hooks), the base layer's own forward runs and only the
-            adapter's part of LoRA, AdaLoRA or (IA)³ is fused. A layer that can't be fused runs its stock forward, and
-            :func:`peft_ext.explain` tells why. Layers that are added later are not fused until the next call.
-        blocks: whether to fuse more than layers. Norms, MLPs and attentions are fused if the code of their forward is a
-            known form (docs/known-forms.md) at the time of the call. A norm saves x and one or two numbers per row for
-            the backward. An MLP computes its inner activation again in the backward. An attention computes the adapted
-            layers that get one input together, and on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator.
-            Dropouts are fused on a CPU.
-            The loss of a language model is fused if the head is frozen (LoRA on the head may train) and the model's
-            ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
+            and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute the
+            base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own forward
+            runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is not
+            fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why. Layers
+            that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
+        blocks: whether to fuse norms, MLPs, attentions, dropouts and the loss, and not only layers. Norms, MLPs and
+            attentions are fused if the code of their forward is a known form (docs/known-forms.md) at the time of the
+            call. A fused norm saves x and one or two numbers per row for the backward. An MLP computes its inner
+            activation again in the backward. An attention computes the adapted layers that get one input together, and
+            on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator. Dropouts are fused on a CPU. The loss of a
+            language model is fused if the head is frozen (LoRA on the head may train) and the model's ``loss_function``
+            has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
             :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
             its logits at the first read. False: only layers are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. "peft": x in the low-rank term and in the base
@@ -102,18 +107,19 @@ def accelerate(
             only, as in LoRA; this takes one product, and gives other gradients than PEFT. Layers and their copies keep
             dora_dropout until the next call of ``accelerate``, or until ``restore``.
         experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
-            dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row has its own mask. PEFT
-            computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's adapter files do
-            not store experts_dropout. Layers and their copies keep experts_dropout until the next call of
-            ``accelerate``, or until ``restore``.
+            dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row of an expert's input gets its
+            own mask. PEFT computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's
+            adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
+            of ``accelerate``, or until ``restore``.
 
-    Returns: the same model. A second call is harmless. Outputs and gradients agree with PEFT's up to rounding. Dropout
-    uses the same random generator as PEFT, but draws another mask. The gradient of a gradient is not supported. Under
-    forward-mode differentiation and torch.func's transforms, PEFT's code runs.
+    Returns: the same model. ``accelerate`` may be called again on the same model. Without dropout, the outputs and
+    gradients of a fused layer agree with PEFT's up to rounding. A fused dropout uses the same random generator as PEFT,
+    but draws another mask. The fused operators do not support the gradient of a gradient. Under forward-mode
+    differentiation and torch.func's transforms, the stock code of the adapter layers runs.
 
     Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is neither "peft" nor "lora", or
-    experts_dropout is no number with 0 <= p < 1. Warns if model has no adapter and no 4-bit layer, and if bitsandbytes
-    has repacked a 4-bit weight, because no gradient then flows through the layer to x.
+    experts_dropout is no number with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no adapter, no 4-bit
+    layer), and if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the layer to x.
     """
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
@@ -212,8 +218,8 @@ class Explanation:
     missing: list[str] = field(default_factory=list)
     blocks: list[Row] = field(default_factory=list)
 
-    # A table of more rows than this shows one line for all layers with equal kind and reason: the number of layers and
-    # the name of the first layer.
+    # ``str`` of an Explanation with more rows than LONGEST shows one line for all layers with equal kind and reason,
+    # with the number of these layers and the name of the first.
     LONGEST = 20
 
     @property

@@ -6,14 +6,14 @@
 
     class Mine(LinearLoss, trl.SFTTrainer): ...        # for a trainer of your own
 
-TRL gives the model another forward. Called with ``fused_lm_head=True``, TRL's forward runs the layers below the head
-and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
+TRL's trainers replace the model's forward. Called with ``fused_lm_head=True``, TRL's forward runs the layers below the
+head and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
 trainer logs. TRL's trainers compute their losses and metrics from this output. :class:`LinearLoss` replaces the forward
 by one that computes the same output from the same hidden states and the same weight. ``linear_cross_entropy`` computes
-the log probability of each token. The other values are computed for a chunk of tokens at a time, without gradients.
-TRL's own forward keeps several float32 pieces of 4,096 tokens and 32,768 words on a CPU.
+the log probability of each label. The other values are computed for a chunk of tokens at a time, without gradients. On
+a CPU, TRL's own forward keeps several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
 
-The trainer still calls the wrapped model, so DDP sees an ordinary call.
+As with TRL's own forward, the trainer calls the model through its wrapper, so DDP sees an ordinary call.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ with required("trl", "peft_ext.integrations.trl"):
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer", "SFTTrainer"]
 
-# Bytes of the float32 logits of one chunk of tokens. The metrics hold up to four tensors of this size at a time.
+# Bytes of the float32 logits of one chunk of tokens. The computation of the metrics holds up to four tensors of
+# CHUNK_BYTES at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
 # The values of `loss_type`, by trainer, that are known to give TRL's own losses, gradients and metrics. None stands for
@@ -91,7 +92,8 @@ def _form() -> str:
 
 
 def _trainer_reason(trainer: Any) -> Optional[str]:
-    """Returns which option of the trainer is not known to give TRL's numbers, or None."""
+    """Returns why LinearLoss is not known to give TRL's own losses and metrics with this trainer and its options, or
+    None."""
     if _form() not in _FORMS:
         return f"the head of {version('trl')} is none of the known forms"
     kind = next((kind for kind in _LOSSES if isinstance(trainer, kind)), None)
@@ -124,8 +126,8 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 
 def _head_reason(model: nn.Module) -> Optional[str]:
-    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward checks
-    again."""
+    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward calls this
+    function, because the head may have changed."""
     head = model.get_output_embeddings()
     if type(head) not in (NF4Linear, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear or Linear4bit"
@@ -153,7 +155,7 @@ def _weight(head: nn.Module) -> Union[Tensor, NF4Weight]:
 
 def _linear(forward: types.MethodType) -> Callable[..., Any]:
     """Returns a function to replace ``forward``, which TRL's ``add_fused_lm_head`` made. The returned function has the
-    settings of ``forward``."""
+    temperature, the logit scale and the soft cap of ``forward``."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
     # TRL divides the capped logits by T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).

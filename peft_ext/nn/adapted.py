@@ -56,7 +56,7 @@ class AdaptedLinear(nn.Module):
         return self._unmerged is not None
 
     def _weight(self) -> Union[Tensor, NF4Weight]:
-        """Returns the frozen weight without the adapter, also while the adapter is merged."""
+        """Returns the frozen weight without this layer's adapter, also while this adapter is merged."""
         if self._unmerged is not None:
             return self._unmerged[0]
         return self.base_layer.nf4 if isinstance(self.base_layer, NF4Linear) else self.base_layer.weight
@@ -86,7 +86,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Merges the adapter into the base weight.
+        """Merges the adapter into the base weight and bias. Does nothing if the adapter is merged already.
 
         A dense merged weight is rounded to the base's dtype. A merged NF4 weight is quantized to NF4 again;
         ``base_layer.merge_error`` is then the relative error of that quantization. The unmerged weight and bias are

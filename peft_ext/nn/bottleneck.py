@@ -35,8 +35,8 @@ class BottleneckAdapter(nn.Module):
 
     Raises: ValueError for a bottleneck below 1, an unknown activation or an unknown init.
 
-    Sources: Houlsby et al. (arXiv 1902.00751); Pfeiffer et al. (arXiv 2005.00247); for the parallel adapter and "mam",
-    He et al. (arXiv 2110.04366).
+    Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter and
+    "mam", He and others (arXiv 2110.04366).
     """
 
     def __init__(

@@ -27,11 +27,11 @@ class DoRALinear(LoRALinear):
         norm_grad: whether the gradient flows through the norm. The paper and PEFT treat the norm as a constant.
 
     ``lora_magnitude_vector [out_features]`` starts as the norm of each row of the base weight, so the new layer
-    computes the same output as its base. If the layer is on the meta device, or the base weight is set later, load a
-    state dict or call :meth:`reset_parameters` afterwards.
+    computes the same output as its base, up to rounding. If the layer is on the meta device, or the base weight is set
+    later, load a state dict or call :meth:`reset_parameters` afterwards.
 
-    Every forward computes the norm again. A cached norm would be unsafe: a write through ``param.data`` changes
-    neither the tensor's version counter nor its address.
+    While the adapter is not merged, each forward computes the norm again. A cached norm would be unsafe, because a
+    write through ``param.data`` changes neither the tensor's version counter nor its address.
     """
 
     def __init__(

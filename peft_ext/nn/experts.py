@@ -1,8 +1,8 @@
 """NF4 weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
 
-In transformers the experts of one mixture are one module with two 3-dimensional parameters. :class:`NF4Experts` is a
-mixin for the class of that module. :func:`nf4_experts` replaces the class and quantizes the parameters;
-:func:`dense_experts` restores the class and dequantizes the parameters.
+In the mixtures of transformers that peft_ext knows, all experts of one mixture are one module with two 3-dimensional
+parameters. :class:`NF4Experts` is a mixin for the class of that module. :func:`nf4_experts` replaces the class and
+quantizes the parameters; :func:`dense_experts` restores the class and dequantizes the parameters.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ __all__ = [
     "routes",
 ]
 
-# Attributes that transformers' decorator for experts sets on the experts' module.
+# Names of the attributes that transformers' decorator for experts sets on an experts' module.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 _Run = Callable[[Tensor, Tensor], Tensor]
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the two 3-dimensional parameters of an experts module, or () for any other module."""
+    """Returns the names of the two weights of an experts module, or () for any other module."""
     if is_llama4(module) or all(name in module.__dict__ for name in _DECLARED):
         return first_parameter(module), "down_proj"
     return ()
@@ -116,7 +116,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Order(torch.autograd.Function):
-    """Permutes the rows of y [S, N] by ``order``. ``inverse`` is the inverse permutation, for the backward."""
+    """Permutes the rows of y [S, N] by ``order``. ``inverse`` is the inverse permutation of ``order``; the backward
+    needs it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -149,9 +150,10 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
 def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
-    The tokens are sorted by expert. ``run(rows, offsets)`` computes the experts' outputs, which are multiplied by the
-    routing weights, put back in the order of the tokens, and summed over the experts of each token. The expert index
-    ``num_experts``, which expert parallelism uses, stands for no expert.
+    The tokens are sorted by expert (Llama 4's come sorted and scaled, and only ``run`` is called). ``run(rows,
+    offsets)`` computes the experts' outputs, which are multiplied by the routing weights, put back in the order of the
+    tokens, and summed over the experts of each token. The expert index ``num_experts``, which expert parallelism uses,
+    stands for no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -173,7 +175,7 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
 
 
 def gate(experts: Any, rows: Tensor) -> Tensor:
-    """Returns the activation between the two linear layers of the experts, computed by functions of ``experts``."""
+    """Returns the input of the experts' second linear layer: the activation of the first layer's output ``rows``."""
     if not getattr(experts, "has_gate", True):
         return experts.act_fn(rows)
     if hasattr(experts, "_apply_gate"):
@@ -187,7 +189,7 @@ _COMPUTING: ContextVar[tuple[Any, Optional[_Run]]] = ContextVar("_COMPUTING", de
 
 @contextmanager
 def computing(experts: NF4Experts, run: _Run) -> Iterator[None]:
-    """Replaces, within the context, the computation of ``experts.forward`` by ``run(rows, offsets)``.
+    """Makes ``experts.forward`` compute ``run(rows, offsets)`` within the context, except under torch.compile.
 
     The forwards of PEFT's wrappers around ``experts`` still run, so that hooks of the wrappers and of the experts are
     called.
@@ -247,7 +249,8 @@ class NF4Experts:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name in self.__dict__.get("nf4_shapes", ()):
-            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. PEFT needs the dense shape.
+            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. Of NF4 experts PEFT must read
+            # the dense shape, so the attribute holds the dense shape.
             experts, n, k = self.nf4_shapes[name]
             value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
         return value

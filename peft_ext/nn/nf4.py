@@ -67,7 +67,8 @@ class NF4Linear(nn.Linear):
         super().__init__(1, 1, bias=False, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        # Initial weight: zeros, that is code 7 in all elements and scale 0 in all blocks. On "meta" only shapes exist.
+        # Initial weight: zeros, that is code 7 in all elements and scale 0 in all blocks. On the device "meta" the
+        # weight has a shape and no values.
         nf4 = empty_nf4(
             out_features, in_features, blocksize, double_quant, dtype or torch.get_default_dtype(),
             lambda kind, shape: torch.zeros(shape, dtype=kind, device=device),
@@ -217,7 +218,7 @@ class NF4Linear(nn.Linear):
                 self._hold_state(found, assign)
             except (ValueError, TypeError) as error:
                 errors.append(f"NF4Linear {prefix.rstrip('.')!r}: {error}")
-        elif "weight" in found:  # a strict load has reported a missing "weight"
+        elif "weight" in found:  # a missing "weight" was reported above if the load is strict
             errors.append(f"NF4Linear {prefix.rstrip('.')!r}: weight comes without weight.absmax or {QUANT_STATE}, "
                           "wanted a state in 4 bits (quantize_nf4 after the dense state is loaded)")  # fmt: skip
         if self.bias is not None:
@@ -272,8 +273,9 @@ class NF4Linear(nn.Linear):
         self._set_scales(nf4)
 
     def _copied(self, nf4: NF4Weight) -> bool:
-        """Copies ``nf4`` into the existing tensors, which other modules may share. Returns False if the sizes differ,
-        if a tensor of ``nf4`` is on the meta device, or if an inference tensor comes outside of inference mode.
+        """Copies ``nf4`` into the layer's existing tensors, which other modules may share, and returns True. Returns
+        False, without a copy, if the sizes differ, if a tensor of ``nf4`` is on the meta device, or if a tensor of
+        ``nf4`` is an inference tensor outside of inference mode.
         """
         own, came = self.nf4.tensors(), nf4.tensors()
         if nf4.shape != self.nf4.shape or nf4.blocksize != self.blocksize or own.keys() != came.keys():

@@ -25,8 +25,8 @@ class PrefixEncoder(VirtualTokens):
         model(input_ids, attention_mask=prefix.extend_mask(attention_mask),
               past_key_values=prefix.past_key_values(batch_size, model.config))
 
-    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``cache``, and accepts both
-    names.) Logits and labels keep their length.
+    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``past_key_values`` ``cache``,
+    and accepts both names.) Logits and labels keep their length.
 
     Args:
         num_layers, num_kv_heads, head_dim: sizes of the model's attention; num_kv_heads counts the heads of the keys.
@@ -174,7 +174,8 @@ class PrefixEncoder(VirtualTokens):
         dtype: Optional[torch.dtype] = None,
         peft_order: bool = True,
     ) -> Any:
-        """Returns a cache that holds the prefix. A model appends to the cache: make a new cache for each forward.
+        """Returns a cache that holds the prefix. Make a new cache for each forward, because a model appends to the
+        cache.
 
         Args:
             config: the model's configuration. With config a sliding-window layer drops positions outside of the
@@ -255,7 +256,8 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _read(config: Any, *names: str) -> int:
-    """Returns the first attribute among ``names`` that config has. GPT-2's n_layer also has the common name."""
+    """Returns the first attribute among ``names`` that is an integer in config. GPT-2's configuration gives its n_layer
+    also as num_hidden_layers."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value

@@ -32,7 +32,8 @@ class VirtualTokens(nn.Module):
             raise ValueError(f"{cls.__name__}: {argument} is {value!r}, wanted an integer of at least 1")
 
     def _for_each(self, rows: Tensor, dim: int, batch_size: int, dtype: Optional[torch.dtype]) -> Tensor:
-        """Returns ``rows`` in ``dtype``, expanded to ``batch_size`` at a new dimension ``dim``; a view if no cast."""
+        """Returns ``rows`` in ``dtype``, expanded to ``batch_size`` at a new dimension ``dim``. The result is a view of
+        ``rows`` unless ``dtype`` needs a cast."""
         self._check_count("batch_size", batch_size)
         if dtype is not None:
             check_dtype(type(self).__name__, dtype)
@@ -58,7 +59,7 @@ class VirtualTokens(nn.Module):
 
     @torch.no_grad()
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Copies ``prompt_embeddings``, the only tensor in PEFT's adapter file, into ``embedding.weight``.
+        """Copies ``prompt_embeddings``, the tensor of this name in PEFT's adapter file, into ``embedding.weight``.
 
         Raises ValueError if the shapes differ. For prompt tuning of an encoder-decoder model PEFT saves twice as many
         rows and uses the first half of the rows: pass only the first half.
@@ -199,8 +200,8 @@ class PromptEmbedding(VirtualTokens):
         """Returns the keyword arguments for a model: every given argument extended by the prompt, under its own name.
 
         ``attention_mask``, ``labels`` and ``token_type_ids`` are ``[B, T]``; the prompt's token type is 0. An argument
-        that is None is left out. A model without ``attention_mask`` attends to all positions, the prompt included. Pass
-        ``labels`` only if there is one label for each token.
+        that is None is left out. A model that gets no ``attention_mask`` attends to all positions, the prompt included.
+        Pass ``labels`` only if there is one label for each token.
         """
         extended = {"inputs_embeds": self(inputs_embeds)}
         shape = tuple(inputs_embeds.shape[:2])

@@ -4,8 +4,8 @@
 
 D is ``down_weight [M, K]`` and V is ``up_weight [N, M]``. If no residual is given, the residual is x and N is K.
 
-Sources: Houlsby et al. (arXiv 1902.00751); Pfeiffer et al. (arXiv 2005.00247); for the parallel adapter, He et al.
-(arXiv 2110.04366).
+Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He and
+others (arXiv 2110.04366).
 """
 
 from __future__ import annotations

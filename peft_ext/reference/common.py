@@ -41,7 +41,8 @@ def dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
 def dropout_seed(
     seed: Optional[Tensor], dropout_p: float, training: bool, device: torch.device | str
 ) -> Optional[Tensor]:
-    """Returns the dropout's seed, or None if no dropout is active. PyTorch's generator draws a missing seed."""
+    """Returns ``seed``, or a seed that PyTorch's generator draws if ``seed`` is None. Returns None if no dropout is
+    active."""
     if not training or dropout_p == 0.0:
         return None
     if seed is None:

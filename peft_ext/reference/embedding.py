@@ -20,7 +20,7 @@ __all__ = ["embedding_rows", "lora_embedding", "lora_embedding_backward"]
 
 
 def embedding_rows(indices: Tensor, weight: Union[Tensor, NF4Weight]) -> Tensor:
-    """Returns the rows ``W[i]``, ``[..., N]``. Of an NF4 weight only these rows are decoded."""
+    """Returns the rows ``W[i]``, ``[..., N]``. If the weight is NF4, only these rows are decoded."""
     columns = weight.shape[1]
     if not isinstance(weight, NF4Weight):
         return F.embedding(indices, weight)

@@ -16,7 +16,8 @@ __all__ = ["rotary_embedding", "rotary_embedding_backward", "rotated_like"]
 
 
 def rotated_like(x: Tensor) -> Tensor:
-    """Returns an empty tensor of x's shape, with x's order of strides if the last stride is then 1, else contiguous."""
+    """Returns an uninitialized tensor of x's shape: like ``torch.empty_like(x)`` if the last stride is then 1, else
+    contiguous."""
     y = torch.empty_like(x)
     return y if y.stride(-1) == 1 else x.new_empty(x.shape)
 

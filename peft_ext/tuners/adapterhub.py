@@ -24,8 +24,8 @@ __all__ = ["config_from_adapterhub", "from_adapterhub", "to_adapterhub"]
 _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn")
 
 # Model type -> places within a layer. Each entry holds AdapterHub's place, peft_ext's place for an adapter directly
-# after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The last item is None for
-# attention, which has no adapter under "pfeiffer", and "" if the place is the layer itself.
+# after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The last item of an entry is
+# None for attention, which has no adapter under "pfeiffer", and "" if the place is the layer itself.
 _GATED = (("attention_adapters", "self_attn.o_proj", None), ("output_adapters", "mlp.down_proj", ""))
 _BERT = (("attention.output", "attention.output.dense", None), ("output", "output.dense", "output.LayerNorm"))
 _PLACES: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -57,7 +57,8 @@ _OURS = re.compile(rf"(?:base_model\.model\.)?{_LAYER}(?:\.(?P<place>.+))?\.bott
 _BY_CONFIG = {(True, True, False): "houlsby", (False, True, True): "pfeiffer", (False, True, False): "after_ffn"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "swish": "silu", "silu": "silu"}  # fmt: skip
-# Fields of AdapterHub's BnConfig for features that BottleneckConfig lacks, and the value that switches a feature off.
+# Fields of AdapterHub's BnConfig for features that BottleneckConfig lacks, each with the value under which a
+# configuration can be converted.
 _PLAIN = {"ln_before": False, "ln_after": False, "is_parallel": False, "use_gating": False, "phm_layer": False,
           "inv_adapter": None, "dropout": 0.0, "stochastic_depth": 0.0, "original_ln_after": True,
           "residual_before_ln": True}  # fmt: skip
@@ -135,8 +136,8 @@ def config_from_adapterhub(config: Mapping[str, Any], model_type: str, **kwargs:
         model_type: the model type in the model's configuration, for example "bert".
         kwargs: further fields of BottleneckConfig, such as ``task_type`` and ``inference_mode``.
 
-    Raises: ValueError if the model type is unknown, or if config asks for a feature that BottleneckConfig lacks: norms
-    inside of the adapter, gates, dropout or a learned scale.
+    Raises: ValueError if the model type is unknown, or if config asks for a feature that BottleneckConfig lacks, such
+    as norms inside of the adapter, gates, dropout or a learned scale.
     """
     for name, plain in _PLAIN.items():
         if config.get(name, plain) != plain:

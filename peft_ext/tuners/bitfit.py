@@ -55,14 +55,14 @@ class BitFitConfig(TargetConfig):
             layer included), "query" (a layer that computes only queries; the paper's b_q), "mlp", "mlp_up" (the
             feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set is
             ["query", "mlp_up"].
-        add_bias: linear layers that get a bias of zeros if these layers have no bias, like Llama's layers. The value
+        add_bias: linear layers that get a bias of zeros if these layers have no bias, like Llama's layers. ``add_bias``
             is names, a regular expression, or "all-linear" for all linear layers but the output head. Quantized layers
             (NF4Linear, bitsandbytes' 4 and 8 bits) are allowed. If a named layer already has a bias, that bias is
             trained, whether or not the layer is a target. Merging leaves the new biases in the model; to reload the
             merged model, its config may need a field such as ``attention_bias``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a bias is a target. A
-            classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
+            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a parameter ``bias`` is a
+            target. A classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
 
     Raises: TypeError or ValueError if a field has a value of another form.
     """
@@ -100,8 +100,8 @@ class BitFitLayer(ReplacingLayer):
         if replaced is not None or dense:
             bias = bias.to((weight if replaced is None else replaced).dtype)
         if not dense and x is not None:
-            # bitsandbytes casts its layer's bias to the compute dtype in place. A bias that is cast here already keeps
-            # bitsandbytes from casting the adapter's parameter.
+            # bitsandbytes casts its layer's bias to the compute dtype in place. Here the bias gets the compute dtype
+            # first, so that bitsandbytes does not cast the adapter's own parameter.
             if not getattr(base, "compute_type_is_set", True):
                 base.set_compute_type(x)
                 base.compute_type_is_set = True
@@ -112,8 +112,8 @@ class BitFitLayer(ReplacingLayer):
 class BitFitModel(ReplacingTuner):
     """A model whose biases are trained, made by ``peft.get_peft_model``; see :class:`peft_ext.BitFitConfig`.
 
-    A bias that several modules share (in BERT's output head) is trained once. If a module holds submodules with
-    parameters, the module's own bias stays frozen, with a warning, unless a submodule shares that bias.
+    A bias that several modules share, as in BERT's output head, is one trained tensor. If a module holds submodules
+    with parameters, the module's own bias stays frozen, with a warning, unless a submodule shares that bias.
 
     Raises: ValueError if no bias is found, or if a shared bias belongs both to a target and to a module that is not a
     target.

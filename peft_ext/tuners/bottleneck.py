@@ -3,9 +3,9 @@
     after:     Y = h + s · Up(act(Down(h))),  h = base(x)          parallel:  Y = base(x) + s · Up(act(Down(x)))
     around:    Y = base(z),  z = x + s · Up(act(Down(base(x))))    base: a LayerNorm after a residual sum x
 
-Sources: Houlsby et al. (arXiv 1902.00751) place adapters after attention and after the feed-forward. Pfeiffer et al.
-(arXiv 2005.00247) place an adapter after the residual sum of the feed-forward, as ``SeqBnConfig`` of AdapterHub's
-``adapters`` does. He et al. (arXiv 2110.04366) run the adapter parallel to the feed-forward.
+Sources: Houlsby and others (arXiv 1902.00751) place adapters after attention and after the feed-forward. Pfeiffer and
+others (arXiv 2005.00247) place an adapter after the residual sum of the feed-forward, as ``SeqBnConfig`` of
+AdapterHub's ``adapters`` does. He and others (arXiv 2110.04366) run the adapter parallel to the feed-forward.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class _Places(NamedTuple):
 
 
 _GATED = _Places(r"self_attn\.o_proj", r"mlp\.down_proj", "mlp", r"layers\.\d+")
-# These models put a norm between the feed-forward's output and the residual sum, so that "pfeiffer" has no place.
+# Models such as Gemma 2 put a norm between the feed-forward's output and the residual sum, so that "pfeiffer" has no
+# place.
 _NORMED = _GATED._replace(summed=None)
 _BERT = _Places(r"attention\.output\.dense", r"layer\.\d+\.output\.dense", None, r"layer\.\d+\.output\.LayerNorm")
 _OPT = _Places(r"self_attn\.out_proj", "fc2", None, r"layers\.\d+")
@@ -172,13 +173,15 @@ class BottleneckLayer(Wrapper):
         return self._adapted(args, kwargs, self.base_layer(*args, **kwargs))
 
     def _before_norm(self, names: list[str], x: Tensor) -> Tensor:
-        """Returns the new input of base, a LayerNorm: ``x + s · Up(act(Down(base(x))))``, for each adapter in turn."""
+        """Returns the new input of ``base_layer``, a LayerNorm: ``x + s · Up(act(Down(base(x))))``, for each adapter in
+        turn."""
         for name in names:
             x = self.bottleneck_adapters[name](self.base_layer(x).to(x.dtype), x)
         return x
 
     def _adapted(self, args: tuple, kwargs: dict[str, Any], found: Any) -> Any:
-        """Returns ``found``, the output of base for the arguments, with "after" and "parallel" adapters applied."""
+        """Returns ``found``, the output of ``base_layer`` for the arguments, with the active "after" and "parallel"
+        adapters applied."""
         y = found[0] if isinstance(found, tuple) else found
         for name in self.active():
             adapter, place = self.bottleneck_adapters[name], self.bottleneck_place[name]
@@ -193,12 +196,13 @@ class BottleneckLayer(Wrapper):
         return found if self._disable_adapters else self._adapted(args, kwargs, found)
 
     def remove_hook(self) -> None:
-        """Removes the adapters' hook from base, so that base can be used without this layer."""
+        """Removes the adapters' hook from ``base_layer``, so that ``base_layer`` can be used without this wrapper."""
         if self._hook is not None:
             self._hook.remove()
 
     def stock_reason(self) -> Optional[str]:
-        """Returns why the adapters' next call runs plain PyTorch, see :func:`peft_ext.explain`, or None if fused."""
+        """Returns why the adapters' next call runs plain PyTorch (:func:`peft_ext.explain` reports this), or None if it
+        is fused."""
         if self._disable_adapters:
             return "adapters are disabled"
         weights = [self.bottleneck_adapters[name].down.weight for name in self.active()]

@@ -52,10 +52,11 @@ class DiffPruningConfig(TargetConfig):
         alpha_init: initial α of every gate.
         stretch_low, stretch_high: l < 0 and r > 1; a gate is stretched to the interval [l, r] before it is clamped.
         kept: number of entries that pruning kept, by full name of the tensor ("model.layers.0.mlp.up_proj.weight").
-            Pruning sets the field, and loading allocates the entries by the field.
+            Pruning sets ``kept``, and loading allocates as many entries as ``kept`` says.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every parameter is a target. A classification
-            head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
+            :class:`~peft_ext.tuners.targets.TargetConfig`. By default the parameters of every module are targets,
+            except the own parameters of a module with a list of layers below it. A classification head belongs in
+            modules_to_save, where task_type="SEQ_CLS" puts the head.
 
     Raises: TypeError or ValueError if a field has a value of another form.
     """
@@ -293,10 +294,9 @@ class DiffPruningModel(ReplacingTuner):
             target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
             optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
-            the
-                gates are removed; the optimizer state of w and of the gates is dropped. Other parameters and the
-                learning rates stay. Without this argument make a new optimizer, because w and the gates are no longer
-                parameters.
+                the gates are removed; the optimizer state of w and of the gates is dropped. The optimizer's other
+                parameters and its learning rates stay. Without ``optimizer``, make a new optimizer after pruning,
+                because w and the gates are no longer parameters.
 
         Returns: the number of kept entries, by full name of the tensor, as in the field ``kept`` of the configuration.
 
@@ -329,7 +329,8 @@ class DiffPruningModel(ReplacingTuner):
         if optimizer is not None:
             _exchange(optimizer, {diff: sparse.get(name) for name, diff in dense.items()})
         kept = {name: diff.values.numel() for name, diff in sparse.items()}
-        # The configuration is replaced, not changed: the user's own object still describes a new adapter.
+        # The configuration is replaced, not changed, so that the user's own configuration object still describes an
+        # adapter before pruning.
         self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], kept=kept)
         return dict(kept)
 
@@ -353,7 +354,8 @@ class DiffPruningModel(ReplacingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # The checkpoint may hold this adapter before or after pruning. The adapter takes the checkpoint's form.
+        # The checkpoint may hold this adapter before or after pruning. The adapter is made pruned or not pruned, as the
+        # checkpoint is.
         kept = _kept_in(state_dict)
         if kept != config.kept:
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)

@@ -2,10 +2,10 @@
 
     Y = base(x; θ)          θ: base's tensors, with some replaced by tensors of the active adapter
 
-A tuner adds nothing to an output. The base module's own forward runs once with the replaced tensors, so that the result
-has the same bits as the result of a model with these tensors. A wrapped module owns parameters directly. Reading an
-attribute of the wrapper (``weight``, ``bias``, ``padding_idx``) gives the base module's attribute, with the adapter's
-tensors in place.
+A tuner of this kind adds no term to the output of a module. The base module's own forward runs once with the replaced
+tensors, so that the result has the same bits as the result of a model with these tensors. A module is wrapped only if
+parameters are registered on the module itself. Reading an attribute of the wrapper (``weight``, ``bias``,
+``padding_idx``) gives the base module's attribute, with the adapter's tensors in place.
 """
 
 from __future__ import annotations
@@ -196,8 +196,8 @@ class ReplacingLayer(Wrapper):
             merged = self.base_tensor(name)
             self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
         self._unmerged.clear()
-        # A shared tensor is merged in the layer that owns the tensor. The owner may wrap a module that is never called,
-        # such as T5's embedding.
+        # A shared tensor is merged in the layer that owns the tensor. The layer that owns a shared tensor may wrap a
+        # module that is never called, such as T5's embedding.
         owners = [layer for name in self.merged_adapters for layer, _ in self.tied.get(name, {}).values()]
         self.merged_adapters.clear()
         for layer in owners:
@@ -300,7 +300,7 @@ class ReplacingTuner(Tuner):
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str,
     ) -> None:  # fmt: skip
-        if current_key not in self._plan.units:  # current_key comes from a state dict
+        if current_key not in self._plan.units:  # PEFT may take current_key from a state dict
             raise ValueError(f"{type(self).__name__}: {current_key} is not a target of the adapter {adapter_name!r}")
         if not isinstance(target, self.tuner_layer_cls):
             target = self.tuner_layer_cls(target)
@@ -311,7 +311,7 @@ class ReplacingTuner(Tuner):
         target.add(adapter_name, names, self.make(target, current_key, names, peft_config), owners)
 
     def layers(self) -> Iterator[tuple[str, Any]]:
-        """Yields the full name in the base model and the layer, for every wrapped module."""
+        """Yields each wrapping layer of this tuner with its full name in the base model."""
         for name, module in self.model.named_modules():
             if isinstance(module, self.tuner_layer_cls):
                 yield name, module
@@ -324,7 +324,8 @@ class ReplacingTuner(Tuner):
                 raise ValueError(f"set_adapter: {name}: {_several(layer, held)}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    # The adapter ties the tensors that modules share, so that PEFT's warning applies to modules_to_save only.
+    # An adapter keeps shared tensors shared (see Plan.tied). PEFT's warning about tied modules is therefore limited to
+    # modules_to_save.
 
     def _check_tied_modules(self, model: nn.Module, peft_config: TargetConfig) -> None:
         super()._check_tied_modules(model, dataclasses.replace(peft_config, target_modules=None))

@@ -56,8 +56,8 @@ def _check_peft() -> None:
 def peft_type(name: str) -> PeftType:
     """Returns the member ``name`` of PEFT's ``PeftType`` enum, and adds the member if PEFT lacks it.
 
-    PEFT's ``register_peft_method`` accepts only names of that enum. The new member equals its string value, is found by
-    name and by value, and is pickled like the members that PEFT defines.
+    PEFT's ``register_peft_method`` accepts only names of the members of ``PeftType``. The new member equals its string
+    value, is found by name and by value, and is pickled like the members that PEFT defines.
     """
     if name not in PeftType.__members__:
         extend_enum(PeftType, name, name)

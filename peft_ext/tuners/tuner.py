@@ -16,7 +16,8 @@ with required("peft", "peft_ext.tuners"):
 
 
 class Wrapper(nn.Module, BaseTunerLayer):
-    """A layer that wraps the module ``base_layer``. An attribute that the layer lacks is read from ``base_layer``."""
+    """A layer that wraps the module ``base_layer``. An attribute that the wrapper lacks is read from ``base_layer``,
+    except special names such as ``__len__`` and accelerate's ``_hf_hook``."""
 
     def _read(self, name: str) -> Any:
         return getattr(self.base_layer, name)
@@ -26,7 +27,7 @@ class Wrapper(nn.Module, BaseTunerLayer):
             return super().__getattr__(name)
         except AttributeError:
             # The copy module looks up names that start with "__", and accelerate's hooks use the other names as marks
-            # of the base module. None of these names is read from the base module.
+            # of the base module. Names of both kinds, and "base_layer", are not read from the base module.
             if name in ("base_layer", "_old_forward") or name.startswith(("__", "_hf_")):
                 raise
         return self._read(name)

@@ -1,7 +1,7 @@
 """Fixtures of the tests of integrations.
 
-In these tests, a fused layer checks its reasons even for a known call, and LayerNorms are fused for few elements too,
-because the tests use few elements.
+In these tests, a call on the fast path still asserts that the checks of the layer find no reason, and LayerNorms are
+fused for few elements too, because the tests use few elements.
 """
 
 from __future__ import annotations

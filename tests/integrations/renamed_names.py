@@ -39,7 +39,7 @@ def _base(kind):
     else:
         linear = nn.Linear(64, 64)
     model.add_module("layer", linear)
-    # PEFT reads these attributes of a model.
+    # PEFT reads from these two attributes whether a model is quantized by bitsandbytes.
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.endswith("4bit"), kind.endswith("8bit")
     return model
 

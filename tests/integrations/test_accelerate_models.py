@@ -57,7 +57,7 @@ def test_restore_leaves_nothing_behind(method, base):
     model = make_method(method, base, **dropout_of(method, 0.1))
     before, keys, text = state_of(model), list(model.state_dict()), repr(model)
     bits = {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(2):  # a second call of restore changes nothing
+    for _ in range(2):  # a second call of accelerate changes nothing
         assert peft_ext.accelerate(model) is model
     changed = [name for name, (kind, _) in state_of(model).items() if kind is not before[name][0]]
     assert len(changed) == (4 if base.startswith("bnb") else 2)

@@ -186,7 +186,8 @@ STOCK = {
     "several: a variant": ("LoRA", _add("DoRA", r=2), {}, "DoRA beside another active adapter"),
 }  # fmt: skip
 
-# Cases in which the adapter's term is fused over the base layer's own forward, with the reason that explain gives.
+# Cases in which a LoRA layer is fused, or only its low-rank term over the base layer's own forward, with the reason
+# that explain gives for the latter ("" if the whole layer is fused).
 FUSED = {
     "lora_bias": (None, {"lora_bias": True}, ""),
     "lora_bias, several": (_second, {"lora_bias": True}, ""),
@@ -240,7 +241,7 @@ def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
     (prepare or (lambda model: None))(stock)
     fused = copy.deepcopy(stock)
     wide = copy.deepcopy(stock).double()  # all layers compute in float64, also within hooks
-    for model in (fused, wide):  # hooks and patched forwards of the first model are bound to it
+    for model in (fused, wide):  # the copied hooks and patched forwards still call the first model
         for layer in tuners(model).values():
             base_layer = layer.base_layer
             base_layer._forward_hooks.clear(), base_layer._backward_pre_hooks.clear()
@@ -377,7 +378,7 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
 
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", True)
     assert loaded() is None
-    for name in PUBLIC[op]:  # a layer is not fused where only the forward has a kernel
+    for name in PUBLIC[op]:  # a layer is not fused if the kernel of one native operator is missing
         assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
         assert reasons.kernel_reason(op, "cpu") is None
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", False)

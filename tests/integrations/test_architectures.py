@@ -87,9 +87,9 @@ GENERATING = [name for name, architecture in ARCHITECTURES.items() if architectu
 def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
     """Asserts that dtypes are PEFT's, and that the error of all gradients together is at most twice PEFT's error.
 
-    In the error of all gradients each gradient has equal weight. Most of the error is the model's own rounding, which
-    is
-    another random draw if a layer rounds once less: with other batches, our error is 0.6 to 1.7 times PEFT's.
+    In the error of all gradients, each gradient has equal weight. Most of the error is the model's own rounding, which
+    is another random draw if a layer rounds once less. With other batches, the error of the fused model is 0.6 to 1.7
+    times PEFT's.
     """
     assert {key: value.dtype for key, value in actual.items()} == {key: value.dtype for key, value in stock.items()}
     ours, theirs = (
@@ -122,7 +122,7 @@ class Case:
         assert (len(rows), sum(row.fused for row in rows)) == (self.layers, self.fused_layers), peft_ext.explain(model)
 
 
-# The cases in the first tier of tests: one model of each family, and each method.
+# The cases in the first tier of tests: models of several families, and each method.
 FIRST_TIER = {"Llama-LoRA", "Llama-DoRA", "Llama-IA3", "Gemma3-LoRA", "GPT-2-DoRA", "Mixtral-LoRA", "BERT-LoRA",
               "T5-IA3", "ViT-DoRA"}  # fmt: skip
 
@@ -152,7 +152,7 @@ def test_the_layers_that_should_be_are_fused(case: Case) -> None:
     assert {row.name for row in explanation.rows} == set(tuners(case.fused))
     reasons = Counter(row.reason for row in explanation.rows if not row.fused)
     assert reasons == REASONS.get((case.name, case.method), {}), explanation
-    # explain reports what the layers say; this test counts the operators that a call really runs.
+    # explain only reports what the checks of the layers find, so this test also counts the operators that a call runs.
     for training in (False, True):
         with OperatorCalls() as seen:
             case.fused.train(training)(**case.batch)

@@ -176,7 +176,8 @@ def test_relative_positions_that_train_are_the_models_own() -> None:
 
 
 def test_who_sees_nothing_beside_relative_positions() -> None:
-    """The mask adds a finite number to the scores of hidden keys; a query with hidden keys alone sees all keys."""
+    """The mask adds a finite number to the scores of hidden keys; a query all of whose keys are hidden therefore sees
+    all keys."""
     stock, model = build(RELATIVE["T5"]), peft_ext.accelerate(build(RELATIVE["T5"]))
     mask = torch.ones_like(IDS)
     mask[1] = 0
@@ -400,7 +401,7 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
         more["scaling"] = -0.3
     elif what.startswith("position bias"):
         more["position_bias"] = torch.randn(1, 4, 20, 20)
-        if what.endswith("more keys"):  # with causal attention the one query sees only the first key
+        if what.endswith("more keys"):  # with causal attention, no query sees the second half of the keys
             k, v = (torch.cat((x, x), 2) for x in (k, v))
             more["position_bias"] = torch.randn(1, 4, 20, 40)
         elif what.endswith("of others"):

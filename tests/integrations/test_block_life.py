@@ -1,6 +1,6 @@
 """Tests changes to a model with fused blocks: replaced code, hooks, PyTorch's tools around a module, copies, restore.
 
-Each result is compared with an equal model without peft_ext.
+Most results are compared with those of an equal model without peft_ext.
 """
 
 from __future__ import annotations
@@ -345,7 +345,8 @@ def test_global_hooks_see_the_activation(x: Tensor) -> None:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_what_was_saved_and_then_changed_in_place_is_refused(blocks: bool, x: Tensor) -> None:
-    """autograd refuses an in-place change of a saved tensor, but does not check with hooks on saved tensors."""
+    """autograd refuses an in-place change of a saved tensor, but does not check tensors that pass through saved-tensor
+    hooks."""
     model = peft_ext.accelerate(gated(), blocks=blocks)
     x.requires_grad_()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -130,7 +130,7 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
 
 @pytest.mark.parametrize("under", ["meta", "bfloat16", "inference"])
 def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> None:
-    """The default device, dtype and mode at the time of accelerate do not change a fused block's results."""
+    """The default device, dtype and mode at the time of accelerate do not change which blocks are fused."""
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
     if under == "meta":
         with torch.device("meta"):
@@ -469,7 +469,8 @@ def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
 def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PyTorch's masks, a step equals the stock step. With the operator's masks, a step draws as many new masks."""
+    """With PyTorch's masks, a step equals the stock step. With the operator's masks, equal seeds give equal losses, and
+    each step draws new masks."""
     stock, model = with_dropouts(kind, dtype), peft_ext.accelerate(with_dropouts(kind, dtype))
     rows = [row for row in peft_ext.explain(model).blocks if row.kind == "dropout"]
     assert len(rows) >= 5 and all(row.fused for row in rows) and not any("lora" in row.name for row in rows)
@@ -540,7 +541,7 @@ def test_a_norm_is_called_by_name() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_few_elements_are_normed_by_pytorch(dtype, few_elements, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, PyTorch's norm runs for few elements, because its call is faster; a compiled graph does not choose."""
+    """On a CPU, PyTorch's layer_norm runs for few elements, because its call has less overhead."""
     monkeypatch.setattr(norm, "LEAST", few_elements)
     layer = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f.to(dtype)
     rows = few_elements[dtype] // 32

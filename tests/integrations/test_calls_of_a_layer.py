@@ -1,4 +1,5 @@
-"""Tests how many Python functions a call of a fused layer runs, and which known calls skip the checks of reasons."""
+"""Tests how many Python functions a call of a fused layer runs, and that a change of the layer or of the mode takes
+effect although an equal call before was on the fast path."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ def test_merged_on_disk(name: str, tmp_path: Path) -> None:
 
 
 def test_a_new_adapter_changes_nothing() -> None:
-    """A new adapter changes nothing, also with non-zero matrices, because the magnitudes start as the norms."""
+    """A new DoRA adapter gives the output of a LoRA adapter with equal matrices, because the magnitudes start as the
+    norms."""
     torch.manual_seed(0)
     for init in (True, False):
         model = peft_ext.get_peft_model(base(), config(init_lora_weights=init, target_modules=[])).eval()
@@ -298,6 +299,6 @@ def test_a_magnitude_of_zero_merges_and_says_that_it_is_no_way_back() -> None:
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-4)
     held: Tensor = wrapper.get_param()
     assert torch.isfinite(held).all()
-    for _ in range(2):  # the warning comes in each call
+    for _ in range(2):  # each call raises the error
         with pytest.raises(RuntimeError, match="a magnitude is 0"):
             model.unmerge_adapter()

@@ -122,7 +122,8 @@ def test_under_autocast_and_checkpointing() -> None:
 
 
 def test_dropout_on_the_low_rank_path() -> None:
-    """Compares a step with a float64 step with equal masks. Evaluation has no dropout, and files do not store it."""
+    """Evaluation has no dropout, equal seeds give equal masks, the mean over many masks is the result without dropout,
+    and a copy keeps experts_dropout until accelerate is called again."""
     model, plain = (peft_ext.accelerate(adapt(base()), experts_dropout=p) for p in (0.4, 0.0))
     assert {row.kind.partition(" over")[0] for row in experts_rows(model)} == {"LoRA with dropout 0.4"}
     assert torch.equal(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)
@@ -413,10 +414,7 @@ def test_hooks_around_nf4_experts_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["replaced", "skipped", "compiled", "compiled alone"])
 def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
-    """Under torch.compile, or where other code runs instead of the experts' forward, there must be an error.
-
-    No other code could add the adapter to the output.
-    """
+    """Where torch.compile or other code runs in place of the experts' forward, a call is right or raises an error."""
     model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))).eval()
     wanted = model(**batch()).logits
     held = model.get_base_model().model.layers[0].mlp.experts.get_base_layer()

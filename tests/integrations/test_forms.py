@@ -1,5 +1,5 @@
-"""Tests of the known forms: code is compared by digests, each row passes the proof for its classes, and a changed
-helper, value or method gives another form.
+"""Tests of the known forms: code is compared by digests, rows pass the proof for classes that have the form, and a
+changed helper, value or method gives another form.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ def test_rows_of_functions() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["offset", "rounds", "eps", "act", "inner", "gated", "norms", "cache", "options"])
 def test_a_wrong_formula_is_disproved(name: str) -> None:
-    """Tests that the proof of a form fails for each changed value of its formula."""
+    """Tests that the proof fails if the value ``name`` of a row's formula is changed, for up to four rows."""
     others = {"offset": {"0": "1", "1": "0"}, "rounds": {"yes": "no", "no": "yes"}, "gated": {"yes": "no", "no": "yes"},
               "norms": {"head": "flat", "flat": "head"}, "cache": {"cache:kwargs": "cache:plain"}}  # fmt: skip
     tried = 0
@@ -334,7 +334,8 @@ BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "ml
 def test_whatever_a_known_forward_reaches_makes_another_form_when_it_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Covers each class of the installed transformers with a known form, and each name that its forward looks up."""
+    """Covers one class of the installed transformers for each known form of an RMSNorm, MLP or attention, and each name
+    that its forward looks up and for which the test has a replacement."""
     counted, held = 0, []
     for digest in BLOCKS:
         for cls in classes_by_digest().get(digest, ())[:1]:

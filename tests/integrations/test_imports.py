@@ -91,7 +91,7 @@ OPTIONAL = {
     "transformers.utils.ModelOutput": ([], [["transformers.utils", "ModelOutput"]], set()),
     "peft.PeftModel": ([], [["peft", "PeftModel"]], set()),
     "peft.tuners.tuners_utils.BaseTunerLayer": (
-        # Without this class explain has no rows for adapters.
+        # Without BaseTunerLayer, explain has no rows for adapters.
         [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,
     ),
 }  # fmt: skip
@@ -169,7 +169,7 @@ def test_what_can_not_be_used_without_a_name_says_so(found, name):
 def imports(kind):
     """Returns the modules and names that peft_ext imports from other packages within ``with kind(...)`` blocks.
 
-    With None returns all imports from other packages.
+    If ``kind`` is None, returns all imports from other packages.
     """
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text())

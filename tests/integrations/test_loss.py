@@ -377,7 +377,8 @@ def test_logits_of_a_head_that_is_another_by_now_are_refused(target: str, after:
 
 
 LEARNED = nn.Parameter(torch.tensor(2.0))
-STEPS: dict[str, tuple[Callable[[Any], Any], bool]] = {  # by name: a step, and whether the operator computes its loss
+# By name: a step between head and loss, and whether the operator computes the loss after this step.
+STEPS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "scale": (lambda z: 2 * (z / 3.0) * -0.5, True),
     "cap": (lambda z: torch.tanh(z * 0.1 / 3.0) * 2, True),
     "cap of a Tensor's method, float32": (lambda z: (z.float() / 5).tanh().float() * 5, True),

@@ -70,7 +70,7 @@ def test_another_thread_gets_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_class_that_was_made_of_ours_is_not_made_again() -> None:
-    """fully_shard makes a subclass of the fused class where it wraps the model itself."""
+    """If fully_shard wraps the model itself, fully_shard makes a subclass of the fused class."""
     model = peft_ext.accelerate(build())
     base = model.get_base_model()
     made = base.__class__ = type("Sharded", (type(base),), {})

@@ -1,9 +1,9 @@
-"""Tests every method in every use, and draws the results as the table in docs/methods.md.
+"""Tests each method in each use that is a column of the table in docs/methods.md, and draws the results as this table.
 
     PEFT_EXT_REDRAW=1 python -m pytest tests/integrations/test_methods.py
 
-draws it again. A test that is a column runs once for each method and returns the cell. The docstring of such a test
-explains the column in the document.
+The command above draws the table again. A test that is a column of the table runs once for each method and returns a
+cell. The docstring of such a test explains the column in the document.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def adapted(
     make: Callable[..., PeftModel] = peft_ext.get_peft_model,
     moved: bool = True,
 ) -> PeftModel:
-    """Returns the method's model, by default over its own base, as after some training; equal for each ``make``."""
+    """Returns the method's model, by default over the method's own base, as after some training. The adapter has equal
+    values for each ``make``."""
     base = make_base(METHODS[name].base) if base is None else base
     torch.manual_seed(3)
     model = make(base, METHODS[name].config())
@@ -262,7 +263,8 @@ def test_trainer(name: str, tmp_path: Path) -> Cell:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-# The code of a process that has not imported peft_ext, and imports it later.
+# The code of a process that reads the adapters with PEFT alone, then imports peft_ext and reads again the adapters that
+# gave an error.
 _READER = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -301,7 +303,8 @@ def exchange_base(name: str, llama: Path) -> hf.PreTrainedModel:
 
 @dataclass
 class StockReader:
-    """A process of stock PEFT that reads adapters of accelerated models. ``wanted`` has their logits, by method."""
+    """A process of stock PEFT that reads adapters of accelerated models. ``wanted`` has the logits of the accelerated
+    models, by method."""
 
     process: subprocess.Popen
     folder: Path
@@ -319,7 +322,8 @@ class StockReader:
 
 @pytest.fixture(scope="module", autouse=True)
 def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockReader]:
-    """Starts the process early, because its imports take seconds, beside the tests of other columns."""
+    """Starts the process of stock PEFT before the tests, so that the process imports its packages while the tests of
+    other columns run."""
     folder, wanted = tmp_path_factory.mktemp("read"), {}
     for name in METHODS:
         model = adapted(name, exchange_base(name, llama))
@@ -376,7 +380,7 @@ def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
     stock = adapted(name, exchange_base(name, llama), make=peft.get_peft_model)
     stock.save_pretrained(tmp_path)
     loaded = peft_ext.load_adapter(exchange_base(name, llama), tmp_path)
-    # As for the stock reader above, training mode keeps bitsandbytes from repacking the stock model's weights.
+    # In training mode bitsandbytes does not repack the stock model's 4-bit weights.
     with torch.no_grad():
         assert_close(logits(loaded, INPUTS), stock.train(METHODS[name].base != "dense")(**INPUTS).logits)
     made = peft_ext.explain(adapted(name, exchange_base(name, llama)))
@@ -420,8 +424,8 @@ def test_merge(name: str) -> Cell:
 
 
 def over_4_bits(name: str, kind: str, llama: Path) -> tuple[PeftModel, tuple[str, ...]]:
-    """Returns the method over a quantized base. If that is refused, the trained modules are left dense, and a note says
-    so.
+    """Returns the method over a quantized base. If adapting a quantized base raises an error, the model is adapted
+    before it is quantized (NF4), or the trained modules are left dense (bitsandbytes), and a note says so.
     """
     try:
         return adapted(name, make_base(kind, llama)), ()
@@ -504,7 +508,7 @@ def test_compile(name: str) -> Cell:
         found = outcome(torch.compile(module, backend="aot_eager"))
         notes = tuple(f"torch.compile says: {reason}." for reason in reasons)
         cell = Cell(f"{explained.graph_break_count} graph breaks", notes)
-    # The gate of a tensor is fully open and has no gradient.
+    # In Diff Pruning, the gate of a whole tensor is fully open here, where its clamp has no gradient.
     flat = {key for key, value in wanted.items() if not value.any()}
     assert not any(found[key].any() for key in flat) and "y" not in flat
     assert_close(*({key: value for key, value in each.items() if key not in flat} for each in (found, wanted)))
@@ -546,7 +550,7 @@ def test_fused_on_cpu(name: str) -> Cell:
 def cuda_operators() -> set[str]:
     """Returns the operators that csrc registers for CUDA."""
     found = set()
-    for path in (ROOT / "csrc").rglob("*_cuda.cu"):
+    for path in (ROOT / "csrc").rglob("*_cuda.cpp"):
         source = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
         for block in re.findall(r"PEFT_EXT_CUDA_LIBRARY\(\w+\)\s*\{(.*?)\}", source, flags=re.DOTALL):
             found.update(re.findall(r'\.impl\("(\w+)"', block))

@@ -184,7 +184,8 @@ def test_outputs_have_the_same_bits_and_gradients_agree(how: dict[str, Any]) -> 
     wanted, found = gradients(alone, x, alone), gradients(joint, x, joint)
     assert found.keys() == wanted.keys() and len(found) > 4
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if x.dtype is torch.float32 else {"rtol": 2**-7, "atol": 0.05}
-    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)  # a sum of gradients that is rounded once
+    # lora_linears rounds the gradient of x, a sum over the layers, only once.
+    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
@@ -311,7 +312,7 @@ def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     with Together() as seen:
         found = outputs(attention(joint), draw(), change)
     wanted = outputs(attention(alone), draw(), change)
-    assert seen.layers == [3]  # one call has computed all three layers
+    assert seen.layers == [3]  # one call of lora_linears has computed all three layers
     assert all(map(torch.equal, found, wanted))
     assert torch.equal(found[0], before[0]) and not any(map(torch.equal, found[1:], before[1:]))
 

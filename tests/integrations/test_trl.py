@@ -152,10 +152,8 @@ def history(trainer: Any) -> list[dict[str, float]]:
 def assert_alike(
     name: str, folder: Path, model: Any = None, within: float = WITHIN[torch.float32], **options: Any
 ) -> Any:
-    """Asserts that TRL's own trainer and peft_ext's trainer agree in all gradients and logged figures.
-
-    Figures in LEFT_OUT are not compared.
-    """
+    """Asserts that TRL's own trainer and peft_ext's trainer agree in the gradients, and in the logged figures that
+    LEFT_OUT does not name."""
     model = llama() if model is None else model
     stock, wanted = run(getattr(trl, name), folder, copy.deepcopy(model), **options)
     with warnings.catch_warnings():

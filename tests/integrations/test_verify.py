@@ -34,8 +34,8 @@ def tokens(count=12):
 
 
 def everything(model, batch):
-    """Returns the state of model and batch that verify must not change: the identity of objects, and the version and
-    the bits of tensors."""
+    """Returns the state that verify must not change: the identity of objects and the version and bits of tensors in
+    model and batch, the state of the random generators, and the rows of explain."""
 
     def bits(tensor):
         return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

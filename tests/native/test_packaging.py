@@ -126,7 +126,7 @@ def test_the_metadata_is_whole(source_distribution):
 
 def test_what_a_wheel_must_not_hold_is_found():
     good = ["peft_ext/__init__.py", "peft_ext/ops/nf4.py", "peft_ext/py.typed", "peft_ext-0.1.0.dist-info/RECORD",
-            "peft_ext/_C.cpython-311-x86_64-linux-gnu.so", "peft_ext/_C_cuda.cpython-311-x86_64-linux-gnu.so",
+            "peft_ext/_C.cpython-311-x86_64-linux-gnu.so", "peft_ext/_kernels.so",
             "peft_ext-0.1.0.dist-info/licenses/LICENSE", "peft_ext/ops/", "peft_ext/run/report/page.html"]  # fmt: skip
     bad = ["peft_ext.libs/libgomp-a34b3233.so.1.0.0", "peft_ext/libtorch_cpu.so", "tests/ops/test_ops.py",
            "csrc/nf4/nf4.h", "peft_ext/ops/__pycache__/nf4.cpython-311.pyc", "peft_ext/nf4.cpp",

@@ -1,4 +1,4 @@
-"""Tests of the modules: state, round trips, merging. The tests of the operators cover the arithmetic."""
+"""Tests of the modules of peft_ext.nn: state, round trips, merging. The tests of the operators cover the arithmetic."""
 
 import copy
 import io
@@ -368,7 +368,8 @@ def test_from_and_to_bitsandbytes_share_storage(double_quant: bool) -> None:
 
 @THEIRS
 def test_bits_are_bitsandbytes() -> None:
-    """Compares with bitsandbytes: shapes and dtypes of real weights, full and tail blocks."""
+    """Compares codes and scales with bitsandbytes' for several dtypes, shapes and block sizes, with full blocks and
+    tail blocks."""
     bnb = pytest.importorskip("bitsandbytes")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for shape in ((64, 64), (33, 65), (7, 31), (1, 1), (576, 1536)):

@@ -37,8 +37,8 @@ def peft_prefix(kind: str, model: nn.Module, **config: Any) -> peft.PeftModel:
 def run_peft_prefix(theirs: peft.PeftModel, inputs: dict[str, Tensor]) -> Tensor:
     """Returns the logits of PEFT's model.
 
-    PEFT's forward for classification uses an argument that transformers 5.24 renamed, and raises an error. For this
-    model the function passes the cache to the base model.
+    PEFT's forward for classification uses an argument that transformers 5.24 renamed, and raises an error. For a
+    classification model this function passes the cache to the base model instead.
     """
     if theirs.active_peft_config.task_type != "SEQ_CLS":
         return theirs(**inputs).logits
@@ -155,8 +155,8 @@ def test_prefix_has_the_shapes_that_the_model_caches(kind: str) -> None:
 
 
 def test_prefix_of_layers_that_differ() -> None:
-    """Gemma 4: a layer takes the part of the prefix that fits, and a layer that reuses another layer's keys takes
-    nothing.
+    """In Gemma 4, a layer gets the part of the prefix that fits its head_dim, and a layer that reuses another layer's
+    keys gets no prefix.
     """
     layers = {
         "num_hidden_layers": 4,

@@ -1,6 +1,6 @@
 """Tests prompt tuning: plain transformers models with a prompt module give the results of PEFT's models.
 
-Other tests treat prompt and prefix as modules.
+The last tests of this file test PromptEmbedding and PrefixEncoder as modules, without a model.
 """
 
 import copy

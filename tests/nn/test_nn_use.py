@@ -35,7 +35,7 @@ def module(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def jacobian(module: nn.Module, x: Tensor) -> Tensor:
-    """Returns the Jacobian, computed row by row with plain backward calls."""
+    """Returns the Jacobian of ``module`` at x, computed row by row with plain backward calls."""
     x = x.clone().requires_grad_()
     return torch.stack([torch.autograd.grad(value, x, retain_graph=True)[0] for value in module(x).flatten()])
 

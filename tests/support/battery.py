@@ -17,7 +17,7 @@ Parts = dict[str, Tensor]  # the value of an operator under the name "y", and th
 
 
 def run(function: Any, sample: Sample, grad: Tensor | None = None, *, keep_strides: bool = False) -> dict[str, Tensor]:
-    """Returns the value of ``function``, and its gradients for a given output gradient, on the CPU.
+    """Returns the value of ``function``, and its gradients for a given output gradient, copied to the CPU.
 
     ``keep_strides``: call ``function`` on the inputs themselves, with their strides, instead of on copies.
     """
@@ -70,8 +70,9 @@ def assert_part_close(
     if name in from_product:  # the part is computed from a rounded product
         ulp = max(ulp, torch.finfo(product or got["y"].dtype).eps)
     error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
-    # The floor is the error of rounding the exact result once, plus float32 rounding for the order of a sum.
-    # For a single element plain PyTorch's error may be zero by chance, so that twice this rounding is allowed.
+    # The floor is the error of rounding the exact result once, plus float32 rounding for the order of a sum. If at most
+    # one element of the exact result is not 0, plain PyTorch's error may be zero by chance, so that twice this rounding
+    # is allowed.
     rounding = ulp * want.abs() / (1 if want.count_nonzero() <= 1 else 2)
     floor = rounding + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
     assert error.norm() <= 1.5 * yardstick.norm() + floor.norm(), (name, error.norm(), yardstick.norm())

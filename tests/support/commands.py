@@ -1,4 +1,4 @@
-"""Runs the command line in this process and returns its output or its one-line error."""
+"""Functions that run the command line in this process and return its output or its one-line error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: object, unchanged: Optional[Path] = None) -> str:
-    """Returns the one-line error of a command. Asserts that the command wrote nothing into ``unchanged``."""
+    """Returns the one-line error of a command that fails. Asserts that the command added no file to ``unchanged`` and
+    removed none."""
     before = sorted(unchanged.rglob("*")) if unchanged else []
     code, out, err = _run(capsys, arguments)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, (arguments, code, out, err)

@@ -2,7 +2,8 @@
 
 Factors: case of an operator (``op_db``), dtype, shape, layout of the tensors in memory, CPU path, number of threads.
 Each case has as many calls as the longest other factor has values. Each call takes the next value of every factor.
-A factor's first value differs from case to case, so that all pairs of values of the other factors occur in some case.
+A factor's first value differs from case to case, so that most pairs of values of the other factors occur in some case.
+More calls are added for the pairs that are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ NAMES = ("case", "dtype", "shape", "layout", "path", "threads")
 
 
 def _calls_of(case: Case) -> list[sweep.Drawn]:
-    """Returns the calls of one case; the position of a call in the array is the seed of its values."""
+    """Returns the calls of one case. The seed of a call is 1000 times the number of the case plus the number of the
+    call."""
     number = (*CASES, *SAVED_OUTPUT).index(case)
     paths = _native.STATE.module.isas()
     shapes = sorted(set(case.shapes), key=case.shapes.index)
@@ -43,12 +45,12 @@ def _calls_of(case: Case) -> list[sweep.Drawn]:
 
 @functools.cache
 def array() -> tuple[sweep.Drawn, ...]:
-    """Returns all calls: those of each case, and one for each pair that the starts of the factors have left out."""
+    """Returns all calls: the calls of each case, and calls for the pairs that the calls of the cases leave out."""
     calls = [call for case in (*CASES, *SAVED_OUTPUT) for call in _calls_of(case)]
     fields = ("dtype", "shape", "layout", "path", "threads")
     covered = {pair for call in calls for pair in _pairs_of(row(call))}
     for pair in sorted(_wanted() - covered, key=str):
-        if pair in covered:  # by a call that was added for another pair
+        if pair in covered:  # a call that was added for another pair covers it
             continue
         held = dict(pair)
         near = next(call for call in calls if held.get("shape", call.shape) in call.case.shapes)
@@ -65,7 +67,7 @@ def row(call: sweep.Drawn) -> tuple[Any, ...]:
 
 
 def _wanted() -> set:
-    """Returns every pair that can be: a case is called with its own shapes alone."""
+    """Returns every pair of two factors' values that is possible. A case is called only with shapes of its own list."""
     paths = _native.STATE.module.isas()
     return {pair for case in (*CASES, *SAVED_OUTPUT) for shape in case.shapes
             for rest in itertools.product(DTYPES, [shape], LAYOUTS, paths, THREADS)

@@ -59,7 +59,8 @@ def cuda_call(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    """Asserts that dtypes, shapes and bits of two tensors are equal. All NaNs count as equal."""
+    """Asserts that dtypes, shapes and bits of two tensors are equal. All NaNs count as equal, and an infinity counts as
+    the largest finite number."""
     assert got.dtype == want.dtype and got.shape == want.shape
     got, want = (value.nan_to_num(-7.0) if value.is_floating_point() else value for value in (got, want))
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[want.element_size()]

@@ -169,7 +169,7 @@ def dora_experts_case(base: str, *, with_bias: bool = False, dropout_p: float = 
         from_product=("magnitude",),
         result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
         held=lambda sample: {"weight_norm": norm(sample.inputs, torch.float64).detach()},
-        # Saved are S, Z, and for each expert g and the norm.
+        # The call saves S, Z, and for each expert g and the norm.
         saved=lambda t, k, n, r: shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + 2 * _EXPERTS * n * 4,
     )  # fmt: skip
 

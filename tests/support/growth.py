@@ -1,9 +1,9 @@
 """Measures leaks: the growth of memory per step in several windows of steps, and the lower quartile of the windows.
 
 A process without a leak still allocates at times: a buffer of stdio, a block in malloc's cache of a thread, a string
-that Python interns. This growth is in some windows only, and ends when the caches are full. The last windows are
-judged; more windows are measured until the last windows are flat or MOST_WINDOWS are measured. A leak is in every
-window, and therefore in the lower quartile of any windows.
+that Python interns. The growth of a process without a leak is in some windows, and ends when the caches are full. The
+last windows are judged; more windows are measured until the last windows are flat or MOST_WINDOWS are measured. A leak
+is in every window, and therefore in the lower quartile of any windows.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class Held:
         return cls(given.uordblks + given.hblkhd, resident, tensors, objects)
 
 
-# A step must leave less memory than MOST. Operators and trainings leave under one byte of malloc, no resident page and
-# no tensor. At first a step leaves one Python block, and none after the interpreter's caches are full.
+# A step must leave less memory than MOST. A step of an operator or a training without a leak leaves under one byte of
+# malloc, no resident page and no tensor. Such a step leaves one Python block at first, and none after the interpreter's
+# caches are full.
 MOST = Held(malloc=8, resident=1024, tensors=0.5, objects=0.75)
 
 

@@ -106,7 +106,7 @@ def cross_entropy_case(
 
     name = case_name("linear_cross_entropy", base, 0.0, adapter_dtype, bias=with_bias, own_input=own_input,
                       **dict.fromkeys([reduction, *options], True))  # fmt: skip
-    # The mean needs at least two tokens: over no labels it is NaN, and with one token the terms of the adapter's
+    # A mean needs at least two tokens: the mean over no labels is NaN, and with one token the terms of the adapter's
     # gradient may cancel.
     shapes = [shape for shape in SHAPES if reduction != "mean" or torch.Size(shape[0]).numel() > 1]
     return Case(

@@ -262,7 +262,8 @@ def dora_case(
     return Case(
         name, "dora", make, call, plain,
         from_product=("magnitude", "lora_A", "lora_B") if norm_grad else ("magnitude",),
-        # With one column the norm is the absolute value: the whole gradient is 0, a sum of two terms that cancel.
+        # If W has one column, DoRA's norm is an absolute value, and the gradient through the norm and the direct
+        # gradient cancel to 0.
         shapes=[shape for shape in SHAPES if shape[1] > 1] if norm_grad else SHAPES,
         held=lambda sample: {} if norm_grad else {"weight_norm": norm(sample.inputs, torch.float64).detach()},
         saved=saved,
@@ -437,7 +438,8 @@ CASES = with_errors(
     ia3_scale_case(torch.float32),
 )
 
-# Cases with save_output, where the caller promises not to change the result in place; on a GPU it has no effect.
+# Cases with save_output, by which the caller promises not to change the result in place. On a GPU, save_output has no
+# effect.
 SAVED_OUTPUT = (
     dora_case("dense", save_output=True),
     dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.1, save_output=True),

@@ -135,7 +135,8 @@ def _prompt() -> Alone:
 
 
 def _prefix() -> Alone:
-    """Returns the row of a PrefixEncoder in a Llama, whose logits show keys or values in wrong places."""
+    """Returns the Alone of a PrefixEncoder in a Llama. The Llama's logits are wrong if keys or values are in wrong
+    places."""
     model = LLAMA.build().requires_grad_(False)
     ids, size = BATCH["input_ids"], len(BATCH["input_ids"])
 

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0, -0x0FED_CBA9_8765_4321], dtype=torch.int64)
 
-# (shape of the tokens, K, N, R): odd, prime, one, no tokens, wider than a panel, and multiples of all tile sizes.
+# (shape of the tokens, K, N, R): odd, prime, one, no tokens, wider than a panel, and multiples of the tile sizes.
 SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
     ((4, 8), 64, 96, 16),
     ((3, 7), 65, 33, 5),
@@ -60,7 +60,7 @@ class Case:
         op: stem of the operator's files.
         make: a function that draws a sample for (dtype, shape).
         call: a function that calls the public operator with a sample's inputs.
-        plain: ``call`` in eager PyTorch, in the dtype that a user would choose; the bound of errors comes from it.
+        plain: ``call`` in eager PyTorch, in the dtype that a user would choose; its error determines the tolerance.
         oracle: ``call`` in float64, differentiable by autograd.
         exact: whether the result must have the oracle's bits.
         result: a function from (dtype, shape) to the dtype and the shape of the result.

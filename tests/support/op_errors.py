@@ -1,4 +1,5 @@
-"""Wrong arguments of operators with the expected errors; they replace arguments of a sample of ``SHAPES[0]``."""
+"""Wrong arguments of operators with the expected errors. A test puts the wrong arguments into a sample of
+``SHAPES[0]``."""
 
 from __future__ import annotations
 

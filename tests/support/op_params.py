@@ -1,4 +1,5 @@
-"""Values that the tests of operators share: names of parameters, whether tiles multiply, and strided tensors."""
+"""Values that the tests of operators share: names of parameters, whether the CPU path multiplies with tiles, and
+strided tensors."""
 
 from __future__ import annotations
 

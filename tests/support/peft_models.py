@@ -1,4 +1,5 @@
-"""Makes small PEFT models over every kind of base layer, and compares accelerated models with PEFT's own models."""
+"""Makes small PEFT models over dense, NF4 and bitsandbytes base layers, and compares accelerated models with PEFT's own
+models."""
 
 import copy
 import pickle
@@ -66,7 +67,7 @@ def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
                     compress_statistics="nested" in base, quant_type="nf4",
                 )  # fmt: skip
                 layer.load_state_dict(linear.state_dict())
-                if linear.bias is not None:  # a loaded model's bias has this dtype, and the first forward would cast it
+                if linear.bias is not None:  # as in a loaded model; otherwise the first forward casts the bias
                     layer.bias.data = layer.bias.data.to(dtype)
                 setattr(parent, name, layer.to("cpu"))
     model.is_loaded_in_4bit = base.startswith("bnb")
@@ -92,7 +93,8 @@ def config_of(method, **config):
 
 
 def make_method(method, base="float32", **config):
-    """Returns MLP with an adapter. A DoRA is made over dense weights, since PEFT can't compute an NF4Linear's norm."""
+    """Returns MLP with an adapter. For DoRA over NF4, the adapter is added before the weights are quantized, since PEFT
+    can't compute an NF4Linear's norm."""
     late = method == "DoRA" and base.startswith("nf4")
     model = get_peft_model(quantize(MLP(), str(dtype_of(base)) if late else base), config_of(method, **config))
     if late:
@@ -179,7 +181,7 @@ def run(model, x, **kwargs):
 
 
 class PhiloxDropout(nn.Module):
-    """A dropout for a layer that runs PEFT's code; it draws the seed and the mask of the fused operator."""
+    """A dropout for a layer that runs PEFT's code. PhiloxDropout draws the same seed and mask as the fused operator."""
 
     def __init__(self, p):
         super().__init__()
@@ -249,7 +251,7 @@ def state_of(model):
 
 
 def assert_restored(model, before):
-    """Asserts that all modules have the classes and the attributes of ``before``, a result of :func:`state_of`."""
+    """Asserts that all modules have the classes and the attribute names of ``before``, a result of :func:`state_of`."""
     after = state_of(model)
     assert after.keys() == before.keys()
     for name, (kind, held) in before.items():

@@ -98,7 +98,7 @@ def _of_n(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
 def gated_activation_case(activation: str, form: str = "two") -> Case:
     """Returns a case of the gated activation. ``form`` says how gate and up are given.
 
-    They are "two" tensors, "halves" of one given tensor, or "views" of one tensor.
+    Gate and up are "two" tensors, "halves" of one given tensor, or "views" of one tensor.
     """
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
@@ -283,7 +283,8 @@ def attention_case(
     traits = "-more_keys" * bool(more_keys) + "-values" * bool(other_values) + "-odd" * odd + "-contiguous" * contiguous
     traits += f"-dropout{dropout_p}" * bool(dropout_p) + f"-bias_of_{biased}" * bool(biased)
     name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
-    # Leaves out shapes with one key: the gradient of the scores is then zero, and a relative error has no meaning.
+    # Leaves out shapes with one token: with one key the gradient of the scores is zero, and a relative error has no
+    # meaning.
     shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]
 
     def saved(t: int, k: int, n: int, r: int) -> int:

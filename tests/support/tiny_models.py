@@ -36,11 +36,11 @@ class Sizes:
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2  # fewer key heads than query heads, so that k_proj and v_proj are narrow
-    head_dim: int = 32  # in architectures where it is independent of hidden / heads
+    head_dim: int = 32  # used by architectures whose head_dim is independent of hidden / heads
     vocab: int = 128
     experts: int = 2
-    active: int = 2  # a token goes to both experts, since rounding may change a choice of one
-    smooth: bool = False  # activations without a kink; rounding may change the side of ReLU's kink
+    active: int = 2  # each token goes to both experts, since rounding may change which single expert is chosen
+    smooth: bool = False  # whether activations have no kink; rounding may move an input across the kink of ReLU
     batch: int = 8
     length: int = 9
 
@@ -127,7 +127,8 @@ class Sizes:
         return torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(6))
 
     def text(self) -> dict[str, Tensor]:
-        """Returns a batch of tokens, in which every second sequence is three tokens shorter and padded on the left."""
+        """Returns a batch of tokens, in which every second sequence is up to three tokens shorter and padded on the
+        left."""
         mask = torch.ones(self.batch, self.length, dtype=torch.long)
         mask[1::2, : min(3, self.length - 1)] = 0
         return {"input_ids": self.tokens(), "attention_mask": mask}
@@ -243,7 +244,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Phi3": lambda s: _decoder(s, "Phi3", {**s.grouped, "resid_pdrop": 0.1}, **_ia3(["qkv_proj"], ["down_proj"])),
     "GPT-2": lambda s: _decoder(s, "GPT2", s.gpt, "LMHeadModel"),
     "Falcon": lambda s: _falcon(s, bias=True, hidden_dropout=0.1),
-    # Falcon adds the attention's output to the MLP's output in place. IA3 scales the MLP's output.
+    # Falcon adds the attention's output to the MLP's output in place. IA3 scales the output of Falcon's MLP.
     "Falcon-7B": lambda s: _falcon(s, bias=False, **_ia3(["query_key_value", "dense_4h_to_h"], [])),
     "Falcon-40B": lambda s: _falcon(s, bias=False, new_decoder_architecture=True, num_kv_heads=s.kv_heads),
     "OPT": lambda s: _decoder(
@@ -257,8 +258,9 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "GPT-NeoX": lambda s: _decoder(s, "GPTNeoX", s.decoder),
     "Cohere": lambda s: _decoder(s, "Cohere", s.grouped, **_LLAMA_IA3),
     "Cohere2": lambda s: _decoder(s, "Cohere2", {**s.grouped, "sliding_window": 4}, **_LLAMA_IA3),
-    # Each token goes to one expert, and a rounding could change the choice, so the model has one expert. The second
-    # layer is dense. The model adds the routed sum to the shared expert's output in place.
+    # Llama 4 sends each token to one expert, and rounding could change the choice, so by default this model has one
+    # expert. The second layer of this Llama 4 is dense. Llama 4 adds the routed sum to the shared expert's output in
+    # place.
     "Llama4": lambda s: Architecture(
         hf.Llama4ForCausalLM,
         hf.Llama4TextConfig(
@@ -384,7 +386,7 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     ),
     "BART": lambda s: _seq2seq(s, "Bart", {**s.bart, **_POSITIONS}),
     "mBART": lambda s: _seq2seq(s, "MBart", {**s.bart, **_POSITIONS}),
-    "NLLB-MoE": lambda s: _seq2seq(  # experts are modules; with few tokens one ReLU matters much
+    "NLLB-MoE": lambda s: _seq2seq(  # GELU: with few tokens, one input across ReLU's kink changes much
         s, "NllbMoe",
         {**s.bart, **_POSITIONS, "num_experts": s.experts, "encoder_sparse_step": 1, "decoder_sparse_step": 1,
          "expert_capacity": 64, "router_jitter_noise": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,

@@ -58,7 +58,7 @@ def batch(model):
     return {"input_ids": ids, "labels": labels}
 
 
-# For each method, the arguments of its configuration by architecture, for architectures that the method can adapt.
+# Arguments of BitFitConfig by architecture.
 BITFIT = {"bert": {}, "gpt2": {}, "llama": {"add_bias": "all-linear"}, "t5": {"add_bias": ["q", "wo"]}}
 PREFIX = {"BitFit": "bitfit_", "partial": "partial_", "diff": "diff_pruning_"}
 CASES = [(method, name) for method in PREFIX for name in BITFIT]

@@ -44,7 +44,8 @@ TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}
 
 
 def make_model(kind: str) -> transformers.PreTrainedModel:
-    """Returns a random model with weights well above the usual 0.02, so that its attention is not uniform."""
+    """Returns a random model with initializer_range 0.3 in place of the usual 0.02, so that its attention is not
+    uniform."""
     config_class, model_class, arguments = MODELS[kind]
     own = getattr(transformers, config_class)(**{"initializer_range": 0.3, **arguments})
     return getattr(transformers, model_class)(own).eval().requires_grad_(False)

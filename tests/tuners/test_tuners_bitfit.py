@@ -1,4 +1,4 @@
-"""Tests which biases BitFit finds and adds, over every kind of linear layer."""
+"""Tests which biases BitFit finds and adds, also over NF4Linear and bitsandbytes' linear layers."""
 
 import copy
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_the_bias_of_every_linear_kind_runs_in_the_base_modules_own_forward():
-    """Covers NF4Linear and bitsandbytes' 4-bit and 8-bit layers, fused or not: the module's own forward adds the
-    bias.
+    """Covers nn.Linear, NF4Linear and bitsandbytes' 4-bit and 8-bit layers, accelerated or not: the base module's own
+    forward adds the bias.
     """
 
     class Net(nn.Module):

@@ -193,7 +193,7 @@ def test_pruning_keeps_the_largest_over_all_tensors(name, tmp_path):
         assert torch.equal(diff.values.detach(), wanted[n].flatten()[diff.indices.long()])
     assert model.get_nb_trainable_parameters()[0] == count
 
-    # Only the kept entries train, with the gradient of a dense model, and there is no penalty.
+    # After pruning only the kept entries train, with the gradient of a dense model, and there is no penalty.
     plain.requires_grad_(False)
     for n in wanted:
         plain.get_parameter(n).requires_grad_(True)

@@ -98,7 +98,7 @@ def test_a_module_with_parameters_beside_its_children_is_one_unit_with_its_buffe
             optimizer.zero_grad()
     assert torch.equal(model.eval()(x), plain.eval()(x))
     inner = model.base_model.model.layers[1]
-    # The wrapper's values are read; those of the base module do not change.
+    # Reading a buffer of the wrapper gives the adapter's buffer; the base module's buffer does not change.
     assert inner.seen == 4 and inner.base_layer.seen == 0
     assert_same({k: v for k, v in inner.base_layer.state_dict().items()},
                 {k.removeprefix("layers.1."): v for k, v in before.items() if k.startswith("layers.1.")})  # fmt: skip

@@ -73,6 +73,7 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
 // tile of rows; y has a block for each expert.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
+  PEFT_EXT_KERNEL;
   constexpr bool kCodes = kNf4 && kWhole;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t expert = blockIdx.y, row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
@@ -207,6 +208,7 @@ struct ScaleShared {
 // written once.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(ScaleShared, shared);
   const RowRun run = work.tiles[blockIdx.x];
   if (run.rows == 0) return;
@@ -258,6 +260,7 @@ struct ScaleReduce {
 
 // Grid: x has ceil(columns / kStackThreads) blocks; y has a block for each expert.
 static __global__ void __launch_bounds__(kStackThreads) scale_reduce_kernel(ScaleReduce work) {
+  PEFT_EXT_KERNEL;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x, expert = blockIdx.y;
   if (column >= work.columns) return;
   float sum = 0.0f;

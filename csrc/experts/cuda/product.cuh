@@ -264,6 +264,7 @@ constexpr int kProductBlocks =
 template <typename T, bool kNf4, StackOrder kOrder>
 __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrder>))
     experts_product_kernel(ExpertsProduct work) {
+  PEFT_EXT_KERNEL;
   constexpr int kSlab = kProductSlab<T>, kVectors = kProductVector<T>, kSize = sizeof(T);
   constexpr bool kWhole = kOrder != StackOrder::kAny, kAcross = kOrder == StackOrder::kAcross;
   // The length of a line of W in a stage, in bytes, and the number of groups of 16 bytes in a line.
@@ -466,6 +467,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
 // expert to zero. Grid: as in experts_product_kernel, with tiles of 64 columns.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 4 ? 3 : 4) experts_onto_kernel(ExpertsProduct work) {
+  PEFT_EXT_KERNEL;
   const int64_t row_tile = blockIdx.x / work.column_tiles, column_tile = blockIdx.x % work.column_tiles;
   const RowRun run = work.tiles[row_tile];
   if (run.rows == 0) return;

@@ -32,6 +32,7 @@ __device__ __forceinline__ bool has_rows(const int64_t* ends, int64_t expert) {
 
 // Grid: x as in split_kernel; y has a block for each expert; z has a block for each stack.
 static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
+  PEFT_EXT_KERNEL;
   const StackSplit& work = splits.work[blockIdx.z];
   const int64_t expert = blockIdx.y;
   if (!has_rows(splits.ends, expert)) return;
@@ -66,6 +67,7 @@ constexpr int kStackThreads = 256;
 
 // Grid: ceil(padded_rows · padded_rank / 2 / kStackThreads) blocks. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows work) {
+  PEFT_EXT_KERNEL;
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
   const int64_t pairs = work.padded_rank / 2, padded_row = pair / pairs, r = pair % pairs * 2;
   if (padded_row >= work.padded_rows) return;
@@ -120,6 +122,7 @@ struct StackReduces {
 // Grid: x has ceil(columns · padded_rank / 2 / kStackThreads) blocks, with the columns of the larger stack; y has a
 // block for each expert; z has a block for each stack. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(StackReduces reduces) {
+  PEFT_EXT_KERNEL;
   const StackReduce& work = reduces.work[blockIdx.z];
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
   const int64_t pairs = work.padded_rank / 2, column = pair / pairs, r = pair % pairs * 2, expert = blockIdx.y;

@@ -8,6 +8,7 @@ namespace peft_ext {
 // out[c] = sum of partial[chunk][c] over all chunks. Grid: ceil(columns / kColumnThreads).
 static __global__ void __launch_bounds__(kColumnThreads)
     column_reduce_kernel(const float* partial, int64_t chunks, int64_t columns, float* out) {
+  PEFT_EXT_KERNEL;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
   if (column >= columns) return;
   float sum = 0.0f;

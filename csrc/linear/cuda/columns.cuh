@@ -55,6 +55,7 @@ __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], i
 // Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(ColumnSumsShared, shared);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumnTile + lane * kVector;
@@ -98,6 +99,7 @@ struct Finish {
 // Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
+  PEFT_EXT_KERNEL;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumnTile + threadIdx.x % kWarpSize * kVector;
   if (column >= work.columns) return;
   const int64_t begin = blockIdx.x * kColumnRows, end = min_of(begin + kColumnRows, work.rows);
@@ -121,6 +123,7 @@ __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads)
     scale_rows_kernel(const T* w, const float* scale, T* out, int64_t columns) {
+  PEFT_EXT_KERNEL;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x) * kVector;
   if (column >= columns) return;
   const int64_t at = blockIdx.y * columns + column;
@@ -144,6 +147,7 @@ struct Drop {
 // Grid: ceil(numel / kVector / kColumnThreads). A thread owns eight elements, whose draws are one block of Philox.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) drop_kernel(Drop work) {
+  PEFT_EXT_KERNEL;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x) * kVector;
   if (first >= work.numel) return;
   const bool whole = work.whole && first + kVector <= work.numel;

@@ -99,6 +99,7 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
 // Grid: x: tiles of rows; y: tiles of columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
+  PEFT_EXT_KERNEL;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile + 8 * t;
@@ -219,6 +220,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
 // Grid: x: tiles of rows; y: tiles of columns.
 template <typename T, int kRightTerms>
 __global__ void __launch_bounds__(kExpandThreads, 4) expand_sum_kernel(ExpandSum work) {
+  PEFT_EXT_KERNEL;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile + 8 * t;

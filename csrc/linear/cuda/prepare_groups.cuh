@@ -43,6 +43,7 @@ static_assert(sizeof(PrepareGroups) <= 4096, "a launch's arguments");
 
 // Grid: x: as in split_kernel; y: each A, then each B, then the table.
 static __global__ void __launch_bounds__(kSplitThreads) prepare_groups_kernel(PrepareGroups work) {
+  PEFT_EXT_KERNEL;
   const int which = static_cast<int>(blockIdx.y);
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
   if (which < 2 * work.adapters) {

@@ -242,6 +242,7 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
+  PEFT_EXT_KERNEL;
   constexpr bool kRuns = kWork == RankWork::kRunRows || kWork == RankWork::kRunColumns;
   constexpr bool kRows = kWork != RankWork::kColumns && kWork != RankWork::kRunColumns;
   constexpr bool kSquares = kWork == RankWork::kRowsAndSquares;

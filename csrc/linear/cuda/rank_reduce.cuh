@@ -38,6 +38,7 @@ constexpr int kReduceThreads = 256;
 // Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger reduction, with table_rows instead of
 // padded_rows if there is a table; y: index of the reduction. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {
+  PEFT_EXT_KERNEL;
   const RankReduce& work = reduces.work[blockIdx.y];
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   const int64_t pairs = work.padded_rank / 2, row = pair / pairs, r = pair % pairs * 2;

@@ -9,6 +9,7 @@ namespace peft_ext {
 // out[r] = scale Σ_n B[n, r] Q[n, r]. Grid: rank.
 static __global__ void __launch_bounds__(kColumnThreads)
     rank_scale_kernel(const float* lora_B, const float* products, int64_t rows, int64_t rank, float scale, float* out) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(BlockSums<kColumnThreads>, shared);
   float sum = 0.0f;
   for (int64_t n = threadIdx.x; n < rows; n += kColumnThreads)

@@ -57,6 +57,7 @@ __device__ __forceinline__ RowRun run_of(const RunTables& work, const int32_t* f
 
 // Grid: one block.
 static __global__ void __launch_bounds__(kRunThreads) row_runs_kernel(RunTables work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(int32_t[kRunThreads], shared);
   int32_t row = 0, tiles = 0, chunks = 0;
   for (int64_t base = 0; base <= work.experts; base += kRunThreads) {

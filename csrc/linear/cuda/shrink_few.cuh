@@ -70,6 +70,7 @@ __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void
 // Grid: x: rank; y: ceil(tokens / kShrinkTokens).
 template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew work) {
+  PEFT_EXT_KERNEL;
   const int64_t r = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kShrinkTokens;
   const auto token_of = [&](int t) { return first + t < work.tokens ? first + t : -1; };
   const float sum = shrink_tokens<T>(work, work.lora_A, work.type, work.whole_A, r, token_of);
@@ -101,12 +102,13 @@ static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");
 // Grid: x: rank; y: groups.
 template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_grouped_kernel(ShrinkGrouped work) {
+  PEFT_EXT_KERNEL;
   const TokenGroup& group = work.groups[blockIdx.y];
   const int64_t r = blockIdx.x;
   int64_t tokens[kShrinkTokens];
 #pragma unroll
   for (int t = 0; t < kShrinkTokens; ++t) tokens[t] = group.tokens[t];
-  const bool mine = threadIdx.x < group.count;
+  const bool mine = static_cast<int>(threadIdx.x) < group.count;
   const int64_t token = mine ? group.tokens[threadIdx.x % kShrinkTokens] : 0;
   if (mine && r == 0) work.factors[token] = group.factor;
   float sum = 0.0f;

@@ -38,6 +38,7 @@ __device__ __forceinline__ float norm_product(const Norm& work, const float* b, 
 
 // Grid: ceil(rows / kNormRows).
 static __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm work) {
+  PEFT_EXT_KERNEL;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
   if (row >= work.rows) return;
   const int lane = threadIdx.x % kWarpSize;
@@ -54,6 +55,7 @@ static __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm wor
 
 // Grid: ceil(rows / kNormRows).
 static __global__ void __launch_bounds__(kNormThreads) dora_norm_backward_kernel(Norm work) {
+  PEFT_EXT_KERNEL;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
   if (row >= work.rows) return;
   const float* b = work.lora_B + row * work.rank;
@@ -77,6 +79,7 @@ struct NormGradA {
 
 // Grid: x: ceil(inputs / kNormThreads); y: rank.
 static __global__ void __launch_bounds__(kNormThreads) dora_norm_grad_A_kernel(NormGradA work) {
+  PEFT_EXT_KERNEL;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kNormThreads + threadIdx.x, r = blockIdx.y;
   if (k >= work.inputs) return;
   float sum = 0.0f;

@@ -155,6 +155,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
 template <typename T, bool kScaled>
 __global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor - (kScaled ? 2 : 0))
     nf4_dequantize_kernel(Nf4View weight, T* out, Nf4RowScale rows) {
+  PEFT_EXT_KERNEL;
   // The branch is per block, not per warp: the compiler sees that the branch is uniform, and shuffles need no
   // re-convergence.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;

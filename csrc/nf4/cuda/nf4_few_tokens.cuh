@@ -141,6 +141,7 @@ struct FewScales {
 // kTiles: number of tiles of 8 tokens. Grid: ceil(outputs / kFewRows).
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_tokens_kernel(FewWork work) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(FewShared, shared);
   // A shuffle tells the compiler that `warp` is equal in all lanes, and that the number of the loop's rounds is equal
   // in all lanes too.

@@ -94,6 +94,7 @@ __device__ __forceinline__ void merge_store(T* out, const float (&values)[kMerge
 // along K first. out is aligned to 16 bytes.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge merge, T* out) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(MergeSlab[2], slabs);
   const int64_t across = (merge.columns + kMergeColumns - 1) / kMergeColumns;
   const int64_t tile_row = blockIdx.x / across * kMergeRows, tile_column = blockIdx.x % across * kMergeColumns;
@@ -199,6 +200,7 @@ using MergeErrorShared = BlockSums<kErrorThreads>[2];
 // Computes partial [blocks][2].
 static __global__ void __launch_bounds__(kErrorThreads)
     nf4_merge_error_kernel(Nf4View requantized, const float* merged, float* partial) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(MergeErrorShared, shared);
   float sums[2] = {};
   const int64_t step = static_cast<int64_t>(gridDim.x) * kErrorThreads;
@@ -218,6 +220,7 @@ static __global__ void __launch_bounds__(kErrorThreads)
 
 // Grid: 1 block of two threads.
 static __global__ void nf4_merge_error_sum_kernel(const float* partial, int64_t blocks, double* out) {
+  PEFT_EXT_KERNEL;
   double sum = 0.0;
   for (int64_t block = 0; block < blocks; ++block) sum += partial[block * 2 + threadIdx.x];
   out[threadIdx.x] = sum;

@@ -273,6 +273,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
 template <typename T>
 __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiprocessor)
     nf4_quantize_kernel(const T* w, int64_t numel, int log2_blocksize, uint8_t* packed, float* absmax) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(uint32_t[kQuantizeWarps], warp_magnitudes);
   // The branch is per thread block, so that all threads meet the shuffles and the barrier.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kQuantizeBlockTile;
@@ -295,6 +296,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 // Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads. x is aligned to 16 bytes, codes to 4.
 static __global__ void __launch_bounds__(kQuantizeThreads)
     nf4_quantize_absmax_kernel(const float* x, const float* code, int64_t numel, uint8_t* codes, float* absmax) {
+  PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(float[kNestedCodes - 1], thresholds);
   static_assert(kQuantizeThreads >= kNestedCodes - 1, "a thread makes a threshold");
   if (threadIdx.x < kNestedCodes - 1) {

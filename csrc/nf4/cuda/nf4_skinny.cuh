@@ -52,6 +52,7 @@ struct SkinnyShared {
 // Grid: x: blocks of kSkinnyRows outputs; y: chunks of K.
 template <typename T, int kTokenTiles>
 __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work) {
+  PEFT_EXT_KERNEL;
   using Shared = SkinnyShared<T, kTokenTiles>;
   constexpr int kStages = kSkinnyStages<kTokenTiles>;
   PEFT_EXT_SHARED(Shared, shared);
@@ -194,6 +195,7 @@ constexpr int kFinishTokens = 8;  // number of tokens per thread; the thread rea
 // y: ceil(tokens / kFinishTokens).
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnySums product, TokensFinish work) {
+  PEFT_EXT_KERNEL;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kSkinnyThreads + threadIdx.x;
   if (n >= product.outputs) return;
   const int first = blockIdx.y * kFinishTokens;

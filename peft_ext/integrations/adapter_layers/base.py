@@ -2,8 +2,8 @@
 
 A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
 class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
-computes a call on an operator. :mod:`peft_ext.integrations.peft` replaces the class of each layer and, apart from an
-option such as dora_dropout, changes no attribute of the layer.
+computes a call on an operator. :func:`peft_ext.accelerate` replaces the class of a layer, and stores at most an option
+such as dora_dropout or another DoRA variant in the layer.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ with optional("transformers", "no layer over a Conv1D (GPT-2) is fused"):
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Name of the attribute in which a layer that is merged into an NF4 weight keeps the weight from before the merge. The
-# attribute is no part of the state dict.
+# kept weight is no part of the state dict.
 KEPT = "_peft_ext_unmerged"
 
 # FUSED maps each stock class to its fused class. STOCK maps each fused class to its stock class.
 FUSED: dict[type, type] = {}
 STOCK: dict[type, type] = {}
 
-# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). `fuses` appends the
-# fused class of each type.
+# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). The decorator
+# `fuses` appends the fused class of each of these types.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
@@ -98,7 +98,8 @@ class Fused:
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # A caller may hold the bound method from before `restore`, and call the method with a restored layer.
+        # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
+        # stock class.
         if not isinstance(self, Fused):
             return type(self).forward(self, x, *args, **kwargs)
         y = self._fused_with(x, args, kwargs) if args or kwargs else self._fused(x)
@@ -117,7 +118,8 @@ def active_in(layer: Any, held: Any) -> list[str]:
 
 
 def give_back(module: nn.Module) -> None:
-    """Sets the class of a module back to the stock class."""
+    """Undoes the change of class of a fused module: sets the stock class, or for a parametrized module the stock base
+    class."""
     if (stock := STOCK.get(type(module))) is not None:
         module.__class__ = stock
     elif is_parametrized(module):  # register_parametrization gave the module a subclass of the fused class
@@ -129,7 +131,7 @@ def class_name(kind: type) -> str:
 
 
 def is_fully_sharded(kind: type) -> bool:
-    """Returns whether ``fully_shard`` was called on modules of this class. The check does not import
+    """Returns whether ``kind`` is a class that ``fully_shard`` made for a module. The check does not import
     torch.distributed."""
     return hasattr(kind, "_get_fsdp_state")
 
@@ -199,12 +201,13 @@ def operands_4bit(
 def sums_wider(base: nn.Module, x: Tensor) -> bool:
     """Returns whether a 4-bit layer ``base`` multiplies in a 16-bit dtype while PEFT adds the adapter in float32.
 
-    This is the case if x is float32 (as after the norms of ``prepare_model_for_kbit_training``) and compute_dtype is a
-    16-bit dtype. The base layer's own forward then runs, as in PEFT.
+    Returns True outside of autocast if x is float32 (as after the norms of ``prepare_model_for_kbit_training``) and the
+    layer's compute_dtype is a 16-bit dtype. If the function returns True, the base layer's own forward runs, as in
+    PEFT.
     """
     if type(base) not in FOUR_BIT or x.dtype is not torch.float32 or autocast_dtype(x) is not None:
         return False
-    # A layer that has not chosen its compute_dtype yet will choose x's dtype.
+    # A Linear4bit that has not chosen its compute_dtype yet will choose x's dtype.
     return base.compute_type_is_set and base.compute_dtype not in (None, torch.float32)
 
 

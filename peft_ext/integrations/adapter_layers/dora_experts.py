@@ -5,8 +5,8 @@
 PEFT alone refuses DoRA on experts. Without ``accelerate`` the wrapper computes W' of all experts on each forward, and
 the experts' own forward uses W', as with PEFT's wrapper. After ``accelerate``, :mod:`.experts` computes DoRA on the
 rows of each expert without W'. Adapter files have PEFT's names for DoRA: the magnitudes ``[E, N]`` are named
-``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error for these
-files.
+``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error for
+adapter files of DoRA on experts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
     count = wrapper.num_experts
     a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
     if is_stored_transposed(wrapper.get_base_layer()) is wrapper._did_swap_in_out_features:
-        # PEFT assumes that the parameter is stored as [E, out, in]. This parameter is stored as [E, in, out], so PEFT's
+        # PEFT assumes that the parameter is stored as [E, out, in]. If the parameter is stored as [E, in, out], PEFT's
         # A and B are exchanged.
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b
@@ -60,8 +60,8 @@ def is_dora(wrapper: Any, names: list[str]) -> bool:
 def register(config: Any, model: nn.Module) -> None:
     """Registers DoraParamWrapper in a configuration with ``use_dora`` for the classes of experts in ``model``.
 
-    PEFT's wrappers that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA adapter can be
-    added to these wrappers.
+    Wrappers of PEFT's own class that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA
+    adapter can be added to them.
     """
     if DoraParamWrapper is None or not getattr(config, "use_dora", False):
         return
@@ -76,15 +76,16 @@ def register(config: Any, model: nn.Module) -> None:
 
 
 def _made(target: Any, adapter_name: str, *, parameter_name: Optional[str] = None, **kwargs: Any) -> Any:
-    """Returns the wrapper of a parameter, as PEFT calls this function to make a layer; None if PEFT asks for a layer of
-    the module itself."""
+    """Returns a DoraParamWrapper of the parameter ``parameter_name`` of ``target``, or None without ``parameter_name``.
+    PEFT calls this function to make an adapter layer."""
     if parameter_name is None:
         return None
     return DoraParamWrapper(target, adapter_name, parameter_name=parameter_name, **kwargs)
 
 
 class _Plus(nn.Module):
-    """A parametrization that returns the weight plus DoRA's change of the weight."""
+    """A parametrization that returns the weight plus ``delta``, the sum of the changes that the active adapters make to
+    the weight."""
 
     def __init__(self, delta: Tensor) -> None:
         super().__init__()
@@ -210,7 +211,7 @@ if ParamWrapper is not None:
         def _norms_at_merge(self) -> dict[str, Tensor]:
             return self.__dict__.setdefault("_peft_ext_norms_at_merge", {})
 
-    DoraParamWrapper.__name__ = "ParamWrapper"  # PEFT nests wrappers by this class name
+    DoraParamWrapper.__name__ = "ParamWrapper"  # PEFT looks for this class name to find nested wrappers
 
 
 def _without_dora(config: Any) -> Any:

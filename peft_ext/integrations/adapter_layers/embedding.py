@@ -18,7 +18,8 @@ LoraEmbedding = None
 with optional("peft", "LoRA over an embedding is not fused"):
     from peft.tuners.lora import Embedding as LoraEmbedding
 
-# The forward and the helpers of PEFT's forward that the operator replaces, as they were at import.
+# The forward of nn.Embedding, and the methods that PEFT's embedding layer calls in its forward, as they were at import.
+# A call is fused only if nn.Embedding's forward and the methods in _HELPERS are unchanged.
 _FORWARD = nn.Embedding.forward
 _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_get_embed_scale")}
 

@@ -14,8 +14,9 @@ every token, scaled by a routing weight that may be 0, so the rows need no sorti
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks. If one of several active adapters
 is DoRA, each adapter adds the change that it alone makes to the base output, as in PEFT.
 
-PEFT nests one wrapper per parameter around the experts' module. The outermost wrapper computes all fused calls. The
-inner wrappers run if the outermost wrapper takes the stock path.
+PEFT nests one wrapper per parameter around the experts' module. The outermost wrapper computes a fused call with the
+adapters of all nested wrappers. The inner wrappers compute with their own adapters only if the outermost wrapper takes
+the stock path.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ def _adapter_reason(wrapper: Any) -> Optional[str]:
     """Returns why the active adapters of a wrapper can't be fused; None if they can, or if no adapter is active."""
     for name in _names(wrapper):
         for kind in ("lora_A", "lora_B"):
-            weight = wrapper._modules[kind]._modules[name]._parameters["weight"]  # PEFT uses only this weight
+            # PEFT reads only the weight of lora_A and of lora_B, and does not call the two modules.
+            weight = wrapper._modules[kind]._modules[name]._parameters["weight"]
             if reason := tensor_reason(kind, weight):
                 return reason
             if weight.dtype not in DTYPES:
@@ -299,7 +301,7 @@ def clear_experts(model: nn.Module) -> None:
 def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Applies the experts' gate to the first layer's output ``rows``, and returns the second layer's output.
 
-    The backward computes a known gate again instead of saving its result.
+    Except under torch.compile, the backward computes a known gate again instead of saving the gate's result.
     """
     if torch.compiler.is_compiling() or (act := _known_gate(experts, rows.dtype)) is None:
         return _linear(experts, adapters, name, gate(experts, rows), offsets)

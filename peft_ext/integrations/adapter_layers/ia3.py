@@ -1,7 +1,7 @@
 """PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`.
 
-The vectors of several active adapters are multiplied first. If the base layer's own forward has to run, only the
-product with the vector is fused, on :func:`peft_ext.ops.ia3_scale`.
+If several adapters are active, their vectors are first multiplied with each other. If the base layer's own forward has
+to run, only the product with the vector is fused, on :func:`peft_ext.ops.ia3_scale`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class IA3Layer(Fused):
 
     reads = (*Fused.reads, "ia3_l", "is_feedforward")
 
-    # Whether the stock forward only multiplies the base layer's input or output by the vector, without casts.
+    # Class attribute: whether the stock forward only multiplies the base layer's input or output by the vector, without
+    # casts.
     _scales_any_base = False
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
@@ -55,7 +56,7 @@ class IA3Layer(Fused):
     def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
         """Returns the dtype in which PEFT passes x to the base layer, and the dtype of PEFT's result.
 
-        The second is None if PEFT's result has the dtype of the base layer's result.
+        The second dtype is None if PEFT's result has the dtype of the base layer's result.
         """
         return x.dtype, None
 

@@ -1,9 +1,9 @@
 """Fast path: fuses a common call without the checks of :mod:`.reasons`, which have accepted an equal call before.
 
-:func:`facts_of` gathers everything that the checks of a common call read in one tuple: types, dtypes, shapes, devices,
-flags and numbers. After the checks accepted a call, a call with an equal tuple is fused without the checks. Each call
-makes its tuple anew, and a tuple holds no module and no tensor, so an accepted tuple stays valid. A call with hooks,
-under autocast or under a compiler has no tuple, and is checked each time.
+:func:`facts_of` returns one tuple with everything that the checks of a common call read: types, dtypes, shapes,
+devices, flags and numbers. After the checks accepted a call, a call with an equal tuple is fused without the checks.
+An accepted tuple stays valid, because each call makes its own tuple, and a tuple holds no module and no tensor. A call
+with hooks, under autocast or under a compiler has no tuple, and is checked each time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _MOST = 4096  # tuples kept in KNOWN; a schedule of scaling or dropout makes new
 
 
 def remember(facts: tuple) -> None:
-    """Stores that the checks of :mod:`.reasons` and the operator's checks accepted a call with these facts."""
+    """Stores ``facts``, so that the next call with equal facts skips the checks of :mod:`.reasons` and of the
+    operator."""
     if len(KNOWN) >= _MOST:
         KNOWN.clear()
     KNOWN.add(facts)

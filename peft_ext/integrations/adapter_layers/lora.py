@@ -79,7 +79,8 @@ class LowRank(Fused):
         return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason, pairs
 
     def joint_state(self) -> Optional[tuple]:
-        """Returns a comparable tuple of all state except x on which the output depends.
+        """Returns a comparable tuple of the layer's state on which its output depends: the adapter's name, scaling and
+        dropout, and the identity and version of each tensor.
 
         Returns None if the layer can't be computed together with siblings.
         """
@@ -100,7 +101,7 @@ class LowRank(Fused):
     def joint_call(self, x: Tensor) -> Optional[tuple]:
         """Returns weight, bias, lora_A, lora_B, rank_scale, scaling, dropout p and the dtype of the output.
 
-        Returns None if the layer does not multiply x itself, for example if the layer casts x. The layer must have a
+        Returns None if the base layer multiplies another tensor than x, for example a cast of x. The layer must have a
         ``joint_state``.
         """
         (name,), base = self._names(), self._modules["base_layer"]
@@ -218,7 +219,7 @@ class LowRank(Fused):
     def _added(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
         """Adds the low-rank terms to ``result`` with PyTorch's functions, as PEFT does, and returns the sum.
 
-        This is for a result of the base layer that the operator does not accept. PEFT's own forward can't be used
+        The method is called if the operator does not accept the base layer's result. PEFT's own forward can't be used
         here, because it would run the base layer a second time.
         """
         dtype = result.dtype
@@ -286,10 +287,10 @@ class Lora(LowRank):
     )  # fmt: skip
 
     def _fused_with(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[Tensor]:
-        """Computes a mixed batch, with one adapter name per sample in ``adapter_names``.
+        """Returns the output of a mixed batch, in which ``adapter_names`` gives one adapter name per sample.
 
         A sample whose name is no adapter of this layer (such as ``__base__``) gets the base layer's output. Returns
-        None if PEFT's own loop over the adapters has to run.
+        None if PEFT's own forward has to run.
         """
         names = kwargs.get("adapter_names")
         if names is None or args or len(kwargs) > 1:

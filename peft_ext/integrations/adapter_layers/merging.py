@@ -31,14 +31,14 @@ MERGE_LOSES = (
 class MergesNF4:
     """merge and unmerge of an adapter layer over an NF4Linear. Over another base layer the stock class's methods run.
 
-    ``merge`` merges all adapters into the weight kept before the first merge, and quantizes the result once with the
-    base weight's block size. ``base_layer.merge_error`` is the relative error of that quantization. ``unmerge``
-    restores the kept weight bit for bit.
+    Each ``merge`` starts from the weight before the first merge, adds the adapters that are merged already and the new
+    adapters, and quantizes the sum once with the base weight's block size. ``base_layer.merge_error`` is the relative
+    error of that quantization. ``unmerge`` restores the weight before the first merge bit for bit.
 
     A subclass defines ``_merged``, which returns weight and bias with one more adapter, computed from the weight and
     bias before this adapter and from the weight without any adapter. A subclass of low-rank adapters also defines
     ``_factors``, which returns the concatenated lora_A, the concatenated lora_B and a scale per output row (or None).
-    :func:`peft_ext.ops.nf4_merge` adds these factors in one pass over the codes.
+    :func:`peft_ext.ops.nf4_merge` merges the factors that ``_factors`` returns in one pass over the NF4 codes.
     """
 
     def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:

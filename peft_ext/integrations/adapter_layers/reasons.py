@@ -1,4 +1,5 @@
-"""The checks of a call. A ``*_reason`` function returns the reason for the stock path as one line of text, or None.
+"""Checks that decide whether a call of a layer can run on an operator. A ``*_reason`` function returns the reason why
+not as one line of text, or None.
 
 The forward of a fused layer calls these functions, except for a call that :mod:`.known` finds equal to an accepted
 call. :func:`peft_ext.explain` calls these functions too, so ``explain`` and the forward use one set of checks.
@@ -49,8 +50,8 @@ def native_kernels() -> dict[str, dict[str, bool]]:
     }
 
 
-# The result of `native_kernels` at import. An operator without native kernels runs the reference, which is slower than
-# PEFT, so that layers take the stock path.
+# The result of `native_kernels` at import. An operator without native kernels would run the reference, which is slower
+# than PEFT, so a layer that needs this operator takes the stock path.
 KERNELS = native_kernels()
 
 # The dtypes in which a frozen linear layer without an adapter runs on an operator too, because PyTorch has no fast
@@ -82,7 +83,7 @@ _VARIANTS = {
 
 _HOOKS = "hooks on lora_A, lora_B or lora_dropout would not run"
 
-# The reason not to fuse one adapter, the adapter's lora_A, and its lora_B.
+# The result of the checks of one adapter: the reason not to fuse the adapter (or None), its lora_A, and its lora_B.
 Adapter = tuple[Optional[str], Optional[Tensor], Optional[Tensor]]
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -157,7 +158,8 @@ def accepts_input(x: Any) -> bool:
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
     """Returns why the operators can't read the parameter ``tensor``, or None. The reason's text uses ``name``."""
-    # Other types are a DTensor, a quantized subclass, or None if FSDP took the parameter out of the module.
+    # A parameter of another type is, for example, a DTensor or a quantized subclass. The parameter is None if FSDP took
+    # it out of the module.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
     if tensor.dim() != dim or hasattr(tensor, "ds_id"):
@@ -168,7 +170,8 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
-    """Returns why the public operator ``op`` would run the reference on ``device``, or None."""
+    """Returns why layers on ``device`` must not run the public operator ``op``, or None: native kernels are not loaded,
+    or a GPU's kernels did not pass the proof."""
     if KERNELS[op].get(device):
         return proved(*PUBLIC[op]) if device == "cuda" else None
     if device == "cuda" and not STATE.cuda_loaded:
@@ -178,7 +181,7 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Returns whether calling ``module`` does more than its class's forward."""
+    """Returns whether ``module`` has hooks, or a forward on the instance that replaces the forward of its class."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -236,7 +239,7 @@ def base_reason(layer: Any) -> Optional[str]:
 
 
 def alone_reason(layer: Any) -> Optional[str]:
-    """Returns why the operator may not accept the result of the base layer's own forward, or None."""
+    """Returns why the adapter's part can't be fused if the base layer's own forward runs, or None."""
     base = layer._modules["base_layer"]
     for name, parameter in base._parameters.items():
         # A base layer on which fully_shard itself was called gathers its parameters when the base layer is called.
@@ -267,14 +270,15 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         # Pickling and fully_shard can replace a Params4bit by a plain nn.Parameter.
         if type(weight) not in (Params4bit, nn.Parameter) and id(weight) not in _gathered:
             return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
-        # PEFT's merge in inference mode makes an inference tensor. Autograd can't save it for the operator's backward.
-        # bitsandbytes keeps the weight without autograd, so the stock path works.
+        # PEFT's merge in inference mode makes an inference tensor. Autograd can't save an inference tensor for the
+        # operator's backward. bitsandbytes keeps the weight outside of autograd, so the stock path works.
         if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
             return "its weight was made in inference mode, and autograd can't keep it"
         quant_state = quant_state_of(base)
         if reason := why_not_nf4(quant_state):
             return reason
-        # absmax is on the weight's device. It is a plain tensor, whose attributes are faster to read than a subclass's.
+        # The device is read from absmax, because absmax is a plain tensor on the weight's device, and the attributes of
+        # a plain tensor are faster to read than those of a tensor subclass.
         absmax = quant_state.absmax
         if absmax.is_meta or tuple(quant_state.shape) != (base.out_features, base.in_features):
             return f"its weight is {tuple(quant_state.shape)} on {absmax.device}, wanted [N, K] in memory"
@@ -324,8 +328,8 @@ def variant_name(variant: Any) -> str:
 def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optional[str], Pairs]:
     """Returns the reason not to fuse the adapters ``names`` (or None), and the pair (lora_A, lora_B) of each adapter.
 
-    The checks do not look at the base layer. ``layer.checked_adapter`` has the checks of one method:
-    :func:`lora_adapter` or :func:`adalora_adapter`.
+    The checks do not look at the base layer. ``layer.checked_adapter`` checks one adapter; it is :func:`lora_adapter`
+    or :func:`adalora_adapter`, depending on the method.
     """
     if not names:
         return "no active adapter on this layer", []

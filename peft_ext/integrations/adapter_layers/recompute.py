@@ -1,4 +1,5 @@
-"""Recomputation: an activation that an operator saves for the backward is computed again there from its inputs."""
+"""Computes an activation again in the backward, from the activation's inputs, instead of keeping it since the
+forward."""
 
 from __future__ import annotations
 
@@ -15,15 +16,17 @@ __all__ = ["computed_again"]
 
 @contextmanager
 def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> Iterator[None]:
-    """Replaces tensors that are saved within the context and are views of all of ``h`` by a recomputation.
+    """Within the context, autograd does not keep a saved tensor that is a view of all elements of ``h``, the result of
+    ``operator(*args)``.
 
-    The backward computes ``operator(*args)`` again. Nothing is replaced if other saved-tensor hooks are active (as
-    under checkpointing) or if saved-tensor hooks are disabled.
+    Instead of keeping ``h``, the backward computes ``operator(*args)`` again. If other saved-tensor hooks are active
+    (as under checkpointing) or saved-tensor hooks are disabled, autograd keeps the saved tensors as usual.
     """
     if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
         yield
         return
-    # h is recognized by its storage object. A tensor without data, as in the memory estimate, has no data address.
+    # A saved tensor counts as ``h`` if it has the storage object of ``h``. The data address would not do, because a
+    # tensor without data, as in the memory estimate, has none.
     storage, version, numel, dtype, held = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype, [_nothing]
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]
@@ -60,7 +63,8 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
 
 
 def _nothing() -> None:
-    """Stands for a weak reference to a result that was not computed yet: returns None."""
+    """Returns None, like a weak reference whose object is gone. The function takes the place of the weak reference
+    until the backward has computed a result."""
 
 
 class _Again(NamedTuple):

@@ -24,8 +24,8 @@ from .reasons import accepts_input, hooked, kernel_reason
 
 __all__ = ["output_of", "together"]
 
-# Fewest tokens for which siblings are computed together. With fewer tokens, the kernels of two layers have no work to
-# share.
+# Fewest tokens for which siblings are computed together. With fewer tokens, the kernels of some CPU paths compute each
+# layer separately and share no work.
 _FEWEST_TOKENS = 24
 
 
@@ -41,7 +41,7 @@ NOW = _Now()
 
 
 def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> AbstractContextManager[None]:
-    """Within the context, computes the layers of each group together, as the module's docstring says.
+    """Returns a context in which sibling layers of ``module`` that get the same tensor are computed together.
 
     ``groups``: names of children of ``module``, for example ("q_proj", "k_proj", "v_proj"). Under torch.compile each
     layer is computed alone.
@@ -70,8 +70,8 @@ def output_of(layer: Any, x: Any) -> Optional[Tensor]:
     if not (groups := NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
     if _saving_hooks() is not NOW.hooks:
-        # x is inside a checkpoint that began within the module's forward. The recomputation of the checkpoint runs each
-        # layer alone, so the first run must run each layer alone, too.
+        # This call is inside a checkpoint that began within the module's forward. The recomputation of the checkpoint
+        # runs each layer alone, so the first run must run each layer alone, too.
         return None
     return group.output(layer, x)
 
@@ -101,12 +101,13 @@ class _Group:
     def _compute(self, leader: Any, x: Tensor) -> Optional[Tensor]:
         """Returns the output of ``leader``, and stores the outputs of the other layers that can be computed together.
 
-        Returns None if ``leader`` is not the first layer that can be computed together, or if no other layer can.
+        Returns None if ``leader`` has to compute alone: if the operator has no kernels, if a layer of the group has
+        hooks, if ``leader`` is not the first layer that can be computed together, or if no other layer can.
         """
         if kernel_reason("lora_linears", x.device.type) is not None:
             return None
         if any(map(hooked, self._layers)):
-            return None  # a hook may change x in place without a new version of x
+            return None  # a hook may change x in place without an increase of x's version counter
         found = []
         for layer in self._layers:
             if (state := _state(layer, x)) is None or (call := layer.joint_call(x)) is None:

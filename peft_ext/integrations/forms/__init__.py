@@ -3,9 +3,10 @@
     forms.tsv   digest, kind, formula, example, classes, since      one row per form, written by tools/forms.py
     row_of      a class or a function -> its row, or the reason why it has no row
 
-The key of a row is the digest of the code (:mod:`.digest`), not the name of a class. The table has a row only if the
-row's formula gave the same values and gradients as each class with the form, for extreme inputs and in each dtype
-(see :mod:`peft_ext.integrations.model_blocks.proof`; the tests repeat the proof). Code without a row runs unchanged.
+The key of a row is the digest of the code (:mod:`.digest`), not the name of a class. Except for nn.Dropout, a row whose
+formula replaces a computation is in the table only if the formula gave the same values and gradients as the code of a
+class with the form, for extreme inputs and in each dtype (see :mod:`peft_ext.integrations.model_blocks.proof`). Code
+that has no row in the table, and was not registered with ``register_form``, runs unchanged.
 """
 
 from __future__ import annotations

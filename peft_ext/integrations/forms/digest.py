@@ -38,7 +38,7 @@ _TORCH = str(Path(torch.__file__).parent) + "/"
 # Modules of transformers whose decorators call the decorated function, with arguments renamed or after a warning.
 _TRANSPARENT = ("transformers.utils.deprecation", "transformers.utils.generic", "transformers.utils.output_capturing")
 # Methods by which a class can change its attributes or its calls without a trace in its forward. A module class that
-# overrides one of these methods has no form.
+# overrides one of the methods in _OWN_WAYS has no form.
 _OWN_WAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
 # Standard modules whose classes enter the digest by name.
 _STANDARD = ("builtins", "collections", "collections.abc", "contextlib", "functools", "typing")
@@ -58,7 +58,8 @@ class Form:
     Attributes:
         digest: 20 hexadecimal digits.
         reads: sorted names of the attributes that the code reads from the instance and that the class does not define.
-        of_class: sorted names of the attributes that the code finds on the class. No instance may override one of them.
+        of_class: sorted names of the attributes that the code finds on the class. No instance may override an attribute
+            in ``of_class``.
         passes_itself: whether the code uses the instance itself, for example as an argument of a call.
         writes: whether the code assigns to attributes or items of the instance.
     """
@@ -96,7 +97,7 @@ def form_of(subject: Any, method: str = "forward") -> Form:
 class _Walk:
     """One walk through the code of a forward and of the functions that the forward uses.
 
-    The methods return nested tuples, lists and strings, of which the digest is computed: the "key" of a value.
+    The key of a value is a nested structure of tuples, lists and strings, from which the digest is computed.
     """
 
     def __init__(self, owner: Optional[type]) -> None:

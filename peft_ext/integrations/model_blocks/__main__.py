@@ -1,4 +1,4 @@
-"""Tells whether the forward of a class is a known form, and proposes a row where it is not.
+"""Tells whether the forward of a class is a known form, and if not, looks for a formula for ``peft_ext.register_form``.
 
 python -m peft_ext.integrations.model_blocks my_package.my_model:MyRMSNorm
 """

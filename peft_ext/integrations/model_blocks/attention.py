@@ -38,7 +38,7 @@ with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    _IS_REGISTERED = True  # the registration itself is further below in this file
+    _IS_REGISTERED = True  # `AttentionInterface.register` is called further below in this file
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
@@ -59,8 +59,8 @@ _LEAST_QUERIES = 16
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 # Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
-# before the operator read the arguments that _LOOKED_AT names. A call with another keyword argument that is not None
-# runs transformers' function.
+# before the operator read the arguments that _LOOKED_AT names. An attention call with a keyword argument in neither
+# set, with another value than None, runs transformers' function.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
@@ -79,9 +79,9 @@ _SDPA: dict[Any, Optional[bool]] = {}
 class Attention(Block):
     """A fused attention.
 
-    Values of its row: ``inputs``, groups of layers that get one tensor; ``interface``, whether the forward takes its
-    attention function from transformers' registry; ``forward``, "rotary" if ``_rotary_forward`` can replace the
-    module's own forward.
+    Values of an attention's row in the table of forms: ``inputs``, groups of layers that get one tensor; ``interface``,
+    whether the forward takes its attention function from transformers' registry; ``forward``, "rotary" if
+    ``_rotary_forward`` can replace the module's own forward.
     """
 
     block_kind = "attention"
@@ -207,9 +207,9 @@ def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 
 
 class _View:
-    """A view of a model's configuration for one attention. It names peft_ext's function where the configuration says
-    "sdpa". The view shares the ``__dict__`` of the configuration, and its class is a subclass of the configuration's
-    class."""
+    """A view of a model's configuration for one attention. The view names peft_ext's attention function where the
+    configuration says "sdpa". The view shares the ``__dict__`` of the configuration, and its class is a subclass of the
+    configuration's class."""
 
     __slots__ = ("original",)
 
@@ -354,9 +354,9 @@ def by_operator(
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
     if causal and k.shape[2] > (queries := q.shape[2]):
-        # No query sees the keys behind the first `queries` keys. These keys are an empty part of a static cache, or a
-        # checkpoint's recomputation added them to the cache again. The recomputation must save tensors of the shapes
-        # that the first forward saved, so the keys are cut off.
+        # No query sees the keys behind the first `queries` keys. The keys behind them are an empty part of a static
+        # cache, or a checkpoint's recomputation added them to the cache again. The recomputation must save tensors of
+        # the shapes that the first forward saved, so the keys are cut off.
         k, v = k[:, :, :queries], v[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
     out = ops.scaled_dot_product_attention(

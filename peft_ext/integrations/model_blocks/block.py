@@ -1,6 +1,6 @@
 """The base class of fused blocks: modules whose forward is a known form, under a class that runs fused operators.
 
-The fused class is a subclass of the module's class. It is made once per stock class and row of the table of forms, and
+The fused class is a subclass of the module's class, is made once per stock class and row of the table of forms, and
 adds no state to an instance. The model's own code runs if the fused forward does not accept a call, or if the module no
 longer fits its row.
 """
@@ -22,15 +22,16 @@ __all__ = ["Block", "class_of"]
 
 
 class Known(types.SimpleNamespace):
-    """The facts that a fused class holds of its row: ``row``, ``needs``, ``of_class``, and the facts of its mixin."""
+    """What a fused class knows about its form: ``row``, ``needs``, ``of_class``, and what the ``settled`` of its mixin
+    adds."""
 
 
 class Block:
     """The base class of the fused classes of model blocks (norms, MLPs, attentions, dropouts).
 
     A subclass defines ``block_reason`` and ``_fused``, or its own ``block_parts`` and ``forward``. A fused class keeps
-    the facts of its row of the table of forms in one attribute, ``peft_ext_known``. No child module may have this name,
-    because a class attribute hides a child of the same name.
+    the facts of its row of the table of forms in one attribute, ``peft_ext_known``. No child module may be named
+    ``peft_ext_known``, because a class attribute hides a child module of the same name.
     """
 
     stock_class: type
@@ -72,7 +73,8 @@ class Block:
         yield self.block_kind, self.block_reason()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A caller may hold the bound method from before `restore`, and call the method with a restored module.
+        # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
+        # stock class.
         if not isinstance(self, Block):
             return type(self).forward(self, *args, **kwargs)
         alone = len(args) == 1 and not kwargs and accepts_input(args[0])

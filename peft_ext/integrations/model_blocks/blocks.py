@@ -1,6 +1,6 @@
 """Finds the modules of a model whose forward is a known form, and gives these modules fused classes.
 
-The name of a module's class does not matter.
+Whether a module is fused does not depend on the name of its class.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _stock(module: nn.Module) -> type:
 def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
     """Returns the row and form of a module that is a block, or the reason why the module can't be fused as a block.
 
-    Returns None for a module of a kind that is never a block, such as a linear layer.
+    Returns None for a module that is no block to fuse or to report, such as a linear layer or a dropout with p = 0.
     """
     stock = _stock(module)
     if stock in STOCK or issubclass(stock, (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
@@ -75,8 +75,8 @@ def _joins(module: nn.Module, row: Row) -> bool:
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives each block of ``model`` whose current code is a known form its fused class, and each fused block that is no
-    such block any more its stock class."""
+    """Gives each block of ``model`` whose current code is a known form its fused class, and sets the stock class of
+    each fused block whose current code is no known form."""
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()

@@ -15,7 +15,7 @@ __all__ = ["Dropout", "dropouts_of_adapters"]
 
 
 class Dropout(Block):
-    """A fused nn.Dropout on a CPU. The dropouts of adapter layers are not replaced by this class."""
+    """A fused nn.Dropout on a CPU. The dropouts of LoRA and AdaLoRA layers do not get this class."""
 
     block_kind = "dropout"
 

@@ -1,4 +1,5 @@
-"""The loss of a language model without whole logits, between two public points of transformers.
+"""Computes the loss of a language model without whole logits, by changes at two public points of transformers: the call
+of the head, and ``loss_function``.
 
 While a model trains with labels, the model's head (point one) returns a :class:`.pending.Pending` in place of logits.
 ``PreTrainedModel.loss_function`` (point two) takes a Pending that nothing has used, and runs
@@ -109,7 +110,8 @@ class DefersLoss:
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A caller may hold the bound method from before `restore`, and call the method with a restored layer.
+        # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
+        # stock class.
         if not isinstance(self, DefersLoss):
             return type(self).forward(self, *args, **kwargs)
         forward, call = _forward_now(), None
@@ -222,13 +224,15 @@ def _new(stock: type) -> Any:
 
 @functools.cache
 def _on_loss(stock: type) -> type:
-    """Returns the fused subclass, which defers the loss, of a model's class ``stock``. The first call makes it."""
+    """Returns the fused subclass of a model's class ``stock``, which computes the loss without whole logits. The first
+    call makes the subclass."""
     names = list(inspect.signature(stock.forward).parameters)
     at = names.index("labels") - 1 if "labels" in names else sys.maxsize
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature of the forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A caller may hold the bound method from before `restore`, and call the method with a restored model.
+        # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
+        # stock class.
         if not isinstance(self, LanguageModel):
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
@@ -312,9 +316,11 @@ def _without_pending(value: Any) -> Any:
 
 
 class _Logits:
-    """The descriptor of ``logits`` in an output whose logits are not computed yet. Reading computes the logits.
+    """The descriptor of ``logits`` in an output whose logits are not computed yet. Reading ``logits`` computes the
+    logits.
 
-    A dataclass field or an item would not do: FSDP2 looks for tensors in fields, DDP and pytrees in items.
+    The logits are neither a dataclass field nor an item of the output, because FSDP2 looks for tensors in fields, and
+    DDP and pytrees look for tensors in items.
     """
 
     def __get__(self, output: Any, kind: Any = None) -> Any:
@@ -384,8 +390,8 @@ class _Waits:
 def _waiting(kind: type) -> type:
     """Returns the subclass of an output's class whose logits are computed at the first read, made once per class.
 
-    One class serves all outputs: only the garbage collector frees a class, and a class per output would hold hidden
-    states until then.
+    All outputs of one stock class share one subclass. A class per output would keep hidden states until the garbage
+    collector frees the class.
     """
     fields = {name: field for name, field in kind.__dataclass_fields__.items() if name != "logits"}
     held = {"__doc__": kind.__doc__, "__module__": __name__, "__dataclass_fields__": fields}
@@ -426,7 +432,7 @@ def defer_losses(model: nn.Module) -> None:
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
         if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
-            if not isinstance(owner, LanguageModel):  # fully_shard's subclass of a fused class is a LanguageModel
+            if not isinstance(owner, LanguageModel):  # a fused model stays, also in fully_shard's subclass
                 owner.__class__ = _on_loss(type(owner))
 
 
@@ -458,7 +464,8 @@ def _reason(owner: Any, layer: nn.Module) -> Optional[str]:
     if reason := layer.head_reason():
         return reason
     if replaced_on_instance(owner):
-        # The forward below the wrappers that the library accelerate puts on an instance.
+        # The library accelerate, when it wraps the forward of an instance, keeps the inner forward in one of these
+        # attributes.
         inner = (owner.__dict__.get(name) for name in ("_original_forward", "_old_forward"))
         if not any(getattr(one, "__func__", None) is type(owner).forward for one in inner):
             return "the model's forward was replaced on the instance (TRL does, and computes the loss by itself)"

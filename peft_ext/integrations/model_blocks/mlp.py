@@ -1,7 +1,7 @@
 """MLPs on fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
-The activation is computed in one pass, and saves the outputs of ``gate`` and ``up`` for the backward. The input of
-``down``, if ``down`` saves it, is computed again in the backward.
+The activation's operator runs in one pass, and saves the outputs of ``gate`` and ``up`` for the backward. If ``down``
+needs its input in the backward and has no hooks, the backward computes this input again.
 """
 
 from __future__ import annotations
@@ -95,6 +95,6 @@ class Mlp(Block):
 
 
 def _calls_hooks(layer: nn.Module) -> bool:
-    """Returns whether hooks on the layer or its children get the layer's input. A hook may change the input in place
-    without a new version."""
+    """Returns whether hooks on the layer or its children get the layer's input. A hook may change the layer's input in
+    place without an increase of the input's version counter."""
     return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())

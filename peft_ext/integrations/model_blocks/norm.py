@@ -88,8 +88,8 @@ class LayerNorm(Norm):
     def _fused(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         few = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() < LEAST.get(x.dtype, 0)
-        # PyTorch's layer_norm runs for few elements, and where dtype or shape do not fit. PyTorch's layer_norm then
-        # raises its own error, or computes with two dtypes.
+        # PyTorch's layer_norm runs for few elements, and where dtype or shape do not fit. For a wrong dtype or shape,
+        # PyTorch's layer_norm raises its own error, or computes with two dtypes.
         if few or x.dtype is not weight.dtype or x.shape[-1:] != self.normalized_shape:
             return nn.LayerNorm.forward(self, x)
         return ops.layer_norm(x, weight, self._parameters["bias"], self.eps)

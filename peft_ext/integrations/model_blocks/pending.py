@@ -3,7 +3,8 @@
 In a training step the head returns a :class:`Pending`, a plain object, in place of logits. If a loss function gets a
 Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. A scale, a soft cap and a cast
 to float32 are steps that the Pending records and that :meth:`Call.loss` computes. Reading the shape, dtype or device
-computes nothing. Any other use of the Pending computes the real logits, once.
+computes nothing. Other uses of the Pending, such as indexing, compute the real logits; the real logits are computed
+once.
 
 torch.compile traces a Pending: a compiled forward has the operator of the loss in its graph, and no logits. The
 ``logits`` of a compiled forward's output is the Pending, which computes the logits outside of the graph when it is
@@ -32,8 +33,8 @@ _IGNORED = frozenset({
     "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
 })  # fmt: skip
-# The functions of torch.nn.functional at import, by name. They stay PyTorch's own if another library replaces one
-# later.
+# The functions of torch.nn.functional as they were at import, by name. Another library may replace a function in
+# torch.nn.functional later.
 _FUNCTIONAL = {name: value for name, value in vars(F).items() if getattr(value, "__globals__", None) is vars(F)}
 
 
@@ -42,7 +43,8 @@ def _state_of(tensors: list[Tensor]) -> list[list[int]]:
     return [[-1 if one.is_inference() else one._version, one.untyped_storage()._cdata] for one in tensors]
 
 
-# torch.compile traces neither a version nor an address. A graph has this operator, which reads both as the graph runs.
+# torch.compile traces neither a version nor an address. A compiled graph contains the operator ``state_of``, which
+# reads the versions and addresses as the graph runs.
 @torch.library.custom_op("peft_ext_python::state_of", mutates_args=())
 def _state_in_graph(tensors: list[Tensor]) -> Tensor:
     return torch.tensor(_state_of(tensors), dtype=torch.int64)
@@ -66,15 +68,15 @@ class Call:
         operands: dict[str, Any],
     ) -> None:  # fmt: skip
         self._is_traced = torch.compiler.is_compiling()
-        # Traced code can't check whether the inputs were changed, so it takes copies. The compiler removes the copies
-        # of inputs that nothing changes.
+        # Traced code can't check whether the inputs were changed, so a traced Call keeps copies of the inputs. The
+        # compiler removes the copy of an input that the graph does not change.
         self.inputs = tuple(x.clone() for x in inputs) if self._is_traced else inputs
         self.operands, self.dtype, self.device = operands, dtype, inputs[0].device
         self.shape = torch.Size((*inputs[0].shape[:-1], operands["weight"].shape[0]))
         self.is_taken = False  # whether a loss was computed without the logits
         self.is_widened = False  # whether the library accelerate's mixed precision cast the model's outputs to float32
         self.logits: Optional[Tensor] = None
-        # The Pendings of these logits and of their scaled or capped forms, while the model's forward runs.
+        # The Pendings of this call's logits, and of the scaled or capped logits, while the model's forward runs.
         self.pending: list[Pending] = []
         device = self.device.type
         self.has_autocast = torch.is_autocast_enabled(device)
@@ -88,7 +90,8 @@ class Call:
         return torch.autocast(*self._autocast, enabled=self.has_autocast)
 
     def _settings(self) -> tuple:
-        """Returns the head's class and adapters. A merged adapter shows in no tensor's version."""
+        """Returns the head's class and adapters. The class and the adapters are compared in addition to the tensors'
+        versions, because a merge need not change a version."""
         names = "merged_adapters", "active_adapters"
         held = (tuple(getattr(self._layer, name, ())) for name in names)
         return type(self._layer), *held, getattr(self._layer, "disable_adapters", False)
@@ -190,7 +193,8 @@ def _scale_and_cap(steps: tuple[Step, ...]) -> Optional[tuple[float, Optional[fl
 
 
 class Pending:
-    """Stands for the logits of a head, or for scaled or capped logits, until something uses them. It is no tensor.
+    """Stands for the logits of a head, or for scaled or capped logits, until something uses them. A Pending is no
+    tensor.
 
     A caller of the model gets a Pending only from a compiled forward, as the ``logits`` of the output. The output of
     another forward holds its Pending internally, and gives real logits.
@@ -241,9 +245,9 @@ class Pending:
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        # PyTorch's function passes as `func` what its name in torch.nn.functional now stands for. If a library replaced
-        # the name by a wrapper, calling `func` would enter the running wrapper again; so PyTorch's own function is
-        # called.
+        # A function of torch.nn.functional passes as `func` the object that now has its name in torch.nn.functional. If
+        # a library put a wrapper there, calling `func` would enter the wrapper again. Therefore the function that
+        # PyTorch itself defines under this name is called.
         name = next((name for name, value in vars(F).items() if value is func), None)
         args, kwargs = pytree.tree_map(real, (args, kwargs or {}))
         return _FUNCTIONAL.get(name, func)(*args, **kwargs)

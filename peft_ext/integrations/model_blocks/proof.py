@@ -1,9 +1,10 @@
 """The proof that a row's formula gives the values and gradients of a class's own code, for extreme inputs, in each
 dtype.
 
-The proof makes an instance of the class from the row alone, with layers and weights of the proof, and runs the class's
-forward and the fused forward. The tests prove every row for every class that has the form. ``register_form`` and the
-command ``python -m peft_ext.integrations.model_blocks`` prove a formula for a class without a known form.
+The proof makes an instance of the class from the row alone, with layers and random weights that the proof chooses, and
+runs the class's forward and the fused forward. The tests repeat the proof of a row that replaces a computation for one
+or two classes of the installed transformers that have the form. ``register_form`` and the command ``python -m
+peft_ext.integrations.model_blocks`` prove a formula for a class without a known form.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ _K, _F = 24, 20
 
 
 def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
-    """Returns for which input the formula of ``row`` and the code of ``cls`` differ; None if they agree everywhere."""
+    """Returns why the formula of ``row`` does not stand for the code of ``cls``, such as an input for which the two
+    differ; None if they agree for all inputs of the proof."""
     if form.writes:
         return "its forward assigns to attributes of the module"
     if row.kind in ("sdpa", "causal_loss"):
@@ -146,7 +148,7 @@ _CALLS: list[Any] = []
 
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """The attention function that instances of the proof use. It records a summary of its arguments in ``_CALLS``."""
+    """The attention function that instances of the proof use; it records a summary of its arguments in ``_CALLS``."""
     _CALLS.append((_told(mask), _told(given)))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=given.get("scaling")).transpose(1, 2).contiguous()
@@ -257,7 +259,8 @@ def _differs(
             eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
             if (why := _unlike(a, b, ulps * eps, strict, whole=index == 1)) is not None:
                 return f"{what} differ: {why}"
-            # Activations and gates get the contiguous output of a linear layer, so that strides need not agree.
+            # In a model, activations and gates get the contiguous output of a linear layer, so the strides of the two
+            # results need not agree.
             of_elements = row.kind in ("activation", "gate")
             if index == 0 and a.stride() != b.stride() and a.numel() and not of_elements:
                 return f"the strides are {a.stride()}, wanted {b.stride()}"
@@ -401,8 +404,8 @@ def _loss_disproof(function: Callable) -> Optional[str]:
 
 
 def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the kinds and formulas that fit the attributes that a class's forward reads. The proof decides which
-    holds."""
+    """Yields the kinds and formulas that fit the attributes that a class's forward reads. The proof then decides which
+    of the proposed formulas is right."""
     reads = set(form.reads)
     for eps, weight in itertools.product(("variance_epsilon", "eps", "epsilon"), ("weight", "scale")):
         if {eps, weight} <= reads <= {eps, weight, "with_scale", "normalized_shape", "hidden_size", "dim"}:
@@ -463,12 +466,13 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
             "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
             the attribute is a probability.
-            For both: ``needs``, attributes that must have the given value, as "with_scale:True".
+            For rms_norm and mlp: ``needs``, attributes that must have the given value, as "with_scale:True".
 
     Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
 
     Raises: ValueError if the kind or the name of a value is unknown, if the class's code has no form, or if the formula
-    and the class give different values or gradients. The message says for which input.
+    and the class give different values or gradients. The error's message says for which input the formula and the class
+    differ.
     """
     if kind not in ("rms_norm", "mlp"):
         raise ValueError(f"register_form: kind is {kind!r}, wanted 'rms_norm' or 'mlp'")

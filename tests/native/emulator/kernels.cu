@@ -528,7 +528,8 @@ extern "C" __attribute__((visibility("default"))) int run_kernel(const char* nam
       emulator::Memory memory;
       memory.add(in, 1024, 4, emulator::Use::kRead);
       memory.add(out, 1024, 4, scratch ? emulator::Use::kFresh : emulator::Use::kWrite);
-      emulator::launch(memory, test.kernel, {grid[0], grid[1], grid[2]}, threads, dynamic_shared, in, out);
+      void* parameters[] = {&in, &out};
+      emulator::launch(memory, test.kernel, {grid[0], grid[1], grid[2]}, threads, dynamic_shared, parameters);
       return 0;
     }
     snprintf(message, message_bytes, "no kernel %s", name);

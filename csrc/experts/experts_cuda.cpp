@@ -125,8 +125,7 @@ bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
   if (stack.all.is_nf4() || left.scalar_type() != ScalarType::BFloat16 || left.size(0) < kManyRows * stack.experts)
     return false;
 #ifndef PEFT_EXT_EMULATE_CUDA
-  int major = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, left.get_device_index()));
+  const int major = compute_capability(left.get_device_index()) / 10;
   // On GPUs of other compute capabilities PyTorch copies `ends` to the host and runs one product per expert.
   if (major != 9 && major != 10) return false;
 #endif

@@ -1,0 +1,44 @@
+// The C functions of the native library that peft_ext's Python part calls, beside the operators. The library exports
+// nothing else.
+#pragma once
+
+#include <stdint.h>
+
+#define PEFT_EXT_API extern "C" __attribute__((visibility("default")))
+
+// Facts about the build, and the CPU paths. Strings belong to the library. Paths are numbered from 0 to
+// peft_ext_isa_count() - 1.
+PEFT_EXT_API const char* peft_ext_version();
+PEFT_EXT_API const char* peft_ext_built_for_torch();  // the torch whose headers the library was compiled with
+PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest torch that the library runs on
+PEFT_EXT_API const char* peft_ext_compiler();
+PEFT_EXT_API int peft_ext_isa_count();
+PEFT_EXT_API const char* peft_ext_isa_name(int isa);
+PEFT_EXT_API int peft_ext_isa_compiled(int isa);   // 1 if the library has the path
+PEFT_EXT_API int peft_ext_isa_available(int isa);  // 1 if also this CPU has the path's instructions
+PEFT_EXT_API int peft_ext_isa();
+PEFT_EXT_API void peft_ext_set_isa(int isa);  // only paths that are available
+
+// CUDA: the kernels that the operators launch, and the sources from which the kernels are compiled.
+PEFT_EXT_API int peft_ext_kernel_count();
+// The C++ expression that names a kernel's instance, and the source that defines the kernel.
+PEFT_EXT_API const char* peft_ext_kernel_name(int kernel);
+PEFT_EXT_API const char* peft_ext_kernel_file(int kernel);
+PEFT_EXT_API int peft_ext_source_count();
+PEFT_EXT_API const char* peft_ext_source_path(int source);
+PEFT_EXT_API const char* peft_ext_source_text(int source);
+
+// The machine code of a kernel. The pointers must stay valid until the thread asks for another image.
+struct PeftExtImage {
+  const char* symbol;  // the kernel's name in the machine code
+  const void* data;    // a cubin, or PTX
+  const char* error;   // not null: why there is no machine code
+};
+// Returns the machine code of a kernel for a compute capability (10 · major + minor).
+typedef void (*PeftExtImageSource)(const char* name, const char* file, int capability, PeftExtImage* image);
+PEFT_EXT_API void peft_ext_set_image_source(PeftExtImageSource source);
+// Registers the CUDA functions of the operators with PyTorch's dispatcher.
+PEFT_EXT_API void peft_ext_register_cuda();
+// Loads a kernel on a GPU without launching the kernel. Returns null, or the reason of the failure, which stays valid
+// until the thread's next call.
+PEFT_EXT_API const char* peft_ext_load_kernel(int kernel, int device);

@@ -1,0 +1,251 @@
+// NVIDIA's driver and PyTorch's CUDA library, both opened at run time, and the loading and launching of kernels. See
+// driver.h.
+#include "cuda/driver.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "common/api.h"
+
+namespace peft_ext {
+namespace {
+
+// --- the driver
+
+using Result = int;  // CUresult
+constexpr Result kSuccess = 0, kNotReady = 600;
+constexpr int kMajor = 75, kMinor = 76;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+constexpr int kMaxDynamicShared = 8;          // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kRelaxedCapture = 2;            // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr int64_t kDefaultShared = 48 << 10;  // bytes of shared memory that a kernel may take without asking
+
+struct Driver {
+  Result (*init)(unsigned flags);
+  Result (*get_error_string)(Result, const char**);
+  Result (*device_get)(int* device, int ordinal);
+  Result (*device_get_attribute)(int* value, int attribute, int device);
+  Result (*stream_query)(void* stream);
+  Result (*exchange_capture_mode)(int* mode);
+  Result (*library_load)(void** library, const void* code, void* jit_options, void** jit_values, unsigned jit_count,
+                         void* options, void** values, unsigned count);
+  Result (*library_unload)(void* library);
+  Result (*library_get_kernel)(void** kernel, void* library, const char* name);
+  Result (*kernel_set_attribute)(int attribute, int value, void* kernel, int device);
+  Result (*launch_kernel)(void* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                          unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
+                          void** extra);
+};
+
+template <typename Function>
+void find(void* library, const char* library_name, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  STD_TORCH_CHECK(function != nullptr, "peft_ext: ", library_name, " has no function ", name,
+                  ". CUDA kernels need NVIDIA's driver 525 or later and a CUDA build of torch 2.11 or later");
+}
+
+Driver open_driver() {
+  constexpr const char* kName = "libcuda.so.1";
+  void* library = dlopen(kName, RTLD_NOW | RTLD_LOCAL);
+  STD_TORCH_CHECK(library != nullptr, "peft_ext: NVIDIA's driver can't be opened: ", dlerror());
+  Driver driver;
+  find(library, kName, "cuInit", driver.init);
+  find(library, kName, "cuGetErrorString", driver.get_error_string);
+  find(library, kName, "cuDeviceGet", driver.device_get);
+  find(library, kName, "cuDeviceGetAttribute", driver.device_get_attribute);
+  find(library, kName, "cuStreamQuery", driver.stream_query);
+  find(library, kName, "cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode);
+  find(library, kName, "cuLibraryLoadData", driver.library_load);
+  find(library, kName, "cuLibraryUnload", driver.library_unload);
+  find(library, kName, "cuLibraryGetKernel", driver.library_get_kernel);
+  find(library, kName, "cuKernelSetAttribute", driver.kernel_set_attribute);
+  find(library, kName, "cuLaunchKernel", driver.launch_kernel);
+  const Result result = driver.init(0);
+  STD_TORCH_CHECK(result == kSuccess, "peft_ext: NVIDIA's driver does not start: error ", result);
+  return driver;
+}
+
+const Driver& driver() {
+  static const Driver opened = open_driver();  // an exception leaves `opened` unset, and the next call tries again
+  return opened;
+}
+
+const char* described(Result result) {
+  const char* text = nullptr;
+  driver().get_error_string(result, &text);
+  return text == nullptr ? "unknown error" : text;
+}
+
+// The text starts like that of PyTorch's own errors, by which trainers recognize a lost GPU or missing memory.
+void check(Result result, const char* what, const char* kernel) {
+  STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
+}
+
+// --- the machine code of kernels
+
+std::atomic<PeftExtImageSource> image_source{nullptr};
+
+// Returns the C++ expression that names the kernel, which NVRTC takes: namespace, name and template arguments.
+std::string expression(const Kernel& kernel) {
+  const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');  // '*' marks internal linkage
+  int status = 0;
+  char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  STD_TORCH_CHECK(text != nullptr, "peft_ext: a kernel has an unreadable name: ", mangled);
+  std::string name = text;
+  free(text);
+  // "void peft_ext::name<arguments>(parameters)::Here": the parameters are in the last pair of parentheses.
+  size_t end = name.rfind(')'), open = 1;
+  while (open > 0 && end-- > 0) open += (name[end] == ')') - (name[end] == '(');
+  name.resize(end);
+  return name.rfind("void ", 0) == 0 ? name.substr(5) : name;
+}
+
+// While a CUDA graph is captured, the driver refuses to load machine code, unless the thread asks for the relaxed mode.
+struct RelaxedCapture {
+  RelaxedCapture() { driver().exchange_capture_mode(&mode); }
+  ~RelaxedCapture() { driver().exchange_capture_mode(&mode); }
+  int mode = kRelaxedCapture;
+};
+
+// Returns the kernel's handle on a device. Holds no lock while Python works on the machine code: a thread that holds
+// Python's lock might wait for this one. Two threads may load a kernel at once; the handle of one is kept.
+void* handle_of(const Kernel& kernel, int device) {
+  STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "peft_ext: GPU number ", device, ", wanted less than ",
+                  kMaxDevices);
+  std::atomic<void*>& held = kernel.handles[device];
+  if (void* handle = held.load(std::memory_order_acquire)) return handle;
+  const std::string name = expression(kernel);
+  const PeftExtImageSource source = image_source.load();
+  STD_TORCH_CHECK(source != nullptr, "peft_ext: no machine code of ", name, ": Python's part is not loaded");
+  PeftExtImage image{};
+  source(name.c_str(), kernel.file, compute_capability(device), &image);
+  STD_TORCH_CHECK(image.error == nullptr, "peft_ext: no machine code of ", name, ": ", image.error);
+  const RelaxedCapture relaxed;
+  void *library = nullptr, *handle = nullptr, *before = nullptr;
+  check(driver().library_load(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading", name.c_str());
+  check(driver().library_get_kernel(&handle, library, image.symbol), "loading", name.c_str());
+  if (held.compare_exchange_strong(before, handle, std::memory_order_acq_rel)) return handle;
+  driver().library_unload(library);
+  return before;
+}
+
+Kernel*& first_kernel() {
+  static Kernel* first = nullptr;
+  return first;
+}
+
+const CudaOperators*& first_operators() {
+  static const CudaOperators* first = nullptr;
+  return first;
+}
+
+// The kernels as listed for Python. A kernel with internal linkage has one object per source file that launches the
+// kernel; the list has the first.
+struct Listed {
+  const Kernel* kernel;
+  std::string name;
+};
+
+const std::vector<Listed>& listed() {
+  static const std::vector<Listed> all = [] {
+    std::vector<Listed> found;
+    for (const Kernel* kernel = first_kernel(); kernel != nullptr; kernel = kernel->next) {
+      std::string name = expression(*kernel);
+      bool known = false;
+      for (const Listed& other : found) known |= other.name == name;
+      if (!known) found.push_back({kernel, std::move(name)});
+    }
+    return found;
+  }();
+  return all;
+}
+
+const Listed& listed(int kernel) { return listed().at(static_cast<size_t>(kernel)); }
+
+}  // namespace
+
+Kernel::Kernel(const char* local_class, const char* file) : local_class(local_class), file(file), next(first_kernel()) {
+  first_kernel() = this;
+}
+
+const TorchCuda& torch_cuda() {
+  static const TorchCuda found = [] {
+    constexpr const char* kName = "libtorch_cuda.so";
+    void* library = dlopen(kName, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+    STD_TORCH_CHECK(library != nullptr, "peft_ext: PyTorch has not loaded ", kName, ": it is not a CUDA build");
+    TorchCuda torch;
+    find(library, kName, "aoti_torch_get_current_cuda_stream", torch.get_current_cuda_stream);
+    find(library, kName, "aoti_torch_cuda_mm_out", torch.mm_out);
+    find(library, kName, "aoti_torch_cuda_addmm_out", torch.addmm_out);
+    return torch;
+  }();
+  return found;
+}
+
+int compute_capability(int device) {
+  int number = 0, major = 0, minor = 0;
+  check(driver().device_get(&number, device), "compute capability", "a GPU");
+  check(driver().device_get_attribute(&major, kMajor, number), "compute capability", "a GPU");
+  check(driver().device_get_attribute(&minor, kMinor, number), "compute capability", "a GPU");
+  return 10 * major + minor;
+}
+
+const char* device_fault() {
+  const Result result = driver().stream_query(nullptr);
+  return result == kSuccess || result == kNotReady ? "" : described(result);
+}
+
+void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Block& block, void* stream,
+                   void** parameters) {
+  void* handle = handle_of(kernel, device);
+  const auto shared = static_cast<unsigned>(block.dynamic_shared);
+  if (block.dynamic_shared > 0) {  // static plus dynamic shared memory may exceed the default limit of 48 KiB
+    int number = 0;
+    check(driver().device_get(&number, device), "launch", expression(kernel).c_str());
+    const Result result = driver().kernel_set_attribute(kMaxDynamicShared, static_cast<int>(shared), handle, number);
+    if (result != kSuccess) check(result, "shared memory", expression(kernel).c_str());
+  }
+  const Result result = driver().launch_kernel(handle, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                                               static_cast<unsigned>(grid.z), static_cast<unsigned>(block.threads), 1,
+                                               1, shared, stream, parameters, nullptr);
+  if (result != kSuccess) check(result, "launch", expression(kernel).c_str());
+}
+
+CudaOperators::CudaOperators(RegisterCuda function) : function(function), next(first_operators()) {
+  first_operators() = this;
+}
+
+void register_cuda_operators() {
+  using torch::stable::detail::StableLibrary;
+  static StableLibrary* library = nullptr;  // never deleted: PyTorch would remove the registrations
+  if (library != nullptr) return;
+  library = new StableLibrary(StableLibrary::Kind::IMPL, "peft_ext", "CUDA", __FILE__, __LINE__);
+  for (const CudaOperators* operators = first_operators(); operators != nullptr; operators = operators->next)
+    operators->function(*library);
+}
+
+}  // namespace peft_ext
+
+int peft_ext_kernel_count() { return static_cast<int>(peft_ext::listed().size()); }
+const char* peft_ext_kernel_name(int kernel) { return peft_ext::listed(kernel).name.c_str(); }
+const char* peft_ext_kernel_file(int kernel) { return peft_ext::listed(kernel).kernel->file; }
+void peft_ext_set_image_source(PeftExtImageSource source) { peft_ext::image_source.store(source); }
+void peft_ext_register_cuda() { peft_ext::register_cuda_operators(); }
+
+const char* peft_ext_load_kernel(int kernel, int device) {
+  static thread_local std::string error;
+  try {
+    peft_ext::handle_of(*peft_ext::listed(kernel).kernel, device);
+    return nullptr;
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
+}

@@ -1,0 +1,51 @@
+// What the host library takes from a machine with an NVIDIA GPU when a CUDA operator is first called: NVIDIA's driver,
+// functions of PyTorch's CUDA library, and the machine code of the kernels. The library links with none of them, and
+// so loads where they are missing.
+#pragma once
+
+#include <stdint.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/grid.h"
+#include "cuda/kernel_name.h"
+
+namespace peft_ext {
+
+// The functions of PyTorch's CUDA library (libtorch_cuda) that the operators call.
+struct TorchCuda {
+  AOTITorchError (*get_current_cuda_stream)(int32_t device, void** stream);
+  AOTITorchError (*mm_out)(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b);
+  AOTITorchError (*addmm_out)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a, AtenTensorHandle b,
+                              double beta, double alpha);
+};
+
+// Returns the functions of the CUDA library that PyTorch has loaded. Raises an error if PyTorch is no CUDA build.
+const TorchCuda& torch_cuda();
+
+// Returns 10 · major + minor of a GPU's compute capability.
+int compute_capability(int device);
+
+// Returns "", or the driver's description of the error that an earlier kernel left on the current GPU.
+const char* device_fault();
+
+// Launches a kernel on a stream. `parameters` are the addresses of the kernel's parameters. The kernel's machine code
+// is loaded at the first launch on a device.
+void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Block& block, void* stream,
+                   void** parameters);
+
+// Registers the CUDA functions of one file's operators. register_cuda_operators() calls all of these functions.
+using RegisterCuda = void (*)(torch::stable::detail::StableLibrary&);
+
+struct CudaOperators {
+  explicit CudaOperators(RegisterCuda function);
+
+  RegisterCuda function;
+  const CudaOperators* next;
+};
+
+// Registers the CUDA functions of all operators with PyTorch's dispatcher. A second call does nothing. A ROCm build of
+// PyTorch dispatches its tensors by the same key, and so the caller decides.
+void register_cuda_operators();
+
+}  // namespace peft_ext

@@ -1,0 +1,33 @@
+// How a host function refers to a kernel. g++ compiles the host functions and never the kernels: of each kernel,
+// PEFT_EXT_KERNEL leaves a host function that tells which kernel it stands for. Launcher calls that function and
+// launches the machine code that NVRTC made of the kernel (see driver.h). The file does not depend on torch.
+#pragma once
+
+#include <atomic>
+#include <typeinfo>
+
+namespace peft_ext {
+
+// Number of GPUs of a machine for which handles are kept.
+constexpr int kMaxDevices = 64;
+
+// An instance of a kernel. Every instance that a host function launches has one object, which exists from the loading
+// of the library on.
+struct Kernel {
+  // `local_class` is the mangled name of a class inside of the kernel, and so contains the kernel's own name and
+  // template arguments. `file` is the header of the kernel.
+  Kernel(const char* local_class, const char* file);
+
+  const char* local_class;
+  const char* file;
+  Kernel* next;                                          // the list of all kernels
+  mutable std::atomic<void*> handles[kMaxDevices] = {};  // CUkernel by device; null: not loaded
+};
+
+template <class Here>
+inline Kernel kKernel{typeid(Here).name(), Here::file()};
+
+// The kernel whose host function this thread called last.
+inline thread_local const Kernel* called_kernel = nullptr;
+
+}  // namespace peft_ext

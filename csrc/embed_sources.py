@@ -1,0 +1,56 @@
+"""Writes a C++ file that holds the texts of the CUDA kernels' sources.
+
+    python csrc/embed_sources.py OUTPUT
+
+The native library carries the sources, so that NVRTC can compile a kernel on the machine that runs it. The file holds
+each header that defines a kernel, and the headers of csrc/ that those headers include.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+# Headers for g++ alone, in a branch that NVRTC does not take.
+OF_THE_HOST = ("emulator/device.h", "cuda/kernel_name.h")
+
+
+def device_sources() -> dict[str, str]:
+    """Returns the texts of the device sources by their paths in csrc/."""
+    found: dict[str, str] = {}
+    wanted = [path for path in CSRC.rglob("*.cuh") if "__global__" in path.read_text()]
+    while wanted:
+        path = wanted.pop()
+        name = path.relative_to(CSRC).as_posix()
+        if name not in found and name not in OF_THE_HOST:
+            found[name] = path.read_text()
+            wanted += [CSRC / included for included in _INCLUDE.findall(found[name])]
+    return dict(sorted(found.items()))
+
+
+def embedded() -> str:
+    """Returns the text of the C++ file."""
+    rows = [f'    {{"{name}", R"source({text})source"}},\n' for name, text in device_sources().items()]
+    return (
+        '// The sources of the CUDA kernels. Written by csrc/embed_sources.py.\n#include "common/api.h"\n\n'
+        "static const struct {\n  const char *path, *text;\n} kSources[] = {\n" + "".join(rows) + "};\n\n"
+        "int peft_ext_source_count() { return sizeof(kSources) / sizeof(kSources[0]); }\n"
+        "const char* peft_ext_source_path(int source) { return kSources[source].path; }\n"
+        "const char* peft_ext_source_text(int source) { return kSources[source].text; }\n"
+    )
+
+
+def write(output: Path) -> Path:
+    """Writes the C++ file, unless it has this text already. Returns its path."""
+    text = embedded()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists() or output.read_text() != text:
+        output.write_text(text)
+    return output
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

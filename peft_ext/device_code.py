@@ -1,0 +1,255 @@
+"""Compiles CUDA kernels for the GPU at hand with NVRTC, and keeps the machine code in a cache folder.
+
+The native library carries the sources of its CUDA kernels (``_C.sources()``) and asks ``image`` for a kernel's machine
+code when the kernel is first launched on a GPU. NVRTC, NVIDIA's compiler as a library, comes with each CUDA build of
+torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. No CUDA toolkit is needed. A kernel takes
+NVRTC 0.1 to 0.3 seconds.
+
+The cache has a folder per compiler, sources and architecture, and in it a file per kernel. A file is written whole or
+not at all. Of the processes that want the same kernel one compiles, and the others wait for its file.
+
+Environment:
+    ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If the
+        folder can't be written, every process compiles the kernels that it needs.
+    ``PEFT_EXT_NVRTC_FLAGS``: more options for NVRTC, such as ``-lineinfo``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from . import _native
+from .files import atomic_file
+
+__all__ = ["compile_kernel", "image", "kernels", "missing", "version", "warm"]
+
+LOCK_SECONDS = 120  # a process that waits longer for another one's file compiles the kernel itself
+
+# NVRTC has no standard headers. These stand-ins declare the part of them that the kernels use.
+_INTEGERS = """#pragma once
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long int64_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long uint64_t;
+typedef unsigned long uintptr_t;
+"""
+_TYPE_TRAITS = """#pragma once
+namespace std {
+template <class A, class B>
+inline constexpr bool is_same_v = false;
+template <class A>
+inline constexpr bool is_same_v<A, A> = true;
+template <bool kCondition, class A, class B>
+struct conditional {
+  using type = A;
+};
+template <class A, class B>
+struct conditional<false, A, B> {
+  using type = B;
+};
+template <bool kCondition, class A, class B>
+using conditional_t = typename conditional<kCondition, A, B>::type;
+}  // namespace std
+"""
+_MATH = """#pragma once
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+"""
+HEADERS = {
+    "math.h": _MATH,
+    "stdint.h": _INTEGERS,
+    "type_traits": _TYPE_TRAITS,
+    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),  # NVRTC knows what the kernels use of them
+}
+
+
+def missing() -> Optional[str]:
+    """Returns why kernels can't be compiled on this machine, or None."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "the package cuda-bindings is missing: pip install cuda-bindings"
+    try:
+        version()
+    except Exception as error:  # the package raises errors of many types where NVRTC is missing or does not load
+        return f"NVRTC does not load ({type(error).__name__}: {error}): pip install --force-reinstall torch"
+    return None
+
+
+def kernels() -> list[tuple[str, str]]:
+    """Returns the kernels that the native library launches: C++ expression and source of each."""
+    return [] if _native.STATE.module is None else sorted(set(_native.STATE.module.kernels()))
+
+
+class Image(NamedTuple):
+    """A kernel's machine code, and the kernel's name in it."""
+
+    symbol: bytes
+    code: bytes
+
+
+def image(kernel: str, file: str, capability: int) -> Image:
+    """Returns a kernel's machine code: from the cache, or else compiled.
+
+    ``kernel``: the C++ expression that names the instance. ``file``: the path of its source. ``capability``: 10 · major
+    + minor of the GPU's compute capability. Raises RuntimeError with NVRTC's messages if the kernel does not compile.
+    """
+    arch = _arch(capability)
+    path = _folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
+    if (found := _read(path)) is not None:
+        return found
+    with _alone(path):
+        if (found := _read(path)) is None:
+            found, _ = compile_kernel(kernel, file, arch)
+            _write(path, found)
+    return found
+
+
+def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, count: items) -> int:
+    """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of kernels.
+
+    ``progress(iterable, length)`` returns the same items and may show how far they are.
+    """
+    wanted = kernels()
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        for _ in progress(pool.map(lambda kernel: image(*kernel, capability), wanted), len(wanted)):
+            pass
+    return len(wanted)
+
+
+# --- the compiler -----------------------------------------------------------------------------------------------------
+
+
+def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
+    """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
+
+    ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX, which the driver translates. ``options``:
+    more options for NVRTC.
+    """
+    from cuda.bindings import nvrtc
+
+    headers = HEADERS | _sources()
+    texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
+    source = f'#include "{file.rpartition("csrc/")[2]}"\n'.encode()
+    (program,) = _checked(nvrtc.nvrtcCreateProgram(source, b"peft_ext.cu", len(names), texts, names))
+    try:
+        _checked(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
+        asked = [f"--gpu-architecture={arch}".encode(), *_options(), *(option.encode() for option in options)]
+        if nvrtc.nvrtcCompileProgram(program, len(asked), asked)[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"NVRTC does not compile {kernel} for {arch}:\n{_log(program)}")
+        get = ("CUBIN", "PTX")[arch.startswith("compute_")]
+        (size,) = _checked(getattr(nvrtc, f"nvrtcGet{get}Size")(program))
+        code = bytearray(size)
+        _checked(getattr(nvrtc, f"nvrtcGet{get}")(program, code))
+        (symbol,) = _checked(nvrtc.nvrtcGetLoweredName(program, kernel.encode()))
+        return Image(symbol, bytes(code)), _log(program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _checked(results: tuple[Any, ...]) -> tuple[Any, ...]:
+    error, *values = results
+    if error != 0:
+        raise RuntimeError(f"NVRTC: {error}")
+    return tuple(values)
+
+
+def _log(program: Any) -> str:
+    from cuda.bindings import nvrtc
+
+    (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
+    log = bytearray(size)
+    _checked(nvrtc.nvrtcGetProgramLog(program, log))
+    return log.decode(errors="replace").strip("\0\n")
+
+
+def _options() -> list[bytes]:
+    asked = os.environ.get("PEFT_EXT_NVRTC_FLAGS", "").split()
+    # The headers are also for g++ and mark no function __device__ that the host uses too.
+    return [option.encode() for option in ("-std=c++17", "-default-device", *asked)]
+
+
+@functools.cache
+def version() -> str:
+    """Returns NVRTC's release, such as "13.0"."""
+    from cuda.bindings import nvrtc
+
+    return ".".join(map(str, _checked(nvrtc.nvrtcVersion())))
+
+
+@functools.cache
+def _arch(capability: int) -> str:
+    """Returns NVRTC's name of the architecture: machine code if NVRTC knows the GPU, else the newest PTX that fits."""
+    from cuda.bindings import nvrtc
+
+    known = _checked(nvrtc.nvrtcGetSupportedArchs())[0]
+    if capability in known:
+        return f"sm_{capability}"
+    older = [arch for arch in known if arch < capability]
+    if not older:
+        raise RuntimeError(f"NVRTC {version()} has no architecture for compute capability {capability / 10}")
+    return f"compute_{max(older)}"
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    return _native.STATE.module.sources()
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def cache() -> Path:
+    """Returns the folder of all machine code."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft_ext", "kernels")
+
+
+def _folder(arch: str) -> Path:
+    """Returns the cache folder of an architecture, of these sources, and of this compiler with its options."""
+    told = "\0".join([version(), *map(bytes.decode, _options()), *HEADERS.values(), *_sources(), *_sources().values()])
+    return cache() / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{arch}"
+
+
+def _read(path: Path) -> Optional[Image]:
+    """Returns what ``_write`` wrote; None if the file is missing, can't be read, or is damaged."""
+    try:
+        digest, symbol, code = path.read_bytes().split(b"\0", 2)
+    except (OSError, ValueError):
+        return None
+    found = Image(symbol, code)
+    return found if digest == _digest(found) else None
+
+
+def _write(path: Path, found: Image) -> None:
+    try:
+        with atomic_file(path, "wb") as file:
+            file.write(b"\0".join([_digest(found), *found]))
+    except OSError:
+        pass  # the cache can't be written: the next process compiles again
+
+
+def _digest(found: Image) -> bytes:
+    return hashlib.sha256(b"\0".join(found)).hexdigest().encode()
+
+
+def _alone(path: Path) -> AbstractContextManager[Any]:
+    """Returns a lock that one process and thread holds at a time for the file ``path``; no lock if the folder can't be
+    written.
+    """
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS).acquire()
+    except (OSError, RuntimeError):  # filelock's Timeout is an OSError
+        return nullcontext()
