@@ -3,9 +3,8 @@
 #   make test PYTHON=python3.12 TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH ?= torch>=2.11
-# The oldest CUDA torch that the library promises to load on, and an architecture to link for.
+# The oldest CUDA torch that the library promises to load on.
 CUDA_TORCH ?= torch==2.11.0
-CUDA_LINK_ARCH ?= 9.0
 SWEEP_MINUTES ?= 60
 MODEL_FUZZ_MINUTES ?= 60
 # CI pins its tools: CONSTRAINTS="-c tools/constraints.txt".
@@ -49,9 +48,9 @@ help:
 	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
-	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
+	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
-	@echo "make cuda-link   build, load and register the CUDA library against a CUDA torch, without a GPU (3 GB once)"
+	@echo "make cuda-link   load the library with a CUDA torch, and compile kernels, without a GPU (3 GB once)"
 	@echo "make wheels      the source distribution and the wheels, each checked and tried, in dist; WHEEL_PYTHONS=\"python3.12 ...\""
 	@echo "                 and WHEEL_ARCHITECTURES=\"x86_64 aarch64\" for more than this Python and machine"
 	@echo "make wheel-trial    install WHEEL, or the wheel of the folder WHEEL that suits PYTHON, with TRIAL_TORCH, and use it"
@@ -130,7 +129,8 @@ sanitize: setup
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
 
 cuda-check: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm "nvidia-cuda-nvrtc==13.0.*" \
+	  "cuda-bindings==13.*"
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
 # EMULATED="--share 6" for CI's part.
@@ -194,19 +194,16 @@ sanitize-battery: setup
 	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py address -q -p no:cacheprovider $(BATTERY)
 	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider $(BATTERY)
 
-# From an sdist, in an environment of its own: the CPU build in place stays as it is.
-# 3 GB.
+# An environment of its own: the oldest supported torch, as a CUDA build. 3 GB.
 .venv-cuda/.installed:
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$(CUDA_TORCH)" "setuptools>=64" wheel "pybind11>=2.12" \
-	  ninja numpy pytest rich typer
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$(CUDA_TORCH)" numpy pytest rich typer filelock
 	touch $@
 
+# The library as it was built with another torch. NVRTC compiles kernels without a GPU.
 cuda-link: setup .venv-cuda/.installed
-	rm -rf build/cuda-link && $(BIN)/python setup.py --quiet sdist --dist-dir build/cuda-link
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_LINK_ARCH)" .venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) \
-	  --no-build-isolation --no-deps --force-reinstall build/cuda-link/*.tar.gz
-	.venv-cuda/bin/pytest tests/ops/test_cuda_library.py
+	PYTHONPATH=$(CURDIR) PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
+	  tests/native/test_device_code.py tests/native/test_driver.py
 
 # With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
 gpu:

@@ -1,1 +1,1 @@
-"""Kernel benchmarks: ``python -m benchmarks`` runs them all and writes a result file."""
+"""Benchmarks: ``python -m benchmarks`` runs the kernel benchmarks in bench_*.py and writes a result file."""

@@ -1,13 +1,13 @@
 """``python -m benchmarks [nf4 lora ...]``: runs the benchmarks, prints a table and writes a result file.
 
-A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the file names the rows that were left
-out. To measure another path of the CPU than its best one, force the path in peft_ext and in PyTorch:
+A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the result file names the rows that
+were left out. To measure another path of the CPU than its best one, force the path in peft_ext and in PyTorch:
 
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python -m benchmarks
 
-``--device cuda`` compares on a GPU. The result file is written anew after each row. A row that fails is named, the
-other rows still run, and the exit status is 1.
+With ``--device cuda`` the benchmarks run on a GPU, and the result file is written anew after each row. On a GPU a row
+that fails is named, the other rows still run, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be timed as if it were a kernel
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
 import torch
 
@@ -31,13 +31,15 @@ from .files import result_path
 from .grid import SHAPES, Options, cases
 from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
 
-# The first six fields of Options, then the time limit of the run in seconds, then the seconds of timing of a row. The
-# time limit leaves time for the row that is running when the limit is reached.
+# FULL and QUICK have the first six fields of Options, the time limit of the run in seconds, and the seconds of timing
+# of a row. The time limit leaves time for the row that is running when the limit is reached.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
-# Numbers of tokens at which forwards without backward are compared, on a CPU (a mixed batch of 8 samples) and on a GPU.
+# Numbers of tokens, beside those of FULL and CUDA, at which only variants with a list of their own are compared. On a
+# CPU only the benchmark of a mixed batch lists 8 tokens.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
-# Like FULL and QUICK, for a GPU. On a GPU operators without tokens are compared at the shape "wide" too.
+# CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. On a GPU operators without tokens are compared at the shape
+# "wide" too.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 

@@ -3,10 +3,11 @@
 Each step computes DoRA's norm, because the norm changes in every training step. The least work counts ``U = W Aᵀ`` and
 ``|W|²`` without another read of W, since the forward reads W for its product. In mode "peft" the dropout also acts on
 the base term: the least work adds the products of the dropped elements, in the forward and in the backward. In mode
-"lora" the dropout acts on the low rank alone, so that the float64 result differs from the result of PEFT's function.
+"lora" the dropout acts only on the low-rank term, so that the float64 result differs from the result of PEFT's
+function.
 
-The norm alone is timed beside a dense computation: peft_ext's operator dequantizes W, PyTorch forms W + s B A, and
-PyTorch takes the norms of the rows.
+The norm is also timed by itself, beside a dense computation: peft_ext's operator dequantizes W, PyTorch forms W + s B
+A, and PyTorch takes the norms of the rows.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
             "lora_B": "lora_B.default.weight",
             "magnitude": "lora_magnitude_vector.default.weight",
         },
-        # Added bytes: the magnitude, the magnitude's gradient, and one more read of Z for this gradient.
+        # Added bytes: the magnitude, the magnitude's gradient, and for this gradient one more read of the layer's
+        # result before scaling.
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,
         flops=round(4 * (1 + dropout * drops_base) * tokens * n * k) + low_rank_flops(problem) + 2 * n * k * (r + 1),
         dropout=dropout,

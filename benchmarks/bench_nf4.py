@@ -1,8 +1,8 @@
 """Times NF4's quantize, dequantize and linear layer on one weight, beside bitsandbytes and plain bf16.
 
-For bf16, quantizing reads 2 bytes an element and writes about half a byte; dequantizing does the reverse. Both must
-give the reference's bits. The linear layer takes 2 T N K operations in the forward and as many for dX. The bf16 peer of
-the linear layer is the frozen ``F.linear``.
+For bf16, quantizing reads 2 bytes an element and writes about half a byte; dequantizing does the reverse. Quantizing
+and dequantizing must give the reference's bits. The linear layer takes 2 T N K operations in the forward and as many
+for dX. The bf16 peer of the linear layer is the frozen ``F.linear``.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
         """Returns bitsandbytes' product with the weight that ``Linear4bit`` packs for AVX-512 BF16 in evaluation."""
         from bitsandbytes import matmul_4bit
         from bitsandbytes.functional import (
-            _convert_weight_packed_for_cpu,  # noqa: PLC2701  what its layer calls
+            _convert_weight_packed_for_cpu,  # noqa: PLC2701  Linear4bit calls it
             has_avx512bf16,
         )
 
@@ -173,7 +173,7 @@ def _quantized(double_quant: bool) -> str:
     return "double-quantized" if double_quant else "plain"
 
 
-# Cases in float16, and quantizing from float32, are compared on a GPU alone.
+# Cases in float16, and quantizing from float32, are compared only on a GPU.
 VARIANTS = (
     *(
         Variant(

@@ -1,4 +1,4 @@
-"""Times a training step of three LoRA layers with one input: all layers computed together, and each layer alone.
+"""Times a training step of three LoRA layers with one input: all layers computed together, and each layer by itself.
 
     Y_i = x W_iᵀ + s · dropout_i(x) Aᵀ B_iᵀ        the three layers share A, of rank 16
 
@@ -84,7 +84,7 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
     makers["frozen"] = partial(frozen, problem)
     contenders, absent = gather(makers)
     tokens, k = problem.tokens, problem.k
-    # Each of the three layers multiplies x with its own small matrices of the rank, since the dropout masks differ.
+    # The three layers compute S, dA and the low-rank part of dX separately, since their dropout masks differ.
     flops = 4 * tokens * problem.n * k + low_rank_flops(problem) + 2 * 6 * tokens * problem.rank * k
     return Comparison(contenders, layer_bytes(problem, "bf16") + low_rank_bytes(problem), flops, absent=absent)
 

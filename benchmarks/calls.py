@@ -1,7 +1,7 @@
 """Times the call of a layer beside its arithmetic: Python, dispatch and autograd.
 
 ``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on one thread: frozen, with PEFT's layers, and with
-those layers after ``peft_ext.accelerate``. The chain gets two tokens; 4-bit layers get 40 tokens, since bitsandbytes
+PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens; 4-bit layers get 40 tokens, since bitsandbytes
 dequantizes the weight only then. Timed are a forward in training, a step, and a forward in evaluation. The three models
 take turns. Microseconds a layer are medians over rounds; a ratio is the median of the ratios of each round.
 """
@@ -82,7 +82,7 @@ def _model(kind: str, make: Callable[[], nn.Module], config: Any) -> nn.Module:
 
 
 def _timed(call: Callable[[], Any], repeats: int) -> float:
-    """Returns the microseconds that a call takes for each layer, in the fastest repeat, which had no interruptions."""
+    """Returns the microseconds that a call takes for each layer, in the fastest of ``repeats`` calls."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

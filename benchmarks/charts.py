@@ -3,10 +3,10 @@
 ``layers``       time of a LoRA, AdaLoRA or IA3 layer's training step, relative to the frozen bf16 layer
 ``layers-dora``  time of a DoRA layer's training step, relative to the frozen bf16 layer
 ``training``     tokens/s and peak memory of whole training steps, relative to PEFT and bitsandbytes
-``losses``       loss curves of every method, accelerated and not
+``losses``       loss curves of each method, with and without acceleration
 
-Each picture shows one result file. For each measured GPU a picture ``layers-<gpu>`` is drawn too. The same files give
-the same bytes. ``--check`` writes nothing and fails where a committed picture differs from its result file.
+Each picture shows one result file. For each measured GPU a picture ``layers-<gpu>`` is drawn too. Equal result files
+give byte-equal pictures. ``--check`` writes nothing and fails where a committed picture differs from its result file.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _contender(name: str) -> str:
     return "stock" if name.startswith("PEFT") else name
 
 
-# LOOKS: the colour of each contender. WORDS: the legend's text for a contender, where it is not the contender's name.
+# LOOKS: the look (CSS class) of each contender. WORDS: the legend's text for a contender, where it is not the
+# contender's name.
 LOOKS = {"ours": "ours", "stock": "stock", "torch eager": "eager", "torch.compile": "compiled"}
 WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
 

@@ -1,13 +1,16 @@
-"""Records loss curves of every method on real data, accelerated and not, from the same start over the same batches.
+"""Records loss curves of methods on real data: of an accelerated run, and of its twin, which is not accelerated.
 
-``python -m benchmarks.convergence``          trains the methods that the result file lacks, and writes each at its end
+Both runs of a method begin with equal weights and train on the same batches. Some methods have no twin in some dtypes.
+
+``python -m benchmarks.convergence``          trains the methods that the result file lacks, and writes each result
 ``python -m benchmarks.convergence --draw``   writes docs/convergence.md from the newest result file
 
-SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name, whose tokens alone have
-a loss. The two runs of a method record the loss on the labels, without the terms that AdaLoRA and Diff Pruning add.
+SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name. Only the tokens of the
+name have a loss. The two runs of a method record the loss on the labels, without the terms that AdaLoRA and Diff
+Pruning add.
 
-A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run converts the same start to float32 and trains
-the first steps alone: both bfloat16 runs round that run.
+A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run begins with the weights of the bfloat16 run,
+converted to float32, and trains only the first steps. The bfloat16 runs differ from the float32 run by rounding.
 """
 
 from __future__ import annotations
@@ -88,11 +91,11 @@ class _Run:
         self.losses: list[float] = []
 
     def step(self, number: int, batch: Batch) -> None:
-        torch.manual_seed(number)  # so that two models with the same dropout draw the same masks
+        torch.manual_seed(number)  # so that two models that run the same dropout code draw equal masks
         output = self.model(**batch)
         output.loss.backward()
         self.optimizer.step()
-        if hasattr(self.tuner, "update_and_allocate"):  # for AdaLoRA, which reads gradients and new parameters
+        if hasattr(self.tuner, "update_and_allocate"):  # AdaLoRA's update reads the gradients and the new parameters
             self.tuner.update_and_allocate(number)
         self.optimizer.zero_grad()
         if number == self.pruned:
@@ -110,7 +113,7 @@ def compare(
     dtype: str = "bfloat16",
     steps: Optional[int] = None,
 ) -> Row:
-    """Trains the method ``name`` and its twin side by side, and loads the saved adapter over a new base.
+    """Trains the method ``name`` and, if the dtype has one, its twin, and loads the saved adapter over a new base.
 
     Args:
         name: a key of ``METHODS``.
@@ -119,7 +122,7 @@ def compare(
         train: a batch for each step of the whole run, see :func:`batches`.
         held_out: batches of other examples.
         dtype: dtype of the base, "bfloat16" or "float32"; the float32 start has the values of the bfloat16 start.
-        steps: number of steps to train; the schedules are planned for all batches.
+        steps: number of steps to train; the schedules of the method's configuration are planned for all batches.
 
     Returns: a row of the result file.
 
@@ -167,9 +170,7 @@ def compare(
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """Returns the largest difference between logits before and after a reload, and the largest logit; no padding
-    counts.
-    """
+    """Returns the largest difference of a logit before and after a reload, and the largest logit, without padding."""
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:
@@ -191,9 +192,9 @@ def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str,
 def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> list[tuple[str, str]]:
     """Returns ``count`` prompts and completions of BANKING77, drawn without repetition.
 
-    Questions have at most ``LONGEST`` characters.
+    The function leaves out questions with more than ``LONGEST`` characters.
 
-    Raises: FileNotFoundError where the folder has no such split; ValueError where it has fewer questions.
+    Raises: FileNotFoundError where the folder lacks the split; ValueError where the split has too few questions.
     """
     path = folder / f"{split}.csv"
     if not path.is_file():

@@ -25,7 +25,7 @@ class Method:
     Attributes:
         config: a function from the number of steps and of layers to PEFT's configuration.
         twin: "PEFT" for PEFT's own layers; "reference" for PyTorch's operators in place of peft_ext's; "parameters" for
-            the model's own parameters, trained without an adapter, which compute an equal function in float32 alone; ""
+            the model's own parameters, trained without an adapter, which compute an equal function only in float32; ""
             for no twin.
         prune_at: fraction of the run's steps after which Diff Pruning keeps the fraction ``keep`` of its entries.
     """
@@ -81,14 +81,14 @@ METHODS = {
     "Diff Pruning": Method(_DIFF_PRUNING, 2e-3, "", prune_at=0.5),
     "partial": Method(_PARTIAL, 2e-4, "parameters"),
 }
-# Methods that also run in float32. Left out are methods whose masks differ from the twin's, and methods without a
-# kernel of peft_ext.
+# Methods that also run in float32. Left out are LoRA with dropout, whose masks differ from the twin's masks, prefix and
+# prompt tuning, which have no layer that peft_ext fuses, and Diff Pruning, which has no twin.
 FLOAT32 = ("LoRA", "QLoRA", "DoRA", "AdaLoRA", "IA3", "bottleneck", "BitFit", "partial")
 TWINS = {"PEFT": "PEFT", "reference": "PyTorch", "parameters": "the model's own parameters", "": "–"}
 
 
 def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[nn.Module, Optional[nn.Module]]:
-    """Returns the accelerated model and its twin with the same start, or None where this dtype has no twin."""
+    """Returns the accelerated model, and its twin with equal weights; the twin is None where the dtype has no twin."""
     import peft_ext
     from peft_ext.nn import BottleneckAdapter
 
@@ -99,7 +99,7 @@ def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[
         warnings.simplefilter("ignore")
         model = peft_ext.get_peft_model(model, method.config(steps, layers), accelerate=False)
     for key, parameter in model.named_parameters():
-        if ".ranknum." in key:  # over a base that is not float32 PEFT trains ranknum, and does not save it
+        if ".ranknum." in key:  # over a 16-bit base PEFT trains AdaLoRA's ranknum and does not save ranknum
             parameter.requires_grad_(False)
     if dtype == "float32":
         model = model.float()
@@ -139,7 +139,10 @@ def _reference_adapter() -> type[nn.Module]:
 
 
 def _parameters(method: Method, make_base: MakeBase) -> nn.Module:
-    """Returns a float32 base in which only the parameters that BitFit or partial fine-tuning trains require grad."""
+    """Returns a float32 base in which only the parameters that BitFit or partial fine-tuning trains require gradients.
+
+    For BitFit each linear layer except the head gets a bias of zeros.
+    """
     model = make_base().float().requires_grad_(False)
     if method.config is _PARTIAL:
         for layer in model.base_model.layers[-2:]:

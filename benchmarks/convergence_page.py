@@ -69,7 +69,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
-    """Returns a table of the distances of both bfloat16 runs' losses from the float32 run's, over the float32 steps."""
+    """Returns a table of the distances of both bfloat16 runs' losses from the float32 twin's, over the twin's steps."""
     exact = {row["method"]: row["losses"]["twin"] for row in wide if row["twin"]}
     lines = ["| method | peft_ext, mean (most) | twin, mean (most) |", "|---|---|---|"]
     for row in narrow:

@@ -20,7 +20,7 @@ from .harness import Contender
 __all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
-# The fields that are asked of nvidia-smi, by their names in a result file.
+# The fields that nvidia-smi is asked for, by their names in a result file.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
        "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
 
@@ -83,13 +83,14 @@ def graph_clock(contender: Contender) -> Callable[[], float]:
 def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
     """Measures GB/s of a copy (bytes read plus written), and TFLOP/s of PyTorch's products in bf16 and float32.
 
-    Each figure is the best of ``repeats`` measurements.
+    Each figure is the best of ``repeats`` measurements. The rate of a product is the better of the rates of ``a @ b``
+    and ``a @ b.t()``.
     """
     start, end = _event(), _event()
 
     def best(run: Callable[[], Any]) -> float:
         seconds = []
-        for _ in range(1 + repeats):  # the first call warms up
+        for _ in range(1 + repeats):  # the first measurement warms up
             start.record()
             for _ in range(CALLS):
                 run()

@@ -1,11 +1,12 @@
 """Compares whole training runs and steps: accelerated, and stock (PEFT + bitsandbytes).
 
 ``python -m benchmarks.e2e speed``                   peft-ext finetune: tokens/s, peak memory and losses
-``python -m benchmarks.e2e methods``                 steps of every method on random weights: tokens/s and peak memory
-``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's
+``python -m benchmarks.e2e methods``                 steps of LoRA, DoRA, AdaLoRA and IA3 on random weights
+``python -m benchmarks.e2e experts``                 steps of LoRA and DoRA on a mixture's experts
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv) over seeds
 
-Each run is its own process, so that its peak memory counts nothing else. Each command writes a result file.
+Each training run is a process of its own, so that the peak memory of the process is the peak memory of one run. Each of
+the four commands writes a result file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be timed as if it were a kernel
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
 from . import mixture
 from .files import result_path, write
@@ -35,7 +36,7 @@ PROMPT = "Question of a bank's customer: {text}\nIntent:"
 
 
 def finetune(output: Path, *arguments: str) -> dict[str, Any]:
-    """Runs ``peft-ext finetune`` once and returns its run.json."""
+    """Runs ``peft-ext finetune`` once and returns the content of run.json."""
     command = [sys.executable, "-m", "peft_ext", "finetune", "--output", str(output), "--overwrite", *arguments]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((output / "run.json").read_text())
@@ -194,7 +195,10 @@ KINDS = ("ours", "stock")
 
 
 def peft_config(method: Method, steps: int) -> Any:
-    """Returns PEFT's configuration of a method. Low-rank methods have rank 16 on every linear layer but the head."""
+    """Returns PEFT's configuration of a method.
+
+    LoRA and DoRA have rank 16, and AdaLoRA begins with rank 16, on every linear layer but the head.
+    """
     import peft
 
     if method.peft_type == "IA3":
@@ -255,7 +259,7 @@ def train(
     import peft_ext
     from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
 
-    keep_freed_memory()  # set for both contenders, since it is no part of a kernel
+    keep_freed_memory()  # for both contenders, since malloc's settings are no part of a kernel
     model = build_model(method, steps, sizes)
     if checkpointing:
         model.enable_input_require_grads()

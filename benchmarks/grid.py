@@ -12,7 +12,7 @@ from .peers import Problem
 __all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
 
 MAIN = "4096"
-# Sizes (K, N) of the linear layers of some models. Every run measures the shapes MAIN, Llama-3-8B's square layer.
+# Sizes (K, N) of the linear layers of some models. Every run measures the shape MAIN, Llama-3-8B's square layer.
 SHAPES = {
     MAIN: ((4096, 4096),),
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
@@ -29,7 +29,7 @@ class Variant:
     Attributes:
         build: a function ``(problem, compile) -> Comparison``.
         tokens: numbers of tokens at which the variant is compared; None: the numbers of the run; (None,): the operator
-            has no tokens.
+            has no tokens. On a GPU a tuple of numbers means all numbers of the run and ``forward_tokens``.
         everywhere: whether the variant is also compared at the models' shapes, and not only at 4096 x 4096.
         devices: devices on which the variant is compared.
         graph: whether a CUDA graph can hold the variant's calls, because they have no autograd.
@@ -56,7 +56,7 @@ class Options:
         compile_tokens: numbers of tokens at which torch.compile takes part at 4096 x 4096; each compilation takes
             seconds.
         device: "cpu" or "cuda".
-        forward_tokens: more numbers of tokens, at which only variants without autograd are compared.
+        forward_tokens: more numbers of tokens, at which only variants with a tuple ``tokens`` are compared.
     """
 
     tokens: Sequence[int]
@@ -95,7 +95,7 @@ def _cases(
 def _has(variant: Variant, tokens: Optional[int], options: Options) -> bool:
     """Returns whether the variant is compared at ``tokens``.
 
-    On a GPU variants without autograd are compared at all numbers of tokens of the run.
+    On a GPU a variant with a tuple of numbers of tokens is compared at all numbers of tokens of the run.
     """
     if variant.tokens is None:
         return tokens is not None and tokens not in options.forward_tokens

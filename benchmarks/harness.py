@@ -121,7 +121,8 @@ class Row:
 def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
     """Measures GB/s of a 256 MB copy and of reading, and TFLOP/s of PyTorch's products in bf16 and float32.
 
-    Each figure is the best of ``repeats`` measurements.
+    Each figure is the best of ``repeats`` measurements. The rate of a product is the better of the rates of ``a @ b``
+    and ``a @ b.t()``.
     """
     source, target = torch.ones(size << 15), torch.empty(size << 15)
 
@@ -144,7 +145,8 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 def floor_ms(
     bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float], reads: bool = False
 ) -> float:
-    """Returns the least milliseconds of some work: the time to move its bytes or the time of its products, if longer.
+    """Returns the least milliseconds of some work: the larger of the times to move its bytes and to compute its
+    products.
 
     The products count at the faster of PyTorch's two measured rates, bf16 and float32. On a CPU without bf16
     instructions the float32 rate is the faster one.
@@ -267,7 +269,9 @@ def run(
 
 
 def check_kernels(ops: set[str], device: str = "cpu") -> None:
-    """Exits where an operator has no kernel, since the operator's reference must not be timed as if it were a kernel.
+    """Exits where an operator or its backward has no kernel, so that no reference is timed as if it were a kernel.
+
+    Operators that are composed of other operators need no kernel of their own.
 
     Does nothing with PEFT_EXT_REQUIRE=0 or unset; the reference is then timed. ``python -m benchmarks`` sets
     PEFT_EXT_REQUIRE=1 by default.

@@ -1,13 +1,15 @@
 """Times adapted layers at the shapes that people train on CPUs, beside the frozen layer and PEFT's layer.
 
 ``python -m benchmarks.layers`` times a training step of one layer, forward and backward, of three contenders: PyTorch's
-frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Many
-layers of a shape follow each other, as in a model, so that no weight is in a cache from an earlier call. The contenders
-take turns. The result file has the median and the quartiles of each round's ratios. Rank 16, float32 adapters.
+frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Up to
+64 layers of a shape follow each other, as in a model, so that the weights of large shapes are not in a cache from an
+earlier call. The contenders take turns. The result file has the median and the quartiles of the ratios of the rounds.
+Low-rank adapters have rank 16, and adapters are float32.
 
-bfloat16, the default: every linear layer of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B, BERT-base and GPT-2, with 16 to
-4,096 tokens. ``--dtype float32``: some of the shapes with 512 tokens, DoRA and IA3 too, since CPUs without bfloat16
-instructions train in float32. To measure another path than the CPU's best, force it as for ``python -m benchmarks``.
+In bfloat16, the default, the shapes are those of the linear layers, without heads, of SmolLM2-135M, Qwen2.5-0.5B,
+Llama-3.2-1B, BERT-base and GPT-2, with 16 to 4,096 tokens. ``--dtype float32`` measures some of the shapes with 512
+tokens, also for DoRA and IA3, since CPUs without bfloat16 instructions train in float32. The help of
+``python -m benchmarks`` tells how to measure another CPU path than the best path.
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ from .files import result_path, write
 from .harness import machine, measured_ceilings
 
 RANK = 16
-# ROTATING_BYTES: bytes that the layers of a shape fill together, more than a core's caches. MOST_LAYERS: most layers of
-# a shape.
+# ROTATING_BYTES: least bytes that the layers of a shape fill together, if MOST_LAYERS layers are enough to fill them.
 ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
 
 
@@ -152,7 +153,8 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             calls, order = _calls(tokens, k, n), list(contenders)
             for i in range(rounds + 1):
                 for name in order[i % len(order) :] + order[: i % len(order)]:
-                    # This first call is not timed, because the caches still hold the data of the contender before.
+                    # The first call of a contender is not timed, because the caches still hold the data of the
+                    # contender before.
                     contenders[name].step(x, grad)
                     mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
                     if i > 0:  # the first round warms up

@@ -38,7 +38,7 @@ KINDS = {
 
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """Times ``steps`` forwards and backwards of a kind in KINDS, after one that warms up. No optimizer runs."""
+    """Times ``steps`` forwards and backwards of a kind in KINDS, after a first one that warms up; runs no optimizer."""
     from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -85,7 +85,7 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the kinds in turn, each run in its own process. A ratio compares runs that follow each other."""
+    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of one round of all kinds."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:

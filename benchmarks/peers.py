@@ -231,7 +231,7 @@ class Problem:
 
 
 def dense(weight: Weight) -> Tensor:
-    """Returns the bf16 weight, dequantized in plain PyTorch."""
+    """Returns a bf16 weight itself, and an NF4 weight dequantized to bf16 in plain PyTorch."""
     return reference.nf4_dequantize(weight, torch.bfloat16) if isinstance(weight, NF4Weight) else weight
 
 
@@ -352,7 +352,7 @@ def frozen(problem: Problem, *, training: bool = True) -> Contender:
 
 
 def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns ``forward`` under ``torch.compile`` for one shape. The call of the verification compiles it untimed."""
+    """Returns ``forward`` under ``torch.compile`` for one shape. The first call, which is not timed, compiles."""
     torch._dynamo.reset()
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
@@ -457,8 +457,8 @@ def layer_comparison(
         return draw(problem, dropout, *args) if dropout else None
 
     exact = problem.exact(base, formula, names, mask(philox_mask))
-    # PEFT draws the dropout mask in the adapters' float32, eager in x's dtype. Without dropout both have one exact
-    # result.
+    # PEFT draws the dropout mask in the adapters' float32, and the contender "torch eager" in x's dtype. Without
+    # dropout both contenders have one exact result.
     shared = theirs is formula and not dropout
     exact_peft = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.float32))
     exact_eager = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.bfloat16))
@@ -515,5 +515,5 @@ def low_rank_bytes(problem: Problem) -> int:
 
 
 def low_rank_flops(problem: Problem) -> int:
-    """Returns the operations of a low-rank adapter's six products: S, S Bᵀ, P, dB, dA, P A."""
+    """Returns the operations of a low-rank adapter's six products: S, S Bᵀ, P = dY B, dB, dA and P A."""
     return 6 * problem.tokens * problem.rank * (problem.k + problem.n)

@@ -1,8 +1,9 @@
 """``python -m benchmarks.tables [--check]``: draws the tables of README.md and docs/performance.md from result files.
 
 A table stands between ``<!-- measured NAME: python -m benchmarks.tables -->`` and ``<!-- /measured -->``. NAME is a key
-of :data:`DRAWN`; README's place has no NAME. Each table shows the newest result file of one name, and says the file's
-machine and date. ``--check`` writes nothing and fails where a document differs from its result files.
+of :data:`DRAWN`; README's place has no NAME. A table shows the newest result file with a name, or of a GPU, and is
+printed with the machine and the date of the file. ``--check`` writes nothing and fails where a document differs from
+its result files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Draws SVG pictures of bars and curves without any library. The report of a run uses this module's scales and paths.
+"""Draws SVG pictures of bars and curves with only Python's standard library.
+
+The report of a fine-tuning run (``peft_ext.run.report``) uses only the scales and paths of this module.
 
 ::
 
@@ -10,8 +12,9 @@
     data = picture.svg()
 
 A picture is one self-contained file. The text of a picture stays text, in the reader's own font. A picture has colours
-for light pages and colours for dark pages, and a background, so that the picture is legible on any page. Equal numbers
-give equal bytes. Each element that shows a measured value has an ``id``, by which tests find the element.
+for light pages and colours for dark pages, and a background, so that the picture is legible on any page. Two pictures
+that are drawn by equal calls have equal bytes. Each bar, and each curve that gets a name, has an ``id``, by which tests
+find the element.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, most: int = 5, whole: bool = False) -> list[float]:
-        """Returns about ``most`` round numbers within the scale; with ``whole``, integers."""
+        """Returns about ``most`` round numbers within the scale. On a linear scale with ``whole``, returns integers."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for multiples in ((1, 2, 5), (1,)):
@@ -88,9 +91,9 @@ def path(points: Iterable[Optional[Point]], digits: int = 1) -> str:
 
 # --- a picture --------------------------------------------------------------------------------------------------------
 
-# Look -> colour on a light page and on a dark page. On a light page "ours", "stock" and "other" have colours of
-# Okabe and Ito; "eager" and "compiled" are greys. The contenders' colours differ in lightness too, for readers who do
-# not see the hue.
+# A look is a CSS class. _COLOURS maps a look to its colours on a light page and on a dark page. On a light page
+# "ours", "stock" and "other" have colours of Okabe and Ito; "eager" and "compiled" are greys. The colours of bars
+# differ in lightness too, for readers who do not see the hue.
 _COLOURS = {
     "card": ("#ffffff", "#0d1117"),
     "ink": ("#1f2328", "#e6edf3"),
@@ -249,7 +252,7 @@ class Panel:
         return self.left + self.width * self.x(x), self.top + self.height * (1 - self.y(y))
 
     def x_axis(self, whole: bool = False) -> None:
-        """Draws a line at each round number, and the number under the line."""
+        """Draws a vertical line at each tick of the x scale, and the tick's number under the line."""
         bottom, parts = self.top + self.height, []
         for tick in self.x.ticks(whole=whole):
             x = self.left + self.width * self.x(tick)
@@ -258,7 +261,7 @@ class Panel:
         self.picture.line("", parts, "rule")
 
     def y_axis(self, labels: bool = True) -> None:
-        """Draws a line at each round number, and with ``labels`` the number beside the line."""
+        """Draws a horizontal line at each tick of the y scale, and with ``labels`` the number beside each line."""
         parts = []
         for tick in self.y.ticks():
             y = self.top + self.height * (1 - self.y(tick))
@@ -289,7 +292,9 @@ class Panel:
         self, groups: Sequence[Mapping[str, float]], looks: Mapping[str, str], names: Sequence[str],
         form: str = "{:.2f}",
     ) -> None:  # fmt: skip
-        """Draws a group of bars in each row. A contender without a value gets the words "not measured".
+        """Draws a group of bars in each row, one bar for each contender (a key of ``looks``).
+
+        A contender without a value in a row, and a row without values, gets the words "not measured".
 
         Args:
             groups: ``{contender: value}`` of each row.

@@ -9,8 +9,8 @@ The cache has a folder per compiler, sources and architecture, and in it a file 
 not at all. Of the processes that want the same kernel one compiles, and the others wait for its file.
 
 Environment:
-    ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If the
-        folder can't be written, every process compiles the kernels that it needs.
+    ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
+        the folder can't be written, every process compiles the kernels that it needs.
     ``PEFT_EXT_NVRTC_FLAGS``: more options for NVRTC, such as ``-lineinfo``.
 """
 
@@ -77,7 +77,7 @@ HEADERS = {
 
 def missing() -> Optional[str]:
     """Returns why kernels can't be compiled on this machine, or None."""
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("cuda", "cuda.bindings")):
         return "the package cuda-bindings is missing: pip install cuda-bindings"
     try:
         version()
@@ -104,7 +104,7 @@ def image(kernel: str, file: str, capability: int) -> Image:
     ``kernel``: the C++ expression that names the instance. ``file``: the path of its source. ``capability``: 10 · major
     + minor of the GPU's compute capability. Raises RuntimeError with NVRTC's messages if the kernel does not compile.
     """
-    arch = _arch(capability)
+    arch = architecture(capability)
     path = _folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
     if (found := _read(path)) is not None:
         return found
@@ -187,12 +187,16 @@ def version() -> str:
     return ".".join(map(str, _checked(nvrtc.nvrtcVersion())))
 
 
-@functools.cache
-def _arch(capability: int) -> str:
-    """Returns NVRTC's name of the architecture: machine code if NVRTC knows the GPU, else the newest PTX that fits."""
+def _known_architectures() -> list[int]:
     from cuda.bindings import nvrtc
 
-    known = _checked(nvrtc.nvrtcGetSupportedArchs())[0]
+    return list(_checked(nvrtc.nvrtcGetSupportedArchs())[0])
+
+
+@functools.cache
+def architecture(capability: int) -> str:
+    """Returns NVRTC's name of the architecture: machine code if NVRTC knows the GPU, else the newest PTX that fits."""
+    known = _known_architectures()
     if capability in known:
         return f"sm_{capability}"
     older = [arch for arch in known if arch < capability]

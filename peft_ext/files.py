@@ -1,5 +1,7 @@
 """Atomic writes: after an error or a killed process a path holds its whole old or its whole new content.
 
+:func:`atomic_folder` names the cases in which a folder is not replaced atomically.
+
 ::
 
     with atomic_file("run.json") as file:
@@ -10,7 +12,7 @@
 
 New content is written into a hidden folder beside the path, flushed to the disk (fsync), then renamed. After an error,
 such as a full disk, the old content is still at the path, and the hidden folder is removed. The next write to the same
-path removes the hidden folder of a killed process. :func:`atomic_folder` names the exceptions.
+path removes the hidden folder of a killed process.
 
 The Trainer writes its checkpoints in place. ``seal`` therefore writes a list of a finished folder's files, with
 their sizes and SHA-256, and ``not_whole`` compares the folder with that list later.
@@ -99,7 +101,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
-    with _hidden_folder(target / target.name if stays else target) as part:  # after _put: gone, or the old files
+    with _hidden_folder(target / target.name if stays else target) as part:  # _put renames part or swaps it with target
         yield part
         if keep and target.is_dir() and not stays:
             _carry_over(target, part)
@@ -113,7 +115,9 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
 
 
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
-    """Calls ``model.save_pretrained(path)`` atomically: configuration and weights are both old or both new.
+    """Calls ``model.save_pretrained`` so that the configuration and the weights at ``path`` are both old or both new.
+
+    :func:`atomic_folder` replaces the folder, and names the cases in which the replacement is not atomic.
 
     The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
     the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,
@@ -147,14 +151,15 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     with atomic_folder(target, overwrite=True, keep=True) as folder:
         card = target / "README.md"
         if card.is_file():
-            shutil.copy(card, folder)  # save_pretrained updates an existing model card
+            shutil.copy(card, folder)  # so that save_pretrained updates the model card
         model.save_pretrained(str(folder), **kwargs)
         sort_names(model, folder)
 
 
 def sort_names(model: Any, folder: Path) -> None:
-    """Sorts the names in the configurations that ``model.save_pretrained(folder)`` wrote: equal runs give equal files.
+    """Sorts the lists of names in the configurations that ``model.save_pretrained(folder)`` wrote.
 
+    Equal runs then write equal files.
     PEFT holds ``target_modules`` and the like as sets, and the order of a set of strings changes between processes.
     """
     for name, config in model.peft_config.items():
@@ -167,7 +172,10 @@ def sort_names(model: Any, folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Flushes ``folder`` to the disk, then writes the list of the folder's files into the folder. Raises OSError."""
+    """Flushes ``folder`` to the disk, then writes a list of its files, with sizes and SHA-256, into ``folder``.
+
+    Raises OSError.
+    """
     (folder / _SEAL).unlink(missing_ok=True)
     _sync_tree(folder)
     files = {}
@@ -193,7 +201,11 @@ def is_sealed(folder: Path) -> bool:
 
 
 def not_whole(folder: Path) -> Optional[str]:
-    """Returns how a folder first differs from the list that :func:`seal` wrote, in words; None: no difference."""
+    """Returns in words the first difference of a folder's files from the list that :func:`seal` wrote; None without
+    one.
+
+    Files that are not in the list are ignored.
+    """
     try:
         files = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -212,7 +224,7 @@ def not_whole(folder: Path) -> Optional[str]:
     return None
 
 
-# --- hidden folders, each locked by the process that writes the folder; the system unlocks folders of dead processes --
+# --- hidden folders: a process locks the hidden folder that it writes; the system unlocks folders of dead processes ---
 
 
 def _hidden(target: Path, ending: str) -> Path:
@@ -225,14 +237,17 @@ def _is_hidden(entry: Path) -> bool:
 
 @contextlib.contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
-    """Yields a new folder beside ``target``, locked, and removes the folder as the block ends."""
+    """Yields a new hidden folder beside ``target``, and removes the hidden folder as the block ends.
+
+    The hidden folder is locked where the file system has locks.
+    """
     while True:
         part = _hidden(target, _PART)
         part.mkdir()
         handle = os.open(part, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # the file system has no locks
+        with contextlib.suppress(OSError):  # a file system without locks raises OSError
             lock_descriptor(handle)
-        if part.exists():  # else another process removed the folder as a leftover before the lock was set
+        if part.exists():  # False: another process removed the new folder as a leftover before it was locked
             break
         os.close(handle)
     try:
@@ -263,7 +278,10 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Raises OSError where ``target`` is a file, a loop of links, or, without overwrite, a folder that is not empty."""
+    """Raises OSError where ``target`` is a file, a loop of links, or, without overwrite, a folder that is not empty.
+
+    A folder that holds only hidden folders of this module counts as empty.
+    """
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     if target.is_symlink():  # realpath returns a link only where the links form a loop
@@ -283,7 +301,7 @@ def _put(part: Path, target: Path, overwrite: bool) -> None:
                 _move_aside(part, target)
             return
     try:
-        os.rename(part, target)  # rename replaces an empty folder, and raises OSError for any other folder
+        os.rename(part, target)  # rename replaces an empty folder, and raises OSError for a folder with entries
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -317,7 +335,10 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _move_into(part: Path, target: Path, keep: bool) -> None:
-    """Moves each file of ``part`` into ``target``, oldest first: the file that completes a folder is written last."""
+    """Moves the entries of ``part`` into ``target``, oldest first: the file that completes a folder is the newest.
+
+    Without ``keep``, then removes the other entries of ``target``.
+    """
     entries = sorted(part.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
     names = {entry.name for entry in entries}
     for entry in entries:

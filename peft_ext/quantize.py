@@ -1,4 +1,4 @@
-"""Converts a model's linear layers to NF4 and back, in place."""
+"""Converts a model's linear layers, and the experts of mixtures, to NF4 and back, in place."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def quantize_nf4(
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
     this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
-    computes, and a second call continues with this weight.
+    computes then, and a second call continues with the first weight that was not replaced.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -109,10 +109,10 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
     The dense W is the weight that the quantized layer multiplied with, not the weight from before quantizing; the model
     computes the same results up to rounding.
 
-    Call this function before ``merge_adapter`` or ``merge_and_unload`` of an adapter that was trained over NF4. A merge
-    into NF4 rounds W plus adapter to 4 bits again, which moves the weights about as much as quantizing did; a merge
-    into the dense W rounds to W's dtype. :func:`peft_ext.merge_to_dense` merges into files, usually one layer at a
-    time.
+    Call ``dequantize_nf4`` before ``merge_adapter`` or ``merge_and_unload`` of an adapter that was trained over NF4. A
+    merge into NF4 rounds W plus adapter to 4 bits again, which moves the weights about as much as quantizing did; a
+    merge into the dense W rounds to W's dtype. :func:`peft_ext.merge_to_dense` merges into files, usually one layer at
+    a time.
 
     A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
     layers that shared one weight share the dense weight; hooks are kept. The weights stay frozen. The biases get the
@@ -134,7 +134,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
     this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
-    computes, and a second call continues with this weight.
+    computes then, and a second call continues with the first weight that was not replaced.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -236,7 +236,7 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
 
 
 def _kept_in_float32(model: nn.Module) -> Iterator[Iterable[str]]:
-    """Yields the names of modules that transformers keeps in float32. A name may have dots."""
+    """Yields the names, which may have dots, of modules that transformers keeps in float32."""
     for module in model.modules():
         yield getattr(module, "_keep_in_fp32_modules", None) or ()
         yield getattr(module, "_keep_in_fp32_modules_strict", None) or ()
@@ -276,7 +276,7 @@ def _nf4_places(model: nn.Module) -> list[list[Place]]:
 
 
 def experts_to_quantize(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.Module]]:
-    """Checks and returns the mixtures' experts to quantize, with their names."""
+    """Checks and returns the modules of experts to quantize, with the modules' dotted names."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, NF4Experts) or not (parameters := expert_parameters(module)):
@@ -358,10 +358,10 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
 
 def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear, hooks))  # sharing the dict keeps the hooks' handles working
+        setattr(module, hooks, getattr(linear, hooks))  # a shared dict of hooks keeps the hooks' handles working
     for name, value in linear.__dict__.items():
         if name not in module.__dict__ and name not in _NF4_ATTRIBUTES:
-            setattr(module, name, value)  # attributes that other code stored on the layer
+            setattr(module, name, value)  # copies what other code stored on the layer
 
 
 def _progress(items: list[_Item]) -> Iterable[_Item]:

@@ -84,7 +84,7 @@ void gated_gradient_range(const GatedRows& work, int64_t begin, int64_t end) {
   }
 }
 
-// Calls f with a type whose ::value is the activation.
+// Calls f with an integral constant, whose ::value is the activation.
 template <typename F>
 void with_activation(Activation activation, const F& f) {
   switch (activation) {

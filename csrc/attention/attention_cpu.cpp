@@ -15,8 +15,8 @@
 namespace peft_ext {
 namespace {
 
-// The backward divides the query heads of a key head into splits until there are this many units for the threads, or
-// each query head is a split of its own.
+// Number of units of work that the backward makes for the threads, if possible: the backward divides the query heads of
+// each key head into splits until there are kUnits units, or each query head is a split of its own.
 constexpr int64_t kUnits = 32;
 constexpr int64_t kMostSums = int64_t{1} << 25;  // largest number of floats in the sums of all splits: 128 MiB
 
@@ -170,8 +170,8 @@ struct Call {
   void in_parallel(int64_t units, size_t bytes, const F& f) {
     parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       f(work, begin, end, scratch(Scratch::kPanel, bytes));
-      // A head size of thousands needs a large block, which is released here. The sums stay allocated, because other
-      // threads may still use the sums.
+      // Releases a large block of scratch, which a head size of thousands needs. The scratch of the sums stays
+      // allocated, because other threads may still use the sums.
       if (ScratchBlock& block = scratch_block(Scratch::kPanel); block.size > kKeptScratchBytes) block.release();
     });
   }

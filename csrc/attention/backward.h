@@ -43,8 +43,8 @@ inline float dot(const T* a, const T* b, int64_t columns) {
   return total[0];
 }
 
-// Computes P and dS for a block of keys from S and dP. The right operand ds_joined is zero for a vector of queries none
-// of which may see the key.
+// Computes P and dS for a block of keys from S and dP. If no query of a vector of queries may see a key, the right
+// operand ds_joined is zero for this vector and key.
 inline void take_gradients(const Attention& work, const uint64_t* bits, const uint64_t* keeps, const int64_t* first,
                            int64_t count, int64_t vecs, const float* lse, const BackwardParts& own) {
   const Vec factor = Vec::broadcast(work.scale * kLog2E), zero = Vec::zero();

@@ -141,8 +141,8 @@ void forward_units(const Attention& work, int64_t begin, int64_t end, void* scra
   const int64_t blocks = ceil_div(work.queries, kQueries);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t batch = unit / (work.heads * blocks), head = unit / blocks % work.heads;
-    // Under a causal mask the last block of queries sees the most keys. Long blocks run first, so that a thread with
-    // several blocks ends with short ones.
+    // Under a causal mask the last block of queries sees the most keys. Blocks that see many keys run first, so that a
+    // thread with several blocks ends with blocks that see few keys.
     const int64_t block = blocks - 1 - unit % blocks;
     forward_block<T>(work, batch, head, block * kQueries, {reinterpret_cast<uintptr_t>(scratch)});
   }

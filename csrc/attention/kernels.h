@@ -7,9 +7,9 @@
 // D is 1 without dropout. With dropout D is 1 / (1 - p) for the keys that query i keeps, and 0 for the others. The draw
 // of query i and key j of head h in batch b is that of the flat index of [b, h, j, i] in [B, H, keys, queries].
 //
-// S, P and dS exist for one block at a time, and are transposed: a row is a key, and the lanes of a vector are queries,
-// so that sums over keys are sums of rows. AVX512-BF16 multiplies bfloat16 operands in pairs, and P and dS are then
-// rounded to bfloat16. All other values are float32.
+// A thread holds S, P and dS for one block of queries and keys at a time, and transposed: a row is a key, and the lanes
+// of a vector are queries, so that sums over keys are sums of rows. AVX512-BF16 multiplies bfloat16 operands in pairs,
+// and P and dS are then rounded to bfloat16. Scores, sums and lse are float32.
 //
 // Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth:
 //   left   [rows, depth], whose words are broadcast   right  [depth, lanes], of which vectors of words are loaded
@@ -70,7 +70,8 @@ struct AttentionKernels {
   // Makes the left operands of the key heads [begin, end) of the B · Hkv key heads.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
-  // Computes out and lse for the blocks [begin, end) of 64 queries, of the blocks [B, H, ceil(queries / 64)].
+  // Computes out and lse for the blocks [begin, end) of queries. A block has 64 queries of one head, so that there are
+  // B · H · ceil(queries / 64) blocks.
   void (*forward)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*forward_scratch)(const Attention& work);
   // Computes grad_q, key_sums and value_sums for the units [begin, end) of the units [B, Hkv, splits].

@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-// Calls f with a zero of the element type, for the types that this path supports.
+// Calls f with a zero whose C++ type is the element type that `dtype` names, for the types that this path supports.
 template <typename F>
 inline void with_element(DType dtype, F f) {
   if constexpr (kWord == 2)

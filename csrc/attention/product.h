@@ -15,8 +15,8 @@ constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
 
-// Computes one strip of a product. c [kM, kV vectors] = left [kM, steps words] right [steps, kV vectors of words]; if
-// `add`, the product is added to c.
+// Computes one strip of a product: c = left right, or c += left right if `add`. c is [kM, kV vectors], left is
+// [kM, steps words], right is [steps, kV vectors of words].
 template <int kM, int kV>
 void multiply_strip(const Element* left, int64_t left_stride, const Element* right, int64_t right_stride, int64_t steps,
                     float* c, int64_t c_stride, bool add) {

@@ -79,7 +79,8 @@ inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the first vector of queries with a query that may see the key. The function considers `causal`, not the mask.
+// Returns the index of the first vector of queries in which a query may see the key. The function considers `causal`,
+// not the mask.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
   return work.causal && key > query ? (key - query) / kWidth : 0;
 }

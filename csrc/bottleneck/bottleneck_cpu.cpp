@@ -93,10 +93,10 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
 }
 
 // Returns the dtype of products that read D and V without packing, or nothing if D and V are packed. The dtype is the
-// common 16-bit dtype of x, D and V if the CPU multiplies in that dtype (by PyTorch's product), or float32 for so few
-// tokens that packing would take most of the time.
+// common 16-bit dtype of x, D and V if multiplies_in accepts that dtype (PyTorch's product then multiplies), or float32
+// for so few tokens that packing would take most of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
-  // up to two tokens are multiplied in float32: widening a row of D takes as long as one product
+  // Up to kFewer tokens are multiplied in float32: widening a row of D takes as long as one product.
   constexpr int64_t kFewer = 2;
   const ScalarType type = x.scalar_type();
   const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
@@ -163,8 +163,8 @@ Tensor sum_of_rows(const Tensor& m) {
   return out;
 }
 
-// Largest number of tokens for which the forward reads D and V without packing in float32. D and V are read once for
-// each group of kFewTokens tokens.
+// Largest number of tokens for which the forward computes float32 products without packing D and V. D and V are read
+// once for each group of kFewTokens tokens.
 constexpr int64_t kUnpackedTokens = 3 * kFewTokens;
 
 // Computes out [T, N] float32 = m [T, K] wᵀ for w [N, K] without packing.

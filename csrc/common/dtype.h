@@ -77,7 +77,7 @@ inline f16 from_float<f16>(float value) {
   return f16{static_cast<uint16_t>(sign | ((rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13))};
 }
 
-// Calls f with a zero of the element type that `dtype` names.
+// Calls f with a zero whose C++ type is the element type that `dtype` names.
 template <typename F>
 inline void with_dtype(DType dtype, F f) {
   switch (dtype) {

@@ -7,8 +7,8 @@
 namespace peft_ext {
 namespace {
 
-// A vector with all lanes. The type differs from PartVec, so that the loop body for whole vectors is compiled without
-// masks.
+// A vector of which all lanes are used. WholeVec and PartVec are two types, so that the loop body for whole vectors is
+// compiled without masks.
 struct WholeVec {
   template <typename T>
   Vec load(const T* x) const {

@@ -45,9 +45,9 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
   return dtype_of(op, argument, tensor.scalar_type());
 }
 
-// Large results are new memory from the system in each call, and page faults of 4 KiB would take a large part of the
-// time. This function asks for huge pages before the first touch. On a system without huge pages the function does
-// nothing.
+// Asks the system for huge pages before the first touch of a large result. In each call a large result is new memory
+// from the system, and page faults of 4 KiB would take a large part of the time. On a system without huge pages the
+// function does nothing.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

@@ -6,8 +6,8 @@
 //
 // A block owns a row, and a thread owns every 512th group of eight columns. The first reading gives each thread its
 // largest z and the sum of exp(z - largest); these values are combined over lanes and then over warps in a fixed order.
-// The second reading, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved with the
-// gradient: the row is read twice and written once.
+// The second reading of the row, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved with
+// the gradient: the row is read twice and written once.
 #pragma once
 
 #include <math.h>

@@ -1,4 +1,4 @@
-// The sum of a value over the threads of a block, always added in one order.
+// The sum of a value over the threads of a block. The order of the additions is the same in every call.
 #pragma once
 
 #include "cuda/ptx.cuh"

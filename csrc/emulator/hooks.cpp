@@ -126,7 +126,7 @@ void* peft_ext_emulator_memset(void* to, int value, size_t bytes) {
 
 void __ubsan_handle_out_of_bounds(const OutOfBoundsData* data, unsigned long index) {
   if (!current.active) die(data->location, "index out of bounds");
-  // The compiler passes signed types of fewer than 64 bits zero-extended.
+  // The compiler passes values of signed types with fewer than 64 bits zero-extended.
   const int bits = 1 << (data->index->info >> 1);
   const int unused = 64 - bits;
   const bool is_signed = (data->index->info & 1) != 0;

@@ -236,7 +236,7 @@ void collect(Machine& machine, Warp& warp, Wait kind, Fiber* lanes, const void* 
   }
 }
 
-// The running fiber takes part in a collective of its warp. The operands are in the fiber.
+// Lets the running fiber take part in a collective of its warp. The operands are fields of the fiber.
 void arrive(Wait kind, const void* site) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
@@ -549,7 +549,8 @@ void cp_async(void* shared, const void* global, int bytes, bool take) {
   }
   shared_access(offset, size, Access::kWrite, SITE);
   if (take) check_access(global, size, Access::kRead, SITE);
-  // The bytes arrive in shared memory at the wait, so that a read before the wait finds the previous values.
+  // The bytes of a cp.async are written to shared memory only at the thread's wait, so that a read before the wait
+  // finds the previous values.
   for (size_t word = offset / 4; word < (offset + size) / 4; ++word) machine.words[word] = {current.now | kInFlight, 0};
   if (fiber.copy_count == fiber.copy_capacity) {
     fiber.copy_capacity = fiber.copy_capacity == 0 ? 16 : 2 * fiber.copy_capacity;
@@ -564,7 +565,7 @@ void cp_async_commit() { ++current.fiber->group; }
 void cp_async_wait(int pending) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
-  // groups of copies with a lower number are complete
+  // The copies whose group has a number below `done` are complete.
   const int64_t done = static_cast<int64_t>(fiber.group) - pending;
   while (fiber.first_copy < fiber.copy_count && fiber.copies[fiber.first_copy].group < done) {
     complete(machine, fiber.copies[fiber.first_copy++]);

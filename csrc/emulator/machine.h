@@ -134,7 +134,7 @@ struct Machine {
   int threads, warps;
   const Memory::Range* last_range;
   // For each block: whether the block did an atomic after a threadfence, and thereby published its earlier writes. The
-  // pointer is null until a block does so.
+  // pointer is null until a block does such an atomic.
   uint8_t* published;
   bool fenced, acquired;
   // The shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.

@@ -64,7 +64,7 @@ void describe_function(const void* function, char* text, size_t bytes) {
   erase_all(name, "peft_ext::");
   if (name.rfind("void ", 0) == 0) name.erase(0, 5);
   int depth = 0;
-  // finds the parenthesis of the arguments, not a parenthesis in template arguments
+  // This loop finds the parenthesis of the function's arguments, not a parenthesis within template arguments.
   for (size_t i = 0; i < name.size(); ++i) {
     depth += name[i] == '<' ? 1 : name[i] == '>' ? -1 : 0;
     if (name[i] == '(' && depth == 0) name.erase(i);

@@ -4,7 +4,7 @@
 //   y₁ = x₁ c₁ - x₂ s₁      y₂ = x₂ c₂ + x₁ s₂                 back:  x₁ = y₁ c₁ + y₂ s₂      x₂ = y₂ c₂ - y₁ s₁
 //
 // A block owns a token with all heads of q and k, so that the block reads cos and sin of the token from memory once. A
-// thread moves eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is
+// thread rotates eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is
 // contiguous. Arithmetic is float32 and rounds once. Bytes moved: q and k are read and written once; cos and sin are
 // read once for each batch.
 #pragma once
@@ -32,7 +32,7 @@ struct DeviceRotary {
 
 constexpr int kRotaryThreads = 256;
 
-// Grid: B · T blocks.
+// Grid: one thread block for each of the B · T tokens.
 template <typename T, bool kBack>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(DeviceRotary work) {
   PEFT_EXT_KERNEL;

@@ -19,8 +19,7 @@ struct DeviceWeight {
 };
 
 // Checks a weight and returns the weight. The returned NF4 codes are aligned to 8 bytes. The error of a wrong device,
-// size or dtype names op and argument.
-// `type` is the dtype that a dense weight must have.
+// size or dtype names op and argument. `type` is the dtype that a dense weight must have.
 DeviceWeight device_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
                            const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
                            const std::optional<Tensor>& nested_offset, int64_t blocksize,

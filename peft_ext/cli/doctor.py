@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
+from collections.abc import Iterable
+from typing import Annotated, Any, Optional
 
 import torch
+import typer
+from rich.progress import track
 
-from .. import __version__, _cpu, _native
+from .. import __version__, _cpu, _native, device_code
 from ..machine import versions
 from ..ops import library, prove
 from ..text import dtype_name
+from . import CliError
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
-    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "PEFT_EXT_NVRTC_FLAGS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
     "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
 )  # fmt: skip
 
 
-def doctor() -> int:
-    """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
-    # The exit code is 1 where the native CPU library can't be loaded.
+def doctor(
+    warm: Annotated[bool, typer.Option("--warm", help="First compile all CUDA kernels into the cache.")] = False,
+    capability: Annotated[
+        Optional[list[str]],
+        typer.Option(help="With --warm: a compute capability, such as 9.0 (default: those of this machine's GPUs)."),
+    ] = None,
+) -> int:
+    """Show versions, the native library, the CPU path in use and which operators have kernels."""
+    # The exit code is 1 where the native library can't be loaded.
+    if warm or capability:
+        _warm(capability or [])
     state = _native.STATE
     _section("versions")
     _row("peft_ext", __version__)
@@ -57,6 +70,10 @@ def doctor() -> int:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
     _row("devices", ", ".join(devices) or "none")
     _row("loaded", "yes" if state.cuda_loaded else f"no: {state.cuda_error or 'torch is a CPU build'}")
+    _row("kernels", f"{len(device_code.kernels())}, compiled at the first use by NVRTC")
+    if torch.version.cuda is not None:
+        _row("compiler", device_code.missing() or f"NVRTC {device_code.version()}")
+        _row("compiled kernels", f"{len(list(device_code.cache().glob('*/*.image')))} in {device_code.cache()}")
     prove.first_use()
     for card, families in prove.report().items():
         for family, why in families.items():
@@ -79,6 +96,30 @@ def doctor() -> int:
     if not values:
         _row("nothing set", "of " + ", ".join(_ENVIRONMENT[:2]) + ", ...")
     return 1 if state.module is None else 0
+
+
+def _warm(capabilities: list[str]) -> None:
+    """Compiles all CUDA kernels for the compute capabilities, or for this machine's GPUs if there are none."""
+    if _native.STATE.module is None:
+        raise CliError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
+    if why := device_code.missing():
+        raise CliError(f"--warm: {why}")
+    for named in capabilities:
+        if not re.fullmatch(r"\d+\.\d", named):
+            raise CliError(f"--capability is {named!r}, wanted a number such as 9.0")
+    wanted = {int(named.replace(".", "")) for named in capabilities}
+    if not capabilities and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            wanted.add(10 * major + minor)
+    if not wanted:
+        raise CliError("--warm: torch finds no GPU; --capability names one, such as --capability 9.0")
+    for number in sorted(wanted):
+
+        def progress(items: Iterable[Any], length: int, arch: str = device_code.architecture(number)) -> Iterable[Any]:
+            return track(items, f"kernels for {arch}", total=length)
+
+        device_code.warm(number, progress)
 
 
 def _section(title: str) -> None:

@@ -6,7 +6,7 @@
           + gradients                                              from the backward to the optimizer's step
           + temporary                                              inside an operator, a layer or a loss
 
-The model is copied without its data, adapted by PEFT, quantized and put on the fused operators. Then forward and
+The model is copied without its data, then adapted by PEFT, quantized and accelerated as the arguments say. Forward and
 backward run under PyTorch's FakeTensorMode: shapes, dtypes, views and autograd are those of the real step, but tensors
 have no data. A dispatch mode notes when each storage is made and when the storage is freed. The trace therefore shows
 the tensors that a layer saves for its backward, the tensors that checkpointing drops and computes again, shared

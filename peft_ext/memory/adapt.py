@@ -1,4 +1,4 @@
-"""Prepares a model for a trace: adds an adapter on the meta device, turns checkpointing on, and fuses layers."""
+"""Prepares a model for a trace: adds an adapter on the meta device, turns on checkpointing, and fuses layers."""
 
 from __future__ import annotations
 
@@ -53,12 +53,15 @@ def adapt_on_meta(
 
 
 def put_on_ops(model: nn.Module, accelerated: bool) -> None:
-    """Accelerates the model, or restores PEFT's and transformers' own layers."""
+    """Accelerates the model if ``accelerated``; else restores PEFT's and transformers' own layers.
+
+    A model that has a fused adapter layer already stays as it is if ``accelerated``.
+    """
     if not accelerated:
         integration.restore(model)
     # A second call of accelerate would reset the dora_dropout of fused layers.
     elif not any(type(module) in STOCK for module in model.modules()):
-        with warnings.catch_warnings():  # the heads and norms of a model without adapters are fused too
+        with warnings.catch_warnings():  # hides accelerate's warning about a model without adapters
             warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")
             integration.accelerate(model)
 
@@ -71,7 +74,7 @@ def set_checkpointing(model: nn.Module, wanted: bool) -> None:
     if not wanted and not is_checkpointing(model):
         return
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-    for what in ("activation", "gradient"):  # prefixes of the method's name in new and in old transformers
+    for what in ("activation", "gradient"):  # old transformers: gradient_checkpointing_enable
         enable = getattr(model, f"{what}_checkpointing_enable", None)
         if enable is not None:
             enable(**{f"{what}_checkpointing_kwargs": kwargs})

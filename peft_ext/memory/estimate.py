@@ -20,7 +20,7 @@ from .trace import VALUES_WANTED, Step
 METHODS = ("full", *methods.METHODS)
 QUANTIZATIONS = ("nf4", "int8")
 
-_MOST_TOKENS = 2**40  # with more tokens than this, the byte count of a tensor may not fit in 64 bits
+_MOST_TOKENS = 2**40  # most tokens of a batch; with more, a tensor's byte count may not fit in 64 bits
 
 
 def estimate_memory(
@@ -48,8 +48,8 @@ def estimate_memory(
     The step is traced (see the module ``peft_ext.memory``), in a second or two for 7 billion parameters, without a GPU.
     A trace does not see the scratch memory of PyTorch's operators: a few MB a thread on the CPU, the workspace of
     cuBLAS on CUDA. The estimate assumes that attention saves q, k, v, its output and the log-sum-exp, as PyTorch's CPU
-    kernel and its flash and memory-efficient CUDA kernels do. The estimate counts the weights that peft_ext's operators
-    dequantize.
+    kernel and its flash and memory-efficient CUDA kernels do. The estimate counts the scratch memory into which
+    peft_ext's operators dequantize weights.
 
     Args:
         model: a model of transformers, a PeftModel over a model of transformers, or any module (then with ``inputs``),
@@ -66,7 +66,7 @@ def estimate_memory(
             An adapter that ``model`` has already keeps its dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None.
-        gradient_checkpointing: True: each layer that transformers can checkpoint saves its input alone, and the
+        gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
             backward computes the layer again. False: a model whose checkpointing is on keeps checkpointing.
         quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "int8": as
             bitsandbytes' Linear8bitLt. Heads stay dense.
@@ -78,7 +78,8 @@ def estimate_memory(
         task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's
             task, or the task of the first class in the configuration's ``architectures``, or language modelling.
         inputs: keyword arguments of the model's forward, instead of batch_size and sequence_length; only shapes and
-            dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of an output without one.
+            dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of the output's first tensor
+            where the output has no ``loss``.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

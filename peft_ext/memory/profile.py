@@ -104,7 +104,8 @@ class Profile:
         )  # fmt: skip
 
     def extrapolate(self, other: Profile, steps: float) -> Profile:
-        """Returns ``self + steps · (other - self)``: the profile of a model with more layers, from two with few layers.
+        """Returns ``self + steps · (other - self)``, the profile of a model with more layers than those of self and
+        other.
 
         A phase that one of the two profiles lacks is left out. Only the phase of the layers between the last and the
         first layer may be missing: the peak of this phase is at most the larger peak of the first and the last layer.

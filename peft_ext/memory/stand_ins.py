@@ -4,8 +4,8 @@
     stand-in  a plain CPU tensor, one element expanded to the shape of a tensor: a model is quantized and accelerated
               with stand-ins
 
-No tensor takes more memory than one element. bitsandbytes' layers, and the layers that are to be quantized, become
-layers whose packed weights and scales are stand-ins or meta tensors.
+No parameter and no buffer takes more memory than one element. bitsandbytes' layers, and the layers that are to be
+quantized, become layers whose packed weights and scales are stand-ins or meta tensors.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def stand_in(t: Tensor) -> Tensor:
 
 
 def fake(t: Tensor) -> Tensor:
-    """Returns a CPU tensor of ``t``'s shape and dtype, without its values. Under FakeTensorMode the result is fake."""
+    """Returns a CPU tensor of ``t``'s shape and dtype, without its values. Under FakeTensorMode the result is a
+    FakeTensor.
+    """
     return torch.empty(t.shape, dtype=t.dtype)
 
 
@@ -114,7 +116,7 @@ class Dequantized(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.dtype = dtype
-        self.saves_x = "packed" not in held  # int8: bitsandbytes saves x, though its backward does not need x
+        self.saves_x = "packed" not in held  # bitsandbytes' int8 layer saves x, though its backward does not need x
         for name, t in held.items():
             self.register_buffer(name, t)
         self.bias = bias
@@ -196,7 +198,7 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
 
 
 def _experts(module: Any, name: str, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Returns the NF4 weights, without data, that replace a parameter of experts."""
+    """Returns the NF4 weights, without data, that replace the parameter ``name`` of a mixture's experts."""
     dense = module._parameters[name]
     count, n, k = dense.transpose(1, 2).shape if is_stored_transposed(module) else dense.shape
     one = empty_nf4(n, k, blocksize, double_quant, dense.dtype,

@@ -134,7 +134,8 @@ class Step:
     def run(
         self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
     ) -> None:
-        # Tensors that are neither parameters nor buffers are not fake: for example the token ids of PEFT's prompts.
+        # Tensors of the model that are neither parameters nor buffers, such as the token ids of PEFT's prompts, are not
+        # replaced by fake tensors.
         with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), accepting(FakeTensor):
             replace_tensors(self.model, fake)
             if inputs is None:
@@ -171,7 +172,7 @@ class Step:
         if len(trained) == sum(1 for _ in self.model.parameters()):
             return set()
         for module in self.model.modules():
-            for name in getattr(type(module), "adapter_layer_names", ()):  # a name may have dots
+            for name in getattr(type(module), "adapter_layer_names", ()):  # a name in adapter_layer_names may have dots
                 trained |= {id(p) for p in operator.attrgetter(name)(module).parameters()}
         return trained
 
@@ -246,7 +247,7 @@ class Step:
             if total > totals.get(phase, -1):
                 totals[phase], peaks[phase] = total, dict(alive)
         parameters = list(self.model.parameters())
-        # The packed tensor of a quantized weight has two elements a byte.
+        # A packed NF4 weight has two elements in a byte, so the sizes of its layer give the number of elements.
         packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, Dequantized))]
         count = sum(p.numel() for p in parameters) + sum(m.out_features * m.in_features for m in packed)
         count -= sum(m.weight.numel() for m in packed if isinstance(m, NF4Linear))
@@ -277,7 +278,10 @@ def _not_packed() -> Iterator[None]:
 
 
 def _stacks(model: nn.Module) -> list[nn.ModuleList]:
-    """Returns the model's outermost lists of layers of one class. A list within a layer, as of experts, is no stack."""
+    """Returns the outermost ModuleLists of the model that have at least two layers, all of one class.
+
+    A ModuleList within a layer, such as a list of experts, is not returned.
+    """
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in found) or not isinstance(module, nn.ModuleList):
@@ -295,7 +299,9 @@ def _loss(out: Any) -> Tensor:
 
 
 def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
-    """Returns token ids, and labels of the shape and dtype that the model's head takes."""
+    """Returns arguments of the model's forward: token ids, with ``padding`` a mask, and labels that fit the model's
+    head.
+    """
     base = base_model(model)
     accepted = inspect.signature(base.forward).parameters
     if "input_ids" not in accepted:
@@ -315,7 +321,7 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
-            if base.config.pad_token_id is None:  # the model is a copy, and any token id serves
+            if base.config.pad_token_id is None:  # any id serves in a trace, and the config is a copy of the caller's
                 base.config.pad_token_id = 0
     elif "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = numbers(*tokens)

@@ -1,7 +1,7 @@
 """Upper bound of the scratch memory that operators allocate in addition to their outputs, which a trace does not see.
 
-The bound leaves out a few MB a thread. Partial sums of an adapter's gradients are counted in a loss and, on CUDA, in
-experts alone.
+The bound leaves out a few MB a thread. Partial sums of an adapter's gradients are counted for a loss, and on CUDA for
+experts, but for no other operator.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
 
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
     that scales its output or its input, the scratch also has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`
-    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts.
+    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts. An operator that has no argument
+    ``shape`` counts as 0 bytes.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     if func is LOSS:
@@ -47,7 +48,7 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        if not (feedforward and device == "cpu" and by.element_size() == 2):  # else _of_product counts it
+        if not (feedforward and device == "cpu" and by.element_size() == 2):  # else _of_product counts the scaled x
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size
 
@@ -83,9 +84,10 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     if STATE.isa in TILE_PATHS and dtype is torch.bfloat16:
         if is_nf4 or given["weight"].is_contiguous():
             return products * 2 * rows * (out_features if backward else in_features)
-        # PyTorch multiplies. A scaled product exists in 16 bits and in float32.
+        # On a path with tiles, PyTorch multiplies by a weight that is not contiguous. A scaled product exists in 16
+        # bits and in float32.
         return products * 6 * rows * (in_features if backward else out_features) if _scales(given) else 0
-    # PyTorch multiplies in 16 bits, and the other terms are added to its product.
+    # On the scalar path PyTorch multiplies in 16 bits, and the other terms are added to PyTorch's product.
     if STATE.isa == "scalar" and products == 1 and not _scales(given):
         return out_features * in_features * 2 if is_nf4 else 0
     panel = panel_rows * in_features  # elements of a panel of W in float32; NF4 is first decoded to 16 bits
@@ -131,7 +133,8 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 
     Measured on 512 x 1024 @ 1024 x 50000: on a CPU with AVX-512 and without bfloat16 instructions, oneDNN's bfloat16
     product (``gemm:jit``) packs the weight, in the forward only. oneDNN's kernel with bfloat16 instructions packs one
-    block a thread. A CPU without AVX-512 multiplies in a plain loop. A float16 product never packs the whole weight.
+    block a thread. On a CPU without AVX-512, PyTorch multiplies bfloat16 in a plain loop. No measured float16 product
+    packed the whole weight.
     """
     return dtype is torch.bfloat16 and not _cpu.multiplies(dtype) and bool(_cpu.capabilities().get("avx512_f"))
 
@@ -163,9 +166,11 @@ def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -
 
 
 def _of_experts(given: dict[str, Any], device: str) -> int:
-    """Returns the scratch bytes of experts: contiguous copies of the adapters, and of their gradients.
+    """Returns the scratch bytes of the operators of experts.
 
-    On a GPU the scratch is the adapters' terms, of up to six bytes an element, and partial sums of their gradients.
+    On a CPU the scratch is contiguous copies of the adapters that are not contiguous, and in the backward as many bytes
+    for gradients. On a GPU the scratch is the adapters' terms, of up to six bytes an element, and in the backward
+    partial sums of the adapters' gradients.
     """
     held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
     if device == "cuda":
@@ -180,7 +185,7 @@ def _of_siblings(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of siblings, which are layers of one input.
 
     On the CPU in bfloat16, where peft_ext's tiles multiply, the scratch is x packed once in the forward, and the packed
-    gradients of all layers in the backward. Elsewhere the scratch is that of the largest layer.
+    gradients of all layers in the backward. In all other cases the scratch is that of the layer with the most outputs.
     """
     x, sizes = given["x"], given["sizes"]
     packed = [grad for grad in given.get("grads", [x]) if grad is not None]

@@ -108,7 +108,7 @@ def _from_memory(model: PreTrainedModel) -> Base:
 
 
 def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
-    """Returns the NF4 weight of a layer; None for a dense layer. Raises MergeError for another quantization."""
+    """Returns the NF4 weight of a linear layer; None for a dense module. Raises MergeError for other quantizations."""
     if isinstance(module, NF4Linear):
         return module.nf4
     kind = type(module).__name__
@@ -152,7 +152,7 @@ def _stand_in(base: Base) -> int:
 
 
 def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
-    """Returns a parameter of this shape whose elements share one element of memory; PEFT sees a dense CPU weight."""
+    """Returns a parameter of ``shape`` whose elements share one element of memory; PEFT sees a dense CPU weight."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
 

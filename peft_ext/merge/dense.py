@@ -34,10 +34,11 @@ with required("transformers", "peft_ext.merge_to_dense"):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
-# Initializations that change the base's weights. The adapter belongs to the changed base, which PEFT does not save.
+# Initializations that change the base's weights. An adapter with one of these initializations belongs to the changed
+# base, which PEFT does not save.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
-# Methods whose layers share one bank of tensors. A merge of one module at a time can't read the bank.
+# Methods whose layers share one bank of tensors. A merge of one module at a time can't read a shared bank.
 _SHARED = ("VBLORA", "UNILORA", "TINYLORA")
 
 
@@ -46,7 +47,7 @@ class MergeReport:
     """The result of :func:`merge_to_dense`.
 
     Attributes:
-        output: the folder.
+        output: folder of the merged model.
         files: names of the weight files in the folder.
         nbytes: bytes of the tensors that were written.
         base: the base's folder or name.
@@ -54,7 +55,7 @@ class MergeReport:
         base_quant: quantization of the base's weights: "nf4" or "none".
         base_quant_text: ``base_quant`` and the reason for it, in words.
         method: PEFT's name of the adapter's method.
-        dtype: dtype of the output, or None where each tensor kept its own dtype.
+        dtype: dtype that was asked for the output, or None where each tensor kept its own dtype.
         merged: number of modules that the adapter changed.
         tensors, parameters: numbers of tensors and of elements that were written.
         untied: names of weights that were tied in the base and are separate now, because the adapter changed one.
@@ -94,12 +95,12 @@ def merge_to_dense(
 ) -> MergeReport:
     """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
-    Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors,
-    config.json, generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. The adapter
-    may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA, patterns, Conv1D,
-    embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial fine-tuning, Diff
-    Pruning; each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two
-    separate weights, and the config unties them.
+    Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors and
+    config.json, and where the base has them generation_config.json and tokenizer files. ``from_pretrained`` loads the
+    folder without PEFT and peft_ext. The adapter may be of a method whose layers can merge and share no tensors: LoRA
+    (with rsLoRA, DoRA, patterns, Conv1D, embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of
+    PEFT, BitFit, partial fine-tuning, Diff Pruning; each with ``modules_to_save``. Two tied weights of which the
+    adapter changes one are written as two separate weights; the config unties the two weights, except for T5.
 
     Args:
         model: a folder or hub name of a dense model or of a model that bitsandbytes quantized to NF4; or a model in
@@ -109,7 +110,7 @@ def merge_to_dense(
         output: a folder, new or empty. The finished folder appears in one step, see
             :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the merged model.
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
-            base's. Tensors that the model's class keeps in float32 in this dtype are written in float32. Tensors of
+            base's. Tensors that the model's class keeps in float32 for this dtype are written in float32. Tensors of
             integers keep their dtypes.
         max_shard_size: bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
@@ -122,10 +123,11 @@ def merge_to_dense(
     Returns: a report of the merge.
 
     Raises:
-        TypeError: ``model`` is no transformers model.
+        TypeError: ``model`` is neither a transformers model nor a path, a hub name or None.
         MergeError: a method, an initialization or a quantization that can't be merged; an adapter of another
             architecture, of other shapes, with missing or unknown tensors, or in a pickle; a wrong option.
-        OSError: ``output`` exists, can't be written, or does not fit on the disk. No partial folder is left.
+        OSError: ``output`` is a folder that is not empty and overwrite is False, or can't be written, or the model does
+            not fit on the disk. No partial folder is left.
     """
     started = time.perf_counter()
     dtype = _dtype(dtype)

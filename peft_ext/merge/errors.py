@@ -17,5 +17,5 @@ def fail(text: str) -> NoReturn:
 
 
 def as_merge_error(*kinds: type[Exception], about: str = "") -> AbstractContextManager[None]:
-    """Raises errors of these kinds as MergeError, whose message is ``about`` and the first line of the error."""
+    """Raises errors of the classes ``kinds`` as MergeError, with ``about`` and the first line of the error."""
     return raised_as(MergeError, f"merge_to_dense: {about}", *kinds)

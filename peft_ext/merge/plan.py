@@ -113,7 +113,8 @@ class Plan:
             if len(names) < 2:
                 continue
             first = next((n for n in names if self.origin[n][0] == "" and self.after[n] is not self.before[n]), None)
-            # Here the adapter's tensor replaced one of the tied tensors. PEFT's own load would change all tied tensors.
+            # Where the adapter's tensor replaced one of the tied tensors, the other names get the adapter's tensor too,
+            # as in PEFT's own load.
             for name in names:
                 if self.origin[name][0] == "" and self.after[name] is self.before[name] and first is not None:
                     self.after[name] = self.after[first]
@@ -127,7 +128,8 @@ class Plan:
             apart = type(self.config).from_dict({**self.config.to_dict(), "tie_word_embeddings": False})
             about, wanted = apart.to_dict(), self.config.to_dict()
             wanted["tie_word_embeddings"] = False
-            # T5 derives another option from this flag, so the flag stays: weights that differ in the files stay untied.
+            # T5's config derives another option from tie_word_embeddings, so T5 keeps tie_word_embeddings as it is:
+            # transformers does not tie weights that differ in the files.
             if about == wanted:
                 self.config.tie_word_embeddings = False
 
@@ -185,10 +187,12 @@ class Plan:
                     del self.meta[name], self.origin[name]
 
     def _grouped(self) -> list[tuple[list[str], dict[str, Tensor]]]:
-        """Returns groups of tensors that are converted together: the model's names, and the files' tensors by name.
+        """Returns groups of tensors that transformers converts together when it saves a model.
 
-        The groups are the smallest that give the right result: each tensor alone; or, if transformers' conversion joins
-        tensors, the tensors of each layer together; or all tensors together.
+        A group is a list of names in the model, and a dictionary of the group's tensors in the files.
+
+        The groups are the smallest that give the right result: each tensor by itself; or, if transformers' conversion
+        joins tensors, the tensors of each layer together; or all tensors together.
         """
         model, meta = self.base.model, self.meta
         whole = revert_weight_conversion(model, dict(meta))
@@ -210,7 +214,7 @@ class Plan:
     # - the tensors -
 
     def _value(self, name: str) -> Tensor:
-        """Returns a planned tensor; a merged tensor is in float32."""
+        """Returns the value of a planned tensor. A merged tensor that had 16 bits is in float32."""
         path, local = self.origin[name]
         if path == "":
             return self.base.read(self.after[local]) if local else torch.zeros(self.meta[name].shape)
@@ -219,7 +223,7 @@ class Plan:
         return self._made[path][local]
 
     def _make(self, path: str) -> dict[str, Tensor]:
-        """Merges an adapted module by its layer's own ``merge`` and returns the module's tensors in float32."""
+        """Merges an adapted module by the layer's own ``merge``; returns the module's tensors, widened to float32."""
         target = self.targets[path]
         inner = target.original_module if isinstance(target, AuxiliaryTrainingWrapper) else target.get_base_layer()
         before = {} if isinstance(target, ModulesToSaveWrapper) else self._widen(inner)
@@ -281,7 +285,7 @@ class Plan:
     # - the files -
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
-        """Writes the tensors one group at a time, then an index of several files. Returns the names of the files."""
+        """Writes the tensors one group at a time, and an index if there are several files. Returns the file names."""
         with as_merge_error(ValueError, about=f"max_shard_size is {max_shard_size!r}: "):
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -318,11 +322,12 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
     unfit = f"the adapter does not fit {type(base.model).__name__}: "
     with as_merge_error(ValueError, TypeError, KeyError, RuntimeError, AttributeError, about=unfit):
         register_layers(config, base.model)
-        # AdaLoRA has a parameter that is in no file, which must not be left on the meta device.
+        # AdaLoRA's parameter ranknum is in no adapter's file, and must not stay on the meta device.
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()
 
     def assign(state: dict[str, Tensor], strict: bool = False, **kwargs: Any) -> Any:
-        # A copy would round to the base's dtype, and would write into weights that are shared with the caller's model.
+        # Copying the adapter's tensors into the model would round to the base's dtype, and would overwrite weights that
+        # the caller's model shares.
         return type(model).load_state_dict(model, state, strict=strict, assign=True)
 
     model.__dict__["load_state_dict"] = assign

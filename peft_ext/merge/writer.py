@@ -50,7 +50,10 @@ def write_safetensors(
 
 
 def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
-    """Writes tokenizer files, generation_config.json and, last, config.json, without which no model can be loaded."""
+    """Copies the base's tokenizer files, and writes generation_config.json, if the base has one, and then config.json.
+
+    config.json is written last, because a folder without config.json can't be loaded as a model.
+    """
     model = base.model
     for name in _BESIDE if base.folder is not None else ():
         if (base.folder / name).is_file():

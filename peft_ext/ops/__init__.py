@@ -1,7 +1,8 @@
-"""Functional operators with autograd, which also run under ``torch.compile(fullgraph=True)``.
+"""Functions that call the operators of peft_ext, and that also run under ``torch.compile(fullgraph=True)``.
 
 The frozen weight of a linear layer is a dense Tensor ``[N, K]`` (of experts: ``[E, N, K]``) or an
-:class:`peft_ext.NF4Weight`.
+:class:`peft_ext.NF4Weight`. A docstring lists the dtypes that kernels compute. For float64 operands, the functions run
+the reference, in plain PyTorch; ``nf4_quantize`` converts float64 to float32.
 """
 
 from .activations import activation, gated_activation

@@ -1,11 +1,11 @@
-"""Scaled dot-product attention on a CPU, forward and backward. The kernels never store the whole matrix of scores.
+"""Scaled dot-product attention on a CPU, forward and backward. The CPU kernels hold one block of the scores at a time.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
-The backward computes S, P and D again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
+The backward computes S, P and D again from q, k, the mask, the bias, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
 ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias,
-out, lse (one float32 a query and head) and the seed.
+out, lse (one float32 for each query and head) and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -141,11 +141,12 @@ def scaled_dot_product_attention(
 
     Args:
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype.
-            H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A CPU kernel copies none of them if
-            the last dimension is contiguous, as in ``[B, T, H, D].transpose(1, 2)``.
-        mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: a query sees all keys. On
-            a CPU, the result of a query that sees no key is zero.
-        is_causal: query i sees the keys j <= i. A call has either is_causal or a mask.
+            H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A tensor whose last dimension is
+            contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel. The CPU
+            kernel packs k and v into the layout of its products.
+        mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
+            CPU, the result of a query that sees no key is zero.
+        is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
         scale: a number above 0; None: 1 / √D.
         dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16.
         training: False: no key is dropped.
@@ -155,11 +156,11 @@ def scaled_dot_product_attention(
             sees, as T5 adds relative positions. bias gets no gradient. Where bias is -inf, a query does not see the
             key.
 
-    Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On a CPU with
-    bfloat16 instructions, bfloat16 operands are multiplied in bfloat16, after the probabilities are rounded to
-    bfloat16; other products are in float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's
+    Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On an x86-64 CPU
+    with AVX512-BF16, bfloat16 operands are multiplied in bfloat16, after the probabilities are rounded to bfloat16;
+    other products are in float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's
     ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``,
-    the reference computes the result.
+    the reference computes the result on a GPU.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

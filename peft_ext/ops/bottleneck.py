@@ -1,9 +1,9 @@
-"""A bottleneck adapter: down, activation, up, scale and residual as one operator.
+"""A bottleneck adapter: down projection, activation, up projection, scale and residual as one operator.
 
     U = x Dᵀ + b_d  [T, M]      H = act(U)      Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
 Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU = P ∘ act'(U)``; ``dD = dUᵀ x``;
-``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. Saved: x and U (float32).
+``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. Saved: x, U (float32), D and V.
 
 Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
 (arXiv 2110.04366).
@@ -141,9 +141,10 @@ def bottleneck_adapter(
         residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. For an adapter after a sublayer, x and residual
             are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual its output.
 
-    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. Gradients flow to all
-    tensors, in their own dtypes; saved for backward: x and U in float32. Under autocast x and residual are cast to the
-    autocast dtype.
+    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. If x, D and V have one
+    16-bit dtype in which PyTorch multiplies on the CPU, U, H and the sum of residual and bias are rounded to this
+    dtype too, for more than two tokens. Gradients flow to all tensors, in their own dtypes; saved for backward: x, U in
+    float32, and the two weights. Under autocast x and residual are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

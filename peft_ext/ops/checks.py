@@ -17,7 +17,7 @@ from .prove import first_use
 _LARGEST = sys.float_info.max
 
 
-# Exact types that the fast paths accept. The single checks decide about subclasses.
+# Exact types that the fast paths (the functions fits_*) accept. For a subclass, the functions check_* decide.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -25,9 +25,10 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
 
-    A common call is outside autocast, on plain tensors that fit one another, none of them float64. Everything accepted
-    here is also accepted by the single checks, which take several times as long. After False, the single checks decide
-    and raise the error.
+    A common call is outside autocast, on plain tensors that fit one another, none of them float64. Everything that this
+    function accepts is also accepted by check_float, check_linear and check_bias, which take several times as long.
+    After False, the caller calls check_float, check_linear and check_bias, which raise the error. On a GPU, the
+    function also runs the proof of the CUDA kernels, if the proof has not run.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
@@ -59,7 +60,10 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def fits_vector(value: Any, x: Tensor) -> bool:
-    """Fast path for a per-feature float tensor such as a bias. The shape is not checked."""
+    """Fast path of the checks of a float tensor beside x: returns True for a plain tensor on x's device.
+
+    The function checks type, dtype, layout and device, and does not check the shape.
+    """
     return (
         type(value) in _PLAIN and value.dtype in _OF_KERNELS and value.layout is torch.strided and not value.is_nested
         and value.device == x.device
@@ -67,14 +71,18 @@ def fits_vector(value: Any, x: Tensor) -> bool:
 
 
 def fits_seed(seed: Any, x: Tensor) -> bool:
-    """Fast path of :func:`check_seed`: returns True for a plain seed tensor on x's device."""
+    """Fast path of :func:`check_seed`: returns True for a plain int64 tensor ``[2]`` on x's device."""
     if type(seed) is not Tensor or seed.dtype is not torch.int64 or seed.layout is not torch.strided:
         return False
     return seed.shape == (2,) and seed.device == x.device
 
 
 def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any) -> bool:
-    """Fast path for a call with lora_A and lora_B: returns True only if :func:`fits_linear` does."""
+    """Fast path of the checks of a layer with lora_A and lora_B: returns True if no further check is needed.
+
+    The operands must fit as in :func:`fits_linear`, lora_A and lora_B must be plain tensors of fitting shapes, and
+    scaling and dropout_p must be floats in range.
+    """
     if not fits_linear(x, weight, bias) or not fits_vector(lora_A, x) or not fits_vector(lora_B, x):
         return False
     shape, of_a = weight.shape, lora_A.shape
@@ -143,15 +151,18 @@ def _check_device(op: str, argument: str, value: Tensor, other: Tensor, name: st
 
 
 def _has_shape(value: Tensor, *shapes: tuple[int, ...]) -> bool:
-    """Returns whether a tensor has one of the shapes, size by size: a compiler's symbolic sizes equal numbers, but not
-    within tuples."""
+    """Returns whether a tensor has one of the shapes.
+
+    The sizes are compared one by one: under torch.compile a symbolic size can equal a number, but a tuple of symbolic
+    sizes does not equal a tuple of numbers.
+    """
     return any(
         len(shape) == value.dim() and all(a == b for a, b in zip(value.shape, shape, strict=True)) for shape in shapes
     )
 
 
 def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...]) -> None:
-    """Checks one value per feature, of any float dtype, on x's device, in one of ``shapes``."""
+    """Checks that ``value`` is a float tensor of any float dtype, on x's device, with one of ``shapes``."""
     if not torch.compiler.is_compiling() and fits_vector(value, x) and value.shape in shapes:
         return
     check_float(op, argument, value)
@@ -162,7 +173,7 @@ def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tupl
 
 
 def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int, name: str = "x") -> None:
-    """Checks a bias ``[N]`` of the dtype of x, the argument ``name``."""
+    """Checks that ``bias`` is None, or ``[N]`` of x's dtype and device. An error calls x by ``name``."""
     if bias is None:
         return
     check_vector(op, "bias", bias, x, (out_features,))
@@ -181,7 +192,7 @@ def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], name: str = "x") -> None:
-    """Checks x ``[..., K]``, the argument ``name``, against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
+    """Checks x ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or NF4. An error calls x by ``name``."""
     check_float(op, name, x)
     check_weight(op, weight)
     if isinstance(weight, NF4Weight):
@@ -319,7 +330,10 @@ def check_bottleneck(
 
 
 def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor, name: str) -> None:
-    """Checks residual ``[..., N]`` beside x ``[..., K]``, N the rows of ``out``, the argument ``name``."""
+    """Checks that ``residual`` is ``[..., N]`` of the dtype and device of x ``[..., K]``, where N is ``out.shape[0]``.
+
+    An error calls the tensor ``out`` by ``name``.
+    """
     check_float(op, "residual", residual)
     if not isinstance(out, Tensor) or out.is_nested:
         check_float(op, name, out)
@@ -439,16 +453,17 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
 
 
 def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
-    """Returns the weight as the seven arguments of ``library.WEIGHT``."""
+    """Returns a dense or NF4 weight as the seven arguments of an operator's schema, ``library.WEIGHT``."""
     if isinstance(weight, NF4Weight):
         return weight.op_args()
     return (weight, None, None, None, None, 0, list(weight.shape))
 
 
 def unpack_weight(weight: Tensor, absmax: Optional[Tensor], *args: Any) -> Union[Tensor, NF4Weight]:
-    """Undoes :func:`weight_args` for the reference. The last argument is the dtype that an NF4 weight was made from.
+    """Undoes :func:`weight_args` for the reference: returns a dense weight, or an NF4Weight.
 
-    A weight of three dimensions is a stack of experts' weights.
+    The last argument becomes the dtype of the NF4Weight. An NF4 weight of three dimensions is a stack of experts'
+    weights.
     """
     *decode, blocksize, shape, dtype = args
     if absmax is None:
@@ -481,11 +496,14 @@ def under_a_transform() -> bool:
 
 
 def wants_reference(*values: Optional[Tensor]) -> bool:
-    """Returns whether the reference must compute: for float64, forward-mode differentiation or a transform of
-    torch.func, which no kernel supports."""
+    """Returns whether the reference must compute a call, because no kernel supports the call.
+
+    Kernels support neither float64 nor forward-mode differentiation nor transforms of torch.func. While torch.compile
+    traces, only float64 counts.
+    """
     if not torch.compiler.is_compiling() and under_a_transform():
         return True
-    for value in values:  # any() of a generator would take twice as long
+    for value in values:  # this loop takes half the time of any() over a generator
         if value is not None and value.dtype is torch.float64:
             return True
     return False

@@ -3,10 +3,10 @@
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-h̃ is h, or h after a dropout. The weight is frozen, so the forward can compute the gradients once a chunk's losses are
-known: the forward overwrites the chunk's logits with their gradient and multiplies this gradient by W. The forward
-keeps dh [T, K], db for a bias, and dA and dB for a head with LoRA. Only the logits of one chunk exist at a time. For
-the reduction "none", the forward keeps the inputs, and the backward computes the logits again.
+h̃ is h, or another input of the adapter such as h after a dropout. The weight is frozen, so the forward can compute the
+gradients once a chunk's losses are known: the forward overwrites the chunk's logits with their gradient and multiplies
+this gradient by W. Of dh [T, K], dh̃ [T, K], db, dA and dB, the forward keeps the gradients that are needed. For the
+reduction "none", the forward keeps the inputs, and the backward computes the logits again.
 
 Sources: transformers' causal loss, which takes the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
@@ -31,7 +31,8 @@ __all__ = ["linear_cross_entropy"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
-# Largest bytes of a chunk's logits: enough tokens for an efficient product, and little memory beside the step's rest.
+# By device type: bytes that the logits of one chunk take at most by default, apart from rounding up to whole tokens.
+# Chunks of this size have enough tokens for an efficient product, and take little of a training step's memory.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -88,7 +89,10 @@ def _forward(hidden, *args):
 
 
 def _plain_product(x, weight):
-    """Returns whether PyTorch's product is used: for a dense weight, where the CPU has instructions for the dtype."""
+    """Returns whether PyTorch's product computes the logits.
+
+    PyTorch multiplies a dense weight, except on a CPU where peft_ext's kernel widens x's dtype to float32.
+    """
     return weight[1] is None and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
 
 
@@ -115,7 +119,8 @@ def _rows_fake(logits, *_args):
     return logits.new_empty(logits.shape[0], dtype=common.sum_dtype(logits.dtype))
 
 
-# Returns the loss of each row of a chunk. With needs_grad, writes row_weight ∘ d loss/d logits over the logits.
+# cross_entropy_rows returns the loss of each row of a chunk of logits. With needs_grad, the operator also overwrites
+# the logits with row_weight ∘ d loss/d logits.
 define(
     "cross_entropy_rows",
     "(Tensor(a!) logits, Tensor labels, Tensor? row_weight, float logit_scale, float softcap, float label_smoothing, "
@@ -124,8 +129,8 @@ define(
     fake=_rows_fake,
     family="cross_entropy",
 )
-# Returns the losses [T] or, with summed, Σ row_weight · loss, and the gradients of this sum. The operator is a
-# composition of other operators on every device.
+# linear_cross_entropy returns the losses [T] or, with summed, Σ row_weight · loss, and the gradients of this sum. On
+# every device, linear_cross_entropy calls other operators and has no kernel of its own.
 define(
     "linear_cross_entropy",
     f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor? lora_input, Tensor? lora_A, Tensor? lora_B, float scaling, "
@@ -233,15 +238,16 @@ def linear_cross_entropy(
         softcap: c > 0 of ``c tanh(z / c)``; None: no cap.
         label_smoothing: ε, 0 to 1.
         reduction: "mean" over the labels that are not ``ignore_index``, "sum", or "none".
-        num_items_in_batch: the divisor of the sum of losses, instead of the number of labels, for gradient
-            accumulation; None with the reduction "none".
+        num_items_in_batch: the divisor of the sum of losses with the reductions "mean" and "sum", for gradient
+            accumulation; default: for "mean" the number of labels that are not ``ignore_index``, for "sum" 1. With the
+            reduction "none", num_items_in_batch must be None.
         chunk: number of tokens whose logits are computed together; default: as many tokens as have 64 MiB of logits on
             a CPU, 256 MiB on a GPU.
 
     Returns: the loss, float32, of no dimensions, or ``[...]`` where reduction is "none". Gradients flow to hidden,
-    lora_input, lora_A, lora_B and bias. Saved for backward: these gradients, up to a factor; with the reduction "none",
-    the inputs, and the backward computes the logits again. Under autocast hidden, lora_input, bias and a dense weight
-    are cast to the autocast dtype.
+    lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of these arguments, up to a factor; with the
+    reduction "none", the arguments, from which the backward computes the logits again. Under autocast hidden,
+    lora_input, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted. A label out of range raises
     RuntimeError on a CPU, and makes the loss NaN on a GPU.
@@ -283,7 +289,7 @@ def linear_cross_entropy(
     labels, row_weight = labels.contiguous(), None
     items = num_items_in_batch if num_items_in_batch is not None else (labels != ignore_index).sum()
     divides = reduction == "mean" or num_items_in_batch is not None
-    # The forward divides by the number of items, except in float16, whose range the divided gradients would leave.
+    # The forward divides by the number of items, except in float16, where the divided gradients could underflow.
     inside = divides and hidden.dtype is not torch.float16
     if inside:
         row_weight = torch.ones(labels.numel(), dtype=torch.float32, device=hidden.device) / items
@@ -294,7 +300,7 @@ def linear_cross_entropy(
     if not summed:
         return losses.view(labels.shape)
     if divides and not torch.compiler.is_compiling() and labels.numel() == 0:
-        inside = False  # the loss is 0 / 0 = NaN, as in PyTorch
+        inside = False  # without tokens, the division at the end gives the loss 0 / 0 = NaN, as in PyTorch
     return losses / items if divides and not inside else losses
 
 

@@ -69,9 +69,9 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
             the RNG state that checkpointing preserves give the same mask again.
 
     Returns: a tensor of x's shape and dtype; x itself if no element may be dropped. Each element is rounded once. On a
-    CPU, or with a seed, the result is contiguous. The gradient flows to x, and the gradient can be differentiated
-    again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed, PyTorch's dropout runs, with
-    PyTorch's mask.
+    CPU, or with a seed, a result of a dropout is contiguous. The gradient flows to x, and the gradient can be
+    differentiated again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed, PyTorch's
+    dropout runs, with PyTorch's mask.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -54,8 +54,8 @@ def _backward_fake(grad, indices, lora_A, lora_B, scaling, padding_idx, needs_gr
     return lora_A.new_empty(lora_A.shape if needs_grad_A else 0), lora_B.new_empty(lora_B.shape if needs_grad_B else 0)
 
 
-# padding_idx: -1 for none, otherwise not negative. dtype: the dtype of a dense weight, or the dtype from which an NF4
-# weight was quantized.
+# padding_idx in the schema is -1 for none, otherwise not negative. dtype is the dtype of a dense weight, or the dtype
+# from which an NF4 weight was quantized.
 define(
     "lora_embedding",
     f"(Tensor indices, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, int padding_idx, ScalarType dtype)"
@@ -119,7 +119,8 @@ def _check(op: str, indices: Tensor, weight: Union[Tensor, NF4Weight], lora_A: T
     if indices.device != held.device:
         raise ValueError(f"{op}: indices is on {indices.device}, weight is on {held.device}")
     checks.check_low_rank(op, (weight.shape[1], weight.shape[0]), held, "weight", lora_A, lora_B)
-    # To check the indices on a GPU, the host would have to wait. In a compiled call the CPU kernel checks the indices.
+    # The indices on a GPU are not checked, because the host would have to wait for the GPU. In a compiled call the CPU
+    # kernel checks the indices.
     if indices.device.type == "cpu" and indices.numel() and is_eager(indices) and not checks.under_a_transform():
         for index in map(int, indices.aminmax()):
             if not 0 <= index < weight.shape[0]:

@@ -5,13 +5,13 @@
 
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved: x, S, the seed and, for dg, Z. The sum W + s B A is never formed. The weight of an expert without rows is not
-read, and its norm is not computed.
+Saved: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The weight of an expert without
+rows is not read, and its norm is not computed.
 
-On the CPU a loop over the experts runs each expert's products on all threads. On a GPU one kernel multiplies the rows
-of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and the bias before rounding. For a dense
-bfloat16 weight with many rows, PyTorch's grouped product may run instead. The CUDA kernels read the number of an
-expert's rows on the device, so the host does not wait.
+On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
+On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
+the bias before rounding. For a dense bfloat16 weight with many rows, PyTorch's grouped product may run instead. The
+CUDA kernels read the number of an expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -313,7 +313,7 @@ def dora_experts_weight_norm(
     offsets: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert, without forming the sum.
+    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert. The sum is not stored.
 
     Args:
         weight: frozen ``[E, N, K]``, as :func:`lora_experts` takes it. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``;

@@ -1,8 +1,9 @@
-"""LoRA over a frozen weight, dense or NF4, with an adapter for each sample: a mixed batch in one call.
+"""LoRA over a frozen weight, dense or NF4, for a mixed batch, in which each sample has its own adapter or none.
 
     S_i = x_i A_gᵀ  [tokens, R_g]      Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b  [tokens, N]      g = adapters[i];  -1: none
 
-Backward: for each adapter the backward of :func:`peft_ext.ops.lora_linear` on the adapter's samples. Saved: x and S.
+Backward: for each adapter the backward of :func:`peft_ext.ops.lora_linear` on the adapter's samples. Saved: x and S,
+besides W and the factors A and B.
 
 Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
 """
@@ -123,7 +124,7 @@ def _backward(ctx, grad, _grad_s):
 
 
 def _index(samples: list[int], device: torch.device) -> Union[slice, Tensor]:
-    """Returns an index of these samples: for neighbouring samples a slice, which needs no copy to the device."""
+    """Returns an index of ``samples``: for neighbouring samples a slice, which needs no copy to the device."""
     if samples[-1] - samples[0] + 1 == len(samples):
         return slice(samples[0], samples[-1] + 1)
     return torch.tensor(samples, device=device)
@@ -168,10 +169,10 @@ def grouped_lora_linear(
         scaling: a finite number for each adapter; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and
-    bias, in their own dtypes; saved for backward: x and S ``[T, max R]`` float32. Under autocast x, bias and a dense
-    weight are cast to the autocast dtype, and the adapters are not cast.
+    bias, in their own dtypes; saved for backward, besides the weight and the factors: x and S ``[T, max R]`` float32.
+    Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
 
-    A value of an adapter that is not finite changes only the results of the samples with this adapter.
+    An infinity or a NaN in an adapter changes only the results of the samples with this adapter.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

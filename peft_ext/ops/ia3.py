@@ -4,7 +4,8 @@
 
 Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
-Saved: x and, if l scales the output and dl is needed, Z, or Y (``Z = Y/l``) for a caller that promises not to change Y.
+Saved: x, besides W, b and l; if l scales the output and dl is needed, Z, or on a CPU Y (``Z = Y/l``) for a caller that
+promises not to change Y.
 
 Source: IA3 (arXiv 2205.05638).
 """
@@ -212,7 +213,7 @@ def checked_ia3_linear(
     feedforward: bool,
     saves_y: bool = False,
 ) -> Tensor:
-    """Computes :func:`ia3_linear` without checks of operands that :func:`ia3_linear` would accept."""
+    """Computes :func:`ia3_linear` without checking the arguments, which :func:`ia3_linear` must accept."""
     want_z = not feedforward and not saves_y and ia3_l.requires_grad and torch.is_grad_enabled()
     return _ia3_linear(x, *checks.weight_args(weight), bias, ia3_l, feedforward, want_z)
 

@@ -1,4 +1,4 @@
-"""The layers of one call as flat lists, which an operator's schema can express.
+"""Represents the layers of one call of ``lora_linears`` as flat lists, which an operator's schema can express.
 
 A layer has up to ten tensors: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
 rank_scale and seed. Autograd accepts no None in a list of tensors, so the list ``tensors`` has, layer after layer, only
@@ -80,11 +80,12 @@ def adapters_need(needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]
 
 
 class Listed(NamedTuple):
-    """The checked arguments of a call.
+    """The checked arguments of a call of :func:`peft_ext.ops.lora_linears`.
 
     Attributes:
-        lists: tensors, sizes and numbers, see the module. options: keyword arguments of the reference; each is a list
-            with an entry for each layer. is_wide: whether the reference must compute, see :func:`.wants_reference`.
+        lists: the lists ``tensors``, ``sizes`` and ``numbers``, which the module's docstring explains. options: keyword
+            arguments of the reference; each is a list with an entry for each layer. is_wide: whether the reference must
+            compute the call, see :func:`.wants_reference`.
     """
 
     x: Tensor
@@ -147,5 +148,5 @@ def listed(
 
 
 def no_rank(x: Tensor) -> Tensor:
-    """Returns the empty tensor that stands for S of a layer without an adapter."""
+    """Returns an empty tensor, which stands for S of a layer without an adapter, or for a gradient that is absent."""
     return x.new_empty(0, dtype=common.sum_dtype(x.dtype))

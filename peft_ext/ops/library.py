@@ -3,8 +3,8 @@
 :func:`define` declares an operator's schema, reference, fake and family, :func:`proof` the calls that prove a family's
 kernels on new hardware, :func:`register_autograd` the backward, and :func:`public` the function that users call.
 
-The native libraries only add kernels for the CPU and CUDA dispatch keys. The reference is registered for every backend:
-without a native library, and on a device without a kernel, the dispatcher calls the reference.
+The native code only adds kernels for the CPU and CUDA dispatch keys. The reference is registered for every backend:
+without the native code, and on a device without a kernel, the dispatcher calls the reference.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Operator:
 
     Attributes:
         reference: the function that runs where no kernel is registered.
-        family: name of a group of operators whose CUDA kernels are proved, and dropped, together.
+        family: name of a group of operators whose CUDA kernels are proved together, and switched off together.
         composed: whether the reference calls other operators and therefore runs on every device, so that the operator
             needs no kernel of its own.
-        cuda: whether the CUDA library has a kernel of the operator. For an operator without a CUDA kernel, PyTorch's
-            function, or the reference, runs on a GPU.
+        cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,
+            or the reference, runs on a GPU.
     """
 
     name: str
@@ -143,15 +143,16 @@ def register_autograd(
 ) -> Callable[..., Any]:
     """Registers an operator's backward, and returns a function that calls the operator with all its arguments.
 
-    torch.compile uses the backward that torch.library registers. Eager calls bypass torch.library's autograd, which
-    takes as long as the rest of the Python code before a kernel: an eager call that may need gradients goes through an
-    autograd Function that this function makes, and any other eager call goes to the kernel directly. Operators that
-    take lists of tensors are not supported.
+    torch.compile and tensor subclasses use the backward that torch.library registers. Eager calls on plain tensors
+    bypass torch.library's autograd, which takes as long as the rest of the Python code before a kernel: an eager call
+    that may need gradients goes through an autograd Function that this function makes, and any other eager call goes to
+    the kernel directly. Operators that take lists of tensors are not supported.
 
     ``trained``: the positions of the arguments that can have a gradient, for an operator of which only the first output
-    is differentiable. In an eager call autograd then sees only these arguments, because each argument costs about a
-    microsecond. The returned function returns the first output. ``setup_context`` and ``backward`` read ``ctx.needs``,
-    which has an entry for each argument, instead of ``ctx.needs_input_grad``.
+    is differentiable. In an eager call autograd then sees only the arguments at ``trained``, because each argument
+    costs about a microsecond. With ``trained``, the returned function returns only the operator's first output, and
+    ``setup_context`` and ``backward`` read ``ctx.needs``, which has an entry for each argument, instead of
+    ``ctx.needs_input_grad``.
     """
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     kernel = below_autograd(op)
@@ -180,8 +181,8 @@ def register_autograd(
 def _function(name: str, forward: Callable, backward: Callable) -> Callable[..., Any]:
     """Returns the ``apply`` of a new autograd Function.
 
-    The function is the C++ ``apply`` of the base class. The Python ``apply`` supports torch.func's transforms and takes
-    a tenth of a call.
+    The returned ``apply`` is the C++ method of the base class. PyTorch's Python ``apply``, which is not used, supports
+    torch.func's transforms and takes a tenth of the time of a call.
     """
     made = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return super(torch.autograd.Function, type(name, (torch.autograd.Function,), made)).apply
@@ -192,7 +193,7 @@ def _noting_needs(setup_context: Callable) -> Callable[..., None]:
 
     def run(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.needs = ctx.needs_input_grad[: len(inputs)]  # torch.library adds an argument of its own
+        ctx.needs = ctx.needs_input_grad[: len(inputs)]  # torch.library appends an argument of its own to the inputs
         setup_context(ctx, inputs, output)
 
     return run
@@ -273,7 +274,7 @@ def _outside_autocast(reference: Callable) -> Callable:
 
 
 def by_reference(reference: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Calls a public reference without autocast, for operands that no kernel takes, such as float64.
+    """Calls a function of ``peft_ext.reference`` without autocast, for operands that no kernel takes, such as float64.
 
     PyTorch's autograd differentiates the result.
     """

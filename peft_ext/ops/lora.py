@@ -3,7 +3,8 @@
     x̃ = dropout(x)      S = x̃ Aᵀ  [T, R]      Y = x Wᵀ + (S∘ρ) Bᵀ + b  [T, N]      ρ = s · rank_scale  [R]
 
 Backward: ``P = dY (B∘ρ)``; ``dB = ρ ∘ dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``;
-``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved: x, S and the seed. The backward computes the mask again.
+``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved: x, S and the seed, besides W, A, B and rank_scale. The backward computes
+the mask again.
 
 ``lora_residual`` adds the low-rank term to the result of a base layer of any kind: ``Y = residual + (S∘ρ) Bᵀ``;
 ``dresidual = dY``.
@@ -214,8 +215,9 @@ def lora_linear(
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
-    rank_scale and bias, in their own dtypes; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast
-    x, bias and a dense weight are cast to the autocast dtype, and the adapter is not cast.
+    rank_scale and bias, in their own dtypes; saved for backward, besides the weight and the adapter: x, S ``[T, R]``
+    float32 and the seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapter is
+    not cast.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -245,7 +247,10 @@ def checked_lora_linear(
     dropout_p: float,
     seed: Optional[Tensor] = None,
 ) -> Tensor:
-    """Computes :func:`lora_linear` in training, without checks of operands that :func:`lora_linear` would accept."""
+    """Computes :func:`lora_linear` without checking the arguments, which :func:`lora_linear` must accept.
+
+    A dropout acts if ``dropout_p`` is above 0.
+    """
     seed = common.dropout_seed(seed, dropout_p, True, x.device)
     args = (bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)
     return _lora_linear(x, *checks.weight_args(weight), *args)
@@ -264,7 +269,7 @@ def lora_residual(
     training: bool = False,
     seed: Optional[Tensor] = None,
 ) -> Tensor:
-    """``Y = residual + scaling · (dropout(x) Aᵀ ∘ rank_scale) Bᵀ``: LoRA over a base layer of any kind, called before.
+    """``Y = residual + scaling · (dropout(x) Aᵀ ∘ rank_scale) Bᵀ``: LoRA on the result of a base layer of any kind.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16: the base layer's input.
@@ -272,8 +277,8 @@ def lora_residual(
         lora_A, lora_B, rank_scale, scaling, dropout_p, training, seed: as in :func:`lora_linear`.
 
     Returns: ``[..., N]`` of x's dtype, a new tensor. Sums are in float32 and rounded once. Gradients flow to x,
-    residual, lora_A, lora_B and rank_scale; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast x
-    and residual are cast to the autocast dtype, and the adapter is not cast.
+    residual, lora_A, lora_B and rank_scale; saved for backward, besides the adapter: x, S ``[T, R]`` float32 and the
+    seed. Under autocast x and residual are cast to the autocast dtype, and the adapter is not cast.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -75,7 +75,7 @@ define(
     fake=_quantize_fake,
     family="nf4",
 )
-# The operator has no CUDA kernel: on a GPU the reference runs, which sums with PyTorch's operators.
+# nf4_scale_mean has no CUDA kernel: on a GPU the reference runs, which sums with PyTorch's operators.
 define(
     "nf4_scale_mean",
     "(Tensor absmax) -> Tensor",
@@ -98,8 +98,8 @@ define(
     fake=_dequantize_fake,
     family="nf4",
 )
-# Returns g ∘ (W + s·B A) for a weight W [N, K], rounded once. lora_A [R, K], lora_B [N, R] and row_scale g [N] may have
-# any float dtypes. The operator has no gradient.
+# nf4_dequantize_merged returns g ∘ (W + s·B A) for a weight W [N, K], rounded once. lora_A [R, K], lora_B [N, R] and
+# row_scale g [N] may have any float dtypes. The operator has no gradient.
 define(
     "nf4_dequantize_merged",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
@@ -107,8 +107,8 @@ define(
     fake=_dequantize_fake,
     family="nf4",
 )
-# Quantizes W' = g ∘ (W + s·B A) to Q with the block size of W; error: (Σ (Q - W')², Σ W'²) float64. The operator has no
-# gradient.
+# nf4_merge quantizes W' = g ∘ (W + s·B A) to Q with the block size of W. The result `error` is the float64 tensor
+# (Σ (Q - W')², Σ W'²). The operator has no gradient.
 define(
     "nf4_merge",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling)"
@@ -117,7 +117,7 @@ define(
     fake=_merge_fake,
     family="nf4",
 )
-# The weight may also be a dense tensor of x's dtype.
+# The weight of nf4_linear may also be a dense tensor of x's dtype.
 define(
     "nf4_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
@@ -308,8 +308,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
 def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
     """``Y = X Wᵀ + b`` over a frozen weight, dense or NF4, computed by the operator ``peft_ext::nf4_linear``.
 
-    On a CPU without instructions for products in 16 bits, the kernel widens a panel of W at a time to float32, while
-    PyTorch multiplies a dense 16-bit weight in a plain loop if the CPU has no AVX-512. Y is rounded once.
+    On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel
+    of rows at a time. (PyTorch multiplies such a weight in a plain loop if the CPU has no AVX-512.) Y is rounded once.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``, dense of x's dtype or NF4. bias: ``[N]`` of

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm over the last dimension, in float32 and in one pass over each row.
+"""RMSNorm and LayerNorm over the last dimension, in float32. The forward reads each row from memory once.
 
     x̂ = (x - μ) r      r = 1/√(mean (x - μ)² + eps)      y = x̂ ∘ (w + offset) + b       RMSNorm: μ is 0, no b
 

@@ -1,14 +1,16 @@
-"""Several linear layers of one input as one operator, over frozen weights, dense or NF4, with or without LoRA.
+"""Computes several linear layers of one input in one operator, over frozen weights, dense or NF4, each with LoRA or
+without an adapter.
 
     x̃_i = mask_i/(1-p_i) ∘ x      S_i = x̃_i A_iᵀ      Y_i = x W_iᵀ + (S_i∘ρ_i) B_iᵀ + b_i
 
 Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, and each layer's own gradients as in :mod:`.lora`.
-Saved: x, S of each layer, and the seeds.
+Saved: x, S of each layer, and the seeds, besides the weights and the adapters.
 
-On the CPU, where peft_ext's tiles multiply, x is packed once for all weights. The dX of layers whose panels of W fit a
-core's cache together is summed in float32 and rounded once; otherwise each layer's dX is added to the rounded sum of
-the layers before. On a GPU the forward runs :func:`lora_linear` layer by layer. The backward on a GPU writes the
-low-rank terms of dX first, and adds the products with the weights to these terms.
+On the CPU paths with bfloat16 tiles, x is packed once for all weights that the tiles multiply. If the panels of the
+layers' weights fit into a core's cache together, the layers' terms of dX are summed in float32 and rounded once;
+otherwise each layer's dX is added to the rounded sum of the layers before. On a GPU the forward runs
+:func:`lora_linear` layer by layer. The backward on a GPU writes the low-rank terms of dX first, and adds the products
+with the weights to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """

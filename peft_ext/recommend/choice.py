@@ -42,7 +42,7 @@ def recommend_peft_method(
     accelerated: bool = True,
     headroom: float = 0.1,
 ) -> Recommendation:
-    """Returns the first method for the task and the data that fits the card, in the first setting that fits.
+    """Recommends the first method for the task and the data that fits the card, in the first setting that fits.
 
     The number of examples decides the method:
 
@@ -54,12 +54,12 @@ def recommend_peft_method(
     - For 50,000 examples or more: rsLoRA of rank 64, since LoRA lacks capacity on large data (arXiv 2405.09673) and a
       larger rank learns no more without rsLoRA's scale (arXiv 2312.03732).
     - For an encoder with biases and fewer than a billion parameters that classifies, with 100 to 9,999 examples or an
-      unknown number: BitFit, which competes there with full fine-tuning (arXiv 2106.10199).
+      unknown number: BitFit, which is competitive with full fine-tuning for small encoders (arXiv 2106.10199).
 
     With ``prefer="quality"`` and at least 100 examples, or an unknown number, DoRA comes first (arXiv 2402.09353); its
-    rank is 32 where LoRA's rank would be 16. Prompt tuning competes only from 10 billion parameters on (arXiv
-    2104.08691). Prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters (arXiv
-    2303.10512). Bottleneck adapters (arXiv 1902.00751) can't be merged.
+    rank is 32 where LoRA's rank would be 16. Prompt tuning is competitive only from about 10 billion parameters
+    on (arXiv 2104.08691). Prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters
+    (arXiv 2303.10512). Bottleneck adapters (arXiv 1902.00751) can't be merged.
 
     The memory decides the setting. The order of the settings is: dense weights; dense weights with gradient
     checkpointing (arXiv 1604.06174); NF4 weights with double quantization, with which QLoRA matched 16-bit fine-tuning
@@ -82,8 +82,8 @@ def recommend_peft_method(
         optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
         headroom: share of the card that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
 
-    Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` say which
-    card, sequence length or model size would fit.
+    Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` name a
+    larger card, a shorter sequence or a smaller model that would fit, where there is one.
 
     Raises: TypeError or ValueError for a wrong argument; the message names the argument and the wanted values.
     """

@@ -28,7 +28,7 @@ class Candidate:
 
 
 def ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[Candidate]:
-    """Returns the methods that the task allows, best first, and full fine-tuning at the end."""
+    """Returns the methods that the task and the model allow, best first, and full fine-tuning at the end."""
     n = num_examples
     few, small, large = (n is not None and n < _FEW), (n is not None and n < _SMALL), (n is not None and n >= _LARGE)
     examples = "an unknown number of examples" if n is None else f"{n:,} examples"

@@ -1,4 +1,4 @@
-"""The search for the first method of the ranking that fits the card, and for the first setting in which it fits."""
+"""Searches for the first method of a ranking that fits the card, and for the first setting in which the method fits."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Search:
         settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
         settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
         self.settings = settings
-        # For a method and a setting: the step's memory; the error of PEFT or the model; None for a method that can't
-        # work.
+        # By method and setting: the memory of a training step; the error that PEFT or the model raised; or None where
+        # the method can't work in the setting.
         self._known: dict[tuple[str, _Setting], Union[MemoryEstimate, Exception, None]] = {}
 
     def _has_room(self, memory: Optional[MemoryEstimate]) -> bool:
@@ -120,13 +120,13 @@ class Search:
         )  # fmt: skip
 
     def _outcome(self, candidate: Candidate, settings: Sequence[_Setting]) -> tuple[Optional[str], bool]:
-        """Returns the first error among the tried settings, or None, and whether the method works in one of them."""
+        """Returns the first error among the tried settings, or None; and whether the method works in any of them."""
         found = [self._known.get((candidate.method, setting)) for setting in settings]
         error = next((first_line(one) for one in found if isinstance(one, Exception)), None)
         return error, any(isinstance(one, MemoryEstimate) for one in found)
 
     def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
-        """Returns why the method works in none of ``settings``; None where it works in one, or no setting failed."""
+        """Returns why the method works in none of ``settings``; None where a setting works, or none raised an error."""
         error, works = self._outcome(candidate, settings)
         return None if error is None or works else f"it can't adapt this model ({error})"
 
@@ -169,7 +169,8 @@ class Search:
     def _nothing(self, ranked: list[Candidate]) -> Recommendation:
         """Returns the recommendation for a card that no method fits.
 
-        It has the memory of the method that needs the least, and says which card, length or model size would fit.
+        The recommendation has the memory of the method that needs the least memory. The reasons name a larger card, a
+        shorter sequence or a smaller model that would fit, where there is one.
         """
         setting = self.settings[-1]
         needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]

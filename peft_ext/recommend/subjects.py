@@ -54,7 +54,7 @@ class Given:
         self._fields = {method: adapter_fields(built, method) for method in METHODS}
 
     def fields(self, method: str) -> dict[str, Any]:
-        """Returns the fields of a method's configuration that this model's experts need; {} without experts."""
+        """Returns the configuration's fields for a method on the model's experts; {} for a model without experts."""
         return self._fields.get(method, {})
 
     def profile(self, **kwargs: Any) -> Profile:
@@ -110,7 +110,7 @@ def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, em
 
 
 def _family(size: float, task: str, positions: int, is_encoder: bool) -> tuple[int, Callable[[int], Any]]:
-    """Returns the layers of a model of ``size`` parameters, and a function from numbers of layers to configurations."""
+    """Returns the number of layers for ``size`` parameters, and a function from a number of layers to a config."""
     import transformers as hf
 
     small, tied = size < 1e9, size < 4e9

@@ -6,8 +6,9 @@
 
     result = finetune(Options(model="my/model", data="my.jsonl", output="outputs/mine"))
 
-A run reads the data, holds a part of the data out, quantizes the base, trains an adapter with transformers' Trainer,
-saves the adapter, and lets stock PEFT load the saved adapter. The modules of peft_ext.run in reading order::
+A run reads the data, holds a part of the data out, quantizes the base where the options say so, trains an adapter with
+transformers' Trainer, saves the adapter, and checks that the saved files give the trained adapter again. The modules of
+peft_ext.run in reading order::
 
     options.py      options of a run              config.py      options in a YAML file
     prepare.py      checks before the weights     data.py        records, split, tokens

@@ -1,7 +1,8 @@
 """The output folder of a run: its lock, its checkpoints, and the checkpoint that a resumed run starts from.
 
-The Trainer writes a checkpoint, and :func:`peft_ext.files.seal` then seals the whole checkpoint. A run never resumes
-from a checkpoint that a killed run left half written, or whose files have changed since the checkpoint was sealed.
+The Trainer writes a checkpoint, and :func:`peft_ext.files.seal` then adds a list of the checkpoint's files with their
+SHA-256. A run resumes neither from a checkpoint without a list, which a killed run left half written, nor from a
+checkpoint whose listed files have changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .progress import log
 PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"
-# Error numbers by which a file system says that it has no locks. On such a file system a run works without a lock.
+# Error numbers by which a file system says that it has no locks. On a file system without locks a run works without a
+# lock.
 _NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
 
 
@@ -58,8 +60,9 @@ def read_record(o: Options) -> dict[str, Any]:
 def check_output(o: Options) -> Optional[Path]:
     """Checks the output folder and returns the checkpoint to resume from; None without --resume.
 
-    Raises RunError where the folder can't be written to, where it is not empty and neither --resume nor --overwrite is
-    given, and where --resume finds no whole checkpoint or other options.
+    Raises RunError where the folder can't be written to, and where it is not empty and neither --resume nor --overwrite
+    is given. With --resume, raises RunError where no checkpoint is whole, or where an option in SAME_ON_RESUME differs
+    from the option of the earlier run.
     """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
@@ -79,7 +82,7 @@ def check_output(o: Options) -> Optional[Path]:
 
 
 def check_same_data(o: Options, digest: str) -> None:
-    """Raises RunError where ``digest``, of the data's records, differs from the digest in the folder's run.json."""
+    """Raises RunError where ``digest``, of the data's records, differs from the digest in the earlier run.json."""
     examples = read_record(o).get("examples")
     before = examples.get("digest") if isinstance(examples, dict) else None
     if before not in (None, digest):
@@ -117,7 +120,7 @@ def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
 
 
 def how_to_go_on(o: Options) -> str:
-    """Returns the end of an error message, which names the checkpoint to resume from; "" where none is sealed."""
+    """Returns the end of an error message, naming the checkpoint to resume from; "" without a sealed checkpoint."""
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)
@@ -132,7 +135,10 @@ def remove_unsealed(o: Options) -> None:
 
 
 def saving_callback(stop: Stop) -> Any:
-    """Returns a Trainer callback: saves a checkpoint and stops where signals ask for this, and seals checkpoints."""
+    """Returns a Trainer callback that seals each saved checkpoint.
+
+    After a step the callback also saves a checkpoint, or saves one and stops the training, where a signal asked for it.
+    """
     from transformers import TrainerCallback
 
     class Saver(TrainerCallback):
@@ -174,10 +180,10 @@ def own_output(o: Options, checkpoint: Optional[Path]) -> Iterator[None]:
 def sole_writer(folder: Path) -> Iterator[None]:
     """Locks ``folder``, which must exist, against other runs until the block ends.
 
-    The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps this file when it replaces the
-    folder. The system releases the lock when the process ends for any reason.
+    The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps the lock file in a folder that
+    it replaces. The system releases the lock when the process ends for any reason.
 
-    Raises RunError where another process holds the lock.
+    Raises RunError where another process holds the lock. On a file system without locks the folder is not locked.
     """
     from filelock import FileLock, Timeout
 
@@ -194,7 +200,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before the release: a filelock that has locked a removed file tries again
+            path.unlink()  # removed while locked: a waiting FileLock that then locks the removed file tries again
         lock.release()
 
 

@@ -8,9 +8,10 @@
     lr: 1e-4
     target-modules: [q_proj, v_proj]
 
-Names are the flags' names, with dashes or underscores. PyYAML parses the file; the option's type decides how the text
-of a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. A file can't execute
-code, include another file or use an environment variable; only a leading ``~`` of a path is expanded.
+The names in the file are the names of the flags, with dashes or underscores. PyYAML parses the file; the option's type
+decides how the text of a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. A
+file can't execute code, include another file or use an environment variable; only a leading ``~`` of a path is
+expanded.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ FILE = "finetune.yaml"  # name of the file in a run's output folder that has the
 
 _MOST_BYTES, _DEEPEST = 1_000_000, 3
 _SHOWN = 40  # most characters of a value that an error message shows
-_FLAGS = ("resume", "overwrite")  # refused in a file: the file would resume or replace a run unasked
+_FLAGS = ("resume", "overwrite")  # flags that a file may not have: the file would resume or replace a run unasked
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-# Numbers as they are usually written. YAML 1.1 reads 010 as octal and 1:30 as a time, Python reads 1_000 and nan.
+# Regular expressions of numbers as people usually write them. YAML 1.1 reads 010 as octal and 1:30 as a time, and
+# Python's int and float accept 1_000 and nan.
 _NUMBERS = {int: r"[-+]?(0|[1-9][0-9]*)", float: r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"}
 _READ = {int: int, float: float, str: str, Path: lambda text: Path(os.path.expanduser(text))}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -54,7 +56,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The options that a file sets: ``values`` and ``lines`` are each option's value and line number, by its name."""
+    """The options that a file sets. ``values`` has the values and ``lines`` the line numbers, by the option's name."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +82,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
     not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type; an alias, an
     anchor or a tag. Where the error is in one line of the file, the message has the line's number.
     """
-    path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
+    path = Path(os.path.expanduser(path))  # Path.expanduser would raise for an unknown user
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
@@ -95,7 +97,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
         if name in config.lines:
             _fail(path, key, f"{name} is there twice, first in line {config.lines[name]}: leave one out")
         config.lines[name] = key.start_mark.line + 1
-        if (value := _convert(path, name, wanted[name], node)) is not None:  # None stands for the default
+        if (value := _convert(path, name, wanted[name], node)) is not None:  # None stands for the option's default
             config.values[name] = value
     return config
 
@@ -103,7 +105,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 def merged(options: Any, config: Optional[Config], flags: dict[str, Any]) -> Any:
     """Returns ``options`` with the values of ``config`` and of ``flags``; a flag overrules the value in the file."""
     values = {} if config is None else dict(config.values)
-    if flags.keys() & {"max_steps", "epochs"}:  # either flag drops both of the file's values
+    if flags.keys() & {"max_steps", "epochs"}:  # --max-steps or --epochs drops the file's values of both options
         values = {name: value for name, value in values.items() if name not in ("max_steps", "epochs")}
     return dataclasses.replace(options, **{**values, **flags})
 
@@ -150,7 +152,7 @@ def _parsed(path: Path) -> Any:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(filter(None, (error.context, error.problem)))
         raise RunError(f"{path}:{mark.line + 1}: not YAML: {reason} (column {mark.column + 1})") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: an escape such as "\UFFFFFFFF"
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the escape "\UFFFFFFFF" raises ValueError
         raise RunError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
 
 

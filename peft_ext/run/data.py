@@ -3,10 +3,10 @@
 The columns of a record tell its kind:
 
 * A column ``text`` holds documents. Documents are joined, with an end token after each document, and cut into blocks.
-  The loss is on every token.
+  All tokens of a document have a loss.
 * The columns ``prompt`` and ``completion`` (or ``instruction``, ``input`` and ``output``; or ``question`` and
-  ``answer``) hold prompts and completions. The loss is on the completion.
-* A column ``messages`` holds conversations. The loss is on the turns of the assistant.
+  ``answer``) hold prompts and completions. Only the completion has a loss.
+* A column ``messages`` holds conversations. Only the turns of the assistant have a loss.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Corpus:
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def sample_prompt(self) -> str:
-        """Returns a prompt from the first held-out record: the beginning of a text, or the user's first question."""
+        """Returns a prompt of the first held-out record: a text's beginning, or the message before the first answer."""
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
@@ -72,7 +72,8 @@ class Examples:
 
     Attributes:
         truncated: number of conversations that were cut at the block size.
-        left_out: number of conversations that were left out, because they have no token with a loss within it.
+        left_out: number of conversations that were left out, because no token within the
+            block size has a loss.
     """
 
     train: list[Row]
@@ -137,7 +138,7 @@ def _read(spec: str) -> Iterator[Row]:
     try:
         path = Path(spec).expanduser()
         path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # the name is too long, or has "~" with an unknown user
+    except (OSError, RuntimeError) as error:  # the data's name is too long, or has "~" with an unknown user
         raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
@@ -178,7 +179,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    # Splits at "\n" alone: str.splitlines() also splits at characters such as U+2028, which a JSON string may contain.
+    # Splits only at "\n": str.splitlines() also splits at characters such as U+2028, which a JSON string may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
@@ -199,7 +200,7 @@ def _row(where: str, value: Any) -> Row:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    # StringIO splits at line ends alone: str.splitlines() also splits fields at characters such as U+2028.
+    # StringIO splits only at line ends: str.splitlines() also splits fields at characters such as U+2028.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     longest = csv.field_size_limit(len(text) + 1)
     try:
@@ -314,7 +315,7 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
     random.Random(seed).shuffle(order)
     size = [len(r) if by_length else 1 for r in records]
     wanted, held, total = fraction * sum(size), set(), 0
-    for index in order[:-1]:  # the last record always stays for training
+    for index in order[:-1]:  # the last record in the shuffled order stays for training
         if held and total + size[index] / 2 > wanted:
             continue
         held.add(index)
@@ -385,7 +386,7 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
         # The template renders the conversation before and after each turn of the assistant. The loss is on the text
-        # that the turn adds.
+        # that a turn of the assistant adds.
         ids: list[int] = []
         labels: list[int] = []
         done = ""

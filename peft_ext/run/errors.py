@@ -23,7 +23,7 @@ class RunError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised where a signal ends the run at once: SIGINT, SIGTERM or SIGHUP outside of training, or a second of them.
+    """Raised where SIGINT, SIGTERM or SIGHUP ends the run at once: outside of training, or as the second such signal.
 
     ``signal`` is the signal's number.
     """
@@ -59,7 +59,7 @@ def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
 
 # The classes of errors that transformers, tokenizers and PEFT raise for unusable files and configurations.
 REFUSALS = (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError, ArithmeticError)
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of error messages of PyTorch and of peft_ext
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of out-of-memory messages
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -75,7 +75,7 @@ def out_of_memory(error: BaseException) -> bool:
 def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
     """Raises RunError where the block raises an OSError, or the error of a full disk or a full memory.
 
-    A BrokenPipeError stays as it is.
+    A BrokenPipeError is raised unchanged.
 
     Args:
         output: the folder that the run writes to.
@@ -130,7 +130,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        with contextlib.suppress(OSError):  # the terminal of standard error is gone
+        with contextlib.suppress(OSError):  # raised where the terminal of standard error is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,
                   flush=True)  # fmt: skip
 

@@ -17,7 +17,7 @@ from .prepare import Run
 from .progress import bar, status
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
-HELD_OUT_POINTS = 4  # number of evaluations during training, without the evaluations before and after training
+HELD_OUT_POINTS = 4  # most evaluations during training, without the evaluations before and after training
 HELD_OUT_SHARE = 1 / 4  # tokens of all evaluations during training, as a share of the tokens trained on
 SAMPLES = 3  # most held-out prompts that the model answers in addition to the user's prompt
 REREAD = 2  # number of held-out examples for which the logits of the re-read adapter are compared
@@ -92,7 +92,7 @@ def curve_examples(run: Run) -> list[int]:
 
 
 def sample_prompts(run: Run) -> list[dict[str, Any]]:
-    """Returns the prompts to answer: the user's or a default prompt, then held-out prompts with the data's answers."""
+    """Returns the prompts to answer: the user's or a default prompt, then up to SAMPLES prompts of held-out records."""
     prompt = run.options.prompt
     if prompt is None:
         prompt = DEMO_PROMPT if run.corpus.where == PYTHON_DOCS else run.corpus.sample_prompt()
@@ -144,7 +144,7 @@ def continued(
         if has_prompt:
             out = greedy(model, ids, count, temperature)
         else:
-            out = model.generate(  # num_beams and more are set, because a model's generation_config may be hostile
+            out = model.generate(  # overrides huge values of an untrusted generation_config
                 **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
                 pad_token_id=tokenizer.pad_token_id, **(draws if temperature else {"do_sample": False}),
             )  # fmt: skip
@@ -198,8 +198,8 @@ class Check:
 def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     """Compares the logits of the trained model with those of ``fresh_base()`` with the saved adapter.
 
-    Both models run PEFT's own code, and the trained model stays unaccelerated. Models with experts over NF4 are
-    compared accelerated, because PEFT itself can't adapt these experts.
+    Both models run PEFT's own code. The trained model is not accelerated again afterwards. Models with experts over NF4
+    are compared accelerated, because PEFT itself can't adapt these experts.
     """
     from peft import PeftConfig, PeftModel
 

@@ -33,11 +33,12 @@ def _option(default: Any, text: str, panel: Optional[str] = None, least: Optiona
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, named as on the command line. The defaults are the run of ``peft-ext finetune`` alone.
+    """The options of a run, named as on the command line. ``Options()`` is the run of ``peft-ext finetune`` without
+    flags.
 
-    None means the default that the description names. ``target_modules`` and ``target_parameters`` may be lists of
-    names. Where ``target_parameters`` apply, ``dropout`` acts on the experts only: PEFT's configuration has no dropout
-    for layers beside adapted parameters.
+    The value None stands for the default that the option's description names. ``target_modules`` and
+    ``target_parameters`` may be lists of names. Where ``target_parameters`` apply, ``dropout`` acts on the experts
+    only: PEFT's configuration has no dropout for layers beside adapted parameters.
     """
 
     model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, hub name, or "{DEMO_MODEL}".', "Model")
@@ -101,7 +102,7 @@ class Options:
         return names if self.method == Options.method else ["method", *names]
 
 
-# _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: all other options.
+# _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "save_steps", "gradient_checkpointing", "threads", "resume",
                    "overwrite", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
@@ -159,7 +160,8 @@ def check_options(o: Options) -> None:
         if option.name in _RANGES:
             good, wanted = _RANGES[option.name]
         elif least is not None:
-            good, wanted = (lambda v: least <= v <= _MOST), f"{least} to {_MOST}"  # noqa: B023  called in this turn
+            # The lambda is called before the loop changes ``least``.
+            good, wanted = (lambda v: least <= v <= _MOST), f"{least} to {_MOST}"  # noqa: B023
         else:
             continue
         if value is not None and not good(value):

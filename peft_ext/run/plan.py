@@ -1,8 +1,9 @@
-"""A dry run: the model, data, memory, steps and files of a run, without weights and without writing a file.
+"""A dry run: plans the model, data, memory and steps of a run, without loading weights and without the run's files.
 
 The dry run makes the run's checks, tokenizes the data, counts the steps, and builds the model on the meta device. Each
 parameter is then replaced by a tensor of one element that is expanded to the parameter's shape. The checks of fused
-layers read shapes, dtypes and types only, so these tensors pass like real weights. The dry run estimates no times.
+layers do not read the values of weights, so tensors without values pass like real weights. The dry run estimates no
+times.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .progress import status
 
 @dataclass(frozen=True)
 class Preview:
-    """An adapter on a model, predicted from configurations alone.
+    """An adapter on a model, predicted without the model's weights.
 
     Attributes:
         rows: the predicted rows of :func:`peft_ext.explain`, one for each layer.
@@ -91,9 +92,9 @@ class Plan:
 
 
 def dry_run(options: Options) -> Plan:
-    """Makes the checks of a run that need no weights, and returns the plan of the run.
+    """Makes the checks of a run that are possible without the weights, and returns the plan of the run.
 
-    Raises RunError where one of these checks fails.
+    Raises RunError where a check fails.
 
     ::
 
@@ -154,7 +155,7 @@ def preview(
         device: device of the run.
         batch_size, sequence_length, gradient_checkpointing, padding: the training step whose memory is estimated, with
             arguments of :func:`peft_ext.estimate_memory`.
-        stock: whether all layers are PEFT's own layers, and none is fused.
+        stock: whether the layers stay PEFT's own layers, without fused layers.
 
     Raises the errors of PEFT for a configuration that does not fit the model.
     """

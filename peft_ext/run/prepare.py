@@ -1,6 +1,6 @@
 """The preparation of a run, without the weights: checks, data, tokenizer, configuration, number of steps.
 
-Errors in options, data, tokenizer and configurations are raised here, before the run loads weights.
+This module raises the errors in options, data, tokenizer and configurations, before the run loads weights.
 """
 
 from __future__ import annotations
@@ -94,10 +94,11 @@ class Run:
 
 
 def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: bool = True) -> Run:
-    """Makes the checks that need no weights, and returns the run. Raises RunError where a check fails.
+    """Makes the checks that are possible before the weights are loaded, and returns the run.
 
-    Sets the number of threads in this process, and turns off progress bars and some warnings of transformers, PEFT,
-    accelerate and bitsandbytes. Without ``reads_weights`` the default model is not unpacked.
+    Raises RunError where a check fails. Sets the number of threads in this process, and turns off progress bars and
+    some warnings of transformers, PEFT, accelerate and bitsandbytes. Without ``reads_weights`` the default model is not
+    unpacked.
     """
     check_options(options)
     options = options.resolved()
@@ -182,7 +183,7 @@ def _model_folder(run: Run) -> str:
 def _packed_folder(run: Run) -> str:
     """Returns the model's folder for a dry run.
 
-    Where the default model is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
+    For the default model, where it is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
     """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
         return _model_folder(run)
@@ -248,7 +249,7 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # accelerate() freezes ranknum too: AdaLoRA's number of ranks, a parameter
+            freeze_ranknum(model)  # as accelerate() does; ranknum is AdaLoRA's number of ranks
     return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -1,6 +1,6 @@
 """The progress of a run: lines of :mod:`logging`, and bars and status lines on a terminal.
 
-The logger ``peft_ext.run`` gets a line for each event of a run, and a warning where the user should act. A program that
+The logger ``peft_ext.run`` gets lines about the run, and a warning where the user should act. A program that
 wants to print the lines configures logging, for example::
 
     logging.basicConfig(format="%(message)s")
@@ -23,7 +23,7 @@ log = logging.getLogger("peft_ext.run")
 
 
 def quiet() -> None:
-    """Turns off transformers' progress bars, and log messages and warnings of the libraries that need no action."""
+    """Turns off transformers' progress bars, and the warnings of transformers, PEFT, accelerate and bitsandbytes."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
     # PEFT passes the prefixes of prefix tuning in the argument past_key_values.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
@@ -50,7 +50,7 @@ def bar(
     """Yields ``items``, and shows a bar where standard error is a terminal.
 
     The bar shows ``text`` and the name that ``each`` returns for the current item. tqdm draws the bar between two
-    items, in the thread of the items. Beside this thread only tqdm's monitor thread runs, which wakes every ten
+    items, in the thread that iterates over the items. The bar adds only tqdm's monitor thread, which wakes every ten
     seconds.
     """
     from tqdm import tqdm
@@ -67,7 +67,7 @@ def bar(
 def progress_callback(steps: int) -> Any:
     """Returns a Trainer callback that shows a progress bar where standard error is a terminal.
 
-    Elsewhere the callback writes at most 39 log lines, and about 20 in a long run.
+    Without a terminal the callback writes at most 39 log lines, and about 20 in a long run.
     """
     from transformers import ProgressCallback, TrainerCallback
 

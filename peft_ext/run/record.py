@@ -145,11 +145,11 @@ def recording_callback(record: Record) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" not in (logs or {}) or not state.log_history:
                 return
-            state.log_history[-1].update(self.entry)  # the Trainer has appended a copy of ``logs``
+            state.log_history[-1].update(self.entry)  # the Trainer has appended a copy of logs to log_history
             if "held_out_loss" in self.entry:
                 try:
                     record.write()
-                except OSError as error:  # training goes on; run.json is written again at the end
+                except OSError as error:  # training goes on, because run.json is written again at the end
                     log.warning(f"{error.filename or run.options.output}: {error.strerror}")
 
     return Recorder()
@@ -158,7 +158,8 @@ def recording_callback(record: Record) -> Any:
 def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
     """Returns the bytes of weights, adapter, gradients and optimizer states in memory after an optimizer step.
 
-    Gradients are not freed yet. Each storage is counted once. "optimizer" includes the scores that AdaLoRA keeps.
+    The step's gradients are not freed yet, so they count. Each storage is counted once. "optimizer" includes the scores
+    that AdaLoRA keeps.
     """
     seen: set[int] = set()
 

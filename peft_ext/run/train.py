@@ -1,9 +1,9 @@
 """A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
 
-Before training, a run makes all checks, loads and quantizes the model, measures the model's held-out loss, and lets
-the model answer prompts. Then the run adds the adapter, accelerates and trains the model, and saves the adapter. After
-training, the run measures the held-out loss and lets the model answer again. At last stock PEFT loads the saved
-adapter, and the run compares the logits of that model with the logits of the trained model.
+Before training, a run checks options and data, loads the model (quantized where the options say so), measures the
+model's held-out loss, and lets the model answer prompts. Then the run adds the adapter, accelerates the model unless
+the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the model
+answer again. At last PEFT loads the saved adapter into a fresh base, and the run compares the logits of both models.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def train(run: Run) -> Result:
         write_config(run.options.output / CONFIG_FILE, run.options)
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
-        resumed: list[int] = []  # the steps after which this run, or an earlier call of it, resumed
+        resumed: list[int] = []  # the steps after which this call, or earlier calls, resumed the run
         if run.checkpoint is not None:
             earlier = checkpoints.read_record(run.options).get("resumed")
             resumed = [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
@@ -139,7 +139,7 @@ def train(run: Run) -> Result:
         }  # fmt: skip
         try:
             return _train(run, record, model)
-        except BaseException:  # Ctrl-C twice, no memory left: run.json keeps the results up to now
+        except BaseException:  # such as a second Ctrl-C: run.json keeps the results up to now
             with contextlib.suppress(Exception):
                 record.write()
             raise
@@ -250,8 +250,8 @@ def adapt(run: Run, model: Any) -> Any:
     config = adapter_config(run, model)
     register_layers(config, model)
     model = get_peft_model(model, config)
-    # PEFT draws other random numbers for layers over bitsandbytes' layers. A second initialization makes the adapters
-    # of a run with --stock and of a run without --stock equal.
+    # PEFT draws other random numbers for layers over bitsandbytes' layers. A second initialization makes the LoRA
+    # adapters of a run with --stock and of a run without --stock equal.
     set_seed(run.options.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and run.options.method in ("lora", "rslora", "qlora"):
@@ -346,7 +346,8 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(progress_callback(run.steps))  # after the removal, which would remove this callback too
+    # progress_callback is added after the removal of ProgressCallback, which would remove a subclass too.
+    trainer.add_callback(progress_callback(run.steps))
     return trainer
 
 

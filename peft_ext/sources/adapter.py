@@ -1,4 +1,4 @@
-"""Checks the files of an untrusted adapter before PEFT reads them. Each error is one line.
+"""Checks the files of an untrusted adapter before PEFT reads them. The message of each error is one line.
 
 adapter_config.json must be a JSON object with a known method, fields of the right types, and no size beyond the
 weights' sizes. adapter_model.safetensors must have a header that the safetensors library accepts, and float dtypes
@@ -35,8 +35,8 @@ with required("peft", "a saved adapter's configuration"):
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 
-# Initializations from a decomposition of the base weight. Their rank is at most the shorter side of the weight, but r
-# in the configuration may be larger: PEFT allocates tensors of rank r before PEFT truncates the tensors.
+# Initializations from a decomposition of the base weight. PEFT first allocates tensors of the rank r in the
+# configuration, and then truncates these tensors to the shorter side of the weight. A saved r may therefore be larger.
 _TRUNCATING = ("pissa", "olora")
 
 
@@ -54,7 +54,7 @@ def read_config(file: Path) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # a name that is imported for type checkers alone: PEFT's own checks remain
+    except (NameError, TypeError):  # an annotation has a name that only type checkers import; PEFT's own checks remain
         hints = {}
     for field in dataclasses.fields(config_class):
         value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
@@ -64,7 +64,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    path = values.get("prompt_tuning_init_state_dict_path")  # a saved adapter does not need the file
+    path = values.get("prompt_tuning_init_state_dict_path")  # a saved adapter does not need the file at this path
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
@@ -92,7 +92,7 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Returns whether JSON's ``value`` fits a field of this annotation. An unknown annotation fits any value."""
+    """Returns whether JSON's ``value`` fits a field's annotation ``hint``. An unknown annotation fits all values."""
     arguments = typing.get_args(hint)
     kind = typing.get_origin(hint) or hint
     if kind in (Union, types.UnionType):
@@ -132,7 +132,9 @@ def checked_config(folder: Path) -> PeftConfig:
 
 
 def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
-    """Yields field, size and largest accepted size of the tensors that PEFT allocates before it reads the weights."""
+    """Yields, for each field that gives a size of tensors that PEFT allocates before it reads the weights, the field's
+    name, its value and the largest accepted value.
+    """
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method == "LORA":
         if str(config.init_lora_weights).startswith(_TRUNCATING):
@@ -140,7 +142,7 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # the weights have the remaining ranks; rank_pattern lists all ranks of the start
+    elif method == "ADALORA":  # saved weights lack the pruned ranks; rank_pattern has an entry for each initial rank
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:

@@ -57,16 +57,16 @@ for number, pattern in enumerate(patterns):
 
 
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields, for each expression of the configuration, its field, each pattern built around it, and the expression.
+    """Yields (field, pattern, expression) for each pattern that is built around an expression of the configuration.
 
-    Leaves out plain names.
+    Expressions that are plain names are left out.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in _FORMS:
             forms = _FORMS[field.name]
             if not isinstance(value, str) and forms == (_WHOLE,):
-                continue  # PEFT compares a list of names for equality
+                continue  # PEFT does not match the names of a list as regular expressions
             given = [value] if isinstance(value, str) else list(value or ())
         elif field.name.endswith("_pattern") and isinstance(value, dict):
             forms, given = _OF_A_KEY, list(value)
@@ -78,9 +78,9 @@ def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[float] = None) -> None:
-    """Raises ValueError, one line, where an expression of ``config`` is invalid or does not end within ``seconds``.
+    """Raises ValueError, one line, where an expression of ``config`` is invalid or matching takes over ``seconds``.
 
-    A child process matches each expression against the name of each module of ``model``. Without an interpreter to
+    One child process matches all expressions against the names of all modules of ``model``. Without an interpreter to
     start (``sys.executable``), nothing is checked.
     """
     asked = list(_expressions(config))

@@ -1,4 +1,4 @@
-"""Reads untrusted JSON files, and shows values and errors on one line."""
+"""Reads untrusted JSON files, and formats values and errors as one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a JSON {type(values).__name__}, wanted an object")
     level: list[Any] = [values]
-    for _ in range(_DEEPEST):  # PEFT and transformers walk nested values by recursion
+    for _ in range(_DEEPEST):  # limited, since PEFT and transformers recurse over nested values
         level = [
             child
             for value in level
@@ -44,7 +44,8 @@ def read_object(file: Path) -> dict[str, Any]:
 def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
     """Returns the value of the JSON ``text``.
 
-    Raises ValueError, one line: ``where``, the line number if ``has_lines``, and the reason.
+    Raises ValueError with a message of one line: ``where``, the line number of a syntax error if ``has_lines``, and the
+    reason.
     """
     try:
         return json.loads(text)
@@ -69,7 +70,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
-    """Raises errors of ``kinds`` as ``kind``. The message is ``about``, the error's first line and ``after``."""
+    """Raises errors of ``kinds`` as ``kind``, with the message ``about``, the error's first line and ``after``."""
     try:
         yield
     except kinds as error:
@@ -77,7 +78,7 @@ def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], af
 
 
 def shown(value: object) -> str:
-    """Returns ``repr(value)``, shortened to at most ``_SHOWN`` characters."""
+    """Returns ``repr(value)``, or words where ``repr`` fails, shortened to at most ``_SHOWN`` characters."""
     try:
         text = repr(value)
     except ValueError:  # Python's repr refuses an integer with thousands of digits

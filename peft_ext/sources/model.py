@@ -1,8 +1,8 @@
-"""Reads untrusted models: folder, configuration, class, quantization and weights. Each error is one line.
+"""Reads untrusted models: folder, configuration, class, quantization and weights.
 
-config.json must be a JSON object with at most MOST_LAYERS layers and experts. The index may name only safetensors files
-in the index's own folder. The weights may be dense, or quantized to bitsandbytes' NF4. Code in the model's folder is
-never run.
+The message of each error is one line. config.json must be a JSON object in which no number of layers or experts is
+above MOST_LAYERS. The index may name only safetensors files in the index's own folder. The weights may be dense, or
+quantized to bitsandbytes' NF4. Code in the model's folder is never run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a path too long, a loop of links, ~ of an unknown user
+    except (OSError, RuntimeError, ValueError) as error:  # a too long path, a loop of links, or ~ of an unknown user
         why = getattr(error, "strerror", None) or first_line(error)
         raise SourceError(f"{what} is {text[:60]}: {why}") from error
     if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
@@ -92,13 +92,13 @@ def read_model_config(folder: Path) -> Any:
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
     with raised_as(SourceError, f"model {folder}: ", Exception):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, transformers may prompt
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, transformers asks the user
 
 
 def check_model_config(file: Path) -> None:
-    """Raises ValueError, one line, where ``file`` is no JSON object, or has a wrong size.
+    """Raises ValueError, one line, where ``file`` is no JSON object, or gives the model a size that is out of range.
 
-    A size is wrong if it is a number of layers or experts above ``MOST_LAYERS``, or a field of ``_POSITIVE`` below 1.
+    A number of layers or experts may be at most ``MOST_LAYERS``, and a field of ``_POSITIVE`` must be at least 1.
 
     transformers makes an object for each layer and each expert before it reads the weights.
     """
@@ -149,7 +149,11 @@ def is_nf4(folder: Path, about: Any) -> bool:
 
 
 def model_class(about: Any, config: Any) -> Any:
-    """Returns the class of the model that an adapter was trained on: the base's own, unless the adapter's task differs.
+    """Returns the class of the model that an adapter was trained on.
+
+    For an adapter without a task, returns the class that auto_mapping names if this class takes the base's
+    configuration, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the base's
+    own class if the class can generate. For other adapters returns the Auto class of the adapter's task.
 
     Args: about: the base's configuration. config: the adapter's.
     """
@@ -201,7 +205,9 @@ def load_model(
     shapes: Mapping[str, tuple[int, ...]],
     trained: Mapping[str, Any],
 ) -> LoadedModel:
-    """Loads the base of an adapter in the form that the adapter was trained on, from safetensors. Raises SourceError.
+    """Loads the base of an adapter from safetensors, with the class and the number of labels of the adapter's training.
+
+    A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16. Raises SourceError.
 
     Args:
         name: a folder or a hub name; None: the base that the adapter's configuration names.
@@ -291,7 +297,7 @@ def task_of(model: nn.Module) -> Optional[str]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Hides transformers' progress bars and all warnings, such as PEFT's about tied weights or about a new head."""
+    """Hides transformers' progress bars, and all warnings, such as PEFT's about tied weights or about a new head."""
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()

@@ -20,7 +20,7 @@ _DTYPES = {
 
 
 def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors in ``file``, from its header. Raises: ValueError, one line, OSError."""
+    """Returns the shapes of the tensors in ``file``, from its header. Raises ValueError with one line, or OSError."""
     if not file.is_file():
         if (pickle := file.with_suffix(".bin")).is_file():
             raise ValueError(f"{file.parent} has {pickle.name}, a pickle, and no {file.name}. A pickle runs code as it "

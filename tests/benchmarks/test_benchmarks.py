@@ -116,7 +116,7 @@ def test_a_short_call_is_timed_as_one_of_several(monkeypatch):
     taken = []
     sample = timer.host_clock(timer.Contender(runs, lambda y: {}, "no reason", lambda: taken.append(0)))
     assert sample() == pytest.approx(33e-3 / 3) and len(taken) == 4  # the first call is not counted
-    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer call is timed alone
+    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer call is timed by itself
 
 
 def test_quartiles_are_of_the_rounds_ratios():
@@ -235,7 +235,7 @@ def test_every_comparison_runs_and_agrees_with_float64(small, name):
         # roundings. bitsandbytes does not quantize every nested scale to the nearest code.
         for peer, found in errors.items():
             limit = 0.1 if one.op == "nf4_quantize" or peer == "bitsandbytes, repacked" else 0.015
-            known = isinstance(found, dict) or peer.startswith("torch")  # else not verified
+            known = isinstance(found, dict) or peer.startswith("torch")  # else the peer is not verified
             assert known and (isinstance(found, str) or max(found.values()) < limit), (one.op, one.case, peer, found)
 
 

@@ -1,6 +1,6 @@
 """Tests charts: lengths and points that are read from an SVG's coordinates must be the numbers of the result files.
 
-Each SVG element that shows a number has an id. The tests read the scales from elements whose numbers are known.
+The bars and curves of an SVG have ids. The tests read the scales from elements whose numbers are known.
 """
 
 import importlib
@@ -116,7 +116,7 @@ def test_rows_that_the_picture_is_not_about_are_left_out():
     drawing = drawn(charts.layers, kernels(*rows))
     assert {name.split(":")[1] for name in lengths(drawing, "bf16")} == {"LoRA"}
     assert set(lengths(drawing, "nf4")) == {"layers.nf4:LoRA:ours"}
-    assert drawing.texts.count("not measured") == 3  # PEFT, eager and compiled over NF4
+    assert drawing.texts.count("not measured") == 3  # PEFT, eager and compiled have no time over NF4
     assert charts.layers(kernels()) is None and charts.layers(kernels(rows[2])) is None
     assert "PEFT cannot drop on the low rank" not in drawing.caption
     dropped = row("dora_linear", "bf16 base, dropout 0.05 on the low rank", FULL)
@@ -250,7 +250,7 @@ def test_the_same_numbers_give_the_same_bytes():
         (Scale(0, 7), [0, 2, 4, 6]),
         (Scale(0.8, 3000, log=True), [1, 10, 100, 1000]),
         (Scale(0.3, 9, log=True), [0.5, 1, 2, 5]),
-        # Less than two numbers of the form 1, 2 or 5 times a power of ten are within this scale.
+        # Fewer than two numbers of the form 1, 2 or 5 times a power of ten are within this scale.
         (Scale(2.1, 4.8, log=True), [3, 4]),
     ],
 )
@@ -288,7 +288,7 @@ def test_check_finds_what_is_stale(tmp_path, monkeypatch, capsys):
         charts.main(["--check", "--out", str(images)])
     (results / f"{charts.LORA}-2026-01-02.json").unlink()
     (images / "layers.svg").write_bytes(picture)
-    with pytest.raises(SystemExit, match=r"^error: layers.svg in"):  # no chart has this name
+    with pytest.raises(SystemExit, match=r"^error: layers.svg in"):  # no result file is left for this picture
         charts.main(["--check", "--out", str(images)])
 
 
@@ -344,7 +344,7 @@ def test_bench_refuses_a_folder_that_is_none(tmp_path):
 def test_a_chart_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "chart.svg"
     path.write_text("old")
-    monkeypatch.setattr(command, "_drawn", lambda *rest: None)  # what a disk error does to the write
+    monkeypatch.setattr(command, "_drawn", lambda *rest: None)  # the write then raises, as on a disk error
     with pytest.raises(TypeError):
         bench(method=["ia3"], chart=path)
     assert path.read_text() == "old" and [found.name for found in tmp_path.iterdir()] == ["chart.svg"]

@@ -1,4 +1,4 @@
-"""Tests the loss curves of every method, accelerated and stock, on a tiny model with made-up text and on BANKING77."""
+"""Tests the loss curves of the methods and of their twins on a tiny model with made-up text, and the page of curves."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_method_learns_and_is_read_again(name):
     )
     assert row["layers"] > 0 or name in ("prefix", "prompt")
     difference = row["reload_difference"]
-    # AdaLoRA is saved without its pruned ranks, so that sums have another order, and PEFT loads it in bfloat16.
+    # PEFT saves AdaLoRA without its pruned ranks, so that sums have another order, and loads AdaLoRA in bfloat16.
     assert difference["max"] <= (2**-5 * difference["largest"] if name == "AdaLoRA" else 0.0)
     if row["twin"]:
         assert c.max_difference(row) <= 0.05  # the losses are about 5, from bfloat16 logits

@@ -1,8 +1,8 @@
 """Checks that test_distributed.py runs in several processes: ``torchrun checks.py FOLDER CHECK...``.
 
-Every process runs every check and writes ``FOLDER/<rank>.json``, with "ok" or a traceback for each check. If a check
-fails in a process, the process stops and torchrun ends the others, which would wait for it. checks_fsdp2.py has the
-checks of FSDP2 alone, checks_experts.py those of a mixture of experts.
+Each process runs the named checks and writes ``FOLDER/<rank>.json``, with "ok" or a traceback for each check. If a
+check fails in a process, the process stops and torchrun ends the others, which would wait for it. checks_fsdp2.py has
+the checks that need only FSDP2, and checks_experts.py has the checks of a mixture of experts.
 """
 
 from __future__ import annotations

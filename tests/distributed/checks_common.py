@@ -73,7 +73,7 @@ def make(method: str = "LoRA", base: str = "float32", accelerated: bool = True, 
 
 
 def batch() -> dict[str, Tensor]:
-    """Returns the whole batch. Each process gets a part with the same number of tokens."""
+    """Returns the whole batch. Each process gets a part of the batch, with an equal number of tokens."""
     return LLAMA.batch()
 
 
@@ -134,7 +134,7 @@ def mean(loss: Tensor) -> float:
 
 
 def train(model: nn.Module, steps: int = STEPS, optimizer: Optional[torch.optim.Optimizer] = None) -> list[float]:
-    """Trains the wrapped model and returns the losses over the whole batch. Each process trains on its part."""
+    """Trains the wrapped model, each process on a part of the batch, and returns the losses over the whole batch."""
     optimizer = optimizer_of(model) if optimizer is None else optimizer
     return [mean(step(model, mine(), optimizer)) for _ in range(steps)]
 
@@ -271,7 +271,9 @@ def assert_joins(model: nn.Module, alone: nn.Module) -> None:
 
 
 def assert_trains(model: nn.Module, wanted: list[float], fused: int = STEPS * LAYERS, stock: int = 0) -> None:
-    """Tests that training gives these losses, with this number of calls of adapter layers on each path."""
+    """Tests that training gives the losses ``wanted``, with the given numbers of fused and stock calls of adapter
+    layers.
+    """
     with counted_calls() as calls:
         assert_losses(train(model), wanted)
     assert (calls["fused"], calls["stock"]) == (fused, stock), calls

@@ -1,4 +1,4 @@
-"""Checks of a mixture's experts in several processes: each process has its own tokens, for its own experts."""
+"""Checks of a mixture's experts in several processes, each of which routes tokens of its own to the experts."""
 
 from __future__ import annotations
 
@@ -148,9 +148,7 @@ def fsdp2_experts_state_goes_both_ways(folder: Path) -> None:
 
 @check
 def fsdp2_around_the_wrappers_of_experts(folder: Path) -> None:
-    """fully_shard of a wrapper changes its class. Before accelerate, the wrapper then stays PEFT's; after accelerate,
-    it stays fused.
-    """
+    """A wrapper of experts stays fused where fully_shard wraps it after accelerate, and stays PEFT's where before."""
     alone, model = make(), make()
     for layer in model.get_base_model().model.layers:
         fully_shard(layer.mlp.experts)

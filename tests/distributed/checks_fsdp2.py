@@ -150,7 +150,9 @@ def fsdp2_accumulates_without_sending(folder: Path) -> None:
 
 @check
 def fsdp2_shards_the_codes(folder: Path) -> None:
-    """Each process has its part of the packed bytes, and whole scales. The gathered bytes are the original bytes."""
+    """Each process has its part of the packed bytes, and whole scales. The gathered bytes equal the bytes before
+    sharding.
+    """
     whole_model, model = make(base="nf4"), shard(make(base="nf4"))
     size, rank = dist.get_world_size(), dist.get_rank()
     seen = []
@@ -172,8 +174,8 @@ def fsdp2_shards_the_codes(folder: Path) -> None:
 
 @check
 def fsdp2_shards_unevenly(folder: Path) -> None:
-    """With 165 bytes of codes, 11 rows and rank 3, nothing divides by the number of processes, and some processes hold
-    nothing.
+    """With 165 bytes of codes, 11 rows and rank 3 the shards are uneven, and some processes hold no part of a
+    parameter.
     """
 
     def build() -> PeftModel:
@@ -236,7 +238,9 @@ def fsdp2_saves_the_adapter_of_one_process(folder: Path) -> None:
 
 @check
 def fsdp2_state_dict_goes_both_ways(folder: Path) -> None:
-    """A gathered state dict has bitsandbytes' keys. One process can load it, and so can the shards of another model."""
+    """A gathered state dict has bitsandbytes' keys. One process can load this state dict, and so can the shards of
+    another model.
+    """
     model = shard(make(base="nf4"))
     model.eval()
     with torch.no_grad():
@@ -354,7 +358,7 @@ def fsdp2_around_single_layers(folder: Path) -> None:
 
 @check
 def shards_say_that_they_are_shards(folder: Path) -> None:
-    """An operation that is not possible on a shard says so, and changes nothing."""
+    """An operation that is impossible on a shard raises an error that names the shard, and changes nothing."""
     model = shard(make(base="nf4"))
     (name, layer), *_ = nf4_layers(model)
     for call in (layer.dequantize, lambda: layer(torch.ones(1, layer.in_features)), model.merge_adapter):

@@ -1,7 +1,7 @@
 """Tests fused layers in several processes over gloo on the CPU: with DDP, FSDP2, tensor parallelism and accelerate.
 
-The checks are in distributed/checks*.py. ``torchrun`` starts two processes once for all checks, and four processes once
-for the checks that depend on the number. Each test here reports one check.
+The checks are in distributed/checks*.py. ``torchrun`` starts two processes once for most checks, and four processes
+once for the checks that depend on the number of processes. Each test in this file reports one check.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RUNS = {n: [name for name in names if SHARDS_BYTES or not NEEDS_BYTES.search(nam
 
 
 def torchrun(processes: int, *command: str) -> tuple[int, str]:
-    """Returns the exit code and all output. No process of the run is left when the function returns."""
+    """Returns the exit code and the output. After SECONDS the processes of the run are ended."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     run = subprocess.Popen(

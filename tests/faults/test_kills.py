@@ -68,7 +68,7 @@ def damaged(path: Path, how: str) -> None:
         path.unlink()
     elif how == "cut":
         path.write_bytes(data[: len(data) // 2])
-    else:  # flips a byte of the file
+    else:  # flips a bit of the file
         path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
 
 
@@ -124,7 +124,7 @@ def test_a_folder_is_whole_as_long_as_it_is_what_was_sealed(tmp_path):
 
 
 def kills(every: int, folder: Path, prepare: Callable[[], None], work: Callable[[], None]) -> Iterator[str]:
-    """Yields the output of forks of ``work``, killed at moment 0, ``every``, 2 ``every`` ..., until one fork ends."""
+    """Yields the output of forks of ``work``, killed at moment 0, ``every``, 2 ``every`` ..., until one completes."""
     for at in range(0, 10**6, every):
         prepare()
 
@@ -201,7 +201,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     try:
         with checkpoints.sole_writer(tmp_path):
-            assert lock.exists()  # the lock is a new file
+            assert lock.exists()  # a new file was locked
     except RunError as error:
         assert "another process is writing to it" in str(error)
     assert calls

@@ -45,8 +45,8 @@ pytestmark = [
 
 @pytest.fixture
 def small(tmp_path):
-    """Yields ``small``: ``small.path`` is a file system of 4 MiB, and ``small.leave(n)`` fills it until n bytes are
-    free.
+    """Yields ``small``: ``small.path`` is a file system of 4 MiB, and ``small.leave(n)`` fills the file system
+    until n bytes are free.
     """
     path = tmp_path / "disk"
     path.mkdir()
@@ -218,7 +218,7 @@ HELD: list[torch.Tensor] = []  # tensors that take the free memory of the alloca
 
 
 def limit_memory(room: int) -> None:
-    """Limits this process to ``room`` more MiB of memory, in blocks of up to 1 MiB."""
+    """Lets this process allocate only about ``room`` more MiB of memory, in blocks of up to 1 MiB."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space() + (room << 20), resource.RLIM_INFINITY))
     for size in (256, 64, 16, 4, 1):
         with contextlib.suppress(RuntimeError):
@@ -278,7 +278,7 @@ def test_layers_that_share_a_weight_are_quantized_together_or_not_at_all(monkeyp
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2, 3)[fails]:  # the call for the second weight
+        if len(calls) == (2, 3)[fails]:  # true in the call for the second weight
             raise MemoryError
         return make(*args, **kwargs)
 
@@ -320,10 +320,10 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
         def limited(run, record, model):
             from peft_ext.integrations.trainer import AdaLoraCallback
 
-            AdaLoraCallback  # noqa: B018  imported while there is memory for it
+            AdaLoraCallback  # noqa: B018  imported before the memory is limited
             run.options.__dict__["batch_size"] = 1 << 16
             run.examples.train[:] = run.examples.train * 4000
-            limit_memory(256)  # enough for the batch, and not for its activations
+            limit_memory(256)  # enough for the batch, but not for its activations
             try:
                 return fit(run, record, model)
             finally:
@@ -338,7 +338,7 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
 
 
 def test_an_operator_without_memory_says_it_as_pytorch_does():
-    """An operator's error without memory has the text after which auto_find_batch_size retries with a smaller batch."""
+    """An operator that gets no memory raises an error after which auto_find_batch_size retries with a smaller batch."""
     accelerate_memory = pytest.importorskip("accelerate.utils.memory")
 
     def work() -> int:

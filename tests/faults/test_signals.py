@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def signalled(finetune, out: Path, *numbers: int, before=None) -> tuple[int, str]:
-    """Runs a long training and sends it signals, each after the run has printed its message on the previous signal."""
+    """Runs a long training, and sends the next signal after each line about a step or about the end of the run."""
     child, stream = finetune(out, "--max-steps", "100000", "--save-steps", "0", stdout=-2, before=before)
     text = ""
     with stream:
@@ -111,7 +111,7 @@ def test_sigusr1_saves_a_checkpoint_and_the_run_goes_on(finetune, runs, tmp_path
 
 
 def test_a_handler_that_is_not_pythons_stays(monkeypatch):
-    """A program that embeds Python may have handlers of C code; signal.signal returns None and can't restore them."""
+    """A program that embeds Python may have signal handlers in C, which signal.signal could not restore."""
     from peft_ext.cli import chat
 
     foreign, real = {signal.SIGTERM, signal.SIGALRM}, (signal.signal, signal.getsignal)

@@ -1,4 +1,4 @@
-"""Small trainings, and digests of all their bits.
+"""Runs small trainings, and computes digests of their losses and of the trained parameters.
 
     python trainings.py RUNS
 

@@ -111,7 +111,7 @@ def test_what_the_new_folder_has_not_is_kept_where_asked(tmp_path, renaming):
     write(path, 2, overwrite=True, keep=True)
     found = content(path)
     assert {name for name, text in found.items() if text == "kept"} == {"mine", "link", "sub/mine", "other/mine"}
-    assert (path / "link").is_symlink() and (path / "mine").stat().st_ino == inode  # the file is moved, not copied
+    assert (path / "link").is_symlink() and (path / "mine").stat().st_ino == inode  # the kept file is not a copy
     assert all(found[name].startswith("2\n") for name in ("a", "b", "sub/c"))
 
 
@@ -203,10 +203,10 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
     for name in ("model.0123456789ab.part", "model.0123456789ab.old", "other.0123456789ab.part", "model.mine.part"):
         (tmp_path / f".{name}").mkdir()
     with atomic_folder(tmp_path / "model") as first:
-        write(tmp_path / "model", 2)  # like another process; the first part folder is locked
+        write(tmp_path / "model", 2)  # as another process would; the hidden folder ``first`` is locked
         assert first.is_dir()
         found = {path.name for path in tmp_path.iterdir()} - {first.name}
-        # The empty folder that a killed write moved aside is back; the other folders are no leftovers of this name.
+        # The leftovers of killed writes of "model" are gone; the two other hidden folders have other names.
         assert found == {"model", ".other.0123456789ab.part", ".model.mine.part"}
         files._remove_leftovers(tmp_path / "model")
         assert first.is_dir()

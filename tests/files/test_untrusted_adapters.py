@@ -1,7 +1,7 @@
-"""Untrusted adapters that are broken, absurd or malicious: their configuration, expressions and tensors.
+"""Tests untrusted adapters whose configuration, expressions or tensors are broken, absurd or malicious.
 
-Each adapter must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
-wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more files with bad effects.
+peft_ext must refuse a bad adapter with a one-line error that names the fault: no crash, no traceback of the command
+line, no endless wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for further bad files.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_a_config_as_large_as_no_config_is_not_read(made, tmp_path, monkeypatch)
 
 
 def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) -> None:
-    """The checks of types accept every configuration that PEFT or peft_ext writes."""
+    """The checks of types accept the saved configuration of each method that the fields in ``given`` can make."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     read = 0

@@ -1,7 +1,7 @@
-"""The commands on untrusted adapters, bases, runs and data that are broken, absurd or malicious.
+"""Tests the commands on untrusted adapters, bases, runs and data that are broken, absurd or malicious.
 
-Each input must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
-wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more files with bad effects.
+A command must refuse a bad input with a one-line error that names the fault: no crash, no traceback of the command
+line, no endless wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for further bad files.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ _RUNS = (
 
 @pytest.mark.parametrize(("text", "message"), _RUNS, ids=range(len(_RUNS)))
 def test_a_run_that_does_not_say_which_base(made, tmp_path, capsys, text: bytes, message: str) -> None:
-    """Without an error the adapter would be merged into another base than the base of the training."""
+    """The commands must refuse a bad run.json: the adapter could be merged into another base than in training."""
     folder = rewritten(made[1], tmp_path / "v", "run.json", text)
     for command in commands(folder, tmp_path):
         assert message in refused(capsys, *command, unchanged=tmp_path)

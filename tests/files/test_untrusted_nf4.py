@@ -1,7 +1,7 @@
-"""Untrusted NF4 states that are broken or absurd: as a state dict, in a layer, and as bitsandbytes' objects.
+"""Tests untrusted NF4 states that are broken or absurd: as a state dict, in a layer, and as bitsandbytes' objects.
 
-Each state must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
-wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more files with bad effects.
+peft_ext must refuse a bad state with a one-line error that names the fault: no crash, no traceback of the command
+line, no endless wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for further bad files.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 A target takes bytes and either returns or raises one of its refusals, which are errors that say what is wrong.
 Everything else is a finding: another exception, more than ``SLOWEST`` seconds, a non-finite output, a file that is left
-behind. Mutations know the formats. They flip, cut and splice bytes, the header of safetensors and its length. In JSON
-they swap types, use absurd numbers, add, remove and repeat keys, and nest deeply.
+behind. Mutations know the formats: they flip, cut and splice bytes, the header of safetensors and its length. In JSON,
+mutations swap types, use absurd numbers, add, remove and repeat keys, and nest deeply.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _as_lines(data: bytes, draw: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """A target: ``run(data, folder)`` takes the bytes; ``refusals`` are the errors that it may raise, each with a
+    """A target: ``run(data, folder)`` takes the bytes; ``refusals`` are the errors that ``run`` may raise, each with a
     message.
     """
 
@@ -204,7 +204,7 @@ def _finite(y: torch.Tensor) -> None:
         raise Finding("the output is not finite")
 
 
-# An NF4 layer's state dict, as safetensors.
+# Target: an NF4 layer's state dict in a safetensors file.
 
 
 def _nf4_seeds() -> list[bytes]:
@@ -238,7 +238,7 @@ def _nf4(data: bytes, folder: Path) -> None:
         raise Finding(f"the weight has shape {tuple(y.shape)}, told was {shape}")
 
 
-# The two files of a LoRA adapter.
+# Targets: the two files of an adapter, for several methods.
 
 
 def _base() -> nn.Module:
@@ -250,7 +250,7 @@ _FILES: dict[str, dict[str, bytes]] = {}
 
 
 def _adapter_files() -> dict[str, dict[str, bytes]]:
-    """Returns the files of a small adapter, by method."""
+    """Returns the files of one small adapter of each method."""
     import tempfile
 
     import peft
@@ -283,18 +283,18 @@ def _load(files: dict[str, bytes], folder: Path) -> None:
     with torch.no_grad():
         y = model(torch.ones(2, 16))
         if all(parameter.abs().max() < 1e6 for parameter in model.parameters() if parameter.numel()):
-            _finite(y)  # a larger value may overflow its dtype
+            _finite(y)  # larger parameters may overflow the output
 
 
 def _adapter_target(method: str, part: str, format: str, file: str) -> Target:
-    """Returns the two files of an adapter, one mutated and the other unchanged."""
+    """Returns a target that loads an adapter: the bytes are the file ``file``, and the other file is unchanged."""
     # The classes of errors that PEFT raises, such as RuntimeError for a wrong size and KeyError for an unknown layer.
     refusals = (ValueError, TypeError, OSError, RuntimeError, LookupError, AttributeError)
     return Target(f"{method}-{part}", format, lambda: [_adapter_files()[method][file]],
                   lambda data, folder: _load({**_adapter_files()[method], file: data}, folder), refusals)  # fmt: skip
 
 
-# Other files: a model's config.json, the index of its files, a run.json, data, the options of a run.
+# Targets: other files, such as a model's config.json and index, run.json, data, and the options of a run.
 
 
 def _model_seeds() -> list[bytes]:

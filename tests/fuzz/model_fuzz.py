@@ -1,11 +1,11 @@
-"""The model fuzzer: random models, adapters and actions. The accelerated model must do the same as PEFT alone.
+"""The model fuzzer: random models, adapters and actions. The accelerated model must do what the model under PEFT does.
 
 A seed determines a case: an architecture of ``tiny_models`` and its sizes, the base layers (dense, NF4, bitsandbytes';
 float32, bfloat16, float16), a PEFT configuration, and a list of actions: training steps, evaluations, generation;
 adapters added, weighted, toggled, disabled, merged, deleted, saved and loaded; hooks, layers whose output is changed in
 place, checkpointing, autocast, a base that trains, copies, pickles, restore. The same actions are applied to one model
-under PEFT alone and to one accelerated model, from the same weights and seeds. A failure prints the line that repeats
-it.
+under PEFT alone and to one accelerated model, from the same weights and seeds. A failed case prints the command line
+that repeats the case.
 
     python tests/fuzz/model_fuzz.py --cases 300                 cases from seed 0
     python tests/fuzz/model_fuzz.py --minutes 60 [--seed N]     from a seed of the clock; used by `make model-fuzz`
@@ -13,7 +13,7 @@ it.
 
 The fuzzer compares outputs, the loss and every gradient; parameters and buffers, bitwise, after each step that changes
 them; files, byte by byte; errors. An error of PEFT must also occur in the accelerated model, in the same words, and no
-other error may occur.
+other error may occur; ``model_pair`` has the few known exceptions, such as the values of NF4 weights.
 
 Cases run in a separate process, which is ended if a case takes longer than ``LIMIT``: a hang is a failure too.
 ``model_life`` has the actions, ``model_pair`` the two models and the allowed differences, ``model_probe`` one call of a
@@ -52,8 +52,8 @@ from tiny_models import FAMILIES
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
 
-LIMIT = 60.0  # seconds of a case; a case takes about 0.3, and this is longer than the slowest import of an architecture
-WARM_UP = -1  # a case before the first, so that later cases need no imports
+LIMIT = 60.0  # time limit of a case in seconds; a case takes about 0.3 s, or longer where it imports an architecture
+WARM_UP = -1  # seed of a case before the first, which imports the libraries
 
 
 def reproducer(seed: int) -> str:
@@ -62,7 +62,7 @@ def reproducer(seed: int) -> str:
 
 def run_case(seed: int, say: Callable[[str], None] = lambda text: None, family: Optional[str] = None
              ) -> tuple[Optional[str], Statistics]:  # fmt: skip
-    """Returns why the case fails, or None, and what was seen."""
+    """Returns the report of the case's failure, or None, and the case's statistics."""
     case = Case(seed, say, family)
     try:
         with warnings.catch_warnings():
@@ -139,8 +139,9 @@ class Worker:
 def fuzz(
     seeds: Iterable[int], until: float = math.inf, worker: Optional[Worker] = None
 ) -> tuple[Statistics, list[str]]:
-    """Runs cases until ``until``. Returns what was drawn and seen, and a report of every failure, which is printed at
-    once.
+    """Runs cases until ``until``. Returns the statistics of the cases, and the reports of failures.
+
+    The report of a failed case is printed at once.
     """
     worker = Worker() if worker is None else worker
     found, failures = Statistics(), []

@@ -1,4 +1,4 @@
-"""The actions of the model fuzzer, which it draws and applies to PEFT's model and to the accelerated model."""
+"""The actions that the model fuzzer draws and applies to PEFT's model and to the accelerated model."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Case(Pair):
         self.probe(self.drawn_probe())
 
     def act_mix(self) -> None:
-        if self.method in ("IA3", "AdaLoRA") and self.maybe(0.8):  # PEFT has mixed batches for LoRA alone
+        if self.method in ("IA3", "AdaLoRA") and self.maybe(0.8):  # PEFT has mixed batches only for LoRA
             return self.act_toggle()
         size = next(len(value) for value in self.batch.values() if isinstance(value, Tensor))
         names = tuple(self.rng.choice([*self.names, "__base__"]) for _ in range(size))
@@ -230,7 +230,7 @@ class Case(Pair):
     def act_unhook(self) -> None:
         def unhook(model: nn.Module) -> None:
             for name in self.hooked:
-                with contextlib.suppress(AttributeError):  # the hook is of a deleted adapter
+                with contextlib.suppress(AttributeError):  # raised where the hook's adapter was deleted
                     module = model.get_submodule(name)
                     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                         hooks.clear()
@@ -267,7 +267,7 @@ class Case(Pair):
         self.base_trains = wanted and chance == 1.0
         self.tell(f"  {chance:.0%} of the parameters {'train' if wanted else 'are frozen'}")
         self.both("requires_grad_", change, compare_state=not self.nf4)
-        if self.nf4:  # a dense weight may train, an NF4 weight cannot
+        if self.nf4:  # an NF4 weight cannot train, so the dense weight must not train
             for name, parameter in self.fused.named_parameters():
                 if parameter.dtype is torch.uint8:
                     self.stock.get_parameter(name).requires_grad_(False)
@@ -432,7 +432,7 @@ def _step(model: nn.Module, seed: int) -> None:
 
 
 def contents(name: str, data: bytes) -> Any:
-    """Returns the bytes of a file, or the values of a configuration, in which former sets have no order."""
+    """Returns the bytes of a file; for a JSON file its values, with lists of texts sorted, because PEFT writes sets."""
     if not name.endswith(".json"):
         return data
     return {key: sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value

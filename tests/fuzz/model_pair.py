@@ -1,4 +1,4 @@
-"""The two models of the fuzzer, drawn from a seed: under PEFT alone and accelerated; and how much they may differ."""
+"""Draws the fuzzer's two models from a seed, one under PEFT alone and one accelerated, and bounds their differences."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # are 1e-7 to 1e-6 of a tensor's norm.
 TIGHT = 2e-5
 NO_FLOAT64 = ("XGLM",)  # architectures whose mask raises an error in float64
-# Where float32 results differ by more than TIGHT, both are compared with float64: a gradient that is zero except for
-# rounding (a key's bias has no effect on the softmax) has no correct digits in either model. Our error may be
+# Where float32 results differ by more than TIGHT, both models are compared with float64: a gradient that is zero except
+# for rounding (a key's bias has no effect on the softmax) has no correct digits in either model. Our error may be
 # AGAINST_FLOAT64 times PEFT's error, plus OF_TENSOR of the tensor's norm and OF_LARGEST of the largest gradient.
 AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 
 # Bounds in 16 bits: the errors of both models are measured against an equal model in float32, and our errors are
 # compared with PEFT's. The rounding errors of the two models are two random draws. The quotient of the errors varies
 # more where values go through few numbers: gradients of a query and a key, which go through the softmax of a few keys,
-# have 0.1 to 6 times PEFT's error with other weights, the logits 0.7 to 1.2 times. Cases in 16 bits therefore have
-# several tokens, and PEFT's error counts at least as the median over the call's tensors. Among about 5,000 tensors of
-# more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. A tensor of few
+# have 0.1 to 6 times PEFT's error, depending on the weights, the logits 0.7 to 1.2 times. Cases in 16 bits therefore
+# have several tokens, and PEFT's error counts at least as the median over the call's tensors. Among about 5,000 tensors
+# of more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. A tensor of few
 # elements says little: a router's bias over two experts is one number, and the quotient of two draws exceeds 10 in 6 of
 # 100 cases. For all tensors of a call together, each divided by its norm, our error was 0.6 to 1.7 times PEFT's in 98
 # of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms of the factors are symmetric about 0 with
@@ -81,7 +81,7 @@ def require_alike(what: str, name: str, found: Tensor, wanted: Tensor) -> None:
 
 @dataclass
 class Statistics:
-    """Counts of what cases drew, and the logarithms of our error over PEFT's in calls that round to 16 bits."""
+    """Counts of draws and calls, and the logarithms of our error over PEFT's in calls that round to 16 bits."""
 
     counts: Counter = field(default_factory=Counter)
     rounded: list[float] = field(default_factory=list)
@@ -93,8 +93,9 @@ class Statistics:
 
 
 class OwnDropout(PhiloxDropout):
-    """Replaces a dropout of the stock model: draws as the fused one does, and as PyTorch for a non-contiguous x or
-    float64.
+    """Replaces a dropout of the stock model: draws the mask of the fused dropout, so that both models drop alike.
+
+    For a non-contiguous or float64 x it draws PyTorch's mask.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +104,10 @@ class OwnDropout(PhiloxDropout):
 
 
 class Pair:
-    """PEFT's model and the accelerated model of one draw. Every action is applied to both models and compared."""
+    """PEFT's model and the accelerated model of one draw.
+
+    Every action is applied to both models, and the results are compared.
+    """
 
     def __init__(self, seed: int, say: Callable[[str], None] = lambda text: None, family: Optional[str] = None) -> None:
         self.seed, self.say = seed, say
@@ -178,8 +182,8 @@ class Pair:
         self.seen.counts.update([f"family {self.family}", f"method {self.method}", f"base {self.base}"])
 
     def fresh(self, dense: bool = False) -> nn.Module:
-        """Returns the model without an adapter. NF4 bases are still dense, because PEFT's DoRA cannot start from an
-        NF4Linear.
+        """Returns the model without an adapter. Bases for peft_ext's NF4 are still dense, because PEFT's DoRA cannot
+        start from an NF4Linear.
         """
         model = in_dtype(self.architecture.build(self.model_seed), self.dtype)
         if self.base.startswith("bnb") and not dense:
@@ -192,9 +196,9 @@ class Pair:
                 model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
             for module in model.modules():
                 if isinstance(module, bnb.nn.Linear4bit):
-                    # Bitsandbytes repacks in evaluation, and then does not train.
+                    # bitsandbytes repacks weights in evaluation, and a layer with repacked weights does not train.
                     module.support_avx512bf16_for_cpu = False
-                    if module.bias is not None:  # bitsandbytes casts the bias for good in its first call
+                    if module.bias is not None:  # bitsandbytes casts the bias permanently in the first call
                         module.bias.data = module.bias.data.to(module.compute_dtype)
         return model
 
@@ -216,7 +220,7 @@ class Pair:
         return model, peft_ext.accelerate(fused)
 
     def draw_config(self, method: str, plain: bool = False) -> PeftConfig:
-        """Draws a configuration. ``plain`` leaves out experts, for which PEFT has LoRA alone."""
+        """Draws a configuration. ``plain`` leaves out experts, for which PEFT has only LoRA."""
         rng, model = self.rng, self.outline
         known = linears(model)
         heads = [name for name in known if name in (*HEADS, "pre_classifier", "embed_out", "proj_out")]
@@ -284,7 +288,7 @@ class Pair:
         return results if self.allowed(what, errors) else None
 
     def both(self, what: str, do: Callable[[nn.Module], Any], compare_state: bool = True) -> bool:
-        """Applies an action to both models, which may return another model. Returns False if both raise."""
+        """Applies an action to both models, which may return another model. Returns False if both models raise."""
         seed = self.new_seed()
 
         def seeded(model: nn.Module) -> Any:
@@ -300,8 +304,9 @@ class Pair:
         return True
 
     def allowed(self, what: str, errors: list[Optional[Exception]]) -> bool:
-        """Returns whether both models did the action. Reports an error that both raise; raises for every other
-        error.
+        """Returns whether both models did the action; raises Failed where the errors of the models differ.
+
+        Returns False where both models raise alike, and for a few known errors of one model, after which the case ends.
         """
         theirs, ours = errors
         if theirs is None and ours is None:
@@ -318,8 +323,8 @@ class Pair:
             trace = "".join(traceback.format_exception(ours)[-3:])
             raise Failed(f"{what}: PEFT does it, accelerated {type(ours).__name__}: {ours}\n{trace}")
         self.seen.counts["refused by PEFT"] += 1
-        # bitsandbytes forbids an in-place change of its 4-bit product. The accelerated model raises the next error
-        # instead.
+        # bitsandbytes forbids an in-place change of its 4-bit product. The accelerated model allows the change, and may
+        # raise a later error.
         if ours is None or "MatMul4Bit is a view" in str(theirs):
             self.tell(f"  only PEFT refuses: {type(theirs).__name__}: {first_line(theirs)}")
             self.seen.counts["refused by PEFT alone"] += 1
@@ -335,8 +340,9 @@ class Pair:
         return False
 
     def compare_state(self, what: str) -> None:
-        """Tests that parameters and buffers are bitwise equal, except for NF4 weights, and that the same parameters
-        train.
+        """Tests that parameters and buffers are bitwise equal, and that the same parameters train.
+
+        NF4 weights are left out. A few known roundings of PEFT and bitsandbytes are allowed and then removed.
         """
         theirs, ours = (
             dict(model.named_parameters()) | dict(model.named_buffers()) for model in (self.stock, self.fused)
@@ -357,7 +363,7 @@ class Pair:
                 if distance(found, wanted) <= 4e-3 * wanted.double().norm().item():
                     found.data = wanted.data.clone()
             if self.base.startswith("bnb") and name.endswith("base_layer.bias") and found.dtype != wanted.dtype:
-                # bitsandbytes' own forward casts the bias for good, before the unmerge subtracts from it.
+                # bitsandbytes' own forward casts the bias permanently, before the unmerge subtracts from it.
                 if distance(found, wanted) <= torch.finfo(torch.bfloat16).eps * wanted.double().norm().item():
                     found.data = wanted.data.clone()
             require_alike(what, name, found, wanted)
@@ -369,8 +375,8 @@ class Pair:
     def share_masks(self, probe: Probe) -> None:
         """Makes PEFT's dropout draw as the operator does in each fused layer, so that both drop the same elements.
 
-        For a DoRA in float32 over 4-bit layers that compute in 16 bits, only the parts are fused and the dropout is
-        torch's.
+        For a DoRA in float32 over 4-bit layers that compute in 16 bits, only parts of the layer are fused and the
+        dropout is PyTorch's.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=probe.autocast):
             explained = peft_ext.explain(self.fused)
@@ -387,7 +393,7 @@ class Pair:
                         setattr(other, hooks, getattr(dropout, hooks))
 
     def share_own_masks(self) -> None:
-        """Makes the dropouts of the stock model draw as the operator does where they are fused."""
+        """Makes dropouts of the stock model draw as the operator does where the accelerated model's are fused."""
         fused = {row.name for row in peft_ext.explain(self.fused).blocks if row.kind == "dropout" and row.fused}
         for name, module in list(self.stock.named_modules()):
             if type(module) in (nn.Dropout, OwnDropout) and "lora_dropout" not in name:
@@ -396,7 +402,7 @@ class Pair:
                 setattr(self.stock.get_submodule(parent), child, kind(module.p).train(module.training))
 
     def call(self, probe: Probe) -> Optional[list[Parts]]:
-        """Returns the values of PEFT's and of the accelerated model; None if both raise."""
+        """Returns the values of PEFT's model and of the accelerated model; None if both models raise."""
         self.tell(f"  {probe}")
         self.share_own_masks()
         if self.drops:
@@ -406,7 +412,7 @@ class Pair:
         return self.attempt(str(probe), lambda model: measure(model, self.batch, probe, self.dtype))
 
     def probe(self, probe: Probe) -> bool:
-        """Calls both models and compares; returns False if both raise."""
+        """Calls both models and compares the values; returns False if both models raise."""
         if (found := self.call(probe)) is None:
             return False
         rows = peft_ext.explain(self.fused).rows

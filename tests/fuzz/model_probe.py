@@ -24,8 +24,9 @@ Parts = dict[str, Optional[Tensor]]
 
 
 def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Returns a copy of the model on PEFT's own code over the same weights, dequantized, in ``dtype``: the exact values
-    for narrower dtypes.
+    """Returns a copy of the model over dense layers with the dequantized weights, cast to ``dtype``.
+
+    A copy in a wider dtype gives the exact values for the model.
     """
     model = copy.deepcopy(model)
     model.zero_grad()
@@ -34,7 +35,7 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(base, NF4Linear):
                 weight = base.dequantize()
             elif isinstance(base, bnb.nn.Linear4bit):
-                # After a pickle, only the module still has quant_state.
+                # After pickling, only the module still has quant_state, and the weight does not.
                 state = getattr(base.weight, "quant_state", None) or base.quant_state
                 weight = peft_ext.NF4Weight.from_bitsandbytes(base.weight, state).dequantize(base.compute_dtype)
             else:
@@ -175,7 +176,7 @@ def measure(model: nn.Module, batch: dict[str, Any], probe: Probe, dtype: torch.
             stack.enter_context(torch.inference_mode() if probe.inference else torch.no_grad())
         for _ in range(probe.steps):
             output = model(**given)
-            getattr(output, "logits", None)  # the access computes waiting logits and stores them in the output
+            getattr(output, "logits", None)  # the access computes the logits that peft_ext deferred
             floats = {key: value for key, value in output.items()
                       if isinstance(value, Tensor) and value.is_floating_point() and key != "loss"}  # fmt: skip
             loss = getattr(output, "loss", None)

@@ -1,8 +1,8 @@
-"""The shape sweep: random calls of every operator, with values and gradients compared with the float64 reference.
+"""The shape sweep compares random calls of every public operator, values and gradients, with the float64 reference.
 
 A seed determines a case: operator, options, dtypes, sizes, strides, blocksize, rank, number of threads, and one of the
-CPU paths of this machine. Sizes go from 0 to 5,000, and to 200,000 if the other size is small. A failure prints the
-line that repeats it.
+CPU paths of this machine. A size is at most 5,000, or 200,000 if the other sizes are small; the number of tokens may be
+0. A failed case prints the command line that repeats the case.
 
     python tests/fuzz/sweep.py --cases 2000            cases from seed 0
     python tests/fuzz/sweep.py --minutes 60            from a seed of the clock; used by `make sweep`
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # with 128 threads that spin while they wait, nothing would finish
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # 128 threads that spin while waiting leave no time for work
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -42,7 +42,7 @@ from peft_ext.weight import BLOCKSIZES
 BUDGET, SMALL_BUDGET = 3e7, 2e5
 MANY = 128  # largest number of threads; 16 for small sizes
 SLOW, STDERR = 120.0, 2  # seconds after which a running case is named, and the file descriptor for its name
-FEW = 64  # results of at most FEW elements are judged by several draws
+FEW = 64  # a result of at most FEW elements whose error is too large is judged by several draws
 EMULATED = "emulated CUDA"
 LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "offset", "rows apart")
 
@@ -72,7 +72,7 @@ class Drawn:
 
 
 def _size(rng: random.Random, most: int) -> int:
-    """Draws a size, even in the logarithm, often at or beside a multiple of the kernels' block sizes."""
+    """Draws a size, uniformly in its logarithm, often at or beside a multiple of the kernels' block sizes."""
     size = round(most ** rng.random())
     if size > 16 and rng.random() < 0.5:
         unit = rng.choice([u for u in (8, 16, 32, 64, 128) if u <= size])
@@ -81,8 +81,9 @@ def _size(rng: random.Random, most: int) -> int:
 
 
 def _threads(rng: random.Random, small: bool) -> int:
-    """Draws one to four threads, and in every eighth case up to MANY, even in the logarithm: more than there are
-    cores.
+    """Draws one to four threads, or with a probability of 1/8 up to MANY threads, uniformly in the logarithm.
+
+    MANY is more than most machines have cores.
     """
     return round((16 if small else MANY) ** rng.random()) if rng.random() < 0.125 else rng.choice((1, 1, 2, 2, 3, 4))
 
@@ -91,7 +92,7 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
     """Draws (shape of the tokens, K, N, R) within the budget, which is smaller if many threads wait for each other."""
     most, most_r, budget = (300, 70, SMALL_BUDGET) if small else (5000, 512, BUDGET if threads <= 8 else BUDGET / 3)
     t, k, n, r = (_size(rng, m) for m in (most, most, most, most_r))
-    if rng.random() < 0.1:  # one size is huge and one size is small
+    if rng.random() < 0.1:  # one of T, K and N is huge, and the others are at most 8
         thin, huge = rng.randrange(3), _size(rng, 40 * most)
         t, k, n = (huge if i == thin else min(size, 8) for i, size in enumerate((t, k, n)))
         r = min(r, 8)
@@ -110,7 +111,7 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
 
 
 def makers(rng: random.Random) -> dict[str, Callable[[], Case]]:
-    """Returns by public operator a function that makes a case with drawn options. Each module of cases has some."""
+    """Returns, by public operator, a function that makes a case with drawn options, from all modules in MODULES."""
     base = rng.choice(("dense", "nf4", "nested"))
     if base != "dense":
         base += f":{rng.choice(BLOCKSIZES)}"
@@ -220,7 +221,9 @@ def measure(drawn: Drawn, values: int) -> tuple[Parts, Parts, Parts]:
 
 
 def check(drawn: Drawn) -> None:
-    """Raises AssertionError if the operator's error is above the bound, which depends on plain PyTorch's error.
+    """Raises AssertionError if the operator's error is above a bound that depends on plain PyTorch's error.
+
+    An exact operator must give the reference's bits.
 
     A result of few elements says little: if its error is too large, nine draws of the values are compared together.
     """
@@ -297,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.emulated:
         from conftest import _emulated_kernels
 
-        kernels = _emulated_kernels()  # noqa: F841  held: the operators are its, as long as it lives
+        kernels = _emulated_kernels()  # noqa: F841  held, because the operators last as long as this object
     many = args.cases is not None or args.minutes is not None
     start = args.seed if args.seed is not None else int(time.time()) * 10_000 if args.minutes else 0
     if not many and args.seed is None:

@@ -144,7 +144,7 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_a_case_that_hangs_or_dies_fails_with_the_line_that_repeats_it() -> None:
-    """The process of cases answers the warm-up, does not return from case 3, and ends in case 5."""
+    """The worker process of this test answers the warm-up, does not return from case 3, and ends in case 5."""
     server = """
 import sys, time
 for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Runs 2,000 cases of the shape sweep with fixed seeds, on all CPU paths in turn; see ``sweep.py``."""
+"""Runs 2,000 cases of the shape sweep with fixed seeds, on this machine's CPU paths in turn; see ``sweep.py``."""
 
 import os
 import random
@@ -16,7 +16,7 @@ SMALL_CHUNK = 50  # number of cases of a test under the emulator or a sanitizer
 
 @pytest.fixture(autouse=True)
 def _a_case_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[None]:
-    """Names a case that hangs on pytest's own standard error: captured output is lost when the process is ended."""
+    """Lets the sweep name a hanging case on pytest's own standard error, because captured output would be lost."""
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         stderr = os.dup(2)
     monkeypatch.setattr(sweep, "STDERR", stderr)

@@ -50,7 +50,7 @@ def held(model, optimizer):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Runs a test on one thread: PyTorch's 16-bit products allocate memory per thread, much for small models."""
+    """Runs a test on one thread: PyTorch's 16-bit products allocate much memory per thread for a small model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -123,8 +123,9 @@ def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
 
 
 def assert_near(estimate, wanted, within=0.02):
-    """Asserts that the estimate is within a factor of the measured bytes.
+    """Asserts that the estimate differs from the measured bytes by less than the fraction ``within``.
 
-    The default factor is 2 %, because the estimate of scratch memory is an upper bound. For real sizes it is 0.1 %.
+    The default is 2 %, because the estimate of scratch memory is an upper bound. For models of real sizes the
+    difference is about 0.1 %.
     """
     assert abs(estimate.total / wanted - 1) < within, f"estimated {estimate.total:,}, measured {wanted:,}\n{estimate}"

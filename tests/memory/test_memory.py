@@ -23,7 +23,7 @@ from memory_steps import (  # noqa: E402
     estimated,
     lora,
     measured,
-    one_thread,  # noqa: F401  a fixture
+    one_thread,  # noqa: F401  one_thread is a fixture
 )
 from peft_models import quantize  # noqa: E402
 
@@ -102,7 +102,7 @@ def test_bitsandbytes_layers_too(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
-    """Tests experts in every dtype, because PyTorch's fake kernel of the grouped product accepts bfloat16 only."""
+    """Tests experts in float32 and float16: PyTorch's fake kernel of the grouped product accepts only bfloat16."""
     config = lora(target_modules=["q_proj"])
     how = {"dtype": dtype, "accelerated": False}
     assert_near(estimated(MIXTRAL, config, **how), measured(adapted(MIXTRAL, config, **how)))
@@ -112,7 +112,7 @@ def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
 
 @pytest.mark.parametrize("accelerated", [True, False])
 def test_trained_tokens_beside_lora(accelerated: bool):
-    """PEFT's wrapper has a dot in the name of its tensors: "token_adapter.trainable_tokens_delta"."""
+    """PEFT's wrapper of trained tokens has a tensor with a dot in its name: "token_adapter.trainable_tokens_delta"."""
     config, how = lora(trainable_token_indices=[1, 2, 3]), {**BF16, "accelerated": accelerated}
     estimate = estimated(LLAMA, config, **how)
     model = adapted(LLAMA, config, **how)
@@ -189,7 +189,7 @@ def test_logits_in_float32_and_their_gradient():
     estimate = estimate_memory(LLAMA, lora(), accelerated=False, **BF16, **TOKENS)
     logits = 2 * 64 * 512 * 4
     assert 2 * logits <= estimate.logits <= 3.5 * logits
-    # The logits' memory is the loss alone, a float32 number.
+    # Of a classifier, only the loss counts as logits: one float32 number.
     assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4
 
 
@@ -236,7 +236,7 @@ def test_optimizer_states(name):
 
 
 def test_eight_bit_states():
-    model = nn.Linear(64, 128)  # the bias has less than 4096 elements
+    model = nn.Linear(64, 128)  # the bias has fewer than 4096 elements, so that its states are float32
     inputs = {"input": torch.empty(2, 64)}
     weight, bias = 64 * 128 + 4 * 64 * 128 // 256, 4 * 128
     assert estimate_memory(model, optimizer="adamw_8bit", inputs=inputs).optimizer == 2 * (weight + bias)

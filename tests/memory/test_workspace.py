@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from memory_steps import LLAMA, TOKENS, adapted, allocated, lora, one_thread  # noqa: F401  one is a fixture
+from memory_steps import LLAMA, TOKENS, adapted, allocated, lora, one_thread  # noqa: F401  one_thread: a fixture
 
 import peft_ext
 from peft_ext import _cpu, _native, ops
@@ -40,7 +40,7 @@ def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("rank", [0, 64], ids=["head", "LoRA on the head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int):
-    """A loss needs scratch for a chunk's logits, for float32 logits where it widens, and for gradients of an
+    """A loss needs scratch for a chunk's logits, for float32 logits where the loss widens, and for gradients of an
     adapter.
     """
     if dtype in _cpu.widened_dtypes() and dtype is torch.bfloat16 and _native.STATE.isa in _native.TILE_PATHS:
@@ -50,7 +50,7 @@ def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int)
     lora_A, lora_B = (torch.randn(rank, k), torch.randn(vocab, rank)) if rank else (None, None)
     weight = ops.checks.weight_args(torch.randn(vocab, k).to(dtype))
     layer = (hidden, *weight, None, None, lora_A, lora_B, 1.0)
-    loss = (1.0, 0.0, 0.0, -100, chunk, True)  # no softcap, no label smoothing, a sum
+    loss = (1.0, 0.0, 0.0, -100, chunk, True)  # a summed loss without softcap and label smoothing
     args = (*layer, labels, torch.ones(tokens), *loss, True, bool(rank), False)
     results = sum(t.nbytes for t in workspace.LOSS(*args))
     wanted = allocated(lambda: workspace.LOSS(*args)) - results

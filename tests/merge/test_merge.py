@@ -143,7 +143,7 @@ def test_a_pruned_difference(tmp_path):
     assert {name: count for name, count in changed.items() if count} == kept
 
 
-# Adapters on one of two tied weights. PEFT's own merge would change both weights.
+# Adapters after whose merge two tied weights differ. PEFT's own merge would change both weights.
 UNTIED = {
     "embedding": ("Llama, tied", lora("embed_tokens"), ("lm_head.weight",)),
     "embedding, Conv1D": ("GPT-2", lora("wte", "c_attn"), ("lm_head.weight",)),

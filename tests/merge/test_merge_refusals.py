@@ -228,7 +228,8 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
         shutil.copy(adapter / name, checkpoint)
     assert merge_to_dense(None, checkpoint, tmp_path / "early").base_quant == "nf4"
     assert merge_to_dense(None, checkpoint, tmp_path / "plain", base_quant="none").base_quant == "none"
-    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # options that another program wrote
+    # Another program may have written the options in this run.json.
+    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))
     with pytest.raises(MergeError, match="options have the quant 'int3', wanted 'nf4' or 'none'"):
         merge_to_dense(None, adapter, tmp_path / "other")
 
@@ -236,7 +237,8 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
 def test_warnings_and_bars_are_given_back(made, tmp_path):
     base, adapter = made("Llama", lora("q_proj"))
     level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.enable_progress_bar()  # a command run by another test of this process disables it
+    # A command that another test of this process ran may have disabled the progress bar.
+    transformers.utils.logging.enable_progress_bar()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merge_to_dense(base, adapter, tmp_path / "out")

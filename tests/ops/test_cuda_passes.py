@@ -1,7 +1,8 @@
-"""Tests the rank passes of the CUDA kernels over activations, with every rank, mask and number of tiles and chunks.
+"""Tests the rank passes of the CUDA kernels over activations, with many ranks, with dropout, and over many tiles.
 
 The battery has small shapes. In these tests a pass is cut into chunks of several tiles, rows and columns end in the
-middle of a tile, and a rank may need several launches. Mixed batches have every kind of row and adapter.
+middle of a tile, and a rank may need several launches. Mixed batches have samples with and samples without an adapter,
+and adapters of several ranks.
 """
 
 from __future__ import annotations

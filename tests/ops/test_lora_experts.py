@@ -239,7 +239,7 @@ def test_offsets_that_are_none(ends: list[int], text: str) -> None:
 def test_a_gpu_stays_within_its_memory(
     ends: list[int], kind: str, device: torch.device, pytestconfig: pytest.Config
 ) -> None:
-    """No offsets make a CUDA kernel access memory out of bounds; the emulator checks each access."""
+    """For any offsets, a CUDA kernel accesses no memory out of bounds; the emulator checks each access."""
     if pytestconfig.getoption("--device") == "cpu":
         pytest.skip("the CPU refuses them")
     held = operands(torch.bfloat16, kind)

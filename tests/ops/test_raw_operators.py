@@ -92,7 +92,7 @@ def test_what_a_thread_says_of_memory_is_heard() -> None:
 
 
 def test_the_sums_of_many_keys() -> None:
-    """One key's probability is far above the others, which are equal: a sum one by one would round each other away."""
+    """One key has a large probability and all others an equal small one, which a sum one by one would round away."""
     q, k, v = torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 131072, 8), torch.rand(1, 1, 131072, 8)
     q[..., 0], k[..., 0], k[0, 0, 0, 0] = 1, -1, 0
     wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)

@@ -1,8 +1,10 @@
-"""Every operator, and layers of real shapes, on so many threads: the bits of one thread. What test_threads.py runs.
+"""Runs every operator, and layers of real shapes, on a number of threads, and compares the bits with one thread's.
 
-    python tests/ops/threads.py 7               on 7 threads; each case is named before it runs
-    python tests/ops/threads.py 7 --only TEXT   the cases that have TEXT in their name
-    python tests/ops/threads.py 7 --few         a part of them, for every test run
+``test_threads.py`` starts this script:
+
+    python tests/ops/threads.py 7               on 7 threads; the script prints the name of each case before its run
+    python tests/ops/threads.py 7 --only TEXT   only the cases that have TEXT in their name
+    python tests/ops/threads.py 7 --few         only the part of the cases that every test run has
 
 A call with few tokens uses few threads, so there are shapes that use all threads and shapes that leave threads idle.
 """

@@ -1,4 +1,4 @@
-"""Gradients of PEFT's own test configurations, accelerated against stock: PEFT's tests look at none.
+"""Compares gradients of accelerated and stock layers over PEFT's own test configurations.
 
     python tests/peft_suite/gradients.py [--count FILE]      in the folder of PEFT's unpacked sdist
 
@@ -6,8 +6,8 @@ The script runs every entry of TEST_CASES and MULTIPLE_ACTIVE_ADAPTERS_TEST_CASE
 eval mode, on the model and inputs of PEFT's tests. Adapters have values as after some training. A comparison is of the
 output and of the gradients of trained parameters and of floating-point inputs. Where a layer is fused, the error from
 float64 must be as small as PEFT's error, or as the error of float64 over operands that are off by an ulp of float32.
-Where no layer is fused, the bits must be equal. The script fails where a comparison fails, and where a configuration of
-a fused method can't be run.
+Where no layer is fused, the bits must be equal. The script fails where a comparison fails, and where a configuration
+raises an error, except an ImportError for a method that peft_ext does not fuse.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from peft_models import assert_as_good, assert_identical, spread  # noqa: E402
 from tests.testing_utils import set_init_weights_false  # noqa: E402
 
 import peft_ext  # noqa: E402
-from tests import test_custom_models as suite  # noqa: E402  PEFT's
+from tests import test_custom_models as suite  # noqa: E402  PEFT's package tests
 
 FUSED_METHODS = (LoraConfig, AdaLoraConfig, IA3Config)
 ADAPTERS = ("adapter_1", "adapter_2")

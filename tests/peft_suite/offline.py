@@ -1,9 +1,9 @@
 """A pytest plugin (``-p offline``) that skips and counts the tests that need the hub.
 
 PEFT's helper ``hub_online_once`` goes online even with HF_HUB_OFFLINE=1, and waits a minute before it gives up. The
-plugin replaces this helper by a function that skips the test where the model is not on this machine. A test that loads
-a file of the hub without the helper fails where the file is not on this machine; the plugin turns this failure into a
-skip.
+plugin replaces ``hub_online_once`` by a function that skips the test where the model is not on this machine. A test
+that loads a file of the hub without the helper fails where the file is not on this machine; the plugin turns this
+failure into a skip.
 """
 
 from __future__ import annotations

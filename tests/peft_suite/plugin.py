@@ -95,9 +95,9 @@ def pytest_configure() -> None:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Runs a test; where the test wraps a model in FSDP, allclose gets an absolute tolerance of 1e-6.
 
-    These tests compare a model under FSDP, which runs stock code, with a fused model, which rounds differently. The
-    outputs are log-probabilities; small log-probabilities are differences of numbers near 10, and precise to 1e-6 only.
-    The default tolerance 1e-8 of allclose suits two runs of the same code.
+    The tests of FSDP compare a model under FSDP, which runs stock code, with a fused model, which rounds differently.
+    The outputs are log-probabilities; small log-probabilities are differences of numbers near 10, and precise to 1e-6
+    only. The default tolerance 1e-8 of allclose suits two runs of the same code.
     """
     with ExitStack() as stack:
         if "fsdp_wrapped" in item.name:

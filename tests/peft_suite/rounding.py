@@ -1,4 +1,4 @@
-"""A pytest plugin that finds out whether a test fails by rounding alone: ``-p plugin -p rounding``.
+"""A pytest plugin that finds out whether a test fails only by rounding: ``-p plugin -p rounding``.
 
 The plugin is for tests that fail only with accelerated layers. A failed comparison of float32 tensors (torch.allclose,
 torch.testing.assert_close) counts as passed where the largest difference is at most LARGEST times the largest value,

@@ -1,14 +1,16 @@
-"""Run PEFT's own tests without and with accelerated layers, and compare gradients over their configurations; fail where
-a test passes only without, where a gradient is worse than PEFT's, or where too little was fused to say so.
+"""Runs PEFT's own tests without and with accelerated layers, and compares gradients over the tests' configurations.
 
-    python tests/peft_suite/run.py [--mode quick|lora|others|full] [--cache FOLDER] [--sdist FILE]
+The script fails where a test passes only without accelerated layers, where a gradient is worse than PEFT's, or where
+too few layers ran fused for a judgement.
+
+    python tests/peft_suite/run.py [--mode quick|lora|experts|others|full] [--cache FOLDER] [--sdist FILE]
 
 The tests come from the sdist of the installed PEFT, which is unpacked into the cache folder once. The tests run
 offline, on stand-ins for the hub's tiny models (models.py). Tests that need other files of the hub are skipped and
 counted in both runs. Tests that fail without the plugin do not count as failures; their number is printed. In the mode
 ``quick`` only the tests that fail with the plugin also run without the plugin. A test that fails only with the plugin
 runs once more with the plugin of rounding.py, which lets differences of up to 2e-6 of the largest value pass. A test
-that then passes differs by rounding; the number of these tests and the largest difference are printed.
+that passes with rounding.py differs by rounding; the number of these tests and the largest difference are printed.
 
 The mode ``quick`` has plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers, several adapters at once, mixed tuners,
 LoRA's variants, and LoRA in a Llama. The mode ``experts`` has the tests of ``target_parameters``. The mode ``lora`` has
@@ -65,14 +67,14 @@ MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "others": [(OTHERS, "")],
     "full": [((TESTS,), "not timing"), (OTHERS, ""), (("tests/test_target_parameters.py",), _EXPERTS)],
 }
-# Methods of which a layer must run fused at least once. The modes "quick" and "full" test all of these methods.
+# Methods of which a layer must run fused at least once. The modes "quick" and "full" test all METHODS.
 METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA, several adapters", "IA3, several adapters")
 LORA_METHODS = tuple(name for name in METHODS if not name.startswith(("AdaLoRA", "IA3")))
 SECONDS = 900  # time limit of one test
 # For each mode, the least number of layers that must run fused in PEFT's tests and in the comparison of gradients.
 LEAST_LAYERS = {"quick": 500, "lora": 400, "experts": 100, "others": 100, "full": 500}
-# A stand-in for the package diffusers: PEFT's shared test code imports this class, but the tests that run do not use
-# it.
+# A stand-in for the package diffusers: PEFT's shared test code imports its StableDiffusionPipeline, but the tests that
+# run do not use this class.
 _DIFFUSERS = "class StableDiffusionPipeline:\n    pass\n"
 
 
@@ -102,7 +104,7 @@ def _environment(*paths: Path) -> dict[str, str]:
 def run(
     folder: Path, report: Path, files: Sequence[str], select: str, *plugins: str, **variables: str
 ) -> dict[str, str]:
-    """Runs pytest; returns by test "passed", "failed", "skipped", or "hub" for tests skipped for want of the hub."""
+    """Runs pytest; returns by test "passed", "failed", "skipped", or "hub" for tests skipped without the hub."""
     command = [sys.executable, "-m", "pytest", *files, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=short", "--no-header", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     command += ["-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
@@ -119,7 +121,7 @@ def run(
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag: child for child in case}
-        if "error" in kinds and kinds["error"].get("message") == "collection failure":  # no file ran
+        if "error" in kinds and kinds["error"].get("message") == "collection failure":  # then pytest ran no test
             raise SystemExit(f"{case.get('name')} can't be collected:\n{kinds['error'].text}")
         if "skipped" in kinds:
             outcome = "hub" if "wants the hub" in kinds["skipped"].get("message", "") else "skipped"
@@ -132,7 +134,7 @@ def run(
 
 
 def _rounds(folder: Path, report: Path, names: Sequence[str]) -> dict[str, float]:
-    """Returns, of the tests ``names``, the tests that differ by rounding alone, and the largest difference in each."""
+    """Returns, of the tests ``names``, the tests that differ only by rounding, and the largest difference in each."""
     if not names:
         return {}
     taken = report.with_suffix(".json")

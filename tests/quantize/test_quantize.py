@@ -223,7 +223,7 @@ def test_dequantize_gives_the_weights_that_the_layers_multiplied_with():
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
 def test_dequantize_to_a_dtype(dtype):
     model = quantize_nf4(nn.Sequential(nn.Linear(64, 64)).bfloat16())
-    model.float()  # casts the bias alone
+    model.float()  # of the NF4 layer, casts only the bias
     weight, bias = model[0].dequantize(dtype), model[0].bias
     dequantize_nf4(model, dtype=dtype)
     wanted = dtype or torch.bfloat16
@@ -348,7 +348,7 @@ def test_dora_s_variant_follows_its_base(dora_dropout):
         return {type(variant) for module in layers for variant in module.lora_variant.values()}
 
     def on_pefts_path():
-        """Returns logits by PEFT's own code, which a fused layer with a hook runs."""
+        """Returns the logits with one layer on PEFT's own code, which a fused layer with a hook runs."""
         layer = next(module for module in model.modules() if isinstance(module, lora.Lora))
         handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
         with torch.no_grad():

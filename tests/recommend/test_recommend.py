@@ -189,7 +189,7 @@ def test_what_was_refused_is_not_called_too_large(refused, said):
 
 
 def test_what_is_too_large_is_not_called_refused():
-    """In this case PEFT refuses LoRA with checkpointing, and LoRA without checkpointing is too large for the card."""
+    """Here the model can't be traced with checkpointing, and LoRA without checkpointing is too large for the card."""
     refused = [("nf4", True), (None, True)]
     found = search(Refusing(refused, lambda method, **_: 20 if method == "ia3" else 40), 24)
     assert found.method == "ia3" and found.quantization is None

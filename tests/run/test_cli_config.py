@@ -104,7 +104,7 @@ def test_the_command_hands_them_on(written, monkeypatch):
         monkeypatch.setattr(library, name, lambda options, name=name: seen.append((options, name)) or options.nothing)
     path = written("rank: 8\nseed: 3\nstock: true\ngradient_checkpointing: true\n")
     for arguments in (["--config", str(path), "--seed", "0", "--no-stock", "--dry-run"], []):
-        with pytest.raises(AttributeError, match="nothing"):  # the error comes at the start of the run
+        with pytest.raises(AttributeError, match="nothing"):  # options.nothing raises the error, before a run
             main(["finetune", *arguments])
     # A flag overrules the file even where the flag's value is the default.
     assert seen == [(Options(rank=8, gradient_checkpointing=True), "dry_run"), (Options(), "finetune")]
@@ -474,7 +474,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600)
             if select.select([here], [], [], 0.5)[0]:
                 try:
                     part = os.read(here, 65536)
-                except OSError:  # the other side of the terminal is closed
+                except OSError:  # the other side of the terminal was closed
                     break
                 if not part:
                     break
@@ -523,7 +523,7 @@ def same_run(first: Path, again: Path) -> None:
     old, new = (json.loads((folder / "run.json").read_text()) for folder in (first, again))
     assert new["losses"] == old["losses"] and new["perplexity"] == old["perplexity"]
     assert {k for k, v in old["options"].items() if v != new["options"][k]} == {"output"}
-    assert old["options"]["seed"] == 5  # 5 is not the default seed
+    assert old["options"]["seed"] == 5  # the file's seed is not the default
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (first / name).read_bytes()
 

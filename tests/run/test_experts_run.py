@@ -1,4 +1,4 @@
-"""Tests runs of the command line that train LoRA on a mixture's experts."""
+"""Tests runs of the command line that train LoRA or DoRA on a mixture's experts."""
 
 from __future__ import annotations
 

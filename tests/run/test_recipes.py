@@ -1,4 +1,4 @@
-"""Tests that each function of peft_ext.recipes runs on a tiny model and gives the result of PEFT."""
+"""Tests the functions of peft_ext.recipes on a tiny model."""
 
 import json
 from pathlib import Path

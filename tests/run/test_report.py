@@ -25,7 +25,7 @@ EVIL = '<script>window.hacked = 1</script>"\'><img src=x onerror="window.hacked 
 
 
 def document(steps: int = 60, **changes) -> dict:
-    """Returns the content of a run.json of ``steps`` steps, in which all figures differ."""
+    """Returns an example of the content of run.json, for a finished run of ``steps`` steps."""
     losses = [3 - i / steps + 0.2 * math.sin(7 * i) for i in range(steps)]
     held_out = {steps * i // 5: 2.9 - i / 20 for i in range(1, 5)}
     made = {
@@ -108,7 +108,7 @@ def test_curves_are_the_run():
     assert held_out["x"] == [0, 12, 24, 36, 48, 60] and held_out["y"] == [3.1, 2.85, 2.8, 2.75, 2.7, 2.7]
     assert smooth["y"] == pytest.approx(curves.smoothed(given["losses"], 5), rel=1e-4)
     assert parsed.charts["speed"]["s"][0]["y"][:2] == [400.0, 400.4]
-    assert parsed.charts["speed"]["y"][0] == parsed.charts["lr"]["y"][0] == 0  # these axes begin at 0
+    assert parsed.charts["speed"]["y"][0] == parsed.charts["lr"]["y"][0] == 0  # the axes of speed and lr begin at 0
     (low, high), values = parsed.charts["loss"]["y"], raw["y"] + held_out["y"]
     assert 0 < low < min(values) < max(values) < high
     assert f"the axis begins at {low:.3g}" in parsed.text
@@ -196,7 +196,7 @@ def test_a_stopped_run_shows_what_it_has():
 
 
 def evil() -> dict:
-    """Returns a document in which every text is markup."""
+    """Returns the content of a run.json in which each text value is the markup EVIL."""
     given = document(5)
 
     def spoil(value):
@@ -307,7 +307,7 @@ def test_memory_is_the_bytes_of_the_tensors(run):
     dense = 2 * (vocab * hidden + 5 * hidden)  # bytes of the tied embedding and of the norms
     assert found["parameters"] == linear + vocab * hidden + 5 * hidden
     scales = memory["frozen"] - dense - linear // 2
-    # One byte for each block, the scales of these scales, and rotary tables.
+    # The other bytes are one byte for each NF4 block, the scales of these bytes, and the rotary tables.
     assert linear // 64 <= scales < linear // 64 + 20_000
 
 
@@ -395,7 +395,7 @@ _CONTRAST = """() => {
 
 @pytest.fixture
 def shown(browser):
-    """Opens a file in a browser. At the end of the test, the page must have no error and no request."""
+    """Opens a file in a browser. At the end of the test the page must have no error and no request but the file."""
     contexts, complaints, requests, files = [], [], [], []
 
     def show(file: Path, width: int = 1200, scheme: str = "light"):

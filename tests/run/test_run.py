@@ -88,7 +88,7 @@ def _resumes(options: Options, whole: train.Result, folder: Path) -> None:
 
 
 def _merges(options: Options, result: train.Result, folder: Path) -> None:
-    """Asserts that the merged model has the logits of the adapted model, with the base quantized as in training."""
+    """Asserts that the merged model has the adapted model's logits up to rounding, or that the merge is refused."""
     assert result.can_merge == METHODS[options.method].can_merge
     if not result.can_merge:
         with pytest.raises(peft_ext.MergeError, match="."):

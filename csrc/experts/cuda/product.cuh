@@ -9,18 +9,21 @@
 // decodes. The contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross); for other strides
 // and sizes elements are loaded one by one (kAny). Rows of no expert are set to zero.
 //
-// A block of 8 warps owns a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w owns the rows from
-// 32 (w % 2) on and the columns from 32 (w / 2) on; in float32, warp w owns 8 rows and all columns. Missing rows of a
-// tile cost no products, except in a group of 16 rows (float32: 8) that has other rows. Blocks of one tile of rows are
-// adjacent, so that D comes from memory once; tiles of one expert are adjacent, so that W comes from memory once per
-// expert. Slabs of 128 bytes of a row of D and of W pass through two stages of shared memory: cp.async fills one stage
-// while the products read the other stage. Codes of W wait in registers, two slabs ahead, and are decoded one slab
-// ahead, each to round(code · scale) as in nf4_dequantize. Groups of 16 bytes lie in the order group ^ line % 8, so
-// that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums. float32 uses FMAs, where a thread
-// has 8 rows and 4 columns. The sums are then added to the low-rank term, which is computed as in expand.cuh, through
-// shared memory, rounded once, and stored 16 bytes per lane. Shared memory: 48 KiB.
-// Bytes moved: D, W (of experts that have rows) and out, once each. D is read C / 128 times from L2, and W once per 64
-// rows.
+// A thread block of 8 warps computes a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w
+// computes 32 x 32 outputs: the rows from 32 (w % 2) on and the columns from 32 (w / 2) on. In float32, warp w computes
+// 8 rows and all columns of the tile. If a group of 16 rows (float32: 8) of a tile has no rows, the group costs no
+// products.
+//
+// The thread blocks of one tile of rows are adjacent in the grid, so that L2 serves the repeated reads of D; the tiles
+// of one expert are adjacent, so that L2 serves the repeated reads of the expert's W. The loop over the summed
+// dimension takes slabs of 128 bytes of a row of D and of W. Slabs pass through two stages of shared memory: cp.async
+// fills one stage while the products read the other stage. The codes of an NF4 W are loaded into registers three slabs
+// ahead and are decoded one slab ahead, each code to round(code · scale) as in nf4_dequantize. Groups of 16 bytes lie
+// in the order group ^ line % 8, so that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums.
+// float32 uses FMAs, where a thread has 8 rows and 4 columns. At the end, each warp reads sums from shared memory, adds
+// the low-rank term, which is computed as in expand.cuh, rounds once, and stores 8 elements per lane. Shared memory: 48
+// KiB. Bytes moved: D, W (of experts that have rows) and out, once each. From L2, D is read C / 128 times, and W once
+// per 64 rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -173,8 +176,9 @@ __device__ __forceinline__ void product_of_stage(SharedAt stage, int warp, int r
   }
 }
 
-// Finishes 16 rows of a warp (of four) and 64 columns of a tile: adds the low-rank term and the bias, scales by g, and
-// stores the result. before(row of the tile, column, values) gives the product for eight columns.
+// Computes the outputs of 16 rows and 64 columns of a tile from the product: adds the low-rank term and the bias,
+// scales by g, and stores the result. Of each four warps, each takes 16 of the 64 rows. before(row of the tile, column,
+// values) writes the product for eight columns to `values`.
 template <typename T, bool kWhole, typename Before>
 __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const RowRun& run, int64_t row_tile,
                                                int64_t column_tile, const Before& before) {
@@ -255,7 +259,7 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
   }
 }
 
-// Number of blocks per multiprocessor for which the compiler must limit the registers.
+// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers for this number.
 template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;

@@ -12,7 +12,7 @@ inline bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 // The weights of all experts: dense [E, N, K] with any strides, or NF4, where each expert is packed separately and the
 // experts follow in order.
 struct DeviceStack {
-  DeviceWeight all;  // its sizes are those of one expert; a dense weight is [E, N, K]
+  DeviceWeight all;  // weights of all experts, dense [E, N, K] or NF4; `all` holds the sizes of one expert's weight
   int64_t experts = 0;
 };
 
@@ -47,12 +47,12 @@ class StackSplitter {
     if (ends != nullptr) splits_.ends = launcher_.in<int64_t>(*ends);
   }
 
-  // Returns the terms of F of each expert: for a rank pass F is [ranks, columns of D], and for the product F is
-  // [columns of the result, ranks]. F is the expert's matrix in `stack`, or with `transpose` the transpose of the
-  // matrix. inner_scale [E, columns of D] may be null.
+  // right_of_pass and right_of_product return the terms of F of each expert: for a rank pass F is [ranks, columns of
+  // D], and for the product F is [columns of the result, ranks]. F is the expert's matrix in `stack`, or with
+  // `transpose` the transpose of the matrix. inner_scale [E, columns of D] may be null.
   HeldTerms right_of_pass(const Tensor& stack, bool transpose, int64_t padded, const Tensor* inner_scale = nullptr);
   HeldTerms right_of_product(const Tensor& stack, bool transpose, int64_t padded);
-  // Returns the terms of L [rows, ranks] for the product.
+  // left_of_product returns the terms of L [rows, ranks] for the product.
   HeldTerms left_of_product(const Tensor& stack, int64_t padded);
   void run() const;
 

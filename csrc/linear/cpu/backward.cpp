@@ -24,7 +24,8 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// room: memory for the strips of the gradient. held: receives the strips of lora_A to which the result refers.
+// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of the gradient. held:
+// receives the strips of lora_A to which the result refers.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, Tensor* held) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
@@ -162,7 +163,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
                                  const std::optional<Tensor>& room) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, grad.scalar_type());
-  // Only the gradients of adapters depend on x.
+  // Without an adapter, x is not needed: dX = dY W does not depend on x. held_x then only gives the shape of dX.
   const Tensor held_x =
       x.has_value() ? as_contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
   BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);

@@ -1,5 +1,5 @@
-// The base products x Wᵀ and dY W by PyTorch's matrix product, and the products with dropped elements alone. A product
-// that can't run in x's dtype widens kWidePanel rows of W to float32 at a time.
+// The base products x Wᵀ and dY W by PyTorch's matrix product, and the products with dropped elements alone. If
+// multiplies_in refuses x's dtype, kWidePanel rows of W at a time are widened to float32 and multiplied.
 #include "linear/cpu/base_product.h"
 
 #include "cpu/isa.h"
@@ -85,7 +85,7 @@ namespace {
 
 constexpr int64_t kDroppedTokens = 128;  // number of tokens in one unit of a thread's work
 
-// Calls run(work, first row) for each group of kDroppedRows rows of W. work.turned is the transposed group.
+// Calls run(work, first row) for each group of kDroppedRows rows of W. work.turned is the group, transposed.
 template <typename Run>
 void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,
                      const Run& run) {

@@ -18,7 +18,8 @@ Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded);
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// One call of the forward. forward.cpp describes the three ways in which y and z of `out` are computed.
+// The arguments and results of one call of the forward. forward.cpp describes the three ways in which y and z of `out`
+// are computed.
 struct ForwardCall {
   const char* op;
   const FrozenWeight& weight;
@@ -54,8 +55,8 @@ void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y,
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// One call of the backward. The gradients of the adapter are computed first. Then one of two ways computes dX: see
-// backward.cpp.
+// The arguments and intermediate results of one call of the backward. The gradients of the adapter are computed first.
+// Then one of two ways computes dX: see backward.cpp.
 struct BackwardCall {
   const char* op;
   const FrozenWeight& weight;

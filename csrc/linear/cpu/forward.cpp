@@ -115,7 +115,8 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
   return work;
 }
 
-// Runs several calls with one x. The panels of all weights form one list.
+// Computes the forward of several calls with one x by the tile kernels. The panels of all weights form one list, which
+// is divided among the threads.
 void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<Shrunk>& shrunk) {
   const LinearSizes& size = calls[0].size;
   std::vector<const FrozenWeight*> weights;
@@ -179,7 +180,7 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
     x = column_pass(f.op, x, &*adapter.in_scale, 0.0f, nullptr).scaled;
   }
   if (in_place) {
-    // The product is added onto the other terms in Y, so that Y is the only matrix of size T x N in memory.
+    // PyTorch's product is added onto the other terms in Y, so that no second matrix of size T x N is needed.
     const Tensor y = as_shape(f.out.y, {size.tokens, size.out});
     const bool terms = adapter.low_rank() || f.bias.has_value() || size.in == 0;
     if (terms) run_finish();
@@ -188,7 +189,7 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
     terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
     return;
   }
-  // In float32 the product is written into Z or Y, and run_finish changes Z or Y in place.
+  // `there`: a float32 product can be written into Z or Y itself, which run_finish then changes in place.
   const bool there =
       type == ScalarType::Float && !f.drop_base() && size.in > 0 && !skinny_accepts(f.weight, type, size.tokens);
   Tensor before, after;

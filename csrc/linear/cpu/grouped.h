@@ -3,9 +3,9 @@
 //   S_t = x_t A_gᵀ [R_g]      Z_t = x_t Wᵀ + s_g S_t B_gᵀ      for every token t of adapter g
 //
 // A segment is a run of tokens with one adapter. For few tokens, the matrices of an adapter are read without packing;
-// otherwise the matrices are packed once per call. No token is moved in memory. The tile kernels compute, for a strip
-// of 16 tokens, the term of each adapter that one of the strip's tokens has; the other kernels compute for a token only
-// the term of the token's adapter.
+// otherwise the matrices are packed once per call. The tokens are not copied or reordered. The tile kernels compute,
+// for a strip of 16 tokens, the term of each adapter that one of the strip's tokens has; the other kernels compute for
+// a token only the term of the token's adapter.
 #pragma once
 
 #include <vector>
@@ -30,8 +30,8 @@ struct Groups {
   int64_t rank_of(const Segment& segment) const { return lora_A[static_cast<size_t>(segment.group)].size(0); }
 };
 
-// Checks the arguments. adapters: the index of each sample's adapter, or -1 for none; all samples have `tokens` /
-// samples tokens.
+// Checks the adapters of a mixed batch, and returns the adapters and the segments. adapters: the index of each sample's
+// adapter, or -1 for none. tokens: number of tokens of the batch; all samples have equally many.
 Groups make_groups(const char* op, const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
                    const std::vector<double>& scaling, const std::vector<int64_t>& adapters, int64_t tokens, int64_t in,
                    int64_t out);

@@ -49,7 +49,8 @@ inline int64_t row_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int6
   return std::min(tokens, steps * kTokenStep) * columns * rank;
 }
 
-// Returns the cost of chunks that are each divided into `blocks` blocks of columns, several chunks at a time.
+// Returns the cost of a pass over chunks of tokens, if the threads divide chunks_together chunks at a time, each into
+// `blocks` blocks of columns.
 inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t blocks, int64_t threads) {
   const int64_t chunk = std::min(chunk_tokens(tokens), tokens), chunks = shares(tokens, chunk);
   const int64_t together = chunks_together(tokens, columns, rank), groups = chunks / together;
@@ -59,8 +60,8 @@ inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_
   return std::min(parts * part, tokens * columns * rank);
 }
 
-// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide only the columns of m. No sums of
-// chunks of tokens are then kept.
+// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide only the columns of m. A thread
+// then sums over all tokens, and no sums of single chunks are kept.
 inline int64_t sums_by_columns_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t blocks = shares(columns, kBlockColumns), part = tokens * std::min(kBlockColumns, columns) * rank;
   return std::min(busiest(blocks, part, threads) * part, tokens * columns * rank);
@@ -81,13 +82,14 @@ inline int64_t outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, in
                                                          : sums_by_chunks_cost(tokens, columns, rank, threads);
 }
 
-// Returns the cost of `out` and mᵀ left in one pass, divided by chunks, because `out` needs all columns of a token.
+// Returns the cost of one pass that computes both m · right and mᵀ · left. The threads divide only the chunks of
+// tokens, because m · right needs all columns of a token.
 inline int64_t row_and_outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   return 2 * chunks_cost(tokens, columns, rank, 1, threads);
 }
 
-// Returns whether two passes, which read m twice, are faster than one. With fewer chunks than threads, or only a few
-// more chunks, some threads of one pass would wait.
+// Returns whether two passes over m, one for m · right and one for mᵀ · left, are faster than one pass that computes
+// both products. With fewer chunks than threads, or only a few more chunks, some threads of one pass would wait.
 inline bool passes_apart(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t apart = row_pass_cost(tokens, columns, rank, threads) + outer_pass_cost(tokens, columns, rank, threads);
   return 8 * apart < 7 * row_and_outer_pass_cost(tokens, columns, rank, threads);

@@ -118,8 +118,9 @@ void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
   });
 }
 
-// width: number of columns of a part, or of all columns if P is computed too. The first chunk's sums are computed in
-// the total's memory. The sums of all other chunks have separate memory, for some chunks at a time.
+// Computes the sums of a pass, divided by chunks of tokens and by parts of `width` columns; if P is computed too, width
+// is the number of all columns. The first chunk's sums are computed in the total's memory. The sums of all other chunks
+// have separate memory, for some chunks at a time.
 Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tensor* totals) {
   const PassKernels& isa = pass_kernels();
   const int64_t size = pass.columns * pass.rank, blocks = ceil_div(pass.columns, width);

@@ -1,6 +1,7 @@
 // Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on a run of rows
-// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. The results do
-// not depend on the number of threads.
+// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. peft_ext's
+// kernels give the same bits for every division. PyTorch's matrix product may give other bits on another number of
+// threads.
 #pragma once
 
 #include <stdint.h>

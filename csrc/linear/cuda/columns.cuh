@@ -5,9 +5,9 @@
 //   scale_rows:    out = g ∘ w, row by row                                          (DoRA's scale in W)
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x
 //
-// A thread moves eight columns at a time, 16 bytes of a 16-bit dtype. Arithmetic is float32, and each result is rounded
-// once. A block of column_pass and finish owns 256 columns and a chunk of rows; a warp owns every eighth row of the
-// chunk, so that a thread reads the factors of its eight columns once. A second kernel adds the partial sums
+// A thread computes eight columns at a time, 16 bytes of a 16-bit dtype. Arithmetic is float32, and each result is
+// rounded once. A block of column_pass and finish owns 256 columns and a chunk of rows; a warp owns every eighth row of
+// the chunk, so that a thread reads the factors of its eight columns once. A second kernel adds the partial sums
 // [chunks][columns] in order. column_pass uses 8 KiB of shared memory, in which the sums of the warps are added. Each
 // matrix is read or written once.
 #pragma once
@@ -52,7 +52,7 @@ __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], i
   }
 }
 
-// Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
+// Grid: x has a thread block for each chunk of kColumnRows rows; y has one for each tile of kColumnTile columns.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork work) {
   PEFT_EXT_KERNEL;
@@ -96,7 +96,7 @@ struct Finish {
   bool whole;
 };
 
-// Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
+// Grid: x has a thread block for each chunk of kColumnRows rows; y has one for each tile of kColumnTile columns.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
   PEFT_EXT_KERNEL;
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
   }
 }
 
-// scale_rows: out[n] = g[n] w[n] for all rows n. Grid: x: tiles of kColumnThreads · 8 columns; y: rows.
+// scale_rows: out[n] = g[n] w[n] for all rows n. Grid: x has a thread block for each kColumnThreads · 8
+// columns; y has one for each row.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads)
     scale_rows_kernel(const T* w, const float* scale, T* out, int64_t columns) {
@@ -144,7 +145,8 @@ struct Drop {
   DeviceDropout dropout;
 };
 
-// Grid: ceil(numel / kVector / kColumnThreads). A thread owns eight elements, whose draws are one block of Philox.
+// Grid: ceil(numel / kVector / kColumnThreads) thread blocks. A thread owns eight elements, whose draws are one block
+// of Philox.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) drop_kernel(Drop work) {
   PEFT_EXT_KERNEL;

@@ -2,19 +2,21 @@
 //
 //   out [T, N] = (before or 0) + mask ∘ (L Fᵀ) + (g - 1) ∘ z + bias,    L [T, R],  F [N, R]
 //
-// The kernel computes the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added. The kernel
-// computes the low-rank part of dX: the pass that computed dA kept the bits of the mask (if these bits are missing, the
-// kernel draws the mask again), and L contains the factor 1/(1-p). The kernel adds a bottleneck adapter's output to the
-// residual. With g and z the kernel computes the output of PEFT's DoRA with dropout, Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with
-// Z = x̃ Wᵀ + L Fᵀ. L and F are given as bfloat16 terms, three for float32 results and two for 16-bit results; F has
-// one term if F and the result are bfloat16. R is padded to a multiple of 16; R is 0 for the bias alone.
+// expand_kernel has these uses:
+//   forward      the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added
+//   backward     the low-rank part of dX. The pass that computed dA kept the bits of the mask; if these bits are
+//                missing, the kernel draws the mask again. L contains the factor 1/(1-p)
+//   residual     the low-rank term, or a bottleneck adapter's output, added to `before`
+//   PEFT's DoRA  with dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ
+// L and F are given as bfloat16 terms, three for float32 results and two for 16-bit results; F has one term if F and
+// the result are bfloat16. R is padded to a multiple of 16; R is 0 for the bias alone.
 //
-// A block of 4 warps owns 64 x 64 of out, and a warp owns 16 rows. The columns are permuted so that a lane's
-// accumulators are eight adjacent columns: row g of F's tile 4 h + j (of 8 rows) is column 32 h + 8 (g / 2) + 2 j + g %
-// 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. So a lane stores 16
-// bytes (32 for float32) at once, and the draws of the eight elements are one block of Philox. The kernel uses no
-// shared memory. Sums are float32, and each result is rounded once. Bytes moved: out once, and each of `before` and z
-// once if given.
+// A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The columns are permuted so
+// that a lane's accumulators are eight adjacent columns: row g of F's tile 4 h + j (of 8 rows) is column 32 h + 8 (g /
+// 2) + 2 j + g % 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. So a lane
+// stores 16 bytes (32 for float32) at once, and the draws of the eight elements are one block of Philox. The kernel
+// uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: out once, and each of `before`
+// and z once if given.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"
@@ -25,8 +27,8 @@ constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
 // The operands besides L Fᵀ that an instance of expand_kernel takes. kBias: the bias only. kMask: the kept mask only.
-// kOnto: before, bias and z. kAny: all operands, for any shape and alignment. kGrouped: kBias for the rows of a
-// RowTable, where each tile has its own factor F or none. kGroupedAny: kGrouped for any shape.
+// kOnto: before, bias and z. kAny: all operands, for any shape and alignment. kGrouped: the bias, for the rows of a
+// RowTable, where each tile has its own factor F or none. kGroupedAny: as kGrouped, for any shape and alignment.
 enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {
@@ -47,8 +49,8 @@ struct ExpandTerms {
   int64_t right_stride;   // distance from one factor's terms to the next factor's terms, in units of 16 bytes
 };
 
-// Computes the dropped low-rank parts of dX for several layers of one input, in one write: out = Σ_i mask_i ∘ (L_i
-// F_iᵀ).
+// Largest number of layers of one input whose low-rank parts of dX expand_sum_kernel adds in one write,
+// out = Σ_i mask_i ∘ (L_i F_iᵀ).
 constexpr int kMostExpandParts = 8;
 struct ExpandPart {
   Terms left, right;
@@ -96,7 +98,7 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
 }
 
 // kSteps: number of steps of 16 ranks if known at compile time, otherwise 0.
-// Grid: x: tiles of rows; y: tiles of columns.
+// Grid: x has a thread block for each tile of 64 rows; y has one for each tile of 64 columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
   PEFT_EXT_KERNEL;
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
   }
 }
 
-// Grid: x: tiles of rows; y: tiles of columns.
+// Grid: x has a thread block for each tile of 64 rows; y has one for each tile of 64 columns.
 template <typename T, int kRightTerms>
 __global__ void __launch_bounds__(kExpandThreads, 4) expand_sum_kernel(ExpandSum work) {
   PEFT_EXT_KERNEL;

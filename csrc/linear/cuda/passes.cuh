@@ -119,10 +119,10 @@ struct PassInput {
   int64_t rows = 0, columns = 0;
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
-  // The rows of a mixed batch. Allowed only with `right`, which then holds one factor for each adapter.
+  // The rows of a mixed batch. `tiles` is allowed only with `right`, which then holds one factor for each adapter.
   const RowTiles* tiles = nullptr;
-  // The runs of rows of the experts. Allowed only if one factor is given: `right` (with one factor for each expert) or
-  // `left`.
+  // The runs of rows of the experts. `runs` is allowed only if either `right` (with one factor for each expert) or
+  // `left` is given.
   const RowRuns* runs = nullptr;
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
@@ -167,7 +167,7 @@ void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
-// The results that `reduce` makes of partial sums. RankReduce describes the fields.
+// The results that `reduce` makes of partial sums. The fields have the meaning of the fields of RankReduce.
 struct Reduced {
   double scale = 1.0;
   const Tensor* row_scale = nullptr;

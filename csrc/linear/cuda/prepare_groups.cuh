@@ -41,7 +41,7 @@ struct PrepareGroups {
 };
 static_assert(sizeof(PrepareGroups) <= 4096, "a launch's arguments");
 
-// Grid: x: as in split_kernel; y: each A, then each B, then the table.
+// Grid: x as in split_kernel; y has an entry for each A, then for each B, and a last entry for the table.
 static __global__ void __launch_bounds__(kSplitThreads) prepare_groups_kernel(PrepareGroups work) {
   PEFT_EXT_KERNEL;
   const int which = static_cast<int>(blockIdx.y);

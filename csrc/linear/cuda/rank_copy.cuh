@@ -18,8 +18,8 @@ enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGr
 // Dropout of a pass: none, drawn, or drawn and kept as bits for a later pass.
 enum class RankMask { kNone, kDrawn, kKept };
 
-// Number of stages. A stage is a tile in shared memory. float32 tiles are so large that 48 KiB hold only two. An NF4
-// weight needs only two, because the codes of the next tile wait in registers.
+// Number of stages of a rank pass. A stage is a tile in shared memory. 48 KiB of shared memory hold only two float32
+// tiles. An NF4 weight needs only two stages, because the codes of the next tile wait in registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
@@ -89,7 +89,8 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
 }
 
 // Copies a tile of any shape and alignment from (row, column), element by element, and applies dropout to the tile.
-// Rows from `rows` on are zeros. Dropout counts row i of D as row i + `drawn`. kTabled: `row` is a row of the table.
+// Rows from `rows` on are zeros. Dropout counts row i of D as row i + `drawn`. kTabled: `row` counts rows of the table,
+// not of D.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
                                               int64_t column, int64_t rows, int64_t drawn) {

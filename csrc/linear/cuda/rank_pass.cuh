@@ -10,28 +10,32 @@
 // which the kernel decodes. F and L are given as bfloat16 terms (linear/cuda/terms.cuh), so that sums have float32
 // precision for every dtype.
 //
-// A block of 4 warps owns kAround tiles of 64 rows and column_tiles tiles of 64 columns; for Q alone, a block owns
-// row_tiles tiles of rows and one tile of columns. Warp w owns the rows from 16 w on of a tile for P, and the columns
-// from 16 w on for Q. Tiles of D pass through kRankStages stages of shared memory: while a block uses one stage,
-// cp.async fills other stages (plain loads and stores do so for NF4 weights and for matrices that are not whole). The
-// thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit D are loaded
-// by ldmatrix, transposed for Q. Fragments of F and L, which all blocks read, come from L1 and L2; a warp loads as many
-// fragments as registers hold before the warp waits for D.
-// Shared memory: kRankStages stages, each a tile of D with 64 rows and 64 columns. In a 16-bit dtype the eight groups
-// of a row, of eight columns each, lie in the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of
-// float32 are padded to 72 elements. Sums are float32. Each tile (or half of a tile) has fresh sums, which are then
-// added to the block's sums, because a tensor core's own sum rounds toward zero. Blocks write partial sums
-// [chunks][padded rows][padded rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes
-// moved by a launch: D once, E once, and the partial sums once; the second kernel reads the partial sums.
+// For P, a thread block of 4 warps computes one tile of 64 rows over column_tiles tiles of 64 columns of D; for P and Q
+// together, a thread block computes kRankTilesOfBoth tiles of rows. For Q alone, a thread block computes one tile of
+// columns over row_tiles tiles of rows. For up to 32 ranks, warp w computes the rows (for Q: the columns) from 16 w on
+// of a tile; RankShare divides more ranks.
+//
+// Tiles of D pass through kRankStages stages of shared memory: while the thread block uses one stage, cp.async fills
+// the other stages (plain loads and stores do so for NF4 weights and for matrices that are not whole). The thread that
+// copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit D are loaded by
+// ldmatrix, transposed for Q. Fragments of F and L, which all thread blocks read, come from L1 and L2; before a warp
+// waits for D, the warp loads as many of these fragments as registers hold. A stage holds a tile of D with 64 rows and
+// 64 columns. In a 16-bit dtype the eight groups of a row, of eight columns each, lie in the order group ^ row % 8, so
+// that ldmatrix has no bank conflicts. Rows of float32 are padded to 72 elements.
+//
+// Sums are float32. Each tile (or half of a tile) has fresh sums, which are then added to the thread block's sums,
+// because a tensor core's own sum rounds toward zero. Thread blocks write partial sums [chunks][padded rows][padded
+// rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes moved by a launch: D once, E
+// once if given, and the partial sums once.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
 
 namespace peft_ext {
 
-// Division of a tile of D and of kRanks tiles of 8 ranks among the warps of a block. A warp has at most four tiles of
-// ranks (32 ranks). With more ranks a warp has more rows (columns, for Q) instead, and so uses each fragment of F for
-// more products.
+// Divides a tile of D and kRanks tiles of 8 ranks among the warps of a thread block. A warp computes at most four tiles
+// of ranks (32 ranks). With more ranks, a warp computes more rows (for Q: columns) of one part of the ranks, and so
+// uses each fragment of F (for Q: of L) for more products.
 template <int kRanks>
 struct RankShare {
   static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // number of tiles of 8 ranks per warp
@@ -43,8 +47,9 @@ struct RankShare {
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarpSize / kParts * kRuns * 16; }
 };
 
-// The fragments of a small factor for one tile of D that this warp holds in registers: of each term, of two of the four
-// steps of 16 (kRoomy: of all four), and of the warp's tiles of 8 ranks.
+// The fragments of F or L for one tile of D that this warp holds in registers. The tile is summed in four steps of 16.
+// The registers hold, for each term and each of the warp's tiles of 8 ranks, the fragments of two steps (kRoomy: of all
+// four steps).
 template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
@@ -224,11 +229,11 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
     }
 }
 
-// Number of tiles of rows per block in passes that compute P and Q. The sums of these tiles stay in registers. More
-// tiles per block make fewer partial sums of Q.
+// Number of tiles of rows per thread block in passes that compute P and Q. The sums of P for these tiles stay in
+// registers. More tiles per thread block make fewer partial sums of Q.
 constexpr int kRankTilesOfBoth = 4;
 
-// Number of blocks per multiprocessor for which the compiler must limit the registers.
+// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers for this number.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2)
@@ -238,7 +243,8 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
 
 // kWhole: columns is a multiple of 8, a tile's bytes can be counted in 32 bits, and D is aligned to 16 bytes (an NF4
 // weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F; L always has three terms.
-// Grid: x: chunks of row_tiles tiles of rows; y: chunks of column_tiles tiles of columns.
+// Grid: x has a thread block for each chunk of row_tiles tiles of rows, or with runs for each run; y has one for each
+// chunk of column_tiles tiles of columns.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {

@@ -1,5 +1,5 @@
-// Divides a rank pass into blocks. The division depends only on the shape and on the results of the pass, so that all
-// cards compute equal sums. This file has only host code, without calls of CUDA.
+// Divides a rank pass into blocks. The division depends only on the shape and on which results the pass computes, so
+// that every model of GPU adds in the same order. This file has only host code, without calls of CUDA.
 #pragma once
 
 #include <algorithm>

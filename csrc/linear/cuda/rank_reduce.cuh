@@ -35,8 +35,9 @@ struct RankReduces {
 
 constexpr int kReduceThreads = 256;
 
-// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger reduction, with table_rows instead of
-// padded_rows if there is a table; y: index of the reduction. A thread computes two adjacent ranks.
+// Grid: x has ceil(padded_rows · padded_rank / 2 / kReduceThreads) thread blocks for the larger reduction, with
+// table_rows instead of padded_rows if there is a table; y is the index of the reduction. A thread computes two
+// adjacent ranks.
 static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {
   PEFT_EXT_KERNEL;
   const RankReduce& work = reduces.work[blockIdx.y];

@@ -6,7 +6,7 @@
 
 namespace peft_ext {
 
-// out[r] = scale Σ_n B[n, r] Q[n, r]. Grid: rank.
+// out[r] = scale Σ_n B[n, r] Q[n, r]. Grid: one thread block for each rank.
 static __global__ void __launch_bounds__(kColumnThreads)
     rank_scale_kernel(const float* lora_B, const float* products, int64_t rows, int64_t rank, float scale, float* out) {
   PEFT_EXT_KERNEL;

@@ -1,9 +1,9 @@
 // S [T, R] = x̃ Aᵀ for few tokens, in one launch. In generation a launch costs more than the arithmetic.
 //
-// A block owns one rank and kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and read A's
-// row once for all tokens of the block. The arithmetic is float32 FMAs. The sums of a warp's lanes are added by
-// shuffles, and the sums of the warps are added in shared memory, always in one order. In a mixed batch the tokens of a
-// block have one adapter. Bytes moved: A once per group of tokens; x once per rank (from L2 after the first time).
+// A thread block computes one rank for kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and
+// read A's row once for all tokens of the block. The arithmetic is float32 FMAs. The sums of a warp's lanes are added
+// by shuffles, and the sums of the warps are added in shared memory, always in one order. In a mixed batch the tokens
+// of a block have one adapter. Bytes moved: A once per group of tokens; x once per rank (from L2 after the first time).
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"
@@ -67,7 +67,7 @@ __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void
   return sum * work.dropout.scale;
 }
 
-// Grid: x: rank; y: ceil(tokens / kShrinkTokens).
+// Grid: x has a thread block for each rank; y has one for each kShrinkTokens tokens.
 template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew work) {
   PEFT_EXT_KERNEL;
@@ -90,8 +90,8 @@ struct TokenGroup {
 
 constexpr int kGroupedFewTokens = 64;
 
-// All arguments of a launch, so that nothing is copied from the host. few.s [tokens, rank] receives zeros beyond the
-// rank of a token's adapter.
+// The launch arguments for a mixed batch. The arguments hold all that the kernel needs, so that nothing is copied from
+// the host to device memory. few.s [tokens, rank] receives zeros beyond the rank of a token's adapter.
 struct ShrinkGrouped {
   ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
   TokenFactor* factors;  // [tokens]: receives the factors that the next kernel reads
@@ -99,7 +99,7 @@ struct ShrinkGrouped {
 };
 static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");
 
-// Grid: x: rank; y: groups.
+// Grid: x has a thread block for each rank; y has one for each TokenGroup.
 template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_grouped_kernel(ShrinkGrouped work) {
   PEFT_EXT_KERNEL;

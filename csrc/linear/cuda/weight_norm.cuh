@@ -36,7 +36,7 @@ __device__ __forceinline__ float norm_product(const Norm& work, const float* b, 
   return sum;
 }
 
-// Grid: ceil(rows / kNormRows).
+// Grid: ceil(rows / kNormRows) thread blocks.
 static __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm work) {
   PEFT_EXT_KERNEL;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
@@ -53,7 +53,7 @@ static __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm wor
   if (lane == 0) work.norm[row] = sqrtf(sum < 0.0f ? 0.0f : sum);
 }
 
-// Grid: ceil(rows / kNormRows).
+// Grid: ceil(rows / kNormRows) thread blocks.
 static __global__ void __launch_bounds__(kNormThreads) dora_norm_backward_kernel(Norm work) {
   PEFT_EXT_KERNEL;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
@@ -77,7 +77,7 @@ struct NormGradA {
   float* grad_A;
 };
 
-// Grid: x: ceil(inputs / kNormThreads); y: rank.
+// Grid: x has ceil(inputs / kNormThreads) thread blocks; y has one for each rank.
 static __global__ void __launch_bounds__(kNormThreads) dora_norm_grad_A_kernel(NormGradA work) {
   PEFT_EXT_KERNEL;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kNormThreads + threadIdx.x, r = blockIdx.y;

@@ -2,14 +2,13 @@
 //                  s_b = nested_code[absmax_b] · nested_absmax[b / 256] + nested_offset.
 // packed [ceil(n/2)] uint8, where the high nibble is the even element; n is the flat size of any shape; out [n]
 // float32, bfloat16 or float16. blocksize is a power of two >= 32, so that 32 aligned elements share one scale.
-// Ownership: a warp owns 1024 consecutive elements. Lane l decodes the scale of the l-th 32 elements. Up to 8/9 of the
-// traffic is output, so lanes are ordered along the output: in each step lane l computes the l-th next 16 bytes (8
-// elements; 4 of float32), so that a store of a warp is 512 contiguous bytes. A warp's loads are contiguous too, 4 (2)
-// bytes per lane.
-// Tables: each lane holds one of the 16 codes and other lanes read the code by shuffle, without bank conflicts. The
+// A warp dequantizes 1024 consecutive elements. Lane l decodes the scale of the l-th group of 32 elements. Up to 8/9 of
+// the traffic is output, so lanes are ordered along the output: in each step lane l computes the l-th of the next 32
+// groups of 16 bytes (8 elements; 4 of float32), so that a store of a warp is 512 contiguous bytes. A warp's loads of
+// codes are contiguous too, 4 bytes per lane (2 for float32).
+// Each lane holds one of the 16 code values and other lanes read the value by shuffle, without bank conflicts. The
 // kernel uses no shared memory.
-// Rounding: each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest
-// even.
+// Each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest even.
 // Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
 #pragma once
 
@@ -85,8 +84,9 @@ struct Nf4RowScale {
   uint32_t vectors;
 };
 
-// Dequantizes this warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight;
-// otherwise every access is checked. All lanes take part in both cases, because each lane holds a part of the tables.
+// Dequantizes this warp's part of the thread block's elements, which start at element `first`. kWhole: all elements of
+// the thread block lie within the weight; otherwise every access is checked. All lanes take part in both cases, because
+// each lane holds a code value that other lanes read.
 template <typename T, bool kWhole, bool kScaled>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
                                                     const Nf4RowScale& rows) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       }
     }
     if (kWhole || element + kSize <= weight.numel) {
-      store_vector(out + element, values);  // the store is no streaming store, because a GEMM reads the weight next
+      store_vector(out + element, values);  // a plain store, because a matrix product reads the weight next
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -156,8 +156,8 @@ template <typename T, bool kScaled>
 __global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor - (kScaled ? 2 : 0))
     nf4_dequantize_kernel(Nf4View weight, T* out, Nf4RowScale rows) {
   PEFT_EXT_KERNEL;
-  // The branch is per block, not per warp: the compiler sees that the branch is uniform, and shuffles need no
-  // re-convergence.
+  // All threads of a thread block take the same branch: the compiler sees that the branch is uniform, and shuffles need
+  // no re-convergence.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;
   if (first + kNf4BlockTile <= weight.numel) {
     nf4_dequantize_tile<T, true, kScaled>(weight, out, first, rows);

@@ -1,20 +1,20 @@
-// Few tokens against an NF4 weight, in one launch, with all operations after the product:
+// Multiplies few tokens with an NF4 weight, and computes all other terms of the layer in the same launch:
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
-// W is the A operand of mma.sync without rearranging, 16 outputs by 16 inputs. The order in which inputs are summed is
-// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s the lane's inputs 16 t
-// + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes the inputs of x in the
-// order of W's inputs, 16 bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32
-// lanes], which has no bank conflicts. The table holds the codes alone. The product over a slab of 64 inputs is
-// multiplied by the slab's scale in float32, which is nearer to the exact result than rounding each product of code and
-// scale to T, as nf4_dequantize does.
-// A block of 8 warps owns 16 outputs. Warp w owns the slabs w, w + 8, …, so that the bytes of a row are read
-// contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no partial sums in
-// global memory and no second launch, and the bits are equal on every card. The bytes of W for four slabs, and x for
-// one slab, are loaded ahead into registers. Lane t of a row decodes the scale of every fourth slab, from a stored
-// scale that was loaded four slabs earlier. Shared memory: 32 KiB, for the table and then for the sums. Bytes moved: W
-// once; x once per block, from L2 and L1.
+// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The order in which inputs
+// are summed is free: of a slab of 64 inputs of a row, lane t of the row's four lanes takes 16 consecutive inputs, 8
+// bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B
+// operand takes the inputs of x in the order of W's inputs, 16 bytes for two steps. A byte of W becomes a pair of T by
+// one lookup in a table [256 bytes][32 lanes], which has no bank conflicts. The table holds the code values without
+// scales. The product over a slab of 64 inputs is multiplied by the slab's scale in float32, which is nearer to the
+// exact result than rounding each product of code and scale to T, as nf4_dequantize does.
+// A thread block of 8 warps computes 16 outputs. Warp w takes the slabs w, w + 8, …, so that the warps together read
+// the bytes of a row contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no
+// partial sums in global memory and no second launch, and the order of the sum is equal on every GPU. Each warp loads
+// the bytes of W for four slabs, and x for one slab, ahead into registers. Of a row's four lanes, lane t decodes the
+// scale of every fourth of the warp's slabs, from a stored scale that was loaded four slabs earlier. Shared memory: 32
+// KiB, for the table and then for the sums. Bytes moved: W once; x once per thread block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -38,7 +38,7 @@ struct TokenFactor {
   float scaling;
 };
 
-// The operations after a product of few tokens.
+// The arguments of the operations that follow the product x Wᵀ for few tokens: the low-rank term, g and the biases.
 struct TokensFinish {
   const TokenFactor* factors;  // [tokens], or null; replace lora_B, lora_B_type, rank_scale and scaling if given
   int64_t rank;
@@ -138,7 +138,7 @@ struct FewScales {
   }
 };
 
-// kTiles: number of tiles of 8 tokens. Grid: ceil(outputs / kFewRows).
+// kTiles: number of tiles of 8 tokens. Grid: ceil(outputs / kFewRows) thread blocks.
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_tokens_kernel(FewWork work) {
   PEFT_EXT_KERNEL;
@@ -207,7 +207,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   blocks_of(kFewAhead, blocks);
   ahead.load(work.weight, blocks);
 
-  // Fills the table: a warp writes the pairs of 32 bytes, four per round. A row of 128 bytes is one pair for all lanes.
+  // Fills the table: a warp writes the rows of 32 byte values, four rows per round. A row has 128 bytes, and holds the
+  // pair of one byte value once for each lane.
   {
     const int byte = warp * kWarpSize + lane;
     const uint32_t pair = pack2<T>(kNf4DeviceCode[byte >> 4], kNf4DeviceCode[byte & 15]);

@@ -1,15 +1,16 @@
 // NF4 dequantize with a row scale and a low-rank merge:
 //   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh; without g no factor
-// packed and scales of W [N, K] as in nf4.cuh, A [R, K], B [N, R], g [N] float32 -> out [N, K] float32, bfloat16 or
-// float16. K, N and R may have any size of 1 or more. Ownership: a thread block owns a tile of 64 rows and 128 columns.
-// A thread owns 4 rows, and in each the columns 4c to 4c + 3 and 64 + 4c to 64 + 4c + 3, so that 16 lanes read A's
-// shared rows without conflict and store 128 (256) contiguous bytes. Shared memory: two slabs of 16 ranks, A [16][128]
-// and B transposed [16][64 + 4], 24.5 KiB. One slab is used while cp.async fills the other slab. The padding spreads
-// the transposed writes over the banks and keeps 16-byte reads aligned. Rounding: float32. The sum is made by FMAs in
-// the order of r. The sum is multiplied by scaling, added to code · s_b (which is rounded before), and multiplied by g,
-// and each of these steps is rounded. The result is then rounded once to T, to nearest even. Bytes moved: as in
-// nf4.cuh, plus 4RK + 4RN + 4N. Panels of A and B come from L2 when they are read again, 768 R bytes per tile. An
-// element takes R float32 FMAs: for more than a few ranks the FMAs limit the speed, not the bytes.
+// The packed codes and scales of W [N, K] are as in nf4.cuh; A [R, K], B [N, R] and g [N] are float32; out [N, K] is
+// float32, bfloat16 or float16. K, N and R may have any size of 1 or more. A thread block computes a tile of 64 rows
+// and 128 columns. A thread computes 4 rows, and in each row the columns 4c to 4c + 3 and 64 + 4c to 64 + 4c + 3, so
+// that 16 lanes read A's rows in shared memory without bank conflicts and store 128 (float32: 256) contiguous bytes.
+// Shared memory: two slabs of 16 ranks, A [16][128] and B transposed [16][64 + 4], 24.5 KiB. One slab is used while
+// cp.async fills the other slab. The padding of B spreads the transposed writes over the banks and keeps 16-byte reads
+// aligned. The arithmetic is float32: FMAs add the products B A in the order of r. The sum is multiplied by scaling,
+// added to code · s_b (which is rounded before), and multiplied by g, and each of these steps is rounded. The result is
+// then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK + 4RN + 4N. When A and B are read
+// again, they come from L2, 768 R bytes per tile. An element takes R float32 FMAs: for more than a few ranks the FMAs
+// limit the speed, not the bytes.
 #pragma once
 
 #include "cuda/block_sum.cuh"
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         }
         // The shuffle ignores the bits above the nibble.
         const float base = fmul_rn(shuffle(code, static_cast<int>(nibble), 16), scale);
-        // A product by one is exact.
+        // Without g, row_scale is 1, and a product by 1 is exact.
         values[c] = fmul_rn(row_scale, fadd_rn(base, fmul_rn(merge.scaling, sums[i][j * kMergeChunk + c])));
       }
       if (kAligned) {
@@ -218,7 +219,7 @@ static __global__ void __launch_bounds__(kErrorThreads)
   }
 }
 
-// Grid: 1 block of two threads.
+// Grid: one thread block of two threads.
 static __global__ void nf4_merge_error_sum_kernel(const float* partial, int64_t blocks, double* out) {
   PEFT_EXT_KERNEL;
   double sum = 0.0;

@@ -1,18 +1,18 @@
 // NF4 quantize: s_b = max |w_i| over block b, q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}. A tail block is
 // divided by max(s_b, 1e-38), which is also the stored scale.
-// w [n] float32, bfloat16 or float16, flat -> packed [ceil(n/2)] uint8, where the high nibble is the even element (an
-// odd n is padded with a zero), absmax [ceil(n/blocksize)] float32. blocksize is a power of two from 32 to 4096.
-// Ownership: a thread block owns 8192 elements, which are whole NF4 blocks; a warp owns 1024 of these elements. In each
-// step lane l takes the l-th next 16 bytes. The elements stay in registers between the maximum and the codes, so that w
-// is read once. The maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in
-// torch.amax. The lanes of an NF4 block combine by shuffles. If an NF4 block has more than 1024 elements, the block's
-// warps combine maxima in shared memory: 8 words, one barrier. Then lane l takes the l-th NF4 block of the warp: the
-// lane computes the reciprocal, stores the maximum (adjacent lanes, adjacent words), and other lanes read the
-// reciprocal by shuffle.
-// Codes: [-1, 1] has 31 bins, rint(15 v), each with at most one threshold. Lane l holds the threshold of bin l (mod 32)
-// and the number of thresholds below the bin: two shuffles and one comparison find the exact code, ties included.
-// Rounding: float32; reciprocal and product are each rounded once. A NaN has code 15, as in the reference.
-// Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
+// The input w [n] is float32, bfloat16 or float16, flat. The results are packed [ceil(n/2)] uint8, where the high
+// nibble is the even element (an odd n is padded with a zero), and absmax [ceil(n/blocksize)] float32. blocksize is a
+// power of two from 32 to 4096. A thread block quantizes 8192 elements, which are whole NF4 blocks except at the end of
+// w; a warp quantizes 1024 of these elements. In each step lane l takes the l-th of the next 32 groups of 16 bytes. The
+// elements stay in registers between the maximum and the codes, so that w is read once (at the end of w twice). The
+// maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax. The
+// lanes of an NF4 block combine their maxima by shuffles. If an NF4 block has more than 1024 elements, the block's
+// warps combine their maxima in shared memory: 8 words, one barrier. Then lane l takes the l-th NF4 block of the warp:
+// the lane computes the reciprocal and stores the maximum (adjacent lanes write adjacent words), and other lanes read
+// the reciprocal by shuffle. The range [-1, 1] has 31 bins, rint(15 v), each with at most one threshold. Lane l holds
+// the threshold of bin l (mod 32) and the number of thresholds below the bin: two shuffles and one comparison find the
+// exact code, ties included. The arithmetic is float32; reciprocal and product are each rounded once. A NaN has code
+// 15, as in the reference. Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
 #pragma once
 
 #include <math.h>
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled
   // this integer in two's complement.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
-  // Adds the sign bit of the difference: a comparison would need one more select instruction.
+  // Adds the sign bit of threshold - scaled: a comparison would need one more select instruction.
   return codes + (float_as_bits(fadd_rn(shuffle(threshold, bin), -scaled)) >> 31);
 }
 
@@ -243,7 +243,8 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     const float step_divisor = kWhole ? 1.0f : shuffle(divisor, block);
     const int element = mine + step * kStride;
     const bool tail = !kWhole && (element | (blocksize - 1)) >= left;
-    // Loads the elements again: there are not enough registers for both the elements and the checks.
+    // At the end of w (not kWhole), the elements are loaded again: there are not enough registers for both the elements
+    // and the checks.
     if (!kWhole) quantize_load<T, kWhole>(w + step * kStride, left - element, words[step]);
     uint32_t codes = 0;
     float values[kSize];
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
     nf4_quantize_kernel(const T* w, int64_t numel, int log2_blocksize, uint8_t* packed, float* absmax) {
   PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(uint32_t[kQuantizeWarps], warp_magnitudes);
-  // The branch is per thread block, so that all threads meet the shuffles and the barrier.
+  // All threads of a thread block take the same branch, so that all of them reach the shuffles and the barrier.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kQuantizeBlockTile;
   if (first + kQuantizeBlockTile <= numel) {
     nf4_quantize_tile<T, true>(w, first, kQuantizeBlockTile, log2_blocksize, packed, absmax, warp_magnitudes);

@@ -1,16 +1,19 @@
-// Up to 64 tokens against an NF4 weight: Z [T, N] = x [T, K] Wᵀ, where W is decoded on the way to the tensor cores.
+// Multiplies up to 64 tokens with an NF4 weight: Z [T, N] = x [T, K] Wᵀ. W is decoded during the product.
 //
-// W is the A operand of mma.sync without rearranging: row-major, 16 outputs by 16 inputs. The order in which inputs are
-// summed is free, so lane t of a row takes 16 consecutive inputs of every 64, 8 contiguous bytes. In step s (16 of the
-// 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B
-// operand takes the inputs of x in the order of W's inputs, so that two steps read 16 contiguous bytes of a row of x. A
-// block of 4 warps owns 128 outputs, a warp 32, and a chunk of K (split-K, because one weight alone must fill the
-// device). Slabs of 64 inputs pass through kSkinnyStages stages of shared memory by cp.async: the bytes of W, each read
-// only by the lane that copied the byte, and the rows of x, padded by 16 bytes, so that 16-byte loads of a quarter warp
-// spread over all banks. A double-quantized scale is a chain of two loads: the first load is started two slabs ahead,
-// the second load one slab ahead. Sums are float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded
-// N] in order, and computes the low-rank term, g and the biases. Weights are rounded to T, as in nf4_dequantize, before
-// the multiplication. Bytes moved: W once, x once per block, the partial sums twice (in L2).
+// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The order in which inputs
+// are summed is free, so of each 64 inputs of a row, lane t of the row's four lanes takes 16 consecutive inputs, 8
+// contiguous bytes. In step s (16 of the 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t +
+// 8, 2t + 9 of the fragment. The B operand takes the inputs of x in the order of W's inputs, so that two steps read 16
+// contiguous bytes of a row of x.
+//
+// A thread block of 4 warps computes 128 outputs over a chunk of K (split-K, because one weight alone must fill the
+// GPU); a warp computes 32 outputs. Slabs of 64 inputs pass through kSkinnyStages stages of shared memory by cp.async:
+// a stage has the bytes of W, each of which is read only by the lane that copied the byte, and the rows of x, padded by
+// 16 bytes, so that 16-byte loads of a quarter warp spread over all banks. A double-quantized scale is a chain of two
+// loads: the first load is started two slabs ahead, the second load one slab ahead. Sums are float32.
+// skinny_finish_kernel adds the partial sums [chunks of K][T][padded N] in order, and computes the low-rank term, g and
+// the biases. Weights are rounded to T, as in nf4_dequantize, before the multiplication. Bytes moved: W once, x once
+// per thread block, the partial sums twice (in L2).
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -49,7 +52,7 @@ struct SkinnyShared {
   SkinnyStage<T, kTokenTiles> stage[kSkinnyStages<kTokenTiles>];
 };
 
-// Grid: x: blocks of kSkinnyRows outputs; y: chunks of K.
+// Grid: x has a thread block for each kSkinnyRows outputs; y has one for each chunk of K.
 template <typename T, int kTokenTiles>
 __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work) {
   PEFT_EXT_KERNEL;
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
       }
 }
 
-// The product that skinny_finish_kernel reads.
+// The partial sums of the product x Wᵀ, which skinny_finish_kernel reads.
 struct SkinnySums {
   const float* partial;
   int64_t chunks, padded_outputs;
@@ -191,8 +194,8 @@ struct SkinnySums {
 
 constexpr int kFinishTokens = 8;  // number of tokens per thread; the thread reads a row of B once for all these tokens
 
-// Computes the operations of TokensFinish on the sums Σ_chunks partial. Grid: x: ceil(outputs / kSkinnyThreads);
-// y: ceil(tokens / kFinishTokens).
+// Adds the partial sums of the chunks, and computes the operations of TokensFinish on the result. Grid: x has
+// ceil(outputs / kSkinnyThreads) thread blocks; y has ceil(tokens / kFinishTokens).
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnySums product, TokensFinish work) {
   PEFT_EXT_KERNEL;

@@ -54,7 +54,10 @@ def _binned(series: Series) -> dict[str, Any]:
 def draw_chart(
     name: str, heading: str, unit: str, series: Sequence[Series], *, zero: bool, steps: int
 ) -> dict[str, Any]:
-    """Returns a figure's data for the template: notes, legend, paths, labels. With ``zero`` the y axis begins at 0."""
+    """Returns a figure's data for the template: notes, legend, paths, labels.
+
+    With ``zero`` the y axis begins at 0, unless a value is negative.
+    """
     series = [s for s in series if any(v is not None for v in s.y)]
     drawn = [_binned(s) for s in series]
     chart: dict[str, Any] = {

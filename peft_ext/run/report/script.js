@@ -1,4 +1,4 @@
-// Shows a step at the pointer: the nearest point of each curve, and its own step where that is another one.
+// Shows the value of each curve at the step under the pointer, or at the curve's nearest step, which is then named.
 "use strict";
 function short(v) {
   if (v === null || v === undefined) return "–";

@@ -1,7 +1,7 @@
 // Expand: computes Y from a base product and the low-rank term. Include this file after the target pragma.
 //
-// kTokens rows by kVecs vectors of sums stay in registers over the whole rank. `right` is read from L2 once per kTokens
-// rows. y is written once.
+// kTokens rows by kVecs vectors of sums stay in registers while the loop runs over all ranks. `right` is read from L2
+// once per kTokens rows. y is written once.
 #pragma once
 
 #include "linear/cpu/kernels/row_block.h"

@@ -20,12 +20,13 @@ inline const float* widened(const T* x, int64_t count, float* buffer) {
   return buffer;
 }
 
-// Computes the sums of one row with each token. Rows of B have the rank's length, so that most of the time goes into
-// adding up vectors: only vectors that hold a sum are added up.
+// Computes the dot products of one row with each token. For a row as short as a row of B, whose length is the rank,
+// most of the time goes into adding up vectors of sums: only vectors that hold a sum are added up.
 template <typename T, int kCount>
 inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, const Tails<kCount>& tails,
                            float* sums) {
-  // With few tokens several sums per token are needed, because a sum must wait for the previous product.
+  // With fewer than four tokens, each token has several independent sums, because each addition to a sum must wait for
+  // the previous addition.
   constexpr int kSums = kCount >= 4 ? 1 : 4;
   constexpr int kStep = kSums * Vec::kWidth;
   static_assert(kPanel % kStep == 0, "the tail is the last panel's");

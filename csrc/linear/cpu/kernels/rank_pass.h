@@ -1,7 +1,8 @@
 // RowPass: the rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃, and x̃ alone. Include this file after the target pragma.
 //
-// kTokens rows by kPanel columns of m are widened to float32, and dropped, in L1. Each value is then multiplied with a
-// row of `right`, whose sums stay in registers over the panel, and with a row of `left`, whose sums are kept in `acc`.
+// kTokens rows by kPanel columns of m are widened to float32 in L1, where dropout is applied. Each value is then
+// multiplied with a row of `right`, whose sums stay in registers over the panel, and with a row of `left`, whose sums
+// are kept in `acc`.
 // The outer loop runs over panels: a panel's rows of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 for all
 // tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's size.
 #pragma once
@@ -24,7 +25,8 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-// Loads rows [t, t + tokens) and columns [k, k + width) of m, widened and dropped.
+// Loads the rows [t, t + tokens) and the columns [k, k + width) of m, widens the values to float32, and applies
+// dropout.
 template <typename T>
 inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, int64_t width, RowBlock* block) {
   for (int i = 0; i < tokens; ++i) {

@@ -12,8 +12,8 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
   return values != nullptr && i < count ? values[i] : otherwise;
 }
 
-// Computes one block. rest: null, or for each token of the block the product of the token's dropped elements with W's
-// rows from `row` on.
+// Computes one block of Y (and of Z, if wanted). rest: null, or for each token of the block the product of the token's
+// dropped elements with W's rows from `row` on.
 template <typename Left>
 inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const Left& rows, const float* rest,
                           Block* block, Block* base, Ahead* ahead) {
@@ -67,8 +67,8 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
   alignas(64) float rest[kBlockStrips * kStrip * kPanelStep];
   const bool apart = work.rest.first != nullptr;
   bf16* turned = panel + kPanelStep / kStrip * length;
-  // A few strips of tokens read W's rows from W itself: after the first strip the rows are in L2, and a copy of W would
-  // cost more.
+  // Up to kFewStrips strips of tokens are multiplied with W's rows in place, without a copy in the panel: after the
+  // first strip the rows are in L2, and a copy would cost more.
   const bool as_they_lie = last - first <= kFewStrips && !apart && whole_tiles(work.weight, begin, end);
   const bool one_strip = last - first == 1 && !apart && decodes_rows(work.weight);
   if (!as_they_lie && !one_strip) weight_rows(work.weight, begin, end, panel);

@@ -1,7 +1,7 @@
 // multiply() of the tile kernels with the dot product of AVX512-BF16. block.h has the contract. Include this file after
 // the target pragma.
 //
-// 8 rows by 2 strips of lanes are 16 sums in registers. Each pair of the depth loads two registers of lanes and
+// The sums of 8 rows by 2 strips of lanes are in 16 registers. Each pair of the depth loads two registers of lanes and
 // broadcasts eight pairs of rows: 10 loads for 16 products, so that the products limit the speed, at one per cycle.
 // A single strip is multiplied with 16 rows of NF4 without making a panel: 64 columns are decoded into L1, one row
 // after every 32 products with the previous 64 columns. Decoding uses the shuffle and store units, which the products

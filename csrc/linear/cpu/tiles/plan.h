@@ -5,10 +5,10 @@
 //   block    token strips that all of W is multiplied with before the next block; a block's strips stay in cache
 //   part     the work of one thread: a range of units in each block, panel after panel
 //
-// Every unit is in exactly one range. A range ends at any unit, or only at whole panels if decoding a panel twice would
-// cost more than waiting: the plan takes the way with the shorter busiest thread. Costs are in strips of products;
-// decoding a panel costs `decode` strips. The busiest part of a block costs at most the mean part, plus one unit, plus
-// decoding two panels.
+// Every unit is in exactly one range. In one division, a range may end at any unit, and two threads may decode the same
+// panel. In the other division, a range ends only at a whole panel. The plan takes the division whose busiest thread
+// has the smaller cost. Costs are in strips of products; decoding a panel costs `decode` strips. The busiest part of a
+// block costs at most the mean part, plus one unit, plus decoding two panels.
 #pragma once
 
 #include <stdint.h>
@@ -71,7 +71,7 @@ inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t 
   const int64_t step_bytes = most(1, ceil(depth, 32) * 32) * kPlanStrip * 2 * step;
   const int64_t fitting = most(1, kPlanBlockBytes / step_bytes);
   plan.blocks = ceil(plan.steps, most(fitting, ceil(kPlanUnits * threads, plan.panels)));
-  // The first block, which is as large as the largest block, or one step smaller, decides.
+  // The costs are computed for the largest block. The other blocks have as many steps, or one step fewer.
   const int64_t of_panel = ceil(plan.steps, plan.blocks), units = plan.panels * of_panel;
   plan.parts = units < threads ? units : threads;
   const int64_t each = ceil(units, plan.parts), touched = (each - 1 + of_panel - 1) / of_panel + 1;

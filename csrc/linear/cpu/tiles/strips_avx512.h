@@ -1,5 +1,5 @@
-// Converts activations to strips, dropped and scaled on the way, in AVX-512 with BF16. Include this file after the
-// target pragma.
+// Converts activations to strips, in AVX-512 with BF16, and applies the dropout mask and the scale on the way. Include
+// this file after the target pragma.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"
@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns the 32 columns from d on of a row of m, dropped and scaled, with zeros beyond the matrix.
+// Returns the 32 columns from d on of a row of m, after the dropout mask and the scale, with zeros beyond the matrix.
 inline __m512i token_values(const TokenStrips& work, int64_t row, int64_t d) {
   if (row >= work.tokens) return _mm512_setzero_si512();
   const int64_t left = work.depth - d;

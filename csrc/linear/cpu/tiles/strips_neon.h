@@ -1,5 +1,5 @@
-// Converts activations to strips, dropped and scaled on the way, on Arm. Strips of rows and of lanes have one layout.
-// Include this file after the target pragma and the microkernel's file.
+// Converts activations to strips, on Arm, and applies the dropout mask and the scale on the way. Strips of rows and
+// strips of lanes have the same layout. Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/decode_neon.h"
@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns the 32 columns from d on of a row of m, dropped and scaled, with zeros beyond the matrix.
+// Returns the 32 columns from d on of a row of m, after the dropout mask and the scale, with zeros beyond the matrix.
 inline Values32 token_values(const TokenStrips& work, int64_t row, int64_t d) {
   if (row >= work.tokens) return Values32{};
   const int64_t left = min_i64(kTileDepth, work.depth - d);

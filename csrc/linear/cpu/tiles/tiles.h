@@ -16,7 +16,7 @@
 // So the forward reads W's rows in row-major order, decoded from NF4 on the way, and transposes x once. The backward
 // interleaves pairs of W's rows and copies G. On Arm the tiles of both operands are 8 steps of the depth x 8 pairs x 2
 // x 4, see microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use the panel.
-// No repacked copy of the whole W is made. Y and dX are written once and rounded once.
+// No repacked copy of the whole W is made. A call of a kernel writes and rounds each element of Y or dX once.
 #pragma once
 
 #include <stdint.h>
@@ -75,8 +75,8 @@ struct TileTerm {
 };
 
 // The dropped elements of x. Token t has the entries [first[t], first[t + 1]). An entry is the column, shifted left by
-// 16, combined with the 16 bits of the value. The number of entries is padded to a multiple of kDroppedStep with zeros
-// in the last entry's column.
+// 16, combined with the 16 bits of the value. A token's entries are padded to a multiple of kDroppedStep by entries
+// with the value 0 and the last entry's column.
 struct DroppedEntries {
   const int64_t* first = nullptr;
   uint32_t* entries = nullptr;

@@ -1,0 +1,79 @@
+// A stand-in for NVIDIA's driver, libcuda.so.1: it runs nothing, keeps a log of the calls, and fails where it is told
+// to. "Machine code" is the text "code of <symbol>".
+#include <stdio.h>
+#include <string.h>
+
+#include <mutex>
+#include <set>
+#include <string>
+
+namespace {
+
+std::mutex mutex;
+std::string calls, failing;
+int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
+
+int call(const std::string& name, const std::string& text, int error) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  calls += name + text + "\n";
+  return failing == name ? error : 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+void fake_fail(const char* function) { failing = function; }
+const char* fake_calls() {
+  static std::string told;
+  told.swap(calls);
+  calls.clear();
+  return told.c_str();
+}
+
+int cuInit(unsigned) { return call("init", "", 100); }
+int cuGetErrorString(int error, const char** text) {
+  *text = error == 2 ? "out of memory" : error == 200 ? "device kernel image is invalid" : "unspecified launch failure";
+  return 0;
+}
+int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return 0;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? 9 - device : attribute == 76 ? 0 : -1;
+  return 0;
+}
+int cuStreamQuery(void*) { return failing == "stream" ? 719 : 600; }
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = capture_mode;
+  capture_mode = *mode;
+  *mode = before;
+  return 0;
+}
+int cuLibraryLoadData(void** library, const void* code, void*, void**, unsigned options, void*, void**, unsigned) {
+  const char* text = static_cast<const char*>(code);
+  if (strncmp(text, "code of ", 8) != 0 || options != 0) return 200;
+  *library = strdup(text + 8);
+  return call("load", std::string(" ") + (text + 8) + " in mode " + std::to_string(capture_mode), 2);
+}
+int cuLibraryUnload(void*) { return call("unload", "", 0); }
+int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  *kernel = library;
+  return strcmp(static_cast<const char*>(library), name) == 0 ? 0 : 500;
+}
+int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
+  char text[200];
+  snprintf(text, sizeof(text), " %d = %d of %s on %d", attribute, value, static_cast<char*>(kernel), device);
+  return call("attribute", text, 1);
+}
+int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
+  char text[300];
+  snprintf(text, sizeof(text), " %s grid %u %u %u block %u %u %u shared %u stream %p first %lld last %d extra %p",
+           static_cast<char*>(kernel), gx, gy, gz, bx, by, bz, shared, stream,
+           *static_cast<long long*>(parameters[0]), *static_cast<int*>(parameters[1]), extra);
+  return call("launch", text, 719);
+}
+
+}  // extern "C"
