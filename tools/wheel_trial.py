@@ -27,12 +27,12 @@ PACKAGE = "peft_ext"
 
 # Argument 1: the folder that the package must be in. Argument 2: whether the wheel holds the native library.
 PROGRAM = """
-import sys, warnings, torch
+import os, sys, warnings, torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import peft_ext
 place, native = sys.argv[1], sys.argv[2] == "native"
-assert peft_ext.__file__.startswith(place), peft_ext.__file__
+assert os.path.realpath(peft_ext.__file__).startswith(os.path.realpath(place)), peft_ext.__file__
 state = peft_ext._native.STATE
 said = [str(warning.message) for warning in caught if "reference" in str(warning.message)]
 assert (state.isa != "reference") == native, state
