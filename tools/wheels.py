@@ -177,8 +177,14 @@ def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels:
             archive.extract(f"{PACKAGE}/{kernels.name}", kernels.parents[1])
         repaired = Path(folder, "repaired")
         exclude = [argument for library in OF_TORCH for argument in ("--exclude", library)]
-        _run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat",
-             f"{old_runtime.TAG}_{architecture}", *exclude, "-w", repaired, built)  # fmt: skip
+        # auditwheel accepts the names of this machine's architecture alone, and finds the other architecture by itself.
+        _run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto", *exclude, "-w", repaired,
+             built)  # fmt: skip
+        (wheel,) = repaired.glob("*.whl")
+        tag = re.search(rf"-manylinux_(\d+)_(\d+)_{architecture}\.whl$", wheel.name)
+        if tag is None or (int(tag[1]), int(tag[2])) > old_runtime.NEWEST["GLIBC"]:
+            sys.exit(f"wheels: auditwheel made {wheel.name}, wanted {old_runtime.TAG}_{architecture} or older")
+        _run(python, "-m", "wheel", "tags", "--remove", "--platform-tag", f"{old_runtime.TAG}_{architecture}", wheel)
         (wheel,) = repaired.glob("*.whl")
         _run(sys.executable, "-m", "twine", "check", "--strict", wheel)
         return Path(shutil.copy(wheel, output))
