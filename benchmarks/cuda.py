@@ -3,26 +3,31 @@
 A call is timed between two events, or as a part of a CUDA graph of many calls. The host does not wait for the GPU
 between calls. Between events a short call takes the time of its launch on the host; in a graph a call takes the time of
 its kernels. The outputs of all calls of a sample between events are kept until the sample ends, so that no output
-reuses memory that is still in the GPU's cache.
+reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and clock meanwhile.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
 from .harness import Contender
 
-__all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
+__all__ = ["Meter", "about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
 # The fields that nvidia-smi is asked for, by their names in a result file.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
        "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
+# The fields of a Meter's samples, and their names in a row.
+SAMPLED = {"power_w": "power.draw", "sm_mhz": "clocks.sm", "temperature_c": "temperature.gpu"}
+SAMPLE_MS = 100
 
 
 def _event() -> Any:
@@ -128,10 +133,93 @@ def about_gpu() -> dict[str, Any]:
         "memory_gib": round(found.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
     }
-    command = ["nvidia-smi", f"--id=GPU-{found.uuid}", f"--query-gpu={','.join(SMI.values())}",
-               "--format=csv,noheader,nounits"]  # fmt: skip
     try:
-        line = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.splitlines()[0]
+        done = subprocess.run(_smi(SMI, found.uuid), check=True, capture_output=True, text=True, timeout=30)
+        line = done.stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return about
     return about | dict(zip(SMI, (value.strip() for value in line.split(",")), strict=False))
+
+
+def _smi(fields: dict[str, str], uuid: Any, *more: str) -> list[str]:
+    """Returns the command of nvidia-smi that prints a line with ``fields`` of one GPU."""
+    return ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields.values())}",
+            "--format=csv,noheader,nounits", *more]  # fmt: skip
+
+
+def sample_of(line: str) -> dict[str, float]:
+    """Returns the numbers of a line of nvidia-smi by the names in SAMPLED. Leaves out values such as "[N/A]"."""
+    found = {}
+    for name, text in zip(SAMPLED, line.split(","), strict=False):
+        try:
+            found[name] = float(text)
+        except ValueError:
+            continue
+    return found
+
+
+class Meter:
+    """A context in which nvidia-smi samples the power, the clock and the temperature of the GPU ``uuid``.
+
+    A process of nvidia-smi prints a sample every :data:`SAMPLE_MS` milliseconds. Without nvidia-smi, or with None as
+    ``uuid``, there are no samples.
+    """
+
+    def __init__(self, uuid: Any) -> None:
+        self._uuid, self._lock = uuid, threading.Lock()
+        self._samples: list[dict[str, float]] = []
+        self._last: dict[str, float] = {}
+        self._process: Optional[subprocess.Popen[bytes]] = None
+
+    def __enter__(self) -> Meter:
+        if self._uuid is None:
+            return self
+        # With a pipe in place of the terminal, the C library would hold lines back until a buffer is full.
+        ours, theirs = os.openpty()
+        try:
+            command = _smi(SAMPLED, self._uuid, f"--loop-ms={SAMPLE_MS}")
+            self._process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL)
+        except OSError:
+            os.close(ours)
+            return self
+        finally:
+            os.close(theirs)
+        threading.Thread(target=self._read, args=(ours,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self, terminal: int) -> None:
+        with open(terminal, "rb", buffering=0) as lines:
+            held = b""
+            while True:
+                try:
+                    read = lines.read(4096)
+                except OSError:  # the other end of a terminal is closed
+                    return
+                if not read:
+                    return
+                *whole, held = (held + read).split(b"\n")
+                with self._lock:
+                    self._samples += filter(None, (sample_of(line.decode(errors="replace")) for line in whole))
+
+    def lap(self) -> dict[str, float]:
+        """Returns the median of each field over the samples since the last call. Without a new sample, returns the
+        last result.
+        """
+        with self._lock:
+            samples, self._samples = self._samples, []
+        medians = {}
+        for name in SAMPLED:
+            if values := [sample[name] for sample in samples if name in sample]:
+                medians[name] = statistics.median(values)
+        self._last = medians or self._last
+        return dict(self._last)
+
+
+def uuid() -> Any:
+    """Returns the UUID of the GPU that the benchmarks use; None without a GPU."""
+    return torch.cuda.get_device_properties(0).uuid if torch.cuda.is_available() else None

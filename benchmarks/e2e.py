@@ -6,13 +6,14 @@
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv) over seeds
 
 Each training run is a process of its own, so that the peak memory of the process is the peak memory of one run. Each of
-the four commands writes a result file.
+the four commands writes a result file. With ``--device cuda`` the command methods trains on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from typing import Any
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
-from . import mixture
+from . import cuda, mixture
 from .files import result_path, write
 from .harness import machine
 
@@ -190,7 +191,25 @@ LLAMA_1B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-SHAPES = {"smollm2": (SMOLLM2, "SmolLM2-135M's shape"), "1b": (LLAMA_1B, "Llama-3.2-1B's width and 4 layers")}
+# Sizes of a Llama with the width of Llama 3 8B, and with 2 layers instead of 32. The vocabulary is smaller in the same
+# proportion, so that the head takes the part of a step that the head takes in the whole model.
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 8192,
+    "tie_word_embeddings": False,
+}
+TINY = {**SMOLLM2, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 96}  # fmt: skip
+SHAPES = {
+    "smollm2": (SMOLLM2, "SmolLM2-135M's shape"),
+    "1b": (LLAMA_1B, "Llama-3.2-1B's width and 4 layers"),
+    "8b": (LLAMA_8B, "Llama-3-8B's width and 2 layers"),
+    "tiny": (TINY, "a test, one layer of 64 columns,"),
+}
 KINDS = ("ours", "stock")
 
 
@@ -215,10 +234,11 @@ def peft_config(method: Method, steps: int) -> Any:
     return peft.LoraConfig(r=16, use_dora=method.use_dora, **common)
 
 
-def build_model(method: Method, steps: int, sizes: dict[str, Any]) -> Any:
+def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], device: str = "cpu") -> Any:
     """Returns a Llama of ``sizes`` with an adapter, in training mode.
 
-    Both contenders get equal random bf16 weights.
+    Both contenders get equal random bf16 weights. Without bitsandbytes, the quantized layers of the kind "ours" are
+    NF4Linear, and the kind "stock" raises ImportError.
     """
     import torch
     from peft import get_peft_model
@@ -232,11 +252,13 @@ def build_model(method: Method, steps: int, sizes: dict[str, Any]) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
     finally:
         torch.set_default_dtype(before)
     if method.quantized:
         peft_ext.quantize_nf4(model, progress=False)
+    if method.quantized and (kind == "stock" or importlib.util.find_spec("bitsandbytes")):
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, peft_ext.nn.NF4Linear):
@@ -248,11 +270,12 @@ def build_model(method: Method, steps: int, sizes: dict[str, Any]) -> Any:
 
 def train(
     method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
-    checkpointing: bool = False,
+    checkpointing: bool = False, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
     """Times ``steps`` training steps after one step that warms up.
 
-    A step is a forward, a backward, a step of AdamW over the adapters, and zero_grad.
+    A step is a forward, a backward, a step of AdamW over the adapters, and zero_grad. The peak memory on a GPU is the
+    peak of PyTorch's allocations, without the building of the model.
     """
     import torch
 
@@ -260,7 +283,7 @@ def train(
     from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
 
     keep_freed_memory()  # for both contenders, since malloc's settings are no part of a kernel
-    model = build_model(method, steps, sizes)
+    model = build_model(method, kind, steps, sizes, device)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -268,24 +291,39 @@ def train(
         peft_ext.accelerate(model)
     explained = peft_ext.explain(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    before = peak_memory_mib()
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_mib() -> float:
+        return torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mib() or 0
+
+    before = peak_mib()
     torch.manual_seed(1)
     seconds, losses = [], []
-    for step in range(1 + steps):
-        tokens = torch.randint(0, sizes["vocab_size"], (batch, length))
-        start = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        if method.peft_type == "ADALORA":
-            model.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
+    with cuda.Meter(cuda.uuid() if on_gpu else None) as meter:
+        for step in range(1 + steps):
+            tokens = torch.randint(0, sizes["vocab_size"], (batch, length)).to(device)
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            if method.peft_type == "ADALORA":
+                model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            losses.append(loss.item())
+        metered = meter.lap()
     return {
         "tokens_per_s": round(batch * length / statistics.median(seconds[1:]), 1),
-        "peak_mib": round(peak_memory_mib() or 0),
-        "peak_before_training_mib": round(before or 0),
+        "milliseconds": round(1e3 * statistics.median(seconds[1:]), 3),
+        "meter": metered,
+        "peak_mib": round(peak_mib()),
+        "peak_before_training_mib": round(before),
         "losses": [round(loss, 5) for loss in losses],
         "fused": sum(row.fused for row in explained.rows),
         "layers": len(explained.rows),
@@ -293,53 +331,86 @@ def train(
 
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs both contenders of each method in turn, each run in its own process. A ratio compares neighbouring runs."""
-    rows = []
+    """Runs both contenders of each method in turn, each run in its own process. A ratio compares neighbouring runs.
+
+    The result file is written anew after each method. A run that fails, or that takes more than ``args.limit`` seconds,
+    is named in "failed", and the row has the other runs.
+    """
+    about = _machine(args.device)
+    out = result_path(_subject(args), about, args.out)
+    sizes, shape = SHAPES[args.shape]
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    result = {
+        "what": f"a Llama of {shape} with random weights, rank 16 on all linears, {args.batch} x {args.length} tokens, "
+        f"{args.steps} steps{', gradient checkpointing' if args.checkpointing else ''}",
+        "model": ", ".join(f"{key} {value}" for key, value in sizes.items()),
+        "rows": rows,
+        "failed": failed,
+    }
     for name in args.methods:
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
         for _ in range(args.repeats):
             for kind in KINDS:
                 command = [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps),
                            "--batch", str(args.batch), "--length", str(args.length), "--shape", args.shape,
-                           *["--checkpointing"] * args.checkpointing]  # fmt: skip
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                           "--device", args.device, *["--checkpointing"] * args.checkpointing]  # fmt: skip
+                try:
+                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=args.limit)
+                except subprocess.SubprocessError as error:
+                    failed.append(f"{name}, {kind}: {error}")
+                    print(f"failed: {failed[-1]}", flush=True)
+                    continue
                 runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
                 run = runs[kind][-1]
+                metered = "".join(f", {field} {value:g}" for field, value in run["meter"].items())
                 print(f"{name}, {kind}: {run['tokens_per_s']:.0f} tokens/s, peak {run['peak_mib']} MiB, "
-                      f"{run['fused']} of {run['layers']} layers fused", flush=True)  # fmt: skip
-        rows.append(method_row(name, runs))
-        print(f"{name}: tokens/s {rows[-1]['speedup']:.2f}x stock; peak memory {rows[-1]['memory']:.2f} of stock")
-    sizes, shape = SHAPES[args.shape]
-    sizes = ", ".join(f"{key} {value}" for key, value in sizes.items())
-    return {
-        "what": f"a Llama of {shape} with random weights, rank 16 on all linears, {args.batch} x {args.length} tokens, "
-        f"{args.steps} steps{', gradient checkpointing' if args.checkpointing else ''}",
-        "model": sizes,
-        "rows": rows,
-    }
+                      f"{run['fused']} of {run['layers']} layers fused{metered}", flush=True)  # fmt: skip
+        if any(runs.values()):
+            rows.append(method_row(name, runs))
+        if all(runs.values()):
+            print(f"{name}: tokens/s {rows[-1]['speedup']:.2f}x stock; peak memory {rows[-1]['memory']:.2f} of stock")
+        write(out, {"machine": about, **result})
+    return result
 
 
 def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the row of a method. Where the runs of one contender failed, the row compares nothing."""
     ours, stock = runs["ours"], runs["stock"]
-    differences = [abs(a - b) for a, b in zip(ours[0]["losses"], stock[0]["losses"], strict=True)]
-    return {
+    first = (ours or stock)[0]
+    row = {
         "method": name,
-        "tokens_per_s": {kind: [run["tokens_per_s"] for run in runs[kind]] for kind in KINDS},
-        "peak_mib": {kind: [run["peak_mib"] for run in runs[kind]] for kind in KINDS},
-        "peak_before_training_mib": {kind: [run["peak_before_training_mib"] for run in runs[kind]] for kind in KINDS},
+        **{
+            field: {kind: [run[field] for run in runs[kind]] for kind in KINDS}
+            for field in ("tokens_per_s", "milliseconds", "peak_mib", "peak_before_training_mib", "meter")
+        },
+        "fused": first["fused"],
+        "layers": first["layers"],
+        "losses": {kind: runs[kind][0]["losses"] for kind in KINDS if runs[kind]},
+    }
+    if len(ours) != len(stock) or not ours:
+        return row
+    differences = [abs(a - b) for a, b in zip(ours[0]["losses"], stock[0]["losses"], strict=True)]
+    return row | {
         "speedup": _ratio(runs, "tokens_per_s"),
         "memory": _ratio(runs, "peak_mib"),
-        "fused": ours[0]["fused"],
-        "layers": ours[0]["layers"],
-        "losses": {kind: runs[kind][0]["losses"] for kind in KINDS},
         # With dropout the contenders draw different masks, so that losses are not compared.
         "max_loss_difference": None if METHODS[name].dropout else max(differences),
     }
 
 
+def _machine(device: str) -> dict[str, Any]:
+    return {**machine(), **({"gpu": cuda.about_gpu()} if device == "cuda" else {})}
+
+
 def _names(text: str) -> list[str]:
-    """Returns the methods whose names begin with one of the prefixes in ``text``, which ";" separates."""
-    found = [name for part in text.split(";") for name in METHODS if name.lower().startswith(part.strip().lower())]
+    """Returns the methods that the parts of ``text`` name, which ";" separates. A part is a method's name, or else the
+    beginning of the names of methods.
+    """
+    names = {name.lower(): name for name in METHODS}
+    found = []
+    for part in (part.strip().lower() for part in text.split(";")):
+        found += [names[part]] if part in names else [name for low, name in names.items() if low.startswith(part)]
     if not found:
         raise argparse.ArgumentTypeError(f"no method {text!r}; there are {'; '.join(METHODS)}")
     return list(dict.fromkeys(found))
@@ -377,6 +448,8 @@ def main() -> None:
         command.add_argument("--batch", type=int, default=4)
         command.add_argument("--shape", choices=SHAPES, default="smollm2")
         command.add_argument("--checkpointing", action="store_true")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    three.add_argument("--limit", type=float, help="seconds after which a run is killed; default: none")
     five = commands.add_parser("experts")
     five.add_argument("--repeats", type=int, default=3)
     six = commands.add_parser("mixture", help="one run of experts: its figures as JSON")
@@ -393,16 +466,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "method":
         print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
-                               SHAPES[args.shape][0], args.checkpointing)))  # fmt: skip
+                               SHAPES[args.shape][0], args.checkpointing, args.device)))  # fmt: skip
         return
     if args.command == "mixture":
         print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))
         return
     measure = {"speed": speed, "intents": intents, "methods": methods, "experts": mixture.compare}[args.command]
-    result = {"machine": machine(), **measure(args)}
+    result = {"machine": _machine(getattr(args, "device", "cpu")), **measure(args)}
     out = result_path(_subject(args), result["machine"], args.out)
     write(out, result)
     print(f"written: {out}")
+    if result.get("failed"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

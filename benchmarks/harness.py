@@ -95,6 +95,7 @@ class Row:
         absent: the reason for each peer that could not run.
         bytes_moved, flops, reads: the fields of the :class:`Comparison`.
         roofline: time of the least work (see :func:`floor_ms`) in percent of each contender's time.
+        meter: the GPU's power, clock and temperature during the row; empty on a CPU.
     """
 
     op: str
@@ -113,6 +114,7 @@ class Row:
     flops: int
     reads: bool
     roofline: dict[str, float]
+    meter: dict[str, float] = field(default_factory=dict)
 
 
 # --- ceilings and floors ----------------------------------------------------------------------------------------------

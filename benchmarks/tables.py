@@ -86,10 +86,14 @@ def peers_table(result: Result, op: str, peers: Iterable[str]) -> str:
 
 def cases_table(rows: Iterable[Result]) -> str:
     """Returns a table with a row for each case: our time, and each peer's time divided by our time."""
-    lines = ["| operator | case | weights | ms | faster than |", "|---|---|---|---|---|"]
+    rows = list(rows)
+    metered = any(row.get("meter") for row in rows)
+    lines = ["| operator | case | weights | ms | faster than |" + " W; MHz |" * metered, "|---" * (5 + metered) + "|"]
     for row in rows:
+        meter = row.get("meter") or {}
         lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {row['milliseconds']['ours']:.3f} | "
-                     f"{ratio_text(row['speedup'], row['quartiles'])} |")  # fmt: skip
+                     f"{ratio_text(row['speedup'], row['quartiles'])} |"
+                     + f" {meter.get('power_w', '-')}; {meter.get('sm_mhz', '-')} |" * metered)  # fmt: skip
     return "\n".join(lines)
 
 
@@ -149,8 +153,9 @@ def speed_table(result: Result) -> str:
 {perplexity["stock"]["after"]:.2f} | |
 | the same without dropout | {plain["ours"]["after"]:.3f} | {plain["stock"]["after"]:.3f} | |
 
-Without dropout the losses of the two runs differ by {result["mean_loss_difference"]:.4f} in the mean over the steps and
-by {result["max_loss_difference"]:.4f} at most. PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds that
+Without dropout, the losses of the run with peft_ext and of the run with PEFT + bitsandbytes differ by
+{result["mean_loss_difference"]:.4f} in the mean over the steps and by {result["max_loss_difference"]:.4f} at most.
+PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds that
 term to a base output that is already rounded, which swallows part of a young adapter's small terms. peft_ext rounds the
 sum once."""
 
@@ -164,7 +169,8 @@ def methods_table(result: Result) -> str:
     ]
     compared = [row["max_loss_difference"] for row in result["rows"] if row["max_loss_difference"] is not None]
     if compared:
-        lines += ["", f"Without dropout the losses of the steps differ by {max(compared):.4f} at most."]
+        lines += ["", "Without dropout, the losses of a step with peft_ext and with PEFT + bitsandbytes differ by "
+                  f"{max(compared):.4f} at most."]  # fmt: skip
     return "\n".join(lines)
 
 

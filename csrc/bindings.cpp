@@ -99,7 +99,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sources", &sources, "The texts of the CUDA kernels' sources, by path.");
   m.def("set_image_source", &set_image_source, py::arg("function"),
         "Set the function (kernel, file, capability) -> (symbol, machine code as bytes).");
-  m.def("register_cuda", &peft_ext_register_cuda, "Register the CUDA functions of the operators with PyTorch.");
+  m.def("register_operators", &peft_ext_register_operators, py::arg("key"), py::arg("namespace"),
+        "Register the operators' functions for a dispatch key, CPU or CUDA, in a namespace of torch.ops.");
   m.def("load_kernel", &load_kernel, py::arg("kernel"), py::arg("device"), py::call_guard<py::gil_scoped_release>(),
         "Load the kernel of this number on a GPU. Returns None, or the reason of the failure.");
 }

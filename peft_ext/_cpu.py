@@ -60,7 +60,10 @@ def _onednn_multiplies(check: str) -> bool:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Returns whether this CPU has instructions for PyTorch's matrix product of ``dtype``."""
+    """Returns whether PyTorch's matrix product of ``dtype`` uses instructions of this CPU that are made for ``dtype``.
+
+    Returns False if the CPU has no such instructions or if ONEDNN_MAX_CPU_ISA or DNNL_MAX_CPU_ISA forbids them.
+    """
     if dtype not in _WANTED:
         return True
     check, least, x86, arm = _WANTED[dtype]
@@ -75,8 +78,9 @@ def multiplies(dtype: torch.dtype) -> bool:
 def widened_dtypes() -> frozenset[torch.dtype]:
     """Returns the 16-bit dtypes in which peft_ext's product with a frozen weight replaces PyTorch's product.
 
-    This CPU has no instructions for PyTorch's product of these dtypes. peft_ext's product has instructions, or is
-    PyTorch's float32 product over one panel of the weight at a time. The scalar path has no product of this kind.
+    For these dtypes, this CPU has no instructions for PyTorch's product, or the environment forbids the instructions.
+    peft_ext's product uses instructions for the dtype, or is PyTorch's float32 product over one panel of the weight at
+    a time. The scalar path has no product that replaces PyTorch's product.
     """
     isa = _native.STATE.isa
     if isa not in (*_WIDENS, *_native.TILE_PATHS):
@@ -89,7 +93,11 @@ def is_x86() -> bool:
 
 
 def compute_dtype() -> torch.dtype:
-    """Returns the default compute dtype: bfloat16 where this CPU has instructions for bfloat16, else float32."""
+    """Returns the default compute dtype: bfloat16 where :func:`why_float32` has no reason against it, else float32.
+
+    The reasons for float32: this CPU has no instructions for bfloat16 products, the environment forbids these
+    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), or the CPU path in use has none.
+    """
     return torch.bfloat16 if not why_float32() else torch.float32
 
 

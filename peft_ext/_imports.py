@@ -37,7 +37,10 @@ def say_missing(package: str, what: str, cost: str) -> None:
 
 
 def has(kind: type, *names: str) -> None:
-    """Raises ImportError, for ``optional`` and ``required`` to handle, where ``kind`` lacks one of ``names``."""
+    """Raises ImportError if the class ``kind`` lacks one of ``names``.
+
+    Call ``has`` inside ``with optional(...)`` or ``with required(...)``, which handle the ImportError.
+    """
     for name in names:
         if not hasattr(kind, name):
             raise ImportError(f"{kind.__module__}.{kind.__qualname__} has no {name}")

@@ -1,8 +1,8 @@
 """Loads the native library, warns once about a failure, and reports the library in use.
 
-The library ``_kernels.so`` registers CPU kernels for the operators declared in ``peft_ext.ops``, and, where torch is a
-CUDA build, CUDA functions. The pybind11 module ``_C`` holds the library's other functions. Without the library the
-operators run the reference implementation, which is correct and slow.
+The library ``_kernels.so`` has CPU kernels for the operators declared in ``peft_ext.ops``, and CUDA functions, which
+are registered where torch is a CUDA build. The pybind11 module ``_C`` holds the library's other functions. Without the
+library the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
@@ -25,6 +25,7 @@ from typing import Any, Optional
 
 import torch
 
+from ._ops import NAMESPACE
 from ._version import __version__
 
 # The CPU paths on x86-64 whose kernels multiply bfloat16 matrices with bfloat16 instructions, or emulate the
@@ -88,8 +89,9 @@ def _load_cpu() -> None:
         library = Path(__file__).with_name("_kernels.so")
         if not library.exists():
             raise ModuleNotFoundError(f"no file {library.name} in {library.parent}")
-        ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)  # global: _C takes the library's functions by their names
-        module = importlib.import_module("peft_ext._C")
+        if not library.with_name("_C.py").exists():  # a _C.py, in a kernel of Hugging Face's hub, opens the library
+            ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)  # global: _C takes the library's functions by their names
+        module = importlib.import_module("._C", __package__)
     except (ImportError, OSError) as error:
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
@@ -104,6 +106,7 @@ def _load_cpu() -> None:
         _fail(f"peft_ext: the native library does not match: {STATE.cpu_error}. It was loaded all the same. "
               f"To mend: {MEND}")  # fmt: skip
     STATE.module, STATE.build = module, build
+    module.register_operators("CPU", NAMESPACE)
     if forced := os.environ.get("PEFT_EXT_CPU_ISA"):
         if forced not in module.isas():
             raise ImportError(
@@ -125,6 +128,6 @@ def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
         STATE.cuda_error = STATE.cpu_error
     else:
         STATE.module.set_image_source(image)
-        STATE.module.register_cuda()
+        STATE.module.register_operators("CUDA", NAMESPACE)
         STATE.cuda_loaded = True
     return STATE

@@ -16,6 +16,8 @@ Environment:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -25,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
+
+import torch
 
 from . import _native
 from .files import atomic_file
@@ -87,7 +91,7 @@ def missing() -> Optional[str]:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """Returns the kernels that the native library launches: C++ expression and source of each."""
+    """Returns, for each kernel that the native library launches, the C++ expression and the path of the source file."""
     return [] if _native.STATE.module is None else sorted(set(_native.STATE.module.kernels()))
 
 
@@ -101,8 +105,9 @@ class Image(NamedTuple):
 def image(kernel: str, file: str, capability: int) -> Image:
     """Returns a kernel's machine code: from the cache, or else compiled.
 
-    ``kernel``: the C++ expression that names the instance. ``file``: the path of its source. ``capability``: 10 · major
-    + minor of the GPU's compute capability. Raises RuntimeError with NVRTC's messages if the kernel does not compile.
+    ``kernel``: the C++ expression that names an instance of a kernel template. ``file``: the path of the file in csrc
+    that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError
+    with NVRTC's messages if the kernel does not compile.
     """
     arch = architecture(capability)
     path = _folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
@@ -133,11 +138,10 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
 def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
     """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
 
-    ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX, which the driver translates. ``options``:
-    more options for NVRTC.
+    ``kernel``, ``file``: as in :func:`image`. ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX,
+    which the driver translates. ``options``: more options for NVRTC.
     """
-    from cuda.bindings import nvrtc
-
+    nvrtc = _nvrtc()
     headers = HEADERS | _sources()
     texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
     source = f'#include "{file.rpartition("csrc/")[2]}"\n'.encode()
@@ -157,6 +161,16 @@ def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Im
         nvrtc.nvrtcDestroyProgram(program)
 
 
+@functools.cache
+def _nvrtc() -> Any:
+    """Returns the Python module of NVRTC. Loads torch's own NVRTC first, because another package may have installed one
+    of another release, whose machine code an older driver would refuse.
+    """
+    with contextlib.suppress(OSError):  # a CPU build of torch has no such file; the file needs NVIDIA's driver
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libcaffe2_nvrtc.so"))
+    return importlib.import_module("cuda.bindings.nvrtc")
+
+
 def _checked(results: tuple[Any, ...]) -> tuple[Any, ...]:
     error, *values = results
     if error != 0:
@@ -165,8 +179,7 @@ def _checked(results: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _log(program: Any) -> str:
-    from cuda.bindings import nvrtc
-
+    nvrtc = _nvrtc()
     (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
     log = bytearray(size)
     _checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -182,15 +195,11 @@ def _options() -> list[bytes]:
 @functools.cache
 def version() -> str:
     """Returns NVRTC's release, such as "13.0"."""
-    from cuda.bindings import nvrtc
-
-    return ".".join(map(str, _checked(nvrtc.nvrtcVersion())))
+    return ".".join(map(str, _checked(_nvrtc().nvrtcVersion())))
 
 
 def _known_architectures() -> list[int]:
-    from cuda.bindings import nvrtc
-
-    return list(_checked(nvrtc.nvrtcGetSupportedArchs())[0])
+    return list(_checked(_nvrtc().nvrtcGetSupportedArchs())[0])
 
 
 @functools.cache

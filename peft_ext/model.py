@@ -286,9 +286,10 @@ def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list
 
 
 def without_copies(keys: list[str]) -> list[str]:
-    """Returns ``keys`` of an adapter's file without keys of tensors that the file has twice.
+    """Returns the ``keys`` of an adapter's file that have neither ".modules_to_save." nor ".original_module." in them.
 
-    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model.
+    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model. The
+    full names have these parts.
     """
     return [key for key in keys if not any(part in key for part in (".modules_to_save.", ".original_module."))]
 

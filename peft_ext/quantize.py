@@ -73,8 +73,8 @@ def quantize_nf4(
         RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
-    computes then, and a second call continues with the first weight that was not replaced.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
+    model can still be used, and a second call of ``quantize_nf4`` continues with the first weight that is still dense.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -133,8 +133,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. The model still
-    computes then, and a second call continues with the first weight that was not replaced.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
+    model can still be used, and a second call of ``dequantize_nf4`` continues with the first weight that is still NF4.
 
     Source: QLoRA, arXiv 2305.14314.
     """

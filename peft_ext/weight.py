@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ._imports import required
+from ._ops import NAMESPACE
 
 __all__ = [
     "BLOCKSIZES",
@@ -279,7 +280,7 @@ class NF4Weight:
             raise TypeError(f"nf4_dequantize: dtype is {dtype}, wanted one of {', '.join(map(str, FLOATS))}")
         if self.stacked:
             return torch.stack([self.expert(i).dequantize(dtype) for i in range(self.shape[0])])
-        return torch.ops.peft_ext.nf4_dequantize(*self.op_args(), dtype)
+        return getattr(torch.ops, NAMESPACE).nf4_dequantize(*self.op_args(), dtype)
 
     def op_args(self) -> tuple[Any, ...]:
         """Returns the weight as arguments of the operators' schemas: five tensors or None, block size and shape."""

@@ -147,9 +147,15 @@ _LOST = re.compile("illegal memory access|misaligned address|illegal instruction
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytest.TestReport:
-    """Stops the session where a kernel has lost the CUDA context, because all later tests on the GPU would fail."""
+    """Stops the session where a kernel has lost the CUDA context, because all later tests on the GPU would fail.
+
+    A process of pytest-xdist ends instead: pytest-xdist reports the test as failed, and a new process runs the rest.
+    """
     report = yield
     if report.failed and _LOST.search(str(report.longrepr)):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os.write(2, f"{item.nodeid} lost the CUDA context:\n{report.longrepr}\n".encode())
+            os._exit(1)
         item.session.shouldstop = f"{item.nodeid} lost the CUDA context"
     return report
 

@@ -48,14 +48,6 @@ def kernel_rows(log: str) -> list[dict[str, object]]:
     return rows
 
 
-def shown(kernel: str) -> str:
-    """Returns a kernel's name and template arguments as the tables have them: ``rank_pass_kernel<bf16, kRows>``."""
-    name = kernel.replace("peft_ext::", "")
-    for enum, values in slots.enumerators().items():
-        name = re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name)  # noqa: B023
-    return name
-
-
 def hot_rows(
     image: device_code.Image, name: str, arch: str, nvdisasm: str, row: dict[str, object]
 ) -> list[dict[str, str]]:
@@ -151,7 +143,7 @@ def main() -> int:
     nvdisasm = sass.find_nvdisasm()
     if why := device_code.missing() or (nvdisasm is None and "nvdisasm not found (pip install nvidia-cuda-nvdisasm)"):
         sys.exit(f"cuda-check: {why}")
-    kernels = [(shown(name), name, file) for name, file in device_code.kernels()]
+    kernels = [(slots.kernel_name(name), name, file) for name, file in device_code.kernels()]
     kernels = [kernel for kernel in kernels if not only or any(text in kernel[0] for text in only)]
     if not kernels:
         parser.error(f"no kernel's name contains {' or '.join(sorted(only))}")
@@ -164,7 +156,7 @@ def main() -> int:
 
     def check(name: str, expression: str, file: str, arch: str) -> None:
         try:
-            image, log = device_code.compile_kernel(expression, file, f"sm_{arch}", "--ptxas-options=-v,-warn-spills")
+            image, log = device_code.compile_kernel(expression, file, f"sm_{arch}", "--ptxas-options=-v")
         except RuntimeError as error:
             failures.append(str(error))
             return

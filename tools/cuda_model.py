@@ -136,9 +136,9 @@ LAYERS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def ratio(method: str, card: Card, t: int) -> float:
+def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> float:
     """Returns the time of a layer divided by the time of the frozen layer, forward and backward."""
-    found = parts(card, t)
+    found = parts(card, t, n, k)
     frozen = 2 * found["product"]
     return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
 
@@ -284,28 +284,72 @@ def product_of_few(t: int, n: int, k: int, card: Card) -> float:
     return max(product(t, n, k, card), over_memory(2.0 * n * k, card))
 
 
-# Rows of a result file that correspond to a layer of LAYERS at 4096 x 4096: the operator, and the end of its case's
-# name.
+# The benchmark of each layer of LAYERS: the operator, and the case of the operator.
 MEASURED = {
-    "LoRA": ("lora_linear", " 4096->4096, bf16 base"),
-    "LoRA, dropout": ("lora_linear", " 4096->4096, bf16 base, dropout 0.05"),
-    "DoRA": ("dora_linear", " 4096->4096, bf16 base"),
-    "IA3": ("ia3_linear", " 4096->4096, bf16 base, output"),
+    "LoRA": ("lora_linear", "bf16 base"),
+    "LoRA, dropout": ("lora_linear", "bf16 base, dropout 0.05"),
+    "QLoRA, dropout": ("lora_linear", "NF4 base, dropout 0.05"),
+    "DoRA": ("dora_linear", "bf16 base"),
+    "IA3": ("ia3_linear", "bf16 base, output"),
+}
+# The kernels of each part of a layer: a regular expression of the name that slots.kernel_name returns.
+KERNELS = {
+    "product": r"gemm|nvjet|cutlass|xmma",
+    "S": r"^rank_pass_kernel<.*, kRows, kNone>",
+    "S, dropout": r"^rank_pass_kernel<.*, kRows, (kDrawn|kKept)>",
+    "Y0": r"^expand_kernel<.*, kBias>",
+    "dX0": r"^expand_kernel<.*, kBias>",
+    "dX0, dropout": r"^expand_kernel<.*, kMask>",
+    "P and dB": r"^rank_pass_kernel<.*, kBoth, ",
+    "P, dB and dg": r"^rank_pass_kernel<.*, kBothAndDots, ",
+    "dA": r"^rank_pass_kernel<.*, kColumns, kNone>",
+    "dA, dropout": r"^rank_pass_kernel<.*, kColumns, (kDrawn|kKept)>",
+    "dequantize": r"^nf4_dequantize_kernel",
+    "norm": r"^rank_pass_kernel<.*, kRowsAndSquares, |^dora_norm_kernel",
+    "finish": r"^finish_kernel",
+    "g in W or in dY": r"^(scale_rows|column_pass)_kernel",
+    "column pass, g and dg": r"^column_pass_kernel",
+    # The kernels for terms and partial sums.
+    "launch": r"^(split|rank_reduce|column_reduce|rank_scale)_kernel",
 }
 
 
-def beside(result: dict, name: str) -> str:
-    """Returns a table of the measured and the computed times for the rows of a result file. ``name`` is the card's
-    name.
+def card_of(name: str) -> Card | None:
+    """Returns the card for a GPU's name, such as "NVIDIA H100 80GB HBM3"."""
+    return next((card for known, card in CARDS.items() if known in name), None)
+
+
+def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, float]]:
+    """Returns, for each part of a step of a layer of 4096 x 4096, the regular expression of the part's kernels and the
+    computed seconds. Parts with the same kernel are one part. ``method``: a key of LAYERS, or "NF4, T <= 8" or
+    "NF4, T <= 16" for a forward.
     """
-    card = next((card for known, card in CARDS.items() if known in name), None)
-    lines = ["| time / the frozen layer's time | T | measured | computed |", "|---|---|---|---|"]
-    for method, (op, case) in MEASURED.items():
+    if method.startswith("NF4"):
+        return {method: (r"^nf4_few_tokens_kernel", decode(card, 4096, 4096, t))}
+    computed = parts(card, t)
+    by_kernel: dict[str, list[str]] = {}
+    for part in ["product", "product", *LAYERS[method]]:
+        by_kernel.setdefault(KERNELS[part], []).append(part)
+    return {" and ".join(dict.fromkeys(names)): (kernel, sum(computed[part] for part in names))
+            for kernel, names in by_kernel.items()}  # fmt: skip
+
+
+def beside(result: dict, name: str) -> str:
+    """Returns a table of the measured times and of the goals for the rows of a result file. ``name`` is the card's
+    name. The goal is the time that the model computes, which no kernel can be expected to beat.
+    """
+    card = card_of(name)
+    lines = ["| time / the frozen layer's time | K -> N | T | measured | goal, computed | measured / goal |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for method, wanted in MEASURED.items():
         for row in result["rows"]:
             frozen = row["speedup"].get("frozen")
-            if row["op"] == op and row["case"].endswith(case) and row["weights"] == "rotating" and frozen:
-                computed = f"{ratio(method, card, row['tokens']):.2f}" if card is not None else "no such card"
-                lines.append(f"| {method} | {row['tokens']} | {1 / frozen:.2f} | {computed} |")
+            if (row["op"], row["case"].partition(", ")[2]) != wanted or row["weights"] != "rotating" or not frozen:
+                continue
+            k, n, t = row["k"], row["n"], row["tokens"]
+            goal = None if card is None else ratio(method, card, t, n, k)
+            computed = "no such card | -" if goal is None else f"{goal:.2f} | {1 / frozen / goal:.2f}"
+            lines.append(f"| {method} | {k} -> {n} | {t} | {1 / frozen:.2f} | {computed} |")
     return "\n".join(lines)
 
 

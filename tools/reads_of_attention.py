@@ -1,7 +1,8 @@
 """Reads, from the source of an attention's forward, which layers receive one input, and how the attention function is
 chosen.
 
-tools/forms.py uses this module to draw the table of forms. People look at each row before the row is committed.
+tools/forms.py uses this module to draw forms.tsv, the table of known forms. A person reviews each new row of forms.tsv
+before the row is committed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from peft_ext.integrations.forms import Form
 
 __all__ = ["attention_formulas", "groups_in"]
 
-# Attributes that a forward with rotary positions reads besides its layers and options.
+# Names of attributes of ``self`` that the forward of an attention with rotary positions may read, in addition to its
+# layers and to the attributes in _OPTIONS.
 _READS = {"attention_dropout", "config", "head_dim", "layer_idx", "scaling", "training"}
 _COMPARED = tuple(f"self.config._attn_implementation {operator} 'eager'" for operator in ("!=", "=="))
 _OPTIONS = {

@@ -7,6 +7,7 @@ docs/slots.tsv; cuda_model.py computes the time of the kernels from docs/slots.t
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -116,6 +117,17 @@ HOT = (
 )
 
 
+def kernel_name(demangled: str) -> str:
+    """Returns a kernel's name and template arguments as the tables have them: ``rank_pass_kernel<bf16, kRows>``.
+    Removes the return type, the namespace and the arguments.
+    """
+    name = re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", demangled)
+    for enum, values in enumerators().items():
+        name = re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name)  # noqa: B023
+    return name
+
+
+@functools.cache
 def enumerators() -> dict[str, list[str]]:
     """Returns the names of the values of each enum of the kernels. Demangled names have the numbers of the values."""
     found = {}

@@ -2,6 +2,7 @@
 // owns a row, so that the bits are equal for every number of threads.
 #include <tuple>
 
+#include "common/registration.h"
 #include "activations/glue.h"
 #include "activations/kernels.h"
 #include "cpu/isa.h"
@@ -108,7 +109,7 @@ Tensor activation_backward_cpu(Tensor grad, Tensor x, int64_t activation) {
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("gated_activation", TORCH_BOX(&peft_ext::gated_activation_cpu));
   m.impl("gated_activation_backward", TORCH_BOX(&peft_ext::gated_activation_backward_cpu));
   m.impl("activation", TORCH_BOX(&peft_ext::activation_cpu));

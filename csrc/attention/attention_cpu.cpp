@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/registration.h"
 #include "attention/kernels.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
@@ -241,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("scaled_dot_product_attention", TORCH_BOX(&peft_ext::scaled_dot_product_attention_cpu));
   m.impl("scaled_dot_product_attention_backward", TORCH_BOX(&peft_ext::scaled_dot_product_attention_backward_cpu));
 }

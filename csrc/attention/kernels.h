@@ -57,8 +57,9 @@ struct Attention {
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
 
-  // k and v as left operands, for each batch and key head. A pointer is null if the call needs no such operand, or uses
-  // k or v itself as the operand.
+  // Scratch copies of k and v, for each batch and key head, in the layout that the products read as their left operand
+  // (rows), and of the transposes of k and v (columns). A pointer is null if no product of the call reads the copy, or
+  // if the products read k or v in place.
   void *key_rows, *value_rows;        // [keys, size or value_size]
   void *key_columns, *value_columns;  // [size or value_size, keys]
 };
@@ -67,7 +68,8 @@ struct AttentionKernels {
   DType element;  // element type of the operands
   int64_t word;   // number of elements in a word
   int64_t width;  // number of elements in a vector; rows of sums are padded to whole vectors
-  // Makes the left operands of the key heads [begin, end) of the B · Hkv key heads.
+  // Writes the copies of k and v (key_rows, value_rows, key_columns, value_columns that are not null) for the key heads
+  // [begin, end) of the B · Hkv key heads.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
   // Computes out and lse for the blocks [begin, end) of queries. A block has 64 queries of one head, so that there are

@@ -48,14 +48,14 @@ inline void convert_row(const T* x, int64_t depth, Element* y) {
   for (int64_t i = depth; i < padded_depth(depth); ++i) y[i] = Element{};
 }
 
-// Returns whether rows of x with this depth can be used as a left operand without a copy.
+// Returns whether a product can read rows of x with this depth in place as its left operand.
 template <typename T>
 inline bool lies_right(int64_t depth) {
   return kTaken<T> && depth % kWord == 0;
 }
 
-// Returns rows of x as a left operand: x itself where its layout allows, otherwise a copy in `made` [count, padded
-// depth].
+// Returns rows of x for a product that reads them as its left operand: x in place if lies_right(depth) is true,
+// otherwise a copy in `made` [count, padded depth].
 template <typename T>
 inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t depth, Element* made) {
   if constexpr (kTaken<T>)
@@ -103,7 +103,8 @@ inline void store_turned(const float* sums, int64_t size, int64_t count, float* 
   }
 }
 
-// Returns the rows of a key head's k or v as left operands: `made`, or x itself if `made` is null.
+// Returns the rows of a key head's k or v for a product that reads them as its left operand: rows of the copy `made`,
+// or rows of x in place if `made` is null.
 inline Rows whole_rows(const HeadsOf& x, const void* made, int64_t batch, int64_t head, int64_t unit, int64_t keys,
                        int64_t depth) {
   if (made == nullptr) return {head_of<const Element>(x, batch, head, 0), x.token};

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/registration.h"
 #include "cpu/threads.h"
 #include "bottleneck/checked_activation.h"
 #include "linear/cpu/passes.h"
@@ -369,7 +370,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("bottleneck_adapter", TORCH_BOX(&peft_ext::bottleneck_adapter_cpu));
   m.impl("bottleneck_adapter_backward", TORCH_BOX(&peft_ext::bottleneck_adapter_backward_cpu));
 }

@@ -19,6 +19,10 @@ PEFT_EXT_API int peft_ext_isa_available(int isa);  // 1 if also this CPU has the
 PEFT_EXT_API int peft_ext_isa();
 PEFT_EXT_API void peft_ext_set_isa(int isa);  // only paths that are available
 
+// Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of torch.ops. A ROCm build of
+// PyTorch dispatches its tensors by the key "CUDA", too, and so the caller decides.
+PEFT_EXT_API void peft_ext_register_operators(const char* key, const char* name_space);
+
 // CUDA: the kernels that the operators launch, and the sources from which the kernels are compiled.
 PEFT_EXT_API int peft_ext_kernel_count();
 // The C++ expression that names a kernel's instance, and the source that defines the kernel.
@@ -37,8 +41,6 @@ struct PeftExtImage {
 // Returns the machine code of a kernel for a compute capability (10 · major + minor).
 typedef void (*PeftExtImageSource)(const char* name, const char* file, int capability, PeftExtImage* image);
 PEFT_EXT_API void peft_ext_set_image_source(PeftExtImageSource source);
-// Registers the CUDA functions of the operators with PyTorch's dispatcher.
-PEFT_EXT_API void peft_ext_register_cuda();
 // Loads a kernel on a GPU without launching the kernel. Returns null, or the reason of the failure, which stays valid
 // until the thread's next call.
 PEFT_EXT_API const char* peft_ext_load_kernel(int kernel, int device);

@@ -21,7 +21,7 @@ namespace {
 // --- the driver
 
 using Result = int;  // CUresult
-constexpr Result kSuccess = 0, kNotReady = 600;
+constexpr Result kSuccess = 0;
 constexpr int kMajor = 75, kMinor = 76;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 constexpr int kMaxDynamicShared = 8;          // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kRelaxedCapture = 2;            // CU_STREAM_CAPTURE_MODE_RELAXED
@@ -32,6 +32,9 @@ struct Driver {
   Result (*get_error_string)(Result, const char**);
   Result (*device_get)(int* device, int ordinal);
   Result (*device_get_attribute)(int* value, int attribute, int device);
+  Result (*context_get)(void** context);
+  Result (*context_set)(void* context);
+  Result (*primary_context)(void** context, int device);
   Result (*stream_query)(void* stream);
   Result (*exchange_capture_mode)(int* mode);
   Result (*library_load)(void** library, const void* code, void* jit_options, void** jit_values, unsigned jit_count,
@@ -60,6 +63,9 @@ Driver open_driver() {
   find(library, kName, "cuGetErrorString", driver.get_error_string);
   find(library, kName, "cuDeviceGet", driver.device_get);
   find(library, kName, "cuDeviceGetAttribute", driver.device_get_attribute);
+  find(library, kName, "cuCtxGetCurrent", driver.context_get);
+  find(library, kName, "cuCtxSetCurrent", driver.context_set);
+  find(library, kName, "cuDevicePrimaryCtxRetain", driver.primary_context);
   find(library, kName, "cuStreamQuery", driver.stream_query);
   find(library, kName, "cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode);
   find(library, kName, "cuLibraryLoadData", driver.library_load);
@@ -114,6 +120,19 @@ struct RelaxedCapture {
   int mode = kRelaxedCapture;
 };
 
+// Makes the device's primary context, which PyTorch uses, the thread's context if the thread has none. A thread has
+// none until the thread's first call of the CUDA runtime that needs a context, and PyTorch's allocator often needs no
+// such call.
+void enter_context(int device) {
+  void* context = nullptr;
+  check(driver().context_get(&context), "context", "a GPU");
+  if (context != nullptr) return;
+  int number = 0;
+  check(driver().device_get(&number, device), "context", "a GPU");
+  check(driver().primary_context(&context, number), "context", "a GPU");
+  check(driver().context_set(context), "context", "a GPU");
+}
+
 // Returns the kernel's handle on a device. Holds no lock while Python works on the machine code: a thread that holds
 // Python's lock might wait for this one. Two threads may load a kernel at once; the handle of one is kept.
 void* handle_of(const Kernel& kernel, int device) {
@@ -127,6 +146,7 @@ void* handle_of(const Kernel& kernel, int device) {
   PeftExtImage image{};
   source(name.c_str(), kernel.file, compute_capability(device), &image);
   STD_TORCH_CHECK(image.error == nullptr, "peft_ext: no machine code of ", name, ": ", image.error);
+  enter_context(device);
   const RelaxedCapture relaxed;
   void *library = nullptr, *handle = nullptr, *before = nullptr;
   check(driver().library_load(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading", name.c_str());
@@ -138,11 +158,6 @@ void* handle_of(const Kernel& kernel, int device) {
 
 Kernel*& first_kernel() {
   static Kernel* first = nullptr;
-  return first;
-}
-
-const CudaOperators*& first_operators() {
-  static const CudaOperators* first = nullptr;
   return first;
 }
 
@@ -198,13 +213,15 @@ int compute_capability(int device) {
 }
 
 const char* device_fault() {
+  // Of the driver's errors, those that no later call survives: an uncorrectable memory error, and faults of kernels.
   const Result result = driver().stream_query(nullptr);
-  return result == kSuccess || result == kNotReady ? "" : described(result);
+  return result == 214 || (result >= 700 && result < 800) ? described(result) : "";
 }
 
 void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Block& block, void* stream,
                    void** parameters) {
   void* handle = handle_of(kernel, device);
+  enter_context(device);
   const auto shared = static_cast<unsigned>(block.dynamic_shared);
   if (block.dynamic_shared > 0) {  // static plus dynamic shared memory may exceed the default limit of 48 KiB
     int number = 0;
@@ -218,26 +235,12 @@ void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Blo
   if (result != kSuccess) check(result, "launch", expression(kernel).c_str());
 }
 
-CudaOperators::CudaOperators(RegisterCuda function) : function(function), next(first_operators()) {
-  first_operators() = this;
-}
-
-void register_cuda_operators() {
-  using torch::stable::detail::StableLibrary;
-  static StableLibrary* library = nullptr;  // never deleted: PyTorch would remove the registrations
-  if (library != nullptr) return;
-  library = new StableLibrary(StableLibrary::Kind::IMPL, "peft_ext", "CUDA", __FILE__, __LINE__);
-  for (const CudaOperators* operators = first_operators(); operators != nullptr; operators = operators->next)
-    operators->function(*library);
-}
-
 }  // namespace peft_ext
 
 int peft_ext_kernel_count() { return static_cast<int>(peft_ext::listed().size()); }
 const char* peft_ext_kernel_name(int kernel) { return peft_ext::listed(kernel).name.c_str(); }
 const char* peft_ext_kernel_file(int kernel) { return peft_ext::listed(kernel).kernel->file; }
 void peft_ext_set_image_source(PeftExtImageSource source) { peft_ext::image_source.store(source); }
-void peft_ext_register_cuda() { peft_ext::register_cuda_operators(); }
 
 const char* peft_ext_load_kernel(int kernel, int device) {
   static thread_local std::string error;

@@ -5,7 +5,6 @@
 
 #include <stdint.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 
 #include "cuda/grid.h"
 #include "cuda/kernel_name.h"
@@ -33,19 +32,5 @@ const char* device_fault();
 // is loaded at the first launch on a device.
 void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Block& block, void* stream,
                    void** parameters);
-
-// Registers the CUDA functions of one file's operators. register_cuda_operators() calls all of these functions.
-using RegisterCuda = void (*)(torch::stable::detail::StableLibrary&);
-
-struct CudaOperators {
-  explicit CudaOperators(RegisterCuda function);
-
-  RegisterCuda function;
-  const CudaOperators* next;
-};
-
-// Registers the CUDA functions of all operators with PyTorch's dispatcher. A second call does nothing. A ROCm build of
-// PyTorch dispatches its tensors by the same key, and so the caller decides.
-void register_cuda_operators();
 
 }  // namespace peft_ext

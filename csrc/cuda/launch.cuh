@@ -29,17 +29,14 @@
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "common/registration.h"
 #include "cuda/grid.h"
 
 // PEFT_EXT_CUDA_LIBRARY(m) { m.impl("name", TORCH_BOX(&function)); } registers the CUDA functions of an operator.
 #ifdef PEFT_EXT_EMULATE_CUDA
 #define PEFT_EXT_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(peft_ext_emulated, CPU, m)
 #else
-#define PEFT_EXT_CUDA_LIBRARY(m) PEFT_EXT_CUDA_LIBRARY_(m, C10_UID)
-#define PEFT_EXT_CUDA_LIBRARY_(m, uid)                                                                                 \
-  static void C10_CONCATENATE(register_cuda_, uid)(torch::stable::detail::StableLibrary&);                             \
-  static const ::peft_ext::CudaOperators C10_CONCATENATE(cuda_operators_, uid){&C10_CONCATENATE(register_cuda_, uid)}; \
-  static void C10_CONCATENATE(register_cuda_, uid)(torch::stable::detail::StableLibrary & m)
+#define PEFT_EXT_CUDA_LIBRARY(m) PEFT_EXT_OPERATORS(CUDA, m)
 #endif
 
 namespace peft_ext {

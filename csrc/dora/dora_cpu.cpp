@@ -2,6 +2,7 @@
 // ‖W + s B A‖ of each row. See linear/cpu/adapted_linear.h.
 #include <tuple>
 
+#include "common/registration.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/weight_norm.h"
 
@@ -79,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cpu(
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("dora_weight_norm", TORCH_BOX(&peft_ext::dora_weight_norm_cpu));
   m.impl("dora_weight_norm_backward", TORCH_BOX(&peft_ext::dora_weight_norm_backward_cpu));
   m.impl("dora_linear", TORCH_BOX(&peft_ext::dora_linear_cpu));

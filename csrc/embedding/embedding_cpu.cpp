@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/registration.h"
 #include "cpu/threads.h"
 #include "linear/cpu/passes.h"
 #include "nf4/cpu/decode.h"
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor> lora_embedding_backward_cpu(Tensor grad, Tensor indic
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("lora_embedding", TORCH_BOX(&peft_ext::lora_embedding_cpu));
   m.impl("lora_embedding_backward", TORCH_BOX(&peft_ext::lora_embedding_backward_cpu));
 }

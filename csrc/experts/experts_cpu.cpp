@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/registration.h"
 #include "cpu/threads.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/runs.h"
@@ -346,7 +347,7 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax,
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("lora_experts", TORCH_BOX(&peft_ext::lora_experts_cpu));
   m.impl("lora_experts_backward", TORCH_BOX(&peft_ext::lora_experts_backward_cpu));
   m.impl("dora_experts_weight_norm", TORCH_BOX(&peft_ext::dora_experts_weight_norm_cpu));

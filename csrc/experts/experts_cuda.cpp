@@ -155,7 +155,8 @@ struct Finish {
   std::optional<Tensor> bias, scale, z;  // z receives the value that `scale` scales
 };
 
-// Returns left W_eᵀ (with `transpose`) or left W_e, plus the low-rank term if given, with the operations of `finish`.
+// Returns scale ∘ (left W_eᵀ + low-rank term) + bias with `transpose`, and the same formula with W_e in place of W_eᵀ
+// without `transpose`. The scale and the bias are those of `finish`; an operand that is not given is left out.
 Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tensor& ends, const RowRuns& runs,
                        bool transpose, const LowRank* low_rank, const Finish& finish = {}) {
   const int64_t rows = left.size(0), columns = transpose ? stack.all.outputs : stack.all.inputs;

@@ -2,6 +2,7 @@
 // linear/cpu/grouped.h.
 #include <tuple>
 
+#include "common/registration.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -29,6 +30,4 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cpu(Tensor x, Tensor weight, std:
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
-  m.impl("grouped_lora_linear", TORCH_BOX(&peft_ext::grouped_lora_linear_cpu));
-}
+PEFT_EXT_OPERATORS(CPU, m) { m.impl("grouped_lora_linear", TORCH_BOX(&peft_ext::grouped_lora_linear_cpu)); }

@@ -1,5 +1,5 @@
 // The adapted linear layer on CUDA for a batch in which each sample has its own LoRA adapter or none. See
-// linear/cuda/grouped_cuda.cu.
+// linear/cuda/grouped_cuda.cpp.
 #include <algorithm>
 #include <tuple>
 

@@ -4,6 +4,7 @@
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = sum_t x ∘ U,  U = dY W
 #include <tuple>
 
+#include "common/registration.h"
 #include "ia3/glue.h"
 #include "linear/cpu/adapted_linear.h"
 
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor> ia3_scale_backward_cpu(Tensor grad, Tensor x, Tensor 
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("ia3_linear", TORCH_BOX(&peft_ext::ia3_linear_cpu));
   m.impl("ia3_linear_backward", TORCH_BOX(&peft_ext::ia3_linear_backward_cpu));
   m.impl("ia3_scale", TORCH_BOX(&peft_ext::ia3_scale_cpu));

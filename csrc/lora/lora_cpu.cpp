@@ -2,6 +2,7 @@
 // and the backward of both operators. See linear/cpu/adapted_linear.h.
 #include <tuple>
 
+#include "common/registration.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cpu(Tensor gra
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&peft_ext::lora_linear_cpu));
   m.impl("lora_linear_backward", TORCH_BOX(&peft_ext::lora_linear_backward_cpu));
   m.impl("lora_residual", TORCH_BOX(&peft_ext::lora_residual_cpu));

@@ -3,6 +3,7 @@
 // every number of threads.
 #include <tuple>
 
+#include "common/registration.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "linear/cpu/chunk_sums.h"
@@ -163,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(Tensor grad, Tensor x
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&peft_ext::rms_norm_cpu));
   m.impl("rms_norm_backward", TORCH_BOX(&peft_ext::rms_norm_backward_cpu));
   m.impl("layer_norm", TORCH_BOX(&peft_ext::layer_norm_cpu));

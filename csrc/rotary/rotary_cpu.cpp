@@ -2,6 +2,7 @@
 // owns a token, so that the bits are equal for every number of threads.
 #include <tuple>
 
+#include "common/registration.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "linear/cpu/packing.h"
@@ -60,7 +61,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_backward_cpu(Tensor grad_q, Tensor g
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("rotary_embedding", TORCH_BOX(&peft_ext::rotary_embedding_cpu));
   m.impl("rotary_embedding_backward", TORCH_BOX(&peft_ext::rotary_embedding_backward_cpu));
 }

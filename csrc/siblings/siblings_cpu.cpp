@@ -2,6 +2,7 @@
 // See linear/cpu/adapted_linear.h.
 #include <vector>
 
+#include "common/registration.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/layer_list.h"
 
@@ -53,7 +54,7 @@ std::vector<Tensor> lora_linears_backward_cpu(std::vector<std::optional<Tensor>>
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("lora_linears", TORCH_BOX(&peft_ext::lora_linears_cpu));
   m.impl("lora_linears_backward", TORCH_BOX(&peft_ext::lora_linears_backward_cpu));
 }

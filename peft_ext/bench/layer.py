@@ -36,7 +36,10 @@ class NotFused(Exception):
 
 
 class NotRight(Exception):
-    """Raised before layers are timed, if our layer's error against float64 is too large. The message has the error."""
+    """Raised before layers are timed, if the relative error of our layer against float64 is too large.
+
+    The message gives this error as a number.
+    """
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ def model_config(model: str) -> tuple[Path, Any]:
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     """Returns the folder or name of the adapter's base; None for the base that the adapter's configuration names.
 
-    ``model`` is the base that the user named, or None. For the default model, "smollm2", returns its folder. For None
-    also returns this folder where the adapter's run used the default model, and the folder that the adapter's
-    configuration names no longer exists.
+    ``model`` is the base that the user named, or None. If ``model`` is "smollm2", the default model, returns the folder
+    of the default model. Returns the folder of the default model also if ``model`` is None, the adapter was trained
+    over the default model, and the folder that the adapter's configuration names does not exist.
     """
     if model is None:
         try:
@@ -83,8 +83,9 @@ def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], 
     """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
 
     A base whose files have 4-bit weights stays unchanged. Any other base is cast to ``dtype`` (None: no cast), is
-    quantized to NF4 where ``blocksize`` is not None, and is widened from bfloat16 to float32 on a CPU that lacks
-    bfloat16 instructions. Raises CliError where a weight is missing.
+    quantized to NF4 where ``blocksize`` is not None, and is widened from bfloat16 to float32 on a CPU if
+    ``_cpu.why_float32`` gives a reason (no bfloat16 instructions may be used). Raises CliError where a weight is
+    missing.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
         raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")

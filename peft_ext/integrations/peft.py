@@ -79,8 +79,9 @@ def accelerate(
     """Replaces, in place, the classes of the adapter layers, 4-bit linear layers and known blocks of a live model by
     classes that run fused operators.
 
-    On a CPU without instructions for products in a 16-bit dtype, the frozen ``nn.Linear`` layers of a CPU model that
-    compute in this dtype, for example the head of a language model, run :func:`peft_ext.ops.frozen_linear`.
+    If the CPU has no instructions for products in a 16-bit dtype, or the environment forbids these instructions, the
+    frozen ``nn.Linear`` layers of a CPU model that compute in this dtype, for example the head of a language model, run
+    :func:`peft_ext.ops.frozen_linear`.
     :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that run ``frozen_linear`` and are not the base layer
     of an adapter.
 
@@ -103,9 +104,10 @@ def accelerate(
             :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
             its logits at the first read. False: only layers are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. "peft": x in the low-rank term and in the base
-            layer's term, as in PEFT; this takes a second product with the base weight. "lora": x in the low-rank term
-            only, as in LoRA; this takes one product, and gives other gradients than PEFT. Layers and their copies keep
-            dora_dropout until the next call of ``accelerate``, or until ``restore``.
+            layer's term, as in PEFT; the second x needs a second product with the base weight, or on a CPU, for a
+            small dropout and enough tokens, a product with the dropped elements alone. "lora": x in the low-rank term
+            only, as in LoRA, which needs one product with the base weight and gives other values than PEFT. Layers and
+            their copies keep dora_dropout until the next call of ``accelerate``, or until ``restore``.
         experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
             dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row of an expert's input gets its
             own mask. PEFT computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's
@@ -224,7 +226,10 @@ class Explanation:
 
     @property
     def fused_share(self) -> float:
-        """The number of fused rows divided by the number of all rows; 0 if there are no rows."""
+        """The number of fused layers divided by the number of layers, both counted in ``rows``; 0 if ``rows`` is empty.
+
+        Blocks and losses, which are in ``blocks``, do not count.
+        """
         return sum(row.fused for row in self.rows) / len(self.rows) if self.rows else 0.0
 
     def __str__(self) -> str:

@@ -242,7 +242,10 @@ def _metrics(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Returns the entropy unchanged. The backward of a loss that contains the entropy raises RuntimeError."""
+    """Autograd function: the forward returns the entropy unchanged, and the backward raises RuntimeError.
+
+    The backward of a loss that does not contain the entropy raises no error.
+    """
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, log_probs: Tensor) -> Tensor:

@@ -172,7 +172,8 @@ class Step:
         if len(trained) == sum(1 for _ in self.model.parameters()):
             return set()
         for module in self.model.modules():
-            for name in getattr(type(module), "adapter_layer_names", ()):  # a name in adapter_layer_names may have dots
+            # An entry of PEFT's adapter_layer_names may be a dotted path, which getattr cannot follow.
+            for name in getattr(type(module), "adapter_layer_names", ()):
                 trained |= {id(p) for p in operator.attrgetter(name)(module).parameters()}
         return trained
 

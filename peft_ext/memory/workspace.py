@@ -57,8 +57,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     """Returns the scratch bytes of the product ``[rows, K] Wᵀ``, or of ``[rows, N] W`` in the backward.
 
     On CUDA, and on the CPU in float32, the scratch is an NF4 weight dequantized to the activations' dtype, or nothing
-    for a dense weight. On the CPU in float32, a dropout of the base layer's term adds the dropped x or the scaled dY,
-    the sum that is added to the product, and a panel of the weight.
+    for a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also
+    has the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight.
 
     On the CPU in 16 bits there are four cases. In the first, second and fourth case, a dropout of the base layer's term
     doubles the tensors of activations, products and float32 panels.

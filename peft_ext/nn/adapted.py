@@ -179,7 +179,10 @@ class LowRankLinear(AdaptedLinear):
         return None
 
     def delta_weight(self) -> Tensor:
-        """Returns ``s · B A`` with A's rows scaled, ``[out_features, in_features]``, in the dtype of lora_A, lora_B."""
+        """Returns ``s · B A`` ``[out_features, in_features]`` in the dtype of lora_A and lora_B.
+
+        AdaLoRA multiplies the rows of A by ``rank_scale()``. DoRA's factor g is not applied.
+        """
         return self.scaling * (self.lora_B @ self._scaled_A())
 
     def merged_weight(self, weight: Tensor) -> Tensor:

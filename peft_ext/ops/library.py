@@ -19,7 +19,8 @@ from typing import Any, Optional, TypeVar
 
 import torch
 
-NAMESPACE = "peft_ext"
+from .._ops import NAMESPACE
+
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # A frozen weight in a schema: dense (the optionals are None, blocksize 0) or NF4 (see NF4Weight.op_args).
@@ -96,7 +97,8 @@ def define(
 def proof(family: str) -> Callable[[_F], _F]:
     """Registers a generator of ``(operator, arguments)``: the calls that prove a family's kernels on new hardware.
 
-    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call that the generator yields is timed.
+    The generator is a function of one argument, a :class:`.proof_inputs.ProofInputs`. The first call that the generator
+    yields is timed.
     """
 
     def register(calls: _F) -> _F:

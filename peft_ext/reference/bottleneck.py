@@ -34,7 +34,10 @@ def bottleneck_adapter_forward(
     scale: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], U [T, M])``. The backward needs x and U, besides the weights."""
+    """Returns ``(Y [..., N], U [T, M])``; U is ``x Dᵀ + b_d``, the input of the activation.
+
+    The backward needs x and U, besides the weights.
+    """
     wide = sum_dtype(x.dtype)
     u = F.linear(rows(x).to(wide), down_weight.to(wide), None if down_bias is None else down_bias.to(wide))
     v = F.linear(activated(u, activation), up_weight.to(wide), None if up_bias is None else up_bias.to(wide))

@@ -42,7 +42,7 @@ def dora_weight_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(n [N], U [N, R])`` in float32, or in float64 if ``dtype`` is float64.
 
-    An NF4 weight is dequantized to ``dtype`` first.
+    n is ``‖W + s·B A‖`` of each row, and U is ``W Aᵀ``. An NF4 weight is dequantized to ``dtype`` first.
     """
     wide = sum_dtype(dtype)
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)
@@ -102,9 +102,9 @@ def dora_linear_forward(
     seed: Optional[Tensor],
     drop_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``(Y [..., N], S [T, R], Z [T, N])``.
+    """Returns ``(Y [..., N], S [T, R], Z [T, N])`` with ``S = x̃ Aᵀ``, ``Z = x Wᵀ + s·S Bᵀ`` and ``Y = g∘Z + b``.
 
-    With ``drop_base`` Z contains the base product of x̃ instead of x, and ``Y = x Wᵀ + b + g∘Z - x̃ Wᵀ``.
+    ``x̃`` is x after dropout. With ``drop_base``, ``Z = x̃ Wᵀ + s·S Bᵀ`` and ``Y = x Wᵀ + b + g∘Z - x̃ Wᵀ``.
     """
     wide = sum_dtype(x.dtype)
     w, g, wide_x = dense(weight, x.dtype).to(wide), out_scale.to(wide), x.to(wide)

@@ -82,8 +82,8 @@ def lora_experts_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. Rows of no expert are zeros.
 
-    With out_scale, which is DoRA's g ``[E, N]``, the adapters are DoRA adapters. S is ``[0]`` without adapters, and Z
-    is ``[0]`` without out_scale.
+    S is ``dropout(x_t) A_eᵀ``, and Z is the value that DoRA's g multiplies. With out_scale, which is DoRA's g
+    ``[E, N]``, the adapters are DoRA adapters. S is ``[0]`` without adapters, and Z is ``[0]`` without out_scale.
     """
     wide = sum_dtype(x.dtype)
     y = x.new_zeros(x.shape[0], weight.shape[1])

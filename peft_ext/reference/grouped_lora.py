@@ -34,7 +34,10 @@ def grouped_lora_linear_forward(
     scaling: Sequence[float],
     adapters: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [samples, ..., N], S [T, R])``. R is the largest rank; S is 0 beyond a token's own rank."""
+    """Returns ``(Y [samples, ..., N], S [T, R])``; S is ``x Aᵀ`` with the A of each token's adapter.
+
+    R is the largest rank. S is 0 in the columns beyond the rank of the token's adapter.
+    """
     wide = sum_dtype(x.dtype)
     y = F.linear(x, dense(weight, x.dtype), bias).to(wide)
     rank = max(a.shape[0] for a in lora_A)

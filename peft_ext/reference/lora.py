@@ -35,7 +35,10 @@ def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Uni
 def lora_linear_forward(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], *adapter: Any
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], S [T, R])``. The backward needs x, S and the seed, besides the weights."""
+    """Returns ``(Y [..., N], S [T, R])``; S is ``dropout(x) Aᵀ``.
+
+    The backward needs x, S and the seed, besides the weights.
+    """
     return lora_residual_forward(x, F.linear(x, dense(weight, x.dtype), bias), *adapter)
 
 
@@ -71,7 +74,7 @@ def lora_residual_forward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], S [T, R])`` with ``Y = residual + (S∘ρ) Bᵀ``."""
+    """Returns ``(Y [..., N], S [T, R])`` with ``S = dropout(x) Aᵀ`` and ``Y = residual + (S∘ρ) Bᵀ``."""
     wide = sum_dtype(x.dtype)
     s = dropped(x.to(wide), dropout_p, seed) @ lora_A.to(wide).t()
     y = residual.to(wide) + s @ (_rho(rank_scale, scaling, wide) * lora_B.to(wide)).t()

@@ -39,7 +39,7 @@ def rms_norm_dtype(x: Tensor, weight: Optional[Tensor], round_before_weight: boo
 def rms_norm_forward(
     x: Tensor, weight: Optional[Tensor], eps: float, offset: float, round_before_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(y [..., K], r [T])``."""
+    """Returns ``(y [..., K], r [T])``; r is ``1/√(mean x² + eps)`` of each row."""
     wide = sum_dtype(x.dtype)
     values = x.to(wide)
     rstd = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
@@ -76,7 +76,7 @@ def _backward(
 def layer_norm_forward(
     x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``(y [..., K], μ [T], r [T])``."""
+    """Returns ``(y [..., K], μ [T], r [T])``; μ is the mean of each row, and r is ``1/√(mean (x - μ)² + eps)``."""
     wide = sum_dtype(x.dtype)
     values = x.to(wide)
     mean = values.mean(-1, keepdim=True)

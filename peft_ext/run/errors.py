@@ -120,9 +120,10 @@ class Stop:
 
 @contextlib.contextmanager
 def caught_signals(stop: Stop) -> Iterator[None]:
-    """Handles the signals that :func:`peft_ext.run.finetune` lists, until the block ends.
+    """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 inside the ``with`` block, as :func:`peft_ext.run.finetune` says.
 
-    Does nothing outside of the main thread. Raises Interrupted where a signal ends the block at once.
+    Restores the former handlers at the end of the block. Does nothing outside of the main thread. Raises Interrupted
+    where a signal ends the block at once.
     """
 
     def end(number: int, frame: Any) -> None:

@@ -59,7 +59,8 @@ for number, pattern in enumerate(patterns):
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
     """Yields (field, pattern, expression) for each pattern that is built around an expression of the configuration.
 
-    Expressions that are plain names are left out.
+    An expression is a regular expression in a field of the configuration, such as ``target_modules``. Yields nothing
+    for an expression that is a plain name without special characters.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

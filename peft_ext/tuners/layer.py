@@ -89,7 +89,11 @@ class ReplacingLayer(Wrapper):
         return getattr(self, self.adapter_layer_names[0])
 
     def replacements(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """Returns all tensors that ``adapter`` replaces in this layer, shared tensors of other layers included."""
+        """Returns the tensors that ``adapter`` puts in place of parameters of this layer, by the parameter's name.
+
+        The dictionary also has the replacement of each parameter that this layer shares with another layer and that
+        the other layer's adapter owns.
+        """
         found = self.own(adapter, training, x)
         for name, (layer, owned) in self.tied.get(adapter, {}).items():
             owner = found if layer is self else layer.own(adapter, training)

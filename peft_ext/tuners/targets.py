@@ -308,8 +308,8 @@ def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], sk
     """Returns the plan to replace tensors: which module owns which tensor.
 
     ``units`` maps the full name of each target module to the names of the module's tensors. If several target modules
-    hold a tensor, the first of these modules in the model owns the tensor. ``skip_tied``: full names under which a
-    target tensor may stay unreplaced, because the modules of these names never read the tensor.
+    hold a tensor, the first of these modules in the model owns the tensor. ``skip_tied``: full names of parameters that
+    are not replaced although they share a target tensor, because the modules with these parameters never read them.
 
     Raises: ValueError if a module that is not a target holds a target tensor too, because the two modules would then
     use different tensors; or if a tensor is a shard (ZeRO-3, DTensor), because a copy of a shard can't be trained.

@@ -52,6 +52,6 @@ class Tuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's method expects the adapter's name in the last or the second last place of a key. An adapter of a Tuner
-        # is a module, so that names with dots may follow the adapter's name.
+        # is a module and may have submodules, so in a key more than one name may follow the adapter's name.
         stripped = re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
         return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

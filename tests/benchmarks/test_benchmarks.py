@@ -3,7 +3,6 @@
 The benchmarks for a GPU run on the CPU in these tests, with replaced clocks.
 """
 
-import argparse
 import importlib
 import json
 import sys
@@ -17,13 +16,12 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
-command, cuda, e2e, files, grid, harness, layers, mixture, peers, tables = (
+command, cuda, files, grid, harness, layers, peers, tables = (
     importlib.import_module(f"benchmarks.{name}")
-    for name in ("__main__", "cuda", "e2e", "files", "grid", "harness", "layers", "mixture", "peers", "tables")
+    for name in ("__main__", "cuda", "files", "grid", "harness", "layers", "peers", "tables")
 )
-gpu = importlib.import_module("gpu")
 timer = importlib.import_module("peft_ext.bench.timer")
 
 CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.1, "matmul_f32_tflop_s": 0.05}
@@ -361,6 +359,8 @@ def test_the_command_on_a_gpu_writes_each_row(small, monkeypatch, tmp_path, caps
     monkeypatch.setenv("PEFT_EXT_REQUIRE", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "about_gpu", lambda: GPU)
+    monkeypatch.setattr(cuda, "uuid", lambda: None)
+    monkeypatch.setattr(cuda.Meter, "lap", lambda meter: {"power_w": 7.5, "sm_mhz": 200.0})
     monkeypatch.setattr(cuda, "measured_ceilings", lambda: CEILINGS)
     monkeypatch.setattr(cuda, "event_clock", harness.host_clock)
     monkeypatch.setattr(cuda, "graph_clock", harness.host_clock)
@@ -377,6 +377,7 @@ def test_the_command_on_a_gpu_writes_each_row(small, monkeypatch, tmp_path, caps
     assert saved == [*range(1, len(result["rows"]) + 1), len(result["rows"])]
     assert {"ours", "dense"} == set(next(r for r in result["rows"] if r["op"] == "dora_weight_norm")["milliseconds"])
     for row in result["rows"]:
+        assert row["meter"] == {"power_w": 7.5, "sm_mhz": 200.0}
         peer = {"nf4_dequantize": "bitsandbytes", "dora_linear": "PEFT"}.get(row["op"], "ours")
         assert any(name.startswith(peer) for name in row["milliseconds"]), row
         assert (row["weights"] == "graph") <= ("torch eager" not in row["milliseconds"]), row
@@ -396,6 +397,7 @@ def gpu_result():
         row("nf4_linear", "T=4 4096->4096, forward", 4, "graph", {"bitsandbytes": 9.0}),
         row("lora_linear", "T=8192 4096->4096, bf16 base, dropout 0.05", 8192, "rotating", {"frozen": 0.8}),
     ]
+    rows[0]["meter"] = {"power_w": 612.5, "sm_mhz": 1755.0, "temperature_c": 60.0}
     rows[2]["absent"] = {"bitsandbytes": "ModuleNotFoundError: No module named 'bitsandbytes'"}
     machine = {"cpu": "CPU", "threads": 2, "isa": "avx512", "environment": {}, "date": "2026-01-02",
                "versions": {"torch": "2.11.0"}, "gpu": GPU}  # fmt: skip
@@ -413,7 +415,11 @@ def test_a_gpu_has_tables_of_its_own(monkeypatch, tmp_path):
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     text = tables.gpu_tables()
     assert "### NVIDIA Toy 80GB" in text and "SM clock 100 of 200 MHz; CUDA 13.0, driver 1.2.3; 2026-01-02" in text
-    assert "| `nf4_dequantize` | 4096->4096, to bfloat16, plain | graph | 0.500 | bitsandbytes 1.25x |" in text
+    assert (
+        "| `nf4_dequantize` | 4096->4096, to bfloat16, plain | graph | 0.500 | bitsandbytes 1.25x | 612.5; 1755.0 |"
+        in text
+    )
+    assert "rotating | 0.500 | bitsandbytes 9.00x | -; - |" in text
     assert "Not measured: bitsandbytes (ModuleNotFoundError" in text and "; ia3_scale: T=1, rotating." in text
     assert tables.DRAWN["lora"]() == tables.NOTHING  # there is no result file of a CPU
 
@@ -424,84 +430,32 @@ def test_without_a_gpu_the_commands_say_so(monkeypatch, capsys):
         command.main(["--device", "cuda"])
     with pytest.raises(SystemExit, match="no kind of weights graph; there are rotating, hot$"):
         command.main(["--weights", "graph"])
-    monkeypatch.setattr(gpu, "probe", lambda python: {"cuda": None, "gpu": False})
-    monkeypatch.setattr(gpu, "driver_is_here", lambda: False)
-    assert gpu.main([]) == 1
-    assert capsys.readouterr().err == "gpu: no NVIDIA GPU is here\n"
-    with pytest.raises(SystemExit):
-        gpu.main(["--steps", "build,tests"])
-    assert "no step tests; there are build, proof, battery, sanitizer, training, bench" in capsys.readouterr().err
 
 
-def test_every_step_has_its_share_of_the_time_and_a_failure_stops_none(monkeypatch, tmp_path):
-    now, limits = [0.0], {}
-
-    def step(name, seconds, wrong):
-        def run(runner, python, card, out, limit):
-            limits[name] = round(limit)
-            now[0] += seconds
-            if isinstance(wrong, Exception):
-                raise wrong
-            return wrong
-
-        return run
-
-    steps = {"build": step("build", 33.0, ""), "battery": step("battery", 1.0, OSError("no memory")),
-             "bench": step("bench", 1.0, "")}  # fmt: skip
-    monkeypatch.setattr(gpu, "STEPS", steps)
-    with open(tmp_path / "log", "w") as log:
-        runner = gpu.Runner(90.0, log, clock=lambda: now[0])
-        found = gpu.run_steps(runner, list(steps), "python", {}, tmp_path)
-    assert found == {"build": "", "battery": "OSError: no memory", "bench": ""}
-    assert limits == {"build": 28, "battery": 22, "bench": 56}
-    assert "=== battery: OSError: no memory (1 s)" in (tmp_path / "log").read_text()
-
-
-def test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept(tmp_path):
-    with open(tmp_path / "log", "w") as log:
-        runner = gpu.Runner(600.0, log)
-        assert runner.run([sys.executable, "-c", "print('one')"], 300.0) == ""
-        assert runner.run([sys.executable, "-c", "raise SystemExit(3)"], 300.0) == "exit status 3"
-        child = "import time, subprocess, sys; print('two'); subprocess.run([sys.executable, '-c', 'input()'])"
-        start = time.monotonic()
-        assert runner.run([sys.executable, "-c", child + "; time.sleep(600)"], 1.0) == "cut off after 1 s"
-        assert time.monotonic() - start < 300  # the sleep alone would take 600 s
-    text = (tmp_path / "log").read_text()
-    assert "one" in text
-
-
-# --- whole steps ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["QLoRA, dropout 0.05", "AdaLoRA", "IA3"])
-def test_a_method_trains(name, monkeypatch):
-    pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    # The real function would change malloc's settings in the process of the tests.
-    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
-    sizes = {**e2e.SMOLLM2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96,
-             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
-    runs = {kind: [e2e.train(e2e.METHODS[name], kind, 1, 2, 8, sizes)] for kind in e2e.KINDS}
-    row = e2e.method_row(name, runs)
-    assert row["layers"] == 7 and row["tokens_per_s"]["ours"][0] > 0
-    ours, stock = row["losses"]["ours"], row["losses"]["stock"]
-    assert len(ours) == 2 and abs(ours[0] - stock[0]) < 0.05
-
-
-def test_a_mixture_trains(monkeypatch):
-    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
-    sizes = {**mixture.MIXTURE, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16,
-             "num_hidden_layers": 1, "num_experts": 8, "vocab_size": 96}  # fmt: skip
-    runs = {kind: mixture.train(kind, 1, 2, 16, sizes) for kind in mixture.KINDS}
-    assert all(run["step_ms"] > 0 for run in runs.values())
-    assert abs(runs["ours"]["loss"] - runs["stock"]["loss"]) < 0.01
-    assert runs["nf4"]["weights_mib"] <= runs["frozen"]["weights_mib"]
-
-
-def test_methods_are_named_by_their_beginnings():
-    assert e2e._names("qlora; dora") == ["QLoRA, dropout 0.05", "DoRA"]
-    with pytest.raises(Exception, match="no method 'prefix'"):
-        e2e._names("prefix")
+def test_a_meter_samples_power_and_clock(monkeypatch, tmp_path):
+    assert cuda.sample_of("123.45, 1980, 51") == {"power_w": 123.45, "sm_mhz": 1980.0, "temperature_c": 51.0}
+    assert cuda.sample_of("[N/A], 1980, [Not Supported]") == {"sm_mhz": 1980.0}
+    assert cuda.sample_of("") == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!{sys.executable}\nimport sys, time\n"
+                       f"open({str(tmp_path / 'asked')!r}, 'w').write(' '.join(sys.argv[1:]))\n"
+                       "for clock in (100, 300, 200): print(f'7.5, {clock}, [N/A]')\n"
+                       "time.sleep(600)\n")  # fmt: skip
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with cuda.Meter("toy") as meter:
+        end = time.monotonic() + 60
+        while len(meter._samples) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert meter.lap() == {"power_w": 7.5, "sm_mhz": 200.0}
+        assert meter.lap() == {"power_w": 7.5, "sm_mhz": 200.0}  # the last result, without a new sample
+    assert meter._process.returncode == -9
+    assert (tmp_path / "asked").read_text() == ("--id=GPU-toy --query-gpu=power.draw,clocks.sm,temperature.gpu "
+                                                "--format=csv,noheader,nounits --loop-ms=100")  # fmt: skip
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    for uuid in ("toy", None):
+        with cuda.Meter(uuid) as meter:
+            assert meter.lap() == {}
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
@@ -569,13 +523,3 @@ def test_ratios_stand_by_case_peer_and_tokens():
         "| LoRA, bf16 base | frozen |  | 0.90 (0.80 to 0.90) |",
         "| AdaLoRA, bf16 base | PEFT | 2.00 (1.90 to 2.00) |  |",
     ]
-
-
-def test_a_results_name_says_what_was_run():
-    def subject(command, **given):
-        return e2e._subject(argparse.Namespace(command=command, **given))
-
-    assert [subject("speed"), subject("intents"), subject("experts")] == ["run-speed", "run-intents", "step-experts"]
-    assert subject("methods", shape="smollm2", checkpointing=False) == "step-methods"
-    assert subject("methods", shape="smollm2", checkpointing=True) == "step-checkpointing"
-    assert subject("methods", shape="1b", checkpointing=True) == "step-1b-checkpointing"

@@ -174,7 +174,10 @@ def test_the_document_is_what_the_result_file_gives():
 
 
 def result_of(curves, reloaded=0.0):
-    """Returns a result with the given loss curves of accelerated runs; all losses of the twins are 3.0."""
+    """Returns a convergence result with the given loss curves of accelerated runs.
+
+    Every loss of the twins, which are the runs without peft_ext, is 3.0.
+    """
     rows = [
         {
             "method": name, "dtype": dtype, "twin": "PEFT", "steps": 2, "lr": 1e-3, "pruned": None, "trainable": 4,

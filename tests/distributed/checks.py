@@ -295,8 +295,9 @@ def tensor_parallel_layers_run_stock(folder: Path) -> None:
     gathered = {"base_layer": ColwiseParallel(output_layouts=Replicate())}
     columns = {"base_layer": ColwiseParallel(), "lora_B.default": ColwiseParallel()}
     reasons = (
-        "hooks on base_layer would not run; base_layer.weight is a shard (FSDP, ZeRO-3 or tensor parallelism)",
-        "hooks on lora_A, lora_B or lora_dropout would not run",
+        "hooks on base_layer, or its replaced forward, would not run; "
+        "base_layer.weight is a shard (FSDP, ZeRO-3 or tensor parallelism)",
+        "hooks on lora_A, lora_B or lora_dropout, or a replaced forward, would not run",
     )
     for plan, reason, mine_of in zip((gathered, columns), reasons, (lambda y: y, _my_columns), strict=True):
         model, parallel = layer("float32")

@@ -115,7 +115,7 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
             with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
             assert tuple(counted.values()) == counts, counted
-            # The whole model is one unit of FSDP2: only the hooks of the whole model gather and reduce parameters.
+            # The whole model is one unit of FSDP2: only its hooks gather the parameters and reduce the gradients.
             assert_losses(train(of(fully_shard(build()))), wanted)
             model = build()
             for layer in model.get_base_model().model.layers:
@@ -344,7 +344,7 @@ def fsdp2_around_single_layers(folder: Path) -> None:
 
     bases = wrap(make(base="nf4"), lambda module: isinstance(module, NF4Linear))
     reasons = {row.reason for row in peft_ext.explain(bases).rows}
-    assert reasons == {"the adapter's part: hooks on base_layer would not run"}
+    assert reasons == {"the adapter's part: hooks on base_layer, or its replaced forward, would not run"}
     assert_trains(bases, wanted)
 
     def is_trained(module: Any) -> bool:  # PEFT's fsdp_auto_wrap_policy wraps these modules

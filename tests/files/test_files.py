@@ -203,7 +203,8 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
     for name in ("model.0123456789ab.part", "model.0123456789ab.old", "other.0123456789ab.part", "model.mine.part"):
         (tmp_path / f".{name}").mkdir()
     with atomic_folder(tmp_path / "model") as first:
-        write(tmp_path / "model", 2)  # as another process would; the hidden folder ``first`` is locked
+        # This second write of "model", as if by another process, begins while the first write locks its hidden folder.
+        write(tmp_path / "model", 2)
         assert first.is_dir()
         found = {path.name for path in tmp_path.iterdir()} - {first.name}
         # The leftovers of killed writes of "model" are gone; the two other hidden folders have other names.

@@ -50,12 +50,12 @@ AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 # more where values go through few numbers: gradients of a query and a key, which go through the softmax of a few keys,
 # have 0.1 to 6 times PEFT's error, depending on the weights, the logits 0.7 to 1.2 times. Cases in 16 bits therefore
 # have several tokens, and PEFT's error counts at least as the median over the call's tensors. Among about 5,000 tensors
-# of more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. A tensor of few
-# elements says little: a router's bias over two experts is one number, and the quotient of two draws exceeds 10 in 6 of
-# 100 cases. For all tensors of a call together, each divided by its norm, our error was 0.6 to 1.7 times PEFT's in 98
-# of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms of the factors are symmetric about 0 with
-# a deviation of 0.3, so from MANY calls on a mean that differs by a tenth is significant. A missing term, or a term
-# with the wrong sign, has an error of 1 where PEFT's errors are 0.01.
+# of more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. The error of a
+# tensor of few elements depends much on chance: a router's bias over two experts is one number, and the quotient of two
+# draws exceeds 10 in 6 of 100 cases. For all tensors of a call together, each divided by its norm, our error was 0.6 to
+# 1.7 times PEFT's in 98 of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms of the factors are
+# symmetric about 0 with a deviation of 0.3, so from MANY calls on a mean that differs by a tenth is significant. A
+# missing term, or a term with the wrong sign, has an error of 1 where PEFT's errors are 0.01.
 ROUNDED_EACH, ROUNDED_FEW, ROUNDED_ALL, ROUNDED_MEAN = 8.0, 20.0, 3.0, 1.1
 FEW, MANY = 16, 200
 ROUNDED_FLOOR = 2.0  # error in eps of the dtype, times a tensor's norm or a hundredth of the largest gradient's norm
@@ -220,7 +220,9 @@ class Pair:
         return model, peft_ext.accelerate(fused)
 
     def draw_config(self, method: str, plain: bool = False) -> PeftConfig:
-        """Draws a configuration. ``plain`` leaves out experts, for which PEFT has only LoRA."""
+        """Draws a configuration. With ``plain``, linear layers whose names start with gate, up or down are targets only
+        if there is no other linear layer. ``plain`` is for a model for which PEFT has refused three configurations.
+        """
         rng, model = self.rng, self.outline
         known = linears(model)
         heads = [name for name in known if name in (*HEADS, "pre_classifier", "embed_out", "proj_out")]
@@ -311,7 +313,8 @@ class Pair:
         theirs, ours = errors
         if theirs is None and ours is None:
             return True
-        if "NF4 experts, and this one is not fused: hooks on" in str(ours):  # NF4 experts have no unfused code
+        # PEFT has no code for an adapter on NF4 experts, so peft_ext raises if hooks keep the experts from being fused.
+        if "NF4 experts, and this one is not fused: hooks on" in str(ours):
             self.seen.counts["hooks on NF4 experts"] += 1
             self.ended = True
             return False

@@ -367,7 +367,10 @@ def test_autocast_computes_it_in_bfloat16() -> None:
 def test_more_keys_on_amx_are_pytorchs_own(
     keys: dict[bool, int], of_ours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On AMX, in bfloat16 without dropout, PyTorch's function runs for many keys; the results agree."""
+    """On AMX, in bfloat16 without dropout, PyTorch's scaled_dot_product_attention runs for many keys.
+
+    The test counts the calls of peft_ext's attention operator.
+    """
     model = peft_ext.accelerate(build(DECODERS["Llama"], torch.bfloat16))
     wide = peft_ext.accelerate(build(DECODERS["Llama"]))
     monkeypatch.setattr(type(_native.STATE), "isa", property(lambda _: "amx"))

@@ -115,7 +115,7 @@ def test_what_happens_to_a_layer_is_seen():
         assert row_of(fused).reason == "adapters are disabled"
         assert torch.equal(fused(IDS), layer.base_layer(IDS))
     handle = layer.base_layer.register_forward_hook(lambda *args: 2 * args[-1])
-    assert row_of(fused).reason == "hooks on base_layer would not run"
+    assert row_of(fused).reason == "hooks on base_layer, or its replaced forward, would not run"
     handle.remove()
     layer.base_layer.weight.requires_grad_(True)
     assert row_of(fused).reason == "its base weight requires grad"

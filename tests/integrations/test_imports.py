@@ -36,8 +36,8 @@ def of(method, *bases):
 
 _DENSE = ("LoRA", "DoRA", "AdaLoRA", "IA3", "Conv1D")
 _DORA = of("DoRA")
-# Names that peft_ext can do without: edits of PEFT, names deleted from loaded modules, and layers that are then not
-# fused.
+# Names of PEFT, bitsandbytes and transformers without which peft_ext still works. For each name: the edits of PEFT's
+# files and the deletions from loaded modules that remove the name, and the kinds of layers that are then not fused.
 OPTIONAL = {
     "peft.tuners.tuners_utils.check_adapters_to_merge": (word("check_adapters_to_merge"), [], set()),
     "peft.tuners.lora.Embedding": (

@@ -48,7 +48,10 @@ def saved(tmp_path: Path, name: str, adapter: str, dtype: torch.dtype = torch.fl
 
 
 def in_float32(model: nn.Module, blocksize: int = 64, double_quant: bool = True) -> nn.Module:
-    """Returns a copy that was quantized and then dequantized to float32."""
+    """Returns a float32 copy of ``model`` whose weights have the values of NF4 weights.
+
+    The copy is quantized to NF4 and then dequantized.
+    """
     quantized = peft_ext.quantize_nf4(copy.deepcopy(model), blocksize=blocksize, double_quant=double_quant)
     return peft_ext.dequantize_nf4(quantized, dtype=torch.float32).float()
 

@@ -237,6 +237,7 @@ build_info = lambda: {"version": "0.0.0", "torch": "2.11.0", "torch_target": "2.
 isa = lambda: "scalar"
 isas = lambda: ["scalar"]
 def set_isa(name): ...
+def register_operators(key, namespace): ...
 """
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -18,6 +21,8 @@ sass = pytest.importorskip("sass", reason="tools/ is not here: not a checkout")
 
 import cuda_model  # noqa: E402
 import slots  # noqa: E402
+
+from peft_ext import device_code  # noqa: E402
 
 LISTING = """
 	.section	.text.first,"ax",@progbits
@@ -160,10 +165,123 @@ def test_a_pass_is_cut_by_its_shape_alone_and_each_tile_is_in_one_block(tmp_path
 
 
 def test_rows_of_a_result_stand_beside_the_model() -> None:
-    row = {"op": "lora_linear", "case": "T=8192 4096->4096, bf16 base", "tokens": 8192, "weights": "rotating",
-           "speedup": {"frozen": 0.8}}  # fmt: skip
-    assert "| LoRA | 8192 | 1.25 | 1." in cuda_model.beside({"rows": [row]}, "NVIDIA H100 80GB HBM3")
-    assert "| LoRA | 8192 | 1.25 | no such card |" in cuda_model.beside({"rows": [row]}, "NVIDIA T4")
+    row = {"op": "lora_linear", "case": "T=8192 4096->4096, bf16 base", "tokens": 8192, "k": 4096, "n": 4096,
+           "weights": "rotating", "speedup": {"frozen": 0.8}}  # fmt: skip
+    wide = row | {"case": "T=8192 4096->14336, NF4 base, dropout 0.05", "n": 14336}
+    goal = cuda_model.ratio("LoRA", cuda_model.CARDS["H100"], 8192)
+    text = cuda_model.beside({"rows": [row, wide]}, "NVIDIA H100 80GB HBM3")
+    assert f"| LoRA | 4096 -> 4096 | 8192 | 1.25 | {goal:.2f} | {1.25 / goal:.2f} |" in text
+    assert "| QLoRA, dropout | 4096 -> 14336 | 8192 | 1.25 | 1.1" in text
+    assert "| LoRA | 4096 -> 4096 | 8192 | 1.25 | no such card | - |" in cuda_model.beside({"rows": [row]}, "NVIDIA T4")
+
+
+def test_the_kernels_of_a_part_are_kernels_of_the_library() -> None:
+    names = [slots.kernel_name(name) for name, _ in device_code.kernels()]
+    for part, kernel in cuda_model.KERNELS.items():
+        found = [name for name in names if re.search(kernel, name)]
+        assert bool(found) == (part != "product"), (part, found)
+    # The hot loop that the model computes a part from is in a kernel of this part.
+    for hot in slots.HOT:
+        if hot.name in cuda_model.KERNELS:
+            assert re.search(cuda_model.KERNELS[hot.name], hot.kernel), hot
+    assert re.search(cuda_model.KERNELS["norm"], next(h.kernel for h in slots.HOT if h.name == "W A and the norm"))
+
+
+@pytest.mark.parametrize("method", cuda_model.LAYERS)
+def test_the_parts_of_a_layer_add_up_to_the_time_of_the_layer(method: str) -> None:
+    card = cuda_model.CARDS["H100"]
+    total = sum(seconds for _, seconds in cuda_model.kernel_seconds(card, method, 2048).values())
+    frozen = 2 * cuda_model.parts(card, 2048)["product"]
+    assert total / frozen == pytest.approx(cuda_model.ratio(method, card, 2048))
+    assert method in cuda_model.MEASURED
+
+
+def test_names_of_the_profiler_are_the_names_of_the_table() -> None:
+    pass_name = (
+        "_ZN8peft_ext16rank_pass_kernelINS_4bf16ELb0ELb1ELi2ELi3ELNS_8RankWorkE0ELNS_8RankMaskE1EEEvNS_8RankPassE"
+    )
+    name = slots.kernel_name(torch._C._demangle(pass_name))
+    assert name == "rank_pass_kernel<bf16, false, true, 2, 3, kRows, kDrawn>"
+    assert name in {hot.kernel for hot in slots.HOT if hot.name == "S, dropout"}
+    assert slots.kernel_name("void at::native::kernel<float>(int)") == "at::native::kernel<float>"
+    assert slots.kernel_name("peft_ext::split_kernel(peft_ext::Splits)") == "split_kernel"
+
+
+@pytest.mark.skipif(device_code.missing() is not None, reason=f"no NVRTC: {device_code.missing()}")
+def test_the_symbols_of_compiled_kernels_have_the_names_of_the_table() -> None:
+    wanted = {hot.kernel for hot in slots.HOT if hot.name in ("S, dropout", "Y0")}
+    kernels = {slots.kernel_name(kernel): (kernel, file) for kernel, file in device_code.kernels()}
+    for name in wanted:
+        image, _ = device_code.compile_kernel(*kernels[name], "sm_90")
+        assert slots.kernel_name(torch._C._demangle(image.symbol.decode())) == name
+
+
+def test_measured_kernels_stand_beside_the_model() -> None:
+    import kernel_times
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    prefix = "void peft_ext::rank_pass_kernel<peft_ext::bf16, false, true, 2, 3, (peft_ext::RankWork)"
+    times = kernel_times.by_kernel(
+        SimpleNamespace(key=key, device_type=device, count=count, self_device_time_total=total)
+        for key, device, count, total in [
+            (f"{prefix}0, (peft_ext::RankMask)0>(peft_ext::RankPass)", cuda, 10, 496.0),
+            ("_ZN8peft_ext12split_kernelENS_6SplitsE", cuda, 20, 50.0),
+            ("nvjet_hsh_128x256_64x4_1x2_h_bz_TNT", cuda, 20, 9000.0),
+            ("void at::native::fill<float>(int)", cuda, 10, 30.0), ("cudaLaunchKernel", cpu, 99, 0.0),
+        ]
+    )  # fmt: skip
+    computed = cuda_model.kernel_seconds(cuda_model.CARDS["H100"], "LoRA", 8192)
+    rows = {row["part"]: row for row in kernel_times.rows_of(times, computed, calls=10)}
+    assert list(rows) == [*computed, "other"]
+    assert rows["S"]["kernels"] == ["rank_pass_kernel<bf16, false, true, 2, 3, kRows, kNone>"]
+    assert (rows["S"]["launches"], rows["S"]["microseconds"]) == (1.0, 49.6)
+    assert rows["S"]["measured_over_computed"] == pytest.approx(2.0, abs=0.01)
+    assert (rows["product"]["launches"], rows["product"]["microseconds"]) == (2.0, 900.0)
+    assert rows["launch"]["launches"] == 2.0 and rows["launch"]["computed"] == 12.5
+    assert rows["P and dB"]["kernels"] == [] and rows["P and dB"]["measured_over_computed"] is None
+    assert rows["other"]["kernels"] == ["at::native::fill<float>"] and rows["other"]["computed"] is None
+    assert "other: at::native::fill<float>" in kernel_times.table("LoRA", 8192, rows.values())
+
+
+def test_a_layer_that_fails_leaves_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import kernel_times
+
+    def ours(op: str, case: str, tokens: int) -> str:
+        if op == "dora_linear":
+            raise RuntimeError("CUDA error")
+        return op
+
+    def profiled(contender: str) -> dict:
+        return {} if contender == "ia3_linear" else {"nf4_few_tokens_kernel<bf16, 1, true>": (10, 100.0)}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_times.cuda, "about_gpu", lambda: {"name": "NVIDIA H100 80GB HBM3"})
+    monkeypatch.setattr(kernel_times.cuda, "uuid", lambda: None)
+    monkeypatch.setattr(kernel_times, "ours", ours)
+    monkeypatch.setattr(kernel_times, "profiled", profiled)
+    assert kernel_times.main(["--tokens", "2048", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("kernel-layers-nvidia-h100-80gb-hbm3-")
+    result = json.loads(path.read_text())
+    assert result["failed"] == ["DoRA, T=2048: RuntimeError: CUDA error",
+                                "IA3, T=2048: RuntimeError: torch.profiler recorded no kernel"]  # fmt: skip
+    assert {row["method"] for row in result["rows"]} == {"LoRA", "LoRA, dropout", "QLoRA, dropout", "NF4, T <= 8",
+                                                         "NF4, T <= 16"}  # fmt: skip
+    (few,) = [row for row in result["rows"] if row["method"] == "NF4, T <= 8"]
+    computed = round(1e6 * cuda_model.decode(cuda_model.CARDS["H100"], 4096, 4096, 1), 2)
+    assert (few["part"], few["microseconds"], few["computed"]) == ("NF4, T <= 8", 10.0, computed)
+    assert few["meter"] == {}
+
+
+def test_each_profiled_layer_is_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds the contenders of all profiled layers on the CPU with small sizes, and calls each once."""
+    import kernel_times
+
+    monkeypatch.setenv("PEFT_EXT_REQUIRE", "0")
+    for method, tokens, op, case in kernel_times.layers([32]):
+        contender = kernel_times.ours(op, case, tokens, device="cpu", size=64)
+        contender.take()
+        assert contender.run().shape == (tokens, 64), method
 
 
 def test_a_table_of_some_architectures() -> None:

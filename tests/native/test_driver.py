@@ -27,14 +27,15 @@ for name in ("test_launch", "test_fault", "peft_ext_kernel_name", "peft_ext_kern
 library.test_launch.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
 class Image(ctypes.Structure):
     _fields_ = [("symbol", ctypes.c_char_p), ("data", ctypes.c_char_p), ("error", ctypes.c_char_p)]
-asked, broken = [], {}
+asked, broken, kept = [], {}, []
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(Image))
 def source(name, file, capability, image):
     asked.append([name.decode(), file.decode(), capability])
     symbol = name.split(b"::")[1].split(b"<")[0]
-    image.contents.symbol = symbol
-    image.contents.data = broken.get("data", b"code of " + symbol)
-    image.contents.error = broken.get("error")
+    answer = image.contents
+    answer.symbol, answer.data = symbol, broken.get("data", b"code of " + symbol)
+    answer.error = broken.get("error")
+    kept.append(answer)  # the structure keeps the bytes that it points to
 def driver():
     fake = ctypes.CDLL("libcuda.so.1")
     fake.fake_calls.restype = ctypes.c_char_p
@@ -89,6 +90,7 @@ def test_a_launch_reaches_the_driver_with_all_its_arguments(run):
     shape = "grid 2 3 4 block 64 1 1 shared 0 stream 0x77"
     assert calls == [
         "init",
+        "context of 0",
         "load full_kernel in mode 2",
         f"launch full_kernel {shape} first {2**40} last 7 extra (nil)",
         f"launch full_kernel {shape} first -3 last 9 extra (nil)",
@@ -150,6 +152,21 @@ show(errors, calls())
     assert loads - unloads == 1 and sum(call.startswith("launch") for call in calls) == 8
 
 
+def test_a_thread_without_a_context_gets_that_of_the_device(run):
+    (calls,) = run(
+        WITH_SOURCE
+        + """
+import threading
+launch(0)
+calls()
+thread = threading.Thread(target=lambda: (launch(0), launch(0)))
+thread.start(); thread.join()
+show(calls())
+"""
+    )
+    assert [call.split()[0] for call in calls] == ["context", "launch", "launch"]
+
+
 def test_errors_say_what_failed(run):
     (errors,) = run("""
 errors = [launch(0)]
@@ -169,6 +186,8 @@ errors.append(launch(0, shared=1 << 20))
 errors.append(launch(0, device=64))
 driver().fake_fail(b"stream")
 errors.append(library.test_fault().decode())
+driver().fake_fail(b"capture")
+errors.append(library.test_fault().decode())
 driver().fake_fail(b"")
 errors += [launch(0), library.test_fault().decode(), library.peft_ext_load_kernel(0, 99).decode()]
 show(errors)
@@ -183,6 +202,7 @@ show(errors)
         f"(peft_ext: shared memory of {name})",
         "GPU number 64, wanted less than 64",
         "unspecified launch failure",
+        "",
         None,
         "",
         "GPU number 99, wanted less than 64",

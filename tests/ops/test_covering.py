@@ -1,6 +1,7 @@
 """Tests operators in the first tier, by calls that cover each pair of dtype, shape, layout, CPU path and thread count.
 
-``tests/support/covering.py`` draws the calls. Values and gradients are compared with the float64 oracle.
+``tests/support/covering.py`` draws the calls. Values and gradients are compared with the float64 oracle. On a GPU the
+CPU path and the thread count of a call have no influence.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from op_params import ids
 
 from peft_ext import _native
 
-pytestmark = pytest.mark.cpu_only("the CPU paths are a factor of the array")
-
 
 @pytest.mark.parametrize("case", [*CASES, *SAVED_OUTPUT], ids=ids)
-def test_calls_of_the_covering_array(case: Case) -> None:
+def test_calls_of_the_covering_array(case: Case, device: torch.device, pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("--device") == "emulated":
+        pytest.skip("the emulator is too slow for all of these calls; the sweep draws small calls for the emulator")
     module, before, failures = _native.STATE.module, (torch.get_num_threads(), _native.STATE.isa), []
     try:
         for call in (call for call in covering.array() if call.case is case):
             module.set_isa(call.isa)
             torch.set_num_threads(call.threads)
             try:
-                sweep.check(call)
+                sweep.check(call, device)
             except Exception:
                 failures.append(f"{call}\n{traceback.format_exc(limit=-2)}")
     finally:

@@ -1,9 +1,9 @@
 """A pytest plugin that finds out whether a test fails only by rounding: ``-p plugin -p rounding``.
 
-The plugin is for tests that fail only with accelerated layers. A failed comparison of float32 tensors (torch.allclose,
-torch.testing.assert_close) counts as passed where the largest difference is at most LARGEST times the largest value,
-because another order of sums may cause this difference. The plugin records each comparison that it lets pass. A test
-that passes with at least one recorded comparison differs by rounding.
+Use the plugin for tests of PEFT that pass with PEFT's own layers and fail with accelerated layers. A failed comparison
+of float32 tensors (torch.allclose, torch.testing.assert_close) counts as passed where the largest difference is at most
+LARGEST times the largest value, because another order of sums may cause this difference. The plugin records each
+comparison that it lets pass. A test that passes with at least one recorded comparison differs by rounding.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Cell:
 
     @classmethod
     def none(cls, *reasons: str) -> Cell:
-        """Returns an empty cell with ``reasons`` as footnotes. Raises ValueError if no reason is given."""
+        """Returns a cell with a dash and with ``reasons`` as footnotes. Raises ValueError if no reason is given."""
         if not reasons or not all(reasons):
             raise ValueError(f"Cell.none: reasons are {reasons}, wanted at least one")
         return cls(_NONE, reasons)

@@ -1,5 +1,5 @@
 // Selects the instance of the kernels for experts for a call. The instances of an element type are in
-// experts_product_<type>_cuda.cu.
+// experts_product_<type>_cuda.cpp.
 #pragma once
 
 #include "experts/cuda/product_call.cuh"

@@ -47,12 +47,12 @@ class StackSplitter {
     if (ends != nullptr) splits_.ends = launcher_.in<int64_t>(*ends);
   }
 
-  // right_of_pass and right_of_product return the terms of F of each expert: for a rank pass F is [ranks, columns of
-  // D], and for the product F is [columns of the result, ranks]. F is the expert's matrix in `stack`, or with
-  // `transpose` the transpose of the matrix. inner_scale [E, columns of D] may be null.
+  // right_of_pass and right_of_product return the bfloat16 terms of each expert's factor F: for a rank pass F is
+  // [ranks, columns of D], and for the product F is [columns of the result, ranks]. F is the expert's matrix in
+  // `stack`, or with `transpose` the transpose of the matrix. inner_scale [E, columns of D] may be null.
   HeldTerms right_of_pass(const Tensor& stack, bool transpose, int64_t padded, const Tensor* inner_scale = nullptr);
   HeldTerms right_of_product(const Tensor& stack, bool transpose, int64_t padded);
-  // left_of_product returns the terms of L [rows, ranks] for the product.
+  // left_of_product returns the bfloat16 terms of L [rows, ranks] for the product.
   HeldTerms left_of_product(const Tensor& stack, int64_t padded);
   void run() const;
 

@@ -7,8 +7,9 @@
 
 namespace peft_ext {
 
-// Splits each expert's matrix [outer, inner], in a stack with any strides, into terms. The terms are stored one expert
-// after another. Experts without rows get no terms.
+// Splits each expert's matrix [outer, inner], in a stack with any strides, into bfloat16 terms. All terms of an
+// expert's matrix are stored before the terms of the next expert's matrix. No terms are written for experts without
+// rows.
 struct StackSplit {
   const void* in;
   DType type;

@@ -1,4 +1,5 @@
 // The linear layer over a frozen dense or NF4 weight on the CPU: Y = x Wᵀ + b, dX = dY W. See adapted_linear.h.
+#include "common/registration.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -27,7 +28,7 @@ Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor>
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("nf4_linear", TORCH_BOX(&peft_ext::nf4_linear_cpu));
   m.impl("nf4_linear_backward", TORCH_BOX(&peft_ext::nf4_linear_backward_cpu));
 }

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "common/registration.h"
 #include "linear/cpu/passes.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
@@ -98,4 +99,4 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) { m.impl("nf4_merge", TORCH_BOX(&peft_ext::nf4_merge_cpu)); }
+PEFT_EXT_OPERATORS(CPU, m) { m.impl("nf4_merge", TORCH_BOX(&peft_ext::nf4_merge_cpu)); }

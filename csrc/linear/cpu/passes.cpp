@@ -119,8 +119,8 @@ void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
 }
 
 // Computes the sums of a pass, divided by chunks of tokens and by parts of `width` columns; if P is computed too, width
-// is the number of all columns. The first chunk's sums are computed in the total's memory. The sums of all other chunks
-// have separate memory, for some chunks at a time.
+// is the number of all columns. The first chunk's sums are computed in the total's memory. The sums of the other chunks
+// are computed in a buffer for up to chunks_together chunks, are added to the total, and the buffer is used again.
 Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tensor* totals) {
   const PassKernels& isa = pass_kernels();
   const int64_t size = pass.columns * pass.rank, blocks = ceil_div(pass.columns, width);

@@ -67,7 +67,8 @@ template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
 // Adds to C a warp's 16 x 64 product over the 16 ranks from rank 16 `step` on, for the 16 rows from row 16 `rows` on
-// and the 64 columns from column 64 `column_tile` on. `factor`: the terms of F.
+// and the 64 columns from column 64 `column_tile` on. `outer` holds the bfloat16 terms of L, and `factor` points to the
+// bfloat16 terms of F.
 template <typename T, int kRightTerms>
 __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, uint32_t rows,
                                                uint32_t column_tile, int64_t step, float (&c)[2][4][4]) {

@@ -1,4 +1,4 @@
-// Selects the instance of expand_kernel for a call. The instances of an element type are in expand_<type>_cuda.cu.
+// Selects the instance of expand_kernel for a call. The instances of an element type are in expand_<type>_cuda.cpp.
 #pragma once
 
 #include "linear/cuda/passes.cuh"

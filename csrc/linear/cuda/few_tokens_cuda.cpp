@@ -1,9 +1,9 @@
 // The forward for few tokens against an NF4 weight, in 16-bit dtypes. In generation the number of launches matters. A
-// call of up to kFewTokens tokens takes one launch for S and one launch for all other work (nf4_few_tokens.cuh). A call
-// of more tokens, up to kSkinnyTokens, takes two launches after S (nf4_skinny.cuh), and so does a call of few tokens if
-// the weight's block size or number of inputs is not a multiple of 64. A mixed batch of few tokens that
-// few_tokens_accept refuses uses only skinny_finish_kernel, which computes the terms to which PyTorch's product is
-// added.
+// call of up to kFewTokens tokens takes one launch for S and one launch for all other work (nf4_few_tokens.cuh), if the
+// weight's block size and number of inputs are multiples of kFewSlab = 64 and the weight has fewer than 2^32 slabs.
+// Every other call that few_tokens_accept accepts takes two launches after the launch for S (nf4_skinny.cuh). A mixed
+// batch of few tokens that few_tokens_accept refuses uses only skinny_finish_kernel, which computes the terms to which
+// PyTorch's product is added.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"

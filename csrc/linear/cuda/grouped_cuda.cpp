@@ -6,7 +6,7 @@
 //
 // For few tokens the cost of launches dominates. One launch then computes S (shrink_few.cuh), and one launch computes
 // Y₀, both with plain FMAs. If few_tokens_accept returns true, few_tokens_forward computes Y after S, without PyTorch's
-// product (few_tokens_cuda.cu).
+// product (few_tokens_cuda.cpp).
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/prepare_groups.cuh"
 #include "linear/cuda/shrink_few.cuh"

@@ -162,8 +162,8 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
 
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants) {
   const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
-  // P and Q need two passes if the sums of P and Q together do not fit the registers, or if F and L have different
-  // ranks.
+  // Two passes over D compute P = D F and Q = Dᵀ L if the sums of P and Q together do not fit in registers (more than
+  // 32 ranks), or if F and L have different ranks.
   if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
     PassSums both = rank_pass(input, right, nullptr);
     both.columns = rank_pass(input, nullptr, left).columns;

@@ -1,4 +1,4 @@
-// Selects the instance of rank_pass_kernel for a pass. The instances of a type are in rank_pass_<type>_cuda.cu.
+// Selects the instance of rank_pass_kernel for a pass. The instances of a type are in rank_pass_<type>_cuda.cpp.
 #pragma once
 
 #include "linear/cuda/passes.cuh"

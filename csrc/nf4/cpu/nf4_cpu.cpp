@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/registration.h"
 #include "cpu/threads.h"
 #include "nf4/cpu/decode.h"
 #include "nf4/nf4_code.h"
@@ -191,7 +192,7 @@ Tensor nf4_dequantize_cpu(Tensor weight, std::optional<Tensor> absmax, std::opti
 }  // namespace
 }  // namespace peft_ext
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("nf4_quantize", TORCH_BOX(&peft_ext::nf4_quantize_cpu));
   m.impl("nf4_scale_mean", TORCH_BOX(&peft_ext::nf4_scale_mean_cpu));
   m.impl("nf4_quantize_absmax", TORCH_BOX(&peft_ext::nf4_quantize_absmax_cpu));

@@ -149,8 +149,8 @@ def cached_norm(
 ) -> Optional[Tensor]:
     """Returns DoRA's weight norm from PEFT's cache inside ``peft.helpers.DoraCaching`` in eval mode, else None.
 
-    A norm that is not cached yet is computed and stored. For a weight of three dimensions the norm is ``[E, N]``, that
-    of all experts of a mixture.
+    Inside ``DoraCaching`` in eval mode, computes and stores a norm that the cache lacks. For a weight of three
+    dimensions the norm is ``[E, N]``, the norm of all experts of a mixture.
     """
     if not dora.ENABLE_DORA_CACHING or module.training:
         if module._dora_cache:  # PEFT clears the cache too: a cached norm is stale once the adapter has changed

@@ -18,9 +18,8 @@ LoraEmbedding = None
 with optional("peft", "LoRA over an embedding is not fused"):
     from peft.tuners.lora import Embedding as LoraEmbedding
 
-# The forward of nn.Embedding, and the methods that PEFT's embedding layer calls in its forward, as they were at import.
-# A call is fused only if nn.Embedding's forward and the methods in _HELPERS are unchanged.
-_FORWARD = nn.Embedding.forward
+# The methods that PEFT's embedding layer calls in its forward, as they were at import. A call is fused only if the
+# methods are unchanged.
 _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_get_embed_scale")}
 
 
@@ -29,9 +28,7 @@ def _base_reason(base: nn.Module) -> Optional[str]:
     if type(base) is not nn.Embedding:  # a subclass may scale its output, as Gemma's embedding does
         return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding"
     if hooked(base):
-        return "hooks on base_layer would not run"
-    if nn.Embedding.forward is not _FORWARD:
-        return "the forward of nn.Embedding was replaced"
+        return "hooks on base_layer, or its replaced forward, would not run"
     if base.max_norm is not None:
         return "max_norm changes the weights in the forward"
     if base.scale_grad_by_freq or base.sparse:

@@ -145,9 +145,9 @@ class Experts(Fused):
 
     def _called(self, experts: NF4Experts, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, *args: Any,
                 **kwargs: Any) -> Tensor:  # fmt: skip
-        """Calls the wrapped layer, so that hooks run, and has the experts' own forward compute ``run``.
+        """Calls the wrapped layer, so that hooks run, and makes the forward of the NF4 experts call ``run``.
 
-        Returns the wrapped layer's output. Raises RuntimeError if the experts' own forward did not call ``run``.
+        Returns the wrapped layer's output. Raises RuntimeError if the forward of the NF4 experts did not call ``run``.
         """
         ran = False
 

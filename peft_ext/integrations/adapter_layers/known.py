@@ -71,7 +71,7 @@ def facts_of(
             or held["_backward_pre_hooks"] or "forward" in held
         ):  # fmt: skip
             return None
-        found.append(type(module))
+        found += (type(module), type(module).forward)
     of_base = base.__dict__["_parameters"]
     if "bias" not in of_base:
         return None

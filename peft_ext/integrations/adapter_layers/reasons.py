@@ -81,7 +81,23 @@ _VARIANTS = {
     "VeloraLinearVariant": "VeLoRA",
 }
 
-_HOOKS = "hooks on lora_A, lora_B or lora_dropout would not run"
+_HOOKS = "hooks on lora_A, lora_B or lora_dropout, or a replaced forward, would not run"
+
+
+def _own_forward(kind: type) -> Any:
+    """Returns the forward of a class, or None if another module has replaced it."""
+    forward = kind.forward
+    named = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
+    own = named == (kind.__module__, f"{kind.__qualname__}.forward") and not hasattr(forward, "__wrapped__")
+    return forward if own else None
+
+
+# The forwards at import of the classes whose forward a fused layer computes in its own way.
+_FORWARDS = {
+    kind: _own_forward(kind)
+    for kind in (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, NF4Linear, Conv1D, *FOUR_BIT)
+    if isinstance(kind, type)
+}
 
 # The result of the checks of one adapter: the reason not to fuse the adapter (or None), its lora_A, and its lora_B.
 Adapter = tuple[Optional[str], Optional[Tensor], Optional[Tensor]]
@@ -181,9 +197,11 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Returns whether ``module`` has hooks, or a forward on the instance that replaces the forward of its class."""
+    """Returns whether ``module`` has hooks, or a forward that was replaced, on the instance or on its class."""
+    kind = type(module)
     return bool(
-        module._forward_hooks
+        kind.forward is not _FORWARDS.get(kind, kind.forward)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -232,7 +250,7 @@ def base_reason(layer: Any) -> Optional[str]:
     """Returns why the base layer's own forward has to run; None if the operator can compute the base layer too."""
     base = layer._modules["base_layer"]
     if hooked(base):
-        return "hooks on base_layer would not run"
+        return "hooks on base_layer, or its replaced forward, would not run"
     if bool(layer.__dict__.get("fan_in_fan_out")) is not (type(base) is Conv1D):
         return f"fan_in_fan_out is {layer.__dict__.get('fan_in_fan_out')} over a {class_name(type(base))}"
     return weight_reason(base)
@@ -427,7 +445,10 @@ def _magnitude_reason(module: nn.Module) -> Optional[str]:
 
 
 def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
-    """Returns why a module with DoRA's magnitude can't be fused, or None. ``dim``: the magnitude's dimensions."""
+    """Returns why a module with DoRA's magnitude can't be fused, or None.
+
+    ``dim``: the number of dimensions that the magnitude must have.
+    """
     if hooked(module):
         return "hooks on lora_magnitude_vector would not run"
     magnitude = module._parameters.get("weight")

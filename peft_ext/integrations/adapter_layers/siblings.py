@@ -5,7 +5,7 @@ The row of a module's form names the children that are called with one variable,
 all children of its group that can be computed together. Each other child takes its output when the child is called with
 the same tensor object, unchanged, and with its state unchanged. If a child is called with another tensor object or with
 a changed tensor, or if the child's state has changed, the child computes its output alone. Outputs that no child took
-are dropped at the end of the module's forward. Outputs are not shared between threads.
+are dropped at the end of the module's forward. A child takes no output that another thread computed.
 """
 
 from __future__ import annotations

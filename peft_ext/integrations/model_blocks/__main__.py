@@ -16,7 +16,8 @@ from .proof import proposed
 def main() -> int:
     """Prints whether the class that the command line names has a known form, or which formula passes the proof.
 
-    Returns 0 if the form is known or a formula passes the proof, 1 if not, and 2 for wrong arguments.
+    :func:`.proof.proposed` proposes the formulas. Returns 0 if the class has a known form or if a proposed formula
+    passes the proof for the class, 1 if not, and 2 for wrong arguments.
     """
     module, _, name = sys.argv[1].partition(":") if len(sys.argv) == 2 else ("", "", "")
     if not module or not name:

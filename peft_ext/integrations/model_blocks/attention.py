@@ -271,7 +271,10 @@ def look_at_sdpa() -> None:
 
 
 def _knows_bias(function: Any) -> Optional[bool]:
-    """Returns whether a function with a known form accepts a bias of the scores; None if its form is unknown."""
+    """Returns whether an attention function with a known form accepts a bias that is added to the attention scores.
+
+    Returns None if the form of the function is unknown, or under torch.compile if no earlier call has found the answer.
+    """
     if function not in _SDPA:
         if torch.compiler.is_compiling():
             return None

@@ -319,8 +319,9 @@ def _unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole
     """Returns how two tensors differ beyond rounding, or None.
 
     Elements that are not finite must agree. Finite elements may differ by ``tolerance`` times the largest finite value
-    of the row, or of the whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and
-    infinity count as equal: for an infinite input, PyTorch's activations give either, depending on the instruction set.
+    of the row, or of the whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both
+    infinities count as equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the
+    instruction set.
     """
     if found.shape != wanted.shape or found.dtype is not wanted.dtype:
         return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"

@@ -12,6 +12,7 @@ namespace {
 std::mutex mutex;
 std::string calls, failing;
 int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
+thread_local void* context = nullptr;
 
 int call(const std::string& name, const std::string& text, int error) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -44,7 +45,19 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   *value = attribute == 75 ? 9 - device : attribute == 76 ? 0 : -1;
   return 0;
 }
-int cuStreamQuery(void*) { return failing == "stream" ? 719 : 600; }
+int cuCtxGetCurrent(void** found) {
+  *found = context;
+  return 0;
+}
+int cuCtxSetCurrent(void* set) {
+  context = set;
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void** found, int device) {
+  *found = reinterpret_cast<void*>(0x1000 + device);
+  return call("context", " of " + std::to_string(device), 2);
+}
+int cuStreamQuery(void*) { return failing == "stream" ? 719 : failing == "capture" ? 906 : 600; }
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   const int before = capture_mode;
   capture_mode = *mode;

@@ -33,7 +33,7 @@ struct Rows {
 };
 
 inline Rows strips_of(const bf16* left, int64_t tiles) { return Rows{left, tiles * kTile, kTile, kTileDepth}; }
-// Returns the rows of a row-major matrix as a left operand.
+// Returns a left operand that reads a row-major matrix in place: the pointer `matrix` and the distances in it.
 inline Rows rows_of(const bf16* matrix, int64_t columns) { return Rows{matrix, kStrip * columns, kTileDepth, columns}; }
 
 template <bool kTwoLeft, bool kTwoRight>

@@ -7,8 +7,9 @@
 //
 // Every unit is in exactly one range. In one division, a range may end at any unit, and two threads may decode the same
 // panel. In the other division, a range ends only at a whole panel. The plan takes the division whose busiest thread
-// has the smaller cost. Costs are in strips of products; decoding a panel costs `decode` strips. The busiest part of a
-// block costs at most the mean part, plus one unit, plus decoding two panels.
+// has the smaller cost. The unit of cost is the product of one panel with one strip of tokens; decoding a panel costs
+// `decode` of these products. In each block, the cost of the most expensive part is at most the mean cost of a part,
+// plus the cost of one unit, plus the cost of decoding two panels.
 #pragma once
 
 #include <stdint.h>

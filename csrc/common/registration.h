@@ -1,0 +1,30 @@
+// Registers the operators' functions with PyTorch's dispatcher. The namespace in torch.ops is an argument, because one
+// process may hold several copies of the library, each with operators of its own.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+// PEFT_EXT_OPERATORS(CPU, m) { m.impl("name", TORCH_BOX(&function)); } defines the functions of a file's operators for
+// a dispatch key. register_operators() registers the functions.
+#define PEFT_EXT_OPERATORS(key, m) PEFT_EXT_OPERATORS_(key, m, C10_UID)
+#define PEFT_EXT_OPERATORS_(key, m, uid)                                                                            \
+  static void C10_CONCATENATE(add_operators_, uid)(torch::stable::detail::StableLibrary&);                          \
+  static const ::peft_ext::Operators C10_CONCATENATE(operators_, uid){#key, &C10_CONCATENATE(add_operators_, uid)}; \
+  static void C10_CONCATENATE(add_operators_, uid)(torch::stable::detail::StableLibrary & m)
+
+namespace peft_ext {
+
+// The functions of one file's operators for one dispatch key. All Operators form a list.
+struct Operators {
+  using Add = void (*)(torch::stable::detail::StableLibrary&);
+  Operators(const char* key, Add add);
+
+  const char* key;
+  Add add;
+  const Operators* next;
+};
+
+// Registers the functions of all files for a dispatch key in a namespace of torch.ops.
+void register_operators(const char* key, const char* name_space);
+
+}  // namespace peft_ext

@@ -1,0 +1,95 @@
+"""Tests the benchmarks of whole training steps on tiny models."""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
+e2e, mixture = (importlib.import_module(f"benchmarks.{name}") for name in ("e2e", "mixture"))
+
+
+@pytest.mark.parametrize("name", ["QLoRA, dropout 0.05", "AdaLoRA", "IA3"])
+def test_a_method_trains(name, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    # The real function would change malloc's settings in the process of the tests.
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    sizes = {**e2e.SMOLLM2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    runs = {kind: [e2e.train(e2e.METHODS[name], kind, 1, 2, 8, sizes)] for kind in e2e.KINDS}
+    row = e2e.method_row(name, runs)
+    assert row["layers"] == 7 and row["tokens_per_s"]["ours"][0] > 0
+    ours, stock = row["losses"]["ours"], row["losses"]["stock"]
+    assert len(ours) == 2 and abs(ours[0] - stock[0]) < 0.05
+
+
+def test_a_mixture_trains(monkeypatch):
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    sizes = {**mixture.MIXTURE, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16,
+             "num_hidden_layers": 1, "num_experts": 8, "vocab_size": 96}  # fmt: skip
+    runs = {kind: mixture.train(kind, 1, 2, 16, sizes) for kind in mixture.KINDS}
+    assert all(run["step_ms"] > 0 for run in runs.values())
+    assert abs(runs["ours"]["loss"] - runs["stock"]["loss"]) < 0.01
+    assert runs["nf4"]["weights_mib"] <= runs["frozen"]["weights_mib"]
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
+    run = {"tokens_per_s": 10.0, "milliseconds": 5.0, "peak_mib": 7, "peak_before_training_mib": 6, "meter": {},
+           "losses": [2.0, 1.0], "fused": 7, "layers": 7}  # fmt: skip
+    asked = []
+
+    def started(command, *, timeout, **how):
+        asked.append(command[4:6])
+        assert timeout == 60 and command[command.index("--device") + 1] == "cpu"
+        if command[4:6] == ["LoRA", "stock"]:
+            raise subprocess.TimeoutExpired(command, timeout)
+        if command[4:6] == ["DoRA", "ours"]:
+            raise subprocess.CalledProcessError(-11, command)
+        return MagicMock(stdout=f"a line\n{json.dumps(run)}\n")
+
+    monkeypatch.setattr(e2e.subprocess, "run", started)
+    monkeypatch.setattr(sys, "argv", ["e2e", "methods", "--methods", "LoRA; IA3; DoRA", "--repeats", "1", "--shape",
+                                      "tiny", "--limit", "60", "--out", str(tmp_path / "out.json")])  # fmt: skip
+    with pytest.raises(SystemExit, match="1"):
+        e2e.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert asked == [[name, kind] for name in ("LoRA", "IA3", "DoRA") for kind in e2e.KINDS]
+    assert [name.partition(":")[0] for name in result["failed"]] == ["LoRA, stock", "DoRA, ours"]
+    assert "timed out after 60" in result["failed"][0] and "SIGSEGV" in result["failed"][1]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert rows["LoRA"]["tokens_per_s"] == {"ours": [10.0], "stock": []} and "speedup" not in rows["LoRA"]
+    assert rows["IA3"]["speedup"] == 1.0 and rows["IA3"]["max_loss_difference"] == 0.0
+    assert rows["DoRA"]["peak_mib"] == {"ours": [], "stock": [7]}
+
+
+def test_without_bitsandbytes_our_quantized_layers_still_train(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    monkeypatch.setattr(e2e.importlib.util, "find_spec", lambda name: None)
+    run = e2e.train(e2e.METHODS["QLoRA, dropout 0.05"], "ours", 1, 2, 8, e2e.TINY)
+    assert (run["fused"], run["layers"], len(run["losses"])) == (7, 7, 2)
+
+
+def test_methods_are_named_by_their_beginnings():
+    assert e2e._names("qlora; dora") == ["QLoRA, dropout 0.05", "DoRA"]
+    assert e2e._names("LoRA") == ["LoRA"]
+    with pytest.raises(Exception, match="no method 'prefix'"):
+        e2e._names("prefix")
+
+
+def test_a_results_name_says_what_was_run():
+    def subject(command, **given):
+        return e2e._subject(argparse.Namespace(command=command, **given))
+
+    assert [subject("speed"), subject("intents"), subject("experts")] == ["run-speed", "run-intents", "step-experts"]
+    assert subject("methods", shape="smollm2", checkpointing=False) == "step-methods"
+    assert subject("methods", shape="smollm2", checkpointing=True) == "step-checkpointing"
+    assert subject("methods", shape="1b", checkpointing=True) == "step-1b-checkpointing"

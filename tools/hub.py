@@ -1,0 +1,240 @@
+"""Writes peft_ext's operators and layers as a repository of Hugging Face's kernels hub.
+
+    python tools/hub.py [--output build/hub/peft-ext] [--repo-id OWNER/peft-ext]
+
+The repository has a folder for each variant, ``build/torch-stable-abi211-<backend>-<arch>-linux``, and ``build.toml``,
+``README.md`` and ``LICENSE``. A variant is a Python package: ``tools/hub_repository/package.py`` as its ``__init__``,
+``layers.py``, the modules of peft_ext that these two import, and the native library, which needs no Python ABI. All
+variants hold the same library; a GPU's machine code is compiled on the GPU's machine.
+
+The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the variant's files.
+``metadata.json`` holds the SHA-256 of each file.
+
+Format: huggingface/kernels, docs/source/kernel-requirements.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import hashlib
+import json
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import stable_abi
+import wheels
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "peft_ext"
+SOURCES = Path(__file__).with_name("hub_repository")
+LIBRARY = "_kernels.so"
+
+NAME = "peft-ext"
+MODULE = NAME.replace("-", "_")
+# The hub's version is a major version, and the version is 0 as long as the interface may change.
+VERSION = int(re.search(r'__version__ = "(\d+)', (PACKAGE / "_version.py").read_text())[1])
+# The oldest release of torch that the library loads on, and the first release of `kernels` that knows its variants.
+TORCH, KERNELS = "2.11", "0.15.1"
+# By backend: the variants' names of the backend, and the architectures. Kernels of CUDA a.b run a variant of CUDA a.c
+# with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
+BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
+
+# The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.
+NEWEST = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.0"}
+
+# A `kernels` release that imports <variant>/<module>/__init__.py gets the same module.
+OLD_IMPORT = '''"""The kernel, for a loader that imports this folder instead of the folder above."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+NAME = "{id}"
+if NAME not in sys.modules:
+    spec = importlib.util.spec_from_file_location(NAME, Path(__file__).parents[1] / "__init__.py")
+    sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[NAME])
+__all__ = sys.modules[NAME].__all__
+globals().update({{name: getattr(sys.modules[NAME], name) for name in __all__}})
+'''
+
+OPS = '''"""The namespace of the operators in ``torch.ops``: a name of this build alone."""
+
+NAMESPACE = "{id}"
+'''
+
+BUILD = """# Read by `kernel-builder upload`. `make hub` of peft_ext builds the variants.
+[general]
+name = "{name}"
+version = {version}
+edition = 5
+license = "Apache-2.0"
+backends = [{backends}]
+
+[general.hub]
+repo-id = "{repo_id}"
+
+[torch]
+src = []
+
+[torch.stable-abi]
+{stable_abi}
+"""
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def imported(file: Path, folder: Path) -> Iterator[Path]:
+    """Yields the modules that the relative imports of ``file`` may name, ``file`` taken to be in ``folder``."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        above = [folder, *folder.parents][node.level - 1]
+        module = above.joinpath(*(node.module or "").split("."))
+        for path in (module, *(module / alias.name for alias in node.names)):
+            yield from (path.with_suffix(".py"), path / "__init__.py")
+
+
+def modules() -> list[Path]:
+    """Returns the files of peft_ext that the hub's package needs, relative to peft_ext's folder, without ``_ops.py``,
+    which each variant has of its own."""
+    found: set[Path] = set()
+    left = [path for file in sorted(SOURCES.glob("*.py")) for path in imported(file, PACKAGE)]
+    while left:
+        file = left.pop()
+        if file in found or not file.is_file() or file == PACKAGE / "__init__.py":
+            continue
+        found.add(file)
+        left += imported(file, file.parent)
+    found.discard(PACKAGE / "_ops.py")
+    return sorted(file.relative_to(PACKAGE) for file in found)
+
+
+def sha256(path: Path) -> str:
+    return base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file of a variant, in base64, as ``metadata.json`` holds the files' digests."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "metadata.json")
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+# --- the library ------------------------------------------------------------------------------------------------------
+
+
+def abi_faults(library: Path, newest: Mapping[str, str] = NEWEST) -> list[str]:
+    """Returns a line for each rule of ``kernel-builder check-abi``, and of peft_ext, that a library breaks.
+
+    The rules: no symbol of Python, because the library has no Python ABI; of torch only the stable ABI of the release
+    ``TORCH``; no symbol of a C or C++ runtime newer than ``newest``. Exports are the functions ``peft_ext_*`` alone.
+    """
+    symbols = stable_abi.undefined_symbols(library, dynamic=True)
+    found = [f"{symbol}: of Python" for symbol in symbols if re.match(r"_?Py[A-Z_]", symbol)]
+    include = stable_abi.torch_include()
+    if include is not None:
+        found += stable_abi.violations(symbols, include)
+    found += [f"exports {name}" for name in wheels.exports(library) if not name.startswith("peft_ext_")]
+    for runtime, version in wheels.newest_versions(library).items():
+        limit = newest.get(runtime)
+        if limit is not None and _numbers(version) > _numbers(limit):
+            found.append(f"needs {runtime}_{version}, wanted {runtime}_{limit} at most (manylinux_2_28)")
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+# --- the repository ---------------------------------------------------------------------------------------------------
+
+
+def variant_names(backend: str) -> list[str]:
+    abi = TORCH.replace(".", "")
+    return [f"torch-stable-abi{abi}-{name}-{platform.machine()}-linux" for name in BACKENDS[backend][0]]
+
+
+def write_variant(folder: Path, backend: str, library: Path) -> str:
+    """Writes a variant into ``folder`` and returns the variant's id, which is the operators' namespace, too."""
+    folder.mkdir(parents=True)
+    for file in modules():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE / file, folder / file)
+    shutil.copyfile(SOURCES / "package.py", folder / "__init__.py")
+    for file in ("layers.py", "_C.py"):
+        shutil.copyfile(SOURCES / file, folder / file)
+    shutil.copyfile(library, folder / LIBRARY)
+    content = hashlib.sha256(json.dumps(digest(folder)).encode()).hexdigest()
+    name = f"_{MODULE}_{backend}_{content[:12]}"
+    (folder / "_ops.py").write_text(OPS.format(id=name))
+    (folder / MODULE).mkdir()
+    (folder / MODULE / "__init__.py").write_text(OLD_IMPORT.format(id=name))
+    archs = BACKENDS[backend][1]
+    about = {
+        "name": NAME,
+        "id": name,
+        "version": VERSION,
+        "kernels-minver": KERNELS,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "kernel-depends": [],
+        "backend": {"type": backend} | ({"archs": archs} if archs else {}),
+        "digest": {"algorithm": "sha256", "files": digest(folder)},
+    }
+    (folder / "metadata.json").write_text(json.dumps(about, indent=2) + "\n")
+    return name
+
+
+def write_repository(output: Path, repo_id: str, library: Path) -> dict[str, str]:
+    """Writes the repository, which replaces the folder ``output``. Returns the id of each variant by its name."""
+    if not library.is_file():
+        sys.exit(f"hub: {library} is missing: build peft_ext first (make setup)")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as made:
+        folder, ids = Path(made) / NAME, {}
+        for backend in BACKENDS:
+            for name in variant_names(backend):
+                ids[name] = write_variant(folder / "build" / name, backend, library)
+        card = (SOURCES / "CARD.md").read_text()
+        for key, value in {"repo_id": repo_id, "version": str(VERSION), "kernels": KERNELS, "torch": TORCH}.items():
+            card = card.replace(f"<{key}>", value)
+        (folder / "README.md").write_text(card)
+        (folder / "build" / "CARD.md").write_text(card)  # `kernel-builder upload` takes the card from here
+        shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
+        (folder / "build.toml").write_text(
+            BUILD.format(
+                name=NAME,
+                version=VERSION,
+                repo_id=repo_id,
+                backends=", ".join(f'"{backend}"' for backend in BACKENDS),
+                stable_abi="\n".join(f'{backend} = "{TORCH}"' for backend in BACKENDS),
+            )
+        )
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    return ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "build/hub" / NAME, help="default: build/hub/peft-ext")
+    parser.add_argument("--repo-id", default=f"{NAME}/{NAME}", help="OWNER/NAME on the hub; default: %(default)s")
+    parser.add_argument("--library", type=Path, default=PACKAGE / LIBRARY, help="default: the library of the checkout")
+    args = parser.parse_args()
+    for name, identifier in write_repository(args.output, args.repo_id, args.library).items():
+        print(f"{args.output}/build/{name}: torch.ops.{identifier}")
+    for fault in abi_faults(args.library):
+        print(f"not to be published: {LIBRARY} {fault}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

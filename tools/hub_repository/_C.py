@@ -1,0 +1,128 @@
+"""The functions of the native library, called by ctypes: a library of the hub serves every Python, and so has no
+pybind11 module. ``csrc/common/api.h`` declares the functions."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch  # noqa: F401  the library links with torch's libraries
+
+_LIBRARY = ctypes.CDLL(str(Path(__file__).with_name("_kernels.so")))
+_INT, _TEXT = ctypes.c_int, ctypes.c_char_p
+
+
+class _Image(ctypes.Structure):
+    """PeftExtImage: the machine code of a kernel."""
+
+    _fields_ = [("symbol", _TEXT), ("data", ctypes.c_void_p), ("error", _TEXT)]
+
+
+_IMAGE_SOURCE = ctypes.CFUNCTYPE(None, _TEXT, _TEXT, _INT, ctypes.POINTER(_Image))
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and the arguments' types
+    "version": (_TEXT,),
+    "built_for_torch": (_TEXT,),
+    "oldest_torch": (_TEXT,),
+    "compiler": (_TEXT,),
+    "isa_count": (_INT,),
+    "isa_name": (_TEXT, _INT),
+    "isa_compiled": (_INT, _INT),
+    "isa_available": (_INT, _INT),
+    "isa": (_INT,),
+    "set_isa": (None, _INT),
+    "kernel_count": (_INT,),
+    "kernel_name": (_TEXT, _INT),
+    "kernel_file": (_TEXT, _INT),
+    "source_count": (_INT,),
+    "source_path": (_TEXT, _INT),
+    "source_text": (_TEXT, _INT),
+    "set_image_source": (None, _IMAGE_SOURCE),
+    "register_operators": (None, _TEXT, _TEXT),
+    "load_kernel": (_TEXT, _INT, _INT),
+}
+
+# What each thread's last call of the image source returned. The library reads the bytes until the thread's next call.
+_held = threading.local()
+_callback: Any = None
+
+
+def _call(name: str, *args: Any) -> Any:
+    value = getattr(_LIBRARY, f"peft_ext_{name}")(*args)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+for _name, (_result, *_arguments) in _SIGNATURES.items():
+    _function = getattr(_LIBRARY, f"peft_ext_{_name}")
+    _function.restype, _function.argtypes = _result, _arguments
+
+
+def _paths(accept: str) -> list[str]:
+    return [_call("isa_name", isa) for isa in range(_call("isa_count")) if _call(accept, isa)]
+
+
+def build_info() -> dict[str, Any]:
+    """Returns what the library was built from."""
+    return {
+        "version": _call("version"),
+        "torch": _call("built_for_torch"),
+        "torch_target": _call("oldest_torch"),
+        "compiler": _call("compiler"),
+        "isas": _paths("isa_compiled"),
+    }
+
+
+def isa() -> str:
+    """Returns the CPU path in use."""
+    return _call("isa_name", _call("isa"))
+
+
+def isas() -> list[str]:
+    """Returns the CPU paths that the library has and this CPU supports."""
+    return _paths("isa_available")
+
+
+def set_isa(name: str) -> None:
+    """Takes a CPU path, one of :func:`isas`."""
+    if name not in isas():
+        raise ValueError(f"set_isa: name is {name!r}, wanted one of isas()")
+    _call("set_isa", [_call("isa_name", isa) for isa in range(_call("isa_count"))].index(name))
+
+
+def kernels() -> list[tuple[str, str]]:
+    """Returns the CUDA kernels: the C++ expression that names an instance, and the source that holds the kernel."""
+    return [(_call("kernel_name", at), _call("kernel_file", at)) for at in range(_call("kernel_count"))]
+
+
+def sources() -> dict[str, str]:
+    """Returns the texts of the CUDA kernels' sources, by path."""
+    return {_call("source_path", at): _call("source_text", at) for at in range(_call("source_count"))}
+
+
+def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -> None:
+    """Sets the function ``(kernel, file, capability) -> (symbol, machine code)``."""
+    global _callback
+
+    def source(name: bytes, file: bytes, capability: int, image: Any) -> None:
+        try:
+            _held.image = symbol, code = function(name.decode(), file.decode(), capability)
+            image[0].symbol = symbol
+            image[0].data = ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p)
+        except Exception as error:  # an exception can't pass through the library
+            _held.image = str(error).encode()
+            image[0].error = _held.image
+
+    _callback = _IMAGE_SOURCE(source)
+    _call("set_image_source", _callback)
+
+
+def register_operators(key: str, namespace: str) -> None:
+    """Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of ``torch.ops``."""
+    _call("register_operators", key.encode(), namespace.encode())
+
+
+def load_kernel(kernel: int, device: int) -> Optional[str]:
+    """Loads the kernel of this number on a GPU. Returns None, or the reason of the failure."""
+    return _call("load_kernel", kernel, device)

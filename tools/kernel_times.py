@@ -1,0 +1,146 @@
+"""Measures the time of each kernel of a layer by torch.profiler, beside the time that cuda_model.py computes.
+
+    python tools/kernel_times.py [--tokens 8192,2048] [--out benchmarks/results]
+
+A step is a forward and a backward of a layer of 4096 x 4096 with float32 adapters of rank 16, by peft_ext's operators.
+The weights rotate, as in ``python -m benchmarks``. The result file kernel-layers-<GPU>-<date>.json has a row for each
+part of a layer, and is written anew after each layer. The profiler's time of a kernel does not include its launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Optional
+
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be profiled as if it were a kernel
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cuda_model
+import slots
+import torch
+
+from benchmarks import cuda, files, harness
+from benchmarks.peers import Problem
+
+CALLS = 10  # profiled steps of a layer
+FEW_TOKENS = (1, 16)  # numbers of tokens of a forward over NF4
+SIZE = 4096
+Times = dict[str, tuple[int, float]]  # by kernel: launches, and microseconds of all launches together
+
+
+def ours(op: str, case: str, tokens: int, device: str = "cuda", size: int = SIZE) -> harness.Contender:
+    """Returns the contender "ours" of a benchmark: of the variant ``case`` of the operator ``op``."""
+    stem = {"nf4_linear": "nf4"}.get(op, op.removesuffix("_linear"))
+    variants = importlib.import_module(f"benchmarks.bench_{stem}").VARIANTS
+    (found,) = [variant for variant in variants if (variant.op, variant.case) == (op, case)]
+    return found.build(Problem(tokens, size, size, rotating=device == "cuda", device=device), False).contenders["ours"]
+
+
+def profiled(contender: harness.Contender, calls: int = CALLS) -> Times:
+    """Returns the kernels of ``calls`` calls, after calls that warm up."""
+
+    def several(count: int) -> None:
+        for _ in range(count):
+            contender.take()
+            contender.run()
+        torch.cuda.synchronize()
+
+    several(3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        several(calls)
+    return by_kernel(profile.key_averages())
+
+
+def by_kernel(events: Iterable[Any]) -> Times:
+    """Returns the events on the GPU by the names of the kernels, as slots.kernel_name shortens the names."""
+    found: Times = {}
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = slots.kernel_name(torch._C._demangle(event.key) if event.key.startswith("_Z") else event.key)
+            count, total = found.get(name, (0, 0.0))
+            found[name] = count + event.count, total + event.self_device_time_total
+    return found
+
+
+def rows_of(times: Times, computed: dict[str, tuple[str, float]], calls: int = CALLS) -> list[dict[str, Any]]:
+    """Returns a row for each part of a layer: launches and microseconds of a step, measured and computed.
+
+    ``computed``: by part the regular expression of its kernels, and the computed seconds of a step. A kernel of no part
+    gets a row of its own, without a computed time. A part without kernels gets a row without a measured time.
+    """
+    left, rows = dict(times), []
+
+    def row(part: str, names: Iterable[str], seconds: Optional[float]) -> None:
+        taken = {name: left.pop(name) for name in names}
+        measured = sum(total for _, total in taken.values()) / calls
+        rows.append({
+            "part": part, "kernels": sorted(taken), "launches": sum(count for count, _ in taken.values()) / calls,
+            "microseconds": round(measured, 2),
+            "computed": None if seconds is None else round(1e6 * seconds, 2),
+            "measured_over_computed": round(measured / seconds / 1e6, 2) if seconds and taken else None,
+        })  # fmt: skip
+
+    for part, (kernel, seconds) in computed.items():
+        row(part, [name for name in left if re.search(kernel, name)], seconds)
+    for name in sorted(left, key=lambda name: -left[name][1]):
+        row("other", [name], None)
+    return rows
+
+
+def layers(tokens: Iterable[int]) -> Iterable[tuple[str, int, str, str]]:
+    """Yields (method, number of tokens, operator, case of its benchmark) for each measured layer."""
+    for count in tokens:
+        for method, (op, case) in cuda_model.MEASURED.items():
+            yield method, count, op, case
+    for count in FEW_TOKENS:
+        yield f"NF4, T <= {8 if count <= 8 else 16}", count, "nf4_linear", "forward"
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="8192,2048", help="comma-separated; default: 8192,2048")
+    parser.add_argument("--out", type=Path, help="result file, or the folder for it; default: benchmarks/results")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.exit("kernel_times: torch sees no GPU")
+    about = {**harness.machine(), "gpu": cuda.about_gpu()}
+    card = cuda_model.card_of(about["gpu"]["name"])
+    out = files.result_path("kernel-layers", about, args.out)
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with cuda.Meter(cuda.uuid()) as meter:
+        for method, tokens, op, case in layers(int(text) for text in args.tokens.split(",")):
+            try:
+                times = profiled(ours(op, case, tokens))
+                if not times:
+                    raise RuntimeError("torch.profiler recorded no kernel")
+            except Exception as error:
+                failed.append(f"{method}, T={tokens}: {type(error).__name__}: {error}")
+                print(f"failed: {failed[-1]}", flush=True)
+            else:
+                computed = cuda_model.kernel_seconds(card, method, tokens) if card else {}
+                found = rows_of(times, computed)
+                rows += [{"method": method, "tokens": tokens, **row, "meter": meter.lap()} for row in found]
+                print(table(method, tokens, found), flush=True)
+            files.write(out, {"machine": about, "failed": failed, "rows": rows})
+    print(f"written: {out}")
+    return 1 if failed else 0
+
+
+def table(method: str, tokens: int, rows: Iterable[dict[str, Any]]) -> str:
+    lines = [f"{method}, T = {tokens}: part, launches, microseconds measured, computed, measured / computed"]
+    for row in rows:
+        name = row["part"] if row["part"] != "other" else f"other: {row['kernels'][0]}"
+        lines.append(f"  {name[:60]:<60} {row['launches']:5.1f} {row['microseconds']:8.1f} {row['computed'] or '-':>8} "
+                     f"{row['measured_over_computed'] or '-':>5}")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
