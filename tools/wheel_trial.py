@@ -64,11 +64,10 @@ def _tree(folder: Path) -> set[str]:
 
 
 def _run(*command: str | Path, wanted: int = 0, **options) -> str:
-    done = subprocess.run(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     if done.returncode != wanted:
-        sys.exit(f"wheel-trial: {' '.join(map(str, command[:6]))} failed:\n{done.stdout[-4000:]}")
+        printed = (done.stdout + done.stderr)[-4000:]
+        sys.exit(f"wheel-trial: {' '.join(map(str, command[:6]))} failed:\n{printed}")
     return done.stdout
 
 
