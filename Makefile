@@ -1,5 +1,7 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Both make .venv, install and build first.
-# They need python3 (3.10+), make and a C++ compiler. PYTHON and TORCH choose another interpreter or torch:
+# They need make, python3 (3.10+) with venv and headers, and GCC 11 or clang 14 or newer; tools/system_needs.py names
+# what is missing. Debian: apt install make g++ python3-venv python3-dev. Fedora: dnf install make gcc-c++ python3-devel.
+# PYTHON and TORCH choose another interpreter or torch:
 #   make test PYTHON=python3.12 TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH ?= torch>=2.11
@@ -27,7 +29,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
+  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -48,7 +50,8 @@ help:
 	@echo "make forms       draw the table of known forms again from seven releases of transformers; a difference is a failure"
 	@echo "make mutations   break the code in one line at a time and record which tests notice; hours"
 	@echo "make newest      all of tests/integrations on the newest packages that pip offers"
-	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
+	@echo "make clang-check, make aarch64-check, make macos-check  compile every CPU source with clang, for 64-bit Arm, and"
+	@echo "                 for macOS on Apple silicon (macos-check: 400 MB once)"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
 	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
@@ -64,6 +67,7 @@ help:
 setup: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) tools/system_needs.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.12" ninja numpy
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
@@ -133,8 +137,8 @@ sanitize: setup
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
 
 cuda-check: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm "nvidia-cuda-nvrtc==13.0.*" \
-	  "cuda-bindings==13.*"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm "nvidia-cuda-nvrtc>=13.0,<13.1" \
+	  "cuda-bindings>=13,<14"
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
 # EMULATED="--share 6" for CI's part.
@@ -169,7 +173,12 @@ forms: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LIMIT) 7200 $(BIN)/python tools/forms.py
 	git diff --exit-code peft_ext/integrations/forms docs/known-forms.md
 
-clang-check aarch64-check: setup
+macos-check: $(VENV)/.zig
+$(VENV)/.zig: $(VENV)/.built
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "ziglang>=0.13"
+	touch $@
+
+clang-check aarch64-check macos-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
 
 # AARCH64="--share 6" for less.

@@ -1,9 +1,10 @@
 """Builds the native library ``peft_ext/_kernels.so`` and the pybind11 module ``peft_ext._C``.
 
 The library has the CPU kernels, the host functions of the CUDA operators, and the sources of the CUDA kernels, which
-are compiled on the machine that runs them (``peft_ext/device_code.py``). The build needs a C++ compiler and torch of
-any kind, and no CUDA toolkit. The library calls torch through its stable ABI, so that one build runs on torch
-TORCH_TARGET and later; the module holds the functions of ``csrc/common/api.h`` for one Python.
+are compiled on the machine that runs them (``peft_ext/device_code.py``). The build needs a C++ compiler, Python's
+headers and torch of any kind, and no CUDA toolkit (``tools/system_needs.py``). The library calls torch through its
+stable ABI, so that one build runs on torch TORCH_TARGET and later; the module holds the functions of
+``csrc/common/api.h`` for one Python. On Windows nothing is built, and the operators run the slow reference.
 Environment variables:
     MAX_JOBS            number of parallel compilations
     PEFT_EXT_KERNELS    a native library that was built before and is taken instead of building the library; the build
@@ -63,6 +64,13 @@ def linker_flags(exported):
     return ["-Wl,--as-needed", f"-Wl,--version-script={script}", "-Wl,-z,relro,-z,now,-z,noexecstack"]
 
 
+def check_system():
+    """Ends the build, before anything is compiled, if the system lacks a compiler or Python's headers."""
+    faults = runpy.run_path(str(ROOT / "tools/system_needs.py"))["build_faults"]()
+    if faults:
+        sys.exit("\n".join(f"peft_ext: {fault}" for fault in faults))
+
+
 def compiler_flags(*folders):
     # Contraction is off because NF4's codes depend on a product and a sum that are rounded separately. -march is absent
     # because the kernels choose their instruction set when they run. The prefix maps keep the folders of the build out
@@ -118,6 +126,7 @@ def build_command(base):
             return str(found.with_name("_kernels.so") if name.endswith("_kernels") else found)
 
         def build_extensions(self):
+            check_system()
             # Some interpreters (pyenv's, shared) add the folder of their own library to the search path of every
             # extension.
             for linker in ("linker_so", "linker_so_cxx"):
@@ -134,6 +143,11 @@ def build_command(base):
 
 def main():
     if os.environ.get("PEFT_EXT_PURE", "") not in ("", "0"):
+        setup(**METADATA)
+        return
+    if sys.platform == "win32":
+        # pip shows no line of a build that succeeds; `import peft_ext` says so again.
+        print("peft_ext: the native library is not built on Windows. Operators run the slow reference.")
         setup(**METADATA)
         return
     if KERNELS:

@@ -1,7 +1,8 @@
-// The functions of common/api.h about the build and the CPU paths.
+// The functions of common/api.h about the build, the CPU paths and scratch memory.
 #include "common/api.h"
 
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 using peft_ext::Isa;
 
@@ -25,3 +26,6 @@ int peft_ext_isa_compiled(int isa) { return peft_ext::isa_compiled(static_cast<I
 int peft_ext_isa_available(int isa) { return peft_ext::isa_available(static_cast<Isa>(isa)); }
 int peft_ext_isa() { return static_cast<int>(peft_ext::current_isa()); }
 void peft_ext_set_isa(int isa) { peft_ext::set_current_isa(static_cast<Isa>(isa)); }
+
+uint64_t peft_ext_kept_scratch() { return peft_ext::kept_scratch(); }
+uint64_t peft_ext_release_scratch() { return peft_ext::release_scratch(); }

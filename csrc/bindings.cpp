@@ -1,9 +1,11 @@
 // Defines the pybind11 module _C: the functions of common/api.h for Python. The module has no code of its own and no
-// torch headers, and needs the native library to be loaded before.
+// torch headers, and needs the native library to be loaded before. The functions may run on several threads at a time,
+// so that a free-threaded Python keeps its global lock off.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <map>
 #include <optional>
 #include <string>
@@ -55,18 +57,16 @@ std::map<std::string, std::string> sources() {
   return found;
 }
 
-// The Python function that returns (symbol, machine code), and what it returned last on each thread. Both live as long
-// as the process: a thread may launch a kernel while Python shuts down.
-py::object& image_function() {
-  static auto* function = new py::object;
-  return *function;
-}
+// The Python function that returns (symbol, machine code). The function is never released: a thread may launch a kernel
+// while Python shuts down.
+std::atomic<PyObject*> image_function{nullptr};
 
 void image_of(const char* name, const char* file, int capability, PeftExtImage* image) {
   static thread_local std::string symbol, data, error;
   const py::gil_scoped_acquire lock;
   try {
-    std::tie(symbol, data) = image_function()(name, file, capability).cast<std::pair<std::string, std::string>>();
+    const auto function = py::reinterpret_borrow<py::object>(image_function.load());
+    std::tie(symbol, data) = function(name, file, capability).cast<std::pair<std::string, std::string>>();
     image->symbol = symbol.c_str();
     image->data = data.data();
   } catch (const std::exception& caught) {
@@ -76,7 +76,7 @@ void image_of(const char* name, const char* file, int capability, PeftExtImage* 
 }
 
 void set_image_source(py::object function) {
-  image_function() = std::move(function);
+  image_function = function.release().ptr();
   peft_ext_set_image_source(image_of);
 }
 
@@ -87,14 +87,22 @@ std::optional<std::string> load_kernel(int kernel, int device) {
 
 }  // namespace
 
+#if PYBIND11_VERSION_HEX >= 0x020D0000
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+#else
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts, CPU path and CUDA kernels of peft_ext's native library.";
+#endif
+  m.doc() = "Build facts, CPU path, scratch memory and CUDA kernels of peft_ext's native library.";
   m.def("build_info", &build_info, "What the native library was built from.");
   m.def("isa", [] { return peft_ext_isa_name(peft_ext_isa()); }, "The CPU path in use.");
   m.def(
       "isas", [] { return paths(peft_ext_isa_available); },
       "The CPU paths that the library has and this CPU supports.");
-  m.def("set_isa", &set_isa, py::arg("name"), "Take a CPU path, one of isas().");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Choose the CPU path of later calls, one of isas(). A running call keeps its path.");
+  m.def("kept_scratch", &peft_ext_kept_scratch, "Bytes of scratch memory that all threads keep between calls.");
+  m.def("release_scratch", &peft_ext_release_scratch, py::call_guard<py::gil_scoped_release>(),
+        "Release the scratch memory of all threads that are in no operator call. Returns the number of bytes.");
   m.def("kernels", &kernels, "The CUDA kernels: the C++ expression that names an instance, and the source it is in.");
   m.def("sources", &sources, "The texts of the CUDA kernels' sources, by path.");
   m.def("set_image_source", &set_image_source, py::arg("function"),

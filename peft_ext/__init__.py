@@ -16,6 +16,7 @@ from typing import Any
 
 from . import _native, nn, ops, reference
 from ._version import __version__
+from .ops import prove
 from .weight import NestedAbsmax, NF4Weight
 
 
@@ -26,6 +27,7 @@ def _image(kernel: str, file: str, capability: int) -> tuple[bytes, bytes]:
 
 
 _native.load(_image)
+prove.arm()
 
 # Name -> module, imported on first use, so that ``import peft_ext`` needs torch alone.
 _LAZY = {

@@ -1,21 +1,25 @@
 """Loads the native library, warns once about a failure, and reports the library in use.
 
 The library ``_kernels.so`` has CPU kernels for the operators declared in ``peft_ext.ops``, and CUDA functions, which
-are registered where torch is a CUDA build. The pybind11 module ``_C`` holds the library's other functions. Without the
-library the operators run the reference implementation, which is correct and slow.
+are registered where torch is a CUDA build. On a ROCm build no CUDA functions are registered, because tensors on AMD
+GPUs have the dispatch key CUDA too. The pybind11 module ``_C`` holds the library's other functions. Without the library
+the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
         Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error.
-    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match is an error instead of a warning.
+    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match, and kernels that fail their proof
+        (:mod:`peft_ext.ops.prove`), are an error instead of a warning.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +30,7 @@ from typing import Any, Optional
 import torch
 
 from ._ops import NAMESPACE
+from ._torch_build import torch_build
 from ._version import __version__
 
 # The CPU paths on x86-64 whose kernels multiply bfloat16 matrices with bfloat16 instructions, or emulate the
@@ -54,6 +59,14 @@ class NativeState:
 
 
 STATE = NativeState()
+
+
+def build_identity() -> str:
+    """Returns a digest of the names, sizes and times of change of the native libraries that exist."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*folder.glob("_C*"), *folder.glob("_kernels*")]):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _fail(message: str) -> None:
@@ -96,9 +109,13 @@ def _load_cpu() -> None:
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
         what = "was not built" if missing else f"does not load ({STATE.cpu_error})"
-        if missing and _is_pure():
+        repair = f" To mend: {mend()}"
+        if sys.platform == "win32":
+            what, repair = "is not built on Windows", ""
+            STATE.cpu_error = f"the native library {what}"
+        elif missing and _is_pure():
             what = "is not in the installed wheel, which is for every system; wheels with the library are for Linux"
-        _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used. To mend: {mend()}")
+        _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used.{repair}")
         return
     build = dict(module.build_info())
     if build["version"] != __version__:
@@ -116,18 +133,39 @@ def _load_cpu() -> None:
         module.set_isa(forced)
 
 
-def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
-    """Loads the native library if it is there. ``import peft_ext`` calls this function once.
-
-    ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
-    """
-    _load_cpu()
-    if torch.version.cuda is None:
-        STATE.cuda_error = "torch is not a CUDA build"
+def _register_cuda(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> None:
+    build = torch_build()
+    if build.name != "CUDA":
+        STATE.cuda_error = build.why_no_kernels
+        if build.name != "CPU" and build.has_gpu():
+            warnings.warn(
+                f"peft_ext: a GPU is here, and its tensors take the slow reference: {build.why_no_kernels}. No other "
+                "installation of peft_ext changes this. Tensors on the CPU run the CPU kernels.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
     elif STATE.module is None:
         STATE.cuda_error = STATE.cpu_error
     else:
         STATE.module.set_image_source(image)
         STATE.module.register_operators("CUDA", NAMESPACE)
         STATE.cuda_loaded = True
+
+
+def release_scratch() -> int:
+    """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of bytes.
+
+    A thread keeps at most 32 MiB for each of six uses; a thread that only runs parts of parallel loops has two uses.
+    Blocks of threads that are in an operator's call stay.
+    """
+    return 0 if STATE.module is None else STATE.module.release_scratch()
+
+
+def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
+    """Loads the native library if it is there. ``import peft_ext`` calls this function once.
+
+    ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
+    """
+    _load_cpu()
+    _register_cuda(image)
     return STATE

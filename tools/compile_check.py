@@ -2,54 +2,68 @@
 
     python tools/compile_check.py clang     compiles with clang++, and runs the operators' tests in bfloat16
     python tools/compile_check.py aarch64   compiles with aarch64-linux-gnu-g++ and this machine's headers of Python
+    python tools/compile_check.py macos     compiles and links with zig (pip install ziglang) for macOS on Apple silicon
 
-A warning about an unused function is no error. Each compiler has its own folder below build/, and compiles only sources
-that changed. The program fails if the compiler is not installed.
+Code for Arm and for macOS is not run. A warning about an unused function is no error. Each compiler has its own folder
+below build/, and compiles only sources that changed. The program fails if the compiler is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import native_build
 from native_build import ROOT, Group
 
 BUILD = ROOT / "build/compilers"
-COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++"}
-DEBIAN = {"clang": "clang", "aarch64": "g++-aarch64-linux-gnu"}
+COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++", "macos": "zig"}
+MEND = {"clang": "apt-get install clang", "aarch64": "apt-get install g++-aarch64-linux-gnu",
+        "macos": "pip install ziglang"}  # fmt: skip
 # setup.py's flags, with warnings as errors. Code for the other machine is not run, and is therefore not optimized.
 COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
-OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0"}
+OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0", "macos": "-O0"}
 TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",
          "tests/ops/test_ops.py", "tests/ops/test_op_edges.py")  # fmt: skip
+
+
+def compiler_of(kind: str) -> str:
+    """Returns the command of the compiler, which may have arguments."""
+    if kind != "macos" or importlib.util.find_spec("ziglang") is None:
+        return COMPILERS[kind]
+    import ziglang
+
+    return f"{Path(ziglang.__file__).with_name('zig')} c++ -target aarch64-macos"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=COMPILERS)
     kind = parser.parse_args().kind
-    compiler = COMPILERS[kind]
-    if why := native_build.missing_tools(compiler):
-        sys.exit(f"{kind}-check: {why}: apt-get install {DEBIAN[kind]}")
+    compiler = compiler_of(kind)
+    if why := native_build.missing_tools(compiler.split()[0]):
+        sys.exit(f"{kind}-check: {why}: {MEND[kind]}")
 
     start = time.monotonic()
     flags, libraries = native_build.torch_flags()
     sources = native_build.module_sources()
     group = Group(f"{OPTIMIZATION[kind]} {COMMON} {native_build.module_flags()} {flags}", sources)
-    link = f"-Wl,-Bsymbolic {libraries}" if kind == "clang" else None
+    # A library for macOS finds torch's functions when the library is loaded.
+    link = {"clang": f"-Wl,-Bsymbolic {libraries}", "macos": "-Wl,-undefined,dynamic_lookup"}.get(kind)
     try:
         library = native_build.build(BUILD / f"lib{kind}.so", [group], link, compiler)
     except RuntimeError as error:
         sys.exit(f"{kind}-check: {error}")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     print(
         f"{kind}-check: {len(sources)} sources compile with {version} in {time.monotonic() - start:.0f} s", flush=True
     )
-    if link is None:
+    if kind != "clang":
         return 0
 
     site = native_build.package(BUILD / f"site-{kind}", library)

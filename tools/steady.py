@@ -32,6 +32,8 @@ SHORT = (
     "tests/ops/test_determinism.py::test_changing_shapes_leave_nothing_behind",
     "tests/ops/test_determinism.py::test_a_leak_is_found",
     "tests/ops/test_determinism.py::test_what_is_allocated_once_is_no_leak",
+    "tests/memory/test_scratch.py",
+    "tests/ops/test_set_isa.py",
     "tests/files/test_files.py::test_killed_at_any_moment_the_folder_is_the_old_or_the_new",
     "tests/merge/test_merge_refusals.py::test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up",
     "tests/faults/test_signals.py::test_a_signal_that_ends_a_run_saves_a_checkpoint",

@@ -6,6 +6,7 @@
 #include "activations/glue.h"
 #include "activations/kernels.h"
 #include "cpu/isa.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 
@@ -110,8 +111,8 @@ Tensor activation_backward_cpu(Tensor grad, Tensor x, int64_t activation) {
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("gated_activation", TORCH_BOX(&peft_ext::gated_activation_cpu));
-  m.impl("gated_activation_backward", TORCH_BOX(&peft_ext::gated_activation_backward_cpu));
-  m.impl("activation", TORCH_BOX(&peft_ext::activation_cpu));
-  m.impl("activation_backward", TORCH_BOX(&peft_ext::activation_backward_cpu));
+  m.impl("gated_activation", PEFT_EXT_CPU_BOX(&peft_ext::gated_activation_cpu));
+  m.impl("gated_activation_backward", PEFT_EXT_CPU_BOX(&peft_ext::gated_activation_backward_cpu));
+  m.impl("activation", PEFT_EXT_CPU_BOX(&peft_ext::activation_cpu));
+  m.impl("activation_backward", PEFT_EXT_CPU_BOX(&peft_ext::activation_backward_cpu));
 }

@@ -8,6 +8,7 @@
 #include "common/registration.h"
 #include "attention/kernels.h"
 #include "cpu/isa.h"
+#include "cpu/operator_call.h"
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
 #include "cpu/threads.h"
@@ -173,7 +174,7 @@ struct Call {
       f(work, begin, end, scratch(Scratch::kPanel, bytes));
       // Releases a large block of scratch, which a head size of thousands needs. The scratch of the sums stays
       // allocated, because other threads may still use the sums.
-      if (ScratchBlock& block = scratch_block(Scratch::kPanel); block.size > kKeptScratchBytes) block.release();
+      release_large_scratch(Scratch::kPanel);
     });
   }
 };
@@ -243,6 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("scaled_dot_product_attention", TORCH_BOX(&peft_ext::scaled_dot_product_attention_cpu));
-  m.impl("scaled_dot_product_attention_backward", TORCH_BOX(&peft_ext::scaled_dot_product_attention_backward_cpu));
+  m.impl("scaled_dot_product_attention", PEFT_EXT_CPU_BOX(&peft_ext::scaled_dot_product_attention_cpu));
+  m.impl("scaled_dot_product_attention_backward",
+         PEFT_EXT_CPU_BOX(&peft_ext::scaled_dot_product_attention_backward_cpu));
 }

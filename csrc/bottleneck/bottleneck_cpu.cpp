@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "bottleneck/checked_activation.h"
 #include "linear/cpu/passes.h"
@@ -371,6 +372,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("bottleneck_adapter", TORCH_BOX(&peft_ext::bottleneck_adapter_cpu));
-  m.impl("bottleneck_adapter_backward", TORCH_BOX(&peft_ext::bottleneck_adapter_backward_cpu));
+  m.impl("bottleneck_adapter", PEFT_EXT_CPU_BOX(&peft_ext::bottleneck_adapter_cpu));
+  m.impl("bottleneck_adapter_backward", PEFT_EXT_CPU_BOX(&peft_ext::bottleneck_adapter_backward_cpu));
 }

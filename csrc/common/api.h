@@ -22,6 +22,10 @@ PEFT_EXT_API void peft_ext_set_isa(int isa);  // only paths that are available
 // Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of torch.ops. A ROCm build of
 // PyTorch dispatches its tensors by the key "CUDA", too, and so the caller decides.
 PEFT_EXT_API void peft_ext_register_operators(const char* key, const char* name_space);
+// The scratch memory that threads keep between calls of CPU operators, in bytes.
+PEFT_EXT_API uint64_t peft_ext_kept_scratch();
+// Releases the scratch memory of all threads that are in no call. Returns the number of released bytes.
+PEFT_EXT_API uint64_t peft_ext_release_scratch();
 
 // CUDA: the kernels that the operators launch, and the sources from which the kernels are compiled.
 PEFT_EXT_API int peft_ext_kernel_count();

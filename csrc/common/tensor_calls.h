@@ -11,9 +11,33 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#endif
+
+#include <optional>
+#include <string>
 #include <vector>
 
 namespace peft_ext {
+
+// Returns a * b, and fails on overflow: an expanded view may have more elements than 63 bits can count.
+inline int64_t checked_product(int64_t a, int64_t b) {
+  int64_t product = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "peft_ext: a size of ", a, " times ", b,
+                  ", wanted one that 63 bits hold");
+  return product;
+}
+
+// Returns the size of a new tensor in bytes. Fails on a negative size and on overflow.
+inline int64_t checked_bytes(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
+  int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(static_cast<int32_t>(type)));
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size >= 0, "peft_ext: a size of a new tensor is ", size, ", wanted 0 or more");
+    bytes = checked_product(bytes, size);
+  }
+  return bytes;
+}
 
 inline std::vector<int64_t> row_major_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
@@ -54,13 +78,43 @@ inline torch::stable::Tensor as_shape(const torch::stable::Tensor& tensor, const
   return torch::stable::Tensor(out);
 }
 
-inline torch::stable::Tensor empty_on(int32_t device_type, int32_t device_index, const std::vector<int64_t>& shape,
-                                      torch::headeronly::ScalarType type) {
+// Returns a new tensor, or nothing if PyTorch does not make the tensor; check_allocation() tells why. The shape must
+// have passed checked_bytes().
+inline std::optional<torch::stable::Tensor> try_empty(int32_t device_type, int32_t device_index,
+                                                      const std::vector<int64_t>& shape,
+                                                      torch::headeronly::ScalarType type) {
   AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                  row_major_strides(shape).data(), static_cast<int32_t>(type),
-                                                  device_type, device_index, &out));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), row_major_strides(shape).data(),
+                               static_cast<int32_t>(type), device_type, device_index, &out) != TORCH_SUCCESS)
+    return std::nullopt;
   return torch::stable::Tensor(out);
+}
+
+// Returns the message of the calling thread's last error in PyTorch's C shim. Returns "" on torch before 2.13, which
+// has no function for the message.
+inline std::string shim_message() {
+#if defined(_WIN32)
+  return "";
+#else
+  using Message = const char* (*)();
+  static const auto message =
+      reinterpret_cast<Message>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return message != nullptr ? message() : "";
+#endif
+}
+
+// Returns whether the message of an error tells that an allocator had no memory. No message counts as such: the sizes
+// of the tensor were checked before, and memory is what remains.
+inline bool tells_no_memory(const std::string& message) {
+  if (message.empty()) return true;
+  for (const char* words : {"out of memory", "can't allocate memory", "not enough memory", "bad_alloc"})
+    if (message.find(words) != std::string::npos) return true;
+  return false;
+}
+
+// Fails unless the last error of PyTorch's C shim, whose message is given, was a lack of memory.
+inline void check_no_memory(const std::string& message, int64_t bytes) {
+  STD_TORCH_CHECK(tells_no_memory(message), "peft_ext: no tensor of ", bytes, " bytes: ", message);
 }
 
 }  // namespace peft_ext

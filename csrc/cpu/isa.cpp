@@ -1,4 +1,4 @@
-// Detects the instruction sets of the CPU, and holds the chosen CPU path. See isa.h.
+// Detects the instruction sets of the CPU, and holds the chosen CPU path and the paths of running calls. See isa.h.
 #include "cpu/isa.h"
 
 #include <atomic>
@@ -12,6 +12,9 @@
 #include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace peft_ext {
@@ -31,6 +34,9 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
+constexpr int kNoCall = -1;
+thread_local int isa_of_call = kNoCall;  // the path of the calling thread's running call
+
 #if defined(PEFT_EXT_X86)
 // Returns whether CPUID reports F16C. Not every compiler's __builtin_cpu_supports knows the name "f16c".
 bool has_f16c() {
@@ -41,11 +47,16 @@ bool has_f16c() {
 #endif
 
 #if defined(__aarch64__)
-// Returns whether the CPU has the bfloat16 extension, which Linux reports in the second word of hardware capabilities.
+// Returns whether the CPU has the bfloat16 extension. Linux reports the extension in the second word of hardware
+// capabilities, and macOS by name.
 bool has_arm_bf16() {
 #if defined(__linux__)
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
   return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
 #else
   return false;
 #endif
@@ -63,7 +74,7 @@ bool amx_granted() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // numbers of ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
-#else
+#elif defined(PEFT_EXT_X86)
 bool amx_granted() { return false; }
 #endif
 
@@ -100,8 +111,14 @@ bool isa_available(Isa isa) {
 #endif
 }
 
-Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+Isa current_isa() {
+  return isa_of_call == kNoCall ? chosen().load(std::memory_order_relaxed) : static_cast<Isa>(isa_of_call);
+}
 
 void set_current_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); }
+
+IsaOfCall::IsaOfCall(Isa isa) : before_(isa_of_call) { isa_of_call = static_cast<int>(isa); }
+
+IsaOfCall::~IsaOfCall() { isa_of_call = before_; }
 
 }  // namespace peft_ext

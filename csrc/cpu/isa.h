@@ -1,5 +1,5 @@
 // The choice of the CPU path: detected once from the features of the CPU, or set by set_isa (PEFT_EXT_CPU_ISA in
-// Python). The file does not depend on torch, because the pybind11 file includes it.
+// Python). The file does not depend on torch.
 #pragma once
 
 // Clang before 16 supports Arm's bfloat16 only if the command line enables it.
@@ -30,8 +30,23 @@ constexpr bool isa_compiled(Isa isa) {
 }
 // Returns whether the path is compiled in, the CPU supports it, and, for AMX, the system grants the tile registers.
 bool isa_available(Isa isa);
+// Returns the path of the calling thread's running call, and outside of a call the path that the next call takes.
 Isa current_isa();
+// Chooses the path of later calls. A running call keeps its path.
 void set_current_isa(Isa isa);
+
+// While an object of this type lives, current_isa() is constant on the calling thread. An operator's call may read the
+// path several times, and its kernels of two paths do not fit together.
+class IsaOfCall {
+ public:
+  explicit IsaOfCall(Isa isa = current_isa());
+  IsaOfCall(const IsaOfCall&) = delete;
+  IsaOfCall& operator=(const IsaOfCall&) = delete;
+  ~IsaOfCall();
+
+ private:
+  const int before_;
+};
 
 // A kernel table holds the function pointers of an operator. Each instruction set has one table, or a null pointer if
 // the instruction set has no kernels of its own. For a null pointer the table of the next lower instruction set is

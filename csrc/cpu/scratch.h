@@ -1,51 +1,27 @@
 // Memory that a thread keeps from call to call. A new block of megabytes costs a page fault per 4 KiB, about a tenth of
 // a small layer's time. A block above kKeptScratchBytes is released at the end of the call: the page faults of a large
 // block cost little compared with the call's products, and otherwise a thread would keep memory for the longest batch
-// that the thread ever saw.
+// that the thread ever saw. release_scratch() releases the blocks of all threads. This file does not depend on torch.
 #pragma once
 
-#include <stdlib.h>
-
-#include "cpu/tensor.h"
+#include <cstddef>
 
 namespace peft_ext {
 
-// Uses of scratch memory. Each use has one caller at a time on a thread.
+// Uses of scratch memory. Each use has one caller at a time on a thread. The threads of a parallel loop use kPanel and
+// kRows; the calling thread of an operator uses all.
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. kPanel and kRows of a linear layer hold at most kPanelStep rows of W,
 // or twice as much if the rows are stored transposed too (kDroppedDepth), and so stay below this size.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
-struct ScratchBlock {
-  void* data = nullptr;
-  size_t size = 0;
+// Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call
+// (ScratchInUse). The block is valid until the call ends or the use gets a larger block.
+void* scratch(Scratch use, size_t bytes);
 
-  ~ScratchBlock() { free(data); }
-  void release() {
-    free(data);
-    data = nullptr;
-    size = 0;
-  }
-};
-
-inline ScratchBlock& scratch_block(Scratch use) {
-  static thread_local ScratchBlock blocks[static_cast<int>(Scratch::kCount)];
-  return blocks[static_cast<int>(use)];
-}
-
-inline void* scratch(Scratch use, size_t bytes) {
-  ScratchBlock& block = scratch_block(use);
-  if (block.size < bytes) {
-    block.release();
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    STD_TORCH_CHECK(posix_memalign(&block.data, 4096, rounded) == 0,
-                    "DefaultCPUAllocator: can't allocate memory: peft_ext wanted ", rounded, " bytes");
-    block.size = rounded;
-    advise_huge_pages(block.data, rounded);
-  }
-  return block.data;
-}
+// Releases the calling thread's block for the use if the block is above kKeptScratchBytes.
+void release_large_scratch(Scratch use);
 
 // An object that lives during a call whose scratch may have any size. The destructor releases the calling thread's
 // large blocks.
@@ -54,10 +30,22 @@ struct ScratchOfCall {
   ScratchOfCall(const ScratchOfCall&) = delete;
   ScratchOfCall& operator=(const ScratchOfCall&) = delete;
   ~ScratchOfCall() {
-    for (int use = 0; use < static_cast<int>(Scratch::kCount); ++use)
-      if (ScratchBlock& block = scratch_block(static_cast<Scratch>(use)); block.size > kKeptScratchBytes)
-        block.release();
+    for (int use = 0; use < static_cast<int>(Scratch::kCount); ++use) release_large_scratch(static_cast<Scratch>(use));
   }
 };
+
+// While an object of this type lives, release_scratch() does not release the calling thread's blocks.
+struct ScratchInUse {
+  ScratchInUse();
+  ScratchInUse(const ScratchInUse&) = delete;
+  ScratchInUse& operator=(const ScratchInUse&) = delete;
+  ~ScratchInUse();
+};
+
+// Releases the blocks of all threads that are in no call. Returns the number of released bytes.
+size_t release_scratch();
+
+// Returns the number of bytes in the blocks of all threads.
+size_t kept_scratch();
 
 }  // namespace peft_ext

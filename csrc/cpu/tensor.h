@@ -15,7 +15,6 @@
 #include <sys/mman.h>
 #endif
 
-#include <exception>
 #include <optional>
 #include <vector>
 
@@ -61,27 +60,17 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Returns a * b, and fails on overflow: an expanded view may have more elements than 63 bits can count.
-inline int64_t checked_product(int64_t a, int64_t b) {
-  int64_t product = 0;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "peft_ext: a size of ", a, " times ", b,
-                  ", wanted one that 63 bits hold");
-  return product;
-}
-
-// Allocates a tensor. If the allocation fails, the error contains the allocator's message, which the stable ABI loses
-// and by which trainers recognize that a smaller batch would fit.
+// Allocates a tensor. If there is no memory, the error contains the allocator's message, which the stable ABI loses and
+// by which trainers recognize that a smaller batch would fit.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
-  const int64_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
-  int64_t bytes = width;
-  for (const int64_t size : shape) bytes = checked_product(bytes, size);
-  try {
-    Tensor tensor = empty_on(aoti_torch_device_type_cpu(), 0, shape, type);
-    advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(bytes));
-    return tensor;
-  } catch (const std::exception&) {
+  const int64_t bytes = checked_bytes(shape, type);
+  const std::optional<Tensor> tensor = try_empty(aoti_torch_device_type_cpu(), 0, shape, type);
+  if (!tensor.has_value()) {
+    check_no_memory(shim_message(), bytes);
     STD_TORCH_CHECK(false, "DefaultCPUAllocator: can't allocate memory: peft_ext wanted ", bytes, " bytes");
   }
+  advise_huge_pages(tensor->mutable_data_ptr(), static_cast<size_t>(bytes));
+  return *tensor;
 }
 
 // Returns the product of all sizes of the tensor except the last size.

@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/operator_call.h"
 #include "cpu/tensor.h"
 
 namespace peft_ext {
@@ -26,12 +27,15 @@ struct WithinALoop {
 };
 
 // Calls f(begin, end) on all threads for parts of [begin, end) of at least `grain`. The first exception is rethrown
-// with its own message: PyTorch's loop would replace the message, and trainers look for the allocator's message.
+// with its own message: PyTorch's loop would replace the message, and trainers look for the allocator's message. All
+// threads run the calling thread's CPU path.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   std::exception_ptr thrown;
   std::mutex one;
+  const Isa isa = current_isa();
   torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
+    const ThreadInCall part(isa);
     try {
       f(from, to);
     } catch (...) {

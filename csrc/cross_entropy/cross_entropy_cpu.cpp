@@ -1,6 +1,7 @@
 // Cross entropy of the rows of a chunk of logits on the CPU. If the gradient is needed, the gradient overwrites the
 // logits. See cross_entropy.h.
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "cross_entropy/cross_entropy.h"
 
 #include "cpu/isa.h"
@@ -54,4 +55,4 @@ Tensor cross_entropy_rows_cpu(Tensor logits, const Tensor& labels, const std::op
 }  // namespace
 }  // namespace peft_ext
 
-PEFT_EXT_OPERATORS(CPU, m) { m.impl("cross_entropy_rows", TORCH_BOX(&peft_ext::cross_entropy_rows_cpu)); }
+PEFT_EXT_OPERATORS(CPU, m) { m.impl("cross_entropy_rows", PEFT_EXT_CPU_BOX(&peft_ext::cross_entropy_rows_cpu)); }

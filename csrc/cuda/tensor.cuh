@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <exception>
 #include <optional>
 #include <vector>
 
@@ -40,27 +39,19 @@ inline const char* lost_device() {
 #endif
 }
 
-// Returns the result of `allocate`. If `allocate` fails, the error contains the allocator's message, which the stable
-// ABI loses and by which trainers recognize that a smaller batch would fit.
-template <typename Allocate>
-Tensor allocated(const std::vector<int64_t>& shape, const Allocate& allocate) {
-  try {
-    return allocate();
-  } catch (const std::exception&) {
-    const char* lost = lost_device();
-    STD_TORCH_CHECK(lost[0] == 0, "CUDA error: ", lost, " (of a kernel before this call)");
-    int64_t elements = 1;
-    for (const int64_t size : shape) elements *= size;
-    STD_TORCH_CHECK(false, "CUDA out of memory. peft_ext wanted ", elements, " elements more");
-  }
-}
-
+// Allocates a tensor on `like`'s device. If there is no memory, the error contains the allocator's message, which the
+// stable ABI loses and by which trainers recognize that a smaller batch would fit.
 inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return allocated(shape, [&] {
-    int32_t device_type = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-    return empty_on(device_type, like.get_device_index(), shape, type);
-  });
+  const int64_t bytes = checked_bytes(shape, type);
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const std::optional<Tensor> tensor = try_empty(device_type, like.get_device_index(), shape, type);
+  if (tensor.has_value()) return *tensor;
+  const std::string message = shim_message();
+  const char* lost = lost_device();
+  STD_TORCH_CHECK(lost[0] == 0, "CUDA error: ", lost, " (of a kernel before this call)");
+  check_no_memory(message, bytes);
+  STD_TORCH_CHECK(false, "CUDA out of memory. peft_ext wanted ", bytes, " bytes more");
 }
 
 inline Tensor device_empty_like(const Tensor& like) {
@@ -68,7 +59,9 @@ inline Tensor device_empty_like(const Tensor& like) {
 }
 
 inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return allocated(shape, [&] { return torch::stable::new_zeros(like, shape, type); });
+  Tensor zeros = device_empty(like, shape, type);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(zeros.get()));
+  return zeros;
 }
 
 // Returns the product of all sizes of the tensor except the last size.

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/weight_norm.h"
 
@@ -81,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cpu(
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("dora_weight_norm", TORCH_BOX(&peft_ext::dora_weight_norm_cpu));
-  m.impl("dora_weight_norm_backward", TORCH_BOX(&peft_ext::dora_weight_norm_backward_cpu));
-  m.impl("dora_linear", TORCH_BOX(&peft_ext::dora_linear_cpu));
-  m.impl("dora_linear_backward", TORCH_BOX(&peft_ext::dora_linear_backward_cpu));
+  m.impl("dora_weight_norm", PEFT_EXT_CPU_BOX(&peft_ext::dora_weight_norm_cpu));
+  m.impl("dora_weight_norm_backward", PEFT_EXT_CPU_BOX(&peft_ext::dora_weight_norm_backward_cpu));
+  m.impl("dora_linear", PEFT_EXT_CPU_BOX(&peft_ext::dora_linear_cpu));
+  m.impl("dora_linear_backward", PEFT_EXT_CPU_BOX(&peft_ext::dora_linear_backward_cpu));
 }

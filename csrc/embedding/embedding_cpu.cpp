@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "linear/cpu/passes.h"
 #include "nf4/cpu/decode.h"
@@ -185,6 +186,6 @@ std::tuple<Tensor, Tensor> lora_embedding_backward_cpu(Tensor grad, Tensor indic
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("lora_embedding", TORCH_BOX(&peft_ext::lora_embedding_cpu));
-  m.impl("lora_embedding_backward", TORCH_BOX(&peft_ext::lora_embedding_backward_cpu));
+  m.impl("lora_embedding", PEFT_EXT_CPU_BOX(&peft_ext::lora_embedding_cpu));
+  m.impl("lora_embedding_backward", PEFT_EXT_CPU_BOX(&peft_ext::lora_embedding_backward_cpu));
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/runs.h"
@@ -348,7 +349,7 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax,
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("lora_experts", TORCH_BOX(&peft_ext::lora_experts_cpu));
-  m.impl("lora_experts_backward", TORCH_BOX(&peft_ext::lora_experts_backward_cpu));
-  m.impl("dora_experts_weight_norm", TORCH_BOX(&peft_ext::dora_experts_weight_norm_cpu));
+  m.impl("lora_experts", PEFT_EXT_CPU_BOX(&peft_ext::lora_experts_cpu));
+  m.impl("lora_experts_backward", PEFT_EXT_CPU_BOX(&peft_ext::lora_experts_backward_cpu));
+  m.impl("dora_experts_weight_norm", PEFT_EXT_CPU_BOX(&peft_ext::dora_experts_weight_norm_cpu));
 }

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -30,4 +31,4 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cpu(Tensor x, Tensor weight, std:
 }  // namespace
 }  // namespace peft_ext
 
-PEFT_EXT_OPERATORS(CPU, m) { m.impl("grouped_lora_linear", TORCH_BOX(&peft_ext::grouped_lora_linear_cpu)); }
+PEFT_EXT_OPERATORS(CPU, m) { m.impl("grouped_lora_linear", PEFT_EXT_CPU_BOX(&peft_ext::grouped_lora_linear_cpu)); }

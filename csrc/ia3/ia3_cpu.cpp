@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "ia3/glue.h"
 #include "linear/cpu/adapted_linear.h"
 
@@ -74,8 +75,8 @@ std::tuple<Tensor, Tensor> ia3_scale_backward_cpu(Tensor grad, Tensor x, Tensor 
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("ia3_linear", TORCH_BOX(&peft_ext::ia3_linear_cpu));
-  m.impl("ia3_linear_backward", TORCH_BOX(&peft_ext::ia3_linear_backward_cpu));
-  m.impl("ia3_scale", TORCH_BOX(&peft_ext::ia3_scale_cpu));
-  m.impl("ia3_scale_backward", TORCH_BOX(&peft_ext::ia3_scale_backward_cpu));
+  m.impl("ia3_linear", PEFT_EXT_CPU_BOX(&peft_ext::ia3_linear_cpu));
+  m.impl("ia3_linear_backward", PEFT_EXT_CPU_BOX(&peft_ext::ia3_linear_backward_cpu));
+  m.impl("ia3_scale", PEFT_EXT_CPU_BOX(&peft_ext::ia3_scale_cpu));
+  m.impl("ia3_scale_backward", PEFT_EXT_CPU_BOX(&peft_ext::ia3_scale_backward_cpu));
 }

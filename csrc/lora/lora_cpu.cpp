@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -60,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cpu(Tensor gra
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("lora_linear", TORCH_BOX(&peft_ext::lora_linear_cpu));
-  m.impl("lora_linear_backward", TORCH_BOX(&peft_ext::lora_linear_backward_cpu));
-  m.impl("lora_residual", TORCH_BOX(&peft_ext::lora_residual_cpu));
-  m.impl("lora_residual_backward", TORCH_BOX(&peft_ext::lora_residual_backward_cpu));
+  m.impl("lora_linear", PEFT_EXT_CPU_BOX(&peft_ext::lora_linear_cpu));
+  m.impl("lora_linear_backward", PEFT_EXT_CPU_BOX(&peft_ext::lora_linear_backward_cpu));
+  m.impl("lora_residual", PEFT_EXT_CPU_BOX(&peft_ext::lora_residual_cpu));
+  m.impl("lora_residual_backward", PEFT_EXT_CPU_BOX(&peft_ext::lora_residual_backward_cpu));
 }

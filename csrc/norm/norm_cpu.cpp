@@ -5,6 +5,7 @@
 
 #include "common/registration.h"
 #include "cpu/isa.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "linear/cpu/chunk_sums.h"
 #include "norm/kernels.h"
@@ -165,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(Tensor grad, Tensor x
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&peft_ext::rms_norm_cpu));
-  m.impl("rms_norm_backward", TORCH_BOX(&peft_ext::rms_norm_backward_cpu));
-  m.impl("layer_norm", TORCH_BOX(&peft_ext::layer_norm_cpu));
-  m.impl("layer_norm_backward", TORCH_BOX(&peft_ext::layer_norm_backward_cpu));
+  m.impl("rms_norm", PEFT_EXT_CPU_BOX(&peft_ext::rms_norm_cpu));
+  m.impl("rms_norm_backward", PEFT_EXT_CPU_BOX(&peft_ext::rms_norm_backward_cpu));
+  m.impl("layer_norm", PEFT_EXT_CPU_BOX(&peft_ext::layer_norm_cpu));
+  m.impl("layer_norm_backward", PEFT_EXT_CPU_BOX(&peft_ext::layer_norm_backward_cpu));
 }

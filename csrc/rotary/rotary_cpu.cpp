@@ -4,6 +4,7 @@
 
 #include "common/registration.h"
 #include "cpu/isa.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 #include "rotary/glue.h"
@@ -62,6 +63,6 @@ std::tuple<Tensor, Tensor> rotary_embedding_backward_cpu(Tensor grad_q, Tensor g
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("rotary_embedding", TORCH_BOX(&peft_ext::rotary_embedding_cpu));
-  m.impl("rotary_embedding_backward", TORCH_BOX(&peft_ext::rotary_embedding_backward_cpu));
+  m.impl("rotary_embedding", PEFT_EXT_CPU_BOX(&peft_ext::rotary_embedding_cpu));
+  m.impl("rotary_embedding_backward", PEFT_EXT_CPU_BOX(&peft_ext::rotary_embedding_backward_cpu));
 }

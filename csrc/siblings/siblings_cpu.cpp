@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/layer_list.h"
 
@@ -55,6 +56,6 @@ std::vector<Tensor> lora_linears_backward_cpu(std::vector<std::optional<Tensor>>
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("lora_linears", TORCH_BOX(&peft_ext::lora_linears_cpu));
-  m.impl("lora_linears_backward", TORCH_BOX(&peft_ext::lora_linears_backward_cpu));
+  m.impl("lora_linears", PEFT_EXT_CPU_BOX(&peft_ext::lora_linears_cpu));
+  m.impl("lora_linears_backward", PEFT_EXT_CPU_BOX(&peft_ext::lora_linears_backward_cpu));
 }

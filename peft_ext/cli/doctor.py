@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Optional
 
 import torch
@@ -14,6 +16,7 @@ import typer
 from rich.progress import track
 
 from .. import __version__, _cpu, _native, device_code
+from .._torch_build import torch_build
 from ..machine import versions
 from ..ops import library, prove
 from ..text import dtype_name
@@ -21,13 +24,19 @@ from . import CliError
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
-    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "PEFT_EXT_NVRTC_FLAGS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "HF_HOME",
-    "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
+    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "PEFT_EXT_PROVE", "PEFT_EXT_NVRTC_FLAGS", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+    "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
 )  # fmt: skip
+
+# Numbers of tokens, input features and output features of the calls that --measure times, and number of calls of each.
+MEASURED, ROUNDS = (512, 1024, 1024), 6
 
 
 def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time each family of kernels and its reference, on each device.")
+    ] = False,
     warm: Annotated[bool, typer.Option("--warm", help="First compile all CUDA kernels into the cache.")] = False,
     capability: Annotated[
         Optional[list[str]],
@@ -41,14 +50,17 @@ def doctor(
     state = _native.STATE
     _section("versions")
     _row("peft_ext", __version__)
+    build = torch_build()
     _row("torch", torch.__version__)
+    _row("torch is built for", str(build))
     _row("python", f"{platform.python_version()} ({sys.executable})")
     _row("system", f"{platform.system()} {platform.machine()}")
 
     _section("native library, CPU")
     if state.module is None:
         _row("loaded", f"no: {state.cpu_error}")
-        _row("mend", _native.mend())
+        if sys.platform != "win32":
+            _row("mend", _native.mend())
     else:
         _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
         for name, value in state.build.items():
@@ -66,19 +78,19 @@ def doctor(
     _row("finetune computes in", f"float32: {why}" if why else "bfloat16")
 
     _section("native library, CUDA")
-    _row("torch's CUDA", torch.version.cuda or "none: a CPU build of torch")
-    found = torch.cuda.is_available()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
-    _row("devices", ", ".join(devices) or "none")
-    _row("loaded", "yes" if state.cuda_loaded else f"no: {state.cuda_error or 'torch is a CPU build'}")
+    why = device_code.missing() if state.cuda_loaded else state.cuda_error or build.why_no_kernels
+    _row("loaded", "yes" if state.cuda_loaded else f"no: {why}")
+    devices = build.devices()
+    _row("GPUs", ", ".join(devices) or "none")
+    _row("tensors on the CPU run", "the CPU kernels" if state.module is not None else "the slow reference")
+    if devices:
+        _row("tensors on a GPU run", f"the slow reference: {why}" if why else "the CUDA kernels")
     _row("kernels", f"{len(device_code.kernels())}, compiled at the first use by NVRTC")
-    if torch.version.cuda is not None:
+    if build.name == "CUDA":
         _row("compiler", device_code.missing() or f"NVRTC {device_code.version()}")
         _row("compiled kernels", f"{len(list(device_code.cache().glob('*/*.image')))} in {device_code.cache()}")
-    prove.first_use()
-    for card, families in prove.report().items():
-        for family, why in families.items():
-            _row(f"{family} on {card}", f"dropped: {why}" if why else "agrees with the reference")
+    for key in prove.KEYS:
+        _proofs(key, measure)
 
     _section("operators")
     for name in library.OPERATORS:
@@ -121,6 +133,41 @@ def _warm(capabilities: list[str]) -> None:
             return track(items, f"kernels for {arch}", total=length)
 
         device_code.warm(number, progress)
+
+
+def _proofs(key: str, measure: bool) -> None:
+    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to add times."""
+    try:
+        prove.settle(key)
+    except RuntimeError as error:
+        _section(f"proof of the {key} kernels")
+        _row("error", str(error))
+    for place, found in prove.report(key).items():
+        _section(f"proof on {place}")
+        for family, why in found.items():
+            times = _times(family, key) if measure and not why else ""
+            _row(family, f"dropped: {why}" if why else f"agrees with the reference{times}")
+
+
+def _times(family: str, key: str) -> str:
+    """Returns the median times of the first operator of a family's proof, and of its reference, as text.
+
+    The calls alternate, so that other users of the device slow both.
+    """
+    device = torch.device(key.lower())
+    dtype = torch.bfloat16 if key == "CUDA" else _cpu.compute_dtype()
+    name, arguments = next(prove.calls(family, device, dtype, MEASURED, key))
+    runs: dict[Callable, list[float]] = {prove.native_op(key, name): [], library.OPERATORS[name].reference: []}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for run, seconds in runs.items():
+                start = time.perf_counter()
+                run(*arguments)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - start)
+    ours, plain = (statistics.median(seconds[1:]) for seconds in runs.values())
+    return f"; {name} in {dtype_name(dtype)} takes {ours * 1e3:.3g} ms, the reference {plain * 1e3:.3g} ms"
 
 
 def _section(title: str) -> None:

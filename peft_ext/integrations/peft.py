@@ -27,8 +27,10 @@ from typing import Any, Optional
 from torch import nn
 
 from .._imports import MISSING, optional, say_missing
+from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear
 from ..ops.checks import check_module
+from ..ops.prove import agree
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .adapter_layers.base import (
     FOUR_BIT,
@@ -114,6 +116,10 @@ def accelerate(
             adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
             of ``accelerate``, or until ``restore``.
 
+    The kernels that the model needs are proved before ``accelerate`` returns (:mod:`peft_ext.ops.prove`). If
+    torch.distributed's default process group exists, all ranks have to call ``accelerate``, after the model is on its
+    device: a kernel that fails on a rank is then dropped on all ranks.
+
     Returns: the same model. ``accelerate`` may be called again on the same model. Without dropout, the outputs and
     gradients of a fused layer agree with PEFT's up to rounding. A fused dropout uses the same random generator as PEFT,
     but draws another mask. The fused operators do not support the gradient of a gradient. Under forward-mode
@@ -164,11 +170,14 @@ def accelerate(
             "it after peft.get_peft_model",
             stacklevel=2,
         )
+    agree(lambda: explain(model))  # the checks of the layers prove the kernels that the model needs
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undoes :func:`accelerate` in place: sets the stock classes and removes what :func:`accelerate` stored.
+
+    Also releases the scratch memory that the threads of CPU operators keep from call to call.
 
     Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into
     an NF4 weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer
@@ -187,6 +196,7 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, Lora):
             clear_dora(module)
         give_back(module)
+    release_scratch()
     return model
 
 

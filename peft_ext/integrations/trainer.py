@@ -157,6 +157,11 @@ class PeftExtCallback(TrainerCallback):
 
             accelerate(kwargs["model"], blocks=self.blocks, dora_dropout=self.dora_dropout,
                        experts_dropout=self.experts_dropout)  # fmt: skip
+        else:
+            from ..ops.prove import agree
+            from .peft import explain
+
+            agree(lambda: explain(kwargs["model"]))  # the model may have been accelerated before the process group
         self._watch(kwargs["model"])
 
     def on_step_begin(

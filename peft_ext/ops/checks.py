@@ -12,7 +12,6 @@ from torch.autograd import forward_ad
 
 from ..text import dtype_name as _name
 from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
-from .prove import first_use
 
 _LARGEST = sys.float_info.max
 
@@ -54,8 +53,6 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
         or bias.layout is not torch.strided or bias.is_nested or bias.shape != shape[:1]
     ):  # fmt: skip
         return False
-    if device.type == "cuda":
-        first_use()
     return True
 
 
@@ -121,8 +118,6 @@ def check_float(op: str, argument: str, value: object) -> None:
     if value.layout is not torch.strided or value.is_nested:
         came = "is a nested tensor" if value.is_nested else f"has layout {value.layout}"
         raise TypeError(f"{op}: {argument} {came}, wanted torch.strided")
-    if value.is_cuda:
-        first_use()
 
 
 def check_dtype(op: str, dtype: object) -> None:

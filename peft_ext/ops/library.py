@@ -40,7 +40,7 @@ class Operator:
 
     Attributes:
         reference: the function that runs where no kernel is registered.
-        family: name of a group of operators whose CUDA kernels are proved together, and switched off together.
+        family: name of a group of operators whose kernels are proved together, and switched off together.
         composed: whether the reference calls other operators and therefore runs on every device, so that the operator
             needs no kernel of its own.
         cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,
@@ -62,15 +62,6 @@ PUBLIC: dict[str, tuple[str, ...]] = {}
 
 # By family: the function that yields the calls which prove the family's kernels on new hardware, see :func:`proof`.
 PROOFS: dict[str, Callable[[Any], Iterator[tuple[str, tuple]]]] = {}
-
-
-def cuda_families() -> dict[str, list[str]]:
-    """Returns by family the names of the operators that have CUDA kernels."""
-    found: dict[str, list[str]] = {}
-    for op in OPERATORS.values():
-        if op.cuda:
-            found.setdefault(op.family, []).append(op.name)
-    return found
 
 
 def define(
@@ -97,8 +88,8 @@ def define(
 def proof(family: str) -> Callable[[_F], _F]:
     """Registers a generator of ``(operator, arguments)``: the calls that prove a family's kernels on new hardware.
 
-    The generator is a function of one argument, a :class:`.proof_inputs.ProofInputs`. The first call that the generator
-    yields is timed.
+    The generator is a function of one argument, a :class:`.proof_inputs.ProofInputs`. On a GPU, the first call that the
+    generator yields is also proved with large inputs.
     """
 
     def register(calls: _F) -> _F:

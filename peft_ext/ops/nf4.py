@@ -137,7 +137,9 @@ define(
 @proof("nf4")
 def _proof(inputs):
     x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
-    factors = (inputs.a, inputs.b, None, 0.5)
+    # Products of small integers are exact in every precision and order, so that the codes of a merge are equal.
+    a, b = (inputs.integers(-4, 5, *size).float() * 0.125 for size in ((16, k), (n, 16)))
+    factors = (a, b, None, 0.5)
     few = inputs.draw(3, k)
     yield "nf4_linear", (x, *nf4, inputs.bias)
     yield "nf4_linear", (few, *nf4, inputs.bias)

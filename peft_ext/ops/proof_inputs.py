@@ -5,6 +5,7 @@ See :func:`.library.proof` and :mod:`.prove`.
 
 from __future__ import annotations
 
+import functools
 from typing import Optional
 
 import torch
@@ -31,11 +32,14 @@ class ProofInputs:
         self.generator = torch.Generator().manual_seed(0)
         self.x, self.grad, self.bias = self.draw(t, k), self.draw(t, n), self.draw(n)
         self.dense = (self.draw(n, k, scale=k**-0.5), None, None, None, None, 0, [n, k])
-        of_nf4 = self.draw(n, k, of=torch.float32, scale=k**-0.5)
-        self.nf4 = reference.nf4_quantize(of_nf4, 64, True).op_args()
         self.a = self.draw(16, k, of=torch.float32, scale=k**-0.5)
         self.b = self.draw(n, 16, of=torch.float32, scale=0.25)
         self.seed = torch.tensor([1234, 5], dtype=torch.int64, device=device)
+
+    @functools.cached_property
+    def nf4(self) -> tuple:
+        weight = self.draw(self.n, self.k, of=torch.float32, scale=self.k**-0.5)
+        return reference.nf4_quantize(weight, 64, True).op_args()
 
     def draw(self, *size: int, of: Optional[torch.dtype] = None, scale: float = 1.0) -> Tensor:
         """Returns normally distributed values times ``scale``, of the dtype ``of``; default: the operands' dtype."""

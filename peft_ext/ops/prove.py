@@ -1,127 +1,265 @@
-"""Proves the CUDA kernels at their first use on a model of GPU, and drops the families of kernels that fail.
+"""Proves kernels on the machine that they meet, and drops the families of kernels that fail.
 
-The proof runs before the first eager call of an operator on a GPU, or before the first layer is accelerated there.
-Small inputs go through each family's operators, forward and backward, twice: through the kernels and through the
-reference, which is plain PyTorch. A family is dropped if its kernels differ from the reference by more than rounding,
-raise an error, or take more than ``SLOWER`` times the reference's time. The operators of a dropped family run the
+The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
+reference in float64. A family fails if its kernels differ from the reference by more than rounding or raise an error.
+Time decides nothing; ``peft-ext doctor --measure`` measures the times. The operators of a failed family run the
 reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
 
+When a family is proved:
+    Until a family is proved, a gate in PyTorch's dispatcher stands before each of its kernels, so that no call reaches
+    an unproved kernel: neither a call of compiled code nor one of ``torch.ops``. The first call of an operator, the
+    first check of an accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove
+    the family and remove its gates. Later calls cost nothing. A CPU path is proved in milliseconds a family. A family's
+    first proof on a GPU takes seconds, because its kernels are compiled; a line on stderr names each family. While a
+    CUDA graph is captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
+
+In several processes:
+    :func:`agree` makes all ranks of the default process group drop the families that failed on any rank.
+    :func:`peft_ext.accelerate` calls :func:`agree` if the group exists, and so does ``PeftExtCallback`` when training
+    begins. If the group exists and a family fails outside of :func:`agree`, the call raises RuntimeError, because the
+    other ranks may use the family's kernels, which round in another way than the reference.
+
+The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
+
 Environment:
-    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a model of GPU once for each build of peft_ext, of torch and of
-        torch's CUDA. The result is saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``) only if no
-        family failed; otherwise the next process proves again. A family whose kernels ended a process by a fault is
-        saved too, and stays dropped. ``always`` proves in every process and reads no saved result, ``0`` never proves.
-        Any other value of ``PEFT_EXT_PROVE`` raises ValueError.
+    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path of a model of CPU, and once for each
+        model of GPU, and again for another build of peft_ext, of torch or of torch's CUDA. The families that passed are
+        saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
+        by the next process, because an error may have a passing cause. A family whose kernels ended a process by a
+        fault of the GPU is saved too, and stays dropped. ``always`` proves in every process and reads no saved result,
+        ``0`` proves nothing and agrees on nothing. Any other value of ``PEFT_EXT_PROVE`` raises ValueError.
+    ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import statistics
+import platform
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
+import filelock
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  no public name for it
 
 from .. import _native
 from .._version import __version__
 from ..files import atomic_file
-from .library import NAMESPACE, OPERATORS, PROOFS, cuda_families
+from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel
 from .proof_inputs import ProofInputs
 
-__all__ = ["DROPPED", "first_use", "prove", "proved", "report"]
+__all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "report", "settle"]
 
-# The operators whose CUDA kernels the proof dropped in this process, and the reason for each. These operators run the
+KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
+
+# By dispatch key and operator: the reason why the operator's kernel was dropped in this process. The operator runs the
 # reference.
-DROPPED: dict[str, str] = {}
+DROPPED: dict[tuple[str, str], str] = {}
 
 CAPABILITY = (8, 0)  # compute capability of the oldest GPUs for which the library has kernels
 _FAULTS = " | faults"  # suffix of the cache key of the families whose kernels ended a process
 
-# Numbers of tokens, input features and output features of the inputs. Calls with the inputs of LARGE are timed.
-SMALL, LARGE = (130, 192, 136), (1024, 1024, 1024)
+# Numbers of tokens, input features and output features of the inputs, by dispatch key. On a GPU a family's first call
+# also gets inputs of the size LARGE, which take several blocks and other kernels.
+SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024)
 
-SLOWER = 1.25  # a family is dropped if its kernel takes more than this many times the reference's time
 # Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
+_COMPOSED = ("experts", "siblings")  # families whose references call operators of other families
+
+QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each further family
+PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
+
 _ops = getattr(torch.ops, NAMESPACE)
-_found: dict[str, dict[str, str]] = {}  # by GPU name and family: "", or the reason why the family was dropped
+# By key, place and family: "", or the reason why the family failed at the place.
+_found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
+_gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family: its gates
+_kernels: dict[tuple[str, str], Any] = {}  # by key and operator: the native kernel, which the gate stands before
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
-_done = False
-_lock = threading.Lock()
+# By the id of a process group: the number of results at the latest exchange in the group, and the number of exchanges.
+_exchanged: dict[int, tuple[int, int]] = {}
+_agreeing = threading.local()  # has the attribute `now` in the thread that runs `agree`
+_lock = threading.RLock()
 
 
-def first_use() -> None:
-    """Proves the kernels on this machine's GPUs, once in a process.
+class Place(NamedTuple):
+    """A model of hardware, on which kernels are proved. ``cpu_path``: the CPU path in use; "" for a GPU."""
 
-    Does nothing under torch.compile, with fake tensors, or while a CUDA graph is captured.
-    """
-    if torch.compiler.is_compiling() or _done:  # in this order, compiled code has no guard on _done
-        return
-    _prove_here()
+    key: str
+    model: str
+    device: torch.device
+    cpu_path: str = ""
 
-
-def proved(*names: str) -> Optional[str]:
-    """Returns why the proof dropped the CUDA kernels of one of these operators, or None."""
-    first_use()
-    return next((DROPPED[name] for name in names if name in DROPPED), None) if DROPPED else None
+    @property
+    def name(self) -> str:
+        return f"{self.model} ({self.cpu_path})" if self.cpu_path else self.model
 
 
-def report() -> dict[str, dict[str, str]]:
-    """Returns, by GPU name and family, "" if the family's kernels passed the proof, or why they were dropped."""
-    return {card: dict(families) for card, families in _found.items()}
+# --- gates ------------------------------------------------------------------------------------------------------------
 
 
-def _prove_here() -> None:
-    global _done
-    _asked()
-    if not (_native.STATE.cuda_loaded and torch.cuda.is_available()):
-        _done = True
-        return
-    if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
-        return  # fake tensors run no kernel, and a captured graph would replay the proof
-    with _lock:
-        if _done:
-            return
-        # Set before the proof, so that other threads use the operators meanwhile and do not wait for the proof. The
-        # proof itself calls no public function, which would ask for the proof again.
-        _done = True
-        here = torch.cuda.current_device()
-        for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != here):
-            card = torch.cuda.get_device_name(index)
-            if card not in _found and (found := _of_card(card, index)):
-                _found[card] = found
-                _drop_all(card, "CUDA")
-
-
-def _of_card(card: str, index: int) -> dict[str, str]:
-    """Returns the result of a GPU's proof by family.
-
-    A GPU that is too old, or whose saved result is read, gets no CUDA context.
-    """
-    major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) < CAPABILITY:
-        wanted = ".".join(map(str, CAPABILITY))
-        return dict.fromkeys(cuda_families(), f"its compute capability is {major}.{minor}, wanted {wanted} or more")
-    if _asked() == "0":
-        return {}
-    if (found := _recall(card, index)) is None:
-        with torch.cuda.device(index):
-            try:
-                found = _remember(card, index, prove(torch.device("cuda", index), faulted=_faulted(card, index)))
-            except torch.OutOfMemoryError:
-                return {}  # without enough memory there is no result, and a later process proves this GPU
-            except KernelFault as fault:
-                _remember_fault(card, index, fault)
-                raise
+@functools.cache
+def families(key: str) -> dict[str, list[str]]:
+    """Returns by family the names of the operators that have kernels for a dispatch key."""
+    found: dict[str, list[str]] = {}
+    for op in OPERATORS.values():
+        if op.cuda if key == "CUDA" else has_kernel(op.name, key):
+            found.setdefault(op.family, []).append(op.name)
     return found
+
+
+def arm() -> None:
+    """Registers a gate before each native kernel. ``import peft_ext`` calls this function once."""
+    os.register_at_fork(after_in_child=_after_fork)
+    with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden: the purpose here
+        warnings.simplefilter("ignore")
+        for key in KEYS:
+            for family, names in families(key).items():
+                if all(has_kernel(name, key) for name in names):
+                    _arm_family(key, family, names)
+
+
+def _arm_family(key: str, family: str, names: list[str]) -> None:
+    gates = torch.library.Library(NAMESPACE, "IMPL")
+    for name in names:
+        _kernels[key, name] = torch.library.get_kernel(f"{NAMESPACE}::{name}", key)
+        gates.impl(name, _gate(key, family, name), key, allow_override=True)
+    _gates[key][family] = gates
+
+
+def _gate(key: str, family: str, name: str) -> Callable[..., Any]:
+    def gate(*args: Any) -> Any:
+        settle(key, [family])
+        return (OPERATORS[name].reference if (key, name) in DROPPED else native_op(key, name))(*args)
+
+    return gate
+
+
+def native_op(key: str, name: str) -> Callable[..., Any]:
+    """Returns a function that calls an operator's native kernel, past the gate."""
+    kernel, keys = _kernels[key, name], torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return lambda *args: kernel.call_boxed(keys, *args)
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that does not exist in the child may have held the lock
+
+
+@functools.cache
+def _families_of(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(OPERATORS[name].family for name in names)
+
+
+def proved(device: str, *names: str) -> Optional[str]:
+    """Returns why the kernels of one of these operators were dropped on a type of device, or None.
+
+    Proves the operators' families before, except under torch.compile and with fake tensors. Compiled code meets the
+    gates when it runs.
+    """
+    key = device.upper()
+    if not torch.compiler.is_compiling():  # first, so that compiled code has no guard on _gates
+        if (unproved := _gates[key]) and not unproved.keys().isdisjoint(wanted := _families_of(names)):
+            if not torch._C._len_torch_dispatch_stack():
+                settle(key, wanted)
+    return next((DROPPED[key, name] for name in names if (key, name) in DROPPED), None) if DROPPED else None
+
+
+def report(key: str) -> dict[str, dict[str, str]]:
+    """Returns, by place and family, "" if the family's kernels passed the proof, or why the family failed.
+
+    A place is a model of GPU, or a model of CPU with the CPU path in parentheses.
+    """
+    return {place: dict(found) for place, found in _found[key].items()}
+
+
+def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
+    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families.
+
+    Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
+    is set, or if a family fails, the default process group exists and :func:`agree` is not running; KernelFault;
+    torch.OutOfMemoryError if the proof finds no memory. The families are then still unproved.
+    """
+    asked = _asked()
+    with _lock:  # other threads that need the family wait here for its proof
+        gates = _gates[key]
+        left = [family for family in (gates if wanted is None else wanted) if family in gates]
+        if not left:
+            return
+        results = {place.name: _of_place(place, left, asked) for place in _places(key)}
+        settled: dict[str, dict[str, str]] = dict.fromkeys(left, {}) if asked == "0" else {}
+        for family in gates:
+            by_place = {place: found[family] for place, found in results.items() if family in found}
+            if results and len(by_place) == len(results):
+                settled[family] = by_place
+        failed = {family: why for family, by_place in settled.items() for why in by_place.values() if why}
+        if failed and _world() > 1 and not hasattr(_agreeing, "now") and asked != "0":
+            family, why = next(iter(failed.items()))
+            raise RuntimeError(
+                f"peft_ext: {family}: its {key} kernels failed on rank {torch.distributed.get_rank()}: {why}. The "
+                "other ranks may use the kernels. Call peft_ext.accelerate(model) on every rank, after "
+                "init_process_group and after the model is on its device: all ranks then drop the family"
+            )
+        if failed and os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0"):
+            family, why = next(iter(failed.items()))
+            raise RuntimeError(f"peft_ext: {family}: its {key} kernels failed: {why} (PEFT_EXT_REQUIRE is set)")
+        for family, by_place in settled.items():
+            for place_name, why in by_place.items():
+                _found[key].setdefault(place_name, {})[family] = why
+        _drop_all(key, settled)
+        for family in settled:
+            _open(key, family)
+
+
+def _open(key: str, family: str) -> None:
+    if (gates := _gates[key].pop(family, None)) is not None:
+        gates._destroy()
+
+
+def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
+    """Returns by family the result of the wanted families at a place, and of the families whose results are saved."""
+    if place.key == "CUDA":
+        if (capability := torch.cuda.get_device_capability(place.device.index)) < CAPABILITY:
+            came, least = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+            return dict.fromkeys(_gates[place.key], f"its compute capability is {came}, wanted {least} or more")
+    if asked == "0":
+        return {}
+    known = {} if asked == "always" else _recall(place)
+    unknown = [family for family in wanted if family not in known]
+    if unknown and place.key == "CUDA" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"peft_ext: {unknown[0]}: its kernels are unproved on {place.name}, and nothing can be proved while a CUDA "
+            "graph is captured. Call peft_ext.accelerate(model), or run one step, before the capture"
+        )
+    if not unknown:
+        return known
+    start, found = time.perf_counter(), {}
+    for count, family in enumerate(unknown):
+        if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
+            _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
+        try:
+            found[family] = prove(place.device, [family])[family]
+        except KernelFault as fault:
+            _save(place, faulted={fault.family: fault.why})
+            raise
+    _save(place, [family for family, why in found.items() if not why])
+    return known | found
+
+
+def _say(line: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def _asked() -> str:
@@ -131,29 +269,122 @@ def _asked() -> str:
     return asked
 
 
-def _drop_all(card: str, key: str) -> None:
-    reasons: dict[str, list[str]] = {}
-    for family, why in _found[card].items():
-        if why:
-            reasons.setdefault(why, []).append(family)
-    for why, families in reasons.items():
-        drop(families, f"{'its' if len(families) == 1 else 'their'} {key} kernels were dropped on {card}: {why}", key)
+def _places(key: str) -> list[Place]:
+    """Returns the CPU path in use, or one GPU of each model that this process sees, the current device first.
+
+    A GPU that is too old, or whose families are all saved, gets no CUDA context.
+    """
+    if key == "CPU":
+        return [Place(key, _cpu_model(), torch.device("cpu"), _native.STATE.isa)]
+    if not torch.cuda.is_available():
+        return []
+    here, found = torch.cuda.current_device(), {}
+    for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != here):
+        found.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
+    return [Place(key, card, device) for card, device in found.items()]
 
 
-def drop(families: list[str], why: str, key: str = "CUDA") -> None:
-    """Makes the operators of ``families`` run the reference for the dispatch key ``key``, and warns."""
-    named = ", ".join(families)
+def _cpu_model() -> str:
+    """Returns the facts by which Linux names the first processor; without these facts, the architecture."""
+    facts = []
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if not line.strip():
+                    break
+                if name.strip() in ("model name", "stepping", "CPU implementer", "CPU part", "CPU variant"):
+                    facts.append(value.strip() if name.strip() == "model name" else f"{name.strip()} {value.strip()}")
+    except OSError:
+        pass
+    return ", ".join(facts) or platform.machine()
+
+
+def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
+    """Drops the families that failed, with one warning for each place and reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for family, by_place in settled.items():
+        for place, why in by_place.items():
+            if why:
+                reasons.setdefault((place, why), []).append(family)
+    for (place, why), dropped in reasons.items():
+        drop(dropped, f"{'its' if len(dropped) == 1 else 'their'} {key} kernels were dropped on {place}: {why}", key)
+
+
+def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
+    """Makes the operators of the families ``dropped`` run the reference for the dispatch key ``key``, and warns."""
+    named = ", ".join(dropped)
     warnings.warn(f"peft_ext: {named}: {why}. The reference, plain PyTorch, is used.", RuntimeWarning, stacklevel=4)
     library = torch.library.Library(NAMESPACE, "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns that a kernel is overridden, which is the purpose here
-        for name in (name for family in families for name in cuda_families()[family]):
-            DROPPED[name] = why
-            library.impl(name, OPERATORS[name].reference, key, allow_override=True)
+    operators = families(key)
+    for name in (name for family in dropped for name in operators.get(family, ())):
+        DROPPED[key, name] = why
+        library.impl(name, OPERATORS[name].reference, key, allow_override=True)
     _overriding.append(library)
 
 
-# --- what is remembered -----------------------------------------------------------------------------------------------
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def agree(ask: Callable[[], object]) -> None:
+    """Calls ``ask``, which settles families, and makes all ranks drop the families that failed on any rank.
+
+    All ranks of the default process group have to call this function, each for its device. A rank without kernels for
+    a dispatch key has no kernels of this key to drop. The ranks exchange their results through the group's store, so
+    that the exchange needs no device. Without a process group of several ranks, with ``PEFT_EXT_PROVE=0``, and if no
+    family was settled since the latest exchange in the group, nothing is exchanged.
+
+    Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``.
+    """
+    _agreeing.now = True
+    try:
+        if any(_gates.values()):
+            ask()
+    finally:
+        del _agreeing.now
+    if _world() == 1 or _asked() == "0":
+        return
+    group = id(torch.distributed.group.WORLD)
+    settled = sum(len(found) for places in _found.values() for found in places.values())
+    before, turn = _exchanged.get(group, (-1, 0))
+    if before == settled:
+        return
+    own = {key: {family: DROPPED[key, name] for family, names in families(key).items()
+                 for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
+    for rank, theirs in enumerate(_exchange(own, turn)):
+        for key, failed in theirs.items():
+            has = families(key)
+            lost = [family for family in failed if family in has and (key, has[family][0]) not in DROPPED]
+            if lost:
+                with _lock:
+                    drop(lost, f"dropped on rank {rank}, and so on all ranks: {failed[lost[0]]}", key)
+                    for family in lost:
+                        _open(key, family)
+    _exchanged[group] = settled, turn + 1
+
+
+def _world() -> int:
+    """Returns the number of ranks of the default process group; 1 without a group."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _exchange(own: dict[str, dict[str, str]], turn: int) -> list[dict[str, dict[str, str]]]:
+    store, world = torch.distributed.distributed_c10d._get_default_store(), _world()
+    names = [f"peft_ext/dropped/{turn}/{rank}" for rank in range(world)]
+    store.set(names[torch.distributed.get_rank()], json.dumps(own))
+    for rank, name in enumerate(names):
+        try:
+            store.wait([name], timedelta(seconds=PEERS_SECONDS))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"peft_ext: rank {rank} has not called accelerate(model) within {PEERS_SECONDS} s: all ranks have to "
+                "call it, so that they agree on the kernels in use (PEFT_EXT_PROVE=0 agrees on nothing)"
+            ) from error
+    return [json.loads(value) for value in store.multi_get(names)]
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
 
 
 def _cache() -> Path:
@@ -168,42 +399,35 @@ def _held() -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def _key(card: str, index: int) -> str:
-    library = Path(_native.__file__).parent.glob("_C_cuda*")
-    built = [f"{path.stat().st_size}.{path.stat().st_mtime_ns}" for path in sorted(library)]
-    capability = torch.cuda.get_device_capability(index)
-    return " | ".join([card, str(capability), f"peft_ext {__version__}", f"torch {torch.__version__}",
-                       f"CUDA {torch.version.cuda}", *built])  # fmt: skip
+def _key(place: Place) -> str:
+    card = "" if place.key == "CPU" else str(torch.cuda.get_device_capability(place.device.index))
+    return " | ".join([place.name, card or place.key, f"peft_ext {__version__}", _native.build_identity(),
+                       f"torch {torch.__version__}", f"CUDA {torch.version.cuda}"])  # fmt: skip
 
 
-def _recall(card: str, index: int) -> Optional[dict[str, str]]:
-    known = _asked() != "always" and _held().get(_key(card, index)) == sorted(cuda_families())
-    return dict.fromkeys(cuda_families(), "") if known else None
+def _recall(place: Place) -> dict[str, str]:
+    """Returns the saved results: "" for a family that passed, and the reason for a family that faulted."""
+    held, key = _held(), _key(place)
+    passed, faulted = held.get(key), held.get(key + _FAULTS)
+    found = dict.fromkeys(map(str, passed), "") if isinstance(passed, list) else {}
+    return found | ({family: str(why) for family, why in faulted.items()} if isinstance(faulted, dict) else {})
 
 
-def _faulted(card: str, index: int) -> dict[str, str]:
-    """Returns the families whose kernels ended an earlier process by a fault, and the fault of each."""
-    found = {} if _asked() == "always" else _held().get(_key(card, index) + _FAULTS)
-    return {family: str(why) for family, why in found.items()} if isinstance(found, dict) else {}
-
-
-def _remember(card: str, index: int, found: dict[str, str]) -> dict[str, str]:
-    if not any(found.values()):  # a failure is not saved: other users of the GPU may have made a family slow
-        _put(_key(card, index), sorted(cuda_families()))
-    return found
-
-
-def _remember_fault(card: str, index: int, fault: KernelFault) -> None:
-    _put(_key(card, index) + _FAULTS, _faulted(card, index) | {fault.family: fault.why})
-
-
-def _put(key: str, value: Any) -> None:
+def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, str]] = None) -> None:
+    """Adds results to the saved results of a place. The file is locked, so that no process loses another's results."""
+    key, path = _key(place), _cache()
     try:
-        _cache().parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(_cache()) as file:
-            json.dump(_held() | {key: value}, file, indent=1)
-    except (OSError, RuntimeError):
-        pass  # the cache folder can't be written: the next process proves again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=10):
+            held = _held()
+            before, faults = held.get(key), held.get(key + _FAULTS)
+            held[key] = sorted({*(before if isinstance(before, list) else ()), *passed})
+            if faulted:
+                held[key + _FAULTS] = {**(faults if isinstance(faults, dict) else {}), **faulted}
+            with atomic_file(path) as file:
+                json.dump(held, file, indent=1)
+    except (OSError, RuntimeError):  # NotImplementedError is a RuntimeError: the file system has no locks
+        pass  # the folder can't be written: the next process proves again
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
@@ -220,52 +444,52 @@ class KernelFault(RuntimeError):
         self.family, self.why = family, f"they faulted in an earlier process: {why}"
 
 
-def prove(device: torch.device, *, timed: bool = True, faulted: Optional[dict[str, str]] = None) -> dict[str, str]:
-    """Proves every family on a device. Returns, by family, "" or the reason why the family failed.
+def prove(
+    device: torch.device, wanted: Optional[Iterable[str]] = None, *, key: str = "", large: bool = True
+) -> dict[str, str]:
+    """Proves families on a device. Returns, by family, "" or the reason why the family failed.
 
-    ``timed``: whether a slow kernel fails too. ``faulted``: families that are not run again, and the reason for each.
-    The caller's default device, autograd mode, autocast and matmul precision have no influence.
+    The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
+    thread-local state only, and restores this state.
+
+    Args:
+        wanted: the families; default: all families with kernels.
+        key: the dispatch key whose kernels run; default: the device's key.
+        large: whether to prove CUDA kernels with inputs of LARGE too.
     """
-    matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "ieee"
-        with (
-            torch.inference_mode(False), torch.no_grad(), torch.device("cpu"),
-            torch.autocast(device.type, enabled=False),
-        ):  # fmt: skip
-            known = faulted or {}
-            return {family: known.get(family) or _prove_family(family, device, timed) for family in cuda_families()}
-    finally:
-        matmul.fp32_precision = precision
+    key = key or device.type.upper()
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), current:
+        return {
+            family: _prove_family(family, device, key, large and key == "CUDA")
+            for family in (families(key) if wanted is None else wanted)
+        }
 
 
 def calls(
-    family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+    family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], key: str
 ) -> Iterator[tuple[str, tuple]]:
-    """Yields the calls that prove a family's CUDA kernels; leaves out operators without a CUDA kernel.
+    """Yields the calls that prove a family's kernels; leaves out operators without a kernel for the dispatch key.
 
     ``shape``: the numbers of tokens, input features and output features of the inputs.
     """
+    names = families(key)[family]
     for name, arguments in PROOFS[family](ProofInputs(device, dtype, shape)):
-        if OPERATORS[name].cuda:
+        if name in names:
             yield name, arguments
 
 
-def _prove_family(family: str, device: torch.device, timed: bool) -> str:
+def _prove_family(family: str, device: torch.device, key: str, large: bool) -> str:
     try:
         for dtype in WITHIN:
-            for name, arguments in calls(family, device, dtype, SMALL):
-                if why := _disagrees(name, arguments, dtype):
+            for name, arguments in calls(family, device, dtype, SMALL[key], key):
+                if why := _disagrees(name, arguments, dtype, key):
                     return why
-        if timed:
+        if large:
             dtype = torch.bfloat16
-            name, arguments = next(calls(family, device, dtype, LARGE))
-            if why := _disagrees(name, arguments, dtype):  # large inputs use several blocks and other kernels
-                return f"{why}, of 1024 x 1024 x 1024"
-            ours, plain = _seconds([_native_op(name), OPERATORS[name].reference], arguments, device)
-            if ours > SLOWER * plain:
-                return f"{name} takes {ours / plain:.1f} times the reference's time"
+            name, arguments = next(calls(family, device, dtype, LARGE, key))
+            if why := _disagrees(name, arguments, dtype, key):
+                return f"{why}, of {' x '.join(map(str, LARGE))}"
     except torch.OutOfMemoryError:
         raise  # a lack of memory is no fault of the kernels
     except Exception as error:  # a kernel may raise anything on a GPU that the kernel does not fit
@@ -281,19 +505,47 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
     return ""
 
 
-def _disagrees(name: str, arguments: tuple, dtype: torch.dtype) -> str:
-    ours, plain = (_called(function, name, arguments) for function in (_native_op(name), OPERATORS[name].reference))
+def _disagrees(name: str, arguments: tuple, dtype: torch.dtype, key: str) -> str:
+    ours = _called(native_op(key, name), name, arguments)
+    with _References() if OPERATORS[name].family in _COMPOSED else nullcontext():
+        plain = _called(OPERATORS[name].reference, name, _widened(arguments, dtype))
     why = _differs(ours, plain, dtype)
     return why and f"{name} in {str(dtype).removeprefix('torch.')} {why}"
+
+
+class _References(TorchDispatchMode):
+    """Makes the operators that a reference calls run their references, in this thread alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+        if func.namespace != NAMESPACE:
+            return func(*args, **(kwargs or {}))
+        with self:
+            return OPERATORS[func._opname].reference(*args, **(kwargs or {}))
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """Returns arguments with float64 tensors instead of float tensors, and float64 as the argument ``dtype``.
+
+    The scales of an NF4 weight, which are the tensors of less than two dimensions after a uint8 tensor, stay float32.
+
+    The process's precision of products (TF32, bfloat16) has no influence on a reference in float64, and the error of
+    the result is the kernel's alone.
+    """
+    if isinstance(value, (list, tuple)):
+        found, of_nf4 = [], False
+        for part in value:
+            is_tensor = isinstance(part, Tensor)
+            of_nf4 = is_tensor and (part.dtype is torch.uint8 or (of_nf4 and part.dim() < 2))
+            found.append(part if of_nf4 else _widened(part, dtype))
+        return type(value)(found)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return torch.float64 if value is dtype else value
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _native_op(name: str) -> Callable[..., Any]:
-    return getattr(_ops, name).default
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
@@ -307,7 +559,7 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
 
 def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> str:
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
-        if got.shape != want.shape or got.dtype != want.dtype:
+        if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"
         if not want.is_floating_point():
             if (got != want).any():
@@ -317,16 +569,3 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> st
         if not error <= WITHIN[dtype] * size + 1e-30:
             return f"is off by {error / (size or 1):.2g} of result {index}, wanted at most {WITHIN[dtype]}"
     return ""
-
-
-def _seconds(calls: list[Callable[..., Any]], arguments: tuple, device: torch.device) -> list[float]:
-    """Returns the median seconds of each call. The calls alternate, so that other users of the GPU slow all calls."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(9):
-        for call, taken in zip(calls, times, strict=True):
-            _wait(device)
-            start = time.perf_counter()
-            call(*arguments)
-            _wait(device)
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[2:]) for taken in times]

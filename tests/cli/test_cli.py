@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -359,6 +360,24 @@ def test_doctor_says_what_is_there(capsys):
     assert f"in use                     {_native.STATE.isa}\n" in out
     assert all(name in out for name in ops.library.OPERATORS)
     assert "transformers" in out and "liger-kernel" in out
+
+
+def test_doctor_proves_and_measures(capsys, monkeypatch):
+    from peft_ext.cli import doctor
+
+    monkeypatch.setattr(doctor, "MEASURED", (34, 64, 40))
+    assert main(["doctor", "--measure"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"proof on {place}\n" in out for place in ops.prove.report("CPU"))
+    for family in ops.prove.families("CPU"):
+        assert re.search(rf"  {family} +agrees with the reference; \w+ in \w+ takes .* ms, the refer.* ms", out)
+
+
+def test_doctor_says_what_failed(capsys, monkeypatch):
+    monkeypatch.setitem(ops.prove._found, "CPU", {"a model (scalar)": {"lora": "it is off", "ia3": ""}})
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "proof on a model (scalar)\n  lora                       dropped: it is off\n  ia3 " in out
 
 
 def test_doctor_fails_without_the_native_library(capsys, monkeypatch):

@@ -167,4 +167,4 @@ def test_a_replaced_part_of_the_forward_runs(owner, name, is_first, monkeypatch)
     if is_first:
         peft_ext.accelerate(fused)
     assert torch.equal(fused(IDS), stock(IDS))
-    assert "was replaced" in row_of(fused).reason
+    assert "replaced" in row_of(fused).reason

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,14 @@ def test_library_of_another_version_warns_once(bare_package, native):
     assert len(warned) == 1 and warned[0].startswith("RuntimeWarning "), warned
     assert "does not match" in warned[0] and "peft_ext 0.0.0" in warned[0] and peft_ext.__version__ in warned[0]
     assert python("import peft_ext", bare_package, PEFT_EXT_REQUIRE="1").returncode != 0
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a global lock")
+def test_a_free_threaded_python_keeps_its_lock_off(native):
+    done = python("import sys, torch; before = sys._is_gil_enabled()\n"
+                  "import peft_ext._C; print(before, sys._is_gil_enabled())")  # fmt: skip
+    before, after = done.stdout.split()
+    assert before == after, done.stderr
 
 
 def test_unknown_isa_is_an_error_that_names_the_known(native):

@@ -91,6 +91,18 @@ def test_what_a_thread_says_of_memory_is_heard() -> None:
     assert "can't allocate memory" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [([-3, 4], "shape has -3, wanted sizes of 0 and more"), ([2**40, 2**40], "wanted one that 63 bits hold")],
+    ids=["negative", "overflow"],
+)
+def test_a_shape_that_no_tensor_has_is_no_lack_of_memory(shape: list[int], says: str) -> None:
+    packed, absmax = FLAT[:2]
+    with pytest.raises(RuntimeError, match=says) as caught:
+        RAW.nf4_dequantize(packed, absmax, None, None, None, 64, shape, torch.float32)
+    assert "memory" not in str(caught.value)
+
+
 def test_the_sums_of_many_keys() -> None:
     """One key has a large probability and all others an equal small one, which a sum one by one would round away."""
     q, k, v = torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 131072, 8), torch.rand(1, 1, 131072, 8)

@@ -1,5 +1,6 @@
 // The linear layer over a frozen dense or NF4 weight on the CPU: Y = x Wᵀ + b, dX = dY W. See adapted_linear.h.
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -29,6 +30,6 @@ Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor>
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("nf4_linear", TORCH_BOX(&peft_ext::nf4_linear_cpu));
-  m.impl("nf4_linear_backward", TORCH_BOX(&peft_ext::nf4_linear_backward_cpu));
+  m.impl("nf4_linear", PEFT_EXT_CPU_BOX(&peft_ext::nf4_linear_cpu));
+  m.impl("nf4_linear_backward", PEFT_EXT_CPU_BOX(&peft_ext::nf4_linear_backward_cpu));
 }

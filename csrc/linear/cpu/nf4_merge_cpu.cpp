@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "linear/cpu/passes.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
@@ -99,4 +100,4 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
 }  // namespace
 }  // namespace peft_ext
 
-PEFT_EXT_OPERATORS(CPU, m) { m.impl("nf4_merge", TORCH_BOX(&peft_ext::nf4_merge_cpu)); }
+PEFT_EXT_OPERATORS(CPU, m) { m.impl("nf4_merge", PEFT_EXT_CPU_BOX(&peft_ext::nf4_merge_cpu)); }

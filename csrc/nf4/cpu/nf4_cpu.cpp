@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/registration.h"
+#include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "nf4/cpu/decode.h"
 #include "nf4/nf4_code.h"
@@ -193,8 +194,8 @@ Tensor nf4_dequantize_cpu(Tensor weight, std::optional<Tensor> absmax, std::opti
 }  // namespace peft_ext
 
 PEFT_EXT_OPERATORS(CPU, m) {
-  m.impl("nf4_quantize", TORCH_BOX(&peft_ext::nf4_quantize_cpu));
-  m.impl("nf4_scale_mean", TORCH_BOX(&peft_ext::nf4_scale_mean_cpu));
-  m.impl("nf4_quantize_absmax", TORCH_BOX(&peft_ext::nf4_quantize_absmax_cpu));
-  m.impl("nf4_dequantize", TORCH_BOX(&peft_ext::nf4_dequantize_cpu));
+  m.impl("nf4_quantize", PEFT_EXT_CPU_BOX(&peft_ext::nf4_quantize_cpu));
+  m.impl("nf4_scale_mean", PEFT_EXT_CPU_BOX(&peft_ext::nf4_scale_mean_cpu));
+  m.impl("nf4_quantize_absmax", PEFT_EXT_CPU_BOX(&peft_ext::nf4_quantize_absmax_cpu));
+  m.impl("nf4_dequantize", PEFT_EXT_CPU_BOX(&peft_ext::nf4_dequantize_cpu));
 }

@@ -15,6 +15,8 @@ from torch import nn
 
 from ...nn import NF4Linear
 from ...ops.checks import under_a_transform
+from ...ops.library import PUBLIC
+from ...ops.prove import proved
 from . import reasons
 from .base import LINEAR
 
@@ -54,7 +56,10 @@ def facts_of(
         return None
     # A module's dictionary is read faster than its attributes.
     held, kind, device = layer.__dict__, type(layer), x.device
-    if x.is_nested or reasons.any_global_hook() or reasons.kernel_reason(op, device.type) is not None:
+    if x.is_nested or reasons.any_global_hook():
+        return None
+    # As kernel_reason, with one Python call less.
+    if not reasons.KERNELS[op].get(device.type) or proved(device.type, *PUBLIC[op]) is not None:
         return None
     if torch.is_autocast_enabled(device.type):
         return None

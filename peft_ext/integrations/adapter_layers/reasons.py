@@ -189,10 +189,9 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
     """Returns why layers on ``device`` must not run the public operator ``op``, or None: native kernels are not loaded,
     or a GPU's kernels did not pass the proof."""
     if KERNELS[op].get(device):
-        return proved(*PUBLIC[op]) if device == "cuda" else None
+        return proved(device, *PUBLIC[op])
     if device == "cuda" and not STATE.cuda_loaded:
-        why = STATE.cuda_error or "torch is a CPU build"
-        return f"it is on a GPU, and the CUDA library is not loaded ({why})"
+        return f"it is on a GPU, and the CUDA library is not loaded ({STATE.cuda_error})"
     return f"no native kernels of {op} for {device} tensors are loaded"
 
 

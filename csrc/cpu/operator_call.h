@@ -1,0 +1,30 @@
+// The state that a thread holds while the thread runs an operator's call or a part of a call: the CPU path and the
+// scratch memory. PEFT_EXT_CPU_BOX registers the CPU function of an operator.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+
+namespace peft_ext {
+
+// Lives on the calling thread for the whole call, and on another thread for a part of a parallel loop.
+struct ThreadInCall {
+  explicit ThreadInCall(Isa path = current_isa()) : isa(path) {}
+
+  const IsaOfCall isa;
+  const ScratchInUse scratch;
+};
+
+// Calls a boxed function with one CPU path for the whole call.
+template <void (*Boxed)(StableIValue*, uint64_t, uint64_t)>
+void boxed_call(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
+  const ThreadInCall call;
+  Boxed(stack, arguments, outputs);
+}
+
+}  // namespace peft_ext
+
+// m.impl("name", PEFT_EXT_CPU_BOX(&function)) registers the CPU function of an operator.
+#define PEFT_EXT_CPU_BOX(function) peft_ext::boxed_call<TORCH_BOX(function)>
