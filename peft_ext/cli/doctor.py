@@ -60,7 +60,7 @@ def doctor(
     if state.module is None:
         _row("loaded", f"no: {state.cpu_error}")
         if sys.platform != "win32":
-            _row("mend", _native.MEND)
+            _row("mend", _native.mend())
     else:
         _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
         for name, value in state.build.items():

@@ -4,13 +4,18 @@ package's files, hardened libraries, licences.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
+import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from email import message_from_string
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -22,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 stable_abi = pytest.importorskip("stable_abi", reason="tools/ is not here: not a checkout")
 import licenses  # noqa: E402
+import old_runtime  # noqa: E402
+import release_check  # noqa: E402
+import wheel_trial  # noqa: E402
 import wheels  # noqa: E402
 
 if sys.version_info >= (3, 11):
@@ -33,9 +41,9 @@ pytestmark = pytest.mark.cpu_only("packaging is the same for every device")
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# Names in a checkout that no source distribution holds: build outputs, benchmarks/results, .ci and .gitignore.
-NOT_SHIPPED = (".git", ".ci", ".gitignore", ".venv*", "build", "dist", "outputs", "data", "*.egg-info", "__pycache__",
-               "*.pyc", "*.so", "*.o", ".*_cache", "_build", "results")  # fmt: skip
+# Names in a checkout that no source distribution holds: build outputs, benchmarks/results, .ci, .github and .gitignore.
+NOT_SHIPPED = (".git", ".ci", ".github", ".gitignore", ".venv*", "build", "dist", "outputs", "data", "*.egg-info",
+               "__pycache__", "*.pyc", "*.so", "*.o", ".*_cache", "_build", "results")  # fmt: skip
 
 
 # --- version ----------------------------------------------------------------------------------------------------------
@@ -144,11 +152,13 @@ def compiled(folder: Path, source: str, *flags: str) -> Path:
     return library
 
 
+NO_BINUTILS = pytest.mark.skipif(any(shutil.which(tool) is None for tool in ("gcc", "g++", "nm", "readelf")),
+                                 reason="no compiler or binutils")  # fmt: skip
 MODULE = "void *PyInit__C(void) { return 0; }\n"
 SCRIPT = "-Wl,--version-script=exports.map"
 
 
-@pytest.mark.skipif(any(shutil.which(tool) is None for tool in ("gcc", "nm", "readelf")), reason="no binutils")
+@NO_BINUTILS
 @pytest.mark.parametrize(
     ("source", "flags", "fault"),
     [
@@ -159,13 +169,165 @@ SCRIPT = "-Wl,--version-script=exports.map"
         (MODULE, [SCRIPT, "-Wl,-z,lazy"], "symbols are bound lazily"),
         (MODULE, [SCRIPT, "-Wl,-rpath,/opt/torch/lib"], "a search path: /opt/torch/lib"),
         (MODULE, [SCRIPT, "-Wl,--no-as-needed", "-lgomp"], "needs libgomp.so.1"),
+        (MODULE + "void *newer(void); void *call(void) { return newer(); }", [SCRIPT], "needs newer of no library"),
         (MODULE + 'const char *file = "/build/place/csrc/nf4.cpp";', [SCRIPT, "-Wl,--no-gc-sections"],
          "holds the path /build/place/csrc/nf4.cpp"),
     ],
-    ids=["good", "export", "stack", "relro", "lazy", "rpath", "openmp", "path"],
+    ids=["good", "export", "stack", "relro", "lazy", "rpath", "openmp", "unresolved", "path"],
 )  # fmt: skip
 def test_faults_of_a_library_are_found(tmp_path, source, flags, fault):
     assert wheels.faults(compiled(tmp_path, source, *flags)) == ([] if fault is None else [fault])
+
+
+@NO_BINUTILS
+def test_a_library_that_is_linked_to_the_stand_ins_runs_here_and_on_an_old_system(tmp_path):
+    stand_ins = old_runtime.make(tmp_path / "stand-ins")
+    # Functions of glibc 2.29, 2.32 and 2.34 and of libstdc++ 3.4.26 and newer, or of older versions of both.
+    (tmp_path / "source.cpp").write_text("""
+        #include <cmath>
+        #include <dlfcn.h>
+        #include <memory>
+        #include <pthread.h>
+        #include <sstream>
+        #include <stdexcept>
+        extern "C" __attribute__((visibility("default"))) int peft_ext_new(double x, const char* name) {
+          std::ostringstream text;
+          text << std::shared_ptr<int>(new int[1], [](int* p) { delete[] p; }).use_count() << std::pow(x, 0.5);
+          std::exception_ptr error;
+          try { throw std::runtime_error(text.str()); } catch (...) { error = std::current_exception(); }
+          pthread_t thread;
+          pthread_create(&thread, nullptr, [](void*) -> void* { return nullptr; }, nullptr);
+          pthread_join(thread, nullptr);
+          try { std::rethrow_exception(error); }
+          catch (const std::exception& caught) { return dlsym(RTLD_DEFAULT, name) && caught.what() == text.str(); }
+        }
+    """)
+    library = tmp_path / "_kernels.so"
+    script = tmp_path / "exports.map"
+    script.write_text("{ global: peft_ext_*; local: *; };")
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", tmp_path / "source.cpp", "-o", library,
+               *old_runtime.linker_flags(stand_ins), f"-Wl,--version-script={script}",
+               "-Wl,-z,relro,-z,now,-z,noexecstack"]  # fmt: skip
+    subprocess.run(command, check=True)
+    for family, newest in wheels.newest_versions(library).items():
+        assert tuple(map(int, newest.split("."))) <= old_runtime.NEWEST[family], (family, newest)
+    assert wheels.faults(library) == []
+    loaded = ctypes.CDLL(str(library)).peft_ext_new
+    loaded.argtypes = [ctypes.c_double, ctypes.c_char_p]
+    assert loaded(4.0, b"malloc") == 1
+
+
+@NO_BINUTILS
+def test_a_c_function_that_is_newer_than_the_stand_ins_is_an_error_of_the_linker(tmp_path):
+    stand_ins = old_runtime.make(tmp_path / "stand-ins")
+    (tmp_path / "source.c").write_text("void closefrom(int); void call(void) { closefrom(3); }")  # since glibc 2.34
+    command = ["gcc", "-shared", "-fPIC", tmp_path / "source.c", "-o", tmp_path / "a.so", "-Wl,-z,defs"]
+    assert subprocess.run(command).returncode == 0
+    done = subprocess.run([*command, f"-L{stand_ins}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "closefrom" in done.stderr
+
+
+def test_a_cross_build_is_told_compiler_machine_and_suffix():
+    machine = platform.machine()
+    other = "aarch64" if machine == "x86_64" else "x86_64"
+    told = wheels.cross_environment(other, f".cpython-311-{machine}-linux-gnu.so")
+    assert told["CXX"] == f"{other}-linux-gnu-g++" and told["_PYTHON_HOST_PLATFORM"] == f"linux-{other}"
+    assert told["SETUPTOOLS_EXT_SUFFIX"] == f".cpython-311-{other}-linux-gnu.so"
+    assert wheels.cross_environment(machine, ".so") == {}
+
+
+def test_a_wheel_without_the_native_library_is_built_and_says_so(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "peft_ext", ignore=shutil.ignore_patterns(*NOT_SHIPPED, "tests", "docs"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-build-isolation", "--no-deps",
+         "-w", tmp_path, tmp_path / "peft_ext"],
+        env={**os.environ, "PEFT_EXT_PURE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    wheel = tmp_path / f"peft_ext-{peft_ext.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        assert wheels.misplaced(archive.namelist()) == [] and not any(".so" in name for name in archive.namelist())
+        archive.extractall(tmp_path / "site")
+    environment = {name: value for name, value in os.environ.items() if name != "PEFT_EXT_REQUIRE"}
+    (tmp_path / "program.py").write_text(wheel_trial.PROGRAM)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py", tmp_path / "site", "pure"],
+        env={**environment, "PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "is not in the installed wheel" in done.stdout and "--no-binary peft_ext" in done.stdout
+
+
+# --- release ----------------------------------------------------------------------------------------------------------
+
+CHANGELOG = "# Changelog\n\n## [1.2.3] - 2026-05-01\n\n- x\n\n## [1.2.2] - 2026-04-01\n"
+
+
+@pytest.mark.parametrize(
+    ("tag", "release", "changelog", "problem"),
+    [
+        ("v1.2.3", "1.2.3", CHANGELOG, None),
+        ("1.2.3", "1.2.3", CHANGELOG, "the tag is 1.2.3, wanted v1.2.3"),
+        ("v1.2.2", "1.2.3", CHANGELOG, "the tag is v1.2.2, wanted v1.2.3"),
+        ("v1.2.4", "1.2.4", CHANGELOG, "CHANGELOG.md begins with 1.2.3, wanted 1.2.4"),
+        ("v1.2.3", "1.2.3", CHANGELOG.replace("2026-05-01", "unreleased"), "has unreleased as the date of 1.2.3"),
+        ("v1.2.3", "1.2.3", CHANGELOG.replace(" - 2026-05-01", ""), "has nothing as the date of 1.2.3"),
+        ("v1.2.3", "1.2.3", "# Changelog\n", "CHANGELOG.md begins with no entry, wanted 1.2.3"),
+    ],
+    ids=["good", "no v", "old tag", "old changelog", "unreleased", "no date", "no entry"],
+)
+def test_a_tag_that_is_not_the_release_is_found(tag, release, changelog, problem):
+    found = release_check.problems(tag, release, changelog)
+    assert found == [] if problem is None else len(found) == 1 and problem in found[0]
+
+
+def test_a_release_of_other_files_is_found():
+    wanted = release_check.wanted_files("1.2.3", ["3.10", "3.14"])
+    assert wanted == {
+        "peft_ext-1.2.3.tar.gz", "peft_ext-1.2.3-py3-none-any.whl",
+        *(f"peft_ext-1.2.3-{tag}-{tag}-manylinux_2_28_{machine}.whl"
+          for tag in ("cp310", "cp314") for machine in ("x86_64", "aarch64")),
+    }  # fmt: skip
+    assert release_check.file_problems(wanted, wanted) == []
+    names = wanted - {"peft_ext-1.2.3-py3-none-any.whl"} | {"peft_ext-1.2.2.tar.gz"}
+    found = ["missing: peft_ext-1.2.3-py3-none-any.whl", "not of this release: peft_ext-1.2.2.tar.gz"]
+    assert release_check.file_problems(names, wanted) == found
+
+
+def test_the_classifiers_name_the_pythons_from_the_oldest_on():
+    versions = release_check.pythons((ROOT / "pyproject.toml").read_text())
+    minors = [int(version.removeprefix("3.")) for version in versions]
+    assert PROJECT["project"]["requires-python"] == f">={versions[0]}"
+    assert minors == list(range(minors[0], minors[-1] + 1)) and len(minors) >= 5
+
+
+def test_the_release_workflow_builds_tries_and_publishes_all():
+    path = ROOT / ".github/workflows/release.yml"
+    if not path.exists():
+        pytest.skip("not a checkout")
+    workflow = pytest.importorskip("yaml").safe_load(path.read_text())
+    jobs, versions = workflow["jobs"], release_check.pythons((ROOT / "pyproject.toml").read_text())
+    # YAML 1.1 reads the key `on` as true.
+    assert workflow[True]["push"]["tags"] == ["v*"]
+    # Every step is an action of the forge, a package of the system, or a make target.
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for step in (step for job in jobs.values() for step in job["steps"] if "uses" not in step):
+        command = step["run"].split()
+        assert command[:2] == ["sudo", "apt-get"] or (command[0] == "make" and command[1] in targets), step
+    (build,) = (step["run"] for step in jobs["build"]["steps"] if "make wheels" in step.get("run", ""))
+    (setup,) = (step["with"] for step in jobs["build"]["steps"] if "setup-python" in step.get("uses", ""))
+    assert sorted(setup["python-version"].split()) == sorted(versions)
+    own = setup["python-version"].split()[-1]
+    assert {f"python{version}" for version in versions if version != own} == set(re.findall(r"python3\.\d+", build))
+    assert all(machine in build for machine in old_runtime.LOADERS)
+    matrix = jobs["try"]["strategy"]["matrix"]
+    floor = ".".join(map(str, stable_abi.TARGET))
+    assert matrix["python"] == versions and matrix["torch"] == [f"torch=={floor}.*", "torch"]
+    publish = jobs["publish"]
+    assert publish["if"] == jobs["tag"]["if"] == "github.ref_type == 'tag'"
+    assert set(publish["needs"]) == jobs.keys() - {"publish"}
+    assert publish["permissions"]["id-token"] == "write" and workflow["permissions"] == {"contents": "read"}
+    assert "release-check" in publish["steps"][-2]["run"] and "pypi-publish" in publish["steps"][-1]["uses"]
 
 
 # --- licences and tools -----------------------------------------------------------------------------------------------
@@ -186,8 +348,8 @@ def test_the_tools_of_ci_are_pinned_once():
     assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in pinned.values()), pinned
     for place in ("Makefile", ".ci/run"):
         if (ROOT / place).exists():  # a source distribution has no .ci
-            for name, version in re.findall(r"([\w-]+)==([\d.]+)", (ROOT / place).read_text()):
-                assert name == "torch" or pinned.get(name) == version, f"{place} pins {name}=={version}"
+            for name, version in re.findall(r"([\w-]+)==([\d.]+\*?)", (ROOT / place).read_text()):
+                assert name == "torch" or fnmatch(pinned.get(name, ""), version), f"{place} pins {name}=={version}"
 
 
 def test_an_extra_is_what_its_names_ask_for():
