@@ -33,9 +33,11 @@ import torch
 from . import _native
 from .files import atomic_file
 
-__all__ = ["compile_kernel", "image", "kernels", "missing", "version", "warm"]
+__all__ = ["compile_kernel", "image", "kernels", "missing", "prepare", "version", "warm"]
 
 LOCK_SECONDS = 120  # a process that waits longer for another one's file compiles the kernel itself
+
+WARM_CORES = 8  # on a machine with as many cores, all kernels are compiled in less than half a minute
 
 # NVRTC has no standard headers. These stand-ins declare the part of them that the kernels use.
 _INTEGERS = """#pragma once
@@ -109,6 +111,8 @@ def image(kernel: str, file: str, capability: int) -> Image:
     that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError
     with NVRTC's messages if the kernel does not compile.
     """
+    if why := missing():
+        raise RuntimeError(why)
     arch = architecture(capability)
     path = _folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
     if (found := _read(path)) is not None:
@@ -130,6 +134,23 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
         for _ in progress(pool.map(lambda kernel: image(*kernel, capability), wanted), len(wanted)):
             pass
     return len(wanted)
+
+
+def prepare(capability: int, say: Callable[[str], None]) -> None:
+    """Compiles all kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
+
+    A first training step needs some hundred kernels, which one core compiles in about as much time as many cores all
+    kernels. ``say`` gets a line before the compilation. A kernel that does not compile is an error at its first launch.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if cores < WARM_CORES or _native.STATE.module is None or missing():
+        return
+    arch = architecture(capability)
+    lacking = len(kernels()) - len(list(_folder(arch).glob("*.image")))
+    if lacking > 0:
+        say(f"peft_ext: compiling {lacking} CUDA kernels for {arch} on {cores} cores, once")
+        with contextlib.suppress(RuntimeError):
+            warm(capability)
 
 
 # --- the compiler -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ When a family is proved:
     an unproved kernel: neither a call of compiled code nor one of ``torch.ops``. The first call of an operator, the
     first check of an accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove
     the family and remove its gates. Later calls cost nothing. A CPU path is proved in milliseconds a family. A family's
-    first proof on a GPU takes seconds, because its kernels are compiled; a line on stderr names each family. While a
+    first proof on a GPU takes seconds, because its kernels are compiled (:mod:`peft_ext.device_code`, on many cores all
+    kernels at once); a line on stderr names each family. While a
     CUDA graph is captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
 
 In several processes:
@@ -52,7 +53,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  no public name for it
 
-from .. import _native
+from .. import _native, device_code
 from .._version import __version__
 from ..files import atomic_file
 from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel
@@ -244,6 +245,8 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
         )
     if not unknown:
         return known
+    if place.key == "CUDA":
+        device_code.prepare(10 * capability[0] + capability[1], _say)
     start, found = time.perf_counter(), {}
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:

@@ -36,6 +36,7 @@ def compiled(monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("PEFT_EXT_NVRTC_FLAGS", raising=False)
+    monkeypatch.setattr(device_code, "missing", lambda: None)
     monkeypatch.setattr(device_code, "compile_kernel", compile_kernel)
     monkeypatch.setattr(device_code, "version", lambda: "13.0")
     monkeypatch.setattr(device_code, "architecture", lambda capability: f"sm_{capability}")
@@ -164,6 +165,7 @@ def _rank(folder: str, log: str, barrier) -> None:
         time.sleep(0.5)
         return Image(b"_Zname", b"code"), ""
 
+    device_code.missing = lambda: None
     device_code.compile_kernel = compile_kernel
     device_code.version = lambda: "13.0"
     device_code.architecture = lambda capability: f"sm_{capability}"
@@ -201,6 +203,25 @@ def test_warm_compiles_every_kernel(compiled, tmp_path):
     assert count == len(device_code.kernels()) == len(compiled) == len(files(tmp_path))
     assert seen == [count]
     assert device_code.warm(90) == count and len(compiled) == count
+
+
+@pytest.mark.parametrize(("cores", "wanted"), [(2, 0), (device_code.WARM_CORES, len(device_code.kernels()))])
+def test_many_cores_compile_all_kernels_at_the_first_proof(compiled, monkeypatch, cores, wanted):
+    said: list[str] = []
+    monkeypatch.setattr(device_code.os, "sched_getaffinity", lambda _: set(range(cores)))
+    device_code.prepare(90, said.append)
+    assert len(compiled) == wanted
+    assert said == [f"peft_ext: compiling {wanted} CUDA kernels for sm_90 on {cores} cores, once"] * (wanted > 0)
+    device_code.prepare(90, said.append)
+    assert len(compiled) == wanted and len(said) == (wanted > 0)
+
+
+def test_a_kernel_without_a_compiler_is_an_error_that_says_what_to_install(compiled, monkeypatch):
+    monkeypatch.setattr(
+        device_code, "missing", lambda: "the package cuda-bindings is missing: pip install cuda-bindings"
+    )
+    with pytest.raises(RuntimeError, match="pip install cuda-bindings"):
+        device_code.image(KERNEL, FILE, 90)
 
 
 def test_the_library_asks_python_for_machine_code(compiled):

@@ -40,8 +40,7 @@ ROOT = Path(__file__).parents[2]
 class Opened:
     """Stands for the gates of a family of CUDA kernels, which a CPU build of PyTorch does not have."""
 
-    def _destroy(self) -> None:
-        pass
+    def _destroy(self) -> None: ...
 
 
 @pytest.fixture
@@ -69,6 +68,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     monkeypatch.setattr(prove, "_gates", {"CPU": {}, "CUDA": {family: Opened() for family in families("CUDA")}})
     monkeypatch.setattr(prove, "_overriding", [])
     monkeypatch.setattr(prove, "DROPPED", {})
+    monkeypatch.setattr(prove.device_code, "prepare", lambda *_: None)
     for family, names in families("CPU").items():
         prove._arm_family("CPU", family, names)
     for name, value in {
