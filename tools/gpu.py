@@ -82,12 +82,10 @@ sys.exit(not state.cuda_loaded)
 PROVE = """
 import json, sys, torch
 from peft_ext.ops import prove
-from peft_ext.ops.library import cuda_families
-for family in [name for name in cuda_families() if name not in sys.argv[1:]]:
+device = torch.device("cuda")
+for family in [name for name in prove.families(device.type.upper()) if name not in sys.argv[1:]]:
     print(json.dumps({"begins": family}), flush=True)
-    others = dict.fromkeys(set(cuda_families()) - {family}, "another call proves this family")
-    why = prove.prove(torch.device("cuda"), faulted=others)[family]
-    print(json.dumps({"family": family, "why": why}), flush=True)
+    print(json.dumps({"family": family, "why": prove.prove(device, [family])[family]}), flush=True)
 """
 CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
