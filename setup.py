@@ -12,6 +12,7 @@ Environment variables:
     PEFT_EXT_PURE=1     neither the library nor the module is built: every operator runs the slow reference
 """
 
+import contextlib
 import os
 import re
 import runpy
@@ -138,6 +139,11 @@ def build_command(base):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(KERNELS, place)
 
+        def copy_extensions_to_source(self):  # for a build in place, such as an editable install
+            super().copy_extensions_to_source()
+            if KERNELS:
+                shutil.copy(KERNELS, ROOT / "peft_ext/_kernels.so")
+
     return Build
 
 
@@ -151,6 +157,8 @@ def main():
         setup(**METADATA)
         return
     if KERNELS:
+        if not Path(KERNELS).is_file():
+            sys.exit(f"peft_ext: PEFT_EXT_KERNELS is {KERNELS}, wanted a file")
         setup(ext_modules=[module()], cmdclass={"build_ext": build_command(build_ext)}, **METADATA)
         return
     torch = find_torch()
@@ -160,6 +168,10 @@ def main():
             sys.exit(f"peft_ext: torch is {torch.__version__}, wanted >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]}")
         from torch.utils.cpp_extension import BuildExtension
 
+        with contextlib.suppress(ImportError):  # torch looks for ninja on PATH alone, and compiles serially without it
+            import ninja
+
+            os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
         command = build_command(BuildExtension)
         setup(ext_modules=[library(torch), module()], cmdclass={"build_ext": command}, **METADATA)
     elif {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):

@@ -69,6 +69,10 @@ void image_of(const char* name, const char* file, int capability, PeftExtImage* 
     std::tie(symbol, data) = function(name, file, capability).cast<std::pair<std::string, std::string>>();
     image->symbol = symbol.c_str();
     image->data = data.data();
+  } catch (py::error_already_set& caught) {
+    if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // raised again once Python runs
+    error = caught.what();
+    image->error = error.c_str();
   } catch (const std::exception& caught) {
     error = caught.what();
     image->error = error.c_str();

@@ -37,9 +37,11 @@ from ._version import __version__
 # instructions.
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 
-MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip install -e .)"
+MEND = f"pip install --force-reinstall --no-deps peft_ext=={__version__}   (in a checkout: pip install -e .)"
 # The command for the wheel that holds no native library: pip would install the same wheel again.
-MEND_BY_BUILD = "pip install --force-reinstall --no-deps --no-binary peft_ext peft_ext   (needs a C++ compiler)"
+MEND_BY_BUILD = (
+    f"pip install --force-reinstall --no-deps --no-binary peft_ext peft_ext=={__version__}   (needs a C++ compiler)"
+)
 
 
 @dataclass
@@ -114,7 +116,7 @@ def _load_cpu() -> None:
             what, repair = "is not built on Windows", ""
             STATE.cpu_error = f"the native library {what}"
         elif missing and _is_pure():
-            what = "is not in the installed wheel, which is for every system; wheels with the library are for Linux"
+            what = "is not in the installed wheel: no wheel with the library fits this system and this Python"
         _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used.{repair}")
         return
     build = dict(module.build_info())

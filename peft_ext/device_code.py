@@ -31,9 +31,9 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from . import _native
-from .files import atomic_file
+from .files import atomic_file, cache_folder
 
-__all__ = ["compile_kernel", "image", "kernels", "missing", "prepare", "version", "warm"]
+__all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare", "version", "warm"]
 
 LOCK_SECONDS = 120  # a process that waits longer for another one's file compiles the kernel itself
 
@@ -114,7 +114,7 @@ def image(kernel: str, file: str, capability: int) -> Image:
     if why := missing():
         raise RuntimeError(why)
     arch = architecture(capability)
-    path = _folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
+    path = folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
     if (found := _read(path)) is not None:
         return found
     with _alone(path):
@@ -136,6 +136,7 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
     return len(wanted)
 
 
+@functools.cache
 def prepare(capability: int, say: Callable[[str], None]) -> None:
     """Compiles all kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
 
@@ -146,7 +147,11 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     if cores < WARM_CORES or _native.STATE.module is None or missing():
         return
     arch = architecture(capability)
-    lacking = len(kernels()) - len(list(_folder(arch).glob("*.image")))
+    with contextlib.suppress(OSError):
+        folder(arch).mkdir(mode=0o755, parents=True, exist_ok=True)
+    if not os.access(folder(arch), os.W_OK):
+        return  # the machine code could not be kept
+    lacking = len(kernels()) - len(list(folder(arch).glob("*.image")))
     if lacking > 0:
         say(f"peft_ext: compiling {lacking} CUDA kernels for {arch} on {cores} cores, once")
         with contextlib.suppress(RuntimeError):
@@ -245,10 +250,10 @@ def _sources() -> dict[str, str]:
 
 def cache() -> Path:
     """Returns the folder of all machine code."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft_ext", "kernels")
+    return cache_folder() / "kernels"
 
 
-def _folder(arch: str) -> Path:
+def folder(arch: str) -> Path:
     """Returns the cache folder of an architecture, of these sources, and of this compiler with its options."""
     told = "\0".join([version(), *map(bytes.decode, _options()), *HEADERS.values(), *_sources(), *_sources().values()])
     return cache() / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{arch}"
@@ -283,7 +288,7 @@ def _alone(path: Path) -> AbstractContextManager[Any]:
     from filelock import FileLock
 
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         return FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS).acquire()
     except (OSError, RuntimeError):  # filelock's Timeout is an OSError
         return nullcontext()

@@ -34,16 +34,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
-from filelock import lock_descriptor
-
 from ._imports import required
 
-__all__ = ["atomic_file", "atomic_folder", "save_adapter"]
+try:
+    from filelock import lock_descriptor
+except ImportError:  # filelock before 3.30, which a kernel of Hugging Face's hub may meet: hub kernels install nothing
+    import fcntl
+
+    def lock_descriptor(handle: int, blocking: bool = True) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if blocking else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+__all__ = ["atomic_file", "atomic_folder", "cache_folder", "save_adapter"]
 
 # Endings of hidden folders: _PART for a folder that is being written, _OLD for an old folder that was moved aside.
 _PART, _OLD = ".part", ".old"
 _SEAL = "sealed.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def cache_folder() -> Path:
+    """Returns the folder of what peft_ext keeps on a machine: ``$XDG_CACHE_HOME/peft_ext``, or ``~/.cache/peft_ext``.
+
+    A user without a home gets a path that nothing can be written to.
+    """
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named, "peft_ext")
+    try:
+        return Path.home() / ".cache/peft_ext"
+    except RuntimeError:
+        return Path(os.devnull, "peft_ext")
 
 
 @contextlib.contextmanager
@@ -244,16 +268,19 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
     while True:
         part = _hidden(target, _PART)
         part.mkdir()
-        handle = os.open(part, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks raises OSError
+        handle = None
+        with contextlib.suppress(OSError):  # Windows opens no folder; a file system without locks raises OSError
+            handle = os.open(part, os.O_RDONLY)
             lock_descriptor(handle)
         if part.exists():  # False: another process removed the new folder as a leftover before it was locked
             break
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
     try:
         yield part
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
         shutil.rmtree(part, ignore_errors=True)
 
 

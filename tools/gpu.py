@@ -55,7 +55,8 @@ def missing(name):
         return True
 found = {{"missing": [name for name in {PACKAGES} if missing(name)], "path": [place for place in sys.path if place]}}
 import torch
-found |= {{"cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}}
+is_new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+found |= {{"cuda": torch.version.cuda, "gpu": is_new and torch.cuda.is_available()}}
 if found["gpu"]:
     found |= {{"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}}
 print(json.dumps(found))
@@ -266,6 +267,7 @@ def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None
     if not VENV.exists():
         wrong, _ = here.runner.run([sys.executable, "-m", "venv", str(VENV)], end - here.runner.clock())
         if wrong:
+            shutil.rmtree(VENV, ignore_errors=True)
             return
         if here.gpu:
             (place,) = VENV.glob("lib/python*/site-packages")
@@ -534,7 +536,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in PARTS if name in {"packages", *asked} and (name in REHEARSED or not args.rehearse)]
-    date = time.strftime("%Y-%m-%d")
+    date = time.strftime("%Y-%m-%d-%H%M")
     with open(args.out / f"gpu-{date}.log", "w") as log:
         here = Machine(Runner(args.seconds, log), args.out, args.tests, "cpu" if args.rehearse else "cuda")
 

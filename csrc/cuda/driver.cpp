@@ -36,11 +36,10 @@ struct Driver {
   Result (*primary_context)(void** context, int device);
   Result (*stream_query)(void* stream);
   Result (*exchange_capture_mode)(int* mode);
-  Result (*library_load)(void** library, const void* code, void* jit_options, void** jit_values, unsigned jit_count,
-                         void* options, void** values, unsigned count);
-  Result (*library_unload)(void* library);
-  Result (*library_get_kernel)(void** kernel, void* library, const char* name);
-  Result (*kernel_set_attribute)(int attribute, int value, void* kernel, int device);
+  Result (*module_load)(void** module, const void* code);
+  Result (*module_unload)(void* module);
+  Result (*module_get_function)(void** function, void* module, const char* name);
+  Result (*function_set_attribute)(void* function, int attribute, int value);
   Result (*launch_kernel)(void* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                           unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
                           void** extra);
@@ -49,8 +48,9 @@ struct Driver {
 template <typename Function>
 void find(void* library, const char* library_name, const char* name, Function& function) {
   function = reinterpret_cast<Function>(dlsym(library, name));
-  STD_TORCH_CHECK(function != nullptr, "peft_ext: ", library_name, " has no function ", name,
-                  ". CUDA kernels need NVIDIA's driver 525 or later and a CUDA build of torch 2.11 or later");
+  STD_TORCH_CHECK(
+      function != nullptr, "peft_ext: ", library_name, " has no function ", name,
+      ". CUDA kernels need an NVIDIA driver of torch's CUDA release and a CUDA build of torch 2.11 or later");
 }
 
 Driver open_driver() {
@@ -67,10 +67,10 @@ Driver open_driver() {
   find(library, kName, "cuDevicePrimaryCtxRetain", driver.primary_context);
   find(library, kName, "cuStreamQuery", driver.stream_query);
   find(library, kName, "cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode);
-  find(library, kName, "cuLibraryLoadData", driver.library_load);
-  find(library, kName, "cuLibraryUnload", driver.library_unload);
-  find(library, kName, "cuLibraryGetKernel", driver.library_get_kernel);
-  find(library, kName, "cuKernelSetAttribute", driver.kernel_set_attribute);
+  find(library, kName, "cuModuleLoadData", driver.module_load);
+  find(library, kName, "cuModuleUnload", driver.module_unload);
+  find(library, kName, "cuModuleGetFunction", driver.module_get_function);
+  find(library, kName, "cuFuncSetAttribute", driver.function_set_attribute);
   find(library, kName, "cuLaunchKernel", driver.launch_kernel);
   const Result result = driver.init(0);
   STD_TORCH_CHECK(result == kSuccess, "peft_ext: NVIDIA's driver does not start: error ", result);
@@ -147,11 +147,12 @@ void* handle_of(const Kernel& kernel, int device) {
   STD_TORCH_CHECK(image.error == nullptr, "peft_ext: no machine code of ", name, ": ", image.error);
   enter_context(device);
   const RelaxedCapture relaxed;
-  void *library = nullptr, *handle = nullptr, *before = nullptr;
-  check(driver().library_load(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading", name.c_str());
-  check(driver().library_get_kernel(&handle, library, image.symbol), "loading", name.c_str());
+  void *module = nullptr, *handle = nullptr, *before = nullptr;
+  check(driver().module_load(&module, image.data), "loading", name.c_str());
+  // The driver may load the machine code as late as here, and not at a launch, where a capture would refuse it.
+  check(driver().module_get_function(&handle, module, image.symbol), "loading", name.c_str());
   if (held.compare_exchange_strong(before, handle, std::memory_order_acq_rel)) return handle;
-  driver().library_unload(library);
+  driver().module_unload(module);
   return before;
 }
 
@@ -223,9 +224,7 @@ void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Blo
   enter_context(device);
   const auto shared = static_cast<unsigned>(block.dynamic_shared);
   if (block.dynamic_shared > 0) {  // static plus dynamic shared memory may exceed the default limit of 48 KiB
-    int number = 0;
-    check(driver().device_get(&number, device), "launch", expression(kernel).c_str());
-    const Result result = driver().kernel_set_attribute(kMaxDynamicShared, static_cast<int>(shared), handle, number);
+    const Result result = driver().function_set_attribute(handle, kMaxDynamicShared, static_cast<int>(shared));
     if (result != kSuccess) check(result, "shared memory", expression(kernel).c_str());
   }
   const Result result = driver().launch_kernel(handle, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),

@@ -55,7 +55,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  no 
 
 from .. import _native, device_code
 from .._version import __version__
-from ..files import atomic_file
+from ..files import atomic_file, cache_folder
 from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel
 from .proof_inputs import ProofInputs
 
@@ -77,6 +77,8 @@ SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024
 # Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
+# What errors of a lack of memory say: PyTorch's, peft_ext's, and cuBLAS's when it finds no memory for its workspace.
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _COMPOSED = ("experts", "siblings")  # families whose references call operators of other families
 
 QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each further family
@@ -88,8 +90,6 @@ _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
 _gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family: its gates
 _kernels: dict[tuple[str, str], Any] = {}  # by key and operator: the native kernel, which the gate stands before
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
-# By the id of a process group: the number of results at the latest exchange in the group, and the number of exchanges.
-_exchanged: dict[int, tuple[int, int]] = {}
 _agreeing = threading.local()  # has the attribute `now` in the thread that runs `agree`
 _lock = threading.RLock()
 
@@ -122,7 +122,8 @@ def families(key: str) -> dict[str, list[str]]:
 
 def arm() -> None:
     """Registers a gate before each native kernel. ``import peft_ext`` calls this function once."""
-    os.register_at_fork(after_in_child=_after_fork)
+    if hasattr(os, "register_at_fork"):  # Windows has no fork
+        os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden: the purpose here
         warnings.simplefilter("ignore")
         for key in KEYS:
@@ -251,6 +252,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
             _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
+        _wait(place.device)  # an earlier fault of other kernels is not this family's
         try:
             found[family] = prove(place.device, [family])[family]
         except KernelFault as fault:
@@ -282,7 +284,10 @@ def _places(key: str) -> list[Place]:
     if not torch.cuda.is_available():
         return []
     here, found = torch.cuda.current_device(), {}
-    for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != here):
+    cards = sorted(range(torch.cuda.device_count()), key=lambda index: index != here)
+    # An old card beside the current one, such as that of a display, drops no kernels of the others.
+    fit = [index for index in cards if index == here or torch.cuda.get_device_capability(index) >= CAPABILITY]
+    for index in fit:
         found.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
     return [Place(key, card, device) for card, device in found.items()]
 
@@ -334,8 +339,8 @@ def agree(ask: Callable[[], object]) -> None:
 
     All ranks of the default process group have to call this function, each for its device. A rank without kernels for
     a dispatch key has no kernels of this key to drop. The ranks exchange their results through the group's store, so
-    that the exchange needs no device. Without a process group of several ranks, with ``PEFT_EXT_PROVE=0``, and if no
-    family was settled since the latest exchange in the group, nothing is exchanged.
+    that the exchange needs no device. Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing
+    is exchanged.
 
     Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``.
     """
@@ -347,14 +352,9 @@ def agree(ask: Callable[[], object]) -> None:
         del _agreeing.now
     if _world() == 1 or _asked() == "0":
         return
-    group = id(torch.distributed.group.WORLD)
-    settled = sum(len(found) for places in _found.values() for found in places.values())
-    before, turn = _exchanged.get(group, (-1, 0))
-    if before == settled:
-        return
     own = {key: {family: DROPPED[key, name] for family, names in families(key).items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
-    for rank, theirs in enumerate(_exchange(own, turn)):
+    for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
             has = families(key)
             lost = [family for family in failed if family in has and (key, has[family][0]) not in DROPPED]
@@ -363,7 +363,6 @@ def agree(ask: Callable[[], object]) -> None:
                     drop(lost, f"dropped on rank {rank}, and so on all ranks: {failed[lost[0]]}", key)
                     for family in lost:
                         _open(key, family)
-    _exchanged[group] = settled, turn + 1
 
 
 def _world() -> int:
@@ -372,10 +371,13 @@ def _world() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _exchange(own: dict[str, dict[str, str]], turn: int) -> list[dict[str, dict[str, str]]]:
+def _exchange(own: dict[str, dict[str, str]]) -> list[dict[str, dict[str, str]]]:
     store, world = torch.distributed.distributed_c10d._get_default_store(), _world()
-    names = [f"peft_ext/dropped/{turn}/{rank}" for rank in range(world)]
-    store.set(names[torch.distributed.get_rank()], json.dumps(own))
+    me = torch.distributed.get_rank()
+    # The store counts this rank's exchanges, because torchrun's store outlives a process group.
+    turn = store.add(f"peft_ext/exchanges/{world}/{me}", 1)
+    names = [f"peft_ext/dropped/{world}/{turn}/{rank}" for rank in range(world)]
+    store.set(names[me], json.dumps(own))
     for rank, name in enumerate(names):
         try:
             store.wait([name], timedelta(seconds=PEERS_SECONDS))
@@ -391,7 +393,7 @@ def _exchange(own: dict[str, dict[str, str]], turn: int) -> list[dict[str, dict[
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft_ext", "proved.json")
+    return cache_folder() / "proved.json"
 
 
 def _held() -> dict[str, Any]:
@@ -403,8 +405,12 @@ def _held() -> dict[str, Any]:
 
 
 def _key(place: Place) -> str:
-    card = "" if place.key == "CPU" else str(torch.cuda.get_device_capability(place.device.index))
-    return " | ".join([place.name, card or place.key, f"peft_ext {__version__}", _native.build_identity(),
+    card = place.key
+    if place.key == "CUDA":
+        major, minor = torch.cuda.get_device_capability(place.device.index)
+        code = "" if device_code.missing() else device_code.folder(device_code.architecture(10 * major + minor)).name
+        card = f"{major}.{minor} {code}"
+    return " | ".join([place.name, card, f"peft_ext {__version__}", _native.build_identity(),
                        f"torch {torch.__version__}", f"CUDA {torch.version.cuda}"])  # fmt: skip
 
 
@@ -496,7 +502,7 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
     except torch.OutOfMemoryError:
         raise  # a lack of memory is no fault of the kernels
     except Exception as error:  # a kernel may raise anything on a GPU that the kernel does not fit
-        if "out of memory" in str(error).lower():
+        if any(text in str(error) for text in _NO_MEMORY):
             raise torch.OutOfMemoryError(str(error)) from error
         said = str(error).strip().splitlines()
         why = f"{type(error).__name__}: {said[0] if said else 'no message'}"

@@ -125,10 +125,15 @@ def test_a_cache_that_is_a_file_is_no_cache(compiled, monkeypatch, tmp_path):
     assert len(compiled) == 2
 
 
-def test_the_folder_is_the_users_own(compiled, tmp_path):
-    device_code.image(KERNEL, FILE, 90)
+def test_other_users_read_the_folder_and_do_not_write_it(compiled, tmp_path):
+    """A container is built by one user and run by another."""
+    before = os.umask(0)
+    try:
+        device_code.image(KERNEL, FILE, 90)
+    finally:
+        os.umask(before)
     (path,) = files(tmp_path)
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
 
 
 def test_an_error_of_the_compiler_leaves_nothing(compiled, monkeypatch, tmp_path):
@@ -214,6 +219,13 @@ def test_many_cores_compile_all_kernels_at_the_first_proof(compiled, monkeypatch
     assert said == [f"peft_ext: compiling {wanted} CUDA kernels for sm_90 on {cores} cores, once"] * (wanted > 0)
     device_code.prepare(90, said.append)
     assert len(compiled) == wanted and len(said) == (wanted > 0)
+
+
+def test_nothing_is_compiled_for_a_cache_that_can_t_be_written(compiled, monkeypatch, tmp_path):
+    (tmp_path / "peft_ext").write_text("not a folder")
+    monkeypatch.setattr(device_code.os, "sched_getaffinity", lambda _: set(range(64)))
+    device_code.prepare(90, lambda line: pytest.fail(line))
+    assert compiled == []
 
 
 def test_a_kernel_without_a_compiler_is_an_error_that_says_what_to_install(compiled, monkeypatch):

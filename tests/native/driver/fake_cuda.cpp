@@ -64,20 +64,23 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
   *mode = before;
   return 0;
 }
-int cuLibraryLoadData(void** library, const void* code, void*, void**, unsigned options, void*, void**, unsigned) {
+int cuModuleLoadData(void** module, const void* code) {
   const char* text = static_cast<const char*>(code);
-  if (strncmp(text, "code of ", 8) != 0 || options != 0) return 200;
-  *library = strdup(text + 8);
-  return call("load", std::string(" ") + (text + 8) + " in mode " + std::to_string(capture_mode), 2);
+  if (context == nullptr) return 201;
+  if (strncmp(text, "code of ", 8) != 0) return 200;
+  *module = strdup(text + 8);
+  return 0;
 }
-int cuLibraryUnload(void*) { return call("unload", "", 0); }
-int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
-  *kernel = library;
-  return strcmp(static_cast<const char*>(library), name) == 0 ? 0 : 500;
+int cuModuleUnload(void*) { return call("unload", "", 0); }
+// Loads the machine code, as the driver does by default.
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  *function = module;
+  if (strcmp(static_cast<const char*>(module), name) != 0) return 500;
+  return call("load", std::string(" ") + name + " in mode " + std::to_string(capture_mode), 2);
 }
-int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
+int cuFuncSetAttribute(void* function, int attribute, int value) {
   char text[200];
-  snprintf(text, sizeof(text), " %d = %d of %s on %d", attribute, value, static_cast<char*>(kernel), device);
+  snprintf(text, sizeof(text), " %d = %d of %s", attribute, value, static_cast<char*>(function));
   return call("attribute", text, 1);
 }
 int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
