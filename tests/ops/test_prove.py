@@ -31,8 +31,7 @@ from peft_ext.ops.prove import families
 
 pytestmark = pytest.mark.cpu_only("the tests simulate a card")
 
-CPU = torch.device("cpu")
-CARD = "a card"
+CPU, CARD = torch.device("cpu"), "a card"
 AGREES = dict.fromkeys(families("CUDA"), "")
 ROOT = Path(__file__).parents[2]
 
@@ -45,8 +44,7 @@ class Opened:
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
-    """Returns a dict of replacements of operators' kernels, by name; all other operators run the CPU's kernels, or the
-    reference where the CPU has no kernel."""
+    """Returns a dict of replacements of kernels, by operator; other operators run the CPU's kernel or the reference."""
     found, native = {}, prove.native_op
 
     def kernel(_: str, name: str) -> Callable[..., Any]:
@@ -535,14 +533,16 @@ def test_a_family_is_proved_on_each_model_of_card(fresh: None, asked: list, monk
 
 def test_what_faults_ends_one_process_alone(fresh: None, planted: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: Any) -> None:
+        lost.append(1)
         raise RuntimeError("an illegal memory access was encountered")
 
-    on_cpu = prove.prove
+    on_cpu, lost = prove.prove, []
     monkeypatch.setattr(prove, "prove", lambda _, wanted: on_cpu(CPU, wanted))
     planted["ia3_linear"] = fault
-    monkeypatch.setattr(prove, "_wait", lambda device: fault() if device == CPU else None)  # after the kernel alone
+    monkeypatch.setattr(prove, "_wait", lambda _: fault() if lost else None)
     with pytest.raises(prove.KernelFault, match="ia3's kernels faulted on cpu, which no process survives: Runtime"):
         prove.settle("CUDA", ["ia3"])
+    lost.clear()
     with pytest.warns(RuntimeWarning, match="ia3: .* they faulted in an earlier process: RuntimeError: an illegal"):
         next_process(monkeypatch)
     assert [family for family, why in prove.report("CUDA")[CARD].items() if why] == ["ia3"]
