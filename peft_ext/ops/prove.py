@@ -59,7 +59,7 @@ from ..files import atomic_file, cache_folder
 from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel
 from .proof_inputs import ProofInputs
 
-__all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "report", "settle"]
+__all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "proved_eagerly", "report", "settle"]
 
 KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
 
@@ -170,12 +170,21 @@ def proved(device: str, *names: str) -> Optional[str]:
     Proves the operators' families before, except under torch.compile and with fake tensors. Compiled code meets the
     gates when it runs.
     """
+    return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
+
+
+def proved_eagerly(device: str, *names: str) -> Optional[str]:
+    """Returns what :func:`proved` returns, for a caller that knows that it is not compiled."""
+    unproved = _gates[device.upper()]  # compiled code, which does not come here, has no guard on _gates
+    if unproved and not unproved.keys().isdisjoint(wanted := _families_of(names)):
+        if not torch._C._len_torch_dispatch_stack():
+            settle(device.upper(), wanted)
+    return _dropped(device, names) if DROPPED else None
+
+
+def _dropped(device: str, names: tuple[str, ...]) -> Optional[str]:
     key = device.upper()
-    if not torch.compiler.is_compiling():  # first, so that compiled code has no guard on _gates
-        if (unproved := _gates[key]) and not unproved.keys().isdisjoint(wanted := _families_of(names)):
-            if not torch._C._len_torch_dispatch_stack():
-                settle(key, wanted)
-    return next((DROPPED[key, name] for name in names if (key, name) in DROPPED), None) if DROPPED else None
+    return next((DROPPED[key, name] for name in names if (key, name) in DROPPED), None)
 
 
 def report(key: str) -> dict[str, dict[str, str]]:

@@ -16,7 +16,7 @@ from torch import nn
 from ...nn import NF4Linear
 from ...ops.checks import under_a_transform
 from ...ops.library import PUBLIC
-from ...ops.prove import proved
+from ...ops.prove import proved_eagerly
 from . import reasons
 from .base import LINEAR
 
@@ -58,8 +58,8 @@ def facts_of(
     held, kind, device = layer.__dict__, type(layer), x.device
     if x.is_nested or reasons.any_global_hook():
         return None
-    # As kernel_reason, with one Python call less.
-    if not reasons.KERNELS[op].get(device.type) or proved(device.type, *PUBLIC[op]) is not None:
+    # As kernel_reason, with fewer Python calls.
+    if not reasons.KERNELS[op].get(device.type) or proved_eagerly(device.type, *PUBLIC[op]) is not None:
         return None
     if torch.is_autocast_enabled(device.type):
         return None
