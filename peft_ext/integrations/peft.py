@@ -116,7 +116,7 @@ def accelerate(
             adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
             of ``accelerate``, or until ``restore``.
 
-    The kernels that the model needs are proved before ``accelerate`` returns (:mod:`peft_ext.ops.prove`). If
+    The kernels that the model needs are proved before ``accelerate`` returns (``peft_ext.ops.prove``). If
     torch.distributed's default process group exists, all ranks have to call ``accelerate``, after the model is on its
     device: a kernel that fails on a rank is then dropped on all ranks.
 
