@@ -49,7 +49,7 @@ except ImportError:  # filelock before 3.30, which a kernel of Hugging Face's hu
         return True
 
 
-__all__ = ["atomic_file", "atomic_folder", "cache_folder", "save_adapter"]
+__all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
 # Endings of hidden folders: _PART for a folder that is being written, _OLD for an old folder that was moved aside.
 _PART, _OLD = ".part", ".old"

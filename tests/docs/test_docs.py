@@ -235,7 +235,9 @@ def shell_lines(text: str) -> Iterator[list[str]]:
 def check_command(words: list[str]) -> Optional[str]:
     """Returns what is wrong with a command that a document shows, or None."""
     program, *rest = words
-    program = Path(program).name
+    if program == ".":
+        return None if rest[0].endswith("/bin/activate") else f"{rest[0]} is no script of an environment"
+    program = {"python3": "python"}.get(Path(program).name, Path(program).name)
     if program == "python" and rest[:2] == ["-m", "peft_ext"]:
         program, rest = "peft-ext", rest[2:]
     if program == "peft-ext":
