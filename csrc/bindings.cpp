@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <map>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -84,11 +83,6 @@ void set_image_source(py::object function) {
   peft_ext_set_image_source(image_of);
 }
 
-std::optional<std::string> load_kernel(int kernel, int device) {
-  const char* error = peft_ext_load_kernel(kernel, device);
-  return error == nullptr ? std::nullopt : std::optional<std::string>(error);
-}
-
 }  // namespace
 
 #if PYBIND11_VERSION_HEX >= 0x020D0000
@@ -113,6 +107,4 @@ PYBIND11_MODULE(_C, m) {
         "Set the function (kernel, file, capability) -> (symbol, machine code as bytes).");
   m.def("register_operators", &peft_ext_register_operators, py::arg("key"), py::arg("namespace"),
         "Register the operators' functions for a dispatch key, CPU or CUDA, in a namespace of torch.ops.");
-  m.def("load_kernel", &load_kernel, py::arg("kernel"), py::arg("device"), py::call_guard<py::gil_scoped_release>(),
-        "Load the kernel of this number on a GPU. Returns None, or the reason of the failure.");
 }

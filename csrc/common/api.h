@@ -45,6 +45,3 @@ struct PeftExtImage {
 // Returns the machine code of a kernel for a compute capability (10 · major + minor).
 typedef void (*PeftExtImageSource)(const char* name, const char* file, int capability, PeftExtImage* image);
 PEFT_EXT_API void peft_ext_set_image_source(PeftExtImageSource source);
-// Loads a kernel on a GPU without launching the kernel. Returns null, or the reason of the failure, which stays valid
-// until the thread's next call.
-PEFT_EXT_API const char* peft_ext_load_kernel(int kernel, int device);

@@ -1,7 +1,7 @@
 // The scratch blocks of all threads, in a list without locks. A thread claims its own blocks at the first use in a
 // call; release_scratch() claims the blocks of the other threads one after the other. An entry of the list is never
-// removed: a new thread takes over the entry of an ended thread. The list is therefore whole in a forked process,
-// whatever the other threads did at the time of the fork.
+// removed: a new thread takes over the entry of an ended thread. The list is therefore whole in a forked process. A
+// claim that another thread held at the time of the fork stays in the forked process for ever.
 #include "cpu/scratch.h"
 
 #include <stdlib.h>

@@ -12,8 +12,9 @@ namespace peft_ext {
 // kRows; the calling thread of an operator uses all.
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
-// Largest size of a block that outlives its call. kPanel and kRows of a linear layer hold at most kPanelStep rows of W,
-// or twice as much if the rows are stored transposed too (kDroppedDepth), and so stay below this size.
+// Largest size of a block that outlives its call. The kPanel block of a linear layer holds kPanelStep rows or columns
+// of W, twice as much if they are stored transposed too (kDroppedDepth); it exceeds this size only for layers of
+// hundreds of thousands of features.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
 // Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call

@@ -239,14 +239,3 @@ int peft_ext_kernel_count() { return static_cast<int>(peft_ext::listed().size())
 const char* peft_ext_kernel_name(int kernel) { return peft_ext::listed(kernel).name.c_str(); }
 const char* peft_ext_kernel_file(int kernel) { return peft_ext::listed(kernel).kernel->file; }
 void peft_ext_set_image_source(PeftExtImageSource source) { peft_ext::image_source.store(source); }
-
-const char* peft_ext_load_kernel(int kernel, int device) {
-  static thread_local std::string error;
-  try {
-    peft_ext::handle_of(*peft_ext::listed(kernel).kernel, device);
-    return nullptr;
-  } catch (const std::exception& caught) {
-    error = caught.what();
-    return error.c_str();
-  }
-}

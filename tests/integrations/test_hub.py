@@ -284,7 +284,6 @@ def test_the_functions_of_the_library_are_those_of_the_pybind11_module(kernel):
     assert len(ours.kernels()) > 100 and any("norm.cuh" in path for path in ours.sources())
     with pytest.raises(ValueError, match="mmx"):
         ours.set_isa("mmx")
-    assert "driver" in ours.load_kernel(0, 0)
 
 
 def test_the_library_gets_machine_code_from_python(kernel):

@@ -7,7 +7,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch  # noqa: F401  the library links with torch's libraries
 
@@ -41,7 +41,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and t
     "source_text": (_TEXT, _INT),
     "set_image_source": (None, _IMAGE_SOURCE),
     "register_operators": (None, _TEXT, _TEXT),
-    "load_kernel": (_TEXT, _INT, _INT),
     "kept_scratch": (ctypes.c_uint64,),
     "release_scratch": (ctypes.c_uint64,),
 }
@@ -123,11 +122,6 @@ def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -
 def register_operators(key: str, namespace: str) -> None:
     """Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of ``torch.ops``."""
     _call("register_operators", key.encode(), namespace.encode())
-
-
-def load_kernel(kernel: int, device: int) -> Optional[str]:
-    """Loads the kernel of this number on a GPU. Returns None, or the reason of the failure."""
-    return _call("load_kernel", kernel, device)
 
 
 def kept_scratch() -> int:
