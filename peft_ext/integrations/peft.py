@@ -30,7 +30,6 @@ from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear
 from ..ops.checks import check_module
-from ..ops.prove import agree
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .adapter_layers.base import (
     FOUR_BIT,
@@ -116,9 +115,8 @@ def accelerate(
             adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
             of ``accelerate``, or until ``restore``.
 
-    The kernels that the model needs are proved before ``accelerate`` returns (``peft_ext.ops.prove``). If
-    torch.distributed's default process group exists, all ranks have to call ``accelerate``, after the model is on its
-    device: a kernel that fails on a rank is then dropped on all ranks.
+    The kernels that the model needs are proved before ``accelerate`` returns (``peft_ext.ops.prove``). ``accelerate``
+    waits for no other process.
 
     Returns: the same model. ``accelerate`` may be called again on the same model. Without dropout, the outputs and
     gradients of a fused layer agree with PEFT's up to rounding. A fused dropout uses the same random generator as PEFT,
@@ -170,7 +168,7 @@ def accelerate(
             "it after peft.get_peft_model",
             stacklevel=2,
         )
-    agree(lambda: explain(model))  # the checks of the layers prove the kernels that the model needs
+    explain(model)  # the checks of the layers prove the kernels that the model needs
     return model
 
 

@@ -152,16 +152,13 @@ class PeftExtCallback(TrainerCallback):
     ) -> None:
         self._seconds, self._spans, self.step_tokens = [], [], []
         self.explanation = self.peak_mib = self.peak_cuda_mib = self._started = None
-        if self.accelerate:
-            from .peft import accelerate
+        from ..ops.prove import agree
+        from .peft import accelerate, explain
 
+        if self.accelerate:
             accelerate(kwargs["model"], blocks=self.blocks, dora_dropout=self.dora_dropout,
                        experts_dropout=self.experts_dropout)  # fmt: skip
-        else:
-            from ..ops.prove import agree
-            from .peft import explain
-
-            agree(lambda: explain(kwargs["model"]))  # the model may have been accelerated before the process group
+        agree(lambda: explain(kwargs["model"]))
         self._watch(kwargs["model"])
 
     def on_step_begin(

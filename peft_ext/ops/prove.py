@@ -15,10 +15,10 @@ When a family is proved:
     CUDA graph is captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
 
 In several processes:
-    :func:`agree` makes all ranks of the default process group drop the families that failed on any rank.
-    :func:`peft_ext.accelerate` calls :func:`agree` if the group exists, and so does ``PeftExtCallback`` when training
-    begins. If the group exists and a family fails outside of :func:`agree`, the call raises RuntimeError, because the
-    other ranks may use the family's kernels, which round in another way than the reference.
+    When training begins, ``PeftExtCallback`` calls :func:`agree`, which makes all ranks of the default process group
+    drop the families that failed on any rank. Nothing else waits for other ranks: one rank alone may call
+    :func:`peft_ext.accelerate` or an operator. A family that fails outside of :func:`agree` is dropped on its rank, and
+    the warning says that the other ranks may use the family's kernels, which round in another way than the reference.
 
 The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
 
@@ -90,7 +90,6 @@ _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
 _gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family: its gates
 _kernels: dict[tuple[str, str], Any] = {}  # by key and operator: the native kernel, which the gate stands before
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
-_agreeing = threading.local()  # has the attribute `now` in the thread that runs `agree`
 _lock = threading.RLock()
 
 
@@ -199,8 +198,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set, or if a family fails, the default process group exists and :func:`agree` is not running; KernelFault;
-    torch.OutOfMemoryError if the proof finds no memory. The families are then still unproved.
+    is set; KernelFault; torch.OutOfMemoryError if the proof finds no memory. The families are then still unproved.
     """
     asked = _asked()
     with _lock:  # other threads that need the family wait here for its proof
@@ -215,13 +213,6 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
             if results and len(by_place) == len(results):
                 settled[family] = by_place
         failed = {family: why for family, by_place in settled.items() for why in by_place.values() if why}
-        if failed and _world() > 1 and not hasattr(_agreeing, "now") and asked != "0":
-            family, why = next(iter(failed.items()))
-            raise RuntimeError(
-                f"peft_ext: {family}: its {key} kernels failed on rank {torch.distributed.get_rank()}: {why}. The "
-                "other ranks may use the kernels. Call peft_ext.accelerate(model) on every rank, after "
-                "init_process_group and after the model is on its device: all ranks then drop the family"
-            )
         if failed and os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0"):
             family, why = next(iter(failed.items()))
             raise RuntimeError(f"peft_ext: {family}: its {key} kernels failed: {why} (PEFT_EXT_REQUIRE is set)")
@@ -324,8 +315,13 @@ def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
         for place, why in by_place.items():
             if why:
                 reasons.setdefault((place, why), []).append(family)
+    others = "" if _world() == 1 else (
+        f" (on rank {torch.distributed.get_rank()}; the other ranks may use the kernels, which round in another way, "
+        "until PeftExtCallback makes all ranks drop them when training begins)"
+    )  # fmt: skip
     for (place, why), dropped in reasons.items():
-        drop(dropped, f"{'its' if len(dropped) == 1 else 'their'} {key} kernels were dropped on {place}: {why}", key)
+        its = "its" if len(dropped) == 1 else "their"
+        drop(dropped, f"{its} {key} kernels were dropped on {place}: {why}{others}", key)
 
 
 def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
@@ -353,12 +349,8 @@ def agree(ask: Callable[[], object]) -> None:
 
     Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``.
     """
-    _agreeing.now = True
-    try:
-        if any(_gates.values()):
-            ask()
-    finally:
-        del _agreeing.now
+    if any(_gates.values()):
+        ask()
     if _world() == 1 or _asked() == "0":
         return
     own = {key: {family: DROPPED[key, name] for family, names in families(key).items()
@@ -392,8 +384,8 @@ def _exchange(own: dict[str, dict[str, str]]) -> list[dict[str, dict[str, str]]]
             store.wait([name], timedelta(seconds=PEERS_SECONDS))
         except RuntimeError as error:
             raise RuntimeError(
-                f"peft_ext: rank {rank} has not called accelerate(model) within {PEERS_SECONDS} s: all ranks have to "
-                "call it, so that they agree on the kernels in use (PEFT_EXT_PROVE=0 agrees on nothing)"
+                f"peft_ext: rank {rank} has not begun to train within {PEERS_SECONDS} s. When training begins, the "
+                "ranks agree on the kernels in use (with PEFT_EXT_PROVE=0 they do not)"
             ) from error
     return [json.loads(value) for value in store.multi_get(names)]
 

@@ -102,8 +102,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_in_processes(processes: int, name: str, results: Results) -> None:
     found, out = results[processes]
     for rank, done in enumerate(found):
-        if name not in done and any(outcome != "ok" for other in found for outcome in other.values()):
-            pytest.fail(f"not reached: another check failed before it, of processes {processes}")
+        failed = [(other, outcome) for results in found for other, outcome in results.items() if outcome != "ok"]
+        if name not in done and failed:
+            pytest.fail(f"process {rank} did not reach the check, because of {failed[0][0]}: {failed[0][1]}")
         assert done.get(name) == "ok", f"process {rank}: {done.get(name, 'not reached')}\n{out[-4000:]}"
 
 

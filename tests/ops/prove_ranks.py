@@ -1,10 +1,10 @@
-"""Runs one of two processes of test_prove.py: on rank 1 the proof of the family ia3 fails.
+"""Runs one of two processes of test_prove_ranks.py: on rank 1 the proof of the family ia3 fails.
 
     python prove_ranks.py SCENARIO FOLDER RANK
 
-Writes FOLDER/RANK.json. Scenarios: ``accelerate`` (the process group exists before ``accelerate``), ``callback``
-(``accelerate`` runs before the process group exists, and the trainer's callback after), ``alone`` (rank 0 alone waits
-for an agreement, and rank 1 calls an operator).
+Writes FOLDER/RANK.json. Scenarios: "accelerated before the group" and "accelerated in the group" (``accelerate`` runs
+before or after the process group exists, and the trainer's callback after both), "alone" (rank 1 alone calls
+``accelerate``, and then rank 0 alone begins to train).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch  # noqa: E402  the environment comes first
 import torch.distributed as dist  # noqa: E402
 
 import peft_ext  # noqa: E402
+from peft_ext.integrations.transformers import PeftExtCallback  # noqa: E402
 from peft_ext.ops import prove  # noqa: E402
 
 native = prove.native_op
@@ -59,33 +60,26 @@ def trained(model: torch.nn.Module) -> list[Any]:
 found: dict[str, Any] = {}
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    if what == "alone":
+    if what != "accelerated before the group":
         start()
+    if what != "alone" or rank == 1:
+        model = peft_ext.accelerate(made())
+    if what == "alone":
+        dist.barrier()
         prove.PEERS_SECONDS = 3
         try:
             if rank == 0:
-                prove.agree(lambda: prove.settle("CPU", ["ia3"]))
-            else:
-                peft_ext.ops.ia3_scale(torch.ones(2, 8), torch.ones(8))
+                prove.agree(lambda: None)
         except RuntimeError as error:
             found["error"] = str(error)
-        (folder / f"done{rank}").write_text("")
-        while not (folder / f"done{1 - rank}").exists():  # rank 0's store ends with rank 0
-            pass
     else:
-        if what == "accelerate":
+        if what == "accelerated before the group":
             start()
-        model = peft_ext.accelerate(made())
-        if what == "callback":
-            from peft_ext.integrations.transformers import PeftExtCallback
-
-            start()
-            PeftExtCallback().on_train_begin(SimpleNamespace(device=torch.device("cpu")), None, None, model=model)
+        PeftExtCallback().on_train_begin(SimpleNamespace(device=torch.device("cpu")), None, None, model=model)
         found["bits"] = trained(model)
         found["fused"] = [row.fused for row in peft_ext.explain(model).rows]
-        dist.barrier()
+    dist.barrier()
 found["warned"] = "\n".join(str(warning.message) for warning in said)
 found["dropped"] = [name for key, name in prove.DROPPED if key == "CPU"]
 (folder / f"{rank}.json").write_text(json.dumps(found))
-if dist.is_initialized():
-    dist.destroy_process_group()
+dist.destroy_process_group()

@@ -5,7 +5,6 @@ The tests of a GPU simulate a card: the kernels are the CPU's or, for the emulat
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -566,35 +565,3 @@ def test_a_new_card_s_proof_says_what_it_proves_and_a_cpu_s_only_if_it_is_long(
     monkeypatch.setenv("LOCAL_RANK", "1")
     next_process(monkeypatch, "always")
     assert capsys.readouterr().err == ""
-
-
-# --- ranks ------------------------------------------------------------------------------------------------------------
-
-RANKS = Path(__file__).with_name("prove_ranks.py")
-
-
-def ranks(tmp_path: Path, what: str) -> list[dict[str, Any]]:
-    """Returns what each of two processes found in the scenario ``what`` of prove_ranks.py."""
-    command = [sys.executable, str(RANKS), what, str(tmp_path)]
-    runs = [subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
-    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
-@pytest.mark.parametrize("what", ["accelerate", "callback"])
-def test_all_ranks_drop_what_fails_on_one_and_give_equal_bits(tmp_path: Path, what: str) -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
-    first, second = ranks(tmp_path, what)
-    assert first["dropped"] == second["dropped"] == families("CPU")["ia3"]
-    assert first["bits"] == second["bits"] and first["fused"] == second["fused"] == [False] * 2
-    assert "dropped on rank 1, and so on all ranks" in first["warned"] and "is off" in second["warned"]
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
-def test_a_rank_that_fails_or_waits_alone_is_an_error(tmp_path: Path) -> None:
-    first, second = ranks(tmp_path, "alone")
-    assert "ia3: its CPU kernels failed on rank 1" in second["error"]
-    assert "rank 1 has not called accelerate" in first["error"]
