@@ -45,17 +45,24 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
-    """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``."""
+    """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
+
+    The ranks share the examples. The sum of an example's losses does not depend on the number of ranks.
+    """
     model.eval()
-    examples, sums = run.examples.held_out, []
-    for index in bar(range(len(examples)), "held-out loss", "example") if chosen is None else chosen:
+    examples, ranks, found = run.examples.held_out, run.ranks, {}
+    wanted = list(range(len(examples)) if chosen is None else chosen)
+    share = [wanted[place] for place in ranks.mine(len(wanted))]
+    for index in bar(share, "held-out loss", "example") if chosen is None else share:
+        if run.stop.training and run.stop.signal:
+            break
         batch = collate(run, [examples[index]])
         logits, labels = logits_of(model, batch)[0, :-1], batch["labels"][0, 1:]
         total = 0.0
-        for part, wanted in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
-            total += cross_entropy(part.float(), wanted, reduction="sum", ignore_index=IGNORED).item()
-        sums.append((total, int((labels != IGNORED).sum())))
-    return sums
+        for part, targets in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
+            total += cross_entropy(part.float(), targets, reduction="sum", ignore_index=IGNORED).item()
+        found[index] = total, int((labels != IGNORED).sum())
+    return list(ranks.merged(found).values())
 
 
 def mean_loss(losses: Losses) -> float:
@@ -79,8 +86,8 @@ def curve_examples(run: Run) -> list[int]:
     def tokens(examples: list[Any]) -> float:
         return sum(len(e["input_ids"]) for e in examples) / len(examples)
 
-    o, there = run.options, len(run.examples.held_out)
-    trained = run.steps * o.batch_size * o.grad_accum * tokens(run.examples.train)
+    there = len(run.examples.held_out)
+    trained = run.steps * run.step_examples * tokens(run.examples.train)
     count = int(HELD_OUT_SHARE * trained / HELD_OUT_POINTS / tokens(run.examples.held_out))
     earlier = trainer_history(run.checkpoint)
     count = next((entry["held_out_examples"] for entry in earlier if "held_out_examples" in entry), count)
@@ -126,6 +133,12 @@ def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with status("answering a prompt"):
         return continued(model.eval(), run.tokenizer, inputs, count, has_prompt=run.is_prompt_method)
+
+
+def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
+    """Returns the model's answers to the prompts, each of which one rank answers."""
+    share = {index: answer(run, model, prompts[index]) for index in run.ranks.mine(len(prompts))}
+    return list(run.ranks.merged(share).values())
 
 
 def continued(

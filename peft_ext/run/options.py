@@ -66,7 +66,7 @@ class Options:
     block_size: int = _option(256, "Most tokens of a training example.", "Data", 8)
     max_steps: Optional[int] = _option(None, f"Training steps. Default: {DEFAULT_STEPS}.", "Training", 1)
     epochs: Optional[float] = _option(None, "Epochs, instead of --max-steps.", "Training")
-    batch_size: int = _option(4, "Examples of a batch.", "Training", 1)
+    batch_size: int = _option(4, "Examples of a batch, in each process.", "Training", 1)
     grad_accum: int = _option(1, "Batches of a step.", "Training", 1)
     lr: Optional[float] = _option(None, "Largest learning rate. Default: the method's; lora 2e-4.", "Training")
     warmup: float = _option(0.05, "Steps, or a fraction of the steps.", "Training")
@@ -103,8 +103,9 @@ class Options:
 
 
 # _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
-_FREE_ON_RESUME = ("output", "max_steps", "epochs", "save_steps", "gradient_checkpointing", "threads", "resume",
-                   "overwrite", "prompt")  # fmt: skip
+# Also batch_size and grad_accum may differ, if the examples of a step, over all processes, stay as many.
+_FREE_ON_RESUME = ("output", "max_steps", "epochs", "batch_size", "grad_accum", "save_steps", "gradient_checkpointing",
+                   "threads", "resume", "overwrite", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
 
 Options.__doc__ = f"{Options.__doc__}\n    Attributes:\n" + "".join(
