@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 import torch
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import Elsewhere, Interrupted, RunError, Stop
 from .launch import ALONE, Launch, address, read_launch
@@ -206,11 +208,16 @@ class Ranks:
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
             raise Elsewhere(told["text"]) from error
-        text = self._why_lost(error, hint) if lost else str(error)
+        if lost:
+            text = self._why_lost(error, hint)
+        elif isinstance(error, Interrupted) and (gone := self._gone()):
+            lost, text = True, self._ended(gone, hint)  # the launcher ends the ranks after the first
+        else:
+            text = str(error)
         if isinstance(error, RunError) and not getattr(error, "of_all_ranks", False):
             text = f"{self.who(self.rank)}: {text}"
         told = self._tell(text)
-        if isinstance(error, Interrupted):
+        if isinstance(error, Interrupted) and not lost:
             error.silent = told["rank"] != self.rank
             if error.silent:
                 self._let_speak()
@@ -246,22 +253,36 @@ class Ranks:
 
     def _why_lost(self, error: BaseException, hint: Callable[[], str]) -> str:
         """Returns the error of the run for an exchange that failed because another rank ended or came too late."""
-        late = any(text in str(error) for text in _LATE)
-        with contextlib.suppress(RuntimeError):
+        gone = self._gone()
+        if any(text in str(error) for text in _LATE):
+            behind = min(gone or range(self.world), key=lambda rank: self._place(rank)[0])
+            place, seconds = self._place(behind)[1], wait_seconds()
+            return f"{self.who(behind)} has come no further than {place} within {seconds:g} s{hint()}"
+        return self._ended(gone, hint)
+
+    def _ended(self, gone: list[int], hint: Callable[[], str]) -> str:
+        if not gone:
+            return f"another process of the run ended, and the exchange of the ranks with it{hint()}"
+        named = "one of " * (len(gone) > 1) + ", ".join(map(self.who, gone))
+        return (f"{named} ended without an error message, after {self._place(gone[0])[1]}: a signal ended the process, "
+                f"or the system for lack of memory{hint()}")  # fmt: skip
+
+    def _gone(self) -> list[int]:
+        """Returns the ranks that give no sign within _SETTLE seconds; all ranks alive call the method."""
+        with contextlib.suppress(RuntimeError):  # the store's process has ended
             self._store.set(f"{self._key}/alive/{self.rank}", "")
             time.sleep(_SETTLE)
-            at = [self._store.get(name).decode().partition(" ") if self._store.check([name]) else ("0", "", "the start")
-                  for name in (f"{self._key}/at/{rank}" for rank in range(self.world))]  # fmt: skip
-            gone = [rank for rank in range(self.world) if not self._store.check([f"{self._key}/alive/{rank}"])]
-            behind = min(gone or range(self.world), key=lambda rank: int(at[rank][0]))
-            if late:
-                place, seconds = at[behind][2], wait_seconds()
-                return f"{self.who(behind)} has come no further than {place} within {seconds:g} s{hint()}"
-            if gone:
-                named = ", ".join(map(self.who, gone))
-                return (f"{named} ended without an error message, after {at[gone[0]][2]}: a signal ended the process, "
-                        f"or the system for lack of memory{hint()}")  # fmt: skip
-        return f"another process of the run ended, and the exchange of the ranks with it{hint()}"
+            return [rank for rank in range(self.world) if not self._store.check([f"{self._key}/alive/{rank}"])]
+        return []
+
+    def _place(self, rank: int) -> tuple[int, str]:
+        """Returns the number and the name of the last place that a rank has noted with :meth:`at`."""
+        name = f"{self._key}/at/{rank}"
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([name]):
+                count, _, place = self._store.get(name).decode().partition(" ")
+                return int(count), place
+        return 0, "the start"
 
 
 def wait_seconds() -> float:
@@ -292,38 +313,73 @@ def joined() -> Iterator[Ranks]:
     if launch.world == 1:
         yield Ranks(launch)
         return
-    if not exists:
-        _start_group(launch)
-    ranks = _of_group(launch)
+    try:
+        ranks = _of_group(launch, None if exists else _start_group(launch))
+    except (RuntimeError, ValueError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({line})") from None
     with _silent(not ranks.speaks):
         yield ranks
     if not exists:  # after an error the group stays: taking the group down would wait for the other ranks
         distributed.destroy_process_group()
 
 
-def _start_group(launch: Launch) -> None:
+def _start_group(launch: Launch) -> Any:
+    """Makes the default process group, and returns the store that only the processes of this start use."""
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
     host, port = address(launch)
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(launch.rank),
                    "WORLD_SIZE": str(launch.world)}  # fmt: skip
+    seconds = timedelta(seconds=wait_seconds())
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=seconds))
+    store = PrefixStore(_name_of_start(store, launch), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=wait_seconds()))
-    except (RuntimeError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"rank {launch.rank}: no connection to the other ranks at {host}:{port} ({line})") from None
+    torch.distributed.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
+    )  # fmt: skip
+    return store
 
 
-def _of_group(launch: Launch) -> Ranks:
+def _name_of_start(store: Any, launch: Launch) -> str:
+    """Returns a name for this start of the processes, which is equal on all ranks.
+
+    The store of torchrun outlives the processes that torchrun starts again, with the addresses of the ended processes
+    in it (PyTorch 2.13). Rank 0 draws the name and answers each call in the store; the calls of ended processes get an
+    answer that nobody reads. Rank 0 is done when each other rank has confirmed that it has the name.
+    """
+    calls, seconds = "peft_ext/calls", timedelta(seconds=wait_seconds())
+    if launch.rank > 0:
+        me = secrets.token_hex(8)
+        store.set(f"{calls}/{store.add(calls, 1)}", me)
+        store.wait([f"{calls}/{me}"], seconds)
+        name = store.get(f"{calls}/{me}").decode()
+        store.add(f"{name}/confirmed", 1)
+        return name
+    name, answered, end = f"peft_ext/{secrets.token_hex(8)}", 0, time.monotonic() + wait_seconds()
+    while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
+        while answered < store.add(calls, 0):
+            answered += 1
+            store.wait([f"{calls}/{answered}"], seconds)
+            store.set(f"{calls}/{store.get(f'{calls}/{answered}').decode()}", name)
+        if time.monotonic() > end:
+            raise RunError(f"only {count + 1} of {launch.world} processes have come within {wait_seconds():g} s")
+        time.sleep(0.02)
+    return name
+
+
+def _of_group(launch: Launch, store: Any) -> Ranks:
     """Returns the ranks of the default process group, and completes the variables that accelerate reads."""
     distributed = torch.distributed
-    group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=wait_seconds()))
-    ranks = Ranks(launch, distributed.distributed_c10d._get_default_store(), group)
+    group = None
+    if distributed.get_backend() != "gloo":
+        group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=wait_seconds()))
+    store = store or PrefixStore("peft_ext", distributed.distributed_c10d._get_default_store())
+    ranks = Ranks(launch, store, group)
     host = socket.gethostname()
     node = os.environ.get("GROUP_RANK", host) if launch.launcher == "torchrun" else host
     found = ranks.gather((secrets.token_hex(8), node, host))
-    ranks._key = f"peft_ext/{found[0][0]}"
+    ranks._key = found[0][0]
     ranks._hosts = [name for _, _, name in found]
     nodes = [name for _, name, _ in found]
     there = [rank for rank, name in enumerate(nodes) if name == node]
