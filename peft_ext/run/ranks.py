@@ -62,6 +62,11 @@ class Ranks:
         """Whether this rank writes the run's files and its log."""
         return self.rank == 0
 
+    def described(self) -> str:
+        """Returns the number of processes and of machines and the launcher, in words."""
+        machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
+        return f"{self.world}{machines}, by {self.launch.launcher}"
+
     # --- exchanges ----------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:

@@ -57,6 +57,7 @@ class Record:
             "machine": {
                 **machine(), "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
                 "system": f"{platform.system()} {platform.machine()}",
+                **({"processes": run.ranks.described()} if run.ranks.world > 1 else {}),
             },
             "examples": {
                 "train": len(run.examples.train), "held_out": len(run.examples.held_out), "kind": run.corpus.kind,

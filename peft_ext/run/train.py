@@ -397,9 +397,8 @@ def _describe(run: Run) -> None:
         log.info(f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
     if run.ranks.world > 1:
-        over = f" on {run.ranks.nodes} machines" if run.ranks.nodes > 1 else ""
-        log.info(f"processes: {run.ranks.world}{over}, by {run.ranks.launch.launcher}; a step has {run.step_examples} "
-                 f"examples, {o.batch_size * o.grad_accum} of each process")  # fmt: skip
+        log.info(f"processes: {run.ranks.described()}; a step has {run.step_examples} examples, "
+                 f"{o.batch_size * o.grad_accum} of each process")  # fmt: skip
 
 
 def _log_end(run: Run, record: Record, check: Check) -> None:
