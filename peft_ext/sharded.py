@@ -41,11 +41,11 @@ from .sources.tensor_files import TensorFiles
 from .weight import NF4Weight
 
 with required("peft", "peft_ext.sharded"):
-    from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.dora import DoraLinearLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     has(DoraLinearLayer, "update_layer")
+    has(BaseTuner, "_replace_module")
     has(BaseTunerLayer, "_move_adapter_to_device_of_base_layer")
 
 __all__ = ["MetaBase", "adapter_values", "meta_base", "shard_and_load"]
@@ -183,47 +183,66 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
     """Within the context, PEFT adds adapters with values on ``device`` to a base on the meta device.
 
-    PEFT draws an adapter's initial values on the CPU, casts them to the base's dtype and moves the adapter to the
-    base's device, where the values of an adapter over the meta device are lost. Within the context such an adapter is
-    moved to ``device``. The values equal those of an adapter over a base on ``device``. Exception: DoRA's magnitude is
-    the norm of a base weight, and stays on the meta device until :func:`shard_and_load` reads the weight.
+    PEFT draws an adapter's initial values on the CPU, casts the values to the base's dtype and moves the values to the
+    base's device. Over a base on the meta device the values would be lost: within the context PEFT moves the values to
+    ``device``, and the values equal those of an adapter over a base on ``device``. Exception: DoRA's magnitude is the
+    norm of a base weight, and stays on the meta device until :func:`shard_and_load` reads the weight.
     """
-    name = "_move_adapter_to_device_of_base_layer"
-    kinds = [kind for kind in {BaseTunerLayer, *_subclasses(BaseTunerLayer)} if name in vars(kind)]
-    stock = {kind: vars(kind)[name] for kind in kinds}
-    update = DoraLinearLayer.update_layer
 
-    def keeping(move: Any) -> Any:
+    def moving(move: Any) -> Any:
         @functools.wraps(move)
         def run(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-            values = {name: tensor for name, tensor in _tensors(layer) if not tensor.is_meta}
-            move(layer, *args, **kwargs)
-            for name, tensor in list(_tensors(layer)):
-                if tensor.is_meta and name in values:
-                    owner, _, local = name.rpartition(".")
-                    value = values[name].detach().to(device, tensor.dtype)
-                    if isinstance(tensor, nn.Parameter):
-                        value = nn.Parameter(value, tensor.requires_grad)
-                    held = layer.get_submodule(owner)
-                    (held._parameters if local in held._parameters else held._buffers)[local] = value
+            with _kept(layer, device):
+                move(layer, *args, **kwargs)
 
         return run
 
-    @functools.wraps(update)
-    def update_layer(layer: Any, *, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, **kwargs: Any) -> None:
-        if any(parameter.is_meta for parameter in base_layer.parameters()):
-            lora_A, lora_B = lora_A.to("meta"), lora_B.to("meta")
-        update(layer, base_layer=base_layer, lora_A=lora_A, lora_B=lora_B, **kwargs)
+    def replacing(replace: Any) -> Any:
+        @functools.wraps(replace)
+        def run(tuner: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+            with _kept(new_module, device):
+                replace(tuner, parent, child_name, new_module, child)
 
+        return run
+
+    def updating(update: Any) -> Any:
+        @functools.wraps(update)
+        def run(layer: Any, *, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, **kwargs: Any) -> None:
+            if any(parameter.is_meta for parameter in base_layer.parameters()):
+                lora_A, lora_B = lora_A.to("meta"), lora_B.to("meta")
+            update(layer, base_layer=base_layer, lora_A=lora_A, lora_B=lora_B, **kwargs)
+
+        return run
+
+    stock = []
+    for kind, name, wrap in (
+        (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", moving), (BaseTuner, "_replace_module", replacing),
+        (DoraLinearLayer, "update_layer", updating),
+    ):  # fmt: skip
+        stock += [(one, name, vars(one)[name], wrap) for one in {kind, *_subclasses(kind)} if name in vars(one)]
     try:
-        for kind in kinds:
-            setattr(kind, name, keeping(stock[kind]))
-        DoraLinearLayer.update_layer = update_layer
+        for kind, name, method, wrap in stock:
+            setattr(kind, name, wrap(method))
         yield
     finally:
-        DoraLinearLayer.update_layer = update
-        for kind in kinds:
-            setattr(kind, name, stock[kind])
+        for kind, name, method, _ in stock:
+            setattr(kind, name, method)
+
+
+@contextlib.contextmanager
+def _kept(module: nn.Module, device: Union[str, torch.device]) -> Iterator[None]:
+    """Moves the tensors of ``module`` to ``device`` that the block moves to the meta device; casts stay."""
+    values = {name: tensor.detach() for name, tensor in _tensors(module) if not tensor.is_meta}
+    yield
+    for name, tensor in list(_tensors(module)):
+        if not tensor.is_meta or name not in values:
+            continue
+        value, (owner, _, local) = values[name].to(device, tensor.dtype), name.rpartition(".")
+        held = module.get_submodule(owner)
+        if isinstance(tensor, nn.Parameter):
+            held._parameters[local] = nn.Parameter(value, tensor.requires_grad)
+        else:
+            held._buffers[local] = value
 
 
 def _subclasses(kind: type) -> Iterator[type]:
