@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from .nn.experts import is_stored_transposed
 from .quantize import quantize_meta
 from .sources.conversion import Group, plan
 from .sources.json_file import first_line, raised_as
-from .sources.model import SourceError, base_model, widen
+from .sources.model import SourceError, widen
 from .sources.tensor_files import TensorFiles
 from .weight import NF4Weight
 
@@ -50,7 +51,7 @@ with required("peft", "peft_ext.sharded"):
 
 __all__ = ["MetaBase", "adapter_values", "meta_base", "shard_and_load"]
 
-PIECE = 16 << 20  # bytes of a dense weight that are read at once
+PIECE = 4 << 20  # bytes of a dense weight that are read at once
 METHODS = ("LORA", "IA3")  # PEFT's names of the methods whose adapters can be sharded
 _INITS = (True, False, "gaussian", "orthogonal")  # values of init_lora_weights that need no values of the base
 _LISTS = ("layers", "h", "blocks")  # names of the list of decoder layers in transformers' models
@@ -341,7 +342,9 @@ class _Loader:
     def __init__(self, model: nn.Module, base: MetaBase, mesh: Any, group: Any) -> None:
         self.model, self.base, self.group = model, base, group
         kind = mesh.device_type
-        self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+        self.device = (
+            torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+        )
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.shard, self.shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
         self.turn = 0
@@ -404,7 +407,7 @@ class _Loader:
             return
         try:
             self._read(group, *places[0])
-        except (SourceError, MemoryError, RuntimeError) as error:
+        except Exception as error:  # raised in _agree, in all processes
             self.error = self.error or error
 
     # --- a tensor of which each process reads its own rows ------------------------------------------------------------
@@ -418,7 +421,7 @@ class _Loader:
         tied = not tensor.is_meta  # the files have the tensor under both names
         held = tensor if tied else self._new(tensor)
         rows, start = held.to_local(), self._bounds(held.shape[0])[0]
-        size = max(1, PIECE // max(1, held[:1].numel() * 4))
+        size = max(1, PIECE // max(1, math.prod(held.shape[1:]) * group.dtype.itemsize))
         for at in range(0, rows.shape[0], size):
             piece = rows[at : at + size]
             came = group.rows(start + at, start + at + piece.shape[0]).to(self.device, piece.dtype)
@@ -445,7 +448,9 @@ class _Loader:
     def _share(self, group: Group, places: list[tuple[nn.Module, str]]) -> None:
         """Makes the tensors of a group in one process of the node, sends the tensors, and keeps this process's shard."""
         self.turn, owner = self.turn + 1, self.turn % self.ranks
-        doras = [dora for module, attribute in places if attribute == "weight" for dora in self.doras.get(id(module), ())]
+        doras = [
+            dora for module, attribute in places if attribute == "weight" for dora in self.doras.get(id(module), ())
+        ]
         factors = [_factors(layer, name) for layer, name in doras]  # all processes of the mesh gather the factors
         targets = [target for module, attribute in places for target in _targets(module, attribute)]
         targets += [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras]
@@ -453,12 +458,14 @@ class _Loader:
         if self.rank == owner:
             try:
                 made = self._made(group, factors, doras)
-            except (SourceError, MemoryError, RuntimeError) as error:
+            except Exception as error:  # raised in _agree, because the other processes wait for this process's tensors
                 self.error = self.error or error
         source = dist.get_global_rank(self.group, owner)
         for module, name in targets:
             like = module._parameters[name] if name in module._parameters else module._buffers[name]
-            tensor = made.pop(0).to(self.device) if made else torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+            tensor = (
+                made.pop(0).to(self.device) if made else torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+            )
             tensor = tensor.contiguous()
             dist.broadcast(tensor.reshape(-1).view(torch.uint8), source, self.group)
             self._keep(module, name, tensor)

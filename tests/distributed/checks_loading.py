@@ -32,7 +32,7 @@ from peft_ext.model import register_layers
 from peft_ext.nn import NF4Linear
 from peft_ext.run.train import load_base
 from peft_ext.sharded import adapter_values, meta_base, shard_and_load
-from peft_ext.sources.model import SourceError
+from peft_ext.sources.model import INDEX, SourceError
 
 FLOATS = (torch.bfloat16, torch.float32)
 
@@ -106,9 +106,13 @@ def assert_same_bits(model: nn.Module, alone: nn.Module) -> None:
 @check
 def loading_gives_the_bits_of_one_process(folder: Path) -> None:
     """Tests one file and several files, tied and untied heads, and experts that transformers joins while it loads."""
-    for name, tied, options in (("Llama", False, {"max_shard_size": "100KB"}), ("Llama", True, {}), ("Mixtral", False, {})):
+    for name, tied, options in (
+        ("Llama", False, {"max_shard_size": "100KB"}),
+        ("Llama", True, {}),
+        ("Mixtral", False, {}),
+    ):
         path = saved(folder, name, tied, **options)
-        assert (path / "model.safetensors.index.json").exists() is bool(options)
+        assert (path / INDEX).exists() is bool(options)
         for dtype in FLOATS:
             for quant in ("none", "nf4"):
                 base = on_meta(path, dtype, quant)
@@ -164,3 +168,179 @@ def loading_starts_dora_from_given_factors(folder: Path) -> None:
         with adapter_values("cpu"):
             model = adapted(base.model, config_of("DoRA", init_lora_weights=False))
         assert_same_bits(shard_and_load(model, base, mesh_of()), alone)
+
+
+@check
+def loading_for_hybrid_sharding_and_several_nodes(folder: Path) -> None:
+    """Tests a mesh of two dimensions, and nodes that read the files separately."""
+    rank = dist.get_rank()
+    for dtype, quant, mesh, node in (
+        (torch.float32, "nf4", mesh_of(2), rank // 2), (torch.bfloat16, "none", mesh_of(2), None),
+        (torch.float32, "nf4", mesh_of(), rank % 2), (torch.bfloat16, "nf4", mesh_of(), rank),
+    ):  # fmt: skip
+        path = saved(folder)
+        alone = adapted(loaded(path, dtype, quant), config_of("DoRA"))
+        base = on_meta(path, dtype, quant)
+        with adapter_values("cpu"):
+            model = adapted(base.model, config_of("DoRA"))
+        assert_same_bits(shard_and_load(model, base, mesh, node=node), alone)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+LARGE = Sizes(hidden=512, inner=2048, layers=8, heads=8, kv_heads=8, vocab=512)
+SLACK = 6 << 20  # bytes of Python objects, of buffers of gloo, and of freed memory that malloc keeps
+
+
+class Peak:
+    """Measures the growth of this process's resident memory in the context, in bytes: at the peak, and at the end."""
+
+    growth = kept = 0
+
+    def __enter__(self) -> Peak:
+        ctypes.CDLL(None).malloc_trim(0)
+        self.before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.growth = _status("VmHWM") - self.before
+        self.kept = _status("VmRSS") - self.before
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{name}:\s*(\d+) kB$", text, re.MULTILINE)[1]) << 10
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in {id(t): t for t in tensors}.values())
+
+
+@check
+def loading_peaks_at_the_shard_and_one_layer(folder: Path) -> None:
+    """Tests the peak memory against the shard and one decoder layer in bfloat16 with its quantized form."""
+    if not Path("/proc/self/clear_refs").exists():
+        return
+    path = saved(folder, sizes=LARGE)
+    for dtype, quant in ((torch.bfloat16, "none"), (torch.float32, "nf4")):
+        base = on_meta(path, dtype, quant)
+        layer = sum(
+            parameter.numel() for parameter in base.layers[0].parameters() if parameter.dtype is not torch.uint8
+        )
+        packed = sum(tensor.nbytes for _, tensor in sharded._tensors(base.layers[0]) if tensor.dtype is torch.uint8)
+        layer = 2 * (
+            layer + sum(m.in_features * m.out_features for m in base.layers[0].modules() if type(m) is NF4Linear)
+        )
+        with Peak() as peak:
+            model = shard_and_load(base.model, base, mesh_of())
+        shard = bytes_of(tensors_of(model).values())
+        assert peak.growth <= shard + layer + packed + SLACK, (dtype, quant, peak.growth, shard, layer, packed)
+        whole = bytes_of(loaded(path, dtype, quant).parameters())
+        assert whole > 1.4 * shard, (whole, shard)
+        del model, base
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _changed(path: Path, copy: Path, change: Any) -> Path:
+    """Writes a copy of a model with one file, whose tensors ``change`` edits."""
+    shutil.copytree(path, copy)
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@check
+def loading_names_the_tensor_that_is_wrong(folder: Path) -> None:
+    """Tests that the errors of one process name file and tensor, without communication."""
+    path, mine = saved(folder), folder / f"of-{dist.get_rank()}"
+    name, file = "model.layers.1.mlp.up_proj.weight", "model.safetensors"
+    changes = {
+        f"the files lack {name}, which would be random": lambda t: t.pop(name),
+        f"{file}: {name}: {name} has shape (64, 64), wanted (128, 64)": lambda t: t.update(
+            {name: t[name][:64].clone()}
+        ),
+        f"{file}: {name} is torch.int8, wanted floats": lambda t: t.update({name: t[name].to(torch.int8)}),
+        f"{file}: lm_head.weight": lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].clone()}),
+    }
+    for number, (text, change) in enumerate(changes.items()):
+        with raises(SourceError, text):
+            on_meta(_changed(path, mine / str(number), change), torch.float32, "nf4")
+    several = saved(folder / "several", max_shard_size="100KB")
+    index = json.loads((several / INDEX).read_text())
+    first, *_, end = sorted(set(index["weight_map"].values()))
+    lacking = shutil.copytree(several, mine / "lacking")
+    (lacking / end).unlink()
+    with raises(SourceError, f"has no {end}"):
+        on_meta(lacking, torch.float32, "none")
+    moved = next(name for name, held in index["weight_map"].items() if held == end)
+    index["weight_map"][moved] = first
+    other = shutil.copytree(several, mine / "other")
+    (other / INDEX).write_text(json.dumps(index))
+    with raises(SourceError, f"{first}: no tensor {moved}, which {INDEX} names"):
+        on_meta(other, torch.float32, "none")
+    config = AutoConfig.from_pretrained(path)
+    config.quantization_config = {"quant_method": "fp8"}
+    with raises(SourceError, "the weights are quantized, wanted dense weights"):
+        meta_base(path, config, dtype=torch.float32)
+    base = on_meta(path, torch.float32, "none")
+    base.model._no_split_modules, base.model.config.num_hidden_layers = ["Block"], 5
+    with raises(SourceError, "LlamaForCausalLM: no list of decoder layers, wanted a list of Block"):
+        sharded.decoder_layers(base.model)
+
+
+@check
+def loading_fails_in_all_processes(folder: Path) -> None:
+    """Tests that all processes raise where the file of one process changes after the headers were read."""
+    path, last = saved(folder), dist.get_rank() == dist.get_world_size() - 1
+    about = "" if last else f"process {dist.get_world_size() - 1}: "
+    mine = shutil.copytree(path, folder / f"at-{dist.get_rank()}")
+    for quant in ("none", "nf4"):
+        base = on_meta(mine, torch.float32, quant)
+        with _cut(mine / "model.safetensors", 1000 if last else None):
+            with raises(SourceError, f"{about}model {folder}/at-{dist.get_world_size() - 1}/model.safetensors: "):
+                shard_and_load(base.model, base, mesh_of())
+    base = on_meta(mine, torch.float32, "none")
+    if last:
+        (mine / "model.safetensors").unlink()
+    with raises(SourceError, "model.safetensors: No such file or directory"):
+        shard_and_load(base.model, base, mesh_of())
+    dist.barrier()
+
+
+@contextlib.contextmanager
+def _cut(file: Path, size: Optional[int]) -> Iterator[None]:
+    """Cuts ``file`` off within the context, unless ``size`` is None."""
+    held = file.read_bytes()
+    if size is not None:
+        os.truncate(file, size)
+    yield
+    file.write_bytes(held)
+
+
+@check
+def loading_refuses_what_it_cannot_shard(folder: Path) -> None:
+    """Tests tied weights with two values, methods without shards, and adapters without values."""
+    path = saved(folder, tied=True)
+    mine = _changed(
+        path, folder / f"two-{dist.get_rank()}", lambda t: t.update({"lm_head.weight": torch.ones(128, 64)})
+    )
+    base = on_meta(mine, torch.float32, "none")
+    with raises(
+        SourceError,
+        "model.safetensors: model.embed_tokens.weight: the configuration ties model.embed_tokens.weight to another",
+    ):
+        shard_and_load(base.model, base, mesh_of())
+    adalora = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    for config, text, device in (
+        (adalora, "the adapter is ADALORA, wanted one of LORA, IA3 for a sharded model", "cpu"),
+        (config_of("LoRA"), "lora_A.default.weight has no values: add the adapter within adapter_values(device)", None),
+    ):
+        base = on_meta(path, torch.float32, "nf4")
+        with adapter_values(device) if device else contextlib.nullcontext():
+            model = peft.get_peft_model(base.model, config)
+        with raises(SourceError, text):
+            shard_and_load(model, base, mesh_of())
