@@ -1,8 +1,8 @@
 """Plans how the tensors of a model are made from the tensors in its files, by the conversions of transformers.
 
 transformers renames the tensors of many checkpoints while it loads them, and joins or splits some tensors: Mixtral's
-files have each expert's w1, w2 and w3, and the model has gate_up_proj and down_proj of all experts. :func:`plan` applies
-transformers' own renamings to the names alone, and checks names, shapes and dtypes before any weight is read.
+files have each expert's w1, w2 and w3, and the model has gate_up_proj and down_proj of all experts. :func:`plan`
+applies transformers' own renamings to the names alone, and checks names, shapes and dtypes before any weight is read.
 :class:`Group` then reads and converts the tensors of one group, or only the rows that a process needs.
 """
 

@@ -1,8 +1,8 @@
 """Reads parts of the tensors in a model's safetensors files, without mapping the files into memory.
 
 ``safetensors.safe_open`` maps a whole file, and each page that was read stays in the process's resident memory while
-the file is open. :class:`TensorFiles` reads bytes with ``preadv`` into new tensors, so that the resident memory grows by
-the bytes of these tensors only.
+the file is open. :class:`TensorFiles` reads bytes with ``preadv`` into new tensors, so that the resident memory grows
+by the bytes of these tensors only.
 """
 
 from __future__ import annotations

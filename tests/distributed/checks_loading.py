@@ -27,11 +27,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 import peft_ext
-from peft_ext import sharded
+from peft_ext.methods import method_config
 from peft_ext.model import register_layers
 from peft_ext.nn import NF4Linear
+from peft_ext.nn.experts import adapter_fields
 from peft_ext.run.train import load_base
-from peft_ext.sharded import adapter_values, meta_base, shard_and_load
+from peft_ext.sharded import MetaBase, adapter_values, load, meta_base, shard_and_load
+from peft_ext.sharded.adapter import tensors_of as named_tensors
+from peft_ext.sharded.base import decoder_layers
 from peft_ext.sources.model import INDEX, SourceError
 
 FLOATS = (torch.bfloat16, torch.float32)
@@ -54,7 +57,7 @@ def loaded(path: Path, dtype: torch.dtype, quant: str) -> nn.Module:
     return load_base(SimpleNamespace(options=options, folder=path, device=torch.device("cpu"), dtype=dtype))
 
 
-def on_meta(path: Path, dtype: torch.dtype, quant: str) -> sharded.MetaBase:
+def on_meta(path: Path, dtype: torch.dtype, quant: str) -> MetaBase:
     return meta_base(path, AutoConfig.from_pretrained(path), dtype=dtype, quant=quant)
 
 
@@ -100,7 +103,7 @@ def assert_same_bits(model: nn.Module, alone: nn.Module) -> None:
         assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (found, tensor))), name
     for layer in (module for module in model.modules() if isinstance(module, NF4Linear)):
-        assert isinstance(layer.weight, DTensor) is sharded._SHARDS_BYTES and type(layer.absmax) is Tensor
+        assert isinstance(layer.weight, DTensor) is load.SHARDS_BYTES and type(layer.absmax) is Tensor
 
 
 @check
@@ -126,13 +129,13 @@ def loading_gives_the_bits_of_one_process(folder: Path) -> None:
 @check
 def loading_with_whole_codes(folder: Path) -> None:
     """Tests the way of a PyTorch that can't shard bytes."""
-    path, before = saved(folder), sharded._SHARDS_BYTES
-    sharded._SHARDS_BYTES = False
+    path, before = saved(folder), load.SHARDS_BYTES
+    load.SHARDS_BYTES = False
     try:
         base = on_meta(path, torch.float32, "nf4")
         assert_same_bits(shard_and_load(base.model, base, mesh_of()), loaded(path, torch.float32, "nf4"))
     finally:
-        sharded._SHARDS_BYTES = before
+        load.SHARDS_BYTES = before
 
 
 @check
@@ -228,7 +231,7 @@ def loading_peaks_at_the_shard_and_one_layer(folder: Path) -> None:
         layer = sum(
             parameter.numel() for parameter in base.layers[0].parameters() if parameter.dtype is not torch.uint8
         )
-        packed = sum(tensor.nbytes for _, tensor in sharded._tensors(base.layers[0]) if tensor.dtype is torch.uint8)
+        packed = sum(tensor.nbytes for _, tensor in named_tensors(base.layers[0]) if tensor.dtype is torch.uint8)
         layer = 2 * (
             layer + sum(m.in_features * m.out_features for m in base.layers[0].modules() if type(m) is NF4Linear)
         )
@@ -289,7 +292,7 @@ def loading_names_the_tensor_that_is_wrong(folder: Path) -> None:
     base = on_meta(path, torch.float32, "none")
     base.model._no_split_modules, base.model.config.num_hidden_layers = ["Block"], 5
     with raises(SourceError, "LlamaForCausalLM: no list of decoder layers, wanted a list of Block"):
-        sharded.decoder_layers(base.model)
+        decoder_layers(base.model)
 
 
 @check
@@ -344,3 +347,26 @@ def loading_refuses_what_it_cannot_shard(folder: Path) -> None:
             model = peft.get_peft_model(base.model, config)
         with raises(SourceError, text):
             shard_and_load(model, base, mesh_of())
+
+
+@check
+def loading_starts_the_experts_adapters(folder: Path) -> None:
+    """Tests LoRA and DoRA on the experts of a mixture, which transformers joins while it loads the files."""
+    path, batch = saved(folder, "Mixtral"), LLAMA.batch()
+    for method, dtype, quant in (
+        ("lora", torch.float32, "nf4"), ("dora", torch.float32, "none"), ("dora", torch.float32, "nf4"),
+        ("dora", torch.bfloat16, "none"),
+    ):  # fmt: skip
+        alone = loaded(path, dtype, quant)
+        fields = {**method_config(method, "CAUSAL_LM")[1], **adapter_fields(alone, method)}
+        alone = adapted(alone, LoraConfig(**fields)).train()
+        base = on_meta(path, dtype, quant)
+        with adapter_values("cpu"):
+            model = adapted(base.model, LoraConfig(**fields)).train()
+        shard_and_load(model, base, mesh_of())
+        assert_same_bits(model, alone)
+        if dtype is torch.float32:
+            losses = [trained(**inputs).loss for trained, inputs in ((alone, batch), (model, part(batch)))]
+            for loss in losses:
+                loss.backward()
+            assert_close(gradients(model), gradients(alone))
