@@ -16,7 +16,7 @@ from ..sources.json_file import raised_as
 from ..sources.model import SourceError, widen
 from ..sources.tensor_files import TensorFiles
 
-_LISTS = ("layers", "h", "blocks")  # names of the list of decoder layers in transformers' models
+_LISTS = ("layers", "layer", "h", "blocks")  # usual names of a list of decoder layers
 
 
 @dataclass
@@ -70,6 +70,8 @@ def meta_base(
     with raised_as(SourceError, f"model {folder}: ", ValueError, TypeError, KeyError, RuntimeError):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        model.to("meta")  # some models make parameters on the CPU
     model.eval().requires_grad_(False)
     files, known = TensorFiles(folder), set(model.state_dict())
     groups, initialized = plan(model, files, torch.bfloat16)
@@ -118,16 +120,16 @@ def _read_generation_config(model: Any, folder: Path) -> None:
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Returns the decoder layers of a transformers model: the items of the lists of ``_no_split_modules``.
 
-    For a model whose class names no such modules, returns the items of the list ``layers``, ``h`` or ``blocks`` that
-    has as many items as the configuration has layers. Raises SourceError where there is no such list.
+    For a model whose class names no such modules, returns the items of the lists with a name of ``_LISTS``. A list
+    inside of another list does not count. Raises SourceError where there is no list of decoder layers.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
-    chosen = [module for _, module in lists if all(type(item).__name__ in whole for item in module)]
+    chosen = [(name, module) for name, module in lists if all(type(item).__name__ in whole for item in module)]
     if not chosen:
-        chosen = [module for name, module in lists if name.rpartition(".")[2] in _LISTS and len(module) == count]
+        chosen = [(name, module) for name, module in lists if name.rpartition(".")[2] in _LISTS]
     if not chosen:
         raise SourceError(f"{type(model).__name__}: no list of decoder layers, wanted a list of "
                           f"{', '.join(sorted(whole)) or 'layers'}")  # fmt: skip
-    return [layer for module in chosen for layer in module]
+    outer = [module for name, module in chosen if not any(name.startswith(f"{above}.") for above, _ in chosen)]
+    return [layer for module in outer for layer in module]

@@ -35,6 +35,19 @@ with required("transformers", "loading shards of a model"):
     )
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """The part of a dense model that transformers' conversions read: the configuration, and tensors without values."""
+
+    config: Any
+    tensors: dict[str, Tensor]
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    get_parameter_or_buffer = get_parameter
+
+
 @dataclass
 class Group:
     """Tensors of the files that become one tensor of the model, or several tensors by one conversion of transformers.
@@ -45,6 +58,7 @@ class Group:
             renaming is "".
         dtype: the dtype to which each tensor of the files is cast before the conversion.
         converter: transformers' conversion; None for a renaming.
+        model: the dense model, which some conversions read.
         shapes: name in the model -> shape.
     """
 
@@ -53,6 +67,7 @@ class Group:
     dtype: torch.dtype
     parts: dict[str, list[str]] = field(default_factory=dict)
     converter: Optional[Any] = None
+    model: Optional[Shapes] = None
     shapes: dict[str, torch.Size] = field(default_factory=dict)
 
     @property
@@ -84,7 +99,7 @@ class Group:
             return {self.name: self.files.rows(self.parts[""][0]).to(self.dtype)}
         return self._converted(self.parts)
 
-    def _converted(self, parts: dict[str, list[str]], model: Any = None, on_meta: bool = False) -> dict[str, Tensor]:
+    def _converted(self, parts: dict[str, list[str]], on_meta: bool = False) -> dict[str, Tensor]:
         converter = copy.deepcopy(self.converter)
         for pattern, names in parts.items():
             for name in names:
@@ -94,21 +109,18 @@ class Group:
                     tensor = self.files.rows(name).to(self.dtype)
                 converter.add_tensor(self.name, name, pattern, tensor)
         try:
-            found = converter.convert(self.name, model=model, config=getattr(model, "config", None))
+            found = converter.convert(self.name, model=self.model, config=self.model.config)
         except Exception as error:  # a conversion that needs more than the tensors raises any error
             raise SourceError(f"model {self.where}: transformers' conversion of {self.name}: "
                               f"{first_line(error)}") from error  # fmt: skip
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
 
-    def trace(self, model: Any) -> None:
-        """Sets ``shapes``, by a conversion of tensors on the meta device. Raises SourceError where that is impossible.
-
-        ``model``: the model on the meta device, which some conversions read.
-        """
+    def trace(self) -> None:
+        """Sets ``shapes`` by a conversion of tensors on the meta device. Raises SourceError where the conversion fails."""
         if self.converter is None:
             self.shapes = {self.name: torch.Size(self.files.entries[self.parts[""][0]].shape)}
             return
-        self.shapes = {name: tensor.shape for name, tensor in self._converted(self.parts, model, True).items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._converted(self.parts, on_meta=True).items()}
 
     @property
     def names(self) -> Iterator[str]:
@@ -138,7 +150,7 @@ def plan(model: Any, files: TensorFiles, dtype: torch.dtype) -> tuple[list[Group
     model._weight_conversions = [conversion for conversion in mapping if conversion.was_used()]
     found: dict[str, Group] = {}
     for group in groups.values():
-        group.trace(model)
+        group.trace()
         for name, shape in group.shapes.items():
             if name in wanted:
                 _check_tensor(group, name, shape, wanted[name])
@@ -183,7 +195,8 @@ def _groups(
     if unknown := [entry for entry in mapping if not isinstance(entry, (WeightRenaming, WeightConverter))]:
         raise SourceError(f"model {type(model).__name__}: conversion {type(unknown[0]).__name__} of its files is not "
                           "supported, wanted renamings and converters of transformers")  # fmt: skip
-    prefix, groups = model.base_model_prefix, {}
+    prefix, dense = model.base_model_prefix, Shapes(model.config, wanted)
+    groups: dict[str, Group] = {}
     for key in sorted(files.entries, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
@@ -191,7 +204,7 @@ def _groups(
         if name not in wanted:
             continue
         converter = by_pattern[pattern] if pattern is not None else None
-        group = groups.setdefault(name, Group(name, files, dtypes[name], converter=converter))
+        group = groups.setdefault(name, Group(name, files, dtypes[name], converter=converter, model=dense))
         if group.converter is not converter or converter is None and group.parts:
             raise SourceError(f"model {files.entries[key].file}: {key} and {next(iter(group.names))} are both {name}")
         group.parts.setdefault(pattern or "", []).append(key)

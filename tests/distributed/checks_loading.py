@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig
+from transformers import AutoConfig, conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import peft_ext
 from peft_ext.methods import method_config
@@ -124,6 +125,38 @@ def loading_gives_the_bits_of_one_process(folder: Path) -> None:
                 assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 1 + len(base.layers) == 3
                 assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
                 assert_same_bits(model, loaded(path, dtype, quant))
+
+
+@check
+def loading_splits_tensors_that_transformers_splits(folder: Path) -> None:
+    """Tests a conversion that makes three weights of one tensor, and files of a model without a head."""
+    sizes = Sizes(kv_heads=4)
+    path, kinds = saved(folder, sizes=sizes), ("q_proj", "k_proj", "v_proj")
+
+    def fuse(tensors: dict[str, Tensor]) -> None:
+        for layer in range(sizes.layers):
+            at = f"model.layers.{layer}.self_attn"
+            tensors[f"{at}.qkv.weight"] = torch.cat([tensors.pop(f"{at}.{kind}.weight") for kind in kinds])
+
+    fused = _changed(path, folder / f"fused-{dist.get_rank()}", fuse)
+    targets = [f"self_attn.{kind}.weight" for kind in kinds]
+    converter = WeightConverter("self_attn.qkv.weight", targets, [Chunk(dim=0)])
+    conversion_mapping.register_checkpoint_conversion_mapping("LlamaForCausalLM", [converter])
+    try:
+        base = on_meta(fused, torch.float32, "nf4")
+        assert sum(group.converter is not None for group, _ in base.groups) == sizes.layers
+        model = shard_and_load(base.model, base, mesh_of())
+    finally:
+        del conversion_mapping._checkpoint_conversion_mapping_cache["LlamaForCausalLM"]
+    assert_same_bits(model, loaded(path, torch.float32, "nf4"))
+
+    def headless(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    tied = saved(folder, tied=True)
+    base = on_meta(_changed(tied, folder / f"headless-{dist.get_rank()}", headless), torch.float32, "none")
+    assert_same_bits(shard_and_load(base.model, base, mesh_of()), loaded(tied, torch.float32, "none"))
 
 
 @check
@@ -289,10 +322,8 @@ def loading_names_the_tensor_that_is_wrong(folder: Path) -> None:
     config.quantization_config = {"quant_method": "fp8"}
     with raises(SourceError, "the weights are quantized, wanted dense weights"):
         meta_base(path, config, dtype=torch.float32)
-    base = on_meta(path, torch.float32, "none")
-    base.model._no_split_modules, base.model.config.num_hidden_layers = ["Block"], 5
-    with raises(SourceError, "LlamaForCausalLM: no list of decoder layers, wanted a list of Block"):
-        decoder_layers(base.model)
+    with raises(SourceError, "Embedding: no list of decoder layers, wanted a list of layers"):
+        decoder_layers(nn.Embedding(1, 1))
 
 
 @check
