@@ -116,7 +116,7 @@ class Group:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
 
     def trace(self) -> None:
-        """Sets ``shapes`` by a conversion of tensors on the meta device. Raises SourceError where the conversion fails."""
+        """Sets ``shapes`` by a conversion of meta tensors. Raises SourceError where the conversion fails."""
         if self.converter is None:
             self.shapes = {self.name: torch.Size(self.files.entries[self.parts[""][0]].shape)}
             return
@@ -147,7 +147,9 @@ def plan(model: Any, files: TensorFiles, dtype: torch.dtype) -> tuple[list[Group
     mapping = get_model_conversion_mapping(model)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     groups = _groups(model, files, mapping, wanted, _dtypes(model, dtype))
-    model._weight_conversions = [conversion for conversion in mapping if conversion.was_used()]
+    # save_pretrained reverts these conversions. A release of transformers without was_used reverts all conversions.
+    used = [conversion for conversion in mapping if getattr(conversion, "was_used", lambda: True)()]
+    model._weight_conversions = used
     found: dict[str, Group] = {}
     for group in groups.values():
         group.trace()

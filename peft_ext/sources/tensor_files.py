@@ -1,14 +1,14 @@
 """Reads parts of the tensors in a model's safetensors files, without mapping the files into memory.
 
 ``safetensors.safe_open`` maps a whole file, and each page that was read stays in the process's resident memory while
-the file is open. :class:`TensorFiles` reads bytes with ``preadv`` into new tensors, so that the resident memory grows
+the file is open. :class:`TensorFiles` reads bytes into new tensors, so that the resident memory grows
 by the bytes of these tensors only.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Optional
 
@@ -43,7 +43,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         self.entries: dict[str, Entry] = {}
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, BufferedReader] = {}
         try:
             self._read_headers(folder)
         except OSError as error:
@@ -86,27 +86,25 @@ class TensorFiles:
         shape = (end - start, *others) if entry.shape else ()
         return held.view(entry.dtype).view(shape)
 
-    def open(self, file: Path) -> int:
-        """Opens ``file`` where it is not open, and returns its descriptor. Raises SourceError where that fails."""
+    def open(self, file: Path) -> BufferedReader:
+        """Opens ``file`` where it is not open, and returns the open file. Raises SourceError where that fails."""
         if file not in self._open:
             try:
-                self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._open[file] = file.open("rb")
             except OSError as error:
                 raise SourceError(f"model {file}: {error.strerror}") from error
         return self._open[file]
 
     def _fill(self, entry: Entry, offset: int, held: Tensor) -> None:
-        descriptor, view, done = self.open(entry.file), memoryview(held.numpy()), 0
-        while done < len(view):  # one call reads at most 2 GiB
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-            if count == 0:
-                raise OSError("the file ends before the tensor does")
-            done += count
+        opened, view = self.open(entry.file), memoryview(held.numpy())
+        opened.seek(offset)
+        if opened.readinto(view) != len(view):
+            raise OSError("the file ends before the tensor does")
 
     def close(self) -> None:
         """Closes the files. A later call of :meth:`rows` opens a file again."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
 
 def _entries(file: Path) -> dict[str, Entry]:
