@@ -82,8 +82,21 @@ def quantize_nf4(
     if type(model) is nn.Linear:
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
-    skip = {skip} if isinstance(skip, str) else set(skip)
-    places, experts = linear_groups(model, skip), experts_to_quantize(model, skip)
+    return _quantize(model, blocksize, double_quant, {skip} if isinstance(skip, str) else set(skip), progress)
+
+
+def quantize_meta(model: _Model, blocksize: int, double_quant: bool = True) -> _Model:
+    """Replaces the layers that :func:`quantize_nf4` replaces, in a model on the meta device, in place.
+
+    The new layers have the shapes and dtypes of NF4 weights and no values.
+    """
+    return _quantize(model, blocksize, double_quant, set(HEADS), progress=False, on_meta=True)
+
+
+def _quantize(
+    model: _Model, blocksize: int, double_quant: bool, skip: set[str], progress: bool, on_meta: bool = False
+) -> _Model:
+    places, experts = linear_groups(model, skip, on_meta), experts_to_quantize(model, skip, on_meta)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> NF4Linear:
         if first is None:
@@ -215,15 +228,18 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
             yield from _walk(child, name, adapted, seen)
 
 
-def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
-    """Checks and returns the layers to quantize, in groups of places that share one weight."""
+def linear_groups(model: nn.Module, skip: set[str], on_meta: bool = False) -> list[list[Place]]:
+    """Checks and returns the layers to quantize, in groups of places that share one weight.
+
+    ``on_meta``: whether weights may be on the meta device.
+    """
     skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
     layers: dict[int, set[int]] = {}  # id of a weight -> ids of the layers that hold the weight
     for place in _walk(model, "", False, set()):
         name, linear = place.name, place.linear
         if name not in past and not any(f".{part}." in f".{name}." for part in skip):
-            _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)))
+            _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)), on_meta)
             _check_forward("quantize_nf4", name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
@@ -275,8 +291,11 @@ def _nf4_places(model: nn.Module) -> list[list[Place]]:
     return list(groups.values())
 
 
-def experts_to_quantize(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.Module]]:
-    """Checks and returns the modules of experts to quantize, with the modules' dotted names."""
+def experts_to_quantize(model: nn.Module, skip: set[str], on_meta: bool = False) -> list[tuple[str, nn.Module]]:
+    """Checks and returns the modules of experts to quantize, with the modules' dotted names.
+
+    ``on_meta``: whether weights may be on the meta device.
+    """
     found = []
     for name, module in model.named_modules():
         if isinstance(module, NF4Experts) or not (parameters := expert_parameters(module)):
@@ -284,7 +303,7 @@ def experts_to_quantize(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.
         if not skip.isdisjoint(name.split(".")):
             continue
         for parameter in parameters:
-            _check_weight(f"{name}.{parameter}", module._parameters.get(parameter))
+            _check_weight(f"{name}.{parameter}", module._parameters.get(parameter), on_meta)
         _check_forward("quantize_nf4", name, module)
         found.append((name, module))
     return found
@@ -295,10 +314,10 @@ def _check_forward(op: str, name: str, linear: nn.Module) -> None:
         raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
 
 
-def _check_weight(name: str, weight: Any) -> None:
+def _check_weight(name: str, weight: Any, on_meta: bool) -> None:
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         raise TypeError(f"quantize_nf4: {name} is a {type(weight).__name__}, wanted a plain parameter")
-    if weight.is_meta:
+    if weight.is_meta and not on_meta:
         raise ValueError(f"quantize_nf4: {name} is on the meta device, load the model's weights first")
     checks.check_float("quantize_nf4", name, weight)
 

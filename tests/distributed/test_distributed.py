@@ -34,13 +34,14 @@ SECONDS = 720  # time limit of a run, which takes about 50 s on two cores, and l
 
 CHECKS = [name for path in sorted(SCRIPT.parent.glob("checks*.py"))
           for name in re.findall(r"^@check\ndef (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
-OF_FOUR = ("hybrid_sharding",)  # checks that need a mesh of two by two
+OF_FOUR = ("hybrid_sharding", "loading_for_hybrid_sharding_and_several_nodes")  # checks that need a mesh of two by two
 ALSO_OF_FOUR = (
     "ddp_gradients_are_the_same_everywhere",
     "fsdp2_shards_the_codes",
     "fsdp2_shards_unevenly",
     "fsdp2_saves_the_adapter_of_one_process",
     "fsdp2_shards_the_experts",
+    "loading_peaks_at_the_shard_and_one_layer",
     *OF_FOUR,
 )
 # PyTorch 2.11 makes each shard a parameter that requires gradients, which uint8 cannot: pytorch/pytorch#177844.

@@ -38,6 +38,11 @@ with optional("peft", "DoRA on the experts of a mixture is not known"):
 def factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
     """Returns an adapter's lora_A ``[E, R, K]`` and lora_B ``[E, N, R]`` as views of the parameters."""
     a, b = (wrapper._modules[kind]._modules[name]._parameters["weight"] for kind in ("lora_A", "lora_B"))
+    return factors_of(wrapper, a, b)
+
+
+def factors_of(wrapper: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the weights ``a`` of lora_A and ``b`` of lora_B as in :func:`factors`."""
     count = wrapper.num_experts
     a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
     if is_stored_transposed(wrapper.get_base_layer()) is wrapper._did_swap_in_out_features:

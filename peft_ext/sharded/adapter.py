@@ -1,0 +1,176 @@
+"""Adds an adapter with values to a base on the meta device, and computes the values that need the base's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .. import ops
+from .._imports import has, required
+from ..integrations.adapter_layers.dora_experts import factors_of
+from ..nn.experts import is_stored_transposed
+from ..sources.model import SourceError
+from ..weight import NF4Weight
+
+with required("peft", "peft_ext.sharded"):
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    has(DoraLinearLayer, "update_layer")
+    has(BaseTuner, "_replace_module")
+    has(BaseTunerLayer, "_move_adapter_to_device_of_base_layer")
+
+Adapted = tuple[Any, str]  # a LoRA layer, and the name of its adapter
+
+METHODS = ("LORA", "IA3")  # PEFT's names of the methods whose adapters can be sharded
+_INITS = (True, False, "gaussian")  # values of init_lora_weights that need no values of the base
+
+
+@contextlib.contextmanager
+def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
+    """Within the context, PEFT adds adapters with values on ``device`` to a base on the meta device.
+
+    PEFT draws an adapter's initial values on the CPU, casts the values to the base's dtype and moves the values to the
+    base's device. Over a base on the meta device the values would be lost: within the context PEFT moves the values to
+    ``device``, and the values equal those of an adapter over a base on ``device``. Exception: DoRA's magnitude is the
+    norm of a base weight, and stays on the meta device until :func:`shard_and_load` reads the weight.
+    """
+
+    def moving(move: Any) -> Any:
+        @functools.wraps(move)
+        def run(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+            with _kept(layer, device):
+                move(layer, *args, **kwargs)
+
+        return run
+
+    def replacing(replace: Any) -> Any:
+        @functools.wraps(replace)
+        def run(tuner: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+            with _kept(new_module, device):
+                replace(tuner, parent, child_name, new_module, child)
+
+        return run
+
+    def updating(update: Any) -> Any:
+        @functools.wraps(update)
+        def run(layer: Any, *, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, **kwargs: Any) -> None:
+            if any(parameter.is_meta for parameter in base_layer.parameters()):
+                lora_A, lora_B = lora_A.to("meta"), lora_B.to("meta")
+            update(layer, base_layer=base_layer, lora_A=lora_A, lora_B=lora_B, **kwargs)
+
+        return run
+
+    stock = []
+    for kind, name, wrap in (
+        (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", moving), (BaseTuner, "_replace_module", replacing),
+        (DoraLinearLayer, "update_layer", updating),
+    ):  # fmt: skip
+        stock += [(one, name, vars(one)[name], wrap) for one in {kind, *_subclasses(kind)} if name in vars(one)]
+    try:
+        for kind, name, method, wrap in stock:
+            setattr(kind, name, wrap(method))
+        yield
+    finally:
+        for kind, name, method, _ in stock:
+            setattr(kind, name, method)
+
+
+@contextlib.contextmanager
+def _kept(module: nn.Module, device: Union[str, torch.device]) -> Iterator[None]:
+    """Moves the tensors of ``module`` to ``device`` that the block moves to the meta device; casts stay."""
+    values = {name: tensor.detach() for name, tensor in tensors_of(module) if not tensor.is_meta}
+    yield
+    for name, tensor in list(tensors_of(module)):
+        if not tensor.is_meta or name not in values:
+            continue
+        value, (owner, _, local) = values[name].to(device, tensor.dtype), name.rpartition(".")
+        held = module.get_submodule(owner)
+        if isinstance(tensor, nn.Parameter):
+            held._parameters[local] = nn.Parameter(value, tensor.requires_grad)
+        else:
+            held._buffers[local] = value
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raises SourceError where the model has an adapter whose method or whose initial values can't be sharded."""
+    for config in getattr(model, "peft_config", {}).values():
+        method = getattr(config.peft_type, "value", config.peft_type)
+        if method not in METHODS:
+            raise SourceError(f"the adapter is {method}, wanted one of {', '.join(METHODS)} for a sharded model")
+        init = getattr(config, "init_lora_weights", True)
+        if init not in _INITS:
+            raise SourceError(f"the adapter has init_lora_weights={init!r}, which needs the weights of the base")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and parameter.requires_grad and "lora_magnitude_vector" not in name:
+            raise SourceError(f"{name} has no values: add the adapter within adapter_values(device)")
+
+
+# --- DoRA's magnitude -------------------------------------------------------------------------------------------------
+
+
+def base_of(layer: Any) -> tuple[int, str]:
+    """Returns the id of the module whose weight a LoRA layer adapts, and the weight's name."""
+    name = getattr(layer, "parameter_name", None)  # PEFT's layer for target_parameters has a parameter's name
+    return id(layer.get_base_layer()), name if isinstance(name, str) else "weight"
+
+
+def magnitudes_to_compute(model: nn.Module) -> dict[tuple[int, str], list[Adapted]]:
+    """Returns the DoRA adapters whose magnitude is on the meta device, by :func:`base_of`."""
+    found: dict[tuple[int, str], list[Adapted]] = {}
+    for layer in model.modules():
+        for name, module in getattr(layer, "lora_magnitude_vector", {}).items():
+            if module.weight.is_meta:
+                found.setdefault(base_of(layer), []).append((layer, name))
+    return found
+
+
+def whole_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """Returns the whole A and B of an adapter, in the dtype in which PEFT computes DoRA's magnitude.
+
+    PEFT casts a new adapter to the dtype of a floating base weight before it computes the magnitude. All processes of
+    a mesh must call the function together.
+    """
+    weight, found = getattr(layer.get_base_layer(), base_of(layer)[1]), []
+    for held in (layer.lora_A, layer.lora_B):
+        factor = held[adapter].weight.detach()
+        factor = factor.full_tensor() if isinstance(factor, DTensor) else factor
+        found.append(factor.to(weight.dtype) if weight.is_floating_point() else factor)
+    return found[0], found[1]
+
+
+def magnitude(layer: Any, adapter: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Returns DoRA's magnitude of the whole base weight, as PEFT or peft_ext computes it when an adapter is added.
+
+    ``lora_A``, ``lora_B``: the result of :func:`whole_factors`.
+    """
+    held, scaling = layer.lora_magnitude_vector[adapter], layer.scaling[adapter]
+    experts = layer.get_base_layer()
+    if base_of(layer)[1] != "weight":
+        if isinstance(weight, Tensor) and is_stored_transposed(experts):
+            weight = weight.transpose(1, 2)
+        norm = ops.dora_experts_weight_norm(weight, *factors_of(layer, lora_A, lora_B), float(scaling))
+        return norm.to(lora_A.dtype).to(held.weight.dtype)
+    base = nn.Linear(1, 1, bias=False, device="meta")
+    dense = weight.dequantize() if isinstance(weight, NF4Weight) else weight
+    base.weight = nn.Parameter(dense, requires_grad=False)
+    dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
+    dora.update_layer(base_layer=base, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+    return dora.weight.detach().to(held.weight.dtype)

@@ -1,0 +1,297 @@
+"""Shards a model with FSDP2 and fills the shards from files."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from typing import Any, Optional, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from .. import ops
+from ..nn import NF4Experts, NF4Linear
+from ..nn.experts import is_stored_transposed
+from ..sources.conversion import Group
+from ..sources.json_file import first_line
+from ..sources.model import SourceError
+from ..weight import NF4Weight
+from .adapter import Adapted, base_of, check_adapter, magnitude, magnitudes_to_compute, tensors_of, whole_factors
+from .base import MetaBase
+
+PIECE = 4 << 20  # bytes of a dense weight in a file that are read at once
+
+# Older releases make each shard a parameter that requires gradients, which uint8 can't: pytorch/pytorch#177844.
+SHARDS_BYTES = torch.__version__ >= (2, 13)
+
+
+def shard_and_load(
+    model: nn.Module, base: MetaBase, mesh: Any, *, node: Optional[Union[int, str]] = None, **options: Any
+) -> nn.Module:
+    """Shards ``model`` with FSDP2, each decoder layer and the rest as one unit, and reads the weights of its base.
+
+    All processes of the default process group must call the function, after all of them made ``base``. Where one
+    process can't read a file, all processes raise, at the latest after the decoder layer. A process holds at most its
+    shard, the weights that FSDP2 does not shard, and one tensor with its quantized form.
+
+    Args:
+        model: ``base.model``, or a PeftModel around ``base.model``.
+        base: the result of :func:`meta_base`.
+        mesh: a DeviceMesh over all processes: one dimension for FSDP, two dimensions (replicate, shard) for HSDP.
+        node: name of this process's node. Default: torchrun's GROUP_RANK, else the host's name.
+        options: further arguments of ``fully_shard``, such as ``mp_policy``.
+
+    Returns: ``model``.
+
+    Raises: SourceError where a weight can't be read or the adapter can't be sharded. ValueError where ``mesh`` does not
+    have all processes.
+    """
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(f"shard_and_load: mesh has {mesh.size()} processes, wanted all {dist.get_world_size()}")
+    error: Optional[Exception] = None
+    try:
+        check_adapter(model)
+        for entry in {entry.file: entry for entry in base.files.entries.values()}.values():
+            base.files.open(entry.file)
+    except SourceError as found:
+        error = found
+    node = os.environ.get("GROUP_RANK", socket.gethostname()) if node is None else node
+    with _Loader(model, base, mesh, _node_group(str(node), error)) as loader:
+        for layer in base.layers:
+            fully_shard(layer, mesh=mesh, **loader.ignored(layer), **options)
+        fully_shard(model, mesh=mesh, **loader.ignored(model), **options)
+        loader.load()
+    return model
+
+
+def _node_group(node: str, error: Optional[Exception]) -> Any:
+    """Returns the process group of this node; raises in all processes where one process has an error."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (node, None if error is None else first_line(error)))
+    _raise_first([why for _, why in found], error)
+    nodes: dict[str, list[int]] = {}
+    for rank, (name, _) in enumerate(found):
+        nodes.setdefault(name, []).append(rank)
+    if len(nodes) == 1:
+        return dist.group.WORLD
+    groups = {name: dist.new_group(ranks) for name, ranks in nodes.items()}  # each process makes all groups
+    return groups[node]
+
+
+def _raise_first(errors: list[Optional[str]], own: Optional[Exception]) -> None:
+    """Raises this process's error, or else the first error of another process."""
+    if own is not None:
+        raise own
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise SourceError(f"process {rank}: {error}")
+
+
+class _Loader:
+    """Fills the shards of one model. All processes of a node call the methods in one order."""
+
+    def __init__(self, model: nn.Module, base: MetaBase, mesh: Any, group: Any) -> None:
+        self.model, self.base, self.group = model, base, group
+        self.device = torch.device(mesh.device_type)
+        if self.device.type != "cpu":
+            self.device = torch.device(self.device.type, torch.accelerator.current_device_index())
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.shard, self.shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+        self.turn = 0
+        self.error: Optional[Exception] = None
+        self.doras = magnitudes_to_compute(model)
+
+    def __enter__(self) -> _Loader:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.base.files.close()
+        if self.group is not dist.group.WORLD:
+            dist.destroy_process_group(self.group)
+
+    def ignored(self, unit: nn.Module) -> dict[str, Any]:
+        """Returns the argument of ``fully_shard`` that leaves codes whole where PyTorch can't shard bytes."""
+        if SHARDS_BYTES:
+            return {}
+        return {"ignored_params": {p for p in unit.parameters() if not p.is_floating_point()}}
+
+    @torch.no_grad()
+    def load(self) -> None:
+        self.holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.holders.setdefault(id(parameter), []).append((module, name))
+        unit: Optional[int] = None
+        for group, of in self.base.groups:
+            if unit is not None and of != unit:
+                self._agree()
+            unit = of
+            self._load(group)
+        self._agree()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+        if empty := next((name for name, tensor in tensors_of(self.model) if tensor.is_meta), None):
+            raise SourceError(f"model {self.base.folder}: {empty} has no values after loading")
+
+    def _agree(self) -> None:
+        """Raises in all processes where one process could not read or make a tensor."""
+        failed = torch.tensor([self.error is not None], dtype=torch.int32, device=self.device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed.item():
+            found: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, None if self.error is None else first_line(self.error))
+            _raise_first(found, self.error)
+
+    def _load(self, group: Group) -> None:
+        places = [self.base.places[name] for name in group.shapes if name in self.base.places]
+        alone = len(places) == 1 and group.is_by_rows and not _is_nf4(*places[0]) and not self._doras(places)
+        if not alone:
+            self._share(group, places)
+            return
+        try:
+            self._read(group, *places[0])
+        except Exception as error:  # raised in _agree, in all processes
+            self.error = self.error or error
+
+    # --- a tensor of which each process reads its own rows ------------------------------------------------------------
+
+    def _read(self, group: Group, module: nn.Module, attribute: str) -> None:
+        tensor = module._parameters.get(attribute)
+        if tensor is None:
+            dtype = module._buffers[attribute].dtype
+            module._buffers[attribute] = group.whole()[group.name].to(self.device, dtype)
+            return
+        tied = not tensor.is_meta  # the files have the tensor under both names
+        held = tensor if tied else self._new(tensor)
+        rows, start = held.to_local(), self._bounds(held.shape[0])[0]
+        size = max(1, PIECE // max(1, math.prod(held.shape[1:]) * group.dtype.itemsize))
+        for at in range(0, rows.shape[0], size):
+            piece = rows[at : at + size]
+            came = group.rows(start + at, start + at + piece.shape[0]).to(self.device, piece.dtype)
+            if tied and not torch.equal(piece, came):
+                raise SourceError(f"model {group.where}: the configuration ties {group.name} to another tensor, which "
+                                  "has other values in the files; wanted tie_word_embeddings=False")  # fmt: skip
+            if not tied:
+                piece.copy_(came)
+
+    def _bounds(self, rows: int) -> tuple[int, int]:
+        """Returns the first row of this process's shard, and the row behind the last."""
+        size = -(-rows // self.shards)
+        return min(self.shard * size, rows), min((self.shard + 1) * size, rows)
+
+    def _new(self, tensor: Any) -> Any:
+        """Replaces a parameter on the meta device by a parameter on the device, in all modules that hold it."""
+        new = nn.Parameter(torch.empty_like(tensor, device=self.device), requires_grad=tensor.requires_grad)
+        for module, name in self.holders[id(tensor)]:
+            module._parameters[name] = new
+        return new
+
+    # --- tensors that one process of the node makes -------------------------------------------------------------------
+
+    def _share(self, group: Group, places: list[tuple[nn.Module, str]]) -> None:
+        """Makes the tensors of a group in one process of the node, sends the tensors, and keeps the own shard."""
+        self.turn, owner = self.turn + 1, self.turn % self.ranks
+        doras = self._doras(places)
+        factors = [whole_factors(layer, name) for layer, name in doras]  # all processes of the mesh gather the factors
+        targets = [target for module, attribute in places for target in _targets(module, attribute)]
+        targets += [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras]
+        made: list[Optional[Tensor]] = [None] * len(targets)
+        if self.rank == owner:
+            try:
+                made = self._made(group, doras, factors)
+                _check_made(group, made, targets)
+            except Exception as error:  # raised in _agree, because the other processes wait for this process's tensors
+                self.error, made = self.error or error, [None] * len(targets)
+        source = dist.get_global_rank(self.group, owner)
+        for i, (module, name) in enumerate(targets):
+            like, tensor = _held(module, name), made[i]
+            if tensor is None:
+                tensor = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+            made[i] = None
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), source, self.group)
+            self._keep(module, name, tensor)
+
+    def _keep(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        like = module._parameters.get(name)
+        if like is None:
+            module._buffers[name] = tensor
+        elif isinstance(like, DTensor):
+            start, end = self._bounds(tensor.shape[0])
+            self._new(like).to_local().copy_(tensor[start:end])
+        else:
+            for holder, attribute in self.holders[id(like)]:
+                holder._parameters[attribute] = nn.Parameter(tensor, requires_grad=like.requires_grad)
+
+    def _made(self, group: Group, doras: list[Adapted], factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Returns the tensors for :func:`_targets` of the group's places, then the magnitudes of ``doras``."""
+        made, dense = [], {} if group.is_by_rows else group.whole()
+        weights: dict[tuple[int, str], Any] = {}  # the finished weights under DoRA
+        for name in group.shapes:
+            if name not in self.base.places:
+                continue
+            module, attribute = self.base.places[name]
+            weight = dense.pop(name, None)
+            if isinstance(module, NF4Experts) and _is_nf4(module, attribute):
+                finished = self._quantized_experts(group, module, attribute, weight)
+                made += [finished.packed.view(finished.shape[0], -1), *list(finished.tensors().values())[1:]]
+            else:
+                weight = (group.rows(0, group.shapes[name][0]) if weight is None else weight).to(self.device)
+                if _is_nf4(module, attribute):
+                    finished = ops.nf4_quantize(weight, module.blocksize, module.nested_absmax is not None)
+                    made += finished.tensors().values()
+                else:
+                    finished = weight.to(_held(module, attribute).dtype)
+                    made.append(finished)
+            if self._doras([(module, attribute)]):
+                weights[id(module), attribute] = finished
+        for (layer, adapter), (lora_A, lora_B) in zip(doras, factors, strict=True):
+            made.append(magnitude(layer, adapter, weights[base_of(layer)], lora_A, lora_B))
+        return made
+
+    def _doras(self, places: list[tuple[nn.Module, str]]) -> list[Adapted]:
+        """Returns the DoRA adapters of the weights at ``places`` whose magnitude has no values."""
+        return [dora for module, attribute in places for dora in self.doras.get((id(module), attribute), ())]
+
+    def _quantized_experts(self, group: Group, module: Any, name: str, dense: Optional[Tensor]) -> NF4Weight:
+        found = []
+        for i in range(module.nf4_shapes[name][0]):
+            one = (group.rows(i, i + 1)[0] if dense is None else dense[i]).to(self.device)
+            one = one.transpose(0, 1) if is_stored_transposed(module) else one
+            double_quant = module._buffers[f"{name}_nested_absmax"] is not None
+            found.append(ops.nf4_quantize(one.contiguous(), module.blocksize, double_quant))
+        return NF4Weight.stack(found)
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    return module._parameters[name] if name in module._parameters else module._buffers[name]
+
+
+def _check_made(group: Group, made: list[Tensor], targets: list[tuple[nn.Module, str]]) -> None:
+    for tensor, (module, name) in zip(made, targets, strict=True):
+        like = _held(module, name)
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise SourceError(f"model {group.where}: {name} of {group.name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                              f"wanted {tuple(like.shape)} {like.dtype}")  # fmt: skip
+
+
+def _is_nf4(module: nn.Module, attribute: str) -> bool:
+    if isinstance(module, NF4Experts):
+        return attribute in module.nf4_shapes
+    return isinstance(module, NF4Linear) and attribute == "weight"
+
+
+def _targets(module: nn.Module, attribute: str) -> list[tuple[nn.Module, str]]:
+    """Returns the places of a finished tensor: its own place, and of an NF4 weight the buffers of the scales, too."""
+    if not _is_nf4(module, attribute):
+        return [(module, attribute)]
+    scales = ("absmax", "nested_absmax", "nested_code", "nested_offset")
+    names = [f"{attribute}_{scale}" if isinstance(module, NF4Experts) else scale for scale in scales]
+    return [(module, name) for name in (attribute, *names) if _held(module, name) is not None]
