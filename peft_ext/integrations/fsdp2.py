@@ -1,0 +1,216 @@
+"""FSDP2 of the library accelerate for transformers' Trainer and its subclasses, with decoder layers as units.
+
+:meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. accelerate itself makes units
+of the embedding and of the head, so that the head's class changes and whole logits are computed.
+:func:`prepare_fsdp2` calls ``fully_shard`` on each decoder layer and on the whole model, with the options of
+accelerate's plugin. accelerate and Trainer then take the model as a model that was sharded before.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .._imports import required
+
+with required("accelerate", "peft_ext.integrations.fsdp2"):
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import get_parameters_from_modules
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+__all__ = ["prepare_fsdp2"]
+
+# Methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are shards.
+_UNSHARDED = {
+    "ADALORA": "PEFT's orthogonal regularization computes with whole lora_A and lora_B; use DDP",
+    "DIFF_PRUNING": "the penalty and the pruning compute with whole differences; train in one process",
+}
+
+
+def prepare_fsdp2(trainer: Trainer) -> bool:
+    """Shards the model of a Trainer by FSDP2, if accelerate's configuration or ``TrainingArguments(fsdp=...)`` wants
+    FSDP2. Returns whether the configuration wants FSDP2.
+
+    Each decoder layer is a unit. The root unit has all other parameters, also the embedding, the final norm and the
+    head, and keeps its gathered parameters until the backward, so that the loss needs no whole logits. The packed codes
+    of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the decoder layers are
+    those of accelerate's plugin (``transformer_layer_cls_to_wrap``), by default ``model._no_split_modules``; the
+    plugin's wrapping policy is not used. Mesh, ``reshard_after_forward`` (for the decoder layers), mixed precision,
+    offloading and ignored modules are those of the plugin. On a CPU, where accelerate ignores a configuration of FSDP,
+    this function sets accelerate's state too.
+
+    Call this function before ``trainer.train()`` or ``trainer.evaluate()``, in all processes. A model may have been
+    sharded before: modules to which ``fully_shard`` was applied are left unchanged. ``Trainer.save_model`` then gathers
+    the adapter and writes PEFT's files, also with the state dict type ``SHARDED_STATE_DICT``.
+
+    Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, tensor, context or sequence
+    parallelism, offloaded activation checkpointing, an optimizer passed to the trainer, or no known decoder layer.
+    """
+    plugin = _plugin(trainer)
+    if plugin is None:
+        return False
+    model, accelerator = trainer.model, trainer.accelerator
+    _check(trainer, plugin)
+    if plugin.activation_checkpointing:  # accelerate's checkpointing would draw other dropout masks in the recomputation
+        plugin.activation_checkpointing = False
+        new = hasattr(trainer.args, "activation_checkpointing")
+        setattr(trainer.args, "activation_checkpointing" if new else "gradient_checkpointing", True)
+    units = _units(model, plugin)
+    options: dict[str, Any] = {
+        "mesh": _mesh(accelerator), "offload_policy": plugin.cpu_offload,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+    }  # fmt: skip
+    if plugin.ignored_modules is not None:
+        ignored = get_parameters_from_modules(plugin.ignored_modules, model, accelerator.device)
+        options["ignored_params"] = ignored
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        if plugin.cpu_ram_efficient_loading:
+            _send_from_first(model, accelerator.device)
+        for parameter in model.parameters():
+            if accelerator.mixed_precision != "no" and parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    for unit in units:
+        if not isinstance(unit, FSDPModule):
+            fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, **options)
+    if not isinstance(model, FSDPModule):
+        fully_shard(model, **options)
+    plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
+    _keep_parameters(accelerator)
+    _save_adapters(trainer, plugin)
+    return True
+
+
+def _plugin(trainer: Trainer) -> Optional[FullyShardedDataParallelPlugin]:
+    """Returns accelerate's plugin if FSDP2 is wanted, else None. On a CPU, sets the plugin that accelerate ignores."""
+    state = trainer.accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None and state.distributed_type is DistributedType.MULTI_CPU:
+        given = getattr(trainer.args, "fsdp_plugin_args", None)
+        if given is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            plugin = FullyShardedDataParallelPlugin(**(given or {}))
+    if plugin is None or plugin.fsdp_version != 2:
+        return None
+    if state.distributed_type is DistributedType.MULTI_CPU:
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
+        state.fsdp_plugin, trainer.is_fsdp_enabled = plugin, True
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return plugin
+
+
+def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
+    def fail(reason: str) -> None:
+        raise ValueError(f"prepare_fsdp2: {reason}")
+
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        name = getattr(config.peft_type, "value", config.peft_type)
+        if name in _UNSHARDED:
+            fail(f"{name} does not work with FSDP2: {_UNSHARDED[name]}")
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        fail(f"tp_size {parallel.tp_size}, cp_size {parallel.cp_size}, sp_size {parallel.sp_size}: wanted 1, since the "
+             "fused layers know only data parallelism")  # fmt: skip
+    if plugin.activation_checkpointing and getattr(plugin, "activation_checkpointing_offload", False):
+        fail("activation_checkpointing_offload is True, wanted False")
+    if trainer.optimizer is not None:
+        known = set(trainer.model.parameters())
+        if any(p not in known for group in trainer.optimizer.param_groups for p in group["params"]) or not isinstance(
+            trainer.model, FSDPModule
+        ):
+            fail("the trainer has an optimizer of unsharded parameters; let Trainer create the optimizer")
+
+
+def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
+    """Returns the decoder layers, a layer inside of another before the other."""
+    names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
+    units = [m for m in model.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
+    if not units:
+        raise ValueError(
+            f"prepare_fsdp2: {type(model).__name__} has no module of the classes {sorted(names)}; set "
+            "transformer_layer_cls_to_wrap of the FSDP configuration to the class of the model's decoder layers"
+        )
+    return units[::-1]
+
+
+def _mesh(accelerator: Any) -> Any:
+    if accelerator.torch_device_mesh is not None:
+        return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def _send_from_first(model: nn.Module, device: torch.device) -> None:
+    """Sends parameters and buffers of process 0 to all processes: with ``cpu_ram_efficient_loading``, transformers
+    loads the checkpoint in process 0 alone."""
+    with torch.no_grad():
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            sent = tensor.data.to(device).contiguous()
+            dist.broadcast(sent, src=0)
+            tensor.data.copy_(sent)
+
+
+def _keep_parameters(accelerator: Any) -> None:
+    """Makes ``accelerator.prepare`` keep the parameters of an optimizer.
+
+    accelerate replaces an optimizer's parameters by the model's parameters at the same addresses. Empty shards all have
+    the address 0, so an optimizer would get one empty shard several times, and lose the others.
+    """
+    if "prepare" in vars(accelerator):
+        return
+    prepare = accelerator.prepare
+
+    @functools.wraps(prepare)
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
+        kept = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
+        found = prepare(*args, **kwargs)
+        for group, parameters in kept:
+            group["params"] = parameters
+        return found
+
+    accelerator.prepare = keeping
+
+
+def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Makes ``trainer.save_model`` write the adapter without gathering the base.
+
+    Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0.
+    """
+    if not hasattr(trainer.model, "peft_config") or "save_model" in vars(trainer):
+        return
+    save_model = trainer.save_model
+
+    @functools.wraps(save_model)
+    def saving(*args: Any, **kwargs: Any) -> None:
+        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            save_model(*args, **kwargs)
+        finally:
+            plugin.state_dict_type = kind
+
+    trainer.save_model, trainer.accelerator.get_state_dict = saving, _adapter_state
+
+
+def _adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+    """Gathers the state dict of a PeftModel without frozen weights of base layers. Process 0 gets the tensors."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, DTensor) and not (name in frozen and ".base_layer." in name):
+            whole = tensor.full_tensor()
+            if dist.get_rank() == 0:
+                found[name] = whole.cpu()
+        elif not isinstance(tensor, DTensor) and dist.get_rank() == 0:
+            found[name] = tensor
+    return found
