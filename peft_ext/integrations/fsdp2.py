@@ -173,22 +173,26 @@ def _keep_parameters(accelerator: Any) -> None:
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
-        kept = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
+        kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
         found = prepare(*args, **kwargs)
-        for group, parameters in kept:
-            group["params"] = parameters
+        for optimizer, groups in zip(optimizers, kept, strict=True):
+            for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = parameters
         return found
 
     accelerator.prepare = keeping
 
 
 def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Makes ``trainer.save_model`` write the adapter without gathering the base.
+    """Makes ``trainer.save_model`` write the adapter without gathering the base, and checkpoints sharded.
 
-    Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0.
+    Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0. A
+    checkpoint of FULL_STATE_DICT has the scales of NF4 weights, with which PyTorch cannot load the checkpoint.
     """
     if not hasattr(trainer.model, "peft_config") or "save_model" in vars(trainer):
         return
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the type that is set next
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
     save_model = trainer.save_model
 
     @functools.wraps(save_model)
