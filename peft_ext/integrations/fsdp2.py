@@ -1,9 +1,8 @@
 """FSDP2 of the library accelerate for transformers' Trainer and its subclasses, with decoder layers as units.
 
-:meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. accelerate itself makes units
-of the embedding and of the head, so that the head's class changes and whole logits are computed.
-:func:`prepare_fsdp2` calls ``fully_shard`` on each decoder layer and on the whole model, with the options of
-accelerate's plugin. accelerate and Trainer then take the model as a model that was sharded before.
+:meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. accelerate itself would make
+units of the embedding and of the head. The head of a unit of its own has another class, and whole logits are computed.
+:func:`prepare_fsdp2` calls ``fully_shard`` before accelerate does, which then leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -44,26 +43,28 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     FSDP2. Returns whether the configuration wants FSDP2.
 
     Each decoder layer is a unit. The root unit has all other parameters, also the embedding, the final norm and the
-    head, and keeps its gathered parameters until the backward, so that the loss needs no whole logits. The packed codes
-    of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the decoder layers are
-    those of accelerate's plugin (``transformer_layer_cls_to_wrap``), by default ``model._no_split_modules``; the
-    plugin's wrapping policy is not used. Mesh, ``reshard_after_forward`` (for the decoder layers), mixed precision,
-    offloading and ignored modules are those of the plugin. On a CPU, where accelerate ignores a configuration of FSDP,
-    this function sets accelerate's state too.
+    head. The root unit keeps its gathered parameters until the backward, so that the loss needs no whole logits. The
+    packed codes of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the
+    decoder layers are ``transformer_layer_cls_to_wrap`` of the configuration, by default ``model._no_split_modules``;
+    the wrapping policy of the configuration is not used. The mesh, ``reshard_after_forward`` of the decoder layers,
+    mixed precision, offloading and ignored modules are those of accelerate's plugin. On a CPU, where accelerate ignores
+    a configuration of FSDP, this function also sets accelerate's state.
 
-    Call this function before ``trainer.train()`` or ``trainer.evaluate()``, in all processes. A model may have been
-    sharded before: modules to which ``fully_shard`` was applied are left unchanged. ``Trainer.save_model`` then gathers
-    the adapter and writes PEFT's files, also with the state dict type ``SHARDED_STATE_DICT``.
+    Call this function after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
+    processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
+    ``trainer.save_model`` then writes PEFT's files with every state dict type, and checkpoints are sharded
+    (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, tensor, context or sequence
-    parallelism, offloaded activation checkpointing, an optimizer passed to the trainer, or no known decoder layer.
+    parallelism, offloaded activation checkpointing, an optimizer or a model_init of the trainer, no decoder layer.
     """
     plugin = _plugin(trainer)
     if plugin is None:
         return False
     model, accelerator = trainer.model, trainer.accelerator
     _check(trainer, plugin)
-    if plugin.activation_checkpointing:  # accelerate's checkpointing would draw other dropout masks in the recomputation
+    if plugin.activation_checkpointing:
+        # accelerate's checkpointing draws new dropout masks in the recomputation; Trainer's draws those of the forward.
         plugin.activation_checkpointing = False
         new = hasattr(trainer.args, "activation_checkpointing")
         setattr(trainer.args, "activation_checkpointing" if new else "gradient_checkpointing", True)
@@ -118,6 +119,8 @@ def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
         name = getattr(config.peft_type, "value", config.peft_type)
         if name in _UNSHARDED:
             fail(f"{name} does not work with FSDP2: {_UNSHARDED[name]}")
+    if trainer.model_init is not None:
+        fail("the trainer has a model_init, whose model Trainer makes when the training begins; pass a model")
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if parallel is not None and parallel.non_data_parallel_size > 1:
         fail(f"tp_size {parallel.tp_size}, cp_size {parallel.cp_size}, sp_size {parallel.sp_size}: wanted 1, since the "
@@ -126,16 +129,18 @@ def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
         fail("activation_checkpointing_offload is True, wanted False")
     if trainer.optimizer is not None:
         known = set(trainer.model.parameters())
-        if any(p not in known for group in trainer.optimizer.param_groups for p in group["params"]) or not isinstance(
-            trainer.model, FSDPModule
-        ):
+        optimized = {parameter for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        if not (isinstance(trainer.model, FSDPModule) and optimized <= known):
             fail("the trainer has an optimizer of unsharded parameters; let Trainer create the optimizer")
 
 
 def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
-    """Returns the decoder layers, a layer inside of another before the other."""
+    """Returns the decoder layers, a layer inside of another before the other. A module with the input embedding, whose
+    weight a head may share, is no unit."""
     names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
-    units = [m for m in model.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    units = [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}
+             and embedding not in set(module.modules())]  # fmt: skip
     if not units:
         raise ValueError(
             f"prepare_fsdp2: {type(model).__name__} has no module of the classes {sorted(names)}; set "
@@ -151,17 +156,16 @@ def _mesh(accelerator: Any) -> Any:
 
 
 def _send_from_first(model: nn.Module, device: torch.device) -> None:
-    """Sends parameters and buffers of process 0 to all processes: with ``cpu_ram_efficient_loading``, transformers
-    loads the checkpoint in process 0 alone."""
-    with torch.no_grad():
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
-            sent = tensor.data.to(device).contiguous()
-            dist.broadcast(sent, src=0)
-            tensor.data.copy_(sent)
+    """Sends parameters and buffers of process 0 to all processes. With ``cpu_ram_efficient_loading``, the other
+    processes need not have loaded them."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        sent = tensor.detach().to(device).contiguous()
+        dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)  # as bytes, because gloo does not know every dtype
+        tensor.detach().copy_(sent)
 
 
 def _keep_parameters(accelerator: Any) -> None:
-    """Makes ``accelerator.prepare`` keep the parameters of an optimizer.
+    """Makes ``accelerator.prepare`` keep the parameters of an optimizer, and take a sharded model alone.
 
     accelerate replaces an optimizer's parameters by the model's parameters at the same addresses. Empty shards all have
     the address 0, so an optimizer would get one empty shard several times, and lose the others.
@@ -172,6 +176,8 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], FSDPModule):  # as in an evaluation before the training
+            return args[0]
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
         found = prepare(*args, **kwargs)

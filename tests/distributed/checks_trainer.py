@@ -16,6 +16,7 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
 from checks_common import (
     LLAMA,
+    LOSS,
     adapter,
     assert_all_fused,
     assert_close,
@@ -78,9 +79,10 @@ def options(folder: Path, config: Optional[dict[str, Any]] = None, **more: Any) 
     }  # fmt: skip
 
 
-def trainer_of(model: nn.Module, folder: Path, config: Optional[dict[str, Any]] = None, **more: Any) -> hf.Trainer:
-    trainer = InOrder(model, hf.TrainingArguments(**options(folder, config, **more)), train_dataset=rows())
-    PeftExtCallback().attach(trainer)
+def trainer_of(model: nn.Module, folder: Path, config: Optional[dict[str, Any]] = None, **more: Any) -> Any:
+    arguments = hf.TrainingArguments(**options(folder, config, **more))
+    trainer: Any = InOrder(model, arguments, train_dataset=rows(), eval_dataset=rows(4))
+    trainer.meter = PeftExtCallback().attach(trainer)
     return trainer
 
 
@@ -127,6 +129,8 @@ def trainer_fsdp2_takes_the_steps_of_one_process(folder: Path) -> None:
             trainer = trainer_of(make(method, base), folder, **more)
             trainer.train()
             model, found = trainer.model, losses_of(trainer)
+        (loss,) = (row for row in trainer.meter.explanation.blocks if row.kind == "loss")
+        assert loss.fused and trainer.meter.fused_share == 1, trainer.meter.explanation
         assert units(model) == UNITS
         assert_all_fused(model)
         assert_loss(model, "logits in chunks")
@@ -143,6 +147,8 @@ def trainer_fsdp2_takes_the_steps_of_one_process(folder: Path) -> None:
 
 @check
 def trainer_fsdp2_with_tied_heads(folder: Path) -> None:
+    """Tests also a configuration of ``accelerate launch``, and an evaluation before the training."""
+
     def build() -> PeftModel:
         torch.manual_seed(3)
         config = hf.LlamaConfig(**{**LLAMA.build().config.to_dict(), "tie_word_embeddings": True})
@@ -154,9 +160,16 @@ def trainer_fsdp2_with_tied_heads(folder: Path) -> None:
 
     one = build()
     with configured(), counted_losses() as counted:
-        trainer = trainer_of(build(), folder)
+        # The variables that `accelerate launch --use_fsdp --fsdp_version 2` sets, without a wrapping policy.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        trainer = trainer_of(build(), folder, fsdp=None)
+        before = trainer.evaluate()["eval_loss"]
         trainer.train()
-    assert_losses(losses_of(trainer), alone(one))
+        after = trainer.evaluate()["eval_loss"]
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    assert abs(before - one.eval()(input_ids=ids, labels=ids).loss.item()) <= LOSS
+    assert_losses(losses_of(trainer), alone(one.train()))
+    assert abs(after - one.eval()(input_ids=ids, labels=ids).loss.item()) <= LOSS
     assert counted == {"fused": STEPS, "whole": 0} and units(trainer.model) == UNITS
     assert trainer.model.get_output_embeddings().weight is trainer.model.get_input_embeddings().weight
 
@@ -234,7 +247,10 @@ def trainer_fsdp2_in_mixed_precision(folder: Path) -> None:
         trainer = trainer_of(make(base="nf4").to(torch.bfloat16), folder, bf16=True)
         trainer.train()
     wanted = alone(one)
-    assert max(abs(a - b) for a, b in zip(losses_of(trainer), wanted, strict=True)) <= 2**-6, (losses_of(trainer), wanted)
+    assert max(abs(a - b) for a, b in zip(losses_of(trainer), wanted, strict=True)) <= 2**-6, (
+        losses_of(trainer),
+        wanted,
+    )
     assert {tensor.dtype for tensor in adapter(trainer.model).values()} == {torch.float32}
     assert_all_fused(trainer.model)
 
@@ -279,6 +295,8 @@ def trainer_fsdp2_refuses_by_name(folder: Path) -> None:
         attached(make(), transformer_layer_cls_to_wrap="Unknown")
     with raises(ValueError, "optimizer of unsharded parameters"):
         attached(make(), with_optimizer)
+    with raises(ValueError, "the trainer has a model_init"):
+        attached(make(), lambda trainer: setattr(trainer, "model_init", make))
     with raises(ValueError, "cp_size 2"):
         attached(make(), with_context)
 
@@ -335,7 +353,7 @@ def sft_trainer_fsdp2_takes_the_steps_of_one_process(folder: Path) -> None:
 
 @check
 def trainer_fsdp2_resumes_in_other_processes(folder: Path) -> None:
-    """Two processes train six steps and save after the second, four go on to the fourth, and two to the sixth. With
+    """Two processes train six steps and save after the second, four go on to the fourth, and one to the sixth. With
     four processes, some hold no row of lora_A."""
 
     def run(path: str, steps: int, checkpoint: Optional[Path] = None) -> list[float]:
@@ -355,4 +373,4 @@ def trainer_fsdp2_resumes_in_other_processes(folder: Path) -> None:
     elif dist.get_world_size() == 4:
         assert_losses(run("four", 4, folder / "two" / "checkpoint-2"), json.loads(record.read_text())[:4])
     else:
-        assert_losses(run("again", 6, folder / "four" / "checkpoint-4"), json.loads(record.read_text()))
+        assert_losses(run("one", 6, folder / "four" / "checkpoint-4"), json.loads(record.read_text()))
