@@ -55,8 +55,9 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     ``trainer.save_model`` then writes PEFT's files with every state dict type, and checkpoints are sharded
     (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
-    Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, tensor, context or sequence
-    parallelism, offloaded activation checkpointing, an optimizer or a model_init of the trainer, no decoder layer.
+    Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
+    context or sequence parallelism, offloaded activation checkpointing, an optimizer or a model_init of the trainer, no
+    decoder layer.
     """
     plugin = _plugin(trainer)
     if plugin is None:
@@ -119,6 +120,8 @@ def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
         name = getattr(config.peft_type, "value", config.peft_type)
         if name in _UNSHARDED:
             fail(f"{name} does not work with FSDP2: {_UNSHARDED[name]}")
+        if getattr(config, "is_prompt_learning", False):
+            fail(f"{name} does not work with FSDP2: PEFT computes the saved prompt from whole parameters; use DDP")
     if trainer.model_init is not None:
         fail("the trainer has a model_init, whose model Trainer makes when the training begins; pass a model")
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
@@ -213,14 +216,14 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
 
 
 def _adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-    """Gathers the state dict of a PeftModel without frozen weights of base layers. Process 0 gets the tensors."""
+    """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets tensors."""
+    units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     found = {}
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, DTensor) and not (name in frozen and ".base_layer." in name):
-            whole = tensor.full_tensor()
-            if dist.get_rank() == 0:
-                found[name] = whole.cpu()
-        elif not isinstance(tensor, DTensor) and dist.get_rank() == 0:
-            found[name] = tensor
+        if name in frozen and name.startswith(units) and ".base_layer." in name:
+            continue
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            found[name] = whole.cpu()
     return found

@@ -32,7 +32,7 @@ from checks_common import (
     shard,
 )
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft_models import quantize, spread
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -176,14 +176,22 @@ def trainer_fsdp2_with_tied_heads(folder: Path) -> None:
 
 @check
 def trainer_fsdp2_saves_and_resumes(folder: Path) -> None:
-    """Saves PEFT's files, and resumes from a checkpoint with the losses of the uninterrupted run."""
-    one = make("DoRA", "nf4")
-    alone(one)
-    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
-        path = folder / kind
+    """Saves PEFT's files, and resumes from a checkpoint with the losses of the uninterrupted run.
+
+    PEFT's files of an adapter on the head have the head's own weight, too.
+    """
+
+    def adapted_head() -> PeftModel:
+        torch.manual_seed(3)
+        config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+        return peft_ext.get_peft_model(quantize(LLAMA.build(), "float32"), config).train()
+
+    for kind, build in (("SHARDED_STATE_DICT", lambda: make("DoRA", "nf4")), ("FULL_STATE_DICT", adapted_head)):
+        path, config, one = folder / kind, {"state_dict_type": kind}, build()
+        alone(one)
         more = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
         with configured():
-            trainer = trainer_of(make("DoRA", "nf4"), path, {"state_dict_type": kind})
+            trainer = trainer_of(build(), path, config)
             trainer.train()
             trainer.save_model(str(path / "several"))
         if dist.get_rank() == 0:
@@ -192,14 +200,13 @@ def trainer_fsdp2_saves_and_resumes(folder: Path) -> None:
             assert_same_files(path / "one", path / "several")
             stock = PeftModel.from_pretrained(quantize(LLAMA.build(), "float32"), path / "several")
             assert_close(adapter_of(stock), adapter_of(one))
-        with configured():
-            trainer = trainer_of(make("DoRA", "nf4"), path, {"state_dict_type": kind}, **more)
-            trainer.train()
-        wanted = losses_of(trainer)
-        with configured():
-            trainer = trainer_of(make("DoRA", "nf4"), path, {"state_dict_type": kind}, **more)
-            trainer.train(resume_from_checkpoint=str(path / "checkpoint-2"))
-        assert losses_of(trainer) == wanted, (kind, losses_of(trainer), wanted)
+        losses = []
+        for checkpoint in (None, str(path / "checkpoint-2")):
+            with configured():
+                trainer = trainer_of(build(), path, config, **more)
+                trainer.train(resume_from_checkpoint=checkpoint)
+            losses.append(losses_of(trainer))
+        assert losses[0] == losses[1], (kind, losses)
         if dist.get_rank() == 0:
             assert (path / "checkpoint-2" / "adapter_model.safetensors").exists()
 
@@ -291,6 +298,8 @@ def trainer_fsdp2_refuses_by_name(folder: Path) -> None:
         attached(make("AdaLoRA"))
     with raises(ValueError, "DIFF_PRUNING does not work with FSDP2"):
         attached(diff_pruned())
+    with raises(ValueError, "PREFIX_TUNING does not work with FSDP2: PEFT computes the saved prompt"):
+        attached(get_peft_model(LLAMA.build(), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")))
     with raises(ValueError, "no module of the classes ['Unknown']"):
         attached(make(), transformer_layer_cls_to_wrap="Unknown")
     with raises(ValueError, "optimizer of unsharded parameters"):
