@@ -29,7 +29,7 @@ with required("accelerate", "peft_ext.integrations.fsdp2"):
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["prepare_fsdp2"]
+__all__ = ["adapter_state", "prepare_fsdp2"]
 
 # Methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are shards.
 _UNSHARDED = {
@@ -212,10 +212,10 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
         finally:
             plugin.state_dict_type = kind
 
-    trainer.save_model, trainer.accelerator.get_state_dict = saving, _adapter_state
+    trainer.save_model, trainer.accelerator.get_state_dict = saving, adapter_state
 
 
-def _adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
     """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets tensors."""
     units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -53,8 +53,10 @@ def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None
     examples, ranks, found = run.examples.held_out, run.ranks, {}
     wanted = list(range(len(examples)) if chosen is None else chosen)
     share = [wanted[place] for place in ranks.mine(len(wanted))]
+    if run.sharded:  # each forward needs all ranks: a rank without an example repeats another rank's
+        share += wanted[: math.ceil(len(wanted) / ranks.world) - len(share)]
     for index in bar(share, "held-out loss", "example") if chosen is None else share:
-        if run.stop.training and run.stop.signal:
+        if run.stop.training and run.stop.signal and not run.sharded:
             break
         batch = collate(run, [examples[index]])
         logits, labels = logits_of(model, batch)[0, :-1], batch["labels"][0, 1:]
@@ -136,7 +138,9 @@ def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
 
 
 def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
-    """Returns the model's answers to the prompts, each of which one rank answers."""
+    """Returns the answers to the prompts. One rank answers a prompt; all ranks of a sharded run answer it together."""
+    if run.sharded:
+        return [answer(run, model, messages) for messages in prompts]
     share = {index: answer(run, model, prompts[index]) for index in run.ranks.mine(len(prompts))}
     return list(run.ranks.merged(share).values())
 
@@ -208,21 +212,19 @@ class Check:
     accelerated_difference: Optional[float]
 
 
-def reread(run: Run, model: Any, fresh_base: Any) -> Check:
-    """Compares the logits of the trained model with those of ``fresh_base()`` with the saved adapter.
+def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
+    """Compares the logits of the trained model with those of ``fresh_model()``, a fresh base with the saved adapter.
 
     Both models run PEFT's own code. The trained model is not accelerated again afterwards. Models with experts over NF4
-    are compared accelerated, because PEFT itself can't adapt these experts.
+    are compared accelerated, because PEFT itself can't adapt these experts; so is DoRA over NF4 in a sharded run.
     """
-    from peft import PeftConfig, PeftModel
-
-    from ..model import register_layers
-    from ..nn import NF4Experts
+    from ..nn import NF4Experts, NF4Linear
 
     batch = collate(run, run.examples.held_out[:REREAD])
     keep = batch["attention_mask"].bool()  # logits of padding tokens have no meaning
     model.eval()
-    accelerated, stays = None, any(isinstance(module, NF4Experts) for module in model.modules())
+    kinds = (NF4Experts, NF4Linear) if run.options.method == "dora" else NF4Experts
+    accelerated, stays = None, any(isinstance(module, kinds) for module in model.modules())
     if not run.options.stock and not stays:
         from ..integrations.peft import restore
 
@@ -231,11 +233,7 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     live = logits_of(model, batch)[keep]
     differs = None if accelerated is None else _largest_difference(accelerated, live)
     del accelerated
-    base, folder = fresh_base(), str(run.options.output)
-    config = PeftConfig.from_pretrained(folder)
-    register_layers(config, base)
-    fresh = PeftModel.from_pretrained(base, folder, config=config, torch_device=str(run.device)).eval()
-    del base
+    fresh = fresh_model().eval()
     if stays:
         from ..integrations.peft import accelerate
 

@@ -19,6 +19,7 @@ DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")
 QUANTIZATIONS = ("nf4", "none")
+SHARDS = ("ddp", "fsdp2", "hsdp")
 _MOST = 2**31 - 1  # largest value of an option that is a count
 
 
@@ -73,6 +74,7 @@ class Options:
     seed: int = _option(0, "Seed of split, adapter and order.", "Training")
     save_steps: int = _option(0, "Steps between checkpoints; 0: only on Ctrl-C.", None, 0)
     gradient_checkpointing: bool = _option(False, "Less memory, more time.", "Training")
+    shard: str = _option("ddp", "Several processes: ddp, fsdp2, or hsdp: fsdp2 inside of a machine.", "Training")
     threads: Optional[int] = _option(None, "CPU threads. Default: PyTorch's.", None, 1)
     resume: bool = _option(False, "Continue from the last checkpoint in --output.")
     overwrite: bool = _option(False, "Replace the run in --output.")
@@ -151,7 +153,7 @@ def check_options(o: Options) -> None:
     if o.method not in METHODS:
         raise RunError(f"--method {o.method}: unknown method, wanted one of {', '.join(METHODS)}")
     method = METHODS[o.method]
-    for name, choices in (("quant", QUANTIZATIONS), ("dtype", DTYPES), ("blocksize", BLOCKSIZES)):
+    for name, choices in (("quant", QUANTIZATIONS), ("dtype", DTYPES), ("blocksize", BLOCKSIZES), ("shard", SHARDS)):
         if (value := getattr(o, name)) is not None and value not in choices:
             raise RunError(f"--{name} {value}: wanted one of {', '.join(map(str, choices))}")
     if o.max_steps is not None and o.epochs is not None:

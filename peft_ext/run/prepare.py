@@ -33,6 +33,8 @@ from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
 from .ranks import Ranks
 
+_SHARDED = ("lora", "rslora", "qlora", "dora", "ia3")  # methods whose adapters can be sharded
+
 
 @dataclass
 class Run:
@@ -79,6 +81,11 @@ class Run:
         return self.options.batch_size * self.options.grad_accum * self.ranks.world
 
     @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the base, so that the forward of each process needs all processes."""
+        return self.options.shard != "ddp"
+
+    @property
     def method(self) -> Method:
         return METHODS[self.options.method]
 
@@ -122,6 +129,7 @@ def prepare(
     options = options.resolved()
     _check_packages(options)
     _check_ranks(options, ranks)
+    _check_shard(options, ranks)
     options, checkpoint = checkpoints.check_output(options, ranks)
     corpus = read_corpus(
         options.data, text_column=options.text_column, prompt_column=options.prompt_column,
@@ -159,11 +167,11 @@ def prepare(
 
 
 def needs_bitsandbytes(o: Options) -> bool:
-    """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA.
+    """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA, unless sharded.
 
     The DoRA of PEFT can dequantize no other NF4 layer.
     """
-    return o.quant == "nf4" and (o.stock or o.method == "dora")
+    return o.quant == "nf4" and (o.stock or o.method == "dora") and o.shard == "ddp"
 
 
 def _check_packages(o: Options) -> None:
@@ -184,6 +192,22 @@ def _check_packages(o: Options) -> None:
 def _check_ranks(o: Options, ranks: Ranks) -> None:
     if ranks.world > 1 and o.method == "diff-pruning":
         raise RunError("--method diff-pruning in several processes: DDP can't exchange parameters that a run prunes")
+
+
+def _check_shard(o: Options, ranks: Ranks) -> None:
+    """Raises RunError where the options or the number of processes do not fit --shard."""
+    if o.shard == "ddp":
+        return
+    about = f"--shard {o.shard}"
+    if o.method not in _SHARDED:
+        raise RunError(f"{about} with --method {o.method}: wanted one of {', '.join(_SHARDED)}; --shard ddp takes all")
+    if o.stock and o.quant == "nf4":
+        raise RunError(f"{about} with --stock and NF4: accelerate does not shard bitsandbytes' weights of 4 bits")
+    if ranks.world == 1:
+        raise RunError(f"{about} in one process: start several, for example torchrun --nproc-per-node 2 -m peft_ext")
+    if o.shard == "hsdp" and (ranks.nodes == 1 or ranks.world % ranks.nodes or ranks.world // ranks.nodes < 2):
+        raise RunError(f"{about}: {ranks.world} processes on {ranks.nodes} machines, wanted several machines with as "
+                       "many processes each, at least 2")  # fmt: skip
 
 
 def facts_of(run: Run) -> dict[str, Any]:

@@ -183,6 +183,8 @@ def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 continue
+            if hasattr(tensor, "to_local"):  # a DTensor: the bytes of this process's shard
+                tensor = tensor.to_local()
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())

@@ -25,7 +25,7 @@ from ..quantize import quantize_nf4
 from ..sources.json_file import raised_as
 from ..sources.model import widen
 from ..text import dtype_name
-from . import checkpoints, evaluate
+from . import checkpoints, evaluate, shard
 from .config import FILE as CONFIG_FILE
 from .config import write_config
 from .data import IGNORED, Order
@@ -122,8 +122,8 @@ def train(run: Run) -> Result:
     """Trains a prepared run; see :func:`finetune`."""
     _describe(run)
     with run.phase("load"):
-        model = load_base(run)
-    with run.phase("evaluate before"):
+        model = _sharded(run) if run.sharded else load_base(run)
+    with run.phase("evaluate before"), shard.without_adapter(run, model):
         losses = evaluate.held_out_losses(run, model)
         samples = evaluate.sample_prompts(run)
         said = evaluate.answers(run, model, [sample["messages"] for sample in samples])
@@ -159,7 +159,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     """Adds an adapter to the frozen base, trains, saves and checks the adapter, and returns the result."""
     o, results = run.options, record.results
     with run.phase("adapt"):
-        model = adapt(run, model)
+        model = model if run.sharded else adapt(run, model)
     fused = results["fused"] = _fused_layers(run, model)
     record.write()
     log.info(f"training: {run.steps} steps, {fused['fused']} of {fused['layers']} layers fused")
@@ -172,8 +172,9 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         record.log_report()
         return _result(record, done)
     with run.phase("save"):  # saved before the evaluation, so that a later error does not lose the adapter
+        state = shard.adapter_state(model) if run.sharded else None
         if run.ranks.speaks:
-            save_adapter(model, o.output, overwrite=True)
+            save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
         run.ranks.wait()
     results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
@@ -190,7 +191,9 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     results["perplexity"]["after"] = evaluate.perplexity(losses)
     results["held_out"]["last"] = [done, evaluate.mean_loss([losses[i] for i in record.curve])]
     with run.phase("re-read"):
-        check = evaluate.reread(run, model, lambda: load_base(run)) if run.ranks.speaks else None
+        check = None
+        if run.sharded or run.ranks.speaks:
+            check = evaluate.reread(run, model, lambda: _saved(run))
         check = run.ranks.gather(check)[0]
     asked = results["samples"][0]
     results |= {"finished": True, "check": asdict(check),
@@ -249,6 +252,32 @@ def load_base(run: Run) -> Any:
     return model
 
 
+def _sharded(run: Run) -> Any:
+    """Returns the sharded model with its adapter, which has the values of a checkpoint with all steps of the run."""
+    done = run.checkpoint if run.checkpoint and checkpoints.step_of(run.checkpoint) >= run.steps else None
+    return shard.sharded_model(run, lambda base: adapt(run, base), done)
+
+
+def _saved(run: Run) -> Any:
+    """Returns a fresh base with the saved adapter, as PEFT reads the adapter."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    from ..model import register_layers
+
+    folder = str(run.options.output)
+    config = PeftConfig.from_pretrained(folder)
+
+    def adapted(base: Any) -> Any:
+        register_layers(config, base)
+        return get_peft_model(base, config)
+
+    if run.sharded:
+        return shard.sharded_model(run, adapted, run.options.output)
+    base = load_base(run)
+    register_layers(config, base)
+    return PeftModel.from_pretrained(base, folder, config=config, torch_device=str(run.device))
+
+
 def adapt(run: Run, model: Any) -> Any:
     """Returns the model with a new adapter, which is initialized with the run's seed.
 
@@ -303,6 +332,8 @@ def fit(run: Run, record: Record, model: Any) -> int:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
         # The checkpoint has all steps of the run: Trainer.train would train one step more.
+        if run.sharded:  # the model was loaded with the checkpoint's adapter
+            return done
         set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
     if run.ranks.world > 1:  # each process draws its own masks; a checkpoint restores the state of its processes
@@ -330,6 +361,7 @@ def fit(run: Run, record: Record, model: Any) -> int:
 def _trainer(run: Run, record: Record, model: Any) -> Any:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+    from ..integrations.fsdp2 import prepare_fsdp2
     from ..integrations.trainer import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
 
     class OrderedTrainer(Trainer):
@@ -359,6 +391,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         # DDP has to search for parameters that a step did not use only where experts may get no token of a batch.
         ddp_find_unused_parameters=any(isinstance(module, nn.ModuleList) and "experts" in name
                                        for name, module in model.named_modules()),
+        **shard.trainer_options(run),
         ddp_broadcast_buffers=False,  # the buffers are scales of NF4 and tables, which each process has made alike
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
@@ -372,6 +405,8 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         model.enable_input_require_grads()
     kind = GateTrainer if o.method == "diff-pruning" else OrderedTrainer
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
+    if run.sharded:
+        prepare_fsdp2(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     # progress_callback is added after the removal of ProgressCallback, which would remove a subclass too.
