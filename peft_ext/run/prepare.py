@@ -203,8 +203,6 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
         raise RunError(f"{about} with --method {o.method}: wanted one of {', '.join(_SHARDED)}; --shard ddp takes all")
     if o.stock and o.quant == "nf4":
         raise RunError(f"{about} with --stock and NF4: accelerate does not shard bitsandbytes' weights of 4 bits")
-    if ranks.world == 1:
-        raise RunError(f"{about} in one process: start several, for example torchrun --nproc-per-node 2 -m peft_ext")
     if o.shard == "hsdp" and (ranks.nodes == 1 or ranks.world % ranks.nodes or ranks.world // ranks.nodes < 2):
         raise RunError(f"{about}: {ranks.world} processes on {ranks.nodes} machines, wanted several machines with as "
                        "many processes each, at least 2")  # fmt: skip

@@ -303,8 +303,10 @@ def wait_seconds() -> float:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(of_one: bool = False) -> Iterator[Ranks]:
     """Yields the ranks of the run: joins the process group that the launcher's variables describe.
+
+    ``of_one``: whether a process that no launcher started makes a process group of itself.
 
     A process group that exists is used and stays. On ranks other than rank 0 the block logs nothing and warns of
     nothing. Raises RunError where the variables are wrong or the other ranks can't be reached.
@@ -316,6 +318,10 @@ def joined() -> Iterator[Ranks]:
         launch = Launch(launch.launcher or "a process group", distributed.get_rank(), distributed.get_world_size(),
                         launch.local_rank, launch.local_world, launch.identity, launch.restarts)  # fmt: skip
     if launch.world == 1:
+        if of_one and not exists:
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
         yield Ranks(launch)
         return
     try:

@@ -111,7 +111,12 @@ def finetune(options: Options) -> Result:
     def hint() -> str:
         return checkpoints.how_to_go_on(options.resolved())
 
-    with caught_signals(stop), joined() as ranks, ranks.reported(stop, hint), mendable_errors(options.output, hint):
+    with (
+        caught_signals(stop),
+        joined(options.shard != "ddp") as ranks,
+        ranks.reported(stop, hint),
+        mendable_errors(options.output, hint),
+    ):
         stop.speaks = ranks.speaks
         run = ranks.together(lambda: prepare(options, stop, ranks))
         ranks.check_alike(facts_of(run))

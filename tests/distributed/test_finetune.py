@@ -100,6 +100,82 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tiny, fol
     assert record_of(output)["resumed"] == [4]
 
 
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+SHARDED = ("--shard", "fsdp2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    ["lora", pytest.param("qlora", marks=pytest.mark.skipif(not SHARDS_BYTES, reason="torch shards no bytes"))],
+)
+def test_a_sharded_run_is_a_run_of_one_process(method, tiny, folder, alone):
+    quant = ("--method", method, "--quant", "nf4") if method == "qlora" else ()
+    one, output = alone, folder / f"sharded-{method}"
+    if quant:
+        one = folder / "alone-nf4"
+        assert main(options_of(tiny, one, 4, *quant)) == 0
+    run = Run([*torchrun(2), *options_of(tiny, output, 2, *quant, *SHARDED)], folder / f"sharded-{method}.log")
+    assert run.end() == 0, run.out
+    losses, weights = differences(one, output)
+    assert losses <= LOSS and weights <= WEIGHT
+    first, second = record_of(one), record_of(output)
+    for name in ("before", "after"):
+        assert second["perplexity"][name] == pytest.approx(first["perplexity"][name], rel=1e-5)
+        assert [sample[name] for sample in second["samples"]] == [sample[name] for sample in first["samples"]]
+    assert second["fused"]["fused"] == second["fused"]["layers"] == 14 and second["check"]["ok"]
+    assert second["memory"]["frozen"] < 0.6 * first["memory"]["frozen"] or quant  # scales are whole
+    if quant:
+        return
+    for processes in (4, 1):  # the checkpoint of two processes goes on in four and in one
+        again = folder / f"sharded-{processes}"
+        (again / "checkpoints").mkdir(parents=True)
+        shutil.copytree(output / "checkpoints/checkpoint-4", again / "checkpoints/checkpoint-4")
+        shutil.copy(output / "run.json", again / "run.json")
+        options = [*options_of(tiny, again, 4 // processes, *SHARDED), "--resume"]
+        launcher = [sys.executable, "-m", "peft_ext"] if processes == 1 else torchrun(processes)
+        run = Run([*launcher, *options], folder / f"sharded-{processes}.log")
+        assert run.end() == 0, run.out
+        losses, weights = differences(output, again)
+        assert losses <= LOSS and weights <= WEIGHT
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone, tmp_path):
+    """Two agents of torchrun stand for two machines, between which the shards are replicated."""
+    at = ["--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port()}",
+          "--rdzv-id", "job"]  # fmt: skip
+    command = [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, "--shard", "hsdp", "--save-steps", "2")]
+    runs = [Run(command, tmp_path / f"{agent}.log") for agent in range(2)]
+    try:
+        runs[0].wait_for((tmp_path / "out/checkpoints/checkpoint-4").exists)
+        for run in runs:
+            if (process := run.of_rank(3)) is not None:
+                process.kill()
+        assert [run.end() for run in runs] == [0, 0], runs[0].out + runs[1].out
+    finally:
+        for run in runs:
+            run.kill()
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--shard", "fsdp2", "--method", "adalora"), "--shard fsdp2 with --method adalora: wanted one of lora"),
+        (("--shard", "fsdp2", "--stock", "--quant", "nf4"), "--shard fsdp2 with --stock and NF4"),
+        (("--shard", "hsdp"), "--shard hsdp: 1 processes on 1 machines, wanted several machines"),
+        (("--shard", "zero3"), "--shard zero3: wanted one of ddp, fsdp2, hsdp"),
+    ],
+)
+def test_what_can_not_be_sharded_is_refused(more, message, tiny, tmp_path):
+    run = Run([sys.executable, "-m", "peft_ext", *options_of(tiny, tmp_path / "out", 4, *more)], tmp_path / "log")
+    assert run.end() == 2 and run.out.startswith(f"error: {message}")
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
