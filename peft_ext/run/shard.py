@@ -56,10 +56,10 @@ def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
     """Sets the values of a saved adapter. DoRA's magnitudes, which are on the meta device, get memory before."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta and parameter.requires_grad:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+    for layer in model.modules():
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            values = torch.empty_like(magnitude.weight, device=device)
+            magnitude.weight = nn.Parameter(values, magnitude.weight.requires_grad)
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(device)))
 
 
