@@ -120,7 +120,8 @@ def check_adapter(model: nn.Module) -> None:
             raise SourceError(f"the adapter has init_lora_weights={init!r}, which needs the weights of the base")
     for name, parameter in model.named_parameters():
         if parameter.is_meta and parameter.requires_grad and "lora_magnitude_vector" not in name:
-            raise SourceError(f"{name} has no values: add the adapter within adapter_values(device)")
+            raise SourceError(f"{name} has no values: add the adapter within adapter_values(device), and without "
+                              "modules_to_save")  # fmt: skip
 
 
 # --- DoRA's magnitude -------------------------------------------------------------------------------------------------

@@ -34,9 +34,13 @@ def shard_and_load(
 ) -> nn.Module:
     """Shards ``model`` with FSDP2, each decoder layer and the rest as one unit, and reads the weights of its base.
 
-    All processes of the default process group must call the function, after all of them made ``base``. Where one
-    process can't read a file, all processes raise, at the latest after the decoder layer. A process holds at most its
-    shard, the weights that FSDP2 does not shard, and one tensor with its quantized form.
+    All processes of the default process group must call the function together, after each process made ``base``. Where
+    one process can't read or make a tensor, all processes raise, at the latest at the end of the decoder layer. A
+    process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
+    weight in the files' dtype with the weight's NF4 form, or the weights that transformers makes of one tensor. DoRA's
+    magnitude takes three more copies of one weight, in the adapter's dtype.
+
+    With HSDP inside of one node, each copy of the model reads its own rows of the dense weights.
 
     Args:
         model: ``base.model``, or a PeftModel around ``base.model``.
