@@ -38,7 +38,7 @@ def shard_and_load(
     one process can't read or make a tensor, all processes raise, at the latest at the end of the decoder layer. A
     process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
     weight in the files' dtype with the weight's NF4 form, or the weights that transformers makes of one tensor. DoRA's
-    magnitude takes three more copies of one weight, in the adapter's dtype.
+    magnitude takes the dequantized weight and a copy in the adapter's dtype too; where B is not zero, three copies.
 
     With HSDP inside of one node, each copy of the model reads its own rows of the dense weights.
 
@@ -254,6 +254,7 @@ class _Loader:
                 else:
                     finished = weight.to(_held(module, attribute).dtype)
                     made.append(finished)
+            del weight  # the dense weight is not needed for the magnitude of an NF4 weight
             if self._doras([(module, attribute)]):
                 weights[id(module), attribute] = finished
         for (layer, adapter), (lora_A, lora_B) in zip(doras, factors, strict=True):
