@@ -44,7 +44,9 @@ def finetune(
         if dry_run:
             from .plan import show_plan
 
-            show_plan(run.dry_run(options))
+            plan = run.dry_run(options)
+            if plan.run.ranks.speaks:
+                show_plan(plan)
             return 0
         result = run.finetune(options)
     if result.stopped_by:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..run.errors import RunError, out_of_memory
+from ..run.errors import Elsewhere, RunError, out_of_memory
 from ..sources.json_file import first_line
 from ..sources.model import SourceError
 from . import CliError
@@ -33,13 +33,16 @@ def _errors() -> Iterator[None]:
     """
     try:
         yield
+    except Elsewhere:  # another process of the run prints its error
+        raise typer.Exit(2) from None
     except (CliError, RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
         number = getattr(stopped, "signal", signal.SIGINT)  # the exception Interrupted has the signal's number
         by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-        print(f"error: {by}", file=sys.stderr, flush=True)
+        if not getattr(stopped, "silent", False):
+            print(f"error: {by}", file=sys.stderr, flush=True)
         raise typer.Exit(128 + number) from None
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -51,13 +51,14 @@ def _summary(plan: Plan) -> Any:
         cut += f", {run.examples.left_out:,} left out: no completion begins within {o.block_size} tokens"
     table.add_row("  to train on", f"{len(train):,} {unit}, {plan.train_tokens:,} tokens")
     table.add_row("  held out", f"{len(held_out):,}, {plan.held_out_tokens:,} tokens{cut and '; of all' + cut[1:]}")
-    batch, accum = min(o.batch_size, len(train)), o.grad_accum
-    steps = f"{plan.steps:,}, {plan.steps * batch * accum / len(train):.3g} epochs"
+    steps = f"{plan.steps:,}, {plan.steps * run.step_examples / len(train):.3g} epochs"
     if run.checkpoint is not None:
         steps += f"; {plan.done:,} done, {max(0, plan.steps - plan.done):,} to go, from {run.checkpoint}"
     table.add_row("steps", steps)
-    accumulated = "" if accum == 1 else f" x {accum} batches"
-    table.add_row("  of a step", f"{batch} examples{accumulated}, {plan.step_tokens:,.0f} tokens on average")
+    shares = f" x {o.grad_accum} batches" * (o.grad_accum > 1) + f" x {run.ranks.world} processes" * (
+        run.ranks.world > 1
+    )
+    table.add_row("  of a step", f"{o.batch_size} examples{shares}, {plan.step_tokens:,.0f} tokens on average")
     table.add_row("  learning rate", f"{o.learning_rate:g} at most, cosine, warmup {o.warmup:g}")
     size = format_bytes(plan.adapter.adapter_bytes, binary=False)
     files = f"adapter_model.safetensors (about {size}), adapter_config.json"
@@ -75,8 +76,7 @@ def _memory(plan: Plan) -> Any:
     if (memory := plan.adapter.memory) is not None:
         for kind, name in _KINDS.items():
             table.add_row(f"  {name}", mib(getattr(memory, kind)), mib(memory.peak[kind]))
-        batch = min(plan.run.options.batch_size, len(plan.run.examples.train))
-        table.add_row(f"a step of {batch} x {plan.longest} tokens", "", mib(memory.total))
+        table.add_row(f"a step of {plan.run.options.batch_size} x {plan.longest} tokens", "", mib(memory.total))
     table.add_row("loading: the dense bfloat16 weights", "", mib(plan.load_bytes))
     table.add_row("the last check: the dense weights beside the trained model", "", mib(plan.check_bytes))
     if plan.held_bytes:

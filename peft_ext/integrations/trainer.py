@@ -137,11 +137,19 @@ class PeftExtCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> PeftExtCallback:
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        A callback that the trainer already has is moved. Raises: TypeError if ``trainer`` is no transformers Trainer.
+        A callback that the trainer already has is moved. If accelerate's configuration wants FSDP2, this method also
+        shards the trainer's model (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call
+        this method, before the training.
+
+        Raises: TypeError if ``trainer`` is no transformers Trainer; the errors of ``prepare_fsdp2``.
         """
         callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
         if not isinstance(callbacks, list):
             raise TypeError(f"PeftExtCallback.attach: trainer is {type(trainer).__name__}, wanted a Trainer")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from .fsdp2 import prepare_fsdp2
+
+            prepare_fsdp2(trainer)
         if self in callbacks:
             callbacks.remove(self)
         callbacks.insert(0, self)

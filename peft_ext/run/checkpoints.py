@@ -8,6 +8,7 @@ checkpoint whose listed files have changed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..files import atomic_folder, is_sealed, not_whole, seal, sort_names
+from ..methods import METHODS
 from .config import FILE as CONFIG_FILE
 from .errors import RunError, Stop
 from .options import SAME_ON_RESUME, Options
 from .progress import log
+from .ranks import Ranks
 
 PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -57,8 +60,11 @@ def read_record(o: Options) -> dict[str, Any]:
         return {}
 
 
-def check_output(o: Options) -> Optional[Path]:
-    """Checks the output folder and returns the checkpoint to resume from; None without --resume.
+def check_output(o: Options, ranks: Ranks) -> tuple[Options, Optional[Path]]:
+    """Checks the output folder; returns the options and the checkpoint to resume from, which is None for a new run.
+
+    Where the launcher starts the processes of an unfinished run again, the returned options continue the run: with
+    --resume where the run has a checkpoint, else with --overwrite.
 
     Raises RunError where the folder can't be written to, and where it is not empty and neither --resume nor --overwrite
     is given. With --resume, raises RunError where no checkpoint is whole, or where an option in SAME_ON_RESUME differs
@@ -73,12 +79,32 @@ def check_output(o: Options) -> Optional[Path]:
         tempfile.TemporaryDirectory(prefix=".", dir=existing).cleanup()
     except OSError as error:
         raise RunError(f"--output {o.output}: {existing} can't be written to: {error.strerror}") from None
+    if _is_restart(o, ranks):
+        found = METHODS[o.method].can_resume and any(not_whole(path) is None for path in saved_checkpoints(o))
+        goes_on = "continues from its last checkpoint" if found else "begins anew, without a checkpoint"
+        log.info(f"restart: the unfinished run in {o.output} {goes_on}")
+        o = dataclasses.replace(o, resume=found, overwrite=not found)
     if o.resume:
-        return _checkpoint_to_resume(o)
+        return o, _checkpoint_to_resume(o, ranks)
     if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:
         resume = "--resume continues it, " if saved_checkpoints(o) else ""
         raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
-    return None
+    return o, None
+
+
+def _is_restart(o: Options, ranks: Ranks) -> bool:
+    """Returns whether this launch has written the unfinished run in the output folder, before the launcher's restart.
+
+    torchrun gives a launch a name: the argument of --rdzv-id, or "none" without the argument. A launch of the name
+    "none" is known to be a restart by torchrun's count of restarts.
+    """
+    launch, record = ranks.launch, read_record(o)
+    before = record.get("processes")
+    named = launch.identity not in ("", "none")
+    return (
+        isinstance(before, dict) and before.get("launch") == launch.identity and not record.get("finished", True)
+        and (launch.restarts > 0 or named)
+    )  # fmt: skip
 
 
 def check_same_data(o: Options, digest: str) -> None:
@@ -89,11 +115,17 @@ def check_same_data(o: Options, digest: str) -> None:
         raise RunError(f"--resume: the records of --data {o.data} differ from those of the run in {o.output}")
 
 
-def _checkpoint_to_resume(o: Options) -> Path:
+def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
     found = saved_checkpoints(o)
     if not found:
         raise RunError(f"--resume: no checkpoint in {o.output} (they are written with --save-steps, and on Ctrl-C)")
-    before = read_record(o).get("options", {})
+    record = read_record(o)
+    before = record.get("options", {})
+    now = o.batch_size * o.grad_accum * ranks.world
+    was = record.get("step_examples", before.get("batch_size", now) * before.get("grad_accum", 1))
+    if was != now:
+        product = f"--batch-size {o.batch_size} x --grad-accum {o.grad_accum} x {ranks.world} processes"
+        raise RunError(f"--resume: a step has {now} examples ({product}), in the run in {o.output} it has {was}")
     for name in SAME_ON_RESUME:
         now = getattr(o, name)
         if name in before and before[name] != now:
@@ -134,24 +166,29 @@ def remove_unsealed(o: Options) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def saving_callback(stop: Stop) -> Any:
+def saving_callback(stop: Stop, ranks: Ranks) -> Any:
     """Returns a Trainer callback that seals each saved checkpoint.
 
-    After a step the callback also saves a checkpoint, or saves one and stops the training, where a signal asked for it.
+    After a step the callback also saves a checkpoint, or saves one and stops the training, where a signal asked one of
+    the ranks for it.
     """
     from transformers import TrainerCallback
 
     class Saver(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ranks.at(f"step {state.global_step}")
+            stop.signal, save = ranks.largest(stop.signal, int(stop.save))
             if stop.signal:
                 control.should_save = control.should_training_stop = True
-            if stop.save:
+            if save:
                 stop.save, control.should_save = False, True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            sort_names(kwargs["model"], checkpoint)
-            seal(checkpoint)
+            ranks.wait()  # each rank has written its random state into the checkpoint
+            if ranks.speaks:
+                sort_names(kwargs["model"], checkpoint)
+                seal(checkpoint)
 
     return Saver()
 
@@ -160,25 +197,32 @@ def saving_callback(stop: Stop) -> Any:
 
 
 @contextlib.contextmanager
-def own_output(o: Options, checkpoint: Optional[Path]) -> Iterator[None]:
-    """Creates the output folder, and locks the folder until the block ends.
+def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator[None]:
+    """Creates the output folder on rank 0, and locks the folder until the block ends.
+
+    The other ranks wait until rank 0 has the folder.
 
     With --overwrite removes the files of the earlier run; with --resume removes the checkpoints that are later than
     ``checkpoint``. Raises RunError where another process holds the lock.
     """
+    if not ranks.speaks:
+        ranks.check_shared(o.output)
+        yield
+        return
     Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
-    with sole_writer(o.output):
+    with sole_writer(o.output, 30.0 if ranks.launch.restarts else 0.0):
         if o.overwrite:
             _set_aside(o)
         if checkpoint is not None:  # later checkpoints of a killed run must not mix with checkpoints of this run
             for later in itertools.takewhile(lambda p: p != checkpoint, saved_checkpoints(o)):
                 shutil.rmtree(later)
+        ranks.check_shared(o.output)
         yield
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Locks ``folder``, which must exist, against other runs until the block ends.
+def sole_writer(folder: Path, seconds: float = 0.0) -> Iterator[None]:
+    """Locks ``folder``, which must exist, against other runs until the block ends; waits ``seconds`` for the lock.
 
     The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps the lock file in a folder that
     it replaces. The system releases the lock when the process ends for any reason.
@@ -188,7 +232,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / _LOCK
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=seconds)
     try:
         lock.acquire()
     except Timeout:

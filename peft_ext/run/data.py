@@ -307,7 +307,31 @@ def _messages(spec: str, number: int, row: Row) -> list[Message]:
     return value
 
 
-# --- split and tokens -------------------------------------------------------------------------------------------------
+# --- order, split and tokens ------------------------------------------------------------------------------------------
+
+
+class Order:
+    """The order in which a run takes its examples: all examples shuffled, then all shuffled again, and so on.
+
+    A step takes the next examples of the order, however many processes share the step.
+
+    Args:
+        examples: number of examples.
+        count: number of examples that the run takes.
+        seed: seed of the shuffles.
+    """
+
+    def __init__(self, examples: int, count: int, seed: int) -> None:
+        self.examples, self.count, self.seed = examples, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator, order = random.Random(self.seed), list(range(self.examples))
+        for start in range(0, self.count, self.examples):
+            generator.shuffle(order)
+            yield from order[: self.count - start]
 
 
 def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -> tuple[list[Any], list[Any]]:

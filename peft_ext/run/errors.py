@@ -22,15 +22,20 @@ class RunError(Exception):
     """
 
 
+class Elsewhere(RunError):
+    """Another process of the run has failed. The message is the other process's error, which it reports itself."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Raised where SIGINT, SIGTERM or SIGHUP ends the run at once: outside of training, or as the second such signal.
 
-    ``signal`` is the signal's number.
+    ``signal`` is the signal's number. ``silent`` says that another process of the run reports the signal.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal = number
+        self.silent = False
 
 
 def need(what: str, *packages: str) -> None:
@@ -111,11 +116,15 @@ class Stop:
         signal: the number of the signal that asked the run to end; 0 where no signal did.
         save: whether a signal asked for a checkpoint after the current step.
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
+        ending: whether the run ends with an error of several processes; no signal then interrupts the message.
+        speaks: whether this process prints what a signal does; one of several processes prints it.
     """
 
     signal: int = 0
     save: bool = False
     training: bool = False
+    ending: bool = False
+    speaks: bool = True
 
 
 @contextlib.contextmanager
@@ -127,10 +136,14 @@ def caught_signals(stop: Stop) -> Iterator[None]:
     """
 
     def end(number: int, frame: Any) -> None:
+        if stop.ending:
+            return
         again, stop.signal = stop.signal, number
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+        if not stop.speaks:
+            return
         with contextlib.suppress(OSError):  # raised where the terminal of standard error is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,
                   flush=True)  # fmt: skip

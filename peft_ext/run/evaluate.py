@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -45,17 +45,26 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
-    """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``."""
+    """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
+
+    The ranks share the examples. The sum of an example's losses does not depend on the number of ranks.
+    """
     model.eval()
-    examples, sums = run.examples.held_out, []
-    for index in bar(range(len(examples)), "held-out loss", "example") if chosen is None else chosen:
+    examples, ranks, found = run.examples.held_out, run.ranks, {}
+    wanted = list(range(len(examples)) if chosen is None else chosen)
+    share = [wanted[place] for place in ranks.mine(len(wanted))]
+    if run.sharded:  # each forward needs all ranks: a rank without an example repeats another rank's
+        share += wanted[: math.ceil(len(wanted) / ranks.world) - len(share)]
+    for index in bar(share, "held-out loss", "example") if chosen is None else share:
+        if run.stop.training and run.stop.signal and not run.sharded:
+            break
         batch = collate(run, [examples[index]])
         logits, labels = logits_of(model, batch)[0, :-1], batch["labels"][0, 1:]
         total = 0.0
-        for part, wanted in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
-            total += cross_entropy(part.float(), wanted, reduction="sum", ignore_index=IGNORED).item()
-        sums.append((total, int((labels != IGNORED).sum())))
-    return sums
+        for part, targets in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
+            total += cross_entropy(part.float(), targets, reduction="sum", ignore_index=IGNORED).item()
+        found[index] = total, int((labels != IGNORED).sum())
+    return list(ranks.merged(found).values())
 
 
 def mean_loss(losses: Losses) -> float:
@@ -79,8 +88,8 @@ def curve_examples(run: Run) -> list[int]:
     def tokens(examples: list[Any]) -> float:
         return sum(len(e["input_ids"]) for e in examples) / len(examples)
 
-    o, there = run.options, len(run.examples.held_out)
-    trained = run.steps * o.batch_size * o.grad_accum * tokens(run.examples.train)
+    there = len(run.examples.held_out)
+    trained = run.steps * run.step_examples * tokens(run.examples.train)
     count = int(HELD_OUT_SHARE * trained / HELD_OUT_POINTS / tokens(run.examples.held_out))
     earlier = trainer_history(run.checkpoint)
     count = next((entry["held_out_examples"] for entry in earlier if "held_out_examples" in entry), count)
@@ -126,6 +135,14 @@ def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with status("answering a prompt"):
         return continued(model.eval(), run.tokenizer, inputs, count, has_prompt=run.is_prompt_method)
+
+
+def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
+    """Returns the answers to the prompts. One rank answers a prompt; all ranks of a sharded run answer it together."""
+    if run.sharded:
+        return [answer(run, model, messages) for messages in prompts]
+    share = {index: answer(run, model, prompts[index]) for index in run.ranks.mine(len(prompts))}
+    return list(run.ranks.merged(share).values())
 
 
 def continued(
@@ -195,21 +212,19 @@ class Check:
     accelerated_difference: Optional[float]
 
 
-def reread(run: Run, model: Any, fresh_base: Any) -> Check:
-    """Compares the logits of the trained model with those of ``fresh_base()`` with the saved adapter.
+def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
+    """Compares the logits of the trained model with those of ``fresh_model()``, a fresh base with the saved adapter.
 
     Both models run PEFT's own code. The trained model is not accelerated again afterwards. Models with experts over NF4
-    are compared accelerated, because PEFT itself can't adapt these experts.
+    are compared accelerated, because PEFT itself can't adapt these experts; so is DoRA over NF4 in a sharded run.
     """
-    from peft import PeftConfig, PeftModel
-
-    from ..model import register_layers
-    from ..nn import NF4Experts
+    from ..nn import NF4Experts, NF4Linear
 
     batch = collate(run, run.examples.held_out[:REREAD])
     keep = batch["attention_mask"].bool()  # logits of padding tokens have no meaning
     model.eval()
-    accelerated, stays = None, any(isinstance(module, NF4Experts) for module in model.modules())
+    kinds = (NF4Experts, NF4Linear) if run.options.method == "dora" else NF4Experts
+    accelerated, stays = None, any(isinstance(module, kinds) for module in model.modules())
     if not run.options.stock and not stays:
         from ..integrations.peft import restore
 
@@ -218,11 +233,7 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     live = logits_of(model, batch)[keep]
     differs = None if accelerated is None else _largest_difference(accelerated, live)
     del accelerated
-    base, folder = fresh_base(), str(run.options.output)
-    config = PeftConfig.from_pretrained(folder)
-    register_layers(config, base)
-    fresh = PeftModel.from_pretrained(base, folder, config=config, torch_device=str(run.device)).eval()
-    del base
+    fresh = fresh_model().eval()
     if stays:
         from ..integrations.peft import accelerate
 

@@ -19,6 +19,7 @@ DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")
 QUANTIZATIONS = ("nf4", "none")
+SHARDS = ("ddp", "fsdp2", "hsdp")
 _MOST = 2**31 - 1  # largest value of an option that is a count
 
 
@@ -66,13 +67,14 @@ class Options:
     block_size: int = _option(256, "Most tokens of a training example.", "Data", 8)
     max_steps: Optional[int] = _option(None, f"Training steps. Default: {DEFAULT_STEPS}.", "Training", 1)
     epochs: Optional[float] = _option(None, "Epochs, instead of --max-steps.", "Training")
-    batch_size: int = _option(4, "Examples of a batch.", "Training", 1)
+    batch_size: int = _option(4, "Examples of a batch, in each process.", "Training", 1)
     grad_accum: int = _option(1, "Batches of a step.", "Training", 1)
     lr: Optional[float] = _option(None, "Largest learning rate. Default: the method's; lora 2e-4.", "Training")
     warmup: float = _option(0.05, "Steps, or a fraction of the steps.", "Training")
     seed: int = _option(0, "Seed of split, adapter and order.", "Training")
     save_steps: int = _option(0, "Steps between checkpoints; 0: only on Ctrl-C.", None, 0)
     gradient_checkpointing: bool = _option(False, "Less memory, more time.", "Training")
+    shard: str = _option("ddp", "Several processes: ddp, fsdp2, or hsdp: fsdp2 inside of a machine.", "Training")
     threads: Optional[int] = _option(None, "CPU threads. Default: PyTorch's.", None, 1)
     resume: bool = _option(False, "Continue from the last checkpoint in --output.")
     overwrite: bool = _option(False, "Replace the run in --output.")
@@ -103,8 +105,9 @@ class Options:
 
 
 # _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
-_FREE_ON_RESUME = ("output", "max_steps", "epochs", "save_steps", "gradient_checkpointing", "threads", "resume",
-                   "overwrite", "prompt")  # fmt: skip
+# Also batch_size and grad_accum may differ, if the examples of a step, over all processes, stay as many.
+_FREE_ON_RESUME = ("output", "max_steps", "epochs", "batch_size", "grad_accum", "save_steps", "gradient_checkpointing",
+                   "threads", "resume", "overwrite", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
 
 Options.__doc__ = f"{Options.__doc__}\n    Attributes:\n" + "".join(
@@ -150,7 +153,7 @@ def check_options(o: Options) -> None:
     if o.method not in METHODS:
         raise RunError(f"--method {o.method}: unknown method, wanted one of {', '.join(METHODS)}")
     method = METHODS[o.method]
-    for name, choices in (("quant", QUANTIZATIONS), ("dtype", DTYPES), ("blocksize", BLOCKSIZES)):
+    for name, choices in (("quant", QUANTIZATIONS), ("dtype", DTYPES), ("blocksize", BLOCKSIZES), ("shard", SHARDS)):
         if (value := getattr(o, name)) is not None and value not in choices:
             raise RunError(f"--{name} {value}: wanted one of {', '.join(map(str, choices))}")
     if o.max_steps is not None and o.epochs is not None:

@@ -20,8 +20,9 @@ from ..sources.json_file import first_line
 from .checkpoints import how_to_go_on, step_of
 from .errors import Stop, caught_signals, mendable_errors
 from .options import Options
-from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
+from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
 from .progress import status
+from .ranks import joined
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Plan:
         longest: tokens of the longest training example.
         steps: steps of the whole run.
         done: steps of the checkpoint to resume from; 0 for a new run.
-        step_tokens: mean number of tokens of a step, without padding.
+        step_tokens: mean number of tokens of a step over all processes, without padding.
     """
 
     run: Run
@@ -104,8 +105,13 @@ def dry_run(options: Options) -> Plan:
         print(plan.steps, plan.needed_bytes)
     """
     stop = Stop()
-    with caught_signals(stop), mendable_errors(options.output, lambda: how_to_go_on(options.resolved())):
-        run = prepare(options, stop, reads_weights=False)
+
+    def hint() -> str:
+        return how_to_go_on(options.resolved())
+
+    with caught_signals(stop), joined() as ranks, ranks.reported(stop, hint), mendable_errors(options.output, hint):
+        run = ranks.together(lambda: prepare(options, stop, ranks, reads_weights=False))
+        ranks.check_alike(facts_of(run))
         with status("planning"):
             return make_plan(run)
 
@@ -119,10 +125,9 @@ def make_plan(run: Run) -> Plan:
         base = AutoModelForCausalLM.from_config(run.config, dtype=torch.bfloat16)
     base.config.use_cache = False
     lengths = [len(example["input_ids"]) for example in run.examples.train]
-    batch = min(o.batch_size, len(lengths))
     adapter = preview(
         base, adapter_config(run, base), dtype=run.dtype, device=run.device, quant=o.quant, blocksize=o.blocksize,
-        batch_size=batch, sequence_length=max(lengths), stock=o.stock,
+        batch_size=o.batch_size, sequence_length=max(lengths), stock=o.stock,
         gradient_checkpointing=o.gradient_checkpointing, padding=min(lengths) != max(lengths),
     )  # fmt: skip
     if needs_bitsandbytes(o):
@@ -140,7 +145,7 @@ def make_plan(run: Run) -> Plan:
         free_bytes=free, train_tokens=sum(lengths),
         held_out_tokens=sum(len(example["input_ids"]) for example in run.examples.held_out), longest=max(lengths),
         steps=run.steps, done=0 if run.checkpoint is None else step_of(run.checkpoint),
-        step_tokens=sum(lengths) / len(lengths) * batch * o.grad_accum,
+        step_tokens=sum(lengths) / len(lengths) * run.step_examples,
     )  # fmt: skip
 
 

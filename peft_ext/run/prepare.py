@@ -6,7 +6,10 @@ This module raises the errors in options, data, tokenizer and configurations, be
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import math
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,15 +19,21 @@ from typing import Any, Optional
 import torch
 
 from .. import _cpu
+from .._version import __version__
+from ..machine import versions
 from ..methods import METHODS, Method, make_config, method_config
 from ..sources.json_file import raised_as
 from ..sources.model import check_index, check_model_config, load_tokenizer
+from ..text import dtype_name
 from . import checkpoints
 from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
 from .errors import REFUSALS, RunError, Stop, need
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
+from .ranks import Ranks
+
+_SHARDED = ("lora", "rslora", "qlora", "dora", "ia3")  # methods whose adapters can be sharded
 
 
 @dataclass
@@ -45,6 +54,7 @@ class Run:
         steps: number of steps of the whole run.
         seconds: seconds that each phase took, by the phase's name.
         stop: the requests that signals have made.
+        ranks: the processes of the run.
     """
 
     options: Options
@@ -63,6 +73,17 @@ class Run:
     steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     stop: Stop = field(default_factory=Stop)
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def step_examples(self) -> int:
+        """Number of examples of a training step, over all processes."""
+        return self.options.batch_size * self.options.grad_accum * self.ranks.world
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the base, so that the forward of each process needs all processes."""
+        return self.options.shard != "ddp"
 
     @property
     def method(self) -> Method:
@@ -86,6 +107,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the seconds that the block takes to the seconds of the phase ``name``."""
+        self.ranks.at(f"the begin of the phase {name!r}")
         start = time.perf_counter()
         try:
             yield
@@ -93,17 +115,22 @@ class Run:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
 
-def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: bool = True) -> Run:
+def prepare(
+    options: Options, stop: Optional[Stop] = None, ranks: Optional[Ranks] = None, *, reads_weights: bool = True
+) -> Run:
     """Makes the checks that are possible before the weights are loaded, and returns the run.
 
     Raises RunError where a check fails. Sets the number of threads in this process, and turns off progress bars and
     some warnings of transformers, PEFT, accelerate and bitsandbytes. Without ``reads_weights`` the default model is not
     unpacked.
     """
+    ranks = ranks or Ranks()
     check_options(options)
     options = options.resolved()
     _check_packages(options)
-    checkpoint = checkpoints.check_output(options)
+    _check_ranks(options, ranks)
+    _check_shard(options, ranks)
+    options, checkpoint = checkpoints.check_output(options, ranks)
     corpus = read_corpus(
         options.data, text_column=options.text_column, prompt_column=options.prompt_column,
         completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
@@ -115,11 +142,11 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop())
-    run.folder = _model_folder(run) if reads_weights else _packed_folder(run)
+    run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop(), ranks=ranks)
+    run.folder = ranks.first_of_node(lambda: _model_folder(run)) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
     with raised_as(RunError, f"--model {options.model}: no tokenizer (", *REFUSALS, after=")"):
         run.tokenizer = load_tokenizer(run.folder, **run.packed)
@@ -131,7 +158,7 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
         run.examples = tokenize(corpus, run.tokenizer, options.block_size)
     if options.prompt is not None:
         _check_prompt(run)
-    run.steps = _count_steps(options, len(run.examples.train))
+    run.steps = _count_steps(run)
     run.parameters, run.trainable = _count_parameters(run)
     return run
 
@@ -140,11 +167,11 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
 
 
 def needs_bitsandbytes(o: Options) -> bool:
-    """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA.
+    """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA, unless sharded.
 
     The DoRA of PEFT can dequantize no other NF4 layer.
     """
-    return o.quant == "nf4" and (o.stock or o.method == "dora")
+    return o.quant == "nf4" and (o.stock or o.method == "dora") and o.shard == "ddp"
 
 
 def _check_packages(o: Options) -> None:
@@ -160,6 +187,51 @@ def _check_packages(o: Options) -> None:
             raise RunError(f"--model {o.model}: no config.json in this folder, wanted a model in Hugging Face's format")
         if not any(folder.glob("*.safetensors")):
             raise RunError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
+
+
+def _check_ranks(o: Options, ranks: Ranks) -> None:
+    if ranks.world > 1 and o.method == "diff-pruning":
+        raise RunError("--method diff-pruning in several processes: DDP can't exchange parameters that a run prunes")
+
+
+def _check_shard(o: Options, ranks: Ranks) -> None:
+    """Raises RunError where the options or the number of processes do not fit --shard."""
+    if o.shard == "ddp":
+        return
+    about = f"--shard {o.shard}"
+    if o.method not in _SHARDED:
+        raise RunError(f"{about} with --method {o.method}: wanted one of {', '.join(_SHARDED)}; --shard ddp takes all")
+    if o.stock and o.quant == "nf4":
+        raise RunError(f"{about} with --stock and NF4: accelerate does not shard bitsandbytes' weights of 4 bits")
+    if o.shard == "hsdp" and (ranks.nodes == 1 or ranks.world % ranks.nodes or ranks.world // ranks.nodes < 2):
+        raise RunError(f"{about}: {ranks.world} processes on {ranks.nodes} machines, wanted several machines with as "
+                       "many processes each, at least 2")  # fmt: skip
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """Returns what must be equal in all processes of a run: options, versions, data, and the model's files.
+
+    The facts about a file of weights are the size of the file and its header, which has the tensors' names and shapes.
+    """
+    facts: dict[str, Any] = {"Python": platform.python_version(), "peft_ext": __version__}
+    facts |= versions()
+    for option in dataclasses.fields(run.options):
+        if option.name not in ("output", "threads", "model", "data"):  # paths of one file may differ between machines
+            facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
+    facts[f"the data of --data {run.options.data}, as SHA-256 of its records,"] = run.corpus.digest[:16]
+    folder = Path(run.folder)
+    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else []:
+        with file.open("rb") as opened:
+            size = file.stat().st_size
+            header = opened.read(size if file.suffix == ".json" else 8)
+            if file.suffix != ".json":
+                header += opened.read(min(int.from_bytes(header, "little"), size))
+        facts[f"{file.name} of --model, as bytes and SHA-256 of the header,"] = (
+            f"{size} and {hashlib.sha256(header).hexdigest()[:16]}"
+        )
+    facts["the computation's dtype"] = dtype_name(run.dtype)
+    facts["the checkpoint to resume from"] = None if run.checkpoint is None else run.checkpoint.name
+    return facts
 
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
@@ -223,11 +295,11 @@ def _check_prompt(run: Run) -> None:
 # --- steps and parameters ---------------------------------------------------------------------------------------------
 
 
-def _count_steps(o: Options, examples: int) -> int:
+def _count_steps(run: Run) -> int:
+    o = run.options
     if o.epochs is None:
         return o.max_steps or DEFAULT_STEPS
-    batches = math.ceil(examples / o.batch_size)
-    return max(1, math.ceil(o.epochs * math.ceil(batches / o.grad_accum)))
+    return max(1, math.ceil(o.epochs * len(run.examples.train) / run.step_examples))
 
 
 def _count_parameters(run: Run) -> tuple[int, int]:
@@ -291,6 +363,9 @@ def adapter_config(run: Run, model: Any) -> Any:
             # A layer's mean rank shrinks from 1.5 times --rank to --rank between a tenth and two thirds of the run.
             fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
+            # PEFT adds the regularization to the loss of each batch, and the Trainer adds up the losses of a step's
+            # batches over accumulation and processes. With the divided weight, a step has one regularization.
+            fields["orth_reg_weight"] = config_class.orth_reg_weight / (o.grad_accum * run.ranks.world)
         case "lora" | "rslora" | "qlora" | "dora":
             fields["r"] = o.rank
         case "ia3" if targets is None:

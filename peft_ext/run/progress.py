@@ -35,9 +35,14 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def shows_bars() -> bool:
+    """Returns whether standard error is a terminal and this process is the one of the run that logs."""
+    return sys.stderr.isatty() and not log.disabled
+
+
 def status(text: str) -> AbstractContextManager[Any]:
     """Returns a context manager that shows ``text`` with a spinner, where standard error is a terminal."""
-    if not sys.stderr.isatty():
+    if not shows_bars():
         return contextlib.nullcontext()
     from rich.console import Console
 
@@ -56,7 +61,9 @@ def bar(
     from tqdm import tqdm
 
     # The context manager clears the bar also where the consumer's loop ends early.
-    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True, disable=None) as shown:
+    with tqdm(
+        total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True, disable=not shows_bars()
+    ) as shown:
         for item in items:
             if name := each(item):
                 shown.set_description(f"{text} {name}")
@@ -84,7 +91,7 @@ def progress_callback(steps: int) -> Any:
             if "loss" in (logs or {}) and (step == 1 or step % every == 0 or step == steps):
                 log.info(f"step {step:>{len(str(steps))}}/{steps}  {_numbers(logs)}")
 
-    return Bar() if sys.stderr.isatty() else Lines()
+    return Bar() if shows_bars() else Lines()
 
 
 def _numbers(logs: dict[str, Any]) -> str:

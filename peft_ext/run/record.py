@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import platform
 from collections.abc import Iterable, Iterator
@@ -32,6 +31,7 @@ class Record:
         history: the Trainer's log history, with the entries that :func:`recording_callback` adds.
         meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training; None before training.
         curve: indices of the held-out examples on which the held-out curve is computed.
+        peaks: peak memory in MiB of each process at the end of training, in the order of the ranks.
         no_report: the reason why the last report could not be drawn; None where the report was drawn.
     """
 
@@ -41,6 +41,7 @@ class Record:
     meter: Any = None
     curve: list[int] = field(default_factory=list)
     no_report: Optional[str] = None
+    peaks: list[Optional[float]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def document(self) -> dict[str, Any]:
@@ -56,11 +57,14 @@ class Record:
             "machine": {
                 **machine(), "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
                 "system": f"{platform.system()} {platform.machine()}",
+                **({"processes": run.ranks.described()} if run.ranks.world > 1 else {}),
             },
             "examples": {
                 "train": len(run.examples.train), "held_out": len(run.examples.held_out), "kind": run.corpus.kind,
                 "digest": run.corpus.digest, "cut": run.examples.truncated,
             },
+            "processes": self.processes,
+            "step_examples": run.step_examples,
             "started": self.started,
             "steps_wanted": run.steps,
             "new_tokens": evaluate.NEW_TOKENS,
@@ -68,6 +72,13 @@ class Record:
             **self._measured(),
             **self.results,
         }  # fmt: skip
+
+    @property
+    def processes(self) -> dict[str, Any]:
+        """The number of processes and of machines, the launcher, and the name of the launch."""
+        ranks = self.run.ranks
+        return {"count": ranks.world, "machines": ranks.nodes, "launcher": ranks.launch.launcher,
+                "launch": ranks.launch.identity, "peak_mib": self.peaks}  # fmt: skip
 
     def _measured(self) -> dict[str, Any]:
         """Returns the entries of run.json that come from the Trainer's history and from the meter."""
@@ -83,7 +94,12 @@ class Record:
         }  # fmt: skip
 
     def write(self) -> None:
-        """Writes run.json atomically, and draws report.html. Raises OSError where run.json can't be written."""
+        """Writes run.json atomically and draws report.html, on rank 0.
+
+        Raises OSError where run.json can't be written.
+        """
+        if not self.run.ranks.speaks:
+            return
         folder, document = self.run.options.output, self.document()
         with atomic_file(folder / "run.json") as file:
             file.write(json.dumps(document, indent=2) + "\n")
@@ -117,7 +133,7 @@ def recording_callback(record: Record) -> Any:
     """
     from transformers import TrainerCallback
 
-    run, stop, meter = record.run, record.run.stop, record.meter
+    run, meter = record.run, record.meter
     count = evaluate.HELD_OUT_POINTS + 1
     points = {round(run.steps * i / count) for i in range(1, count)} - {0, run.steps}
 
@@ -133,11 +149,10 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            if state.global_step in points and not stop.signal:
+            if state.global_step in points and not control.should_training_stop:
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
-                    chosen = itertools.takewhile(lambda _: not stop.signal, record.curve)
-                    losses = evaluate.held_out_losses(run, model, chosen)
+                    losses = evaluate.held_out_losses(run, model, record.curve)
                 model.train()
                 if len(losses) == len(record.curve):
                     self.entry |= {"held_out_loss": evaluate.mean_loss(losses), "held_out_examples": len(losses)}
@@ -168,6 +183,8 @@ def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 continue
+            if hasattr(tensor, "to_local"):  # a DTensor: the bytes of this process's shard
+                tensor = tensor.to_local()
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())

@@ -12,12 +12,12 @@ import contextlib
 import gc
 import math
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from torch import nn
 
 from ..files import save_adapter
 from ..methods import METHODS
@@ -25,15 +25,16 @@ from ..quantize import quantize_nf4
 from ..sources.json_file import raised_as
 from ..sources.model import widen
 from ..text import dtype_name
-from . import checkpoints, evaluate
+from . import checkpoints, evaluate, shard
 from .config import FILE as CONFIG_FILE
 from .config import write_config
-from .data import IGNORED
+from .data import IGNORED, Order
 from .errors import RunError, Stop, caught_signals, mendable_errors
 from .evaluate import Check
 from .options import Options
-from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
-from .progress import log, progress_callback, status
+from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
+from .progress import log, progress_callback, shows_bars, status
+from .ranks import joined
 from .record import Record, recording_callback
 
 
@@ -106,25 +107,39 @@ def finetune(options: Options) -> Result:
     Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
     """
     stop = Stop()
-    with caught_signals(stop), mendable_errors(options.output, lambda: checkpoints.how_to_go_on(options.resolved())):
-        return train(prepare(options, stop))
+
+    def hint() -> str:
+        return checkpoints.how_to_go_on(options.resolved())
+
+    with (
+        caught_signals(stop),
+        joined(options.shard != "ddp") as ranks,
+        ranks.reported(stop, hint),
+        mendable_errors(options.output, hint),
+    ):
+        stop.speaks = ranks.speaks
+        run = ranks.together(lambda: prepare(options, stop, ranks))
+        ranks.check_alike(facts_of(run))
+        return train(run)
 
 
 def train(run: Run) -> Result:
     """Trains a prepared run; see :func:`finetune`."""
     _describe(run)
     with run.phase("load"):
-        model = load_base(run)
-    with run.phase("evaluate before"):
+        model = _sharded(run) if run.sharded else load_base(run)
+    with run.phase("evaluate before"), shard.without_adapter(run, model):
         losses = evaluate.held_out_losses(run, model)
-        samples = [{**sample, "before": evaluate.answer(run, model, sample["messages"])}
-                   for sample in evaluate.sample_prompts(run)]  # fmt: skip
+        samples = evaluate.sample_prompts(run)
+        said = evaluate.answers(run, model, [sample["messages"] for sample in samples])
+        samples = [{**sample, "before": text} for sample, text in zip(samples, said, strict=True)]
     before = evaluate.perplexity(losses)
     log.info(f"before: held-out perplexity {before:.3f}")
 
     record = Record(run)
-    with checkpoints.own_output(run.options, run.checkpoint):
-        write_config(run.options.output / CONFIG_FILE, run.options)
+    with checkpoints.own_output(run.options, run.checkpoint, run.ranks):
+        if run.ranks.speaks:
+            write_config(run.options.output / CONFIG_FILE, run.options)
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
         resumed: list[int] = []  # the steps after which this call, or earlier calls, resumed the run
@@ -149,7 +164,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     """Adds an adapter to the frozen base, trains, saves and checks the adapter, and returns the result."""
     o, results = run.options, record.results
     with run.phase("adapt"):
-        model = adapt(run, model)
+        model = model if run.sharded else adapt(run, model)
     fused = results["fused"] = _fused_layers(run, model)
     record.write()
     log.info(f"training: {run.steps} steps, {fused['fused']} of {fused['layers']} layers fused")
@@ -162,8 +177,11 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         record.log_report()
         return _result(record, done)
     with run.phase("save"):  # saved before the evaluation, so that a later error does not lose the adapter
-        save_adapter(model, o.output, overwrite=True)
-        shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
+        state = shard.adapter_state(model) if run.sharded else None
+        if run.ranks.speaks:
+            save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
+            shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
+        run.ranks.wait()
     results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
     if (meter := record.meter).tokens_per_s:
         log.info(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
@@ -172,12 +190,16 @@ def _train(run: Run, record: Record, model: Any) -> Result:
 
     with run.phase("evaluate after"):
         losses = evaluate.held_out_losses(run, model)
-        for sample in results["samples"]:
-            sample["after"] = evaluate.answer(run, model, sample["messages"])
+        said = evaluate.answers(run, model, [sample["messages"] for sample in results["samples"]])
+        for sample, text in zip(results["samples"], said, strict=True):
+            sample["after"] = text
     results["perplexity"]["after"] = evaluate.perplexity(losses)
     results["held_out"]["last"] = [done, evaluate.mean_loss([losses[i] for i in record.curve])]
     with run.phase("re-read"):
-        check = evaluate.reread(run, model, lambda: load_base(run))
+        check = None
+        if run.sharded or run.ranks.speaks:
+            check = evaluate.reread(run, model, lambda: _saved(run))
+        check = run.ranks.gather(check)[0]
     asked = results["samples"][0]
     results |= {"finished": True, "check": asdict(check),
                 "answers": {name: asked[name] for name in ("prompt", "before", "after")}}  # fmt: skip
@@ -235,6 +257,32 @@ def load_base(run: Run) -> Any:
     return model
 
 
+def _sharded(run: Run) -> Any:
+    """Returns the sharded model with its adapter, which has the values of a checkpoint with all steps of the run."""
+    done = run.checkpoint if run.checkpoint and checkpoints.step_of(run.checkpoint) >= run.steps else None
+    return shard.sharded_model(run, lambda base: adapt(run, base), done)
+
+
+def _saved(run: Run) -> Any:
+    """Returns a fresh base with the saved adapter, as PEFT reads the adapter."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    from ..model import register_layers
+
+    folder = str(run.options.output)
+    config = PeftConfig.from_pretrained(folder)
+
+    def adapted(base: Any) -> Any:
+        register_layers(config, base)
+        return get_peft_model(base, config)
+
+    if run.sharded:
+        return shard.sharded_model(run, adapted, run.options.output)
+    base = load_base(run)
+    register_layers(config, base)
+    return PeftModel.from_pretrained(base, folder, config=config, torch_device=str(run.device))
+
+
 def adapt(run: Run, model: Any) -> Any:
     """Returns the model with a new adapter, which is initialized with the run's seed.
 
@@ -289,14 +337,19 @@ def fit(run: Run, record: Record, model: Any) -> int:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
         # The checkpoint has all steps of the run: Trainer.train would train one step more.
+        if run.sharded:  # the model was loaded with the checkpoint's adapter
+            return done
         set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
+    if run.ranks.world > 1:  # each process draws its own masks; a checkpoint restores the state of its processes
+        torch.manual_seed(run.options.seed + run.ranks.rank)
     try:
         run.stop.training = True
         with run.phase("train"):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except BaseException:
-        checkpoints.remove_unsealed(run.options)
+        if run.ranks.speaks:
+            checkpoints.remove_unsealed(run.options)
         raise
     finally:
         run.stop.training = False
@@ -304,6 +357,7 @@ def fit(run: Run, record: Record, model: Any) -> int:
             run.seconds["train"] = round(run.seconds["train"] - inside, 2)
             run.seconds["evaluate in training"] = inside
     done = trainer.state.global_step
+    record.peaks = run.ranks.gather(record.meter.peak_mib)
     del trainer
     gc.collect()
     return done
@@ -312,9 +366,15 @@ def fit(run: Run, record: Record, model: Any) -> int:
 def _trainer(run: Run, record: Record, model: Any) -> Any:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+    from ..integrations.fsdp2 import prepare_fsdp2
     from ..integrations.trainer import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
 
-    class GateTrainer(Trainer):
+    class OrderedTrainer(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            """Returns the run's order of examples. accelerate gives each rank every ``world``-th batch of the order."""
+            return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)
+
+    class GateTrainer(OrderedTrainer):
         def create_optimizer(self, model: Any = None) -> Any:
             """Makes an optimizer with a larger learning rate for Diff Pruning's gates than for other parameters."""
             if self.optimizer is None:
@@ -331,19 +391,27 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         save_strategy="steps" if o.save_steps else "no", save_steps=o.save_steps or 500, save_total_limit=2,
         use_cpu=run.device.type == "cpu", dataloader_num_workers=0, dataloader_pin_memory=False,
         include_num_input_tokens_seen="non_padding", prediction_loss_only=True, remove_unused_columns=False,
-        gradient_checkpointing=o.gradient_checkpointing, disable_tqdm=not sys.stderr.isatty(),
+        gradient_checkpointing=o.gradient_checkpointing, disable_tqdm=not shows_bars(),
+        ddp_backend="gloo" if run.device.type == "cpu" and run.ranks.world > 1 else None,
+        # DDP has to search for parameters that a step did not use only where experts may get no token of a batch.
+        ddp_find_unused_parameters=any(isinstance(module, nn.ModuleList) and "experts" in name
+                                       for name, module in model.named_modules()),
+        **shard.trainer_options(run),
+        ddp_broadcast_buffers=False,  # the buffers are scales of NF4 and tables, which each process has made alike
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
-    callbacks = [record.meter, recording_callback(record), checkpoints.saving_callback(run.stop)]
+    callbacks = [record.meter, checkpoints.saving_callback(run.stop, run.ranks), recording_callback(record)]
     if o.method == "adalora":
         callbacks.insert(0, AdaLoraCallback())
     if o.method == "diff-pruning":
         callbacks.insert(0, DiffPruningCallback())
     if o.gradient_checkpointing:
         model.enable_input_require_grads()
-    kind = GateTrainer if o.method == "diff-pruning" else Trainer
+    kind = GateTrainer if o.method == "diff-pruning" else OrderedTrainer
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
+    if run.sharded:
+        prepare_fsdp2(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     # progress_callback is added after the removal of ProgressCallback, which would remove a subclass too.
@@ -368,6 +436,9 @@ def _describe(run: Run) -> None:
     if examples.left_out:
         log.info(f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
+    if run.ranks.world > 1:
+        log.info(f"processes: {run.ranks.described()}; a step has {run.step_examples} examples, "
+                 f"{o.batch_size * o.grad_accum} of each process")  # fmt: skip
 
 
 def _log_end(run: Run, record: Record, check: Check) -> None:

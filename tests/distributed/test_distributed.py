@@ -1,4 +1,5 @@
-"""Tests fused layers in several processes over gloo on the CPU: with DDP, FSDP2, tensor parallelism and accelerate.
+"""Tests fused layers in several processes over gloo on the CPU: with DDP, FSDP2, tensor parallelism, accelerate and
+Trainer.
 
 The checks are in distributed/checks*.py. ``torchrun`` starts two processes once for most checks, and four processes
 once for the checks that depend on the number of processes. Each test in this file reports one check.
@@ -6,6 +7,7 @@ once for the checks that depend on the number of processes. Each test in this fi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -34,7 +36,10 @@ SECONDS = 720  # time limit of a run, which takes about 50 s on two cores, and l
 
 CHECKS = [name for path in sorted(SCRIPT.parent.glob("checks*.py"))
           for name in re.findall(r"^@check\ndef (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
-OF_FOUR = ("hybrid_sharding", "loading_for_hybrid_sharding_and_several_nodes")  # checks that need a mesh of two by two
+# Checks that need a mesh of two by two.
+OF_FOUR = ("hybrid_sharding", "loading_for_hybrid_sharding_and_several_nodes", "trainer_hybrid_sharding")
+IN_TURN = "trainer_fsdp2_resumes_in_other_processes"  # a check that runs in two, then four processes, then one
+HAS_TRL = importlib.util.find_spec("trl") is not None
 ALSO_OF_FOUR = (
     "ddp_gradients_are_the_same_everywhere",
     "fsdp2_shards_the_codes",
@@ -42,6 +47,7 @@ ALSO_OF_FOUR = (
     "fsdp2_saves_the_adapter_of_one_process",
     "fsdp2_shards_the_experts",
     "loading_peaks_at_the_shard_and_one_layer",
+    "trainer_fsdp2_takes_a_sharded_model",
     *OF_FOUR,
 )
 # PyTorch 2.11 makes each shard a parameter that requires gradients, which uint8 cannot: pytorch/pytorch#177844.
@@ -49,7 +55,7 @@ SHARDS_BYTES = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2,
 NEEDS_BYTES = re.compile("fsdp2(?!_with_whole)|hybrid|shards|checkpointing|dropout|wrapping|tensor|accelerate_library")
 
 RUNS = {
-    2: [name for name in CHECKS if name not in OF_FOUR],
+    2: [name for name in CHECKS if name not in (*OF_FOUR, IN_TURN)],
     4: [name for name in CHECKS if name in ALSO_OF_FOUR],
 }
 RUNS = {n: [name for name in names if SHARDS_BYTES or not NEEDS_BYTES.search(name)] for n, names in RUNS.items()}
@@ -87,10 +93,16 @@ class Results(dict[int, tuple[list[dict[str, str]], str]]):
 
     def __missing__(self, processes: int) -> tuple[list[dict[str, str]], str]:
         folder = self.folders.mktemp(f"processes-{processes}")
-        _, out = torchrun(processes, str(SCRIPT), str(folder), *RUNS[processes])
-        files = [folder / f"{rank}.json" for rank in range(processes)]
-        self[processes] = [json.loads(file.read_text()) if file.exists() else {} for file in files], out
+        names = [name for name in RUNS[processes] if HAS_TRL or not name.startswith("sft_")]
+        self[processes] = run(processes, folder, *names)
         return self[processes]
+
+
+def run(processes: int, folder: Path, *names: str) -> tuple[list[dict[str, str]], str]:
+    """Runs checks, and returns each process's results and the output."""
+    _, out = torchrun(processes, str(SCRIPT), str(folder), *names)
+    files = [folder / f"{rank}.json" for rank in range(processes)]
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files], out
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +113,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), [(n, name) for n, names in RUNS.items() for name in names])
 def test_in_processes(processes: int, name: str, results: Results) -> None:
+    if name.startswith("sft_"):
+        pytest.importorskip("trl", reason="needs trl, of peft_ext[examples]")
     found, out = results[processes]
     for rank, done in enumerate(found):
         failed = [(other, outcome) for results in found for other, outcome in results.items() if outcome != "ok"]
@@ -112,7 +126,15 @@ def test_in_processes(processes: int, name: str, results: Results) -> None:
 def test_every_check_is_run() -> None:
     assert len(CHECKS) == len(set(CHECKS)) >= 20 and set(ALSO_OF_FOUR) <= set(CHECKS)
     if SHARDS_BYTES:
-        assert {name for names in RUNS.values() for name in names} == set(CHECKS)
+        assert {IN_TURN, *(name for names in RUNS.values() for name in names)} == set(CHECKS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARDS_BYTES, reason="this PyTorch cannot shard uint8")
+def test_a_checkpoint_resumes_in_another_number_of_processes(tmp_path: Path) -> None:
+    for processes in (2, 4, 1):
+        found, out = run(processes, tmp_path, IN_TURN)
+        assert [done.get(IN_TURN) for done in found] == ["ok"] * processes, (found, out[-4000:])
 
 
 def test_example(tmp_path: Path) -> None:

@@ -457,7 +457,9 @@ def loss_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Optional[str]]]:
 def _reason(owner: Any, layer: nn.Module) -> Optional[str]:
     if not isinstance(layer, DefersLoss) and type(layer) not in HEADS:
         return f"its head is a {class_name(type(layer))}, wanted a Linear, or LoRA over one"
-    if not _is_known_loss(getattr(owner, "loss_function", None)):
+    # While a fused model's forward runs, `loss_function` is a wrapper of the model's own loss function.
+    own = owner.stock_loss_function() if isinstance(owner, LanguageModel) else getattr(owner, "loss_function", None)
+    if not _is_known_loss(own):
         return "its loss function is none of the known ones"
     if not isinstance(layer, DefersLoss) or not isinstance(owner, LanguageModel):
         return "accelerate(model) was not called on it, or with blocks=False"

@@ -1,0 +1,229 @@
+"""FSDP2 of the library accelerate for transformers' Trainer and its subclasses, with decoder layers as units.
+
+:meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. accelerate itself would make
+units of the embedding and of the head. The head of a unit of its own has another class, and whole logits are computed.
+:func:`prepare_fsdp2` calls ``fully_shard`` before accelerate does, which then leaves the model unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .._imports import required
+
+with required("accelerate", "peft_ext.integrations.fsdp2"):
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import get_parameters_from_modules
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+__all__ = ["adapter_state", "prepare_fsdp2"]
+
+# Methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are shards.
+_UNSHARDED = {
+    "ADALORA": "PEFT's orthogonal regularization computes with whole lora_A and lora_B; use DDP",
+    "DIFF_PRUNING": "the penalty and the pruning compute with whole differences; train in one process",
+}
+
+
+def prepare_fsdp2(trainer: Trainer) -> bool:
+    """Shards the model of a Trainer by FSDP2, if accelerate's configuration or ``TrainingArguments(fsdp=...)`` wants
+    FSDP2. Returns whether the configuration wants FSDP2.
+
+    Each decoder layer is a unit. The root unit has all other parameters, also the embedding, the final norm and the
+    head. The root unit keeps its gathered parameters until the backward, so that the loss needs no whole logits. The
+    packed codes of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the
+    decoder layers are ``transformer_layer_cls_to_wrap`` of the configuration, by default ``model._no_split_modules``;
+    the wrapping policy of the configuration is not used. The mesh, ``reshard_after_forward`` of the decoder layers,
+    mixed precision, offloading and ignored modules are those of accelerate's plugin. On a CPU, where accelerate ignores
+    a configuration of FSDP, this function also sets accelerate's state.
+
+    Call this function after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
+    processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
+    ``trainer.save_model`` then writes PEFT's files with every state dict type, and checkpoints are sharded
+    (``SHARDED_STATE_DICT``) and have PEFT's files too.
+
+    Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
+    context or sequence parallelism, offloaded activation checkpointing, an optimizer or a model_init of the trainer, no
+    decoder layer.
+    """
+    plugin = _plugin(trainer)
+    if plugin is None:
+        return False
+    model, accelerator = trainer.model, trainer.accelerator
+    _check(trainer, plugin)
+    if plugin.activation_checkpointing:
+        # accelerate's checkpointing draws new dropout masks in the recomputation; Trainer's draws those of the forward.
+        plugin.activation_checkpointing = False
+        new = hasattr(trainer.args, "activation_checkpointing")
+        setattr(trainer.args, "activation_checkpointing" if new else "gradient_checkpointing", True)
+    units = _units(model, plugin)
+    options: dict[str, Any] = {
+        "mesh": _mesh(accelerator), "offload_policy": plugin.cpu_offload,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+    }  # fmt: skip
+    if plugin.ignored_modules is not None:
+        ignored = get_parameters_from_modules(plugin.ignored_modules, model, accelerator.device)
+        options["ignored_params"] = ignored
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        if plugin.cpu_ram_efficient_loading:
+            _send_from_first(model, accelerator.device)
+        for parameter in model.parameters():
+            if accelerator.mixed_precision != "no" and parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    for unit in units:
+        if not isinstance(unit, FSDPModule):
+            fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, **options)
+    if not isinstance(model, FSDPModule):
+        fully_shard(model, **options)
+    plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
+    _keep_parameters(accelerator)
+    _save_adapters(trainer, plugin)
+    return True
+
+
+def _plugin(trainer: Trainer) -> Optional[FullyShardedDataParallelPlugin]:
+    """Returns accelerate's plugin if FSDP2 is wanted, else None. On a CPU, sets the plugin that accelerate ignores."""
+    state = trainer.accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None and state.distributed_type is DistributedType.MULTI_CPU:
+        given = getattr(trainer.args, "fsdp_plugin_args", None)
+        if given is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            plugin = FullyShardedDataParallelPlugin(**(given or {}))
+    if plugin is None or plugin.fsdp_version != 2:
+        return None
+    if state.distributed_type is DistributedType.MULTI_CPU:
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
+        state.fsdp_plugin, trainer.is_fsdp_enabled = plugin, True
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return plugin
+
+
+def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
+    def fail(reason: str) -> None:
+        raise ValueError(f"prepare_fsdp2: {reason}")
+
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        name = getattr(config.peft_type, "value", config.peft_type)
+        if name in _UNSHARDED:
+            fail(f"{name} does not work with FSDP2: {_UNSHARDED[name]}")
+        if getattr(config, "is_prompt_learning", False):
+            fail(f"{name} does not work with FSDP2: PEFT computes the saved prompt from whole parameters; use DDP")
+    if trainer.model_init is not None:
+        fail("the trainer has a model_init, whose model Trainer makes when the training begins; pass a model")
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        fail(f"tp_size {parallel.tp_size}, cp_size {parallel.cp_size}, sp_size {parallel.sp_size}: wanted 1, since the "
+             "fused layers know only data parallelism")  # fmt: skip
+    if plugin.activation_checkpointing and getattr(plugin, "activation_checkpointing_offload", False):
+        fail("activation_checkpointing_offload is True, wanted False")
+    if trainer.optimizer is not None:
+        known = set(trainer.model.parameters())
+        optimized = {parameter for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        if not (isinstance(trainer.model, FSDPModule) and optimized <= known):
+            fail("the trainer has an optimizer of unsharded parameters; let Trainer create the optimizer")
+
+
+def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
+    """Returns the decoder layers, a layer inside of another before the other. A module with the input embedding, whose
+    weight a head may share, is no unit."""
+    names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    units = [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}
+             and embedding not in set(module.modules())]  # fmt: skip
+    if not units:
+        raise ValueError(
+            f"prepare_fsdp2: {type(model).__name__} has no module of the classes {sorted(names)}; set "
+            "transformer_layer_cls_to_wrap of the FSDP configuration to the class of the model's decoder layers"
+        )
+    return units[::-1]
+
+
+def _mesh(accelerator: Any) -> Any:
+    if accelerator.torch_device_mesh is not None:
+        return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def _send_from_first(model: nn.Module, device: torch.device) -> None:
+    """Sends parameters and buffers of process 0 to all processes. With ``cpu_ram_efficient_loading``, the other
+    processes need not have loaded them."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        sent = tensor.detach().to(device).contiguous()
+        dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)  # as bytes, because gloo does not know every dtype
+        tensor.detach().copy_(sent)
+
+
+def _keep_parameters(accelerator: Any) -> None:
+    """Makes ``accelerator.prepare`` keep the parameters of an optimizer, and take a sharded model alone.
+
+    accelerate replaces an optimizer's parameters by the model's parameters at the same addresses. Empty shards all have
+    the address 0, so an optimizer would get one empty shard several times, and lose the others.
+    """
+    if "prepare" in vars(accelerator):
+        return
+    prepare = accelerator.prepare
+
+    @functools.wraps(prepare)
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], FSDPModule):  # as in an evaluation before the training
+            return args[0]
+        optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
+        kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        found = prepare(*args, **kwargs)
+        for optimizer, groups in zip(optimizers, kept, strict=True):
+            for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = parameters
+        return found
+
+    accelerator.prepare = keeping
+
+
+def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Makes ``trainer.save_model`` write the adapter without gathering the base, and checkpoints sharded.
+
+    Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0. A
+    checkpoint of FULL_STATE_DICT has the scales of NF4 weights, with which PyTorch cannot load the checkpoint.
+    """
+    if not hasattr(trainer.model, "peft_config") or "save_model" in vars(trainer):
+        return
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the type that is set next
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    save_model = trainer.save_model
+
+    @functools.wraps(save_model)
+    def saving(*args: Any, **kwargs: Any) -> None:
+        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            save_model(*args, **kwargs)
+        finally:
+            plugin.state_dict_type = kind
+
+    trainer.save_model, trainer.accelerator.get_state_dict = saving, adapter_state
+
+
+def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+    """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets tensors."""
+    units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name in frozen and name.startswith(units) and ".base_layer." in name:
+            continue
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            found[name] = whole.cpu()
+    return found

@@ -1,0 +1,115 @@
+"""The launcher that started this process: torchrun, accelerate launch, srun or mpirun, known by environment variables.
+
+A process of torchrun and of ``accelerate launch`` finds its rank and the number of processes in ``RANK`` and
+``WORLD_SIZE``. Processes of srun, of Open MPI's mpirun and of MPICH's mpirun have variables of other names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+from .errors import RunError
+
+# For each launcher: the variables that hold the rank, the number of processes, the rank on the machine and the number
+# of processes on the machine. The first launcher whose first two variables are set has started the process. A batch
+# script of Slurm has SLURM_NTASKS and SLURM_PROCID too, so srun is known by SLURM_STEP_NUM_TASKS, which only a job step
+# has. mpirun inside of a Slurm job has the variables of a job step too, so srun comes last.
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "mpirun (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    ),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+}  # fmt: skip
+_PORT = 29500  # port of rank 0 where neither MASTER_PORT nor Slurm gives one: the default of torchrun
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among the processes of a run.
+
+    Attributes:
+        launcher: name of the launcher; "" for a process that no launcher started.
+        rank, world: rank of the process, and number of processes.
+        local_rank, local_world: rank among the processes of the machine, and their number; None where the launcher does
+            not tell.
+        identity: the launch's name, equal in all processes and after a restart by torchrun; "" without a name.
+        restarts: how often torchrun has started the processes again.
+    """
+
+    launcher: str = ""
+    rank: int = 0
+    world: int = 1
+    local_rank: Optional[int] = None
+    local_world: Optional[int] = None
+    identity: str = ""
+    restarts: int = 0
+
+
+ALONE = Launch()  # a process that no launcher started
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Returns the launch that the environment variables describe; ``ALONE`` for a process alone.
+
+    Raises RunError for WORLD_SIZE without RANK, for a value that is no count, and for a rank that is not less than the
+    number of processes.
+    """
+    if "RANK" not in environment and _count(environment, "WORLD_SIZE", 1) > 1:
+        raise RunError(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but RANK is not set: a launcher sets both variables"
+        )
+    launcher = next((name for name, names in _LAUNCHERS.items() if set(names[:2]) <= environment.keys()), None)
+    if launcher is None:
+        return ALONE
+    names = _LAUNCHERS[launcher]
+    rank, world = (_count(environment, name, 0) for name in names[:2])
+    if world < 2:
+        return ALONE
+    if rank >= world:
+        raise RunError(f"{names[0]} is {rank}, wanted less than {names[1]}, which is {world}")
+    local = [_count(environment, name, 0) if name in environment else None for name in names[2:]]
+    if launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in environment:
+        launcher = "RANK and WORLD_SIZE"
+    return Launch(
+        launcher, rank, world, local[0], local[1], environment.get("TORCHELASTIC_RUN_ID", ""),
+        _count(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+    )  # fmt: skip
+
+
+def _count(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, str(default))
+    if not re.fullmatch(r"\d+", value.strip()):
+        raise RunError(f"{name} is {value!r}, wanted a count, which the launcher of several processes sets")
+    return int(value)
+
+
+def address(launch: Launch, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Returns host and port at which rank 0 waits for the other ranks.
+
+    MASTER_ADDR and MASTER_PORT decide. Without the variables, the host is the first host of Slurm's job step, or this
+    machine where all processes run on this machine; the port is one of 20000 to 39999 by the number of Slurm's job, or
+    29500. Raises RunError where the host is unknown.
+    """
+    host = environment.get("MASTER_ADDR", "")
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    if not host and launch.launcher == "srun" and nodes:
+        host = _first_host(nodes)
+    elif not host and launch.local_world == launch.world:
+        host = "127.0.0.1"
+    if not host:
+        raise RunError(f"{launch.launcher} over several machines: set MASTER_ADDR to the host of rank 0")
+    job = environment.get("SLURM_JOB_ID", "") if launch.launcher == "srun" else ""
+    port = 20000 + int(job) % 20000 if job.isdigit() else _PORT
+    return host, _count(environment, "MASTER_PORT", port)
+
+
+def _first_host(nodes: str) -> str:
+    """Returns the first host of Slurm's list of hosts: "gpu03" for "gpu[03-05,9],big1", "big1" for "big1,big2"."""
+    first = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    return "" if first is None else "".join(part or "" for part in first.groups())

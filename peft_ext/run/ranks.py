@@ -1,0 +1,426 @@
+"""The processes of a run: what the ranks exchange, and the one error that ends all ranks.
+
+A launcher such as torchrun starts the command once for each rank. Rank 0 writes the files and logs; the other ranks
+compute and are silent. The ranks exchange small objects over gloo, beside the process group of the training.
+
+An error on one rank ends the run: the rank writes its error into the store of the process group, raises the error, and
+ends. The other ranks then fail in their next exchange or all-reduce, find the error in the store, and raise
+:class:`peft_ext.run.errors.Elsewhere`, which the command line does not print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+import torch
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from .errors import Elsewhere, Interrupted, RunError, Stop
+from .launch import ALONE, Launch, address, read_launch
+from .progress import log
+
+_Result = TypeVar("_Result")
+
+SECONDS = 1800.0  # a rank waits this long for another rank; PEFT_EXT_RANK_SECONDS replaces the value
+_SETTLE = 3.0  # seconds in which the error of another rank, or a sign that another rank lives, reaches the store
+# Parts of the messages of errors that an exchange raises when another rank has ended, and when another rank is late.
+_LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "recvValueWithTimeout failed",
+         "Socket is not connected", "gloo", "NCCL")  # fmt: skip
+_LATE = ("Timed out", "timed out", "wait timeout")
+
+
+class Ranks:
+    """This process among the processes of a run; ``Ranks()`` is a run of one process.
+
+    Attributes:
+        rank, world: rank of this process, and number of processes.
+        local_rank, local_world: rank among the processes of this machine, and their number.
+        node, nodes: number of this machine among the machines of the run, and number of machines.
+        launch: the launcher's values.
+    """
+
+    def __init__(self, launch: Launch = ALONE, store: Any = None, group: Any = None) -> None:
+        self.launch, self._store, self._group, self._key = launch, store, group, ""
+        self.rank, self.world = launch.rank, launch.world
+        self.local_rank, self.local_world, self.node, self.nodes = 0, 1, 0, 1
+        self._count, self._firsts = 0, 0
+        self._hosts = [socket.gethostname()]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank writes the run's files and its log."""
+        return self.rank == 0
+
+    def described(self) -> str:
+        """Returns the number of processes and of machines and the launcher, in words."""
+        machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
+        return f"{self.world}{machines}, by {self.launch.launcher}"
+
+    # --- exchanges ----------------------------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all ranks, in the order of the ranks. All ranks have to call the method."""
+        if self.world == 1:
+            return [value]
+        found = [None] * self.world
+        torch.distributed.all_gather_object(found, value, group=self._group)
+        return found
+
+    def wait(self) -> None:
+        """Returns when all ranks have called the method."""
+        self.gather(None)
+
+    def largest(self, *values: int) -> list[int]:
+        """Returns for each value the largest value of all ranks."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self._group)
+        return tensor.tolist()
+
+    def mine(self, count: int) -> range:
+        """Returns the indices below ``count`` that are this rank's share."""
+        return range(self.rank, count, self.world)
+
+    def merged(self, found: dict[int, _Result]) -> dict[int, _Result]:
+        """Returns the entries of the dicts of all ranks, sorted by key."""
+        return dict(sorted(entry for part in self.gather(found) for entry in part.items()))
+
+    def together(self, work: Callable[[], _Result]) -> _Result:
+        """Returns ``work()``, which all ranks run. Raises where the work failed on any rank.
+
+        The lowest rank whose work failed raises its error; the other ranks raise Elsewhere.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as failure:
+            if self.world == 1:
+                raise
+            error = failure
+        texts = self.gather(None if error is None else str(error) or type(error).__name__)
+        first = next((rank for rank, text in enumerate(texts) if text is not None), None)
+        if first is None:
+            return result  # type: ignore[return-value]
+        if error is None or self.rank != first:
+            raise Elsewhere(texts[first])
+        error.of_all_ranks = None not in texts  # type: ignore[attr-defined]
+        raise error
+
+    def first_of_node(self, work: Callable[[], _Result]) -> _Result:
+        """Returns ``work()``, which one rank of each machine runs before the machine's other ranks."""
+        self._firsts += 1
+        if self.local_world == 1:
+            return work()
+        name = f"{self._key}/first/{self.node}/{self._firsts}"
+        if self.local_rank == 0:
+            try:
+                return work()
+            finally:
+                self._store.set(name, "")
+        self._store.wait([name], timedelta(seconds=wait_seconds()))
+        return work()
+
+    def at(self, place: str) -> None:
+        """Notes that this rank has reached ``place``, so that an error can name the rank that came no further.
+
+        All ranks reach the same places in the same order.
+        """
+        if self.world > 1:
+            self._count += 1
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"{self._key}/at/{self.rank}", f"{self._count} {place}")
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def check_alike(self, facts: dict[str, Any]) -> None:
+        """Raises RunError on the lowest rank that has another value of a fact than rank 0, and Elsewhere on others."""
+        if self.world == 1:
+            return
+        found = self.gather(facts)
+
+        def check() -> None:
+            for name, wanted in found[0].items():
+                if found[self.rank].get(name) != wanted:
+                    raise RunError(f"{name} is {found[self.rank].get(name)}, on rank 0 it is {wanted}")
+
+        self.together(check)
+
+    def check_shared(self, folder: Path) -> None:
+        """Raises RunError on the lowest rank that does not see the files that rank 0 writes into ``folder``."""
+        if self.world == 1:
+            return
+        name = self.gather(f".shared-{secrets.token_hex(8)}")[0]
+        if self.speaks:
+            (folder / name).write_text("")
+        self.wait()
+
+        def check() -> None:
+            for _ in range(20):  # a network file system shows a new file after some seconds
+                if (folder / name).exists():
+                    return
+                time.sleep(0.25)
+            raise RunError(
+                f"--output {folder}: rank 0 writes into another folder of this name, wanted a folder that all machines "
+                "share"
+            )
+
+        try:
+            self.together(check)
+        finally:
+            if self.speaks:
+                (folder / name).unlink(missing_ok=True)
+
+    # --- errors -------------------------------------------------------------------------------------------------------
+
+    def who(self, rank: int) -> str:
+        """Returns words for a rank: its number and, where the run has several machines, its host."""
+        return f"rank {rank} on {self._hosts[rank]}" if self.nodes > 1 else f"rank {rank}"
+
+    @contextlib.contextmanager
+    def reported(self, stop: Stop, hint: Callable[[], str]) -> Iterator[None]:
+        """Makes one error of what the ranks raise in the block: one rank raises it, the others raise Elsewhere.
+
+        A RunError gets the number of the rank, unless all ranks have failed alike. ``hint`` returns the end of a
+        message, which says how to continue the run.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.world == 1:
+                raise
+            stop.ending = True  # the launcher's SIGTERM, which follows the first rank that ends, ends no message
+            self._report(error, hint)
+            raise
+
+    def _report(self, error: BaseException, hint: Callable[[], str]) -> None:
+        """Raises Elsewhere, or RunError for the whole run, where ``error`` follows from another rank's end."""
+        if isinstance(error, (Elsewhere, SystemExit)):
+            self._let_speak()
+            raise error
+        lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
+        if lost and (told := self._told(_SETTLE)):
+            self._let_speak()
+            raise Elsewhere(told["text"]) from error
+        if lost:
+            text = self._why_lost(error, hint)
+        elif isinstance(error, Interrupted) and (gone := self._gone()):
+            lost, text = True, self._ended(gone, hint)  # the launcher ends the ranks after the first
+        else:
+            text = str(error)
+        if isinstance(error, RunError) and not getattr(error, "of_all_ranks", False):
+            text = f"{self.who(self.rank)}: {text}"
+        told = self._tell(text)
+        if isinstance(error, Interrupted) and not lost:
+            error.silent = told["rank"] != self.rank
+            if error.silent:
+                self._let_speak()
+        elif told["rank"] != self.rank:
+            self._let_speak()
+            raise Elsewhere(told["text"]) from error
+        elif lost or isinstance(error, RunError):
+            raise RunError(text) from error
+
+    def _told(self, seconds: float = 0.0) -> Optional[dict[str, Any]]:
+        """Returns the error that a rank has told, and waits for it up to ``seconds``; None without one."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):  # the store's process has ended
+            while True:
+                if self._store.check([f"{self._key}/error"]):
+                    return json.loads(self._store.get(f"{self._key}/error"))
+                if time.monotonic() >= end:
+                    break
+                time.sleep(0.05)
+        return None
+
+    def _tell(self, text: str) -> dict[str, Any]:
+        """Tells an error of this rank, unless another rank has told one, and returns the told error."""
+        mine = {"rank": self.rank, "text": text}
+        try:
+            return json.loads(self._store.compare_set(f"{self._key}/error", "", json.dumps(mine)))
+        except RuntimeError:  # the store's process has ended
+            return mine
+
+    def _let_speak(self) -> None:
+        """Waits, so that the launcher, which ends all ranks after the first, meets first the rank that speaks."""
+        time.sleep(_SETTLE)
+
+    def _why_lost(self, error: BaseException, hint: Callable[[], str]) -> str:
+        """Returns the error of the run for an exchange that failed because another rank ended or came too late."""
+        gone = self._gone()
+        if any(text in str(error) for text in _LATE):
+            behind = min(gone or range(self.world), key=lambda rank: self._place(rank)[0])
+            place, seconds = self._place(behind)[1], wait_seconds()
+            return f"{self.who(behind)} has come no further than {place} within {seconds:g} s{hint()}"
+        return self._ended(gone, hint)
+
+    def _ended(self, gone: list[int], hint: Callable[[], str]) -> str:
+        if not gone:
+            return f"another process of the run ended, and the exchange of the ranks with it{hint()}"
+        named = "one of " * (len(gone) > 1) + ", ".join(map(self.who, gone))
+        return (f"{named} ended without an error message, after {self._place(gone[0])[1]}: a signal ended the process, "
+                f"or the system for lack of memory{hint()}")  # fmt: skip
+
+    def _gone(self) -> list[int]:
+        """Returns the ranks that give no sign within _SETTLE seconds; all ranks alive call the method."""
+        with contextlib.suppress(RuntimeError):  # the store's process has ended
+            self._store.set(f"{self._key}/alive/{self.rank}", "")
+            time.sleep(_SETTLE)
+            return [rank for rank in range(self.world) if not self._store.check([f"{self._key}/alive/{rank}"])]
+        return []
+
+    def _place(self, rank: int) -> tuple[int, str]:
+        """Returns the number and the name of the last place that a rank has noted with :meth:`at`."""
+        name = f"{self._key}/at/{rank}"
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([name]):
+                count, _, place = self._store.get(name).decode().partition(" ")
+                return int(count), place
+        return 0, "the start"
+
+
+def wait_seconds() -> float:
+    """Returns the seconds that a rank waits for another rank. Raises RunError for a wrong PEFT_EXT_RANK_SECONDS."""
+    value = os.environ.get("PEFT_EXT_RANK_SECONDS") or str(SECONDS)
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 10**7:
+        raise RunError(f"PEFT_EXT_RANK_SECONDS is {value!r}, wanted a positive number of seconds")
+    return seconds
+
+
+@contextlib.contextmanager
+def joined(of_one: bool = False) -> Iterator[Ranks]:
+    """Yields the ranks of the run: joins the process group that the launcher's variables describe.
+
+    ``of_one``: whether a process that no launcher started makes a process group of itself.
+
+    A process group that exists is used and stays. On ranks other than rank 0 the block logs nothing and warns of
+    nothing. Raises RunError where the variables are wrong or the other ranks can't be reached.
+    """
+    distributed = torch.distributed
+    exists = distributed.is_available() and distributed.is_initialized()
+    launch = read_launch()
+    if exists:
+        launch = Launch(launch.launcher or "a process group", distributed.get_rank(), distributed.get_world_size(),
+                        launch.local_rank, launch.local_world, launch.identity, launch.restarts)  # fmt: skip
+    if launch.world == 1:
+        if of_one and not exists:
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        yield Ranks(launch)
+        return
+    try:
+        ranks = _of_group(launch, None if exists else _start_group(launch))
+    except (RuntimeError, ValueError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({line})") from None
+    with _silent(not ranks.speaks):
+        yield ranks
+    if not exists:  # after an error the group stays: taking the group down would wait for the other ranks
+        distributed.destroy_process_group()
+
+
+def _start_group(launch: Launch) -> Any:
+    """Makes the default process group, and returns the store that only the processes of this start use."""
+    if not torch.distributed.is_available():
+        raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
+    host, port = address(launch)
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(launch.rank),
+                   "WORLD_SIZE": str(launch.world)}  # fmt: skip
+    seconds = timedelta(seconds=wait_seconds())
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=seconds))
+    store = PrefixStore(_name_of_start(store, launch), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
+    )  # fmt: skip
+    return store
+
+
+def _name_of_start(store: Any, launch: Launch) -> str:
+    """Returns a name for this start of the processes, which is equal on all ranks.
+
+    The store of torchrun outlives the processes that torchrun starts again, with the addresses of the ended processes
+    in it (PyTorch 2.13). Rank 0 draws the name and answers each call in the store; the calls of ended processes get an
+    answer that nobody reads. Rank 0 is done when each other rank has confirmed that it has the name.
+    """
+    calls, seconds = "peft_ext/calls", timedelta(seconds=wait_seconds())
+    if launch.rank > 0:
+        me = secrets.token_hex(8)
+        store.set(f"{calls}/{store.add(calls, 1)}", me)
+        store.wait([f"{calls}/{me}"], seconds)
+        name = store.get(f"{calls}/{me}").decode()
+        store.add(f"{name}/confirmed", 1)
+        return name
+    name, answered, end = f"peft_ext/{secrets.token_hex(8)}", 0, time.monotonic() + wait_seconds()
+    while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
+        while answered < store.add(calls, 0):
+            answered += 1
+            store.wait([f"{calls}/{answered}"], seconds)
+            store.set(f"{calls}/{store.get(f'{calls}/{answered}').decode()}", name)
+        if time.monotonic() > end:
+            raise RunError(f"only {count + 1} of {launch.world} processes have come within {wait_seconds():g} s")
+        time.sleep(0.02)
+    return name
+
+
+def _of_group(launch: Launch, store: Any) -> Ranks:
+    """Returns the ranks of the default process group, and completes the variables that accelerate reads."""
+    distributed = torch.distributed
+    group = None
+    if distributed.get_backend() != "gloo":
+        group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=wait_seconds()))
+    store = store or PrefixStore("peft_ext", distributed.distributed_c10d._get_default_store())
+    ranks = Ranks(launch, store, group)
+    host = socket.gethostname()
+    node = os.environ.get("GROUP_RANK", host) if launch.launcher == "torchrun" else host
+    found = ranks.gather((secrets.token_hex(8), node, host))
+    ranks._key = found[0][0]
+    ranks._hosts = [name for _, _, name in found]
+    nodes = [name for _, name, _ in found]
+    there = [rank for rank, name in enumerate(nodes) if name == node]
+    ranks.local_rank, ranks.local_world = there.index(launch.rank), len(there)
+    order = list(dict.fromkeys(nodes))
+    ranks.node, ranks.nodes = order.index(node), len(order)
+    os.environ |= {"LOCAL_RANK": str(ranks.local_rank), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
+    if "OMP_NUM_THREADS" not in os.environ:  # accelerate would warn and choose a number
+        threads = max(1, torch.get_num_threads() // ranks.local_world)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        if ranks.local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise RunError(
+                f"{ranks.who(launch.rank)}: {ranks.local_world} processes on a machine that shows {count} GPUs"
+            )
+        torch.cuda.set_device(ranks.local_rank)
+    return ranks
+
+
+@contextlib.contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    if not silent:
+        yield
+        return
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before

@@ -1,0 +1,83 @@
+"""A run whose base is sharded by FSDP2 (``--shard fsdp2`` and ``--shard hsdp``).
+
+No process holds the whole model. The adapter is added before the weights are read, because FSDP2 shards a decoder layer
+with its adapter. The Trainer gets the sharded model, and accelerate saves checkpoints by torch.distributed.checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ..sources.json_file import raised_as
+from ..sources.model import SourceError
+from .errors import RunError
+from .prepare import Run
+from .progress import status
+
+
+def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] = None) -> Any:
+    """Returns the model with an adapter, sharded.
+
+    Args:
+        adapt: adds the adapter to a model on the meta device, and returns the model.
+        saved: folder of the adapter's values; None for the values that ``adapt`` gives.
+
+    Raises RunError where a weight can't be read.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    from ..sharded import adapter_values, meta_base, shard_and_load
+
+    o, ranks = run.options, run.ranks
+    shape = (ranks.world,) if o.shard == "fsdp2" else (ranks.nodes, ranks.world // ranks.nodes)
+    with raised_as(RunError, f"--model {o.model}: ", SourceError, OSError), status("loading the model"):
+        quant = "nf4" if o.quant == "nf4" else "none"
+        base = meta_base(run.folder, run.config, dtype=run.dtype, quant=quant, blocksize=o.blocksize)
+        base.model.config.use_cache = False
+        with adapter_values(run.device):
+            model = adapt(base.model)
+            if saved is not None:
+                _read_adapter(model, saved, run.device)
+        mesh = init_device_mesh(run.device.type, shape)
+        shard_and_load(model, base, mesh, node=ranks.node)
+    # The root unit, which has the embedding and the head, is the PeftModel. Its method generate calls the model inside.
+    register_fsdp_forward_method(model, "generate")
+    return model
+
+
+def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
+    """Sets the values of a saved adapter. DoRA's magnitudes, which are on the meta device, get memory before."""
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and parameter.requires_grad:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(device)))
+
+
+def without_adapter(run: Run, model: Any) -> Any:
+    """Returns a context in which a sharded model is its base. An unsharded model has no adapter before the training."""
+    return model.disable_adapter() if run.sharded else contextlib.nullcontext()
+
+
+def trainer_options(run: Run) -> dict[str, Any]:
+    """Returns the arguments of TrainingArguments for a sharded run; {} for another run."""
+    if not run.sharded:
+        return {}
+    config = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def adapter_state(model: Any) -> dict[str, Any]:
+    """Gathers the tensors that PEFT saves; rank 0 gets them. All ranks have to call the function."""
+    from ..integrations import fsdp2
+
+    return fsdp2.adapter_state(model)

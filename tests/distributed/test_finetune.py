@@ -1,0 +1,350 @@
+"""Tests ``peft-ext finetune`` in several processes of one launcher: equal results, one voice, one error, no loss."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+from launched import WEIGHTS, Run, by_hand, differences, options_of, record_of, started, torchrun
+
+from peft_ext.cli.main import main
+from peft_ext.files import is_sealed
+
+pytestmark = [
+    pytest.mark.cpu_only("gloo's processes train on the CPU"),
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the tests look into /proc"),
+]
+
+# Bounds for the rounding of sums over a step's examples in other parts: a few units in the last place of a loss near 5,
+# and what eight steps of Adam with a learning rate of 0.01 make of the gradients' rounding.
+LOSS, WEIGHT = 4e-6, 2e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, folder) -> Path:
+    """Returns the output folder of a run of one process, with four examples a step."""
+    assert main(options_of(tiny, folder / "alone", 4)) == 0
+    return folder / "alone"
+
+
+def run_of(processes: int, tiny: Path, folder: Path, *more: str) -> Path:
+    output = folder / f"of{processes}"
+    if not (output / WEIGHTS).exists():
+        run = Run([*torchrun(processes), *options_of(tiny, output, 4 // processes, *more)], folder / f"{processes}.log")
+        assert run.end() == 0, run.out
+        (folder / f"said{processes}").write_text(run.out)
+    return output
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_losses_and_adapter_are_those_of_one_process(processes, tiny, folder, alone):
+    output = run_of(processes, tiny, folder)
+    losses, weights = differences(alone, output)
+    assert losses <= LOSS and weights <= WEIGHT
+    one, several = record_of(alone), record_of(output)
+    for name in ("before", "after"):
+        assert several["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-5)
+    assert several["held_out"]["last"][1] == pytest.approx(one["held_out"]["last"][1], rel=1e-5)
+    curve = [entry for entry in several["history"]["held_out_loss"] if entry is not None]
+    assert curve == pytest.approx([entry for entry in one["history"]["held_out_loss"] if entry is not None], rel=1e-5)
+    assert several["history"]["tokens"] == one["history"]["tokens"]  # a step's tokens, of all processes
+    assert [sample["before"] for sample in several["samples"]] == [sample["before"] for sample in one["samples"]]
+    assert several["check"]["ok"] and several["finished"] and several["step_examples"] == 4
+    assert several["processes"]["count"] == len(several["processes"]["peak_mib"]) == processes
+    assert all(peak > 100 for peak in several["processes"]["peak_mib"])
+    said = (folder / f"said{processes}").read_text()
+    for line in ("model: ", "before: held-out", "checked: stock PEFT", f"processes: {processes}, by torchrun; a step"):
+        assert len(re.findall(f"^{line}", said, re.MULTILINE)) == 1, said
+    assert "arning" not in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(before, after, tiny, folder, alone):
+    whole, output = run_of(before, tiny, folder), folder / f"from{before}to{after}"
+    (output / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints/checkpoint-4", output / "checkpoints/checkpoint-4")
+    shutil.copy(whole / "run.json", output / "run.json")
+    if after == 1:
+        assert main([*options_of(tiny, output, 2), "--resume"]) == 2  # two examples a step instead of four
+        assert main([*options_of(tiny, output, 4), "--resume"]) == 0
+    else:
+        run = Run([*torchrun(after), *options_of(tiny, output, 4 // after), "--resume"], folder / "resumed.log")
+        assert run.end() == 0, run.out
+    losses, weights = differences(alone, output)
+    assert losses <= LOSS and weights <= WEIGHT
+    assert record_of(output)["resumed"] == [4]
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+SHARDED = ("--shard", "fsdp2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    ["lora", pytest.param("qlora", marks=pytest.mark.skipif(not SHARDS_BYTES, reason="torch shards no bytes"))],
+)
+def test_a_sharded_run_is_a_run_of_one_process(method, tiny, folder, alone):
+    quant = ("--method", method, "--quant", "nf4") if method == "qlora" else ()
+    one, output = alone, folder / f"sharded-{method}"
+    if quant:
+        one = folder / "alone-nf4"
+        assert main(options_of(tiny, one, 4, *quant)) == 0
+    run = Run([*torchrun(2), *options_of(tiny, output, 2, *quant, *SHARDED)], folder / f"sharded-{method}.log")
+    assert run.end() == 0, run.out
+    losses, weights = differences(one, output)
+    assert losses <= LOSS and weights <= WEIGHT
+    first, second = record_of(one), record_of(output)
+    for name in ("before", "after"):
+        assert second["perplexity"][name] == pytest.approx(first["perplexity"][name], rel=1e-5)
+        assert [sample[name] for sample in second["samples"]] == [sample[name] for sample in first["samples"]]
+    assert second["fused"]["fused"] == second["fused"]["layers"] == 14 and second["check"]["ok"]
+    assert second["memory"]["frozen"] < 0.6 * first["memory"]["frozen"] or quant  # scales are whole
+    if quant:
+        return
+    for processes in (4, 1):  # the checkpoint of two processes goes on in four and in one
+        again = folder / f"sharded-{processes}"
+        (again / "checkpoints").mkdir(parents=True)
+        shutil.copytree(output / "checkpoints/checkpoint-4", again / "checkpoints/checkpoint-4")
+        shutil.copy(output / "run.json", again / "run.json")
+        options = [*options_of(tiny, again, 4 // processes, *SHARDED), "--resume"]
+        launcher = [sys.executable, "-m", "peft_ext"] if processes == 1 else torchrun(processes)
+        run = Run([*launcher, *options], folder / f"sharded-{processes}.log")
+        assert run.end() == 0, run.out
+        losses, weights = differences(output, again)
+        assert losses <= LOSS and weights <= WEIGHT
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone, tmp_path):
+    """Two agents of torchrun stand for two machines, between which the shards are replicated."""
+    at = ["--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port()}",
+          "--rdzv-id", "job"]  # fmt: skip
+    command = [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, "--shard", "hsdp", "--save-steps", "2")]
+    runs = [Run(command, tmp_path / f"{agent}.log") for agent in range(2)]
+    try:
+        runs[0].wait_for((tmp_path / "out/checkpoints/checkpoint-4").exists)
+        for run in runs:
+            if (process := run.of_rank(3)) is not None:
+                process.kill()
+        assert [run.end() for run in runs] == [0, 0], runs[0].out + runs[1].out
+    finally:
+        for run in runs:
+            run.kill()
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--shard", "fsdp2", "--method", "adalora"), "--shard fsdp2 with --method adalora: wanted one of lora"),
+        (("--shard", "fsdp2", "--stock", "--quant", "nf4"), "--shard fsdp2 with --stock and NF4"),
+        (("--shard", "hsdp"), "--shard hsdp: 1 processes on 1 machines, wanted several machines"),
+        (("--shard", "zero3"), "--shard zero3: wanted one of ddp, fsdp2, hsdp"),
+    ],
+)
+def test_what_can_not_be_sharded_is_refused(more, message, tiny, tmp_path):
+    run = Run([sys.executable, "-m", "peft_ext", *options_of(tiny, tmp_path / "out", 4, *more)], tmp_path / "log")
+    assert run.end() == 2 and run.out.startswith(f"error: {message}")
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def errors_of(runs: list[Run]) -> list[list[str]]:
+    """Returns the lines of errors that each process printed. All processes must end with an error."""
+    assert all(run.end() for run in runs), [run.out for run in runs]
+    return [re.findall(r"^error: (.*)", run.out, re.MULTILINE) for run in runs]
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_printed_once_and_without_a_rank(tiny, tmp_path):
+    def arguments(rank):
+        return options_of(tiny, tmp_path / "out", 2, "--target-modules", "nothing")
+
+    (said,) = [lines for lines in errors_of(by_hand(2, arguments, tmp_path, port())) if lines]
+    assert len(said) == 1 and said[0].startswith("--method lora: ")
+
+
+CASES = {
+    "other data": (["--data", "{tmp}/pairs.jsonl"], r"rank 1: the data of --data .*pairs.jsonl.* is \w+, on rank 0 it"),
+    "no data": (["--data", "{tmp}/none.jsonl"], r"rank 1: --data .*none.jsonl: no such file"),
+    "other options": (["--lr", "1e-3"], r"rank 1: --lr is 0.001, on rank 0 it is 0.01"),
+    "other model": (["--model", "{tmp}/model"], r"rank 1: config.json of --model.* on rank 0 it is"),
+    "other folder": (
+        ["--output", "{tmp}/elsewhere"],
+        r"rank 1: --output .*elsewhere: rank 0 writes into another folder",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_what_one_rank_sees_otherwise_is_named_by_that_rank(case, tiny, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text((tiny / "pairs.jsonl").read_text().replace("It is", "That is"))
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    (tmp_path / "elsewhere").mkdir()
+    more, wanted = CASES[case]
+
+    def arguments(rank):
+        changed = [text.format(tmp=tmp_path) for text in more] if rank == 1 else []
+        return options_of(tiny, tmp_path / "out", 2, *changed)
+
+    none, said = errors_of(by_hand(2, arguments, tmp_path, port()))
+    assert none == [] and len(said) == 1 and re.match(wanted, said[0]), said
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+FAILS = """
+import errno, os, sys
+import torch
+from transformers import Trainer
+from peft_ext.cli.main import main
+
+step, save, fault = Trainer.training_step, Trainer._save_rng_state, sys.argv.pop(1)
+def failing_step(self, *args):
+    if fault == "memory" and self.state.global_step == 5 and self.args.process_index == 1:
+        torch.empty(2**60)
+    return step(self, *args)
+def failing_save(self, folder):
+    if fault == "disk" and self.state.global_step == 8 and self.args.process_index == 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder + "/rng_state_1.pth")
+    return save(self, folder)
+Trainer.training_step, Trainer._save_rng_state = failing_step, failing_save
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "wanted"),
+    [("memory", "rank 1: out of memory: a smaller --batch-size"), ("disk", "rank 1: .*No space left on device")],
+)
+def test_a_full_memory_or_disk_of_one_rank_ends_all_with_one_error(fault, wanted, tiny, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [*torchrun(2)[:-2], tmp_path / "fails.py", fault, *options_of(tiny, tmp_path / "out", 2)]
+    (said,) = errors_of([Run([*command, "--max-steps", "400"], tmp_path / "log")])
+    assert len(said) == 1 and re.match(wanted, said[0]) and said[0].endswith("--resume continues from checkpoint-4")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(tiny, tmp_path):
+    command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, "--max-steps", "4000")]
+    with started(command, tmp_path / "log", PEFT_EXT_RANK_SECONDS="8") as run:
+        run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
+        hung = run.of_rank(1)
+        hung.suspend()
+        run.wait_for(lambda: "error: " in run.out)
+        hung.kill()
+        assert run.end()
+        (said,) = errors_of([run])
+    assert len(said) == 1
+    assert re.match(
+        r"rank 1 has come no further than step \d+ within 8 s; --resume continues from checkpoint-", said[0]
+    )
+
+
+LONG = ("--dropout", "0.1", "--max-steps", "60")
+
+
+def unbroken(processes: int, tiny: Path, folder: Path) -> Path:
+    """Returns the output folder of a run with the options LONG that nothing interrupts."""
+    output = folder / f"unbroken{processes}"
+    if not output.exists():
+        command = [*torchrun(processes), *options_of(tiny, output, 4 // processes, *LONG)]
+        run = Run(command, folder / f"unbroken{processes}.log")
+        assert run.end() == 0, run.out
+    return output
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(tiny, folder, tmp_path):
+    command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, *LONG)]
+    with started(command, tmp_path / "log") as run:
+        run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
+        run.of_rank(1).send_signal(signal.SIGTERM)
+        assert run.end()
+    (step,) = map(int, re.findall(r"^stopped after step (\d+); the same command with --resume", run.out, re.MULTILINE))
+    assert is_sealed(tmp_path / f"out/checkpoints/checkpoint-{step}") and "error: " not in run.out
+    again = Run([*command, "--resume"], tmp_path / "again.log")
+    assert again.end() == 0, again.out
+    assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)  # the random state of each rank goes on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_a_killed_rank(restarts, tiny, folder, tmp_path):
+    options = options_of(tiny, tmp_path / "out", 2, *LONG)
+    with started([*torchrun(2, "--max-restarts", str(restarts)), *options], tmp_path / "log") as run:
+        run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
+        run.of_rank(1).kill()
+        code = run.end()
+    (said,) = [re.findall("^error: (.*)", run.out, re.MULTILINE)]
+    assert len(said) == 1 and re.match(r"rank 1 ended without an error message, after step \d+: a signal", said[0])
+    assert re.search(r"--resume continues from checkpoint-\d+$", said[0])
+    if not restarts:
+        assert code
+        again = Run([*torchrun(2), *options, "--resume"], tmp_path / "again.log")
+        assert again.end() == 0, again.out
+    else:
+        assert code == 0, run.out
+        assert "restart: the unfinished run in" in run.out
+    assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)
+    leftovers = [
+        path for path in tmp_path.rglob("*") if path.name.endswith((".part", ".tmp")) or ".shared-" in path.name
+    ]
+    assert leftovers == []
+
+
+@pytest.mark.slow
+def test_two_machines_and_a_killed_agent(tiny, folder, tmp_path):
+    """Two agents of torchrun stand for two machines. One agent is killed with its processes, and started again."""
+    at = ["--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port()}",
+          "--rdzv-id", "job", "--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=3"]  # fmt: skip
+    command = [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, *LONG)]
+    # Without this variable, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that comes later.
+    environment = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    first, second = (Run(command, tmp_path / f"{name}.log", **environment) for name in ("first", "second"))
+    try:
+        first.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
+        second.kill()
+        third = Run(command, tmp_path / "third.log", **environment)
+        assert first.end() == 0 and third.end() == 0, first.out + third.out
+    finally:
+        for run in (first, second):
+            run.kill()
+    assert "processes: 4 on 2 machines, by torchrun" in first.out + third.out
+    assert differences(unbroken(4, tiny, folder), tmp_path / "out") == (0, 0)

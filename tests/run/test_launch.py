@@ -1,0 +1,184 @@
+"""Tests which launcher's variables make a process a rank, and the exchanges and checks of the ranks."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_ext.run import RunError, ranks
+from peft_ext.run.errors import Elsewhere
+from peft_ext.run.launch import ALONE, Launch, address, read_launch
+
+pytestmark = pytest.mark.cpu_only("no tensor is computed")
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
+    "MASTER_PORT": "4567", "TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}  # fmt: skip
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+SRUN = {
+    "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04,9],big1",
+    "SLURM_JOB_ID": "123456", "SLURM_NTASKS": "8",
+}  # fmt: skip
+BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+        ({"WORLD_SIZE": "1"}, ALONE),
+        (BATCH_SCRIPT, ALONE),
+        (TORCHRUN, Launch("torchrun", 3, 8, 1, 2, "job", 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Launch("RANK and WORLD_SIZE", 1, 2)),
+        (OPEN_MPI, Launch("mpirun (Open MPI)", 1, 4, 1, 4)),
+        (MPICH, Launch("mpirun (MPICH)", 1, 4, 1, 2)),
+        (SRUN, Launch("srun", 5, 8, 1)),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", **OPEN_MPI}, Launch("mpirun (Open MPI)", 1, 4, 1, 4)),
+        ({**BATCH_SCRIPT, **TORCHRUN}, Launch("torchrun", 3, 8, 1, 2, "job", 2)),
+    ],
+)  # fmt: skip
+def test_the_launch(environment, wanted):
+    assert read_launch(environment) == wanted
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, wanted less than WORLD_SIZE, which is 2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', wanted a count"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', wanted a count"),
+    ],
+)
+def test_wrong_variables(environment, message):
+    with pytest.raises(RunError, match=f"^{message}"):
+        read_launch(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        (TORCHRUN, ("node1", 4567)),
+        (SRUN, ("gpu03", 20000 + 123456 % 20000)),
+        ({**SRUN, "SLURM_STEP_NODELIST": "n7"}, ("n7", 20000 + 123456 % 20000)),
+        ({**SRUN, "SLURM_STEP_NODELIST": "rack[1-2]-x,n7"}, ("rack1-x", 20000 + 123456 % 20000)),
+        ({**SRUN, "SLURM_STEP_NODELIST": "a1,a2", "MASTER_PORT": "99"}, ("a1", 99)),
+        (OPEN_MPI, ("127.0.0.1", 29500)),
+        ({**MPICH, "MASTER_ADDR": "head"}, ("head", 29500)),
+    ],
+)
+def test_the_address_of_rank_0(environment, wanted):
+    assert address(read_launch(environment), environment) == wanted
+
+
+def test_an_unknown_address_is_asked_for():
+    with pytest.raises(RunError, match=r"^mpirun \(MPICH\) over several machines: set MASTER_ADDR"):
+        address(read_launch(MPICH), MPICH)
+
+
+def test_a_process_alone_exchanges_with_itself(tmp_path: Path):
+    alone = ranks.Ranks()
+    assert alone.speaks and alone.gather(3) == [3] and alone.largest(2, 5) == [2, 5]
+    assert list(alone.mine(3)) == [0, 1, 2] and alone.merged({2: "b", 0: "a"}) == {0: "a", 2: "b"}
+    assert alone.together(lambda: 4) == 4 and alone.first_of_node(lambda: 5) == 5
+    alone.check_alike({"a": 1})
+    alone.check_shared(tmp_path)
+    with pytest.raises(RunError, match="^no$"), alone.reported(None, str):
+        alone.together(lambda: (_ for _ in ()).throw(RunError("no")))
+
+
+class Threads:
+    """Ranks whose exchanges run between threads of this process."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier, self.values = threading.Barrier(world), [None] * world
+        self.ranks = [ranks.Ranks(Launch("threads", rank, world)) for rank in range(world)]
+        for each in self.ranks:
+            each.gather = lambda value, rank=each.rank: self.gather(rank, value)
+            each._hosts = [f"host{rank}" for rank in range(world)]
+
+    def gather(self, rank, value):
+        self.values[rank] = value
+        self.barrier.wait(10)
+        found = list(self.values)
+        self.barrier.wait(10)
+        return found
+
+    def run(self, work):
+        """Returns what ``work(ranks)`` returned or raised, for each rank."""
+        found = [None] * len(self.ranks)
+
+        def one(each):
+            try:
+                found[each.rank] = work(each)
+            except Exception as error:
+                found[each.rank] = error
+
+        threads = [threading.Thread(target=one, args=(each,)) for each in self.ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+def test_the_lowest_failed_rank_raises_its_error_and_the_others_raise_elsewhere():
+    def work(each):
+        def fails():
+            if each.rank:
+                raise RunError(f"no room on {each.rank}")
+            return "fine"
+
+        return each.together(fails)
+
+    first, second, third = Threads(3).run(work)
+    assert type(first) is type(third) is Elsewhere and str(first) == str(third) == "no room on 1"
+    assert type(second) is RunError and str(second) == "no room on 1" and not second.of_all_ranks
+    same = Threads(2).run(lambda each: each.together(lambda: 1 // 0))
+    assert type(same[0]) is ZeroDivisionError and same[0].of_all_ranks and type(same[1]) is Elsewhere
+
+
+def test_a_difference_names_the_fact_and_both_values():
+    def work(each):
+        return each.check_alike({"torch": "2.13" if each.rank < 2 else "2.12", "--lr": 1e-4})
+
+    first, second, third = Threads(3).run(work)
+    assert type(first) is type(second) is Elsewhere
+    assert str(third) == "torch is 2.12, on rank 0 it is 2.13"
+    assert Threads(3).run(lambda each: each.check_alike({"torch": "2.13"})) == [None] * 3
+
+
+def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    first, second = Threads(2).run(lambda each: each.check_shared(tmp_path / str(each.rank)))
+    assert type(first) is Elsewhere and "rank 0 writes into another folder of this name" in str(second)
+    assert Threads(2).run(lambda each: each.check_shared(tmp_path / "0")) == [None, None]
+    assert list((tmp_path / "0").iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "soon", "nan"])
+def test_the_time_limit_is_checked(value, monkeypatch):
+    monkeypatch.setenv("PEFT_EXT_RANK_SECONDS", value)
+    with pytest.raises(RunError, match=f"^PEFT_EXT_RANK_SECONDS is '{value}', wanted a positive number of seconds"):
+        ranks.wait_seconds()
+
+
+def test_the_order_does_not_depend_on_how_a_step_is_shared():
+    from peft_ext.run.data import Order
+
+    order = list(Order(5, 13, 3))
+    assert len(Order(5, 13, 3)) == len(order) == 13 and order == list(Order(5, 13, 3))
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and order[:5] != order[5:10]
+    assert order != list(Order(5, 13, 4)) and list(Order(5, 20, 3))[:13] == order
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(Order(5, 13, 3))
+    assert torch.equal(before, torch.get_rng_state())

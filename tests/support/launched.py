@@ -1,0 +1,129 @@
+"""Runs of ``peft-ext finetune`` in several processes, which tests start, kill and compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import psutil  # accelerate needs it
+import torch
+from safetensors.torch import load_file
+
+WEIGHTS = "adapter_model.safetensors"
+SECONDS = 300  # a run that takes longer is ended
+
+
+def options_of(tiny: Path, output: Path, batch_size: int, *more: str) -> list[str]:
+    """Returns the arguments of a float32 run without dropout over the tiny model, whose losses fall fast."""
+    options = {
+        "model": tiny / "model", "data": tiny / "pairs.jsonl", "output": output, "block-size": 64, "dtype": "fp32",
+        "dropout": 0, "quant": "none", "lr": 1e-2, "rank": 4, "batch-size": batch_size, "max-steps": 8, "save-steps": 4,
+        "prompt": "What is 3 plus 3?",
+    }  # fmt: skip
+    return ["finetune", *(text for name, value in options.items() for text in (f"--{name}", str(value))), *more]
+
+
+def torchrun(processes: int, *options: str) -> list[str]:
+    """Returns torchrun's command up to the arguments of peft_ext."""
+    where = () if any("nnodes" in option for option in options) else ("--standalone",)
+    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(processes), *options,
+            "-m", "peft_ext"]  # fmt: skip
+
+
+class Run:
+    """A started command. ``out`` has what the command printed, after :meth:`end`."""
+
+    def __init__(self, command: Sequence[Any], log: Path, **environment: str) -> None:
+        own = {name: value for name, value in os.environ.items() if name != "PEFT_EXT_REQUIRE"}
+        own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [str(part) for part in command], cwd=Path(__file__).parents[2], env=own, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def out(self) -> str:
+        return self.log.read_text()
+
+    def end(self) -> int:
+        """Waits for the command, and returns its exit code."""
+        try:
+            return self.process.wait(SECONDS)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kills what is left of the command and of its processes."""
+        for process in self.processes():
+            process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def processes(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def of_rank(self, rank: int) -> Optional[psutil.Process]:
+        """Returns the process of a rank; None where there is no such process now."""
+        for process in self.processes():
+            try:
+                if process.environ().get("RANK") == str(rank):
+                    return process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return None
+
+    def wait_for(self, ready: Callable[[], Any]) -> Any:
+        """Waits until ``ready()`` is true, and returns its value."""
+        end = time.monotonic() + SECONDS
+        while not (found := ready()):
+            assert time.monotonic() < end and self.process.poll() is None, self.out[-4000:]
+            time.sleep(0.02)
+        return found
+
+
+@contextmanager
+def started(command: Sequence[Any], log: Path, **environment: str) -> Iterator[Run]:
+    """Yields the started command, and kills what is left of it as the block ends."""
+    run = Run(command, log, **environment)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def by_hand(
+    world: int, arguments: Callable[[int], list[str]], folder: Path, port: int, **environment: str
+) -> list[Run]:
+    """Starts ``world`` processes that have only RANK, WORLD_SIZE and the address, and returns their runs."""
+    return [
+        Run([sys.executable, "-m", "peft_ext", *arguments(rank)], folder / f"rank{rank}.log", RANK=str(rank),
+            WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment)
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def record_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "run.json").read_text())
+
+
+def differences(one: Path, other: Path) -> tuple[float, float]:
+    """Returns the largest difference of the losses of two runs, and of the weights of their adapters."""
+    first, second = record_of(one), record_of(other)
+    assert len(first["losses"]) == len(second["losses"])
+    losses = max(abs(a - b) for a, b in zip(first["losses"], second["losses"], strict=True))
+    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    assert a.keys() == b.keys()
+    return losses, max(torch.dist(a[name], b[name], float("inf")).item() for name in a)
