@@ -52,10 +52,13 @@ def shard_and_load(
     Returns: ``model``.
 
     Raises: SourceError where a weight can't be read or the adapter can't be sharded. ValueError where ``mesh`` does not
-    have all processes.
+    have all processes, has more than two dimensions, or has two dimensions without names.
     """
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"shard_and_load: mesh has {mesh.size()} processes, wanted all {dist.get_world_size()}")
+    if mesh.ndim > 1 and (mesh.ndim > 2 or mesh.mesh_dim_names is None):
+        raise ValueError(f"shard_and_load: mesh has {mesh.ndim} dimensions and the names {mesh.mesh_dim_names}, wanted "
+                         'one dimension, or two with mesh_dim_names=("replicate", "shard")')  # fmt: skip
     error: Optional[Exception] = None
     try:
         check_adapter(model)
