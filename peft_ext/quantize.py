@@ -108,7 +108,7 @@ def _quantize(
         return module
 
     if places or not experts:
-        _replace_all("quantize_nf4", "nn.Linear", model, places, make, progress)
+        _replace_all("quantize_nf4", "nn.Linear", model, places, make, progress, stacklevel=4)
     for _, module in _progress(experts) if progress else experts:
         nf4_experts(module, blocksize, double_quant)
     return model
@@ -171,7 +171,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     places, experts = _nf4_places(model), [module for module in model.modules() if isinstance(module, NF4Experts)]
     if places or not experts:
-        _replace_all("dequantize_nf4", "NF4Linear", model, places, make, progress)
+        _replace_all("dequantize_nf4", "NF4Linear", model, places, make, progress, stacklevel=3)
     for module in experts:
         dense_experts(module, dtype)
     return model
@@ -323,10 +323,13 @@ def _check_weight(name: str, weight: Any, on_meta: bool) -> None:
 
 
 def _replace_all(
-    op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool
-) -> None:
+    op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool,
+    stacklevel: int,
+) -> None:  # fmt: skip
     if not places:
-        warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace; the model is unchanged", stacklevel=3)
+        warnings.warn(
+            f"{op}: {type(model).__name__} has no {kind} to replace; the model is unchanged", stacklevel=stacklevel
+        )
     for done, same in enumerate(_progress(places) if progress else places):
         try:
             replace_group(same, make)

@@ -8,9 +8,14 @@
     peft_ext.accelerate(model)
     shard_and_load(model, base, mesh)                                     # fully_shard, then reads the files
 
-A process reads the rows of a dense weight that its own shard has. An NF4 weight is read and quantized whole by one
-process of each node, because the scales of a weight are quantized together. The process then sends codes and scales to
-the other processes of its node, and each process keeps its shard of the codes. The processes of a node take turns.
+Each process reads the rows of a dense weight that belong to the process's own shard. One process of each node reads a
+weight whole and sends the finished tensors to the other processes of the node in three cases: the weight becomes NF4,
+because the scales of one weight are quantized together; an adapter of DoRA needs the norm of the weight; or
+transformers makes several weights of one tensor in the files. The processes of a node take turns. A process keeps the
+process's own shard of each tensor that arrives. Buffers, such as the scales of NF4, are whole in each process.
+
+The adapter is whole in each process until ``shard_and_load`` shards the adapter. The weights of the base are read
+later.
 """
 
 from .adapter import adapter_values

@@ -22,7 +22,7 @@ with required("peft", "peft_ext.sharded"):
     from peft.tuners.lora.dora import DoraLinearLayer
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    has(DoraLinearLayer, "update_layer")
+    has(DoraLinearLayer, "get_weight_norm", "update_layer")
     has(BaseTuner, "_replace_module")
     has(BaseTunerLayer, "_move_adapter_to_device_of_base_layer")
 
@@ -120,7 +120,8 @@ def check_adapter(model: nn.Module) -> None:
             raise SourceError(f"the adapter has init_lora_weights={init!r}, which needs the weights of the base")
     for name, parameter in model.named_parameters():
         if parameter.is_meta and parameter.requires_grad and "lora_magnitude_vector" not in name:
-            raise SourceError(f"{name} has no values: add the adapter within adapter_values(device)")
+            raise SourceError(f"{name} has no values: add the adapter within adapter_values(device), and without "
+                              "modules_to_save")  # fmt: skip
 
 
 # --- DoRA's magnitude -------------------------------------------------------------------------------------------------
@@ -168,9 +169,11 @@ def magnitude(layer: Any, adapter: str, weight: Union[Tensor, NF4Weight], lora_A
             weight = weight.transpose(1, 2)
         norm = ops.dora_experts_weight_norm(weight, *factors_of(layer, lora_A, lora_B), float(scaling))
         return norm.to(lora_A.dtype).to(held.weight.dtype)
-    base = nn.Linear(1, 1, bias=False, device="meta")
     dense = weight.dequantize() if isinstance(weight, NF4Weight) else weight
-    base.weight = nn.Parameter(dense, requires_grad=False)
     dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
+    if not lora_B.any():  # B A is zero: one zero stands for a matrix of the weight's size
+        return dora.get_weight_norm(dense, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
+    base = nn.Linear(1, 1, bias=False, device="meta")
+    base.weight = nn.Parameter(dense, requires_grad=False)
     dora.update_layer(base_layer=base, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
     return dora.weight.detach().to(held.weight.dtype)

@@ -34,9 +34,13 @@ def shard_and_load(
 ) -> nn.Module:
     """Shards ``model`` with FSDP2, each decoder layer and the rest as one unit, and reads the weights of its base.
 
-    All processes of the default process group must call the function, after all of them made ``base``. Where one
-    process can't read a file, all processes raise, at the latest after the decoder layer. A process holds at most its
-    shard, the weights that FSDP2 does not shard, and one tensor with its quantized form.
+    All processes of the default process group must call the function together, after each process made ``base``. Where
+    one process can't read or make a tensor, all processes raise, at the latest at the end of the decoder layer. A
+    process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
+    weight in the files' dtype with the weight's NF4 form, or the weights that transformers makes of one tensor. DoRA's
+    magnitude takes the dequantized weight and a copy in the adapter's dtype too; where B is not zero, three copies.
+
+    With HSDP inside of one node, each copy of the model reads its own rows of the dense weights.
 
     Args:
         model: ``base.model``, or a PeftModel around ``base.model``.
@@ -48,10 +52,13 @@ def shard_and_load(
     Returns: ``model``.
 
     Raises: SourceError where a weight can't be read or the adapter can't be sharded. ValueError where ``mesh`` does not
-    have all processes.
+    have all processes, has more than two dimensions, or has two dimensions without names.
     """
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"shard_and_load: mesh has {mesh.size()} processes, wanted all {dist.get_world_size()}")
+    if mesh.ndim > 1 and (mesh.ndim > 2 or mesh.mesh_dim_names is None):
+        raise ValueError(f"shard_and_load: mesh has {mesh.ndim} dimensions and the names {mesh.mesh_dim_names}, wanted "
+                         'one dimension, or two with mesh_dim_names=("replicate", "shard")')  # fmt: skip
     error: Optional[Exception] = None
     try:
         check_adapter(model)
@@ -250,6 +257,7 @@ class _Loader:
                 else:
                     finished = weight.to(_held(module, attribute).dtype)
                     made.append(finished)
+            del weight  # the dense weight is not needed for the magnitude of an NF4 weight
             if self._doras([(module, attribute)]):
                 weights[id(module), attribute] = finished
         for (layer, adapter), (lora_A, lora_B) in zip(doras, factors, strict=True):

@@ -2,7 +2,8 @@
 
 Each process runs the named checks and writes ``FOLDER/<rank>.json``, with "ok" or a traceback for each check. If a
 check fails in a process, the process stops and torchrun ends the others, which would wait for it. checks_fsdp2.py has
-the checks that need only FSDP2, and checks_experts.py has the checks of a mixture of experts.
+the checks that need only FSDP2, checks_loading.py the checks of shards that are read from files, and checks_experts.py
+the checks of a mixture of experts.
 """
 
 from __future__ import annotations

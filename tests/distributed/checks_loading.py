@@ -357,8 +357,14 @@ def _cut(file: Path, size: Optional[int]) -> Iterator[None]:
 
 @check
 def loading_refuses_what_it_cannot_shard(folder: Path) -> None:
-    """Tests tied weights with two values, methods without shards, and adapters without values."""
+    """Tests meshes, tied weights with two values, methods without shards, and adapters without values."""
     path = saved(folder, tied=True)
+    with raises(
+        ValueError, "mesh has 2 dimensions and the names None, wanted one dimension, or two with mesh_dim_names"
+    ):
+        unnamed = init_device_mesh("cpu", (1, dist.get_world_size()))
+        base = on_meta(path, torch.float32, "none")
+        shard_and_load(base.model, base, unnamed)
     mine = _changed(
         path, folder / f"two-{dist.get_rank()}", lambda t: t.update({"lm_head.weight": torch.ones(128, 64)})
     )
