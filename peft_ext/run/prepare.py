@@ -360,12 +360,14 @@ def adapter_config(run: Run, model: Any) -> Any:
     fields |= _experts_fields(o, model, targets)
     match o.method:
         case "adalora":
+            from peft import AdaLoraConfig
+
             # A layer's mean rank shrinks from 1.5 times --rank to --rank between a tenth and two thirds of the run.
             fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
             # PEFT adds the regularization to the loss of each batch, and the Trainer adds up the losses of a step's
             # batches over accumulation and processes. With the divided weight, a step has one regularization.
-            fields["orth_reg_weight"] = config_class.orth_reg_weight / (o.grad_accum * run.ranks.world)
+            fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)
         case "lora" | "rslora" | "qlora" | "dora":
             fields["r"] = o.rank
         case "ia3" if targets is None:

@@ -36,7 +36,9 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
     from ..sharded import adapter_values, meta_base, shard_and_load
 
     o, ranks = run.options, run.ranks
-    shape = (ranks.world,) if o.shard == "fsdp2" else (ranks.nodes, ranks.world // ranks.nodes)
+    shape, names = (ranks.world,), ("shard",)
+    if o.shard == "hsdp":
+        shape, names = (ranks.nodes, ranks.world // ranks.nodes), ("replicate", "shard")
     with raised_as(RunError, f"--model {o.model}: ", SourceError, OSError), status("loading the model"):
         quant = "nf4" if o.quant == "nf4" else "none"
         base = meta_base(run.folder, run.config, dtype=run.dtype, quant=quant, blocksize=o.blocksize)
@@ -45,7 +47,8 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
             model = adapt(base.model)
             if saved is not None:
                 _read_adapter(model, saved, run.device)
-        mesh = init_device_mesh(run.device.type, shape)
+            ranks.wait()  # from here on, no rank may fail alone
+        mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
         shard_and_load(model, base, mesh, node=ranks.node)
     # The root unit, which has the embedding and the head, is the PeftModel. Its method generate calls the model inside.
     register_fsdp_forward_method(model, "generate")
