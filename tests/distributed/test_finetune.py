@@ -329,16 +329,22 @@ def test_a_killed_rank(restarts, tiny, folder, tmp_path):
 @pytest.mark.slow
 def test_two_machines_and_a_killed_agent(tiny, folder, tmp_path):
     """Two agents of torchrun stand for two machines. One agent is killed with its processes, and started again."""
-    at = ["--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port()}",
-          "--rdzv-id", "job", "--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=3"]  # fmt: skip
-    command = [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, *LONG, "--lr", "1e-4")]
+    endpoint = f"127.0.0.1:{port()}"
+
+    def command(is_host):
+        conf = f"is_host={is_host},keep_alive_interval=1,keep_alive_max_attempt=3"
+        at = ["--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint,
+              "--rdzv-id", "job", "--rdzv-conf", conf]  # fmt: skip
+        return [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, *LONG, "--lr", "1e-4")]
+
     # Without this variable, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that comes later.
     environment = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    first, second = (Run(command, tmp_path / f"{name}.log", **environment) for name in ("first", "second"))
+    first = Run(command(1), tmp_path / "first.log", **environment)  # its agent has the store of the rendezvous
+    second = Run(command(0), tmp_path / "second.log", **environment)
     try:
         first.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
         second.kill()
-        third = Run(command, tmp_path / "third.log", **environment)
+        third = Run(command(0), tmp_path / "third.log", **environment)
         assert first.end() == 0 and third.end() == 0, first.out + third.out
     finally:
         for run in (first, second):
