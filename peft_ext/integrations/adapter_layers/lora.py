@@ -20,7 +20,7 @@ from ...nn import NF4Linear
 from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
-from . import dora, siblings
+from . import dora, siblings, tensor_parallel
 from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider
 from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
@@ -67,6 +67,8 @@ class LowRank(Fused):
         (lora_A, lora_B)."""
         if reason := layer_reason(self):
             return reason, None, []
+        if tensor_parallel.is_split(self._modules["base_layer"]):
+            return tensor_parallel.checked(self, names)[0], None, []
         reason, pairs = checked_adapters(self, names, len(names) > 1)
         if reason is not None:
             return reason, None, []
@@ -86,7 +88,7 @@ class LowRank(Fused):
         """
         names, modules = self._names(), self._modules
         reason, alone, pairs = self._checked(names)
-        if reason is not None or alone is not None or len(names) > 1 or names[0] in self.lora_variant:
+        if reason is not None or alone is not None or len(names) > 1 or names[0] in self.lora_variant or not pairs:
             return None
         name, base, dropout = names[0], modules["base_layer"], modules["lora_dropout"]._modules[names[0]]
         if self._bias(name) is not None or isinstance(self.scaling[name], Tensor):
@@ -168,6 +170,8 @@ class LowRank(Fused):
             rank_scale = self._rank_scale(name, 1.0)
             return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, float(scaling), p)
         names, modules = self._names(), self._modules
+        if tensor_parallel.is_split(modules["base_layer"]):
+            return None if layer_reason(self) else tensor_parallel.forward(self, x, names)
         reason, alone, pairs = self._checked(names)
         if reason is not None or not accepts_input(x):
             return None

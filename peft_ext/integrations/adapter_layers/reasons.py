@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -195,6 +195,13 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
     return f"no native kernels of {op} for {device} tensors are loaded"
 
 
+def own_forward(kind: type) -> Any:
+    """Returns the forward that the class ``kind`` had at import; None if ``kind`` has no forward of its own or was
+    given another forward."""
+    known = _FORWARDS.get(kind)
+    return known if kind.forward is known else None
+
+
 def hooked(module: nn.Module) -> bool:
     """Returns whether ``module`` has hooks, or a forward that was replaced, on the instance or on its class."""
     kind = type(module)
@@ -342,11 +349,13 @@ def variant_name(variant: Any) -> str:
     return _VARIANTS.get(name, f"LoRA variant {name}")
 
 
-def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optional[str], Pairs]:
+def checked_adapters(
+    layer: Any, names: list[str], several: bool, check: Optional[Callable[[Any, str, bool], Adapter]] = None
+) -> tuple[Optional[str], Pairs]:
     """Returns the reason not to fuse the adapters ``names`` (or None), and the pair (lora_A, lora_B) of each adapter.
 
-    The checks do not look at the base layer. ``layer.checked_adapter`` checks one adapter; it is :func:`lora_adapter`
-    or :func:`adalora_adapter`, depending on the method.
+    The checks do not look at the base layer. ``check`` checks one adapter; by default ``layer.checked_adapter``, which
+    is :func:`lora_adapter` or :func:`adalora_adapter`, depending on the method.
     """
     if not names:
         return "no active adapter on this layer", []
@@ -355,7 +364,7 @@ def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optio
     dropouts = layer._modules["lora_dropout"]._modules
     pairs: Pairs = []
     for name in names:
-        reason, a, b = layer.checked_adapter(name, several)
+        reason, a, b = layer.checked_adapter(name, several) if check is None else check(layer, name, several)
         if reason:
             return reason, []
         dropout = dropouts[name]
