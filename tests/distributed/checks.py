@@ -18,6 +18,7 @@ from typing import Any
 
 import checks_experts  # noqa: F401
 import checks_fsdp2  # noqa: F401
+import checks_tensor_parallel  # noqa: F401
 import torch
 import torch.distributed as dist
 from checks_common import (
