@@ -99,7 +99,9 @@ def assert_trains(model: PeftModel, alone: PeftModel, fused: int, stock: int) ->
     for one in (model, alone):
         one.zero_grad()
     optimizers = optimizer_of(model), optimizer_of(alone)
-    losses = [(step(model, batch(), optimizers[0]).item(), step(alone, batch(), optimizers[1]).item()) for _ in range(STEPS)]
+    losses = [
+        (step(model, batch(), optimizers[0]).item(), step(alone, batch(), optimizers[1]).item()) for _ in range(STEPS)
+    ]
     assert_losses(*map(list, zip(*losses, strict=True)))
 
 

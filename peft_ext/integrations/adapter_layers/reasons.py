@@ -21,7 +21,7 @@ from ... import _cpu
 from ..._imports import version
 from ..._native import STATE
 from ...nn import NF4Linear
-from ...nn.nf4 import is_dtensor
+from ...nn.nf4 import is_dtensor, is_zero3_shard
 from ...ops.checks import autocast_dtype, under_a_transform
 from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
@@ -164,13 +164,13 @@ def is_partitioned(parameter: Any) -> bool:
     if not hasattr(parameter, "ds_id") or id(parameter) in _gathered:
         return False
     status = getattr(getattr(parameter, "ds_status", None), "name", None)
-    is_whole = status == "AVAILABLE" and tuple(parameter.shape) == tuple(parameter.ds_shape)
+    is_whole = status == "AVAILABLE" and not is_zero3_shard(parameter)
     return not (is_whole and hasattr(parameter, "ds_z3_leaf_module"))
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Returns the shape of a parameter. For a parameter that ZeRO-3 has partitioned, it is the shape of the whole."""
-    return tuple(parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape) if hasattr(parameter, "ds_id") else parameter.shape)
 
 
 # --- an input, a tensor, a module -------------------------------------------------------------------------------------
