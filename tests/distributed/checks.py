@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import checks_deepspeed  # noqa: F401
 import checks_experts  # noqa: F401
 import checks_fsdp2  # noqa: F401
 import checks_tensor_parallel  # noqa: F401

@@ -20,6 +20,7 @@ from checks_common import (
     check,
     counted_calls,
     gradients,
+    long_batch,
     optimizer_of,
     raises,
     step,
@@ -38,7 +39,7 @@ LAYERS = 14
 
 
 def checkpoint(folder: Path, bias: bool = False) -> Path:
-    """Writes the model in process 0, with a bias in every linear layer of a block or in none, and returns its folder."""
+    """Writes the model in process 0, with a bias in each linear layer of a block or in none. Returns the folder."""
     path = folder / f"llama-{bias}"
     if dist.get_rank() == 0:
         torch.manual_seed(5)
@@ -81,8 +82,8 @@ def pair(path: Path, accelerated: bool = True, **options: Any) -> tuple[PeftMode
 
 
 def widen(model: nn.Module) -> None:
-    """Sets ``in_features`` of each split lora_A to the whole width. PEFT sets the width of the shard, which transformers
-    takes for the whole width."""
+    """Sets ``in_features`` of each split lora_A to the whole width. PEFT sets the width of the shard, which
+    transformers takes for the whole width."""
     for name, module in model.named_modules():
         if "lora_A." in name and isinstance(module.weight, DTensor):
             module.in_features = module.weight.shape[1]
@@ -133,6 +134,23 @@ def tensor_parallel_layers_are_fused(folder: Path) -> None:
         with torch.no_grad():
             alone.eval(), model.eval()
             torch.testing.assert_close(model(**batch()).logits, alone(**batch()).logits)
+
+
+@check
+def tensor_parallel_joins_layers_of_one_input(folder: Path) -> None:
+    """q, k and v, and gate and up, are computed together, and sum the gradient of their input once."""
+    for bias in (False, True):
+        alone, model = pair(checkpoint(folder, bias))
+        step(alone, long_batch())
+        with counted_calls() as calls:
+            step(model, long_batch())
+        assert calls["joint"] == 10 and not calls["stock"], calls
+        assert_close(gradients(model), gradients(alone))
+        assert_same_everywhere(gradients(model))
+        alone, model = pair(checkpoint(folder), target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+        step(alone, long_batch())
+        step(model, long_batch())
+        assert_close(gradients(model), gradients(alone))
 
 
 @check

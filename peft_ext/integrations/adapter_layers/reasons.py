@@ -83,8 +83,8 @@ _VARIANTS = {
 
 _HOOKS = "hooks on lora_A, lora_B or lora_dropout, or a replaced forward, would not run"
 _ZERO = (
-    "lora_A is a shard (ZeRO-3), which is gathered for lora_A alone: set_z3_leaf_modules of DeepSpeed gathers a decoder "
-    "layer as a whole"
+    "lora_A is a shard (ZeRO-3), which is gathered for lora_A alone: set_z3_leaf_modules of DeepSpeed gathers a "
+    "decoder layer as a whole"
 )
 
 

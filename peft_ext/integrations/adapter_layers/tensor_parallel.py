@@ -73,7 +73,11 @@ def split_of(module: nn.Module) -> Union[Split, str]:
     from torch.distributed.tensor import Replicate, Shard
 
     forward = module.__dict__["forward"]
-    cells = {name: cell.cell_contents for name, cell in zip(forward.__code__.co_freevars, forward.__closure__ or ())}
+    if not getattr(forward, "__closure__", None):
+        return "transformers' forward is not known"
+    cells = {
+        name: cell.cell_contents for name, cell in zip(forward.__code__.co_freevars, forward.__closure__, strict=True)
+    }
     style, mesh, original = cells.get("self"), cells.get("mesh"), cells.get("original_forward")
     name = type(style).__name__
     try:
@@ -143,7 +147,9 @@ def checked(layer: Any, names: list[str]) -> tuple[Optional[str], Optional[tuple
             return "tensor parallelism: base_layer.bias is not split as its forward expects", None
     if any(tensor is not None and tensor.requires_grad for tensor in base._parameters.values()):
         return "its base weight requires grad", None
-    (lora_A, lora_B) = pairs[0]
+    (lora_A, lora_B), scaling = pairs[0], layer.scaling[names[0]]
+    if isinstance(scaling, Tensor):
+        return "tensor parallelism: a scaling that is a tensor is not fused", None
     if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
         return "tensor parallelism: the base layer is not float32, bfloat16 or float16", None
     if weight.shape != (lora_B.shape[0], lora_A.shape[1]) or lora_A.shape[0] != lora_B.shape[1]:
@@ -209,23 +215,57 @@ class _SumOutput(torch.autograd.Function):
         return grad, None
 
 
+def sum_gradient(x: Tensor, split: Split) -> Tensor:
+    """Returns x; the backward sums the gradient of x over the processes of ``split``."""
+    return _SumGradient.apply(x, split.mesh.get_group())
+
+
+def _dropout(layer: Any, name: str) -> float:
+    dropout = layer._modules["lora_dropout"]._modules[name]
+    return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype is weight.dtype and x.shape[-1:] == weight.shape[1:] and x.device == weight.device
+
+
 def forward(layer: Any, x: Tensor, names: list[str]) -> Optional[Tensor]:
     """Returns the output of a layer over a split base layer; None if PEFT's own forward has to run."""
     reason, found = checked(layer, names)
     if reason is not None or not accepts_input(x):
         return None
     split, weight, lora_A, lora_B, bias = found
-    if x.dtype is not weight.dtype or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:
+    if not _fits(x, weight):
         return None
-    group, scaling = split.mesh.get_group(), layer.scaling[names[0]]
-    if isinstance(scaling, Tensor):
-        return None
-    dropout = layer._modules["lora_dropout"]._modules[names[0]]
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    scaling, p = float(layer.scaling[names[0]]), _dropout(layer, names[0])
     if split.column:
-        x, lora_A = _SumGradient.apply(x, group), _SumGradient.apply(lora_A, group)
-        return checked_lora_linear(x, weight, bias, lora_A, lora_B, None, float(scaling), float(p))
-    lora_B = _SumGradient.apply(lora_B, group)
-    y = checked_lora_linear(x, weight, None, lora_A, lora_B, None, float(scaling), float(p))
-    y = _SumOutput.apply(y.contiguous(), group)
+        x, lora_A = sum_gradient(x, split), sum_gradient(lora_A, split)
+        return checked_lora_linear(x, weight, bias, lora_A, lora_B, None, scaling, p)
+    y = checked_lora_linear(x, weight, None, lora_A, sum_gradient(lora_B, split), None, scaling, p)
+    y = _SumOutput.apply(y, split.mesh.get_group())
     return y if bias is None else y + bias
+
+
+def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
+    """Returns ``LowRank.joint_state`` of a layer over a split base layer; None unless the columns are split."""
+    reason, found = checked(layer, names)
+    if reason is not None or not found[0].column:
+        return None
+    modules, name = layer._modules, names[0]
+    owners = modules["base_layer"], modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    held = [tensor for owner in owners for tensor in owner._parameters.values() if tensor is not None]
+    if any(tensor.is_inference() for tensor in held):
+        return None
+    # A change of a DTensor's shard in place counts in the version of the shard, which all views of the shard share.
+    shards = [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in held]
+    versions = tuple((id(tensor), tensor._version, shard._version) for tensor, shard in zip(held, shards, strict=True))
+    return name, layer.scaling[name], _dropout(layer, name), found[0], versions
+
+
+def joint_call(layer: Any, x: Tensor, names: list[str]) -> Optional[tuple]:
+    """Returns ``LowRank.joint_call`` of a layer over a split base layer that has a :func:`joint_state`."""
+    split, weight, lora_A, lora_B, bias = checked(layer, names)[1]
+    if not _fits(x, weight):
+        return None
+    scaling, p = layer.scaling[names[0]], _dropout(layer, names[0])
+    return weight, bias, sum_gradient(lora_A, split), lora_B, None, scaling, p, x.dtype
