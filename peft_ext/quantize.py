@@ -12,6 +12,7 @@ from torch import nn
 
 from .nn import NF4Experts, NF4Linear
 from .nn.experts import dense_experts, expert_parameters, nf4_experts
+from .nn.nf4 import is_zero3_shard
 from .ops import checks
 from .weight_reads import weights_read_past
 
@@ -319,6 +320,8 @@ def _check_weight(name: str, weight: Any, on_meta: bool) -> None:
         raise TypeError(f"quantize_nf4: {name} is a {type(weight).__name__}, wanted a plain parameter")
     if weight.is_meta and not on_meta:
         raise ValueError(f"quantize_nf4: {name} is on the meta device, load the model's weights first")
+    if is_zero3_shard(weight):
+        raise ValueError(f"quantize_nf4: {name} is partitioned by ZeRO-3, quantize before deepspeed.initialize")
     checks.check_float("quantize_nf4", name, weight)
 
 

@@ -107,7 +107,7 @@ class NF4Linear(nn.Linear):
         """The layer's weight as an NF4Weight, which shares this module's storage.
 
         Raises: RuntimeError if the weight is a DTensor shard, as outside the forward of a module that ``fully_shard``
-        wrapped, or under tensor parallelism.
+        wrapped, or under tensor parallelism; or if ZeRO-3 has partitioned the weight and not gathered it.
         """
         weight = self.weight
         if is_dtensor(weight):
@@ -120,7 +120,15 @@ class NF4Linear(nn.Linear):
         if self.nested_absmax is not None:
             nested = NestedAbsmax(self.nested_absmax, self.nested_code, self.nested_offset)
         shape = torch.Size((self.out_features, self.in_features))
-        return NF4Weight(weight.detach(), self.absmax, shape, self.quant_dtype, self.blocksize, nested)
+        # ZeRO-3 frees the codes after the forward by giving the parameter another tensor. A detached alias, which
+        # autograd keeps until the backward, would keep the gathered codes in memory.
+        codes = weight if hasattr(weight, "ds_id") else weight.detach()
+        if is_zero3_shard(weight):
+            raise RuntimeError(
+                f"NF4Linear: weight is {tuple(weight.shape)}, partitioned by ZeRO-3, wanted all codes of "
+                f"({self.out_features}, {self.in_features}). Call the model, or use deepspeed.zero.GatheredParameters"
+            )
+        return NF4Weight(codes, self.absmax, shape, self.quant_dtype, self.blocksize, nested)
 
     def set_nf4(self, nf4: NF4Weight) -> None:
         """Makes ``nf4`` the layer's weight, without a copy. Raises ValueError if the shape differs from the layer's."""
@@ -317,6 +325,11 @@ def keeping_bits(fn: Callable[[Tensor], Tensor], held: Iterable[Optional[Tensor]
 def is_dtensor(tensor: Any) -> bool:
     """Returns whether ``tensor`` is a DTensor, by the class's name: importing the class loads torch.distributed."""
     return type(tensor).__name__ == "DTensor"
+
+
+def is_zero3_shard(tensor: Any) -> bool:
+    """Returns whether ``tensor`` is a parameter of DeepSpeed's ZeRO-3 that is not gathered now, and therefore empty."""
+    return hasattr(tensor, "ds_id") and tuple(tensor.shape) != tuple(getattr(tensor, "ds_shape", ()))
 
 
 def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:

@@ -17,9 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import checks_deepspeed  # noqa: F401
 import checks_experts  # noqa: F401
 import checks_fsdp2  # noqa: F401
 import checks_loading  # noqa: F401
+import checks_tensor_parallel  # noqa: F401
 import checks_trainer  # noqa: F401
 import torch
 import torch.distributed as dist

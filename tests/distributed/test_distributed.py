@@ -1,5 +1,5 @@
-"""Tests fused layers in several processes over gloo on the CPU: with DDP, FSDP2, tensor parallelism, accelerate and
-Trainer.
+"""Tests fused layers in several processes over gloo on the CPU: with DDP, FSDP2, tensor parallelism, DeepSpeed,
+accelerate and Trainer.
 
 The checks are in distributed/checks*.py. ``torchrun`` starts two processes once for most checks, and four processes
 once for the checks that depend on the number of processes. Each test in this file reports one check.
@@ -35,7 +35,7 @@ SCRIPT = Path(__file__).with_name("checks.py")
 SECONDS = 720  # time limit of a run, which takes about 50 s on two cores, and longer on a busy machine
 
 CHECKS = [name for path in sorted(SCRIPT.parent.glob("checks*.py"))
-          for name in re.findall(r"^@check\ndef (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
+          for name in re.findall(r"^@check\n(?:@\w+\n)?def (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
 # Checks that need a mesh of two by two.
 OF_FOUR = ("hybrid_sharding", "loading_for_hybrid_sharding_and_several_nodes", "trainer_hybrid_sharding")
 IN_TURN = "trainer_fsdp2_resumes_in_other_processes"  # a check that runs in two, then four processes, then one
@@ -54,8 +54,14 @@ ALSO_OF_FOUR = (
 SHARDS_BYTES = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 13)
 NEEDS_BYTES = re.compile("fsdp2(?!_with_whole)|hybrid|shards|checkpointing|dropout|wrapping|tensor|accelerate_library")
 
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
 RUNS = {
-    2: [name for name in CHECKS if name not in (*OF_FOUR, IN_TURN)],
+    2: [
+        name
+        for name in CHECKS
+        if name not in (*OF_FOUR, IN_TURN) and (HAS_DEEPSPEED or not name.startswith("deepspeed_"))
+    ],
     4: [name for name in CHECKS if name in ALSO_OF_FOUR],
 }
 RUNS = {n: [name for name in names if SHARDS_BYTES or not NEEDS_BYTES.search(name)] for n, names in RUNS.items()}
@@ -110,6 +116,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return Results(tmp_path_factory)
 
 
+@pytest.mark.skipif(HAS_DEEPSPEED, reason="DeepSpeed is installed: test_in_processes runs the checks")
+@pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("deepspeed_")])
+def test_deepspeed_is_absent(name: str) -> None:
+    pytest.skip("needs the package deepspeed: pip install deepspeed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), [(n, name) for n, names in RUNS.items() for name in names])
 def test_in_processes(processes: int, name: str, results: Results) -> None:
@@ -126,7 +138,8 @@ def test_in_processes(processes: int, name: str, results: Results) -> None:
 def test_every_check_is_run() -> None:
     assert len(CHECKS) == len(set(CHECKS)) >= 20 and set(ALSO_OF_FOUR) <= set(CHECKS)
     if SHARDS_BYTES:
-        assert {IN_TURN, *(name for names in RUNS.values() for name in names)} == set(CHECKS)
+        wanted = {name for name in CHECKS if HAS_DEEPSPEED or not name.startswith("deepspeed_")}
+        assert {IN_TURN, *(name for names in RUNS.values() for name in names)} == wanted
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ from .reasons import (
     accepts_input,
     any_global_hook,
     hooked,
+    is_partitioned,
     kernel_reason,
     layer_reason,
     magnitude_reason,
@@ -194,6 +195,8 @@ def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
             return f"its {name} is no parameter of its own"
         if reason := tensor_reason(f"its {name}", weight, dim=2 if quantized else 3):
             return reason
+        if is_partitioned(experts._parameters.get(f"{name}_bias")):
+            return f"its {name}_bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
         if weight.requires_grad:
             return f"its {name} requires grad"
         if not quantized and weight.dtype not in DTYPES:

@@ -8,7 +8,7 @@ LoRA's low-rank part is fused, on :func:`peft_ext.ops.lora_residual`. A mixed ba
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from ...nn import NF4Linear
 from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
-from . import dora, siblings
+from . import dora, siblings, tensor_parallel
 from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider
 from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
@@ -67,6 +67,8 @@ class LowRank(Fused):
         (lora_A, lora_B)."""
         if reason := layer_reason(self):
             return reason, None, []
+        if tensor_parallel.is_split(self._modules["base_layer"]):
+            return tensor_parallel.checked(self, names)[0], None, []
         reason, pairs = checked_adapters(self, names, len(names) > 1)
         if reason is not None:
             return reason, None, []
@@ -85,6 +87,8 @@ class LowRank(Fused):
         Returns None if the layer can't be computed together with siblings.
         """
         names, modules = self._names(), self._modules
+        if tensor_parallel.is_split(modules["base_layer"]):
+            return None if layer_reason(self) else tensor_parallel.joint_state(self, names)
         reason, alone, pairs = self._checked(names)
         if reason is not None or alone is not None or len(names) > 1 or names[0] in self.lora_variant:
             return None
@@ -105,12 +109,19 @@ class LowRank(Fused):
         ``joint_state``.
         """
         (name,), base = self._names(), self._modules["base_layer"]
+        if tensor_parallel.is_split(base):
+            return tensor_parallel.joint_call(self, x, [name])
         if sums_wider(base, x) or (found := operands(base, x)) is None or found[0] is not x:
             return None
         _, weight, bias, dtype = found
         dropout = self._modules["lora_dropout"]._modules[name]
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return weight, bias, *self.pair(name), self._rank_scale(name, 1.0), self.scaling[name], p, dtype
+
+    def joint_split(self) -> Union[tensor_parallel.Split, str, None]:
+        """Returns how transformers split the base layer between processes; None if the base layer is not split."""
+        base = self._modules["base_layer"]
+        return tensor_parallel.split_of(base) if tensor_parallel.is_split(base) else None
 
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
         """Returns the tensors from which :meth:`_rank_scale` computes."""
@@ -168,6 +179,8 @@ class LowRank(Fused):
             rank_scale = self._rank_scale(name, 1.0)
             return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, float(scaling), p)
         names, modules = self._names(), self._modules
+        if tensor_parallel.is_split(modules["base_layer"]):
+            return None if layer_reason(self) else tensor_parallel.forward(self, x, names)
         reason, alone, pairs = self._checked(names)
         if reason is not None or not accepts_input(x):
             return None

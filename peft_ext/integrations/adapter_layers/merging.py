@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import ops
 from ..._imports import optional, version
 from ...nn import NF4Linear
-from ...nn.nf4 import requantized
+from ...nn.nf4 import is_zero3_shard, requantized
 from ...weight import NF4Weight
 from .base import KEPT
 
@@ -46,6 +46,12 @@ class MergesNF4:
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         base = self.get_base_layer()
+        if is_zero3_shard(base.weight):
+            # PEFT's merge adds nothing to the empty weight, without an error, and then counts the adapter as merged.
+            raise RuntimeError(
+                f"merge: base_layer.weight is {tuple(base.weight.shape)}, partitioned by ZeRO-3, wanted the whole "
+                "weight. Save the adapter and merge it in one process"
+            )
         if not isinstance(base, NF4Linear):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if check_adapters_to_merge is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -21,7 +21,7 @@ from ... import _cpu
 from ..._imports import version
 from ..._native import STATE
 from ...nn import NF4Linear
-from ...nn.nf4 import is_dtensor
+from ...nn.nf4 import is_dtensor, is_zero3_shard
 from ...ops.checks import autocast_dtype, under_a_transform
 from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
@@ -61,7 +61,7 @@ WIDENED = _cpu.widened_dtypes()
 # Exact types that the fused layers accept as plain tensors.
 _plain: tuple[type, ...] = (nn.Parameter, Tensor)
 
-# Ids of the sharded parameters that fully_shard gathers into plain parameters before a fused layer's forward runs.
+# Ids of the sharded parameters that fully_shard, or ZeRO-3 for a leaf module, gathers before a fused layer's forward.
 _gathered: frozenset[int] = frozenset()
 
 _VARIANTS = {
@@ -82,6 +82,10 @@ _VARIANTS = {
 }
 
 _HOOKS = "hooks on lora_A, lora_B or lora_dropout, or a replaced forward, would not run"
+_ZERO = (
+    "lora_A is a shard (ZeRO-3), which is gathered for lora_A alone: set_z3_leaf_modules of DeepSpeed gathers a "
+    "decoder layer as a whole"
+)
 
 
 def _own_forward(kind: type) -> Any:
@@ -121,8 +125,8 @@ def accepting(kind: type) -> Iterator[None]:
 
 @contextmanager
 def as_in_forward(model: nn.Module) -> Iterator[None]:
-    """Makes the checks within the context count FSDP2's shards in ``model`` as gathered, as in the forward of
-    ``model``."""
+    """Makes the checks within the context count the shards that FSDP2, or ZeRO-3 for a leaf module, gathers in the
+    forward of ``model`` as gathered."""
     global _gathered
     before, _gathered = _gathered, frozenset(_gathered_ids(model))
     try:
@@ -133,6 +137,8 @@ def as_in_forward(model: nn.Module) -> Iterator[None]:
 
 def _gathered_ids(model: nn.Module) -> Iterator[int]:
     for module in model.modules():
+        if getattr(module, "_z3_leaf", False):  # set_z3_leaf_modules of DeepSpeed sets this attribute
+            yield from (id(parameter) for parameter in module.parameters() if hasattr(parameter, "ds_id"))
         if not is_fully_sharded(type(module)):
             continue
         state = module._get_fsdp_state()
@@ -145,7 +151,26 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
 
 
 def _is_shard(parameter: Any) -> bool:
-    return (is_dtensor(parameter) and id(parameter) not in _gathered) or hasattr(parameter, "ds_id")
+    return (is_dtensor(parameter) and id(parameter) not in _gathered) or is_partitioned(parameter)
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Returns whether ZeRO-3 has partitioned ``parameter`` and does not hold the whole parameter while a fused layer
+    runs.
+
+    ZeRO-3 gathers a parameter for the module that owns the parameter, or for a leaf module (``set_z3_leaf_modules``)
+    around the owner. Only parameters of a leaf module stay gathered through the forward of an adapter layer.
+    """
+    if not hasattr(parameter, "ds_id") or id(parameter) in _gathered:
+        return False
+    status = getattr(getattr(parameter, "ds_status", None), "name", None)
+    is_whole = status == "AVAILABLE" and not is_zero3_shard(parameter)
+    return not (is_whole and hasattr(parameter, "ds_z3_leaf_module"))
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Returns the shape of a parameter. For a parameter that ZeRO-3 has partitioned, it is the shape of the whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape) if hasattr(parameter, "ds_id") else parameter.shape)
 
 
 # --- an input, a tensor, a module -------------------------------------------------------------------------------------
@@ -178,7 +203,7 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
     # it out of the module.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
-    if tensor.dim() != dim or hasattr(tensor, "ds_id"):
+    if is_partitioned(tensor) or len(whole_shape(tensor)) != dim:
         return f"{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
     if tensor.is_meta or tensor.layout is not torch.strided:
         return f"{name} is on {tensor.device} with layout {tensor.layout}"
@@ -193,6 +218,13 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
     if device == "cuda" and not STATE.cuda_loaded:
         return f"it is on a GPU, and the CUDA library is not loaded ({STATE.cuda_error})"
     return f"no native kernels of {op} for {device} tensors are loaded"
+
+
+def own_forward(kind: type) -> Any:
+    """Returns the forward that the class ``kind`` had at import; None if ``kind`` has no forward of its own or was
+    given another forward."""
+    known = _FORWARDS.get(kind)
+    return known if kind.forward is known else None
 
 
 def hooked(module: nn.Module) -> bool:
@@ -267,7 +299,8 @@ def alone_reason(layer: Any) -> Optional[str]:
     weight = base._parameters.get("weight")
     if weight is None:
         return "its base layer has no weight of its own"
-    return None if weight.dim() == 2 else f"base_layer.weight is {tuple(weight.shape)}, wanted 2 dimensions"
+    shape = whole_shape(weight)
+    return None if len(shape) == 2 else f"base_layer.weight is {shape}, wanted 2 dimensions"
 
 
 def _is_falcons(kind: type) -> bool:
@@ -282,8 +315,12 @@ def weight_reason(base: nn.Module) -> Optional[str]:
     The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear and Linear4bit.
     """
     kind = type(base)
-    weight = base._parameters.get("weight")
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if is_partitioned(bias):
+        return "its bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
     if kind in FOUR_BIT:
+        if is_partitioned(weight):
+            return "its weight is a shard (FSDP, ZeRO-3 or tensor parallelism)"
         # Pickling and fully_shard can replace a Params4bit by a plain nn.Parameter.
         if type(weight) not in (Params4bit, nn.Parameter) and id(weight) not in _gathered:
             return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
@@ -314,7 +351,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         return "its base weight requires grad"
     if kind is not NF4Linear and weight.dtype not in DTYPES:
         return f"its weight is {short(weight.dtype)}, wanted float32, bfloat16 or float16"
-    if is_falcons and (bias := base._parameters.get("bias")) is not None:
+    if is_falcons and bias is not None:
         cast = autocast_dtype(weight)
         if cast not in (None, bias.dtype):
             return f"autocast multiplies in {short(cast)}, and the bias is added apart, in {short(bias.dtype)}"
@@ -342,11 +379,13 @@ def variant_name(variant: Any) -> str:
     return _VARIANTS.get(name, f"LoRA variant {name}")
 
 
-def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optional[str], Pairs]:
+def checked_adapters(
+    layer: Any, names: list[str], several: bool, check: Optional[Callable[[Any, str, bool], Adapter]] = None
+) -> tuple[Optional[str], Pairs]:
     """Returns the reason not to fuse the adapters ``names`` (or None), and the pair (lora_A, lora_B) of each adapter.
 
-    The checks do not look at the base layer. ``layer.checked_adapter`` checks one adapter; it is :func:`lora_adapter`
-    or :func:`adalora_adapter`, depending on the method.
+    The checks do not look at the base layer. ``check`` checks one adapter; by default ``layer.checked_adapter``, which
+    is :func:`lora_adapter` or :func:`adalora_adapter`, depending on the method.
     """
     if not names:
         return "no active adapter on this layer", []
@@ -355,7 +394,7 @@ def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optio
     dropouts = layer._modules["lora_dropout"]._modules
     pairs: Pairs = []
     for name in names:
-        reason, a, b = layer.checked_adapter(name, several)
+        reason, a, b = layer.checked_adapter(name, several) if check is None else check(layer, name, several)
         if reason:
             return reason, []
         dropout = dropouts[name]
@@ -402,7 +441,8 @@ def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
         names = f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
         return f"{names}, wanted plain nn.Linear", None, None
     if hooked(lora_A) or hooked(lora_B):
-        return _HOOKS, None, None
+        is_zero = hasattr(lora_A._parameters.get("weight"), "ds_id")
+        return (_ZERO if is_zero else _HOOKS), None, None
     a, b = lora_A._parameters, lora_B._parameters
     if a.get("bias") is not None:
         return "lora_A has a bias", None, None
@@ -421,7 +461,7 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
     reason = tensor_reason("lora_E", lora_E) or tensor_reason("ranknum", ranknum, dim=1)
     if reason is None and lora_A is not None and lora_E.dtype is not lora_A.dtype:
         reason = f"lora_E is {short(lora_E.dtype)}, lora_A {short(lora_A.dtype)}"
-    if reason is None and lora_E.shape[0] == 0:
+    if reason is None and whole_shape(lora_E)[0] == 0:
         reason = "it has rank 0"
     return reason, lora_A, lora_B
 
@@ -486,10 +526,12 @@ def checked_vectors(layer: Any) -> tuple[Optional[str], list[Tensor]]:
 
 
 def freed_reason(layer: nn.Module) -> Optional[str]:
-    """Returns which engine (FSDP1 or FSDP2) frees the parameters of ``layer`` after a forward; None if no engine does.
+    """Returns which engine (FSDP or ZeRO-3) frees the parameters of ``layer`` after a forward; None if no engine does.
 
     Logits can't be computed from a head after its parameters were freed.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        return "ZeRO-3 frees its weight after the forward"
     if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set this attribute
         return None
     held = {id(parameter) for parameter in layer.parameters()}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.checks import autocast_dtype
 from .reasons import accepts_input, hooked, kernel_reason
+from .tensor_parallel import sum_gradient
 
 __all__ = ["output_of", "together"]
 
@@ -102,7 +103,8 @@ class _Group:
         """Returns the output of ``leader``, and stores the outputs of the other layers that can be computed together.
 
         Returns None if ``leader`` has to compute alone: if the operator has no kernels, if a layer of the group has
-        hooks, if ``leader`` is not the first layer that can be computed together, or if no other layer can.
+        hooks, if ``leader`` is not the first layer that can be computed together, if no other layer can, or if
+        transformers' tensor parallelism split the layers in different ways.
         """
         if kernel_reason("lora_linears", x.device.type) is not None:
             return None
@@ -115,12 +117,15 @@ class _Group:
             if not found and layer is not leader:
                 return None
             found.append((layer, state, call))
-        if len(found) < 2:
+        splits = {layer.joint_split() for layer, *_ in found}
+        if len(found) < 2 or len(splits) > 1:
             return None
+        (split,) = splits
+        given = x if split is None else sum_gradient(x, split)  # one sum over the processes for all layers
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True
         )
-        ys = ops.lora_linears(x, weights, lora_As, lora_Bs, biases, rank_scales=rank_scales, scalings=scalings,
+        ys = ops.lora_linears(given, weights, lora_As, lora_Bs, biases, rank_scales=rank_scales, scalings=scalings,
                               dropout_ps=ps, training=True)  # fmt: skip
         ys = [y if y.dtype is dtype else y.to(dtype) for y, dtype in zip(ys, dtypes, strict=True)]
         self._x, self._version = x, x._version

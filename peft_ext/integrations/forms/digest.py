@@ -23,7 +23,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -31,7 +31,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Form", "Unknown", "form_of"]
+__all__ = ["Form", "Unknown", "digest_of", "form_of"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device)
 _TORCH = str(Path(torch.__file__).parent) + "/"
@@ -92,6 +92,15 @@ def form_of(subject: Any, method: str = "forward") -> Form:
         value = walk.function(subject)
     digest = hashlib.sha256(repr(value).encode()).hexdigest()[:20]
     return Form(digest, tuple(sorted(walk.reads)), tuple(sorted(walk.found)), walk.passes_itself, walk.writes)
+
+
+def digest_of(functions: Iterable[types.FunctionType]) -> str:
+    """Returns the digest of the syntax trees of functions alone, without the values that the functions find by name.
+
+    Raises: Unknown if the source of a function is not the code that runs.
+    """
+    trees = [_canonical(_tree(function)) for function in functions]
+    return hashlib.sha256(repr(trees).encode()).hexdigest()[:20]
 
 
 class _Walk:

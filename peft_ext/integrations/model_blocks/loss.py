@@ -158,6 +158,8 @@ if FusedLoraLinear is not None:
             reason, alone = self._reasons()
             if reason or alone:
                 return reason or alone
+            if self.joint_split() is not None:
+                return "tensor parallelism splits the head"
             name, *more = self._names()
             if more:
                 return "several adapters are active on the head"
