@@ -57,7 +57,7 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
     context or sequence parallelism, offloaded activation checkpointing, an optimizer or a model_init of the trainer, no
-    decoder layer.
+    decoder layer, a trained parameter that is not sharded.
     """
     plugin = _plugin(trainer)
     if plugin is None:
@@ -88,6 +88,9 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
             fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, **options)
     if not isinstance(model, FSDPModule):
         fully_shard(model, **options)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):  # FSDP2 would not reduce its gradients
+            raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
     plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
     _keep_parameters(accelerator)
     _save_adapters(trainer, plugin)

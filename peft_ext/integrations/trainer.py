@@ -161,13 +161,16 @@ class PeftExtCallback(TrainerCallback):
         self._seconds, self._spans, self.step_tokens = [], [], []
         self.explanation = self.peak_mib = self.peak_cuda_mib = self._started = None
         from ..ops.prove import agree
+        from .adapter_layers.base import is_fully_sharded
         from .peft import accelerate, explain
 
         if self.accelerate:
             accelerate(kwargs["model"], blocks=self.blocks, dora_dropout=self.dora_dropout,
                        experts_dropout=self.experts_dropout)  # fmt: skip
         agree(lambda: explain(kwargs["model"]))
-        self._watch(kwargs["model"])
+        sharded = any(is_fully_sharded(type(module)) for module in kwargs["model"].modules())
+        if not (sharded and args.torch_compile):  # torch.compile fails at a hook in a model that FSDP2 shards
+            self._watch(kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

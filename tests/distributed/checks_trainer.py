@@ -35,7 +35,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft_models import quantize, spread
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import peft_ext
@@ -300,6 +300,11 @@ def trainer_fsdp2_refuses_by_name(folder: Path) -> None:
         attached(diff_pruned())
     with raises(ValueError, "PREFIX_TUNING does not work with FSDP2: PEFT computes the saved prompt"):
         attached(get_peft_model(LLAMA.build(), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")))
+    base = quantize(LLAMA.build(), "float32")
+    for layer in base.model.layers:
+        fully_shard(layer)
+    with raises(ValueError, "q_proj.lora_A.default.weight is trained and not sharded; add adapters before"):
+        attached(get_peft_model(base, LoraConfig(target_modules=["q_proj"])))
     with raises(ValueError, "no module of the classes ['Unknown']"):
         attached(make(), transformer_layer_cls_to_wrap="Unknown")
     with raises(ValueError, "optimizer of unsharded parameters"):
