@@ -30,6 +30,7 @@ from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear
 from ..ops.checks import check_module
+from ..ops.prove import settle_by
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .adapter_layers.base import (
     FOUR_BIT,
@@ -168,7 +169,7 @@ def accelerate(
             "it after peft.get_peft_model",
             stacklevel=2,
         )
-    explain(model)  # the checks of the layers prove the kernels that the model needs
+    settle_by(lambda: explain(model))  # the checks of the layers prove the kernels that the model needs
     return model
 
 

@@ -167,7 +167,7 @@ class PeftExtCallback(TrainerCallback):
         if self.accelerate:
             accelerate(kwargs["model"], blocks=self.blocks, dora_dropout=self.dora_dropout,
                        experts_dropout=self.experts_dropout)  # fmt: skip
-        agree(lambda: explain(kwargs["model"]))
+        agree(lambda: None if self.accelerate else explain(kwargs["model"]))
         sharded = any(is_fully_sharded(type(module)) for module in kwargs["model"].modules())
         if not (sharded and args.torch_compile):  # torch.compile fails at a hook in a model that FSDP2 shards
             self._watch(kwargs["model"])

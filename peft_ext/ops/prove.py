@@ -59,7 +59,7 @@ from ..files import atomic_file, cache_folder
 from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel
 from .proof_inputs import ProofInputs
 
-__all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "proved_eagerly", "report", "settle"]
+__all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "proved_eagerly", "report", "settle", "settle_by"]
 
 KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
 
@@ -224,6 +224,12 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
             _open(key, family)
 
 
+def settle_by(ask: Callable[[], object]) -> None:
+    """Calls ``ask``, which settles families, if a family is unproved."""
+    if any(_gates.values()):
+        ask()
+
+
 def _open(key: str, family: str) -> None:
     if (gates := _gates[key].pop(family, None)) is not None:
         gates._destroy()
@@ -349,8 +355,7 @@ def agree(ask: Callable[[], object]) -> None:
 
     Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``.
     """
-    if any(_gates.values()):
-        ask()
+    settle_by(ask)
     if _world() == 1 or _asked() == "0":
         return
     own = {key: {family: DROPPED[key, name] for family, names in families(key).items()

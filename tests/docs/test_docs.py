@@ -238,6 +238,11 @@ def check_command(words: list[str]) -> Optional[str]:
     if program == ".":
         return None if rest[0].endswith("/bin/activate") else f"{rest[0]} is no script of an environment"
     program = {"python3": "python"}.get(Path(program).name, Path(program).name)
+    if program == "srun":
+        return check_command(rest)
+    if program == "torchrun" and "peft_ext" in rest:
+        place = rest.index("peft_ext")
+        return _check_cli(rest[place + 1 :]) if rest[place - 1] == "-m" else "peft_ext without -m before it"
     if program == "python" and rest[:2] == ["-m", "peft_ext"]:
         program, rest = "peft-ext", rest[2:]
     if program == "peft-ext":
@@ -435,6 +440,7 @@ PUBLIC = {
     "peft_ext.run": "run",
     "peft_ext.methods": "run",
     "peft_ext.recipes": "recipes",
+    "peft_ext.sharded": "sharded",
 }
 _DIRECTIVE = re.compile(
     r"^\.\. (?:auto(?:function|class|exception|module)|py:data):: ([\w.]+)(\n   :members:)?$", re.MULTILINE

@@ -38,6 +38,7 @@ from torch import nn
 import peft_ext
 from peft_ext.integrations.adapter_layers.base import STOCK
 from peft_ext.integrations.transformers import PeftExtCallback
+from peft_ext.ops import prove
 
 pytestmark = [
     pytest.mark.cpu_only("trainers choose their device themselves"),
@@ -238,6 +239,7 @@ def test_a_run_after_one_that_failed_counts_once(tmp_path: Path) -> None:
 def test_it_explains_under_the_autocast_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     explain = peft_ext.explain
+    prove.settle("CPU")  # accelerate calls explain while kernels are unproved
 
     def watched(model: nn.Module) -> Any:
         seen.append((model.training, torch.is_autocast_enabled("cpu")))
