@@ -142,7 +142,7 @@ def prepare(
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", ranks.gpu or 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         keep_freed_memory()
     run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop(), ranks=ranks)

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 import torch
-from torch.distributed import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from .errors import Elsewhere, Interrupted, RunError, Stop
 from .launch import ALONE, Launch, address, read_launch
@@ -37,6 +35,7 @@ _SETTLE = 3.0  # seconds in which the error of another rank, or a sign that anot
 # Parts of the messages of errors that an exchange raises when another rank has ended, and when another rank is late.
 _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "recvValueWithTimeout failed",
          "Socket is not connected", "gloo", "NCCL")  # fmt: skip
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _LATE = ("Timed out", "timed out", "wait timeout")
 
 
@@ -47,6 +46,7 @@ class Ranks:
         rank, world: rank of this process, and number of processes.
         local_rank, local_world: rank among the processes of this machine, and their number.
         node, nodes: number of this machine among the machines of the run, and number of machines.
+        gpu: index of this process's GPU among the GPUs that the process sees; None without a GPU.
         launch: the launcher's values.
     """
 
@@ -54,6 +54,7 @@ class Ranks:
         self.launch, self._store, self._group, self._key = launch, store, group, ""
         self.rank, self.world = launch.rank, launch.world
         self.local_rank, self.local_world, self.node, self.nodes = 0, 1, 0, 1
+        self.gpu: Optional[int] = None
         self._count, self._firsts = 0, 0
         self._hosts = [socket.gethostname()]
 
@@ -317,34 +318,53 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
     if exists:
         launch = Launch(launch.launcher or "a process group", distributed.get_rank(), distributed.get_world_size(),
                         launch.local_rank, launch.local_world, launch.identity, launch.restarts)  # fmt: skip
-    if launch.world == 1:
-        if of_one and not exists:
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    if launch.world == 1 and (exists or not of_one):
         yield Ranks(launch)
         return
+    before = {name: os.environ.get(name) for name in _VARIABLES}
     try:
         ranks = _of_group(launch, None if exists else _start_group(launch))
+    except Elsewhere:
+        time.sleep(_SETTLE)  # the rank with the error speaks first
+        raise
     except (RuntimeError, ValueError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"rank {launch.rank}: no connection to the other ranks ({line})") from None
     with _silent(not ranks.speaks):
         yield ranks
-    if not exists:  # after an error the group stays: taking the group down would wait for the other ranks
+    # After an error the group stays: taking the group down would wait for the other ranks.
+    if not exists:
         distributed.destroy_process_group()
+    _forget(before)
+
+
+def _forget(before: dict[str, Optional[str]]) -> None:
+    """Resets the variables and the state of accelerate, so that a later run of this process is no run of this group."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def _start_group(launch: Launch) -> Any:
     """Makes the default process group, and returns the store that only the processes of this start use."""
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
-    host, port = address(launch)
-    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(launch.rank),
-                   "WORLD_SIZE": str(launch.world)}  # fmt: skip
+    from torch.distributed import PrefixStore  # a PyTorch without torch.distributed has no such names
+    from torch.distributed.rendezvous import rendezvous
+
+    os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.world)}
     seconds = timedelta(seconds=wait_seconds())
-    store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=seconds))
-    store = PrefixStore(_name_of_start(store, launch), store)
+    if launch.world == 1:
+        store = torch.distributed.HashStore()
+    else:
+        host, port = address(launch)
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=seconds))
+        store = PrefixStore(_name_of_start(store, launch), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
@@ -367,12 +387,12 @@ def _name_of_start(store: Any, launch: Launch) -> str:
         name = store.get(f"{calls}/{me}").decode()
         store.add(f"{name}/confirmed", 1)
         return name
-    name, answered, end = f"peft_ext/{secrets.token_hex(8)}", 0, time.monotonic() + wait_seconds()
+    name, answered, end = f"peft_ext/{secrets.token_hex(8)}", set(), time.monotonic() + wait_seconds()
     while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
-        while answered < store.add(calls, 0):
-            answered += 1
-            store.wait([f"{calls}/{answered}"], seconds)
-            store.set(f"{calls}/{store.get(f'{calls}/{answered}').decode()}", name)
+        for number in set(range(1, store.add(calls, 0) + 1)) - answered:
+            if store.check([f"{calls}/{number}"]):  # an ended process may have taken a number and made no call
+                store.set(f"{calls}/{store.get(f'{calls}/{number}').decode()}", name)
+                answered.add(number)
         if time.monotonic() > end:
             raise RunError(f"only {count + 1} of {launch.world} processes have come within {wait_seconds():g} s")
         time.sleep(0.02)
@@ -385,7 +405,7 @@ def _of_group(launch: Launch, store: Any) -> Ranks:
     group = None
     if distributed.get_backend() != "gloo":
         group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=wait_seconds()))
-    store = store or PrefixStore("peft_ext", distributed.distributed_c10d._get_default_store())
+    store = store or distributed.PrefixStore("peft_ext", distributed.distributed_c10d._get_default_store())
     ranks = Ranks(launch, store, group)
     host = socket.gethostname()
     node = os.environ.get("GROUP_RANK", host) if launch.launcher == "torchrun" else host
@@ -397,19 +417,36 @@ def _of_group(launch: Launch, store: Any) -> Ranks:
     ranks.local_rank, ranks.local_world = there.index(launch.rank), len(there)
     order = list(dict.fromkeys(nodes))
     ranks.node, ranks.nodes = order.index(node), len(order)
-    os.environ |= {"LOCAL_RANK": str(ranks.local_rank), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
+    if torch.cuda.is_available():
+        ranks.gpu = _gpu_of(ranks, node)
+        torch.cuda.set_device(ranks.gpu)
+    local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # accelerate takes the GPU of this number
+    os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
     if "OMP_NUM_THREADS" not in os.environ:  # accelerate would warn and choose a number
         threads = max(1, torch.get_num_threads() // ranks.local_world)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        if ranks.local_rank >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise RunError(
-                f"{ranks.who(launch.rank)}: {ranks.local_world} processes on a machine that shows {count} GPUs"
-            )
-        torch.cuda.set_device(ranks.local_rank)
     return ranks
+
+
+def _gpu_of(ranks: Ranks, node: str) -> int:
+    """Returns the index of this process's GPU: the rank on the machine, or 0 where the launcher shows one GPU to each.
+
+    Raises RunError where two processes of a machine would share a GPU.
+    """
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else ranks.local_rank
+    mine = (node, str(torch.cuda.get_device_properties(index).uuid)) if index < count else None
+    found = ranks.gather(mine)
+
+    def check() -> None:
+        if mine is None:
+            raise RunError(f"{ranks.local_world} processes on a machine that shows {count} GPUs")
+        if found.index(mine) < ranks.rank:
+            raise RunError(f"its GPU is that of rank {found.index(mine)}; start one process for each GPU")
+
+    ranks.together(check)
+    return index
 
 
 @contextlib.contextmanager
