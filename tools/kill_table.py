@@ -54,7 +54,7 @@ def killed(folder: Path, moment: float, rank: int, processes: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--moments", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=2, choices=(2, 4))
+    parser.add_argument("--processes", type=int, default=2, choices=(1, 2))
     parser.add_argument("--write", type=Path, help="file that gets the table")
     given = parser.parse_args()
     rows = []

@@ -24,9 +24,9 @@ from ..files import atomic_folder, is_sealed, not_whole, seal, sort_names
 from ..methods import METHODS
 from .config import FILE as CONFIG_FILE
 from .errors import RunError, Stop
-from .options import SAME_ON_RESUME, Options
+from .options import SAME_ON_RESUME, Options, check_options
 from .progress import log
-from .ranks import Ranks
+from .ranks import PROBE, Ranks
 
 PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -34,6 +34,11 @@ _LOCK = ".lock"
 # Error numbers by which a file system says that it has no locks. On a file system without locks a run works without a
 # lock.
 _NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
+
+
+def _is_ours(entry: Path) -> bool:
+    """Returns whether an entry of the output folder is the lock or a probe of a process."""
+    return entry.name == _LOCK or entry.name.startswith(PROBE)
 
 
 def checkpoints_folder(o: Options) -> Path:
@@ -60,11 +65,8 @@ def read_record(o: Options) -> dict[str, Any]:
         return {}
 
 
-def check_output(o: Options, ranks: Ranks) -> tuple[Options, Optional[Path]]:
-    """Checks the output folder; returns the options and the checkpoint to resume from, which is None for a new run.
-
-    Where the launcher starts the processes of an unfinished run again, the returned options continue the run: with
-    --resume where the run has a checkpoint, else with --overwrite.
+def check_output(o: Options, ranks: Ranks) -> Optional[Path]:
+    """Checks the output folder and returns the checkpoint to resume from; None without --resume.
 
     Raises RunError where the folder can't be written to, and where it is not empty and neither --resume nor --overwrite
     is given. With --resume, raises RunError where no checkpoint is whole, or where an option in SAME_ON_RESUME differs
@@ -76,35 +78,41 @@ def check_output(o: Options, ranks: Ranks) -> tuple[Options, Optional[Path]]:
     if Path(os.path.realpath(o.output)).is_symlink():
         raise RunError(f"--output {o.output}: {os.strerror(errno.ELOOP)}")
     try:
-        tempfile.TemporaryDirectory(prefix=".", dir=existing).cleanup()
+        tempfile.TemporaryDirectory(prefix=PROBE, dir=existing).cleanup()
     except OSError as error:
         raise RunError(f"--output {o.output}: {existing} can't be written to: {error.strerror}") from None
-    if _is_restart(o, ranks):
-        found = METHODS[o.method].can_resume and any(not_whole(path) is None for path in saved_checkpoints(o))
-        goes_on = "continues from its last checkpoint" if found else "begins anew, without a checkpoint"
-        log.info(f"restart: the unfinished run in {o.output} {goes_on}")
-        o = dataclasses.replace(o, resume=found, overwrite=not found)
     if o.resume:
-        return o, _checkpoint_to_resume(o, ranks)
-    if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:
+        return _checkpoint_to_resume(o, ranks)
+    if o.output.is_dir() and not all(map(_is_ours, o.output.iterdir())) and not o.overwrite:
         resume = "--resume continues it, " if saved_checkpoints(o) else ""
         raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
-    return o, None
+    return None
 
 
-def _is_restart(o: Options, ranks: Ranks) -> bool:
-    """Returns whether this launch has written the unfinished run in the output folder, before the launcher's restart.
+def after_restart(options: Options, ranks: Ranks) -> Options:
+    """Returns the options with which the processes go on that torchrun has started again.
 
-    torchrun gives a launch a name: the argument of --rdzv-id, or "none" without the argument. A launch of the name
-    "none" is known to be a restart by torchrun's count of restarts.
+    The options are the resolved ``options``, unless this launch has begun the unfinished run in the output folder: then
+    with --resume where the run has a whole checkpoint, else with --overwrite. Raises RunError for a wrong option.
     """
-    launch, record = ranks.launch, read_record(o)
-    before = record.get("processes")
-    named = launch.identity not in ("", "none")
-    return (
-        isinstance(before, dict) and before.get("launch") == launch.identity and not record.get("finished", True)
-        and (launch.restarts > 0 or named)
-    )  # fmt: skip
+
+    def chosen() -> Options:
+        check_options(options)
+        o = options.resolved()
+        record = read_record(o) if ranks.speaks else {}
+        before = record.get("processes")
+        if not isinstance(before, dict) or record.get("finished", True) or before.get("launch") != ranks.identity:
+            return o
+        if ranks.restarts == 0 and not ranks.has_own_name:
+            return o
+        found = METHODS[o.method].can_resume and any(not_whole(path) is None for path in saved_checkpoints(o))
+        if o.resume and not found:
+            return o
+        goes_on = "continues from its last checkpoint" if found else "begins anew, without a checkpoint"
+        log.info(f"restart: the unfinished run in {o.output} {goes_on}")
+        return dataclasses.replace(o, resume=found, overwrite=not found)
+
+    return ranks.gather(ranks.together(chosen))[0]
 
 
 def check_same_data(o: Options, digest: str) -> None:
@@ -123,6 +131,8 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
     before = record.get("options", {})
     now = o.batch_size * o.grad_accum * ranks.world
     was = record.get("step_examples", before.get("batch_size", now) * before.get("grad_accum", 1))
+    if record and "step_examples" not in record:
+        log.warning("--resume: a former version took the examples in another order; some examples come twice or never")
     if was != now:
         product = f"--batch-size {o.batch_size} x --grad-accum {o.grad_accum} x {ranks.world} processes"
         raise RunError(f"--resume: a step has {now} examples ({product}), in the run in {o.output} it has {was}")
@@ -177,8 +187,10 @@ def saving_callback(stop: Stop, ranks: Ranks) -> Any:
     class Saver(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ranks.at(f"step {state.global_step}")
-            stop.signal, save = ranks.largest(stop.signal, int(stop.save))
-            if stop.signal:
+            # A signal that comes during the exchange stays in ``stop`` for the next step.
+            number, save = ranks.largest(stop.signal, int(stop.save))
+            if number:
+                stop.signal = number
                 control.should_save = control.should_training_stop = True
             if save:
                 stop.save, control.should_save = False, True
@@ -205,18 +217,21 @@ def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator
     With --overwrite removes the files of the earlier run; with --resume removes the checkpoints that are later than
     ``checkpoint``. Raises RunError where another process holds the lock.
     """
-    if not ranks.speaks:
+    with contextlib.ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(_owned(o, checkpoint, ranks)) if ranks.speaks else None)
         ranks.check_shared(o.output)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _owned(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator[None]:
     Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
-    with sole_writer(o.output, 30.0 if ranks.launch.restarts else 0.0):
+    with sole_writer(o.output, 30.0 if ranks.restarts else 0.0):
         if o.overwrite:
             _set_aside(o)
         if checkpoint is not None:  # later checkpoints of a killed run must not mix with checkpoints of this run
             for later in itertools.takewhile(lambda p: p != checkpoint, saved_checkpoints(o)):
                 shutil.rmtree(later)
-        ranks.check_shared(o.output)
         yield
 
 

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -108,6 +109,9 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
         raise
 
 
+_PASSED_ON_SECONDS = 20.0  # a second SIGTERM within this time is the first one, passed on by a launcher
+
+
 @dataclass
 class Stop:
     """The requests that signals have made to a run.
@@ -118,6 +122,8 @@ class Stop:
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
         ending: whether the run ends with an error of several processes; no signal then interrupts the message.
         speaks: whether this process prints what a signal does; one of several processes prints it.
+        processes: number of processes of the run.
+        since: time of the last signal, of ``time.monotonic()``.
     """
 
     signal: int = 0
@@ -125,6 +131,8 @@ class Stop:
     training: bool = False
     ending: bool = False
     speaks: bool = True
+    processes: int = 1
+    since: float = 0.0
 
 
 @contextlib.contextmanager
@@ -138,11 +146,16 @@ def caught_signals(stop: Stop) -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         if stop.ending:
             return
+        # A launcher that gets SIGTERM passes it on to processes that may have got it too.
+        passed_on = stop.processes > 1 and number != signal.SIGINT
+        if passed_on and stop.signal and time.monotonic() < stop.since + _PASSED_ON_SECONDS:
+            return
+        stop.since = time.monotonic()
         again, stop.signal = stop.signal, number
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        if not stop.speaks:
+        if not stop.speaks or passed_on:  # SIGTERM may follow from the end of another process
             return
         with contextlib.suppress(OSError):  # raised where the terminal of standard error is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,

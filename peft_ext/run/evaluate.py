@@ -134,7 +134,9 @@ def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
         return ""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with status("answering a prompt"):
-        return continued(model.eval(), run.tokenizer, inputs, count, has_prompt=run.is_prompt_method)
+        return continued(
+            model.eval(), run.tokenizer, inputs, count, has_prompt=run.is_prompt_method, together=run.sharded
+        )  # fmt: skip
 
 
 def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
@@ -146,12 +148,20 @@ def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[s
 
 
 def continued(
-    model: Any, tokenizer: Any, inputs: dict[str, Tensor], count: int, *, has_prompt: bool, temperature: float = 0.0
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    count: int,
+    *,
+    has_prompt: bool,
+    temperature: float = 0.0,
+    together: bool = False,
 ) -> str:
     """Returns the text of up to ``count`` tokens that the model generates after the inputs.
 
     Each token is the likeliest token, or is sampled where ``temperature`` is not 0. ``has_prompt`` says that the
-    adapter is of a prompt method; :func:`greedy` then replaces the model's ``generate``.
+    adapter is of a prompt method; :func:`greedy` then replaces the model's ``generate``. ``together`` says that all
+    processes call the function and that each forward needs all of them.
     """
     from peft.helpers import DoraCaching
 
@@ -163,7 +173,8 @@ def continued(
         else:
             out = model.generate(  # overrides huge values of an untrusted generation_config
                 **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
-                pad_token_id=tokenizer.pad_token_id, **(draws if temperature else {"do_sample": False}),
+                synced_gpus=together, pad_token_id=tokenizer.pad_token_id,
+                **(draws if temperature else {"do_sample": False}),
             )  # fmt: skip
     said = out[0] if getattr(model.config, "is_encoder_decoder", False) else out[0, ids.shape[1] :]
     return tokenizer.decode(said, skip_special_tokens=True).strip()

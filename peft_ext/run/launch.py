@@ -38,7 +38,8 @@ class Launch:
         rank, world: rank of the process, and number of processes.
         local_rank, local_world: rank among the processes of the machine, and their number; None where the launcher does
             not tell.
-        identity: the launch's name, equal in all processes and after a restart by torchrun; "" without a name.
+        identity: the launch's name, equal in all processes and after a restart by torchrun: the argument of --rdzv-id,
+            Slurm's job and step, or Open MPI's namespace; "" without a name.
         restarts: how often torchrun has started the processes again.
     """
 
@@ -60,26 +61,31 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     Raises RunError for WORLD_SIZE without RANK, for a value that is no count, and for a rank that is not less than the
     number of processes.
     """
-    if "RANK" not in environment and _count(environment, "WORLD_SIZE", 1) > 1:
+    launchers = {name: names for name, names in _LAUNCHERS.items() if set(names[:2]) <= environment.keys()}
+    if "srun" in launchers and "mpirun (MPICH)" in launchers:  # srun may set the variables of MPICH too
+        keys = (("SLURM_PROCID", "PMI_RANK"), ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
+        same = all(environment[one] == environment[other] for one, other in keys)
+        launchers.pop("mpirun (MPICH)" if same else "srun")
+    if not launchers and _count(environment, "WORLD_SIZE", 1) > 1:
         raise RunError(
             f"WORLD_SIZE is {environment['WORLD_SIZE']}, but RANK is not set: a launcher sets both variables"
         )
-    launcher = next((name for name, names in _LAUNCHERS.items() if set(names[:2]) <= environment.keys()), None)
-    if launcher is None:
+    if not launchers:
         return ALONE
-    names = _LAUNCHERS[launcher]
+    launcher, names = next(iter(launchers.items()))
     rank, world = (_count(environment, name, 0) for name in names[:2])
-    if world < 2:
-        return ALONE
-    if rank >= world:
+    if rank >= max(world, 1):
         raise RunError(f"{names[0]} is {rank}, wanted less than {names[1]}, which is {world}")
     local = [_count(environment, name, 0) if name in environment else None for name in names[2:]]
-    if launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in environment:
+    identity = environment.get("TORCHELASTIC_RUN_ID", "")
+    if launcher == "srun":
+        identity = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
+    elif launcher != "torchrun":
+        identity = environment.get("PMIX_NAMESPACE", "")
+    elif "TORCHELASTIC_RUN_ID" not in environment:
         launcher = "RANK and WORLD_SIZE"
-    return Launch(
-        launcher, rank, world, local[0], local[1], environment.get("TORCHELASTIC_RUN_ID", ""),
-        _count(environment, "TORCHELASTIC_RESTART_COUNT", 0),
-    )  # fmt: skip
+    restarts = _count(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+    return Launch(launcher, rank, max(world, 1), local[0], local[1], identity, restarts)
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -93,8 +99,8 @@ def address(launch: Launch, environment: Mapping[str, str] = os.environ) -> tupl
     """Returns host and port at which rank 0 waits for the other ranks.
 
     MASTER_ADDR and MASTER_PORT decide. Without the variables, the host is the first host of Slurm's job step, or this
-    machine where all processes run on this machine; the port is one of 20000 to 39999 by the number of Slurm's job, or
-    29500. Raises RunError where the host is unknown.
+    machine where all processes run on this machine; the port is one of 20000 to 39999 by the numbers of Slurm's job and
+    step, or 29500. Raises RunError where the host is unknown.
     """
     host = environment.get("MASTER_ADDR", "")
     nodes = environment.get("SLURM_STEP_NODELIST", "")
@@ -104,8 +110,10 @@ def address(launch: Launch, environment: Mapping[str, str] = os.environ) -> tupl
         host = "127.0.0.1"
     if not host:
         raise RunError(f"{launch.launcher} over several machines: set MASTER_ADDR to the host of rank 0")
-    job = environment.get("SLURM_JOB_ID", "") if launch.launcher == "srun" else ""
-    port = 20000 + int(job) % 20000 if job.isdigit() else _PORT
+    job, _, step = launch.identity.partition(".")
+    port = _PORT
+    if launch.launcher == "srun" and job.isdigit():
+        port = 20000 + (int(job) + 7919 * int(step if step.isdigit() else 0)) % 20000
     return host, _count(environment, "MASTER_PORT", port)
 
 

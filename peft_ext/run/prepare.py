@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import math
 import platform
 import time
@@ -130,7 +131,7 @@ def prepare(
     _check_packages(options)
     _check_ranks(options, ranks)
     _check_shard(options, ranks)
-    options, checkpoint = checkpoints.check_output(options, ranks)
+    checkpoint = checkpoints.check_output(options, ranks)
     corpus = read_corpus(
         options.data, text_column=options.text_column, prompt_column=options.prompt_column,
         completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
@@ -203,9 +204,9 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
         raise RunError(f"{about} with --method {o.method}: wanted one of {', '.join(_SHARDED)}; --shard ddp takes all")
     if o.stock and o.quant == "nf4":
         raise RunError(f"{about} with --stock and NF4: accelerate does not shard bitsandbytes' weights of 4 bits")
-    if o.shard == "hsdp" and (ranks.nodes == 1 or ranks.world % ranks.nodes or ranks.world // ranks.nodes < 2):
+    if o.shard == "hsdp" and not ranks.in_equal_blocks:
         raise RunError(f"{about}: {ranks.world} processes on {ranks.nodes} machines, wanted several machines with as "
-                       "many processes each, at least 2")  # fmt: skip
+                       "many processes each, at least 2, in the order of the ranks")  # fmt: skip
 
 
 def facts_of(run: Run) -> dict[str, Any]:
@@ -365,9 +366,11 @@ def adapter_config(run: Run, model: Any) -> Any:
             # A layer's mean rank shrinks from 1.5 times --rank to --rank between a tenth and two thirds of the run.
             fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
-            # PEFT adds the regularization to the loss of each batch, and the Trainer adds up the losses of a step's
-            # batches over accumulation and processes. With the divided weight, a step has one regularization.
-            fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)
+            # PEFT adds the regularization to the loss of each batch. Where the model's loss takes num_items_in_batch,
+            # the Trainer adds up the losses of a step's batches, over accumulation and processes, instead of a mean.
+            # With the divided weight, a step has one regularization.
+            if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+                fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)
         case "lora" | "rslora" | "qlora" | "dora":
             fields["r"] = o.rank
         case "ia3" if targets is None:

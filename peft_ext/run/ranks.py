@@ -14,7 +14,9 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,17 +26,21 @@ from typing import Any, Optional, TypeVar
 
 import torch
 
+from ..sources.json_file import first_line
 from .errors import Elsewhere, Interrupted, RunError, Stop
 from .launch import ALONE, Launch, address, read_launch
 from .progress import log
 
 _Result = TypeVar("_Result")
 
+PROBE = ".peft_ext-"  # prefix of the names of hidden files by which a process tests a folder
 SECONDS = 1800.0  # a rank waits this long for another rank; PEFT_EXT_RANK_SECONDS replaces the value
-_SETTLE = 3.0  # seconds in which the error of another rank, or a sign that another rank lives, reaches the store
+_SETTLE = 3.0  # seconds in which the error of another rank, or a sign of life of another rank, reaches the store
+_BEAT = 0.7  # seconds between two signs of life
 # Parts of the messages of errors that an exchange raises when another rank has ended, and when another rank is late.
 _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "recvValueWithTimeout failed",
          "Socket is not connected", "gloo", "NCCL")  # fmt: skip
+_kept: list[Any] = []  # stores of earlier groups of this process
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _LATE = ("Timed out", "timed out", "wait timeout")
 
@@ -46,6 +52,8 @@ class Ranks:
         rank, world: rank of this process, and number of processes.
         local_rank, local_world: rank among the processes of this machine, and their number.
         node, nodes: number of this machine among the machines of the run, and number of machines.
+        identity: the name of the launch, which a restart keeps. ``has_own_name``: whether no other launch has the name.
+        restarts: how often the launcher has started one of the processes again.
         gpu: index of this process's GPU among the GPUs that the process sees; None without a GPU.
         launch: the launcher's values.
     """
@@ -55,8 +63,10 @@ class Ranks:
         self.rank, self.world = launch.rank, launch.world
         self.local_rank, self.local_world, self.node, self.nodes = 0, 1, 0, 1
         self.gpu: Optional[int] = None
+        self.identity, self.has_own_name, self.restarts = launch.identity, False, launch.restarts
         self._count, self._firsts = 0, 0
-        self._hosts = [socket.gethostname()]
+        self._hosts, self._nodes = [socket.gethostname()], [0]
+        self._ended = threading.Event()
 
     @property
     def speaks(self) -> bool:
@@ -67,6 +77,13 @@ class Ranks:
         """Returns the number of processes and of machines and the launcher, in words."""
         machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
         return f"{self.world}{machines}, by {self.launch.launcher}"
+
+    @property
+    def in_equal_blocks(self) -> bool:
+        """Whether the run has several machines, each with the next ranks, as many as each other and at least two."""
+        return self.nodes > 1 and self.local_world > 1 and self._nodes == [
+            node for node in range(self.nodes) for _ in range(self.local_world)
+        ]  # fmt: skip
 
     # --- exchanges ----------------------------------------------------------------------------------------------------
 
@@ -110,6 +127,8 @@ class Ranks:
             if self.world == 1:
                 raise
             error = failure
+            if self._store is not None:
+                self._store.set(f"{self._key}/failed", "")  # for the ranks that wait in first_of_node
         texts = self.gather(None if error is None else str(error) or type(error).__name__)
         first = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if first is None:
@@ -130,7 +149,11 @@ class Ranks:
                 return work()
             finally:
                 self._store.set(name, "")
-        self._store.wait([name], timedelta(seconds=wait_seconds()))
+        end = time.monotonic() + wait_seconds()
+        while not (self._store.check([name]) or self._store.check([f"{self._key}/failed"])):
+            if time.monotonic() > end:
+                raise RunError(f"the first process of this machine is not ready within {wait_seconds():g} s")
+            time.sleep(0.1)
         return work()
 
     def at(self, place: str) -> None:
@@ -162,7 +185,7 @@ class Ranks:
         """Raises RunError on the lowest rank that does not see the files that rank 0 writes into ``folder``."""
         if self.world == 1:
             return
-        name = self.gather(f".shared-{secrets.token_hex(8)}")[0]
+        name = self.gather(f"{PROBE}{secrets.token_hex(8)}")[0]
         if self.speaks:
             (folder / name).write_text("")
         self.wait()
@@ -216,8 +239,8 @@ class Ranks:
             raise Elsewhere(told["text"]) from error
         if lost:
             text = self._why_lost(error, hint)
-        elif isinstance(error, Interrupted) and (gone := self._gone()):
-            lost, text = True, self._ended(gone, hint)  # the launcher ends the ranks after the first
+        elif isinstance(error, Interrupted) and error.signal == signal.SIGTERM and (gone := self._gone()):
+            lost, text = True, self._without(gone, hint)  # the launcher ends the ranks after the first
         else:
             text = str(error)
         if isinstance(error, RunError) and not getattr(error, "of_all_ranks", False):
@@ -264,22 +287,37 @@ class Ranks:
             behind = min(gone or range(self.world), key=lambda rank: self._place(rank)[0])
             place, seconds = self._place(behind)[1], wait_seconds()
             return f"{self.who(behind)} has come no further than {place} within {seconds:g} s{hint()}"
-        return self._ended(gone, hint)
+        return self._without(gone, hint) if gone else f"{self.who(self.rank)}: {first_line(error)}{hint()}"
 
-    def _ended(self, gone: list[int], hint: Callable[[], str]) -> str:
-        if not gone:
-            return f"another process of the run ended, and the exchange of the ranks with it{hint()}"
-        named = "one of " * (len(gone) > 1) + ", ".join(map(self.who, gone))
+    def _without(self, gone: list[int], hint: Callable[[], str]) -> str:
+        named = ", ".join(map(self.who, gone))
         return (f"{named} ended without an error message, after {self._place(gone[0])[1]}: a signal ended the process, "
                 f"or the system for lack of memory{hint()}")  # fmt: skip
 
     def _gone(self) -> list[int]:
-        """Returns the ranks that give no sign within _SETTLE seconds; all ranks alive call the method."""
+        """Returns the ranks that give no sign of life within _SETTLE seconds."""
         with contextlib.suppress(RuntimeError):  # the store's process has ended
-            self._store.set(f"{self._key}/alive/{self.rank}", "")
+            before = self._beats()
             time.sleep(_SETTLE)
-            return [rank for rank in range(self.world) if not self._store.check([f"{self._key}/alive/{rank}"])]
+            after = self._beats()
+            return [rank for rank in range(self.world) if before[rank] == after[rank] and rank != self.rank]
         return []
+
+    def _beats(self) -> list[int]:
+        return [self._store.add(f"{self._key}/beat/{rank}", 0) for rank in range(self.world)]
+
+    def start_beats(self) -> None:
+        """Starts a thread that gives a sign of life each _BEAT seconds, also while the rank waits for another rank."""
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # the store's process has ended
+                while not self._ended.wait(_BEAT):
+                    self._store.add(f"{self._key}/beat/{self.rank}", 1)
+
+        threading.Thread(target=beat, name="peft_ext signs of life", daemon=True).start()
+
+    def end_beats(self) -> None:
+        self._ended.set()
 
     def _place(self, rank: int) -> tuple[int, str]:
         """Returns the number and the name of the last place that a rank has noted with :meth:`at`."""
@@ -323,18 +361,26 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         return
     before = {name: os.environ.get(name) for name in _VARIABLES}
     try:
-        ranks = _of_group(launch, None if exists else _start_group(launch))
+        store, name = (None, "") if exists else _start_group(launch)
+        ranks = _of_group(launch, store, name)
     except Elsewhere:
         time.sleep(_SETTLE)  # the rank with the error speaks first
         raise
     except (RuntimeError, ValueError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"rank {launch.rank}: no connection to the other ranks ({line})") from None
-    with _silent(not ranks.speaks):
-        yield ranks
+    if ranks.world > 1:
+        ranks.start_beats()
+    try:
+        with _silent(not ranks.speaks):
+            yield ranks
+        ranks.wait()  # a rank that ends earlier would take the store with it
+    finally:
+        ranks.end_beats()
     # After an error the group stays: taking the group down would wait for the other ranks.
     if not exists:
         distributed.destroy_process_group()
+        _kept.append(store)  # the next group of this process finds rank 0's store at the same port
     _forget(before)
 
 
@@ -349,27 +395,31 @@ def _forget(before: dict[str, Optional[str]]) -> None:
             os.environ[name] = value
 
 
-def _start_group(launch: Launch) -> Any:
-    """Makes the default process group, and returns the store that only the processes of this start use."""
+def _start_group(launch: Launch) -> tuple[Any, str]:
+    """Makes the default process group. Returns the store that only the processes of this start use, and the launch's
+    own name, which the store of torchrun's agent keeps over restarts; "" without such a store.
+    """
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
     from torch.distributed import PrefixStore  # a PyTorch without torch.distributed has no such names
     from torch.distributed.rendezvous import rendezvous
 
     os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.world)}
-    seconds = timedelta(seconds=wait_seconds())
+    seconds, name = timedelta(seconds=wait_seconds()), ""
     if launch.world == 1:
         store = torch.distributed.HashStore()
     else:
         host, port = address(launch)
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=seconds))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            name = store.compare_set("peft_ext/launch", "", secrets.token_hex(8)).decode()
         store = PrefixStore(_name_of_start(store, launch), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
     )  # fmt: skip
-    return store
+    return store, name
 
 
 def _name_of_start(store: Any, launch: Launch) -> str:
@@ -379,7 +429,7 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     in it (PyTorch 2.13). Rank 0 draws the name and answers each call in the store; the calls of ended processes get an
     answer that nobody reads. Rank 0 is done when each other rank has confirmed that it has the name.
     """
-    calls, seconds = "peft_ext/calls", timedelta(seconds=wait_seconds())
+    calls, seconds = f"peft_ext/calls/{launch.identity}/{launch.world}", timedelta(seconds=wait_seconds())
     if launch.rank > 0:
         me = secrets.token_hex(8)
         store.set(f"{calls}/{store.add(calls, 1)}", me)
@@ -399,7 +449,7 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     return name
 
 
-def _of_group(launch: Launch, store: Any) -> Ranks:
+def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
     """Returns the ranks of the default process group, and completes the variables that accelerate reads."""
     distributed = torch.distributed
     group = None
@@ -409,14 +459,14 @@ def _of_group(launch: Launch, store: Any) -> Ranks:
     ranks = Ranks(launch, store, group)
     host = socket.gethostname()
     node = os.environ.get("GROUP_RANK", host) if launch.launcher == "torchrun" else host
-    found = ranks.gather((secrets.token_hex(8), node, host))
-    ranks._key = found[0][0]
-    ranks._hosts = [name for _, _, name in found]
-    nodes = [name for _, name, _ in found]
-    there = [rank for rank, name in enumerate(nodes) if name == node]
+    found = ranks.gather((secrets.token_hex(8), node, host, launch.restarts))
+    ranks._key, ranks._hosts, ranks.restarts = found[0][0], [one[2] for one in found], max(one[3] for one in found)
+    ranks.identity, ranks.has_own_name = name or launch.identity, bool(name)
+    nodes = [one[1] for one in found]
+    there = [rank for rank, other in enumerate(nodes) if other == node]
     ranks.local_rank, ranks.local_world = there.index(launch.rank), len(there)
     order = list(dict.fromkeys(nodes))
-    ranks.node, ranks.nodes = order.index(node), len(order)
+    ranks.node, ranks.nodes, ranks._nodes = order.index(node), len(order), [order.index(other) for other in nodes]
     if torch.cuda.is_available():
         ranks.gpu = _gpu_of(ranks, node)
         torch.cuda.set_device(ranks.gpu)

@@ -78,7 +78,7 @@ class Record:
         """The number of processes and of machines, the launcher, and the name of the launch."""
         ranks = self.run.ranks
         return {"count": ranks.world, "machines": ranks.nodes, "launcher": ranks.launch.launcher,
-                "launch": ranks.launch.identity, "peak_mib": self.peaks}  # fmt: skip
+                "launch": ranks.identity, "peak_mib": self.peaks}  # fmt: skip
 
     def _measured(self) -> dict[str, Any]:
         """Returns the entries of run.json that come from the Trainer's history and from the meter."""

@@ -103,6 +103,9 @@ def finetune(options: Options) -> Result:
     The logger ``peft_ext.run`` reports the progress. In this process the function turns off transformers' progress
     bars, and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
 
+    In the processes of a launcher, all processes have to call the function, with equal options. After an error, each
+    process has to end, because the process group of the run is broken.
+
     Raises RunError for an error that the user can mend, such as a wrong option, a full disk or a full memory. Raises
     Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
     """
@@ -117,7 +120,8 @@ def finetune(options: Options) -> Result:
         ranks.reported(stop, hint),
         mendable_errors(options.output, hint),
     ):
-        stop.speaks = ranks.speaks
+        stop.speaks, stop.processes = ranks.speaks, ranks.world
+        options = checkpoints.after_restart(options, ranks)
         run = ranks.together(lambda: prepare(options, stop, ranks))
         ranks.check_alike(facts_of(run))
         return train(run)
@@ -138,8 +142,6 @@ def train(run: Run) -> Result:
 
     record = Record(run)
     with checkpoints.own_output(run.options, run.checkpoint, run.ranks):
-        if run.ranks.speaks:
-            write_config(run.options.output / CONFIG_FILE, run.options)
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
         resumed: list[int] = []  # the steps after which this call, or earlier calls, resumed the run
@@ -152,6 +154,9 @@ def train(run: Run) -> Result:
             "held_out": {"examples": len(record.curve), "first": [0, first]},
             "resumed": resumed,
         }  # fmt: skip
+        record.write()  # a restart knows by run.json that the run is its own
+        if run.ranks.speaks:
+            write_config(run.options.output / CONFIG_FILE, run.options)
         try:
             return _train(run, record, model)
         except BaseException:  # such as a second Ctrl-C: run.json keeps the results up to now
@@ -181,8 +186,8 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
-        run.ranks.wait()
-    results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
+        size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
+        results["adapter_bytes"] = run.ranks.gather(size)[0]
     if (meter := record.meter).tokens_per_s:
         log.info(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
     if meter.peak_mib:
@@ -366,7 +371,6 @@ def fit(run: Run, record: Record, model: Any) -> int:
 def _trainer(run: Run, record: Record, model: Any) -> Any:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-    from ..integrations.fsdp2 import prepare_fsdp2
     from ..integrations.trainer import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
 
     class OrderedTrainer(Trainer):
@@ -399,6 +403,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         **shard.trainer_options(run),
         ddp_broadcast_buffers=False,  # the buffers are scales of NF4 and tables, which each process has made alike
     )  # fmt: skip
+    args._n_gpu = min(args.n_gpu, 1)  # with more, Trainer would use nn.DataParallel and a larger batch
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
     callbacks = [record.meter, checkpoints.saving_callback(run.stop, run.ranks), recording_callback(record)]
@@ -411,6 +416,8 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     kind = GateTrainer if o.method == "diff-pruning" else OrderedTrainer
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
     if run.sharded:
+        from ..integrations.fsdp2 import prepare_fsdp2
+
         prepare_fsdp2(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -436,6 +443,8 @@ def _describe(run: Run) -> None:
     if examples.left_out:
         log.info(f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
+    if run.ranks.world == 1 and (gpus := torch.cuda.device_count()) > 1:
+        log.info(f"one of {gpus} GPUs is used: torchrun --standalone --nproc-per-node {gpus} -m peft_ext uses all")
     if run.ranks.world > 1:
         log.info(f"processes: {run.ranks.described()}; a step has {run.step_examples} examples, "
                  f"{o.batch_size * o.grad_accum} of each process")  # fmt: skip

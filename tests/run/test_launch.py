@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_ext.run import RunError, ranks
-from peft_ext.run.errors import Elsewhere
+from peft_ext.run.errors import Elsewhere, Stop
 from peft_ext.run.launch import ALONE, Launch, address, read_launch
 
 pytestmark = pytest.mark.cpu_only("no tensor is computed")
@@ -23,7 +23,7 @@ OPEN_MPI = {
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SRUN = {
     "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04,9],big1",
-    "SLURM_JOB_ID": "123456", "SLURM_NTASKS": "8",
+    "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_NTASKS": "8",
 }  # fmt: skip
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456"}
 
@@ -32,14 +32,18 @@ BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "12345
     ("environment", "wanted"),
     [
         ({}, ALONE),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("RANK and WORLD_SIZE")),
+        ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, Launch("torchrun", 0, 1, 1, 2, "job", 2)),
         ({"WORLD_SIZE": "1"}, ALONE),
         (BATCH_SCRIPT, ALONE),
         (TORCHRUN, Launch("torchrun", 3, 8, 1, 2, "job", 2)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, Launch("RANK and WORLD_SIZE", 1, 2)),
         (OPEN_MPI, Launch("mpirun (Open MPI)", 1, 4, 1, 4)),
         (MPICH, Launch("mpirun (MPICH)", 1, 4, 1, 2)),
-        (SRUN, Launch("srun", 5, 8, 1)),
+        (SRUN, Launch("srun", 5, 8, 1, identity="123456.2")),
+        ({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "8"}, Launch("srun", 5, 8, 1, identity="123456.2")),
+        ({**SRUN, "WORLD_SIZE": "8"}, Launch("srun", 5, 8, 1, identity="123456.2")),
+        ({**SRUN, **MPICH, "SLURM_STEP_NUM_TASKS": "2"}, Launch("mpirun (MPICH)", 1, 4, 1, 2)),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", **OPEN_MPI}, Launch("mpirun (Open MPI)", 1, 4, 1, 4)),
         ({**BATCH_SCRIPT, **TORCHRUN}, Launch("torchrun", 3, 8, 1, 2, "job", 2)),
     ],
@@ -66,9 +70,9 @@ def test_wrong_variables(environment, message):
     ("environment", "wanted"),
     [
         (TORCHRUN, ("node1", 4567)),
-        (SRUN, ("gpu03", 20000 + 123456 % 20000)),
-        ({**SRUN, "SLURM_STEP_NODELIST": "n7"}, ("n7", 20000 + 123456 % 20000)),
-        ({**SRUN, "SLURM_STEP_NODELIST": "rack[1-2]-x,n7"}, ("rack1-x", 20000 + 123456 % 20000)),
+        (SRUN, ("gpu03", 20000 + (123456 + 2 * 7919) % 20000)),
+        ({**SRUN, "SLURM_STEP_NODELIST": "n7"}, ("n7", 20000 + (123456 + 2 * 7919) % 20000)),
+        ({**SRUN, "SLURM_STEP_NODELIST": "rack[1-2]-x,n7"}, ("rack1-x", 20000 + (123456 + 2 * 7919) % 20000)),
         ({**SRUN, "SLURM_STEP_NODELIST": "a1,a2", "MASTER_PORT": "99"}, ("a1", 99)),
         (OPEN_MPI, ("127.0.0.1", 29500)),
         ({**MPICH, "MASTER_ADDR": "head"}, ("head", 29500)),
@@ -90,7 +94,7 @@ def test_a_process_alone_exchanges_with_itself(tmp_path: Path):
     assert alone.together(lambda: 4) == 4 and alone.first_of_node(lambda: 5) == 5
     alone.check_alike({"a": 1})
     alone.check_shared(tmp_path)
-    with pytest.raises(RunError, match="^no$"), alone.reported(None, str):
+    with pytest.raises(RunError, match="^no$"), alone.reported(Stop(), str):
         alone.together(lambda: (_ for _ in ()).throw(RunError("no")))
 
 
