@@ -24,7 +24,6 @@ from .._imports import required
 with required("accelerate", "peft_ext.integrations.fsdp2"):
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-    from accelerate.utils.fsdp_utils import get_parameters_from_modules
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -75,14 +74,16 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
         "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
     }  # fmt: skip
     if plugin.ignored_modules is not None:
-        ignored = get_parameters_from_modules(plugin.ignored_modules, model, accelerator.device)
-        options["ignored_params"] = ignored
+        from accelerate.utils.fsdp_utils import get_parameters_from_modules
+
+        options["ignored_params"] = get_parameters_from_modules(plugin.ignored_modules, model, accelerator.device)
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         if plugin.cpu_ram_efficient_loading:
             _send_from_first(model, accelerator.device)
         for parameter in model.parameters():
             if accelerator.mixed_precision != "no" and parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        _send_trained(model, accelerator.device)
     for unit in units:
         if not isinstance(unit, FSDPModule):
             fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, **options)
@@ -125,6 +126,12 @@ def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
             fail(f"{name} does not work with FSDP2: {_UNSHARDED[name]}")
         if getattr(config, "is_prompt_learning", False):
             fail(f"{name} does not work with FSDP2: PEFT computes the saved prompt from whole parameters; use DDP")
+    for name, parameter in trainer.model.named_parameters():
+        hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if parameter.requires_grad and any(hooks) and not isinstance(parameter, DTensor):
+            fail(f"{name} has hooks, which the parameters that FSDP2 makes of it would lose")
+    if plugin.cpu_ram_efficient_loading and any(hasattr(p, "quant_state") for p in trainer.model.parameters()):
+        fail("cpu_ram_efficient_loading does not send the scales of bitsandbytes' weights; wanted False")
     if trainer.model_init is not None:
         fail("the trainer has a model_init, whose model Trainer makes when the training begins; pass a model")
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
@@ -156,14 +163,30 @@ def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.
 
 
 def _mesh(accelerator: Any) -> Any:
-    if accelerator.torch_device_mesh is not None:
+    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer
         return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def _send_trained(model: nn.Module, device: torch.device) -> None:
+    """Sends the trained parameters of process 0 to all processes, as DDP does: ``fully_shard`` sends nothing, and takes
+    the rows of a shard, or a replica, from the process that holds them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.is_meta:
+            sent = parameter.detach().to(device).contiguous()
+            dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
+            parameter.detach().copy_(sent)
 
 
 def _send_from_first(model: nn.Module, device: torch.device) -> None:
     """Sends parameters and buffers of process 0 to all processes. With ``cpu_ram_efficient_loading``, the other
     processes need not have loaded them."""
+    for module in model.modules():  # transformers leaves tensors on the meta device that the files lack
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    new = torch.empty_like(tensor, device=device)
+                    held[name] = nn.Parameter(new, tensor.requires_grad) if held is module._parameters else new
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         sent = tensor.detach().to(device).contiguous()
         dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)  # as bytes, because gloo does not know every dtype
@@ -176,14 +199,17 @@ def _keep_parameters(accelerator: Any) -> None:
     accelerate replaces an optimizer's parameters by the model's parameters at the same addresses. Empty shards all have
     the address 0, so an optimizer would get one empty shard several times, and lose the others.
     """
-    if "prepare" in vars(accelerator):
-        return
     prepare = accelerator.prepare
+    if hasattr(prepare, "keeps_parameters"):
+        return
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], FSDPModule):  # as in an evaluation before the training
             return args[0]
+        models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
+        if not all(isinstance(model, FSDPModule) for model in models):  # accelerate shards the model itself
+            return prepare(*args, **kwargs)
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
         found = prepare(*args, **kwargs)
@@ -192,6 +218,7 @@ def _keep_parameters(accelerator: Any) -> None:
                 group["params"] = parameters
         return found
 
+    keeping.keeps_parameters = True  # type: ignore[attr-defined]
     accelerator.prepare = keeping
 
 
@@ -201,31 +228,42 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
     Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0. A
     checkpoint of FULL_STATE_DICT has the scales of NF4 weights, with which PyTorch cannot load the checkpoint.
     """
-    if not hasattr(trainer.model, "peft_config") or "save_model" in vars(trainer):
+    save_model, accelerator = trainer.save_model, trainer.accelerator
+    if not hasattr(trainer.model, "peft_config") or hasattr(save_model, "saves_adapters"):
         return
     plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the type that is set next
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
-    save_model = trainer.save_model
 
     @functools.wraps(save_model)
     def saving(*args: Any, **kwargs: Any) -> None:
         kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        gather, accelerator.get_state_dict = accelerator.get_state_dict, adapter_state
         try:
             save_model(*args, **kwargs)
         finally:
-            plugin.state_dict_type = kind
+            plugin.state_dict_type, accelerator.get_state_dict = kind, gather
 
-    trainer.save_model, trainer.accelerator.get_state_dict = saving, adapter_state
+    saving.saves_adapters = True  # type: ignore[attr-defined]
+    trainer.save_model = saving
 
 
 def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
     """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets tensors."""
+    model = getattr(model, "_orig_mod", model)  # a compiled model
+    adapters = set(getattr(model, "peft_config", ()))
     units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     found = {}
     for name, tensor in model.state_dict().items():
-        if name in frozen and name.startswith(units) and ".base_layer." in name:
+        if (
+            name in frozen
+            and name.startswith(units)
+            and ".base_layer." in name
+            and adapters.isdisjoint(name.split("."))
+        ):
             continue
+        if isinstance(tensor, DTensor):  # an offloaded shard is on the CPU
+            tensor = tensor.to(tensor.device_mesh.device_type)
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if dist.get_rank() == 0:
             found[name] = whole.cpu()

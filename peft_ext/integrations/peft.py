@@ -30,7 +30,7 @@ from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear
 from ..ops.checks import check_module
-from ..ops.prove import settle_by
+from ..ops.prove import agree, settle_by
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .adapter_layers.base import (
     FOUR_BIT,
@@ -50,6 +50,7 @@ from .adapter_layers.experts import EXPERTS_DROPOUT, clear_experts, prepare_expe
 from .adapter_layers.linear import FusedLinear, linear_dtype, would_widen
 from .adapter_layers.lora import Lora
 from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
+from .adapter_layers.tensor_parallel import is_split
 from .model_blocks.blocks import block_parts, fuse_blocks, plain_blocks
 from .model_blocks.loss import compute_losses, defer_losses, loss_parts
 
@@ -117,7 +118,7 @@ def accelerate(
             of ``accelerate``, or until ``restore``.
 
     The kernels that the model needs are proved before ``accelerate`` returns (``peft_ext.ops.prove``). ``accelerate``
-    waits for no other process.
+    waits for no other process, unless tensor parallelism of transformers splits layers of the model.
 
     Returns: the same model. ``accelerate`` may be called again on the same model. Without dropout, the outputs and
     gradients of a fused layer agree with PEFT's up to rounding. A fused dropout uses the same random generator as PEFT,
@@ -169,7 +170,9 @@ def accelerate(
             "it after peft.get_peft_model",
             stacklevel=2,
         )
-    settle_by(lambda: explain(model))  # the checks of the layers prove the kernels that the model needs
+    # The checks of the layers prove the kernels that the model needs. Layers that tensor parallelism splits make other
+    # sums over the processes on the operators than on PEFT's code, so all processes have to choose alike.
+    (agree if any(map(is_split, model.modules())) else settle_by)(lambda: explain(model))
     return model
 
 

@@ -57,13 +57,16 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
 
 def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
     """Sets the values of a saved adapter. DoRA's magnitudes, which are on the meta device, get memory before."""
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     for layer in model.modules():
         for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
             values = torch.empty_like(magnitude.weight, device=device)
             magnitude.weight = nn.Parameter(values, magnitude.weight.requires_grad)
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(device)))
+    state = load_peft_weights(str(folder), device=str(device))
+    if missing := sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - state.keys()):
+        raise RunError(f"{folder}: the adapter's files lack {missing[0]}")
+    set_peft_model_state_dict(model, state)
 
 
 def without_adapter(run: Run, model: Any) -> Any:

@@ -118,6 +118,12 @@ def check_adapter(model: nn.Module) -> None:
         init = getattr(config, "init_lora_weights", True)
         if init not in _INITS:
             raise SourceError(f"the adapter has init_lora_weights={init!r}, which needs the weights of the base")
+    for name, module in model.named_modules():
+        for variant in getattr(module, "lora_variant", {}).values():
+            if variant is not None and "Dora" not in type(variant).__name__:
+                raise SourceError(f"{name} has the variant {type(variant).__name__}, wanted LoRA or DoRA")
+        if getattr(module, "lora_magnitude_vector", None) and getattr(module, "lora_embedding_A", None):
+            raise SourceError(f"{name} has DoRA over an embedding, which can't be sharded")
     for name, parameter in model.named_parameters():
         if parameter.is_meta and parameter.requires_grad and "lora_magnitude_vector" not in name:
             raise SourceError(f"{name} has no values: add the adapter within adapter_values(device), and without "

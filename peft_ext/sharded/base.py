@@ -72,6 +72,7 @@ def meta_base(
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     if not all(parameter.is_meta for parameter in model.parameters()):
         model.to("meta")  # some models make parameters on the CPU
+        model.tie_weights()
     model.eval().requires_grad_(False)
     files, known = TensorFiles(folder), set(model.state_dict())
     groups, initialized = plan(model, files, torch.bfloat16)

@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .. import ops
@@ -35,8 +35,9 @@ def shard_and_load(
     """Shards ``model`` with FSDP2, each decoder layer and the rest as one unit, and reads the weights of its base.
 
     All processes of the default process group must call the function together, after each process made ``base``. Where
-    one process can't read or make a tensor, all processes raise, at the latest at the end of the decoder layer. A
-    process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
+    one process can't read or make a tensor, all processes raise, at the latest at the end of the decoder layer. After
+    another error of one process, such as a full memory where the process receives a tensor, the process has to end,
+    because the other processes wait for the process. A process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
     weight in the files' dtype with the weight's NF4 form, or the weights that transformers makes of one tensor. DoRA's
     magnitude takes the dequantized weight and a copy in the adapter's dtype too; where B is not zero, three copies.
 
@@ -59,6 +60,8 @@ def shard_and_load(
     if mesh.ndim > 1 and (mesh.ndim > 2 or mesh.mesh_dim_names is None):
         raise ValueError(f"shard_and_load: mesh has {mesh.ndim} dimensions and the names {mesh.mesh_dim_names}, wanted "
                          'one dimension, or two with mesh_dim_names=("replicate", "shard")')  # fmt: skip
+    if isinstance(options.get("offload_policy"), CPUOffloadPolicy):
+        raise ValueError("shard_and_load: offload_policy is CPUOffloadPolicy, and shards are loaded onto the device")
     error: Optional[Exception] = None
     try:
         check_adapter(model)

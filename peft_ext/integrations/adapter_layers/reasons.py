@@ -148,6 +148,8 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
             for parameter in getattr(group, "fsdp_params", ()):
                 if not parameter.is_dtensor:  # with tensor parallelism a gathered parameter is still a DTensor
                     yield id(parameter.sharded_param)
+                    owner = parameter._module_info  # a parameter that was replaced after fully_shard
+                    yield id(owner.module._parameters.get(owner.param_name))
 
 
 def _is_shard(parameter: Any) -> bool:

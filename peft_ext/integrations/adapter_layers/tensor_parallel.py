@@ -129,10 +129,10 @@ def checked(layer: Any, names: list[str]) -> tuple[Optional[str], Optional[tuple
     """Returns why PEFT's own forward has to run over a split base layer (or None), and else the split, the shards of
     W, lora_A and lora_B, and the bias of the base layer."""
     base = layer._modules["base_layer"]
-    if isinstance(split := split_of(base), str):
-        return f"tensor parallelism: {split}", None
     if torch.compiler.is_compiling():
         return "tensor parallelism: torch.compile takes PEFT's own forward", None
+    if isinstance(split := split_of(base), str):
+        return f"tensor parallelism: {split}", None
     if _has_hooks(base) or any_global_hook():
         return _HOOKS, None
     reason, pairs = checked_adapters(layer, names, len(names) > 1, functools.partial(_adapter, split))
@@ -152,6 +152,8 @@ def checked(layer: Any, names: list[str]) -> tuple[Optional[str], Optional[tuple
         return "tensor parallelism: a scaling that is a tensor is not fused", None
     if weight.dtype not in DTYPES or (bias is not None and bias.dtype is not weight.dtype):
         return "tensor parallelism: the base layer is not float32, bfloat16 or float16", None
+    if lora_A.device != weight.device or lora_B.device != weight.device:
+        return "tensor parallelism: lora_A and lora_B are not on the device of base_layer", None
     if weight.shape != (lora_B.shape[0], lora_A.shape[1]) or lora_A.shape[0] != lora_B.shape[1]:
         return "tensor parallelism: the shards of lora_A and lora_B do not fit the shard of base_layer", None
     if autocast_dtype(weight) is not None:
