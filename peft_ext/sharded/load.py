@@ -37,7 +37,9 @@ def shard_and_load(
     All processes of the default process group must call the function together, after each process made ``base``. Where
     one process can't read or make a tensor, all processes raise, at the latest at the end of the decoder layer. After
     another error of one process, such as a full memory where the process receives a tensor, the process has to end,
-    because the other processes wait for the process. A process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
+    because the other processes wait for the process.
+
+    A process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
     weight in the files' dtype with the weight's NF4 form, or the weights that transformers makes of one tensor. DoRA's
     magnitude takes the dequantized weight and a copy in the adapter's dtype too; where B is not zero, three copies.
 
