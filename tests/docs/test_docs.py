@@ -239,7 +239,7 @@ def check_command(words: list[str]) -> Optional[str]:
         return None if rest[0].endswith("/bin/activate") else f"{rest[0]} is no script of an environment"
     program = {"python3": "python"}.get(Path(program).name, Path(program).name)
     if program == "srun":
-        return check_command(rest)
+        return check_command(rest[next(i for i, word in enumerate(rest) if not word.startswith("-")) :])
     if program == "torchrun" and "peft_ext" in rest:
         place = rest.index("peft_ext")
         return _check_cli(rest[place + 1 :]) if rest[place - 1] == "-m" else "peft_ext without -m before it"
