@@ -120,15 +120,16 @@ class NF4Linear(nn.Linear):
         if self.nested_absmax is not None:
             nested = NestedAbsmax(self.nested_absmax, self.nested_code, self.nested_offset)
         shape = torch.Size((self.out_features, self.in_features))
-        # ZeRO-3 frees the codes after the forward by giving the parameter another tensor. A detached alias, which
-        # autograd keeps until the backward, would keep the gathered codes in memory.
-        codes = weight if hasattr(weight, "ds_id") else weight.detach()
+        if not hasattr(weight, "ds_id"):
+            return NF4Weight(weight.detach(), self.absmax, shape, self.quant_dtype, self.blocksize, nested)
         if is_zero3_shard(weight):
             raise RuntimeError(
                 f"NF4Linear: weight is {tuple(weight.shape)}, partitioned by ZeRO-3, wanted all codes of "
                 f"({self.out_features}, {self.in_features}). Call the model, or use deepspeed.zero.GatheredParameters"
             )
-        return NF4Weight(codes, self.absmax, shape, self.quant_dtype, self.blocksize, nested)
+        # ZeRO-3 frees the codes after the forward by giving the parameter another tensor. A detached alias, which
+        # autograd keeps until the backward, would keep the gathered codes in memory.
+        return NF4Weight(weight, self.absmax, shape, self.quant_dtype, self.blocksize, nested)
 
     def set_nf4(self, nf4: NF4Weight) -> None:
         """Makes ``nf4`` the layer's weight, without a copy. Raises ValueError if the shape differs from the layer's."""
