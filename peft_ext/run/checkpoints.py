@@ -131,8 +131,6 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
     before = record.get("options", {})
     now = o.batch_size * o.grad_accum * ranks.world
     was = record.get("step_examples", before.get("batch_size", now) * before.get("grad_accum", 1))
-    if record and "step_examples" not in record:
-        log.warning("--resume: a former version took the examples in another order; some examples come twice or never")
     if was != now:
         product = f"--batch-size {o.batch_size} x --grad-accum {o.grad_accum} x {ranks.world} processes"
         raise RunError(f"--resume: a step has {now} examples ({product}), in the run in {o.output} it has {was}")
@@ -144,6 +142,8 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
         if name in before and before[name] != getattr(o, name):
             log.info(f"resume: --{name.replace('_', '-')} is {getattr(o, name)}, the run in {o.output} has "
                      f"{before[name]}: the learning rate follows another schedule from here")  # fmt: skip
+    if record and "step_examples" not in record:
+        log.warning("--resume: a former version took the examples in another order; some examples come twice or never")
     reasons = []
     for checkpoint in found:
         if (reason := not_whole(checkpoint)) is None:
