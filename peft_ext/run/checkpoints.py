@@ -112,7 +112,9 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
         log.info(f"restart: the unfinished run in {o.output} {goes_on}")
         return dataclasses.replace(o, resume=found, overwrite=not found)
 
-    return ranks.gather(ranks.together(chosen))[0]
+    mine = ranks.together(chosen)
+    resume, overwrite = ranks.gather((mine.resume, mine.overwrite))[0]
+    return dataclasses.replace(mine, resume=resume, overwrite=overwrite)
 
 
 def check_same_data(o: Options, digest: str) -> None:

@@ -278,6 +278,7 @@ class Ranks:
 
     def _let_speak(self) -> None:
         """Waits, so that the launcher, which ends all ranks after the first, meets first the rank that speaks."""
+        self.end_beats()
         time.sleep(_SETTLE)
 
     def _why_lost(self, error: BaseException, hint: Callable[[], str]) -> str:
