@@ -65,7 +65,7 @@ def read_record(o: Options) -> dict[str, Any]:
         return {}
 
 
-def check_output(o: Options, ranks: Ranks) -> Optional[Path]:
+def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
     """Checks the output folder and returns the checkpoint to resume from; None without --resume.
 
     Raises RunError where the folder can't be written to, and where it is not empty and neither --resume nor --overwrite
@@ -82,7 +82,7 @@ def check_output(o: Options, ranks: Ranks) -> Optional[Path]:
     except OSError as error:
         raise RunError(f"--output {o.output}: {existing} can't be written to: {error.strerror}") from None
     if o.resume:
-        return _checkpoint_to_resume(o, ranks)
+        return _checkpoint_to_resume(o, ranks or Ranks())
     if o.output.is_dir() and not all(map(_is_ours, o.output.iterdir())) and not o.overwrite:
         resume = "--resume continues it, " if saved_checkpoints(o) else ""
         raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")

@@ -406,7 +406,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     args._n_gpu = min(args.n_gpu, 1)  # with more, Trainer would use nn.DataParallel and a larger batch
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
-    callbacks = [record.meter, checkpoints.saving_callback(run.stop, run.ranks), recording_callback(record)]
+    callbacks = [record.meter, recording_callback(record), checkpoints.saving_callback(run.stop, run.ranks)]
     if o.method == "adalora":
         callbacks.insert(0, AdaLoraCallback())
     if o.method == "diff-pruning":
