@@ -1,12 +1,15 @@
 """Tests which launcher's variables make a process a rank, and the exchanges and checks of the ranks."""
 
+import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from peft_ext.run import RunError, ranks
+from peft_ext.files import seal
+from peft_ext.run import Options, RunError, checkpoints, ranks
 from peft_ext.run.errors import Elsewhere, Stop
 from peft_ext.run.launch import ALONE, Launch, address, read_launch
 
@@ -186,3 +189,44 @@ def test_the_order_does_not_depend_on_how_a_step_is_shared():
     before = torch.get_rng_state()
     list(Order(5, 13, 3))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_restart_goes_on_with_its_own_unfinished_run_alone(tmp_path: Path):
+    def chosen(launch: str = "job", restarts: int = 1, finished: bool = False, **options) -> tuple[bool, bool]:
+        record = {"processes": {"launch": launch}, "finished": finished}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        here = ranks.Ranks(Launch("torchrun", 0, 1, 0, 1, "job", restarts))
+        found = checkpoints.after_restart(Options(output=tmp_path, **options), here)
+        return found.resume, found.overwrite
+
+    asked = {"overwrite": True}
+    assert chosen() == chosen(**asked) == (False, True)  # no checkpoint: the run begins anew
+    assert chosen(resume=True) == (True, False)  # an error follows, as without a restart
+    checkpoint = tmp_path / "checkpoints/checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    assert chosen() == (False, True)  # the checkpoint is not whole
+    (checkpoint / "trainer_state.json").write_text("{}")
+    seal(checkpoint)
+    assert chosen() == chosen(**asked) == chosen(resume=True) == (True, False)
+    assert chosen(method="adalora") == (False, True)
+    for other in ({"launch": "another"}, {"restarts": 0}, {"finished": True}):
+        assert chosen(**other) == (False, False) and chosen(**other, **asked) == (False, True)
+    with pytest.raises(RunError, match="^--method none: unknown method"):
+        chosen(method="none")
+
+
+def test_a_signal_that_comes_during_the_exchange_of_a_step_stops_after_the_next(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    stop, here = Stop(), ranks.Ranks()
+    saver = checkpoints.saving_callback(stop, here)
+    state, control = SimpleNamespace(global_step=1), SimpleNamespace(should_save=False, should_training_stop=False)
+
+    def largest(*values):
+        stop.signal = 15  # the handler runs as the exchange returns
+        return list(values)
+
+    monkeypatch.setattr(here, "largest", largest)
+    saver.on_step_end(None, state, control)
+    assert stop.signal == 15 and not control.should_training_stop
+    saver.on_step_end(None, state, control)
+    assert control.should_training_stop and control.should_save
