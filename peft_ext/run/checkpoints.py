@@ -92,7 +92,7 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 def after_restart(options: Options, ranks: Ranks) -> Options:
     """Returns the options with which the processes go on that torchrun has started again.
 
-    The options are the resolved ``options``, unless this launch has begun the unfinished run in the output folder: then
+    The options are the resolved ``options``, unless this launch has begun the run in the output folder before: then
     with --resume where the run has a whole checkpoint, else with --overwrite. Raises RunError for a wrong option.
     """
 
@@ -101,15 +101,16 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
         o = options.resolved()
         record = read_record(o) if ranks.speaks else {}
         before = record.get("processes")
-        if not isinstance(before, dict) or record.get("finished", True) or before.get("launch") != ranks.identity:
+        if not isinstance(before, dict) or before.get("launch") != ranks.identity:
             return o
-        if ranks.restarts == 0 and not ranks.has_own_name:
+        # A process may end after the run has finished, and the launcher then starts all processes again.
+        if ranks.restarts == 0 and (record.get("finished", True) or not ranks.has_own_name):
             return o
         found = METHODS[o.method].can_resume and any(not_whole(path) is None for path in saved_checkpoints(o))
         if o.resume and not found:
             return o
         goes_on = "continues from its last checkpoint" if found else "begins anew, without a checkpoint"
-        log.info(f"restart: the unfinished run in {o.output} {goes_on}")
+        log.info(f"restart: the run in {o.output} {goes_on}")
         return dataclasses.replace(o, resume=found, overwrite=not found)
 
     mine = ranks.together(chosen)

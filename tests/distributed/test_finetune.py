@@ -318,7 +318,7 @@ def test_a_killed_rank(restarts, tiny, folder, tmp_path):
         assert again.end() == 0, again.out
     else:
         assert code == 0, run.out
-        assert "restart: the unfinished run in" in run.out
+        assert "restart: the run in" in run.out
     assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)
     leftovers = [
         path for path in tmp_path.rglob("*") if path.name.endswith((".part", ".tmp")) or ".shared-" in path.name

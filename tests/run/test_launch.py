@@ -191,7 +191,7 @@ def test_the_order_does_not_depend_on_how_a_step_is_shared():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_restart_goes_on_with_its_own_unfinished_run_alone(tmp_path: Path):
+def test_a_restart_goes_on_with_its_own_run_alone(tmp_path: Path):
     def chosen(launch: str = "job", restarts: int = 1, finished: bool = False, **options) -> tuple[bool, bool]:
         record = {"processes": {"launch": launch}, "finished": finished}
         (tmp_path / "run.json").write_text(json.dumps(record))
@@ -209,7 +209,8 @@ def test_a_restart_goes_on_with_its_own_unfinished_run_alone(tmp_path: Path):
     seal(checkpoint)
     assert chosen() == chosen(**asked) == chosen(resume=True) == (True, False)
     assert chosen(method="adalora") == (False, True)
-    for other in ({"launch": "another"}, {"restarts": 0}, {"finished": True}):
+    assert chosen(finished=True) == (True, False)  # a process ended after the run had finished
+    for other in ({"launch": "another"}, {"restarts": 0}, {"finished": True, "restarts": 0}):
         assert chosen(**other) == (False, False) and chosen(**other, **asked) == (False, True)
     with pytest.raises(RunError, match="^--method none: unknown method"):
         chosen(method="none")
