@@ -55,9 +55,8 @@ def _summary(plan: Plan) -> Any:
     if run.checkpoint is not None:
         steps += f"; {plan.done:,} done, {max(0, plan.steps - plan.done):,} to go, from {run.checkpoint}"
     table.add_row("steps", steps)
-    shares = f" x {o.grad_accum} batches" * (o.grad_accum > 1) + f" x {run.ranks.world} processes" * (
-        run.ranks.world > 1
-    )
+    shares = f" x {o.grad_accum} batches" * (o.grad_accum > 1)
+    shares += f" x {run.ranks.world} processes" * (run.ranks.world > 1)
     table.add_row("  of a step", f"{o.batch_size} examples{shares}, {plan.step_tokens:,.0f} tokens on average")
     table.add_row("  learning rate", f"{o.learning_rate:g} at most, cosine, warmup {o.warmup:g}")
     size = format_bytes(plan.adapter.adapter_bytes, binary=False)
@@ -93,6 +92,8 @@ def _remarks(plan: Plan) -> Iterator[str]:
     run, o, adapter = plan.run, plan.run.options, plan.adapter
     if adapter.no_memory is not None:
         yield f"a step's memory could not be estimated: {adapter.no_memory}"
+    if run.sharded:
+        yield f"the memory is of an unsharded process; with --shard {o.shard} a process holds a share of the base"
     # The memory that this process uses now counts as free, because the process ends before the run begins.
     free = None if plan.free_bytes is None else plan.free_bytes + plan.held_bytes
     if free is not None and plan.needed_bytes > free:

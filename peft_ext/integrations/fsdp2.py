@@ -78,12 +78,10 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
         options["ignored_params"] = get_parameters_from_modules(plugin.ignored_modules, model, accelerator.device)
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        if plugin.cpu_ram_efficient_loading:
-            _send_from_first(model, accelerator.device)
+        (_send_from_first if plugin.cpu_ram_efficient_loading else _send_trained)(model, accelerator.device)
         for parameter in model.parameters():
             if accelerator.mixed_precision != "no" and parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        _send_trained(model, accelerator.device)
     for unit in units:
         if not isinstance(unit, FSDPModule):
             fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, **options)
@@ -168,14 +166,19 @@ def _mesh(accelerator: Any) -> Any:
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
+def _send(tensor: Tensor, device: torch.device) -> None:
+    """Sends a tensor of process 0 to all processes, as bytes, because gloo does not know every dtype."""
+    sent = tensor.detach().to(device).contiguous()
+    dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
+    tensor.detach().copy_(sent)
+
+
 def _send_trained(model: nn.Module, device: torch.device) -> None:
     """Sends the trained parameters of process 0 to all processes, as DDP does: ``fully_shard`` sends nothing, and takes
     the rows of a shard, or a replica, from the process that holds them."""
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.is_meta:
-            sent = parameter.detach().to(device).contiguous()
-            dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
-            parameter.detach().copy_(sent)
+            _send(parameter, device)
 
 
 def _send_from_first(model: nn.Module, device: torch.device) -> None:
@@ -188,9 +191,7 @@ def _send_from_first(model: nn.Module, device: torch.device) -> None:
                     new = torch.empty_like(tensor, device=device)
                     held[name] = nn.Parameter(new, tensor.requires_grad) if held is module._parameters else new
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        sent = tensor.detach().to(device).contiguous()
-        dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)  # as bytes, because gloo does not know every dtype
-        tensor.detach().copy_(sent)
+        _send(tensor, device)
 
 
 def _keep_parameters(accelerator: Any) -> None:

@@ -219,7 +219,7 @@ def facts_of(run: Run) -> dict[str, Any]:
     for option in dataclasses.fields(run.options):
         if option.name not in ("output", "threads", "model", "data"):  # paths of one file may differ between machines
             facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
-    facts[f"the data of --data {run.options.data}, as SHA-256 of its records,"] = run.corpus.digest[:16]
+    facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
     folder = Path(run.folder)
     for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else []:
         with file.open("rb") as opened:

@@ -175,9 +175,10 @@ class Ranks:
         found = self.gather(facts)
 
         def check() -> None:
-            for name, wanted in found[0].items():
-                if found[self.rank].get(name) != wanted:
-                    raise RunError(f"{name} is {found[self.rank].get(name)}, on rank 0 it is {wanted}")
+            for name in {**found[0], **found[self.rank]}:
+                here, wanted = found[self.rank].get(name, "missing"), found[0].get(name, "missing")
+                if here != wanted:
+                    raise RunError(f"{name} is {here}, on rank 0 it is {wanted}")
 
         self.together(check)
 
@@ -376,13 +377,17 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         with _silent(not ranks.speaks):
             yield ranks
         ranks.wait()  # a rank that ends earlier would take the store with it
+        ended_well = True
+    except BaseException:
+        ended_well = ranks.world == 1
+        raise
     finally:
         ranks.end_beats()
-    # After an error the group stays: taking the group down would wait for the other ranks.
-    if not exists:
-        distributed.destroy_process_group()
-        _kept.append(store)  # the next group of this process finds rank 0's store at the same port
-    _forget(before)
+        if ended_well:  # after an error the group stays: taking the group down would wait for the other ranks
+            if not exists:
+                distributed.destroy_process_group()
+                _kept.append(store)  # the next group of this process finds rank 0's store at the same port
+            _forget(before)
 
 
 def _forget(before: dict[str, Optional[str]]) -> None:

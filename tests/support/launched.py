@@ -41,7 +41,7 @@ class Run:
     """A started command. ``out`` has what the command printed, after :meth:`end`."""
 
     def __init__(self, command: Sequence[Any], log: Path, **environment: str) -> None:
-        own = {name: value for name, value in os.environ.items() if name != "PEFT_EXT_REQUIRE"}
+        own = {**os.environ, "PEFT_EXT_REQUIRE": "1"}  # a missing library fails the run
         own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
         self.log = log
         with log.open("w") as file:
