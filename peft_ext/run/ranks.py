@@ -37,6 +37,7 @@ PROBE = ".peft_ext-"  # prefix of the names of hidden files by which a process t
 SECONDS = 1800.0  # a rank waits this long for another rank; PEFT_EXT_RANK_SECONDS replaces the value
 _SETTLE = 3.0  # seconds in which the error of another rank, or a sign of life of another rank, reaches the store
 _BEAT = 0.7  # seconds between two signs of life
+_LAST_BEAT = 10.0  # seconds that the end of a run waits for the last sign of life
 # Parts of the messages of errors that an exchange raises when another rank has ended, and when another rank is late.
 _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "recvValueWithTimeout failed",
          "Socket is not connected", "gloo", "NCCL")  # fmt: skip
@@ -67,6 +68,7 @@ class Ranks:
         self._count, self._firsts = 0, 0
         self._hosts, self._nodes = [socket.gethostname()], [0]
         self._ended = threading.Event()
+        self._beating: Optional[threading.Thread] = None
 
     @property
     def speaks(self) -> bool:
@@ -316,10 +318,18 @@ class Ranks:
                 while not self._ended.wait(_BEAT):
                     self._store.add(f"{self._key}/beat/{self.rank}", 1)
 
-        threading.Thread(target=beat, name="peft_ext signs of life", daemon=True).start()
+        self._beating = threading.Thread(target=beat, name="peft_ext signs of life", daemon=True)
+        self._beating.start()
 
     def end_beats(self) -> None:
+        """Ends the thread of the signs of life, and waits for the thread's last call of the store.
+
+        If Python ended while the thread was in a call of the store, the process would be aborted. The wait has a limit,
+        because a store whose process is stopped does not answer.
+        """
         self._ended.set()
+        if self._beating is not None:
+            self._beating.join(_LAST_BEAT)
 
     def _place(self, rank: int) -> tuple[int, str]:
         """Returns the number and the name of the last place that a rank has noted with :meth:`at`."""

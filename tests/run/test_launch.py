@@ -231,3 +231,21 @@ def test_a_signal_that_comes_during_the_exchange_of_a_step_stops_after_the_next(
     assert stop.signal == 15 and not control.should_training_stop
     saver.on_step_end(None, state, control)
     assert control.should_training_stop and control.should_save
+
+
+def test_the_end_of_a_run_waits_for_the_last_sign_of_life(monkeypatch: pytest.MonkeyPatch):
+    """Python aborts a process that ends while another thread is in a call of PyTorch's store."""
+    within, done = threading.Event(), []
+
+    class SlowStore:
+        def add(self, _key, _value):
+            within.set()
+            threading.Event().wait(0.3)
+            done.append(True)
+
+    monkeypatch.setattr(ranks, "_BEAT", 0.01)
+    here = ranks.Ranks(store=SlowStore())
+    here.start_beats()
+    assert within.wait(10)
+    here.end_beats()
+    assert done and not any(thread.name == "peft_ext signs of life" for thread in threading.enumerate())
