@@ -17,7 +17,7 @@ from typing import Any
 from . import _native, nn, ops, reference
 from ._version import __version__
 from .ops import prove
-from .weight import NestedAbsmax, NF4Weight
+from .weights.nf4 import NestedAbsmax, NF4Weight
 
 
 def _image(kernel: str, file: str, capability: int) -> tuple[bytes, bytes]:

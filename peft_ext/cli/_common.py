@@ -16,7 +16,7 @@ from .. import _cpu, quantize
 from ..run.demo_model import demo_model
 from ..run.options import DEMO_MODEL, QUANTIZATIONS
 from ..sources.model import model_folder, read_model_config, widen
-from ..weight import BLOCKSIZES
+from ..weights.nf4 import BLOCKSIZES
 from . import CliError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Conversion between NF4Weight and bitsandbytes' Params4bit. Neither direction copies the packed weight.
 
-``peft_ext.weight`` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
+``peft_ext.weights.nf4`` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
 bitsandbytes' ``Linear4bit``, for comparisons.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._imports import required
-from ..weight import nf4_from_params4bit, params4bit_from_nf4, why_not_nf4
+from ..weights.nf4 import nf4_from_params4bit, params4bit_from_nf4, why_not_nf4
 
 __all__ = ["nf4_from_params4bit", "params4bit_from_nf4", "to_linear4bit", "why_not_nf4"]
 

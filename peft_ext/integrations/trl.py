@@ -34,7 +34,7 @@ from .. import ops
 from .._imports import required, version
 from ..nn import NF4Linear
 from ..ops.checks import autocast_dtype
-from ..weight import NF4Weight, nf4_from_params4bit
+from ..weights.nf4 import NF4Weight, nf4_from_params4bit
 from .adapter_layers.base import FOUR_BIT, LINEAR, class_name, quant_state_of
 from .adapter_layers.reasons import WIDENED, kernel_reason, weight_reason
 

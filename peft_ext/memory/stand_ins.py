@@ -23,7 +23,7 @@ from ..nn.experts import expert_parameters, hold_nf4, is_stored_transposed
 from ..nn.nf4 import empty_nf4
 from ..quantize import HEADS, linear_groups, replace_group
 from ..sources.model import AUTO_CLASSES
-from ..weight import NF4Weight
+from ..weights.nf4 import NF4Weight
 
 
 def build_model(

@@ -74,24 +74,24 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     """
     out_features, in_features = given["shape"]
     drops = bool(given.get("drop_base")) and given.get("seed") is not None
-    is_nf4, panel_rows = given.get("absmax") is not None, min(_WIDE_PANEL, out_features)
+    is_packed, panel_rows = bool(given.get("layout")), min(_WIDE_PANEL, out_features)
     if device != "cpu" or dtype.itemsize != 2:
-        size = out_features * in_features * dtype.itemsize if is_nf4 else 0
+        size = out_features * in_features * dtype.itemsize if is_packed else 0
         if device == "cpu" and drops:  # float32: the dropped x or scaled dY, the sum added to the product, a panel of W
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
         return size
     products = 2 if drops else 1
     if STATE.isa in TILE_PATHS and dtype is torch.bfloat16:
-        if is_nf4 or given["weight"].is_contiguous():
+        if is_packed or given["weight"].is_contiguous():
             return products * 2 * rows * (out_features if backward else in_features)
         # On a path with tiles, PyTorch multiplies by a weight that is not contiguous. A scaled product exists in 16
         # bits and in float32.
         return products * 6 * rows * (in_features if backward else out_features) if _scales(given) else 0
     # On the scalar path PyTorch multiplies in 16 bits, and the other terms are added to PyTorch's product.
     if STATE.isa == "scalar" and products == 1 and not _scales(given):
-        return out_features * in_features * 2 if is_nf4 else 0
+        return out_features * in_features * 2 if is_packed else 0
     panel = panel_rows * in_features  # elements of a panel of W in float32; NF4 is first decoded to 16 bits
-    size = products * 4 * (rows * (out_features + in_features) + panel) + (2 * panel if is_nf4 else 0)
+    size = products * 4 * (rows * (out_features + in_features) + panel) + (2 * panel if is_packed else 0)
     # If W has more rows than one panel, the backward copies the gradient's columns that belong to a panel.
     return size + (4 * rows * panel_rows if backward and out_features > _WIDE_PANEL else 0)
 
@@ -113,7 +113,7 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     row = vocab * dtype.itemsize
     rows = min(given["chunk"] if device == "cpu" else max(1, CHUNK_BYTES[device] // max(1, row)), tokens)
     logits, several = rows * row, rows < tokens
-    in_place = given["absmax"] is None and not (device == "cpu" and dtype in _cpu.widened_dtypes())
+    in_place = not given["layout"] and not (device == "cpu" and dtype in _cpu.widened_dtypes())
     forward = backward = 0
     if not in_place:
         forward, backward = (_of_product(given, dtype, rows, device, back) for back in (False, True))

@@ -18,7 +18,7 @@ from ..nn.experts import dense_experts, expert_parameters, is_stored_transposed
 from ..quantize import HEADS, experts_to_quantize, linear_groups
 from ..sources.adapter import training_options
 from ..sources.model import SourceError, load_model
-from ..weight import NF4Weight
+from ..weights.nf4 import NF4Weight
 from .errors import as_merge_error, fail
 
 with required("peft", "peft_ext.merge_to_dense"):

@@ -20,7 +20,7 @@ from ..files import atomic_folder, check_free
 from ..sources.adapter import checked_config
 from ..sources.model import SourceError, find_folder, hushed
 from ..text import format_bytes
-from ..weight import BLOCKSIZES
+from ..weights.nf4 import BLOCKSIZES
 from . import writer
 from .base import base_of
 from .errors import as_merge_error, fail

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import checks
-from ..weight import NF4Weight
+from ..weights.nf4 import NF4Weight
 from .nf4 import NF4Linear, requantized
 
 __all__ = ["AdaptedLinear", "LowRankLinear"]

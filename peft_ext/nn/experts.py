@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import checks
-from ..weight import NestedAbsmax, NF4Weight
+from ..weights.nf4 import NestedAbsmax, NF4Weight
 from .nf4 import keeping_bits
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..ops import checks
-from ..weight import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_nf4, read_quant_state
+from ..weights.nf4 import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_nf4, read_quant_state
 
 __all__ = ["NF4Linear"]
 

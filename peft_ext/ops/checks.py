@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..text import dtype_name as _name
-from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
+from ..weights.nf4 import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
+from ..weights.packed import PackedWeight, unpacked
 
 _LARGEST = sys.float_info.max
 
@@ -37,8 +38,8 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
         return False
     if torch.is_autocast_enabled(device.type):
         return False
-    if type(weight) is NF4Weight:
-        if weight.packed.device != device:
+    if isinstance(weight, PackedWeight):
+        if weight.parts[0].device != device:
             return False
     elif (
         type(weight) not in kinds or weight.dtype is not dtype or weight.device != device
@@ -92,7 +93,7 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 
 def adapted_operands(
     op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
-) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
+) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
     """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias, which are cast to autocast's
     dtype under autocast."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
@@ -176,9 +177,9 @@ def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int, na
         raise TypeError(f"{op}: bias is {_name(bias.dtype)}, {name} is {_name(x.dtype)}")
 
 
-def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
+def check_weight(op: str, weight: Union[Tensor, PackedWeight]) -> None:
     """Checks a frozen weight ``[N, K]``, dense or NF4."""
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, PackedWeight):
         check_float(op, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
@@ -186,12 +187,12 @@ def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [N, K]")
 
 
-def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], name: str = "x") -> None:
+def check_linear(op: str, x: Tensor, weight: Union[Tensor, PackedWeight], name: str = "x") -> None:
     """Checks x ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or NF4. An error calls x by ``name``."""
     check_float(op, name, x)
     check_weight(op, weight)
-    if isinstance(weight, NF4Weight):
-        _check_device(op, "weight", weight.packed, x, name)
+    if isinstance(weight, PackedWeight):
+        _check_device(op, "weight", weight.parts[0], x, name)
     else:
         _check_device(op, "weight", weight, x, name)
         if weight.dtype != x.dtype:
@@ -201,9 +202,9 @@ def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], name: str
                          f"{tuple(weight.shape)}")  # fmt: skip
 
 
-def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
+def check_lora(op: str, weight: Union[Tensor, PackedWeight], lora_A: Tensor, lora_B: Tensor) -> None:
     """Checks lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on the weight's device."""
-    held = weight.packed if isinstance(weight, NF4Weight) else weight
+    held = weight.parts[0] if isinstance(weight, PackedWeight) else weight
     check_low_rank(op, tuple(weight.shape), held, "weight", lora_A, lora_B)
 
 
@@ -229,11 +230,11 @@ def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, l
 
 
 def check_experts(
-    op: str, x: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor, bias: Optional[Tensor]
+    op: str, x: Tensor, weight: Union[Tensor, PackedWeight], offsets: Tensor, bias: Optional[Tensor]
 ) -> None:
     """Checks x ``[S, K]`` and offsets ``[E]`` against frozen weights ``[E, N, K]``, dense of x's dtype or NF4."""
     check_experts_weight(op, weight, x.dtype)
-    _check_device(op, "weight", weight.packed if isinstance(weight, NF4Weight) else weight, x)
+    _check_device(op, "weight", weight.parts[0] if isinstance(weight, PackedWeight) else weight, x)
     experts, out_features, in_features = weight.shape
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [S, {in_features}] for weight "
@@ -245,9 +246,9 @@ def check_experts(
             raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
 
 
-def check_experts_weight(op: str, weight: Union[Tensor, NF4Weight], dtype: Optional[torch.dtype] = None) -> None:
+def check_experts_weight(op: str, weight: Union[Tensor, PackedWeight], dtype: Optional[torch.dtype] = None) -> None:
     """Checks frozen weights ``[E, N, K]``: a stacked NF4Weight, or a dense tensor (of ``dtype``, if given)."""
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, PackedWeight):
         check_float(op, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
@@ -255,8 +256,8 @@ def check_experts_weight(op: str, weight: Union[Tensor, NF4Weight], dtype: Optio
             raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(dtype)}")
     if len(weight.shape) != 3:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [E, N, K]")
-    if isinstance(weight, NF4Weight) and not weight.stacked:
-        raise ValueError(f"{op}: weight is NF4 of one flat tensor, wanted that of NF4Weight.stack")
+    if isinstance(weight, PackedWeight) and not weight.stacked:
+        raise ValueError(f"{op}: weight is packed as one weight, wanted a stacked weight")
 
 
 def check_offsets(op: str, offsets: Tensor, like: Tensor, experts: int) -> None:
@@ -269,7 +270,7 @@ def check_offsets(op: str, offsets: Tensor, like: Tensor, experts: int) -> None:
     _check_device(op, "offsets", offsets, like)
 
 
-def check_experts_lora(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
+def check_experts_lora(op: str, x: Tensor, weight: Union[Tensor, PackedWeight], lora_A: Tensor, lora_B: Tensor) -> None:
     """Checks lora_A ``[E, R, K]`` and lora_B ``[E, N, R]``, each of its own float dtype, on x's device."""
     experts, out_features, in_features = weight.shape
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -447,24 +448,26 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
     _check_device(op, "seed", seed, x)
 
 
-def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
-    """Returns a dense or NF4 weight as the seven arguments of an operator's schema, ``library.WEIGHT``."""
-    if isinstance(weight, NF4Weight):
+def weight_args(weight: Union[Tensor, PackedWeight]) -> tuple:
+    """Returns a dense or packed weight as the seven arguments of an operator's schema, ``library.WEIGHT``."""
+    if isinstance(weight, PackedWeight):
         return weight.op_args()
     return (weight, None, None, None, None, 0, list(weight.shape))
 
 
-def unpack_weight(weight: Tensor, absmax: Optional[Tensor], *args: Any) -> Union[Tensor, NF4Weight]:
-    """Undoes :func:`weight_args` for the reference: returns a dense weight, or an NF4Weight.
+def unpack_weight(weight: Tensor, *args: Any) -> Union[Tensor, PackedWeight]:
+    """Undoes :func:`weight_args` for the reference: returns a dense weight, or a PackedWeight.
 
-    The last argument becomes the dtype of the NF4Weight. An NF4 weight of three dimensions is a stack of experts'
+    The last argument becomes the dtype of the PackedWeight. A packed weight of three dimensions is a stack of experts'
     weights.
     """
-    *decode, blocksize, shape, dtype = args
-    if absmax is None:
+    *parts, layout, shape, dtype = args
+    if layout == 0:
         return weight
-    nested = None if decode[0] is None else NestedAbsmax(*decode)
-    return NF4Weight(weight, absmax, torch.Size(shape), dtype, blocksize, nested, stacked=len(shape) == 3)
+    if layout >> 32:
+        return unpacked((weight, *parts, layout, shape), dtype)
+    nested = None if parts[1] is None else NestedAbsmax(*parts[1:])
+    return NF4Weight(weight, parts[0], torch.Size(shape), dtype, layout, nested, stacked=len(shape) == 3)
 
 
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
@@ -476,8 +479,8 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 
 
 def cast_for_autocast(
-    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor]
-) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
+    x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor]
+) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
     """Returns x, weight and bias. Under autocast, x, a dense weight and bias are cast to autocast's dtype."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias

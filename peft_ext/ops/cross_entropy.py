@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import _cpu
 from ..reference import common
 from ..reference import cross_entropy as reference
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward
@@ -205,7 +205,7 @@ _linear_cross_entropy = register_autograd("linear_cross_entropy", _backward, set
 @public("cross_entropy_rows")
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     labels: Tensor,
     bias: Optional[Tensor] = None,
     *,
@@ -228,7 +228,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[..., K]``, float32, bfloat16 or float16.
-        weight: the frozen head ``[V, K]``: a dense tensor of hidden's dtype, or an NF4Weight.
+        weight: the frozen head ``[V, K]``: a dense tensor of hidden's dtype, or a PackedWeight.
         labels: int64 ``[...]``, 0 to V - 1, or ``ignore_index``. The loss and the gradient of a token with the label
             ``ignore_index`` are 0. The labels are not shifted.
         bias: ``[V]`` of hidden's dtype.

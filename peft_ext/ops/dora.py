@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..reference import common
 from ..reference import dora as reference
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
@@ -212,7 +212,7 @@ _dora_linear = register_autograd("dora_linear", _backward, setup_context=_setup_
 
 @public("dora_weight_norm", "dora_weight_norm_backward")
 def dora_weight_norm(
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
@@ -222,7 +222,7 @@ def dora_weight_norm(
     """``‖W + scaling · B A‖`` of each row, without forming the sum.
 
     Args:
-        weight: frozen ``[N, K]``: a dense tensor, or an NF4Weight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
+        weight: frozen ``[N, K]``: a dense tensor, or a PackedWeight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
             any float dtype. scaling: a finite number.
         dtype: dtype to which an NF4 weight is dequantized; default: the NF4 weight's dtype. For a dense weight, only
             its own dtype is accepted.
@@ -240,7 +240,7 @@ def dora_weight_norm(
     checks.check_scale(op, scaling)
     dtype = weight.dtype if dtype is None else dtype
     checks.check_dtype(op, dtype)
-    if dtype != weight.dtype and not isinstance(weight, NF4Weight):
+    if dtype != weight.dtype and not isinstance(weight, PackedWeight):
         raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
     if dtype is torch.float64 or checks.wants_reference(lora_A, lora_B):
         return by_reference(reference.dora_weight_norm, weight, lora_A, lora_B, scaling, dtype=dtype)
@@ -250,7 +250,7 @@ def dora_weight_norm(
 @public("dora_linear", "dora_linear_backward", "dora_weight_norm")
 def dora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -310,7 +310,7 @@ def dora_linear(
 
 def checked_dora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     bias: Optional[Tensor],
     lora_A: Tensor,
     lora_B: Tensor,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..reference import embedding as reference
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, is_eager, proof, public, register_autograd
 from .nf4 import refuse_double_backward
@@ -108,14 +108,14 @@ _lora_embedding = register_autograd("lora_embedding", _backward, setup_context=_
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
-def _check(op: str, indices: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
+def _check(op: str, indices: Tensor, weight: Union[Tensor, PackedWeight], lora_A: Tensor, lora_B: Tensor) -> None:
     if not isinstance(indices, Tensor):
         raise TypeError(f"{op}: indices is {type(indices).__name__}, wanted a Tensor")
     if indices.dtype not in (torch.int32, torch.int64) or indices.layout is not torch.strided:
         raise TypeError(f"{op}: indices is {str(indices.dtype).removeprefix('torch.')}, {indices.layout}, wanted a "
                         "strided Tensor of int32 or int64")  # fmt: skip
     checks.check_weight(op, weight)
-    held = weight.packed if isinstance(weight, NF4Weight) else weight
+    held = weight.parts[0] if isinstance(weight, PackedWeight) else weight
     if indices.device != held.device:
         raise ValueError(f"{op}: indices is on {indices.device}, weight is on {held.device}")
     checks.check_low_rank(op, (weight.shape[1], weight.shape[0]), held, "weight", lora_A, lora_B)
@@ -130,7 +130,7 @@ def _check(op: str, indices: Tensor, weight: Union[Tensor, NF4Weight], lora_A: T
 @public("lora_embedding", "lora_embedding_backward")
 def lora_embedding(
     indices: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -141,7 +141,7 @@ def lora_embedding(
 
     Args:
         indices: i ``[...]``, int32 or int64, each from 0 to V - 1.
-        weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or an NF4Weight. The CPU kernel
+        weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or a PackedWeight. The CPU kernel
             decodes only those rows of an NF4Weight that indices name.
         lora_A: ``[R, V]``; lora_B: ``[N, R]``; each of any float dtype.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
@@ -165,7 +165,7 @@ def lora_embedding(
     entries = weight.shape[0]
     if padding_idx is not None and not (type(padding_idx) is int and -entries <= padding_idx < entries):
         raise ValueError(f"{op}: padding_idx is {padding_idx!r}, wanted {-entries} to {entries - 1}, or None")
-    dense = None if isinstance(weight, NF4Weight) else weight
+    dense = None if isinstance(weight, PackedWeight) else weight
     if indices.is_cuda or checks.wants_reference(dense, lora_A, lora_B) or weight.dtype == torch.float64:
         return by_reference(reference.lora_embedding, indices, weight, lora_A, lora_B, scaling=scaling,
                             padding_idx=padding_idx)  # fmt: skip

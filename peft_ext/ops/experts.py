@@ -28,7 +28,8 @@ from ..reference import common
 from ..reference import experts as reference
 from ..reference import nf4 as nf4_reference
 from ..reference.dora import output_scale
-from ..weight import NF4Weight
+from ..weights.nf4 import NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd
 from .nf4 import refuse_double_backward
@@ -60,7 +61,7 @@ def _forward(x, *args):
                 z[rows] = own_z
         elif lora_A is not None:
             y[rows], s[rows] = _ops.lora_linear(x[rows], *own_args, None, *scale)
-        elif isinstance(own, NF4Weight):
+        elif isinstance(own, PackedWeight):
             y[rows] = _ops.nf4_linear(x[rows], *own.op_args(), b)
         else:
             y[rows] = F.linear(x[rows], own, b)
@@ -97,7 +98,7 @@ def _backward_reference(grad, x, *args):
             found, grads[0][expert], grads[1][expert], _ = _ops.lora_linear_backward(
                 *own_args, None, s[rows], *scale, needs_grad_x
             )
-        elif isinstance(own, NF4Weight):
+        elif isinstance(own, PackedWeight):
             found = _ops.nf4_linear_backward(grad[rows], *own.op_args())
         else:
             found = grad[rows] @ own
@@ -224,7 +225,7 @@ _lora_experts = register_autograd("lora_experts", _backward, setup_context=_setu
 @public("lora_experts", "lora_experts_backward")
 def lora_experts(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     offsets: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -241,7 +242,7 @@ def lora_experts(
         x: ``[S, K]``, float32, bfloat16 or float16: a row for each pair of a token and an expert that the token is
             routed to, sorted by expert.
         weight: frozen ``[E, N, K]``: a dense tensor of x's dtype and of any strides (the caller transposes a weight
-            that is stored ``[E, K, N]``), or an NF4Weight ``[E, N, K]``, see :meth:`peft_ext.NF4Weight.stack`.
+            that is stored ``[E, K, N]``), or a PackedWeight ``[E, N, K]``, see :meth:`peft_ext.NF4Weight.stack`.
         offsets: int32 or int64 ``[E]`` on x's device: where each expert's rows end, ascending. Rows after the last
             expert's end belong to no expert: their outputs and their gradients are 0.
         lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of any float dtype and of any strides.
@@ -267,7 +268,7 @@ def lora_experts(
 @public("lora_experts", "lora_experts_backward", "dora_experts_weight_norm")
 def dora_experts(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     offsets: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -305,7 +306,7 @@ def dora_experts(
 
 @public("dora_experts_weight_norm")
 def dora_experts_weight_norm(
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
@@ -332,7 +333,7 @@ def dora_experts_weight_norm(
     """
     op = "dora_experts_weight_norm"
     checks.check_experts_weight(op, weight)
-    held = weight.packed if isinstance(weight, NF4Weight) else weight
+    held = weight.parts[0] if isinstance(weight, PackedWeight) else weight
     checks.check_experts_lora(op, held, weight, lora_A, lora_B)
     checks.check_scale(op, scaling)
     if offsets is not None:
@@ -340,7 +341,7 @@ def dora_experts_weight_norm(
         offsets = offsets.long()
     dtype = weight.dtype if dtype is None else dtype
     checks.check_dtype(op, dtype)
-    if dtype != weight.dtype and not isinstance(weight, NF4Weight):
+    if dtype != weight.dtype and not isinstance(weight, PackedWeight):
         raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
     lora_A, lora_B = lora_A.detach(), lora_B.detach()
     if dtype is torch.float64 or checks.wants_reference(lora_A, lora_B):
@@ -351,7 +352,7 @@ def dora_experts_weight_norm(
 
 @public("lora_experts", "lora_experts_backward")
 def experts_linear(
-    x: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor, bias: Optional[Tensor] = None
+    x: Tensor, weight: Union[Tensor, PackedWeight], offsets: Tensor, bias: Optional[Tensor] = None
 ) -> Tensor:
     """``Y_t = x_t W_eᵀ + b_e`` for every row t of expert e, over frozen weights: :func:`lora_experts` without adapters.
 

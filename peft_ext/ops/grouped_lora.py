@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..reference import common
 from ..reference import grouped_lora as reference
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, tokens
 from .nf4 import refuse_double_backward, sum_rows
@@ -147,7 +147,7 @@ torch.library.register_autograd(f"{NAMESPACE}::grouped_lora_linear", _backward, 
 @public("grouped_lora_linear", "lora_linear_backward")
 def grouped_lora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     adapters: Sequence[int],
@@ -159,7 +159,7 @@ def grouped_lora_linear(
 
     Args:
         x: ``[samples, ..., K]``, float32, bfloat16 or float16.
-        weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
+        weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         lora_A: a list with ``[R_g, K]`` for each adapter g. lora_B: a list with ``[N, R_g]`` for each adapter g. The
             factors may have any float dtypes, and the ranks may differ.
         adapters: for each sample the index of its adapter, or -1 for none. Neighbouring samples of one adapter are

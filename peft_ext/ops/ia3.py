@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..reference import ia3 as reference
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
@@ -164,7 +164,7 @@ _ia3_scale = register_autograd("ia3_scale", _scale_backward, setup_context=_scal
 @public("ia3_linear", "ia3_linear_backward")
 def ia3_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     ia3_l: Tensor,
     bias: Optional[Tensor] = None,
     *,
@@ -175,7 +175,7 @@ def ia3_linear(
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
-        weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
+        weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         ia3_l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float dtype.
         bias: ``[N]`` of x's dtype.
         save_output: True: the caller promises not to change the result in place. On a CPU, Y is then saved instead of
@@ -207,7 +207,7 @@ def ia3_linear(
 
 def checked_ia3_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     bias: Optional[Tensor],
     ia3_l: Tensor,
     feedforward: bool,

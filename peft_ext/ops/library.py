@@ -23,11 +23,9 @@ from .._ops import NAMESPACE
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# A frozen weight in a schema: dense (the optionals are None, blocksize 0) or NF4 (see NF4Weight.op_args).
-WEIGHT = (
-    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, "
-    "int blocksize, SymInt[] shape"
-)
+# A frozen weight in a schema: dense (the optionals are None, layout 0) or packed (see PackedWeight.op_args). Single
+# tensors and one integer cost a call less than a list of tensors, a string and a list of integers: see docs/formats.md.
+WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? part4, int layout, SymInt[] shape"
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..reference import common
 from ..reference import lora as reference
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
@@ -189,7 +189,7 @@ _lora_residual = register_autograd(
 @public("lora_linear", "lora_linear_backward")
 def lora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Optional[Tensor] = None,
@@ -204,7 +204,7 @@ def lora_linear(
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
-        weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
+        weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, float32 over a bfloat16 base included.
         bias: ``[N]`` of x's dtype.
         rank_scale: ``[R]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
@@ -238,7 +238,7 @@ def lora_linear(
 
 def checked_lora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     bias: Optional[Tensor],
     lora_A: Tensor,
     lora_B: Tensor,

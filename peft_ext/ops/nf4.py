@@ -12,8 +12,10 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from ..reference import common
 from ..reference import nf4 as reference
-from ..weight import NestedAbsmax, NF4Weight
+from ..weights.nf4 import NestedAbsmax, NF4Weight
+from ..weights.packed import PackedWeight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd
 
@@ -40,22 +42,27 @@ def _dequantize_fake(weight, *args):
     return weight.new_empty(args[5], dtype=args[-1])
 
 
-def _dense(weight, absmax, *rest):
-    """Returns the dense weight: an NF4 weight is decoded to the dtype in the last argument."""
-    return weight if absmax is None else reference.dequantize(weight, absmax, *rest)
+def _dequantize_reference(weight, *args):
+    return common.dense(checks.unpack_weight(weight, *args), args[-1])
 
 
-def _linear_reference(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, bias):
-    dense = _dense(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.dtype)
-    return torch.nn.functional.linear(x, dense, bias)
+def _merged_reference(weight, *args):
+    *decode, lora_A, lora_B, row_scale, scaling, dtype = args
+    dense = common.dense(checks.unpack_weight(weight, *decode, torch.float32), torch.float32)
+    return reference.merged_of(dense, lora_A, lora_B, row_scale, scaling).to(dtype)
 
 
-def _linear_fake(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, bias):
-    return x.new_empty((*x.shape[:-1], shape[0]))
+def _linear_reference(x, *args):
+    *weight, bias = args
+    return torch.nn.functional.linear(x, common.dense(checks.unpack_weight(*weight, x.dtype), x.dtype), bias)
 
 
-def _linear_backward_reference(grad, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape):
-    return grad @ _dense(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, grad.dtype)
+def _linear_fake(x, *args):
+    return x.new_empty((*x.shape[:-1], args[6][0]))
+
+
+def _linear_backward_reference(grad, *weight):
+    return grad @ common.dense(checks.unpack_weight(*weight, grad.dtype), grad.dtype)
 
 
 def _merge_fake(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, *rest):
@@ -64,8 +71,8 @@ def _merge_fake(weight, absmax, nested_absmax, nested_code, nested_offset, block
     return weight.new_empty(((count + 1) // 2, 1)), absmax, weight.new_empty(2, dtype=torch.float64)
 
 
-def _linear_backward_fake(grad, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape):
-    return grad.new_empty((*grad.shape[:-1], shape[1]))
+def _linear_backward_fake(grad, *args):
+    return grad.new_empty((*grad.shape[:-1], args[-1][1]))
 
 
 define(
@@ -94,7 +101,7 @@ define(
 define(
     "nf4_dequantize",
     f"({WEIGHT}, ScalarType dtype) -> Tensor",
-    reference=reference.dequantize,
+    reference=_dequantize_reference,
     fake=_dequantize_fake,
     family="nf4",
 )
@@ -103,7 +110,7 @@ define(
 define(
     "nf4_dequantize_merged",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
-    reference=reference.dequantize_merged,
+    reference=_merged_reference,
     fake=_dequantize_fake,
     family="nf4",
 )
@@ -307,7 +314,7 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
 
 
 @public("nf4_linear", "nf4_linear_backward")
-def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
+def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor] = None) -> Tensor:
     """``Y = X Wᵀ + b`` over a frozen weight, dense or NF4, computed by the operator ``peft_ext::nf4_linear``.
 
     On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..reference import common
 from ..reference import siblings as reference
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, places, unpack_layers
 from .library import NAMESPACE, below_autograd, by_reference, define, proof, public, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
@@ -178,7 +178,7 @@ torch.library.register_autograd(f"{NAMESPACE}::lora_linears", _backward, setup_c
 @public("lora_linears", "lora_linears_backward")
 def lora_linears(
     x: Tensor,
-    weights: Sequence[Union[Tensor, NF4Weight]],
+    weights: Sequence[Union[Tensor, PackedWeight]],
     lora_As: Sequence[Optional[Tensor]],
     lora_Bs: Sequence[Optional[Tensor]],
     biases: Optional[Sequence[Optional[Tensor]]] = None,
@@ -193,7 +193,7 @@ def lora_linears(
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
-        weights: frozen ``[N_i, K]`` each: a dense tensor of x's dtype, or an NF4Weight.
+        weights: frozen ``[N_i, K]`` each: a dense tensor of x's dtype, or a PackedWeight.
         lora_As: ``[R_i, K]`` each; lora_Bs: ``[N_i, R_i]`` each; of any float dtype. For a layer without an adapter,
             both are None.
         biases: ``[N_i]`` of x's dtype each, or None.

@@ -7,7 +7,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .nf4 import nf4_dequantize
 from .philox import dropout_keep_mask
 
@@ -16,9 +16,9 @@ from .philox import dropout_keep_mask
 SMALLEST_SCALE = 2.0**-6
 
 
-def dense(weight: Union[Tensor, NF4Weight], dtype: torch.dtype) -> Tensor:
-    """Returns a dense weight unchanged, and an NF4 weight dequantized and rounded once to ``dtype``."""
-    return nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
+def dense(weight: Union[Tensor, PackedWeight], dtype: torch.dtype) -> Tensor:
+    """Returns a dense weight unchanged, and a packed weight decoded and rounded once to ``dtype``."""
+    return nf4_dequantize(weight, dtype) if isinstance(weight, PackedWeight) else weight
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .common import dense, rows, sum_dtype
 from .lora import lora_residual_forward
 
@@ -55,7 +55,7 @@ def cross_entropy_rows(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     labels: Tensor,
     bias: Optional[Tensor] = None,
     *,

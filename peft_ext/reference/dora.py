@@ -15,7 +15,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .common import SMALLEST_SCALE, dense, dropout_seed, dropped, rows, sum_dtype
 
 __all__ = [
@@ -38,7 +38,7 @@ def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def dora_weight_norm_forward(
-    weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
+    weight: Union[Tensor, PackedWeight], lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(n [N], U [N, R])`` in float32, or in float64 if ``dtype`` is float64.
 
@@ -54,7 +54,7 @@ def dora_weight_norm_forward(
 
 def dora_weight_norm_backward(
     grad: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     norm: Tensor,
@@ -76,7 +76,7 @@ def dora_weight_norm_backward(
 
 
 def dora_weight_norm(
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
@@ -92,7 +92,7 @@ def dora_weight_norm(
 
 def dora_linear_forward(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     bias: Optional[Tensor],
     lora_A: Tensor,
     lora_B: Tensor,
@@ -126,7 +126,7 @@ def dora_linear_forward(
 def dora_linear_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     out_scale: Tensor,
@@ -173,7 +173,7 @@ def dora_linear_backward(
 
 def dora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,

@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NESTED_BLOCKSIZE, NF4Weight, nf4_code
-from .common import rows, sum_dtype
+from ..weights.nf4 import NESTED_BLOCKSIZE, NF4Weight, nf4_code
+from ..weights.packed import PackedWeight
+from .common import dense, rows, sum_dtype
 
 __all__ = ["embedding_rows", "lora_embedding", "lora_embedding_backward"]
 
 
-def embedding_rows(indices: Tensor, weight: Union[Tensor, NF4Weight]) -> Tensor:
-    """Returns the rows ``W[i]``, ``[..., N]``. If the weight is NF4, only these rows are decoded."""
+def embedding_rows(indices: Tensor, weight: Union[Tensor, PackedWeight]) -> Tensor:
+    """Returns the rows ``W[i]``, ``[..., N]``. Of an NF4 weight, only these rows are decoded."""
     columns = weight.shape[1]
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, PackedWeight):
         return F.embedding(indices, weight)
+    if not isinstance(weight, NF4Weight):
+        return F.embedding(indices, dense(weight, weight.dtype))
     packed, absmax, nested_absmax, nested_table, nested_offset, blocksize, _ = weight.op_args()
     flat = indices.long()[..., None] * columns + torch.arange(columns, device=indices.device)
     byte, block = packed.reshape(-1)[flat // 2], flat // blocksize
@@ -36,7 +39,7 @@ def embedding_rows(indices: Tensor, weight: Union[Tensor, NF4Weight]) -> Tensor:
 
 def lora_embedding(
     indices: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     *,

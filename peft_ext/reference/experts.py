@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .common import dense, dropout_seed, sum_dtype
 from .dora import dora_linear, dora_linear_backward, dora_linear_forward, dora_weight_norm
 from .lora import lora_linear, lora_linear_backward, lora_linear_forward
@@ -51,9 +51,9 @@ def wanted_experts(offsets: Optional[Tensor], count: int) -> Iterable[int]:
     return range(count) if offsets is None else (expert for expert, _ in runs(offsets))
 
 
-def weight_of(weight: Union[Tensor, NF4Weight], expert: int) -> Union[Tensor, NF4Weight]:
+def weight_of(weight: Union[Tensor, PackedWeight], expert: int) -> Union[Tensor, PackedWeight]:
     """Returns the weight ``[N, K]`` of an expert, which shares the memory of ``weight``."""
-    return weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert]
+    return weight.expert(expert) if isinstance(weight, PackedWeight) else weight[expert]
 
 
 def _of(values: Optional[Tensor], expert: Union[int, slice]) -> Optional[Tensor]:
@@ -70,7 +70,7 @@ def seed_of(seed: Optional[Tensor], expert: int) -> Optional[Tensor]:
 
 def lora_experts_forward(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     bias: Optional[Tensor],
     offsets: Tensor,
     lora_A: Optional[Tensor],
@@ -106,7 +106,7 @@ def lora_experts_forward(
 def lora_experts_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     offsets: Tensor,
     lora_A: Optional[Tensor],
     lora_B: Optional[Tensor],
@@ -144,7 +144,7 @@ def lora_experts_backward(
 
 def lora_experts(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     offsets: Tensor,
     lora_A: Optional[Tensor] = None,
     lora_B: Optional[Tensor] = None,
@@ -171,7 +171,7 @@ def lora_experts(
 
 
 def dora_experts_weight_norm(
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
@@ -191,7 +191,7 @@ def dora_experts_weight_norm(
 
 def dora_experts(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     offsets: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .common import dense, sum_dtype
 
 __all__ = ["grouped_lora_linear", "grouped_lora_linear_forward", "samples_of"]
@@ -27,7 +27,7 @@ def samples_of(adapters: Sequence[int], group: int) -> list[int]:
 
 def grouped_lora_linear_forward(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     bias: Optional[Tensor],
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
@@ -53,7 +53,7 @@ def grouped_lora_linear_forward(
 
 def grouped_lora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     adapters: Sequence[int],

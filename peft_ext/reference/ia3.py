@@ -11,7 +11,7 @@ from typing import Optional, Union
 
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .common import SMALLEST_SCALE, dense, rows, sum_dtype
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def ia3_linear_forward(
-    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], ia3_l: Tensor, feedforward: bool
+    x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor], ia3_l: Tensor, feedforward: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(Y [..., N], Z [T, N])``. Z is the output before scaling by ia3_l, or Y with ``feedforward``.
 
@@ -41,7 +41,7 @@ def ia3_linear_forward(
 def ia3_linear_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     bias: Optional[Tensor],
     ia3_l: Tensor,
     z: Optional[Tensor],
@@ -85,7 +85,7 @@ def ia3_scale_backward(grad: Tensor, x: Tensor, ia3_l: Tensor) -> tuple[Tensor, 
 
 def ia3_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     ia3_l: Tensor,
     bias: Optional[Tensor] = None,
     *,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .common import dense, dropout_seed, dropped, rows, sum_dtype
 
 __all__ = [
@@ -33,7 +33,7 @@ def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Uni
 
 
 def lora_linear_forward(
-    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], *adapter: Any
+    x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor], *adapter: Any
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(Y [..., N], S [T, R])``; S is ``dropout(x) Aᵀ``.
 
@@ -45,7 +45,7 @@ def lora_linear_forward(
 def lora_linear_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     rank_scale: Optional[Tensor],
@@ -114,7 +114,7 @@ def _low_rank_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
 
 def lora_linear(
     x: Tensor,
-    weight: Union[Tensor, NF4Weight],
+    weight: Union[Tensor, PackedWeight],
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Optional[Tensor] = None,

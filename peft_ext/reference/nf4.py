@@ -4,7 +4,7 @@ The codes and scales have the same bits as those of bitsandbytes; :func:`quantiz
 the exceptions.
 
 Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``create_dynamic_map()`` for the table of double
-quantization. The 16 codes are in :mod:`peft_ext.weight`.
+quantization. The 16 codes are in :mod:`peft_ext.weights.nf4`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NESTED_BLOCKSIZE, NF4_CODE, NestedAbsmax, NF4Weight, nf4_code
+from ..weights.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NestedAbsmax, NF4Weight, nf4_code
+from ..weights.packed import PackedWeight
+from .formats import decoded
 
 __all__ = [
     "NF4_CODE",
@@ -141,11 +143,15 @@ def dequantize_merged(*args: Any) -> Tensor:
     ``row_scale`` g ``[N]``, or None for ones.
     """
     *weight, lora_A, lora_B, row_scale, scaling, dtype = args
-    merged = dequantize(*weight, torch.float32)
+    return merged_of(dequantize(*weight, torch.float32), lora_A, lora_B, row_scale, scaling).to(dtype)
+
+
+def merged_of(merged: Tensor, lora_A: Tensor, lora_B: Tensor, row_scale: Optional[Tensor], scaling: float) -> Tensor:
+    """Returns ``g ∘ (W + s · B A)`` in float32, computed in the memory of ``merged``, which holds W in float32."""
     merged += scaling * (lora_B.float() @ lora_A.float())
     if row_scale is not None:
         merged *= row_scale.float()[:, None]
-    return merged.to(dtype)
+    return merged
 
 
 def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,9 +200,10 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, state)
 
 
-def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """See :func:`peft_ext.ops.nf4_dequantize`."""
-    return dequantize(*nf4.op_args(), dtype or nf4.dtype)
+def nf4_dequantize(nf4: PackedWeight, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """See :func:`peft_ext.ops.nf4_dequantize`. Also decodes packed weights of other formats."""
+    dtype = dtype or nf4.dtype
+    return dequantize(*nf4.op_args(), dtype) if isinstance(nf4, NF4Weight) else decoded(nf4, dtype)
 
 
 def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:
@@ -204,6 +211,6 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     return F.linear(x, nf4_dequantize(nf4, x.dtype), bias)
 
 
-def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
+def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor] = None) -> Tensor:
     """See :func:`peft_ext.ops.frozen_linear`."""
-    return F.linear(x, nf4_dequantize(weight, x.dtype) if isinstance(weight, NF4Weight) else weight, bias)
+    return F.linear(x, nf4_dequantize(weight, x.dtype) if isinstance(weight, PackedWeight) else weight, bias)

@@ -13,7 +13,7 @@ from typing import Optional, Union
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weights.packed import PackedWeight
 from .common import dense
 from .lora import lora_linear
 
@@ -22,7 +22,7 @@ __all__ = ["lora_linears"]
 
 def lora_linears(
     x: Tensor,
-    weights: Sequence[Union[Tensor, NF4Weight]],
+    weights: Sequence[Union[Tensor, PackedWeight]],
     lora_As: Sequence[Optional[Tensor]],
     lora_Bs: Sequence[Optional[Tensor]],
     biases: Sequence[Optional[Tensor]],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..methods import METHODS
-from ..weight import BLOCKSIZES
+from ..weights.nf4 import BLOCKSIZES
 from .data import PYTHON_DOCS
 from .errors import RunError
 

@@ -16,7 +16,7 @@ from .._imports import has, required
 from ..integrations.adapter_layers.dora_experts import factors_of
 from ..nn.experts import is_stored_transposed
 from ..sources.model import SourceError
-from ..weight import NF4Weight
+from ..weights.nf4 import NF4Weight
 
 with required("peft", "peft_ext.sharded"):
     from peft.tuners.lora.dora import DoraLinearLayer

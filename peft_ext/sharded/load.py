@@ -19,7 +19,7 @@ from ..nn.experts import is_stored_transposed
 from ..sources.conversion import Group
 from ..sources.json_file import first_line
 from ..sources.model import SourceError
-from ..weight import NF4Weight
+from ..weights.nf4 import NF4Weight
 from .adapter import Adapted, base_of, check_adapter, magnitude, magnitudes_to_compute, tensors_of, whole_factors
 from .base import MetaBase
 

@@ -22,7 +22,7 @@ import torch
 
 from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
 from .._imports import required
-from ..weight import BLOCKSIZES
+from ..weights.nf4 import BLOCKSIZES
 from .json_file import raised_as, read_object, shown
 from .model import MOST_LAYERS, SourceError
 from .weight_files import check_floats, weight_shapes

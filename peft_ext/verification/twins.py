@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..integrations.adapter_layers.base import FOUR_BIT, quant_state_of
 from ..nn import NF4Experts, NF4Linear
 from ..nn.experts import dense_experts
-from ..weight import NF4Weight
+from ..weights.nf4 import NF4Weight
 
 __all__ = ["Dequantized", "dequantizing", "twin", "without_dropout"]
 

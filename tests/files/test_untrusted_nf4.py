@@ -20,7 +20,7 @@ from torch import nn
 
 import peft_ext
 from peft_ext import NF4Weight
-from peft_ext.weight import QUANT_STATE, read_nf4
+from peft_ext.weights.nf4 import QUANT_STATE, read_nf4
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("files are read on the CPU")]
 
@@ -75,7 +75,7 @@ def test_a_quant_state_that_is_no_bytes(state: dict[str, torch.Tensor], held: An
         read_nf4({**state, QUANT_STATE: held})
 
 
-_SIZES = re.escape(str(peft_ext.weight.BLOCKSIZES))
+_SIZES = re.escape(str(peft_ext.weights.nf4.BLOCKSIZES))
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -222,7 +222,7 @@ def _nf4(data: bytes, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from peft_ext.weight import QUANT_STATE, read_nf4, read_quant_state
+    from peft_ext.weights.nf4 import QUANT_STATE, read_nf4, read_quant_state
 
     try:
         found = load(data)

@@ -39,7 +39,7 @@ from op_db import DTYPES, MODULES, Case, Sample
 from torch import Tensor
 
 from peft_ext import _native
-from peft_ext.weight import BLOCKSIZES
+from peft_ext.weights.nf4 import BLOCKSIZES
 
 # Largest number of multiply-adds in one case's products, for which a case takes some hundredths of a second.
 BUDGET, SMALL_BUDGET = 3e7, 2e5

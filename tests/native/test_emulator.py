@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from peft_ext.reference import nf4 as reference
-from peft_ext.weight import BLOCKSIZES
+from peft_ext.weights.nf4 import BLOCKSIZES
 
 pytestmark = pytest.mark.slow
 

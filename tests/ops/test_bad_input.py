@@ -213,7 +213,7 @@ def test_a_scale_may_be_a_tensor_nowhere() -> None:
     _refused("bottleneck_adapter", {"scale": True}, ValueError, f"scale is True, {_FINITE}")
 
 
-_SIZES = str(peft_ext.weight.BLOCKSIZES)
+_SIZES = str(peft_ext.weights.nf4.BLOCKSIZES)
 _LIST = "wanted a list, one element for each adapter"
 _META_SEED = torch.zeros(2, dtype=torch.int64, device="meta")
 _OTHERS: tuple[tuple[str, dict[str, Any], type[Exception], str], ...] = (
@@ -351,7 +351,7 @@ def test_no_tokens_and_no_outputs_are_no_error() -> None:
 
 # - NF4Weight -
 
-_DTYPES = ", ".join(map(str, peft_ext.weight.FLOATS))
+_DTYPES = ", ".join(map(str, peft_ext.weights.nf4.FLOATS))
 _NF4 = reference.nf4_quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(0)), 64, True)
 
 

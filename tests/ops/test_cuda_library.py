@@ -13,7 +13,7 @@ import peft_ext
 from peft_ext import _native
 from peft_ext.ops.library import OPERATORS, has_kernel
 from peft_ext.reference import nf4 as reference
-from peft_ext.weight import BLOCKSIZES
+from peft_ext.weights.nf4 import BLOCKSIZES
 
 if torch.version.cuda is None:
     pytest.skip("torch is not a CUDA build", allow_module_level=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_ext import _native, ops
 from peft_ext.ops.library import has_kernel
 from peft_ext.reference import nf4 as reference
-from peft_ext.weight import BLOCKSIZES
+from peft_ext.weights.nf4 import BLOCKSIZES
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from cuda_kernels import assert_same_bits, kernels
 from torch import Tensor
 
 from peft_ext.reference import nf4 as reference
-from peft_ext.weight import BLOCKSIZES
+from peft_ext.weights.nf4 import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Numbers of elements below, at and above those of a vector, a quantization block, a warp and a thread block.

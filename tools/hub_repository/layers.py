@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # n
 
 from . import ops
 from .ops.checks import autocast_dtype
-from .weight import NF4Weight, nf4_from_params4bit, why_not_nf4
+from .weights.nf4 import NF4Weight, nf4_from_params4bit, why_not_nf4
 
 __all__ = ["MLP", "LoRALinear", "NF4Linear", "RMSNorm"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import _native, layers, ops
 from .ops import *  # noqa: F403
 from .ops import prove
-from .weight import NestedAbsmax, NF4Weight
+from .weights.nf4 import NestedAbsmax, NF4Weight
 
 
 def _image(kernel: str, file: str, capability: int) -> tuple[bytes, bytes]:

@@ -7,7 +7,7 @@ from typing import Optional
 from torch import Tensor
 
 from ..._imports import optional
-from ...weight import NF4Weight
+from ...weights.nf4 import NF4Weight
 from .base import FOUR_BIT, Linear8bitLt, fuses
 from .lora import LowRank
 from .merging import Merged, MergesNF4

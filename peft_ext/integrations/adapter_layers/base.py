@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..._imports import optional
 from ...nn import NF4Linear
 from ...ops.checks import autocast_dtype
-from ...weight import NF4Weight, nf4_from_params4bit
+from ...weights.nf4 import NF4Weight, nf4_from_params4bit
 
 Linear4bit = Linear8bitLt = Params4bit = Conv1D = None
 with optional("bitsandbytes", "no layer over a Linear8bitLt is fused"):

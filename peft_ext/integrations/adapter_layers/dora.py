@@ -12,7 +12,7 @@ from ..._imports import has, optional
 from ...nn import NF4Linear
 from ...ops.dora import checked_dora_linear
 from ...reference.dora import output_scale
-from ...weight import NF4Weight, nf4_from_params4bit
+from ...weights.nf4 import NF4Weight, nf4_from_params4bit
 from .base import quant_state_of
 
 dora = DoraLinearLayer = DoraLinearVariant = None

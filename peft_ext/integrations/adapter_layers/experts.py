@@ -44,7 +44,7 @@ from ...nn.experts import (
 )
 from ...ops.checks import autocast_dtype
 from ...reference.dora import output_scale
-from ...weight import NF4Weight
+from ...weights.nf4 import NF4Weight
 from ..forms import row_of
 from ..forms.activations import activation_name
 from .base import DTYPES, KEPT, Fused, active_in, class_name, fuses, is_fully_sharded

@@ -19,7 +19,7 @@ from ..._imports import optional
 from ...nn import NF4Linear
 from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
-from ...weight import NF4Weight
+from ...weights.nf4 import NF4Weight
 from . import dora, siblings, tensor_parallel
 from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider
 from .known import KNOWN, facts_of, remember, single_name

@@ -13,7 +13,7 @@ from ... import ops
 from ..._imports import optional, version
 from ...nn import NF4Linear
 from ...nn.nf4 import is_zero3_shard, requantized
-from ...weight import NF4Weight
+from ...weights.nf4 import NF4Weight
 from .base import KEPT
 
 check_adapters_to_merge = None

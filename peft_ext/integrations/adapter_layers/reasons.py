@@ -26,7 +26,7 @@ from ...ops.checks import autocast_dtype, under_a_transform
 from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
 from ...text import dtype_name as short
-from ...weight import why_not_nf4
+from ...weights.nf4 import why_not_nf4
 from . import dora
 from .base import (
     DTYPES,

@@ -22,8 +22,9 @@ from typing import Any, NoReturn, Optional
 import torch
 from torch import Tensor
 
-from ._imports import required
-from ._ops import NAMESPACE
+from .._imports import required
+from .._ops import NAMESPACE
+from .packed import Format, PackedWeight, register
 
 __all__ = [
     "BLOCKSIZES",
@@ -71,6 +72,11 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _MOST_BYTES = 1 << 20
 
 
+# NF4Weight checks its own tensors.
+NF4 = register(Format("nf4", 0, ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset"),
+                      lambda *_: None, "bitsandbytes"))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class NestedAbsmax:
     """State that decodes a double-quantized absmax: ``absmax_i = code[absmax_u8[i]] * absmax[i // 256] + offset``.
@@ -86,7 +92,7 @@ class NestedAbsmax:
 
 
 @dataclass(frozen=True)
-class NF4Weight:
+class NF4Weight(PackedWeight):
     """A linear weight, quantized to NF4.
 
     Attributes:
@@ -235,21 +241,24 @@ class NF4Weight:
                 raise ValueError("NF4Weight: nested_code does not ascend")
 
     @property
+    def format(self) -> Format:
+        return NF4
+
+    @property
+    def parts(self) -> tuple[Optional[Tensor], ...]:
+        return self.op_args()[:5]
+
+    @property
+    def group(self) -> int:
+        return self.blocksize
+
+    @property
+    def option(self) -> int:
+        return 0
+
+    @property
     def device(self) -> torch.device:
         return self.packed.device
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of the packed codes, the scales and the double-quantization state."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the weight's tensors by name, always in the same order."""
@@ -268,10 +277,6 @@ class NF4Weight:
         if nested is not None:
             nested = NestedAbsmax(fn(nested.absmax), fn(nested.code), fn(nested.offset))
         return replace(self, packed=fn(self.packed), absmax=fn(self.absmax), nested=nested)
-
-    def to(self, device: torch.device | str) -> NF4Weight:
-        """Returns this weight on another device. Codes and scales keep their dtypes."""
-        return self.map(lambda t: t.to(device))
 
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
         """See :func:`peft_ext.ops.nf4_dequantize`."""
