@@ -19,6 +19,15 @@ PEFT_EXT_BOTH uint32_t bits_of_float(float value) {
   return bits;
 }
 
+// Returns a product that the compiler does not contract with a sum to an FMA.
+PEFT_EXT_BOTH float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // Returns entry `index` (0 to 7) of a table of eight nibbles; entry 0 is the lowest nibble.
 PEFT_EXT_BOTH uint32_t nibble_entry(uint32_t table, uint32_t index) { return table >> (4 * index) & 15; }
 
@@ -44,6 +53,7 @@ PEFT_EXT_BOTH uint32_t nibble_code(const void* bytes, int64_t element, int first
   return static_cast<const uint8_t*>(bytes)[element / 2] >> (4 * ((element & 1) ^ first)) & 15;
 }
 
+#ifndef __CUDACC__
 // Writes the 32 codes of 16 bytes. A shift of a 64-bit word gives each code without a permutation of vectors.
 inline void nibble_codes(const void* bytes, int first, uint32_t* codes) {
   uint64_t words[2];
@@ -53,6 +63,7 @@ inline void nibble_codes(const void* bytes, int first, uint32_t* codes) {
 #pragma GCC unroll 1
   for (int i = 0; i < 16; ++i) codes[16 + i] = words[1] >> (4 * (i ^ first)) & 15;
 }
+#endif
 
 }  // namespace
 }  // namespace peft_ext

@@ -14,6 +14,29 @@ namespace peft_ext {
 namespace {
 
 struct Fp4 {
+  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+    const int shift = format_flags(w.option);
+    return shift >= 5 && shift < 32 && w.group == int64_t{1} << shift
+               ? nullptr
+               : "a group that is a power of two of 32 or more, and the group's log2 as flags";
+  }
+  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+    const int64_t elements = w.rows * w.columns, blocks = (elements + w.group - 1) >> format_flags(w.option);
+    const bool nested = w.part[2] != nullptr;
+    switch (part) {
+      case 0:
+        return (elements + 1) / 2;
+      case 1:
+        return nested ? blocks : 4 * blocks;
+      case 2:
+        return nested ? 4 * ((blocks + 255) / 256) : 0;
+      case 3:
+        return nested ? 4 * 256 : 0;
+      default:
+        return nested ? 4 : 0;
+    }
+  }
+
   // Returns the value of a code: 2/3 * 2^-x for codes 1, 2, 4 and 6, 2^-x for codes 3, 5 and 7, +0 for codes 0 and 8.
   // An entry of the table holds x in its low three bits; the fourth bit is set for a power of two.
   PEFT_EXT_BOTH static float code_value(uint32_t code) {
@@ -27,8 +50,8 @@ struct Fp4 {
   PEFT_EXT_BOTH static float scale(const PackedView& w, int64_t block) {
     if (w.part[2] == nullptr) return static_cast<const float*>(w.part[1])[block];
     const uint8_t code = static_cast<const uint8_t*>(w.part[1])[block];
-    const float product =
-        static_cast<const float*>(w.part[3])[code] * static_cast<const float*>(w.part[2])[block / 256];
+    const float nested = static_cast<const float*>(w.part[2])[block / 256];
+    const float product = rounded_product(static_cast<const float*>(w.part[3])[code], nested);
     return product + static_cast<const float*>(w.part[4])[0];
   }
 
@@ -37,8 +60,8 @@ struct Fp4 {
     return code_value(nibble_code(w.part[0], flat, 1)) * scale(w, flat >> format_flags(w.option));
   }
 
+#ifndef __CUDACC__
   static bool runs(const PackedView& w) { return w.columns % 32 == 0; }
-
   static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
     const int64_t flat = row * w.columns + column;
     const float factor = scale(w, flat >> format_flags(w.option));
@@ -47,6 +70,7 @@ struct Fp4 {
 #pragma GCC unroll 1
     for (int i = 0; i < 32; ++i) out[i] = code_value(codes[i]) * factor;
   }
+#endif
 };
 
 }  // namespace

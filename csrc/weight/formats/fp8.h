@@ -16,10 +16,29 @@ struct Fp8 {
   // A shift by kAll gives index 0 for every row or column.
   static constexpr int kAll = 63;
 
+  PEFT_EXT_BOTH static int row_shift(const PackedView& w) { return format_flags(w.option) & 63; }
+  PEFT_EXT_BOTH static int column_shift(const PackedView& w) { return format_flags(w.option) >> 6 & 63; }
+
+  // Returns the number of blocks that hold `count` rows or columns.
+  PEFT_EXT_BOTH static int64_t blocks(int64_t count, int shift) { return count == 0 ? 0 : ((count - 1) >> shift) + 1; }
+
+  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+    const int shift = column_shift(w);
+    const bool all = shift == kAll;
+    return (all || shift < 32) && w.group == (all ? 0 : int64_t{1} << shift) && scale_type(w.option) <= ScaleType::kE8M0
+               ? nullptr
+               : "a group that is 0 or a power of two, the group's log2 in the flags, and scales that are not e4m3";
+  }
+  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+    const ScaleType type = scale_type(w.option);
+    const int64_t width = type == ScaleType::kF32 ? 4 : type == ScaleType::kE8M0 ? 1 : 2;
+    if (part == 0) return w.rows * w.columns;
+    return part == 1 ? blocks(w.rows, row_shift(w)) * blocks(w.columns, column_shift(w)) * width : 0;
+  }
+
   PEFT_EXT_BOTH static float scale(const PackedView& w, int64_t row, int64_t column) {
-    const int rows = format_flags(w.option) & 63, columns = format_flags(w.option) >> 6 & 63;
-    const int64_t across = ((w.columns - 1) >> columns) + 1;
-    return scale_value(w.part[1], scale_type(w.option), (row >> rows) * across + (column >> columns));
+    const int64_t block = (row >> row_shift(w)) * blocks(w.columns, column_shift(w)) + (column >> column_shift(w));
+    return scale_value(w.part[1], scale_type(w.option), block);
   }
 
   PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
@@ -27,8 +46,8 @@ struct Fp8 {
     return e4m3_code_value(byte) * scale(w, row, column);
   }
 
-  static bool runs(const PackedView& w) { return w.columns % 32 == 0 && (format_flags(w.option) >> 6 & 63) >= 5; }
-
+#ifndef __CUDACC__
+  static bool runs(const PackedView& w) { return w.columns % 32 == 0 && column_shift(w) >= 5; }
   static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
     const uint8_t* bytes = static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
     const float factor = scale(w, row, column);
@@ -39,6 +58,7 @@ struct Fp8 {
       for (int i = 0; i < 8; ++i) out[first + i] = e4m3_code_value(codes[i]) * factor;
     }
   }
+#endif
 };
 
 }  // namespace

@@ -15,6 +15,14 @@ namespace {
 struct Nvfp4 {
   static constexpr int kReciprocal = 1;
 
+  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+    return w.group == 16 && w.columns % 16 == 0 ? nullptr : "group 16, and a multiple of 16 columns";
+  }
+  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+    const int64_t sizes[] = {w.rows * (w.columns / 2), w.rows * (w.columns / 16), 4};
+    return part < 3 ? sizes[part] : 0;
+  }
+
   PEFT_EXT_BOTH static bool reciprocal(const PackedView& w) { return format_flags(w.option) & kReciprocal; }
 
   PEFT_EXT_BOTH static float scale(const PackedView& w, int64_t group) {
@@ -31,8 +39,8 @@ struct Nvfp4 {
     return code_value(nibble_code(w.part[0], flat, 0), reciprocal(w) ? -0.0f : 0.0f) * scale(w, flat / 16);
   }
 
+#ifndef __CUDACC__
   static bool runs(const PackedView& w) { return w.columns % 32 == 0; }
-
   static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
     const int64_t flat = row * w.columns + column;
     const float zero = reciprocal(w) ? -0.0f : 0.0f;
@@ -44,6 +52,7 @@ struct Nvfp4 {
 #pragma GCC unroll 1
     for (int i = 16; i < 32; ++i) out[i] = code_value(codes[i], zero) * scales[1];
   }
+#endif
 };
 
 }  // namespace
