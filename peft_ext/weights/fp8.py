@@ -148,14 +148,14 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
     step = max(1, _CHUNK // max(1, k))
     if rows:
         step = max(1, step // rows) * rows
-    for first in range(0, n, step):
+    for first in range(0, n if k else 0, step):
         chunk = torch.nn.functional.pad(weight[first : first + step].float().abs_(), (0, -k % width))
         largest = chunk.unflatten(1, (-1, width)).amax(2)
         blocks = torch.arange(first, first + len(largest), device=weight.device) >> row_shift
         grid.scatter_reduce_(0, blocks[:, None].expand_as(largest), largest, "amax")
     factors = torch.where(grid > 0, _MAX / torch.where(grid > 0, grid, 1.0), 1.0)
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=weight.device)
-    for first in range(0, n, step):
+    for first in range(0, n if k else 0, step):
         chunk = weight[first : first + step].float()
         blocks = torch.arange(first, first + len(chunk), device=weight.device) >> row_shift
         scaled = chunk.mul_(factors[blocks].repeat_interleave(width, 1)[:, :k])

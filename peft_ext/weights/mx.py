@@ -202,10 +202,8 @@ def quantize_mxfp4(weight: Tensor) -> PackedWeight:
             raise ValueError("quantize_mxfp4: weight has values that are not finite")
         # frexp gives largest = m · 2^e with m in [0.5, 1), and e = 0 for 0.
         exponents = torch.where(largest > 0, largest.frexp().exponent - 3, -127).clamp_(-127)
-        # 2^-127 is subnormal: the conversion to float32 rounds exactly 2^-127.
-        return (exponents + 127).to(torch.uint8), torch.ldexp(
-            torch.ones_like(largest, dtype=torch.float64), exponents
-        ).float()
+        scales = (exponents + 127).to(torch.uint8)
+        return scales, scales.view(torch.float8_e8m0fnu).float()
 
     if weight.dim() == 3:
         each = [quantize_mxfp4(one) for one in weight]
