@@ -25,6 +25,13 @@
 // This file is included after the target pragma of an instruction set.
 #pragma once
 
+#include "weight/formats/fp4.h"
+#include "weight/formats/fp8.h"
 #include "weight/formats/mxfp4.h"
+#include "weight/formats/nvfp4.h"
 
-#define PEFT_EXT_FORMATS(FORMAT) FORMAT(2, Mxfp4)
+#define PEFT_EXT_FORMATS(FORMAT) \
+  FORMAT(1, Fp4)                 \
+  FORMAT(2, Mxfp4)               \
+  FORMAT(3, Nvfp4)               \
+  FORMAT(4, Fp8)

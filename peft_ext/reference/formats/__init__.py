@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...weights.packed import PackedWeight
-from . import mx
+from . import fp4, fp8, mx
 
 __all__ = ["DECODERS", "decoded"]
 
-DECODERS = {"mxfp4": mx.mxfp4}
+DECODERS = {"fp4": fp4.fp4, "fp8": fp8.fp8, "mxfp4": mx.mxfp4, "nvfp4": mx.nvfp4}
 
 
 def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
