@@ -7,6 +7,11 @@
 // on CUDA.
 #pragma once
 
+#include "weight/formats/awq.h"
+#include "weight/formats/gptq.h"
+#include "weight/formats/hqq.h"
+#include "weight/formats/int_rows.h"
 #include "weight/formats/mxfp4.h"
 
-#define PEFT_EXT_FORMATS(FORMAT) FORMAT(2, Mxfp4)
+#define PEFT_EXT_FORMATS(FORMAT) \
+  FORMAT(2, Mxfp4) FORMAT(5, IntRows) FORMAT(6, Gptq) FORMAT(7, Awq) FORMAT(8, Hqq)
