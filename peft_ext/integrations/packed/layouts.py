@@ -1,0 +1,67 @@
+"""For each layout of a file: the names of a layer's tensors, and the function that makes a PackedWeight of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ...weights.mx import mxfp4
+from ...weights.packed import PackedWeight
+from .rules import Scheme
+
+__all__ = ["LAYOUTS", "Layout"]
+
+# Makes a weight of the shape (N, K), or (E, N, K) of experts, from its parts and the dtype of the model.
+Make = Callable[[Sequence[Optional[Tensor]], tuple[int, ...], Scheme, torch.dtype], PackedWeight]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one layer's tensors are named.
+
+    Attributes:
+        parts: names of the parts of the PackedWeight, in their order; the first one holds the codes.
+        make: makes the weight. The parts of the weight are the given tensors, in this order.
+        optional: the names in ``parts`` that a layer may lack.
+        extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
+        joined: what stands between the name of the layer's dense weight and a name above: "." if the name takes the
+            place of "weight", "" if the name is appended, as in ``gate_up_proj_blocks``.
+    """
+
+    parts: tuple[str, ...]
+    make: Make
+    optional: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    joined: str = "."
+
+    @property
+    def codes(self) -> str:
+        return self.parts[0]
+
+    def built(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype
+    ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
+        """Returns the weight, the name of each part, and the extra tensors. Raises ValueError if a tensor is missing or
+        does not fit."""
+        for name in self.parts:
+            if name not in tensors and name not in self.optional:
+                raise ValueError(f"the file has {self.codes} without {name}")
+        weight = self.make([tensors.get(name) for name in self.parts], shape, scheme, dtype)
+        if tuple(weight.shape) != tuple(shape):
+            raise ValueError(f"its packed weight has shape {tuple(weight.shape)}, wanted {tuple(shape)}")
+        held = [name if name in tensors else None for name in self.parts]
+        return weight, held, {name: tensor for name, tensor in tensors.items() if name not in held}
+
+
+def _mxfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> PackedWeight:
+    return mxfp4(*parts, dtype)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),
+    "mxfp4 experts": Layout(("_blocks", "_scales"), _mxfp4, joined=""),
+}
