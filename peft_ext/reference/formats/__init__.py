@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from ...weights.packed import PackedWeight
-from . import mx
+from . import int_groups, mx
 
 __all__ = ["DECODERS", "decoded"]
 
-DECODERS = {"mxfp4": mx.mxfp4}
+DECODERS = {
+    "mxfp4": mx.mxfp4,
+    "int": int_groups.int_rows,
+    "gptq": int_groups.gptq,
+    "awq": int_groups.awq,
+    "hqq": int_groups.hqq,
+}
 
 
 def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
