@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -44,19 +44,33 @@ class HoldsPacked(nn.Module):
             raise TypeError(f"{kind}: weight is {type(weight).__name__}, wanted a PackedWeight")
         if len(weight.shape) != 2:
             raise ValueError(f"{kind}: weight has shape {tuple(weight.shape)}, wanted (N, K)")
-        names = (*names, *(None,) * (len(weight.parts) - len(names)))
-        has = [part is not None for part in weight.parts]
-        if len(names) != len(has) or [name is not None for name in names] != has:
-            raise ValueError(f"{kind}: names is {names}, wanted one name for each of {tuple(weight.tensors())}")
-        self.names, self.extra, self.compute_dtype = tuple(names), tuple(extra), dtype or weight.dtype
-        self._template = weight.map(lambda part: part.to("meta"))
-        for index, (name, part) in enumerate(zip(names, weight.parts, strict=True)):
+        self.describe(weight, names, extra)
+        self.compute_dtype = dtype or weight.dtype
+        for index, (name, part) in enumerate(zip(self.names, weight.parts, strict=True)):
             if name is not None and index == 0:
                 self.register_parameter(_attribute(name), nn.Parameter(part.detach(), requires_grad=False))
             elif name is not None:
                 self.register_buffer(_attribute(name), part.detach())
         for name, tensor in extra.items():
             self.register_buffer(_attribute(name), tensor.detach())
+
+    def describe(self, weight: PackedWeight, names: Sequence[Optional[str]], extra: Iterable[str]) -> None:
+        """Sets the format, group and option of ``weight``, the names of its parts, and the names of extra tensors.
+
+        The tensors of these names must be, or become, attributes of the module.
+        """
+        names = (*names, *(None,) * (len(weight.parts) - len(names)))
+        has = [part is not None for part in weight.parts]
+        if len(names) != len(has) or [name is not None for name in names] != has:
+            raise ValueError(f"{type(self).__name__}: names is {names}, wanted one name for each of "
+                             f"{tuple(weight.tensors())}")  # fmt: skip
+        self.names, self.extra = names, tuple(extra)
+        self._template = weight.map(lambda part: part.to("meta"))
+        self.__dict__.pop("_packed", None)
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns the tensor that the file calls ``name``."""
+        return getattr(self, _attribute(name))
 
     def __getattr__(self, name: str) -> Any:
         held = self.__dict__
@@ -65,7 +79,7 @@ class HoldsPacked(nn.Module):
         return super().__getattr__(name)
 
     def _parts(self) -> list[Optional[Tensor]]:
-        return [None if name is None else getattr(self, _attribute(name)) for name in self.names]
+        return [None if name is None else self.tensor(name) for name in self.names]
 
     @property
     def packed(self) -> PackedWeight:
@@ -89,7 +103,7 @@ class HoldsPacked(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.__dict__.pop("_packed", None)
-        held = [*self._parts(), *(getattr(self, _attribute(name)) for name in self.extra)]
+        held = [*self._parts(), *map(self.tensor, self.extra)]
         return super()._apply(keeping_bits(fn, held), recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +133,7 @@ class HoldsPacked(nn.Module):
             came = None if name is None else found.get(prefix + _attribute(name))
             if came is None:
                 continue
-            own = getattr(self, _attribute(name))
+            own = self.tensor(name)
             if not isinstance(came, Tensor) or came.dtype is not own.dtype or came.shape != own.shape:
                 what = f"{came.dtype} {tuple(came.shape)}" if isinstance(came, Tensor) else type(came).__name__
                 errors.append(f"{prefix}{name} is {what}, wanted {own.dtype} {tuple(own.shape)}")

@@ -9,14 +9,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from ...weights.int_groups import awq, gptq, int_rows
 from ...weights.mx import mxfp4
 from ...weights.packed import PackedWeight
 from .rules import Scheme
 
 __all__ = ["LAYOUTS", "Layout"]
 
-# Makes a weight of the shape (N, K), or (E, N, K) of experts, from its parts and the dtype of the model.
-Make = Callable[[Sequence[Optional[Tensor]], tuple[int, ...], Scheme, torch.dtype], PackedWeight]
+# Makes a weight of the shape (N, K), or (E, N, K) of experts, from its parts.
+Make = Callable[[Sequence[Optional[Tensor]], tuple[int, ...], Scheme], PackedWeight]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Layout:
 
     Attributes:
         parts: names of the parts of the PackedWeight, in their order; the first one holds the codes.
-        make: makes the weight. The parts of the weight are the given tensors, in this order.
+        make: makes the weight. The parts of the weight are the given tensors, in this order; None for a tensor that is
+            not needed, such as a g_idx whose groups are in order.
         optional: the names in ``parts`` that a layer may lack.
         extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
         joined: what stands between the name of the layer's dense weight and a name above: "." if the name takes the
@@ -43,25 +45,53 @@ class Layout:
         return self.parts[0]
 
     def built(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scheme: Scheme
     ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
         """Returns the weight, the name of each part, and the extra tensors. Raises ValueError if a tensor is missing or
         does not fit."""
         for name in self.parts:
             if name not in tensors and name not in self.optional:
                 raise ValueError(f"the file has {self.codes} without {name}")
-        weight = self.make([tensors.get(name) for name in self.parts], shape, scheme, dtype)
+        weight = self.make([tensors.get(name) for name in self.parts], shape, scheme)
         if tuple(weight.shape) != tuple(shape):
             raise ValueError(f"its packed weight has shape {tuple(weight.shape)}, wanted {tuple(shape)}")
-        held = [name if name in tensors else None for name in self.parts]
+        parts = zip(self.parts, weight.parts, strict=True)
+        held = [None if part is None else name for name, part in parts]
         return weight, held, {name: tensor for name, tensor in tensors.items() if name not in held}
 
 
-def _mxfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> PackedWeight:
-    return mxfp4(*parts, dtype)
+def _mxfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    return mxfp4(*parts)
 
+
+def _int_rows(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    codes, scales, zero_points, g_idx = parts
+    if codes.dtype not in (torch.int32, torch.int8):
+        raise ValueError(f"its codes are {codes.dtype}, wanted torch.int32 or torch.int8")
+    if not scheme.symmetric and zero_points is None:
+        raise ValueError("its weights are asymmetric, and the file has no weight_zero_point")
+    zero_points = None if scheme.symmetric else zero_points
+    return int_rows(codes, scales, shape, bits=scheme.bits, zero_points=zero_points, g_idx=g_idx)
+
+
+def _gptq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    qweight, scales, qzeros, g_idx = parts
+    return gptq(qweight, qzeros, scales, bits=scheme.bits, group=scheme.group, g_idx=g_idx,
+                v1=scheme.version == "gptq", in_features=shape[-1])  # fmt: skip
+
+
+def _awq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    qweight, scales, qzeros = parts
+    return awq(qweight, qzeros, scales)
+
+
+_INT = ("weight_scale", "weight_zero_point", "weight_g_idx")
 
 LAYOUTS: dict[str, Layout] = {
     "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),
     "mxfp4 experts": Layout(("_blocks", "_scales"), _mxfp4, joined=""),
+    "pack-quantized": Layout(("weight_packed", *_INT), _int_rows, _INT[1:], ("weight_shape",)),
+    "int-quantized": Layout(("weight", *_INT), _int_rows, _INT[1:]),
+    "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",)),
+    "awq": Layout(("qweight", "scales", "qzeros"), _awq),
 }

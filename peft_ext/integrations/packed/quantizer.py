@@ -52,6 +52,7 @@ class PackedQuantizer(HfQuantizer):
                 "a quantized checkpoint (for a dense one: peft_ext.quantize_nf4 after loading)"
             )
         self._packed: set[str] = set()
+        self._schemes: dict[str, Scheme] = {}  # by the name of a layer
 
     @property
     def rules(self) -> Rules:
@@ -74,7 +75,7 @@ class PackedQuantizer(HfQuantizer):
             if name in tied:
                 raise ValueError(f"PackedConfig: {name} is stored packed and shares its weight with another layer, "
                                  "wanted tie_word_embeddings false")  # fmt: skip
-            scheme = self._scheme(name, module)
+            scheme = self._schemes[name] = self._scheme(name, module)
             model.set_submodule(name, _layer(name, module, scheme, base, stored, dtype))
         for name, bases in experts.items():
             module = model.get_submodule(name)
@@ -126,12 +127,24 @@ class PackedQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, (HoldsPacked, PackedExperts)):
-                for name in _held(module):
-                    tensor = getattr(module, name, None)
-                    if isinstance(tensor, nn.Parameter):
-                        tensor.requires_grad_(False)
+        """Freezes the codes, and makes each weight again from the tensors that were read.
+
+        The values of some tensors are part of a weight's layout: a g_idx whose groups are in order is not needed.
+        """
+        for name, module in model.named_modules():
+            if isinstance(module, PackedExperts):
+                for parameter in module.packed_names:
+                    module._parameters[parameter].requires_grad_(False)
+            elif isinstance(module, HoldsPacked):
+                module.weight.requires_grad_(False)
+                scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    continue  # the layer is offloaded to the disk
+                try:
+                    weight, names, extra = LAYOUTS[scheme.layout].built(tensors, module.packed.shape, scheme)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"PackedConfig: {name}: {error}") from error
+                module.describe(weight, names, extra)
 
     @property
     def is_trainable(self) -> bool:
@@ -156,7 +169,7 @@ def _is_packed_dtype(param: Any) -> bool:
 
 
 def _build(
-    scheme: Scheme, base: str, stored: dict[str, Stored], shape: tuple[int, ...], dtype: torch.dtype, name: str
+    scheme: Scheme, base: str, stored: dict[str, Stored], shape: tuple[int, ...], name: str
 ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
     """Returns a packed weight on the meta device, the names of its parts, and the extra tensors. ``name``: the name of
     the dense parameter, for errors."""
@@ -164,7 +177,7 @@ def _build(
     names = (*layout.parts, *layout.extra)
     tensors = {one: stored[key].meta() for one in names if (key := base + layout.joined + one) in stored}
     try:
-        return layout.built(tensors, shape, scheme, dtype)
+        return layout.built(tensors, shape, scheme)
     except (ValueError, TypeError) as error:
         raise ValueError(f"PackedConfig: {name}: {error}") from error
 
@@ -176,7 +189,7 @@ def _layer(
     if type(module) not in _LAYERS:
         wanted = " or ".join(kind.__name__ for kind in _LAYERS)
         raise ValueError(f"PackedConfig: {name} is stored packed and is a {type(module).__name__}, wanted {wanted}")
-    weight, names, extra = _build(scheme, base, stored, tuple(module.weight.shape), dtype, name)
+    weight, names, extra = _build(scheme, base, stored, tuple(module.weight.shape), name)
     if isinstance(module, nn.Embedding):
         new: HoldsPacked = PackedEmbedding.from_packed(weight, names, module.padding_idx, extra=extra, dtype=dtype)
     else:
@@ -198,7 +211,7 @@ def _hold_experts(
     for parameter, base in bases.items():
         shape = tuple(getattr(module, parameter).shape)
         shape = (shape[0], shape[2], shape[1]) if module.is_transposed else shape
-        weight, names, _ = _build(scheme, base, stored, shape, dtype, f"{name}.{parameter}")
+        weight, names, _ = _build(scheme, base, stored, shape, f"{name}.{parameter}")
         found[parameter] = weight, [None if part is None else parameter + part for part in names]
     hold_packed(module, found, dtype)
     module.note = scheme.note

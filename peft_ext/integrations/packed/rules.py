@@ -117,7 +117,7 @@ def _mxfp4(config: Mapping[str, Any]) -> Rules:
 
 
 def _gptq(config: Mapping[str, Any]) -> Rules:
-    bits = _wanted("gptq", config, "bits", None, (2, 3, 4, 8))
+    bits = _wanted("gptq", config, "bits", None, (2, 4, 8))
     if config.get("dynamic"):
         raise ValueError(f"PackedConfig: dynamic of gptq is {config['dynamic']!r}, wanted one setting for all layers")
     version = _wanted("gptq", config, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
@@ -162,7 +162,8 @@ def _compressed_scheme(name: str, group: Mapping[str, Any], default: str) -> Sch
         raise ValueError(f"PackedConfig: {where} has no weights, wanted quantized weights")
     kind, bits = weights.get("type", "int"), int(weights.get("num_bits", 8))
     layout = _COMPRESSED.get((format, kind))
-    if layout is None:
+    wanted = (2, 4, 8) if layout == "pack-quantized" else (8,) if kind == "int" else (4, 8)
+    if layout is None or bits not in wanted:
         raise ValueError(f"PackedConfig: {where} has format {format!r} with {kind} weights of {bits} bits, wanted one "
                          f"of {', '.join(sorted({known for known, _ in _COMPRESSED}))}")  # fmt: skip
     note = ""
