@@ -9,8 +9,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from ...weights.fp8 import fp8
 from ...weights.int_groups import awq, gptq, int_rows
-from ...weights.mx import mxfp4
+from ...weights.mx import mxfp4, nvfp4
 from ...weights.packed import PackedWeight
 from .rules import Scheme
 
@@ -85,9 +86,26 @@ def _awq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> Packed
     return awq(qweight, qzeros, scales)
 
 
+def _fp8(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    codes, scales = parts
+    return fp8(codes, scales, (scheme.rows, scheme.group), _library_dtype(scales))
+
+
+def _library_dtype(scales: Tensor) -> torch.dtype:
+    """Returns the dtype to which a library decodes: that of the scales, or bfloat16 for scales of one byte."""
+    return scales.dtype if scales.dtype.itemsize > 1 else torch.bfloat16
+
+
+def _nvfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    return nvfp4(*parts, reciprocal=True)
+
+
 _INT = ("weight_scale", "weight_zero_point", "weight_g_idx")
 
 LAYOUTS: dict[str, Layout] = {
+    "fp8": Layout(("weight", "weight_scale_inv"), _fp8),
+    "float-quantized": Layout(("weight", "weight_scale"), _fp8),
+    "nvfp4-pack-quantized": Layout(("weight_packed", "weight_scale", "weight_global_scale"), _nvfp4),
     "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),
     "mxfp4 experts": Layout(("_blocks", "_scales"), _mxfp4, joined=""),
     "pack-quantized": Layout(("weight_packed", *_INT), _int_rows, _INT[1:], ("weight_shape",)),

@@ -27,7 +27,8 @@ class Scheme:
     Attributes:
         layout: name of the layout in ``layouts.LAYOUTS``.
         bits: bits of a code.
-        group: columns that share a scale; 0 or -1 for all columns of a row.
+        group: columns that share a scale; 0 for all columns of a row.
+        rows: rows that share a scale; 0 for all rows.
         symmetric: whether the codes have no zero points.
         version: version of the layout: GPTQ's ``checkpoint_format``.
         note: what the layer leaves out of the checkpoint's own function, or "".
@@ -36,6 +37,7 @@ class Scheme:
     layout: str
     bits: int = 0
     group: int = 0
+    rows: int = 1
     symmetric: bool = True
     version: str = ""
     note: str = ""
@@ -108,8 +110,9 @@ def _fp8(config: Mapping[str, Any]) -> Rules:
     block = config.get("weight_block_size", (128, 128))
     if block is not None and (len(block) != 2 or min(block) < 1):
         raise ValueError(f"PackedConfig: weight_block_size of fp8 is {block!r}, wanted two sizes or null")
+    rows, columns = (0, 0) if block is None else block
     skipped = config.get("modules_to_not_convert") or config.get("ignored_layers")
-    return _of_one_scheme("fp8", Scheme("fp8", 8, 0 if block is None else block[1], note=DYNAMIC), skipped)
+    return _of_one_scheme("fp8", Scheme("fp8", 8, columns, rows, note=DYNAMIC), skipped)
 
 
 def _mxfp4(config: Mapping[str, Any]) -> Rules:
@@ -122,7 +125,7 @@ def _gptq(config: Mapping[str, Any]) -> Rules:
         raise ValueError(f"PackedConfig: dynamic of gptq is {config['dynamic']!r}, wanted one setting for all layers")
     version = _wanted("gptq", config, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
     group = int(config.get("group_size", 128))
-    return _of_one_scheme("gptq", Scheme("gptq", bits, max(group, 0), bool(config.get("sym", True)), version), None)
+    return _of_one_scheme("gptq", Scheme("gptq", bits, max(group, 0), version=version), None)
 
 
 def _awq(config: Mapping[str, Any]) -> Rules:
@@ -131,7 +134,9 @@ def _awq(config: Mapping[str, Any]) -> Rules:
     _wanted("awq", {"version": version}, "version", "gemm", ("gemm",))
     zero = bool(config.get("zero_point", True))
     group = int(config.get("group_size", config.get("q_group_size", 128)))
-    return _of_one_scheme("awq", Scheme("awq", bits, max(group, 0), not zero), config.get("modules_to_not_convert"))
+    return _of_one_scheme(
+        "awq", Scheme("awq", bits, max(group, 0), symmetric=not zero), config.get("modules_to_not_convert")
+    )
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> Rules:
@@ -179,10 +184,16 @@ def _compressed_scheme(name: str, group: Mapping[str, Any], default: str) -> Sch
             raise ValueError(f"PackedConfig: {argument} of {where} are quantized ({came}), wanted dense activations or "
                              "dynamic ones of 8 bits")  # fmt: skip
         note = DYNAMIC
-    width = int(weights.get("group_size") or 0)
-    if weights.get("strategy") == "block" or weights.get("block_structure"):
-        width = int((weights.get("block_structure") or (128, 128))[1])
-    return Scheme(layout, bits, max(width, 0), bool(weights.get("symmetric", True)), note=note)
+    rows, columns = 1, max(int(weights.get("group_size") or 0), 0)
+    strategy = weights.get("strategy") or ("group" if columns else "tensor")
+    if strategy not in ("tensor", "channel", "group", "tensor_group", "block"):
+        raise ValueError(f"PackedConfig: {where} has the strategy {strategy!r}, wanted tensor, channel, group, "
+                         "tensor_group or block")  # fmt: skip
+    if strategy == "block":
+        rows, columns = weights.get("block_structure") or (128, 128)
+    elif strategy == "tensor":
+        rows = 0
+    return Scheme(layout, bits, columns, rows, bool(weights.get("symmetric", True)), note=note)
 
 
 def _matches_name(name: str, target: str) -> bool:
