@@ -95,8 +95,8 @@ class HoldsPacked(nn.Module):
         return known[1]
 
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
-        """Returns the dense weight, rounded once to ``dtype`` (default: the packed weight's dtype)."""
-        return self.packed.dequantize(dtype)
+        """Returns the dense weight, rounded once to ``dtype`` (default: ``compute_dtype``)."""
+        return self.packed.dequantize(self.compute_dtype if dtype is None else dtype)
 
     def reset_parameters(self) -> None:
         """Does nothing, because the weight comes from a file."""

@@ -25,6 +25,7 @@ class PackedExperts(FrozenExperts):
     """
 
     packed_names: dict[str, tuple[Optional[str], ...]]  # parameter name -> names of the weight's parts
+    extra: tuple[str, ...]  # names of buffers that the weights do not need, and the file has
     compute_dtype: torch.dtype
     note = ""  # what the experts leave out of the checkpoint's own function
     _templates: dict[str, PackedWeight]
@@ -61,6 +62,7 @@ class PackedExperts(FrozenExperts):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         held = [*(self._parameters[name] for name in self.packed_names)]
         held += [self._buffers[name] for names in self.packed_names.values() for name in names[1:] if name is not None]
+        held += [self._buffers[name] for name in self.extra]
         return super()._apply(keeping_bits(fn, held), recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -77,7 +79,8 @@ class PackedExperts(FrozenExperts):
         for parameter, name in back.items():
             if name in found:
                 found[parameter] = found.pop(name)
-        for name in [name for names in self.packed_names.values() for name in names if name is not None]:
+        held = [name for names in self.packed_names.values() for name in names if name is not None]
+        for name in (*held, *self.extra):
             key = prefix + self._aliases().get(name, name)
             own, came = getattr(self, name), found.get(key)
             if isinstance(came, Tensor) and (came.dtype is not own.dtype or came.shape != own.shape):
@@ -96,7 +99,10 @@ class PackedExperts(FrozenExperts):
 
 
 def hold_packed(
-    experts: Any, weights: Mapping[str, tuple[PackedWeight, Sequence[Optional[str]]]], dtype: torch.dtype
+    experts: Any,
+    weights: Mapping[str, tuple[PackedWeight, Sequence[Optional[str]]]],
+    dtype: torch.dtype,
+    extra: Optional[Mapping[str, Tensor]] = None,
 ) -> None:
     """Turns dense experts into :class:`PackedExperts`, in place and without a copy.
 
@@ -105,6 +111,7 @@ def hold_packed(
         weights: by the name of the dense parameter, a stacked weight ``(E, N, K)`` and the names of the weight's parts
             in the state dict; the parameter's own name for the codes where the file has no other.
         dtype: dtype of the experts' dense equivalent.
+        extra: tensors of the file that the weights' formats do not need, by their name in the state dict.
     """
     for name, (weight, _) in weights.items():
         if not weight.stacked:
@@ -113,3 +120,6 @@ def hold_packed(
     experts.compute_dtype = dtype
     for name, (weight, names) in weights.items():
         experts.set_packed(name, weight, names)
+    experts.extra = tuple(extra or ())
+    for name, tensor in (extra or {}).items():
+        experts.register_buffer(name, tensor.detach())

@@ -27,8 +27,9 @@ Pack = Callable[[Tensor], Tensors]
 def config(kind: str, **fields: Any) -> Any:
     """Returns the configuration of a tiny model of the given kind: llama, qwen3, qwen3_moe or gpt_oss."""
     if kind == "gpt_oss":
-        return GptOssConfig(**{**_BODY, **_EXPERTS, "intermediate_size": HIDDEN, "num_local_experts": 4,
-                               "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], **fields})  # fmt: skip
+        layers = ["sliding_attention", "full_attention"]
+        own = {"intermediate_size": HIDDEN, "num_local_experts": 4, "sliding_window": 16, "layer_types": layers}
+        return GptOssConfig(**{**_BODY, **_EXPERTS, **own, **fields})
     if kind == "qwen3_moe":
         return Qwen3MoeConfig(**{**_BODY, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": HIDDEN, **fields})
     return {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind](**{**_BODY, **fields})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -23,12 +24,12 @@ from ...nn.packed_experts import PackedExperts, hold_packed
 from ...weights.packed import PackedWeight
 from .config import METHOD
 from .files import Stored, stored_tensors
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, Layout
 from .rules import Rules, Scheme
 
 with required("transformers", "peft_ext.PackedConfig"):
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
 
@@ -53,6 +54,7 @@ class PackedQuantizer(HfQuantizer):
             )
         self._packed: set[str] = set()
         self._schemes: dict[str, Scheme] = {}  # by the name of a layer
+        self._merged: dict[str, Layout] = {}  # layouts of experts that transformers merges, by name
 
     @property
     def rules(self) -> Rules:
@@ -65,21 +67,26 @@ class PackedQuantizer(HfQuantizer):
         dtype = dtype or torch.get_default_dtype()
         stored = stored_tensors(checkpoint_files)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-        experts: dict[str, dict[str, str]] = defaultdict(dict)
-        for target, base in self._places(model, stored).items():
-            name, _, parameter = target.rpartition(".")
-            module = model.get_submodule(name)
+        experts: dict[str, dict[str, Place]] = defaultdict(dict)
+        for place in self._places(model, stored):
+            name, _, parameter = place.target.rpartition(".")
             if parameter != "weight":
-                experts[name][parameter] = base
+                experts[name][parameter] = place
                 continue
             if name in tied:
                 raise ValueError(f"PackedConfig: {name} is stored packed and shares its weight with another layer, "
                                  "wanted tie_word_embeddings false")  # fmt: skip
-            scheme = self._schemes[name] = self._scheme(name, module)
-            model.set_submodule(name, _layer(name, module, scheme, base, stored, dtype))
-        for name, bases in experts.items():
             module = model.get_submodule(name)
-            _hold_experts(name, module, self._scheme(name, module), bases, stored, dtype)
+            scheme = self._schemes[name] = self._scheme(name, module)
+            model.set_submodule(name, _layer(name, module, scheme, place, stored, dtype))
+        for name, places in experts.items():
+            module, first = model.get_submodule(name), next(iter(places.values()))
+            # A merged stack is stored as linear layers, which the config's rules know by the names of the files.
+            merged = first.converter is not None
+            scheme = self._scheme(first.first, nn.Linear(1, 1)) if merged else self._scheme(name, module)
+            _hold_experts(name, module, scheme, places, stored, dtype)
+            if merged:
+                self._merged[scheme.layout] = LAYOUTS[scheme.layout]
         self._packed = {f"{name}.{key}" for name, module in model.named_modules() for key in _held(module)}
         if not self._packed:
             raise ValueError(
@@ -94,29 +101,48 @@ class PackedQuantizer(HfQuantizer):
                              "tensors of it")  # fmt: skip
         return scheme
 
-    def _places(self, model: Any, stored: dict[str, Stored]) -> dict[str, str]:
-        """Returns, for each dense parameter of ``model`` that is stored packed, the common start of its tensors' names.
+    def _places(self, model: Any, stored: dict[str, Stored]) -> list[Place]:
+        """Returns the dense parameters of ``model`` that are stored packed.
 
-        The keys are names in the model; the values are names in the files, such as "model.layers.0.mlp.up_proj" for
-        "model.layers.0.mlp.up_proj.weight_packed". A name in the files becomes a name in the model by transformers' own
-        renamings.
+        A name in the files becomes a name in the model by transformers' own renamings. transformers' converters merge
+        the linear layers of experts to one parameter.
         """
         if missing := self.rules.layouts - LAYOUTS.keys():
             raise ValueError(f"PackedConfig: the layout {', '.join(sorted(missing))} of {self.rules.method} is not "
                              "supported")  # fmt: skip
-        renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+        transforms = get_model_conversion_mapping(model)
+        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        of_source = {source: one for one in converters for source in one.source_patterns}
         known, found = model.state_dict(), {}
-        for layout in {LAYOUTS[name].codes: LAYOUTS[name] for name in self.rules.layouts}.values():
+        for layout in {LAYOUTS[name].codes: LAYOUTS[name] for name in sorted(self.rules.layouts)}.values():
             end = layout.joined + layout.codes
-            for key, tensor in stored.items():
-                if not key.endswith(end) or (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1):
+            for key in sorted(stored, key=dot_natural_key):
+                dtype = stored[key].dtype
+                if not key.endswith(end) or (dtype.is_floating_point and dtype.itemsize > 1):
                     continue
                 base = key.removesuffix(end)
                 dense = f"{base}.weight" if layout.joined else base
-                target, _ = rename_source_key(dense, renamings, [], model.base_model_prefix, known)
+                target, source = rename_source_key(dense, renamings, converters, model.base_model_prefix, known)
                 if target in known:  # other layers are not in this model, for example those of multi-token prediction
-                    found[target] = base
-        return found
+                    place = found.setdefault(target, Place(target, of_source.get(source)))
+                    place.bases.setdefault(source, []).append(base)
+        return list(found.values())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Returns the model's conversions, with a copy of each merge of experts for each packed tensor."""
+        updated = []
+        for one in weight_conversions:
+            updated.append(one)
+            sources = getattr(one, "source_patterns", ())
+            if isinstance(one, WeightConverter) and sources and all(name.endswith(".weight") for name in sources):
+                for layout in self._merged.values():
+                    for part in (*layout.parts, *layout.extra):
+                        if part != "weight":
+                            targets = [name + _suffix(layout, part) for name in one.target_patterns]
+                            parts = [name.removesuffix("weight") + part for name in sources]
+                            updated.append(one.copy(parts, targets, operations=list(one.operations)))
+        return super().update_weight_conversions(updated, model)
 
     # --- the reading of the tensors -----------------------------------------------------------------------------------
 
@@ -160,6 +186,7 @@ def _held(module: nn.Module) -> Iterator[str]:
         yield from (name for name in (*module.names, *module.extra) if name is not None)
     elif isinstance(module, PackedExperts):
         yield from (name for names in module.packed_names.values() for name in names if name is not None)
+        yield from module.extra
 
 
 def _is_packed_dtype(param: Any) -> bool:
@@ -168,28 +195,76 @@ def _is_packed_dtype(param: Any) -> bool:
     return kind.startswith("F8_")
 
 
+@dataclass
+class Place:
+    """A dense parameter of the model that the files store packed.
+
+    Attributes:
+        target: name of the parameter in the model.
+        converter: transformers' converter that merges the tensors of the files to the parameter, or None.
+        bases: by the converter's source pattern, the common starts of the names in the files, for example
+            "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
+    """
+
+    target: str
+    converter: Any
+    bases: dict[Optional[str], list[str]] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.bases.values()))[0]
+
+    def tensors(self, layout: Layout, stored: dict[str, Stored]) -> dict[str, Tensor]:
+        """Returns the layout's tensors on the meta device, as transformers merges them."""
+        found = {}
+        for name in (*layout.parts, *layout.extra):
+            each = [[stored.get(base + layout.joined + name) for base in bases] for bases in self.bases.values()]
+            if all(tensor is None for group in each for tensor in group):
+                continue
+            kinds = {None if one is None else (one.dtype, one.shape) for group in each for one in group}
+            if len(kinds) > 1 or None in kinds or len({len(group) for group in each}) > 1:
+                raise ValueError(f"the experts differ in {name}")
+            ((dtype, shape),) = kinds
+            if self.converter is not None:
+                shape = self._merged(len(each[0]), shape)
+            found[name] = torch.empty(shape, dtype=dtype, device="meta")
+        return found
+
+    def _merged(self, experts: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the merged tensor of all experts. Raises ValueError for other merges than a stack of the
+        experts whose rows, such as those of gate and up, are concatenated."""
+        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in self.converter.operations]
+        if steps == [("MergeModulelist", 0)] and len(self.bases) == 1:
+            return (experts, *shape)
+        if steps == [("MergeModulelist", 0), ("Concatenate", 1)] and shape:
+            return (experts, len(self.bases) * shape[0], *shape[1:])
+        raise ValueError(f"transformers merges its tensors of shape {shape} by {steps}, which is not supported")
+
+
+def _suffix(layout: Layout, part: str) -> str:
+    """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter."""
+    return "" if part == layout.codes else f"_{part}"
+
+
 def _build(
-    scheme: Scheme, base: str, stored: dict[str, Stored], shape: tuple[int, ...], name: str
+    scheme: Scheme, place: Place, stored: dict[str, Stored], shape: tuple[int, ...]
 ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
-    """Returns a packed weight on the meta device, the names of its parts, and the extra tensors. ``name``: the name of
-    the dense parameter, for errors."""
+    """Returns a packed weight on the meta device, the names of its parts, and the extra tensors."""
     layout = LAYOUTS[scheme.layout]
-    names = (*layout.parts, *layout.extra)
-    tensors = {one: stored[key].meta() for one in names if (key := base + layout.joined + one) in stored}
     try:
-        return layout.built(tensors, shape, scheme)
+        return layout.built(place.tensors(layout, stored), shape, scheme)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"PackedConfig: {name}: {error}") from error
+        raise ValueError(f"PackedConfig: {place.target}: {error}") from error
 
 
 def _layer(
-    name: str, module: nn.Module, scheme: Scheme, base: str, stored: dict[str, Stored], dtype: torch.dtype
+    name: str, module: nn.Module, scheme: Scheme, place: Place, stored: dict[str, Stored], dtype: torch.dtype
 ) -> HoldsPacked:
     """Returns the packed layer, on the meta device, that takes the place of ``module``."""
     if type(module) not in _LAYERS:
         wanted = " or ".join(kind.__name__ for kind in _LAYERS)
         raise ValueError(f"PackedConfig: {name} is stored packed and is a {type(module).__name__}, wanted {wanted}")
-    weight, names, extra = _build(scheme, base, stored, tuple(module.weight.shape), name)
+    weight, names, extra = _build(scheme, place, stored, tuple(module.weight.shape))
     if isinstance(module, nn.Embedding):
         new: HoldsPacked = PackedEmbedding.from_packed(weight, names, module.padding_idx, extra=extra, dtype=dtype)
     else:
@@ -199,19 +274,22 @@ def _layer(
 
 
 def _hold_experts(
-    name: str, module: nn.Module, scheme: Scheme, bases: dict[str, str], stored: dict[str, Stored], dtype: torch.dtype
-) -> None:
+    name: str, module: nn.Module, scheme: Scheme, places: dict[str, Place], stored: dict[str, Stored],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Turns an experts' module on the meta device into PackedExperts."""
-    wanted = expert_parameters(module)
-    if not wanted or set(bases) != set(wanted):
-        held = ", ".join(sorted(bases))
+    wanted, layout = expert_parameters(module), LAYOUTS[scheme.layout]
+    if not wanted or set(places) != set(wanted):
+        held = ", ".join(sorted(places))
         raise ValueError(f"PackedConfig: {name} ({type(module).__name__}) has the packed parameters {held}, wanted "
                          f"{' and '.join(wanted) or 'the experts of a mixture'}")  # fmt: skip
-    found = {}
-    for parameter, base in bases.items():
+    found, extras = {}, {}
+    for parameter, place in places.items():
         shape = tuple(getattr(module, parameter).shape)
         shape = (shape[0], shape[2], shape[1]) if module.is_transposed else shape
-        weight, names, _ = _build(scheme, base, stored, shape, f"{name}.{parameter}")
-        found[parameter] = weight, [None if part is None else parameter + part for part in names]
-    hold_packed(module, found, dtype)
+        weight, names, extra = _build(scheme, place, stored, shape)
+        ends = [one if place.converter is None or one is None else _suffix(layout, one) for one in names]
+        found[parameter] = weight, [None if end is None else parameter + end for end in ends]
+        extras |= {parameter + _suffix(layout, one): tensor for one, tensor in extra.items()}
+    hold_packed(module, found, dtype, extras)
     module.note = scheme.note
