@@ -15,12 +15,17 @@ from .nf4 import keeping_bits
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
 
+# Other names of the codes tensor. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of a
+# layer that has a `W_q` from the layer's `dequantize`.
+_CODES = ("weight", "W_q")
+
+
 class HoldsPacked(nn.Module):
     """Base class of the modules over one packed weight.
 
     The first part of the weight, which holds the codes, is a frozen parameter; the other parts are buffers. Functions
     that cast all parameters of a model, such as PEFT's ``prepare_model_for_kbit_training``, therefore leave the scales
-    unchanged. ``module.weight`` is the codes tensor if the file has no tensor ``weight``.
+    unchanged. ``module.weight`` and ``module.W_q`` are the codes tensor if the file has no tensor of this name.
 
     Attributes:
         names: the parts' names in the file and in the state dict, in the order of the parts; None for a part that the
@@ -74,7 +79,7 @@ class HoldsPacked(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         held = self.__dict__
-        if name == "weight" and "weight" not in held.get("_parameters", ()) and "names" in held:
+        if name in _CODES and name not in held.get("_parameters", ()) and "names" in held:
             name = _attribute(self.names[0])
         return super().__getattr__(name)
 

@@ -341,6 +341,11 @@ class MergesExperts:
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Merges adapters into each expert's NF4 weight, starting from the weight kept before the first merge."""
         experts, parameter = self.get_base_layer(), self.parameter_name
+        if isinstance(experts, FrozenExperts) and not isinstance(experts, NF4Experts):
+            raise RuntimeError(
+                f"merge: {parameter} is packed ({experts.frozen(parameter).format.name}) and keeps the bytes of the "
+                "checkpoint; wanted dense or NF4 experts. Save the adapter, and merge it into a dense model"
+            )
         if not isinstance(experts, NF4Experts):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if check_adapters_to_merge is None:
