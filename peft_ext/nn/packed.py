@@ -15,8 +15,8 @@ from .nf4 import keeping_bits
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
 
-# Other names of the codes tensor. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of a
-# layer that has a `W_q` from the layer's `dequantize`.
+# Other names of the codes tensor. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of
+# a layer that has a `W_q` from the layer's `dequantize`.
 _CODES = ("weight", "W_q")
 
 
@@ -193,7 +193,7 @@ class PackedLinear(HoldsPacked, nn.Linear):
         module.out_features, module.in_features = weight.shape
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
-        module.bias = bias
+        module.register_parameter("bias", bias)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
