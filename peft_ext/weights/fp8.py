@@ -149,7 +149,7 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
     if rows:
         step = max(1, step // rows) * rows
     for first in range(0, n if k else 0, step):
-        chunk = torch.nn.functional.pad(weight[first : first + step].float().abs_(), (0, -k % width))
+        chunk = torch.nn.functional.pad(weight[first : first + step].float().abs(), (0, -k % width))
         largest = chunk.unflatten(1, (-1, width)).amax(2)
         blocks = torch.arange(first, first + len(largest), device=weight.device) >> row_shift
         grid.scatter_reduce_(0, blocks[:, None].expand_as(largest), largest, "amax")
@@ -158,6 +158,6 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
     for first in range(0, n if k else 0, step):
         chunk = weight[first : first + step].float()
         blocks = torch.arange(first, first + len(chunk), device=weight.device) >> row_shift
-        scaled = chunk.mul_(factors[blocks].repeat_interleave(width, 1)[:, :k])
+        scaled = chunk.mul(factors[blocks].repeat_interleave(width, 1)[:, :k])
         codes[first : first + step] = scaled.clamp_(-_MAX, _MAX).to(torch.float8_e4m3fn)
     return fp8(codes, 1.0 / factors, (rows, columns), weight.dtype)

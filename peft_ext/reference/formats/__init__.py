@@ -16,9 +16,9 @@ __all__ = ["DECODERS", "decoded"]
 
 DECODERS = {
     "fp4": fp4.fp4,
-    "fp8": fp8.fp8,
     "mxfp4": mx.mxfp4,
     "nvfp4": mx.nvfp4,
+    "fp8": fp8.fp8,
     "int": int_groups.int_rows,
     "gptq": int_groups.gptq,
     "awq": int_groups.awq,
