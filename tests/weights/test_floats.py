@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_ext import _native
+from peft_ext import _native, ops
 from peft_ext.reference.formats import decoded
 from peft_ext.weights import PackedWeight, fp4, fp8, mx
 from peft_ext.weights.nf4 import BLOCKSIZES, NestedAbsmax
@@ -301,6 +301,39 @@ def test_fp4_experts_and_storage(set_path):
     weight = fp4.from_params4bit(held)
     assert weight.parts[0].dtype is torch.uint8 and weight.parts[0].data_ptr() == held.data_ptr()
     same_bits(weight.dequantize(torch.float32), decoded(weight, torch.float32))
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def random_weights(rows: int, columns: int) -> Iterator[PackedWeight]:
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    codes[codes & 127 == 127] = 5
+    half = codes[:, : columns // 2].contiguous()
+    yield fp8.fp8(codes.view(torch.float8_e4m3fn), torch.rand(-(-rows // 32), -(-columns // 64)), (32, 64))
+    yield mx.mxfp4(half, torch.randint(118, 126, (rows, columns // 32), dtype=torch.uint8))
+    scales = torch.rand(rows, columns // 16).to(torch.float8_e4m3fn)
+    yield mx.nvfp4(half, scales, torch.tensor([0.37]), reciprocal=False)
+    yield mx.nvfp4(half, scales, torch.tensor([2.9]), reciprocal=True)
+    absmax = torch.rand(-(-half.numel() // 32))
+    yield fp4.fp4(half, absmax, (rows, columns))
+    codes, offset = torch.randint(0, 256, absmax.shape, dtype=torch.uint8), torch.tensor(0.3)
+    nested = NestedAbsmax(torch.rand(-(-len(absmax) // 256)), torch.linspace(-1, 1, 256), offset)
+    yield fp4.fp4(half, codes, (rows, columns), nested=nested)
+
+
+@pytest.mark.parametrize("columns", [256, 160, 4128])
+def test_products_with_few_and_many_tokens(columns, set_path):
+    for weight in random_weights(50, columns):
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
+            dense = decoded(weight, dtype).double()
+            for tokens in (1, 2, 3, 4, 7, 40):
+                x = torch.randn(tokens, columns).to(dtype)
+                want, scale = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+                for path in _native.STATE.module.isas():
+                    set_path(path)
+                    error = (ops.frozen_linear(x, weight).double() - want).abs()
+                    assert (error <= limit * scale).all(), (weight, dtype, tokens, path, (error / scale).max())
 
 
 # --- quantizers -------------------------------------------------------------------------------------------------------
