@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...weights.packed import PackedWeight
-from . import mx
+from . import gguf, mx
 
 __all__ = ["DECODERS", "decoded"]
 
-DECODERS = {"mxfp4": mx.mxfp4}
+DECODERS = {"mxfp4": mx.mxfp4} | gguf.DECODERS
 
 
 def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
