@@ -201,6 +201,6 @@ def permuted_rows(weight: PackedWeight, order: Tensor) -> PackedWeight:
     rows = weight.out_features
     if order.shape != (rows,):
         raise ValueError(
-            f"permuted_rows: order has shape {tuple(order.shape)}, wanted ({rows},), a number for each row"
+            f"permuted_rows: order has shape {tuple(order.shape)}, wanted ({rows},): row numbers"
         )
     return weight.map(lambda data: data.reshape(rows, -1)[order.to(data.device)])
