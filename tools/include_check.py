@@ -2,7 +2,7 @@
 
     python tools/include_check.py [--graph]
 
-The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; linear; and the folders of the operators, none
+The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; packed; linear; and the folders of the operators, none
 of which includes another. Files for the CPU include no files for CUDA, and files for CUDA include no files for the CPU,
 except for files of the emulator. The program prints each wrong include and fails if there is one. ``--graph`` prints
 the number of includes between each two folders.
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-FLOORS = (("common",), ("emulator",), ("cpu", "cuda"), ("weight",), ("nf4",), ("linear",))
+FLOORS = (("common",), ("emulator",), ("cpu", "cuda"), ("weight",), ("nf4",), ("packed",), ("linear",))
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 

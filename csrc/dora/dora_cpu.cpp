@@ -10,27 +10,23 @@
 namespace peft_ext {
 namespace {
 
-std::tuple<Tensor, Tensor> dora_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax,
-                                                std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                                                std::optional<Tensor> nested_offset, int64_t blocksize,
-                                                std::vector<int64_t> shape, Tensor lora_A, Tensor lora_B,
-                                                double scaling, ScalarType type) {
+std::tuple<Tensor, Tensor> dora_weight_norm_cpu(Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+                                                std::optional<Tensor> part3, std::optional<Tensor> part4,
+                                                int64_t layout, std::vector<int64_t> shape, Tensor lora_A,
+                                                Tensor lora_B, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_weight_norm";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const WeightNorm out = weight_norm(kOp, held, lora_A, lora_B, scaling, type);
   return {out.norm, out.u};
 }
 
-std::tuple<Tensor, Tensor> dora_weight_norm_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor> absmax,
-                                                         std::optional<Tensor> nested_absmax,
-                                                         std::optional<Tensor> nested_code,
-                                                         std::optional<Tensor> nested_offset, int64_t blocksize,
+std::tuple<Tensor, Tensor> dora_weight_norm_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor> part1,
+                                                         std::optional<Tensor> part2, std::optional<Tensor> part3,
+                                                         std::optional<Tensor> part4, int64_t layout,
                                                          std::vector<int64_t> shape, Tensor lora_A, Tensor lora_B,
                                                          Tensor norm, Tensor u, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_weight_norm_backward";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const WeightNormGradient out = weight_norm_backward(kOp, grad, held, lora_A, lora_B, norm, u, scaling, type);
   return {out.grad_A, out.grad_B};
 }
@@ -47,14 +43,15 @@ Adapter dora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
   return adapter;
 }
 
-std::tuple<Tensor, Tensor, Tensor> dora_linear_cpu(
-    Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-    std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor lora_A, Tensor lora_B, Tensor out_scale,
-    double scaling, double dropout_p, std::optional<Tensor> seed, bool drop_base, bool want_z) {
+std::tuple<Tensor, Tensor, Tensor> dora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> part1,
+                                                   std::optional<Tensor> part2, std::optional<Tensor> part3,
+                                                   std::optional<Tensor> part4, int64_t layout,
+                                                   std::vector<int64_t> shape, std::optional<Tensor> bias,
+                                                   Tensor lora_A, Tensor lora_B, Tensor out_scale, double scaling,
+                                                   double dropout_p, std::optional<Tensor> seed, bool drop_base,
+                                                   bool want_z) {
   constexpr const char* kOp = "dora_linear";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter =
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.out_features(), scaling, dropout_p, seed, drop_base);
   const AdaptedForward out = adapted_forward(kOp, x, held, bias, adapter, false, want_z);
@@ -62,14 +59,12 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cpu(
-    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-    std::vector<int64_t> shape, Tensor lora_A, Tensor lora_B, Tensor out_scale, Tensor s, Tensor z, bool z_is_scaled,
-    double scaling, double dropout_p, std::optional<Tensor> seed, bool drop_base, bool needs_grad_x,
-    bool needs_grad_scale) {
+    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+    std::optional<Tensor> part3, std::optional<Tensor> part4, int64_t layout, std::vector<int64_t> shape, Tensor lora_A,
+    Tensor lora_B, Tensor out_scale, Tensor s, Tensor z, bool z_is_scaled, double scaling, double dropout_p,
+    std::optional<Tensor> seed, bool drop_base, bool needs_grad_x, bool needs_grad_scale) {
   constexpr const char* kOp = "dora_linear_backward";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter =
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.out_features(), scaling, dropout_p, seed, drop_base);
   const AdaptedBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x);

@@ -17,7 +17,7 @@
 #include "cpu/operator_call.h"
 #include "cpu/threads.h"
 #include "linear/cpu/passes.h"
-#include "nf4/cpu/decode.h"
+#include "packed/cpu/decode.h"
 
 namespace peft_ext {
 namespace {
@@ -81,8 +81,8 @@ void gather_rows(const LowRank& of, const FrozenWeight& weight, int64_t begin, i
   const int64_t bytes = of.columns * (dtype == DType::kF32 ? 4 : 2);
   for (int64_t t = begin; t < end; ++t) {
     const void* row;
-    if (weight.is_nf4()) {  // an NF4 block may span rows of W: the first block of a row may begin in the row before
-      row = dequantize_range(weight, index[t] * of.columns, (index[t] + 1) * of.columns, dtype, room->data());
+    if (weight.is_packed()) {
+      row = decode_rows(weight, index[t], index[t] + 1, dtype, room->data());
     } else {
       const int64_t stride = weight.weight.stride(0) * (dtype == DType::kF32 ? 4 : 2);
       row = static_cast<const char*>(weight.weight.const_data_ptr()) + index[t] * stride;
@@ -91,17 +91,17 @@ void gather_rows(const LowRank& of, const FrozenWeight& weight, int64_t begin, i
   }
 }
 
-Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> absmax,
-                          std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                          std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape,
-                          Tensor lora_A, Tensor lora_B, double scaling, int64_t /* padding_idx */, ScalarType type) {
+Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+                          std::optional<Tensor> part3, std::optional<Tensor> part4, int64_t layout,
+                          std::vector<int64_t> shape, Tensor lora_A, Tensor lora_B, double scaling,
+                          int64_t /* padding_idx */, ScalarType type) {
   constexpr const char* kOp = "lora_embedding";
-  FrozenWeight held = checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   check_matrix_weight(kOp, held, type);
   const LowRank of = checked(kOp, indices, lora_A, lora_B, scaling);
   STD_TORCH_CHECK(held.shape[0] == of.entries && held.shape[1] == of.columns, kOp, ": weight is [", held.shape[0], ", ",
                   held.shape[1], "], wanted [", of.entries, ", ", of.columns, "]");
-  if (!held.is_nf4()) held.weight = with_whole_rows(held.weight);
+  if (!held.is_packed()) held.weight = with_whole_rows(held.weight);
 
   std::vector<int64_t> out_shape(indices.sizes().begin(), indices.sizes().end());
   out_shape.push_back(of.columns);
@@ -118,7 +118,7 @@ Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> a
   work.left = s.const_data_ptr<float>();
   work.right = right.const_data_ptr<float>();
   work.residual = work.y;  // y holds the rows of W, which are read before y is overwritten
-  const int64_t of_row = held.is_nf4() ? (of.columns + 2 * held.blocksize) * 4 : 0;
+  const int64_t of_row = held.is_packed() ? room_of_rows(held, 1) * 4 : 0;
   parallel_for(0, of.tokens, ceil_div(kPackGrain, of.columns), [&](int64_t begin, int64_t end) {
     std::vector<char> room(static_cast<size_t>(of_row));
     for (int64_t t = begin; t < end; t += kTogether) {

@@ -86,39 +86,36 @@ void copy_back(const Tensor& stack, const Tensor& whole) {
   copy_stack<true>(stack, whole, experts);
 }
 
-// The weights of all experts: dense [E, N, K], or NF4, where each expert is packed separately and the experts follow in
-// order.
+// The weights of all experts: dense [E, N, K], or packed. Each expert is packed separately, and each part holds the
+// experts' parts in order. The table nested_code of double-quantized NF4 weights is one for all experts.
 struct Weights {
   Tensor weight;
-  std::optional<Tensor> absmax, nested_absmax, nested_code, nested_offset;
-  int64_t blocksize, experts, out, in;
+  WeightParts parts;
+  int64_t layout, experts, out, in;
 
   FrozenWeight of(const char* op, int64_t expert) const {
-    if (!absmax.has_value())
-      return checked_weight(op, of_stack(weight, expert), std::nullopt, std::nullopt, std::nullopt, std::nullopt, 0,
-                            {out, in});
-    const int64_t codes = ceil_div(out * in, 2), blocks = ceil_div(out * in, blocksize);
-    const auto piece = [&](const Tensor& tensor, int64_t count) {
+    if (layout == 0) return checked_weight(op, of_stack(weight, expert), WeightParts(kWeightParts - 1), 0, {out, in});
+    constexpr size_t kTable = 2;
+    const bool nested_nf4 = layout >> kFormatShift == 0 && parts[1].has_value();
+    const auto piece = [&](const Tensor& tensor) {
+      const int64_t count = tensor.numel() / experts;
       return part_of(tensor, expert * count, {count}, {1});
     };
-    std::optional<Tensor> scales, code, offset;
-    if (nested_absmax.has_value()) {
-      scales = piece(*nested_absmax, ceil_div(blocks, kNestedBlock));
-      code = part_of(*nested_code, 0, {kNestedCodes}, {1});
-      offset = piece(*nested_offset, 1);
+    WeightParts own(parts.size());
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (!parts[i].has_value()) continue;
+      own[i] = nested_nf4 && i == kTable ? part_of(*parts[i], 0, {kNestedCodes}, {1}) : piece(*parts[i]);
     }
-    return checked_weight(op, piece(weight, codes), piece(*absmax, blocks), scales, code, offset, blocksize, {out, in});
+    return checked_weight(op, piece(weight), own, layout, {out, in});
   }
 };
 
-Weights checked_weights(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                        const std::optional<Tensor>& nested_offset, int64_t blocksize,
+Weights checked_weights(const char* op, const Tensor& weight, const WeightParts& parts, int64_t layout,
                         const std::vector<int64_t>& shape, ScalarType type) {
   STD_TORCH_CHECK(shape.size() == 3, op, ": weight has ", shape.size(), " dimensions, wanted [E, N, K]");
   checked_numel(shape);
-  Weights held{weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1], shape[2]};
-  if (!absmax.has_value()) {
+  Weights held{weight, parts, layout, shape[0], shape[1], shape[2]};
+  if (layout == 0 && !parts[0].has_value()) {
     STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 3 && weight.size(0) == shape[0] && weight.size(1) == shape[1] &&
                         weight.size(2) == shape[2] && weight.scalar_type() == type,
                     op, ": weight is ", torch::headeronly::toString(weight.scalar_type()), " with ", weight.numel(),
@@ -126,18 +123,31 @@ Weights checked_weights(const char* op, const Tensor& weight, const std::optiona
                     shape[2], "] on the CPU");
     return held;
   }
-  check_blocksize(op, blocksize);
-  const int64_t codes = ceil_div(shape[1] * shape[2], 2), blocks = ceil_div(shape[1] * shape[2], blocksize);
+  if (layout >> kFormatShift != 0) {  // checked_weight checks the sizes of each expert's parts
+    const auto whole = [&](const char* argument, const Tensor& part) {
+      STD_TORCH_CHECK(shape[0] == 0 || part.numel() % shape[0] == 0, op, ": ", argument, " has ", part.numel(),
+                      " elements, wanted equally many for each of ", shape[0], " experts");
+      return as_contiguous(part);
+    };
+    held.weight = whole("weight", weight);
+    for (auto& part : held.parts)
+      if (part.has_value()) part = whole("a part of the weight", *part);
+    return held;
+  }
+  check_blocksize(op, layout);
+  const int64_t codes = ceil_div(shape[1] * shape[2], 2), blocks = ceil_div(shape[1] * shape[2], layout);
   held.weight = checked_part(op, "weight", weight, ScalarType::Byte, shape[0] * codes);
-  const bool nested = nested_absmax.has_value();
-  held.absmax = checked_part(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, shape[0] * blocks);
+  const bool nested = parts[1].has_value();
+  STD_TORCH_CHECK(parts[0].has_value(), op, ": absmax is None, wanted the scales of an NF4 weight");
+  held.parts[0] =
+      checked_part(op, "absmax", *parts[0], nested ? ScalarType::Byte : ScalarType::Float, shape[0] * blocks);
   if (nested) {
-    STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value(), op,
+    STD_TORCH_CHECK(parts[2].has_value() && parts[3].has_value(), op,
                     ": nested_absmax is given without nested_code and nested_offset");
-    held.nested_absmax =
-        checked_part(op, "nested_absmax", *nested_absmax, ScalarType::Float, shape[0] * ceil_div(blocks, kNestedBlock));
-    held.nested_code = checked_part(op, "nested_code", *nested_code, ScalarType::Float, kNestedCodes);
-    held.nested_offset = checked_part(op, "nested_offset", *nested_offset, ScalarType::Float, shape[0]);
+    held.parts[1] =
+        checked_part(op, "nested_absmax", *parts[1], ScalarType::Float, shape[0] * ceil_div(blocks, kNestedBlock));
+    held.parts[2] = checked_part(op, "nested_code", *parts[2], ScalarType::Float, kNestedCodes);
+    held.parts[3] = checked_part(op, "nested_offset", *parts[3], ScalarType::Float, shape[0]);
   }
   return held;
 }
@@ -218,15 +228,13 @@ void clear_rest(const Tensor& matrix, const std::vector<Run>& runs) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_experts_cpu(
-    Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-    std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor offsets, std::optional<Tensor> lora_A,
-    std::optional<Tensor> lora_B, std::optional<Tensor> out_scale, double scaling, double dropout_p,
-    std::optional<Tensor> seed, bool want_z) {
+    Tensor x, Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2, std::optional<Tensor> part3,
+    std::optional<Tensor> part4, int64_t layout, std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor offsets,
+    std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, std::optional<Tensor> out_scale, double scaling,
+    double dropout_p, std::optional<Tensor> seed, bool want_z) {
   constexpr const char* kOp = "lora_experts";
   const ScalarType type = x.scalar_type();
-  const Weights weights =
-      checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const Weights weights = checked_weights(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   const Tensor held_x = checked_rows(kOp, "x", x, weights.in);
   const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
   const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
@@ -253,15 +261,14 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
-    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-    std::vector<int64_t> shape, Tensor offsets, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
-    std::optional<Tensor> out_scale, Tensor s, Tensor z, double scaling, double dropout_p, std::optional<Tensor> seed,
-    bool needs_grad_x, bool needs_grad_scale) {
+    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+    std::optional<Tensor> part3, std::optional<Tensor> part4, int64_t layout, std::vector<int64_t> shape,
+    Tensor offsets, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, std::optional<Tensor> out_scale,
+    Tensor s, Tensor z, double scaling, double dropout_p, std::optional<Tensor> seed, bool needs_grad_x,
+    bool needs_grad_scale) {
   constexpr const char* kOp = "lora_experts_backward";
   const ScalarType type = x.scalar_type();
-  const Weights weights =
-      checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const Weights weights = checked_weights(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   const Tensor held_x = checked_rows(kOp, "x", x, weights.in);
   const Tensor held_grad = checked_rows(kOp, "grad", grad, weights.out, &held_x);
   const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
@@ -316,13 +323,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   return {grad_x, out_A, out_B, grad_scale};
 }
 
-Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-                                    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
-                                    int64_t blocksize, std::vector<int64_t> shape, std::optional<Tensor> offsets,
-                                    Tensor lora_A, Tensor lora_B, double scaling, ScalarType type) {
+Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+                                    std::optional<Tensor> part3, std::optional<Tensor> part4, int64_t layout,
+                                    std::vector<int64_t> shape, std::optional<Tensor> offsets, Tensor lora_A,
+                                    Tensor lora_B, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_experts_weight_norm";
-  const Weights weights =
-      checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const Weights weights = checked_weights(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   // For the norm, a run stands for the rows of an expert's W.
   std::vector<Run> runs;
   if (offsets.has_value()) {

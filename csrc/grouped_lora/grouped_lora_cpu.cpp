@@ -9,16 +9,14 @@
 namespace peft_ext {
 namespace {
 
-std::tuple<Tensor, Tensor> grouped_lora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
-                                                   std::optional<Tensor> nested_absmax,
-                                                   std::optional<Tensor> nested_code,
-                                                   std::optional<Tensor> nested_offset, int64_t blocksize,
+std::tuple<Tensor, Tensor> grouped_lora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> part1,
+                                                   std::optional<Tensor> part2, std::optional<Tensor> part3,
+                                                   std::optional<Tensor> part4, int64_t layout,
                                                    std::vector<int64_t> shape, std::optional<Tensor> bias,
                                                    std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
                                                    std::vector<double> scaling, std::vector<int64_t> adapters) {
   constexpr const char* kOp = "grouped_lora_linear";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x has no dimensions, wanted [..., K]");
   const Groups groups =
       make_groups(kOp, lora_A, lora_B, scaling, adapters, rows_of(x), held.in_features(), held.out_features());

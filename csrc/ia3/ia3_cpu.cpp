@@ -19,29 +19,25 @@ Adapter ia3_adapter(const char* op, const Tensor& ia3_l, const FrozenWeight& wei
   return adapter;
 }
 
-std::tuple<Tensor, Tensor> ia3_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
-                                          std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                                          std::optional<Tensor> nested_offset, int64_t blocksize,
-                                          std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor ia3_l,
-                                          bool feedforward, bool want_z) {
+std::tuple<Tensor, Tensor> ia3_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> part1,
+                                          std::optional<Tensor> part2, std::optional<Tensor> part3,
+                                          std::optional<Tensor> part4, int64_t layout, std::vector<int64_t> shape,
+                                          std::optional<Tensor> bias, Tensor ia3_l, bool feedforward, bool want_z) {
   constexpr const char* kOp = "ia3_linear";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const AdaptedForward out =
       adapted_forward(kOp, x, held, bias, ia3_adapter(kOp, ia3_l, held, feedforward), true, want_z);
   return {out.y, out.z};
 }
 
-std::tuple<Tensor, Tensor> ia3_linear_backward_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> absmax,
-                                                   std::optional<Tensor> nested_absmax,
-                                                   std::optional<Tensor> nested_code,
-                                                   std::optional<Tensor> nested_offset, int64_t blocksize,
+std::tuple<Tensor, Tensor> ia3_linear_backward_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> part1,
+                                                   std::optional<Tensor> part2, std::optional<Tensor> part3,
+                                                   std::optional<Tensor> part4, int64_t layout,
                                                    std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor ia3_l,
                                                    std::optional<Tensor> z, bool z_is_scaled, bool feedforward,
                                                    bool needs_grad_x, bool needs_grad_l) {
   constexpr const char* kOp = "ia3_linear_backward";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter = ia3_adapter(kOp, ia3_l, held, feedforward);
   Tensor grad_x = empty({0}, x.scalar_type()), grad_l = empty({0}, ia3_l.scalar_type());
   // The gradient of the feedforward scale is computed in the pass that computes dX.

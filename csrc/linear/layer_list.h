@@ -14,15 +14,14 @@ namespace peft_ext {
 // One layer of an operator's lists. A layer without lora_A has no adapter.
 struct ListedLayer {
   torch::stable::Tensor weight;
-  std::optional<torch::stable::Tensor> absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
-      rank_scale, seed;
-  int64_t blocksize = 0;
+  std::optional<torch::stable::Tensor> part1, part2, part3, part4, bias, lora_A, lora_B, rank_scale, seed;
+  int64_t layout = 0;
   std::vector<int64_t> shape;  // [N, K]
   double scaling = 1.0, dropout_p = 0.0;
 };
 
 // Reads the layers. tensors: for each layer, the tensors of ListedLayer that the layer has, in the order of
-// declaration. sizes: four numbers for each layer: the tensors that the layer has, as bits; blocksize; N; K. numbers:
+// declaration. sizes: four numbers for each layer: the tensors that the layer has, as bits; layout; N; K. numbers:
 // scaling and dropout_p of each layer.
 inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<torch::stable::Tensor>& tensors,
                                               const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
@@ -37,8 +36,8 @@ inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<
     ListedLayer& layer = layers[i];
     std::optional<torch::stable::Tensor> weight;
     std::optional<torch::stable::Tensor>* const held[kTensors] = {
-        &weight,     &layer.absmax, &layer.nested_absmax, &layer.nested_code, &layer.nested_offset,
-        &layer.bias, &layer.lora_A, &layer.lora_B,        &layer.rank_scale,  &layer.seed};
+        &weight,     &layer.part1,  &layer.part2,  &layer.part3,      &layer.part4,
+        &layer.bias, &layer.lora_A, &layer.lora_B, &layer.rank_scale, &layer.seed};
     for (size_t j = 0; j < kTensors; ++j) {
       if ((size[0] >> j & 1) == 0) continue;
       STD_TORCH_CHECK(at < tensors.size(), op, ": ", tensors.size(), " tensors are too few");
@@ -47,7 +46,7 @@ inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<
     STD_TORCH_CHECK(weight.has_value() && layer.lora_A.has_value() == layer.lora_B.has_value(), op, ": layer ", i,
                     " has no weight, or one of lora_A and lora_B");
     layer.weight = *weight;
-    layer.blocksize = size[1];
+    layer.layout = size[1];
     layer.shape = {size[2], size[3]};
     layer.scaling = numbers[i * kNumbers];
     layer.dropout_p = numbers[i * kNumbers + 1];

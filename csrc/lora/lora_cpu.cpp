@@ -9,28 +9,26 @@
 namespace peft_ext {
 namespace {
 
-std::tuple<Tensor, Tensor> lora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
-                                           std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                                           std::optional<Tensor> nested_offset, int64_t blocksize,
-                                           std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor lora_A,
-                                           Tensor lora_B, std::optional<Tensor> rank_scale, double scaling,
-                                           double dropout_p, std::optional<Tensor> seed) {
+std::tuple<Tensor, Tensor> lora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> part1,
+                                           std::optional<Tensor> part2, std::optional<Tensor> part3,
+                                           std::optional<Tensor> part4, int64_t layout, std::vector<int64_t> shape,
+                                           std::optional<Tensor> bias, Tensor lora_A, Tensor lora_B,
+                                           std::optional<Tensor> rank_scale, double scaling, double dropout_p,
+                                           std::optional<Tensor> seed) {
   constexpr const char* kOp = "lora_linear";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   const AdaptedForward out = adapted_forward(kOp, x, held, bias, adapter, false, false);
   return {out.y, out.s};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
-    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-    std::vector<int64_t> shape, Tensor lora_A, Tensor lora_B, std::optional<Tensor> rank_scale, Tensor s,
-    double scaling, double dropout_p, std::optional<Tensor> seed, bool needs_grad_x) {
+    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+    std::optional<Tensor> part3, std::optional<Tensor> part4, int64_t layout, std::vector<int64_t> shape, Tensor lora_A,
+    Tensor lora_B, std::optional<Tensor> rank_scale, Tensor s, double scaling, double dropout_p,
+    std::optional<Tensor> seed, bool needs_grad_x) {
   constexpr const char* kOp = "lora_linear_backward";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   AdaptedBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x);
   if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());

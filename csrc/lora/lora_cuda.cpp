@@ -7,31 +7,28 @@
 namespace peft_ext {
 namespace {
 
-std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-                                            const std::optional<Tensor>& nested_absmax,
-                                            const std::optional<Tensor>& nested_code,
-                                            const std::optional<Tensor>& nested_offset, int64_t blocksize,
+std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& part1,
+                                            const std::optional<Tensor>& part2, const std::optional<Tensor>& part3,
+                                            const std::optional<Tensor>& part4, int64_t layout,
                                             const std::vector<int64_t>& shape, const std::optional<Tensor>& bias,
                                             const Tensor& lora_A, const Tensor& lora_B,
                                             const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
                                             const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_linear";
-  const DeviceWeight held =
-      device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
   const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   const DeviceForward out = adapted_forward(kOp, x, held, bias, adapter, false, false);
   return {out.y, out.s};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cuda(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-    const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
-    const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& rank_scale, const Tensor& s,
-    double scaling, double dropout_p, const std::optional<Tensor>& seed, bool needs_grad_x) {
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& part1,
+    const std::optional<Tensor>& part2, const std::optional<Tensor>& part3, const std::optional<Tensor>& part4,
+    int64_t layout, const std::vector<int64_t>& shape, const Tensor& lora_A, const Tensor& lora_B,
+    const std::optional<Tensor>& rank_scale, const Tensor& s, double scaling, double dropout_p,
+    const std::optional<Tensor>& seed, bool needs_grad_x) {
   constexpr const char* kOp = "lora_linear_backward";
-  const DeviceWeight held =
-      device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
   const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   DeviceBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x, std::nullopt);
   if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());

@@ -14,9 +14,9 @@ std::vector<Layer> lora_layers(const char* op, const std::vector<Tensor>& tensor
                                const std::vector<double>& numbers) {
   std::vector<Layer> layers;
   for (const ListedLayer& from : listed_layers(op, tensors, sizes, numbers)) {
-    Layer layer{checked_weight(op, from.weight, from.absmax, from.nested_absmax, from.nested_code, from.nested_offset,
-                               from.blocksize, from.shape),
-                from.bias, Adapter()};
+    Layer layer{
+        checked_weight(op, from.weight, {from.part1, from.part2, from.part3, from.part4}, from.layout, from.shape),
+        from.bias, Adapter()};
     if (from.lora_A.has_value())
       layer.adapter =
           lora_adapter(op, *from.lora_A, *from.lora_B, from.rank_scale, from.scaling, from.dropout_p, from.seed);

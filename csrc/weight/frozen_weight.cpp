@@ -1,6 +1,8 @@
 // Checks the arguments of a frozen weight on the CPU. See frozen_weight.h.
 #include "weight/frozen_weight.h"
 
+#include "weight/formats/list.h"
+
 namespace peft_ext {
 
 int64_t checked_numel(const std::vector<int64_t>& shape) {
@@ -24,34 +26,100 @@ Tensor checked_part(const char* op, const char* argument, const Tensor& tensor, 
   return as_contiguous(tensor);
 }
 
-FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor> absmax,
-                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                            std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape) {
-  FrozenWeight held{weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape};
-  if (!held.is_nf4()) {
+namespace {
+
+void check_nf4(const char* op, FrozenWeight* held) {
+  check_blocksize(op, held->layout);
+  STD_TORCH_CHECK(held->parts[0].has_value(), op, ": absmax is None, wanted the scales of an NF4 weight");
+  const int64_t n = checked_numel(held->shape), blocks = ceil_div(n, held->layout);
+  held->weight = checked_part(op, "weight", held->weight, ScalarType::Byte, ceil_div(n, 2));
+  const bool nested = held->parts[1].has_value();
+  held->parts[0] = checked_part(op, "absmax", *held->parts[0], nested ? ScalarType::Byte : ScalarType::Float, blocks);
+  if (!nested) return;
+  STD_TORCH_CHECK(held->parts[2].has_value() && held->parts[3].has_value(), op,
+                  ": nested_absmax is given without nested_code and nested_offset");
+  held->parts[1] =
+      checked_part(op, "nested_absmax", *held->parts[1], ScalarType::Float, ceil_div(blocks, kNestedBlock));
+  held->parts[2] = checked_part(op, "nested_code", *held->parts[2], ScalarType::Float, 256);
+  held->parts[3] = checked_part(op, "nested_offset", *held->parts[3], ScalarType::Float, 1);
+}
+
+// What a format says of a weight's sizes: see weight/formats/list.h.
+struct FormatSizes {
+  const char* name;
+  const char* (*refused)(const PackedView& w);
+  int64_t (*part_bytes)(const PackedView& w, int part);
+};
+
+FormatSizes sizes_of(int64_t number) {
+  switch (number) {
+#define FORMAT(number, Format) \
+  case number:                 \
+    return {#Format, Format::refused, Format::part_bytes};
+    PEFT_EXT_FORMATS(FORMAT)
+#undef FORMAT
+    default:
+      return {nullptr, nullptr, nullptr};
+  }
+}
+
+// Checks the sizes of the parts of a weight in one of the formats of weight/formats/list.h.
+void check_format(const char* op, FrozenWeight* held) {
+  checked_numel(held->shape);
+  STD_TORCH_CHECK(held->shape.size() == 2, op, ": weight has ", held->shape.size(), " dimensions, wanted [N, K]");
+  const FormatSizes format = sizes_of(held->layout >> kFormatShift & 0xff);
+  STD_TORCH_CHECK(format.name != nullptr, op, ": layout is ", held->layout, ", which names no format");
+  const PackedView view = view_of(*held);
+  if (const char* wanted = format.refused(view))
+    STD_TORCH_CHECK(false, op, ": ", format.name, " weight [", held->shape[0], ", ", held->shape[1], "] has group ",
+                    view.group, " and option ", view.option, ", wanted ", wanted);
+  for (int part = 0; part < kWeightParts; ++part) {
+    std::optional<Tensor> tensor = part == 0 ? held->weight : held->parts[part - 1];
+    const int64_t bytes = format.part_bytes(view, part);  // below 0: may be absent
+    if (!tensor.has_value()) {
+      STD_TORCH_CHECK(bytes <= 0, op, ": part ", part, " of a ", format.name, " weight is None, wanted ", bytes,
+                      " bytes");
+      continue;
+    }
+    const int64_t came = tensor->numel() * static_cast<int64_t>(tensor->element_size()),
+                  wanted = bytes < 0 ? -bytes : bytes;
+    STD_TORCH_CHECK(came == wanted && tensor->is_cpu(), op, ": part ", part, " of a ", format.name, " weight [",
+                    held->shape[0], ", ", held->shape[1], "] has ", came, " bytes, wanted ", wanted, " on the CPU");
+    (part == 0 ? held->weight : *held->parts[part - 1]) = as_contiguous(*tensor);
+  }
+}
+
+}  // namespace
+
+FrozenWeight checked_weight(const char* op, Tensor weight, WeightParts parts, int64_t layout,
+                            std::vector<int64_t> shape) {
+  FrozenWeight held{weight, parts, layout, shape};
+  if (held.is_packed() && !held.is_nf4()) {
+    check_format(op, &held);
+  } else if (held.is_packed() || parts[0].has_value()) {
+    check_nf4(op, &held);
+  } else {
     STD_TORCH_CHECK(weight.dim() == 2, op, ": weight has ", weight.dim(), " dimensions, wanted 2");
     held.shape.assign(weight.sizes().begin(), weight.sizes().end());
-    return held;
-  }
-  check_blocksize(op, blocksize);
-  const int64_t n = checked_numel(shape), blocks = ceil_div(n, blocksize);
-  held.weight = checked_part(op, "weight", weight, ScalarType::Byte, ceil_div(n, 2));
-  const bool nested = nested_absmax.has_value();
-  held.absmax = checked_part(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks);
-  if (nested) {
-    STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value(), op,
-                    ": nested_absmax is given without nested_code and nested_offset");
-    held.nested_absmax =
-        checked_part(op, "nested_absmax", *nested_absmax, ScalarType::Float, ceil_div(blocks, kNestedBlock));
-    held.nested_code = checked_part(op, "nested_code", *nested_code, ScalarType::Float, 256);
-    held.nested_offset = checked_part(op, "nested_offset", *nested_offset, ScalarType::Float, 1);
   }
   return held;
 }
 
+PackedView view_of(const FrozenWeight& weight) {
+  PackedView view{};
+  view.part[0] = weight.weight.const_data_ptr();
+  for (int i = 1; i < kWeightParts; ++i)
+    view.part[i] = weight.parts[i - 1].has_value() ? weight.parts[i - 1]->const_data_ptr() : nullptr;
+  view.rows = weight.shape[0];
+  view.columns = weight.shape[1];
+  view.group = weight.layout & 0xffffffff;
+  view.option = static_cast<int>(weight.layout >> kOptionShift);
+  return view;
+}
+
 void check_matrix_weight(const char* op, const FrozenWeight& weight, ScalarType type) {
   STD_TORCH_CHECK(weight.shape.size() == 2, op, ": weight has ", weight.shape.size(), " dimensions, wanted [N, K]");
-  STD_TORCH_CHECK(weight.is_nf4() || weight.weight.scalar_type() == type, op, ": weight is ",
+  STD_TORCH_CHECK(weight.is_packed() || weight.weight.scalar_type() == type, op, ": weight is ",
                   torch::headeronly::toString(weight.weight.scalar_type()), ", wanted ",
                   torch::headeronly::toString(type));
 }

@@ -1,19 +1,26 @@
-// A frozen weight as an argument of a CPU operator: dense [N, K], or NF4 in bitsandbytes' layout.
+// A frozen weight as an argument of a CPU operator: dense [N, K], or packed. The formats of packed weights are NF4, in
+// bitsandbytes' layout, and those of weight/formats/list.h.
 #pragma once
 
 #include "cpu/tensor.h"
 #include "weight/nf4_layout.h"
+#include "weight/packed_view.h"
 
 namespace peft_ext {
 
+using WeightParts = std::vector<std::optional<Tensor>>;  // the parts of a packed weight after the first
+
 struct FrozenWeight {
-  Tensor weight;                 // dense weight [N, K], or packed NF4 codes: ceil(N K / 2) elements of uint8
-  std::optional<Tensor> absmax;  // NF4 scales, float32 or with double quantization uint8; nullopt for a dense weight
-  std::optional<Tensor> nested_absmax, nested_code, nested_offset;
-  int64_t blocksize = 0;
+  Tensor weight;      // dense weight [N, K], or the first part of a packed weight
+  WeightParts parts;  // the other parts of a packed weight; of NF4: absmax, nested_absmax, nested_code, nested_offset
+  int64_t layout = 0;
   std::vector<int64_t> shape;
 
-  bool is_nf4() const { return absmax.has_value(); }
+  bool is_packed() const { return layout != 0; }
+  bool is_nf4() const { return is_packed() && layout >> kFormatShift == 0; }
+  int64_t blocksize() const { return layout & 0xffffffff; }  // of an NF4 weight
+  const Tensor& absmax() const { return *parts[0]; }
+  bool is_nested() const { return is_nf4() && parts[1].has_value(); }
   // out_features() is N and in_features() is K of a weight [N, K]. For a weight that is not a matrix, both functions
   // return 0, and check_matrix_weight refuses the weight.
   int64_t out_features() const { return shape.size() == 2 ? shape[0] : 0; }
@@ -30,13 +37,15 @@ void check_blocksize(const char* op, int64_t blocksize);
 // `type` or if the tensor does not have `numel` elements.
 Tensor checked_part(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t numel);
 
-// Returns the weight with contiguous NF4 tensors. Fails with an error that names op and argument if a tensor's size or
-// dtype does not fit the shape.
-FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor> absmax,
-                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                            std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape);
+// Returns the weight with contiguous parts. Fails with an error that names op and argument if a part's size or dtype
+// does not fit the shape. `layout` is 0 for a dense weight; for a packed weight see packed_view.h.
+FrozenWeight checked_weight(const char* op, Tensor weight, WeightParts parts, int64_t layout,
+                            std::vector<int64_t> shape);
 
 // Fails if the weight is not a matrix, or if a dense weight has another dtype than `type`.
 void check_matrix_weight(const char* op, const FrozenWeight& weight, ScalarType type);
+
+// Returns the weight as kernels see it. The weight is a packed matrix in a format other than NF4.
+PackedView view_of(const FrozenWeight& weight);
 
 }  // namespace peft_ext

@@ -6,7 +6,7 @@
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
 #include "linear/cpu/tiles/products.h"
-#include "nf4/cpu/decode.h"
+#include "packed/cpu/decode.h"
 
 namespace peft_ext {
 namespace {

@@ -6,8 +6,8 @@
 #include "cpu/threads.h"
 
 #include "linear/cpu/tiles/products.h"
-#include "nf4/cpu/decode.h"
-#include "nf4/cpu/skinny.h"
+#include "packed/cpu/decode.h"
+#include "packed/cpu/skinny.h"
 
 namespace peft_ext {
 
@@ -19,8 +19,8 @@ constexpr int64_t kWidePanel = 1024;
 // Returns W's rows [begin, end) in float32, [end - begin, K].
 Tensor wide_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type) {
   Tensor dense = weight.weight;
-  const Tensor rows = weight.is_nf4() ? dequantized_rows(op, weight, begin, end, type)
-                                      : torch::stable::narrow(dense, 0, begin, end - begin);
+  const Tensor rows = weight.is_packed() ? dequantized_rows(op, weight, begin, end, type)
+                                         : torch::stable::narrow(dense, 0, begin, end - begin);
   return as_type(rows, ScalarType::Float);
 }
 

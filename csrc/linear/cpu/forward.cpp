@@ -9,8 +9,8 @@
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
 #include "linear/cpu/tiles/products.h"
-#include "nf4/cpu/decode.h"
-#include "nf4/cpu/skinny.h"
+#include "packed/cpu/decode.h"
+#include "packed/cpu/skinny.h"
 
 namespace peft_ext {
 namespace {
@@ -18,7 +18,7 @@ namespace {
 // Returns whether forward_few_tokens runs: there is one base product, W can be read row by row, and the tokens are few.
 bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
-  if (weight.is_nf4()) return skinny_accepts(weight, type, tokens);
+  if (weight.is_packed()) return skinny_accepts(weight, type, tokens);
   if (!weight.weight.is_contiguous()) return false;
   return tiles_take_few_tokens(type) ? !tiles_accept(weight, type, tokens, TileProduct::kForward)
                                      : tokens <= kFewTokens;
@@ -49,10 +49,10 @@ void forward_few_tokens(const ForwardCall& f) {
   const Adapter& adapter = f.adapter;
   const bool scales = adapter.in_scale.has_value();
   Tensor wide;
-  if (scales || adapter.low_rank() || !f.weight.is_nf4()) wide = as_type(f.x, ScalarType::Float);
+  if (scales || adapter.low_rank() || !f.weight.is_packed()) wide = as_type(f.x, ScalarType::Float);
   const Tensor scaled = scales ? column_pass(f.op, wide, &*adapter.in_scale, 0.0f, nullptr).scaled : wide;
   Tensor base;
-  if (f.weight.is_nf4()) {
+  if (f.weight.is_packed()) {
     base = skinny_product(f.op, scales ? as_type(scaled, f.type()) : f.x, f.weight);
   } else {
     base = few_tokens_product(f, scaled);

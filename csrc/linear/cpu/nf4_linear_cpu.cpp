@@ -6,21 +6,19 @@
 namespace peft_ext {
 namespace {
 
-Tensor nf4_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-                      std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+Tensor nf4_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+                      std::optional<Tensor> part3, std::optional<Tensor> part4, int64_t layout,
                       std::vector<int64_t> shape, std::optional<Tensor> bias) {
   constexpr const char* kOp = "nf4_linear";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   return adapted_forward(kOp, x, held, bias, Adapter(), false, false).y;
 }
 
-Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor> absmax,
-                               std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                               std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape) {
+Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor> part1, std::optional<Tensor> part2,
+                               std::optional<Tensor> part3, std::optional<Tensor> part4, int64_t layout,
+                               std::vector<int64_t> shape) {
   constexpr const char* kOp = "nf4_linear_backward";
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == held.out_features(), kOp, ": grad has ", grad.numel(),
                   " elements, wanted rows of ", held.out_features());
   return frozen_backward(kOp, grad, held);

@@ -14,7 +14,7 @@
 #include "linear/cpu/passes.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
-#include "nf4/cpu/decode.h"
+#include "packed/cpu/decode.h"
 
 namespace peft_ext {
 namespace {
@@ -30,7 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
   STD_TORCH_CHECK(absmax.has_value(), kOp, ": absmax is None, wanted the scales of an NF4 weight");
   STD_TORCH_CHECK(shape.size() == 2, kOp, ": shape has ", shape.size(), " dimensions, wanted [N, K]");
   const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+      checked_weight(kOp, weight, {absmax, nested_absmax, nested_code, nested_offset}, blocksize, shape);
+  STD_TORCH_CHECK(held.is_nf4(), kOp, ": layout is ", blocksize, ", wanted the block size of an NF4 weight");
   const int64_t n = shape[0], k = shape[1], rank = lora_A.dim() == 2 ? lora_A.size(0) : 0;
   STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == k && rank > 0, kOp, ": lora_A has ", lora_A.numel(),
                   " elements, wanted [R, ", k, "]");

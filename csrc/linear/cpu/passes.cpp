@@ -7,7 +7,7 @@
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/chunk_sums.h"
-#include "nf4/cpu/decode.h"
+#include "packed/cpu/decode.h"
 
 namespace peft_ext {
 
@@ -24,10 +24,9 @@ constexpr int64_t kRowChunk = 64;
 // Returns W's rows [first, last) in `type`: a pointer into W, or rows decoded into the calling thread's scratch.
 const void* weight_rows(const FrozenWeight& weight, const Tensor& dense, ScalarType type, int64_t first, int64_t last) {
   const int64_t k = weight.in_features(), width = type == ScalarType::Float ? 4 : 2;
-  if (!weight.is_nf4()) return static_cast<const char*>(dense.const_data_ptr()) + first * k * width;
-  const size_t room = static_cast<size_t>(((last - first) * k + 2 * weight.blocksize) * width);
-  return dequantize_range(weight, first * k, last * k, dtype_of("nf4_dequantize", "dtype", type),
-                          scratch(Scratch::kRows, room));
+  if (!weight.is_packed()) return static_cast<const char*>(dense.const_data_ptr()) + first * k * width;
+  const size_t room = static_cast<size_t>(room_of_rows(weight, last - first) * width);
+  return decode_rows(weight, first, last, dtype_of("nf4_dequantize", "dtype", type), scratch(Scratch::kRows, room));
 }
 
 RowPass weight_pass(const char* op, const FrozenWeight& weight, ScalarType type, int64_t padded) {
@@ -269,7 +268,7 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
   RowFacts facts{zeros({n, padded}), zeros({n})};
   if (n == 0 || k == 0) return facts;
   const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, true, k, padded);
-  const Tensor dense = weight.is_nf4() ? Tensor() : as_contiguous(weight.weight);
+  const Tensor dense = weight.is_packed() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
   parallel_for(0, ceil_div(n, kRowChunk), 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kRowChunk; first < min_i64(end * kRowChunk, n); first += kRowChunk) {
@@ -291,7 +290,7 @@ Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& le
   const int64_t padded = round_up(rank, kRankStep);
   if (n == 0 || k == 0) return zeros({rank, k});
   const Tensor framed = packed(op, "left", left, nullptr, nullptr, false, n, padded);
-  const Tensor dense = weight.is_nf4() ? Tensor() : as_contiguous(weight.weight);
+  const Tensor dense = weight.is_packed() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
   const Tensor sums = sum_chunks(n, k * padded, [&](int64_t begin, int64_t end, float* out) {
     for (int64_t first = begin; first < end; first += kRowChunk) {

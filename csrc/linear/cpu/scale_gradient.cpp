@@ -6,7 +6,7 @@
 #include "cpu/threads.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/base_product.h"
-#include "nf4/cpu/decode.h"
+#include "packed/cpu/decode.h"
 
 namespace peft_ext {
 
@@ -30,18 +30,17 @@ Tensor gathered_rows(const Tensor& matrix, const std::vector<int64_t>& rows) {
   return out;
 }
 
-// Returns the given rows of an NF4 weight, dequantized.
-Tensor decoded_rows(const char* op, const FrozenWeight& weight, const std::vector<int64_t>& rows, ScalarType type) {
+// Returns the given rows of a packed weight, decoded.
+Tensor rows_of_packed(const char* op, const FrozenWeight& weight, const std::vector<int64_t>& rows, ScalarType type) {
   const int64_t k = weight.in_features(), width = type == ScalarType::Float ? 4 : 2;
   const DType dtype = dtype_of(op, "dtype", type);
   const Tensor out = empty({static_cast<int64_t>(rows.size()), k}, type);
   auto* to = static_cast<char*>(out.mutable_data_ptr());
   parallel_for(0, static_cast<int64_t>(rows.size()), ceil_div(kPackGrain, k + 1), [&](int64_t begin, int64_t end) {
-    std::vector<char> room(static_cast<size_t>((k + 2 * weight.blocksize) * width));
+    std::vector<char> room(static_cast<size_t>(room_of_rows(weight, 1) * width));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = rows[static_cast<size_t>(i)] * k;
-      memcpy(to + i * k * width, dequantize_range(weight, first, first + k, dtype, room.data()),
-             static_cast<size_t>(k * width));
+      const int64_t row = rows[static_cast<size_t>(i)];
+      memcpy(to + i * k * width, decode_rows(weight, row, row + 1, dtype, room.data()), static_cast<size_t>(k * width));
     }
   });
   return out;
@@ -54,7 +53,7 @@ Tensor z_again(const char* op, const Tensor& x, const FrozenWeight& weight, cons
   const auto count = static_cast<int64_t>(outputs.size());
   const int64_t tokens = x.size(0);
   FrozenWeight some;
-  some.weight = weight.is_nf4() ? decoded_rows(op, weight, outputs, type) : gathered_rows(weight.weight, outputs);
+  some.weight = weight.is_packed() ? rows_of_packed(op, weight, outputs, type) : gathered_rows(weight.weight, outputs);
   some.shape = {count, weight.in_features()};
   const Tensor z = product_forward(op, x, some, type);
   if (adapter.low_rank()) {

@@ -5,23 +5,20 @@
 namespace peft_ext {
 namespace {
 
-Tensor nf4_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                       const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
+Tensor nf4_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& part1,
+                       const std::optional<Tensor>& part2, const std::optional<Tensor>& part3,
+                       const std::optional<Tensor>& part4, int64_t layout, const std::vector<int64_t>& shape,
                        const std::optional<Tensor>& bias) {
   constexpr const char* kOp = "nf4_linear";
-  const DeviceWeight held =
-      device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
   return adapted_forward(kOp, x, held, bias, DeviceAdapter{}, false, false).y;
 }
 
-Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& weight, const std::optional<Tensor>& absmax,
-                                const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                                const std::optional<Tensor>& nested_offset, int64_t blocksize,
-                                const std::vector<int64_t>& shape) {
+Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& weight, const std::optional<Tensor>& part1,
+                                const std::optional<Tensor>& part2, const std::optional<Tensor>& part3,
+                                const std::optional<Tensor>& part4, int64_t layout, const std::vector<int64_t>& shape) {
   constexpr const char* kOp = "nf4_linear_backward";
-  const DeviceWeight held = device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize,
-                                          shape, grad.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, grad.scalar_type());
   return frozen_backward(kOp, grad, held);
 }
 

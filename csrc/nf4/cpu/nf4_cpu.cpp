@@ -6,12 +6,25 @@
 #include <vector>
 
 #include "common/registration.h"
+#include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/threads.h"
-#include "nf4/cpu/decode.h"
+#include "nf4/cpu/nf4_kernels.h"
 #include "nf4/nf4_code.h"
+#include "weight/frozen_weight.h"
 
 namespace peft_ext {
+
+const Nf4Kernels& nf4_kernels() {
+#if defined(__x86_64__)
+  return select_kernels(&kNf4KernelsScalar, &kNf4KernelsAvx2, &kNf4KernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kNf4KernelsScalar, &kNf4KernelsNeon);
+#else
+  return kNf4KernelsScalar;
+#endif
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
@@ -179,17 +192,6 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) 
   return {codes, absmax};
 }
 
-Tensor nf4_dequantize_cpu(Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-                          std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-                          std::vector<int64_t> shape, ScalarType type) {
-  constexpr const char* kOp = "nf4_dequantize";
-  STD_TORCH_CHECK(absmax.has_value(), kOp, ": absmax is None, wanted the scales of an NF4 weight");
-  const FrozenWeight held =
-      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
-  if (type == ScalarType::Double) return as_type(dense_weight(kOp, held, ScalarType::Float), type);
-  return dense_weight(kOp, held, type);
-}
-
 }  // namespace
 }  // namespace peft_ext
 
@@ -197,5 +199,4 @@ PEFT_EXT_OPERATORS(CPU, m) {
   m.impl("nf4_quantize", PEFT_EXT_CPU_BOX(&peft_ext::nf4_quantize_cpu));
   m.impl("nf4_scale_mean", PEFT_EXT_CPU_BOX(&peft_ext::nf4_scale_mean_cpu));
   m.impl("nf4_quantize_absmax", PEFT_EXT_CPU_BOX(&peft_ext::nf4_quantize_absmax_cpu));
-  m.impl("nf4_dequantize", PEFT_EXT_CPU_BOX(&peft_ext::nf4_dequantize_cpu));
 }

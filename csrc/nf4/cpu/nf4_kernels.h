@@ -39,6 +39,9 @@ struct Nf4Scales {
   float offset;
 };
 
+// Smallest number of elements that a thread takes: about 20 microseconds of work.
+constexpr int64_t kDecodeGrain = 1 << 16;
+
 struct Nf4Kernels {
   // Quantizes x [n] of dtype to packed [ceil(n/2)] and absmax [blocks]. For odd n the last nibble is the code of zero.
   void (*quantize)(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end,

@@ -1,10 +1,14 @@
-// The formats of packed weights. FORMAT(number, struct): `number` is the format's number in the operator's argument
+// The formats of packed weights. FORMAT(number, struct): `number` is the format's number in the operators' argument
 // `layout` and in peft_ext/weights/; 0 is NF4, which csrc/nf4 decodes. Each struct has
 //
-//   static float value(const PackedView& w, int64_t row, int64_t column);
+//   const char* refused(w);          null, or which group, option or shape the format wants instead of those of w
+//   int64_t part_bytes(w, part);     bytes of a part: 0: the part must be absent; below 0: the part may be absent
+//   float value(w, row, column);     W[row, column] in float32, in the order of operations of the format's own library
+//   bool runs(w);                    whether decode32 decodes this weight
+//   void decode32(w, row, column, float* out);   writes the values of 32 columns from a multiple of 32 on
 //
-// the value W[row, column] in float32, in the order of operations of the format's own library. It runs on the CPU and
-// on CUDA.
+// `value` defines the format, on the CPU and on CUDA; decode32 gives the same bits, on the CPU, in plain loops that the
+// compiler vectorizes. This file is included after the target pragma of an instruction set.
 #pragma once
 
 #include "weight/formats/gguf.h"

@@ -70,6 +70,13 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
 // Converts the rows [begin, end) to left strips over the columns.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.columns);
+  if (w.decode != nullptr) {
+    for (int64_t i = 0; i < ceil_div(end - begin, kStrip); ++i)
+      for (int64_t d = 0; d < tiles; ++d)
+        decode_block(w, begin + i * kStrip, kStrip, d * kTileDepth, kTileDepth, panel + (i * tiles + d) * kTile,
+                     kTileDepth);
+    return;
+  }
   const bool aligned = aligned_blocks(w);
   for (int64_t row = begin; row < ceil_div(end - begin, kStrip) * kStrip + begin; ++row) {
     const int64_t i = row - begin;
@@ -99,11 +106,21 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
     const int64_t count = min_i64(kPanelStep, end - column);
     const int64_t strips = ceil_div(count, kStrip);
     bf16* base = panel + (column - begin) / kStrip * strip;
+    alignas(64) bf16 held[kTileDepth * kPanelStep];  // of a weight that w.decode decodes: 32 rows
     for (int64_t row = 0; row < tiles * kTileDepth; row += 2) {
       __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[1]};
       fetch_rows(w, row, column);
-      if (row < w.rows) decode64(w, aligned, row, column, count, even);
-      if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
+      if (w.decode != nullptr) {
+        if (row % kTileDepth == 0) decode_block(w, row, kTileDepth, column, kPanelStep, held, kPanelStep);
+        const bf16* from = held + row % kTileDepth * kPanelStep;
+        for (int i = 0; i < 2; ++i) {
+          even[i] = _mm512_load_si512(from + 32 * i);
+          odd[i] = _mm512_load_si512(from + kPanelStep + 32 * i);
+        }
+      } else {
+        if (row < w.rows) decode64(w, aligned, row, column, count, even);
+        if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
+      }
       bf16* out = base + row / kTileDepth * kTile + row % kTileDepth * kStrip;
       for (int64_t j = 0; j < strips; ++j)
         _mm512_store_si512(out + j * strip, _mm512_permutex2var_epi16(even[j / 2], j % 2 ? high : low, odd[j / 2]));

@@ -82,7 +82,10 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
     return;
   }
   bf16 run[kPanelStep] = {};
-  decode_run(w, flat, count, run);
+  if (w.decode != nullptr)
+    decode_block(w, row, 1, column, kPanelStep, run, kPanelStep);
+  else
+    decode_run(w, flat, count, run);
   out[0] = values32(run);
   out[1] = values32(run + 32);
 }

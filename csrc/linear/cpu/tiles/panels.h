@@ -9,9 +9,10 @@ namespace {
 
 inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
 
-// Returns whether kPanelStep columns from a multiple of kPanelStep always lie in one block and begin at a whole byte.
+// Returns whether W is NF4, and kPanelStep columns from a multiple of kPanelStep always lie in one block and begin at a
+// whole byte.
 inline bool aligned_blocks(const TileWeight& w) {
-  return w.dense == nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
+  return w.packed != nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
 }
 
 // Returns whether the rows [begin, end) of a dense W consist of whole tiles, which need no copy.
@@ -29,17 +30,30 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
 // rows_ahead and columns_ahead return the memory to prefetch for the next panel during `steps` steps. rows_ahead
 // returns the rows after `end`, which are contiguous; columns_ahead returns the columns after `end`, which are one run
 // in each row.
+// Of a weight that TileWeight::decode decodes, nothing is prefetched.
 inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
-  const int64_t rows = min_i64(kPanelStep, w.rows - end);
+  const int64_t rows = w.decode != nullptr ? 0 : min_i64(kPanelStep, w.rows - end);
   const char* at = element_address(w, end * w.columns);
   const int64_t runs = (element_address(w, (end + rows) * w.columns) - at) / 128;
   return rows > 0 && steps > 0 ? Ahead{at, 128, runs, ceil_div(runs, steps)} : Ahead{};
 }
 
 inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+  if (w.decode != nullptr) return Ahead{};
   const int64_t stride = element_address(w, w.columns) - element_address(w, 0);
   return end < w.columns && steps > 0 ? Ahead{element_address(w, end), stride, w.rows, ceil_div(w.rows, steps)}
                                       : Ahead{};
+}
+
+// Decodes the rows [row, row + count) and columns [column, column + width) of a weight that TileWeight::decode decodes
+// to out [count, stride], and writes zeros beyond the weight's rows and columns.
+inline void decode_block(const TileWeight& w, int64_t row, int64_t count, int64_t column, int64_t width, bf16* out,
+                         int64_t stride) {
+  const int64_t rows = min_i64(count, w.rows - row), columns = min_i64(width, w.columns - column);
+  if (rows < count || columns < width)
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < width; ++j) out[i * stride + j] = bf16{0};
+  if (rows > 0 && columns > 0) w.decode(w.view, row, rows, column, column + columns, out, stride, DType::kBF16);
 }
 
 constexpr int64_t kRowsAhead = 32;  // number of rows between the row that is decoded and the row that is prefetched
@@ -47,6 +61,7 @@ constexpr int64_t kRowsAhead = 32;  // number of rows between the row that is de
 // Prefetches the columns [column, column + 64) of two rows, kRowsAhead rows before these rows are decoded. The rows of
 // a large weight are half a page or more apart, and the hardware prefetcher does not cross pages.
 inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
+  if (w.decode != nullptr) return;
   for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
     const char* at = element_address(w, ahead * w.columns + column);
     __builtin_prefetch(at, 0, 3);

@@ -5,8 +5,8 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
-#include "nf4/cpu/decode.h"
-#include "nf4/cpu/skinny.h"
+#include "packed/cpu/decode.h"
+#include "packed/cpu/skinny.h"
 
 namespace peft_ext {
 
@@ -60,7 +60,7 @@ bool enough_tokens(const Tensor& weight, TileProduct product, int64_t tokens) {
 
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product) {
   if (type != ScalarType::BFloat16 || tile_kernels() == nullptr || tokens == 0) return false;
-  if (weight.is_nf4()) return product != TileProduct::kForward || !skinny_accepts(weight, type, tokens);
+  if (weight.is_packed()) return product != TileProduct::kForward || !skinny_accepts(weight, type, tokens);
   return weight.weight.is_contiguous() && enough_tokens(weight.weight, product, tokens);
 }
 
@@ -72,13 +72,19 @@ bool tiles_take_few_tokens(ScalarType type) {
 namespace {
 
 TileWeight tile_weight(const FrozenWeight& weight, float* room) {
-  TileWeight out;
+  TileWeight out{};
   out.rows = weight.out_features();
   out.columns = weight.in_features();
-  out.block_shift = weight.is_nf4() ? __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize)) : 0;
-  out.dense = weight.is_nf4() ? nullptr : static_cast<const bf16*>(weight.weight.const_data_ptr());
-  out.packed = weight.is_nf4() ? weight.weight.const_data_ptr<uint8_t>() : nullptr;
-  out.absmax = weight.is_nf4() ? all_scales(weight, room) : nullptr;
+  if (!weight.is_packed()) {
+    out.dense = static_cast<const bf16*>(weight.weight.const_data_ptr());
+  } else if (weight.is_nf4()) {
+    out.block_shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize()));
+    out.packed = weight.weight.const_data_ptr<uint8_t>();
+    out.absmax = all_scales(weight, room);
+  } else {
+    out.decode = format_kernels(weight.layout).decode;
+    out.view = view_of(weight);
+  }
   return out;
 }
 

@@ -13,7 +13,7 @@
 // the order of the depth, with zeros where the matrix ends:
 //   left   16 rows x 32 of the depth, in row-major order;
 //   right  16 pairs of the depth x 16 lanes x 2: AMX's VNNI layout, of which vdpbf16ps reads one register per pair.
-// So the forward reads W's rows in row-major order, decoded from NF4 on the way, and transposes x once. The backward
+// So the forward reads W's rows in row-major order, decoded on the way, and transposes x once. The backward
 // interleaves pairs of W's rows and copies G. On Arm the tiles of both operands are 8 steps of the depth x 8 pairs x 2
 // x 4, see microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use the panel.
 // No repacked copy of the whole W is made. A call of a kernel writes and rounds each element of Y or dX once.
@@ -22,6 +22,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "weight/packed_view.h"
 
 namespace peft_ext {
 
@@ -31,13 +32,16 @@ constexpr int64_t kTile = kStrip * kTileDepth;
 constexpr int64_t kPanelStep = 64;      // number of rows or columns of W that are decoded together
 constexpr int64_t kReduceTokens = 512;  // number of tokens in one partial sum of grad_in_scale
 
-// W [rows, columns], dense or NF4. absmax holds the float32 scales of all blocks.
+// W [rows, columns]: dense, NF4, or in a format that `decode` decodes (see FormatKernels::decode).
 struct TileWeight {
   const bf16* dense;
-  const uint8_t* packed;
-  const float* absmax;
-  int block_shift;  // blocksize is 1 << block_shift: a shift is much faster than a division
+  const uint8_t* packed;  // NF4: codes
+  const float* absmax;    // NF4: the float32 scales of all blocks
+  int block_shift;        // NF4: blocksize is 1 << block_shift: a shift is much faster than a division
   int64_t rows, columns;
+  void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
+                 DType dtype) = nullptr;
+  PackedView view{};  // the weight as `decode` sees it
 };
 
 // Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the

@@ -1,4 +1,4 @@
-// The product of few tokens and an NF4 weight, x Wᵀ, with the weight decoded in registers.
+// The product of few tokens and a packed weight, x Wᵀ, with the weight decoded in registers.
 #pragma once
 
 #include "weight/frozen_weight.h"

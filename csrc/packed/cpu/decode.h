@@ -1,17 +1,16 @@
-// Dequantizes NF4 weights on the CPU: whole weights, rows, ranges of elements, or only scales.
+// Decodes packed weights on the CPU: whole weights, rows, or only the scales of NF4.
 #pragma once
 
 #include "nf4/cpu/nf4_kernels.h"
+#include "packed/cpu/format_kernels.h"
 #include "weight/frozen_weight.h"
 
 namespace peft_ext {
 
-// Smallest number of elements that a thread takes: about 20 microseconds of work.
-constexpr int64_t kDecodeGrain = 1 << 16;
 // Number of blocks whose scales are decoded at a time.
 constexpr int64_t kScaleChunk = 512;
 
-// The scales of any range of blocks in float32. Double-quantized scales are decoded.
+// The scales of any range of an NF4 weight's blocks in float32. Double-quantized scales are decoded.
 class Scales {
  public:
   explicit Scales(const FrozenWeight& weight);
@@ -25,10 +24,10 @@ class Scales {
   Nf4Scales held_{};
 };
 
-// Returns [N, K] in `type`: the dense weight itself, or the dequantized NF4 weight.
+// Returns [N, K] in `type`: the dense weight itself, or the decoded packed weight.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// Returns the dense weight for one product within a call. An NF4 weight is decoded into the calling thread's scratch;
+// Returns the dense weight for one product within a call. A packed weight is decoded into the calling thread's scratch;
 // the next call overwrites the scratch.
 Tensor working_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
@@ -42,7 +41,14 @@ const float* all_scales(const FrozenWeight& weight, float* room);
 // range touches. Returns the address of element `begin` in `room`.
 const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room);
 
-// Returns the rows [begin, end) of an NF4 weight in `type`, decoded on all threads.
+// Returns the number of elements that decode_rows needs for `rows` rows of a packed weight.
+int64_t room_of_rows(const FrozenWeight& weight, int64_t rows);
+
+// Decodes the rows [begin, end) of a packed weight on the calling thread. `room` holds room_of_rows elements. Returns
+// the address of the first row in `room`; the rows are contiguous.
+const void* decode_rows(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room);
+
+// Returns the rows [begin, end) of a packed weight in `type`, decoded on all threads.
 Tensor dequantized_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type);
 
 }  // namespace peft_ext

@@ -1,13 +1,13 @@
-// The product of few tokens and an NF4 weight, x Wᵀ: selects a kernel, prepares x, and divides the rows of W among the
+// The product of few tokens and a packed weight, x Wᵀ: selects a kernel, prepares x, and divides the rows of W among the
 // threads.
-#include "nf4/cpu/skinny.h"
+#include "packed/cpu/skinny.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/threads.h"
-#include "nf4/cpu/decode.h"
+#include "packed/cpu/decode.h"
 
 namespace peft_ext {
 namespace {
@@ -38,24 +38,43 @@ constexpr int64_t kRowsTogether = 4;
 
 // Returns the number of rows whose scales are decoded at a time.
 int64_t skinny_chunk(const FrozenWeight& weight) {
-  const int64_t rows = kScaleChunk * weight.blocksize / weight.in_features();
+  const int64_t rows = kScaleChunk * weight.blocksize() / weight.in_features();
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
+}
+
+// Computes skinny_product for a format other than NF4.
+Tensor format_product(const Tensor& x, const FrozenWeight& weight) {
+  const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
+  const Tensor wide = as_contiguous(as_type(x, ScalarType::Float)), y = empty({tokens, n}, ScalarType::Float);
+  const PackedView view = view_of(weight);
+  const FormatKernels& kernels = format_kernels(weight.layout);
+  const float* from = wide.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  parallel_for(0, n, ceil_div(kDecodeGrain, k * tokens),
+               [&](int64_t begin, int64_t end) { kernels.few_tokens(view, from, tokens, to, begin, end); });
+  return y;
 }
 
 }  // namespace
 
 bool skinny_accepts(const FrozenWeight& weight, ScalarType type, int64_t tokens) {
-  return weight.is_nf4() && tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens &&
-         weight.blocksize % kSkinnyStep == 0 && weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
+  if (!weight.is_packed()) return false;
+  if (!weight.is_nf4()) {
+    return tokens <= kFormatFewTokens && weight.in_features() > 0 &&
+           format_kernels(weight.layout).has_few_tokens(view_of(weight));
+  }
+  return tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens &&
+         weight.blocksize() % kSkinnyStep == 0 && weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
 }
 
 Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
   const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
+  if (!weight.is_nf4()) return format_product(x, weight);
   const SkinnyKernel kernel = skinny_kernel(x.scalar_type() == ScalarType::BFloat16);
   Tensor y = empty({tokens, n}, ScalarType::Float);
   Nf4Skinny work;
   work.packed = weight.weight.const_data_ptr<uint8_t>();
-  work.block_shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize));
+  work.block_shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize()));
   work.columns = k;
   work.rows = n;
   work.dtype = dtype_of(op, "x", x);
@@ -81,11 +100,11 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
     // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel takes
     // the rows of these blocks. Without double quantization, the kernel takes all rows at once.
     const int64_t rows = nested ? skinny_chunk(weight) : end - begin;
-    std::vector<float> buffer(nested ? static_cast<size_t>(rows * k / weight.blocksize + 2) : 0);
+    std::vector<float> buffer(nested ? static_cast<size_t>(rows * k / weight.blocksize() + 2) : 0);
     for (int64_t first = begin; first < end; first += rows) {
       const int64_t last = min_i64(first + rows, end);
       Nf4Skinny part = work;
-      part.absmax = scales.decode(first * k / weight.blocksize, ceil_div(last * k, weight.blocksize), buffer.data());
+      part.absmax = scales.decode(first * k / weight.blocksize(), ceil_div(last * k, weight.blocksize()), buffer.data());
       kernel.run(part, first, last);
     }
   });

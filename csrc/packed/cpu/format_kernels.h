@@ -1,0 +1,46 @@
+// The contract of the kernels that decode the formats of weight/formats/list.h on the CPU. Each instruction set has a
+// table of these kernels for each format.
+#pragma once
+
+#include "weight/packed_view.h"
+
+namespace peft_ext {
+
+constexpr int64_t kRunColumns = 32;  // number of columns that a format's decode32 decodes
+
+struct FormatKernels {
+  // Writes W[row + i, begin + j] of dtype, rounded once from float32, to out[i * stride + j], for i < rows and
+  // begin + j < end.
+  void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
+                 DType dtype);
+  // Writes y[t, n] = sum_k x[t, k] w[n, k] for the rows n of [begin, end), with x [tokens, columns] and y [tokens,
+  // rows] in float32. The weight is decoded in registers, read once for each group of up to 8 tokens, and not rounded.
+  void (*few_tokens)(const PackedView& w, const float* x, int64_t tokens, float* y, int64_t begin, int64_t end);
+  // Returns whether few_tokens accepts the weight.
+  bool (*has_few_tokens)(const PackedView& w);
+};
+
+constexpr int kFormatNumbers = 128;
+
+// The kernels of an instruction set, by the number of the format. A number without a format has null pointers.
+struct FormatTable {
+  FormatKernels of[kFormatNumbers];
+};
+
+extern const FormatTable kFormatTableScalar;
+#if defined(__x86_64__)
+extern const FormatTable kFormatTableAvx2;
+extern const FormatTable kFormatTableAvx512;
+#elif defined(__aarch64__)
+extern const FormatTable kFormatTableNeon;
+#endif
+
+// Returns the kernels of a format on the current CPU path, from the operators' argument `layout`. The format exists and
+// is not NF4.
+const FormatKernels& format_kernels(int64_t layout);
+
+// Largest number of tokens that FormatKernels::few_tokens is used for. For more tokens, decoding the weight once and
+// multiplying is as fast.
+constexpr int64_t kFormatFewTokens = 8;
+
+}  // namespace peft_ext

@@ -1,0 +1,92 @@
+// The kernels of format_kernels.h over the type Vec and the formats of weight/formats/list.h. Include this file after
+// the target pragma and the instruction set's simd_<isa>.h, by a file that then defines the table of the instruction
+// set.
+//
+// decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored; columns before and after whole runs,
+// and all columns of a weight that F::runs refuses, are decoded one by one.
+// few_tokens: each step of kStepColumns columns of a row is decoded to a buffer that stays in registers or L1, and
+// multiplied with all tokens of the group. One thread owns whole rows, so that a sum has one order for every number of
+// threads. Sums are float32.
+#pragma once
+
+#include "cpu/token_groups.h"
+#include "packed/cpu/format_kernels.h"
+#include "weight/formats/list.h"
+
+namespace peft_ext {
+namespace {
+
+template <typename F>
+struct KernelsOf {
+  template <typename T>
+  static void decode_row(const PackedView& w, bool runs, int64_t row, int64_t begin, int64_t end, T* out) {
+    int64_t k = begin;
+    const auto one_by_one = [&](int64_t stop) {
+      for (; k < stop; ++k) out[k - begin] = from_float<T>(F::value(w, row, k));
+    };
+    if (runs) {
+      one_by_one(min_i64(ceil_div(begin, kRunColumns) * kRunColumns, end));
+      for (; k + kRunColumns <= end; k += kRunColumns) {
+        alignas(64) float run[kRunColumns];
+        F::decode32(w, row, k, run);
+        narrow(run, kRunColumns, out + (k - begin));
+      }
+    }
+    one_by_one(end);
+  }
+
+  static void decode(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out,
+                     int64_t stride, DType dtype) {
+    const bool runs = F::runs(w);
+    with_dtype(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      for (int64_t i = 0; i < rows; ++i) decode_row(w, runs, row + i, begin, end, static_cast<T*>(out) + i * stride);
+    });
+  }
+
+  static bool has_few_tokens(const PackedView& w) { return F::runs(w) && w.columns % kRunColumns == 0; }
+
+  template <int kTokens>
+  static void few(const PackedView& w, const float* x, float* y, int64_t begin, int64_t end) {
+    constexpr int kVecs = static_cast<int>(kRunColumns) / Vec::kWidth;
+    constexpr int kSums = kTokens >= 4 ? 1 : kVecs < 4 ? kVecs : 4;
+    const int64_t k = w.columns;
+    for (int64_t n = begin; n < end; ++n) {
+      Vec sums[kTokens][kSums];
+      for (int t = 0; t < kTokens; ++t)
+        for (int s = 0; s < kSums; ++s) sums[t][s] = Vec::zero();
+      for (int64_t j = 0; j < k; j += kRunColumns) {
+        alignas(64) float run[kRunColumns];
+        F::decode32(w, n, j, run);
+        for (int v = 0; v < kVecs; ++v) {
+          const Vec value = Vec::load(run + v * Vec::kWidth);
+          for (int t = 0; t < kTokens; ++t)
+            sums[t][v % kSums] = Vec::fma(value, Vec::load(x + t * k + j + v * Vec::kWidth), sums[t][v % kSums]);
+        }
+      }
+      for (int t = 0; t < kTokens; ++t) {
+        Vec total = sums[t][0];
+        for (int s = 1; s < kSums; ++s) total = Vec::add(total, sums[t][s]);
+        y[t * w.rows + n] = total.sum();
+      }
+    }
+  }
+
+  static void few_tokens(const PackedView& w, const float* x, int64_t tokens, float* y, int64_t begin, int64_t end) {
+    for_token_groups(tokens, [&](auto group, int64_t first) {
+      few<decltype(group)::kCount>(w, x + first * w.columns, y + first * w.rows, begin, end);
+    });
+  }
+};
+
+constexpr FormatTable make_table() {
+  FormatTable table{};
+#define FORMAT(number, Format) \
+  table.of[number] = {KernelsOf<Format>::decode, KernelsOf<Format>::few_tokens, KernelsOf<Format>::has_few_tokens};
+  PEFT_EXT_FORMATS(FORMAT)
+#undef FORMAT
+  return table;
+}
+
+}  // namespace
+}  // namespace peft_ext
