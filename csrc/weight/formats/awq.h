@@ -1,5 +1,6 @@
-// AWQ (GEMM layout), 4 bits: W[n, k] = (code[k, n] - zero[g, n]) * scale[g, n], where g is k / group. The weight is stored
-// transposed, and a word holds eight rows n of one column k, in the order 0 2 4 6 1 3 5 7. The difference is exact.
+// AWQ (GEMM layout), 4 bits: W[n, k] = (code[k, n] - zero[g, n]) * scale[g, n], where g is k / group. The weight is
+// stored transposed, and a word holds eight rows n of one column k, in the order 0 2 4 6 1 3 5 7. The difference is
+// exact.
 //
 // part 0: qweight, int32 [K, N / 8]; part 1: scales [G, N]; part 2: qzeros, int32 [G, N / 8].
 #pragma once
@@ -30,8 +31,8 @@ struct Awq {
     decode_rows(w, row, 1, column, out, 32);
   }
 
-  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each word
-  // once, for the eight rows of the word.
+  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each
+  // word once, for the eight rows of the word.
   static void decode_rows(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
     const int64_t group = group_at(w, nullptr, column), words = w.rows / 8;
     const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column * words;

@@ -1,5 +1,6 @@
 // GPTQ, as GPTQModel and AutoGPTQ store it: W[n, k] = scale[g, n] * (code[k, n] - zero[g, n]), where g is the group of
-// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference is exact.
+// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference is
+// exact.
 //
 // part 0: qweight, int32 [ceil(K bits / 32), N]; part 1: scales [G, N];
 // part 2: qzeros, int32 [G, ceil(N bits / 32)], packed along N;
@@ -43,8 +44,8 @@ struct Gptq {
     decode_rows(w, row, 1, column, out, 32);
   }
 
-  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each word
-  // once: a line of 16 words is of 16 rows.
+  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each
+  // word once: a line of 16 words is of 16 rows.
   static void decode_rows(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
     const int bits = code_bits(w.option);
     const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column * bits / 32 * w.rows + row;

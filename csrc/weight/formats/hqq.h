@@ -1,9 +1,9 @@
 // HQQ, 4 or 8 bits: W[n, k] = round(code - zero[g]) * scale[g], where round() rounds to the dtype of scale and zero, in
 // which the hqq library computes. zero is not an integer.
 //
-// part 0: W_q, uint8. Codes are numbered f = n K + k. 8 bits: byte f. 4 bits: the first half of the codes is in the high
-// nibbles of the N K / 2 bytes, and the second half is in the low nibbles.
-// part 1: scale, part 2: zero, G = N K / group of each. g is f / group, or f % G with the flag kAxis0.
+// part 0: W_q, uint8. Codes are numbered f = n K + k. 8 bits: byte f. 4 bits: the first half of the codes is in the
+// high nibbles of the N K / 2 bytes, and the second half is in the low nibbles. part 1: scale, part 2: zero, G = N K /
+// group of each. g is f / group, or f % G with the flag kAxis0.
 #pragma once
 
 #include "weight/packed_view.h"
@@ -76,8 +76,7 @@ struct Hqq {
     }
     const float zero = scale_value(w.part[2], kType, flat / w.group);
     const float scale = scale_value(w.part[1], kType, flat / w.group);
-    for (int c = 0; c < 32; ++c)
-      out[c] = rounded(static_cast<float>(codes[c] >> shift & mask) - zero, kType) * scale;
+    for (int c = 0; c < 32; ++c) out[c] = rounded(static_cast<float>(codes[c] >> shift & mask) - zero, kType) * scale;
   }
 
   static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {

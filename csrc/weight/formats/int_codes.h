@@ -33,8 +33,8 @@ inline void scale_codes(const uint32_t* words, int zero, float scale, float* out
   constexpr int kCodes = 32 / kBits;  // codes of a word
   for (int i = 0; i < kBits; ++i)
     for (int j = 0; j < kCodes; ++j)
-      out[i * kCodes + j] = static_cast<float>(static_cast<int>(words[i] >> (kBits * j) & ((1u << kBits) - 1)) - zero) *
-                            scale;
+      out[i * kCodes + j] =
+          static_cast<float>(static_cast<int>(words[i] >> (kBits * j) & ((1u << kBits) - 1)) - zero) * scale;
 }
 
 // Writes (code - zero) * scale for 32 codes with a zero and a scale each.
@@ -44,8 +44,8 @@ inline void scale_codes(const uint32_t* words, const int* zeros, const float* sc
   for (int i = 0; i < kBits; ++i)
     for (int j = 0; j < kCodes; ++j) {
       const int c = i * kCodes + j;
-      out[c] = static_cast<float>(static_cast<int>(words[i] >> (kBits * j) & ((1u << kBits) - 1)) - zeros[c]) *
-               scales[c];
+      out[c] =
+          static_cast<float>(static_cast<int>(words[i] >> (kBits * j) & ((1u << kBits) - 1)) - zeros[c]) * scales[c];
     }
 }
 

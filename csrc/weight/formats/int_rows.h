@@ -3,8 +3,8 @@
 //
 // part 0: codes; int32 [N, ceil(K bits / 32)] with code + 2^(bits - 1) in each field, or int8 [N, K] (flag kPlain);
 // part 1: scales [N, G], or one scale (flag kOneScale);
-// part 2: zeros, or null: int32 [ceil(N bits / 32), G], packed along N as the codes are along K; with kPlain int8 [N, G];
-// part 3: g_idx, int32 [K], the group of each column, or null: column k is of group k / group.
+// part 2: zeros, or null: int32 [ceil(N bits / 32), G], packed along N as the codes are along K; with kPlain int8 [N,
+// G]; part 3: g_idx, int32 [K], the group of each column, or null: column k is of group k / group.
 #pragma once
 
 #include "weight/formats/int_codes.h"
@@ -32,9 +32,10 @@ struct IntRows {
   PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
     const int64_t group = group_at(w, w.part[3], column);
     const int bits = code_bits(w.option);
-    const int code = format_flags(w.option) & kPlain
-                         ? static_cast<const int8_t*>(w.part[0])[row * w.columns + column]
-                         : code_at(static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits), bits, column);
+    const int code =
+        format_flags(w.option) & kPlain
+            ? static_cast<const int8_t*>(w.part[0])[row * w.columns + column]
+            : code_at(static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits), bits, column);
     const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
     return static_cast<float>(code - zero_at(w, row, group)) * scale;
   }
