@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from ...weights.packed import PackedWeight
-from . import gguf, mx
+from . import fp4, fp8, gguf, int_groups, mx
 
 __all__ = ["DECODERS", "decoded"]
 
-DECODERS = {"mxfp4": mx.mxfp4} | gguf.DECODERS
+DECODERS = {
+    "fp4": fp4.fp4,
+    "mxfp4": mx.mxfp4,
+    "nvfp4": mx.nvfp4,
+    "fp8": fp8.fp8,
+    "int": int_groups.int_rows,
+    "gptq": int_groups.gptq,
+    "awq": int_groups.awq,
+    "hqq": int_groups.hqq,
+    **gguf.DECODERS,
+}
 
 
 def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
