@@ -84,6 +84,10 @@ struct Fp4 {
   static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
   }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    const float factor = scale(w, (row * w.columns + column) >> format_flags(w.option));
+    for (int i = 0; i < 16; ++i) out[i] = kFp4Code[i] * factor;
+  }
   static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* factors, float*) {
     const int64_t first = row * w.columns + column;
     for (int64_t i = 0; i < count; ++i) factors[i] = scale(w, (first + 32 * i) >> format_flags(w.option));

@@ -60,6 +60,10 @@ struct Nvfp4 {
   static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
   }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    const float zero = reciprocal(w) ? -0.0f : 0.0f, factor = scale(w, (row * w.columns + column) / 16);
+    for (int i = 0; i < 16; ++i) out[i] = (kE2m1[i] + zero) * factor;
+  }
   static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float*) {
     const uint8_t* locals = static_cast<const uint8_t*>(w.part[1]) + (row * w.columns + column) / 16;
     const float global = static_cast<const float*>(w.part[2])[0];
