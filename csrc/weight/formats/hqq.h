@@ -51,7 +51,9 @@ struct Hqq {
       memcpy(&low, &small, sizeof(low));
       const int32_t number = magnitude < 0x47800000 ? magnitude : 0x47800000;  // 65536 and more are infinite
       const int32_t even = (number + 0xfff + (number >> 13 & 1)) & ~0x1fff;
-      const int32_t finite = magnitude < 0x38800000 ? low : even;
+      const int32_t is_small =
+          -static_cast<int32_t>(magnitude < 0x38800000);  // a mask: GCC would branch around `small`
+      const int32_t finite = (low & is_small) | (even & ~is_small);
       wide = magnitude > 0x7f800000 ? magnitude : even >= 0x47800000 ? 0x7f800000 : finite;
     }
     wide |= sign;
