@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_ext import _native
+from peft_ext import _native, ops
 from peft_ext.reference.formats import decoded
 from peft_ext.run.demo_model import packed_model
 from peft_ext.weights import PackedWeight, gguf
@@ -161,6 +161,26 @@ def test_the_demo_model_has_the_bits_of_gguf():
         data, shape = torch.from_numpy(tensor.data.copy()), tuple(int(size) for size in reversed(tensor.shape))
         weight = gguf.gguf_weight(data, tensor.tensor_type, shape)
         same_bits(weight.dequantize(), library_values(data, int(tensor.tensor_type)))
+
+
+@pytest.mark.parametrize("number", KERNELS, ids=name)
+def test_products_with_few_and_many_tokens(number, set_path):
+    kind, rows, columns = gguf.TYPES[number], 21, 5 * gguf.TYPES[number].columns
+    data = torch.randint(0, 256, (rows, 5 * kind.bytes), dtype=torch.uint8)
+    data.view(-1, kind.bytes)[:, 0] &= 127  # MXFP4's exponent stays finite in float16
+    data = put_scales(data, number, (0x1E66, 0x2001)[: len(SCALES[number])])
+    weight = gguf.gguf_weight(data, number)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
+        dense = decoded(weight, dtype).double()
+        for tokens in (1, 2, 3, 7, 40):
+            x = torch.randn(tokens, columns).to(dtype)
+            want, scale = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+            if number == 3:  # the sums of scale times code and of the offset are rounded before they cancel
+                scale += x.double().abs().sum(1, keepdim=True) * dense.abs().max()
+            for path in _native.STATE.module.isas():
+                set_path(path)
+                error = (ops.frozen_linear(x, weight).double() - want).abs()
+                assert (error <= limit * scale).all(), (dtype, tokens, path, (error / scale).max())
 
 
 # --- Types ------------------------------------------------------------------------------------------------------------
