@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -151,6 +151,11 @@ def is_packed(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
+def write_mixture(path: Path, case: str) -> Path:
+    """Writes a tiny checkpoint of a mixture whose experts are stored in the layout ``case``, each as linear layers."""
+    return write(path, case, "qwen3_moe")
+
+
 def write(
     path: Path,
     case: str,
@@ -158,7 +163,7 @@ def write(
     *,
     dtype: torch.dtype = torch.bfloat16,
     packs: Callable[[str], bool] = is_packed,
-    max_shard_size: Optional[str] = None,
+    shards: bool = False,
     **fields: Any,
 ) -> Path:
     """Writes a tiny checkpoint in which the parameters that ``packs`` names are stored in the layout ``case``."""
@@ -172,7 +177,7 @@ def write(
             held |= {f"{name.removesuffix('weight')}{part}": value for part, value in pack(tensor).items()}
         else:
             held[name] = tensor
-    finish(path, held, quantization, shards=max_shard_size is not None)
+    finish(path, held, quantization, shards=shards)
     return path
 
 
