@@ -61,6 +61,11 @@ def dense(model: nn.Module) -> nn.Module:
     return model
 
 
+def close(one: Tensor, other: Tensor) -> bool:
+    """Returns whether float32 results differ by the order of sums alone."""
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
+
+
 def quantization_of(path: Path) -> Any:
     return json.loads((path / "config.json").read_text())["quantization_config"]
 
@@ -101,14 +106,11 @@ def test_experts_that_transformers_merges_stay_packed(case: str, tmp_path: Path)
     assert isinstance(experts, PackedExperts)
     stored, prefix = pc.stored(path), "model.layers.0.mlp.experts"
     for index in range(4):
-        alone = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()
-                 if name.startswith(f"{prefix}.{index}.up_proj.")}  # fmt: skip
+        up = f"{prefix}.{index}.up_proj.weight"
+        codes = stored[up] if up in stored else stored[f"{up}_packed"]
         part = experts.frozen("gate_up_proj").expert(index)
-        rows = part.shape[0] // 2
-        codes = next(iter(alone.values()))
         assert torch.equal(part.parts[0].reshape(2, -1)[1].view(torch.uint8), codes.reshape(-1).view(torch.uint8))
-        assert rows == pc.HIDDEN
-    assert torch.equal(model(TOKENS).logits, dense(copy.deepcopy(model))(TOKENS).logits)
+    assert close(load(path, dtype=torch.float32)(TOKENS).logits, dense(load(path, dtype=torch.float32))(TOKENS).logits)
     model.save_pretrained(tmp_path / "again")
     assert same_tensors(stored, pc.stored(tmp_path / "again"))
     assert torch.equal(load(tmp_path / "again")(TOKENS).logits, model(TOKENS).logits)
@@ -121,8 +123,12 @@ def test_logits_are_those_of_the_dequantized_model_of_transformers(kind: str, tm
     else:
         write = pc.write if kind == "llama" else pc.write_mixture
         path, config = write(tmp_path, "fp8"), FineGrainedFP8Config(dequantize=True)
-    model, stock = load(path), AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
-    assert torch.equal(model(TOKENS).logits, stock(TOKENS).logits)
+    options = {"dtype": torch.float32}  # stock experts sum in another order
+    model, stock = (
+        load(path, **options),
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **options),
+    )
+    assert close(model(TOKENS).logits, stock(TOKENS).logits)
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) < sum(
         tensor.nbytes for tensor in stock.state_dict().values()
     )
@@ -230,8 +236,16 @@ def _group(**fields: Any) -> dict[str, Any]:
         ("int4", {"config_groups": {}}, "config_groups of compressed-tensors is {}"),
         ("int4", _group(weights=None), "config_groups.group_0 of compressed-tensors has no weights"),
         ("int4", _group(weights={**_GROUP["weights"], "num_bits": 3}), "int weights of 3 bits"),
-        ("int4", _group(input_activations={"num_bits": 8, "dynamic": False}), "are quantized (int8, dynamic False)"),
-        ("int4", _group(input_activations={"num_bits": 4, "type": "float", "dynamic": True}), "(float4, dynamic True)"),
+        (
+            "int4",
+            _group(input_activations={"num_bits": 8, "dynamic": False}),
+            "are quantized (int of 8 bits, dynamic False)",
+        ),
+        (
+            "int4",
+            _group(input_activations={"num_bits": 4, "type": "float", "dynamic": True}),
+            "(float of 4 bits, dynamic True)",
+        ),
         ("int4", _group(output_activations={"num_bits": 8, "dynamic": True}), "output_activations of"),
     ],
 )
@@ -319,7 +333,7 @@ def test_adapters_are_fused_with_the_numbers_of_the_dense_model(case: str, metho
 
 
 def test_lora_on_packed_experts_is_fused(tmp_path: Path) -> None:
-    base = load(pc.write_gpt_oss(tmp_path))
+    base = load(pc.write_gpt_oss(tmp_path), dtype=torch.float32)
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=parameters)
     models = []
@@ -331,8 +345,11 @@ def test_lora_on_packed_experts_is_fused(tmp_path: Path) -> None:
                 parameter.data += 0.02 * torch.randn_like(parameter)
         models.append(peft_ext.accelerate(model))
     logits = [model(TOKENS).logits for model in models]
-    assert torch.equal(*logits)
-    logits[0].float().sum().backward()
+    assert close(*logits)
+    for one in logits:
+        one.square().sum().backward()
+    gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert all(close(grad, gradients[1][name]) for name, grad in gradients[0].items())
     row = next(row for row in peft_ext.explain(models[0]).rows if "experts" in row.name)
     assert row.fused and row.kind == "LoRA over GptOssExperts.gate_up_proj"
     with pytest.raises(RuntimeError, match="merge: .* is packed"):
