@@ -25,12 +25,8 @@
 // This file is included after the target pragma of an instruction set.
 #pragma once
 
-#include "weight/formats/awq.h"
 #include "weight/formats/fp4.h"
 #include "weight/formats/fp8.h"
-#include "weight/formats/gptq.h"
-#include "weight/formats/hqq.h"
-#include "weight/formats/int_rows.h"
 #include "weight/formats/mxfp4.h"
 #include "weight/formats/nvfp4.h"
 
@@ -38,8 +34,4 @@
   FORMAT(1, Fp4)                 \
   FORMAT(2, Mxfp4)               \
   FORMAT(3, Nvfp4)               \
-  FORMAT(4, Fp8)                 \
-  FORMAT(5, IntRows)             \
-  FORMAT(6, Gptq)                \
-  FORMAT(7, Awq)                 \
-  FORMAT(8, Hqq)
+  FORMAT(4, Fp8)
