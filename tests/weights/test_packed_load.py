@@ -351,7 +351,7 @@ def test_lora_on_packed_experts_is_fused(tmp_path: Path) -> None:
     gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in models]
     assert all(close(grad, gradients[1][name]) for name, grad in gradients[0].items())
     row = next(row for row in peft_ext.explain(models[0]).rows if "experts" in row.name)
-    assert row.fused and row.kind == "LoRA over GptOssExperts.gate_up_proj"
+    assert row.fused and row.kind == "LoRA over GptOssExperts.down_proj"
     with pytest.raises(RuntimeError, match="merge: .* is packed"):
         models[0].merge_adapter()
 
