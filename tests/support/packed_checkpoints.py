@@ -114,6 +114,14 @@ def awq(weight: Tensor, group: int = 32) -> Tensors:
     }
 
 
+def hqq(weight: Tensor, group: int = 64) -> Tensors:
+    n, k = weight.shape
+    groups = n * k // group
+    held: Tensors = {"W_q": codes(groups // 2, group, dtype=torch.uint8), "scale": scales(groups, 1, largest=0.005)}
+    held |= {"zero": (torch.rand(groups, 1) * 15).to(torch.bfloat16), "shape": torch.tensor([n, k])}
+    return held | {"nbits": torch.tensor(4, dtype=torch.int32), "packing": torch.tensor(list(b"4bit_u8")).byte()}
+
+
 def compressed(format: str, weights: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """Returns a quantization_config of compressed-tensors with one group."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
@@ -141,6 +149,8 @@ CASES: dict[str, tuple[dict[str, Any], Pack]] = {
               "checkpoint_format": "gptq"}, gptq),
     "gptq act-order": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True,
                         "checkpoint_format": "gptq_v2"}, lambda w: gptq(w, act_order=True)),
+    "hqq": ({"quant_method": "hqq", "skip_modules": ["lm_head"], "quant_config": {
+        "weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1}, "scale_quant_params": None}}, hqq),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
              "modules_to_not_convert": None}, awq),
 }  # fmt: skip

@@ -27,9 +27,10 @@ class PackedConfig(QuantizationConfigMixin):
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=peft_ext.PackedConfig())
 
     How the weights are stored is read from the checkpoint's own ``quantization_config``. Supported are the methods
-    fp8, mxfp4, compressed-tensors, gptq, awq and bitsandbytes in 4 bits; ``docs/formats.md`` lists the layouts. Linear
-    layers become :class:`peft_ext.nn.PackedLinear`, embeddings :class:`peft_ext.nn.PackedEmbedding`, and the experts of
-    a mixture :class:`peft_ext.nn.PackedExperts`. Layers that the checkpoint stores dense stay dense.
+    fp8, mxfp4, compressed-tensors, gptq, awq and hqq. (transformers itself keeps bitsandbytes' 4-bit weights packed,
+    without a PackedConfig.) Linear layers become :class:`peft_ext.nn.PackedLinear`, embeddings
+    :class:`peft_ext.nn.PackedEmbedding`, and the experts of a mixture :class:`peft_ext.nn.PackedExperts`. Layers that
+    the checkpoint stores dense stay dense.
 
     A layer computes with the decoded weight. Where the checkpoint's own library also quantizes the layer's input while
     the model runs (``activation_scheme`` "dynamic"), the input is not quantized here; ``peft_ext.explain`` says so.
