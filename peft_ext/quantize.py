@@ -129,7 +129,8 @@ def quantize_packed(
             meta device; a merged adapter; a layer with a replaced ``forward``.
         RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
 
-    Sources: OCP Microscaling Formats 1.0 (mxfp4); compressed-tensors (nvfp4, int4); DeepSeek-V3, arXiv 2412.19437 (fp8).
+    Sources: OCP Microscaling Formats 1.0 (mxfp4); compressed-tensors (nvfp4, int4); DeepSeek-V3, arXiv 2412.19437
+    (fp8).
     """
     checks.check_module("quantize_packed", model)
     if format not in PACKED_FORMATS:

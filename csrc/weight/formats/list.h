@@ -10,8 +10,10 @@
 // `value` defines the format, on the CPU and on CUDA; decode32 gives the same bits, on the CPU, in plain loops that the
 // compiler vectorizes.
 //
-// A format of 4-bit codes whose values are table16()[code] * scale + add, with a scale and an addend for kScaleColumns
-// columns (16 or 32), may also have members that the products of few tokens read, see packed/cpu/nibble_kernels.h:
+// A format of 4-bit codes, where kScaleColumns columns (16 or 32) share a scale, may also have members by which codes
+// are looked up in tables, see packed/cpu/lookup_avx512.h, and which the products of few tokens read, see
+// packed/cpu/nibble_kernels.h: there a value is table16()[code] * scale + add, where the sum need not have the exact
+// bits:
 //
 //   constexpr Nibbles kNibbles;      the order of the codes
 //   constexpr bool kContiguous;      whether the codes of a row follow one another without gaps
@@ -19,7 +21,9 @@
 //   constexpr int kScaleColumns;
 //   const float* table16();
 //   const uint8_t* codes32(w, row, column);      the 16 bytes of 32 columns
-//   void affine(w, row, column, count, float* scale, float* add);   the scales of `count` blocks from `column` on; the
+//   void entries(w, row, column, float* out);    the values of the 16 codes in the kScaleColumns columns from `column`
+//   on void affine(w, row, column, count, float* scale, float* add);   the scales of `count` blocks from `column` on;
+//   the
 //                                                                   addends too if kAdds
 //
 // This file is included after the target pragma of an instruction set.
