@@ -156,7 +156,7 @@ def _hqq(config: Mapping[str, Any]) -> Rules:
 
 def _bitsandbytes(config: Mapping[str, Any]) -> Rules:
     raise ValueError(
-        "PackedConfig: quant_method is bitsandbytes, wanted from_pretrained without a quantization_config: transformers "
+        "PackedConfig: quant_method is bitsandbytes, wanted from_pretrained without quantization_config: transformers "
         "itself keeps bitsandbytes' 4-bit weights packed, and peft_ext.accelerate fuses the adapters over them"
     )
 
