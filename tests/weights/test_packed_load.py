@@ -408,9 +408,8 @@ def test_loading_needs_no_more_memory_than_the_files(tmp_path: Path) -> None:
     small = pc.write(tmp_path / "small", "int4")
     path = pc.write(tmp_path / "large", "int4", hidden_size=512, intermediate_size=4096, num_hidden_layers=4)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    run = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(small), str(path)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", _MEASURE, str(small), str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert size > 12e6 and int(run.stdout.split()[-1]) <= 1.15 * size
 
 
