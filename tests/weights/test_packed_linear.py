@@ -37,6 +37,8 @@ def linear(case: str, bias: bool = True, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def rows_backwards(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 0:
+        return tensor
     flat = tensor.view(torch.uint8).reshape(len(tensor), -1).flip(0)
     return flat.view(tensor.dtype).reshape(tensor.shape)
 
