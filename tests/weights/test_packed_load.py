@@ -210,6 +210,37 @@ def test_shards_and_device_map(tmp_path: Path) -> None:
     assert load(path, dtype=torch.float32)(TOKENS).logits.dtype is torch.float32
 
 
+def test_layers_on_the_disk(tmp_path: Path) -> None:
+    path = pc.write(tmp_path / "model", "int4 zeros")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    model = load(path, device_map=places, offload_folder=tmp_path / "disk")
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert torch.equal(model(TOKENS).logits, load(path)(TOKENS).logits)
+
+
+@pytest.mark.parametrize("case", ["int4", "fp8"])
+def test_compiled_models_compute_the_same(case: str, tmp_path: Path) -> None:
+    model = load(pc.write(tmp_path, case))
+    assert torch.equal(torch.compile(model, backend="aot_eager")(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("kind", ["fp4", "nf4"])
+def test_bitsandbytes_loads_into_its_own_layers(kind: str, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    AutoModelForCausalLM.from_config(pc.config("llama")).save_pretrained(tmp_path / "dense")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    stock.save_pretrained(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(tmp_path / "model")
+    assert type(model.model.layers[0].mlp.up_proj) is bitsandbytes.nn.Linear4bit
+    assert same_tensors(model.state_dict(), stock.state_dict())
+    model = peft_ext.accelerate(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+    assert peft_ext.explain(model).fused_share == 1
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 _GROUP = pc.CASES["int4"][0]["config_groups"]["group_0"]
@@ -224,6 +255,11 @@ def _group(**fields: Any) -> dict[str, Any]:
     [
         ("fp8", {"quant_method": "quanto"}, "quant_method is 'quanto', wanted one of fp8, mxfp4, compressed-tensors"),
         ("fp8", {"activation_scheme": "static"}, "activation_scheme of fp8 is 'static', wanted 'dynamic'"),
+        (
+            "fp8",
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "quant_method is 'bitsandbytes', wanted one of",
+        ),
         ("fp8", {"fmt": "e5m2"}, "fmt of fp8 is 'e5m2', wanted 'e4m3'"),
         ("fp8", {"expert_dtype": "fp4"}, "expert_dtype of fp8 is 'fp4'"),
         ("gptq", {"bits": 3}, "bits of gptq is 3, wanted 2, 4, 8"),

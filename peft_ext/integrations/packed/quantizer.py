@@ -92,7 +92,11 @@ class PackedQuantizer(HfQuantizer):
             _hold_experts(name, module, scheme, places, stored, dtype)
             if merged:
                 self._merged[scheme.layout] = LAYOUTS[scheme.layout]
-        self._packed = {f"{name}.{key}" for name, module in model.named_modules() for key in _held(module)}
+        for name, module in model.named_modules():
+            for key in _held(module):
+                self._packed.add(f"{name}.{key}")
+                # transformers would draw random values for a tensor that is offloaded and therefore still on meta.
+                _attribute_of(module, key)._is_hf_initialized = True
         if not self._packed:
             raise ValueError(
                 f"PackedConfig: the checkpoint's quant_method is {self.rules.method}, and no layer of its files is "
@@ -183,6 +187,10 @@ class PackedQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _attribute_of(module: Any, name: str) -> Tensor:
+    return module.tensor(name) if isinstance(module, HoldsPacked) else getattr(module, name)
 
 
 def _held(module: nn.Module) -> Iterator[str]:

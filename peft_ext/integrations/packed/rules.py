@@ -70,10 +70,9 @@ class Rules:
 def read_rules(config: Mapping[str, Any]) -> Rules:
     """Returns the rules of a checkpoint's ``quantization_config``. Raises ValueError if it is not supported."""
     method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
-    if method is None and config.get("load_in_4bit"):
-        method = "bitsandbytes"
     if method not in _READERS:
-        raise ValueError(f"PackedConfig: quant_method is {method!r}, wanted one of {', '.join(_READERS)}")
+        wanted = f"{', '.join(_READERS)}, or bitsandbytes in 4 bits"
+        raise ValueError(f"PackedConfig: quant_method is {method!r}, wanted one of {wanted}")
     return _READERS[method](config)
 
 
@@ -152,13 +151,6 @@ def _hqq(config: Mapping[str, Any]) -> Rules:
         _wanted("hqq", given, key, None, (None,))
     scheme = Scheme("hqq", bits, params.get("group_size") or 0, version=f"axis {axis}")
     return _of_one_scheme("hqq", scheme, config.get("skip_modules"))
-
-
-def _bitsandbytes(config: Mapping[str, Any]) -> Rules:
-    raise ValueError(
-        "PackedConfig: quant_method is bitsandbytes, wanted from_pretrained without quantization_config: transformers "
-        "itself keeps bitsandbytes' 4-bit weights packed, and peft_ext.accelerate fuses the adapters over them"
-    )
 
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------------
@@ -257,5 +249,4 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
     "gptq": _gptq,
     "awq": _awq,
     "hqq": _hqq,
-    "bitsandbytes": _bitsandbytes,
 }
