@@ -36,6 +36,7 @@ _LAZY = {
     "estimate_memory": "memory",
     "explain": "integrations.peft",
     "register_form": "integrations.model_blocks.proof",
+    "PackedConfig": "integrations.packed",
     "get_peft_model": "model",
     "load_adapter": "model",
     "MergeError": "merge",

@@ -29,6 +29,10 @@ constexpr int kFormatShift = 32, kOptionShift = 40;
 // The dtype in which a file stores scales.
 enum class ScaleType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kE8M0 = 3, kE4M3 = 4 };
 
+// The order of 4-bit codes in bytes: the low or the high nibble of a byte is the even column, or the low nibbles of the
+// 16 bytes of 32 columns are the first 16 columns.
+enum class Nibbles : int { kLowFirst, kHighFirst, kHalves };
+
 namespace {
 
 // Fields of `layout`. The number is 0 for NF4 and for a dense weight.
@@ -101,6 +105,9 @@ PEFT_EXT_BOTH float scale_value(const void* scales, ScaleType type, int64_t i) {
       return e4m3_value(static_cast<const uint8_t*>(scales)[i]);
   }
 }
+
+constexpr float kE2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                             -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
 // The values of the 16 e2m1 codes are in this order: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same with a sign.
 PEFT_EXT_BOTH float e2m1_value(int code) {

@@ -28,7 +28,7 @@ from torch import nn
 
 from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
-from ..nn import NF4Experts, NF4Linear
+from ..nn import NF4Experts, NF4Linear, PackedExperts, PackedLinear
 from ..ops.checks import check_module
 from ..ops.prove import agree, settle_by
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
@@ -308,7 +308,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         if BaseTunerLayer is not None and isinstance(module, BaseTunerLayer):
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
-            kind = f"{method} over {class_name(type(base))}"
+            kind = f"{method} over {class_name(type(base))}{_format(base)}"
             if parameter := getattr(module, "parameter_name", None):  # a wrapper of one parameter of the experts
                 kind = f"{method} over {class_name(type(module.get_base_layer()))}.{parameter}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
@@ -321,6 +321,13 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             if not reason and module.merge_error is not None:
                 yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {module.merge_error:.2%}")
                 continue
+        elif isinstance(module, PackedLinear):
+            kind, reason = f"PackedLinear{_format(module)}", reasons.weight_reason(module)
+            reason = reason or kernel_reason("frozen_linear", module.weight.device.type) or ""
+        elif isinstance(module, PackedExperts):
+            device = next(iter(module._parameters.values())).device.type
+            held = ", ".join(sorted({weight.format.name for weight in map(module.frozen, module.packed_names)}))
+            kind, reason = f"{class_name(type(module))} over {held}", kernel_reason("lora_experts", device) or ""
         elif isinstance(module, NF4Experts):
             device = next(iter(module._parameters.values())).device.type
             kind, reason = f"{class_name(type(module))} over NF4", kernel_reason("lora_experts", device) or ""
@@ -336,7 +343,19 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             fused = FUSED.get(type(module))
             reason = module.stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
         part = None if reason else getattr(module, "part_reason", lambda: None)()
-        yield Row(name, kind, not reason, reason or (f"the adapter's part: {part}" if part else ""))
+        text = reason or (f"the adapter's part: {part}" if part else "")
+        yield Row(name, kind, not reason, "; ".join(filter(None, (text, _note(module)))))
+
+
+def _format(base: nn.Module) -> str:
+    """Returns the format of a PackedLinear in brackets; "" for another layer."""
+    return f" ({base.packed.format.name})" if isinstance(base, PackedLinear) else ""
+
+
+def _note(module: Any) -> str:
+    """Returns what the packed layer or experts below an adapter leave out of the checkpoint's own function, or ""."""
+    below = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return below.note if isinstance(below, (PackedLinear, PackedExperts)) else ""
 
 
 def _lacking(module: nn.Module, fused: type) -> Optional[str]:

@@ -1,4 +1,4 @@
-"""PyTorch modules for adapted layers, NF4 weights, bottleneck adapters and trained virtual tokens.
+"""PyTorch modules for adapted layers, NF4 and other packed weights, bottleneck adapters and trained virtual tokens.
 
 The adapted and the quantized layers compute with the operators of ``peft_ext.ops``.
 """
@@ -10,6 +10,8 @@ from .experts import NF4Experts
 from .ia3 import IA3Linear
 from .lora import LoRALinear
 from .nf4 import NF4Linear
+from .packed import PackedEmbedding, PackedLinear
+from .packed_experts import PackedExperts
 from .prefix import PrefixEncoder
 from .prompt import PromptEmbedding
 
@@ -21,6 +23,9 @@ __all__ = [
     "LoRALinear",
     "NF4Experts",
     "NF4Linear",
+    "PackedEmbedding",
+    "PackedExperts",
+    "PackedLinear",
     "PrefixEncoder",
     "PromptEmbedding",
 ]

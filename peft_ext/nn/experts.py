@@ -1,8 +1,9 @@
-"""NF4 weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
+"""Packed weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
 
 In the mixtures of transformers that peft_ext knows, all experts of one mixture are one module with two 3-dimensional
-parameters. :class:`NF4Experts` is a mixin for the class of that module. :func:`nf4_experts` replaces the class and
-quantizes the parameters; :func:`dense_experts` restores the class and dequantizes the parameters.
+parameters. :class:`NF4Experts` is a mixin for the class of that module, and so is
+:class:`peft_ext.nn.packed_experts.PackedExperts` for the layouts of checkpoints. :func:`nf4_experts` replaces the class
+and quantizes the parameters; :func:`dense_experts` restores the class and dequantizes the parameters.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import checks
 from ..weights.nf4 import NestedAbsmax, NF4Weight
+from ..weights.packed import PackedWeight
 from .nf4 import keeping_bits
 
 __all__ = [
+    "FrozenExperts",
     "NF4Experts",
     "adapter_fields",
     "computing",
     "dense_experts",
     "expert_parameters",
+    "experts_class",
     "first_parameter",
     "gate",
     "hold_nf4",
@@ -188,7 +192,7 @@ _COMPUTING: ContextVar[tuple[Any, Optional[_Run]]] = ContextVar("_COMPUTING", de
 
 
 @contextmanager
-def computing(experts: NF4Experts, run: _Run) -> Iterator[None]:
+def computing(experts: FrozenExperts, run: _Run) -> Iterator[None]:
     """Makes ``experts.forward`` compute ``run(rows, offsets)`` within the context, except under torch.compile.
 
     The forwards of PEFT's wrappers around ``experts`` still run, so that hooks of the wrappers and of the experts are
@@ -211,10 +215,60 @@ def is_computing(experts: nn.Module) -> bool:
     return _computation(experts) is not None
 
 
-# --- NF4 --------------------------------------------------------------------------------------------------------------
+# --- packed weights ---------------------------------------------------------------------------------------------------
 
 
-class NF4Experts:
+class FrozenExperts:
+    """A mixture's experts with packed weights: a mixin for the experts' class in transformers, applied at run time.
+
+    A subclass defines :meth:`frozen`, and stores a parameter's codes under the name of the dense parameter.
+    """
+
+    stock_class: type
+
+    def frozen(self, name: str) -> PackedWeight:
+        """Returns the weight ``(E, N, K)`` of the parameter ``name``, in the parameter's memory."""
+        raise NotImplementedError
+
+    def frozen_shapes(self) -> dict[str, torch.Size]:
+        """Returns the dense shape ``(E, N, K)`` of each packed parameter, by name."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name in ("gate_up_proj", "up_proj", "down_proj") and name in (shapes := self.frozen_shapes()):
+            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. Of packed experts PEFT must
+            # read the dense shape, so the attribute holds the dense shape.
+            experts, n, k = shapes[name]
+            value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
+        return value
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = (*args, *kwargs.values())
+        if not routes(self, x, given):
+            raise ValueError(
+                f"{self.stock_class.__name__}: x has shape {tuple(x.shape)} and {len(given)} other arguments came, "
+                "wanted tokens [T, H], their experts [T, k] and weights [T, k]"
+            )
+        first, second = expert_parameters(self)
+
+        def run(rows: Tensor, offsets: Tensor) -> Tensor:
+            h = gate(self, ops.experts_linear(rows, self.frozen(first), offsets, self.bias_of(first, rows)))
+            return ops.experts_linear(h, self.frozen(second), offsets, self.bias_of(second, h))
+
+        return route(self, x, given, _computation(self) or run)
+
+    def bias_of(self, name: str, rows: Tensor) -> Optional[Tensor]:
+        bias = self._parameters[f"{name}_bias"] if getattr(self, "has_bias", False) else None
+        return None if bias is None else bias.to(rows.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class was made at run time and cannot be pickled: unpickling makes the class again from the stock class.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (type(self).mixin, self.stock_class), *state
+
+
+class NF4Experts(FrozenExperts):
     """A mixture's experts with frozen NF4 weights: a mixin for the experts' class in transformers, applied at run time.
 
     Each dense parameter ``[E, N, K]`` becomes a uint8 parameter ``[E, bytes]`` of NF4 codes, with the buffer
@@ -224,7 +278,6 @@ class NF4Experts:
     PEFT's ``target_parameters`` adds adapters to the parameters. :func:`peft_ext.accelerate` fuses these adapters.
     """
 
-    stock_class: type
     blocksize: int
     quant_dtype: torch.dtype
     nf4_shapes: dict[str, torch.Size]  # parameter name -> dense shape (E, N, K)
@@ -246,33 +299,11 @@ class NF4Experts:
         for scale in _SCALES:
             self.register_buffer(f"{name}_{scale}", held.get(scale))
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name in self.__dict__.get("nf4_shapes", ()):
-            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. Of NF4 experts PEFT must read
-            # the dense shape, so the attribute holds the dense shape.
-            experts, n, k = self.nf4_shapes[name]
-            value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
-        return value
+    def frozen(self, name: str) -> NF4Weight:
+        return self.nf4(name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = (*args, *kwargs.values())
-        if not routes(self, x, given):
-            raise ValueError(
-                f"{self.stock_class.__name__}: x has shape {tuple(x.shape)} and {len(given)} other arguments came, "
-                "wanted tokens [T, H], their experts [T, k] and weights [T, k]"
-            )
-        first, second = expert_parameters(self)
-
-        def run(rows: Tensor, offsets: Tensor) -> Tensor:
-            h = gate(self, ops.experts_linear(rows, self.nf4(first), offsets, self.bias_of(first, rows)))
-            return ops.experts_linear(h, self.nf4(second), offsets, self.bias_of(second, h))
-
-        return route(self, x, given, _computation(self) or run)
-
-    def bias_of(self, name: str, rows: Tensor) -> Optional[Tensor]:
-        bias = self._parameters[f"{name}_bias"] if getattr(self, "has_bias", False) else None
-        return None if bias is None else bias.to(rows.dtype)
+    def frozen_shapes(self) -> dict[str, torch.Size]:
+        return self.__dict__.get("nf4_shapes", {})
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, blocksize={self.blocksize}".removeprefix(", ")
@@ -295,21 +326,17 @@ class NF4Experts:
             raise ValueError(f"{self.stock_class.__name__}: the state has the format {came}, wanted {own}")
         self.quant_dtype = dtype
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class was made at run time and cannot be pickled: unpickling makes the class again from the stock class.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self.stock_class,), *state
 
-
-def _new(stock: type) -> Any:
-    kind = _class(stock)
+def _new(mixin: type, stock: type) -> Any:
+    kind = experts_class(mixin, stock)
     return kind.__new__(kind)
 
 
 @functools.cache
-def _class(stock: type) -> type:
-    held = {"stock_class": stock, "__doc__": stock.__doc__, "__module__": stock.__module__}
-    return type(stock.__name__, (NF4Experts, stock), held)
+def experts_class(mixin: type, stock: type) -> type:
+    """Returns a subclass of ``mixin`` and of the experts' class ``stock``, with the name of ``stock``."""
+    held = {"mixin": mixin, "stock_class": stock, "__doc__": stock.__doc__, "__module__": stock.__module__}
+    return type(stock.__name__, (mixin, stock), held)
 
 
 def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) -> None:
@@ -329,7 +356,7 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
 def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
     """Turns dense experts into :class:`NF4Experts`. ``weights``: parameter name -> NF4 weight ``(E, N, K)``."""
     first = next(iter(weights.values()))
-    experts.__class__ = _class(type(experts))
+    experts.__class__ = experts_class(NF4Experts, type(experts))
     experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype
     for name, weight in weights.items():
         experts.set_nf4(name, weight)

@@ -1,5 +1,5 @@
-// The product of few tokens and a packed weight, x Wᵀ: selects a kernel, prepares x, and divides the rows of W among the
-// threads.
+// The product of few tokens and a packed weight, x Wᵀ: selects a kernel, prepares x, and divides the rows of W among
+// the threads.
 #include "packed/cpu/skinny.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "packed/cpu/decode.h"
+#include "packed/cpu/nibble_kernels.h"
 
 namespace peft_ext {
 namespace {
@@ -42,12 +43,33 @@ int64_t skinny_chunk(const FrozenWeight& weight) {
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
 }
 
+// Returns the kernels for few bfloat16 tokens and 4-bit codes, or null pointers.
+NibbleKernels nibble_kernels(const FrozenWeight& weight, ScalarType type) {
+#if defined(__x86_64__)
+  if (type == ScalarType::BFloat16 && current_isa() >= Isa::kAvx512Bf16)
+    return nibble_kernels_avx512_bf16(static_cast<int>(weight.layout >> kFormatShift & 0xff));
+#endif
+  return {nullptr, nullptr};
+}
+
 // Computes skinny_product for a format other than NF4.
 Tensor format_product(const Tensor& x, const FrozenWeight& weight) {
   const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
-  const Tensor wide = as_contiguous(as_type(x, ScalarType::Float)), y = empty({tokens, n}, ScalarType::Float);
+  const Tensor y = empty({tokens, n}, ScalarType::Float);
   const PackedView view = view_of(weight);
+  if (const NibbleKernels nibbles = nibble_kernels(weight, x.scalar_type()); nibbles.multiply != nullptr) {
+    const int64_t columns = ordered_columns(k);
+    const Tensor ordered = empty({tokens, columns}, ScalarType::BFloat16);
+    const Tensor sums = empty({tokens, columns / 8}, ScalarType::Float);
+    auto* held = static_cast<bf16*>(ordered.mutable_data_ptr());
+    nibbles.order(static_cast<const bf16*>(x.const_data_ptr()), tokens, k, held, sums.mutable_data_ptr<float>());
+    parallel_for(0, n, ceil_div(kDecodeGrain, k * tokens), [&](int64_t begin, int64_t end) {
+      nibbles.multiply(view, held, sums.const_data_ptr<float>(), tokens, y.mutable_data_ptr<float>(), begin, end);
+    });
+    return y;
+  }
   const FormatKernels& kernels = format_kernels(weight.layout);
+  const Tensor wide = as_contiguous(as_type(x, ScalarType::Float));
   const float* from = wide.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   parallel_for(0, n, ceil_div(kDecodeGrain, k * tokens),
@@ -60,11 +82,12 @@ Tensor format_product(const Tensor& x, const FrozenWeight& weight) {
 bool skinny_accepts(const FrozenWeight& weight, ScalarType type, int64_t tokens) {
   if (!weight.is_packed()) return false;
   if (!weight.is_nf4()) {
-    return tokens <= kFormatFewTokens && weight.in_features() > 0 &&
+    const bool nibbles = nibble_kernels(weight, type).multiply != nullptr;
+    return tokens <= (nibbles ? kNibbleTokens : kFormatFewTokens) && weight.in_features() > 0 &&
            format_kernels(weight.layout).has_few_tokens(view_of(weight));
   }
-  return tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens &&
-         weight.blocksize() % kSkinnyStep == 0 && weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
+  return tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens && weight.blocksize() % kSkinnyStep == 0 &&
+         weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
 }
 
 Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
@@ -104,7 +127,8 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
     for (int64_t first = begin; first < end; first += rows) {
       const int64_t last = min_i64(first + rows, end);
       Nf4Skinny part = work;
-      part.absmax = scales.decode(first * k / weight.blocksize(), ceil_div(last * k, weight.blocksize()), buffer.data());
+      part.absmax =
+          scales.decode(first * k / weight.blocksize(), ceil_div(last * k, weight.blocksize()), buffer.data());
       kernel.run(part, first, last);
     }
   });

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..._imports import optional
-from ...nn import NF4Linear
+from ...nn import NF4Linear, PackedLinear
 from ...ops.checks import autocast_dtype
-from ...weights.nf4 import NF4Weight, nf4_from_params4bit
+from ...weights.fp4 import fp4
+from ...weights.nf4 import NESTED_BLOCKSIZE, NestedAbsmax, nf4_from_params4bit, why_not_nf4
+from ...weights.packed import PackedWeight
 
 Linear4bit = Linear8bitLt = Params4bit = Conv1D = None
 with optional("bitsandbytes", "no layer over a Linear8bitLt is fused"):
@@ -42,6 +44,9 @@ STOCK: dict[type, type] = {}
 # `fuses` appends the fused class of each of these types.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
+
+# Exact types of peft_ext's linear layers over a packed weight. Both compute with x's dtype.
+PACKED: tuple[type, ...] = (NF4Linear, PackedLinear)
 
 # bitsandbytes' layer classes whose layers `explain` lists also without an adapter.
 QUANTIZED = tuple(kind for kind in (Linear4bit, Linear8bitLt) if kind is not None)
@@ -155,23 +160,57 @@ def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Itera
 # --- the frozen weight ------------------------------------------------------------------------------------------------
 
 
+def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
+    """Returns the frozen weight of an adapter's base layer, ``[N, K]``: a dense tensor, or a PackedWeight in the
+    layer's memory. The function is for layers without a :func:`.reasons.weight_reason`."""
+    kind = type(base)
+    if kind is PackedLinear:
+        return base.packed
+    if kind is NF4Linear:
+        return base.nf4
+    weight = base._parameters["weight"]
+    if kind in FOUR_BIT:
+        return _weight_4bit(weight, quant_state_of(base))
+    return weight.t() if kind is Conv1D else weight
+
+
+def why_not_4bit(state: Any) -> Optional[str]:
+    """Returns why the operators can't read a weight with bitsandbytes' quant_state ``state``, or None: the weight is
+    neither NF4 nor FP4, or bitsandbytes has repacked the weight."""
+    if getattr(state, "quant_type", None) != "fp4":
+        return why_not_nf4(state)
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes repacked the weight for its CPU inference"
+    if state.nested and (size := getattr(state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
+        return f"the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}"
+    return None
+
+
+def _weight_4bit(weight: Tensor, state: Any) -> PackedWeight:
+    if state.quant_type != "fp4":
+        return nf4_from_params4bit(weight, state)
+    with torch._C.DisableTorchFunctionSubclass():
+        packed = weight.data.reshape(-1).view(torch.uint8)  # quant_storage may give the bytes another dtype
+    nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset) if state.nested else None
+    return fp4(packed, state.absmax, state.shape, state.dtype, blocksize=state.blocksize, nested=nested)
+
+
 def operands(
     base: nn.Module, x: Tensor, seen: Optional[torch.dtype] = None
-) -> Optional[tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor], torch.dtype]]:
+) -> Optional[tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor], torch.dtype]]:
     """Returns x, weight and bias as the base layer's forward multiplies them, and the dtype of that forward's result.
 
     Returns None if the stock forward has to run, because the stock forward raises PyTorch's error or PEFT's sum has
     another dtype. ``seen`` is the dtype in which PEFT passes x to the base layer; the default is x's dtype.
     """
     kind, bias, cast = type(base), base._parameters["bias"], autocast_dtype(x)
-    if kind is not NF4Linear and kind not in FOUR_BIT:
-        weight = base._parameters["weight"]
-        weight = weight.t() if kind is Conv1D else weight
+    if kind not in PACKED and kind not in FOUR_BIT:
+        weight = weight_of(base)
         if cast is None and not (weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)):
             return None  # F.linear raises an error for these dtypes, and the stock forward is to raise this error
         return x, weight, bias, cast or x.dtype
-    if kind is NF4Linear:
-        return x, base.nf4, bias if bias is None else bias.to(x.dtype), cast or x.dtype
+    if kind in PACKED:
+        return x, weight_of(base), bias if bias is None else bias.to(x.dtype), cast or x.dtype
     seen = seen or x.dtype
     if cast not in (None, seen) and seen is not torch.float32:
         return None  # PEFT's sum of a float16 and a bfloat16 tensor under autocast is float32
@@ -181,7 +220,7 @@ def operands(
 
 def operands_4bit(
     base: nn.Module, x: Tensor, seen: torch.dtype
-) -> Optional[tuple[Tensor, NF4Weight, Optional[Tensor]]]:
+) -> Optional[tuple[Tensor, PackedWeight, Optional[Tensor]]]:
     """Returns x, weight and bias as ``Linear4bit.forward`` multiplies them for an x of dtype ``seen``.
 
     Returns None if ``Linear4bit.forward`` has to run. The returned bias is cast for this call only, whereas
@@ -195,7 +234,7 @@ def operands_4bit(
         return None
     bias = base._parameters["bias"]
     bias = bias if bias is None else bias.to(compute)
-    return x.to(compute), nf4_from_params4bit(base._parameters["weight"], quant_state_of(base)), bias
+    return x.to(compute), weight_of(base), bias
 
 
 def sums_wider(base: nn.Module, x: Tensor) -> bool:

@@ -12,8 +12,8 @@ from ..._imports import has, optional
 from ...nn import NF4Linear
 from ...ops.dora import checked_dora_linear
 from ...reference.dora import output_scale
-from ...weights.nf4 import NF4Weight, nf4_from_params4bit
-from .base import quant_state_of
+from ...weights.packed import PackedWeight
+from .base import weight_of
 
 dora = DoraLinearLayer = DoraLinearVariant = None
 with optional("peft", "DoRA is not fused"):
@@ -125,7 +125,7 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
     modules = layer._modules
     module, dropout = modules["lora_magnitude_vector"]._modules[name], modules["lora_dropout"]._modules[name]
     (lora_A, lora_B), scaling, bias = layer.pair(name), layer.scaling[name], base._parameters["bias"]
-    weight = nf4_from_params4bit(base._parameters["weight"], quant_state_of(base))
+    weight = weight_of(base)
     norm = cached_norm(module, name, weight.dtype, weight, lora_A, lora_B, scaling)
     if norm is None:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
@@ -134,7 +134,7 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
     # PEFT's dropout acts on the base product too, which is then computed in float32.
     if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":
         dropped = dropout(x)
-        product = ops.nf4_linear(dropped, weight)
+        product = ops.frozen_linear(dropped, weight)
         z = ops.lora_residual(dropped, product, lora_A, lora_B, scaling=scaling)
         return result - product + ops.ia3_scale(z, scale)
     plain = result if bias is None else result - bias
@@ -160,7 +160,7 @@ def cached_norm(
     norm = module._cache_get(key, None)
     if norm is None:
         with torch.no_grad():
-            dtype = dtype if isinstance(weight, NF4Weight) else None
+            dtype = dtype if isinstance(weight, PackedWeight) else None
             norm_of = ops.dora_weight_norm if len(weight.shape) == 2 else ops.dora_experts_weight_norm
             norm = norm_of(weight, lora_A, lora_B, scaling, dtype=dtype)
         module._cache_store(key, norm)

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from ... import ops
 from ..._imports import has, optional
-from ...nn.experts import NF4Experts, expert_parameters, is_stored_transposed
+from ...nn.experts import FrozenExperts, expert_parameters, is_stored_transposed
 from ...reference.dora import output_scale
 
 ParamWrapper = DoraParamWrapper = None
@@ -70,8 +70,8 @@ def register(config: Any, model: nn.Module) -> None:
     """
     if DoraParamWrapper is None or not getattr(config, "use_dora", False):
         return
-    # For NF4Experts, `kinds` has the stock class: the class of NF4Experts derives from the stock class, is made at run
-    # time, and can't be pickled.
+    # For packed experts, `kinds` has the stock class: the class of packed experts derives from the stock class, is made
+    # at run time, and can't be pickled.
     kinds = {getattr(module, "stock_class", type(module)) for module in model.modules() if expert_parameters(module)}
     if kinds:
         config._register_custom_module(dict.fromkeys(kinds, _made))
@@ -141,8 +141,8 @@ if ParamWrapper is not None:
         def weight_norm(self, name: str) -> Tensor:
             """Returns the float32 norm ``‖W_e + s B_e A_e‖`` of each output of each expert, ``[E, N]``."""
             experts, (lora_A, lora_B) = self.get_base_layer(), factors(self, name)
-            if isinstance(experts, NF4Experts):
-                weight = experts.nf4(self.parameter_name)
+            if isinstance(experts, FrozenExperts):
+                weight = experts.frozen(self.parameter_name)
             else:
                 weight = self.get_param().detach()
                 weight = weight.transpose(1, 2) if is_stored_transposed(experts) else weight

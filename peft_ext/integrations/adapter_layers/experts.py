@@ -2,7 +2,7 @@
 
 The operators are :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT computes W + s B A of
 all experts on each forward, and the experts' own forward uses these sums. The fused forward multiplies the rows of each
-expert with the expert's weight (dense or NF4) and the expert's adapter, and does not compute W + s B A:
+expert with the expert's weight (dense or packed) and the expert's adapter, and does not compute W + s B A:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ... import ops
 from ..._imports import optional, version
 from ...nn.experts import (
+    FrozenExperts,
     NF4Experts,
     computing,
     expert_parameters,
@@ -45,6 +46,7 @@ from ...nn.experts import (
 from ...ops.checks import autocast_dtype
 from ...reference.dora import output_scale
 from ...weights.nf4 import NF4Weight
+from ...weights.packed import PackedWeight
 from ..forms import row_of
 from ..forms.activations import activation_name
 from .base import DTYPES, KEPT, Fused, active_in, class_name, fuses, is_fully_sharded
@@ -116,10 +118,10 @@ class Experts(Fused):
 
     def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapted = _names(self) and not (self._disable_adapters or self.merged_adapters or "adapter_names" in kwargs)
-        if adapted and isinstance(self.get_base_layer(), NF4Experts):
+        if adapted and isinstance(self.get_base_layer(), FrozenExperts):
             reason = self.stock_reason() or "what came is not plain tokens, their experts and weights"
             raise RuntimeError(
-                f"peft_ext: PEFT can't add an adapter to NF4 experts, and this one is not fused: {reason}"
+                f"peft_ext: PEFT can't add an adapter to packed experts, and this one is not fused: {reason}"
             )
         return super(Fused, self).forward(x, *args, **kwargs)
 
@@ -144,11 +146,12 @@ class Experts(Fused):
             return self._called(experts, run, x, *args, **kwargs)
         return route(experts, x, given, run)
 
-    def _called(self, experts: NF4Experts, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, *args: Any,
+    def _called(self, experts: FrozenExperts, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, *args: Any,
                 **kwargs: Any) -> Tensor:  # fmt: skip
-        """Calls the wrapped layer, so that hooks run, and makes the forward of the NF4 experts call ``run``.
+        """Calls the wrapped layer, so that hooks run, and makes the forward of the packed experts call ``run``.
 
-        Returns the wrapped layer's output. Raises RuntimeError if the forward of the NF4 experts did not call ``run``.
+        Returns the wrapped layer's output. Raises RuntimeError if the forward of the packed experts did not call
+        ``run``.
         """
         ran = False
 
@@ -161,20 +164,20 @@ class Experts(Fused):
             y = self._modules["base_layer"](x, *args, **kwargs)
         if not ran:
             raise RuntimeError(
-                "peft_ext: PEFT can't add an adapter to NF4 experts, and this one, with hooks around them, was left "
+                "peft_ext: PEFT can't add an adapter to packed experts, and this one, with hooks around them, was left "
                 "out: their own forward did not run, or under torch.compile"
             )
         return y
 
 
 def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
-    """Returns whether the fused output may be computed inside the forward of these NF4 experts, so that hooks run.
+    """Returns whether the fused output may be computed inside the forward of these packed experts, so that hooks run.
 
     Returns False for dense experts, under torch.compile, and for experts with a forward on the instance. Returns False
     also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because the hook that gathers
     the shards would run too late for the operator.
     """
-    if not isinstance(experts, NF4Experts) or torch.compiler.is_compiling() or "forward" in experts.__dict__:
+    if not isinstance(experts, FrozenExperts) or torch.compiler.is_compiling() or "forward" in experts.__dict__:
         return False
     return not any(is_fully_sharded(type(module)) for module in (experts, *on_the_way))
 
@@ -190,10 +193,10 @@ def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
     if len(set(names)) < len(names) or not set(names) <= set(held):
         return f"the parameters {', '.join(names)} are adapted, wanted {' or '.join(held)}"
     for name in held:
-        weight, quantized = experts._parameters.get(name), isinstance(experts, NF4Experts)
+        weight, quantized = experts._parameters.get(name), isinstance(experts, FrozenExperts)
         if weight is None:  # the parameter is parametrized, because PEFT's own forward is running
             return f"its {name} is no parameter of its own"
-        if reason := tensor_reason(f"its {name}", weight, dim=2 if quantized else 3):
+        if reason := tensor_reason(f"its {name}", weight, dim=weight.dim() if quantized else 3):
             return reason
         if is_partitioned(experts._parameters.get(f"{name}_bias")):
             return f"its {name}_bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
@@ -239,9 +242,9 @@ def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
 def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Returns the product of the rows with the parameter ``name``, including the parameter's adapters and bias."""
     transposed = is_stored_transposed(experts)
-    weight: Union[Tensor, NF4Weight]
-    if isinstance(experts, NF4Experts):
-        weight, bias = experts.nf4(name), experts.bias_of(name, rows)
+    weight: Union[Tensor, PackedWeight]
+    if isinstance(experts, FrozenExperts):
+        weight, bias = experts.frozen(name), experts.bias_of(name, rows)
     else:
         weight = experts._parameters[name]
         weight = weight.transpose(1, 2) if transposed else weight
@@ -261,7 +264,7 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
 
 
 def _adapted(
-    wrapper: Any, names: list[str], rows: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor,
+    wrapper: Any, names: list[str], rows: Tensor, weight: Union[Tensor, PackedWeight], offsets: Tensor,
     bias: Optional[Tensor],
 ) -> Tensor:  # fmt: skip
     """Returns the product of the rows with a weight that has one DoRA adapter, or one or several LoRA adapters."""
@@ -338,6 +341,11 @@ class MergesExperts:
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Merges adapters into each expert's NF4 weight, starting from the weight kept before the first merge."""
         experts, parameter = self.get_base_layer(), self.parameter_name
+        if isinstance(experts, FrozenExperts) and not isinstance(experts, NF4Experts):
+            raise RuntimeError(
+                f"merge: {parameter} is packed ({experts.frozen(parameter).format.name}) and keeps the bytes of the "
+                "checkpoint; wanted dense or NF4 experts. Save the adapter, and merge it into a dense model"
+            )
         if not isinstance(experts, NF4Experts):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if check_adapters_to_merge is None:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ... import ops
 from ..._imports import optional
-from ...nn import NF4Linear
 from ...ops.ia3 import checked_ia3_linear
-from .base import FOUR_BIT, Fused, fuses, operands, sums_wider
+from .base import FOUR_BIT, Fused, fuses, operands, sums_wider, weight_of
 from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
 from .reasons import accepts_input, alone_reason, base_reason, checked_vectors, kernel_reason, layer_reason
@@ -74,7 +73,7 @@ class IA3Layer(Fused):
     def _fused(self, x: Tensor) -> Optional[Tensor]:
         if (common := self._common(x)) is not None and common[0] in KNOWN:
             _, base, vector = common
-            weight = base.nf4 if type(base) is NF4Linear else base._parameters["weight"]
+            weight = weight_of(base)
             return checked_ia3_linear(x, weight, base._parameters["bias"], vector, self.is_feedforward)
         reason, alone, vectors = self._checked()
         if reason is not None or not accepts_input(x):

@@ -13,12 +13,12 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ...nn import NF4Linear
+from ...nn import PackedLinear
 from ...ops.checks import under_a_transform
 from ...ops.library import PUBLIC
 from ...ops.prove import proved_eagerly
 from . import reasons
-from .base import LINEAR
+from .base import LINEAR, PACKED
 
 KNOWN: set[tuple] = set()
 
@@ -66,7 +66,7 @@ def facts_of(
     if held["_disable_adapters"] or held["merged_adapters"] or kind.stock_class.forward is not kind.stock_forward:
         return None
     base = held["_modules"]["base_layer"]
-    if "forward" in held or held.get("fan_in_fan_out") or (type(base) not in LINEAR and type(base) is not NF4Linear):
+    if "forward" in held or held.get("fan_in_fan_out") or (type(base) not in LINEAR and type(base) not in PACKED):
         return None
     found = [kind, x.dtype, device, x.layout, x.shape[-1:], *numbers]
     for module in (base, *modules):
@@ -80,13 +80,21 @@ def facts_of(
     of_base = base.__dict__["_parameters"]
     if "bias" not in of_base:
         return None
-    for tensor in (of_base.get("weight"), of_base["bias"], *tensors):
+    weight = of_base.get("weight")
+    if type(base) is PackedLinear:
+        # The tensors are checked when the PackedWeight is made: its layout says which dtypes and sizes they have.
+        packed = base.packed
+        weight = packed.parts[0]
+        found += (packed.layout, packed.shape)
+        if any(type(part) not in plain or part.device != device for part in packed.parts if part is not None):
+            return None
+    for tensor in (weight, of_base["bias"], *tensors):
         if tensor is None:
             found.append(None)
         elif type(tensor) not in plain or hasattr(tensor, "ds_id"):
             return None
         else:
             found += (tensor.dtype, tensor.device, tensor.shape, tensor.layout, tensor.requires_grad)
-    if type(base) is NF4Linear:
+    if type(base) in PACKED:
         found += (base.in_features, base.out_features)
     return tuple(found)

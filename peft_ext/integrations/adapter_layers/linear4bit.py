@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit linear layers on :func:`peft_ext.ops.nf4_linear`."""
+"""bitsandbytes' 4-bit linear layers on :func:`peft_ext.ops.frozen_linear`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if FOUR_BIT:
 
     @fuses(Linear4bit)
     class FusedLinear4bit(Linear4bit):
-        """bitsandbytes' ``Linear4bit`` on :func:`peft_ext.ops.nf4_linear`. An FP4 weight takes the stock path."""
+        """bitsandbytes' ``Linear4bit``, with an NF4 or an FP4 weight, on :func:`peft_ext.ops.frozen_linear`."""
 
         reads = (
             "compute_dtype", "compute_type_is_set", "quant_state", "set_compute_type", "weight.quant_state.absmax",
@@ -26,14 +26,14 @@ if FOUR_BIT:
         def stock_reason(self) -> Optional[str]:
             if replaced_on_instance(self):
                 return "its forward was replaced on the instance (accelerate's device hooks do that)"
-            return weight_reason(self) or kernel_reason("nf4_linear", quant_state_of(self).absmax.device.type)
+            return weight_reason(self) or kernel_reason("frozen_linear", quant_state_of(self).absmax.device.type)
 
         def forward(self, x: Tensor) -> Tensor:
             if not isinstance(self, FusedLinear4bit):  # see Fused.forward
                 return type(self).forward(self, x)
             if self.stock_reason() is None and accepts_input(x):
                 if (operands := operands_4bit(self, x, x.dtype)) is not None:
-                    return ops.nf4_linear(*operands).to(x.dtype)
+                    return ops.frozen_linear(*operands).to(x.dtype)
             return super().forward(x)
 
         @property

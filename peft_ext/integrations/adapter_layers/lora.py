@@ -21,7 +21,7 @@ from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weights.nf4 import NF4Weight
 from . import dora, siblings, tensor_parallel
-from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider
+from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider, weight_of
 from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
 from .reasons import (
@@ -172,7 +172,7 @@ class LowRank(Fused):
             return y
         if (common := self._common(x)) is not None and common[0] in KNOWN:
             _, name, base, lora_A, lora_B, p = common
-            weight = base.nf4 if type(base) is NF4Linear else base._parameters["weight"]
+            weight = weight_of(base)
             bias, scaling = base._parameters["bias"], self.scaling[name]
             if name in self.lora_variant:
                 return dora.forward(self, name, x, weight, bias, (lora_A, lora_B), x.dtype, True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import ops
 from ..._imports import optional, version
-from ...nn import NF4Linear
+from ...nn import NF4Linear, PackedLinear
 from ...nn.nf4 import is_zero3_shard, requantized
 from ...weights.nf4 import NF4Weight
 from .base import KEPT
@@ -51,6 +51,11 @@ class MergesNF4:
             raise RuntimeError(
                 f"merge: base_layer.weight is {tuple(base.weight.shape)}, partitioned by ZeRO-3, wanted the whole "
                 "weight. Save the adapter and merge it in one process"
+            )
+        if isinstance(base, PackedLinear):
+            raise RuntimeError(
+                f"merge: base_layer is a PackedLinear ({base.packed.format.name}), whose weight keeps the bytes of the "
+                "checkpoint; wanted a dense or an NF4 base layer. Save the adapter, and merge it into a dense model"
             )
         if not isinstance(base, NF4Linear):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)

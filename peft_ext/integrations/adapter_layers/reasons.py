@@ -20,24 +20,25 @@ from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # n
 from ... import _cpu
 from ..._imports import version
 from ..._native import STATE
-from ...nn import NF4Linear
+from ...nn import NF4Linear, PackedLinear
 from ...nn.nf4 import is_dtensor, is_zero3_shard
 from ...ops.checks import autocast_dtype, under_a_transform
 from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
 from ...text import dtype_name as short
-from ...weights.nf4 import why_not_nf4
 from . import dora
 from .base import (
     DTYPES,
     FOUR_BIT,
     LINEAR,
+    PACKED,
     Conv1D,
     Params4bit,
     active_in,
     class_name,
     is_fully_sharded,
     quant_state_of,
+    why_not_4bit,
 )
 
 
@@ -99,7 +100,7 @@ def _own_forward(kind: type) -> Any:
 # The forwards at import of the classes whose forward a fused layer computes in its own way.
 _FORWARDS = {
     kind: _own_forward(kind)
-    for kind in (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, NF4Linear, Conv1D, *FOUR_BIT)
+    for kind in (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, *PACKED, Conv1D, *FOUR_BIT)
     if isinstance(kind, type)
 }
 
@@ -298,6 +299,8 @@ def alone_reason(layer: Any) -> Optional[str]:
             return f"base_layer.{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
         if parameter is not None and parameter.is_meta:
             return f"base_layer.{name} is on meta"
+    if type(base) is PackedLinear:
+        return None
     weight = base._parameters.get("weight")
     if weight is None:
         return "its base layer has no weight of its own"
@@ -314,12 +317,17 @@ def _is_falcons(kind: type) -> bool:
 def weight_reason(base: nn.Module) -> Optional[str]:
     """Returns why the operators can't read the weight of the layer ``base``, or None.
 
-    The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear and Linear4bit.
+    The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear and Linear4bit.
     """
     kind = type(base)
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if is_partitioned(bias):
         return "its bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
+    if kind is PackedLinear:
+        for tensor in (base.weight, *base._buffers.values()):
+            if reason := tensor_reason("its weight", tensor, dim=tensor.dim()):
+                return reason
+        return "its base weight requires grad" if base.weight.requires_grad else None
     if kind in FOUR_BIT:
         if is_partitioned(weight):
             return "its weight is a shard (FSDP, ZeRO-3 or tensor parallelism)"
@@ -331,7 +339,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
             return "its weight was made in inference mode, and autograd can't keep it"
         quant_state = quant_state_of(base)
-        if reason := why_not_nf4(quant_state):
+        if reason := why_not_4bit(quant_state):
             return reason
         # The device is read from absmax, because absmax is a plain tensor on the weight's device, and the attributes of
         # a plain tensor are faster to read than those of a tensor subclass.
@@ -344,7 +352,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         return None
     is_falcons = kind not in LINEAR and kind is not NF4Linear and _is_falcons(kind)
     if kind not in LINEAR and kind is not NF4Linear and kind is not Conv1D and not is_falcons:
-        return f"its base layer is a {class_name(kind)}, wanted Linear, Conv1D, NF4Linear or Linear4bit"
+        return f"its base layer is a {class_name(kind)}, wanted Linear, Conv1D, NF4Linear, PackedLinear or Linear4bit"
     if "bias" not in base._parameters:
         return "its bias is no parameter of its own (torch.nn.utils.prune and parametrize make it of others)"
     if reason := tensor_reason("its weight", weight):

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from ...weights.packed import PackedWeight
-from . import mx
+from . import fp4, fp8, int_groups, mx
 
 __all__ = ["DECODERS", "decoded"]
 
-DECODERS = {"mxfp4": mx.mxfp4}
+DECODERS = {
+    "fp4": fp4.fp4,
+    "mxfp4": mx.mxfp4,
+    "nvfp4": mx.nvfp4,
+    "fp8": fp8.fp8,
+    "int": int_groups.int_rows,
+    "gptq": int_groups.gptq,
+    "awq": int_groups.awq,
+    "hqq": int_groups.hqq,
+}
 
 
 def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

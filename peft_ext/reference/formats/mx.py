@@ -1,4 +1,4 @@
-"""Decodes MXFP4 in plain PyTorch."""
+"""Decodes MXFP4 and NVFP4 in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,25 @@ def low_nibble_first(codes: Tensor) -> Tensor:
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
 
 
+def _values(packed: Tensor, shape: torch.Size) -> Tensor:
+    codes = low_nibble_first(packed.reshape(shape[0], shape[1] // 2).view(torch.uint8))
+    return torch.tensor(E2M1, device=codes.device)[codes.long()]
+
+
 def mxfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, option: int) -> Tensor:
+    """Multiplies in float64, where 2^(scale - 127) is a finite normal number for all 256 scales."""
     blocks, scales = parts
-    rows, columns = shape
-    codes = low_nibble_first(blocks.reshape(rows, columns // 2).view(torch.uint8))
-    values = torch.tensor(E2M1, device=codes.device)[codes.long()]
-    factors = scales.reshape(rows, -1).view(torch.float8_e8m0fnu).float()
+    bits = scales.reshape(shape[0], -1).view(torch.uint8).long() + (1023 - 127) << 52
+    factors = bits.view(torch.float64).repeat_interleave(group, 1)
+    return (_values(blocks, shape).double() * factors).float()
+
+
+def nvfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, option: int) -> Tensor:
+    packed, scales, total = parts
+    scales = scales.reshape(shape[0], -1).view(torch.float8_e4m3fn).float()
+    reciprocal = option >> 8 & 1
+    factors = scales / total.reshape(()) if reciprocal else scales * total.reshape(())
+    values = _values(packed, shape)
+    if not reciprocal:
+        values = values + 0.0  # -0 + 0 is +0: ModelOpt's table holds +0 for code 8
     return values * factors.repeat_interleave(group, 1)

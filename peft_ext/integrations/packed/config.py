@@ -1,0 +1,74 @@
+"""PackedConfig, the quantization_config that makes transformers keep a checkpoint's weights packed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Optional, Union
+
+from ..._imports import has, required
+from .rules import Rules, read_rules
+
+with required("transformers", "peft_ext.PackedConfig"):
+    from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    has(AutoHfQuantizer, "merge_quantization_configs")
+
+__all__ = ["METHOD", "PackedConfig"]
+
+# Name of the quantization method under which transformers finds PackedConfig and the quantizer.
+METHOD = "peft_ext"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """Keeps the weights of a quantized checkpoint packed, so that adapters can be trained over them::
+
+        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=peft_ext.PackedConfig())
+
+    How the weights are stored is read from the checkpoint's own ``quantization_config``. Supported are the methods
+    fp8, mxfp4, compressed-tensors, gptq, awq and bitsandbytes in 4 bits; ``docs/formats.md`` lists the layouts. Linear
+    layers become :class:`peft_ext.nn.PackedLinear`, embeddings :class:`peft_ext.nn.PackedEmbedding`, and the experts of
+    a mixture :class:`peft_ext.nn.PackedExperts`. Layers that the checkpoint stores dense stay dense.
+
+    A layer computes with the decoded weight. Where the checkpoint's own library also quantizes the layer's input while
+    the model runs (``activation_scheme`` "dynamic"), the input is not quantized here; ``peft_ext.explain`` says so.
+
+    ``model.save_pretrained`` writes the tensors with the names and bytes of the checkpoint, and the checkpoint's own
+    ``quantization_config``, so that other libraries can load the saved model.
+
+    Raises: ``from_pretrained`` raises a ValueError that names the method, bits, scheme or layer that is not supported,
+    before a weight is read.
+    """
+
+    def __init__(self, checkpoint: Optional[dict[str, Any]] = None, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.checkpoint = checkpoint
+        self.rules: Optional[Rules] = None if checkpoint is None else read_rules(checkpoint)
+
+    def over(self, checkpoint: Union[dict[str, Any], QuantizationConfigMixin]) -> PackedConfig:
+        """Returns a PackedConfig for a checkpoint whose config.json has the quantization_config ``checkpoint``."""
+        if not isinstance(checkpoint, dict):
+            checkpoint = checkpoint.to_dict()
+        return type(self)(copy.deepcopy(checkpoint))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the quantization_config of the checkpoint, which ``save_pretrained`` writes."""
+        return {"quant_method": METHOD} if self.checkpoint is None else copy.deepcopy(self.checkpoint)
+
+
+_merge = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+    """transformers' merge of a checkpoint's quantization_config and of the one that the caller gives.
+
+    transformers refuses a config of another class than the checkpoint's, and has no public way to register an
+    exception. A PackedConfig is therefore taken here; every other config goes to transformers' own function.
+    """
+    if isinstance(quantization_config_from_args, PackedConfig):
+        return quantization_config_from_args.over(quantization_config)
+    return _merge(quantization_config, quantization_config_from_args)
+
+
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_quantization_configs)

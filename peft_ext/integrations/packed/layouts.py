@@ -1,0 +1,115 @@
+"""For each layout of a file: the names of a layer's tensors, and the function that makes a PackedWeight of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ...weights.fp8 import fp8
+from ...weights.int_groups import awq, gptq, int_rows
+from ...weights.mx import mxfp4, nvfp4
+from ...weights.packed import PackedWeight
+from .rules import Scheme
+
+__all__ = ["LAYOUTS", "Layout"]
+
+# Makes a weight of the shape (N, K), or (E, N, K) of experts, from its parts.
+Make = Callable[[Sequence[Optional[Tensor]], tuple[int, ...], Scheme], PackedWeight]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one layer's tensors are named.
+
+    Attributes:
+        parts: names of the parts of the PackedWeight, in their order; the first one holds the codes.
+        make: makes the weight. The parts of the weight are the given tensors, in this order; None for a tensor that is
+            not needed, such as a g_idx whose groups are in order.
+        optional: the names in ``parts`` that a layer may lack.
+        extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
+        joined: what stands between the name of the layer's dense weight and a name above: "." if the name takes the
+            place of "weight", "" if the name is appended, as in ``gate_up_proj_blocks``.
+    """
+
+    parts: tuple[str, ...]
+    make: Make
+    optional: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    joined: str = "."
+
+    @property
+    def codes(self) -> str:
+        return self.parts[0]
+
+    def built(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scheme: Scheme
+    ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
+        """Returns the weight, the name of each part, and the extra tensors. Raises ValueError if a tensor is missing or
+        does not fit."""
+        for name in self.parts:
+            if name not in tensors and name not in self.optional:
+                raise ValueError(f"the file has {self.codes} without {name}")
+        weight = self.make([tensors.get(name) for name in self.parts], shape, scheme)
+        if tuple(weight.shape) != tuple(shape):
+            raise ValueError(f"its packed weight has shape {tuple(weight.shape)}, wanted {tuple(shape)}")
+        parts = zip(self.parts, weight.parts, strict=True)
+        held = [None if part is None else name for name, part in parts]
+        return weight, held, {name: tensor for name, tensor in tensors.items() if name not in held}
+
+
+def _mxfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    return mxfp4(*parts)
+
+
+def _int_rows(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    codes, scales, zero_points, g_idx = parts
+    if codes.dtype not in (torch.int32, torch.int8):
+        raise ValueError(f"its codes are {codes.dtype}, wanted torch.int32 or torch.int8")
+    if not scheme.symmetric and zero_points is None:
+        raise ValueError("its weights are asymmetric, and the file has no weight_zero_point")
+    zero_points = None if scheme.symmetric else zero_points
+    return int_rows(codes, scales, shape, bits=scheme.bits, zero_points=zero_points, g_idx=g_idx)
+
+
+def _gptq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    qweight, scales, qzeros, g_idx = parts
+    return gptq(qweight, qzeros, scales, bits=scheme.bits, group=scheme.group, g_idx=g_idx,
+                v1=scheme.version == "gptq", in_features=shape[-1])  # fmt: skip
+
+
+def _awq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    qweight, scales, qzeros = parts
+    return awq(qweight, qzeros, scales)
+
+
+def _fp8(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    codes, scales = parts
+    return fp8(codes, scales, (scheme.rows, scheme.group), _library_dtype(scales))
+
+
+def _library_dtype(scales: Tensor) -> torch.dtype:
+    """Returns the dtype to which a library decodes: that of the scales, or bfloat16 for scales of one byte."""
+    return scales.dtype if scales.dtype.itemsize > 1 else torch.bfloat16
+
+
+def _nvfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    return nvfp4(*parts, reciprocal=True)
+
+
+_INT = ("weight_scale", "weight_zero_point", "weight_g_idx")
+
+LAYOUTS: dict[str, Layout] = {
+    "fp8": Layout(("weight", "weight_scale_inv"), _fp8),
+    "float-quantized": Layout(("weight", "weight_scale"), _fp8),
+    "nvfp4-pack-quantized": Layout(("weight_packed", "weight_scale", "weight_global_scale"), _nvfp4),
+    "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),
+    "mxfp4 experts": Layout(("_blocks", "_scales"), _mxfp4, joined=""),
+    "pack-quantized": Layout(("weight_packed", *_INT), _int_rows, _INT[1:], ("weight_shape",)),
+    "int-quantized": Layout(("weight", *_INT), _int_rows, _INT[1:]),
+    "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",)),
+    "awq": Layout(("qweight", "scales", "qzeros"), _awq),
+}

@@ -1,0 +1,295 @@
+"""The quantizer of PackedConfig: replaces layers by packed layers before transformers reads the checkpoint's weights.
+
+transformers calls :meth:`PackedQuantizer._process_model_before_weight_loading` with the model on the meta device. The
+headers of the checkpoint's files say which layers are stored packed, and with which tensors. Each such layer becomes a
+packed layer with these tensors' names, dtypes and shapes. transformers then reads each tensor into the attribute of its
+name, and converts nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..._imports import required
+from ...nn import PackedEmbedding, PackedLinear
+from ...nn.experts import expert_parameters
+from ...nn.packed import HoldsPacked
+from ...nn.packed_experts import PackedExperts, hold_packed
+from ...weights.packed import PackedWeight
+from .config import METHOD
+from .files import Stored, stored_tensors
+from .layouts import LAYOUTS, Layout
+from .rules import Rules, Scheme
+
+with required("transformers", "peft_ext.PackedConfig"):
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.quantizers.auto import register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+
+__all__ = ["PackedQuantizer"]
+
+# Types of the layers that can be replaced, by exact type.
+_LAYERS = (nn.Linear, nn.Embedding)
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Keeps a checkpoint's weights packed; see :class:`peft_ext.PackedConfig`."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.rules is None or not self.pre_quantized:
+            raise ValueError(
+                "PackedConfig: the checkpoint's config.json has no quantization_config that transformers knows, wanted "
+                "a quantized checkpoint (for a dense one: peft_ext.quantize_nf4 after loading)"
+            )
+        self._packed: set[str] = set()
+        self._schemes: dict[str, Scheme] = {}  # by the name of a layer
+        self._merged: dict[str, Layout] = {}  # layouts of experts that transformers merges, by name
+
+    @property
+    def rules(self) -> Rules:
+        return self.quantization_config.rules
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: Optional[torch.dtype] = None, checkpoint_files: Optional[Sequence[str]] = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        dtype = dtype or torch.get_default_dtype()
+        stored = stored_tensors(checkpoint_files)
+        tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+        experts: dict[str, dict[str, Place]] = defaultdict(dict)
+        for place in self._places(model, stored):
+            name, _, parameter = place.target.rpartition(".")
+            if parameter != "weight":
+                experts[name][parameter] = place
+                continue
+            if name in tied:
+                raise ValueError(f"PackedConfig: {name} is stored packed and shares its weight with another layer, "
+                                 "wanted tie_word_embeddings false")  # fmt: skip
+            module = model.get_submodule(name)
+            scheme = self._schemes[name] = self._scheme(name, module)
+            model.set_submodule(name, _layer(name, module, scheme, place, stored, dtype))
+        for name, places in experts.items():
+            module, first = model.get_submodule(name), next(iter(places.values()))
+            # A merged stack is stored as linear layers, which the config's rules know by the names of the files.
+            merged = first.converter is not None
+            scheme = self._scheme(first.first, nn.Linear(1, 1)) if merged else self._scheme(name, module)
+            _hold_experts(name, module, scheme, places, stored, dtype)
+            if merged:
+                self._merged[scheme.layout] = LAYOUTS[scheme.layout]
+        self._packed = {f"{name}.{key}" for name, module in model.named_modules() for key in _held(module)}
+        if not self._packed:
+            raise ValueError(
+                f"PackedConfig: the checkpoint's quant_method is {self.rules.method}, and no layer of its files is "
+                f"stored as {' or '.join(sorted(self.rules.layouts))}"
+            )
+
+    def _scheme(self, name: str, module: nn.Module) -> Scheme:
+        """Returns how the layer is stored. Raises ValueError if the config says that the layer is dense."""
+        if (scheme := self.rules.scheme(name, module)) is None:
+            raise ValueError(f"PackedConfig: the quantization_config leaves {name} dense, and the file has packed "
+                             "tensors of it")  # fmt: skip
+        return scheme
+
+    def _places(self, model: Any, stored: dict[str, Stored]) -> list[Place]:
+        """Returns the dense parameters of ``model`` that are stored packed.
+
+        A name in the files becomes a name in the model by transformers' own renamings. transformers' converters merge
+        the linear layers of experts to one parameter.
+        """
+        if missing := self.rules.layouts - LAYOUTS.keys():
+            raise ValueError(f"PackedConfig: the layout {', '.join(sorted(missing))} of {self.rules.method} is not "
+                             "supported")  # fmt: skip
+        transforms = get_model_conversion_mapping(model)
+        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        of_source = {source: one for one in converters for source in one.source_patterns}
+        known, found = model.state_dict(), {}
+        for layout in {LAYOUTS[name].codes: LAYOUTS[name] for name in sorted(self.rules.layouts)}.values():
+            end = layout.joined + layout.codes
+            for key in sorted(stored, key=dot_natural_key):
+                dtype = stored[key].dtype
+                if not key.endswith(end) or (dtype.is_floating_point and dtype.itemsize > 1):
+                    continue
+                base = key.removesuffix(end)
+                dense = f"{base}.weight" if layout.joined else base
+                target, source = rename_source_key(dense, renamings, converters, model.base_model_prefix, known)
+                if target in known:  # other layers are not in this model, for example those of multi-token prediction
+                    place = found.setdefault(target, Place(target, of_source.get(source)))
+                    place.bases.setdefault(source, []).append(base)
+        return list(found.values())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Returns the model's conversions, with a copy of each merge of experts for each packed tensor."""
+        updated = []
+        for one in weight_conversions:
+            updated.append(one)
+            sources = getattr(one, "source_patterns", ())
+            if isinstance(one, WeightConverter) and sources and all(name.endswith(".weight") for name in sources):
+                for layout in self._merged.values():
+                    for part in (*layout.parts, *layout.extra):
+                        if part != "weight":
+                            targets = [name + _suffix(layout, part) for name in one.target_patterns]
+                            parts = [name.removesuffix("weight") + part for name in sources]
+                            updated.append(one.copy(parts, targets, operations=list(one.operations)))
+        return super().update_weight_conversions(updated, model)
+
+    # --- the reading of the tensors -----------------------------------------------------------------------------------
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Optional[torch.dtype]) -> Optional[torch.dtype]:
+        """Returns None for a packed tensor, so that transformers does not cast the tensor."""
+        if self._packed.intersection(getattr(converter, "target_patterns", ())) or _is_packed_dtype(param):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Freezes the codes, and makes each weight again from the tensors that were read.
+
+        The values of some tensors are part of a weight's layout: a g_idx whose groups are in order is not needed.
+        """
+        for name, module in model.named_modules():
+            if isinstance(module, PackedExperts):
+                for parameter in module.packed_names:
+                    module._parameters[parameter].requires_grad_(False)
+            elif isinstance(module, HoldsPacked):
+                module.weight.requires_grad_(False)
+                scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    continue  # the layer is offloaded to the disk
+                try:
+                    weight, names, extra = LAYOUTS[scheme.layout].built(tensors, module.packed.shape, scheme)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"PackedConfig: {name}: {error}") from error
+                module.describe(weight, names, extra)
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+def _held(module: nn.Module) -> Iterator[str]:
+    """Yields the names in the state dict of a module's packed tensors."""
+    if isinstance(module, HoldsPacked):
+        yield from (name for name in (*module.names, *module.extra) if name is not None)
+    elif isinstance(module, PackedExperts):
+        yield from (name for names in module.packed_names.values() for name in names if name is not None)
+        yield from module.extra
+
+
+def _is_packed_dtype(param: Any) -> bool:
+    """Returns whether a tensor of the file has a dtype in which only codes and scales are stored."""
+    kind = param.get_dtype() if hasattr(param, "get_dtype") else ""
+    return kind.startswith("F8_")
+
+
+@dataclass
+class Place:
+    """A dense parameter of the model that the files store packed.
+
+    Attributes:
+        target: name of the parameter in the model.
+        converter: transformers' converter that merges the tensors of the files to the parameter, or None.
+        bases: by the converter's source pattern, the common starts of the names in the files, for example
+            "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
+    """
+
+    target: str
+    converter: Any
+    bases: dict[Optional[str], list[str]] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.bases.values()))[0]
+
+    def tensors(self, layout: Layout, stored: dict[str, Stored]) -> dict[str, Tensor]:
+        """Returns the layout's tensors on the meta device, as transformers merges them."""
+        found = {}
+        for name in (*layout.parts, *layout.extra):
+            each = [[stored.get(base + layout.joined + name) for base in bases] for bases in self.bases.values()]
+            if all(tensor is None for group in each for tensor in group):
+                continue
+            kinds = {None if one is None else (one.dtype, one.shape) for group in each for one in group}
+            if len(kinds) > 1 or None in kinds or len({len(group) for group in each}) > 1:
+                raise ValueError(f"the experts differ in {name}")
+            ((dtype, shape),) = kinds
+            if self.converter is not None:
+                shape = self._merged(len(each[0]), shape)
+            found[name] = torch.empty(shape, dtype=dtype, device="meta")
+        return found
+
+    def _merged(self, experts: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the merged tensor of all experts. Raises ValueError for other merges than a stack of the
+        experts whose rows, such as those of gate and up, are concatenated."""
+        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in self.converter.operations]
+        if steps == [("MergeModulelist", 0)] and len(self.bases) == 1:
+            return (experts, *shape)
+        if steps == [("MergeModulelist", 0), ("Concatenate", 1)] and shape:
+            return (experts, len(self.bases) * shape[0], *shape[1:])
+        raise ValueError(f"transformers merges its tensors of shape {shape} by {steps}, which is not supported")
+
+
+def _suffix(layout: Layout, part: str) -> str:
+    """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter."""
+    return "" if part == layout.codes else f"_{part}"
+
+
+def _build(
+    scheme: Scheme, place: Place, stored: dict[str, Stored], shape: tuple[int, ...]
+) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
+    """Returns a packed weight on the meta device, the names of its parts, and the extra tensors."""
+    layout = LAYOUTS[scheme.layout]
+    try:
+        return layout.built(place.tensors(layout, stored), shape, scheme)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"PackedConfig: {place.target}: {error}") from error
+
+
+def _layer(
+    name: str, module: nn.Module, scheme: Scheme, place: Place, stored: dict[str, Stored], dtype: torch.dtype
+) -> HoldsPacked:
+    """Returns the packed layer, on the meta device, that takes the place of ``module``."""
+    if type(module) not in _LAYERS:
+        wanted = " or ".join(kind.__name__ for kind in _LAYERS)
+        raise ValueError(f"PackedConfig: {name} is stored packed and is a {type(module).__name__}, wanted {wanted}")
+    weight, names, extra = _build(scheme, place, stored, tuple(module.weight.shape))
+    if isinstance(module, nn.Embedding):
+        new: HoldsPacked = PackedEmbedding.from_packed(weight, names, module.padding_idx, extra=extra, dtype=dtype)
+    else:
+        new = PackedLinear.from_packed(weight, names, module.bias, extra=extra, dtype=dtype)
+    new.note = scheme.note
+    return new.train(module.training)
+
+
+def _hold_experts(
+    name: str, module: nn.Module, scheme: Scheme, places: dict[str, Place], stored: dict[str, Stored],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Turns an experts' module on the meta device into PackedExperts."""
+    wanted, layout = expert_parameters(module), LAYOUTS[scheme.layout]
+    if not wanted or set(places) != set(wanted):
+        held = ", ".join(sorted(places))
+        raise ValueError(f"PackedConfig: {name} ({type(module).__name__}) has the packed parameters {held}, wanted "
+                         f"{' and '.join(wanted) or 'the experts of a mixture'}")  # fmt: skip
+    found, extras = {}, {}
+    for parameter, place in places.items():
+        shape = tuple(getattr(module, parameter).shape)
+        shape = (shape[0], shape[2], shape[1]) if module.is_transposed else shape
+        weight, names, extra = _build(scheme, place, stored, shape)
+        ends = [one if place.converter is None or one is None else _suffix(layout, one) for one in names]
+        found[parameter] = weight, [None if end is None else parameter + end for end in ends]
+        extras |= {parameter + _suffix(layout, one): tensor for one, tensor in extra.items()}
+    hold_packed(module, found, dtype, extras)
+    module.note = scheme.note

@@ -1,0 +1,245 @@
+"""Reads a checkpoint's ``quantization_config``: how its layers are stored, and which layers it leaves dense.
+
+``quantizer`` asks :meth:`Rules.scheme` for each layer whose tensors in the file are packed. A config that says
+something which is not supported raises a ValueError that names it, before anything of the checkpoint is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch import nn
+
+__all__ = ["Rules", "Scheme", "read_rules"]
+
+# The activations that a library quantizes while the model runs, with a scale of each token: the packed layer's function
+# is that of the decoded weight.
+DYNAMIC = "its input is not quantized, although the checkpoint's activation scheme is dynamic"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of some layers are stored.
+
+    Attributes:
+        layout: name of the layout in ``layouts.LAYOUTS``.
+        bits: bits of a code.
+        group: columns that share a scale; 0 for all columns of a row.
+        rows: rows that share a scale; 0 for all rows.
+        symmetric: whether the codes have no zero points.
+        version: version of the layout: GPTQ's ``checkpoint_format``.
+        note: what the layer leaves out of the checkpoint's own function, or "".
+    """
+
+    layout: str
+    bits: int = 0
+    group: int = 0
+    rows: int = 1
+    symmetric: bool = True
+    version: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a ``quantization_config`` says.
+
+    Attributes:
+        method: the checkpoint's ``quant_method``.
+        schemes: by the name of the group of layers.
+        find: returns the name of the group of a layer, from the layer's name and module; None for a layer that the
+            config leaves dense.
+    """
+
+    method: str
+    schemes: Mapping[str, Scheme]
+    find: Callable[[str, nn.Module], Optional[str]]
+
+    @property
+    def layouts(self) -> set[str]:
+        return {scheme.layout for scheme in self.schemes.values()}
+
+    def scheme(self, name: str, module: nn.Module) -> Optional[Scheme]:
+        group = self.find(name, module)
+        return None if group is None else self.schemes[group]
+
+
+def read_rules(config: Mapping[str, Any]) -> Rules:
+    """Returns the rules of a checkpoint's ``quantization_config``. Raises ValueError if it is not supported."""
+    method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
+    if method is None and config.get("load_in_4bit"):
+        method = "bitsandbytes"
+    if method not in _READERS:
+        raise ValueError(f"PackedConfig: quant_method is {method!r}, wanted one of {', '.join(_READERS)}")
+    return _READERS[method](config)
+
+
+def _wanted(method: str, config: Mapping[str, Any], key: str, default: Any, allowed: Iterable[Any]) -> Any:
+    """Returns ``config[key]``. Raises ValueError if the value is none of ``allowed``."""
+    value = config.get(key, default)
+    if value not in allowed:
+        wanted = ", ".join(map(repr, allowed))
+        raise ValueError(f"PackedConfig: {key} of {method} is {value!r}, wanted {wanted}")
+    return value
+
+
+# --- transformers' rule -----------------------------------------------------------------------------------------------
+
+
+def _is_skipped(name: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a layer's name matches ``modules_to_not_convert``, by the rule of transformers'
+    ``quantizers_utils.should_convert_module``: from the start up to a dot, as a string or a regular expression, or as
+    the end of the name."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)
+
+
+def _of_one_scheme(method: str, scheme: Scheme, skipped: Optional[Sequence[str]]) -> Rules:
+    patterns = tuple(skipped or ())
+    return Rules(method, {"": scheme}, lambda name, module: None if _is_skipped(name, patterns) else "")
+
+
+def _fp8(config: Mapping[str, Any]) -> Rules:
+    _wanted("fp8", config, "fmt", "e4m3", ("e4m3", None))
+    _wanted("fp8", config, "expert_dtype", "fp8", ("fp8", None))
+    scheme = str(config.get("activation_scheme", "dynamic")).lower()
+    _wanted("fp8", {"activation_scheme": scheme}, "activation_scheme", "dynamic", ("dynamic",))
+    block = config.get("weight_block_size", (128, 128))
+    if block is not None and (len(block) != 2 or min(block) < 1):
+        raise ValueError(f"PackedConfig: weight_block_size of fp8 is {block!r}, wanted two sizes or null")
+    rows, columns = (0, 0) if block is None else block
+    skipped = config.get("modules_to_not_convert") or config.get("ignored_layers")
+    return _of_one_scheme("fp8", Scheme("fp8", 8, columns, rows, note=DYNAMIC), skipped)
+
+
+def _mxfp4(config: Mapping[str, Any]) -> Rules:
+    return _of_one_scheme("mxfp4", Scheme("mxfp4 experts", 4, 32), config.get("modules_to_not_convert"))
+
+
+def _gptq(config: Mapping[str, Any]) -> Rules:
+    bits = _wanted("gptq", config, "bits", None, (2, 4, 8))
+    if config.get("dynamic"):
+        raise ValueError(f"PackedConfig: dynamic of gptq is {config['dynamic']!r}, wanted one setting for all layers")
+    version = _wanted("gptq", config, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
+    group = int(config.get("group_size", 128))
+    return _of_one_scheme("gptq", Scheme("gptq", bits, max(group, 0), version=version), None)
+
+
+def _awq(config: Mapping[str, Any]) -> Rules:
+    bits = _wanted("awq", config, "bits", config.get("w_bit"), (4,))
+    version = str(config.get("format", config.get("version", "gemm"))).lower()
+    _wanted("awq", {"version": version}, "version", "gemm", ("gemm",))
+    zero = bool(config.get("zero_point", True))
+    group = int(config.get("group_size", config.get("q_group_size", 128)))
+    return _of_one_scheme(
+        "awq", Scheme("awq", bits, max(group, 0), symmetric=not zero), config.get("modules_to_not_convert")
+    )
+
+
+def _bitsandbytes(config: Mapping[str, Any]) -> Rules:
+    if not config.get("load_in_4bit", config.get("_load_in_4bit", False)):
+        raise ValueError("PackedConfig: bitsandbytes without load_in_4bit, wanted load_in_4bit")
+    kind = _wanted("bitsandbytes", config, "bnb_4bit_quant_type", "fp4", ("fp4", "nf4"))
+    return _of_one_scheme("bitsandbytes", Scheme(f"bitsandbytes {kind}", 4), config.get("llm_int8_skip_modules"))
+
+
+# --- compressed-tensors -----------------------------------------------------------------------------------------------
+
+# Layouts by format, weight type and bits.
+_COMPRESSED = {
+    ("pack-quantized", "int"): "pack-quantized",
+    ("int-quantized", "int"): "int-quantized",
+    ("naive-quantized", "int"): "int-quantized",
+    ("float-quantized", "float"): "float-quantized",
+    ("naive-quantized", "float"): "float-quantized",
+    ("nvfp4-pack-quantized", "float"): "nvfp4-pack-quantized",
+    ("mxfp4-pack-quantized", "float"): "mxfp4-pack-quantized",
+}
+
+
+def _compressed_scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
+    weights, format = group.get("weights"), group.get("format") or default
+    where = f"config_groups.{name} of compressed-tensors"
+    if not weights:
+        raise ValueError(f"PackedConfig: {where} has no weights, wanted quantized weights")
+    kind, bits = weights.get("type", "int"), int(weights.get("num_bits", 8))
+    layout = _COMPRESSED.get((format, kind))
+    wanted = (2, 4, 8) if layout == "pack-quantized" else (8,) if kind == "int" else (4, 8)
+    if layout is None or bits not in wanted:
+        raise ValueError(f"PackedConfig: {where} has format {format!r} with {kind} weights of {bits} bits, wanted one "
+                         f"of {', '.join(sorted({known for known, _ in _COMPRESSED}))}")  # fmt: skip
+    note = ""
+    for argument in ("input_activations", "output_activations"):
+        given = group.get(argument)
+        if not given:
+            continue
+        # Activations of 8 bits with scales of each token lose little; anything else is another function.
+        if argument == "output_activations" or given.get("dynamic") is not True or int(given.get("num_bits", 8)) < 8:
+            came = (
+                f"{given.get('type', 'int')} of {given.get('num_bits', 8)} bits, dynamic {given.get('dynamic', False)}"
+            )
+            raise ValueError(f"PackedConfig: {argument} of {where} are quantized ({came}), wanted dense activations or "
+                             "dynamic ones of 8 bits")  # fmt: skip
+        note = DYNAMIC
+    rows, columns = 1, max(int(weights.get("group_size") or 0), 0)
+    strategy = weights.get("strategy") or ("group" if columns else "tensor")
+    if strategy not in ("tensor", "channel", "group", "tensor_group", "block"):
+        raise ValueError(f"PackedConfig: {where} has the strategy {strategy!r}, wanted tensor, channel, group, "
+                         "tensor_group or block")  # fmt: skip
+    if strategy == "block":
+        rows, columns = weights.get("block_structure") or (128, 128)
+    elif strategy == "tensor":
+        rows = 0
+    return Scheme(layout, bits, columns, rows, bool(weights.get("symmetric", True)), note=note)
+
+
+def _matches_name(name: str, target: str) -> bool:
+    """compressed-tensors' ``utils.match.match_name``."""
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def _matches_class(module: nn.Module, target: str) -> bool:
+    """compressed-tensors' ``utils.match._match_class``."""
+    return any(issubclass(kind, nn.Module) and kind.__name__ == target for kind in type(module).__mro__)
+
+
+def _compressed(config: Mapping[str, Any]) -> Rules:
+    if config.get("kv_cache_scheme"):
+        raise ValueError("PackedConfig: compressed-tensors' kv_cache_scheme is not supported, wanted a dense cache")
+    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise ValueError(f"PackedConfig: compressed-tensors' sparsity_config is {config['sparsity_config']!r}, wanted "
+                         "dense weights")  # fmt: skip
+    if config.get("transform_config"):
+        raise ValueError("PackedConfig: compressed-tensors' transform_config is not supported")
+    groups = config.get("config_groups") or {}
+    if not groups or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise ValueError(f"PackedConfig: config_groups of compressed-tensors is {groups!r}, wanted groups with targets")
+    default = config.get("format") or "pack-quantized"
+    schemes = {name: _compressed_scheme(name, group, default) for name, group in groups.items()}
+    ignore = tuple(config.get("ignore") or ())
+    # A target of several groups belongs to the last one, and a layer's exact name comes before an expression and an
+    # expression before a class, as in compressed-tensors' apply_quantization_config and match_targets.
+    owner = {target: name for name, group in groups.items() for target in group.get("targets") or ()}
+    targets = sorted(owner, key=lambda target: ("re:" in target, target))
+
+    def find(name: str, module: nn.Module) -> Optional[str]:
+        if any(_matches_name(name, target) or _matches_class(module, target) for target in ignore):
+            return None
+        named = [target for target in targets if _matches_name(name, target)]
+        found = named or [target for target in targets if _matches_class(module, target)]
+        return owner[found[0]] if found else None
+
+    return Rules("compressed-tensors", schemes, find)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+    "compressed-tensors": _compressed,
+    "gptq": _gptq,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+}

@@ -1,0 +1,242 @@
+"""Modules over a frozen packed weight: a linear layer and an embedding, with the tensors and names of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..weights.packed import PackedWeight
+from .nf4 import keeping_bits
+
+__all__ = ["PackedEmbedding", "PackedLinear"]
+
+
+# Other names of the codes tensor. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of
+# a layer that has a `W_q` from the layer's `dequantize`.
+_CODES = ("weight", "W_q")
+
+
+class HoldsPacked(nn.Module):
+    """Base class of the modules over one packed weight.
+
+    The first part of the weight, which holds the codes, is a frozen parameter; the other parts are buffers. Functions
+    that cast all parameters of a model, such as PEFT's ``prepare_model_for_kbit_training``, therefore leave the scales
+    unchanged. ``module.weight`` and ``module.W_q`` are the codes tensor if the file has no tensor of this name.
+
+    Attributes:
+        names: the parts' names in the file and in the state dict, in the order of the parts; None for a part that the
+            weight does not have. A dot in a name is "_" in the attribute's name.
+        extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
+        compute_dtype: dtype of the layer's dense equivalent. PEFT gives the adapters of the layer this dtype.
+        note: what the layer leaves out of the checkpoint's own function, or "".
+    """
+
+    names: tuple[Optional[str], ...]
+    extra: tuple[str, ...]
+    compute_dtype: torch.dtype
+    note = ""
+    _template: PackedWeight
+
+    def _hold(
+        self, weight: PackedWeight, names: Sequence[Optional[str]], extra: Mapping[str, Tensor], dtype: Any
+    ) -> None:
+        kind = type(self).__name__
+        if not isinstance(weight, PackedWeight):
+            raise TypeError(f"{kind}: weight is {type(weight).__name__}, wanted a PackedWeight")
+        if len(weight.shape) != 2:
+            raise ValueError(f"{kind}: weight has shape {tuple(weight.shape)}, wanted (N, K)")
+        self.describe(weight, names, extra)
+        self.compute_dtype = dtype or weight.dtype
+        for index, (name, part) in enumerate(zip(self.names, weight.parts, strict=True)):
+            if name is not None and index == 0:
+                self.register_parameter(_attribute(name), nn.Parameter(part.detach(), requires_grad=False))
+            elif name is not None:
+                self.register_buffer(_attribute(name), part.detach())
+        for name, tensor in extra.items():
+            self.register_buffer(_attribute(name), tensor.detach())
+
+    def describe(self, weight: PackedWeight, names: Sequence[Optional[str]], extra: Iterable[str]) -> None:
+        """Sets the format, group and option of ``weight``, the names of its parts, and the names of extra tensors.
+
+        The tensors of these names must be, or become, attributes of the module.
+        """
+        names = (*names, *(None,) * (len(weight.parts) - len(names)))
+        has = [part is not None for part in weight.parts]
+        if len(names) != len(has) or [name is not None for name in names] != has:
+            raise ValueError(f"{type(self).__name__}: names is {names}, wanted one name for each of "
+                             f"{tuple(weight.tensors())}")  # fmt: skip
+        self.names, self.extra = names, tuple(extra)
+        self._template = weight.map(lambda part: part.to("meta"))
+        self.__dict__.pop("_packed", None)
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns the tensor that the file calls ``name``."""
+        return getattr(self, _attribute(name))
+
+    def __getattr__(self, name: str) -> Any:
+        held = self.__dict__
+        if name in _CODES and name not in held.get("_parameters", ()) and "names" in held:
+            name = _attribute(self.names[0])
+        return super().__getattr__(name)
+
+    def _parts(self) -> list[Optional[Tensor]]:
+        return [None if name is None else self.tensor(name) for name in self.names]
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The module's weight, which shares the module's tensors. The same object is returned as long as the tensors
+        are the same."""
+        parts = self._parts()
+        if torch.compiler.is_compiling() or parts[0].is_meta or type(parts[0].data) is not Tensor:
+            return self._template.replaced(parts)
+        key = [(id(part), part.data_ptr()) for part in parts if part is not None]
+        known = self.__dict__.get("_packed")
+        if known is None or known[0] != key:
+            known = self.__dict__["_packed"] = (key, self._template.replaced(parts))
+        return known[1]
+
+    def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
+        """Returns the dense weight, rounded once to ``dtype`` (default: ``compute_dtype``)."""
+        return self.packed.dequantize(self.compute_dtype if dtype is None else dtype)
+
+    def reset_parameters(self) -> None:
+        """Does nothing, because the weight comes from a file."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.__dict__.pop("_packed", None)
+        held = [*self._parts(), *map(self.tensor, self.extra)]
+        return super()._apply(keeping_bits(fn, held), recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+    # --- the file's names in the state dict ---------------------------------------------------------------------------
+
+    def _dotted(self) -> dict[str, str]:
+        """Returns, for each name with a dot, the name of the attribute."""
+        return {name: _attribute(name) for name in (*self.names, *self.extra) if name is not None and "." in name}
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, attribute in self._dotted().items():
+            destination[prefix + name] = destination.pop(prefix + attribute)
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, missing: list, unexpected: list,
+        errors: list,
+    ) -> None:  # fmt: skip
+        dotted = self._dotted()
+        found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        for name, attribute in dotted.items():
+            if prefix + name in found:
+                found[prefix + attribute] = found.pop(prefix + name)
+        for name in (*self.names, *self.extra):
+            came = None if name is None else found.get(prefix + _attribute(name))
+            if came is None:
+                continue
+            own = self.tensor(name)
+            if not isinstance(came, Tensor) or came.dtype is not own.dtype or came.shape != own.shape:
+                what = f"{came.dtype} {tuple(came.shape)}" if isinstance(came, Tensor) else type(came).__name__
+                errors.append(f"{prefix}{name} is {what}, wanted {own.dtype} {tuple(own.shape)}")
+                del found[prefix + _attribute(name)]
+        known = len(missing)
+        super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
+        back = {prefix + attribute: prefix + name for name, attribute in dotted.items()}
+        missing[known:] = [back.get(key, key) for key in missing[known:]]
+        for parameter in self._parameters.values():  # load_state_dict(assign=True) may replace the parameter
+            if parameter is not None and parameter is not self._parameters.get("bias"):
+                parameter.requires_grad_(False)
+
+
+def _attribute(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class PackedLinear(HoldsPacked, nn.Linear):
+    """``Y = X Wᵀ + b`` with W frozen and packed, in the layout of a checkpoint's file.
+
+    The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The state dict has the file's
+    names and bytes. A cast of the module to another float dtype casts the bias only.
+
+    Make a layer with :meth:`from_packed`, or load a model with :class:`peft_ext.PackedConfig`.
+    """
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: PackedWeight,
+        names: Sequence[Optional[str]],
+        bias: Optional[Tensor] = None,
+        *,
+        extra: Optional[Mapping[str, Tensor]] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> PackedLinear:
+        """Returns a layer whose weight is ``weight``, without a copy.
+
+        Args:
+            weight: shape ``(N, K)``.
+            names: the file's names of ``weight.parts``, in their order, for example
+                ``("weight_packed", "weight_scale")``. None, or no entry, for a part that is None.
+            bias: ``[N]``; a parameter is shared with the layer.
+            extra: tensors of the file that the weight's format does not need, by name. The state dict contains them.
+            dtype: dtype of the layer's dense equivalent; default: ``weight.dtype``.
+
+        Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, or ``names`` does not fit.
+        """
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._hold(weight, names, extra or {}, dtype)
+        module.out_features, module.in_features = weight.shape
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        module.register_parameter("bias", bias)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return ops.frozen_linear(x, self.packed, bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self._template.format.name}"
+
+
+class PackedEmbedding(HoldsPacked, nn.Embedding):
+    """An embedding ``[V, N]`` whose table is frozen and packed, in the layout of a checkpoint's file.
+
+    On a CPU, the kernel decodes only the rows that a call looks up. The result has the dtype ``compute_dtype``.
+    """
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: PackedWeight,
+        names: Sequence[Optional[str]],
+        padding_idx: Optional[int] = None,
+        *,
+        extra: Optional[Mapping[str, Tensor]] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> PackedEmbedding:
+        """Returns an embedding whose table is ``weight`` ``(V, N)``, without a copy; see PackedLinear.from_packed."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._hold(weight, names, extra or {}, dtype)
+        module.num_embeddings, module.embedding_dim = weight.shape
+        module.padding_idx, module.max_norm, module.norm_type = padding_idx, None, 2.0
+        module.scale_grad_by_freq = module.sparse = False
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.packed
+        # The operator's adapter is zero: the sum is the decoded row.
+        entries, width = weight.shape
+        lora_A, lora_B = (torch.zeros(size, device=weight.device) for size in ((1, entries), (width, 1)))
+        return ops.lora_embedding(input, weight, lora_A, lora_B).to(self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self._template.format.name}"

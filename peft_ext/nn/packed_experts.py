@@ -1,0 +1,125 @@
+"""A mixture's experts whose weights are packed in the layout of a checkpoint's file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..weights.packed import PackedWeight
+from .experts import FrozenExperts, experts_class
+from .nf4 import keeping_bits
+
+__all__ = ["PackedExperts", "hold_packed"]
+
+
+class PackedExperts(FrozenExperts):
+    """A mixture's experts with frozen packed weights: a mixin for the experts' class in transformers.
+
+    The parameter of each dense weight holds the codes of all experts; the other parts are buffers. The state dict has
+    the file's names, for example ``gate_up_proj_blocks`` and ``gate_up_proj_scales``. A cast of the module to another
+    float dtype casts the biases only. PEFT's ``target_parameters`` adds adapters to the parameters;
+    :func:`peft_ext.accelerate` fuses these adapters.
+    """
+
+    packed_names: dict[str, tuple[Optional[str], ...]]  # parameter name -> names of the weight's parts
+    extra: tuple[str, ...]  # names of buffers that the weights do not need, and the file has
+    compute_dtype: torch.dtype
+    note = ""  # what the experts leave out of the checkpoint's own function
+    _templates: dict[str, PackedWeight]
+
+    def frozen(self, name: str) -> PackedWeight:
+        codes, *others = self.packed_names[name]
+        held = [self._parameters[name], *(None if other is None else self._buffers[other] for other in others)]
+        return self._templates[name].replaced(held)
+
+    def frozen_shapes(self) -> dict[str, torch.Size]:
+        return {name: weight.shape for name, weight in self.__dict__.get("_templates", {}).items()}
+
+    def set_packed(self, name: str, weight: PackedWeight, names: Sequence[Optional[str]]) -> None:
+        """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names``: the names of its parts."""
+        names = (*names, *(None,) * (len(weight.parts) - len(names)))
+        self.__dict__.setdefault("packed_names", {})[name] = names
+        self.__dict__.setdefault("_templates", {})[name] = weight.map(lambda part: part.to("meta"))
+        self._parameters[name] = nn.Parameter(weight.parts[0].detach(), requires_grad=False)
+        for other, part in zip(names[1:], weight.parts[1:], strict=True):
+            if other is not None:
+                self.register_buffer(other, part.detach())
+
+    def _aliases(self) -> dict[str, str]:
+        """Returns, for each name of codes in the file, the name of the parameter, where the two differ."""
+        held = self.__dict__.get("packed_names", {})
+        return {names[0]: name for name, names in held.items() if names[0] != name}
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(self._aliases().get(name, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self._aliases().get(name, name), value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        held = [*(self._parameters[name] for name in self.packed_names)]
+        held += [self._buffers[name] for names in self.packed_names.values() for name in names[1:] if name is not None]
+        held += [self._buffers[name] for name in self.extra]
+        return super()._apply(keeping_bits(fn, held), recurse)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, parameter in self._aliases().items():
+            destination[prefix + name] = destination.pop(prefix + parameter)
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, missing: list, unexpected: list,
+        errors: list,
+    ) -> None:  # fmt: skip
+        back = {prefix + parameter: prefix + name for name, parameter in self._aliases().items()}
+        found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        for parameter, name in back.items():
+            if name in found:
+                found[parameter] = found.pop(name)
+        held = [name for names in self.packed_names.values() for name in names if name is not None]
+        for name in (*held, *self.extra):
+            key = prefix + self._aliases().get(name, name)
+            own, came = getattr(self, name), found.get(key)
+            if isinstance(came, Tensor) and (came.dtype is not own.dtype or came.shape != own.shape):
+                errors.append(f"{prefix}{name} is {came.dtype} {tuple(came.shape)}, wanted {own.dtype} "
+                              f"{tuple(own.shape)}")  # fmt: skip
+                del found[key]
+        known = len(missing)
+        super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
+        missing[known:] = [back.get(key, key) for key in missing[known:]]
+        for name in self.packed_names:  # load_state_dict(assign=True) may replace the parameter
+            self._parameters[name].requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        formats = sorted({weight.format.name for weight in self._templates.values()})
+        return f"{super().extra_repr()}, format={', '.join(formats)}".removeprefix(", ")
+
+
+def hold_packed(
+    experts: Any,
+    weights: Mapping[str, tuple[PackedWeight, Sequence[Optional[str]]]],
+    dtype: torch.dtype,
+    extra: Optional[Mapping[str, Tensor]] = None,
+) -> None:
+    """Turns dense experts into :class:`PackedExperts`, in place and without a copy.
+
+    Args:
+        experts: the experts' module of a model of transformers.
+        weights: by the name of the dense parameter, a stacked weight ``(E, N, K)`` and the names of the weight's parts
+            in the state dict; the parameter's own name for the codes where the file has no other.
+        dtype: dtype of the experts' dense equivalent.
+        extra: tensors of the file that the weights' formats do not need, by their name in the state dict.
+    """
+    for name, (weight, _) in weights.items():
+        if not weight.stacked:
+            raise ValueError(f"PackedExperts: {name} has shape {tuple(weight.shape)}, wanted a stack (E, N, K)")
+    experts.__class__ = experts_class(PackedExperts, type(experts))
+    experts.compute_dtype = dtype
+    for name, (weight, names) in weights.items():
+        experts.set_packed(name, weight, names)
+    experts.extra = tuple(extra or ())
+    for name, tensor in (extra or {}).items():
+        experts.register_buffer(name, tensor.detach())

@@ -1,0 +1,122 @@
+"""bitsandbytes' FP4: NF4's layout with the 16 values of a 4-bit float.
+
+Source: bitsandbytes' ``get_4bit_type("fp4")`` and ``dequantize_4bit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NestedAbsmax
+from .packed import Format, PackedWeight, option_of, register
+
+__all__ = ["FP4", "FP4_CODE", "fp4", "from_params4bit"]
+
+# The 16 values in the order of the codes. Code 8 is +0.
+FP4_CODE = tuple(sign * code / 12 + 0.0 for sign in (1, -1) for code in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+
+def _check(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, option: int) -> None:
+    if group not in BLOCKSIZES or option != _option(group):
+        raise ValueError(f"PackedWeight: fp4 has blocks of {group!r} elements, wanted one of {BLOCKSIZES}")
+    elements = shape[0] * shape[1]
+    blocks = -(-elements // group)
+    nested = parts[2] is not None
+    wanted = [(torch.uint8, -(-elements // 2)), (torch.uint8 if nested else torch.float32, blocks)]
+    if nested:
+        wanted += [(torch.float32, -(-blocks // NESTED_BLOCKSIZE)), (torch.float32, 256), (torch.float32, 1)]
+    for name, part, (dtype, count) in zip(FP4.parts, parts, (*wanted, *[(None, 0)] * 3), strict=False):
+        if dtype is None and part is None:
+            continue
+        if part is None or part.dtype is not dtype or part.numel() != count:
+            came = "None" if part is None else f"{part.dtype} with {part.numel()} elements"
+            want = f"{dtype} with {count} elements" if dtype else "None, because nested_absmax is None,"
+            raise ValueError(f"PackedWeight: {name} of fp4 is {came}, wanted {want} for shape {tuple(shape)} and "
+                             f"blocks of {group} elements")  # fmt: skip
+
+
+FP4 = register(Format("fp4", 1, ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset"), _check,
+                      "bitsandbytes dequantize_4bit"))  # fmt: skip
+
+
+def _option(blocksize: int) -> int:
+    return option_of(bits=4, flags=blocksize.bit_length() - 1)
+
+
+def fp4(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    blocksize: int = 64,
+    nested: Optional[NestedAbsmax] = None,
+) -> PackedWeight:
+    """Returns an FP4 weight: ``W[i] = code value(packed, i) · absmax[i // blocksize]`` over the flat weight.
+
+    Args:
+        packed: uint8, ``ceil(N·K/2)`` elements, two codes per byte, the high nibble first.
+        absmax: float32, ``ceil(N·K/blocksize)`` elements; uint8 with ``nested``.
+        shape: ``(N, K)``. With ``(E, N, K)`` the weight is stacked: each expert is packed separately, and the tensors
+            of all experts are concatenated. A stacked weight has no ``nested``.
+        dtype: dtype of the weight before it was quantized.
+        blocksize: number of elements that share one absmax: a power of two from 32 to 4096.
+        nested: state that decodes a double-quantized ``absmax``.
+
+    Raises:
+        ValueError: a size or a dtype does not fit the other arguments.
+    """
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise ValueError(f"PackedWeight: fp4 has blocks of {blocksize!r} elements, wanted one of {BLOCKSIZES}")
+    parts: tuple[Optional[Tensor], ...] = (packed, absmax)
+    if nested is not None:
+        if len(shape) == 3:
+            raise ValueError("PackedWeight: a stacked fp4 weight has nested, wanted a float32 absmax")
+        parts += (nested.absmax, nested.code, nested.offset)
+    return PackedWeight(FP4, parts, shape, dtype, group=blocksize, option=_option(blocksize), stacked=len(shape) == 3)
+
+
+def from_params4bit(weight: Tensor, quant_state: Any = None) -> PackedWeight:
+    """Returns an FP4 weight that shares the storage of a bitsandbytes ``Params4bit``; no data is copied.
+
+    Args:
+        weight: the ``Params4bit``, or its packed tensor if ``quant_state`` is given.
+        quant_state: bitsandbytes' ``QuantState``; default ``weight.quant_state``.
+
+    Raises:
+        TypeError: ``weight`` is not a tensor.
+        ValueError: ``weight`` is not quantized yet, is not FP4, has another table of codes, or was repacked for
+            bitsandbytes' CPU inference.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"fp4.from_params4bit: weight is {type(weight).__name__}, wanted a Tensor")
+    state = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
+    if state is None:
+        raise ValueError("fp4.from_params4bit: the weight is not quantized yet, wanted a quant_state")
+    if (kind := getattr(state, "quant_type", None)) != "fp4":
+        raise ValueError(f"fp4.from_params4bit: quant_type is {kind!r}, wanted 'fp4'")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("fp4.from_params4bit: bitsandbytes repacked the weight for its CPU inference")
+    if not _is_table(state.code):
+        raise ValueError("fp4.from_params4bit: the quant_state's table of codes is not FP4's")
+    nested = None
+    if state.nested:
+        if (size := getattr(state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
+            raise ValueError(f"fp4.from_params4bit: the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}")
+        nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset)
+    # quant_storage may give the bytes another dtype.
+    with torch._C.DisableTorchFunctionSubclass():
+        packed = weight.data.reshape(-1).view(torch.uint8).reshape(-1, 1)
+    return fp4(packed, state.absmax, state.shape, state.dtype, blocksize=state.blocksize, nested=nested)
+
+
+def _is_table(code: Optional[Tensor]) -> bool:
+    if code is None or code.is_meta:
+        return True
+    return code.shape == (16,) and torch.allclose(
+        code.detach().float().cpu(), torch.tensor(FP4_CODE), rtol=0, atol=1e-3
+    )
