@@ -34,12 +34,12 @@ inline FormatSizes format_sizes(int64_t number) {
   }
 }
 
-// Checks the parts of `count` weights [rows, columns]; each part holds the weights' parts, one after the other. Returns
-// the view of one weight, without pointers. An error names op. part_of(part) returns std::optional<Tensor>, and
-// fits(tensor) returns whether the tensor is on the device that the operator wants, which the text `device` names.
+// Checks the parts of `count` weights [rows, columns]; each part holds the weights' parts, one after the other. An
+// error names op. part_of(part) returns std::optional<Tensor>, and fits(tensor) returns whether the tensor is on the
+// device that the operator wants, which the text `device` names.
 template <typename PartOf, typename Fits>
-inline PackedView check_format(const char* op, int64_t layout, int64_t count, int64_t rows, int64_t columns,
-                               const char* device, PartOf part_of, Fits fits) {
+inline void check_format(const char* op, int64_t layout, int64_t count, int64_t rows, int64_t columns,
+                         const char* device, PartOf part_of, Fits fits) {
   const FormatSizes format = format_sizes(format_number(layout));
   STD_TORCH_CHECK(format.name != nullptr, op, ": layout is ", layout, ", which names no format");
   PackedView view{};
@@ -47,6 +47,8 @@ inline PackedView check_format(const char* op, int64_t layout, int64_t count, in
   view.columns = columns;
   view.group = format_group(layout);
   view.option = format_option(layout);
+  for (int part = 0; part < kWeightParts; ++part)
+    if (const std::optional<torch::stable::Tensor> tensor = part_of(part)) view.part[part] = tensor->const_data_ptr();
   if (const char* wanted = format.refused(view))
     STD_TORCH_CHECK(false, op, ": ", format.name, " weight [", rows, ", ", columns, "] has group ", view.group,
                     " and option ", view.option, ", wanted ", wanted);
@@ -63,7 +65,6 @@ inline PackedView check_format(const char* op, int64_t layout, int64_t count, in
     STD_TORCH_CHECK(came == wanted && fits(*tensor), op, ": part ", part, " of a ", format.name, " weight [", rows,
                     ", ", columns, "] has ", came, " bytes, wanted ", wanted, " on ", device);
   }
-  return view;
 }
 
 }  // namespace

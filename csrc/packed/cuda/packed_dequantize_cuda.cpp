@@ -22,18 +22,16 @@ void decode(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale
   Launcher launcher(out);
   PackedDecode work{};
   work.weight = packed_view(launcher, weight);
-  work.aligned = true;
   for (size_t part = 0; part < kWeightParts; ++part) {
     const std::optional<Tensor> tensor = part == 0 ? weight.weight : weight.parts[part - 1];
     if (!tensor.has_value()) continue;
     work.apart[part] = tensor->numel() * static_cast<int64_t>(tensor->element_size()) / count;
-    work.aligned = work.aligned && (count == 1 || work.apart[part] % 16 == 0);
   }
   if (row_scale != nullptr) work.row_scale = launcher.in<float>(*row_scale);
   with_format(format_number(weight.layout), [&](auto number) {
     with_type(type, [&](auto zero) {
       using T = decltype(zero);
-      const int64_t blocks = ceil_div(weight.outputs, kPackedRows) * ceil_div(weight.inputs, kPackedColumns<T>);
+      const int64_t blocks = ceil_div(weight.outputs, kPackedRows) * ceil_div(weight.inputs, kPackedColumns);
       launcher(packed_dequantize_kernel<decltype(number)::value, T>, {blocks, count}, kPackedThreads, work,
                launcher.scratch<T>(out));
     });

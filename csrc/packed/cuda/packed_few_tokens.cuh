@@ -39,17 +39,15 @@ using PackedFewShared = float[kPackedFewWarps][kSums];
 template <int kSums>
 __device__ __forceinline__ float sum_over_lanes(float (&sums)[kSums], int lane) {
 #pragma unroll
-  for (int mask = kWarpSize / 2, left = kSums; mask > 0; mask /= 2) {
-    if (left > 1) {
-      left /= 2;
+  for (int level = 1; level <= 5; ++level) {                     // a warp has 2^5 lanes
+    const int mask = kWarpSize >> level, left = kSums >> level;  // `left`: number of sums that the lane keeps
+    if (left == 0) sums[0] += shuffle_xor(sums[0], mask);
 #pragma unroll
-      for (int i = 0; i < left; ++i) {
-        const bool upper = (lane & mask) != 0;
-        const float given = upper ? sums[i] : sums[i + left], kept = upper ? sums[i + left] : sums[i];
-        sums[i] = kept + shuffle_xor(given, mask);
-      }
-    } else {
-      sums[0] += shuffle_xor(sums[0], mask);
+    for (int i = 0; i < kSums / 2; ++i) {
+      if (i >= left) continue;
+      const bool upper = (lane & mask) != 0;
+      const float given = upper ? sums[i] : sums[i + left], kept = upper ? sums[i + left] : sums[i];
+      sums[i] = kept + shuffle_xor(given, mask);
     }
   }
   return sums[0];
@@ -72,32 +70,29 @@ __global__ void __launch_bounds__(kPackedFewThreads) packed_few_tokens_kernel(Pa
   for (int t = 0; t < kTokens; ++t) x[t] = static_cast<const T*>(work.x) + min_of(t, work.tokens - 1) * inputs;
 
   float sums[kSums] = {};
-  for (int64_t k = static_cast<int64_t>(threadIdx.x) * kVector; k < inputs; k += kPackedFewThreads * kVector) {
-    if (k + kVector <= inputs) {
-      float held[kTokens][kVector];
+  int64_t k = static_cast<int64_t>(threadIdx.x) * kVector;
+  for (; k + kVector <= inputs; k += kPackedFewThreads * kVector) {
+    float held[kTokens][kVector];
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) load_columns(x[t], k, inputs, work.whole, held[t]);
+    for (int t = 0; t < kTokens; ++t) load_columns(x[t], k, inputs, work.whole, held[t]);
 #pragma unroll
-      for (int r = 0; r < kPackedFewRows; ++r) {
-        float weights[kVector];
-        decode_columns<Format>(work.weight, true, rows[r], k, weights);
+    for (int r = 0; r < kPackedFewRows; ++r) {
+      float weights[kVector];
+      decode_columns<Format>(work.weight, rows[r], k, weights);
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t)
+      for (int t = 0; t < kTokens; ++t)
 #pragma unroll
-          for (int i = 0; i < kVector; ++i)
-            sums[r * kTokens + t] = fma_rn(weights[i], held[t][i], sums[r * kTokens + t]);
-      }
-    } else {
+        for (int i = 0; i < kVector; ++i) sums[r * kTokens + t] = fma_rn(weights[i], held[t][i], sums[r * kTokens + t]);
+    }
+  }
 #pragma unroll 1
-      for (int64_t column = k; column < inputs; ++column) {
+  for (; k < inputs; ++k) {  // the last columns, if inputs is no multiple of 8: one thread has these columns
 #pragma unroll
-        for (int r = 0; r < kPackedFewRows; ++r) {
-          const float weight = Format::value(work.weight, rows[r], column);
+    for (int r = 0; r < kPackedFewRows; ++r) {
+      const float weight = Format::value(work.weight, rows[r], k);
 #pragma unroll
-          for (int t = 0; t < kTokens; ++t)
-            sums[r * kTokens + t] = fma_rn(weight, load_value(x[t] + column), sums[r * kTokens + t]);
-        }
-      }
+      for (int t = 0; t < kTokens; ++t)
+        sums[r * kTokens + t] = fma_rn(weight, load_value(x[t] + k), sums[r * kTokens + t]);
     }
   }
 
