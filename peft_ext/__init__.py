@@ -45,6 +45,7 @@ _LAZY = {
     "save_adapter": "files",
     "dequantize_nf4": "quantize",
     "quantize_nf4": "quantize",
+    "quantize_packed": "quantize",
     "recommend_peft_method": "recommend",
     "verify": "verification",
     "BitFitConfig": "tuners",

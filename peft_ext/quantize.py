@@ -10,15 +10,26 @@ from typing import Any, Optional, TypeVar
 import torch
 from torch import nn
 
-from .nn import NF4Experts, NF4Linear
-from .nn.experts import dense_experts, expert_parameters, nf4_experts
+from .nn import NF4Experts, NF4Linear, PackedLinear
+from .nn.experts import dense_experts, expert_parameters, is_stored_transposed, nf4_experts
 from .nn.nf4 import is_zero3_shard
+from .nn.packed_experts import hold_packed
 from .ops import checks
 from .weight_reads import weights_read_past
+from .weights.fp8 import quantize_fp8
+from .weights.int4_quantize import quantize_int4
+from .weights.mx import quantize_mxfp4, quantize_nvfp4
+from .weights.packed import PackedWeight
 
-__all__ = ["dequantize_nf4", "quantize_nf4"]
+__all__ = ["PACKED_FORMATS", "dequantize_nf4", "quantize_nf4", "quantize_packed"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+# The formats of quantize_packed.
+PACKED_FORMATS = ("mxfp4", "nvfp4", "fp8", "int4")
+# Names of the tensors of a quantized layer: of compressed-tensors' files, and for fp8 of transformers' files.
+_NAMES = {"fp8": ("weight", "weight_scale_inv"), "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale")}
+_OTHER_NAMES = ("weight_packed", "weight_scale")
 _Item = TypeVar("_Item")
 
 # Names of heads, which stay dense by default.
@@ -92,6 +103,95 @@ def quantize_meta(model: _Model, blocksize: int, double_quant: bool = True) -> _
     The new layers have the shapes and dtypes of NF4 weights and no values.
     """
     return _quantize(model, blocksize, double_quant, set(HEADS), progress=False, on_meta=True)
+
+
+def quantize_packed(
+    model: _Model, format: str = "mxfp4", *, skip: Sequence[str] = HEADS, progress: bool = True
+) -> _Model:
+    """Replaces the ``nn.Linear`` layers of ``model`` by frozen :class:`peft_ext.nn.PackedLinear` layers, in place.
+
+    The layers, and the experts of a mixture, that :func:`quantize_nf4` would quantize are quantized; all that its
+    documentation says of hooks, tied weights, memory and errors holds here too. The tensors of a layer have the names
+    and the layout of compressed-tensors' files, and for fp8 of transformers' files.
+
+    Args:
+        model: any module, on any device except meta.
+        format: "mxfp4" (4-bit floats, a power of two for 32 columns), "nvfp4" (4-bit floats, an 8-bit float for 16
+            columns), "fp8" (8-bit floats e4m3, a float32 scale for 128 x 128 elements), or "int4" (4-bit integers, a
+            scale for 128 columns; for 64 or 32 columns where 128 does not divide a layer's input features).
+        skip, progress: as in :func:`quantize_nf4`.
+
+    Returns: ``model``. Warns if ``model`` has neither an nn.Linear nor experts to quantize.
+
+    Raises:
+        TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
+        ValueError: an unknown format; a layer whose input features the format's groups do not divide; a weight on the
+            meta device; a merged adapter; a layer with a replaced ``forward``.
+        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+
+    Sources: OCP Microscaling Formats 1.0 (mxfp4); compressed-tensors (nvfp4, int4); DeepSeek-V3, arXiv 2412.19437
+    (fp8).
+    """
+    checks.check_module("quantize_packed", model)
+    if format not in PACKED_FORMATS:
+        raise ValueError(f"quantize_packed: format is {format!r}, wanted one of {', '.join(PACKED_FORMATS)}")
+    if type(model) is nn.Linear:
+        raise TypeError("quantize_packed: model is an nn.Linear and can't be replaced in place")
+    names = _NAMES.get(format, _OTHER_NAMES)
+    skipped = {skip} if isinstance(skip, str) else set(skip)
+    places, experts = linear_groups(model, skipped), experts_to_quantize(model, skipped)
+    for same in places:
+        _check_columns(format, same[0].name, same[0].linear.in_features)
+    for name, module in experts:
+        for parameter, dense in _dense_stacks(module):
+            _check_columns(format, f"{name}.{parameter}", dense.shape[-1])
+
+    def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
+        weight = quantized(linear.weight, format) if first is None else first.packed
+        module = PackedLinear.from_packed(weight, names, linear.bias, dtype=linear.weight.dtype).train(linear.training)
+        if first is not None:  # one parameter object keeps the layers tied in a copy of the model
+            module._parameters[names[0]] = first._parameters[names[0]]
+        _carry_over(linear, module)
+        return module
+
+    if places or not experts:
+        _replace_all("quantize_packed", "nn.Linear", model, places, make, progress, stacklevel=3)
+    for _, module in _progress(experts) if progress else experts:
+        weights = {}
+        for parameter, dense in _dense_stacks(module):
+            held = tuple(f"{parameter}_{part}" for part in names[1:])
+            weights[parameter] = (quantized(dense, format), (parameter, *held))
+        hold_packed(module, weights, dense.dtype)
+    return model
+
+
+def quantized(weight: torch.Tensor, format: str) -> PackedWeight:
+    """Returns a weight ``[N, K]``, or the weights ``[E, N, K]`` of experts, in one of ``PACKED_FORMATS``."""
+    weight = weight.detach()
+    if weight.dim() == 3:
+        return PackedWeight.stack([quantized(one, format) for one in weight])
+    if format == "int4":
+        return quantize_int4(weight, _int4_group(weight.shape[1]) or weight.shape[1])
+    return {"mxfp4": quantize_mxfp4, "nvfp4": quantize_nvfp4, "fp8": quantize_fp8}[format](weight)
+
+
+def _int4_group(columns: int) -> int:
+    """Returns the largest number of columns of 128, 64 and 32 that divides ``columns``; 0 if none does."""
+    return next((group for group in (128, 64, 32) if columns % group == 0), 0)
+
+
+def _check_columns(format: str, name: str, columns: int) -> None:
+    step = {"mxfp4": 32, "nvfp4": 16, "int4": 32}.get(format, 1)
+    if columns % step:
+        raise ValueError(f"quantize_packed: {name} has {columns} input features, wanted a multiple of {step} for "
+                         f"{format} (skip=[...] leaves a layer dense)")  # fmt: skip
+
+
+def _dense_stacks(experts: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the name and the dense weights ``[E, N, K]`` of each parameter of a mixture's experts."""
+    for name in expert_parameters(experts):
+        dense = experts._parameters[name].detach()
+        yield name, dense.transpose(1, 2) if is_stored_transposed(experts) else dense
 
 
 def _quantize(
@@ -394,4 +494,4 @@ def _progress(items: list[_Item]) -> Iterable[_Item]:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc="NF4", unit="layer", leave=False, disable=None)
+    return tqdm(items, desc="quantizing", unit="layer", leave=False, disable=None)

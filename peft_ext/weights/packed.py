@@ -185,6 +185,20 @@ class PackedWeight:
         """Returns this weight on another device. No tensor is cast."""
         return self.map(lambda t: t.to(device))
 
+    @classmethod
+    def stack(cls, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """Returns weights ``(N, K)`` of one format and shape as one stacked weight ``(E, N, K)``, with copied parts."""
+        if not weights:
+            raise ValueError("PackedWeight.stack: weights is empty, wanted one weight for each expert")
+        first = weights[0]
+        for other in weights:
+            if (other.layout, other.shape, other.dtype) != (first.layout, first.shape, first.dtype):
+                raise ValueError("PackedWeight.stack: weights differ in format, shape or dtype")
+        parts = [None if part is None else torch.stack([one.parts[i] for one in weights])
+                 for i, part in enumerate(first.parts)]  # fmt: skip
+        return PackedWeight(first.format, parts, (len(weights), *first.shape), first.dtype, group=first.group,
+                            option=first.option, stacked=True)  # fmt: skip
+
     def expert(self, index: int) -> PackedWeight:
         """Returns the weight ``(N, K)`` of one expert of a stacked weight, in the same memory."""
         if not self.stacked:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_ext import _native
+from peft_ext import _native, ops
 from peft_ext.reference.formats import decoded
 from peft_ext.weights import PackedWeight, fp4, fp8, mx
 from peft_ext.weights.nf4 import BLOCKSIZES, NestedAbsmax
@@ -210,9 +210,10 @@ def test_fp8_blocks_and_edges(shape, block, scale_dtype, set_path):
     check_paths(weight, set_path)
     factors = scales.view(torch.float8_e8m0fnu) if scale_dtype is torch.uint8 else scales
     want = torch.zeros(shape)
-    for n in range(shape[0]):
+    for n in range(0, shape[0], rows):
         for k in range(0, shape[1], columns):
-            want[n, k : k + columns] = codes.float()[n, k : k + columns] * factors[n // rows, k // columns].float()
+            block_codes, factor = codes[n : n + rows, k : k + columns].float(), factors[n // rows, k // columns].float()
+            want[n : n + rows, k : k + columns] = block_codes * factor
     same_bits(weight.dequantize(torch.float32), want)
     if shape[0] and not (shape[0] % rows or shape[1] % columns):
         same_bits(weight.dequantize(), fp8_dequantized(weight, torch.bfloat16))
@@ -260,7 +261,7 @@ def test_fp4_has_the_table_of_bitsandbytes():
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_fp4_has_the_bits_of_bitsandbytes_for_every_code(dtype, set_path):
     subnormal = torch.tensor([1e-42, 3e-39])
-    absmax = torch.cat([subnormal, torch.tensor([0.0, -0.0, 1.0, 2e-37, 3e38, math.inf, math.nan]), torch.rand(300)])
+    absmax = torch.cat([subnormal, torch.tensor([0.0, -0.0, 1.0, 1e-35, 3e38, math.inf, math.nan]), torch.rand(300)])
     weight = fp4.fp4(BYTES.repeat(len(absmax)), absmax, (len(absmax), 512), dtype, blocksize=512)
     check_paths(weight, set_path)
     by_code = torch.tensor([fp4.FP4_CODE[code] for byte in range(256) for code in (byte >> 4, byte & 15)])
@@ -274,7 +275,7 @@ def test_fp4_has_the_bits_of_bitsandbytes_for_every_code(dtype, set_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("shape", [(64, 4096), (65, 100), (7, 33), (3, 96), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 4096), (65, 100), (7, 33), (3, 96), (1, 1)], ids=str)
 def test_fp4_has_the_bits_of_bitsandbytes(shape, blocksize, nested, set_path):
     functional = pytest.importorskip("bitsandbytes.functional")
     default = pytest.importorskip("bitsandbytes.backends.default.ops")
@@ -300,6 +301,39 @@ def test_fp4_experts_and_storage(set_path):
     weight = fp4.from_params4bit(held)
     assert weight.parts[0].dtype is torch.uint8 and weight.parts[0].data_ptr() == held.data_ptr()
     same_bits(weight.dequantize(torch.float32), decoded(weight, torch.float32))
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def random_weights(rows: int, columns: int) -> Iterator[PackedWeight]:
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    codes[codes & 127 == 127] = 5
+    half = codes[:, : columns // 2].contiguous()
+    yield fp8.fp8(codes.view(torch.float8_e4m3fn), torch.rand(-(-rows // 32), -(-columns // 64)), (32, 64))
+    yield mx.mxfp4(half, torch.randint(118, 126, (rows, columns // 32), dtype=torch.uint8))
+    scales = torch.rand(rows, columns // 16).to(torch.float8_e4m3fn)
+    yield mx.nvfp4(half, scales, torch.tensor([0.37]), reciprocal=False)
+    yield mx.nvfp4(half, scales, torch.tensor([2.9]), reciprocal=True)
+    absmax = torch.rand(-(-half.numel() // 32))
+    yield fp4.fp4(half, absmax, (rows, columns))
+    codes, offset = torch.randint(0, 256, absmax.shape, dtype=torch.uint8), torch.tensor(0.3)
+    nested = NestedAbsmax(torch.rand(-(-len(absmax) // 256)), torch.linspace(-1, 1, 256), offset)
+    yield fp4.fp4(half, codes, (rows, columns), nested=nested)
+
+
+@pytest.mark.parametrize("columns", [256, 160, 4128])
+def test_products_with_few_and_many_tokens(columns, set_path):
+    for weight in random_weights(50, columns):
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
+            dense = decoded(weight, dtype).double()
+            for tokens in (1, 2, 3, 4, 7, 40):
+                x = torch.randn(tokens, columns).to(dtype)
+                want, scale = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+                for path in _native.STATE.module.isas():
+                    set_path(path)
+                    error = (ops.frozen_linear(x, weight).double() - want).abs()
+                    assert (error <= limit * scale).all(), (weight, dtype, tokens, path, (error / scale).max())
 
 
 # --- quantizers -------------------------------------------------------------------------------------------------------

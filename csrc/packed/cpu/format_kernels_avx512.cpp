@@ -3,6 +3,7 @@
 #include "cpu/target_avx512.h"
 // The headers below must be included after the target pragma.
 #include "cpu/simd_avx512.h"
+#include "packed/cpu/lookup_avx512.h"
 #include "packed/cpu/format_kernels_impl.h"
 
 namespace peft_ext {

@@ -2,11 +2,11 @@
 // the target pragma and the instruction set's simd_<isa>.h, by a file that then defines the table of the instruction
 // set.
 //
-// decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored; columns before and after whole runs,
-// and all columns of a weight that F::runs refuses, are decoded one by one.
-// few_tokens: each step of kStepColumns columns of a row is decoded to a buffer that stays in registers or L1, and
-// multiplied with all tokens of the group. One thread owns whole rows, so that a sum has one order for every number of
-// threads. Sums are float32.
+// decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored, or, with AVX-512, 4-bit codes are
+// looked up among 16 rounded values; columns before and after whole runs, and all columns of a weight that F::runs
+// refuses, are decoded one by one. few_tokens: each step of kStepColumns columns of a row is decoded to a buffer that
+// stays in registers or L1, and multiplied with all tokens of the group. One thread owns whole rows, so that a sum has
+// one order for every number of threads. Sums are float32.
 #pragma once
 
 #include "cpu/token_groups.h"
@@ -15,6 +15,38 @@
 
 namespace peft_ext {
 namespace {
+
+// Whether a format has the members of 4-bit codes, see weight/formats/list.h.
+template <typename F, typename = void>
+struct HasNibbles {
+  static constexpr bool kValue = false;
+};
+template <typename F>
+struct HasNibbles<F, decltype(static_cast<void>(F::kNibbles))> {
+  static constexpr bool kValue = true;
+};
+
+// Writes the values of the 32 columns from a multiple of 32 on, rounded once to T.
+template <typename F, typename T>
+inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out) {
+#ifdef PEFT_EXT_LOOKUP
+  if constexpr (HasNibbles<F>::kValue) {
+    constexpr bool kTwo = F::kScaleColumns == 16;
+    alignas(64) float entries[32];
+    F::entries(w, row, column, entries);
+    if (kTwo) F::entries(w, row, column + 16, entries + 16);
+    lookup32<F::kNibbles>(F::codes32(w, row, column), entries, kTwo, out);
+    return;
+  }
+#endif
+  if constexpr (sizeof(T) == sizeof(float)) {
+    F::decode32(w, row, column, out);
+  } else {
+    alignas(64) float run[kRunColumns];
+    F::decode32(w, row, column, run);
+    narrow(run, kRunColumns, out);
+  }
+}
 
 template <typename F>
 struct KernelsOf {
@@ -26,11 +58,7 @@ struct KernelsOf {
     };
     if (runs) {
       one_by_one(min_i64(ceil_div(begin, kRunColumns) * kRunColumns, end));
-      for (; k + kRunColumns <= end; k += kRunColumns) {
-        alignas(64) float run[kRunColumns];
-        F::decode32(w, row, k, run);
-        narrow(run, kRunColumns, out + (k - begin));
-      }
+      for (; k + kRunColumns <= end; k += kRunColumns) decode_run<F>(w, row, k, out + (k - begin));
     }
     one_by_one(end);
   }
@@ -57,7 +85,7 @@ struct KernelsOf {
         for (int s = 0; s < kSums; ++s) sums[t][s] = Vec::zero();
       for (int64_t j = 0; j < k; j += kRunColumns) {
         alignas(64) float run[kRunColumns];
-        F::decode32(w, n, j, run);
+        decode_run<F>(w, n, j, run);
         for (int v = 0; v < kVecs; ++v) {
           const Vec value = Vec::load(run + v * Vec::kWidth);
           for (int t = 0; t < kTokens; ++t)

@@ -38,6 +38,12 @@ PEFT_EXT_BOTH float e2m1_doubled(uint32_t code) {
   return float_of_bits(bits_of_float(magnitude) | (code & 8) << 28);
 }
 
+#ifndef __CUDACC__
+// The values of e2m1_doubled.
+constexpr float kE2m1Doubled[16] = {0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  6.0f,  8.0f,  12.0f,
+                                    -0.0f, -1.0f, -2.0f, -3.0f, -4.0f, -6.0f, -8.0f, -12.0f};
+#endif
+
 // Returns e4m3_value(code). From magnitude 8 on, the bits of a code are the bits of a float32, apart from the bias of
 // the exponent. A smaller magnitude is subnormal: its bits are those of 2^-6 + value.
 PEFT_EXT_BOTH float e4m3_code_value(uint32_t code) {

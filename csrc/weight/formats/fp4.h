@@ -13,6 +13,12 @@
 namespace peft_ext {
 namespace {
 
+#ifndef __CUDACC__
+// The values of Fp4::code_value.
+constexpr float kFp4Code[16] = {0.0f, 0.0625f / 12,  8.0f / 12,  1.0f,  4.0f / 12,  0.5f,  2.0f / 12,  0.25f,
+                                0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -0.5f, -2.0f / 12, -0.25f};
+#endif
+
 struct Fp4 {
   PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
     const int shift = format_flags(w.option);
@@ -69,6 +75,22 @@ struct Fp4 {
     nibble_codes(static_cast<const uint8_t*>(w.part[0]) + flat / 2, 1, codes);
 #pragma GCC unroll 1
     for (int i = 0; i < 32; ++i) out[i] = code_value(codes[i]) * factor;
+  }
+
+  static constexpr Nibbles kNibbles = Nibbles::kHighFirst;
+  static constexpr bool kContiguous = true, kAdds = false;
+  static constexpr int kScaleColumns = 32;
+  static const float* table16() { return kFp4Code; }
+  static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
+    return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
+  }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    const float factor = scale(w, (row * w.columns + column) >> format_flags(w.option));
+    for (int i = 0; i < 16; ++i) out[i] = kFp4Code[i] * factor;
+  }
+  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* factors, float*) {
+    const int64_t first = row * w.columns + column;
+    for (int64_t i = 0; i < count; ++i) factors[i] = scale(w, (first + 32 * i) >> format_flags(w.option));
   }
 #endif
 };

@@ -43,13 +43,17 @@ struct Mxfp4 {
   static constexpr Nibbles kNibbles = Nibbles::kLowFirst;
   static constexpr bool kContiguous = true, kAdds = false;
   static constexpr int kScaleColumns = 32;
-  static const float* table16() { return kE2m1; }
+  static const float* table16() { return kE2m1Doubled; }
   static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
   }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    const float scale = half_scale(w, (row * w.columns + column) / 32);
+    for (int i = 0; i < 16; ++i) out[i] = kE2m1Doubled[i] * scale;
+  }
   static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float*) {
-    const uint8_t* scales = static_cast<const uint8_t*>(w.part[1]) + (row * w.columns + column) / 32;
-    for (int64_t i = 0; i < count; ++i) scale[i] = e8m0_value(scales[i]);
+    const int64_t first = (row * w.columns + column) / 32;
+    for (int64_t i = 0; i < count; ++i) scale[i] = half_scale(w, first + i);
   }
 #endif
 };

@@ -26,7 +26,7 @@ struct Nvfp4 {
   PEFT_EXT_BOTH static bool reciprocal(const PackedView& w) { return format_flags(w.option) & kReciprocal; }
 
   PEFT_EXT_BOTH static float scale(const PackedView& w, int64_t group) {
-    const float local = e4m3_value(static_cast<const uint8_t*>(w.part[1])[group]);
+    const float local = e4m3_code_value(static_cast<const uint8_t*>(w.part[1])[group]);
     const float global = static_cast<const float*>(w.part[2])[0];
     return reciprocal(w) ? local / global : local * global;
   }
@@ -51,6 +51,27 @@ struct Nvfp4 {
     for (int i = 0; i < 16; ++i) out[i] = code_value(codes[i], zero) * scales[0];
 #pragma GCC unroll 1
     for (int i = 16; i < 32; ++i) out[i] = code_value(codes[i], zero) * scales[1];
+  }
+
+  static constexpr Nibbles kNibbles = Nibbles::kLowFirst;
+  static constexpr bool kContiguous = true, kAdds = false;
+  static constexpr int kScaleColumns = 16;
+  static const float* table16() { return kE2m1; }
+  static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
+    return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
+  }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    const float zero = reciprocal(w) ? -0.0f : 0.0f, factor = scale(w, (row * w.columns + column) / 16);
+    for (int i = 0; i < 16; ++i) out[i] = (kE2m1[i] + zero) * factor;
+  }
+  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float*) {
+    const uint8_t* locals = static_cast<const uint8_t*>(w.part[1]) + (row * w.columns + column) / 16;
+    const float global = static_cast<const float*>(w.part[2])[0];
+    if (reciprocal(w)) {
+      for (int64_t i = 0; i < count; ++i) scale[i] = e4m3_code_value(locals[i]) / global;
+    } else {
+      for (int64_t i = 0; i < count; ++i) scale[i] = e4m3_code_value(locals[i]) * global;
+    }
   }
 #endif
 };

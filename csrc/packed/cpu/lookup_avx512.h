@@ -1,0 +1,54 @@
+// Looks 32 codes of 4 bits up in tables of 16 values, with AVX-512. Include this file after the target pragma and
+// cpu/simd_avx512.h.
+#pragma once
+
+#include "cpu/simd_avx512.h"
+#include "weight/packed_view.h"
+
+#define PEFT_EXT_LOOKUP 1  // format_kernels_impl.h decodes 4-bit codes by lookup32
+
+namespace peft_ext {
+namespace {
+
+// Returns the indices of 32 codes in 32 words of 16 bits. Bits above the lowest four have no meaning.
+template <Nibbles kNibbles>
+inline __m512i word_indices(const uint8_t* codes) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  if (kNibbles == Nibbles::kHalves) {
+    const __m256i low = _mm256_cvtepu8_epi16(bytes);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_srli_epi16(low, 4), 1);
+  }
+  const __m512i wide = _mm512_cvtepu8_epi32(bytes);
+  return kNibbles == Nibbles::kLowFirst ? _mm512_or_si512(wide, _mm512_slli_epi32(wide, 12))
+                                        : _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+}
+
+// Returns 16 values, rounded to the type of the second argument.
+inline __m256i round16(const float* values, bf16) { return round_bf16(_mm512_loadu_ps(values)); }
+inline __m256i round16(const float* values, f16) { return round_f16(_mm512_loadu_ps(values)); }
+
+// Writes the 32 values of 16 bytes of codes. tables: 16 values for all columns, or, if `two`, 16 values for the first
+// 16 columns and 16 for the others. A value is rounded once to T.
+template <Nibbles kNibbles, typename T>
+inline void lookup32(const uint8_t* codes, const float* tables, bool two, T* out) {
+  const __m256i first = round16(tables, T{});
+  __m512i index = word_indices<kNibbles>(codes), table = _mm512_broadcast_i64x4(first);
+  if (two) {  // bit 4 of an index selects the second table
+    const __m512i second_half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    index = _mm512_ternarylogic_epi32(index, _mm512_set1_epi16(15), second_half, 0xEA);  // (a & b) | c
+    table = _mm512_inserti64x4(table, round16(tables + 16, T{}), 1);
+  }
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+}
+
+template <Nibbles kNibbles>
+inline void lookup32(const uint8_t* codes, const float* tables, bool two, float* out) {
+  const __m512i words = word_indices<kNibbles>(codes);
+  const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+  const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
+  _mm512_storeu_ps(out, _mm512_permutexvar_ps(first, _mm512_loadu_ps(tables)));
+  _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(second, _mm512_loadu_ps(tables + (two ? 16 : 0))));
+}
+
+}  // namespace
+}  // namespace peft_ext
