@@ -21,6 +21,37 @@ constexpr bool kHasValue8 = false;
 template <typename Format>
 constexpr bool kHasValue8<Format, decltype(static_cast<void>(&Format::value8))> = true;
 
+// Writes value_of(k) for the 8 columns k. The loop is not unrolled, because value_of may be long code. The loop rotates
+// the values, because registers have no index.
+template <typename ValueOf>
+__device__ __forceinline__ void one_by_one(float (&out)[8], const ValueOf& value_of) {
+#pragma unroll 1
+  for (int k = 0; k < 8; ++k) {
+    const float value = value_of(k);
+#pragma unroll
+    for (int i = 0; i < 7; ++i) out[i] = out[i + 1];
+    out[7] = value;
+  }
+}
+
+// Returns 8 bytes from an address that is aligned to 8 bytes if `whole` is true.
+__device__ __forceinline__ uint2 eight_bytes(const void* from, bool whole) {
+  if (whole) return load_cached(static_cast<const uint2*>(from));
+  const uint8_t* bytes = static_cast<const uint8_t*>(from);
+  uint2 words = make_uint2(0, 0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words.x |= static_cast<uint32_t>(bytes[i]) << (8 * i);
+    words.y |= static_cast<uint32_t>(bytes[4 + i]) << (8 * i);
+  }
+  return words;
+}
+
+// Byte i of 8 bytes.
+__device__ __forceinline__ uint32_t byte_of(const uint2& words, int i) {
+  return (i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 255;
+}
+
 // Returns element `flat` and the next 7 elements of an array of 4-bit codes, the first in the lowest nibble. `first` is
 // 0 if the low nibble of a byte is the even element, else 1. kWhole: flat is a multiple of 8, and the array is aligned
 // to 4 bytes.
@@ -82,33 +113,136 @@ template <>
 struct OnCuda<Fp8> : Fp8 {
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
     const uint8_t* from = static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
-    uint2 codes = make_uint2(0, 0);
-    if (w.columns % 8 == 0) {
-      codes = load_cached(reinterpret_cast<const uint2*>(from));
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        codes.x |= static_cast<uint32_t>(from[i]) << (8 * i);
-        codes.y |= static_cast<uint32_t>(from[4 + i]) << (8 * i);
-      }
-    }
-    const auto code = [codes](int i) { return (i < 4 ? codes.x : codes.y) >> (8 * (i % 4)) & 255; };
+    const uint2 codes = eight_bytes(from, w.columns % 8 == 0);
     const float factor = scale(w, row, column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = e4m3_code_value(code(i));
+    for (int i = 0; i < 8; ++i) out[i] = e4m3_code_value(byte_of(codes, i));
     if (column_shift(w) >= 3) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = fmul_rn(out[i], factor);
+    } else {  // blocks of 1, 2 or 4 columns
+      one_by_one(out, [&](int k) { return fmul_rn(out[0], scale(w, row, column + k)); });
+    }
+  }
+};
+
+// Whether the 8 columns are of one group: groups are consecutive columns, and `group` is 0 or a multiple of 8.
+__device__ __forceinline__ bool one_group_in_8(const PackedView& w, const void* g_idx) {
+  return g_idx == nullptr && w.group % 8 == 0;
+}
+
+// Returns code i of 8 adjacent codes of 2, 4 or 8 bits.
+__device__ __forceinline__ int code_of_8(const uint2& words, int bits, int i) {
+  if (bits == 8) return static_cast<int>(byte_of(words, i));
+  return static_cast<int>(words.x >> (bits * i) & ((1u << bits) - 1));
+}
+
+// Returns the codes of 8 columns from the words of the columns; word_at(i) is the i-th word of a row.
+template <typename WordAt>
+__device__ __forceinline__ uint2 eight_codes(int bits, int64_t column, const WordAt& word_at) {
+  if (bits == 8) return make_uint2(word_at(column / 4), word_at(column / 4 + 1));
+  return bits == 4 ? make_uint2(word_at(column / 8), 0) : make_uint2(word_at(column / 16) >> (column % 16 * 2), 0);
+}
+
+template <>
+struct OnCuda<IntRows> : IntRows {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    if (!one_group_in_8(w, w.part[3])) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const int64_t group = group_at(w, nullptr, column);
+    const int zero = zero_at(w, row, group);
+    const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
+    if (is_plain(w)) {
+      const uint8_t* from = static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
+      const uint2 codes = eight_bytes(from, w.columns % 8 == 0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        out[i] = fmul_rn(static_cast<float>(static_cast<int8_t>(byte_of(codes, i)) - zero), scale);
       return;
     }
-    // Blocks of 1, 2 or 4 columns. The loop rotates the values, because registers have no index.
-#pragma unroll 1
-    for (int k = 0; k < 8; ++k) {
-      const float value = fmul_rn(out[0], scale(w, row, column + k));
+    const int bits = code_bits(w.option);
+    const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits);
+    const uint2 codes = eight_codes(bits, column, [&](int64_t i) { return words[i]; });
 #pragma unroll
-      for (int i = 0; i < 7; ++i) out[i] = out[i + 1];
-      out[7] = value;
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(static_cast<float>(code_of_8(codes, bits, i) - zero), scale);
+  }
+};
+
+template <>
+struct OnCuda<Gptq> : Gptq {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    if (!one_group_in_8(w, w.part[3])) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const int64_t group = group_at(w, nullptr, column);
+    const int zero = zero_at(w, row, group), bits = code_bits(w.option);
+    const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+    const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row;
+    const uint2 codes = eight_codes(bits, column, [&](int64_t i) { return words[i * w.rows]; });
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(code_of_8(codes, bits, i) - zero));
+  }
+};
+
+template <>
+struct OnCuda<Awq> : Awq {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    if (!one_group_in_8(w, nullptr)) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const int64_t group = group_at(w, nullptr, column), words = w.rows / 8;
+    const int shift = shift_of(row);
+    const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column * words + row / 8;
+    const uint32_t zero = static_cast<const uint32_t*>(w.part[2])[group * words + row / 8] >> shift & 15;
+    const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      out[i] =
+          fmul_rn(static_cast<float>(static_cast<int>(from[i * words] >> shift & 15) - static_cast<int>(zero)), scale);
+  }
+};
+
+template <>
+struct OnCuda<Hqq> : Hqq {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const int64_t flat = row * w.columns + column, half = w.rows * w.columns / 2;
+    const bool bytes = code_bits(w.option) == 8;
+    if (has_axis0(w) || w.group % 8 != 0 || w.columns % 8 != 0 || (!bytes && half % 8 != 0))
+      return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const uint8_t* codes = static_cast<const uint8_t*>(w.part[0]);
+    const uint2 words = eight_bytes(codes + (bytes || flat < half ? flat : flat - half), true);
+    const int shift = !bytes && flat < half ? 4 : 0, mask = bytes ? 255 : 15;
+    const int64_t group = flat / w.group;
+    const ScaleType type = scale_type(w.option);
+    const float scale = scale_value(w.part[1], type, group), zero = scale_value(w.part[2], type, group);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float code = static_cast<float>(static_cast<int>(byte_of(words, i)) >> shift & mask);
+      out[i] = fmul_rn(rounded(fadd_rn(code, -zero), type), scale);
     }
+  }
+};
+
+// 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
+template <typename Block>
+struct OnCuda<Gguf<Block>> : Gguf<Block> {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const uint8_t* b = gguf_block<Block>(w, row, column);
+    const int place = static_cast<int>(column % Block::kColumns), g = place / 16, first = place % 16;
+    const float scale = Block::scale(b, g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(Block::code(b, g, first + i)));
+    if constexpr (Block::kOffset) {
+      const float offset = Block::offset(b, g);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = fadd_rn(out[i], offset);
+    }
+  }
+};
+
+template <typename Block, typename Table>
+struct OnCuda<GgufTable<Block, Table>> : GgufTable<Block, Table> {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const uint8_t* b = gguf_block<Block>(w, row, column);
+    const int place = static_cast<int>(column % Block::kColumns), g = place / 16, first = place % 16;
+    const float scale = Block::scale(b, g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(Table::value(Block::code(b, g, first + i))));
   }
 };
 

@@ -40,8 +40,7 @@ __device__ __forceinline__ void decode_columns(const PackedView& weight, int64_t
   if constexpr (kHasValue8<Format>) {
     Format::value8(weight, row, column, values);
   } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = Format::value(weight, row, column + i);
+    one_by_one(values, [&](int k) { return Format::value(weight, row, column + k); });
   }
 }
 
@@ -74,9 +73,7 @@ __global__ void __launch_bounds__(kPackedThreads) packed_dequantize_kernel(Packe
   T* to = out + (blockIdx.y * weight.rows + row) * weight.columns;
   int64_t column = static_cast<int64_t>(blockIdx.x % across) * kPackedColumns + threadIdx.x % kWarpSize * kVector;
   const bool whole = weight.columns % kVector == 0;
-  // Without value8 the body has 8 copies of `value`, which may be long.
-  constexpr int kUnrolled = kHasValue8<Format> ? kPackedSteps : 1;
-#pragma unroll kUnrolled
+#pragma unroll
   for (int step = 0; step < kPackedSteps; ++step, column += kWarpSize * kVector) {
     if (column + kVector <= weight.columns) {
       float values[kVector];
