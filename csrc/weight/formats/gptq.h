@@ -1,5 +1,6 @@
 // GPTQ, as GPTQModel and AutoGPTQ store it: W[n, k] = scale[g, n] * (code[k, n] - zero[g, n]), where g is the group of
-// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference is exact.
+// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference is
+// exact.
 //
 // part 0: qweight, int32 [ceil(K bits / 32), N]; part 1: scales [G, N];
 // part 2: qzeros, int32 [G, ceil(N bits / 32)], packed along N;
@@ -56,8 +57,8 @@ struct Gptq {
     decode_rows(w, row, 1, column, out, 32);
   }
 
-  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each word
-  // once: a cache line has the words of 16 rows.
+  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each
+  // word once: a cache line has the words of 16 rows.
   static void decode_rows(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
     with_scale_type(scale_type(w.option), [&](auto scale) {
       switch (code_bits(w.option)) {
@@ -98,8 +99,9 @@ struct Gptq {
       for (int64_t r = 0; r < rows; ++r) {
         const int zero = zeros[r];
         const float scale = scales[r];
-        scale_codes<kBits>(reinterpret_cast<const uint8_t*>(words[r]), [=](int) { return zero; },
-                           [=](int) { return scale; }, out + r * stride);
+        scale_codes<kBits>(
+            reinterpret_cast<const uint8_t*>(words[r]), [=](int) { return zero; }, [=](int) { return scale; },
+            out + r * stride);
       }
       return;
     }
@@ -115,8 +117,9 @@ struct Gptq {
       }
     }
     for (int64_t r = 0; r < rows; ++r)
-      scale_codes<kBits>(reinterpret_cast<const uint8_t*>(words[r]), [&](int c) { return zeros[r][c]; },
-                         [&](int c) { return scales[r][c]; }, out + r * stride);
+      scale_codes<kBits>(
+          reinterpret_cast<const uint8_t*>(words[r]), [&](int c) { return zeros[r][c]; },
+          [&](int c) { return scales[r][c]; }, out + r * stride);
   }
 #endif
 };

@@ -32,8 +32,8 @@ PEFT_EXT_BOTH int64_t groups_of(const PackedView& w) {
   return w.group ? w.columns / w.group + (w.columns % w.group != 0) : 1;
 }
 
-// Returns the group of a column. `g_idx` has the group of each column, and is null if groups are consecutive columns. The
-// operators do not check the values of g_idx: a group that does not exist is read as the last one.
+// Returns the group of a column. `g_idx` has the group of each column, and is null if groups are consecutive columns.
+// The operators do not check the values of g_idx: a group that does not exist is read as the last one.
 PEFT_EXT_BOTH int64_t group_at(const PackedView& w, const void* g_idx, int64_t column) {
   if (!g_idx) return w.group ? column / w.group : 0;
   const int64_t group = static_cast<const uint32_t*>(g_idx)[column], last = groups_of(w) - 1;
