@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peft_ext.weights import fp4, fp8, int_groups, mx
+from peft_ext.weights import fp4, fp8, gguf, int_groups, mx
 from peft_ext.weights.nf4 import NESTED_BLOCKSIZE, NestedAbsmax
 from peft_ext.weights.packed import PackedWeight
 
@@ -124,6 +124,26 @@ def _hqq(n: int, k: int, draw: Draw, wild: bool, axis: int = 1) -> PackedWeight:
                           (n, k), axis=axis)  # fmt: skip
 
 
+def _gguf(n: int, k: int, draw: Draw, wild: bool, type: str) -> PackedWeight:
+    number = gguf.type_number(type)
+    _, columns, size, _ = gguf.TYPES[number]
+    blocks = draw.integers(0, 256, n, k // columns, size)
+    if not wild:
+        low = 2.0**-10 if columns == 32 else 2.0**-15  # blocks of 256 columns have more scales, which are integers
+        for at in _HALVES[type]:
+            blocks[..., at : at + 2] = draw.uniform(low, 2 * low, n, k // columns, 1).half().view(torch.uint8)
+        if type == "MXFP4":
+            blocks[..., 0] = draw.integers(119, 124, n, k // columns)
+    return gguf.gguf_weight(blocks.flatten(1), type)
+
+
+# Offsets of the float16 scales in a block of a GGUF type.
+_HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (),
+}  # fmt: skip
+
+
 KINDS: dict[str, Kind] = {
     "fp4": Kind(_fp4),
     "fp4-nested": Kind(partial(_fp4, nested=True)),
@@ -141,6 +161,10 @@ KINDS: dict[str, Kind] = {
     "awq": Kind(_awq, rows=8, columns=32),
     "hqq": Kind(_hqq, rows=2, columns=64),
     "hqq-axis0": Kind(partial(_hqq, axis=0), rows=2, columns=64),
+    **{
+        f"gguf-{type}": Kind(partial(_gguf, type=type), columns=gguf.TYPES[gguf.type_number(type)][1])
+        for type in _HALVES
+    },
 }
 
 
