@@ -333,17 +333,6 @@ def is_zero3_shard(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id") and tuple(tensor.shape) != tuple(getattr(tensor, "ds_shape", ()))
 
 
-def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
-    """Returns the float32 weight ``merged``, quantized with ``nf4``'s settings, and the relative error of quantizing.
-
-    The error is a float64 tensor.
-    """
-    found = replace(ops.nf4_quantize(merged, nf4.blocksize, nf4.nested is not None), dtype=nf4.dtype)
-    norm = torch.linalg.vector_norm(merged, dtype=torch.float64)
-    moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(merged), dtype=torch.float64)
-    return found, torch.where(norm == 0, 0.0, moved / norm)
-
-
 def empty_nf4(
     out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype,
     make: Callable[[torch.dtype, tuple[int, ...]], Tensor],
