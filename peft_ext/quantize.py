@@ -143,12 +143,7 @@ def pack_model(
 ) -> _Model:  # fmt: skip
     """Replaces layers and experts as :func:`quantize_packed` does. ``pack`` makes a packed weight of a dense weight."""
     names = _NAMES.get(format, _OTHER_NAMES)
-    places, experts = linear_groups(model, skip), experts_to_quantize(model, skip)
-    for same in places:
-        _check_columns(format, same[0].name, same[0].linear.in_features)
-    for name, module in experts:
-        for parameter, dense in _dense_stacks(module):
-            _check_columns(format, f"{name}.{parameter}", dense.shape[-1])
+    places, experts = check_packable(model, format, skip, on_meta=False)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
         weight = pack(linear.weight, format) if first is None else first.packed
@@ -167,6 +162,22 @@ def pack_model(
             weights[parameter] = (pack(dense, format), (parameter, *held))
         hold_packed(module, weights, dense.dtype)
     return model
+
+
+def check_packable(
+    model: nn.Module, format: str, skip: set[str] = frozenset(HEADS), on_meta: bool = True
+) -> tuple[list[list[Place]], list[tuple[str, nn.Module]]]:
+    """Checks and returns the layers and the experts that :func:`quantize_packed` would quantize.
+
+    ``on_meta``: whether weights may be on the meta device.
+    """
+    places, experts = linear_groups(model, skip, on_meta), experts_to_quantize(model, skip, on_meta)
+    for same in places:
+        _check_columns(format, same[0].name, same[0].linear.in_features)
+    for name, module in experts:
+        for parameter, dense in _dense_stacks(module):
+            _check_columns(format, f"{name}.{parameter}", dense.shape[-1])
+    return places, experts
 
 
 def _check_columns(format: str, name: str, columns: int) -> None:

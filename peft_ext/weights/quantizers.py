@@ -12,10 +12,13 @@ from .int_groups import INT, SCALES
 from .mx import MXFP4, NVFP4, quantize_mxfp4, quantize_nvfp4
 from .packed import PackedWeight
 
-__all__ = ["PACKED_FORMATS", "quantized", "quantized_like"]
+__all__ = ["PACKED_FORMATS", "QUANTIZATIONS", "quantized", "quantized_like"]
 
 # Names of the formats that quantize_packed, finetune and estimate_memory take.
 PACKED_FORMATS = ("mxfp4", "nvfp4", "fp8", "int4")
+
+# Values of the option --quant. "checkpoint": the weights stay packed as the checkpoint stores the weights.
+QUANTIZATIONS = ("nf4", *PACKED_FORMATS, "checkpoint", "none")
 
 
 def quantized(weight: Tensor, format: str) -> PackedWeight:
