@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._imports import required
-from ..nn import NF4Linear
+from ..nn import NF4Experts, NF4Linear
 from ..nn.experts import FrozenExperts, dense_experts, expert_parameters, is_stored_transposed
 from ..nn.packed import HoldsPacked
 from ..quantize import HEADS, check_packable, experts_to_quantize, linear_groups
@@ -181,7 +181,11 @@ def _stand_in_of_experts(base: Base, experts: FrozenExperts) -> None:
     held = {name: experts.frozen(name) for name in experts.frozen_shapes()}
     dtype = experts.__dict__.get("compute_dtype")
     transposed = is_stored_transposed(experts)
-    experts.to("meta")
+    for name, packed in held.items():
+        if isinstance(experts, NF4Experts):
+            experts.set_nf4(name, packed.to("meta"))
+        else:
+            experts.set_packed(name, packed.to("meta"), experts.packed_names[name])
     dense_experts(experts)  # all tensors are on the meta device, so no data is dequantized
     for name, packed in held.items():
         shape = experts._parameters[name].shape

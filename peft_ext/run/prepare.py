@@ -23,7 +23,7 @@ from .. import _cpu
 from .._version import __version__
 from ..machine import versions
 from ..methods import METHODS, Method, make_config, method_config
-from ..sources.json_file import raised_as
+from ..sources.json_file import first_line, raised_as
 from ..sources.model import (
     SourceError,
     check_index,
@@ -374,8 +374,11 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     if o.quant in PACKED_FORMATS:
         from ..quantize import check_packable
 
-        with raised_as(RunError, f"--quant {o.quant}: ", ValueError, TypeError):
+        try:
             check_packable(model, o.quant)
+        except (ValueError, TypeError) as error:
+            why = first_line(error).removeprefix("quantize_packed: ").partition(" (")[0]
+            raise RunError(f"--quant {o.quant}: {why}") from error
     with raised_as(RunError, f"--method {o.method}: ", ValueError, TypeError, KeyError, RuntimeError):
         config = adapter_config(run, model)
         register_layers(config, model)
