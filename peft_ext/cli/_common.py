@@ -32,7 +32,7 @@ BaseModel = Annotated[
     Optional[str], typer.Option(help='Base: folder, hub name, or "smollm2". Default: the adapter\'s own.')
 ]
 BaseBlocksize = Annotated[Optional[int], typer.Option(help="Blocksize of nf4. Default: the run.json's, or 64.")]
-QUANT_HELP = f"{', '.join(QUANTIZATIONS)}. Default: the files' or run.json's, or none."
+QUANT_HELP = f"{', '.join(QUANTIZATIONS)}. Default: the run's, or none."
 Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTorch's.")]
 
 

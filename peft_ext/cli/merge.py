@@ -17,7 +17,7 @@ def merge(
     adapter: AdapterFolder,
     output: Annotated[Path, typer.Option(help="Folder for the dense model.")],
     model: BaseModel = None,
-    base_quant: Annotated[Optional[str], typer.Option(help=f"Base to merge into: {QUANT_HELP}")] = None,
+    base_quant: Annotated[Optional[str], typer.Option(help=QUANT_HELP)] = None,
     blocksize: BaseBlocksize = None,
     double_quant: Annotated[bool, typer.Option(help="Double quantization of nf4.")] = True,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",

@@ -23,9 +23,10 @@ NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
-# Pairs of quantization and gradient checkpointing, in the order of the search. Checkpointing adds a second forward,
-# about a third of the step's time, and costs no accuracy. NF4 costs time to dequantize and sometimes accuracy.
-_SETTINGS = ((None, False), (None, True), ("nf4", False), ("nf4", True))
+# Pairs of "the weights are quantized" and gradient checkpointing, in the order of the search. Checkpointing adds a
+# second forward, about a third of the step's time, and costs no accuracy. Quantized weights cost time to dequantize
+# and sometimes accuracy.
+_SETTINGS = ((False, False), (False, True), (True, False), (True, True))
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,16 @@ class _Setting:
 class Search:
     def __init__(
         self, subject: Any, gpu_memory_gb: float, headroom: float, batch_size: int, sequence_length: int,
-        dtype: torch.dtype, optimizer: str, accelerated: bool,
+        dtype: torch.dtype, optimizer: str, accelerated: bool, quantization: str,
     ) -> None:  # fmt: skip
         self.subject, self.gpu_memory_gb, self.headroom = subject, gpu_memory_gb, headroom
         self.dense = dtype_name(dtype)
         self.fixed = {"dtype": dtype, "optimizer": optimizer, "accelerated": accelerated}
-        settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
-        settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
+        settings = [
+            _Setting(quantization if quantizes else None, checkpoints, batch_size, sequence_length)
+            for quantizes, checkpoints in _SETTINGS
+        ]
+        settings += [replace(settings[-1], batch_size=1)] * (batch_size > 1)
         self.settings = settings
         # By method and setting: the memory of a training step; the error that PEFT or the model raised; or None where
         # the method can't work in the setting.
@@ -152,9 +156,11 @@ class Search:
             error, fits_not = self._outcome(chosen, [s for s in self.settings if s.quantization is None])
             why = ["do not fit"] * (fits_not or error is None)
             why += [f"could not be estimated ({error})"] * (error is not None)
-            reasons.append(f"{self.dense} weights {', or '.join(why)}: they are quantized to NF4, "
-                           f"{gigabytes(memory.weights)}, with which QLoRA matched 16-bit fine-tuning (arXiv "
-                           "2305.14314).")  # fmt: skip
+            text = f"{self.dense} weights {', or '.join(why)}: they are quantized to {setting.quantization.upper()}, "
+            text += gigabytes(memory.weights)
+            if setting.quantization == "nf4":
+                text += ", with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314)"
+            reasons.append(f"{text}.")
         else:
             reasons.append(f"{self.dense} weights fit, so they are not quantized.")
         if setting.gradient_checkpointing:

@@ -58,8 +58,7 @@ class Options:
     )  # fmt: skip
     virtual_tokens: int = _option(20, "Virtual tokens of prefix or prompt tuning.", "Adapter", 1)
     quant: Optional[str] = _option(
-        None, f"Frozen weights: {', '.join(QUANTIZATIONS)}. Default: checkpoint if the files are packed, nf4 if the "
-        "method can.", "Model",
+        None, f"{', '.join(QUANTIZATIONS)}. Default: checkpoint if packed, or nf4.", "Model",
     )  # fmt: skip
     dtype: str = _option("auto", "Computation: bf16, fp32, auto: fp32 where the CPU lacks bf16.", "Model")
     blocksize: int = _option(64, "Weights that share an NF4 scale.", "Model")

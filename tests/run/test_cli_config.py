@@ -120,7 +120,7 @@ BAD = [
     ("rank: 1_000\n", "{path}:1: rank is the text '1_000', wanted a whole number"),
     ("lr: nan\n", "{path}:1: lr is the text 'nan', wanted a number"),
     ("lr: .nan\n", "{path}:1: lr is the text '.nan', wanted a number"),
-    ("quant: no\n", "--quant no: wanted one of nf4, none ({path}:1)"),
+    ("quant: no\n", "--quant no: wanted one of nf4, mxfp4, nvfp4, fp8, int4, checkpoint, none ({path}:1)"),
     ("stock: 1\n", "{path}:1: stock is the text '1', wanted true or false"),
     ("model:\n", "{path}:1: model has no value, wanted text"),
     ("model: [a]\n", "{path}:1: model is a list, wanted text"),

@@ -64,7 +64,6 @@ def test_a_packed_checkpoint_is_trained_and_its_adapter_is_used(
     assert (
         shown["quantization"] == "checkpoint" and method["fused"] == method["layers"] and method["memory"] is not None
     )
-    assert shown["parameters"] == found["model"]["parameters"] if "model" in found else True
     assert main(["chat", "--adapter", str(output), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
     assert main(["merge", "--adapter", str(output), "--output", str(tmp_path / "merged")]) == 0
     assert "as the base is held" in capsys.readouterr().out
