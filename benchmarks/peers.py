@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_ext import NF4Weight, ops, reference
+from peft_ext.weights import PackedWeight
 
 from .harness import Comparison, Contender
+from .packed_bases import PACKED
 
 __all__ = [
     "COMPILE_RANDOM",
@@ -55,7 +57,7 @@ COMPILE_RANDOM = "its dropout mask is torch.compile's own and can't be drawn aga
 ROTATING_BYTES = 10**9
 
 _Item = TypeVar("_Item")
-Weight = Union[Tensor, NF4Weight]
+Weight = Union[Tensor, PackedWeight]
 Exact = Callable[[], dict[str, Tensor]]
 
 
@@ -112,6 +114,18 @@ def _nf4_pool(k: int, n: int, least_bytes: int, double_quant: bool, device: str)
     count = -(-max(1, least_bytes) // first.nbytes)
     copies = {id(tensor): _repeated(tensor, count) for tensor in first.tensors().values()}
     return [first.map(lambda tensor, i=i: copies[id(tensor)][i]) for i in range(count)]
+
+
+@lru_cache(maxsize=2)
+def _first_packed(k: int, n: int, base: str, device: str) -> PackedWeight:
+    return PACKED[base](_first(k, n, device).cpu()).to(device)
+
+
+@lru_cache(maxsize=1)
+def _packed_pool(k: int, n: int, least_bytes: int, base: str, device: str) -> list[PackedWeight]:
+    first = _first_packed(k, n, base, device)
+    count = -(-max(1, least_bytes) // first.nbytes)
+    return [first, *(first.map(Tensor.clone) for _ in range(count - 1))]
 
 
 @lru_cache(maxsize=1)
@@ -180,7 +194,8 @@ class Problem:
         self._turns: dict[str, Turns[Any]] = {}
 
     def weights(self, base: str) -> Turns[Any]:
-        """Returns Turns of the weights in a base: a key of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain".
+        """Returns Turns of the weights in a base: a key of :data:`DTYPES` or :data:`.packed_bases.PACKED`, "nf4"
+        (double-quantized) or "nf4-plain".
 
         All contenders share the Turns, so that no contender finds a weight in a cache that another contender has just
         read.
@@ -188,6 +203,8 @@ class Problem:
         if base not in self._turns:
             if base in DTYPES:
                 pool: list[Any] = _dense_pool(self.k, self.n, self.least_bytes, self.device, base)
+            elif base in PACKED:
+                pool = _packed_pool(self.k, self.n, self.least_bytes, base, self.device)
             else:
                 pool = _nf4_pool(self.k, self.n, self.least_bytes, base == "nf4", self.device)
             self._turns[base] = Turns(pool)
@@ -208,6 +225,8 @@ class Problem:
         """Returns, in float64, the weight that a bf16 layer computes with."""
         if base == "bf16":
             return _first(self.k, self.n, self.device).double()
+        if base in PACKED:
+            return dense(_first_packed(self.k, self.n, base, self.device)).double()
         return dense(_first_nf4(self.k, self.n, base == "nf4", self.device)).double()
 
     def exact(
@@ -231,8 +250,8 @@ class Problem:
 
 
 def dense(weight: Weight) -> Tensor:
-    """Returns a bf16 weight itself, and an NF4 weight dequantized to bf16 in plain PyTorch."""
-    return reference.nf4_dequantize(weight, torch.bfloat16) if isinstance(weight, NF4Weight) else weight
+    """Returns a bf16 weight itself, and a packed weight decoded to bf16 in plain PyTorch."""
+    return reference.nf4_dequantize(weight, torch.bfloat16) if isinstance(weight, PackedWeight) else weight
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------

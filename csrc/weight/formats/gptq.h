@@ -18,26 +18,38 @@ struct Gptq {
   static constexpr int kV1 = 1;  // flag of `option`
   static constexpr bool kRowBlocks = true;
 
-  PEFT_EXT_BOTH static int zero_at(const PackedView& w, int64_t row, int64_t group) {
+  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
     const int bits = code_bits(w.option);
-    const int64_t word = group * words_of(w.rows, bits) + row * bits / 32;
-    const uint32_t ones = 0xffffffffu / ((1u << bits) - 1);  // 1 in each field
-    const uint32_t zeros = static_cast<const uint32_t*>(w.part[2])[word] + (format_flags(w.option) & kV1 ? ones : 0u);
-    return static_cast<int>(zeros >> (row * bits % 32) & ((1u << bits) - 1));
+    return has_float_scales(w) && (bits == 2 || bits == 4 || bits == 8) && format_flags(w.option) < 2
+               ? nullptr
+               : "2, 4 or 8 bits, and scales of float32, bfloat16 or float16";
   }
 
-  PEFT_EXT_BOTH static float scale_at(const PackedView& w, int64_t row, int64_t group) {
-    return scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+    const int bits = code_bits(w.option);
+    if (part == 0) return 4 * words_of(w.columns, bits) * w.rows;
+    if (part == 1) return scale_bytes(w, groups_of(w) * w.rows);
+    if (part == 2) return 4 * groups_of(w) * words_of(w.rows, bits);
+    return part == 3 ? -4 * w.columns : 0;
+  }
+
+  PEFT_EXT_BOTH static int zero_at(const PackedView& w, int64_t row, int64_t group) {
+    const int bits = code_bits(w.option);
+    const uint32_t ones = 0xffffffffu / ((1u << bits) - 1);  // 1 in each field
+    const uint32_t word = static_cast<const uint32_t*>(w.part[2])[group * words_of(w.rows, bits) + (row * bits >> 5)] +
+                          (format_flags(w.option) & kV1 ? ones : 0u);
+    return field_of(word, bits, row);
   }
 
   PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
     const int bits = code_bits(w.option);
     const int64_t group = group_at(w, w.part[3], column);
-    const uint32_t word = static_cast<const uint32_t*>(w.part[0])[column * bits / 32 * w.rows + row];
-    const int code = static_cast<int>(word >> (column * bits % 32) & ((1u << bits) - 1));
-    return scale_at(w, row, group) * static_cast<float>(code - zero_at(w, row, group));
+    const uint32_t word = static_cast<const uint32_t*>(w.part[0])[(column * bits >> 5) * w.rows + row];
+    const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+    return scale * static_cast<float>(field_of(word, bits, column) - zero_at(w, row, group));
   }
 
+#ifndef __CUDACC__
   static bool runs(const PackedView& w) { return w.columns % 32 == 0; }
 
   static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
@@ -45,31 +57,67 @@ struct Gptq {
   }
 
   // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each
-  // word once: a line of 16 words is of 16 rows.
+  // word once: a cache line has the words of 16 rows.
   static void decode_rows(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
-    const int bits = code_bits(w.option);
-    const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column * bits / 32 * w.rows + row;
-    uint32_t words[16][8];
-    for (int i = 0; i < bits; ++i)
-      for (int64_t r = 0; r < rows; ++r) words[r][i] = from[i * w.rows + r];
-    if (one_group_in_32(w, w.part[3])) {
-      const int64_t group = group_at(w, nullptr, column);
-      for (int64_t r = 0; r < rows; ++r)
-        scale_codes(words[r], bits, zero_at(w, row + r, group), scale_at(w, row + r, group), out + r * stride);
+    with_scale_type(scale_type(w.option), [&](auto scale) {
+      switch (code_bits(w.option)) {
+        case 4:
+          return decode_as<decltype(scale)::kType, 4>(w, row, rows, column, out, stride);
+        case 8:
+          return decode_as<decltype(scale)::kType, 8>(w, row, rows, column, out, stride);
+        default:
+          return decode_as<decltype(scale)::kType, 2>(w, row, rows, column, out, stride);
+      }
+    });
+  }
+
+ private:
+  // Writes the zeros and the scales of `rows` rows in a group.
+  template <ScaleType kType, int kBits>
+  static void read_group(const PackedView& w, int64_t row, int64_t rows, int64_t group, int* zeros, float* scales) {
+    constexpr int kCodes = 32 / kBits;
+    const uint32_t ones = format_flags(w.option) & kV1 ? 0xffffffffu / ((1u << kBits) - 1) : 0u;
+    const uint32_t* words = static_cast<const uint32_t*>(w.part[2]) + group * words_of(w.rows, kBits);
+    if (row % 16 == 0 && rows == 16) {
+      for (int i = 0; i < 16 / kCodes; ++i)
+        for (int j = 0; j < kCodes; ++j) zeros[i * kCodes + j] = field_of(words[row / kCodes + i] + ones, kBits, j);
+      for (int r = 0; r < 16; ++r) scales[r] = scale_value(w.part[1], kType, group * w.rows + row + r);
       return;
     }
-    int zeros[16][32];
-    float scales[16][32];
+    for (int64_t r = 0; r < rows; ++r) {
+      zeros[r] = field_of(words[(row + r) / kCodes] + ones, kBits, row + r);
+      scales[r] = scale_value(w.part[1], kType, group * w.rows + row + r);
+    }
+  }
+
+  template <ScaleType kType, int kBits>
+  static void decode_as(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
+    constexpr int kCodes = 32 / kBits;
+    const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column / kCodes * w.rows + row;
+    int zeros[16];
+    float scales[16];
+    if (one_group_in_32(w, w.part[3])) {
+      uint32_t words[16][kBits];
+      for (int i = 0; i < kBits; ++i)
+        for (int64_t r = 0; r < rows; ++r) words[r][i] = from[i * w.rows + r];
+      read_group<kType, kBits>(w, row, rows, group_at(w, nullptr, column), zeros, scales);
+      for (int64_t r = 0; r < rows; ++r)
+        scale_local_codes<kBits>(reinterpret_cast<const uint8_t*>(words[r]), zeros[r], scales[r], out + r * stride);
+      return;
+    }
+    int32_t groups[32];
+    groups_of_32(w, w.part[3], column, groups);
+    float block[32][16];
     for (int c = 0; c < 32; ++c) {
-      const int64_t group = group_at(w, w.part[3], column + c);
-      for (int64_t r = 0; r < rows; ++r) {
-        zeros[r][c] = zero_at(w, row + r, group);
-        scales[r][c] = scale_at(w, row + r, group);
-      }
+      read_group<kType, kBits>(w, row, rows, groups[c], zeros, scales);
+      const uint32_t* words = from + c / kCodes * w.rows;
+      for (int64_t r = 0; r < rows; ++r)
+        block[c][r] = scales[r] * static_cast<float>(field_of(words[r], kBits, c) - zeros[r]);
     }
     for (int64_t r = 0; r < rows; ++r)
-      scale_codes<const int*, const float*>(words[r], bits, zeros[r], scales[r], out + r * stride);
+      for (int c = 0; c < 32; ++c) out[r * stride + c] = block[c][r];
   }
+#endif
 };
 
 }  // namespace

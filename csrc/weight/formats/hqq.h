@@ -6,7 +6,7 @@
 // group of each. g is f / group, or f % G with the flag kAxis0.
 #pragma once
 
-#include "weight/packed_view.h"
+#include "weight/formats/int_codes.h"
 
 namespace peft_ext {
 namespace {
@@ -14,77 +14,94 @@ namespace {
 struct Hqq {
   static constexpr int kAxis0 = 1;  // flag of `option`
 
-  // Returns a float32 value, rounded to nearest, ties to even, to a dtype of scales. No branch depends on the value, so
-  // that loops of this function are vectorized.
+  PEFT_EXT_BOTH static bool has_axis0(const PackedView& w) { return format_flags(w.option) & kAxis0; }
+
+  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+    const int bits = code_bits(w.option);
+    const int64_t count = w.rows * w.columns;
+    return has_float_scales(w) && (bits == 4 || bits == 8) && format_flags(w.option) < 2 && w.group > 0 &&
+                   count % w.group == 0 && (bits == 8 || (has_axis0(w) ? w.group : count / w.group) % 2 == 0)
+               ? nullptr
+               : "groups that divide the elements, an even number of them with 4 bits, 4 or 8 bits, and scales of "
+                 "float32, bfloat16 or float16";
+  }
+
+  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+    const int64_t count = w.rows * w.columns;
+    if (part == 0) return code_bits(w.option) == 8 ? count : count / 2;
+    return part < 3 ? scale_bytes(w, count / w.group) : 0;
+  }
+
+  // Returns a float32 value, rounded to nearest, ties to even, to a dtype of scales. No branch depends on the value,
+  // and the comparisons are of signed numbers, so that loops of this function are vectorized.
   PEFT_EXT_BOTH static float rounded(float value, ScaleType type) {
     if (type == ScaleType::kF32) return value;
-    uint32_t bits, wide;
+    int32_t bits, wide;
     memcpy(&bits, &value, sizeof(bits));
-    const uint32_t sign = bits & 0x80000000u, magnitude = bits ^ sign;
+    const int32_t magnitude = bits & 0x7fffffff, sign = bits ^ magnitude;
     if (type == ScaleType::kBF16) {
-      const uint32_t even = magnitude + 0x7fffu + (magnitude >> 16 & 1);
-      wide = magnitude > 0x7f800000u ? magnitude : even & 0xffff0000u;
+      const int32_t number = magnitude < 0x7f800000 ? magnitude : 0x7f800000;
+      const int32_t even = (number + 0x7fff + (number >> 16 & 1)) & ~0xffff;
+      wide = magnitude > 0x7f800000 ? magnitude : even;
     } else {
       float small;
       memcpy(&small, &magnitude, sizeof(small));
       small = (small + 0.5f) - 0.5f;  // a multiple of 2^-24, the distance of subnormal float16 numbers
-      uint32_t low;
+      int32_t low;
       memcpy(&low, &small, sizeof(low));
-      uint32_t even = (magnitude + 0xfffu + (magnitude >> 13 & 1)) & 0xffffe000u;
-      even = even >= 0x47800000u ? 0x7f800000u : even;  // 65536 and more are infinite
-      wide = magnitude > 0x7f800000u ? magnitude : magnitude < 0x38800000u ? low : even;
+      const int32_t number = magnitude < 0x47800000 ? magnitude : 0x47800000;  // 65536 and more are infinite
+      const int32_t even = (number + 0xfff + (number >> 13 & 1)) & ~0x1fff;
+      const int32_t finite = magnitude < 0x38800000 ? low : even;
+      wide = magnitude > 0x7f800000 ? magnitude : even >= 0x47800000 ? 0x7f800000 : finite;
     }
     wide |= sign;
     memcpy(&value, &wide, sizeof(value));
     return value;
   }
 
-  PEFT_EXT_BOTH static int64_t group_count(const PackedView& w) { return w.rows * w.columns / w.group; }
-
   PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
     const uint8_t* codes = static_cast<const uint8_t*>(w.part[0]);
-    const int64_t flat = row * w.columns + column, half = w.rows * w.columns / 2;
-    const int64_t group = format_flags(w.option) & kAxis0 ? flat % group_count(w) : flat / w.group;
+    const int64_t flat = row * w.columns + column, count = w.rows * w.columns, half = count / 2;
+    const int64_t group = has_axis0(w) ? flat % (count / w.group) : flat / w.group;
     const int code = code_bits(w.option) == 8 ? codes[flat] : flat < half ? codes[flat] >> 4 : codes[flat - half] & 15;
     const ScaleType type = scale_type(w.option);
     const float difference = static_cast<float>(code) - scale_value(w.part[2], type, group);
     return rounded(difference, type) * scale_value(w.part[1], type, group);
   }
 
+#ifndef __CUDACC__
   static bool runs(const PackedView& w) {
-    const int64_t run = format_flags(w.option) & kAxis0 ? group_count(w) : w.group;
-    return w.columns % 32 == 0 && w.rows * w.columns % 64 == 0 && run % 32 == 0;
+    const int64_t count = w.rows * w.columns, run = has_axis0(w) ? count / w.group : w.group;
+    return w.columns % 32 == 0 && count % 64 == 0 && run % 32 == 0;
   }
 
+  static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
+    with_scale_type(scale_type(w.option), [&](auto scale) { decode_as<decltype(scale)::kType>(w, row, column, out); });
+  }
+
+ private:
   template <ScaleType kType>
   static void decode_as(const PackedView& w, int64_t row, int64_t column, float* out) {
-    const uint8_t* codes = static_cast<const uint8_t*>(w.part[0]);
-    const int64_t flat = row * w.columns + column, half = w.rows * w.columns / 2;
+    const int64_t flat = row * w.columns + column, count = w.rows * w.columns, half = count / 2;
     const bool bytes = code_bits(w.option) == 8;
     const int shift = !bytes && flat < half ? 4 : 0, mask = bytes ? 255 : 15;
-    codes += bytes || flat < half ? flat : flat - half;
-    if (format_flags(w.option) & kAxis0) {
-      const int64_t group = flat % group_count(w);
+    const uint8_t* from = static_cast<const uint8_t*>(w.part[0]) + (bytes || flat < half ? flat : flat - half);
+    if (has_axis0(w)) {
+      const int64_t group = flat % divided(count, w.group);
       float zeros[32], scales[32];
       for (int c = 0; c < 32; ++c) {
         zeros[c] = scale_value(w.part[2], kType, group + c);
         scales[c] = scale_value(w.part[1], kType, group + c);
       }
       for (int c = 0; c < 32; ++c)
-        out[c] = rounded(static_cast<float>(codes[c] >> shift & mask) - zeros[c], kType) * scales[c];
+        out[c] = rounded(static_cast<float>(from[c] >> shift & mask) - zeros[c], kType) * scales[c];
       return;
     }
-    const float zero = scale_value(w.part[2], kType, flat / w.group);
-    const float scale = scale_value(w.part[1], kType, flat / w.group);
-    for (int c = 0; c < 32; ++c) out[c] = rounded(static_cast<float>(codes[c] >> shift & mask) - zero, kType) * scale;
+    const int64_t group = divided(flat, w.group);
+    const float zero = scale_value(w.part[2], kType, group), scale = scale_value(w.part[1], kType, group);
+    for (int c = 0; c < 32; ++c) out[c] = rounded(static_cast<float>(from[c] >> shift & mask) - zero, kType) * scale;
   }
-
-  static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
-    const ScaleType type = scale_type(w.option);
-    if (type == ScaleType::kF32) return decode_as<ScaleType::kF32>(w, row, column, out);
-    if (type == ScaleType::kBF16) return decode_as<ScaleType::kBF16>(w, row, column, out);
-    decode_as<ScaleType::kF16>(w, row, column, out);
-  }
+#endif
 };
 
 }  // namespace

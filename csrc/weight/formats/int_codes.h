@@ -1,4 +1,5 @@
-// Integer codes of 2, 4 or 8 bits in 32-bit words, the lowest bits first: what the formats of integers share.
+// Integer codes of 2, 4 or 8 bits in 32-bit words, the lowest bits first: what the formats of integers share. Words are
+// also read as bytes, because the CPUs of peft_ext are little-endian.
 #pragma once
 
 #include "weight/packed_view.h"
@@ -6,55 +7,101 @@
 namespace peft_ext {
 namespace {
 
-// Returns code i of an array of codes of `bits` bits. `bits` divides 32, so that no code lies in two words.
-PEFT_EXT_BOTH int code_at(const void* words, int bits, int64_t i) {
-  const uint32_t word = static_cast<const uint32_t*>(words)[i * bits / 32];
-  return static_cast<int>(word >> (i * bits % 32) & ((1u << bits) - 1));
+// Number of words of `count` codes. No code lies in two words.
+PEFT_EXT_BOTH int64_t words_of(int64_t count, int bits) { return (count * bits + 31) >> 5; }
+
+// Returns the field of code i in the word of the code.
+PEFT_EXT_BOTH int field_of(uint32_t word, int bits, int64_t i) {
+  return static_cast<int>(word >> (i * bits & 31) & ((1u << bits) - 1));
 }
 
-// Number of words of `count` codes.
-PEFT_EXT_BOTH int64_t words_of(int64_t count, int bits) { return (count * bits + 31) / 32; }
+// Returns code i of a row of words.
+PEFT_EXT_BOTH int code_at(const void* words, int bits, int64_t i) {
+  return field_of(static_cast<const uint32_t*>(words)[i * bits >> 5], bits, i);
+}
+
+// Returns value / group. The division of 32-bit integers is faster than the division of 64-bit integers.
+PEFT_EXT_BOTH int64_t divided(int64_t value, int64_t group) {
+  return value >> 32 ? value / group : static_cast<uint32_t>(value) / static_cast<uint32_t>(group);
+}
+
+// Returns the number of bytes of `count` scales.
+PEFT_EXT_BOTH int64_t scale_bytes(const PackedView& w, int64_t count) {
+  return count * (scale_type(w.option) == ScaleType::kF32 ? 4 : 2);
+}
+
+PEFT_EXT_BOTH bool has_float_scales(const PackedView& w) { return scale_type(w.option) <= ScaleType::kF16; }
 
 // Number of groups of a row's columns.
-PEFT_EXT_BOTH int64_t groups_of(const PackedView& w) { return w.group ? (w.columns + w.group - 1) / w.group : 1; }
+PEFT_EXT_BOTH int64_t groups_of(const PackedView& w) { return w.group ? divided(w.columns + w.group - 1, w.group) : 1; }
 
 // Returns the group of a column. `g_idx` has the group of each column, and is null if groups are consecutive columns.
+// The operators do not check the values of g_idx: a group that does not exist is read as the last one.
 PEFT_EXT_BOTH int64_t group_at(const PackedView& w, const void* g_idx, int64_t column) {
-  if (g_idx) return static_cast<const int32_t*>(g_idx)[column];
-  return w.group ? column / w.group : 0;
+  if (!g_idx) return w.group ? divided(column, w.group) : 0;
+  const int64_t group = static_cast<const uint32_t*>(g_idx)[column], last = groups_of(w) - 1;
+  return group < last ? group : last;
 }
 
-// Whether each 32 columns from a multiple of 32 on are of one group.
+#ifndef __CUDACC__
+
+// Returns whether each 32 columns from a multiple of 32 on are of one group.
 inline bool one_group_in_32(const PackedView& w, const void* g_idx) { return !g_idx && w.group % 32 == 0; }
 
-// Writes (code - zero) * scale for 32 codes with one zero and one scale.
-template <int kBits>
-inline void scale_codes(const uint32_t* words, int zero, float scale, float* out) {
-  constexpr int kCodes = 32 / kBits;  // codes of a word
-  for (int i = 0; i < kBits; ++i)
-    for (int j = 0; j < kCodes; ++j)
-      out[i * kCodes + j] =
-          static_cast<float>(static_cast<int>(words[i] >> (kBits * j) & ((1u << kBits) - 1)) - zero) * scale;
+// Returns the group of a column if groups are consecutive columns.
+inline int64_t group_in_order(const PackedView& w, int64_t column) { return group_at(w, nullptr, column); }
+
+// Writes the groups of 32 columns from `column` on.
+inline void groups_of_32(const PackedView& w, const void* g_idx, int64_t column, int32_t* groups) {
+  if (!g_idx) {
+    for (int c = 0; c < 32; ++c) groups[c] = static_cast<int32_t>(group_at(w, nullptr, column + c));
+    return;
+  }
+  const uint32_t* of = static_cast<const uint32_t*>(g_idx) + column;
+  const uint32_t last = static_cast<uint32_t>(groups_of(w) - 1);
+  for (int c = 0; c < 32; ++c) groups[c] = static_cast<int32_t>(of[c] < last ? of[c] : last);
 }
 
-// Writes (code - zero) * scale for 32 codes with a zero and a scale each.
-template <int kBits>
-inline void scale_codes(const uint32_t* words, const int* zeros, const float* scales, float* out) {
-  constexpr int kCodes = 32 / kBits;
-  for (int i = 0; i < kBits; ++i)
+// Calls call(constant) with a type whose kType is the dtype of the scales, so that loops over scales do not ask for it.
+template <ScaleType kScale>
+struct ScaleConstant {
+  static constexpr ScaleType kType = kScale;
+};
+template <typename Call>
+inline void with_scale_type(ScaleType type, const Call& call) {
+  if (type == ScaleType::kF32) return call(ScaleConstant<ScaleType::kF32>{});
+  if (type == ScaleType::kBF16) return call(ScaleConstant<ScaleType::kBF16>{});
+  call(ScaleConstant<ScaleType::kF16>{});
+}
+
+// Writes (code - zero(c)) * scale(c) for the 32 codes of kBits bits in 4 * kBits bytes, the lowest bits first.
+template <int kBits, typename Zero, typename Scale>
+inline void scale_codes(const uint8_t* bytes, const Zero& zero, const Scale& scale, float* out) {
+  constexpr int kCodes = 8 / kBits, kMask = (1 << kBits) - 1;
+  for (int i = 0; i < 4 * kBits; ++i) {
+    const int byte = bytes[i];
     for (int j = 0; j < kCodes; ++j) {
       const int c = i * kCodes + j;
-      out[c] =
-          static_cast<float>(static_cast<int>(words[i] >> (kBits * j) & ((1u << kBits) - 1)) - zeros[c]) * scales[c];
+      out[c] = static_cast<float>((byte >> (kBits * j) & kMask) - zero(c)) * scale(c);
     }
+  }
 }
 
-template <typename Zeros, typename Scales>
-inline void scale_codes(const uint32_t* words, int bits, Zeros zeros, Scales scales, float* out) {
-  if (bits == 4) return scale_codes<4>(words, zeros, scales, out);
-  if (bits == 8) return scale_codes<8>(words, zeros, scales, out);
-  scale_codes<2>(words, zeros, scales, out);
+template <typename Zero, typename Scale>
+inline void scale_codes(const uint8_t* bytes, int bits, const Zero& zero, const Scale& scale, float* out) {
+  if (bits == 4) return scale_codes<4>(bytes, zero, scale, out);
+  if (bits == 8) return scale_codes<8>(bytes, zero, scale, out);
+  scale_codes<2>(bytes, zero, scale, out);
 }
+
+// Writes (code - zero) * scale for 32 codes. The function is not inlined, because GCC unrolls the loop instead of
+// vectorizing the loop where the bytes are a local array.
+template <int kBits>
+[[gnu::noinline]] void scale_local_codes(const uint8_t* bytes, int zero, float scale, float* out) {
+  scale_codes<kBits>(bytes, [=](int) { return zero; }, [=](int) { return scale; }, out);
+}
+
+#endif
 
 }  // namespace
 }  // namespace peft_ext

@@ -12,60 +12,132 @@
 namespace peft_ext {
 namespace {
 
+#ifndef __CUDACC__
+constexpr float kIntCode[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f,
+                                0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  5.0f,  6.0f,  7.0f};
+#endif
+
 struct IntRows {
   static constexpr int kPlain = 1, kOneScale = 2;  // flags of `option`
 
+  PEFT_EXT_BOTH static bool is_plain(const PackedView& w) { return format_flags(w.option) & kPlain; }
+  PEFT_EXT_BOTH static bool has_one_scale(const PackedView& w) { return format_flags(w.option) & kOneScale; }
+
+  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+    const int bits = code_bits(w.option);
+    const bool has_bits = is_plain(w) ? bits == 8 : bits == 2 || bits == 4 || bits == 8;
+    const bool has_groups = w.group == 0 || w.columns % w.group == 0;
+    return has_float_scales(w) && has_bits && has_groups && format_flags(w.option) < 4 &&
+                   !(has_one_scale(w) && (w.group || (w.part[2] && !is_plain(w))))
+               ? nullptr
+               : "groups that divide the columns, 2, 4 or 8 bits, and scales of float32, bfloat16 or float16";
+  }
+
+  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+    const int bits = code_bits(w.option);
+    const int64_t scales = has_one_scale(w) ? 1 : w.rows * groups_of(w);
+    if (part == 0) return is_plain(w) ? w.rows * w.columns : 4 * w.rows * words_of(w.columns, bits);
+    if (part == 1) return scale_bytes(w, scales);
+    if (part == 2) return is_plain(w) ? -scales : -4 * words_of(w.rows, bits) * groups_of(w);
+    return part == 3 ? -4 * w.columns : 0;
+  }
+
   PEFT_EXT_BOTH static int64_t scale_index(const PackedView& w, int64_t row, int64_t group) {
-    return format_flags(w.option) & kOneScale ? 0 : row * groups_of(w) + group;
+    return has_one_scale(w) ? 0 : row * groups_of(w) + group;
   }
 
   // Returns the zero of a packed weight as a code of 0 and more, and the zero of a plain weight as it is stored.
   PEFT_EXT_BOTH static int zero_at(const PackedView& w, int64_t row, int64_t group) {
-    const bool plain = format_flags(w.option) & kPlain;
     const int bits = code_bits(w.option);
-    if (!w.part[2]) return plain ? 0 : 1 << (bits - 1);
-    if (plain) return static_cast<const int8_t*>(w.part[2])[scale_index(w, row, group)];
-    const int64_t word = row * bits / 32 * groups_of(w) + group;
-    return code_at(static_cast<const uint32_t*>(w.part[2]) + word, bits, row % (32 / bits));
+    if (!w.part[2]) return is_plain(w) ? 0 : 1 << (bits - 1);
+    if (is_plain(w)) return static_cast<const int8_t*>(w.part[2])[scale_index(w, row, group)];
+    const int codes = 32 / bits;
+    const uint32_t* words = static_cast<const uint32_t*>(w.part[2]) + row / codes * groups_of(w) + group;
+    return code_at(words, bits, row % codes);
   }
 
   PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
     const int64_t group = group_at(w, w.part[3], column);
     const int bits = code_bits(w.option);
+    const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits);
     const int code =
-        format_flags(w.option) & kPlain
-            ? static_cast<const int8_t*>(w.part[0])[row * w.columns + column]
-            : code_at(static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits), bits, column);
+        is_plain(w) ? static_cast<const int8_t*>(w.part[0])[row * w.columns + column] : code_at(words, bits, column);
     const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
     return static_cast<float>(code - zero_at(w, row, group)) * scale;
   }
 
+#ifndef __CUDACC__
   static bool runs(const PackedView& w) { return w.columns % 32 == 0; }
 
   static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
-    const ScaleType type = scale_type(w.option);
-    const int bits = code_bits(w.option);
-    const bool plain = format_flags(w.option) & kPlain;
-    const int8_t* bytes = static_cast<const int8_t*>(w.part[0]) + row * w.columns + column;
-    const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + (row * w.columns + column) * bits / 32;
+    const int64_t first = has_one_scale(w) ? 0 : row * (w.group ? divided(w.columns, w.group) : 1);
     if (one_group_in_32(w, w.part[3])) {
-      const int64_t group = group_at(w, nullptr, column);
-      const int zero = zero_at(w, row, group);
-      const float scale = scale_value(w.part[1], type, scale_index(w, row, group));
-      if (!plain) return scale_codes(words, bits, zero, scale, out);
-      for (int c = 0; c < 32; ++c) out[c] = static_cast<float>(bytes[c] - zero) * scale;
+      const int64_t group = group_in_order(w, column);
+      const int zero = w.part[2] ? zero_at(w, row, group) : is_plain(w) ? 0 : 1 << (code_bits(w.option) - 1);
+      const float scale = scale_value(w.part[1], scale_type(w.option), first + group);
+      scale_run(w, row, column, [=](int) { return zero; }, [=](int) { return scale; }, out);
       return;
     }
+    int32_t groups[32];
+    groups_of_32(w, w.part[3], column, groups);
     int zeros[32];
+    for (int c = 0; c < 32; ++c) zeros[c] = is_plain(w) ? 0 : 1 << (code_bits(w.option) - 1);
+    if (w.part[2])
+      for (int c = 0; c < 32; ++c) zeros[c] = zero_at(w, row, groups[c]);
     float scales[32];
-    for (int c = 0; c < 32; ++c) {
-      const int64_t group = group_at(w, w.part[3], column + c);
-      zeros[c] = zero_at(w, row, group);
-      scales[c] = scale_value(w.part[1], type, scale_index(w, row, group));
-    }
-    if (!plain) return scale_codes<const int*, const float*>(words, bits, zeros, scales, out);
-    for (int c = 0; c < 32; ++c) out[c] = static_cast<float>(bytes[c] - zeros[c]) * scales[c];
+    with_scale_type(scale_type(w.option), [&](auto scale) {
+      for (int c = 0; c < 32; ++c) scales[c] = scale_value(w.part[1], decltype(scale)::kType, first + groups[c]);
+    });
+    scale_run(w, row, column, [&](int c) { return zeros[c]; }, [&](int c) { return scales[c]; }, out);
   }
+
+  // Members of 4-bit codes: a value is (code - 8) * scale + (8 - zero) * scale.
+  static constexpr Nibbles kNibbles = Nibbles::kLowFirst;
+  static constexpr bool kContiguous = true, kAdds = true;
+  static constexpr int kScaleColumns = 32;
+  static bool has_nibbles(const PackedView& w) {
+    return code_bits(w.option) == 4 && !is_plain(w) && one_group_in_32(w, w.part[3]);
+  }
+  static const float* table16() { return kIntCode; }
+  static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
+    return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
+  }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    const int64_t group = group_in_order(w, column);
+    const int zero = zero_at(w, row, group);
+    const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
+    for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(i - zero) * scale;
+  }
+  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float* add) {
+    with_scale_type(scale_type(w.option), [&](auto type) {
+      int64_t held = -1;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t group = group_in_order(w, column + 32 * i);
+        if (group == held) {
+          scale[i] = scale[i - 1];
+          add[i] = add[i - 1];
+          continue;
+        }
+        held = group;
+        scale[i] = scale_value(w.part[1], decltype(type)::kType, scale_index(w, row, group));
+        add[i] = static_cast<float>(8 - zero_at(w, row, group)) * scale[i];
+      }
+    });
+  }
+
+ private:
+  // Writes (code - zero(c)) * scale(c) for 32 columns.
+  template <typename Zero, typename Scale>
+  static void scale_run(const PackedView& w, int64_t row, int64_t column, const Zero& zero, const Scale& scale,
+                        float* out) {
+    const int64_t flat = row * w.columns + column;
+    const int bits = code_bits(w.option);
+    if (!is_plain(w))
+      return scale_codes(static_cast<const uint8_t*>(w.part[0]) + flat / 8 * bits, bits, zero, scale, out);
+    const int8_t* codes = static_cast<const int8_t*>(w.part[0]) + flat;
+    for (int c = 0; c < 32; ++c) out[c] = static_cast<float>(codes[c] - zero(c)) * scale(c);
+  }
+#endif
 };
 
 }  // namespace

@@ -10,27 +10,36 @@
 // `value` defines the format, on the CPU and on CUDA; decode32 gives the same bits, on the CPU, in plain loops that the
 // compiler vectorizes.
 //
+// A format whose words hold codes of one column and several rows may also have
+//
+//   constexpr bool kRowBlocks = true;
+//   void decode_rows(w, row, rows, column, float* out, stride);   decode32 of up to 16 rows, from a multiple of 16 on
+//
 // A format of 4-bit codes, where kScaleColumns columns (16 or 32) share a scale, may also have members by which codes
 // are looked up in tables, see packed/cpu/lookup_avx512.h, and which the products of few tokens read, see
-// packed/cpu/nibble_kernels.h: there a value is table16()[code] * scale + add, where the sum need not have the exact
-// bits:
+// packed/cpu/nibble_kernels.h. There a value is table16()[code] * scale + add, and need not have the exact bits.
 //
 //   constexpr Nibbles kNibbles;      the order of the codes
 //   constexpr bool kContiguous;      whether the codes of a row follow one another without gaps
 //   constexpr bool kAdds;            whether there are addends
 //   constexpr int kScaleColumns;
+//   bool has_nibbles(w);             whether these members are of this weight
 //   const float* table16();
 //   const uint8_t* codes32(w, row, column);      the 16 bytes of 32 columns
-//   void entries(w, row, column, float* out);    the values of the 16 codes in the kScaleColumns columns from `column`
-//   on void affine(w, row, column, count, float* scale, float* add);   the scales of `count` blocks from `column` on;
-//   the
-//                                                                   addends too if kAdds
+//   void entries(w, row, column, float* out);    the values of the 16 codes in kScaleColumns columns from `column` on
+//   void affine(w, row, column, count, float* scale, float* add);   the scales of `count` blocks from `column` on, and
+//                                                                   the addends if kAdds
 //
 // This file is included after the target pragma of an instruction set.
 #pragma once
 
+#include "weight/formats/awq.h"
 #include "weight/formats/fp4.h"
 #include "weight/formats/fp8.h"
+#include "weight/formats/gguf.h"
+#include "weight/formats/gptq.h"
+#include "weight/formats/hqq.h"
+#include "weight/formats/int_rows.h"
 #include "weight/formats/mxfp4.h"
 #include "weight/formats/nvfp4.h"
 
@@ -38,4 +47,25 @@
   FORMAT(1, Fp4)                 \
   FORMAT(2, Mxfp4)               \
   FORMAT(3, Nvfp4)               \
-  FORMAT(4, Fp8)
+  FORMAT(4, Fp8)                 \
+  FORMAT(5, IntRows)             \
+  FORMAT(6, Gptq)                \
+  FORMAT(7, Awq)                 \
+  FORMAT(8, Hqq)                 \
+  PEFT_EXT_GGUF_FORMATS(FORMAT)
+
+// 64 + the number of the type in ggml.
+#define PEFT_EXT_GGUF_FORMATS(FORMAT) \
+  FORMAT(66, GgufQ4_0)                \
+  FORMAT(67, GgufQ4_1)                \
+  FORMAT(70, GgufQ5_0)                \
+  FORMAT(71, GgufQ5_1)                \
+  FORMAT(72, GgufQ8_0)                \
+  FORMAT(74, GgufQ2_K)                \
+  FORMAT(75, GgufQ3_K)                \
+  FORMAT(76, GgufQ4_K)                \
+  FORMAT(77, GgufQ5_K)                \
+  FORMAT(78, GgufQ6_K)                \
+  FORMAT(84, GgufIQ4_NL)              \
+  FORMAT(87, GgufIQ4_XS)              \
+  FORMAT(103, GgufMXFP4)

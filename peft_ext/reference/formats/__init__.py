@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...weights.packed import PackedWeight
-from . import fp4, fp8, int_groups, mx
+from . import fp4, fp8, gguf, int_groups, mx
 
 __all__ = ["DECODERS", "decoded"]
 
@@ -23,6 +23,7 @@ DECODERS = {
     "gptq": int_groups.gptq,
     "awq": int_groups.awq,
     "hqq": int_groups.hqq,
+    **gguf.DECODERS,
 }
 
 
