@@ -40,7 +40,7 @@ class _Setting:
 class Search:
     def __init__(
         self, subject: Any, gpu_memory_gb: float, headroom: float, batch_size: int, sequence_length: int,
-        dtype: torch.dtype, optimizer: str, accelerated: bool, quantization: str,
+        dtype: torch.dtype, optimizer: str, accelerated: bool, quantization: str = "nf4",
     ) -> None:  # fmt: skip
         self.subject, self.gpu_memory_gb, self.headroom = subject, gpu_memory_gb, headroom
         self.dense = dtype_name(dtype)

@@ -144,8 +144,9 @@ def stored_quant(folder: Union[str, Path], about: Any) -> str:
     if (found := _quantization_config(about)) is None:
         return "none"
     if found.get("quant_method") == "bitsandbytes" and found.get("load_in_4bit"):
-        if found.get("bnb_4bit_quant_type") == "nf4":
+        if (kind := found.get("bnb_4bit_quant_type")) == "nf4":
             return "nf4"
+        raise SourceError(f"{folder} is quantized by bitsandbytes, {kind}; wanted bitsandbytes' nf4")
     from ..integrations.packed.layouts import LAYOUTS
     from ..integrations.packed.rules import read_rules
 

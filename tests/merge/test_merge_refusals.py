@@ -139,6 +139,7 @@ def test_refuses_bases(made, tmp_path):
     for about, text in (
         ({"quant_method": "gptq", "bits": 4}, "quant_method is gptq, and no layer of its files is stored as gptq"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "is quantized by bitsandbytes: "),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes, fp4"),
         ({"quant_method": "aqlm"}, "is quantized by aqlm: quant_method is 'aqlm', wanted one of "),
     ):
         (base / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
