@@ -408,6 +408,11 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         **shard.trainer_options(run),
         ddp_broadcast_buffers=False,  # the buffers are scales and tables, which each process has made alike
     )  # fmt: skip
+    if run.ranks.world > 1 and not run.sharded:
+        # DDP can't send tensors of 8-bit floats. Each process has read or made the same codes and scales.
+        held = (*model.named_parameters(), *model.named_buffers())
+        eight_bits = [name for name, t in held if t.is_floating_point() and t.element_size() == 1]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, eight_bits)
     args._n_gpu = min(args.n_gpu, 1)  # with more, Trainer would use nn.DataParallel and a larger batch
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
