@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Union
 
-import torch
 from torch import Tensor
 
-from .. import ops
 from ..weights.nf4 import NF4Weight
 from ..weights.packed import PackedWeight
 from ..weights.quantizers import quantized_like
-from .nf4 import NF4Linear
+from .nf4 import NF4Linear, quantization_error
+from .nf4 import requantized as requantized_nf4
 from .packed import PackedLinear
 
 __all__ = ["frozen_weight", "requantized", "set_frozen_weight"]
@@ -49,13 +47,11 @@ def requantized(merged: Tensor, weight: PackedWeight) -> tuple[PackedWeight, Ten
     Raises: RuntimeError if there is no quantizer for the layout of ``weight``.
     """
     if isinstance(weight, NF4Weight):
-        found: Any = replace(ops.nf4_quantize(merged, weight.blocksize, weight.nested is not None), dtype=weight.dtype)
-    elif (found := quantized_like(merged, weight)) is None:
+        return requantized_nf4(merged, weight)
+    if (found := quantized_like(merged, weight)) is None:
         raise RuntimeError(
             f"merge: the base weight is packed ({weight.format.name}, groups of {weight.group or 'all'} columns), for "
             "which there is no quantizer; wanted mxfp4, nvfp4, fp8 or int4 as peft_ext.quantize_packed makes them. "
             "Call peft_ext.dequantize_packed(model) before merging, or save the adapter and merge it by peft-ext merge"
         )
-    norm = torch.linalg.vector_norm(merged, dtype=torch.float64)
-    moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(merged), dtype=torch.float64)
-    return found, torch.where(norm == 0, 0.0, moved / norm)
+    return found, quantization_error(found, merged)
