@@ -44,6 +44,7 @@ _LAZY = {
     "merge_to_dense": "merge",
     "save_adapter": "files",
     "dequantize_nf4": "quantize",
+    "dequantize_packed": "quantize",
     "quantize_nf4": "quantize",
     "quantize_packed": "quantize",
     "recommend_peft_method": "recommend",

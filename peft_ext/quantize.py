@@ -1,4 +1,4 @@
-"""Converts a model's linear layers, and the experts of mixtures, to NF4 and back, in place."""
+"""Converts a model's linear layers, and the experts of mixtures, to packed formats and back, in place."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ from typing import Any, Optional, TypeVar
 import torch
 from torch import nn
 
-from .nn import NF4Experts, NF4Linear, PackedLinear
-from .nn.experts import dense_experts, expert_parameters, is_stored_transposed, nf4_experts
+from .nn import NF4Experts, NF4Linear, PackedEmbedding, PackedLinear
+from .nn.experts import FrozenExperts, dense_experts, expert_parameters, is_stored_transposed, nf4_experts
 from .nn.nf4 import is_zero3_shard
-from .nn.packed_experts import hold_packed
+from .nn.packed_experts import PackedExperts, hold_packed
 from .ops import checks
 from .weight_reads import weights_read_past
-from .weights.fp8 import quantize_fp8
-from .weights.int4_quantize import quantize_int4
-from .weights.mx import quantize_mxfp4, quantize_nvfp4
 from .weights.packed import PackedWeight
+from .weights.quantizers import PACKED_FORMATS, quantized
 
-__all__ = ["PACKED_FORMATS", "dequantize_nf4", "quantize_nf4", "quantize_packed"]
+__all__ = ["PACKED_FORMATS", "dequantize_nf4", "dequantize_packed", "quantize_nf4", "quantize_packed"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# The formats of quantize_packed.
-PACKED_FORMATS = ("mxfp4", "nvfp4", "fp8", "int4")
 # Names of the tensors of a quantized layer: of compressed-tensors' files, and for fp8 of transformers' files.
 _NAMES = {"fp8": ("weight", "weight_scale_inv"), "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale")}
 _OTHER_NAMES = ("weight_packed", "weight_scale")
@@ -38,8 +34,9 @@ HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_hea
 # Names of routers, and names of modules that are routers if the parent module also has a child "experts".
 _ROUTERS, _GATES = ("router", "shared_expert_gate"), ("gate",)
 
-# Attributes of an NF4Linear that an nn.Linear does not have.
-_NF4_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype")
+# Attributes of an NF4Linear or of a PackedLinear that an nn.Linear does not have.
+_PACKED_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype", "names", "extra", "compute_dtype", "note", "_template",
+                      "_packed")  # fmt: skip
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if re.match("_(forward|backward|is_full_backward)_", name))
 
@@ -137,17 +134,19 @@ def quantize_packed(
         raise ValueError(f"quantize_packed: format is {format!r}, wanted one of {', '.join(PACKED_FORMATS)}")
     if type(model) is nn.Linear:
         raise TypeError("quantize_packed: model is an nn.Linear and can't be replaced in place")
+    return pack_model(model, format, {skip} if isinstance(skip, str) else set(skip), progress)
+
+
+def pack_model(
+    model: _Model, format: str, skip: set[str], progress: bool = False,
+    pack: Callable[[torch.Tensor, str], PackedWeight] = quantized,
+) -> _Model:  # fmt: skip
+    """Replaces layers and experts as :func:`quantize_packed` does. ``pack`` makes a packed weight of a dense weight."""
     names = _NAMES.get(format, _OTHER_NAMES)
-    skipped = {skip} if isinstance(skip, str) else set(skip)
-    places, experts = linear_groups(model, skipped), experts_to_quantize(model, skipped)
-    for same in places:
-        _check_columns(format, same[0].name, same[0].linear.in_features)
-    for name, module in experts:
-        for parameter, dense in _dense_stacks(module):
-            _check_columns(format, f"{name}.{parameter}", dense.shape[-1])
+    places, experts = check_packable(model, format, skip, on_meta=False)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
-        weight = quantized(linear.weight, format) if first is None else first.packed
+        weight = pack(linear.weight, format) if first is None else first.packed
         module = PackedLinear.from_packed(weight, names, linear.bias, dtype=linear.weight.dtype).train(linear.training)
         if first is not None:  # one parameter object keeps the layers tied in a copy of the model
             module._parameters[names[0]] = first._parameters[names[0]]
@@ -155,29 +154,30 @@ def quantize_packed(
         return module
 
     if places or not experts:
-        _replace_all("quantize_packed", "nn.Linear", model, places, make, progress, stacklevel=3)
+        _replace_all("quantize_packed", "nn.Linear", model, places, make, progress, stacklevel=4)
     for _, module in _progress(experts) if progress else experts:
         weights = {}
         for parameter, dense in _dense_stacks(module):
             held = tuple(f"{parameter}_{part}" for part in names[1:])
-            weights[parameter] = (quantized(dense, format), (parameter, *held))
+            weights[parameter] = (pack(dense, format), (parameter, *held))
         hold_packed(module, weights, dense.dtype)
     return model
 
 
-def quantized(weight: torch.Tensor, format: str) -> PackedWeight:
-    """Returns a weight ``[N, K]``, or the weights ``[E, N, K]`` of experts, in one of ``PACKED_FORMATS``."""
-    weight = weight.detach()
-    if weight.dim() == 3:
-        return PackedWeight.stack([quantized(one, format) for one in weight])
-    if format == "int4":
-        return quantize_int4(weight, _int4_group(weight.shape[1]) or weight.shape[1])
-    return {"mxfp4": quantize_mxfp4, "nvfp4": quantize_nvfp4, "fp8": quantize_fp8}[format](weight)
+def check_packable(
+    model: nn.Module, format: str, skip: set[str] = frozenset(HEADS), on_meta: bool = True
+) -> tuple[list[list[Place]], list[tuple[str, nn.Module]]]:
+    """Checks and returns the layers and the experts that :func:`quantize_packed` would quantize.
 
-
-def _int4_group(columns: int) -> int:
-    """Returns the largest number of columns of 128, 64 and 32 that divides ``columns``; 0 if none does."""
-    return next((group for group in (128, 64, 32) if columns % group == 0), 0)
+    ``on_meta``: whether weights may be on the meta device.
+    """
+    places, experts = linear_groups(model, skip, on_meta), experts_to_quantize(model, skip, on_meta)
+    for same in places:
+        _check_columns(format, same[0].name, same[0].linear.in_features)
+    for name, module in experts:
+        for parameter, dense in _dense_stacks(module):
+            _check_columns(format, f"{name}.{parameter}", dense.shape[-1])
+    return places, experts
 
 
 def _check_columns(format: str, name: str, columns: int) -> None:
@@ -252,27 +252,66 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     Source: QLoRA, arXiv 2305.14314.
     """
-    checks.check_module("dequantize_nf4", model)
-    if type(model) is NF4Linear:
-        raise TypeError("dequantize_nf4: model is an NF4Linear and can't be replaced in place, its dequantize() gives "
-                        "the dense weight")  # fmt: skip
-    if dtype is not None:
-        checks.check_dtype("dequantize_nf4", dtype)
+    return _dequantize("dequantize_nf4", (NF4Linear,), NF4Experts, model, dtype, progress)
 
-    def make(layer: NF4Linear, first: Optional[nn.Module]) -> nn.Linear:
-        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
-        module.weight = nn.Parameter(layer.dequantize(dtype), False) if first is None else first.weight
-        if layer.bias is not None:
+
+def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, progress: bool = True) -> _Model:
+    """Replaces every :class:`peft_ext.nn.PackedLinear` of ``model`` by an ``nn.Linear`` with the decoded weight, in
+    place.
+
+    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding``, and :class:`peft_ext.nn.PackedExperts` become
+    dense experts. All that the documentation of :func:`dequantize_nf4` says of adapters, merging, tied weights, hooks,
+    memory and errors holds here too.
+
+    Args:
+        model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
+        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
+            each layer's ``compute_dtype``.
+        progress: whether to show a progress bar on a terminal, if tqdm is installed.
+
+    Returns: ``model``. Warns if ``model`` has no packed layer to dequantize.
+
+    Raises:
+        TypeError: ``model`` is itself a packed layer, or no module; ``dtype`` is none of the four dtypes.
+        ValueError: a weight on the meta device; an adapter that is merged into a packed weight; a layer with a replaced
+            ``forward``.
+        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+    """
+    return _dequantize("dequantize_packed", (PackedLinear, PackedEmbedding), PackedExperts, model, dtype, progress)
+
+
+def _dequantize(
+    op: str, kinds: tuple[type, ...], of_experts: type, model: _Model, dtype: Optional[torch.dtype], progress: bool
+) -> _Model:
+    """Replaces the layers of ``kinds``, and the experts of ``of_experts``, by dense ones. ``op`` is for errors."""
+    checks.check_module(op, model)
+    kind = kinds[0].__name__
+    if type(model) in kinds:
+        raise TypeError(f"{op}: model is {'an' if kind == 'NF4Linear' else 'a'} {type(model).__name__} and can't be "
+                        "replaced in place, its dequantize() gives the dense weight")  # fmt: skip
+    if dtype is not None:
+        checks.check_dtype(op, dtype)
+
+    def make(layer: Any, first: Optional[nn.Module]) -> nn.Module:
+        weight = nn.Parameter(layer.dequantize(dtype), False) if first is None else first.weight
+        if isinstance(layer, nn.Embedding):
+            module: nn.Module = nn.Embedding(*weight.shape, layer.padding_idx, _weight=weight)
+            module.weight = weight
+        else:
+            module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            module.weight = weight
+        if (bias := getattr(layer, "bias", None)) is not None:
             # The parameter itself stays, because an optimizer or another layer may hold the parameter. F.linear needs
             # weight and bias of one dtype.
-            module.bias = layer.bias
-            module.bias.data = layer.bias.data.to(module.weight.dtype)
-        _carry_over(layer, module)
+            module.bias = bias
+            module.bias.data = bias.data.to(weight.dtype)
+        _carry_over(layer, module.train(layer.training))
         return module
 
-    places, experts = _nf4_places(model), [module for module in model.modules() if isinstance(module, NF4Experts)]
+    places = _packed_places(op, kinds, model)
+    experts = [module for module in model.modules() if isinstance(module, of_experts)]
     if places or not experts:
-        _replace_all("dequantize_nf4", "NF4Linear", model, places, make, progress, stacklevel=3)
+        _replace_all(op, kind, model, places, make, progress, stacklevel=4)
     for module in experts:
         dense_experts(module, dtype)
     return model
@@ -372,22 +411,24 @@ def _gates(model: nn.Module) -> set[str]:
     return found
 
 
-def _nf4_places(model: nn.Module) -> list[list[Place]]:
+def _packed_places(op: str, kinds: tuple[type, ...], model: nn.Module) -> list[list[Place]]:
     """Checks and returns the layers to dequantize, in groups of places that share one layer or one weight."""
     groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None
-        if below is not None and any(type(module) is NF4Linear for module in below.modules()):
-            raise ValueError(f"dequantize_nf4: {prefix or 'model'} has a merged adapter, unmerge it first")
+        if below is not None and any(type(module) in kinds for module in below.modules()):
+            raise ValueError(f"{op}: {prefix or 'model'} has a merged adapter, unmerge it first")
         for attribute, child in parent._modules.items():
-            if type(child) is not NF4Linear:
+            if type(child) not in kinds:
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
             if child.weight.is_meta:
-                raise ValueError(f"dequantize_nf4: {name}.weight is on the meta device, load the model's weights first")
-            _check_forward("dequantize_nf4", name, child)
-            weight = (child.weight.data_ptr(), child.absmax.data_ptr(), child.out_features, child.quant_dtype)
-            key = weight if child.weight.numel() else id(child)  # an empty weight has no address
+                raise ValueError(f"{op}: {name}.weight is on the meta device, load the model's weights first")
+            _check_forward(op, name, child)
+            weight = child.nf4 if type(child) is NF4Linear else child.packed
+            addresses = [tensor.data_ptr() for tensor in weight.tensors().values()]
+            # An empty weight has no address.
+            key = (*addresses, weight.shape, weight.dtype) if child.weight.numel() else id(child)
             groups.setdefault(key, []).append(Place(name, parent, attribute, keeps_bias=True))
     return list(groups.values())
 
@@ -399,7 +440,7 @@ def experts_to_quantize(model: nn.Module, skip: set[str], on_meta: bool = False)
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, NF4Experts) or not (parameters := expert_parameters(module)):
+        if isinstance(module, FrozenExperts) or not (parameters := expert_parameters(module)):
             continue
         if not skip.isdisjoint(name.split(".")):
             continue
@@ -476,7 +517,7 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
             done[id(linear)] = make(linear, next(iter(done.values()), None))
     for place in same:
         module = done[id(place.linear)]
-        if module.bias is not None and not place.keeps_bias:
+        if getattr(module, "bias", None) is not None and not place.keeps_bias:
             module.bias.requires_grad_(False)
         setattr(place.parent, place.attribute, module)
 
@@ -485,7 +526,7 @@ def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
         setattr(module, hooks, getattr(linear, hooks))  # a shared dict of hooks keeps the hooks' handles working
     for name, value in linear.__dict__.items():
-        if name not in module.__dict__ and name not in _NF4_ATTRIBUTES:
+        if name not in module.__dict__ and name not in _PACKED_ATTRIBUTES:
             setattr(module, name, value)  # copies what other code stored on the layer
 
 

@@ -14,9 +14,11 @@ import typer
 
 from .. import _cpu, quantize
 from ..run.demo_model import demo_model
-from ..run.options import DEMO_MODEL, QUANTIZATIONS
+from ..run.options import DEMO_MODEL, quant_name
+from ..sources.json_file import raised_as
 from ..sources.model import model_folder, read_model_config, widen
 from ..weights.nf4 import BLOCKSIZES
+from ..weights.quantizers import PACKED_FORMATS, QUANTIZATIONS
 from . import CliError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ BaseModel = Annotated[
     Optional[str], typer.Option(help='Base: folder, hub name, or "smollm2". Default: the adapter\'s own.')
 ]
 BaseBlocksize = Annotated[Optional[int], typer.Option(help="Blocksize of nf4. Default: the run.json's, or 64.")]
+QUANT_HELP = f"{', '.join(QUANTIZATIONS)}. Default: the run's, or none."
 Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTorch's.")]
 
 
@@ -79,11 +82,42 @@ def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> N
         raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
 
 
-def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], dtype: Any = None) -> Any:
+def chosen_quant(option: str, folder: Path, stored: str, asked: Optional[str], trained: Mapping[str, Any]) -> str:
+    """Returns the quantization of a base: as the files store the weights, as asked for, or as in the training.
+
+    Args:
+        option: name of the command line option whose value is ``asked``, for the error message.
+        stored: how the files in ``folder`` store the weights, see :func:`peft_ext.sources.model.stored_quant`.
+        trained: see :func:`peft_ext.sources.adapter.training_options`.
+
+    Raises CliError where ``asked`` does not fit the files.
+    """
+    quant = asked or trained.get("quant", "none")
+    if stored != "none":
+        if asked not in (None, stored):
+            held = "NF4" if stored == "nf4" else "packed"
+            raise CliError(f"{option} {asked}: the files in {folder} are {held}")
+        return stored
+    if quant == "checkpoint":
+        by = "" if asked else "the adapter's run.json has "
+        raise CliError(f"{by}{option} checkpoint: the files in {folder} are dense, wanted another {option}")
+    return quant
+
+
+def quant_text(quant: str, blocksize: int) -> str:
+    """Returns a quantization in words."""
+    if quant == "checkpoint":
+        return "packed as in the checkpoint"
+    return f"nf4, double quantization, blocks of {blocksize}" if quant == "nf4" else quant
+
+
+def held_model(
+    loaded: Any, config: Any, device: Any, quant: str, blocksize: Optional[int] = None, dtype: Any = None
+) -> Any:
     """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
 
-    A base whose files have 4-bit weights stays unchanged. Any other base is cast to ``dtype`` (None: no cast), is
-    quantized to NF4 where ``blocksize`` is not None, and is widened from bfloat16 to float32 on a CPU if
+    A base whose files have bitsandbytes' 4-bit weights stays unchanged. Any other base is cast to ``dtype`` (None: no
+    cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to float32 on a CPU if
     ``_cpu.why_float32`` gives a reason (no bfloat16 instructions may be used). Raises CliError where a weight is
     missing.
     """
@@ -93,8 +127,11 @@ def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], 
     if getattr(model, "is_loaded_in_4bit", False):
         return model
     model = model.to(device, dtype)
-    if blocksize is not None:
-        quantize.quantize_nf4(model, blocksize=blocksize, progress=False)
+    if quant == "nf4":
+        quantize.quantize_nf4(model, blocksize=blocksize or 64, progress=False)
+    elif quant in PACKED_FORMATS:
+        with raised_as(CliError, f"{quant_name(quant)}: ", ValueError):
+            quantize.quantize_packed(model, quant, progress=False)
     if device.type == "cpu" and model.dtype is torch.bfloat16 and _cpu.why_float32():
         widen(model)
     return model

@@ -17,7 +17,7 @@ from ._common import held_model
 
 
 def verified(
-    name: str, config: Any, adapter: Optional[Path], dtype: torch.dtype, blocksize: Optional[int], data: str,
+    name: str, config: Any, adapter: Optional[Path], dtype: torch.dtype, quant: str, blocksize: int, data: str,
     batch_size: int, length: int,
 ) -> Any:  # fmt: skip
     """Returns the :class:`peft_ext.verification.Verification` of a training step of an adapter on a model.
@@ -28,7 +28,7 @@ def verified(
         adapter: folder of a saved adapter; None: a new adapter. Tensors of a new adapter that are zero get small random
             numbers, because a gradient through a zero tensor is zero.
         dtype: dtype of a base that is not in 4 bits.
-        blocksize: block size for quantizing the base to NF4; None: the base is not quantized.
+        quant, blocksize: quantization of the base, and the block size of NF4.
         data: value of the option ``--data`` of ``peft-ext finetune``.
         batch_size, length: number of examples of the batch, and most tokens of an example.
 
@@ -40,7 +40,7 @@ def verified(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with status("loading"), hushed():
         loaded = load_model(name, config, adapter or Path(name), {}, {})
-        base = held_model(loaded, config, device, blocksize, dtype)
+        base = held_model(loaded, config, device, quant, blocksize, dtype)
         with raised_as(CliError, "--verify: the adapter does not fit: ", *REFUSALS):
             if adapter is not None:
                 model = load_adapter(base, adapter, is_trainable=True, accelerate=False)

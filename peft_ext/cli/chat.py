@@ -28,6 +28,7 @@ from ..sources.json_file import first_line, raised_as
 from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
 from ._common import (
+    QUANT_HELP,
     AdapterFolder,
     BaseBlocksize,
     BaseModel,
@@ -35,9 +36,11 @@ from ._common import (
     base_of,
     check_base,
     check_range,
+    chosen_quant,
     console,
     held_model,
     new_table,
+    quant_text,
 )
 
 _SECONDS = 10.0  # most seconds that a chat template may run; a template is a program that may be hostile
@@ -48,7 +51,7 @@ def chat(
     model: BaseModel = None,
     prompt: Annotated[Optional[str], typer.Option(help="Prompt to answer. Default: ask, or read lines.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
-    base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
+    base_quant: Annotated[Optional[str], typer.Option(help=QUANT_HELP)] = None,
     blocksize: BaseBlocksize = None,
     temperature: Annotated[float, typer.Option(help="0: likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for each answer.")] = 0,
@@ -223,13 +226,10 @@ def _base(
     made = base.model
     if not made.can_generate():
         raise CliError(f"{type(made).__name__} generates no text, wanted a language model")
-    held = getattr(made, "is_loaded_in_4bit", False)
-    if held and quant == "none":
-        raise CliError(f"--base-quant none: the files in {base.folder} are NF4")
-    quant = "nf4" if held else quant or trained.get("quant", "none")
-    blocksize = None if held or quant != "nf4" else blocksize or int(trained.get("blocksize", 64))
-    made = held_model(base, config, device, blocksize).eval()
-    about = quant if blocksize is None else f"nf4, double quantization, blocks of {blocksize}"
+    quant = chosen_quant("--base-quant", base.folder, base.quant, quant, trained)
+    blocksize = blocksize or int(trained.get("blocksize", 64))
+    made = held_model(base, config, device, quant, blocksize).eval()
+    about = "nf4" if base.quant == "nf4" else quant_text(quant, blocksize)
     return made, base.folder, about, trained.get("kind")
 
 

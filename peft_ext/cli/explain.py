@@ -8,6 +8,7 @@ reads the weights, and runs a training step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +22,19 @@ from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.data import PYTHON_DOCS
 from ..run.errors import REFUSALS, need
+from ..run.options import quant_name
 from ..run.plan import Preview, preview
 from ..run.progress import quiet, status
 from ..sources.json_file import raised_as
-from ..sources.model import head_labels, is_nf4, model_class, task_of
+from ..sources.model import head_labels, model_class, pack_as_stored, quant_method, stored_quant, task_of
 from ..text import dtype_name, format_bytes
 from . import CliError
 from ._common import (
+    QUANT_HELP,
     base_of,
     check_base,
     check_range,
+    chosen_quant,
     console,
     dense_config,
     layers_table,
@@ -38,6 +42,7 @@ from ._common import (
     model_config,
     new_table,
     print_json,
+    quant_text,
 )
 from ._verify import verified
 
@@ -62,7 +67,7 @@ def explain(
     model: Annotated[Optional[str], typer.Option(help="Base of an adapter. Default: its own.")] = None,
     method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeatable. Default: lora.")] = None,
     rank: Annotated[Optional[int], typer.Option(help="Low-rank methods' rank. Default: 16, adalora 8.")] = None,
-    quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's or run's.")] = None,
+    quant: Annotated[Optional[str], typer.Option(help=QUANT_HELP)] = None,
     blocksize: Annotated[Optional[int], typer.Option(help="Blocksize of nf4. Default: 64.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
@@ -92,8 +97,8 @@ def explain(
         try:
             with status(name):
                 quant_of = _quant(name, base)
-                if quant_of == "nf4" and name in METHODS and not METHODS[name].can_quantize:
-                    raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
+                if quant_of != "none" and name in METHODS and not METHODS[name].can_quantize:
+                    raise CliError(f"{name}: it trains the weights themselves, which {quant_name(quant_of)} freezes")
                 with raised_as(CliError, f"{name}: ", *REFUSALS):
                     found[name] = preview(
                         base.model, config, dtype=base.dtype, device=device, quant=quant_of, blocksize=base.blocksize,
@@ -110,10 +115,10 @@ def explain(
     checks = {}
     for name, config in configs if verify else ():
         if name in found:
-            size = base.blocksize if _quant(name, base) == "nf4" else None
             checks[name] = verified(
-                base.name, config, adapter, base.dtype, size, data or PYTHON_DOCS, batch_size, length
-            )
+                base.name, config, adapter, base.dtype, _quant(name, base), base.blocksize, data or PYTHON_DOCS,
+                batch_size, length,
+            )  # fmt: skip
     if as_json:
         verifications = {name: {**vars(one), "ok": one.ok} for name, one in checks.items()}
         print_json(_document(base, step, found, refused) | ({"verified": verifications} if verify else {}))
@@ -179,14 +184,14 @@ def _of_model(
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
     with raised_as(CliError, f"{what}: ", *REFUSALS):
-        model, own = build_model(config)
+        model, own = build_model(dense_config(copy.copy(config)))
     configs = []
     for method in chosen:
         path, fields = method_config(method, task_of(model))
         if rank is not None and method in _LOW_RANK:
             fields |= {"init_r": rank + rank // 2, "target_r": rank} if method == "adalora" else {"r": rank}
         configs.append((method, make_config(path, fields)))
-    return _base(what, model, own, dtype, quant, blocksize, about), configs
+    return _base(what, model, own, dtype, quant, blocksize, about, folder, config), configs
 
 
 def _of_adapter(
@@ -209,31 +214,34 @@ def _of_adapter(
     own = torch.bfloat16 if trained else config.dtype or torch.float32
     with raised_as(CliError, f"{name}: ", *REFUSALS):
         kind = model_class(config, adapter)
+        dense = dense_config(copy.copy(config))
         with torch.device("meta"):
-            built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+            built = kind.from_config(dense) if hasattr(kind, "from_config") else kind(dense)
     with raised_as(CliError, f"{folder / 'adapter_config.json'}: ", ValueError):
         check_expressions(adapter, built)
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    return _base(name, built, own, dtype, quant, blocksize, about), [(method, adapter)]
+    return _base(name, built, own, dtype, quant, blocksize, about, base_folder, config), [(method, adapter)]
 
 
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
     """Returns the quantization and the block size of the base, and a text about both that says where they come from."""
-    held = is_nf4(folder, config)
-    dense_config(config)
-    if held and quant == "none":
-        raise CliError(f"--quant none: the files in {folder} are NF4")
+    stored = stored_quant(folder, config)
+    chosen = chosen_quant("--quant", folder, stored, quant, trained)
     by = "as asked for"
     if quant is None:
-        by = "as its files are" if held or not trained else "as its run.json has it"
-        quant = "nf4" if held else trained.get("quant", "none")
+        by = "as its files are" if stored != "none" or not trained else "as its run.json has it"
     blocksize = blocksize or int(trained.get("blocksize", 64))
-    return quant, blocksize, f"{quant}, double quantization, blocks of {blocksize}, {by}" if quant == "nf4" else quant
+    if chosen == "checkpoint":
+        return chosen, blocksize, f"packed as in its files ({quant_method(config)})"
+    about = quant_text(chosen, blocksize)
+    return chosen, blocksize, about if chosen == "none" else f"{about}, {by}"
 
 
-def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: int, about: str) -> _Base:
+def _base(
+    name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: int, about: str, folder: Path, config: Any
+) -> _Base:
     from ..merge import DTYPES
 
     wanted = DTYPES[dtype] or own
@@ -241,11 +249,14 @@ def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: in
         raise CliError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a floating-point dtype: give --dtype")
     if not (parameters := sum(parameter.numel() for parameter in model.parameters())):
         raise CliError(f"{name}: a {type(model).__name__} without parameters")
-    return _Base(name, model.to(wanted), wanted, quant, blocksize, about, parameters)
+    model = model.to(wanted)
+    if quant == "checkpoint":
+        pack_as_stored(model, folder, config, wanted)
+    return _Base(name, model, wanted, quant, blocksize, about, parameters)
 
 
 def _quant(name: str, base: _Base) -> str:
-    return "nf4" if name == "qlora" else base.quant
+    return "nf4" if name == "qlora" and base.quant == "none" else base.quant
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

@@ -10,16 +10,14 @@ import typer
 from ..run.errors import need
 from ..text import format_bytes
 from . import CliError
-from ._common import AdapterFolder, BaseBlocksize, BaseModel, base_of
+from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, BaseModel, base_of
 
 
 def merge(
     adapter: AdapterFolder,
     output: Annotated[Path, typer.Option(help="Folder for the dense model.")],
     model: BaseModel = None,
-    base_quant: Annotated[
-        Optional[str], typer.Option(help="Base to merge into: nf4 or none. Default: the run.json's, or none.")
-    ] = None,
+    base_quant: Annotated[Optional[str], typer.Option(help=QUANT_HELP)] = None,
     blocksize: BaseBlocksize = None,
     double_quant: Annotated[bool, typer.Option(help="Double quantization of nf4.")] = True,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",

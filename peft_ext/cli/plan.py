@@ -37,8 +37,7 @@ def _summary(plan: Plan) -> Any:
     table = new_table("", "", show_header=False)
     table.add_row("model", f"{o.model}, {plan.model_class}, {plan.parameters:,} parameters")
     dtype = dtype_name(run.dtype)
-    held = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype
-    table.add_row("weights", f"{held}{', stock PEFT and bitsandbytes' if o.stock else ''}; on {run.device.type}")
+    table.add_row("weights", f"{run.weights}{', stock PEFT and bitsandbytes' if o.stock else ''}; on {run.device.type}")
     if run.why_dtype:
         twice = "; the dense weights take twice the bytes of bfloat16" if run.dtype == torch.float32 else ""
         table.add_row("computes in", f"{dtype}: {run.why_dtype}{twice}")
@@ -76,8 +75,10 @@ def _memory(plan: Plan) -> Any:
         for kind, name in _KINDS.items():
             table.add_row(f"  {name}", mib(getattr(memory, kind)), mib(memory.peak[kind]))
         table.add_row(f"a step of {plan.run.options.batch_size} x {plan.longest} tokens", "", mib(memory.total))
-    table.add_row("loading: the dense bfloat16 weights", "", mib(plan.load_bytes))
-    table.add_row("the last check: the dense weights beside the trained model", "", mib(plan.check_bytes))
+    is_packed = plan.run.options.quant == "checkpoint"
+    held, beside = ("packed", "packed") if is_packed else ("dense bfloat16", "dense")
+    table.add_row(f"loading: the {held} weights", "", mib(plan.load_bytes))
+    table.add_row(f"the last check: the {beside} weights beside the trained model", "", mib(plan.check_bytes))
     if plan.held_bytes:
         table.add_row("Python, the libraries and the data: this process now", "", mib(plan.held_bytes))
     table.add_row("needed, at least", "", mib(plan.needed_bytes))

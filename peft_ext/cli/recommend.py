@@ -11,12 +11,14 @@ import typer
 from ..run.errors import need
 from ..run.progress import quiet, status
 from ..sources.json_file import first_line
+from ..weights.quantizers import PACKED_FORMATS
 from . import CliError
 from ._common import dense_config, model_config, print_json
 
 _OPTIONS = {
     "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
     "batch_size": "batch-size", "sequence_length": "sequence-length", "prefer": "prefer", "headroom": "headroom",
+    "quantization": "quant",
 }  # fmt: skip
 
 
@@ -32,6 +34,7 @@ def recommend(
     batch_size: Annotated[int, typer.Option(help="Sequences of one forward; may be lowered to 1.")] = 4,
     sequence_length: Annotated[Optional[int], typer.Option(help="Tokens. Default: 1024; encoders: 512.")] = None,
     prefer: Annotated[str, typer.Option(help="balanced, or quality, which allows a slower step.")] = "balanced",
+    quant: Annotated[str, typer.Option(help=f"If quantized: nf4, {', '.join(PACKED_FORMATS)}.")] = "nf4",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Recommend a method and its setting for a model, a card, a task and an amount of data, with reasons."""
@@ -49,8 +52,9 @@ def recommend(
     try:
         with status("tracing training steps"):
             found = recommend_peft_method(
-                subject, memory, task, examples, batch_size=batch_size, sequence_length=sequence_length, prefer=prefer
-            )
+                subject, memory, task, examples, batch_size=batch_size, sequence_length=sequence_length, prefer=prefer,
+                quantization=quant,
+            )  # fmt: skip
     except (ValueError, TypeError, RuntimeError) as error:
         raise CliError(_in_options(first_line(error))) from None
     if as_json:

@@ -318,9 +318,6 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif isinstance(module, NF4Linear):
             kind, reason = "NF4Linear", tensor_reason("its weight", module.weight)
             reason = reason or kernel_reason("nf4_linear", module.weight.device.type) or ""
-            if not reason and module.merge_error is not None:
-                yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {module.merge_error:.2%}")
-                continue
         elif isinstance(module, PackedLinear):
             kind, reason = f"PackedLinear{_format(module)}", reasons.weight_reason(module)
             reason = reason or kernel_reason("frozen_linear", module.weight.device.type) or ""
@@ -338,6 +335,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif id(module) in linears and linear_dtype(module) in reasons.WIDENED:
             kind = "Linear"
         if kind is None:
+            continue
+        if reason == "" and (error := getattr(module, "merge_error", None)) is not None:
+            yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {error:.2%}")
             continue
         if reason is None:
             fused = FUSED.get(type(module))

@@ -12,7 +12,8 @@ from torch import nn
 from ..integrations import peft as integration
 from ..integrations.adapter_layers.base import STOCK
 from ..methods import METHODS, make_config, method_config
-from ..nn import NF4Experts, NF4Linear
+from ..nn import NF4Experts, NF4Linear, PackedExperts
+from ..nn.packed import HoldsPacked
 from ..sources.model import task_of
 from .stand_ins import Dequantized
 
@@ -100,5 +101,16 @@ def name_of(model: nn.Module, method: Optional[str]) -> str:
 
 
 def quantization_of(model: nn.Module) -> Optional[str]:
-    layers = [module for module in model.modules() if isinstance(module, (NF4Linear, NF4Experts, Dequantized))]
-    return None if not layers else "int8" if "CB" in layers[0]._buffers else "nf4"
+    """Returns the name of the quantization of the model's weights, or the names of several; None for dense weights."""
+    names = {name: None for module in model.modules() for name in _formats(module)}
+    return "+".join(names) or None
+
+
+def _formats(module: nn.Module) -> list[str]:
+    if isinstance(module, HoldsPacked):
+        return [module.packed.format.name]
+    if isinstance(module, PackedExperts):
+        return [module.frozen(name).format.name for name in module.frozen_shapes()]
+    if isinstance(module, (NF4Linear, NF4Experts, Dequantized)):
+        return ["int8" if "CB" in module._buffers else "nf4"]
+    return []

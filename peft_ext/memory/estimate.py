@@ -11,6 +11,7 @@ from torch import nn
 from .. import methods
 from ..ops import checks
 from ..sources.model import AUTO_CLASSES, base_model
+from ..weights.quantizers import PACKED_FORMATS
 from .adapt import adapt_on_meta, is_checkpointing, name_of, put_on_ops, quantization_of, set_checkpointing
 from .optimizers import OPTIMIZERS
 from .profile import MemoryEstimate, Profile
@@ -18,7 +19,7 @@ from .stand_ins import build_model, copy_to_meta, quantize_stand_ins, replace_te
 from .trace import VALUES_WANTED, Step
 
 METHODS = ("full", *methods.METHODS)
-QUANTIZATIONS = ("nf4", "int8")
+QUANTIZATIONS = ("nf4", *PACKED_FORMATS, "int8")
 
 _MOST_TOKENS = 2**40  # most tokens of a batch; with more, a tensor's byte count may not fit in 64 bits
 
@@ -68,8 +69,9 @@ def estimate_memory(
             "lion_8bit", "rmsprop", "sgd", or None.
         gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
             backward computes the layer again. False: a model whose checkpointing is on keeps checkpointing.
-        quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "int8": as
-            bitsandbytes' Linear8bitLt. Heads stay dense.
+        quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "mxfp4", "nvfp4",
+            "fp8", "int4": as :func:`peft_ext.quantize_packed`; "int8": as bitsandbytes' Linear8bitLt. Heads stay dense.
+            The packed layers of a model in memory count as they are.
         accelerated: True: the step runs the layers that :func:`peft_ext.accelerate` makes. False: the step runs PEFT's
             own layers, over bitsandbytes' Linear4bit for an NF4 base, which dequantizes a weight on each use.
         autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``.

@@ -11,6 +11,7 @@ quantized, become layers whose packed weights and scales are stand-ins or meta t
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.adapter_layers.base import FOUR_BIT, QUANTIZED, Linear8bitLt
-from ..nn import NF4Experts, NF4Linear
-from ..nn.experts import expert_parameters, hold_nf4, is_stored_transposed
+from ..nn import NF4Linear
+from ..nn.experts import FrozenExperts, expert_parameters, hold_nf4, is_stored_transposed
 from ..nn.nf4 import empty_nf4
-from ..quantize import HEADS, linear_groups, replace_group
+from ..quantize import HEADS, linear_groups, pack_model, replace_group
 from ..sources.model import AUTO_CLASSES
 from ..weights.nf4 import NF4Weight
+from ..weights.packed import PackedWeight
+from ..weights.quantizers import PACKED_FORMATS, quantized
 
 
 def build_model(
@@ -79,7 +82,8 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         memo[id(t)] = _like(t, _meta)
-        if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
+        # A cast leaves packed codes, of which some are 8-bit floats, as they are.
+        if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point() and t.element_size() > 1:
             if not (partly and t.requires_grad):  # the parameters of an adapter keep their dtypes
                 memo[id(t)].data = memo[id(t)].data.to(dtype)
     for module in model.modules():
@@ -178,7 +182,13 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 
 
 def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
-    """Replaces the layers that quantize_nf4 or bitsandbytes would quantize by quantized layers without data."""
+    """Replaces the layers that quantize_nf4, quantize_packed or bitsandbytes would quantize by quantized layers without
+    data."""
+    if kind in PACKED_FORMATS:
+        with warnings.catch_warnings():  # hides the warning about a model without layers to quantize
+            warnings.filterwarnings("ignore", "quantize_packed: .* has no nn.Linear")
+            pack_model(model, kind, set(HEADS), pack=_packed)
+        return
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)
@@ -193,8 +203,13 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
         replace_group(same, make)
     if kind == "nf4" and fused:  # bitsandbytes leaves a mixture's experts dense
         for module in model.modules():
-            if not isinstance(module, NF4Experts) and (names := expert_parameters(module)):
+            if not isinstance(module, FrozenExperts) and (names := expert_parameters(module)):
                 hold_nf4(module, {name: _experts(module, name, blocksize, double_quant) for name in names})
+
+
+def _packed(weight: Tensor, format: str) -> PackedWeight:
+    """Returns a packed weight of stand-ins for a dense weight without data."""
+    return quantized(_meta(weight), format).map(stand_in)
 
 
 def _experts(module: Any, name: str, blocksize: int, double_quant: bool) -> NF4Weight:

@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  PyT
 from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  PyTorch has no public pytree functions
 
 from ..integrations.adapter_layers.reasons import accepting
-from ..nn import NF4Experts, NF4Linear
+from ..nn import NF4Linear
+from ..nn.experts import FrozenExperts
+from ..nn.packed import HoldsPacked
 from ..ops.library import NAMESPACE
 from ..sources.model import base_model, output_head
 from .optimizers import OPTIMIZERS
@@ -150,7 +152,7 @@ class Step:
     def _note_resident(self) -> None:
         adapters = self._adapters()
         for module in self.model.modules():
-            quantized = isinstance(module, (NF4Linear, NF4Experts, Dequantized))
+            quantized = isinstance(module, (NF4Linear, HoldsPacked, FrozenExperts, Dequantized))
             for name, t in (*module._parameters.items(), *module._buffers.items()):
                 if t is not None:
                     state = quantized and name in module._buffers and name not in ("packed", "CB")
@@ -248,13 +250,15 @@ class Step:
             if total > totals.get(phase, -1):
                 totals[phase], peaks[phase] = total, dict(alive)
         parameters = list(self.model.parameters())
-        # A packed NF4 weight has two elements in a byte, so the sizes of its layer give the number of elements.
-        packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, Dequantized))]
-        count = sum(p.numel() for p in parameters) + sum(m.out_features * m.in_features for m in packed)
-        count -= sum(m.weight.numel() for m in packed if isinstance(m, NF4Linear))
+        # A packed weight has several elements in a byte or word, so the sizes of its layer give the number of elements.
+        count = sum(p.numel() for p in parameters)
         for m in self.model.modules():
-            if isinstance(m, NF4Experts):
-                count += sum(shape.numel() - m._parameters[name].numel() for name, shape in m.nf4_shapes.items())
+            if isinstance(m, HoldsPacked):
+                count += m.packed.shape.numel() - m.weight.numel()
+            elif isinstance(m, (NF4Linear, Dequantized)):
+                count += m.out_features * m.in_features - (m.weight.numel() if isinstance(m, NF4Linear) else 0)
+            elif isinstance(m, FrozenExperts):
+                count += sum(shape.numel() - m._parameters[name].numel() for name, shape in m.frozen_shapes().items())
         return Profile(peaks, most, count, sum(p.numel() for p in parameters if p.requires_grad))
 
 

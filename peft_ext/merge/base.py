@@ -1,4 +1,4 @@
-"""Reads the base of a merge, from a folder or from memory, dense or in NF4, as a model of dense modules."""
+"""Reads the base of a merge, from a folder or from memory, dense or packed, as a model of dense modules."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from .. import ops
 from .._imports import required
 from ..nn import NF4Experts, NF4Linear
-from ..nn.experts import dense_experts, expert_parameters, is_stored_transposed
-from ..quantize import HEADS, experts_to_quantize, linear_groups
+from ..nn.experts import FrozenExperts, dense_experts, expert_parameters, is_stored_transposed
+from ..nn.packed import HoldsPacked
+from ..quantize import HEADS, check_packable, experts_to_quantize, linear_groups
 from ..sources.adapter import training_options
 from ..sources.model import SourceError, load_model
 from ..weights.nf4 import NF4Weight
+from ..weights.packed import PackedWeight
+from ..weights.quantizers import quantized
 from .errors import as_merge_error, fail
 
 with required("peft", "peft_ext.merge_to_dense"):
@@ -47,7 +50,7 @@ class Base:
     absent: tuple[str, ...] = ()  # names of parameters that are missing in the base's files
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor on the CPU. If the tensor stands for an NF4 weight, returns this weight in float32."""
+        """Returns the tensor on the CPU. If the tensor stands for a packed weight, returns this weight in float32."""
         made = self.dense.get(id(tensor))
         if made is not None:
             return made()
@@ -76,22 +79,30 @@ def base_of(
         base = _from_memory(model)
     else:
         raise TypeError(f"merge_to_dense: model is {type(model).__name__}, wanted a transformers model or its folder")
-    held = _stand_in(base)
+    held, formats = _stand_in(base)
     if held:
-        if base_quant == "none":
-            fail("base_quant is 'none', but the base itself is held in NF4")
-        base.quant, base.quant_text = "nf4", f"nf4, as the base is held ({held} layers)"
+        base.quant = "nf4" if formats == {"nf4"} else "checkpoint"
+        if base_quant not in (None, base.quant):
+            name = "NF4" if base.quant == "nf4" else f"packed weights ({', '.join(sorted(formats))})"
+            fail(f"base_quant is {base_quant!r}, but the base itself is held in {name}")
+        base.quant_text = f"{'+'.join(sorted(formats))}, as the base is held ({held} layers)"
         return base
     by = "as asked for"
     if base_quant is None:
         by = "as the adapter's run.json has it" if trained else "as the adapter's folder has no run.json"
         base_quant = trained.get("quant", "none")
     base.quant, base.quant_text = base_quant, f"{base_quant}, {by}"
+    if base_quant == "checkpoint":
+        fail(f"base_quant is 'checkpoint', {by}, but the base's weights are dense")
     if base_quant == "nf4":
         blocksize = blocksize or int(trained.get("blocksize", 64))
-        _quantize(base, blocksize, double_quant)
+        _quantize(base, lambda weight: ops.nf4_quantize(weight, blocksize, double_quant))
         double = "double quantization, " if double_quant else ""
         base.quant_text = f"nf4, {double}blocks of {blocksize}, {by}"
+    elif base_quant != "none":
+        with as_merge_error(ValueError):
+            check_packable(base.model, base_quant, on_meta=False)
+        _quantize(base, lambda weight: quantized(weight, base_quant))
     return base
 
 
@@ -107,35 +118,44 @@ def _from_memory(model: PreTrainedModel) -> Base:
     return Base(shared, {}, model.name_or_path or type(model).__name__, folder)
 
 
-def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
-    """Returns the NF4 weight of a linear layer; None for a dense module. Raises MergeError for other quantizations."""
+def _packed_of(module: nn.Module, name: str) -> Optional[PackedWeight]:
+    """Returns the packed weight of a layer; None for a dense module. Raises MergeError for other quantizations."""
     if isinstance(module, NF4Linear):
         return module.nf4
+    if isinstance(module, HoldsPacked):
+        return module.packed
     kind = type(module).__name__
     if kind == "Linear4bit":
         with as_merge_error(ValueError, about=f"{name}: "):
             return NF4Weight.from_bitsandbytes(module.weight)
     if kind == "Linear8bitLt" or (isinstance(module, nn.Linear) and not module.weight.is_floating_point()):
-        fail(f"{name} is a {kind} with {module.weight.dtype} weights; wanted dense weights or NF4")
+        fail(f"{name} is a {kind} with {module.weight.dtype} weights; wanted dense weights, NF4 or a PackedLinear")
     return None
 
 
-def _stand_in(base: Base) -> int:
-    """Replaces each NF4 layer by a dense layer without data; returns the number of replaced layers."""
-    count = 0
+def _stand_in(base: Base) -> tuple[int, set[str]]:
+    """Replaces each packed layer by a dense layer without data; returns the number of replaced layers, and the names
+    of their formats."""
+    count, formats = 0, set()
     for parent_name, parent in list(base.model.named_modules()):
         for attribute, child in list(parent.named_children()):
-            nf4 = _nf4_of(child, f"{parent_name}.{attribute}".lstrip("."))
-            if nf4 is None:
+            packed = _packed_of(child, f"{parent_name}.{attribute}".lstrip("."))
+            if packed is None:
                 continue
-            dense = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-            dense.weight = _without_memory(nf4.dtype, nf4.shape)
-            dense.bias = child.bias
-            base.dense[id(dense.weight)] = lambda nf4=nf4: nf4.to("cpu").dequantize(torch.float32)
+            weight = _without_memory(getattr(child, "compute_dtype", None) or packed.dtype, packed.shape)
+            if isinstance(child, nn.Embedding):
+                dense: nn.Module = nn.Embedding(*packed.shape, child.padding_idx, device="meta")
+            else:
+                dense = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+                dense.bias = child.bias
+            dense.weight = weight
+            base.dense[id(weight)] = lambda packed=packed: packed.to("cpu").dequantize(torch.float32)
             setattr(parent, attribute, dense)
             count += 1
+            formats.add(packed.format.name)
     for module in base.model.modules():
-        if isinstance(module, NF4Experts):
+        if isinstance(module, FrozenExperts):
+            formats |= {module.frozen(name).format.name for name in module.frozen_shapes()}
             _stand_in_of_experts(base, module)
             count += 1
     if count:
@@ -148,7 +168,7 @@ def _stand_in(base: Base) -> int:
         kept = getattr(model, "_weight_conversions", None)
         if kept is not None:
             model._weight_conversions = [conversion for conversion in kept if _reverses(conversion)]
-    return count
+    return count, formats
 
 
 def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
@@ -156,19 +176,23 @@ def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
 
-def _stand_in_of_experts(base: Base, experts: NF4Experts) -> None:
-    """Makes NF4 experts dense experts without data, in place. ``experts`` is the merge's own copy of the module."""
-    held = {name: experts.nf4(name) for name in experts.nf4_shapes}
-    for name, nf4 in held.items():
-        experts.set_nf4(name, nf4.to("meta"))
-    dense_experts(experts)  # all tensors are on the meta device, so no data is dequantized
+def _stand_in_of_experts(base: Base, experts: FrozenExperts) -> None:
+    """Makes packed experts dense experts without data, in place. ``experts`` is the merge's own copy of the module."""
+    held = {name: experts.frozen(name) for name in experts.frozen_shapes()}
+    dtype = experts.__dict__.get("compute_dtype")
     transposed = is_stored_transposed(experts)
-    for name, nf4 in held.items():
+    for name, packed in held.items():
+        if isinstance(experts, NF4Experts):
+            experts.set_nf4(name, packed.to("meta"))
+        else:
+            experts.set_packed(name, packed.to("meta"), experts.packed_names[name])
+    dense_experts(experts)  # all tensors are on the meta device, so no data is dequantized
+    for name, packed in held.items():
         shape = experts._parameters[name].shape
-        parameter = experts._parameters[name] = _without_memory(nf4.dtype, shape)
+        parameter = experts._parameters[name] = _without_memory(dtype or packed.dtype, shape)
 
-        def read(nf4: NF4Weight = nf4) -> Tensor:
-            dense = nf4.to("cpu").dequantize(torch.float32)
+        def read(packed: PackedWeight = packed) -> Tensor:
+            dense = packed.to("cpu").dequantize(torch.float32)
             return dense.transpose(1, 2).contiguous() if transposed else dense
 
         base.dense[id(parameter)] = read
@@ -183,17 +207,17 @@ def _reverses(conversion: Any) -> bool:
     return True
 
 
-def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
+def _quantize(base: Base, quantize: Callable[[Tensor], PackedWeight]) -> None:
     """Makes ``Base.read`` quantize and dequantize each weight that quantize_nf4 would quantize."""
 
-    def through_nf4(weight: Tensor) -> Tensor:
-        return ops.nf4_quantize(weight, blocksize, double_quant).dequantize(torch.float32)
+    def through(weight: Tensor) -> Tensor:
+        return quantize(weight).dequantize(torch.float32)
 
     with as_merge_error(TypeError, ValueError):
         places, experts = linear_groups(base.model, set(HEADS)), experts_to_quantize(base.model, set(HEADS))
     for same in places:
         weight = same[0].linear.weight
-        base.dense[id(weight)] = lambda weight=weight: through_nf4(weight.detach().cpu())
+        base.dense[id(weight)] = lambda weight=weight: through(weight.detach().cpu())
     for _, module in experts:
         transposed = is_stored_transposed(module)
         for name in expert_parameters(module):
@@ -201,10 +225,10 @@ def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
 
             def read(parameter: Tensor = parameter, transposed: bool = transposed) -> Tensor:
                 dense = torch.empty(parameter.shape, dtype=torch.float32)
-                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # NF4 blocks run along K
+                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # blocks run along K
                     if transposed:
                         expert, into = expert.T, into.T
-                    into.copy_(through_nf4(expert.contiguous()))
+                    into.copy_(through(expert.contiguous()))
                 return dense
 
             base.dense[id(parameter)] = read

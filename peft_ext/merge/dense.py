@@ -21,6 +21,7 @@ from ..sources.adapter import checked_config
 from ..sources.model import SourceError, find_folder, hushed
 from ..text import format_bytes
 from ..weights.nf4 import BLOCKSIZES
+from ..weights.quantizers import QUANTIZATIONS
 from . import writer
 from .base import base_of
 from .errors import as_merge_error, fail
@@ -52,7 +53,7 @@ class MergeReport:
         nbytes: bytes of the tensors that were written.
         base: the base's folder or name.
         model_class: class of the model that was written.
-        base_quant: quantization of the base's weights: "nf4" or "none".
+        base_quant: quantization of the base's weights: one of ``QUANTIZATIONS`` of peft_ext.weights.quantizers.
         base_quant_text: ``base_quant`` and the reason for it, in words.
         method: PEFT's name of the adapter's method.
         dtype: dtype that was asked for the output, or None where each tensor kept its own dtype.
@@ -103,9 +104,10 @@ def merge_to_dense(
     adapter changes one are written as two separate weights; the config unties the two weights, except for T5.
 
     Args:
-        model: a folder or hub name of a dense model or of a model that bitsandbytes quantized to NF4; or a model in
-            memory: dense, or quantized by :func:`peft_ext.quantize_nf4` or by bitsandbytes. A model in memory is not
-            changed. None: the base that the adapter's configuration names.
+        model: a folder or hub name of a dense model, of a model that bitsandbytes quantized to NF4, or of a packed
+            checkpoint that :class:`peft_ext.PackedConfig` supports; or a model in memory: dense, or quantized by
+            :func:`peft_ext.quantize_nf4`, by :func:`peft_ext.quantize_packed` or by bitsandbytes, or loaded packed. A
+            model in memory is not changed. None: the base that the adapter's configuration names.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
         output: a folder, new or empty. The finished folder appears in one step, see
             :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the merged model.
@@ -114,8 +116,9 @@ def merge_to_dense(
             integers keep their dtypes.
         max_shard_size: bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
-            the adapter is added; "none": the weights are taken as they are. None: the quantization in the run.json that
-            ``peft-ext finetune`` wrote beside the adapter; without a run.json "none".
+            the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the same as quantize_packed does; "none": the weights
+            are taken as they are; "checkpoint": ``model`` has packed weights. None: as ``model`` is held, or the
+            quantization in the run.json that ``peft-ext finetune`` wrote beside the adapter; without a run.json "none".
         blocksize, double_quant: options of base_quant "nf4"; blocksize None: run.json's, or else 64.
         overwrite: True: the output may be an existing folder of a model, which is replaced.
         progress: show a progress bar, on a terminal only.
@@ -172,8 +175,8 @@ def _dtype(dtype: Union[torch.dtype, str, None]) -> Optional[torch.dtype]:
 
 
 def _check_options(base_quant: Optional[str], blocksize: Optional[int]) -> None:
-    if base_quant not in (None, "nf4", "none"):
-        fail(f"base_quant is {base_quant!r}, wanted 'nf4', 'none' or None")
+    if base_quant not in (None, *QUANTIZATIONS):
+        fail(f"base_quant is {base_quant!r}, wanted one of {', '.join(QUANTIZATIONS)}, or None")
     if blocksize is not None and blocksize not in BLOCKSIZES:
         fail(f"blocksize is {blocksize}, wanted one of {', '.join(map(str, BLOCKSIZES))}")
 

@@ -57,7 +57,7 @@ class AdaLoRALinear(LowRankLinear):
         *,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> AdaLoRALinear:
-        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+        """Returns an adapted layer over an ``nn.Linear``, an :class:`NF4Linear` or a :class:`PackedLinear`.
 
         The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import checks
 from ..weights.nf4 import NF4Weight
-from .nf4 import NF4Linear, requantized
+from ..weights.packed import PackedWeight
+from .packed import PackedLinear
+from .requantize import Frozen, frozen_weight, requantized, set_frozen_weight
 
 __all__ = ["AdaptedLinear", "LowRankLinear"]
 
@@ -19,7 +21,9 @@ _MERGES = "_peft_ext_merges"
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen ``base_layer`` (``nn.Linear`` or :class:`NF4Linear`) with an adapter that can be merged into the base.
+    """A frozen ``base_layer`` with an adapter that can be merged into the base.
+
+    The base is an ``nn.Linear``, an :class:`NF4Linear` or a :class:`PackedLinear`.
 
     A subclass defines ``_setup(base, ...)``, which calls :meth:`_hold` and creates the adapter's parameters. A subclass
     also defines :meth:`reset_parameters`, :meth:`adapted` and :meth:`merged_weight`, and defines :meth:`merged_bias`
@@ -33,7 +37,7 @@ class AdaptedLinear(nn.Module):
         """Returns an adapted layer whose base is ``linear`` itself. ``_setup`` receives ``args`` and ``kwargs``."""
         if not isinstance(linear, nn.Linear):
             came = type(linear).__name__
-            raise TypeError(f"{cls.__name__}: linear is {came}, wanted an nn.Linear or an NF4Linear")
+            raise TypeError(f"{cls.__name__}: linear is {came}, wanted an nn.Linear, an NF4Linear or a PackedLinear")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(linear, *args, **kwargs)
@@ -41,7 +45,7 @@ class AdaptedLinear(nn.Module):
 
     def _hold(self, base: nn.Linear) -> None:
         self.base_layer = base.requires_grad_(False)
-        self._unmerged: Optional[tuple[Union[Tensor, NF4Weight], Optional[Tensor]]] = None
+        self._unmerged: Optional[tuple[Frozen, Optional[Tensor]]] = None
 
     @property
     def in_features(self) -> int:
@@ -55,11 +59,11 @@ class AdaptedLinear(nn.Module):
     def merged(self) -> bool:
         return self._unmerged is not None
 
-    def _weight(self) -> Union[Tensor, NF4Weight]:
+    def _weight(self) -> Frozen:
         """Returns the frozen weight without this layer's adapter, also while this adapter is merged."""
         if self._unmerged is not None:
             return self._unmerged[0]
-        return self.base_layer.nf4 if isinstance(self.base_layer, NF4Linear) else self.base_layer.weight
+        return frozen_weight(self.base_layer)
 
     def _bias(self, x: Tensor) -> Optional[Tensor]:
         bias = self.base_layer.bias
@@ -76,8 +80,8 @@ class AdaptedLinear(nn.Module):
         """Returns the weight with the adapter merged. ``weight`` is the dense base weight in float32 or float64."""
         raise NotImplementedError
 
-    def _merged_nf4(self, weight: NF4Weight) -> tuple[NF4Weight, Tensor]:
-        """Returns the merged NF4 weight, requantized, and the relative error of requantizing, a float64 tensor."""
+    def _merged_packed(self, weight: PackedWeight) -> tuple[PackedWeight, Tensor]:
+        """Returns the merged packed weight, requantized, and the relative error of requantizing, a float64 tensor."""
         return requantized(self.merged_weight(weight.dequantize(torch.float32)), weight)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
@@ -88,25 +92,27 @@ class AdaptedLinear(nn.Module):
     def merge(self) -> None:
         """Merges the adapter into the base weight and bias. Does nothing if the adapter is merged already.
 
-        A dense merged weight is rounded to the base's dtype. A merged NF4 weight is quantized to NF4 again;
-        ``base_layer.merge_error`` is then the relative error of that quantization. The unmerged weight and bias are
-        kept outside the state dict, and :meth:`unmerge` restores both bit for bit.
+        A dense merged weight is rounded to the base's dtype. A merged NF4 weight is quantized to NF4 again, and a
+        merged weight of a PackedLinear to the weight's own layout; ``base_layer.merge_error`` is then the relative
+        error of that quantization. The unmerged weight and bias are kept outside the state dict, and :meth:`unmerge`
+        restores both bit for bit.
 
         Raises: RuntimeError if ``base_layer.weight`` is not a parameter of ``base_layer``, as under
-        torch.nn.utils.parametrize or prune.
+        torch.nn.utils.parametrize or prune; or if no quantizer makes the layout of a PackedLinear's weight.
         """
         if self.merged:
             return
         base = self.base_layer
-        if "weight" not in base._parameters:
+        if "weight" not in base._parameters and not isinstance(base, PackedLinear):
             raise RuntimeError(
                 f"{type(self).__name__}: merge: base_layer.weight is computed from other tensors (by "
                 "torch.nn.utils.parametrize or prune), wanted a parameter of base_layer"
             )
         held = self._weight()
         bias = None if base.bias is None else base.bias.data
-        if isinstance(held, NF4Weight):
-            base.set_merged(*self._merged_nf4(held))
+        if isinstance(held, PackedWeight):
+            held = held.map(Tensor.detach)  # the base's own tensors get other data
+            set_frozen_weight(base, *self._merged_packed(held))
             self._unmerged = (held, bias)
         else:
             wide = torch.promote_types(held.dtype, torch.float32)
@@ -132,8 +138,8 @@ class AdaptedLinear(nn.Module):
                 "that other layer unmerged first"
             )
         weight, bias = self._unmerged
-        if isinstance(weight, NF4Weight):
-            self.base_layer.set_nf4(weight)
+        if isinstance(weight, PackedWeight):
+            set_frozen_weight(self.base_layer, weight)
         else:
             self.base_layer.weight.data = weight
         if bias is not None:
@@ -145,8 +151,8 @@ class AdaptedLinear(nn.Module):
         super()._apply(fn, recurse)
         if self._unmerged is not None:
             weight, bias = self._unmerged
-            # A cast does not change the codes and scales of an NF4 weight, here as in NF4Linear.
-            weight = weight.to(self.base_layer.weight.device) if isinstance(weight, NF4Weight) else fn(weight)
+            # A cast does not change the codes and scales of a packed weight, here as in NF4Linear.
+            weight = weight.to(self.base_layer.weight.device) if isinstance(weight, PackedWeight) else fn(weight)
             self._unmerged = (weight, bias if bias is None else fn(bias))
         return self
 
@@ -189,7 +195,9 @@ class LowRankLinear(AdaptedLinear):
         merged, g = weight + self.delta_weight().to(weight.dtype), self._row_scale()
         return merged if g is None else g.to(weight.dtype)[:, None] * merged
 
-    def _merged_nf4(self, weight: NF4Weight) -> tuple[NF4Weight, Tensor]:
+    def _merged_packed(self, weight: PackedWeight) -> tuple[PackedWeight, Tensor]:
+        if not isinstance(weight, NF4Weight):
+            return super()._merged_packed(weight)
         return ops.nf4_merge(weight, self._scaled_A(), self.lora_B, scaling=self.scaling, row_scale=self._row_scale())
 
     def extra_repr(self) -> str:

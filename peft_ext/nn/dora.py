@@ -67,7 +67,7 @@ class DoRALinear(LoRALinear):
         norm_grad: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> DoRALinear:
-        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+        """Returns an adapted layer over an ``nn.Linear``, an :class:`NF4Linear` or a :class:`PackedLinear`.
 
         The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
         """

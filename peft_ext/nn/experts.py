@@ -362,14 +362,27 @@ def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
         experts.set_nf4(name, weight)
 
 
+# Attributes of NF4Experts and of PackedExperts that dense experts do not have.
+_FROZEN_ATTRIBUTES = ("nf4_shapes", "blocksize", "quant_dtype", "packed_names", "extra", "compute_dtype", "note",
+                      "_templates")  # fmt: skip
+
+
 def dense_experts(experts: Any, dtype: Optional[torch.dtype] = None) -> None:
-    """Turns :class:`NF4Experts` back into dense experts. The dense weights keep the error of quantizing."""
-    for name in list(experts.nf4_shapes):
-        dense = experts.nf4(name).dequantize(dtype)
+    """Turns :class:`FrozenExperts` back into dense experts. The dense weights keep the error of quantizing.
+
+    Args: dtype: dtype of the dense weights; default: the dtype of the experts' dense equivalent.
+    """
+    shapes, packed = list(experts.frozen_shapes()), experts.__dict__.get("packed_names", {})
+    scales = [f"{name}_{scale}" for name in shapes for scale in _SCALES]
+    scales += [name for names in packed.values() for name in names[1:] if name is not None]
+    scales += experts.__dict__.get("extra", ())
+    for name in shapes:
+        weight = experts.frozen(name)
+        dense = weight.dequantize(dtype or experts.__dict__.get("compute_dtype", weight.dtype))
         dense = dense.transpose(1, 2).contiguous() if is_stored_transposed(experts) else dense
         experts._parameters[name] = nn.Parameter(dense, requires_grad=False)
-        for scale in _SCALES:
-            del experts._buffers[f"{name}_{scale}"]
-    for name in ("nf4_shapes", "blocksize", "quant_dtype"):
-        del experts.__dict__[name]
+    for name in scales:
+        experts._buffers.pop(name, None)
+    for name in _FROZEN_ATTRIBUTES:
+        experts.__dict__.pop(name, None)
     experts.__class__ = experts.stock_class

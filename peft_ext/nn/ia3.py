@@ -45,7 +45,7 @@ class IA3Linear(AdaptedLinear):
     def from_linear(
         cls, linear: nn.Linear, *, feedforward: bool = False, adapter_dtype: torch.dtype = torch.float32
     ) -> IA3Linear:
-        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+        """Returns an adapted layer over an ``nn.Linear``, an :class:`NF4Linear` or a :class:`PackedLinear`.
 
         The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
         """

@@ -56,7 +56,7 @@ class LoRALinear(LowRankLinear):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> LoRALinear:
-        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+        """Returns an adapted layer over an ``nn.Linear``, an :class:`NF4Linear` or a :class:`PackedLinear`.
 
         The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
         """

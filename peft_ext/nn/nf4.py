@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..ops import checks
 from ..weights.nf4 import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_nf4, read_quant_state
+from ..weights.packed import PackedWeight
 
 __all__ = ["NF4Linear"]
 
@@ -339,9 +340,14 @@ def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
     The error is a float64 tensor.
     """
     found = replace(ops.nf4_quantize(merged, nf4.blocksize, nf4.nested is not None), dtype=nf4.dtype)
-    norm = torch.linalg.vector_norm(merged, dtype=torch.float64)
-    moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(merged), dtype=torch.float64)
-    return found, torch.where(norm == 0, 0.0, moved / norm)
+    return found, quantization_error(found, merged)
+
+
+def quantization_error(found: PackedWeight, dense: Tensor) -> Tensor:
+    """Returns ``‖Q − W‖ / ‖W‖``, a float64 tensor, of a packed weight Q and the float32 weight W that it stands for."""
+    norm = torch.linalg.vector_norm(dense, dtype=torch.float64)
+    moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(dense), dtype=torch.float64)
+    return torch.where(norm == 0, 0.0, moved / norm)
 
 
 def empty_nf4(

@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 
 from ..memory import check_arguments, check_positive
+from ..weights.quantizers import PACKED_FORMATS
 from .ranking import ranked
 from .report import Recommendation
 from .search import Search
@@ -41,6 +42,7 @@ def recommend_peft_method(
     optimizer: str = "adamw",
     accelerated: bool = True,
     headroom: float = 0.1,
+    quantization: str = "nf4",
 ) -> Recommendation:
     """Recommends the first method for the task and the data that fits the card, in the first setting that fits.
 
@@ -80,6 +82,8 @@ def recommend_peft_method(
         prefer: "balanced", or "quality", with which the method's step may be slower.
         dtype: dtype of weights that are not quantized.
         optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
+        quantization: format of quantized weights: "nf4", "mxfp4", "nvfp4", "fp8" or "int4", in place of NF4 in the
+            order of the settings.
         headroom: share of the card that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
 
     Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` name a
@@ -91,11 +95,15 @@ def recommend_peft_method(
     check_arguments(
         None, batch_size, sequence_length or 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method"
     )
+    if quantization not in ("nf4", *PACKED_FORMATS):
+        wanted = ("nf4", *PACKED_FORMATS)
+        raise ValueError(f"recommend_peft_method: quantization is {quantization!r}, wanted one of {wanted}")
     task = task_named(task_type)
     given = not _is_number(model_size_b)
     subject = (Given if given else Synthetic)(model_size_b, task, sequence_length)
     length = subject.sequence_length
-    search = Search(subject, gpu_memory_gb, headroom, batch_size, length, dtype, optimizer, accelerated)
+    search = Search(subject, gpu_memory_gb, headroom, batch_size, length, dtype, optimizer, accelerated,
+                    quantization)  # fmt: skip
     return search.recommend(ranked(subject, num_examples, prefer))
 
 

@@ -36,7 +36,7 @@ class Recommendation:
     Attributes:
         method: one of :data:`peft_ext.methods.METHODS`; None where no method fits.
         name: common name of the method, such as "LoRA", "QLoRA" or "IA3"; "nothing fits" where no method fits.
-        quantization: quantization of the weights: "nf4" or None.
+        quantization: quantization of the weights: "nf4", another format that was asked for, or None.
         gradient_checkpointing, batch_size, sequence_length: the setting of the training step.
         config_class: full name of the configuration's class; "" where no method fits.
         config_kwargs: arguments of the configuration's class.

@@ -21,11 +21,21 @@ from .subjects import Given, parameters_text
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
+
+def name_of(method: str, quantization: Optional[str]) -> str:
+    """Returns the common name of a method over dense weights (None) or over weights of a format."""
+    dense, over_nf4 = NAMES[method]
+    if quantization in (None, "nf4") or method == "full":
+        return dense if quantization is None else over_nf4
+    return f"{dense} over {quantization.upper()}"
+
+
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
-# Pairs of quantization and gradient checkpointing, in the order of the search. Checkpointing adds a second forward,
-# about a third of the step's time, and costs no accuracy. NF4 costs time to dequantize and sometimes accuracy.
-_SETTINGS = ((None, False), (None, True), ("nf4", False), ("nf4", True))
+# Pairs of "the weights are quantized" and gradient checkpointing, in the order of the search. Checkpointing adds a
+# second forward, about a third of the step's time, and costs no accuracy. Quantized weights cost time to dequantize
+# and sometimes accuracy.
+_SETTINGS = ((False, False), (False, True), (True, False), (True, True))
 
 
 @dataclass(frozen=True)
@@ -39,13 +49,16 @@ class _Setting:
 class Search:
     def __init__(
         self, subject: Any, gpu_memory_gb: float, headroom: float, batch_size: int, sequence_length: int,
-        dtype: torch.dtype, optimizer: str, accelerated: bool,
+        dtype: torch.dtype, optimizer: str, accelerated: bool, quantization: str = "nf4",
     ) -> None:  # fmt: skip
         self.subject, self.gpu_memory_gb, self.headroom = subject, gpu_memory_gb, headroom
         self.dense = dtype_name(dtype)
         self.fixed = {"dtype": dtype, "optimizer": optimizer, "accelerated": accelerated}
-        settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
-        settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
+        settings = [
+            _Setting(quantization if quantizes else None, checkpoints, batch_size, sequence_length)
+            for quantizes, checkpoints in _SETTINGS
+        ]
+        settings += [replace(settings[-1], batch_size=1)] * (batch_size > 1)
         self.settings = settings
         # By method and setting: the memory of a training step; the error that PEFT or the model raised; or None where
         # the method can't work in the setting.
@@ -81,7 +94,7 @@ class Search:
         else:
             adapted = {"config": make_config(*self._fields(candidate))}
         profile = self.subject.profile(**adapted, **self.fixed, **vars(setting))
-        name = NAMES[candidate.method][setting.quantization is not None]
+        name = name_of(candidate.method, setting.quantization)
         return profile.estimate(f"{name} for {self.subject.about}")
 
     def recommend(self, ranked: list[Candidate]) -> Recommendation:
@@ -100,7 +113,7 @@ class Search:
     def _found(
         self, chosen: Candidate, setting: _Setting, memory: MemoryEstimate, ranked: list[Candidate]
     ) -> Recommendation:
-        name = NAMES[chosen.method][setting.quantization is not None]
+        name = name_of(chosen.method, setting.quantization)
         why = chosen.why if chosen is ranked[0] else f"{name} is the first that fits; {chosen.why_not}."
         reasons = [why[0].upper() + why[1:], *self._setting_reasons(chosen, setting, memory)]
         for other in ranked[: ranked.index(chosen)]:
@@ -140,7 +153,7 @@ class Search:
             # Full fine-tuning trains the weights, which can't be quantized.
             at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
-            name = NAMES[other.method][at.quantization is not None]
+            name = name_of(other.method, at.quantization)
             why_not = self._refusal(other, [at]) or ("it does not fit" if chosen is None else other.why_not)
             found.append(Alternative(other.method, name, why_not, memory, self._has_room(memory)))
         return tuple(found)
@@ -152,9 +165,11 @@ class Search:
             error, fits_not = self._outcome(chosen, [s for s in self.settings if s.quantization is None])
             why = ["do not fit"] * (fits_not or error is None)
             why += [f"could not be estimated ({error})"] * (error is not None)
-            reasons.append(f"{self.dense} weights {', or '.join(why)}: they are quantized to NF4, "
-                           f"{gigabytes(memory.weights)}, with which QLoRA matched 16-bit fine-tuning (arXiv "
-                           "2305.14314).")  # fmt: skip
+            text = f"{self.dense} weights {', or '.join(why)}: they are quantized to {setting.quantization.upper()}, "
+            text += gigabytes(memory.weights)
+            if setting.quantization == "nf4":
+                text += ", with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314)"
+            reasons.append(f"{text}.")
         else:
             reasons.append(f"{self.dense} weights fit, so they are not quantized.")
         if setting.gradient_checkpointing:
@@ -178,7 +193,7 @@ class Search:
         if not needs:
             raise next(error for error in self._known.values() if isinstance(error, Exception))
         least, memory = min(needs, key=lambda pair: pair[1].total)
-        name = NAMES[least.method][True]
+        name = name_of(least.method, setting.quantization)
         usable = (1 - self.headroom) * self.gpu_memory_gb * 2**30
         wanted = memory.total / (1 - self.headroom) / 2**30
         card = next((size for size in _CARDS if size >= wanted), None)

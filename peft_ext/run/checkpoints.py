@@ -92,8 +92,9 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 def after_restart(options: Options, ranks: Ranks) -> Options:
     """Returns the options with which the processes go on that torchrun has started again.
 
-    The options are the resolved ``options``, unless this launch has begun the run in the output folder before: then
-    with --resume where the run has a whole checkpoint, else with --overwrite. Raises RunError for a wrong option.
+    The options are the resolved ``options``, except that ``quant`` is not resolved. Its default depends on the model's
+    files. If this launch has begun the run in the output folder before, the options also have --resume where the run
+    has a whole checkpoint, else --overwrite. Raises RunError for a wrong option.
     """
 
     def chosen() -> Options:
@@ -115,7 +116,7 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
 
     mine = ranks.together(chosen)
     resume, overwrite = ranks.gather((mine.resume, mine.overwrite))[0]
-    return dataclasses.replace(mine, resume=resume, overwrite=overwrite)
+    return dataclasses.replace(mine, quant=options.quant, resume=resume, overwrite=overwrite)
 
 
 def check_same_data(o: Options, digest: str) -> None:

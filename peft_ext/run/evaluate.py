@@ -213,7 +213,7 @@ class Check:
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.
         accelerated_difference: difference between the fused and the stock path of the trained model; None in a stock
-            run, and for a model with experts over NF4.
+            run, and for a model with packed experts.
     """
 
     max_difference: float
@@ -226,15 +226,16 @@ class Check:
 def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
     """Compares the logits of the trained model with those of ``fresh_model()``, a fresh base with the saved adapter.
 
-    Both models run PEFT's own code. The trained model is not accelerated again afterwards. Models with experts over NF4
+    Both models run PEFT's own code. The trained model is not accelerated again afterwards. Models with packed experts
     are compared accelerated, because PEFT itself can't adapt these experts; so is DoRA over NF4 in a sharded run.
     """
-    from ..nn import NF4Experts, NF4Linear
+    from ..nn import NF4Linear
+    from ..nn.experts import FrozenExperts
 
     batch = collate(run, run.examples.held_out[:REREAD])
     keep = batch["attention_mask"].bool()  # logits of padding tokens have no meaning
     model.eval()
-    kinds = (NF4Experts, NF4Linear) if run.options.method == "dora" else NF4Experts
+    kinds = (FrozenExperts, NF4Linear) if run.options.method == "dora" else FrozenExperts
     accelerated, stays = None, any(isinstance(module, kinds) for module in model.modules())
     if not run.options.stock and not stays:
         from ..integrations.peft import restore

@@ -12,13 +12,13 @@ from typing import Any, Optional
 
 from ..methods import METHODS
 from ..weights.nf4 import BLOCKSIZES
+from ..weights.quantizers import QUANTIZATIONS
 from .data import PYTHON_DOCS
 from .errors import RunError
 
 DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")
-QUANTIZATIONS = ("nf4", "none")
 SHARDS = ("ddp", "fsdp2", "hsdp")
 _MOST = 2**31 - 1  # largest value of an option that is a count
 
@@ -57,7 +57,9 @@ class Options:
         "Default: experts, without --target-modules.", "Adapter",
     )  # fmt: skip
     virtual_tokens: int = _option(20, "Virtual tokens of prefix or prompt tuning.", "Adapter", 1)
-    quant: Optional[str] = _option(None, "Frozen weights: nf4 or none. Default: nf4 if the method can.", "Model")
+    quant: Optional[str] = _option(
+        None, f"{', '.join(QUANTIZATIONS)}. Default: checkpoint if packed, or nf4.", "Model",
+    )  # fmt: skip
     dtype: str = _option("auto", "Computation: bf16, fp32, auto: fp32 where the CPU lacks bf16.", "Model")
     blocksize: int = _option(64, "Weights that share an NF4 scale.", "Model")
     text_column: Optional[str] = _option(None, "Column of texts. Default: text.", "Data")
@@ -183,5 +185,22 @@ def check_options(o: Options) -> None:
         raise RunError(f"--target-parameters with --method {o.method}: only LoRA and DoRA adapt parameters")
     if o.method == "qlora" and o.quant == "none":
         raise RunError("--quant none with --method qlora: use --method lora instead")
-    if o.quant == "nf4" and not method.can_quantize:
-        raise RunError(f"--quant nf4 with --method {o.method}: it trains the weights themselves, which NF4 freezes")
+    check_quant(o)
+
+
+def quant_name(quant: str) -> str:
+    """Returns the name of a quantization as sentences have it, such as "MXFP4"."""
+    return "a packed checkpoint" if quant == "checkpoint" else quant.upper()
+
+
+def check_quant(o: Options) -> None:
+    """Raises RunError where the method, or a stock run, can't use the quantization ``o.quant``."""
+    if o.quant in (None, "none"):
+        return
+    name = quant_name(o.quant)
+    if not METHODS[o.method].can_quantize:
+        raise RunError(f"--quant {o.quant} with --method {o.method}: it trains the weights themselves, which {name} "
+                       "freezes")  # fmt: skip
+    if o.stock and o.quant != "nf4":
+        raise RunError(f"--stock with --quant {o.quant}: PEFT and bitsandbytes have no layers over {name}, wanted nf4 "
+                       "or none")  # fmt: skip

@@ -17,10 +17,11 @@ import torch
 
 from ..machine import memory_of
 from ..sources.json_file import first_line
+from ..weights.quantizers import PACKED_FORMATS
 from .checkpoints import how_to_go_on, step_of
 from .errors import Stop, caught_signals, mendable_errors
 from .options import Options
-from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
+from .prepare import Run, adapter_config, facts_of, meta_base, needs_bitsandbytes, prepare
 from .progress import status
 from .ranks import joined
 
@@ -57,7 +58,7 @@ class Plan:
         run: the prepared run.
         model_class, parameters: class name and number of parameters of the base.
         adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
-        load_bytes: bytes of the dense bfloat16 weights, which are all in memory before quantization.
+        load_bytes: bytes of the loaded weights: dense in bfloat16, before quantization, or packed as in the files.
         check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the dense
             weights and, where a step's memory could be estimated, the trained model.
         held_bytes: bytes that this process uses now; 0 on a GPU.
@@ -118,11 +119,7 @@ def dry_run(options: Options) -> Plan:
 
 def make_plan(run: Run) -> Plan:
     """Returns the plan of a prepared run."""
-    from transformers import AutoModelForCausalLM
-
-    o = run.options
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(run.config, dtype=torch.bfloat16)
+    o, base = run.options, meta_base(run)
     base.config.use_cache = False
     lengths = [len(example["input_ids"]) for example in run.examples.train]
     adapter = preview(
@@ -135,12 +132,14 @@ def make_plan(run: Run) -> Plan:
         adapter = dataclasses.replace(adapter, rows=rows)
     total, free, held = memory_of(run.device)
     load = sum(p.nbytes for p in base.parameters())
+    if o.quant == "checkpoint":
+        load += sum(buffer.nbytes for buffer in base.buffers())  # the scales
     # A dense base is converted to the run's dtype after loading. A base that is quantized later is loaded in bfloat16.
-    again = load if o.quant == "nf4" else load * run.dtype.itemsize // torch.bfloat16.itemsize
+    again = load if o.quant != "none" else load * run.dtype.itemsize // torch.bfloat16.itemsize
     memory = adapter.memory
     trained = 0 if memory is None else memory.weights + memory.quantization + memory.adapters
     return Plan(
-        run=run, model_class=type(base).__name__, parameters=sum(p.numel() for p in base.parameters()),
+        run=run, model_class=type(base).__name__, parameters=run.parameters,
         adapter=adapter, load_bytes=load, check_bytes=again + trained, held_bytes=held, machine_bytes=total,
         free_bytes=free, train_tokens=sum(lengths),
         held_out_tokens=sum(len(example["input_ids"]) for example in run.examples.held_out), longest=max(lengths),
@@ -156,7 +155,8 @@ def preview(
     """Returns the preview of the adapter of a PEFT configuration on ``base``, a model on the meta device.
 
     Args:
-        dtype, quant, blocksize: dtype of the base, "nf4" or another value for a dense base, and NF4's block size.
+        dtype, quant, blocksize: dtype of the base, its quantization ("nf4" or one of ``PACKED_FORMATS``; another value
+            for a base that is dense or packed already), and NF4's block size.
         device: device of the run.
         batch_size, sequence_length, gradient_checkpointing, padding: the training step whose memory is estimated, with
             arguments of :func:`peft_ext.estimate_memory`.
@@ -172,8 +172,9 @@ def preview(
     size = sum(t.nbytes for t in _saved_tensors(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     replace_tensors(model, stand_in)
-    if quant == "nf4":
-        quantize_stand_ins(model, "nf4", blocksize, True, True)
+    quant = quant if quant in ("nf4", *PACKED_FORMATS) else None
+    if quant is not None:
+        quantize_stand_ins(model, quant, blocksize, True, True)
     if device.type != "cpu":
         replace_tensors(model, lambda t: torch.empty((), dtype=t.dtype, device=device).expand(t.shape))
     rows = list(explain(model if stock else accelerate(model)).rows)
@@ -183,7 +184,7 @@ def preview(
     try:
         memory = estimate_memory(
             base, config, batch_size=batch_size, sequence_length=sequence_length, dtype=dtype, device=device,
-            quantization="nf4" if quant == "nf4" else None, blocksize=blocksize, accelerated=not stock,
+            quantization=quant, blocksize=blocksize, accelerated=not stock,
             gradient_checkpointing=gradient_checkpointing, padding=padding,
         )  # fmt: skip
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # the model's forward can't be traced

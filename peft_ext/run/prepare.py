@@ -23,14 +23,23 @@ from .. import _cpu
 from .._version import __version__
 from ..machine import versions
 from ..methods import METHODS, Method, make_config, method_config
-from ..sources.json_file import raised_as
-from ..sources.model import check_index, check_model_config, load_tokenizer
+from ..sources.json_file import first_line, raised_as
+from ..sources.model import (
+    SourceError,
+    check_index,
+    check_model_config,
+    load_tokenizer,
+    pack_as_stored,
+    quant_method,
+    stored_quant,
+)
 from ..text import dtype_name
+from ..weights.quantizers import PACKED_FORMATS
 from . import checkpoints
 from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
 from .errors import REFUSALS, RunError, Stop, need
-from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
+from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options, check_quant, quant_name
 from .progress import log, quiet, status
 from .ranks import Ranks
 
@@ -87,6 +96,16 @@ class Run:
         return self.options.shard != "ddp"
 
     @property
+    def weights(self) -> str:
+        """The format of the frozen weights, in words."""
+        o = self.options
+        if o.quant == "nf4":
+            return f"NF4, double quantization, blocks of {o.blocksize}"
+        if o.quant == "checkpoint":
+            return f"packed as in the checkpoint ({quant_method(self.config)})"
+        return dtype_name(self.dtype) if o.quant == "none" else quant_name(o.quant)
+
+    @property
     def method(self) -> Method:
         return METHODS[self.options.method]
 
@@ -127,7 +146,7 @@ def prepare(
     """
     ranks = ranks or Ranks()
     check_options(options)
-    options = options.resolved()
+    options = _resolved(options)
     _check_packages(options)
     _check_ranks(options, ranks)
     _check_shard(options, ranks)
@@ -175,6 +194,38 @@ def needs_bitsandbytes(o: Options) -> bool:
     return o.quant == "nf4" and (o.stock or o.method == "dora") and o.shard == "ddp"
 
 
+def _resolved(options: Options) -> Options:
+    """Returns the resolved options; where the model's files are packed, ``quant`` is "checkpoint" by default.
+
+    Raises RunError where ``quant`` does not fit the model's files. A model without a readable configuration is refused
+    later, by :func:`_read_config`.
+    """
+    from transformers import PretrainedConfig
+
+    asked, o = options.quant, options.resolved()
+    if o.model == DEMO_MODEL:
+        stored = "none"
+    else:
+        try:
+            about = PretrainedConfig.from_dict(PretrainedConfig.get_config_dict(str(Path(o.model).expanduser()))[0])
+            with raised_as(RunError, "--model ", SourceError):
+                stored = stored_quant(o.model, about)
+        except RunError:
+            raise
+        except Exception:  # an untrusted file can make transformers raise any error
+            return o
+    if stored == "checkpoint":
+        if asked not in (None, "checkpoint"):
+            raise RunError(f"--quant {asked}: the files of --model {o.model} are packed by {quant_method(about)}, "
+                           "wanted no --quant, or checkpoint")  # fmt: skip
+        o = dataclasses.replace(o, quant="checkpoint")
+        check_quant(o)
+    elif asked == "checkpoint":
+        raise RunError(f"--quant checkpoint: the files of --model {o.model} are "
+                       f"{'dense' if stored == 'none' else 'NF4'}, wanted a packed checkpoint")  # fmt: skip
+    return o
+
+
 def _check_packages(o: Options) -> None:
     wanted = ["transformers", "peft", "accelerate", *["bitsandbytes"] * needs_bitsandbytes(o)]
     need("finetune", *wanted)
@@ -204,6 +255,9 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
         raise RunError(f"{about} with --method {o.method}: wanted one of {', '.join(_SHARDED)}; --shard ddp takes all")
     if o.stock and o.quant == "nf4":
         raise RunError(f"{about} with --stock and NF4: accelerate does not shard bitsandbytes' weights of 4 bits")
+    if o.quant not in ("nf4", "none"):
+        raise RunError(f"{about} with --quant {o.quant}: weights of {quant_name(o.quant)} are not sharded, wanted nf4 "
+                       "or none; --shard ddp takes all")  # fmt: skip
     if o.shard == "hsdp" and not ranks.in_equal_blocks:
         raise RunError(f"{about}: {ranks.world} processes on {ranks.nodes} machines, wanted several machines with as "
                        "many processes each, at least 2, in the order of the ranks")  # fmt: skip
@@ -317,13 +371,42 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     with raised_as(RunError, f"--model {o.model}: config.json (", *REFUSALS, after=")"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
     parameters = sum(p.numel() for p in model.parameters())
+    if o.quant in PACKED_FORMATS:
+        from ..quantize import check_packable
+
+        try:
+            check_packable(model, o.quant)
+        except (ValueError, TypeError) as error:
+            why = first_line(error).removeprefix("quantize_packed: ").partition(" (")[0]
+            raise RunError(f"--quant {o.quant}: {why}") from error
     with raised_as(RunError, f"--method {o.method}: ", ValueError, TypeError, KeyError, RuntimeError):
         config = adapter_config(run, model)
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
             freeze_ranknum(model)  # as accelerate() does; ranknum is AdaLoRA's number of ranks
-    return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if o.quant == "checkpoint" and Path(run.folder).is_dir():
+        meta_base(run)  # refuses files that are not supported
+    return parameters, trainable
+
+
+def meta_base(run: Run) -> Any:
+    """Returns the base on the meta device, with packed layers where the model's files are packed.
+
+    Raises RunError where the packed files are not supported, or where a packed model is no folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(run.config, dtype=torch.bfloat16)
+    if run.options.quant == "checkpoint":
+        if not (folder := Path(run.folder)).is_dir():
+            raise RunError(f"--model {run.options.model}: its weights are packed as the headers of its files "
+                           "say, wanted a folder with the files")  # fmt: skip
+        with raised_as(RunError, f"--model {run.options.model}: ", SourceError):
+            pack_as_stored(model, folder, run.config, torch.bfloat16)
+    return model
 
 
 def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from torch import nn
 
 from ..files import save_adapter
 from ..methods import METHODS
-from ..quantize import quantize_nf4
+from ..quantize import quantize_nf4, quantize_packed
 from ..sources.json_file import raised_as
-from ..sources.model import widen
+from ..sources.model import loading_arguments, widen
 from ..text import dtype_name
+from ..weights.quantizers import PACKED_FORMATS
 from . import checkpoints, evaluate, shard
 from .config import FILE as CONFIG_FILE
 from .config import write_config
@@ -230,7 +231,7 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 
 
 def load_base(run: Run) -> Any:
-    """Returns the frozen base, quantized to NF4 where the options say so.
+    """Returns the frozen base, quantized where the options say so, or packed as the files of the model are.
 
     A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. The weights are rounded to bfloat16 for every
     computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or is
@@ -244,6 +245,7 @@ def load_base(run: Run) -> Any:
     with refused, status("loading the model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             run.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            **loading_arguments(o.quant),
         )  # fmt: skip
     if absent := sorted(info["missing_keys"]):
         raise RunError(f"--model {o.model}: the files lack {absent[0]}, which would be random")
@@ -251,6 +253,9 @@ def load_base(run: Run) -> Any:
     model.config.use_cache = False  # training needs no KV cache; generation turns the cache on
     if o.quant == "nf4":
         quantize_nf4(model, blocksize=o.blocksize)
+    elif o.quant in PACKED_FORMATS:
+        quantize_packed(model, o.quant)
+    if o.quant not in ("none", "checkpoint"):
         for tensor in (*model.parameters(), *model.buffers()):  # a tensor of a mapped file keeps the whole file mapped
             tensor.data = tensor.data.clone()
     if run.dtype != torch.bfloat16:
@@ -401,8 +406,13 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         ddp_find_unused_parameters=any(isinstance(module, nn.ModuleList) and "experts" in name
                                        for name, module in model.named_modules()),
         **shard.trainer_options(run),
-        ddp_broadcast_buffers=False,  # the buffers are scales of NF4 and tables, which each process has made alike
+        ddp_broadcast_buffers=False,  # the buffers are scales and tables, which each process has made alike
     )  # fmt: skip
+    if run.ranks.world > 1 and not run.sharded:
+        # DDP can't send tensors of 8-bit floats. Each process has read or made the same codes and scales.
+        held = (*model.named_parameters(), *model.named_buffers())
+        eight_bits = [name for name, t in held if t.is_floating_point() and t.element_size() == 1]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, eight_bits)
     args._n_gpu = min(args.n_gpu, 1)  # with more, Trainer would use nn.DataParallel and a larger batch
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
@@ -431,8 +441,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 
 def _describe(run: Run) -> None:
     o, examples = run.options, run.examples
-    quant = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype_name(run.dtype)
-    log.info(f"model: {o.model}, {quant}{', stock PEFT and bitsandbytes' if o.stock else ''}")
+    log.info(f"model: {o.model}, {run.weights}{', stock PEFT and bitsandbytes' if o.stock else ''}")
     if run.why_dtype:
         log.info(f"computes in {dtype_name(run.dtype)}: {run.why_dtype}")
     unit = f"blocks of {o.block_size} tokens" if run.corpus.kind == "text" else "examples"

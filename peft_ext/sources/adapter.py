@@ -2,8 +2,8 @@
 
 adapter_config.json must be a JSON object with a known method, fields of the right types, and no size beyond the
 weights' sizes. adapter_model.safetensors must have a header that the safetensors library accepts, and float dtypes
-where PEFT would cast. run.json is optional; run.json says whether the adapter was trained over an NF4 base. No code of
-an adapter's folder is imported, and no file is unpickled.
+where PEFT would cast. run.json is optional; run.json says how the base's weights were stored in training. No code of an
+adapter's folder is imported, and no file is unpickled.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
 from .._imports import required
 from ..weights.nf4 import BLOCKSIZES
+from ..weights.quantizers import QUANTIZATIONS
 from .json_file import raised_as, read_object, shown
 from .model import MOST_LAYERS, SourceError
 from .weight_files import check_floats, weight_shapes
@@ -169,9 +170,10 @@ def training_options(adapter: Path) -> dict[str, Any]:
         if not isinstance(options, dict) or "quant" not in options:
             continue
         quant, blocksize = options["quant"], options.get("blocksize", 64)
-        if quant not in ("nf4", "none"):
+        if quant not in QUANTIZATIONS:
             raise SourceError(
-                f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': correct or remove the file"
+                f"{file}: options have the quant {quant!r:.60}, wanted one of {', '.join(QUANTIZATIONS)}: correct "
+                "or remove the file"
             )
         if type(blocksize) is not int or blocksize not in BLOCKSIZES:
             raise SourceError(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")

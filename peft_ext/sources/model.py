@@ -2,7 +2,7 @@
 
 The message of each error is one line. config.json must be a JSON object in which no number of layers or experts is
 above MOST_LAYERS. The index may name only safetensors files in the index's own folder. The weights may be dense, or
-quantized to bitsandbytes' NF4. Code in the model's folder is never run.
+quantized in a way that :class:`peft_ext.PackedConfig` supports. Code in the model's folder is never run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
+from ..nn import PackedExperts
+from ..nn.packed import HoldsPacked
 from .json_file import first_line, raised_as, read_object, shown
 
 # By PEFT's name of a task: the transformers class of the model, used where the base's own class is for another task.
@@ -132,20 +134,67 @@ def check_index(file: Path) -> None:
 # --- fields of a configuration ----------------------------------------------------------------------------------------
 
 
-def is_nf4(folder: Path, about: Any) -> bool:
-    """Returns True where the weights in ``folder`` are bitsandbytes' NF4, and False where they are dense.
+def stored_quant(folder: Union[str, Path], about: Any) -> str:
+    """Returns how the weights in ``folder`` are stored.
 
-    ``about`` is the model's configuration. Raises SourceError where the weights are quantized in another way.
+    The result is "none" for dense weights, "nf4" for bitsandbytes' NF4, and "checkpoint" for other packed weights that
+    :class:`peft_ext.PackedConfig` loads. ``about`` is the model's configuration. Raises SourceError where the weights
+    are quantized in a way that is not supported.
     """
+    if (found := _quantization_config(about)) is None:
+        return "none"
+    if found.get("quant_method") == "bitsandbytes" and found.get("load_in_4bit"):
+        if (kind := found.get("bnb_4bit_quant_type")) == "nf4":
+            return "nf4"
+        raise SourceError(f"{folder} is quantized by bitsandbytes, {kind}; wanted bitsandbytes' nf4")
+    from ..integrations.packed.layouts import LAYOUTS
+    from ..integrations.packed.rules import read_rules
+
+    try:
+        rules = read_rules(found)
+        if missing := sorted(rules.layouts - LAYOUTS.keys()):
+            raise ValueError(f"the layout {', '.join(missing)} is not supported")
+    except ValueError as error:
+        method = getattr(found.get("quant_method"), "value", found.get("quant_method"))
+        raise SourceError(f"{folder} is quantized by {method}: {first_line(error).removeprefix('PackedConfig: ')}"
+                          ) from error  # fmt: skip
+    return "checkpoint"
+
+
+def _quantization_config(about: Any) -> Optional[dict[str, Any]]:
     found = getattr(about, "quantization_config", None)
-    if found is None:
-        return False
-    found = found if isinstance(found, dict) else found.to_dict()
-    method, kind = found.get("quant_method"), found.get("bnb_4bit_quant_type")
-    if method != "bitsandbytes" or not found.get("load_in_4bit") or kind != "nf4":
-        bits = f", {kind if found.get('load_in_4bit') else 'int8'}" if method == "bitsandbytes" else ""
-        raise SourceError(f"{folder} is quantized by {method}{bits}; wanted dense weights or bitsandbytes' nf4")
-    return True
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def quant_method(about: Any) -> str:
+    """Returns the name of the library or method that quantized a checkpoint with the configuration ``about``."""
+    method = (_quantization_config(about) or {}).get("quant_method")
+    return str(getattr(method, "value", method))
+
+
+def loading_arguments(quant: str) -> dict[str, Any]:
+    """Returns the arguments with which ``from_pretrained`` keeps the weights of a packed checkpoint packed, or {}."""
+    if quant != "checkpoint":
+        return {}
+    from ..integrations.packed import PackedConfig
+
+    return {"quantization_config": PackedConfig()}
+
+
+def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> None:
+    """Replaces the layers of a model on the meta device by packed layers, as the files in ``folder`` store the layers.
+
+    Reads the headers of the files and no weight. ``about``: the configuration with the checkpoint's quantization.
+    Raises SourceError where the folder has no safetensors or the files are not supported.
+    """
+    from ..integrations.packed import PackedConfig, PackedQuantizer
+
+    files = sorted(map(str, folder.glob("*.safetensors")))
+    if not files:
+        raise SourceError(f"{folder} has no .safetensors file, whose header says how the packed weights are stored")
+    with raised_as(SourceError, f"{folder}: ", ValueError):
+        quantizer = PackedQuantizer(PackedConfig(_quantization_config(about)), pre_quantized=True)
+        quantizer._process_model_before_weight_loading(model, dtype=dtype, checkpoint_files=files)
 
 
 def model_class(about: Any, config: Any) -> Any:
@@ -190,12 +239,18 @@ def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) 
 
 @dataclass
 class LoadedModel:
-    """A model loaded from a folder. ``absent``: names of the parameters that are missing in the folder's files."""
+    """A model loaded from a folder.
+
+    Attributes:
+        absent: names of the parameters that are missing in the folder's files.
+        quant: how the files store the weights, see :func:`stored_quant`.
+    """
 
     model: Any
     name: str
     folder: Path
     absent: tuple[str, ...]
+    quant: str = "none"
 
 
 def load_model(
@@ -228,11 +283,11 @@ def load_model(
         if (folder / INDEX).is_file():
             check_index(folder / INDEX)
     try:
-        quantized, labels = is_nf4(folder, about), head_labels(about, config, shapes)
+        quant, labels = stored_quant(folder, about), head_labels(about, config, shapes)
         loaded, info = model_class(about, config).from_pretrained(
-            str(folder), dtype=torch.bfloat16 if trained and not quantized else "auto", use_safetensors=True,
-            output_loading_info=True, trust_remote_code=False, device_map="cpu" if quantized else None,
-            **({} if labels is None else {"num_labels": labels}),
+            str(folder), dtype=torch.bfloat16 if trained and quant != "nf4" else "auto", use_safetensors=True,
+            output_loading_info=True, trust_remote_code=False, device_map="cpu" if quant == "nf4" else None,
+            **({} if labels is None else {"num_labels": labels}), **loading_arguments(quant),
         )  # fmt: skip
     except SourceError:
         raise
@@ -240,7 +295,7 @@ def load_model(
         raise SourceError(f"model {folder}: {first_line(error)}") from error
     if wrong := sorted(map(str, info["mismatched_keys"])):
         raise SourceError(f"model {folder}: {wrong[0]} has another shape in the files than in the config")
-    return LoadedModel(loaded, str(name), folder, tuple(sorted(info["missing_keys"])))
+    return LoadedModel(loaded, str(name), folder, tuple(sorted(info["missing_keys"])), quant)
 
 
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
@@ -256,12 +311,15 @@ def load_tokenizer(folder: str, **kwargs: Any) -> Any:
 def widen(model: Any) -> None:
     """Casts a transformers model, loaded in bfloat16, to float32 in place, one parameter at a time.
 
-    4-bit codes and their scales keep their dtypes. Buffers that are in no file, such as the scale of the embeddings in
+    Packed codes and their scales keep their dtypes. Buffers that are in no file, such as the scale of the embeddings in
     Gemma 3, are made again in float32, because the values of the loaded buffers are rounded to bfloat16.
     """
     from accelerate import init_empty_weights
 
     model.to(torch.float32).config.dtype = torch.float32
+    for module in model.modules():
+        if isinstance(module, (HoldsPacked, PackedExperts)):
+            module.compute_dtype = torch.float32
     with init_empty_weights(include_buffers=False):
         made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
     in_files = set(model.state_dict())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..integrations.adapter_layers.base import STOCK
 from ..integrations.model_blocks.loss import LanguageModel
-from ..nn import NF4Linear
+from ..nn import NF4Linear, PackedLinear
 
 __all__ = ["GRADIENT", "Compared", "Results", "Seed", "blocks_alone", "cast", "compared", "draws", "step",
            "without_autocast"]  # fmt: skip
@@ -229,7 +229,7 @@ def blocks_alone(
         return run
 
     fused_parts = ((name, part) for name, part in fused.named_modules() if not isinstance(part, LanguageModel))
-    names = [name for name, part in fused_parts if type(part) in STOCK or isinstance(part, NF4Linear)]
+    names = [name for name, part in fused_parts if type(part) in STOCK or isinstance(part, (NF4Linear, PackedLinear))]
     for name in names:
         # A base_layer is compared as a part of the adapter layer that wraps the base_layer.
         if not (name.endswith(".base_layer") and name.removesuffix(".base_layer") in names):

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..integrations.adapter_layers.base import FOUR_BIT, quant_state_of
-from ..nn import NF4Experts, NF4Linear
-from ..nn.experts import dense_experts
+from ..nn import NF4Linear, PackedLinear
+from ..nn.experts import FrozenExperts, dense_experts
+from ..nn.requantize import frozen_weight
 from ..weights.nf4 import NF4Weight
+from ..weights.packed import PackedWeight
 
 __all__ = ["Dequantized", "dequantizing", "twin", "without_dropout"]
 
@@ -41,27 +43,27 @@ class _Product(torch.autograd.Function):
 
 
 class Dequantized(nn.Module):
-    """A linear layer over a frozen NF4 weight, computed in plain PyTorch.
+    """A linear layer over a frozen packed weight, computed in plain PyTorch.
 
     Args:
         seen: dtype to which the dequantized weight is rounded before the product; None: the dtype of x.
     """
 
-    def __init__(self, nf4: NF4Weight, bias: Optional[nn.Parameter], seen: Optional[torch.dtype] = None) -> None:
+    def __init__(self, packed: PackedWeight, bias: Optional[nn.Parameter], seen: Optional[torch.dtype] = None) -> None:
         super().__init__()
-        self.nf4, self.bias, self.seen = nf4, bias, seen
-        self.out_features, self.in_features = nf4.shape
+        self.packed, self.bias, self.seen = packed, bias, seen
+        self.out_features, self.in_features = packed.shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dequantized:
-        return Dequantized(self.nf4, copy.deepcopy(self.bias, memo), self.seen).train(self.training)
+        return Dequantized(self.packed, copy.deepcopy(self.bias, memo), self.seen).train(self.training)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.nf4.dequantize(self.seen or dtype).to(dtype)
+        return self.packed.dequantize(self.seen or dtype).to(dtype)
 
     @property
     def weight(self) -> nn.Parameter:
         """Returns a newly dequantized weight, whose norm PEFT's DoRA computes."""
-        return nn.Parameter(self.dense(self.nf4.dtype), requires_grad=False)
+        return nn.Parameter(self.dense(self.packed.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Product.apply(x, self)
@@ -123,7 +125,7 @@ def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.d
 
 def _dequantized(name: str, module: nn.Module, seen: Optional[torch.dtype], memo: dict[int, Any]) -> Any:
     if isinstance(module, Dequantized):
-        return Dequantized(module.nf4, copy.deepcopy(module.bias, memo), seen).train(module.training)
+        return Dequantized(module.packed, copy.deepcopy(module.bias, memo), seen).train(module.training)
     if type(module) in FOUR_BIT:
         nf4 = NF4Weight.from_bitsandbytes(module.weight, quant_state_of(module))
         bias = copy.deepcopy(module.bias, memo)
@@ -134,12 +136,12 @@ def _dequantized(name: str, module: nn.Module, seen: Optional[torch.dtype], memo
 
 
 def dequantizing(model: nn.Module) -> nn.Module:
-    """Replaces peft_ext's NF4 modules in ``model`` by modules in plain PyTorch, in place. Returns ``model``."""
+    """Replaces peft_ext's packed layers and experts in ``model`` by plain PyTorch, in place. Returns ``model``."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
-            if isinstance(child, NF4Linear):
-                module._modules[name] = Dequantized(child.nf4, child.bias).train(child.training)
-        if isinstance(module, NF4Experts):
+            if isinstance(child, (NF4Linear, PackedLinear)):
+                module._modules[name] = Dequantized(frozen_weight(child), child.bias).train(child.training)
+        if isinstance(module, FrozenExperts):
             dense_experts(module)
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .packed import SCALE_TYPES, Format, PackedWeight, option_of, register
 
-__all__ = ["FP8", "fp8", "from_compressed_tensors", "from_transformers", "quantize_fp8"]
+__all__ = ["FP8", "block_size", "fp8", "from_compressed_tensors", "from_transformers", "quantize_fp8"]
 
 _ALL = 63  # log2 of the size of a block that has all rows or columns, as kAll in csrc/weight/formats/fp8.h says
 _MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -26,6 +26,12 @@ def _shift(what: str, size: int) -> int:
     if type(size) is not int or size < 0 or size & (size - 1) or size >= 1 << 32:
         raise ValueError(f"PackedWeight: fp8 has blocks of {size!r} {what}, wanted a power of two, or 0 for all {what}")
     return size.bit_length() - 1 if size else _ALL
+
+
+def block_size(weight: PackedWeight) -> tuple[int, int]:
+    """Returns the numbers of rows and columns of a block of an FP8 weight; 0 stands for all rows or columns."""
+    shift = weight.option >> 8 & 63
+    return (0 if shift == _ALL else 1 << shift), weight.group
 
 
 def _blocks(count: int, shift: int) -> int:

@@ -227,7 +227,7 @@ OPTIONS = [
      "--quant nf4 with --method partial: it trains the weights themselves, which NF4 freezes"),
     (["--rank", "0"], "--rank 0: wanted 1 to 2147483647"),
     (["--dropout", "1"], "--dropout 1.0: wanted 0 <= p < 1"),
-    (["--quant", "int3"], "--quant int3: wanted one of nf4, none"),
+    (["--quant", "int3"], "--quant int3: wanted one of nf4, mxfp4, nvfp4, fp8, int4, checkpoint, none"),
     (["--blocksize", "48"], "--blocksize 48: wanted one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
     (["--eval-fraction", "0"], "--eval-fraction 0.0: wanted more than 0 and less than 1"),
     (["--lr", "-1"], "--lr -1.0: wanted a positive number"),

@@ -83,6 +83,17 @@ def test_losses_and_adapter_are_those_of_one_process(processes, tiny, folder, al
 
 
 @pytest.mark.slow
+def test_processes_train_over_8_bit_floats(tiny, tmp_path):
+    """gloo can't send 8-bit floats, so that DDP must not send the codes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(options_of(tiny, one, 4, "--quant", "fp8")) == 0
+    run = Run([*torchrun(2), *options_of(tiny, two, 2, "--quant", "fp8")], tmp_path / "log")
+    assert run.end() == 0, run.out
+    losses, weights = differences(one, two)
+    assert losses <= LOSS and weights <= WEIGHT and record_of(two)["check"]["ok"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(before, after, tiny, folder, alone):
     whole, output = run_of(before, tiny, folder), folder / f"from{before}to{after}"

@@ -104,12 +104,14 @@ def build(config, dtype=torch.float32):
     return auto.from_config(copy.deepcopy(config), dtype=dtype)
 
 
-def adapted(config, adapter, dtype=torch.float32, nf4=False, accelerated=True, checkpointing=False):
+def adapted(config, adapter, dtype=torch.float32, nf4=False, packed=None, accelerated=True, checkpointing=False):
     model = build(config, dtype)
     if adapter is not None:
         model = peft.get_peft_model(model, copy.deepcopy(adapter))
     if nf4:
         peft_ext.quantize_nf4(model, progress=False)
+    if packed is not None:
+        peft_ext.quantize_packed(model, packed, progress=False)
     if accelerated:
         peft_ext.accelerate(model)
     if checkpointing:
@@ -117,8 +119,8 @@ def adapted(config, adapter, dtype=torch.float32, nf4=False, accelerated=True, c
     return model
 
 
-def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
-    changes = {"quantization": "nf4" if nf4 else None, "device": "cpu", **TOKENS, **changes}
+def estimated(config, adapter, nf4=False, packed=None, checkpointing=False, **changes):
+    changes = {"quantization": "nf4" if nf4 else packed, "device": "cpu", **TOKENS, **changes}
     return estimate_memory(config, adapter, gradient_checkpointing=checkpointing, **changes)
 
 

@@ -25,6 +25,7 @@ from memory_steps import (  # noqa: E402
     measured,
     one_thread,  # noqa: F401  one_thread is a fixture
 )
+from packed_formats import EACH_FORMAT  # noqa: E402
 from peft_models import quantize  # noqa: E402
 
 import peft_ext  # noqa: E402
@@ -66,6 +67,23 @@ def test_is_what_a_real_step_allocates(name):
         how = {**how, "accelerated": False}
     assert_near(estimated(config, adapter, **{"task_type": "SEQ_CLS"} if config is BERT else {}, **how),
                 measured(adapted(config, adapter, **how)))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@EACH_FORMAT
+def test_packed_formats_too(format: str, dtype: torch.dtype):
+    how = {"dtype": dtype, "packed": format}
+    estimate, model = estimated(LLAMA, lora(), **how), adapted(LLAMA, lora(), **how)
+    assert_near(estimate, measured(model))
+    assert estimate == estimate_memory(model, **TOKENS)
+    held = [module.packed for module in model.modules() if isinstance(module, peft_ext.nn.PackedLinear)]
+    assert estimate.quantization == sum(weight.nbytes - weight.parts[0].nbytes for weight in held)
+    assert estimate.parameters == estimated(LLAMA, lora(), dtype=dtype).parameters
+
+
+def test_packed_layers_on_peft_s_own_layers_too():
+    how = {**BF16, "packed": "mxfp4", "accelerated": False}
+    assert_near(estimated(LLAMA, lora(use_dora=True), **how), measured(adapted(LLAMA, lora(use_dora=True), **how)))
 
 
 @pytest.mark.parametrize("how", ["autocast", "padding"])

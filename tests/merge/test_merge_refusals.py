@@ -137,9 +137,10 @@ def test_refuses_bases(made, tmp_path):
     assert "on the meta device" in refused(empty, adapter, out)
     config = json.loads((base / "config.json").read_text())
     for about, text in (
-        ({"quant_method": "gptq", "bits": 4}, "is quantized by gptq; wanted dense weights or bitsandbytes' nf4"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "is quantized by bitsandbytes, int8; wanted"),
+        ({"quant_method": "gptq", "bits": 4}, "quant_method is gptq, and no layer of its files is stored as gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "is quantized by bitsandbytes: "),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes, fp4"),
+        ({"quant_method": "aqlm"}, "is quantized by aqlm: quant_method is 'aqlm', wanted one of "),
     ):
         (base / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
         assert text in refused(base, adapter, out)
@@ -170,7 +171,9 @@ def test_refuses_options_and_outputs(made, tmp_path):
     base, adapter = made("Llama", lora("q_proj"))
     out = tmp_path / "out"
     assert refused(base, adapter, out, dtype="int8") == "dtype is int8, wanted one of bf16, fp16, fp32, keep"
-    assert refused(base, adapter, out, base_quant="fp4") == "base_quant is 'fp4', wanted 'nf4', 'none' or None"
+    assert refused(base, adapter, out, base_quant="fp4") == (
+        "base_quant is 'fp4', wanted one of nf4, mxfp4, nvfp4, fp8, int4, checkpoint, none, or None"
+    )
     assert "blocksize is 48, wanted one of 32, 64" in refused(base, adapter, out, blocksize=48)
     assert "max_shard_size is 'much'" in refused(base, adapter, out, max_shard_size="much")
     for path in (base, adapter, tmp_path):
@@ -230,7 +233,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
     assert merge_to_dense(None, checkpoint, tmp_path / "plain", base_quant="none").base_quant == "none"
     # Another program may have written the options in this run.json.
     (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))
-    with pytest.raises(MergeError, match="options have the quant 'int3', wanted 'nf4' or 'none'"):
+    with pytest.raises(MergeError, match="options have the quant 'int3', wanted one of nf4, mxfp4, nvfp4"):
         merge_to_dense(None, adapter, tmp_path / "other")
 
 

@@ -262,6 +262,21 @@ def test_a_smaller_card_gets_nf4():
     assert full.memory.total > full.memory.parameters * (2 + 2 + 4)
 
 
+def test_another_format_is_recommended_if_asked_for():
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8, vocab_size=500
+    )
+    setting = {"batch_size": 1, "sequence_length": 8, "headroom": 0}
+    dense = estimate_memory(
+        config, "ia3", dtype=torch.bfloat16, gradient_checkpointing=True, batch_size=1, sequence_length=8
+    )
+    found = recommend_peft_method(config, 0.9 * dense.total / GIB, "generation", 20, quantization="fp8", **setting)
+    assert (found.name, found.quantization) == ("IA3 over FP8", "fp8")
+    assert "they are quantized to FP8, " in " ".join(found.reasons)
+    with pytest.raises(ValueError, match="quantization is 'int3', wanted one of .*'mxfp4'"):
+        recommend_peft_method(config, 1, quantization="int3")
+
+
 def test_a_given_configuration_is_traced_itself():
     config = transformers.BertConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
     found = recommend_peft_method(config, 1, "classification", 2_000, **SHORT)

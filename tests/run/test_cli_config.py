@@ -120,7 +120,7 @@ BAD = [
     ("rank: 1_000\n", "{path}:1: rank is the text '1_000', wanted a whole number"),
     ("lr: nan\n", "{path}:1: lr is the text 'nan', wanted a number"),
     ("lr: .nan\n", "{path}:1: lr is the text '.nan', wanted a number"),
-    ("quant: no\n", "--quant no: wanted one of nf4, none ({path}:1)"),
+    ("quant: no\n", "--quant no: wanted one of nf4, mxfp4, nvfp4, fp8, int4, checkpoint, none ({path}:1)"),
     ("stock: 1\n", "{path}:1: stock is the text '1', wanted true or false"),
     ("model:\n", "{path}:1: model has no value, wanted text"),
     ("model: [a]\n", "{path}:1: model is a list, wanted text"),
@@ -428,8 +428,8 @@ def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatc
 # --- help -------------------------------------------------------------------------------------------------------------
 
 # For each command: the most lines of its help at 100 columns and at 80 columns.
-HELP = {"": (30, 30), "doctor": (16, 18), "report": (16, 16), "finetune": (63, 87), "merge": (26, 40),
-        "recommend": (22, 28), "explain": (26, 32), "chat": (22, 26), "bench": (24, 28)}  # fmt: skip
+HELP = {"": (30, 30), "doctor": (16, 18), "report": (16, 16), "finetune": (64, 87), "merge": (26, 40),
+        "recommend": (22, 30), "explain": (26, 33), "chat": (22, 26), "bench": (24, 28)}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", HELP)

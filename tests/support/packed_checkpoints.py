@@ -191,10 +191,10 @@ def write(
     return path
 
 
-def write_gpt_oss(path: Path) -> Path:
+def write_gpt_oss(path: Path, **fields: Any) -> Path:
     """Writes a tiny gpt-oss checkpoint with experts in MXFP4, as OpenAI's."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config("gpt_oss")).to(torch.bfloat16).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config("gpt_oss", **fields)).to(torch.bfloat16).save_pretrained(path)
     held: Tensors = {}
     for name, tensor in load_file(path / "model.safetensors").items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):

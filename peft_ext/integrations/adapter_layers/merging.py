@@ -1,4 +1,4 @@
-"""Merging of an adapter into an NF4 weight. Unmerging restores the exact bits of the weight before the merge."""
+"""Merging of an adapter into a packed weight. Unmerging restores the exact bits of the weight before the merge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from ... import ops
 from ..._imports import optional, version
 from ...nn import NF4Linear, PackedLinear
-from ...nn.nf4 import is_zero3_shard, requantized
+from ...nn.nf4 import is_zero3_shard
+from ...nn.requantize import frozen_weight, requantized, set_frozen_weight
 from ...weights.nf4 import NF4Weight
 from .base import KEPT
 
@@ -26,19 +27,26 @@ MERGE_LOSES = (
     "merging into an NF4 weight rounds the merged weight to 4 bits again; peft_ext.explain(model) says how far that "
     "moves it. peft_ext.dequantize_nf4(model) before merging, or peft-ext merge, keeps it"
 )
+PACKED_MERGE_LOSES = (
+    "merging into a packed weight ({}) quantizes the merged weight again; peft_ext.explain(model) says how far that "
+    "moves it. peft_ext.dequantize_packed(model) before merging, or peft-ext merge, keeps it"
+)
 
 
 class MergesNF4:
-    """merge and unmerge of an adapter layer over an NF4Linear. Over another base layer the stock class's methods run.
+    """merge and unmerge of an adapter layer over an NF4Linear or a PackedLinear. Over another base layer the stock
+    class's methods run.
 
     Each ``merge`` starts from the weight before the first merge, adds the adapters that are merged already and the new
-    adapters, and quantizes the sum once with the base weight's block size. ``base_layer.merge_error`` is the relative
-    error of that quantization. ``unmerge`` restores the weight before the first merge bit for bit.
+    adapters, and quantizes the sum once in the base weight's layout. ``base_layer.merge_error`` is the relative error
+    of that quantization. ``unmerge`` restores the weight before the first merge bit for bit. ``merge`` raises
+    RuntimeError if no quantizer makes the layout of the base weight.
 
     A subclass defines ``_merged``, which returns weight and bias with one more adapter, computed from the weight and
     bias before this adapter and from the weight without any adapter. A subclass of low-rank adapters also defines
     ``_factors``, which returns the concatenated lora_A, the concatenated lora_B and a scale per output row (or None).
-    :func:`peft_ext.ops.nf4_merge` merges the factors that ``_factors`` returns in one pass over the NF4 codes.
+    :func:`peft_ext.ops.nf4_merge` merges the factors that ``_factors`` returns in one pass over the NF4 codes. Over
+    other packed weights ``_merged`` merges.
     """
 
     def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
@@ -52,40 +60,37 @@ class MergesNF4:
                 f"merge: base_layer.weight is {tuple(base.weight.shape)}, partitioned by ZeRO-3, wanted the whole "
                 "weight. Save the adapter and merge it in one process"
             )
-        if isinstance(base, PackedLinear):
-            raise RuntimeError(
-                f"merge: base_layer is a PackedLinear ({base.packed.format.name}), whose weight keeps the bytes of the "
-                "checkpoint; wanted a dense or an NF4 base layer. Save the adapter, and merge it into a dense model"
-            )
-        if not isinstance(base, NF4Linear):
+        if not isinstance(base, (NF4Linear, PackedLinear)):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if check_adapters_to_merge is None:
             raise RuntimeError(f"merge: {version('peft')} has no peft.tuners.tuners_utils.check_adapters_to_merge")
         held = getattr(self, self.adapter_layer_names[0])
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in held]
         if names:
-            _merge_nf4(self, base, names, safe_merge)
+            _merge_packed(self, base, names, safe_merge)
 
     def unmerge(self) -> None:
         base = self.get_base_layer()
-        if not self.merged or not isinstance(base, NF4Linear):
+        if not self.merged or not isinstance(base, (NF4Linear, PackedLinear)):
             return super().unmerge()
         if KEPT not in self.__dict__:
-            raise RuntimeError("the NF4 weight from before the merge is not here: it was merged elsewhere")
-        nf4, bias = self.__dict__.pop(KEPT)
-        base.set_nf4(nf4.to(base.weight.device))
+            raise RuntimeError("the packed weight from before the merge is not here: it was merged elsewhere")
+        weight, bias = self.__dict__.pop(KEPT)
+        set_frozen_weight(base, weight.to(base.weight.device))
         if bias is not None:
             base.bias.data = bias.to(base.bias)
         self.merged_adapters.clear()
 
 
 @torch.no_grad()
-def _merge_nf4(layer: Any, base: NF4Linear, names: list[str], safe_merge: bool) -> None:
-    nf4, bias = layer.__dict__.get(KEPT, (base.nf4, None if base.bias is None else base.bias.detach().clone()))
-    unmerged = nf4.to(base.weight.device)
+def _merge_packed(layer: Any, base: Any, names: list[str], safe_merge: bool) -> None:
+    bias = None if base.bias is None else base.bias.detach().clone()
+    # The base's own tensors get other data, and the detached tensors keep the data from before the merge.
+    weight, bias = layer.__dict__.get(KEPT) or (frozen_weight(base).map(Tensor.detach), bias)
+    unmerged = weight.to(base.weight.device)
     together = [*layer.merged_adapters, *names]
-    merged_bias = bias
-    if (factors := layer._factors(together, unmerged)) is not None:
+    merged_bias, is_nf4 = bias, isinstance(weight, NF4Weight)
+    if is_nf4 and (factors := layer._factors(together, unmerged)) is not None:
         lora_A, lora_B, row_scale = factors
         quantized, error = ops.nf4_merge(unmerged, lora_A, lora_B, row_scale=row_scale)
         if safe_merge and not math.isfinite(error):
@@ -98,10 +103,10 @@ def _merge_nf4(layer: Any, base: NF4Linear, names: list[str], safe_merge: bool) 
             finite = torch.isfinite(merged).all() and (bias is None or torch.isfinite(merged_bias).all())
             if safe_merge and not finite:
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        quantized, error = requantized(merged, nf4)
-    base.set_merged(quantized, error)
+        quantized, error = requantized(merged, weight)
+    set_frozen_weight(base, quantized, error)
     if bias is not None:
         base.bias.data = merged_bias.to(base.bias)
-    layer.__dict__[KEPT] = (nf4, bias)
+    layer.__dict__[KEPT] = (weight, bias)
     layer.merged_adapters.extend(names)
-    warnings.warn(MERGE_LOSES, stacklevel=3)
+    warnings.warn(MERGE_LOSES if is_nf4 else PACKED_MERGE_LOSES.format(weight.format.name), stacklevel=3)
