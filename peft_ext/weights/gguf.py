@@ -200,7 +200,5 @@ def permuted_rows(weight: PackedWeight, order: Tensor) -> PackedWeight:
         raise ValueError(f"permuted_rows: the weight is {weight!r}, wanted a GGUF weight (N, K)")
     rows = weight.out_features
     if order.shape != (rows,):
-        raise ValueError(
-            f"permuted_rows: order has shape {tuple(order.shape)}, wanted ({rows},): row numbers"
-        )
+        raise ValueError(f"permuted_rows: order has shape {tuple(order.shape)}, wanted ({rows},): row numbers")
     return weight.map(lambda data: data.reshape(rows, -1)[order.to(data.device)])
