@@ -22,6 +22,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -174,7 +175,8 @@ def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Im
     (program,) = _checked(nvrtc.nvrtcCreateProgram(source, b"peft_ext.cu", len(names), texts, names))
     try:
         _checked(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
-        asked = [f"--gpu-architecture={arch}".encode(), *_options(), *(option.encode() for option in options)]
+        own = [*_options_of(file), *options]
+        asked = [f"--gpu-architecture={arch}".encode(), *_options(), *(option.encode() for option in own)]
         if nvrtc.nvrtcCompileProgram(program, len(asked), asked)[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(f"NVRTC does not compile {kernel} for {arch}:\n{_log(program)}")
         get = ("CUBIN", "PTX")[arch.startswith("compute_")]
@@ -216,6 +218,11 @@ def _options() -> list[bytes]:
     asked = os.environ.get("PEFT_EXT_NVRTC_FLAGS", "").split()
     # The headers are also for g++ and mark no function __device__ that the host uses too.
     return [option.encode() for option in ("-std=c++17", "-default-device", *asked)]
+
+
+def _options_of(file: str) -> list[str]:
+    """Returns the options of a source file, which a line ``// NVRTC options: ...`` of the file lists."""
+    return " ".join(re.findall(r"^// NVRTC options: (.+)$", _sources()[file.rpartition("csrc/")[2]], re.M)).split()
 
 
 @functools.cache

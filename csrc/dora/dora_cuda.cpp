@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> dora_weight_norm_cuda(const Tensor& weight, const std
                                                  const std::vector<int64_t>& shape, const Tensor& lora_A,
                                                  const Tensor& lora_B, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_weight_norm";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, type);
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   const WeightNorm out = weight_norm(kOp, held, lora_A, lora_B, scaling, type);
   return {out.norm, out.u};
 }
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> dora_weight_norm_backward_cuda(
     const std::vector<int64_t>& shape, const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
     double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_weight_norm_backward";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, type);
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   const WeightNormGradient out = weight_norm_backward(kOp, grad, held, lora_A, lora_B, norm, u, scaling, type);
   return {out.grad_A, out.grad_B};
 }
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear_cuda(
     const Tensor& out_scale, double scaling, double dropout_p, const std::optional<Tensor>& seed, bool drop_base,
     bool want_z) {
   constexpr const char* kOp = "dora_linear";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   const DeviceAdapter adapter =
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.outputs, scaling, dropout_p, seed, drop_base);
   const DeviceForward out = adapted_forward(kOp, x, held, bias, adapter, false, want_z);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cuda(
     const Tensor& out_scale, const Tensor& s, const Tensor& z, bool z_is_scaled, double scaling, double dropout_p,
     const std::optional<Tensor>& seed, bool drop_base, bool needs_grad_x, bool needs_grad_scale) {
   constexpr const char* kOp = "dora_linear_backward";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   const DeviceAdapter adapter =
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.outputs, scaling, dropout_p, seed, drop_base);
   STD_TORCH_CHECK(!needs_grad_scale || !z_is_scaled, kOp, ": z is the output, wanted Z: on a GPU it is always kept");

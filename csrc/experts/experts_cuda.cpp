@@ -250,16 +250,14 @@ Tensor scaled_rows(const Tensor& grad, const Tensor* z, const Tensor& scale, con
 // --- operators
 
 std::tuple<Tensor, Tensor, Tensor> lora_experts_cuda(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-    const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
-    const std::optional<Tensor>& bias, const Tensor& offsets, const std::optional<Tensor>& lora_A,
-    const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed, bool want_z) {
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& part1, const std::optional<Tensor>& part2,
+    const std::optional<Tensor>& part3, const std::optional<Tensor>& part4, int64_t layout,
+    const std::vector<int64_t>& shape, const std::optional<Tensor>& bias, const Tensor& offsets,
+    const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale,
+    double scaling, double dropout_p, const std::optional<Tensor>& seed, bool want_z) {
   constexpr const char* kOp = "lora_experts";
   const ScalarType type = x.scalar_type();
-  const DeviceStack stack =
-      checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const DeviceStack stack = checked_stack(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   const Tensor held = checked_rows(kOp, "x", x, stack.all.inputs, stack.all.weight);
   const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
   const Tensor ends = checked_ends(kOp, offsets, stack);
@@ -303,16 +301,14 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_cuda(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-    const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
-    const Tensor& offsets, const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B,
-    const std::optional<Tensor>& out_scale, const Tensor& s, const Tensor& z, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed, bool needs_grad_x, bool needs_grad_scale) {
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& part1,
+    const std::optional<Tensor>& part2, const std::optional<Tensor>& part3, const std::optional<Tensor>& part4,
+    int64_t layout, const std::vector<int64_t>& shape, const Tensor& offsets, const std::optional<Tensor>& lora_A,
+    const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale, const Tensor& s, const Tensor& z,
+    double scaling, double dropout_p, const std::optional<Tensor>& seed, bool needs_grad_x, bool needs_grad_scale) {
   constexpr const char* kOp = "lora_experts_backward";
   const ScalarType type = x.scalar_type();
-  const DeviceStack stack =
-      checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const DeviceStack stack = checked_stack(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   const Tensor held = checked_rows(kOp, "x", x, stack.all.inputs, stack.all.weight);
   Tensor held_grad = checked_rows(kOp, "grad", grad, stack.all.outputs, stack.all.weight);
   const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
@@ -395,15 +391,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
   return {grad_x, grad_A, grad_B, grad_scale};
 }
 
-Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
-                                     const std::optional<Tensor>& nested_absmax,
-                                     const std::optional<Tensor>& nested_code,
-                                     const std::optional<Tensor>& nested_offset, int64_t blocksize,
+Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<Tensor>& part1,
+                                     const std::optional<Tensor>& part2, const std::optional<Tensor>& part3,
+                                     const std::optional<Tensor>& part4, int64_t layout,
                                      const std::vector<int64_t>& shape, const std::optional<Tensor>& offsets,
                                      const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_experts_weight_norm";
-  const DeviceStack stack =
-      checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const DeviceStack stack = checked_stack(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
   const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, std::nullopt, scaling, 0.0, std::nullopt);
   const Tensor& held = stack.all.weight;
   const Tensor norm = device_empty(held, {stack.experts, stack.all.outputs}, ScalarType::Float);

@@ -3,30 +3,36 @@
 
 #include "linear/cuda/rank_plan.cuh"
 #include "nf4/cuda/nf4_weight.cuh"
+#include "packed/cuda/packed_weight.cuh"
 
 namespace peft_ext {
 
-DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                          const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                          const std::optional<Tensor>& nested_offset, int64_t blocksize,
+DeviceStack checked_stack(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,
                           const std::vector<int64_t>& shape, ScalarType type) {
   STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
   STD_TORCH_CHECK(shape.size() == 3, op, ": weight has ", shape.size(), " dimensions, wanted [E, N, K]");
-  if (absmax.has_value()) {
-    return {nf4_weights(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1],
-                        shape[2]),
-            shape[0]};
+  DeviceStack held;
+  held.experts = shape[0];
+  if (format_number(layout) != 0) {
+    const DeviceWeight packed = packed_weights(op, weight, parts, layout, shape[0], shape[1], shape[2]);
+    check_kernel_dtype(op, "x", type);
+    held.all.weight = packed_dense_stack(packed, type, shape[0]);
+    held.all.outputs = shape[1];
+    held.all.inputs = shape[2];
+    return held;
+  }
+  if (layout != 0 || parts[0].has_value()) {
+    held.all = nf4_weights(op, weight, parts, layout, shape[0], shape[1], shape[2]);
+    return held;
   }
   STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == shape[0] && weight.size(1) == shape[1] &&
                       weight.size(2) == shape[2] && weight.scalar_type() == type,
                   op, ": weight is ", torch::headeronly::toString(weight.scalar_type()), " with ", weight.numel(),
                   " elements, wanted ", torch::headeronly::toString(type), " [", shape[0], ", ", shape[1], ", ",
                   shape[2], "]");
-  DeviceStack held;
   held.all.weight = weight;
   held.all.outputs = shape[1];
   held.all.inputs = shape[2];
-  held.experts = shape[0];
   return held;
 }
 

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
     const std::vector<int64_t>& shape, const std::optional<Tensor>& bias, const std::vector<Tensor>& lora_A,
     const std::vector<Tensor>& lora_B, const std::vector<double>& scaling, const std::vector<int64_t>& adapters) {
   constexpr const char* kOp = "grouped_lora_linear";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   STD_TORCH_CHECK(!lora_A.empty() && lora_B.size() == lora_A.size() && scaling.size() == lora_A.size(), kOp, ": ",
                   lora_A.size(), " of lora_A, ", lora_B.size(), " of lora_B and ", scaling.size(),
                   " of scaling, wanted as many");

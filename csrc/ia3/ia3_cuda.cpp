@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> ia3_linear_cuda(const Tensor& x, const Tensor& weight
                                            const std::vector<int64_t>& shape, const std::optional<Tensor>& bias,
                                            const Tensor& ia3_l, bool feedforward, bool want_z) {
   constexpr const char* kOp = "ia3_linear";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   const DeviceForward out =
       adapted_forward(kOp, x, held, bias, ia3_adapter(kOp, ia3_l, held, feedforward), true, want_z);
   return {out.y, out.z};
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> ia3_linear_backward_cuda(
     int64_t layout, const std::vector<int64_t>& shape, const std::optional<Tensor>&, const Tensor& ia3_l,
     const std::optional<Tensor>& z, bool z_is_scaled, bool feedforward, bool needs_grad_x, bool needs_grad_l) {
   constexpr const char* kOp = "ia3_linear_backward";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   const bool of_outputs = !feedforward && needs_grad_l;
   STD_TORCH_CHECK(!of_outputs || (z.has_value() && !z_is_scaled), kOp,
                   ": z is None or the output, wanted Z: on a GPU it is always kept");

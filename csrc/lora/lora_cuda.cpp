@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& weigh
                                             const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
                                             const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_linear";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   const DeviceForward out = adapted_forward(kOp, x, held, bias, adapter, false, false);
   return {out.y, out.s};
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cuda(
     const std::optional<Tensor>& rank_scale, const Tensor& s, double scaling, double dropout_p,
     const std::optional<Tensor>& seed, bool needs_grad_x) {
   constexpr const char* kOp = "lora_linear_backward";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   DeviceBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x, std::nullopt);
   if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());

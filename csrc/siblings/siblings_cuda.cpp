@@ -12,7 +12,7 @@ std::vector<DeviceLayer> lora_layers(const char* op, const Tensor& x, const std:
                                      const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
   std::vector<DeviceLayer> layers;
   for (const ListedLayer& from : listed_layers(op, tensors, sizes, numbers)) {
-    DeviceLayer layer{device_weight(op, from.weight, from.part1, from.part2, from.part3, from.part4, from.layout,
+    DeviceLayer layer{device_weight(op, from.weight, {from.part1, from.part2, from.part3, from.part4}, from.layout,
                                     from.shape, x.scalar_type()),
                       from.bias, DeviceAdapter()};
     if (from.lora_A.has_value())

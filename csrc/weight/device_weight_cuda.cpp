@@ -1,23 +1,25 @@
 // Checks the arguments of a frozen weight on CUDA. See device_weight.cuh.
 #include "weight/device_weight.cuh"
 
+#include "weight/format_check.h"
+
 namespace peft_ext {
 
-DeviceWeight nf4_weights(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                         const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t count, int64_t outputs,
-                         int64_t inputs) {
+DeviceWeight nf4_weights(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout, int64_t count,
+                         int64_t outputs, int64_t inputs) {
+  const std::optional<Tensor>&absmax = parts[0], &nested_absmax = parts[1], &nested_code = parts[2],
+        &nested_offset = parts[3];
   STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
   STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is None, wanted the scales of an NF4 weight");
-  STD_TORCH_CHECK(is_blocksize(blocksize), op, ": blocksize is ", blocksize, ", wanted a power of two from ",
-                  kSmallestBlock, " to ", kLargestBlock);
+  STD_TORCH_CHECK(is_blocksize(layout), op, ": blocksize is ", layout, ", wanted a power of two from ", kSmallestBlock,
+                  " to ", kLargestBlock);
   const bool nested = nested_absmax.has_value();
   STD_TORCH_CHECK(nested == nested_code.has_value() && nested == nested_offset.has_value(), op,
                   ": of nested_absmax, nested_code and nested_offset some are None, wanted all or none");
   DeviceWeight held;
+  held.layout = layout;
   held.outputs = outputs;
   held.inputs = inputs;
-  held.blocksize = blocksize;
   const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t elements) {
     STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
                     " is on another device than weight, wanted cuda:", weight.get_device_index());
@@ -28,34 +30,52 @@ DeviceWeight nf4_weights(const char* op, const Tensor& weight, const std::option
   };
   const int64_t scales = held.scales();
   held.weight = checked("weight", weight, ScalarType::Byte, count * held.codes());
-  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, count * scales);
+  held.parts[0] = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, count * scales);
   if (nested) {
-    held.nested_absmax =
-        checked("nested_absmax", *nested_absmax, ScalarType::Float, count * ceil_div(scales, kNestedBlock));
-    held.nested_code = checked("nested_code", *nested_code, ScalarType::Float, kNestedCodes);
-    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, count);
+    held.parts[1] = checked("nested_absmax", *nested_absmax, ScalarType::Float, count * ceil_div(scales, kNestedBlock));
+    held.parts[2] = checked("nested_code", *nested_code, ScalarType::Float, kNestedCodes);
+    held.parts[3] = checked("nested_offset", *nested_offset, ScalarType::Float, count);
   }
   return held;
 }
 
-DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                        const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs,
+DeviceWeight nf4_weight(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout, int64_t outputs,
                         int64_t inputs) {
-  DeviceWeight held =
-      nf4_weights(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, 1, outputs, inputs);
+  DeviceWeight held = nf4_weights(op, weight, parts, layout, 1, outputs, inputs);
   if (!aligned(held.weight, 8)) held.weight = torch::stable::clone(held.weight);
   return held;
 }
 
-DeviceWeight device_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
+DeviceWeight packed_weights(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,
+                            int64_t count, int64_t outputs, int64_t inputs) {
+  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
+  checked_bytes({count, outputs, inputs}, ScalarType::Byte);  // fails on negative sizes and on overflow
+  check_format(
+      op, layout, count, outputs, inputs, "weight's device",
+      [&](int part) { return part == 0 ? weight : parts[static_cast<size_t>(part - 1)]; },
+      [&](const Tensor& tensor) {
+        return on_device(tensor) && tensor.get_device_index() == weight.get_device_index();
+      });
+  DeviceWeight held;
+  held.layout = layout;
+  held.outputs = outputs;
+  held.inputs = inputs;
+  const auto usable = [](const Tensor& tensor) {
+    const Tensor dense = as_contiguous(tensor);
+    return aligned(dense, 16) ? dense : torch::stable::clone(dense);
+  };
+  held.weight = usable(weight);
+  for (size_t i = 0; i < held.parts.size(); ++i)
+    if (parts[i].has_value()) held.parts[i] = usable(*parts[i]);
+  return held;
+}
+
+DeviceWeight device_weight(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,
                            const std::vector<int64_t>& shape, ScalarType type) {
   STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
   STD_TORCH_CHECK(shape.size() == 2, op, ": weight has ", shape.size(), " dimensions, wanted [N, K]");
-  if (absmax.has_value())
-    return nf4_weight(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1]);
+  if (format_number(layout) != 0) return packed_weights(op, weight, parts, layout, 1, shape[0], shape[1]);
+  if (layout != 0 || parts[0].has_value()) return nf4_weight(op, weight, parts, layout, shape[0], shape[1]);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == shape[0] && weight.size(1) == shape[1], op,
                   ": weight is not [", shape[0], ", ", shape[1], "]");
   STD_TORCH_CHECK(weight.scalar_type() == type, op, ": weight is ", torch::headeronly::toString(weight.scalar_type()),

@@ -1,7 +1,7 @@
 // Checks the arguments of a frozen weight on the CPU. See frozen_weight.h.
 #include "weight/frozen_weight.h"
 
-#include "weight/formats/list.h"
+#include "weight/format_check.h"
 
 namespace peft_ext {
 
@@ -44,49 +44,17 @@ void check_nf4(const char* op, FrozenWeight* held) {
   held->parts[3] = checked_part(op, "nested_offset", *held->parts[3], ScalarType::Float, 1);
 }
 
-// What a format says of a weight's sizes: see weight/formats/list.h.
-struct FormatSizes {
-  const char* name;
-  const char* (*refused)(const PackedView& w);
-  int64_t (*part_bytes)(const PackedView& w, int part);
-};
-
-FormatSizes sizes_of(int64_t number) {
-  switch (number) {
-#define FORMAT(number, Format) \
-  case number:                 \
-    return {#Format, Format::refused, Format::part_bytes};
-    PEFT_EXT_FORMATS(FORMAT)
-#undef FORMAT
-    default:
-      return {nullptr, nullptr, nullptr};
-  }
-}
-
 // Checks the sizes of the parts of a weight in one of the formats of weight/formats/list.h.
-void check_format(const char* op, FrozenWeight* held) {
+void check_packed(const char* op, FrozenWeight* held) {
   checked_numel(held->shape);
   STD_TORCH_CHECK(held->shape.size() == 2, op, ": weight has ", held->shape.size(), " dimensions, wanted [N, K]");
-  const FormatSizes format = sizes_of(held->layout >> kFormatShift & 0xff);
-  STD_TORCH_CHECK(format.name != nullptr, op, ": layout is ", held->layout, ", which names no format");
-  const PackedView view = view_of(*held);
-  if (const char* wanted = format.refused(view))
-    STD_TORCH_CHECK(false, op, ": ", format.name, " weight [", held->shape[0], ", ", held->shape[1], "] has group ",
-                    view.group, " and option ", view.option, ", wanted ", wanted);
-  for (int part = 0; part < kWeightParts; ++part) {
-    std::optional<Tensor> tensor = part == 0 ? held->weight : held->parts[part - 1];
-    const int64_t bytes = format.part_bytes(view, part);  // below 0: may be absent
-    if (!tensor.has_value()) {
-      STD_TORCH_CHECK(bytes <= 0, op, ": part ", part, " of a ", format.name, " weight is None, wanted ", bytes,
-                      " bytes");
-      continue;
-    }
-    const int64_t came = tensor->numel() * static_cast<int64_t>(tensor->element_size()),
-                  wanted = bytes < 0 ? -bytes : bytes;
-    STD_TORCH_CHECK(came == wanted && tensor->is_cpu(), op, ": part ", part, " of a ", format.name, " weight [",
-                    held->shape[0], ", ", held->shape[1], "] has ", came, " bytes, wanted ", wanted, " on the CPU");
-    (part == 0 ? held->weight : *held->parts[part - 1]) = as_contiguous(*tensor);
-  }
+  check_format(
+      op, held->layout, 1, held->shape[0], held->shape[1], "the CPU",
+      [&](int part) { return part == 0 ? held->weight : held->parts[static_cast<size_t>(part - 1)]; },
+      [](const Tensor& tensor) { return tensor.is_cpu(); });
+  held->weight = as_contiguous(held->weight);
+  for (std::optional<Tensor>& part : held->parts)
+    if (part.has_value()) part = as_contiguous(*part);
 }
 
 }  // namespace
@@ -95,7 +63,7 @@ FrozenWeight checked_weight(const char* op, Tensor weight, WeightParts parts, in
                             std::vector<int64_t> shape) {
   FrozenWeight held{weight, parts, layout, shape};
   if (held.is_packed() && !held.is_nf4()) {
-    check_format(op, &held);
+    check_packed(op, &held);
   } else if (held.is_packed() || parts[0].has_value()) {
     check_nf4(op, &held);
   } else {
@@ -112,8 +80,8 @@ PackedView view_of(const FrozenWeight& weight) {
     view.part[i] = weight.parts[i - 1].has_value() ? weight.parts[i - 1]->const_data_ptr() : nullptr;
   view.rows = weight.shape[0];
   view.columns = weight.shape[1];
-  view.group = weight.layout & 0xffffffff;
-  view.option = static_cast<int>(weight.layout >> kOptionShift);
+  view.group = format_group(weight.layout);
+  view.option = format_option(weight.layout);
   return view;
 }
 

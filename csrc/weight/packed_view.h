@@ -35,6 +35,11 @@ enum class Nibbles : int { kLowFirst, kHighFirst, kHalves };
 
 namespace {
 
+// Fields of `layout`. The number is 0 for NF4 and for a dense weight.
+PEFT_EXT_BOTH int64_t format_number(int64_t layout) { return layout >> kFormatShift & 0xff; }
+PEFT_EXT_BOTH int64_t format_group(int64_t layout) { return layout & 0xffffffff; }
+PEFT_EXT_BOTH int format_option(int64_t layout) { return static_cast<int>(layout >> kOptionShift); }
+
 // Fields of `option`: bits 0 to 3: dtype of the scales; bits 4 to 7: bits of a code; bits 8 to 23: flags of the format.
 PEFT_EXT_BOTH ScaleType scale_type(int option) { return static_cast<ScaleType>(option & 15); }
 PEFT_EXT_BOTH int code_bits(int option) { return option >> 4 & 15; }

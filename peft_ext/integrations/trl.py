@@ -32,10 +32,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._imports import required, version
-from ..nn import NF4Linear
 from ..ops.checks import autocast_dtype
-from ..weights.nf4 import NF4Weight, nf4_from_params4bit
-from .adapter_layers.base import FOUR_BIT, LINEAR, class_name, quant_state_of
+from ..weights.packed import PackedWeight
+from .adapter_layers.base import FOUR_BIT, LINEAR, PACKED, class_name, weight_of
 from .adapter_layers.reasons import WIDENED, kernel_reason, weight_reason
 
 with required("trl", "peft_ext.integrations.trl"):
@@ -129,25 +128,18 @@ def _head_reason(model: nn.Module) -> Optional[str]:
     """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward calls this
     function, because the head may have changed."""
     head = model.get_output_embeddings()
-    if type(head) not in (NF4Linear, *LINEAR, *FOUR_BIT):
-        return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear or Linear4bit"
+    if type(head) not in (*PACKED, *LINEAR, *FOUR_BIT):
+        return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear, PackedLinear or Linear4bit"
     if any(parameter.requires_grad for parameter in head.parameters()):
         return "the head is trained"
     if reason := weight_reason(head):
         return f"of the head, {reason}"
-    weight = head._parameters["weight"]
+    weight = head.weight
     if weight.device.type not in CHUNK_BYTES:
         return f"the head is on {weight.device}"
     if torch.float16 in (weight.dtype, autocast_dtype(weight)):
         return "the head computes in float16"
     return kernel_reason("linear_cross_entropy", weight.device.type)
-
-
-def _weight(head: nn.Module) -> Union[Tensor, NF4Weight]:
-    if type(head) is NF4Linear:
-        return head.nf4
-    weight = head._parameters["weight"]
-    return nf4_from_params4bit(weight, quant_state_of(head)) if type(head) in FOUR_BIT else weight
 
 
 # --- the forward ------------------------------------------------------------------------------------------------------
@@ -191,11 +183,11 @@ def _output(
 ) -> FusedCausalLMOutput:  # fmt: skip
     """Returns an output like that of TRL's forward. Tokens with the label -100 are not computed, and have values of
     0."""
-    weight, bias = _weight(head), head._parameters["bias"]
+    weight, bias = weight_of(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))
     mask, dtype = labels != -100, autocast_dtype(hidden) or hidden.dtype
     x, targets = hidden[mask].to(dtype), labels[mask]
-    weight = weight if isinstance(weight, NF4Weight) else weight.to(dtype)
+    weight = weight if isinstance(weight, PackedWeight) else weight.to(dtype)
     bias = bias if bias is None else bias.to(dtype)
     loss = ops.linear_cross_entropy(x, weight, targets, bias, logit_scale=scale, softcap=softcap, reduction="none")
     with torch.no_grad():
@@ -213,7 +205,7 @@ def _output(
 
 
 def _metrics(
-    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], targets: Tensor, scale: float,
+    x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor], targets: Tensor, scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> dict[str, Tensor]:  # fmt: skip
     """Returns the metrics named in ``wanted`` for each row of x, computed from the row's float32 logits z and
@@ -221,7 +213,7 @@ def _metrics(
     names = [name for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1") if name in wanted]
     found = {n: x.new_empty(len(x), dtype=torch.bool if n == "is_top1" else torch.float32) for n in names}
     rows = max(1, CHUNK_BYTES[x.device.type] // (4 * weight.shape[0]))
-    own_product = isinstance(weight, NF4Weight) or (x.device.type == "cpu" and x.dtype in WIDENED)
+    own_product = isinstance(weight, PackedWeight) or (x.device.type == "cpu" and x.dtype in WIDENED)
     for begin in range(0, len(x) if names else 0, rows):
         part = slice(begin, begin + rows)
         z = (ops.frozen_linear if own_product else F.linear)(x[part], weight, bias).float()

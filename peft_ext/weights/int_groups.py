@@ -164,8 +164,9 @@ def _scale_dtype(format: str, scales: Tensor) -> torch.dtype:
     return scales.dtype
 
 
-def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int = 4, zero_points: Optional[Tensor] = None,
-             g_idx: Optional[Tensor] = None, dtype: Optional[torch.dtype] = None) -> PackedWeight:  # fmt: skip
+def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int = 4,
+             zero_points: Optional[Tensor] = None, g_idx: Optional[Tensor] = None,
+             dtype: Optional[torch.dtype] = None) -> PackedWeight:  # fmt: skip
     """Returns a weight of compressed-tensors' integers: ``W[n, k] = (q[n, k] - zero[n, g]) · scale[n, g]``.
 
     ``g`` is the group of column ``k``: ``k // group``, or ``g_idx[k]``. The group's size is K / G. Formats of files:
@@ -272,12 +273,12 @@ def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits:
     """Returns an HQQ weight: ``W = round(q - zero) · scale``, where ``round`` rounds to the dtype of scale and zero.
 
     hqq computes in that dtype (its ``compute_dtype``), and its zeros are no integers, so that the difference is
-    rounded. The weight's codes have the flat numbers ``f = n K + k``. The group of code f is ``f // group`` with axis 1,
-    and ``f % G`` with axis 0.
+    rounded. The weight's codes have the flat numbers ``f = n K + k``. The group of code f is ``f // group`` with axis
+    1, and ``f % G`` with axis 0.
 
     Args:
-        W_q: uint8, N · K bytes for 8 bits, and N · K / 2 for 4 bits: the first half of the codes is in the high nibbles,
-            the second half in the low nibbles. A float tensor (``view_as_float``) is read as bytes.
+        W_q: uint8, N · K bytes for 8 bits, and N · K / 2 for 4 bits: the first half of the codes is in the high
+            nibbles, the second half is in the low nibbles. A float tensor (``view_as_float``) is read as bytes.
         scale, zero: float32, bfloat16 or float16 with G = N · K / group elements.
         shape: ``(N, K)``.
         bits: 4 or 8.

@@ -123,7 +123,7 @@ def test_4bit_weights_that_stay_stock():
     class Kinds(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fp4, self.derived = four_bit(K, K, quant_type="fp4"), bnb.nn.LinearNF4(K, K).to("cpu")
+            self.derived = bnb.nn.LinearNF4(K, K).to("cpu")
             self.waiting, self.repacked = bnb.nn.Linear4bit(K, K, quant_type="nf4"), four_bit(K, K)
             self.eight, self.ours = bnb.nn.Linear8bitLt(K, K), NF4Linear(K, K)
 
@@ -132,16 +132,32 @@ def test_4bit_weights_that_stay_stock():
     with pytest.warns(UserWarning, match="repacked the weight of repacked"):
         stock, fused = both(model.train())
     rows = {row.name: row for row in peft_ext.explain(fused).rows}
-    assert len(rows) == 6
-    assert "'fp4', wanted 'nf4'" in rows["fp4"].reason
+    assert len(rows) == 5
     assert rows["derived"].reason == "LinearNF4 is not fused; only Linear4bit itself is"
     assert "not quantized yet" in rows["waiting"].reason
     assert "repacked" in rows["repacked"].reason
     assert rows["eight"].reason == "Linear8bitLt is not fused; only Linear4bit itself is"
     assert rows["ours"].fused
     x = torch.randn(3, K, requires_grad=True)
-    for name in ("fp4", "derived"):
-        assert torch.equal(getattr(fused, name)(x), getattr(stock, name)(x))
+    assert torch.equal(fused.derived(x), stock.derived(x))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_fp4_weights_are_fused(nested):
+    """A Linear4bit with an FP4 weight, alone and below LoRA, multiplies by bitsandbytes' own decoded weight."""
+    model = nn.Sequential(four_bit(K, K, None, nested, quant_type="fp4"), nn.ReLU(),
+                          four_bit(K, K, None, nested, quant_type="fp4"))  # fmt: skip
+    model.is_loaded_in_4bit = True
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], r=4, init_lora_weights=False))
+    stock, fused = both(model)
+    assert all(row.fused for row in peft_ext.explain(fused).rows) and len(peft_ext.explain(fused).rows) == 2
+    x = torch.randn(5, K)
+    torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-5)
+    for model in (stock, fused):
+        model(x).square().sum().backward()
+    for one, other in zip(stock.parameters(), fused.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-4)
 
 
 @every_method

@@ -427,9 +427,9 @@ def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
     elif how == "compiled alone":
         held.compile(backend="eager")
     run = torch.compile(model, backend="eager") if how == "compiled" else model
-    with pytest.raises(RuntimeError, match="PEFT can't add an adapter to NF4 experts"):
+    with pytest.raises(RuntimeError, match="PEFT can't add an adapter to packed experts"):
         torch.testing.assert_close(run(**batch()).logits, wanted)
-        raise RuntimeError("PEFT can't add an adapter to NF4 experts, and it did not have to")
+        raise RuntimeError("PEFT can't add an adapter to packed experts, and it did not have to")
 
 
 def test_nf4_experts_that_are_sharded_by_themselves_are_refused(tmp_path: Path) -> None:

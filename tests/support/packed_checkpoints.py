@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -114,6 +114,14 @@ def awq(weight: Tensor, group: int = 32) -> Tensors:
     }
 
 
+def hqq(weight: Tensor, group: int = 64) -> Tensors:
+    n, k = weight.shape
+    groups = n * k // group
+    held: Tensors = {"W_q": codes(groups // 2, group, dtype=torch.uint8), "scale": scales(groups, 1, largest=0.005)}
+    held |= {"zero": (torch.rand(groups, 1) * 15).to(torch.bfloat16), "shape": torch.tensor([n, k])}
+    return held | {"nbits": torch.tensor(4, dtype=torch.int32), "packing": torch.tensor(list(b"4bit_u8")).byte()}
+
+
 def compressed(format: str, weights: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """Returns a quantization_config of compressed-tensors with one group."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
@@ -141,6 +149,8 @@ CASES: dict[str, tuple[dict[str, Any], Pack]] = {
               "checkpoint_format": "gptq"}, gptq),
     "gptq act-order": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True,
                         "checkpoint_format": "gptq_v2"}, lambda w: gptq(w, act_order=True)),
+    "hqq": ({"quant_method": "hqq", "skip_modules": ["lm_head"], "quant_config": {
+        "weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1}, "scale_quant_params": None}}, hqq),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
              "modules_to_not_convert": None}, awq),
 }  # fmt: skip
@@ -151,6 +161,11 @@ def is_packed(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
+def write_mixture(path: Path, case: str) -> Path:
+    """Writes a tiny checkpoint of a mixture whose experts are stored in the layout ``case``, each as linear layers."""
+    return write(path, case, "qwen3_moe")
+
+
 def write(
     path: Path,
     case: str,
@@ -158,7 +173,7 @@ def write(
     *,
     dtype: torch.dtype = torch.bfloat16,
     packs: Callable[[str], bool] = is_packed,
-    max_shard_size: Optional[str] = None,
+    shards: bool = False,
     **fields: Any,
 ) -> Path:
     """Writes a tiny checkpoint in which the parameters that ``packs`` names are stored in the layout ``case``."""
@@ -172,7 +187,7 @@ def write(
             held |= {f"{name.removesuffix('weight')}{part}": value for part, value in pack(tensor).items()}
         else:
             held[name] = tensor
-    finish(path, held, quantization, shards=max_shard_size is not None)
+    finish(path, held, quantization, shards=shards)
     return path
 
 

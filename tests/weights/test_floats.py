@@ -89,6 +89,14 @@ def test_mxfp4_experts_lie_as_in_gpt_oss(set_path):
     same_bits(weight.dequantize().transpose(1, 2), library.convert_moe_packed_tensors(*weight.parts))
 
 
+def test_mxfp4_has_the_bits_of_experts_in_fp8_checkpoints():
+    library = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    weight = every_mxfp4()
+    codes, scales = weight.parts[0].view(256, 256).view(torch.int8), weight.parts[1].view(torch.float8_e8m0fnu)
+    want = library.Fp8Dequantize(None)._dequantize_one(codes, scales)
+    same_bits(mx.mxfp4(codes.view(torch.uint8), scales).dequantize()[:255], want[:255])  # scale 255 is a NaN there
+
+
 # --- NVFP4 ------------------------------------------------------------------------------------------------------------
 
 GLOBALS = (1.0, 0.0023, 2688.0 / 0.37, 1e-30, 3e38, 1e-42, 0.0, math.inf, math.nan)

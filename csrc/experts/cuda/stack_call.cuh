@@ -16,9 +16,10 @@ struct DeviceStack {
   int64_t experts = 0;
 };
 
-DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                          const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                          const std::optional<Tensor>& nested_offset, int64_t blocksize,
+// Checks the weights of all experts, and returns the weights. Weights in another packed format than NF4 are decoded to
+// a dense stack in `type`, which takes E N K elements during the call: 1.06 GB for 32 experts of [5760, 2880] in
+// bfloat16.
+DeviceStack checked_stack(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,
                           const std::vector<int64_t>& shape, ScalarType type);
 
 // Returns the kernels' view of the weights. With `transpose`, a column of the view is an output of the layer; otherwise

@@ -5,8 +5,8 @@
 //
 // With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the layer
 // takes l ∘ x instead of x. PyTorch's matrix product computes x Wᵀ and dY W, and adds the product to the kernels'
-// result if there is one. If few_tokens_accept returns true, which needs few tokens, a 16-bit dtype and an NF4 weight,
-// the forward runs on kernels of peft_ext alone.
+// result if there is one. If few_tokens_accept returns true, which needs few tokens and a packed weight (NF4: and a
+// 16-bit dtype), the forward runs on kernels of peft_ext alone.
 #pragma once
 
 #include "weight/device_weight.cuh"
@@ -102,7 +102,7 @@ struct ColumnProducts {
 };
 ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale, const std::optional<Tensor>& other);
 
-// norm: the norm of each row of W + s B A, [N] float32. u: U = W Aᵀ, [N, R] float32. An NF4 weight is dequantized to
+// norm: the norm of each row of W + s B A, [N] float32. u: U = W Aᵀ, [N, R] float32. A packed weight is decoded to
 // `type`.
 struct WeightNorm {
   Tensor norm, u;

@@ -1,16 +1,22 @@
-// The forward for few tokens against an NF4 weight, in 16-bit dtypes. In generation the number of launches matters. A
-// call of up to kFewTokens tokens takes one launch for S and one launch for all other work (nf4_few_tokens.cuh), if the
-// weight's block size and number of inputs are multiples of kFewSlab = 64 and the weight has fewer than 2^32 slabs.
-// Every other call that few_tokens_accept accepts takes two launches after the launch for S (nf4_skinny.cuh). A mixed
-// batch of few tokens that few_tokens_accept refuses uses only skinny_finish_kernel, which computes the terms to which
-// PyTorch's product is added.
+// The forward for few tokens against a packed weight. In generation the number of launches matters. A call of up to
+// kPackedFewTokens tokens against a weight in another format than NF4 takes one launch for S and one launch for all
+// other work (packed_few_tokens.cuh). Against an NF4 weight the kernels take 16-bit dtypes. A call of up to kFewTokens
+// tokens takes one launch for S and one launch for all other work (nf4_few_tokens.cuh), if the weight's block size and
+// number of inputs are multiples of kFewSlab = 64 and the weight has fewer than 2^32 slabs. Every other call that
+// few_tokens_accept accepts takes two launches after the launch for S (nf4_skinny.cuh). A mixed batch of few tokens
+// that few_tokens_accept refuses uses only skinny_finish_kernel, which computes the terms to which PyTorch's product is
+// added.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"
+#include "packed/cuda/packed_few_tokens.cuh"
+#include "packed/cuda/packed_weight.cuh"
 
 namespace peft_ext {
 
 bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter) {
+  if (weight.is_packed() && !weight.is_nf4())
+    return tokens <= kPackedFewTokens && !(adapter.drop_base && adapter.seed.has_value());
   return weight.is_nf4() && type != ScalarType::Float && tokens <= kSkinnyTokens && weight.inputs % 32 == 0 &&
          !(adapter.drop_base && adapter.seed.has_value());
 }
@@ -114,10 +120,15 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
   finish.z = want_z ? launcher.scratch<void>(out.z) : nullptr;
 
   const void* data = launcher.in<void>(held);
+  if (!weight.is_nf4()) {
+    const bool whole = whole_columns(held, size.inputs);
+    const PackedFew work{data, packed_view(launcher, weight), static_cast<int>(size.tokens), whole, finish};
+    return launch_packed_few(launcher, work, format_number(weight.layout), x.scalar_type());
+  }
   const Nf4View view = nf4_view(launcher, weight);
   const int tokens = static_cast<int>(size.tokens);
   // nf4_few_tokens_kernel counts the slabs of all rows in 32 bits.
-  const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize % kFewSlab == 0 &&
+  const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize() % kFewSlab == 0 &&
                    size.outputs * (size.inputs / kFewSlab) < int64_t{1} << 32;
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

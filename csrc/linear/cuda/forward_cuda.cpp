@@ -2,7 +2,7 @@
 //
 //   S: a pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write of Y (expand); Y = Y₀ + x Wᵀ: PyTorch's matrix product
 //
-// An NF4 weight is dequantized for the product, except in calls of few tokens that few_tokens_accept accepts: see
+// A packed weight is decoded for the product, except in calls of few tokens that few_tokens_accept accepts: see
 // few_tokens_cuda.cpp.
 #include "linear/cuda/call.cuh"
 

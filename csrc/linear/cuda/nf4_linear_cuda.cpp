@@ -10,7 +10,7 @@ Tensor nf4_linear_cuda(const Tensor& x, const Tensor& weight, const std::optiona
                        const std::optional<Tensor>& part4, int64_t layout, const std::vector<int64_t>& shape,
                        const std::optional<Tensor>& bias) {
   constexpr const char* kOp = "nf4_linear";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, x.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   return adapted_forward(kOp, x, held, bias, DeviceAdapter{}, false, false).y;
 }
 
@@ -18,7 +18,7 @@ Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& weight, const 
                                 const std::optional<Tensor>& part2, const std::optional<Tensor>& part3,
                                 const std::optional<Tensor>& part4, int64_t layout, const std::vector<int64_t>& shape) {
   constexpr const char* kOp = "nf4_linear_backward";
-  const DeviceWeight held = device_weight(kOp, weight, part1, part2, part3, part4, layout, shape, grad.scalar_type());
+  const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, grad.scalar_type());
   return frozen_backward(kOp, grad, held);
 }
 

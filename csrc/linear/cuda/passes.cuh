@@ -235,7 +235,7 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
 // Returns g ∘ W [N, K], row n times g[n], in `type`, rounded once.
 Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g);
 
-// Returns whether scaling W is allowed and takes less work than scaling an activation [tokens, N]. NF4 weights are
+// Returns whether scaling W is allowed and takes less work than scaling an activation [tokens, N]. Packed weights are
 // decoded anyway, so that scaling them is free. float16 weights are excluded, because a small scale times a weight
 // would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);

@@ -455,7 +455,7 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
 }
 
 Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g) {
-  if (weight.is_nf4()) return dense_weight(weight, type, &g);
+  if (weight.is_packed()) return dense_weight(weight, type, &g);
   const Tensor out = device_empty(weight.weight, {weight.outputs, weight.inputs}, type);
   Launcher launcher(out);
   with_type(type, [&](auto zero) {
@@ -469,7 +469,7 @@ Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& 
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens) {
   constexpr int64_t kMostRows = 65535;  // limit of a grid's y dimension
   if (weight.inputs % kVector != 0 || type == ScalarType::Half) return false;
-  if (weight.is_nf4()) return weight.outputs * weight.inputs < int64_t{1} << 32;
+  if (weight.is_packed()) return !weight.is_nf4() || weight.outputs * weight.inputs < int64_t{1} << 32;
   return tokens > weight.inputs && weight.outputs <= kMostRows && whole_columns(weight.weight, weight.inputs) &&
          weight.weight.is_contiguous();
 }

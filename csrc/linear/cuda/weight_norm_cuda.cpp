@@ -24,9 +24,14 @@ Tensor gram(const Tensor& a) {
   return out;
 }
 
-DeviceWeight contiguous_weight(const DeviceWeight& weight) {
-  DeviceWeight held = weight;
-  held.weight = as_contiguous(weight.weight);
+// Returns the weight as a rank pass reads a weight: a contiguous dense weight, or an NF4 weight. A weight in another
+// packed format is decoded to `type`, and takes N K elements during the call.
+DeviceWeight pass_weight(const DeviceWeight& weight, ScalarType type) {
+  if (weight.is_nf4()) return weight;
+  DeviceWeight held;
+  held.weight = as_contiguous(dense_weight(weight, type));
+  held.outputs = weight.outputs;
+  held.inputs = weight.inputs;
   return held;
 }
 
@@ -44,7 +49,7 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
     torch::stable::fill_(out.u, 0.0);
     return out;
   }
-  const DeviceWeight held = contiguous_weight(weight);
+  const DeviceWeight held = pass_weight(weight, type);
   const Tensor a = as_contiguous(lora_A), b = as_type(as_contiguous(lora_B), ScalarType::Float);
   const HeldTerms terms = split_right(a, type);
   const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, PassWants{true});
@@ -75,7 +80,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
   if (rows == 0 || inputs == 0)
     return {device_zeros(lora_A, {rank, inputs}, lora_A.scalar_type()),
             device_zeros(lora_B, {rows, rank}, lora_B.scalar_type())};
-  const DeviceWeight held = contiguous_weight(weight);
+  const DeviceWeight held = pass_weight(weight, type);
   const Tensor a = as_contiguous(lora_A), b = as_type(as_contiguous(lora_B), ScalarType::Float);
   const Tensor wide_a = as_type(a, ScalarType::Float);
   const Tensor held_grad = device_vector(op, "grad", grad, rows, weight.weight);

@@ -1,4 +1,4 @@
-// NF4 dequantize with a row scale and a low-rank merge:
+// NF4 dequantize with a row scale and a low-rank merge. The weight may also be a decoded weight in float32:
 //   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh; without g no factor
 // The packed codes and scales of W [N, K] are as in nf4.cuh; A [R, K], B [N, R] and g [N] are float32; out [N, K] is
 // float32, bfloat16 or float16. K, N and R may have any size of 1 or more. A thread block computes a tile of 64 rows
@@ -33,6 +33,7 @@ static_assert(kMergeThreads % kMergeRanks == 0 && kMergeThreads % kMergeColumns 
 
 struct Nf4Merge {
   Nf4View weight;
+  const float* dense;  // the decoded weight [N, K], aligned to 16 bytes, in place of `weight`; or null
   int64_t rows, columns;
   int ranks;
   const float* lora_A;     // A [R, K], aligned to 16 bytes
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
       const int64_t row = tile_row + own_row + i, column = tile_column + own_column + j * kApart;
       const int64_t element = row * merge.columns + column;
       scales[i][j] = 0.0f;
-      if (kAligned && row < merge.rows && column < merge.columns) {
+      if (kAligned && merge.dense == nullptr && row < merge.rows && column < merge.columns) {
         codes[i] |= load_streaming(reinterpret_cast<const uint16_t*>(merge.weight.packed + element / 2)) << (16 * j);
         scales[i][j] = nf4_scale(merge.weight, element >> merge.weight.log2_blocksize);
       }
@@ -168,13 +169,15 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
       for (int c = 0; c < kMergeChunk; ++c) {
         uint32_t nibble = codes[i] >> (16 * j + 4 * (c ^ 1));  // the high nibble of a byte is first
         float scale = scales[i][j];
-        if (!kAligned && row_in && column + c < merge.columns) {
+        const bool inside = row_in && column + c < merge.columns;
+        if (!kAligned && merge.dense == nullptr && inside) {
           const uint32_t byte = merge.weight.packed[(element + c) / 2];
           nibble = (element + c) % 2 == 0 ? byte >> 4 : byte;
           scale = nf4_scale(merge.weight, (element + c) >> merge.weight.log2_blocksize);
         }
         // The shuffle ignores the bits above the nibble.
-        const float base = fmul_rn(shuffle(code, static_cast<int>(nibble), 16), scale);
+        float base = fmul_rn(shuffle(code, static_cast<int>(nibble), 16), scale);
+        if (merge.dense != nullptr && inside) base = merge.dense[element + c];
         // Without g, row_scale is 1, and a product by 1 is exact.
         values[c] = fmul_rn(row_scale, fadd_rn(base, fmul_rn(merge.scaling, sums[i][j * kMergeChunk + c])));
       }

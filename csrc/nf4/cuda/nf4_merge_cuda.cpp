@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "nf4/cuda/nf4_weight.cuh"
+#include "packed/cuda/packed_weight.cuh"
 
 namespace peft_ext {
 namespace {
@@ -41,17 +42,21 @@ void launch(const Launcher& launcher, const Nf4Merge& merge, const Tensor& out) 
   launcher(kernel, tiles, kMergeThreads, merge, launcher.out<T>(out));
 }
 
-Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
-                                  const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                                  const std::optional<Tensor>& nested_offset, int64_t blocksize,
-                                  const std::vector<int64_t>& shape, const Tensor& lora_A, const Tensor& lora_B,
-                                  const std::optional<Tensor>& row_scale, double scaling, ScalarType dtype) {
+// A weight in another packed format than NF4 is decoded to a float32 tensor [N, K], which the kernel reads. The tensor
+// takes 4 N K bytes during the call.
+Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tensor>& part1,
+                                  const std::optional<Tensor>& part2, const std::optional<Tensor>& part3,
+                                  const std::optional<Tensor>& part4, int64_t layout, const std::vector<int64_t>& shape,
+                                  const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& row_scale,
+                                  double scaling, ScalarType dtype) {
   STD_TORCH_CHECK(shape.size() == 2, kOp, ": shape has ", shape.size(), " dimensions, wanted [N, K]");
   STD_TORCH_CHECK(is_float(dtype), kOp, ": dtype is ", torch::headeronly::toString(dtype),
                   ", wanted Float, BFloat16, Half or Double");
   const int64_t rows = shape[0], columns = shape[1];
-  const DeviceWeight held =
-      nf4_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, rows, columns);
+  const DeviceParts parts{part1, part2, part3, part4};
+  const bool nf4 = format_number(layout) == 0;
+  const DeviceWeight held = nf4 ? nf4_weight(kOp, weight, parts, layout, rows, columns)
+                                : device_weight(kOp, weight, parts, layout, shape, ScalarType::Float);
   STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == columns, kOp, ": lora_A has shape ", shape_of(lora_A),
                   ", wanted [R, ", columns, "]");
   STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == rows, kOp, ": lora_B has shape ", shape_of(lora_B),
@@ -73,9 +78,14 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
 
   if (rows * columns > 0) {
+    const Tensor dense = nf4 ? Tensor() : packed_dense(held, ScalarType::Float);
     const Launcher launcher(out);
     Nf4Merge merge{};
-    merge.weight = nf4_view(launcher, held);
+    if (nf4) {
+      merge.weight = nf4_view(launcher, held);
+    } else {
+      merge.dense = launcher.in<float>(dense);
+    }
     merge.rows = rows;
     merge.columns = columns;
     merge.ranks = static_cast<int>(a.size(0));
@@ -101,13 +111,15 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cuda(const Tensor& weight, const st
                                                   const std::vector<int64_t>& shape, const Tensor& lora_A,
                                                   const Tensor& lora_B, const std::optional<Tensor>& row_scale,
                                                   double scaling) {
+  STD_TORCH_CHECK(format_number(blocksize) == 0, "nf4_merge: layout is ", blocksize,
+                  ", wanted the block size of an NF4 weight");
   const Tensor merged = nf4_dequantize_merged_cuda(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize,
                                                    shape, lora_A, lora_B, row_scale, scaling, ScalarType::Float);
   const auto [codes, scales] = nf4_quantized(merged, blocksize);
   const Tensor error = device_zeros(merged, {2}, ScalarType::Double);
   if (merged.numel() == 0) return {codes, scales, error};
   const DeviceWeight held =
-      nf4_weight("nf4_merge", codes, scales, std::nullopt, std::nullopt, std::nullopt, blocksize, shape[0], shape[1]);
+      nf4_weight("nf4_merge", codes, {scales, std::nullopt, std::nullopt, std::nullopt}, blocksize, shape[0], shape[1]);
   const int64_t blocks = std::min<int64_t>(kErrorBlocks, ceil_div(merged.numel(), kErrorThreads));
   const Tensor partial = device_empty(merged, {blocks, 2}, ScalarType::Float);
   const Launcher launcher(merged);

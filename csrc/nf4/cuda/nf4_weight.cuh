@@ -1,4 +1,5 @@
-// Host functions for NF4 weights on CUDA: quantizing, views for kernels, and dequantizing a whole weight.
+// Host functions for NF4 weights on CUDA: quantizing, views for kernels, and dequantizing a whole weight. dense_weight
+// also takes weights in other packed formats.
 #pragma once
 
 #include <tuple>
@@ -10,8 +11,9 @@ namespace peft_ext {
 
 Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight);
 
-// Returns [N, K] in `type`: the dense weight itself, or the dequantized NF4 weight. For an NF4 weight with K a multiple
-// of 8, row_scale may be given: row n is multiplied by row_scale[n] and rounded once.
+// Returns [N, K] in `type`: the dense weight itself, or the decoded weight, which takes N K elements for as long as the
+// caller holds the tensor. row_scale may be given for a packed weight; an NF4 weight must then have a K that is a
+// multiple of 8. Row n is multiplied by row_scale[n] and rounded once.
 Tensor dense_weight(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale = nullptr);
 
 // Returns packed codes and float32 scales of a weight of any shape, in float32, bfloat16, float16 or float64.

@@ -31,12 +31,13 @@ template <typename F, typename T>
 inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out) {
 #ifdef PEFT_EXT_LOOKUP
   if constexpr (HasNibbles<F>::kValue) {
-    constexpr bool kTwo = F::kScaleColumns == 16;
-    alignas(64) float entries[32];
-    F::entries(w, row, column, entries);
-    if (kTwo) F::entries(w, row, column + 16, entries + 16);
-    lookup32<F::kNibbles>(F::codes32(w, row, column), entries, kTwo, out);
-    return;
+    if (F::has_nibbles(w)) {
+      constexpr bool kTwo = F::kScaleColumns == 16;
+      alignas(64) float entries[32];
+      F::entries(w, row, column, entries);
+      if (kTwo) F::entries(w, row, column + 16, entries + 16);
+      return lookup32<F::kNibbles>(F::codes32(w, row, column), entries, kTwo, out);
+    }
   }
 #endif
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -47,6 +48,18 @@ inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out)
     narrow(run, kRunColumns, out);
   }
 }
+
+// Whether a format has decode_rows.
+template <typename F, typename = void>
+struct HasRowBlocks {
+  static constexpr bool kValue = false;
+};
+template <typename F>
+struct HasRowBlocks<F, decltype(static_cast<void>(F::kRowBlocks))> {
+  static constexpr bool kValue = true;
+};
+
+constexpr int64_t kRowsTogether = 16;  // largest number of rows that decode_rows decodes
 
 template <typename F>
 struct KernelsOf {
@@ -63,11 +76,30 @@ struct KernelsOf {
     one_by_one(end);
   }
 
+  // Decodes whole runs of all rows, 16 rows together.
+  template <typename T>
+  static void decode_row_blocks(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, T* out,
+                                int64_t stride) {
+    alignas(64) float block[kRowsTogether * kRunColumns];
+    for (int64_t i = 0; i < rows; i += kRowsTogether) {
+      const int64_t count = min_i64(kRowsTogether, rows - i);
+      for (int64_t k = begin; k < end; k += kRunColumns) {
+        F::decode_rows(w, row + i, count, k, block, kRunColumns);
+        for (int64_t r = 0; r < count; ++r)
+          narrow(block + r * kRunColumns, kRunColumns, out + (i + r) * stride + (k - begin));
+      }
+    }
+  }
+
   static void decode(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out,
                      int64_t stride, DType dtype) {
     const bool runs = F::runs(w);
     with_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
+      if constexpr (HasRowBlocks<F>::kValue) {
+        if (runs && begin % kRunColumns == 0 && end % kRunColumns == 0)
+          return decode_row_blocks(w, row, rows, begin, end, static_cast<T*>(out), stride);
+      }
       for (int64_t i = 0; i < rows; ++i) decode_row(w, runs, row + i, begin, end, static_cast<T*>(out) + i * stride);
     });
   }
@@ -100,9 +132,38 @@ struct KernelsOf {
     }
   }
 
+  // few for formats with decode_rows: 16 rows together.
+  template <int kTokens>
+  static void few_row_blocks(const PackedView& w, const float* x, float* y, int64_t begin, int64_t end) {
+    constexpr int kVecs = static_cast<int>(kRunColumns) / Vec::kWidth;
+    const int64_t k = w.columns;
+    alignas(64) float block[kRowsTogether * kRunColumns];
+    for (int64_t n = begin; n < end; n += kRowsTogether) {
+      const int64_t count = min_i64(kRowsTogether, end - n);
+      Vec sums[kRowsTogether][kTokens];
+      for (auto& of_row : sums)
+        for (Vec& sum : of_row) sum = Vec::zero();
+      for (int64_t j = 0; j < k; j += kRunColumns) {
+        F::decode_rows(w, n, count, j, block, kRunColumns);
+        for (int t = 0; t < kTokens; ++t)
+          for (int v = 0; v < kVecs; ++v) {
+            const Vec token = Vec::load(x + t * k + j + v * Vec::kWidth);
+            for (int64_t r = 0; r < count; ++r)
+              sums[r][t] = Vec::fma(Vec::load(block + r * kRunColumns + v * Vec::kWidth), token, sums[r][t]);
+          }
+      }
+      for (int64_t r = 0; r < count; ++r)
+        for (int t = 0; t < kTokens; ++t) y[t * w.rows + n + r] = sums[r][t].sum();
+    }
+  }
+
   static void few_tokens(const PackedView& w, const float* x, int64_t tokens, float* y, int64_t begin, int64_t end) {
     for_token_groups(tokens, [&](auto group, int64_t first) {
-      few<decltype(group)::kCount>(w, x + first * w.columns, y + first * w.rows, begin, end);
+      constexpr int kCount = decltype(group)::kCount;
+      if constexpr (HasRowBlocks<F>::kValue)
+        few_row_blocks<kCount>(w, x + first * w.columns, y + first * w.rows, begin, end);
+      else
+        few<kCount>(w, x + first * w.columns, y + first * w.rows, begin, end);
     });
   }
 };

@@ -16,6 +16,7 @@ constexpr int64_t kNibbleColumns = 128;  // number of columns that are multiplie
 inline int64_t ordered_columns(int64_t columns) { return ceil_div(columns, kNibbleColumns) * kNibbleColumns; }
 
 struct NibbleKernels {
+  bool (*accepts)(const PackedView& w);  // whether the kernels multiply this weight
   // Permutes x [tokens, columns] to the order of the format's codes, zero-padded to whole groups of kNibbleColumns, and
   // writes the sums of each group's 16 lanes: `sums` [tokens, ordered_columns / 8].
   void (*order)(const bf16* x, int64_t tokens, int64_t columns, bf16* ordered, float* sums);

@@ -173,9 +173,9 @@ void multiply(const PackedView& w, const bf16* ordered, const float* sums, int64
 template <typename F>
 NibbleKernels kernels_of() {
   if constexpr (HasNibbles<F>::value)
-    return {order<F>, multiply<F>};
+    return {F::has_nibbles, order<F>, multiply<F>};
   else
-    return {nullptr, nullptr};
+    return {nullptr, nullptr, nullptr};
 }
 
 }  // namespace
@@ -188,7 +188,7 @@ NibbleKernels nibble_kernels_avx512_bf16(int number) {
     PEFT_EXT_FORMATS(FORMAT)
 #undef FORMAT
     default:
-      return {nullptr, nullptr};
+      return {nullptr, nullptr, nullptr};
   }
 }
 

@@ -47,9 +47,11 @@ int64_t skinny_chunk(const FrozenWeight& weight) {
 NibbleKernels nibble_kernels(const FrozenWeight& weight, ScalarType type) {
 #if defined(__x86_64__)
   if (type == ScalarType::BFloat16 && current_isa() >= Isa::kAvx512Bf16)
-    return nibble_kernels_avx512_bf16(static_cast<int>(weight.layout >> kFormatShift & 0xff));
+    if (const NibbleKernels found = nibble_kernels_avx512_bf16(static_cast<int>(weight.layout >> kFormatShift & 0xff));
+        found.accepts != nullptr && found.accepts(view_of(weight)))
+      return found;
 #endif
-  return {nullptr, nullptr};
+  return {nullptr, nullptr, nullptr};
 }
 
 // Computes skinny_product for a format other than NF4.

@@ -80,6 +80,7 @@ struct Fp4 {
   static constexpr Nibbles kNibbles = Nibbles::kHighFirst;
   static constexpr bool kContiguous = true, kAdds = false;
   static constexpr int kScaleColumns = 32;
+  static bool has_nibbles(const PackedView&) { return true; }
   static const float* table16() { return kFp4Code; }
   static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;

@@ -86,14 +86,48 @@ struct Gguf {
   }
 #endif
 
- private:
+  // Returns the block that holds W[row, column].
   PEFT_EXT_BOTH static const uint8_t* block(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / Block::kColumns * Block::kBytes;
   }
 };
 
-using GgufQ4_0 = Gguf<BlockQ4_0, GgufMinus<8>>;
-using GgufQ4_1 = Gguf<BlockQ4_1, GgufMinus<0>>;
+// A type whose 32 columns take 16 bytes, with the members of 4-bit codes of weight/formats/list.h.
+template <class Block, class Number>
+struct GgufNibbles : Gguf<Block, Number> {
+#ifndef __CUDACC__
+  static constexpr Nibbles kNibbles = Nibbles::kHalves;
+  static constexpr bool kContiguous = false, kAdds = Block::kOffset;
+  static constexpr int kScaleColumns = 32;
+  static const float* table16() {
+    static constexpr float kTable[16] = {Number::value(0),  Number::value(1),  Number::value(2),  Number::value(3),
+                                         Number::value(4),  Number::value(5),  Number::value(6),  Number::value(7),
+                                         Number::value(8),  Number::value(9),  Number::value(10), Number::value(11),
+                                         Number::value(12), Number::value(13), Number::value(14), Number::value(15)};
+    return kTable;
+  }
+  static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
+    return GgufNibbles::block(w, row, column) + Block::kCodes + column % Block::kColumns / 2;
+  }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    float scale, offset;
+    affine(w, row, column, 1, &scale, &offset);
+    const float* table = table16();
+    for (int i = 0; i < 16; ++i) out[i] = kAdds ? scale * table[i] + offset : scale * table[i];
+  }
+  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float* add) {
+    for (int64_t i = 0; i < count; ++i, column += 32) {
+      const uint8_t* b = GgufNibbles::block(w, row, column);
+      const int g = static_cast<int>(column % Block::kColumns) / 16;
+      scale[i] = Block::scale(b, g);
+      if constexpr (kAdds) add[i] = Block::offset(b, g);
+    }
+  }
+#endif
+};
+
+using GgufQ4_0 = GgufNibbles<BlockQ4_0, GgufMinus<8>>;
+using GgufQ4_1 = GgufNibbles<BlockQ4_1, GgufMinus<0>>;
 using GgufQ5_0 = Gguf<BlockQ5_0, GgufMinus<16>>;
 using GgufQ5_1 = Gguf<BlockQ5_1, GgufMinus<0>>;
 using GgufQ8_0 = Gguf<BlockQ8_0, GgufMinus<0>>;
@@ -102,9 +136,9 @@ using GgufQ3_K = Gguf<BlockQ3_K, GgufMinus<4>>;
 using GgufQ4_K = Gguf<BlockQ4_K, GgufMinus<0>>;
 using GgufQ5_K = Gguf<BlockQ5_K, GgufMinus<0>>;
 using GgufQ6_K = Gguf<BlockQ6_K, GgufMinus<32>>;
-using GgufIQ4_NL = Gguf<BlockIQ4_NL, GgufIQ4Table>;
-using GgufIQ4_XS = Gguf<BlockIQ4_XS, GgufIQ4Table>;
-using GgufMXFP4 = Gguf<BlockMXFP4, GgufTwiceE2M1>;
+using GgufIQ4_NL = GgufNibbles<BlockIQ4_NL, GgufIQ4Table>;
+using GgufIQ4_XS = GgufNibbles<BlockIQ4_XS, GgufIQ4Table>;
+using GgufMXFP4 = GgufNibbles<BlockMXFP4, GgufTwiceE2M1>;
 
 }  // namespace
 }  // namespace peft_ext

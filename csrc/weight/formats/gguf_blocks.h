@@ -3,6 +3,7 @@
 //
 //   kColumns, kBytes                 sizes of a block
 //   kScaled                          number of columns that share a scale: 16 or 32
+//   kCodes                           first byte of the codes, for types whose 32 columns take 16 bytes
 //   kOffset                          true: W = scale * code + offset; false: W = scale * code
 //   float scale(b, g), offset(b, g)  scale and offset of group g of block b
 //   int code(b, g, i)                stored code of column 16 g + i
@@ -42,14 +43,14 @@ PEFT_EXT_BOTH int gguf_field(const uint8_t* bytes, int g, int i) {
 // --- Blocks of 32 columns --------------------------------------------------------------------------------------------
 
 struct BlockQ4_0 {  // d, codes [16]
-  static constexpr int kColumns = 32, kBytes = 18, kScaled = 32;
+  static constexpr int kColumns = 32, kBytes = 18, kCodes = 2, kScaled = 32;
   static constexpr bool kOffset = false;
   PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
   PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
 };
 
 struct BlockQ4_1 {  // d, m, codes [16]
-  static constexpr int kColumns = 32, kBytes = 20, kScaled = 32;
+  static constexpr int kColumns = 32, kBytes = 20, kCodes = 4, kScaled = 32;
   static constexpr bool kOffset = true;
   PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
   PEFT_EXT_BOTH static float offset(const uint8_t* b, int) { return gguf_half(b + 2); }
@@ -83,14 +84,14 @@ struct BlockQ8_0 {  // d, codes: int8 [32]
 };
 
 struct BlockIQ4_NL {  // d, codes [16]
-  static constexpr int kColumns = 32, kBytes = 18, kScaled = 32;
+  static constexpr int kColumns = 32, kBytes = 18, kCodes = 2, kScaled = 32;
   static constexpr bool kOffset = false;
   PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
   PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
 };
 
 struct BlockMXFP4 {  // exponent e, codes [16]
-  static constexpr int kColumns = 32, kBytes = 17, kScaled = 32;
+  static constexpr int kColumns = 32, kBytes = 17, kCodes = 1, kScaled = 32;
   static constexpr bool kOffset = false;
   // Returns 2^(e - 128), also for e = 255.
   PEFT_EXT_BOTH static float scale(const uint8_t* b, int) {
@@ -174,7 +175,7 @@ struct BlockQ6_K {  // low nibbles [128], high two bits [64], int8 scales [16], 
 };
 
 struct BlockIQ4_XS {  // d, high two bits [2] and low nibbles [4] of eight scales, codes [128]
-  static constexpr int kColumns = 256, kBytes = 136, kScaled = 32;
+  static constexpr int kColumns = 256, kBytes = 136, kCodes = 8, kScaled = 32;
   static constexpr bool kOffset = false;
   PEFT_EXT_BOTH static float scale(const uint8_t* b, int g) {
     const int s = g / 2, low = b[4 + s / 2] >> s % 2 * 4 & 15, high = gguf_u16(b + 2) >> 2 * s & 3;

@@ -1,5 +1,6 @@
 // GPTQ, as GPTQModel and AutoGPTQ store it: W[n, k] = scale[g, n] * (code[k, n] - zero[g, n]), where g is the group of
-// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference is exact.
+// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference is
+// exact.
 //
 // part 0: qweight, int32 [ceil(K bits / 32), N]; part 1: scales [G, N];
 // part 2: qzeros, int32 [G, ceil(N bits / 32)], packed along N;
@@ -33,20 +34,19 @@ struct Gptq {
   }
 
   PEFT_EXT_BOTH static int zero_at(const PackedView& w, int64_t row, int64_t group) {
-    const int bits = code_bits(w.option), codes = 32 / bits;
+    const int bits = code_bits(w.option);
     const uint32_t ones = 0xffffffffu / ((1u << bits) - 1);  // 1 in each field
-    const uint32_t word = static_cast<const uint32_t*>(w.part[2])[group * words_of(w.rows, bits) + row / codes] +
+    const uint32_t word = static_cast<const uint32_t*>(w.part[2])[group * words_of(w.rows, bits) + (row * bits >> 5)] +
                           (format_flags(w.option) & kV1 ? ones : 0u);
-    return static_cast<int>(word >> (row % codes * bits) & ((1u << bits) - 1));
+    return field_of(word, bits, row);
   }
 
   PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
-    const int bits = code_bits(w.option), codes = 32 / bits;
+    const int bits = code_bits(w.option);
     const int64_t group = group_at(w, w.part[3], column);
-    const uint32_t word = static_cast<const uint32_t*>(w.part[0])[column / codes * w.rows + row];
-    const int code = static_cast<int>(word >> (column % codes * bits) & ((1u << bits) - 1));
+    const uint32_t word = static_cast<const uint32_t*>(w.part[0])[(column * bits >> 5) * w.rows + row];
     const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
-    return scale * static_cast<float>(code - zero_at(w, row, group));
+    return scale * static_cast<float>(field_of(word, bits, column) - zero_at(w, row, group));
   }
 
 #ifndef __CUDACC__
@@ -56,8 +56,8 @@ struct Gptq {
     decode_rows(w, row, 1, column, out, 32);
   }
 
-  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each word
-  // once: a cache line has the words of 16 rows.
+  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each
+  // word once: a cache line has the words of 16 rows.
   static void decode_rows(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
     with_scale_type(scale_type(w.option), [&](auto scale) {
       switch (code_bits(w.option)) {
@@ -78,45 +78,44 @@ struct Gptq {
     constexpr int kCodes = 32 / kBits;
     const uint32_t ones = format_flags(w.option) & kV1 ? 0xffffffffu / ((1u << kBits) - 1) : 0u;
     const uint32_t* words = static_cast<const uint32_t*>(w.part[2]) + group * words_of(w.rows, kBits);
+    if (row % 16 == 0 && rows == 16) {
+      for (int i = 0; i < 16 / kCodes; ++i)
+        for (int j = 0; j < kCodes; ++j) zeros[i * kCodes + j] = field_of(words[row / kCodes + i] + ones, kBits, j);
+      for (int r = 0; r < 16; ++r) scales[r] = scale_value(w.part[1], kType, group * w.rows + row + r);
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t n = row + r;
-      zeros[r] = static_cast<int>((words[n / kCodes] + ones) >> (n % kCodes * kBits) & ((1u << kBits) - 1));
-      scales[r] = scale_value(w.part[1], kType, group * w.rows + n);
+      zeros[r] = field_of(words[(row + r) / kCodes] + ones, kBits, row + r);
+      scales[r] = scale_value(w.part[1], kType, group * w.rows + row + r);
     }
   }
 
   template <ScaleType kType, int kBits>
   static void decode_as(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
-    const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column / (32 / kBits) * w.rows + row;
-    uint32_t words[16][kBits];
-    for (int i = 0; i < kBits; ++i)
-      for (int64_t r = 0; r < rows; ++r) words[r][i] = from[i * w.rows + r];
+    constexpr int kCodes = 32 / kBits;
+    const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column / kCodes * w.rows + row;
+    int zeros[16];
+    float scales[16];
     if (one_group_in_32(w, w.part[3])) {
-      int zeros[16];
-      float scales[16];
-      read_group<kType, kBits>(w, row, rows, group_in_order(w, column), zeros, scales);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int zero = zeros[r];
-        const float scale = scales[r];
-        scale_codes<kBits>(reinterpret_cast<const uint8_t*>(words[r]), [=](int) { return zero; },
-                           [=](int) { return scale; }, out + r * stride);
-      }
+      uint32_t words[16][kBits];
+      for (int i = 0; i < kBits; ++i)
+        for (int64_t r = 0; r < rows; ++r) words[r][i] = from[i * w.rows + r];
+      read_group<kType, kBits>(w, row, rows, group_at(w, nullptr, column), zeros, scales);
+      for (int64_t r = 0; r < rows; ++r)
+        scale_local_codes<kBits>(reinterpret_cast<const uint8_t*>(words[r]), zeros[r], scales[r], out + r * stride);
       return;
     }
     int32_t groups[32];
     groups_of_32(w, w.part[3], column, groups);
-    int zeros[16][32], zeros_of_group[16];
-    float scales[16][32], scales_of_group[16];
+    float block[32][16];
     for (int c = 0; c < 32; ++c) {
-      read_group<kType, kBits>(w, row, rows, groups[c], zeros_of_group, scales_of_group);
-      for (int64_t r = 0; r < rows; ++r) {
-        zeros[r][c] = zeros_of_group[r];
-        scales[r][c] = scales_of_group[r];
-      }
+      read_group<kType, kBits>(w, row, rows, groups[c], zeros, scales);
+      const uint32_t* words = from + c / kCodes * w.rows;
+      for (int64_t r = 0; r < rows; ++r)
+        block[c][r] = scales[r] * static_cast<float>(field_of(words[r], kBits, c) - zeros[r]);
     }
     for (int64_t r = 0; r < rows; ++r)
-      scale_codes<kBits>(reinterpret_cast<const uint8_t*>(words[r]), [&](int c) { return zeros[r][c]; },
-                         [&](int c) { return scales[r][c]; }, out + r * stride);
+      for (int c = 0; c < 32; ++c) out[r * stride + c] = block[c][r];
   }
 #endif
 };

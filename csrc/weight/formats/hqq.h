@@ -1,9 +1,9 @@
 // HQQ, 4 or 8 bits: W[n, k] = round(code - zero[g]) * scale[g], where round() rounds to the dtype of scale and zero, in
 // which the hqq library computes. zero is not an integer.
 //
-// part 0: W_q, uint8. Codes are numbered f = n K + k. 8 bits: byte f. 4 bits: the first half of the codes is in the high
-// nibbles of the N K / 2 bytes, and the second half is in the low nibbles.
-// part 1: scale, part 2: zero, G = N K / group of each. g is f / group, or f % G with the flag kAxis0.
+// part 0: W_q, uint8. Codes are numbered f = n K + k. 8 bits: byte f. 4 bits: the first half of the codes is in the
+// high nibbles of the N K / 2 bytes, and the second half is in the low nibbles. part 1: scale, part 2: zero, G = N K /
+// group of each. g is f / group, or f % G with the flag kAxis0.
 #pragma once
 
 #include "weight/formats/int_codes.h"
@@ -32,8 +32,8 @@ struct Hqq {
     return part < 3 ? scale_bytes(w, count / w.group) : 0;
   }
 
-  // Returns a float32 value, rounded to nearest, ties to even, to a dtype of scales. No branch depends on the value, and
-  // the comparisons are of signed numbers, so that loops of this function are vectorized.
+  // Returns a float32 value, rounded to nearest, ties to even, to a dtype of scales. No branch depends on the value,
+  // and the comparisons are of signed numbers, so that loops of this function are vectorized.
   PEFT_EXT_BOTH static float rounded(float value, ScaleType type) {
     if (type == ScaleType::kF32) return value;
     int32_t bits, wide;

@@ -8,16 +8,21 @@ namespace peft_ext {
 namespace {
 
 // Number of words of `count` codes. No code lies in two words.
-PEFT_EXT_BOTH int64_t words_of(int64_t count, int bits) {
-  const int codes = 32 / bits;
-  return count / codes + (count % codes != 0);
+PEFT_EXT_BOTH int64_t words_of(int64_t count, int bits) { return (count * bits + 31) >> 5; }
+
+// Returns the field of code i in the word of the code.
+PEFT_EXT_BOTH int field_of(uint32_t word, int bits, int64_t i) {
+  return static_cast<int>(word >> (i * bits & 31) & ((1u << bits) - 1));
 }
 
 // Returns code i of a row of words.
 PEFT_EXT_BOTH int code_at(const void* words, int bits, int64_t i) {
-  const int codes = 32 / bits;
-  const uint32_t word = static_cast<const uint32_t*>(words)[i / codes];
-  return static_cast<int>(word >> (i % codes * bits) & ((1u << bits) - 1));
+  return field_of(static_cast<const uint32_t*>(words)[i * bits >> 5], bits, i);
+}
+
+// Returns value / group. The division of 32-bit integers is faster than the division of 64-bit integers.
+PEFT_EXT_BOTH int64_t divided(int64_t value, int64_t group) {
+  return value >> 32 ? value / group : static_cast<uint32_t>(value) / static_cast<uint32_t>(group);
 }
 
 // Returns the number of bytes of `count` scales.
@@ -28,35 +33,28 @@ PEFT_EXT_BOTH int64_t scale_bytes(const PackedView& w, int64_t count) {
 PEFT_EXT_BOTH bool has_float_scales(const PackedView& w) { return scale_type(w.option) <= ScaleType::kF16; }
 
 // Number of groups of a row's columns.
-PEFT_EXT_BOTH int64_t groups_of(const PackedView& w) {
-  return w.group ? w.columns / w.group + (w.columns % w.group != 0) : 1;
-}
+PEFT_EXT_BOTH int64_t groups_of(const PackedView& w) { return w.group ? divided(w.columns + w.group - 1, w.group) : 1; }
 
-// Returns the group of a column. `g_idx` has the group of each column, and is null if groups are consecutive columns. The
-// operators do not check the values of g_idx: a group that does not exist is read as the last one.
+// Returns the group of a column. `g_idx` has the group of each column, and is null if groups are consecutive columns.
+// The operators do not check the values of g_idx: a group that does not exist is read as the last one.
 PEFT_EXT_BOTH int64_t group_at(const PackedView& w, const void* g_idx, int64_t column) {
-  if (!g_idx) return w.group ? column / w.group : 0;
+  if (!g_idx) return w.group ? divided(column, w.group) : 0;
   const int64_t group = static_cast<const uint32_t*>(g_idx)[column], last = groups_of(w) - 1;
   return group < last ? group : last;
 }
 
 #ifndef __CUDACC__
 
-// Returns value / group. Groups are mostly powers of two, and the division of 64-bit integers is slow.
-inline int64_t divided(int64_t value, int64_t group) {
-  return (group & (group - 1)) == 0 ? value >> __builtin_ctzll(static_cast<uint64_t>(group)) : value / group;
-}
-
 // Returns whether each 32 columns from a multiple of 32 on are of one group.
 inline bool one_group_in_32(const PackedView& w, const void* g_idx) { return !g_idx && w.group % 32 == 0; }
 
 // Returns the group of a column if groups are consecutive columns.
-inline int64_t group_in_order(const PackedView& w, int64_t column) { return w.group ? divided(column, w.group) : 0; }
+inline int64_t group_in_order(const PackedView& w, int64_t column) { return group_at(w, nullptr, column); }
 
 // Writes the groups of 32 columns from `column` on.
 inline void groups_of_32(const PackedView& w, const void* g_idx, int64_t column, int32_t* groups) {
   if (!g_idx) {
-    for (int c = 0; c < 32; ++c) groups[c] = static_cast<int32_t>(group_in_order(w, column + c));
+    for (int c = 0; c < 32; ++c) groups[c] = static_cast<int32_t>(group_at(w, nullptr, column + c));
     return;
   }
   const uint32_t* of = static_cast<const uint32_t*>(g_idx) + column;
@@ -94,6 +92,13 @@ inline void scale_codes(const uint8_t* bytes, int bits, const Zero& zero, const 
   if (bits == 4) return scale_codes<4>(bytes, zero, scale, out);
   if (bits == 8) return scale_codes<8>(bytes, zero, scale, out);
   scale_codes<2>(bytes, zero, scale, out);
+}
+
+// Writes (code - zero) * scale for 32 codes. The function is not inlined, because GCC unrolls the loop instead of
+// vectorizing the loop where the bytes are a local array.
+template <int kBits>
+[[gnu::noinline]] void scale_local_codes(const uint8_t* bytes, int zero, float scale, float* out) {
+  scale_codes<kBits>(bytes, [=](int) { return zero; }, [=](int) { return scale; }, out);
 }
 
 #endif

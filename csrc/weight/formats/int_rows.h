@@ -3,14 +3,19 @@
 //
 // part 0: codes; int32 [N, ceil(K bits / 32)] with code + 2^(bits - 1) in each field, or int8 [N, K] (flag kPlain);
 // part 1: scales [N, G], or one scale (flag kOneScale);
-// part 2: zeros, or null: int32 [ceil(N bits / 32), G], packed along N as the codes are along K; with kPlain int8 [N, G];
-// part 3: g_idx, int32 [K], the group of each column, or null: column k is of group k / group.
+// part 2: zeros, or null: int32 [ceil(N bits / 32), G], packed along N as the codes are along K; with kPlain int8 [N,
+// G]; part 3: g_idx, int32 [K], the group of each column, or null: column k is of group k / group.
 #pragma once
 
 #include "weight/formats/int_codes.h"
 
 namespace peft_ext {
 namespace {
+
+#ifndef __CUDACC__
+constexpr float kIntCode[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f,
+                                0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  5.0f,  6.0f,  7.0f};
+#endif
 
 struct IntRows {
   static constexpr int kPlain = 1, kOneScale = 2;  // flags of `option`
@@ -55,8 +60,8 @@ struct IntRows {
     const int64_t group = group_at(w, w.part[3], column);
     const int bits = code_bits(w.option);
     const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits);
-    const int code = is_plain(w) ? static_cast<const int8_t*>(w.part[0])[row * w.columns + column]
-                                 : code_at(words, bits, column);
+    const int code =
+        is_plain(w) ? static_cast<const int8_t*>(w.part[0])[row * w.columns + column] : code_at(words, bits, column);
     const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
     return static_cast<float>(code - zero_at(w, row, group)) * scale;
   }
@@ -84,6 +89,40 @@ struct IntRows {
       for (int c = 0; c < 32; ++c) scales[c] = scale_value(w.part[1], decltype(scale)::kType, first + groups[c]);
     });
     scale_run(w, row, column, [&](int c) { return zeros[c]; }, [&](int c) { return scales[c]; }, out);
+  }
+
+  // Members of 4-bit codes: a value is (code - 8) * scale + (8 - zero) * scale.
+  static constexpr Nibbles kNibbles = Nibbles::kLowFirst;
+  static constexpr bool kContiguous = true, kAdds = true;
+  static constexpr int kScaleColumns = 32;
+  static bool has_nibbles(const PackedView& w) {
+    return code_bits(w.option) == 4 && !is_plain(w) && one_group_in_32(w, w.part[3]);
+  }
+  static const float* table16() { return kIntCode; }
+  static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
+    return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
+  }
+  static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
+    const int64_t group = group_in_order(w, column);
+    const int zero = zero_at(w, row, group);
+    const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
+    for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(i - zero) * scale;
+  }
+  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float* add) {
+    with_scale_type(scale_type(w.option), [&](auto type) {
+      int64_t held = -1;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t group = group_in_order(w, column + 32 * i);
+        if (group == held) {
+          scale[i] = scale[i - 1];
+          add[i] = add[i - 1];
+          continue;
+        }
+        held = group;
+        scale[i] = scale_value(w.part[1], decltype(type)::kType, scale_index(w, row, group));
+        add[i] = static_cast<float>(8 - zero_at(w, row, group)) * scale[i];
+      }
+    });
   }
 
  private:

@@ -23,6 +23,7 @@
 //   constexpr bool kContiguous;      whether the codes of a row follow one another without gaps
 //   constexpr bool kAdds;            whether there are addends
 //   constexpr int kScaleColumns;
+//   bool has_nibbles(w);             whether these members are of this weight
 //   const float* table16();
 //   const uint8_t* codes32(w, row, column);      the 16 bytes of 32 columns
 //   void entries(w, row, column, float* out);    the values of the 16 codes in kScaleColumns columns from `column` on

@@ -21,6 +21,7 @@ from ...ops.checks import autocast_dtype
 from ...weights.fp4 import fp4
 from ...weights.nf4 import NESTED_BLOCKSIZE, NestedAbsmax, nf4_from_params4bit, why_not_nf4
 from ...weights.packed import PackedWeight
+from .foreign import foreign_operands, foreign_weight, is_foreign
 
 Linear4bit = Linear8bitLt = Params4bit = Conv1D = None
 with optional("bitsandbytes", "no layer over a Linear8bitLt is fused"):
@@ -168,6 +169,8 @@ def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
         return base.packed
     if kind is NF4Linear:
         return base.nf4
+    if is_foreign(kind):
+        return foreign_weight(base)
     weight = base._parameters["weight"]
     if kind in FOUR_BIT:
         return _weight_4bit(weight, quant_state_of(base))
@@ -203,7 +206,11 @@ def operands(
     Returns None if the stock forward has to run, because the stock forward raises PyTorch's error or PEFT's sum has
     another dtype. ``seen`` is the dtype in which PEFT passes x to the base layer; the default is x's dtype.
     """
-    kind, bias, cast = type(base), base._parameters["bias"], autocast_dtype(x)
+    kind, cast = type(base), autocast_dtype(x)
+    if is_foreign(kind):
+        found = foreign_operands(base, x) if cast is None else None
+        return None if found is None else (x, *found, x.dtype)
+    bias = base._parameters["bias"]
     if kind not in PACKED and kind not in FOUR_BIT:
         weight = weight_of(base)
         if cast is None and not (weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)):

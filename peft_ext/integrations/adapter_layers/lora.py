@@ -36,7 +36,13 @@ from .reasons import (
     variant_name,
 )
 
-LoraLinear = LoraLinear8bitLt = LoraLinear4bit = None
+LoraLinear = LoraLinear8bitLt = LoraLinear4bit = GPTQLoraLinear = HqqLoraLinear = None
+with optional("peft", "LoRA over GPTQModel's layers is not fused"):
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+with optional("peft", "LoRA over hqq's layers is not fused"):
+    from peft.tuners.lora import hqq as _hqq
+
+    HqqLoraLinear = getattr(_hqq, "HqqLoraLinear", None)  # PEFT defines the class where hqq is installed
 with optional("peft", "LoRA and DoRA over a linear layer that is not bitsandbytes' are not fused"):
     from peft.tuners.lora import Linear as LoraLinear
 if Linear8bitLt is not None:
@@ -192,7 +198,9 @@ class LowRank(Fused):
         if alone is None:
             if (found := operands(base, x)) is None:
                 return None
-            if found[0] is not x or found[2] is not base._parameters["bias"] or found[3] is not x.dtype:
+            if common is not None and (
+                found[0] is not x or found[2] is not base._parameters["bias"] or found[3] is not x.dtype
+            ):
                 common = None
             x, weight, bias, dtype = found
             if name in self.lora_variant:
@@ -400,6 +408,20 @@ if LoraLinear is not None:
                     )
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
             return merged, bias
+
+
+if GPTQLoraLinear is not None:
+
+    @fuses(GPTQLoraLinear)
+    class FusedGPTQLoraLinear(Lora, GPTQLoraLinear):
+        """Fused ``peft.tuners.lora.gptq.GPTQLoraLinear`` over GPTQModel's layers that compute in PyTorch."""
+
+
+if HqqLoraLinear is not None:
+
+    @fuses(HqqLoraLinear)
+    class FusedHqqLoraLinear(Lora, HqqLoraLinear):
+        """Fused ``peft.tuners.lora.hqq.HqqLoraLinear``."""
 
 
 if LoraLinear8bitLt is not None:

@@ -40,6 +40,7 @@ from .base import (
     quant_state_of,
     why_not_4bit,
 )
+from .foreign import foreign_reason, is_foreign
 
 
 def native_kernels() -> dict[str, dict[str, bool]]:
@@ -350,6 +351,8 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         if cast is not None and base.compute_type_is_set and base.compute_dtype not in (cast, None):
             return f"autocast computes in {short(cast)}, the layer's compute_dtype is {short(base.compute_dtype)}"
         return None
+    if is_foreign(kind):
+        return foreign_reason(base)
     is_falcons = kind not in LINEAR and kind is not NF4Linear and _is_falcons(kind)
     if kind not in LINEAR and kind is not NF4Linear and kind is not Conv1D and not is_falcons:
         return f"its base layer is a {class_name(kind)}, wanted Linear, Conv1D, NF4Linear, PackedLinear or Linear4bit"

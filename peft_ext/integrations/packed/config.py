@@ -27,9 +27,10 @@ class PackedConfig(QuantizationConfigMixin):
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=peft_ext.PackedConfig())
 
     How the weights are stored is read from the checkpoint's own ``quantization_config``. Supported are the methods
-    fp8, mxfp4, compressed-tensors, gptq, awq and bitsandbytes in 4 bits; ``docs/formats.md`` lists the layouts. Linear
-    layers become :class:`peft_ext.nn.PackedLinear`, embeddings :class:`peft_ext.nn.PackedEmbedding`, and the experts of
-    a mixture :class:`peft_ext.nn.PackedExperts`. Layers that the checkpoint stores dense stay dense.
+    fp8, mxfp4, compressed-tensors, gptq, awq and hqq. Linear layers become :class:`peft_ext.nn.PackedLinear`,
+    embeddings :class:`peft_ext.nn.PackedEmbedding`, and the experts of a mixture :class:`peft_ext.nn.PackedExperts`.
+    Layers that the checkpoint stores dense stay dense. bitsandbytes' 4-bit weights become bitsandbytes' own layers,
+    which keep the weights packed, too.
 
     A layer computes with the decoded weight. Where the checkpoint's own library also quantizes the layer's input while
     the model runs (``activation_scheme`` "dynamic"), the input is not quantized here; ``peft_ext.explain`` says so.
@@ -57,6 +58,12 @@ class PackedConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD} if self.checkpoint is None else copy.deepcopy(self.checkpoint)
 
 
+def _is_bitsandbytes(checkpoint: Any) -> bool:
+    """Returns whether the weights of a checkpoint are bitsandbytes' in 4 bits, which transformers keeps packed."""
+    get = checkpoint.get if isinstance(checkpoint, dict) else lambda name: getattr(checkpoint, name, None)
+    return bool(get("load_in_4bit")) and getattr(get("quant_method"), "value", get("quant_method")) == "bitsandbytes"
+
+
 _merge = AutoHfQuantizer.merge_quantization_configs
 
 
@@ -67,7 +74,9 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
     exception. A PackedConfig is therefore taken here; every other config goes to transformers' own function.
     """
     if isinstance(quantization_config_from_args, PackedConfig):
-        return quantization_config_from_args.over(quantization_config)
+        if not _is_bitsandbytes(quantization_config):
+            return quantization_config_from_args.over(quantization_config)
+        quantization_config_from_args = None
     return _merge(quantization_config, quantization_config_from_args)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...weights.fp8 import fp8
-from ...weights.int_groups import awq, gptq, int_rows
+from ...weights.int_groups import awq, gptq, hqq, int_rows
 from ...weights.mx import mxfp4, nvfp4
 from ...weights.packed import PackedWeight
 from .rules import Scheme
@@ -100,7 +100,19 @@ def _nvfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> Pack
     return nvfp4(*parts, reciprocal=True)
 
 
+def _hqq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
+    axis = int(scheme.version.removeprefix("axis "))
+    return hqq(*parts, shape, bits=scheme.bits, group=scheme.group or shape[1 if axis == 1 else 0], axis=axis)
+
+
 _INT = ("weight_scale", "weight_zero_point", "weight_g_idx")
+
+# What hqq's state dict has beside a weight's tensors.
+_HQQ = (
+    "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
+    "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
+    "optimize", "round_zero",
+)  # fmt: skip
 
 LAYOUTS: dict[str, Layout] = {
     "fp8": Layout(("weight", "weight_scale_inv"), _fp8),
@@ -112,4 +124,5 @@ LAYOUTS: dict[str, Layout] = {
     "int-quantized": Layout(("weight", *_INT), _int_rows, _INT[1:]),
     "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",)),
     "awq": Layout(("qweight", "scales", "qzeros"), _awq),
+    "hqq": Layout(("W_q", "scale", "zero"), _hqq, (), _HQQ),
 }

@@ -21,6 +21,7 @@ from ...nn import PackedEmbedding, PackedLinear
 from ...nn.experts import expert_parameters
 from ...nn.packed import HoldsPacked
 from ...nn.packed_experts import PackedExperts, hold_packed
+from ...weight_reads import weights_read_past
 from ...weights.packed import PackedWeight
 from .config import METHOD
 from .files import Stored, stored_tensors
@@ -67,6 +68,7 @@ class PackedQuantizer(HfQuantizer):
         dtype = dtype or torch.get_default_dtype()
         stored = stored_tensors(checkpoint_files)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+        read = weights_read_past(model)
         experts: dict[str, dict[str, Place]] = defaultdict(dict)
         for place in self._places(model, stored):
             name, _, parameter = place.target.rpartition(".")
@@ -76,6 +78,9 @@ class PackedQuantizer(HfQuantizer):
             if name in tied:
                 raise ValueError(f"PackedConfig: {name} is stored packed and shares its weight with another layer, "
                                  "wanted tie_word_embeddings false")  # fmt: skip
+            if name in read:
+                raise ValueError(f"PackedConfig: {name} is stored packed, and the code of another module reads its "
+                                 "weight, wanted a dense weight")  # fmt: skip
             module = model.get_submodule(name)
             scheme = self._schemes[name] = self._scheme(name, module)
             model.set_submodule(name, _layer(name, module, scheme, place, stored, dtype))
@@ -87,7 +92,11 @@ class PackedQuantizer(HfQuantizer):
             _hold_experts(name, module, scheme, places, stored, dtype)
             if merged:
                 self._merged[scheme.layout] = LAYOUTS[scheme.layout]
-        self._packed = {f"{name}.{key}" for name, module in model.named_modules() for key in _held(module)}
+        for name, module in model.named_modules():
+            for key in _held(module):
+                self._packed.add(f"{name}.{key}")
+                # transformers would draw random values for a tensor that is offloaded and therefore still on meta.
+                _attribute_of(module, key)._is_hf_initialized = True
         if not self._packed:
             raise ValueError(
                 f"PackedConfig: the checkpoint's quant_method is {self.rules.method}, and no layer of its files is "
@@ -178,6 +187,10 @@ class PackedQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _attribute_of(module: Any, name: str) -> Tensor:
+    return module.tensor(name) if isinstance(module, HoldsPacked) else getattr(module, name)
 
 
 def _held(module: nn.Module) -> Iterator[str]:

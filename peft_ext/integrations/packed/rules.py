@@ -30,7 +30,7 @@ class Scheme:
         group: columns that share a scale; 0 for all columns of a row.
         rows: rows that share a scale; 0 for all rows.
         symmetric: whether the codes have no zero points.
-        version: version of the layout: GPTQ's ``checkpoint_format``.
+        version: version of the layout: GPTQ's ``checkpoint_format``, or the axis of HQQ's groups.
         note: what the layer leaves out of the checkpoint's own function, or "".
     """
 
@@ -70,10 +70,9 @@ class Rules:
 def read_rules(config: Mapping[str, Any]) -> Rules:
     """Returns the rules of a checkpoint's ``quantization_config``. Raises ValueError if it is not supported."""
     method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
-    if method is None and config.get("load_in_4bit"):
-        method = "bitsandbytes"
     if method not in _READERS:
-        raise ValueError(f"PackedConfig: quant_method is {method!r}, wanted one of {', '.join(_READERS)}")
+        wanted = f"{', '.join(_READERS)}, or bitsandbytes in 4 bits"
+        raise ValueError(f"PackedConfig: quant_method is {method!r}, wanted one of {wanted}")
     return _READERS[method](config)
 
 
@@ -139,11 +138,19 @@ def _awq(config: Mapping[str, Any]) -> Rules:
     )
 
 
-def _bitsandbytes(config: Mapping[str, Any]) -> Rules:
-    if not config.get("load_in_4bit", config.get("_load_in_4bit", False)):
-        raise ValueError("PackedConfig: bitsandbytes without load_in_4bit, wanted load_in_4bit")
-    kind = _wanted("bitsandbytes", config, "bnb_4bit_quant_type", "fp4", ("fp4", "nf4"))
-    return _of_one_scheme("bitsandbytes", Scheme(f"bitsandbytes {kind}", 4), config.get("llm_int8_skip_modules"))
+def _hqq(config: Mapping[str, Any]) -> Rules:
+    given = config.get("quant_config") or {}
+    params = given.get("weight_quant_params")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"PackedConfig: quant_config of hqq is {given!r}, wanted weight_quant_params for all layers")
+    bits = _wanted("hqq", params, "nbits", 4, (4, 8))
+    axis = _wanted("hqq", params, "axis", 1, (0, 1))
+    for key in ("quant_scale", "quant_zero", "view_as_float"):
+        _wanted("hqq", params, key, False, (False, None))
+    for key in ("scale_quant_params", "zero_quant_params"):
+        _wanted("hqq", given, key, None, (None,))
+    scheme = Scheme("hqq", bits, params.get("group_size") or 0, version=f"axis {axis}")
+    return _of_one_scheme("hqq", scheme, config.get("skip_modules"))
 
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------------
@@ -241,5 +248,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
     "compressed-tensors": _compressed,
     "gptq": _gptq,
     "awq": _awq,
-    "bitsandbytes": _bitsandbytes,
+    "hqq": _hqq,
 }

@@ -1,0 +1,250 @@
+// Decoders of 8 columns at a time for the CUDA kernels. A kernel calls
+//
+//   static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]);
+//
+// if OnCuda<Format> has the function, and calls `value` for each column otherwise. value8 gives the bits of `value` for
+// 8 columns from a multiple of 8 on, all of which exist. The first weight's parts are aligned to 16 bytes; the parts of
+// further weights of a stack follow without gaps. A format may have value8 itself, or get value8 here.
+#pragma once
+
+#include "cuda/ptx.cuh"
+#include "weight/formats/list.h"
+
+namespace peft_ext {
+namespace {
+
+template <typename Format>
+struct OnCuda : Format {};
+
+template <typename Format, typename = void>
+constexpr bool kHasValue8 = false;
+template <typename Format>
+constexpr bool kHasValue8<Format, decltype(static_cast<void>(&Format::value8))> = true;
+
+// Writes value_of(k) for the 8 columns k. The loop is not unrolled, because value_of may be long code. The loop rotates
+// the values, because registers have no index.
+template <typename ValueOf>
+__device__ __forceinline__ void one_by_one(float (&out)[8], const ValueOf& value_of) {
+#pragma unroll 1
+  for (int k = 0; k < 8; ++k) {
+    const float value = value_of(k);
+#pragma unroll
+    for (int i = 0; i < 7; ++i) out[i] = out[i + 1];
+    out[7] = value;
+  }
+}
+
+// Returns 8 bytes from an address that is aligned to 8 bytes if `whole` is true.
+__device__ __forceinline__ uint2 eight_bytes(const void* from, bool whole) {
+  if (whole) return load_cached(static_cast<const uint2*>(from));
+  const uint8_t* bytes = static_cast<const uint8_t*>(from);
+  uint2 words = make_uint2(0, 0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words.x |= static_cast<uint32_t>(bytes[i]) << (8 * i);
+    words.y |= static_cast<uint32_t>(bytes[4 + i]) << (8 * i);
+  }
+  return words;
+}
+
+// Byte i of 8 bytes.
+__device__ __forceinline__ uint32_t byte_of(const uint2& words, int i) {
+  return (i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 255;
+}
+
+// Returns element `flat` and the next 7 elements of an array of 4-bit codes, the first in the lowest nibble. `first` is
+// 0 if the low nibble of a byte is the even element, else 1. kWhole: flat is a multiple of 8, and the array is aligned
+// to 4 bytes.
+template <bool kWhole>
+__device__ __forceinline__ uint32_t eight_nibbles(const void* codes, int64_t flat, int first) {
+  const uint8_t* from = static_cast<const uint8_t*>(codes) + (flat >> 1);
+  const auto in_order = [first](uint32_t word) {
+    return first == 0 ? word : (word & 0x0f0f0f0fu) << 4 | (word >> 4 & 0x0f0f0f0fu);
+  };
+  if (kWhole) return in_order(load_cached(reinterpret_cast<const uint32_t*>(from)));
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(from[i]) << (8 * i);
+  word = in_order(word);
+  return flat % 2 == 0 ? word : word >> 4 | in_order(from[4]) << 28;
+}
+
+template <>
+struct OnCuda<Mxfp4> : Mxfp4 {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const int64_t flat = row * w.columns + column;
+    const uint32_t codes = eight_nibbles<true>(w.part[0], flat, 0);
+    const float scale = half_scale(w, flat >> 5);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(e2m1_doubled(codes >> (4 * i) & 15), scale);
+  }
+};
+
+template <>
+struct OnCuda<Nvfp4> : Nvfp4 {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const int64_t flat = row * w.columns + column;
+    const uint32_t codes = eight_nibbles<true>(w.part[0], flat, 0);
+    const float factor = scale(w, flat >> 4), zero = reciprocal(w) ? -0.0f : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(code_value(codes >> (4 * i) & 15, zero), factor);
+  }
+};
+
+template <>
+struct OnCuda<Fp4> : Fp4 {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const int64_t flat = row * w.columns + column;
+    const uint32_t codes = flat % 8 == 0 && w.columns % 8 == 0 ? eight_nibbles<true>(w.part[0], flat, 1)
+                                                               : eight_nibbles<false>(w.part[0], flat, 1);
+    // A block has at least 32 elements, so that the 8 elements are in at most two blocks.
+    const int shift = format_flags(w.option);
+    const int64_t low = flat >> shift, high = (flat + 7) >> shift;
+    const float first = scale(w, low);
+    float second = first;
+    if (high != low) second = scale(w, high);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      out[i] = fmul_rn(code_value(codes >> (4 * i) & 15), (flat + i) >> shift == low ? first : second);
+  }
+};
+
+template <>
+struct OnCuda<Fp8> : Fp8 {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const uint8_t* from = static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
+    const uint2 codes = eight_bytes(from, w.columns % 8 == 0);
+    const float factor = scale(w, row, column);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = e4m3_code_value(byte_of(codes, i));
+    if (column_shift(w) >= 3) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = fmul_rn(out[i], factor);
+    } else {  // blocks of 1, 2 or 4 columns
+      one_by_one(out, [&](int k) { return fmul_rn(out[0], scale(w, row, column + k)); });
+    }
+  }
+};
+
+// Whether the 8 columns are of one group: groups are consecutive columns, and `group` is 0 or a multiple of 8.
+__device__ __forceinline__ bool one_group_in_8(const PackedView& w, const void* g_idx) {
+  return g_idx == nullptr && w.group % 8 == 0;
+}
+
+// Returns code i of 8 adjacent codes of 2, 4 or 8 bits.
+__device__ __forceinline__ int code_of_8(const uint2& words, int bits, int i) {
+  if (bits == 8) return static_cast<int>(byte_of(words, i));
+  return static_cast<int>(words.x >> (bits * i) & ((1u << bits) - 1));
+}
+
+// Returns the codes of 8 columns from the words of the columns; word_at(i) is the i-th word of a row.
+template <typename WordAt>
+__device__ __forceinline__ uint2 eight_codes(int bits, int64_t column, const WordAt& word_at) {
+  if (bits == 8) return make_uint2(word_at(column / 4), word_at(column / 4 + 1));
+  return bits == 4 ? make_uint2(word_at(column / 8), 0) : make_uint2(word_at(column / 16) >> (column % 16 * 2), 0);
+}
+
+template <>
+struct OnCuda<IntRows> : IntRows {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    if (!one_group_in_8(w, w.part[3])) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const int64_t group = group_at(w, nullptr, column);
+    const int zero = zero_at(w, row, group);
+    const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
+    if (is_plain(w)) {
+      const uint8_t* from = static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
+      const uint2 codes = eight_bytes(from, w.columns % 8 == 0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        out[i] = fmul_rn(static_cast<float>(static_cast<int8_t>(byte_of(codes, i)) - zero), scale);
+      return;
+    }
+    const int bits = code_bits(w.option);
+    const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits);
+    const uint2 codes = eight_codes(bits, column, [&](int64_t i) { return words[i]; });
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(static_cast<float>(code_of_8(codes, bits, i) - zero), scale);
+  }
+};
+
+template <>
+struct OnCuda<Gptq> : Gptq {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    if (!one_group_in_8(w, w.part[3])) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const int64_t group = group_at(w, nullptr, column);
+    const int zero = zero_at(w, row, group), bits = code_bits(w.option);
+    const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+    const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row;
+    const uint2 codes = eight_codes(bits, column, [&](int64_t i) { return words[i * w.rows]; });
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(code_of_8(codes, bits, i) - zero));
+  }
+};
+
+template <>
+struct OnCuda<Awq> : Awq {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    if (!one_group_in_8(w, nullptr)) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const int64_t group = group_at(w, nullptr, column), words = w.rows / 8;
+    const int shift = shift_of(row);
+    const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column * words + row / 8;
+    const uint32_t zero = static_cast<const uint32_t*>(w.part[2])[group * words + row / 8] >> shift & 15;
+    const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      out[i] =
+          fmul_rn(static_cast<float>(static_cast<int>(from[i * words] >> shift & 15) - static_cast<int>(zero)), scale);
+  }
+};
+
+template <>
+struct OnCuda<Hqq> : Hqq {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const int64_t flat = row * w.columns + column, half = w.rows * w.columns / 2;
+    const bool bytes = code_bits(w.option) == 8;
+    if (has_axis0(w) || w.group % 8 != 0 || w.columns % 8 != 0 || (!bytes && half % 8 != 0))
+      return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const uint8_t* codes = static_cast<const uint8_t*>(w.part[0]);
+    const uint2 words = eight_bytes(codes + (bytes || flat < half ? flat : flat - half), true);
+    const int shift = !bytes && flat < half ? 4 : 0, mask = bytes ? 255 : 15;
+    const int64_t group = flat / w.group;
+    const ScaleType type = scale_type(w.option);
+    const float scale = scale_value(w.part[1], type, group), zero = scale_value(w.part[2], type, group);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float code = static_cast<float>(static_cast<int>(byte_of(words, i)) >> shift & mask);
+      out[i] = fmul_rn(rounded(fadd_rn(code, -zero), type), scale);
+    }
+  }
+};
+
+// 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
+template <typename Block>
+struct OnCuda<Gguf<Block>> : Gguf<Block> {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const uint8_t* b = gguf_block<Block>(w, row, column);
+    const int place = static_cast<int>(column % Block::kColumns), g = place / 16, first = place % 16;
+    const float scale = Block::scale(b, g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(Block::code(b, g, first + i)));
+    if constexpr (Block::kOffset) {
+      const float offset = Block::offset(b, g);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = fadd_rn(out[i], offset);
+    }
+  }
+};
+
+template <typename Block, typename Table>
+struct OnCuda<GgufTable<Block, Table>> : GgufTable<Block, Table> {
+  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
+    const uint8_t* b = gguf_block<Block>(w, row, column);
+    const int place = static_cast<int>(column % Block::kColumns), g = place / 16, first = place % 16;
+    const float scale = Block::scale(b, g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(Table::value(Block::code(b, g, first + i))));
+  }
+};
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,114 @@
+// Multiplies few tokens with a packed weight in a format of weight/formats/list.h, and computes all other terms of the
+// layer in the same launch:
+//
+//   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 8,  S [T, R] given
+//
+// A thread block of 4 warps computes 4 outputs for all tokens. In each step a thread loads 8 inputs of each token, then
+// decodes the 8 weights of each output in registers, as in packed.cuh, and adds the products to 4 T sums. The
+// arithmetic is float32 FMAs; a weight is not rounded to T. The sums of a warp's lanes are added by exchanges between
+// lanes: in each exchange a lane gives away half of its sums and keeps the other half. The warps' sums are added in
+// shared memory, in order, so that the order of the sum is equal on every GPU. Shared memory: 4 · 4 · T floats.
+// Bytes moved: the parts of W once; x once per thread block, from L2 and L1.
+//
+// NVRTC options: --fmad=false
+#pragma once
+
+#include "nf4/cuda/nf4_few_tokens.cuh"
+#include "packed/cuda/packed.cuh"
+
+namespace peft_ext {
+
+constexpr int kPackedFewThreads = 128;
+constexpr int kPackedFewWarps = kPackedFewThreads / kWarpSize;
+constexpr int kPackedFewRows = 4;  // number of outputs per thread block
+constexpr int kPackedFewTokens = 8;
+
+struct PackedFew {
+  const void* x;      // x as T [tokens, inputs]
+  PackedView weight;  // [outputs, inputs], each part aligned to 16 bytes
+  int tokens;
+  bool whole;  // whether inputs is a multiple of 8 and x is aligned to 16 bytes
+  TokensFinish finish;
+};
+
+template <int kSums>
+using PackedFewShared = float[kPackedFewWarps][kSums];
+
+// Adds each of kSums sums, a power of two of at most 32, over the lanes of the warp. Returns the total of the sum with
+// the number lane / (32 / kSums).
+template <int kSums>
+__device__ __forceinline__ float sum_over_lanes(float (&sums)[kSums], int lane) {
+#pragma unroll
+  for (int level = 1; level <= 5; ++level) {                     // a warp has 2^5 lanes
+    const int mask = kWarpSize >> level, left = kSums >> level;  // `left`: number of sums that the lane keeps
+    if (left == 0) sums[0] += shuffle_xor(sums[0], mask);
+#pragma unroll
+    for (int i = 0; i < kSums / 2; ++i) {
+      if (i >= left) continue;
+      const bool upper = (lane & mask) != 0;
+      const float given = upper ? sums[i] : sums[i + left], kept = upper ? sums[i + left] : sums[i];
+      sums[i] = kept + shuffle_xor(given, mask);
+    }
+  }
+  return sums[0];
+}
+
+// kTokens: the largest number of tokens of the instance. Grid: ceil(outputs / kPackedFewRows) thread blocks.
+template <int kNumber, typename T, int kTokens>
+__global__ void __launch_bounds__(kPackedFewThreads) packed_few_tokens_kernel(PackedFew work) {
+  PEFT_EXT_KERNEL;
+  using Format = typename FormatOf<kNumber>::Type;
+  constexpr int kSums = kPackedFewRows * kTokens;
+  PEFT_EXT_SHARED(PackedFewShared<kSums>, shared);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackedFewRows, inputs = work.weight.columns;
+  // A sum beyond the last output or token computes the last output or token again, and the sum is not stored.
+  int64_t rows[kPackedFewRows];
+#pragma unroll
+  for (int r = 0; r < kPackedFewRows; ++r) rows[r] = min_of(first + r, work.weight.rows - 1);
+  const T* x[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) x[t] = static_cast<const T*>(work.x) + min_of(t, work.tokens - 1) * inputs;
+
+  float sums[kSums] = {};
+  int64_t k = static_cast<int64_t>(threadIdx.x) * kVector;
+  for (; k + kVector <= inputs; k += kPackedFewThreads * kVector) {
+    float held[kTokens][kVector];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) load_columns(x[t], k, inputs, work.whole, held[t]);
+#pragma unroll
+    for (int r = 0; r < kPackedFewRows; ++r) {
+      float weights[kVector];
+      decode_columns<Format>(work.weight, rows[r], k, weights);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sums[r * kTokens + t] = fma_rn(weights[i], held[t][i], sums[r * kTokens + t]);
+    }
+  }
+#pragma unroll 1
+  for (; k < inputs; ++k) {  // the last columns, if inputs is no multiple of 8: one thread has these columns
+#pragma unroll
+    for (int r = 0; r < kPackedFewRows; ++r) {
+      const float weight = Format::value(work.weight, rows[r], k);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+        sums[r * kTokens + t] = fma_rn(weight, load_value(x[t] + k), sums[r * kTokens + t]);
+    }
+  }
+
+  const int lane = threadIdx.x % kWarpSize;
+  constexpr int kLanes = kWarpSize / kSums;  // number of lanes that return one sum
+  const float total = sum_over_lanes(sums, lane);
+  if (lane % kLanes == 0) shared[threadIdx.x / kWarpSize][lane / kLanes] = total;
+  sync_threads();
+  if (threadIdx.x >= kSums) return;
+  const int token = threadIdx.x % kTokens;
+  const int64_t row = first + threadIdx.x / kTokens;
+  if (token >= work.tokens || row >= work.weight.rows) return;
+  float sum[1] = {};
+#pragma unroll
+  for (int w = 0; w < kPackedFewWarps; ++w) sum[0] += shared[w][threadIdx.x];
+  finish_tokens<T, 1>(work.finish, work.weight.rows, row, token, work.tokens, sum);
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,78 @@
+"""Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's and hqq's layers.
+
+A layer is known by the exact name of its class and of the class's module. No package is imported.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ...weights.int_groups import from_gptq, from_hqq
+from ...weights.packed import PackedWeight
+
+__all__ = ["foreign_operands", "foreign_reason", "foreign_weight", "is_foreign"]
+
+_GPTQ = "gptqmodel.nn_modules.qlinear.torch"
+
+# By class: the function that reads the layer's weight.
+_READERS: dict[str, Callable[[nn.Module], PackedWeight]] = {
+    f"{_GPTQ}.TorchLinear": from_gptq,
+    f"{_GPTQ}.TorchQuantLinear": from_gptq,
+    "hqq.core.quantize.HQQLinear": from_hqq,
+}
+
+# The weight of each layer that was read, with the addresses of the layer's tensors.
+_HELD: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], PackedWeight]] = weakref.WeakKeyDictionary()
+
+
+def _reader(kind: type) -> Optional[Callable[[nn.Module], PackedWeight]]:
+    return _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def is_foreign(kind: type) -> bool:
+    return _reader(kind) is not None
+
+
+def _tensors(base: nn.Module) -> list[Tensor]:
+    given = [getattr(base, name, None) for name in ("W_q", "qweight", "qzeros", "scales", "g_idx")]
+    given += [value for name, value in (getattr(base, "meta", None) or {}).items() if name in ("scale", "zero")]
+    return [tensor for tensor in given if isinstance(tensor, Tensor)]
+
+
+def foreign_weight(base: nn.Module) -> PackedWeight:
+    """Returns the weight of the layer, in the layer's memory. As long as the layer's tensors are the same, the same
+    object is returned. Raises ValueError if the layer's layout is not supported."""
+    key = [tensor.data_ptr() for tensor in _tensors(base)]
+    known = _HELD.get(base)
+    if known is None or known[0] != key:
+        known = _HELD[base] = key, _reader(type(base))(base)
+    return known[1]
+
+
+def foreign_reason(base: nn.Module) -> Optional[str]:
+    """Returns why the operators can't read the weight of the layer, or None."""
+    if getattr(base, "adapter", None) is not None:
+        return "its base layer has an adapter of its own"
+    if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in _tensors(base)):
+        return "its base layer's tensors are no plain tensors, or are being compiled"
+    if any(tensor.is_meta for tensor in _tensors(base)):
+        return "its weight is on meta"
+    try:
+        foreign_weight(base)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def foreign_operands(base: Any, x: Tensor) -> Optional[tuple[PackedWeight, Optional[Tensor]]]:
+    """Returns the weight and the bias with which the layer's forward multiplies x, or None if x has another dtype than
+    the layer computes in."""
+    weight, bias = foreign_weight(base), base.bias
+    if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
+        return None
+    return weight, bias
