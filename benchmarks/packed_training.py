@@ -199,6 +199,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def result_text(result: dict[str, Any]) -> str:
+    """Returns the settings and the rows of a result file as Markdown."""
+    steps, batch, length, held_out = (result["settings"][name] for name in ("steps", "batch", "length", "held_out"))
+    return (f"LoRA r=16 on all linear layers of SmolLM2-135M-Instruct, {steps} steps of {batch} x {length} tokens, "
+            f"{held_out} held-out sequences; the left figure of a perplexity is before the training.\n\n"
+            f"{table(result['rows'])}")  # fmt: skip
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.packed_training", description=__doc__,
