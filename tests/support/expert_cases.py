@@ -12,9 +12,11 @@ from linear_cases import plain_norm, seed_beside, shrink_some
 from nf4_cases import dequantized, nf4_weight
 from op_case import SEED, Case, Options, Sample, case_name, nothing, randn, shrunk_bytes, with_errors
 from op_errors import errors
+from packed_weights import KINDS, packed_weight
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
+from peft_ext.weights import PackedWeight
 
 # --- experts ----------------------------------------------------------------------------------------------------------
 
@@ -33,6 +35,8 @@ def _experts_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
         return randn(_EXPERTS, n, k, dtype=dtype, scale=0.05)
     if base == "transposed":
         return randn(_EXPERTS, k, n, dtype=dtype, scale=0.05).transpose(1, 2)
+    if base in KINDS:
+        return PackedWeight.stack([packed_weight(base, n, k, torch.default_generator) for _ in range(_EXPERTS)])
     return NF4Weight.stack([nf4_weight(n, k, dtype, 64, base == "nested") for _ in range(_EXPERTS)])
 
 
@@ -63,7 +67,7 @@ def _by_expert(x: Tensor, weight: Any, offsets: Tensor, run: Any) -> Tensor:
     parts, begin = [], 0
     for expert, end in enumerate(offsets.tolist()):
         own, rows, begin = (
-            weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert],
+            weight.expert(expert) if isinstance(weight, PackedWeight) else weight[expert],
             x[begin:end],
             end,
         )
@@ -110,7 +114,7 @@ def lora_experts_case(
 def _plain_experts_norm(
     weight: Any, lora_A: Tensor, lora_B: Tensor, compute: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
-    own = [weight.expert(e) if isinstance(weight, NF4Weight) else weight[e] for e in range(_EXPERTS)]
+    own = [weight.expert(e) if isinstance(weight, PackedWeight) else weight[e] for e in range(_EXPERTS)]
     return torch.stack([plain_norm(dequantized(one, compute).to(dtype), a, b)
                         for one, a, b in zip(own, lora_A, lora_B, strict=True)])  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nf4_cases import dequantized, nf4_weight
 from op_case import SEED, SHAPES, Case, Options, Sample, case_name, nothing, randn, shrunk_bytes, with_errors
 from op_errors import errors
+from packed_weights import KINDS, packed_weight
 from torch import Tensor
 
 from peft_ext import ops, reference
@@ -22,8 +23,13 @@ def seed_beside(x: Any) -> Tensor:
 
 
 def base_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
-    """Returns a frozen weight; ``base`` is "dense", or "nf4" or "nested" (double-quantized) with ":blocksize" or 64."""
+    """Returns a frozen weight.
+
+    ``base``: "dense"; "nf4" or "nested" (double-quantized) with ":blocksize" or 64; or a key of packed_weights.KINDS.
+    """
     kind, _, blocksize = base.partition(":")
+    if kind in KINDS:
+        return packed_weight(kind, n, k, torch.default_generator)
     if kind == "dense":
         return randn(n, k, dtype=dtype, scale=0.05)
     return nf4_weight(n, k, dtype, int(blocksize or 64), kind == "nested")

@@ -12,6 +12,7 @@ from op_errors import errors
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
+from peft_ext.weights import PackedWeight
 
 
 def nf4_weight(n: int, k: int, dtype: torch.dtype, blocksize: int, double_quant: bool) -> NF4Weight:
@@ -54,8 +55,8 @@ def dequantize_case(blocksize: int, double_quant: bool) -> Case:
 
 
 def dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
-    """Returns the dense weight that a kernel computes with: an NF4 weight is decoded to ``dtype``."""
-    return reference.nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
+    """Returns the dense weight that a kernel computes with: a packed weight is decoded to ``dtype``."""
+    return reference.nf4_dequantize(weight, dtype) if isinstance(weight, PackedWeight) else weight
 
 
 def nf4_linear_case(double_quant: bool, with_bias: bool, blocksize: int = 64) -> Case:

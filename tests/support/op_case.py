@@ -11,7 +11,7 @@ import torch
 from op_errors import Error
 from torch import Tensor
 
-from peft_ext import NF4Weight
+from peft_ext.weights import PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +48,7 @@ class Sample:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, (Tensor, NF4Weight)) else value
+    return value.to(device) if isinstance(value, (Tensor, PackedWeight)) else value
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 def wide(value: Any) -> Any:
     """Returns an input for the oracle: a floating-point tensor in float64, any other value unchanged."""
-    if isinstance(value, NF4Weight):
+    if isinstance(value, PackedWeight):
         return value
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
