@@ -21,12 +21,14 @@ from checks_common import (
     check,
     counted_calls,
     mine,
+    part,
     raises,
     shard,
     step,
     train,
     train_alone,
 )
+from mixtures import base, targets
 from peft import LoraConfig, PeftModel
 from peft_models import spread
 from torch import Tensor, nn
@@ -102,8 +104,31 @@ def packed_layers_under_fsdp2(folder: Path) -> None:
         assert_close(adapter(model), adapter(alone))
         layers = packed_layers(alone)
         for name, layer in packed_layers(model).items():
-            for part in (one for one in layer.names if one is not None):
-                held, wanted = layer.tensor(part), layers[name].tensor(part)
+            for key in (one for one in layer.names if one is not None):
+                held, wanted = layer.tensor(key), layers[name].tensor(key)
                 if isinstance(held, DTensor):  # gloo can't gather 8-bit floats
                     held, wanted = held.to_local(), wanted.chunk(dist.get_world_size())[dist.get_rank()]
-                assert same_bytes(held, wanted), (name, part)
+                assert same_bytes(held, wanted), (name, key)
+
+
+def make_experts(name: str, format: str) -> PeftModel:
+    """Returns the same mixture with packed layers and experts in every process, with LoRA on experts and attention."""
+    model = base(name)
+    parameters = targets(model)
+    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=["q_proj"],
+                        target_parameters=parameters)  # fmt: skip
+    torch.manual_seed(3)
+    return peft_ext.get_peft_model(peft_ext.quantize_packed(model, format, progress=False), config).train()
+
+
+@check
+def packed_experts_under_ddp_and_fsdp2(folder: Path) -> None:
+    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids, "labels": ids}
+    for name, format in (("gpt-oss", "nvfp4"), ("Qwen3-MoE", "fp8")):
+        for wrap in (shard, lambda model: ddp(model, sends=False)):
+            alone, model = make_experts(name, format), wrap(make_experts(name, format))
+            assert_all_fused(model)
+            step(alone, inputs)
+            step(model, part(inputs))
+            assert_same_gradients(model, alone)
