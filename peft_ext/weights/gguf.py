@@ -63,7 +63,7 @@ TYPES: dict[int, GgmlType] = {
     23: GgmlType("IQ4_XS", 256, 136, True),
     29: GgmlType("IQ1_M", 256, 56, False),
     34: GgmlType("TQ1_0", 256, 54, False),
-    35: GgmlType("TQ2_0", 256, 66, False),
+    35: GgmlType("TQ2_0", 256, 66, True),
     39: GgmlType("MXFP4", 32, 17, True),
     40: GgmlType("NVFP4", 64, 36, False),
 }

@@ -24,7 +24,7 @@ KERNELS = [number for number in gguf.TYPES if gguf.has_kernel(number)]
 OTHERS = [number for number in gguf.TYPES if not gguf.has_kernel(number)]
 
 # Byte offsets of a block's float16 scales.
-SCALES = {2: (0,), 3: (0, 2), 6: (0,), 7: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13: (0, 2),
+SCALES = {35: (64,), 2: (0,), 3: (0, 2), 6: (0,), 7: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13: (0, 2),
           14: (208,), 20: (0,), 23: (0,), 39: ()}  # fmt: skip
 
 # Bits of float16: zeros, subnormals, the smallest normal, 1, -1, the largest, infinities, NaNs, 0.1.
@@ -201,7 +201,7 @@ def test_types_are_those_of_gguf():
 
 def test_kernels_and_dense_types():
     assert sorted(map(name, KERNELS)) == ["IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0",
-                                          "Q5_1", "Q5_K", "Q6_K", "Q8_0"]  # fmt: skip
+                                          "Q5_1", "Q5_K", "Q6_K", "Q8_0", "TQ2_0"]  # fmt: skip
     assert not gguf.has_kernel("F32") and not gguf.has_kernel("IQ2_XXS")
     dense = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "Q4_K": None}
     assert {kind: gguf.dense_dtype(kind) for kind in dense} == dense

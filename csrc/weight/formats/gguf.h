@@ -133,6 +133,7 @@ using GgufQ5_0 = Gguf<BlockQ5_0, GgufMinus<16>>;
 using GgufQ5_1 = Gguf<BlockQ5_1, GgufMinus<0>>;
 using GgufQ8_0 = Gguf<BlockQ8_0, GgufMinus<0>>;
 using GgufQ2_K = Gguf<BlockQ2_K, GgufMinus<0>>;
+using GgufTQ2_0 = Gguf<BlockTQ2_0, GgufMinus<1>>;
 using GgufQ3_K = Gguf<BlockQ3_K, GgufMinus<4>>;
 using GgufQ4_K = Gguf<BlockQ4_K, GgufMinus<0>>;
 using GgufQ5_K = Gguf<BlockQ5_K, GgufMinus<0>>;

@@ -105,6 +105,13 @@ struct BlockMXFP4 {  // exponent e, codes [16]
 
 // --- Blocks of 256 columns -------------------------------------------------------------------------------------------
 
+struct BlockTQ2_0 {  // codes [64], d
+  static constexpr int kColumns = 256, kBytes = 66, kScaled = 32;
+  static constexpr bool kOffset = false;
+  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b + 64); }
+  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b, g, i); }
+};
+
 struct BlockQ2_K {  // a nibble each of scale and minimum [16], codes [64], d, dmin
   static constexpr int kColumns = 256, kBytes = 84, kScaled = 16;
   static constexpr bool kOffset = true;

@@ -51,6 +51,7 @@ inline void gguf_codes(BlockQ8_0, const uint8_t* b, int, GgufWords* out) { memcp
 inline void gguf_codes(BlockIQ4_NL, const uint8_t* b, int, GgufWords* out) { gguf_nibbles(b + 2, out); }
 inline void gguf_codes(BlockMXFP4, const uint8_t* b, int, GgufWords* out) { gguf_nibbles(b + 1, out); }
 inline void gguf_codes(BlockIQ4_XS, const uint8_t* b, int s, GgufWords* out) { gguf_nibbles(b + 8 + 16 * s, out); }
+inline void gguf_codes(BlockTQ2_0, const uint8_t* b, int s, GgufWords* out) { gguf_fields<2>(b, s, out); }
 inline void gguf_codes(BlockQ2_K, const uint8_t* b, int s, GgufWords* out) { gguf_fields<2>(b + 16, s, out); }
 inline void gguf_codes(BlockQ4_K, const uint8_t* b, int s, GgufWords* out) { gguf_fields<4>(b + 16, s, out); }
 inline void gguf_codes(BlockQ3_K, const uint8_t* b, int s, GgufWords* out) {

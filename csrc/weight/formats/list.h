@@ -68,4 +68,5 @@
   FORMAT(78, GgufQ6_K)                \
   FORMAT(84, GgufIQ4_NL)              \
   FORMAT(87, GgufIQ4_XS)              \
+  FORMAT(99, GgufTQ2_0)               \
   FORMAT(103, GgufMXFP4)

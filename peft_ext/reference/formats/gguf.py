@@ -64,6 +64,10 @@ def q8_0(blocks: Tensor) -> Tensor:
     return _scaled(_half(blocks, 0), blocks[:, 2:].view(torch.int8))
 
 
+def tq2_0(blocks: Tensor) -> Tensor:
+    return _scaled(_half(blocks, 64), _fields(blocks[:, :64], 2, 32) - 1)
+
+
 def q2_k(blocks: Tensor) -> Tensor:
     scales = _half(blocks, 80) * (blocks[:, :16] & 15).float()
     minima = _half(blocks, 82) * (blocks[:, :16] >> 4).float()
@@ -122,7 +126,7 @@ def mxfp4(blocks: Tensor) -> Tensor:
 
 _DECODERS: dict[int, Callable[[Tensor], Tensor]] = {
     2: q4_0, 3: q4_1, 6: q5_0, 7: q5_1, 8: q8_0, 10: q2_k, 11: q3_k, 12: q4_k, 13: q5_k, 14: q6_k, 20: iq4_nl,
-    23: iq4_xs, 39: mxfp4,
+    23: iq4_xs, 35: tq2_0, 39: mxfp4,
 }  # fmt: skip
 
 
