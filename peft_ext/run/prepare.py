@@ -220,6 +220,10 @@ def _resolved(options: Options) -> Options:
                            "wanted no --quant, or checkpoint")  # fmt: skip
         o = dataclasses.replace(o, quant="checkpoint")
         check_quant(o)
+    elif stored == "nf4" and asked not in (None, "nf4"):
+        raise RunError(
+            f"--quant {asked}: the files of --model {o.model} are bitsandbytes' NF4, wanted no --quant, or nf4"
+        )
     elif asked == "checkpoint":
         raise RunError(f"--quant checkpoint: the files of --model {o.model} are "
                        f"{'dense' if stored == 'none' else 'NF4'}, wanted a packed checkpoint")  # fmt: skip
