@@ -6,7 +6,9 @@ compile without a warning; a kernel spills registers or keeps an array in local 
 memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from docs/slots.tsv (see slots.py).
 A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables, so that
 a review sees each change. ``--archs`` compiles for some architectures alone, and compares only their rows. ``--only``
-compiles the kernels alone whose names contain one of the texts, and compares, or writes, only their rows.
+compiles the kernels alone whose names contain one of the texts, and compares, or writes, only their rows. Of the
+kernels of packed weights, whose first template argument is the number of a format, the tables have two for each format.
+The others are compiled with ``--formats`` alone.
 """
 
 from __future__ import annotations
@@ -76,6 +78,12 @@ def ptxas_table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_tables(name: str) -> bool:
+    """Returns whether the tables have a kernel. Kernels of packed weights: decoding to bfloat16, and one token."""
+    loops = {entry.kernel for entry in slots.HOT}
+    return not name.startswith("packed_") or name in loops or re.search(r"<\d+, bf16(, 1)?>", name) is not None
+
+
 def of_archs(table: str, archs: list[str]) -> str:
     """Returns the part of a table about some architectures: columns of ptxas.tsv, or rows of slots.tsv."""
     header, *rows = [line.split("\t") for line in table.splitlines()]
@@ -134,6 +142,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the tables instead of comparing")
     parser.add_argument("--archs", default=",".join(slots.ARCHS), help="comma-separated; default: all")
     parser.add_argument("--only", default="", help="comma-separated parts of kernels' names; default: all kernels")
+    parser.add_argument("--formats", action="store_true", help="also all kernels of every format of packed weights")
     options = parser.parse_args()
     archs, only = options.archs.split(","), set(options.only.split(",")) - {""}
     if unknown := set(archs) - set(slots.ARCHS):
@@ -145,6 +154,7 @@ def main() -> int:
         sys.exit(f"cuda-check: {why}")
     kernels = [(slots.kernel_name(name), name, file) for name, file in device_code.kernels()]
     kernels = [kernel for kernel in kernels if not only or any(text in kernel[0] for text in only)]
+    kernels = [kernel for kernel in kernels if options.formats or in_tables(kernel[0])]
     if not kernels:
         parser.error(f"no kernel's name contains {' or '.join(sorted(only))}")
 
@@ -167,7 +177,7 @@ def main() -> int:
         if row["spilled"]:
             failures.append(f"{name} spills {row['spilled']} bytes on sm_{arch}")
         hot.extend(hot_rows(image, name, arch, nvdisasm, row))
-        if arch in ARCHS:
+        if arch in ARCHS and in_tables(name):
             rows.append(row | {"file": file.rpartition("csrc/")[2], "kernel": name})
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))) as pool:

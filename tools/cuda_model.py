@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
 REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
+BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of a packed weight, scales included
 SIZES = (512, 2048, 4096, 8192)
 MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens of a mixed batch
 
@@ -115,7 +116,8 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
         "dA, dropout": over_tiles("dA, dropout", t, k, x + columns + x / 16, card),
         "dX0": over_tiles("Y0", t, k, x, card),
         "dX0, dropout": over_tiles("dX0, dropout", t, k, x + x / 16, card),
-        "dequantize": over_memory(0.516 * n * k + w, card),
+        "dequantize": over_memory(BYTES["NF4"] * n * k + w, card),
+        "dequantize, MXFP4": over_memory(BYTES["MXFP4"] * n * k + w, card),
         "norm": over_tiles("W A and the norm", n, k, w, card) + LAUNCH * 3,
         "P, dB and dg": over_tiles("P and dB", t, n, 2 * y + both, card),
         "g in W or in dY": over_memory(2 * w if t > k else 2 * y, card),
@@ -143,17 +145,19 @@ def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> floa
     return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
 
 
-def decode(card: Card, n: int, k: int, tokens: int) -> float:
-    """Returns the seconds of a forward with few tokens over NF4: one launch that reads W once, without the launch for
-    S.
+def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
+    """Returns the seconds of a forward with few tokens over NF4 or MXFP4: one launch that reads W once, without the
+    launch for S.
     """
-    loop = loops(card)["NF4, T <= 8" if tokens <= 8 else "NF4, T <= 16"]
+    names = {"NF4": ("NF4, T <= 8", "NF4, T <= 16"), "MXFP4": ("MXFP4, T = 1", "MXFP4, T <= 8")}[base]
+    loop = loops(card)[names[tokens > (8 if base == "NF4" else 1)]]
     # Weights of one lane, if all lanes of a multiprocessor ran one after another.
     weights = n * k / card.multiprocessors / 32
     schedulers, warps = 4, 2 * loop["blocks"]
     cycles = weights * max(loop["slots"] / schedulers, 2 * loop["alu"] / schedulers, loop["transactions"],
                            loop["alone"] / (schedulers * warps))  # fmt: skip
-    return max(cycles / card.clock, 0.516 * n * k / (card.bandwidth * REACHED)) + 2e-6
+    read = BYTES[base] * n * k
+    return max(cycles / card.clock, read / (card.bandwidth * REACHED)) + 2e-6
 
 
 # The adapted linear layers in a layer of Llama 3 8B, grouped by their input: outputs of each, and inputs.
@@ -366,6 +370,9 @@ def tables() -> str:
     for tokens in (1, 16):
         row = (microseconds(decode(card, 4096, 4096, tokens)) for card in CARDS.values())
         lines.append(f"| NF4, T = {tokens} | " + " | ".join(row) + " |")
+    for tokens in (1, 8):
+        row = (microseconds(decode(card, 4096, 4096, tokens, "MXFP4")) for card in CARDS.values())
+        lines.append(f"| MXFP4, T = {tokens} | " + " | ".join(row) + " |")
     lines += ["", "| time / the frozen layer's time, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")

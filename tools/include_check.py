@@ -3,9 +3,9 @@
     python tools/include_check.py [--graph]
 
 The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; packed; linear; and the folders of the
-operators, none of which includes another. Files for the CPU include no files for CUDA, and files for CUDA include no files for the CPU,
-except for files of the emulator. The program prints each wrong include and fails if there is one. ``--graph`` prints
-the number of includes between each two folders.
+operators, none of which includes another. Files for the CPU include no files for CUDA, and files for CUDA include no
+files for the CPU, except for files of the emulator. The program prints each wrong include and fails if there is one.
+``--graph`` prints the number of includes between each two folders.
 """
 
 from __future__ import annotations

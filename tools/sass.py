@@ -1,8 +1,8 @@
 """Analyses the machine code of a compiled kernel: the warp instructions of its hot loop, by pipe, and its waits.
 
 nvdisasm prints a kernel's instructions. The hot loop is the outermost loop that holds all matrix products that any loop
-holds (or the whole kernel, if there is no loop). Inner loops that hold products count as often as ``trips`` says. Each
-instruction is an issue slot of a warp.
+holds (or the whole kernel, if there is no loop). Inner loops that hold products count as often as ``trips`` says. For a
+kernel that multiplies by FMAs, the products are its FFMA instructions. Each instruction is an issue slot of a warp.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def _resolve(instructions: list[Instruction], labels: dict[str, int]) -> None:
             instruction.target = labels.get(found[1])
 
 
-def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
+def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False) -> Loop:
     """Returns the hot loop, which the module's docstring defines. ``trips`` says how often inner loops with products
-    run.
+    run. ``fmas``: whether the kernel multiplies by FMAs.
     """
     spans = [(i.target, i.address) for i in instructions if i.name.split(".")[0] == "BRA" and i.target is not None]
     spans = [(first, last) for first, last in spans if first < last]
@@ -172,7 +172,7 @@ def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
         return [i for i in instructions if span[0] <= i.address <= span[1]]
 
     def products(span: tuple[int, int]) -> int:
-        return sum(i.pipe == "mma" for i in body(span))
+        return sum(i.name.startswith("FFMA") if fmas else i.pipe == "mma" for i in body(span))
 
     with_products = [span for span in spans if products(span)]
     if not with_products:

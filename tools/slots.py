@@ -32,7 +32,7 @@ class Hot:
     """A kernel's hot loop.
 
     ``kernel``: its demangled name and template arguments. ``units``: tiles, or weights of a lane, in an iteration.
-    ``trips``: how often an inner loop runs. ``threads``: threads of a block.
+    ``trips``: how often an inner loop runs. ``threads``: threads of a block. ``fmas``: the kernel multiplies by FMAs.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Hot:
     units: int = 1
     trips: int = 1
     threads: int = 128
+    fmas: bool = False
 
 
 def _pass(name: str, ranks: int, work: str, mask: str = "kNone", *, terms: int = 3, nf4: bool = False) -> Hot:
@@ -114,6 +115,9 @@ HOT = (
     # An iteration is a slab of 32 x 64, 64 weights of each lane.
     Hot("NF4, T <= 32", "nf4_skinny_kernel<bf16, 4>", units=64),
     Hot("NF4, T <= 64", "nf4_skinny_kernel<bf16, 8>", units=64),
+    # An iteration is 4 rows of 8 columns of a lane.
+    Hot("MXFP4, T = 1", "packed_few_tokens_kernel<2, bf16, 1>", units=32, fmas=True),
+    Hot("MXFP4, T <= 8", "packed_few_tokens_kernel<2, bf16, 8>", units=32, fmas=True),
 )
 
 
@@ -148,7 +152,7 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
 
 def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dict[str, int]) -> dict[str, str]:
     """Returns a row of the table. ``used`` are registers, stack and shared bytes, as ptxas reports them."""
-    loop = sass.hot_loop(instructions, hot.trips)
+    loop = sass.hot_loop(instructions, hot.trips, hot.fmas)
     load_to_use = loop.load_to_use()
     counts = {"slots": len(loop.instructions), "transactions": loop.transactions, "alone": loop.cycles_alone()}
     counts |= {pipe: loop.count(pipe) for pipe in ("alu", "fma", "mma", "memory", "uniform")}

@@ -253,6 +253,10 @@ class FrozenExperts:
         first, second = expert_parameters(self)
 
         def run(rows: Tensor, offsets: Tensor) -> Tensor:
+            for name in (first, second):
+                if name not in self._parameters:  # PEFT's forward replaces the parameter by a parametrization
+                    raise RuntimeError(f"{self.stock_class.__name__}: PEFT adds its adapter to the dense weight, and "
+                                       f"{name} is packed, wanted peft_ext.accelerate(model)")  # fmt: skip
             h = gate(self, ops.experts_linear(rows, self.frozen(first), offsets, self.bias_of(first, rows)))
             return ops.experts_linear(h, self.frozen(second), offsets, self.bias_of(second, h))
 

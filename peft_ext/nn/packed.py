@@ -142,7 +142,7 @@ class HoldsPacked(nn.Module):
             if not isinstance(came, Tensor) or came.dtype is not own.dtype or came.shape != own.shape:
                 what = f"{came.dtype} {tuple(came.shape)}" if isinstance(came, Tensor) else type(came).__name__
                 errors.append(f"{prefix}{name} is {what}, wanted {own.dtype} {tuple(own.shape)}")
-                del found[prefix + _attribute(name)]
+                found[prefix + _attribute(name)] = own.detach()  # the key is not missing
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
         back = {prefix + attribute: prefix + name for name, attribute in dotted.items()}

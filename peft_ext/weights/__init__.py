@@ -1,4 +1,7 @@
-"""Frozen weights, stored as codes and scales: :class:`PackedWeight`, and one module for each family of formats."""
+"""Frozen weights, stored as codes and scales.
+
+A :class:`~peft_ext.weights.packed.PackedWeight` is a weight in one format. Each family of formats has one module.
+"""
 
 from . import fp4, fp8, gguf, int_groups, mx, nf4
 from .packed import FORMATS, Format, PackedWeight

@@ -85,7 +85,13 @@ def fp8(
     if weight.dtype not in (torch.float8_e4m3fn, torch.uint8):
         raise TypeError(f"PackedWeight: weight of fp8 is {weight.dtype}, wanted torch.float8_e4m3fn")
     rows, columns = (0, 0) if block_size is None else block_size
-    flags = _shift("rows", rows) | _shift("columns", columns) << 6
+    row_shift, column_shift = _shift("rows", rows), _shift("columns", columns)
+    if scales.dim() == weight.dim():
+        grid = _blocks(weight.shape[-2], row_shift), _blocks(weight.shape[-1], column_shift)
+        if tuple(scales.shape[-2:]) != grid:
+            raise ValueError(f"PackedWeight: scales of fp8 has shape {tuple(scales.shape)}, wanted {grid} for shape "
+                             f"{tuple(weight.shape)}")  # fmt: skip
+    flags = row_shift | column_shift << 6
     option = option_of(scales=scales.dtype, bits=8, flags=flags)
     return PackedWeight(
         FP8, (weight, scales), weight.shape, dtype, group=columns, option=option, stacked=weight.dim() == 3

@@ -127,7 +127,8 @@ def gguf_weight(
             weights of experts, or flat with ``shape``.
         type: ggml's type, as a number or a name, for example 12 or ``"Q4_K"``.
         shape: ``(N, K)`` or ``(E, N, K)``. The file lists the sizes in the opposite order. Default: from ``data``.
-        dtype: default dtype of :meth:`PackedWeight.dequantize`. The package gguf decodes to float32.
+        dtype: default dtype of :meth:`~peft_ext.weights.packed.PackedWeight.dequantize`. The package gguf decodes to
+            float32.
 
     Raises:
         TypeError: ``data`` is not a tensor.

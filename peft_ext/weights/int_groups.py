@@ -195,6 +195,11 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
     count = 1 if one_scale else max(1, each // max(1, rows))
     if columns % count:
         _refuse("int", "scales", tuple(scales.shape), f"[{rows}, G] with a G that divides the {columns} columns")
+    if not one_scale:
+        of_zeros = rows if plain else _words(rows, bits)
+        for name, part, first in (("scales", scales, rows), ("zero_points", zero_points, of_zeros)):
+            if part is not None and part.dim() == len(shape) and tuple(part.shape[-2:]) != (first, count):
+                _refuse("int", name, list(part.shape), f"[{first}, {count}]")
     group = columns // count if count > 1 else 0
     if g_idx is not None and not g_idx.is_meta and (g_idx == -1).any():
         g_idx = None

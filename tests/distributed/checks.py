@@ -2,8 +2,8 @@
 
 Each process runs the named checks and writes ``FOLDER/<rank>.json``, with "ok" or a traceback for each check. If a
 check fails in a process, the process stops and torchrun ends the others, which would wait for it. checks_fsdp2.py has
-the checks that need only FSDP2, checks_loading.py the checks of shards that are read from files, and checks_experts.py
-the checks of a mixture of experts.
+the checks that need only FSDP2, checks_loading.py the checks of shards that are read from files, checks_experts.py the
+checks of a mixture of experts, and checks_packed.py the checks of packed base layers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import checks_deepspeed  # noqa: F401
 import checks_experts  # noqa: F401
 import checks_fsdp2  # noqa: F401
 import checks_loading  # noqa: F401
+import checks_packed  # noqa: F401
 import checks_tensor_parallel  # noqa: F401
 import checks_trainer  # noqa: F401
 import torch

@@ -150,11 +150,22 @@ def _small_model() -> dict[str, Any]:
     return {}
 
 
+def _packed_checkpoints() -> dict[str, Any]:
+    """Makes tiny checkpoints under the names of the checkpoints that the page loads."""
+    import packed_checkpoints as pc
+
+    pc.write_gpt_oss(Path("openai/gpt-oss-20b"))
+    pc.write(Path("Qwen/Qwen3-8B-FP8"), "fp8", "qwen3")
+    pc.write(Path("Qwen/Qwen2.5-7B-Instruct-AWQ"), "awq")
+    return {}
+
+
 BEFORE = {
     "README.md": _readme,
     "docs/scaling.md": _scaling,
     "docs/cli.md": _small_model,
     "docs/lesson.md": _small_model,
+    "docs/formats.md": _packed_checkpoints,
 }
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 

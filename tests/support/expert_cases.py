@@ -36,7 +36,9 @@ def _experts_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
     if base == "transposed":
         return randn(_EXPERTS, k, n, dtype=dtype, scale=0.05).transpose(1, 2)
     if base in KINDS:
-        return PackedWeight.stack([packed_weight(base, n, k, torch.default_generator) for _ in range(_EXPERTS)])
+        return PackedWeight.stack(
+            [packed_weight(base, n, k, torch.default_generator, dtype=dtype) for _ in range(_EXPERTS)]
+        )
     return NF4Weight.stack([nf4_weight(n, k, dtype, 64, base == "nested") for _ in range(_EXPERTS)])
 
 

@@ -29,7 +29,7 @@ def base_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
     """
     kind, _, blocksize = base.partition(":")
     if kind in KINDS:
-        return packed_weight(kind, n, k, torch.default_generator)
+        return packed_weight(kind, n, k, torch.default_generator, dtype=dtype)
     if kind == "dense":
         return randn(n, k, dtype=dtype, scale=0.05)
     return nf4_weight(n, k, dtype, int(blocksize or 64), kind == "nested")

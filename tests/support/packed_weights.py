@@ -162,10 +162,15 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def packed_weight(kind: str, n: int, k: int, generator: torch.Generator, *, wild: bool = False) -> PackedWeight:
+def packed_weight(
+    kind: str, n: int, k: int, generator: torch.Generator, *, wild: bool = False, dtype: torch.dtype | None = None
+) -> PackedWeight:
     """Returns a weight ``[n, k]`` with random codes and scales. N and K must be multiples of the kind's ``rows`` and
-    ``columns``. Without ``wild``, the values are finite and in the range of a model's weights."""
-    return KINDS[kind].make(n, k, Draw(generator), wild)
+    ``columns``. Without ``wild``, the values are finite and in the range of a model's weights. ``dtype``: the weight's
+    dtype; default: that of the kind."""
+    weight = KINDS[kind].make(n, k, Draw(generator), wild)
+    return PackedWeight(weight.format, weight.parts, weight.shape, dtype or weight.dtype, group=weight.group,
+                        option=weight.option)  # fmt: skip
 
 
 def fitting(kind: str, n: int, k: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, Trainer, TrainingArguments
 
 import peft_ext
-from peft_ext.nn import PackedExperts, PackedLinear
+from peft_ext.nn import PackedEmbedding, PackedExperts, PackedLinear
 from peft_ext.reference.formats import decoded
 
 TOKENS = torch.arange(18).reshape(2, 9) * 5 % pc.VOCAB
@@ -199,6 +199,23 @@ def test_groups_of_compressed_tensors_have_their_own_scheme(tmp_path: Path) -> N
     layer = load(path).model.layers[0]
     # A name that an expression matches comes before a class.
     assert layer.mlp.up_proj.names[0] == "weight" and layer.self_attn.q_proj.names[0] == "weight_packed"
+
+
+def test_packed_embeddings(tmp_path: Path) -> None:
+    path = pc.write(tmp_path, "int4", packs=lambda name: pc.is_packed(name) or "embed_tokens" in name)
+    quantization = quantization_of(path)
+    quantization["config_groups"]["group_0"]["targets"] = ["Linear", "Embedding"]
+    rewrite(path, **quantization)
+    model = load(path)
+    table = model.model.embed_tokens
+    assert type(table) is PackedEmbedding
+    rows = decoded(table.packed, torch.bfloat16)[TOKENS]
+    assert torch.equal(table(TOKENS), rows) and model(TOKENS).logits.isfinite().all()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    peft_ext.accelerate(adapted)
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    row = next(row for row in peft_ext.explain(adapted).rows if "embed_tokens" in row.name)
+    assert row.reason.startswith("its base layer is a PackedEmbedding, wanted nn.Embedding")
 
 
 def test_shards_and_device_map(tmp_path: Path) -> None:

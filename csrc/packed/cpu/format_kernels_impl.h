@@ -26,6 +26,12 @@ struct HasNibbles<F, decltype(static_cast<void>(F::kNibbles))> {
   static constexpr bool kValue = true;
 };
 
+// Rounds the values of 32 columns to T.
+template <typename T>
+inline void store_run(const float* run, T* out) {
+  for (int64_t i = 0; i < kRunColumns; i += Vec::kWidth) Vec::load(run + i).store_as(out + i);
+}
+
 // Writes the values of the 32 columns from a multiple of 32 on, rounded once to T.
 template <typename F, typename T>
 inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out) {
@@ -45,7 +51,7 @@ inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out)
   } else {
     alignas(64) float run[kRunColumns];
     F::decode32(w, row, column, run);
-    narrow(run, kRunColumns, out);
+    store_run(run, out);
   }
 }
 
@@ -85,8 +91,7 @@ struct KernelsOf {
       const int64_t count = min_i64(kRowsTogether, rows - i);
       for (int64_t k = begin; k < end; k += kRunColumns) {
         F::decode_rows(w, row + i, count, k, block, kRunColumns);
-        for (int64_t r = 0; r < count; ++r)
-          narrow(block + r * kRunColumns, kRunColumns, out + (i + r) * stride + (k - begin));
+        for (int64_t r = 0; r < count; ++r) store_run(block + r * kRunColumns, out + (i + r) * stride + (k - begin));
       }
     }
   }

@@ -218,31 +218,39 @@ struct OnCuda<Hqq> : Hqq {
   }
 };
 
+// Returns Number::value(code), for tables from four registers: an array that is indexed would be in local memory.
+template <typename Number>
+__device__ __forceinline__ int number_of(int code) {
+  if constexpr (Number::kTable) {
+    const auto word = [](int first) {
+      uint32_t bytes = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bytes |= (static_cast<uint32_t>(Number::value(first + i)) & 255) << (8 * i);
+      return bytes;
+    };
+    const uint32_t low = code & 4 ? word(4) : word(0), high = code & 4 ? word(12) : word(8);
+    return static_cast<int8_t>((code & 8 ? high : low) >> (8 * (code & 3)) & 255);
+  } else {
+    return Number::value(code);
+  }
+}
+
 // 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
-template <typename Block>
-struct OnCuda<Gguf<Block>> : Gguf<Block> {
+template <typename Block, typename Number>
+struct OnCuda<Gguf<Block, Number>> : Gguf<Block, Number> {
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
-    const uint8_t* b = gguf_block<Block>(w, row, column);
+    const int64_t block = (row * w.columns + column) / Block::kColumns;
+    const uint8_t* b = static_cast<const uint8_t*>(w.part[0]) + block * Block::kBytes;
     const int place = static_cast<int>(column % Block::kColumns), g = place / 16, first = place % 16;
     const float scale = Block::scale(b, g);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(Block::code(b, g, first + i)));
+    for (int i = 0; i < 8; ++i)
+      out[i] = fmul_rn(scale, static_cast<float>(number_of<Number>(Block::code(b, g, first + i))));
     if constexpr (Block::kOffset) {
       const float offset = Block::offset(b, g);
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = fadd_rn(out[i], offset);
     }
-  }
-};
-
-template <typename Block, typename Table>
-struct OnCuda<GgufTable<Block, Table>> : GgufTable<Block, Table> {
-  __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
-    const uint8_t* b = gguf_block<Block>(w, row, column);
-    const int place = static_cast<int>(column % Block::kColumns), g = place / 16, first = place % 16;
-    const float scale = Block::scale(b, g);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(Table::value(Block::code(b, g, first + i))));
   }
 };
 

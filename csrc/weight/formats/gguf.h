@@ -99,6 +99,7 @@ struct GgufNibbles : Gguf<Block, Number> {
   static constexpr Nibbles kNibbles = Nibbles::kHalves;
   static constexpr bool kContiguous = false, kAdds = Block::kOffset;
   static constexpr int kScaleColumns = 32;
+  static bool has_nibbles(const PackedView&) { return true; }
   static const float* table16() {
     static constexpr float kTable[16] = {Number::value(0),  Number::value(1),  Number::value(2),  Number::value(3),
                                          Number::value(4),  Number::value(5),  Number::value(6),  Number::value(7),

@@ -44,15 +44,16 @@ struct Hqq {
       const int32_t even = (number + 0x7fff + (number >> 16 & 1)) & ~0xffff;
       wide = magnitude > 0x7f800000 ? magnitude : even;
     } else {
-      float small;
-      memcpy(&small, &magnitude, sizeof(small));
-      small = (small + 0.5f) - 0.5f;  // a multiple of 2^-24, the distance of subnormal float16 numbers
-      int32_t low;
-      memcpy(&low, &small, sizeof(low));
-      const int32_t number = magnitude < 0x47800000 ? magnitude : 0x47800000;  // 65536 and more are infinite
-      const int32_t even = (number + 0xfff + (number >> 13 & 1)) & ~0x1fff;
-      const int32_t finite = magnitude < 0x38800000 ? low : even;
-      wide = magnitude > 0x7f800000 ? magnitude : even >= 0x47800000 ? 0x7f800000 : finite;
+      // Adding and subtracting 2^13 times the number's power of two leaves the 11 bits of a float16 number, and the
+      // multiples of 2^-24 below 2^-14. 65536 and more are infinite.
+      const int32_t number = magnitude < 0x47800000 ? magnitude : 0x47800000;
+      const int32_t power = ((number > 0x38800000 ? number : 0x38800000) & 0x7f800000) + (13 << 23);
+      float sum, large;
+      memcpy(&sum, &number, sizeof(sum));
+      memcpy(&large, &power, sizeof(large));
+      sum = (sum + large) - large;
+      memcpy(&wide, &sum, sizeof(wide));
+      wide = (wide < 0x47800000 ? wide : 0x7f800000) | (magnitude > 0x7f800000 ? magnitude : 0);
     }
     wide |= sign;
     memcpy(&value, &wide, sizeof(value));

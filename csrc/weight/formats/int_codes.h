@@ -8,7 +8,9 @@ namespace peft_ext {
 namespace {
 
 // Number of words of `count` codes. No code lies in two words.
-PEFT_EXT_BOTH int64_t words_of(int64_t count, int bits) { return (count * bits + 31) >> 5; }
+PEFT_EXT_BOTH int64_t words_of(int64_t count, int bits) {
+  return (count >> 5) * bits + (((count & 31) * bits + 31) >> 5);
+}
 
 // Returns the field of code i in the word of the code.
 PEFT_EXT_BOTH int field_of(uint32_t word, int bits, int64_t i) {

@@ -1,5 +1,5 @@
-// peft_ext::nf4_dequantize on CUDA: one launch of the kernel in nf4.cuh, which other operators use too. Weights in
-// other packed formats are decoded by the kernel in packed/cuda/packed.cuh.
+// peft_ext::nf4_dequantize on CUDA, for NF4 and the other packed formats: one launch of the kernel in nf4.cuh or of the
+// kernel in packed.cuh. Other operators use the same launches.
 #include "nf4/cuda/nf4_weight.cuh"
 #include "packed/cuda/packed_weight.cuh"
 

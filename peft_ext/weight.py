@@ -1,0 +1,23 @@
+"""The import path ``peft_ext.weight`` of the names of :mod:`peft_ext.weights.nf4`."""
+
+from .weights.nf4 import (
+    BLOCKSIZES,
+    FLOATS,
+    NESTED_BLOCKSIZE,
+    QUANT_STATE,
+    NestedAbsmax,
+    NF4Weight,
+    is_nf4_table,
+    read_quant_state,
+)
+
+__all__ = [
+    "BLOCKSIZES",
+    "FLOATS",
+    "NESTED_BLOCKSIZE",
+    "QUANT_STATE",
+    "NF4Weight",
+    "NestedAbsmax",
+    "is_nf4_table",
+    "read_quant_state",
+]
