@@ -99,6 +99,8 @@ class Run:
     def weights(self) -> str:
         """The format of the frozen weights, in words."""
         o = self.options
+        if o.quant == "nf4" and getattr(self.config, "quantization_config", None) is not None:
+            return "NF4 as in the checkpoint (bitsandbytes)"
         if o.quant == "nf4":
             return f"NF4, double quantization, blocks of {o.blocksize}"
         if o.quant == "checkpoint":
@@ -220,6 +222,8 @@ def _resolved(options: Options) -> Options:
                            "wanted no --quant, or checkpoint")  # fmt: skip
         o = dataclasses.replace(o, quant="checkpoint")
         check_quant(o)
+    elif stored == "nf4" and asked not in (None, "nf4"):
+        raise RunError(f"--quant {asked}: the files of --model {o.model} are NF4, wanted no --quant, or nf4")
     elif asked == "checkpoint":
         raise RunError(f"--quant checkpoint: the files of --model {o.model} are "
                        f"{'dense' if stored == 'none' else 'NF4'}, wanted a packed checkpoint")  # fmt: skip

@@ -251,7 +251,11 @@ def load_base(run: Run) -> Any:
         raise RunError(f"--model {o.model}: the files lack {absent[0]}, which would be random")
     model = model.to(run.device).eval().requires_grad_(False)
     model.config.use_cache = False  # training needs no KV cache; generation turns the cache on
-    if o.quant == "nf4":
+    if getattr(model, "is_loaded_in_4bit", False):  # the files have bitsandbytes' NF4
+        for module in model.modules():
+            if "support_avx512bf16_for_cpu" in vars(module):  # in evaluation bitsandbytes would repack the weight
+                module.support_avx512bf16_for_cpu = False
+    elif o.quant == "nf4":
         quantize_nf4(model, blocksize=o.blocksize)
     elif o.quant in PACKED_FORMATS:
         quantize_packed(model, o.quant)

@@ -11,7 +11,7 @@ from packed_formats import EACH_FORMAT
 from torch import nn
 
 import peft_ext
-from peft_ext.nn import AdaLoRALinear, DoRALinear, IA3Linear, LoRALinear, PackedLinear
+from peft_ext.nn import AdaLoRALinear, DoRALinear, IA3Linear, LoRALinear, PackedExperts, PackedLinear
 from peft_ext.weights.int_groups import gptq
 from peft_ext.weights.quantizers import quantized
 
@@ -136,6 +136,25 @@ def test_dequantize_packed_makes_the_decoded_layers(format: str) -> None:
     assert seen == [1]
     peft_ext.quantize_packed(model, format, progress=False)
     assert peft_ext.dequantize_packed(model, dtype=torch.float32, progress=False)[0].weight.dtype is torch.float32
+
+
+@EACH_FORMAT
+def test_dequantize_packed_makes_dense_experts(format: str) -> None:
+    pytest.importorskip("transformers")
+    from packed_checkpoints import config
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config("qwen3_moe")).eval()
+    names = set(model.state_dict())
+    peft_ext.quantize_packed(model, format, progress=False)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        peft_ext.dequantize_packed(model, progress=False)
+        assert not any(isinstance(module, (PackedLinear, PackedExperts)) for module in model.modules())
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert set(model.state_dict()) == names
 
 
 def test_dequantize_packed_refuses_by_name() -> None:

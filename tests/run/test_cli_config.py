@@ -510,7 +510,7 @@ def test_a_run_again_from_its_file_with_bars_and_ctrl_c_on_a_terminal(done, tmp_
     merging, rest = rest.split("BENCH")
     benching, interrupted = rest.split("INTERRUPTED")
     assert "loading the model" in training  # the text of a status line
-    assert "NF4:" in training and "held-out loss:" in training
+    assert "quantizing:" in training and "held-out loss:" in training
     assert " 2/3 [" in training and "  lr 1.0e-03  " in training  # the Trainer's bar, with loss and learning rate
     assert "'loss'" not in training and "step 1/3" not in training
     assert "merging:" in merging and "B/s]" in merging

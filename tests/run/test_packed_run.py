@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from packed_formats import FORMATS
-from tiny_run import finetune, needs_hf, report
+from tiny_run import finetune, needs_bnb, needs_hf, report
 
 import peft_ext
 from peft_ext.cli.main import main
@@ -149,3 +149,20 @@ def test_a_layer_that_the_format_can_t_hold_is_refused_at_the_start(
     assert said.startswith(
         "--quant mxfp4: model.layers.0.mlp.down_proj has 100 input features, wanted a multiple of 32"
     )
+
+
+@needs_bnb
+def test_a_checkpoint_of_bitsandbytes_is_trained(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    held = tmp_path / "held"
+    shutil.copytree(tiny, held)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", quantization_config=how, device_map="cpu")
+    model.save_pretrained(held / "model")
+    assert finetune(held, tmp_path / "run", steps=2) == 0
+    assert "NF4 as in the checkpoint (bitsandbytes)\n" in capsys.readouterr().out
+    found = report(tmp_path / "run")
+    assert found["check"]["ok"] and found["fused"]["groups"][0]["kind"] == "LoRA over Linear4bit"
+    said = refused(capsys, held, tmp_path / "other", "--quant", "none")
+    assert said == f"--quant none: the files of --model {held / 'model'} are NF4, wanted no --quant, or nf4"
