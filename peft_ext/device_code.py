@@ -115,7 +115,7 @@ def image(kernel: str, file: str, capability: int) -> Image:
     if why := missing():
         raise RuntimeError(why)
     arch = architecture(capability)
-    path = folder(arch) / (hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image")
+    path = folder(arch) / _name(kernel)
     if (found := _read(path)) is not None:
         return found
     with _alone(path):
@@ -130,7 +130,10 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
 
     ``progress(iterable, length)`` returns the same items and may show how far they are.
     """
-    wanted = kernels()
+    return _compile(kernels(), capability, progress)
+
+
+def _compile(wanted: list[tuple[str, str]], capability: int, progress: Callable[..., Iterable[Any]]) -> int:
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         for _ in progress(pool.map(lambda kernel: image(*kernel, capability), wanted), len(wanted)):
             pass
@@ -139,10 +142,12 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
 
 @functools.cache
 def prepare(capability: int, say: Callable[[str], None]) -> None:
-    """Compiles all kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
+    """Compiles kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
 
     A first training step needs some hundred kernels, which one core compiles in about as much time as many cores all
-    kernels. ``say`` gets a line before the compilation. A kernel that does not compile is an error at its first launch.
+    kernels. The kernels of packed weights are left out: a model has weights of one format or two, whose few kernels are
+    compiled at their first launch. ``say`` gets a line before the compilation. A kernel that does not compile is an
+    error at its first launch.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():
@@ -152,11 +157,12 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
         folder(arch).mkdir(mode=0o755, parents=True, exist_ok=True)
     if not os.access(folder(arch), os.W_OK):
         return  # the machine code could not be kept
-    lacking = len(kernels()) - len(list(folder(arch).glob("*.image")))
-    if lacking > 0:
-        say(f"peft_ext: compiling {lacking} CUDA kernels for {arch} on {cores} cores, once")
+    held = {path.name for path in folder(arch).glob("*.image")}
+    lacking = [kernel for kernel in kernels() if "packed/cuda/" not in kernel[1] and _name(kernel[0]) not in held]
+    if lacking:
+        say(f"peft_ext: compiling {len(lacking)} CUDA kernels for {arch} on {cores} cores, once")
         with contextlib.suppress(RuntimeError):
-            warm(capability)
+            _compile(lacking, capability, lambda items, count: items)
 
 
 # --- the compiler -----------------------------------------------------------------------------------------------------
@@ -264,6 +270,11 @@ def folder(arch: str) -> Path:
     """Returns the cache folder of an architecture, of these sources, and of this compiler with its options."""
     told = "\0".join([version(), *map(bytes.decode, _options()), *HEADERS.values(), *_sources(), *_sources().values()])
     return cache() / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{arch}"
+
+
+def _name(kernel: str) -> str:
+    """Returns the name of a kernel's file in the cache."""
+    return hashlib.sha256(kernel.encode()).hexdigest()[:32] + ".image"
 
 
 def _read(path: Path) -> Optional[Image]:

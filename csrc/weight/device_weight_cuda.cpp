@@ -50,6 +50,7 @@ DeviceWeight packed_weights(const char* op, const Tensor& weight, const DevicePa
                             int64_t count, int64_t outputs, int64_t inputs) {
   STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
   checked_bytes({count, outputs, inputs}, ScalarType::Byte);  // fails on negative sizes and on overflow
+  STD_TORCH_CHECK(inputs < int64_t{1} << 32, op, ": weight has ", inputs, " columns, wanted fewer than 2^32");
   check_format(
       op, layout, count, outputs, inputs, "weight's device",
       [&](int part) { return part == 0 ? weight : parts[static_cast<size_t>(part - 1)]; },

@@ -3,8 +3,9 @@
 //   static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]);
 //
 // if OnCuda<Format> has the function, and calls `value` for each column otherwise. value8 gives the bits of `value` for
-// 8 columns from a multiple of 8 on, all of which exist. The first weight's parts are aligned to 16 bytes; the parts of
-// further weights of a stack follow without gaps. A format may have value8 itself, or get value8 here.
+// 8 columns from a multiple of 8 on, all of which exist. OnCuda<Format> may also have a `value` of its own with the
+// same bits. The first weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without
+// gaps. A format may have value8 itself, or get value8 here.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -126,6 +127,14 @@ struct OnCuda<Fp8> : Fp8 {
   }
 };
 
+// Returns scale i of an array of float32, bfloat16 or float16, which `option` names: as scale_value, with fewer
+// branches.
+__device__ __forceinline__ float float_scale(const PackedView& w, const void* scales, int64_t i) {
+  if (scale_type(w.option) == ScaleType::kF32) return static_cast<const float*>(scales)[i];
+  const uint32_t bits = static_cast<const uint16_t*>(scales)[i];
+  return scale_type(w.option) == ScaleType::kBF16 ? unpack2<bf16>(bits).x : unpack2<f16>(bits).x;
+}
+
 // Whether the 8 columns are of one group: groups are consecutive columns, and `group` is 0 or a multiple of 8.
 __device__ __forceinline__ bool one_group_in_8(const PackedView& w, const void* g_idx) {
   return g_idx == nullptr && w.group % 8 == 0;
@@ -144,40 +153,110 @@ __device__ __forceinline__ uint2 eight_codes(int bits, int64_t column, const Wor
   return bits == 4 ? make_uint2(word_at(column / 8), 0) : make_uint2(word_at(column / 16) >> (column % 16 * 2), 0);
 }
 
+// Returns the group of a column: as group_at, with a division in 32 bits, because a division in 64 bits is a call of a
+// function. The host checks that a row has fewer than 2^32 columns.
+__device__ __forceinline__ uint32_t group_in_32_bits(const PackedView& w, int64_t column) {
+  return w.group == 0 ? 0 : static_cast<uint32_t>(column) / static_cast<uint32_t>(w.group);
+}
+__device__ __forceinline__ uint32_t group_in_32_bits(const PackedView& w, const void* g_idx, int64_t column) {
+  if (g_idx == nullptr) return group_in_32_bits(w, column);
+  const uint32_t group = static_cast<const uint32_t*>(g_idx)[column];
+  const uint32_t last = w.columns == 0 ? 0 : group_in_32_bits(w, w.columns - 1);
+  return group < last ? group : last;
+}
+
+// Returns log2 of the number of codes in a word, for codes of 2, 4 or 8 bits.
+__device__ __forceinline__ int log2_codes(int bits) { return bits == 8 ? 2 : bits == 4 ? 3 : 4; }
+
+// Returns the code with the number i in the word of the code.
+__device__ __forceinline__ int code_in_word(uint32_t word, int bits, int64_t i) {
+  const int place = static_cast<int>(i) & ((1 << log2_codes(bits)) - 1);
+  return static_cast<int>(word >> (place * bits) & ((1u << bits) - 1));
+}
+
+// The zero and the scale of a group of a row.
+struct ZeroAndScale {
+  int zero;
+  float scale;
+};
+
 template <>
 struct OnCuda<IntRows> : IntRows {
+  __device__ __forceinline__ static ZeroAndScale of_group(const PackedView& w, int64_t row, int64_t group) {
+    const int bits = code_bits(w.option);
+    const int64_t groups = w.group == 0 ? 1 : group_in_32_bits(w, w.columns);
+    const int64_t index = has_one_scale(w) ? 0 : row * groups + group;
+    ZeroAndScale found{is_plain(w) ? 0 : 1 << (bits - 1), float_scale(w, w.part[1], index)};
+    if (w.part[2] == nullptr) return found;
+    if (is_plain(w)) {
+      found.zero = static_cast<const int8_t*>(w.part[2])[index];
+    } else {
+      const uint32_t word = static_cast<const uint32_t*>(w.part[2])[(row >> log2_codes(bits)) * groups + group];
+      found.zero = code_in_word(word, bits, row);
+    }
+    return found;
+  }
+
+  __device__ __forceinline__ static const uint32_t* words(const PackedView& w, int64_t row) {
+    const int log2 = log2_codes(code_bits(w.option));
+    return static_cast<const uint32_t*>(w.part[0]) + row * ((w.columns + (1 << log2) - 1) >> log2);
+  }
+
+  __device__ __forceinline__ static float value(const PackedView& w, int64_t row, int64_t column) {
+    const int bits = code_bits(w.option);
+    const ZeroAndScale own = of_group(w, row, group_in_32_bits(w, w.part[3], column));
+    const int code = is_plain(w) ? static_cast<const int8_t*>(w.part[0])[row * w.columns + column]
+                                 : code_in_word(words(w, row)[column >> log2_codes(bits)], bits, column);
+    return fmul_rn(static_cast<float>(code - own.zero), own.scale);
+  }
+
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
-    if (!one_group_in_8(w, w.part[3])) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
-    const int64_t group = group_at(w, nullptr, column);
-    const int zero = zero_at(w, row, group);
-    const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
+    const bool whole = !is_plain(w) || w.columns % 8 == 0;  // 8 plain codes are loaded at once
+    if (!whole || !one_group_in_8(w, w.part[3]))
+      return one_by_one(out, [&](int k) { return value(w, row, column + k); });
+    const ZeroAndScale own = of_group(w, row, group_in_32_bits(w, column));
     if (is_plain(w)) {
       const uint8_t* from = static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
-      const uint2 codes = eight_bytes(from, w.columns % 8 == 0);
+      const uint2 codes = eight_bytes(from, true);
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        out[i] = fmul_rn(static_cast<float>(static_cast<int8_t>(byte_of(codes, i)) - zero), scale);
+        out[i] = fmul_rn(static_cast<float>(static_cast<int8_t>(byte_of(codes, i)) - own.zero), own.scale);
       return;
     }
     const int bits = code_bits(w.option);
-    const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits);
-    const uint2 codes = eight_codes(bits, column, [&](int64_t i) { return words[i]; });
+    const uint32_t* from = words(w, row);
+    const uint2 codes = eight_codes(bits, column, [&](int64_t i) { return from[i]; });
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(static_cast<float>(code_of_8(codes, bits, i) - zero), scale);
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(static_cast<float>(code_of_8(codes, bits, i) - own.zero), own.scale);
   }
 };
 
 template <>
 struct OnCuda<Gptq> : Gptq {
+  __device__ __forceinline__ static ZeroAndScale of_group(const PackedView& w, int64_t row, int64_t group) {
+    const int bits = code_bits(w.option), log2 = log2_codes(bits);
+    const int64_t zeros = (w.rows + (1 << log2) - 1) >> log2;  // words of zeros in a group
+    const uint32_t ones = bits == 8 ? 0x01010101u : bits == 4 ? 0x11111111u : 0x55555555u;
+    const uint32_t word = static_cast<const uint32_t*>(w.part[2])[group * zeros + (row >> log2)];
+    return {code_in_word(word + (format_flags(w.option) & kV1 ? ones : 0u), bits, row),
+            float_scale(w, w.part[1], group * w.rows + row)};
+  }
+
+  __device__ __forceinline__ static float value(const PackedView& w, int64_t row, int64_t column) {
+    const int bits = code_bits(w.option);
+    const ZeroAndScale own = of_group(w, row, group_in_32_bits(w, w.part[3], column));
+    const uint32_t word = static_cast<const uint32_t*>(w.part[0])[(column >> log2_codes(bits)) * w.rows + row];
+    return fmul_rn(own.scale, static_cast<float>(code_in_word(word, bits, column) - own.zero));
+  }
+
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
     if (!one_group_in_8(w, w.part[3])) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
-    const int64_t group = group_at(w, nullptr, column);
-    const int zero = zero_at(w, row, group), bits = code_bits(w.option);
-    const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+    const ZeroAndScale own = of_group(w, row, group_in_32_bits(w, column));
+    const int bits = code_bits(w.option);
     const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row;
     const uint2 codes = eight_codes(bits, column, [&](int64_t i) { return words[i * w.rows]; });
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(scale, static_cast<float>(code_of_8(codes, bits, i) - zero));
+    for (int i = 0; i < 8; ++i) out[i] = fmul_rn(own.scale, static_cast<float>(code_of_8(codes, bits, i) - own.zero));
   }
 };
 
@@ -185,11 +264,11 @@ template <>
 struct OnCuda<Awq> : Awq {
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
     if (!one_group_in_8(w, nullptr)) return one_by_one(out, [&](int k) { return value(w, row, column + k); });
-    const int64_t group = group_at(w, nullptr, column), words = w.rows / 8;
+    const int64_t group = group_in_32_bits(w, column), words = w.rows / 8;
     const int shift = shift_of(row);
     const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column * words + row / 8;
     const uint32_t zero = static_cast<const uint32_t*>(w.part[2])[group * words + row / 8] >> shift & 15;
-    const float scale = scale_value(w.part[1], scale_type(w.option), group * w.rows + row);
+    const float scale = float_scale(w, w.part[1], group * w.rows + row);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       out[i] =
@@ -209,7 +288,7 @@ struct OnCuda<Hqq> : Hqq {
     const int shift = !bytes && flat < half ? 4 : 0, mask = bytes ? 255 : 15;
     const int64_t group = flat / w.group;
     const ScaleType type = scale_type(w.option);
-    const float scale = scale_value(w.part[1], type, group), zero = scale_value(w.part[2], type, group);
+    const float scale = float_scale(w, w.part[1], group), zero = float_scale(w, w.part[2], group);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float code = static_cast<float>(static_cast<int>(byte_of(words, i)) >> shift & mask);

@@ -58,7 +58,7 @@ struct PackedDecode {
 // Grid: x has ceil(N / kPackedRows) · ceil(K / kPackedColumns) thread blocks, along K first; y has one for each
 // weight. out is aligned to 16 bytes.
 template <int kNumber, typename T>
-__global__ void __launch_bounds__(kPackedThreads) packed_dequantize_kernel(PackedDecode work, T* out) {
+__global__ void __launch_bounds__(kPackedThreads, 4) packed_dequantize_kernel(PackedDecode work, T* out) {
   PEFT_EXT_KERNEL;
   using Format = typename FormatOf<kNumber>::Type;
   PackedView weight = work.weight;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kPackedThreads) packed_dequantize_kernel(Packe
   T* to = out + (blockIdx.y * weight.rows + row) * weight.columns;
   int64_t column = static_cast<int64_t>(blockIdx.x % across) * kPackedColumns + threadIdx.x % kWarpSize * kVector;
   const bool whole = weight.columns % kVector == 0;
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < kPackedSteps; ++step, column += kWarpSize * kVector) {
     if (column + kVector <= weight.columns) {
       float values[kVector];

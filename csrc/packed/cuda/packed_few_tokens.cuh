@@ -55,7 +55,7 @@ __device__ __forceinline__ float sum_over_lanes(float (&sums)[kSums], int lane) 
 
 // kTokens: the largest number of tokens of the instance. Grid: ceil(outputs / kPackedFewRows) thread blocks.
 template <int kNumber, typename T, int kTokens>
-__global__ void __launch_bounds__(kPackedFewThreads) packed_few_tokens_kernel(PackedFew work) {
+__global__ void __launch_bounds__(kPackedFewThreads, kTokens == 8 ? 3 : 4) packed_few_tokens_kernel(PackedFew work) {
   PEFT_EXT_KERNEL;
   using Format = typename FormatOf<kNumber>::Type;
   constexpr int kSums = kPackedFewRows * kTokens;
