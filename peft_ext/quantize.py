@@ -23,8 +23,9 @@ __all__ = ["PACKED_FORMATS", "dequantize_nf4", "dequantize_packed", "quantize_nf
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# Names of the tensors of a quantized layer: of compressed-tensors' files, and for fp8 of transformers' files.
-_NAMES = {"fp8": ("weight", "weight_scale_inv"), "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale")}
+# Names of the tensors of a quantized layer: of compressed-tensors' files, for fp8 of transformers' files, and for nvfp4
+# of ModelOpt's files, whose second scale is a factor and not its reciprocal.
+_NAMES = {"fp8": ("weight", "weight_scale_inv"), "nvfp4": ("weight", "weight_scale", "weight_scale_2")}
 _OTHER_NAMES = ("weight_packed", "weight_scale")
 _Item = TypeVar("_Item")
 
@@ -109,7 +110,7 @@ def quantize_packed(
 
     The layers, and the experts of a mixture, that :func:`quantize_nf4` would quantize are quantized; all that its
     documentation says of hooks, tied weights, memory and errors holds here too. The tensors of a layer have the names
-    and the layout of compressed-tensors' files, and for fp8 of transformers' files.
+    and the layout of compressed-tensors' files, for fp8 of transformers' files, and for nvfp4 of ModelOpt's files.
 
     Args:
         model: any module, on any device except meta.

@@ -165,7 +165,7 @@ _RUNS = (
     (b"[", "run.json:1: not JSON"),
     (b"[" * 100_000, "run.json: not JSON that can be read: nested too deep"),
     (b"\xff", "run.json: not UTF-8 text"),
-    (b'{"options": {"quant": "int3"}}', "run.json: options have the quant 'int3', wanted 'nf4' or 'none'"),
+    (b'{"options": {"quant": "int3"}}', "run.json: options have the quant 'int3', wanted one of nf4, mxfp4, nvfp4, "),
     (b'{"options": {"quant": "nf4", "blocksize": "64"}}', "run.json: options have the blocksize '64', wanted one of"),
     (b'{"options": {"quant": "nf4", "blocksize": true}}', "run.json: options have the blocksize True, wanted one of"),
 )

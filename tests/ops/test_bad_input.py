@@ -479,7 +479,7 @@ _MODULES: tuple[tuple[Callable[[], Any], type[Exception], str], ...] = (
     *((lambda kind=kind: kind(K, N, adapter_dtype=torch.int8), TypeError,
        f"{kind.__name__}: dtype is torch.int8, {_FLOAT_DTYPES}") for kind in (*_LOW_RANK, peft_ext.nn.IA3Linear)),
     *((lambda kind=kind, layer=layer: kind.from_linear(layer), TypeError,
-       f"{kind.__name__}: linear is {type(layer).__name__}, wanted an nn.Linear or an NF4Linear")
+       f"{kind.__name__}: linear is {type(layer).__name__}, wanted an nn.Linear, an NF4Linear or a PackedLinear")
       for kind in (*_LOW_RANK, peft_ext.nn.IA3Linear) for layer in (None, nn.Conv2d(3, 3, 1), nn.Sequential())),
     *((lambda size=size: peft_ext.nn.BottleneckAdapter(K, size), TypeError,
        f"BottleneckAdapter: bottleneck is {size!r}, wanted an integer") for size in (True, 2.5, "8")),

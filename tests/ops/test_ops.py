@@ -17,6 +17,7 @@ from torch import Tensor
 from peft_ext import NF4Weight, _native, ops, reference
 from peft_ext.ops import library
 from peft_ext.ops.proof_inputs import ProofInputs
+from peft_ext.weights import PackedWeight
 
 
 @pytest.mark.slow
@@ -42,7 +43,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, shape: tuple, devi
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_noncontiguous_inputs_and_gradient(case: Case, device: torch.device) -> None:
-    shape = ((6, 5), 64, 96, 16)
+    shape = case.fit(((6, 5), 64, 96, 16))
     sample = case.make(torch.float32, shape).to(device)
     dense = run(case.call, sample, grad := output_grad(case, torch.float32, shape))
     inputs = {k: strided(v) if isinstance(v, Tensor) else v for k, v in sample.inputs.items()}
@@ -58,8 +59,9 @@ def test_noncontiguous_inputs_and_gradient(case: Case, device: torch.device) -> 
 
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_gradients_only_where_asked(case: Case, device: torch.device) -> None:
-    sample = case.make(torch.float32, SHAPES[0]).to(device)
-    everything = run(case.call, sample, grad := output_grad(case, torch.float32, SHAPES[0]))
+    shape = case.fit(SHAPES[0])
+    sample = case.make(torch.float32, shape).to(device)
+    everything = run(case.call, sample, grad := output_grad(case, torch.float32, shape))
     for name in sample.grads:
         alone = run(case.call, Sample(sample.inputs, (name,)), grad)
         assert torch.equal(alone[name], everything[name])
@@ -69,7 +71,7 @@ def test_gradients_only_where_asked(case: Case, device: torch.device) -> None:
 @pytest.mark.cpu_only("it is about CPU threads")
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_same_bits_for_one_and_two_threads(case: Case, two_threads: None) -> None:
-    shape = ((2, 333), 515, 261, 24)
+    shape = case.fit(((2, 333), 515, 261, 24))
     sample = case.make(torch.bfloat16, shape)
     grad = output_grad(case, torch.bfloat16, shape) if not case.exact else None
     both = run(case.call, sample, grad)
@@ -147,7 +149,7 @@ def saved_bytes(case: Case, sample: Sample) -> int:
     inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
     held = {t.untyped_storage().data_ptr() for t in inputs.values() if isinstance(t, Tensor)}
     for weight in inputs.values():
-        if isinstance(weight, NF4Weight):
+        if isinstance(weight, PackedWeight):
             held |= {t.untyped_storage().data_ptr() for t in weight.tensors().values()}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -164,14 +166,14 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
     """
     if case.op == "attention" and device.type == "cuda":
         pytest.skip("on a GPU it is PyTorch's own")
-    t, k, n, r = 40, 128, 96, 8
+    t, k, n, r = 40, 256, 96, 8
     sample = case.make(torch.bfloat16, ((t,), k, n, r)).to(device)
     assert saved_bytes(case, sample) == case.saved(t, k, n, r)
 
 
 def test_dora_with_a_frozen_magnitude_saves_no_product(device: torch.device) -> None:
     for case in (case for case in LINEAR if case.name.startswith("dora_linear") and "norm_grad" not in case.name):
-        sample = case.make(torch.bfloat16, ((40,), 128, 96, 8)).to(device)
+        sample = case.make(torch.bfloat16, ((40,), 256, 96, 8)).to(device)
         seed = 2 * 8 if "dropout" in case.name else 0
         assert saved_bytes(case, Sample(sample.inputs, ("x", "lora_A", "lora_B"))) == 40 * 8 * 4 + seed + 96 * 4
 
@@ -181,7 +183,7 @@ def test_dora_with_a_frozen_magnitude_saves_no_product(device: torch.device) -> 
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_gradcheck_of_the_oracle(case: Case, dtype: torch.dtype) -> None:
     """Compares the oracle's gradients, with which all other gradients are compared, with finite differences."""
-    sample = to_wide(case.make(dtype, ((3,), 5, 4, 2)))
+    sample = to_wide(case.make(dtype, case.fit(((3,), 5, 4, 2))))
     if not sample.grads:
         pytest.skip("it has no gradient")
     inputs = [sample.inputs[name].requires_grad_() for name in sample.grads]
@@ -346,8 +348,8 @@ def test_compiles_without_a_graph_break(case: Case, dynamic: bool, device: torch
     torch._dynamo.reset()
     compiled = torch.compile(case.call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in (9, 12):
-        sample = case.make(torch.float32, ((tokens,), 64, 96, 16)).to(device)
-        grad = output_grad(case, torch.float32, ((tokens,), 64, 96, 16))
+        shape = case.fit(((tokens,), 64, 96, 16))
+        sample, grad = case.make(torch.float32, shape).to(device), output_grad(case, torch.float32, shape)
         eager, traced = run(case.call, sample, grad), run(compiled, sample, grad)
         for name in eager:
             torch.testing.assert_close(traced[name], eager[name], rtol=1e-5, atol=1e-5)
@@ -356,7 +358,7 @@ def test_compiles_without_a_graph_break(case: Case, dynamic: bool, device: torch
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_error_messages(case: Case) -> None:
     for about, wrong, kind, message in case.errors:
-        sample = case.make(torch.float32, SHAPES[0])
+        sample = case.make(torch.float32, case.fit(SHAPES[0]))
         with pytest.raises(kind, match=message):
             case.call(**{**sample.inputs, **wrong})
             pytest.fail(f"no error for {about}")

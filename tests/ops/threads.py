@@ -63,8 +63,9 @@ class Call:
     @cached_property
     def sample(self) -> tuple[Sample, Tensor | None]:
         torch.manual_seed(zlib.crc32(str(self).encode()))
-        sample = self.case.make(self.dtype, self.shape)
-        return sample, None if self.case.exact else output_grad(self.case, self.dtype, self.shape)
+        shape = self.case.fit(self.shape)
+        sample = self.case.make(self.dtype, shape)
+        return sample, None if self.case.exact else output_grad(self.case, self.dtype, shape)
 
     def run(self, threads: int) -> dict[str, Tensor]:
         torch.set_num_threads(threads)

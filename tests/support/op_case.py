@@ -70,6 +70,7 @@ class Case:
         shapes: the shapes of SHAPES on which the case is tested.
         errors: wrong arguments of the operator, and the expected errors.
         saved: a function from (T, K, N, R) to the bytes that a bfloat16 call keeps for the backward besides its inputs.
+        multiples: numbers of which K and N must be multiples.
     """
 
     name: str
@@ -86,10 +87,17 @@ class Case:
     shapes: Sequence[tuple] = SHAPES
     errors: Sequence[Error] = ()
     saved: Callable[[int, int, int, int], int] | None = None
+    multiples: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         if self.oracle is None:
             object.__setattr__(self, "oracle", self.plain)
+
+    def fit(self, shape: tuple) -> tuple:
+        """Returns the shape with K and N rounded up to the case's multiples."""
+        tokens, k, n, r = shape
+        (of_k, of_n) = self.multiples
+        return (tokens, -(-k // of_k) * of_k, -(-n // of_n) * of_n, r)
 
     @property
     def public(self) -> str:

@@ -5,6 +5,7 @@ A kind is tested on the shapes whose sizes the kind's groups divide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from embedding_cases import lora_embedding_case
 from expert_cases import dora_experts_case, dora_experts_norm_case, lora_experts_case
 from hidden_cases import cross_entropy_case
 from linear_cases import dora_case, dora_norm_case, grouped_lora_case, ia3_case, lora_case, lora_linears_case
-from op_case import SHAPES, Case
+from op_case import SHAPES, Case, Options
 from packed_weights import KINDS
 
 # Shapes beside those of SHAPES: whole blocks of 256 columns, and many tokens.
@@ -22,13 +23,10 @@ _MORE = (((3, 7), 512, 40, 5), ((1,), 768, 64, 2), ((70,), 256, 72, 8))
 def _fitted(kind: str, case: Case, *, transposed: bool = False) -> Case:
     """Returns the case on the shapes that fit the kind. ``transposed``: W is [K, N], as of an embedding."""
 
-    def fits(shape: tuple) -> bool:
-        _, k, n, _ = shape
-        rows, columns = (k, n) if transposed else (n, k)
-        return rows % KINDS[kind].rows == 0 and columns % KINDS[kind].columns == 0
-
+    of = KINDS[kind]
+    case = replace(case, multiples=(of.rows, of.columns) if transposed else (of.columns, of.rows))
     shapes = [shape for shape in (*SHAPES, *_MORE) if shape in case.shapes or shape in _MORE]
-    return replace(case, shapes=[shape for shape in shapes if fits(shape)])
+    return replace(case, shapes=[shape for shape in shapes if case.fit(shape) == shape])
 
 
 def _lora(number: int, kind: str) -> Case:
@@ -55,3 +53,8 @@ _OTHERS = (
 )
 
 CASES = (*(_lora(number, kind) for number, kind in enumerate(KINDS)), *_OTHERS)
+
+
+def drawn(o: Options) -> dict[str, Callable[[], Case]]:
+    """Returns no functions: the sweep draws the base weights of the other modules' cases."""
+    return {}

@@ -134,8 +134,14 @@ def test_what_peft_reads() -> None:
     assert lora.lora_A["default"].weight.dtype is torch.float32
     assert torch.equal(lora.lora_magnitude_vector["default"].weight, torch.linalg.norm(dense, dim=1).float())
     peft_ext.accelerate(adapted)
-    with pytest.raises(RuntimeError, match=r"merge: base_layer is a PackedLinear \(fp8\)"):
+    before = lora.get_base_layer().packed.map(torch.clone)
+    with pytest.warns(UserWarning, match=r"merging into a packed weight \(fp8\) quantizes the merged weight again"):
         lora.merge()
+    assert 0 < lora.get_base_layer().merge_error < 0.1
+    lora.unmerge()
+    after = lora.get_base_layer().packed
+    assert all(torch.equal(after.tensors()[name].view(torch.uint8), part.view(torch.uint8))
+               for name, part in before.tensors().items())  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["mxfp4", "int4", "nvfp4"])

@@ -323,7 +323,7 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     ("case", "name", "change", "text"),
     [
         ("fp8", "weight_scale_inv", None, "has weight without weight_scale_inv"),
-        ("fp8", "weight_scale_inv", lambda t: t[:1], "scales of fp8 is torch.float32 with 2 elements, wanted"),
+        ("fp8", "weight_scale_inv", lambda t: t[:1], r"scales of fp8 has shape (1, 2), wanted (2, 2)"),
         ("int4", "weight_scale", None, "has weight_packed without weight_scale"),
         ("int4", "weight_packed", lambda t: t[:, :1].contiguous(), "codes of int is torch.int32 with 64 elements"),
         ("gptq act-order", "g_idx", lambda t: t + 7, "g_idx of gptq is from 7 to 8, wanted groups from 0 to 1"),
