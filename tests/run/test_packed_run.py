@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,12 @@ pytestmark = needs_hf
 CHECKPOINTS = ("fp8", "float8", "mxfp4", "nvfp4", "gpt_oss", *(["int4", "gptq"] if "int4" in FORMATS else []))
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
+def _some(values: Sequence[str], *fast: str) -> list[Any]:
+    """Returns parameters of which those that are not in ``fast`` are left to the full tier of tests."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.fixture(scope="module", params=_some(CHECKPOINTS, "fp8", "gpt_oss"))
 def checkpoint(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder ``model`` with a packed checkpoint and a tokenizer, beside the data of ``tiny``."""
     import packed_checkpoints as made
@@ -79,7 +86,7 @@ def test_a_packed_checkpoint_is_trained_and_its_adapter_is_used(
     assert (got - right).norm() < 0.05 * right.norm()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", _some(FORMATS, "mxfp4"))
 def test_a_dense_model_is_trained_in_a_packed_format(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, format: str
 ) -> None:
