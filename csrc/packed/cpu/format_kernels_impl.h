@@ -65,6 +65,16 @@ struct HasRowBlocks<F, decltype(static_cast<void>(F::kRowBlocks))> {
   static constexpr bool kValue = true;
 };
 
+// Whether part 0 of a format holds the codes row by row: not if a word holds codes of several rows.
+template <typename F, typename = void>
+struct IsRowMajor {
+  static constexpr bool kValue = !HasRowBlocks<F>::kValue;
+};
+template <typename F>
+struct IsRowMajor<F, decltype(static_cast<void>(F::kRowMajor))> {
+  static constexpr bool kValue = F::kRowMajor;
+};
+
 constexpr int64_t kRowsTogether = 16;  // largest number of rows that decode_rows decodes
 
 template <typename F>
@@ -175,8 +185,9 @@ struct KernelsOf {
 
 constexpr FormatTable make_table() {
   FormatTable table{};
-#define FORMAT(number, Format) \
-  table.of[number] = {KernelsOf<Format>::decode, KernelsOf<Format>::few_tokens, KernelsOf<Format>::has_few_tokens};
+#define FORMAT(number, Format)                                                                                     \
+  table.of[number] = {KernelsOf<Format>::decode, KernelsOf<Format>::few_tokens, KernelsOf<Format>::has_few_tokens, \
+                      IsRowMajor<Format>::kValue};
   PEFT_EXT_FORMATS(FORMAT)
 #undef FORMAT
   return table;

@@ -12,6 +12,8 @@ namespace peft_ext {
 namespace {
 
 struct Hqq {
+  static constexpr bool kRowMajor = false;
+
   static constexpr int kAxis0 = 1;  // flag of `option`
 
   PEFT_EXT_BOTH static bool has_axis0(const PackedView& w) { return format_flags(w.option) & kAxis0; }

@@ -15,6 +15,8 @@
 //   constexpr bool kRowBlocks = true;
 //   void decode_rows(w, row, rows, column, float* out, stride);   decode32 of up to 16 rows, from a multiple of 16 on
 //
+// A format whose part 0 does not hold the codes of W row by row has `constexpr bool kRowMajor = false`.
+//
 // A format of 4-bit codes, where kScaleColumns columns (16 or 32) share a scale, may also have members by which codes
 // are looked up in tables, see packed/cpu/lookup_avx512.h, and which the products of few tokens read, see
 // packed/cpu/nibble_kernels.h. There a value is table16()[code] * scale + add, and need not have the exact bits.

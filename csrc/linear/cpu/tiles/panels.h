@@ -23,6 +23,7 @@ inline bool whole_tiles(const TileWeight& w, int64_t begin, int64_t end) {
 inline uint32_t first_bits(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1; }
 
 inline const char* element_address(const TileWeight& w, int64_t flat) {
+  if (w.decode != nullptr) return static_cast<const char*>(w.view.part[0]) + flat * w.row_bytes[0] / w.columns;
   return w.dense != nullptr ? reinterpret_cast<const char*>(w.dense + flat)
                             : reinterpret_cast<const char*>(w.packed + flat / 2);
 }
@@ -30,16 +31,16 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
 // rows_ahead and columns_ahead return the memory to prefetch for the next panel during `steps` steps. rows_ahead
 // returns the rows after `end`, which are contiguous; columns_ahead returns the columns after `end`, which are one run
 // in each row.
-// Of a weight that TileWeight::decode decodes, nothing is prefetched.
+// Nothing is prefetched of a weight whose codes are not stored row by row.
 inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
-  const int64_t rows = w.decode != nullptr ? 0 : min_i64(kPanelStep, w.rows - end);
+  const int64_t rows = w.decode != nullptr && w.row_bytes[0] == 0 ? 0 : min_i64(kPanelStep, w.rows - end);
   const char* at = element_address(w, end * w.columns);
   const int64_t runs = (element_address(w, (end + rows) * w.columns) - at) / 128;
   return rows > 0 && steps > 0 ? Ahead{at, 128, runs, ceil_div(runs, steps)} : Ahead{};
 }
 
 inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
-  if (w.decode != nullptr) return Ahead{};
+  if (w.decode != nullptr && w.row_bytes[0] == 0) return Ahead{};
   const int64_t stride = element_address(w, w.columns) - element_address(w, 0);
   return end < w.columns && steps > 0 ? Ahead{element_address(w, end), stride, w.rows, ceil_div(w.rows, steps)}
                                       : Ahead{};
@@ -61,7 +62,16 @@ constexpr int64_t kRowsAhead = 32;  // number of rows between the row that is de
 // Prefetches the columns [column, column + 64) of two rows, kRowsAhead rows before these rows are decoded. The rows of
 // a large weight are half a page or more apart, and the hardware prefetcher does not cross pages.
 inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
-  if (w.decode != nullptr) return;
+  if (w.decode != nullptr) {
+    for (int part = 0; part < 2 && w.row_bytes[part] > 0; ++part)
+      for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
+        const char* at = static_cast<const char*>(w.view.part[part]) + ahead * w.row_bytes[part] +
+                         column / kPanelStep * w.step_bytes[part];
+        __builtin_prefetch(at, 0, 3);
+        if (w.step_bytes[part] > 32) __builtin_prefetch(at + 64, 0, 3);
+      }
+    return;
+  }
   for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
     const char* at = element_address(w, ahead * w.columns + column);
     __builtin_prefetch(at, 0, 3);

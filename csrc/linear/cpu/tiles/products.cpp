@@ -82,8 +82,17 @@ TileWeight tile_weight(const FrozenWeight& weight, float* room) {
     out.packed = weight.weight.const_data_ptr<uint8_t>();
     out.absmax = all_scales(weight, room);
   } else {
-    out.decode = format_kernels(weight.layout).decode;
+    const FormatKernels& kernels = format_kernels(weight.layout);
+    out.decode = kernels.decode;
     out.view = view_of(weight);
+    const auto prefetch = [&](int part, const Tensor& held) {
+      const int64_t bytes = held.numel() * static_cast<int64_t>(held.element_size());
+      if (out.rows == 0 || out.columns == 0 || bytes % out.rows != 0) return;
+      out.row_bytes[part] = bytes / out.rows;
+      out.step_bytes[part] = kPanelStep * out.row_bytes[part] / out.columns;
+    };
+    if (kernels.row_major) prefetch(0, weight.weight);
+    if (kernels.row_major && weight.parts[0].has_value()) prefetch(1, *weight.parts[0]);
   }
   return out;
 }

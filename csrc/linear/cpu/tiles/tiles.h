@@ -42,6 +42,9 @@ struct TileWeight {
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype) = nullptr;
   PackedView view{};  // the weight as `decode` sees it
+  // For prefetches of the weight that `decode` decodes: bytes of a row, and of kPanelStep columns of a row, in part 0
+  // and in part 1. 0: the part is not stored row by row.
+  int64_t row_bytes[2] = {}, step_bytes[2] = {};
 };
 
 // Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the
