@@ -9,7 +9,8 @@ import torch
 from packed_bits import check_paths, set_path  # noqa: F401  a fixture
 from packed_weights import KINDS, fitting, packed_weight
 
-from peft_ext import ops
+from peft_ext import _native, ops
+from peft_ext.reference.formats import decoded
 from peft_ext.weights import FORMATS, PackedWeight, gguf
 
 dequantize = torch.ops.peft_ext.nf4_dequantize
@@ -24,6 +25,23 @@ def drawn(kind: str, n: int = 40, k: int = 96, **options: bool) -> PackedWeight:
 def test_decoded_bits_are_the_references(kind: str, n: int, k: int, set_path: Callable[[str], None]):  # noqa: F811
     for wild in (False, True):
         check_paths(drawn(kind, n, k, wild=wild), set_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+def test_few_tokens_take_each_column_of_the_weight(kind: str, tokens: int, set_path: Callable[[str], None]):  # noqa: F811
+    """A token that is 1 in one column and 0 elsewhere takes this column, with the codes and scales of each row."""
+    weight = drawn(kind, 40, 288)
+    columns = weight.shape[1]
+    want = decoded(weight, torch.float32)
+    largest = want.abs().amax(1, keepdim=True)
+    for path in _native.STATE.module.isas():
+        set_path(path)
+        for first in range(0, columns - tokens + 1, tokens):
+            x = torch.eye(columns, dtype=torch.bfloat16)[first : first + tokens]
+            got = ops.frozen_linear(x, weight).float().T
+            error = (got - want[:, first : first + tokens]).abs()
+            assert (error <= 2.0**-7 * want[:, first : first + tokens].abs() + 2.0**-18 * largest).all(), path
 
 
 def test_every_format_has_a_kind():

@@ -26,6 +26,16 @@ struct HasNibbles<F, decltype(static_cast<void>(F::kNibbles))> {
   static constexpr bool kValue = true;
 };
 
+// Whether a format has codes of FP8 (e4m3).
+template <typename F, typename = void>
+struct HasE4m3 {
+  static constexpr bool kValue = false;
+};
+template <typename F>
+struct HasE4m3<F, decltype(static_cast<void>(F::kE4m3))> {
+  static constexpr bool kValue = true;
+};
+
 // Rounds the values of 32 columns to T.
 template <typename T>
 inline void store_run(const float* run, T* out) {
@@ -36,6 +46,7 @@ inline void store_run(const float* run, T* out) {
 template <typename F, typename T>
 inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out) {
 #ifdef PEFT_EXT_LOOKUP
+  if constexpr (HasE4m3<F>::kValue) return e4m3_run(F::codes(w, row, column), F::scale(w, row, column), out);
   if constexpr (HasNibbles<F>::kValue) {
     if (F::has_nibbles(w)) {
       constexpr bool kTwo = F::kScaleColumns == 16;

@@ -1,5 +1,5 @@
-// Looks 32 codes of 4 bits up in tables of 16 values, with AVX-512. Include this file after the target pragma and
-// cpu/simd_avx512.h.
+// Decodes codes with AVX-512: looks 32 codes of 4 bits up in tables of 16 values, and converts codes of FP8. Include
+// this file after the target pragma and cpu/simd_avx512.h.
 #pragma once
 
 #include "cpu/simd_avx512.h"
@@ -26,6 +26,26 @@ inline __m512i word_indices(const uint8_t* codes) {
 // Returns 16 values, rounded to the type of the second argument.
 inline __m256i round16(const float* values, bf16) { return round_bf16(_mm512_loadu_ps(values)); }
 inline __m256i round16(const float* values, f16) { return round_f16(_mm512_loadu_ps(values)); }
+
+// Returns the values of 16 e4m3 codes. The eight magnitudes below 8 are multiples of 2^-9; the bits of the others are
+// those of a float32, apart from the bias of the exponent.
+inline __m512 e4m3_values(const uint8_t* codes) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi32(0x7f));
+  __m512 value = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23)));
+  value = _mm512_mask_mul_ps(value, _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8)),
+                             _mm512_cvtepi32_ps(magnitude), _mm512_set1_ps(0x1p-9f));
+  value = _mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)),
+                             _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+  const __m512i sign = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(0x7f), wide), 24);
+  return _mm512_or_ps(value, _mm512_castsi512_ps(sign));
+}
+
+// Writes the values of 32 e4m3 codes times a scale. A value is rounded once to T.
+template <typename T>
+inline void e4m3_run(const uint8_t* codes, float scale, T* out) {
+  for (int i = 0; i < 32; i += 16) store16(out + i, _mm512_mul_ps(e4m3_values(codes + i), _mm512_set1_ps(scale)));
+}
 
 // Writes the 32 values of 16 bytes of codes. tables: 16 values for all columns, or, if `two`, 16 values for the first
 // 16 columns and 16 for the others. A value is rounded once to T.

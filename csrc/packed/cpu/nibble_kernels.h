@@ -29,5 +29,7 @@ constexpr int64_t kNibbleTokens = 12;  // for more tokens, decoding the weight o
 
 // Returns the kernels of a format, or null pointers if the format has none.
 NibbleKernels nibble_kernels_avx512_bf16(int number);
+// The same for the formats of 8-bit codes FP8, int8 and GGUF's Q8_0, whose codes are converted to bfloat16.
+NibbleKernels byte_kernels_avx512_bf16(int number);
 
 }  // namespace peft_ext

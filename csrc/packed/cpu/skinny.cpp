@@ -43,13 +43,14 @@ int64_t skinny_chunk(const FrozenWeight& weight) {
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
 }
 
-// Returns the kernels for few bfloat16 tokens and 4-bit codes, or null pointers.
+// Returns the kernels for few bfloat16 tokens and codes of 4 or 8 bits, or null pointers.
 NibbleKernels nibble_kernels(const FrozenWeight& weight, ScalarType type) {
 #if defined(__x86_64__)
-  if (type == ScalarType::BFloat16 && current_isa() >= Isa::kAvx512Bf16)
-    if (const NibbleKernels found = nibble_kernels_avx512_bf16(static_cast<int>(weight.layout >> kFormatShift & 0xff));
-        found.accepts != nullptr && found.accepts(view_of(weight)))
-      return found;
+  if (type == ScalarType::BFloat16 && current_isa() >= Isa::kAvx512Bf16) {
+    const int number = static_cast<int>(format_number(weight.layout));
+    for (const NibbleKernels& found : {nibble_kernels_avx512_bf16(number), byte_kernels_avx512_bf16(number)})
+      if (found.accepts != nullptr && found.accepts(view_of(weight))) return found;
+  }
 #endif
   return {nullptr, nullptr, nullptr};
 }

@@ -47,15 +47,20 @@ struct Fp8 {
   }
 
 #ifndef __CUDACC__
+  static constexpr bool kE4m3 = true;
+  static const uint8_t* codes(const PackedView& w, int64_t row, int64_t column) {
+    return static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
+  }
+
   static bool runs(const PackedView& w) { return w.columns % 32 == 0 && column_shift(w) >= 5; }
   static void decode32(const PackedView& w, int64_t row, int64_t column, float* out) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(w.part[0]) + row * w.columns + column;
+    const uint8_t* bytes = codes(w, row, column);
     const float factor = scale(w, row, column);
     for (int first = 0; first < 32; first += 8) {
-      uint32_t codes[8];
-      for (int i = 0; i < 8; ++i) codes[i] = bytes[first + i];
+      uint32_t eight[8];
+      for (int i = 0; i < 8; ++i) eight[i] = bytes[first + i];
 #pragma GCC unroll 1
-      for (int i = 0; i < 8; ++i) out[first + i] = e4m3_code_value(codes[i]) * factor;
+      for (int i = 0; i < 8; ++i) out[first + i] = e4m3_code_value(eight[i]) * factor;
     }
   }
 #endif

@@ -109,6 +109,7 @@ struct IntRows {
     for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(i - zero) * scale;
   }
   static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float* add) {
+    const int64_t first = has_one_scale(w) ? 0 : row * groups_of(w);
     with_scale_type(scale_type(w.option), [&](auto type) {
       int64_t held = -1;
       for (int64_t i = 0; i < count; ++i) {
@@ -119,8 +120,8 @@ struct IntRows {
           continue;
         }
         held = group;
-        scale[i] = scale_value(w.part[1], decltype(type)::kType, scale_index(w, row, group));
-        add[i] = static_cast<float>(8 - zero_at(w, row, group)) * scale[i];
+        scale[i] = scale_value(w.part[1], decltype(type)::kType, first + group);
+        add[i] = w.part[2] ? static_cast<float>(8 - zero_at(w, row, group)) * scale[i] : 0.0f;
       }
     });
   }

@@ -15,6 +15,9 @@
 //   constexpr bool kRowBlocks = true;
 //   void decode_rows(w, row, rows, column, float* out, stride);   decode32 of up to 16 rows, from a multiple of 16 on
 //
+// A format of e4m3 codes has `constexpr bool kE4m3 = true`, codes(w, row, column) and scale(w, row, column), where a
+// scale is one for the 32 columns from a multiple of 32 on.
+//
 // A format whose part 0 does not hold the codes of W row by row has `constexpr bool kRowMajor = false`.
 //
 // A format of 4-bit codes, where kScaleColumns columns (16 or 32) share a scale, may also have members by which codes
