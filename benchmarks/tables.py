@@ -207,6 +207,28 @@ def _operator(name: str, op: str, *peers: str) -> Callable[[], str]:
 
 
 STOCK = ("PEFT", "PEFT + bitsandbytes", "frozen")
+
+
+def packed_table(result: Result) -> str:
+    """Returns a table of layers over packed weights, with a row for each format."""
+    cells = {}
+    for row in result["rows"]:
+        ours, name = row["milliseconds"]["ours"], row["case"].split(", ", 1)[1]
+        frozen, decoded = (row["milliseconds"][peer] / ours for peer in ("frozen", "PyTorch decode"))
+        if row["op"] == "nf4_linear":
+            name = name.removesuffix(", few tokens")
+            at = f"T = {row['tokens']}"
+            cells[name, f"{at}: GB/s"] = f"{row['bytes_moved'] / ours / 1e6:.1f} ({row['roofline']['ours']:.0f}%)"
+            cells[name, f"{at}: frozen"] = f"{frozen:.2f}"
+            cells[name, f"{at}: PyTorch decode"] = f"{decoded:.0f}"
+        else:
+            at = f"LoRA, {row['k']} -> {row['n']}, T = {row['tokens']}"
+            name = name.removesuffix(" base, dropout 0.05")
+            cells[name, f"{at}: frozen"] = f"{frozen:.2f}"
+            cells[name, f"{at}: PyTorch decode"] = f"{decoded:.2f}"
+    return _table("format", cells)
+
+
 DRAWN: dict[str, Callable[[], str]] = {
     "": partial(shown, ("run-speed-avx512_bf16", speed_table), (METHODS, methods_table),
                 ("run-intents-avx512", intents_table)),
@@ -224,6 +246,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "shapes": partial(shown, ("layer-shapes-avx512_bf16", shapes_table)),
     "calls": partial(shown, ("layer-calls-avx512_bf16", calls_table)),
     "float32": partial(shown, ("layer-float32-avx2", float32_table)),
+    "packed": partial(shown, ("layer-packed-avx512_bf16", packed_table)),
     "packed-training": partial(shown, (packed_training.NAME, packed_training.result_text)),
     "gpu": gpu_tables,
 }  # fmt: skip
