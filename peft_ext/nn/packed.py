@@ -103,6 +103,16 @@ class HoldsPacked(nn.Module):
         """Returns the dense weight, rounded once to ``dtype`` (default: ``compute_dtype``)."""
         return self.packed.dequantize(self.compute_dtype if dtype is None else dtype)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As in nn.Module, but raises RuntimeError for True. PEFT's ``modules_to_save`` calls this method of a copy of
+        the layer, and would train nothing: a packed weight has no gradient."""
+        if requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}: a packed weight ({self._template.format.name}) can't be trained; leave the "
+                "layer out of modules_to_save, or call peft_ext.dequantize_packed(model) first"
+            )
+        return super().requires_grad_(False)
+
     def reset_parameters(self) -> None:
         """Does nothing, because the weight comes from a file."""
 

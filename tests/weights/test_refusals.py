@@ -46,3 +46,10 @@ def test_a_state_dict_of_wrong_bytes_is_one_error_and_changes_nothing() -> None:
         layer.load_state_dict({**before, "weight_packed": before["weight_packed"].float()})
     assert "Missing" not in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxfp4"])
+def test_a_packed_layer_is_not_trained_by_modules_to_save(format: str) -> None:
+    model = peft_ext.quantize_packed(nn.ModuleDict({"q": nn.Linear(64, 64), "v": nn.Linear(64, 64)}), format)
+    with pytest.raises(RuntimeError, match=rf"PackedLinear: a packed weight \({format}\) can't be trained"):
+        get_peft_model(model, LoraConfig(target_modules=["q"], modules_to_save=["v"]))
