@@ -89,8 +89,17 @@ class HoldsPacked(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The module's weight, which shares the module's tensors. The same object is returned as long as the tensors
-        are the same."""
+        are the same.
+
+        Raises: RuntimeError if the codes require a gradient, which they would never get.
+        """
         parts = self._parts()
+        if parts[0].requires_grad and torch.is_grad_enabled():
+            kind, format = type(self).__name__, self._template.format.name
+            raise RuntimeError(
+                f"{kind}: the codes of a packed weight ({format}) require grad, wanted a frozen weight: leave the layer "
+                "out of modules_to_save, or call peft_ext.dequantize_packed(model) first"
+            )
         if torch.compiler.is_compiling() or parts[0].is_meta or type(parts[0].data) is not Tensor:
             return self._template.replaced(parts)
         key = [(id(part), part.data_ptr()) for part in parts if part is not None]
@@ -102,16 +111,6 @@ class HoldsPacked(nn.Module):
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
         """Returns the dense weight, rounded once to ``dtype`` (default: ``compute_dtype``)."""
         return self.packed.dequantize(self.compute_dtype if dtype is None else dtype)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As in nn.Module, but raises RuntimeError for True. PEFT's ``modules_to_save`` calls this method of a copy of
-        the layer, and would train nothing: a packed weight has no gradient."""
-        if requires_grad:
-            raise RuntimeError(
-                f"{type(self).__name__}: a packed weight ({self._template.format.name}) can't be trained; leave the "
-                "layer out of modules_to_save, or call peft_ext.dequantize_packed(model) first"
-            )
-        return super().requires_grad_(False)
 
     def reset_parameters(self) -> None:
         """Does nothing, because the weight comes from a file."""
