@@ -97,8 +97,8 @@ class HoldsPacked(nn.Module):
         if parts[0].requires_grad and torch.is_grad_enabled():
             kind, format = type(self).__name__, self._template.format.name
             raise RuntimeError(
-                f"{kind}: the codes of a packed weight ({format}) require grad, wanted a frozen weight: leave the layer "
-                "out of modules_to_save, or call peft_ext.dequantize_packed(model) first"
+                f"{kind}: the codes of a packed weight ({format}) require grad, wanted a frozen weight: leave the "
+                "layer out of modules_to_save, or call peft_ext.dequantize_packed(model) first"
             )
         if torch.compiler.is_compiling() or parts[0].is_meta or type(parts[0].data) is not Tensor:
             return self._template.replaced(parts)
