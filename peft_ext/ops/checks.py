@@ -39,7 +39,7 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     if torch.is_autocast_enabled(device.type):
         return False
     if isinstance(weight, PackedWeight):
-        if weight.parts[0].device != device:
+        if weight.device != device:
             return False
     elif (
         type(weight) not in kinds or weight.dtype is not dtype or weight.device != device

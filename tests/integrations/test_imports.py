@@ -53,6 +53,10 @@ OPTIONAL = {
     "peft.tuners.lora.Linear8bitLt": (
         [["tuners/lora/__init__.py", '"Linear8bitLt"', '"Renamed"']], [], {"LoRA 8bit"},
     ),
+    "peft.tuners.lora.gptq.GPTQLoraLinear": (word("GPTQLoraLinear"), [], set()),
+    "peft.tuners.lora.hqq": (
+        [["*", r"\.hqq import", ".renamed import"], ["tuners/lora/hqq.py", None, "tuners/lora/renamed.py"]], [], set(),
+    ),
     "peft.tuners.lora.dora": (
         [["*", r"\.dora import", ".renamed import"], ["helpers.py", "LoraModel, dora", "LoraModel, renamed as dora"],
          ["tuners/lora/dora.py", None, "tuners/lora/renamed.py"]], [], _DORA,

@@ -178,7 +178,7 @@ class LowRank(Fused):
             return y
         if (common := self._common(x)) is not None and common[0] in KNOWN:
             _, name, base, lora_A, lora_B, p = common
-            weight = weight_of(base)
+            weight = base.nf4 if type(base) is NF4Linear else weight_of(base)
             bias, scaling = base._parameters["bias"], self.scaling[name]
             if name in self.lora_variant:
                 return dora.forward(self, name, x, weight, bias, (lora_A, lora_B), x.dtype, True)
