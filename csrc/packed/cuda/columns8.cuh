@@ -333,5 +333,8 @@ struct OnCuda<Gguf<Block, Number>> : Gguf<Block, Number> {
   }
 };
 
+template <typename Block, typename Number>
+struct OnCuda<GgufNibbles<Block, Number>> : OnCuda<Gguf<Block, Number>> {};
+
 }  // namespace
 }  // namespace peft_ext
