@@ -48,7 +48,8 @@ inline void check_format(const char* op, int64_t layout, int64_t count, int64_t 
   view.group = format_group(layout);
   view.option = format_option(layout);
   for (int part = 0; part < kWeightParts; ++part)
-    if (const std::optional<torch::stable::Tensor> tensor = part_of(part)) view.part[part] = tensor->const_data_ptr();
+    if (const std::optional<torch::stable::Tensor> tensor = part_of(part))
+      view.part[part] = part_address(tensor->const_data_ptr());
   if (const char* wanted = format.refused(view))
     STD_TORCH_CHECK(false, op, ": ", format.name, " weight [", rows, ", ", columns, "] has group ", view.group,
                     " and option ", view.option, ", wanted ", wanted);

@@ -75,9 +75,9 @@ FrozenWeight checked_weight(const char* op, Tensor weight, WeightParts parts, in
 
 PackedView view_of(const FrozenWeight& weight) {
   PackedView view{};
-  view.part[0] = weight.weight.const_data_ptr();
+  view.part[0] = part_address(weight.weight.const_data_ptr());
   for (int i = 1; i < kWeightParts; ++i)
-    view.part[i] = weight.parts[i - 1].has_value() ? weight.parts[i - 1]->const_data_ptr() : nullptr;
+    view.part[i] = weight.parts[i - 1].has_value() ? part_address(weight.parts[i - 1]->const_data_ptr()) : nullptr;
   view.rows = weight.shape[0];
   view.columns = weight.shape[1];
   view.group = format_group(weight.layout);

@@ -242,9 +242,9 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.packed
-        # The operator's adapter is zero: the sum is the decoded row.
-        entries, width = weight.shape
-        lora_A, lora_B = (torch.zeros(size, device=weight.device) for size in ((1, entries), (width, 1)))
+        # The operator's adapter is zero: the sum is the decoded row. One zero in memory stands for the whole adapter.
+        zero, (entries, width) = torch.zeros(1, 1, device=weight.device), weight.shape
+        lora_A, lora_B = zero.expand(1, entries), zero.expand(width, 1)
         return ops.lora_embedding(input, weight, lora_A, lora_B).to(self.compute_dtype)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NestedAbsmax
 from .packed import Format, PackedWeight, option_of, register
 
-__all__ = ["FP4", "FP4_CODE", "fp4", "from_params4bit"]
+__all__ = ["FP4", "FP4_CODE", "fp4", "from_params4bit", "held_by_params4bit"]
 
 # The 16 values in the order of the codes. Code 8 is +0.
 FP4_CODE = tuple(sign * code / 12 + 0.0 for sign in (1, -1) for code in (0, 0.0625, 8, 12, 4, 6, 2, 3))
@@ -103,14 +103,16 @@ def from_params4bit(weight: Tensor, quant_state: Any = None) -> PackedWeight:
         raise ValueError("fp4.from_params4bit: bitsandbytes repacked the weight for its CPU inference")
     if not _is_table(state.code):
         raise ValueError("fp4.from_params4bit: the quant_state's table of codes is not FP4's")
-    nested = None
-    if state.nested:
-        if (size := getattr(state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
-            raise ValueError(f"fp4.from_params4bit: the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}")
-        nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset)
-    # quant_storage may give the bytes another dtype.
+    if state.nested and (size := getattr(state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
+        raise ValueError(f"fp4.from_params4bit: the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}")
+    return held_by_params4bit(weight, state)
+
+
+def held_by_params4bit(weight: Tensor, state: Any) -> PackedWeight:
+    """Returns the FP4 weight of a ``Params4bit`` that :func:`from_params4bit` accepts, without the checks."""
     with torch._C.DisableTorchFunctionSubclass():
-        packed = weight.data.reshape(-1).view(torch.uint8).reshape(-1, 1)
+        packed = weight.data.reshape(-1).view(torch.uint8)  # quant_storage may give the bytes another dtype
+    nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset) if state.nested else None
     return fp4(packed, state.absmax, state.shape, state.dtype, blocksize=state.blocksize, nested=nested)
 
 

@@ -47,7 +47,6 @@ class Format:
         number: number of the format in ``csrc/weight/formats/list.h``.
         parts: names of the weight's tensors, in order.
         check: raises ValueError if the parts of a weight ``[N, K]`` do not fit ``(parts, shape, group, option)``.
-        bits: returns the number of bits that a weight takes per element, scales included, for ``(group, option)``.
         source: the library or specification whose decoded values the format's values equal, bit for bit.
     """
 

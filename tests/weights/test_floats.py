@@ -6,12 +6,13 @@ A library that is not installed skips its tests; the tests against decoders in P
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packed_bits import check_paths, same_bits, set_path  # noqa: F401  a fixture
 from torch import Tensor
 
 from peft_ext import _native, ops
@@ -19,36 +20,9 @@ from peft_ext.reference.formats import decoded
 from peft_ext.weights import PackedWeight, fp4, fp8, mx
 from peft_ext.weights.nf4 import BLOCKSIZES, NestedAbsmax
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BYTES = torch.arange(256, dtype=torch.uint8)
-
-
-def same_bits(got: Tensor, want: Tensor) -> None:
-    """Asserts that dtypes, shapes and bits of two tensors are equal. All NaNs count as equal."""
-    assert got.dtype == want.dtype and got.shape == want.shape
-    assert torch.equal(got.isnan(), want.isnan())
-    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[want.element_size()]
-    bits = [torch.where(value.isnan(), 0.0, value).contiguous().view(kind) for value in (got, want)]
-    assert (wrong := (bits[0] != bits[1]).sum().item()) == 0, f"{wrong} of {want.numel()} elements differ"
-
-
-@pytest.fixture
-def set_path() -> Iterator[Callable[[str], None]]:
-    module = _native.STATE.module
-    before = module.isa()
-    yield module.set_isa
-    module.set_isa(before)
-
-
-def check_paths(
-    weight: PackedWeight, set_path: Callable[[str], None], dtypes: tuple[torch.dtype, ...] = DTYPES
-) -> None:
-    for dtype in dtypes:
-        want = decoded(weight, dtype)
-        for path in _native.STATE.module.isas():
-            set_path(path)
-            same_bits(weight.dequantize(dtype), want)
 
 
 # --- MXFP4 ------------------------------------------------------------------------------------------------------------
@@ -59,7 +33,7 @@ def every_mxfp4() -> PackedWeight:
     return mx.mxfp4(BYTES.repeat(256).view(256, 16, 16), BYTES.repeat_interleave(16).view(256, 16))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mxfp4_has_the_bits_of_transformers(dtype):
     library = pytest.importorskip("transformers.integrations.mxfp4")
     weight = every_mxfp4()
@@ -69,7 +43,7 @@ def test_mxfp4_has_the_bits_of_transformers(dtype):
     same_bits(decoded(weight, dtype)[:rows], want[:rows])
 
 
-def test_mxfp4_is_e2m1_times_a_power_of_two(set_path):
+def test_mxfp4_is_e2m1_times_a_power_of_two(set_path):  # noqa: F811
     weight = every_mxfp4()
     codes = [code for byte in range(256) for code in (byte & 15, byte >> 4)]
     want = [[math.copysign(E2M1[code & 7], 0.5 - (code >> 3)) * 2.0 ** (scale - 127) for code in codes]
@@ -78,7 +52,7 @@ def test_mxfp4_is_e2m1_times_a_power_of_two(set_path):
     check_paths(weight, set_path)
 
 
-def test_mxfp4_experts_lie_as_in_gpt_oss(set_path):
+def test_mxfp4_experts_lie_as_in_gpt_oss(set_path):  # noqa: F811
     blocks = torch.randint(0, 256, (3, 10, 2, 16), dtype=torch.uint8)
     weight = mx.mxfp4(blocks, torch.randint(110, 140, (3, 10, 2), dtype=torch.uint8))
     assert weight.shape == (3, 10, 64) and weight.stacked and weight.parts[0] is blocks
@@ -139,7 +113,7 @@ def test_nvfp4_has_the_bits_of_modelopt(total):
 
 
 @pytest.mark.parametrize("reciprocal", [False, True])
-def test_nvfp4_on_all_paths(reciprocal, set_path):
+def test_nvfp4_on_all_paths(reciprocal, set_path):  # noqa: F811
     for total in GLOBALS:
         check_paths(every_nvfp4(total, reciprocal), set_path)
     # Rows of 48 columns are not whole runs of 32 columns.
@@ -185,7 +159,7 @@ def fp8_dequantized(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
-def test_fp8_has_the_bits_of_transformers(scales, set_path):
+def test_fp8_has_the_bits_of_transformers(scales, set_path):  # noqa: F811
     weight = every_fp8(scales)
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         same_bits(decoded(weight, dtype), fp8_dequantized(weight, dtype))
@@ -193,13 +167,13 @@ def test_fp8_has_the_bits_of_transformers(scales, set_path):
 
 
 @pytest.mark.slow
-def test_fp8_under_every_bfloat16_scale(set_path):
+def test_fp8_under_every_bfloat16_scale(set_path):  # noqa: F811
     weight = every_fp8(ALL_BFLOAT16)
     same_bits(decoded(weight, torch.bfloat16), fp8_dequantized(weight, torch.bfloat16))
     check_paths(weight, set_path, (torch.bfloat16,))
 
 
-def test_fp8_is_e4m3_times_a_scale(set_path):
+def test_fp8_is_e4m3_times_a_scale(set_path):  # noqa: F811
     weight = every_fp8(torch.tensor([1.0, 0.75, -(2.0**-30)]))
     want = torch.tensor([[e4m3(byte) * scale for byte in range(256)] for scale in weight.parts[1].flatten().tolist()])
     same_bits(weight.dequantize(torch.float32), want)
@@ -208,7 +182,7 @@ def test_fp8_is_e4m3_times_a_scale(set_path):
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8], ids=str)
 @pytest.mark.parametrize("block", [(128, 128), (1, 32), (64, 16), (0, 64), (2, 0), None], ids=str)
 @pytest.mark.parametrize("shape", [(256, 384), (130, 200), (3, 33), (1, 1), (0, 64)], ids=str)
-def test_fp8_blocks_and_edges(shape, block, scale_dtype, set_path):
+def test_fp8_blocks_and_edges(shape, block, scale_dtype, set_path):  # noqa: F811
     rows, columns = (size or max(1, whole) for size, whole in zip(block or (0, 0), shape, strict=True))
     grid = (-(-shape[0] // rows), -(-shape[1] // columns))
     scales = torch.rand(grid).add(0.1).to(scale_dtype) if scale_dtype.is_floating_point else torch.randint(
@@ -242,7 +216,7 @@ def test_fp8_has_the_bits_of_compressed_tensors(strategy, scale_dtype):
     same_bits(weight.dequantize(), library.FloatQuantizationCompressor.decompress(held, scheme)["weight"])
 
 
-def test_fp8_of_transformers_layers_and_experts(set_path):
+def test_fp8_of_transformers_layers_and_experts(set_path):  # noqa: F811
     library = pytest.importorskip("transformers.integrations.finegrained_fp8")
     for block in ((128, 128), None):
         module = library.FP8Linear(256, 130, block)
@@ -266,8 +240,8 @@ def test_fp4_has_the_table_of_bitsandbytes():
     same_bits(torch.tensor(fp4.FP4_CODE), functional.get_4bit_type("fp4", device="cpu"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_fp4_has_the_bits_of_bitsandbytes_for_every_code(dtype, set_path):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp4_has_the_bits_of_bitsandbytes_for_every_code(dtype, set_path):  # noqa: F811
     subnormal = torch.tensor([1e-42, 3e-39])
     absmax = torch.cat([subnormal, torch.tensor([0.0, -0.0, 1.0, 1e-35, 3e38, math.inf, math.nan]), torch.rand(300)])
     weight = fp4.fp4(BYTES.repeat(len(absmax)), absmax, (len(absmax), 512), dtype, blocksize=512)
@@ -284,7 +258,7 @@ def test_fp4_has_the_bits_of_bitsandbytes_for_every_code(dtype, set_path):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("shape", [(16, 4096), (65, 100), (7, 33), (3, 96), (1, 1)], ids=str)
-def test_fp4_has_the_bits_of_bitsandbytes(shape, blocksize, nested, set_path):
+def test_fp4_has_the_bits_of_bitsandbytes(shape, blocksize, nested, set_path):  # noqa: F811
     functional = pytest.importorskip("bitsandbytes.functional")
     default = pytest.importorskip("bitsandbytes.backends.default.ops")
     packed, state = functional.quantize_4bit(torch.randn(shape).bfloat16(), blocksize=blocksize, quant_type="fp4",
@@ -300,7 +274,7 @@ def test_fp4_has_the_bits_of_bitsandbytes(shape, blocksize, nested, set_path):
     check_paths(weight, set_path)
 
 
-def test_fp4_experts_and_storage(set_path):
+def test_fp4_experts_and_storage(set_path):  # noqa: F811
     packed, absmax = torch.randint(0, 256, (3, 5 * 33 // 2 + 1), dtype=torch.uint8), torch.rand(3, 3)
     check_paths(fp4.fp4(packed, absmax, (3, 5, 33)), set_path)
     bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -309,6 +283,15 @@ def test_fp4_experts_and_storage(set_path):
     weight = fp4.from_params4bit(held)
     assert weight.parts[0].dtype is torch.uint8 and weight.parts[0].data_ptr() == held.data_ptr()
     same_bits(weight.dequantize(torch.float32), decoded(weight, torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(40, 0), (0, 64)], ids=str)
+def test_fp4_without_elements(shape, set_path):  # noqa: F811
+    empty = torch.empty(0, dtype=torch.uint8)
+    nested = NestedAbsmax(torch.empty(0), torch.rand(256), torch.zeros(()))
+    for weight in (fp4.fp4(empty, torch.empty(0), shape), fp4.fp4(empty, empty, shape, nested=nested)):
+        check_paths(weight, set_path)
+        assert torch.equal(ops.frozen_linear(torch.randn(3, shape[1]), weight), torch.zeros(3, shape[0]))
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -331,7 +314,7 @@ def random_weights(rows: int, columns: int) -> Iterator[PackedWeight]:
 
 
 @pytest.mark.parametrize("columns", [256, 160, 4128])
-def test_products_with_few_and_many_tokens(columns, set_path):
+def test_products_with_few_and_many_tokens(columns, set_path):  # noqa: F811
     for weight in random_weights(50, columns):
         for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
             dense = decoded(weight, dtype).double()
@@ -363,7 +346,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fp8, "_CHUNK", request.param)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [(128, 128), (1, 0), (0, 0), (32, 64), (0, 32)], ids=str)
 def test_quantize_fp8_has_the_bits_of_transformers(block, dtype, chunk):
     library = pytest.importorskip("transformers.integrations.finegrained_fp8")
@@ -388,7 +371,7 @@ def test_quantize_fp8_of_incomplete_blocks_and_experts(chunk):
     assert fp8.quantize_fp8(torch.zeros(0, 64)).shape == (0, 64) and fp8.quantize_fp8(torch.zeros(3, 0)).shape == (3, 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantize_nvfp4_has_the_bits_of_modelopt(dtype, chunk):
     library = pytest.importorskip("modelopt.torch.quantization.qtensor.nvfp4_tensor")
     value = hard_weight(64, 96, dtype)
@@ -406,7 +389,7 @@ def nearest_e2m1(value: float) -> int:
     return magnitude | (8 if value < 0 else 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantize_mxfp4_follows_the_specification(dtype, chunk):
     value = hard_weight(20, 64, dtype)
     if dtype is not torch.float16:

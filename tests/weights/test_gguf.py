@@ -8,18 +8,17 @@ from __future__ import annotations
 import itertools
 import sys
 import zlib
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from packed_bits import check_paths, same_bits, set_path  # noqa: F401  a fixture
 from torch import Tensor
 
 from peft_ext import _native, ops
 from peft_ext.reference.formats import decoded
 from peft_ext.run.demo_model import packed_model
-from peft_ext.weights import PackedWeight, gguf
+from peft_ext.weights import gguf
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = [number for number in gguf.TYPES if gguf.has_kernel(number)]
 OTHERS = [number for number in gguf.TYPES if not gguf.has_kernel(number)]
 
@@ -38,15 +37,6 @@ CHECKSUMS = {2: 1891529760, 3: 746990763, 6: 1646526925, 7: 1981819889, 8: 13507
 
 def name(number: int) -> str:
     return gguf.TYPES[number].name
-
-
-def same_bits(got: Tensor, want: Tensor) -> None:
-    """Asserts that dtypes, shapes and bits of two tensors are equal. All NaNs count as equal."""
-    assert got.dtype == want.dtype and got.shape == want.shape
-    assert torch.equal(got.isnan(), want.isnan())
-    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[want.element_size()]
-    bits = [torch.where(value.isnan(), 0.0, value).contiguous().view(kind) for value in (got, want)]
-    assert (wrong := (bits[0] != bits[1]).sum().item()) == 0, f"{wrong} of {want.numel()} elements differ"
 
 
 def library_values(data: Tensor, number: int) -> Tensor:
@@ -85,22 +75,6 @@ def pattern(number: int) -> Tensor:
     return put_scales(((torch.arange(size) * 167 + 13) % 251).byte().view(4, -1), number, [bits])
 
 
-@pytest.fixture
-def set_path() -> Iterator[Callable[[str], None]]:
-    module = _native.STATE.module
-    before = module.isa()
-    yield module.set_isa
-    module.set_isa(before)
-
-
-def check_paths(weight: PackedWeight, set_path: Callable[[str], None]) -> None:
-    for dtype in DTYPES:
-        want = decoded(weight, dtype)
-        for path in _native.STATE.module.isas():
-            set_path(path)
-            same_bits(weight.dequantize(dtype), want)
-
-
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 
@@ -117,13 +91,13 @@ def test_special_scales_have_the_bits_of_gguf(number):
 
 
 @pytest.mark.parametrize("number", KERNELS, ids=name)
-def test_the_kernels_have_the_bits_of_the_reference(number, set_path):
+def test_the_kernels_have_the_bits_of_the_reference(number, set_path):  # noqa: F811
     check_paths(gguf.gguf_weight(every_byte(number), number), set_path)
     check_paths(gguf.gguf_weight(special(number), number), set_path)
 
 
 @pytest.mark.parametrize("number", [2, 3, 6, 7, 8], ids=name)
-def test_quantized_numbers_come_back(number, set_path):
+def test_quantized_numbers_come_back(number, set_path):  # noqa: F811
     library = pytest.importorskip("gguf")
     numbers = torch.randn(16, 96) * torch.logspace(-2, 2, 16)[:, None]
     data = library.quants.quantize(numbers.numpy(), library.GGMLQuantizationType(number))
@@ -142,7 +116,7 @@ def test_a_pattern_has_stored_bits(number):
 
 
 @pytest.mark.parametrize("number", [3, 12, 39], ids=name)
-def test_parts_of_rows_and_experts(number, set_path):
+def test_parts_of_rows_and_experts(number, set_path):  # noqa: F811
     columns, size = gguf.TYPES[number].columns, gguf.TYPES[number].bytes
     flat = every_byte(number).view(-1)[: 3 * 5 * 3 * size].contiguous()
     weight = gguf.gguf_weight(flat, name(number), (3, 5, 3 * columns), torch.bfloat16)
@@ -167,7 +141,7 @@ def test_the_demo_model_has_the_bits_of_gguf():
 
 
 @pytest.mark.parametrize("number", KERNELS, ids=name)
-def test_products_with_few_and_many_tokens(number, set_path):
+def test_products_with_few_and_many_tokens(number, set_path):  # noqa: F811
     kind, rows, columns = gguf.TYPES[number], 21, 5 * gguf.TYPES[number].columns
     data = torch.randint(0, 256, (rows, 5 * kind.bytes), dtype=torch.uint8)
     data.view(-1, kind.bytes)[:, 0] &= 127  # MXFP4's exponent stays finite in float16

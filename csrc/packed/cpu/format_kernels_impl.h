@@ -4,37 +4,18 @@
 //
 // decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored, or, with AVX-512, 4-bit codes are
 // looked up among 16 rounded values; columns before and after whole runs, and all columns of a weight that F::runs
-// refuses, are decoded one by one. few_tokens: each step of kStepColumns columns of a row is decoded to a buffer that
+// refuses, are decoded one by one. few_tokens: each step of kRunColumns columns of a row is decoded to a buffer that
 // stays in registers or L1, and multiplied with all tokens of the group. One thread owns whole rows, so that a sum has
 // one order for every number of threads. Sums are float32.
 #pragma once
 
 #include "cpu/token_groups.h"
 #include "packed/cpu/format_kernels.h"
+#include "packed/cpu/format_traits.h"
 #include "weight/formats/list.h"
 
 namespace peft_ext {
 namespace {
-
-// Whether a format has the members of 4-bit codes, see weight/formats/list.h.
-template <typename F, typename = void>
-struct HasNibbles {
-  static constexpr bool kValue = false;
-};
-template <typename F>
-struct HasNibbles<F, decltype(static_cast<void>(F::kNibbles))> {
-  static constexpr bool kValue = true;
-};
-
-// Whether a format has codes of FP8 (e4m3).
-template <typename F, typename = void>
-struct HasE4m3 {
-  static constexpr bool kValue = false;
-};
-template <typename F>
-struct HasE4m3<F, decltype(static_cast<void>(F::kE4m3))> {
-  static constexpr bool kValue = true;
-};
 
 // Rounds the values of 32 columns to T.
 template <typename T>
@@ -65,26 +46,6 @@ inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out)
     store_run(run, out);
   }
 }
-
-// Whether a format has decode_rows.
-template <typename F, typename = void>
-struct HasRowBlocks {
-  static constexpr bool kValue = false;
-};
-template <typename F>
-struct HasRowBlocks<F, decltype(static_cast<void>(F::kRowBlocks))> {
-  static constexpr bool kValue = true;
-};
-
-// Whether part 0 of a format holds the codes row by row: not if a word holds codes of several rows.
-template <typename F, typename = void>
-struct IsRowMajor {
-  static constexpr bool kValue = !HasRowBlocks<F>::kValue;
-};
-template <typename F>
-struct IsRowMajor<F, decltype(static_cast<void>(F::kRowMajor))> {
-  static constexpr bool kValue = F::kRowMajor;
-};
 
 constexpr int64_t kRowsTogether = 16;  // largest number of rows that decode_rows decodes
 

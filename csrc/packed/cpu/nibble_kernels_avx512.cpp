@@ -6,23 +6,16 @@
 // adds pairs in float32: lane l of a sum belongs to the words 2 l and 2 l + 1, that is, to block l / 4 of the four
 // blocks of 32 columns.
 #if defined(__x86_64__)
-#include <type_traits>
-
 #include "cpu/target_avx512bf16.h"
 // These headers must be included after the target pragma.
 #include <immintrin.h>
 
+#include "packed/cpu/format_traits.h"
 #include "packed/cpu/nibble_kernels.h"
 #include "weight/formats/list.h"
 
 namespace peft_ext {
 namespace {
-
-// Whether a format has the members codes32, table16 and affine32 of weight/formats/list.h.
-template <typename F, typename = void>
-struct HasNibbles : std::false_type {};
-template <typename F>
-struct HasNibbles<F, std::void_t<decltype(F::kNibbles)>> : std::true_type {};
 
 // Returns the column, within 128 columns, of the code that lane `word` of register v finds.
 int column_of(Nibbles nibbles, int v, int word) {
@@ -172,7 +165,7 @@ void multiply(const PackedView& w, const bf16* ordered, const float* sums, int64
 
 template <typename F>
 NibbleKernels kernels_of() {
-  if constexpr (HasNibbles<F>::value)
+  if constexpr (HasNibbles<F>::kValue)
     return {F::has_nibbles, order<F>, multiply<F>};
   else
     return {nullptr, nullptr, nullptr};

@@ -117,7 +117,7 @@ struct OnCuda<Fp8> : Fp8 {
     const uint2 codes = eight_bytes(from, w.columns % 8 == 0);
     const float factor = scale(w, row, column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = e4m3_code_value(byte_of(codes, i));
+    for (int i = 0; i < 8; ++i) out[i] = e4m3_value(byte_of(codes, i));
     if (column_shift(w) >= 3) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = fmul_rn(out[i], factor);

@@ -13,7 +13,7 @@ namespace {
 struct Awq {
   static constexpr bool kRowBlocks = true;
 
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     return has_float_scales(w) && code_bits(w.option) == 4 && format_flags(w.option) == 0 && w.rows % 8 == 0 &&
                    (w.group == 0 || w.columns % w.group == 0)
                ? nullptr
@@ -21,16 +21,16 @@ struct Awq {
                  "float16";
   }
 
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     if (part == 0) return 4 * w.columns * (w.rows / 8);
     if (part == 1) return scale_bytes(w, groups_of(w) * w.rows);
     return part == 2 ? 4 * groups_of(w) * (w.rows / 8) : 0;
   }
 
   // Returns by how many bits the code of a row is shifted in its word.
-  PEFT_EXT_BOTH static int shift_of(int64_t row) { return static_cast<int>(row % 2 * 16 + row % 8 / 2 * 4); }
+  static int shift_of(int64_t row) { return static_cast<int>(row % 2 * 16 + row % 8 / 2 * 4); }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const int64_t group = group_at(w, nullptr, column), words = w.rows / 8;
     const uint32_t code = static_cast<const uint32_t*>(w.part[0])[column * words + row / 8] >> shift_of(row) & 15;
     const uint32_t zero = static_cast<const uint32_t*>(w.part[2])[group * words + row / 8] >> shift_of(row) & 15;

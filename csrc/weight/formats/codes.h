@@ -7,20 +7,8 @@
 namespace peft_ext {
 namespace {
 
-PEFT_EXT_BOTH float float_of_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-PEFT_EXT_BOTH uint32_t bits_of_float(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 // Returns a product that the compiler does not contract with a sum to an FMA.
-PEFT_EXT_BOTH float rounded_product(float a, float b) {
+inline float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
 #else
@@ -29,13 +17,13 @@ PEFT_EXT_BOTH float rounded_product(float a, float b) {
 }
 
 // Returns entry `index` (0 to 7) of a table of eight nibbles; entry 0 is the lowest nibble.
-PEFT_EXT_BOTH uint32_t nibble_entry(uint32_t table, uint32_t index) { return table >> (4 * index) & 15; }
+inline uint32_t nibble_entry(uint32_t table, uint32_t index) { return table >> (4 * index) & 15; }
 
 // Returns twice the value of an e2m1 code, which is an integer: 0, 1, 2, 3, 4, 6, 8, 12, and the negatives from code 8
 // on. Code 8 is -0.
-PEFT_EXT_BOTH float e2m1_doubled(uint32_t code) {
+inline float e2m1_doubled(uint32_t code) {
   const float magnitude = static_cast<float>(static_cast<int32_t>(nibble_entry(0xc8643210u, code & 7)));
-  return float_of_bits(bits_of_float(magnitude) | (code & 8) << 28);
+  return bits_to_float(float_to_bits(magnitude) | (code & 8) << 28);
 }
 
 #ifndef __CUDACC__
@@ -44,18 +32,8 @@ constexpr float kE2m1Doubled[16] = {0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  6.0f,  8.
                                     -0.0f, -1.0f, -2.0f, -3.0f, -4.0f, -6.0f, -8.0f, -12.0f};
 #endif
 
-// Returns e4m3_value(code). From magnitude 8 on, the bits of a code are the bits of a float32, apart from the bias of
-// the exponent. A smaller magnitude is subnormal: its bits are those of 2^-6 + value.
-PEFT_EXT_BOTH float e4m3_code_value(uint32_t code) {
-  const uint32_t magnitude = code & 0x7f;
-  const uint32_t subnormal = 0u - ((magnitude - 8) >> 31), nan = 0u - ((magnitude + 1) >> 7);
-  const uint32_t bits = (magnitude << 20) + (120u << 23) - (subnormal << 23);
-  const float value = float_of_bits(bits | (nan & 0x7fc00000u)) - float_of_bits(subnormal & 0x3c800000u);
-  return float_of_bits(bits_of_float(value) | (code & 0x80) << 24);
-}
-
 // Returns code `element` of an array of nibbles. `first` is 0 if the low nibble of a byte is the even element, else 1.
-PEFT_EXT_BOTH uint32_t nibble_code(const void* bytes, int64_t element, int first) {
+inline uint32_t nibble_code(const void* bytes, int64_t element, int first) {
   return static_cast<const uint8_t*>(bytes)[element / 2] >> (4 * ((element & 1) ^ first)) & 15;
 }
 

@@ -20,13 +20,13 @@ constexpr float kFp4Code[16] = {0.0f, 0.0625f / 12,  8.0f / 12,  1.0f,  4.0f / 1
 #endif
 
 struct Fp4 {
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     const int shift = format_flags(w.option);
     return shift >= 5 && shift < 32 && w.group == int64_t{1} << shift
                ? nullptr
                : "a group that is a power of two of 32 or more, and the group's log2 as flags";
   }
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     const int64_t elements = w.rows * w.columns, blocks = (elements + w.group - 1) >> format_flags(w.option);
     const bool nested = w.part[2] != nullptr;
     switch (part) {
@@ -45,15 +45,15 @@ struct Fp4 {
 
   // Returns the value of a code: 2/3 * 2^-x for codes 1, 2, 4 and 6, 2^-x for codes 3, 5 and 7, +0 for codes 0 and 8.
   // An entry of the table holds x in its low three bits; the fourth bit is set for a power of two.
-  PEFT_EXT_BOTH static float code_value(uint32_t code) {
+  static float code_value(uint32_t code) {
     const uint32_t entry = nibble_entry(0xa2918070u, code & 7);
     const uint32_t two_thirds = 0x3f2aaaabu, to_one = 0x3f800000u - two_thirds;
     const uint32_t bits = two_thirds + ((0u - (entry >> 3)) & to_one) - ((entry & 7) << 23);
     const uint32_t nonzero = 0u - ((0u - (code & 7)) >> 31);
-    return float_of_bits((bits | (code & 8) << 28) & nonzero);
+    return bits_to_float((bits | (code & 8) << 28) & nonzero);
   }
 
-  PEFT_EXT_BOTH static float scale(const PackedView& w, int64_t block) {
+  static float scale(const PackedView& w, int64_t block) {
     if (w.part[2] == nullptr) return static_cast<const float*>(w.part[1])[block];
     const uint8_t code = static_cast<const uint8_t*>(w.part[1])[block];
     const float nested = static_cast<const float*>(w.part[2])[block / 256];
@@ -61,7 +61,7 @@ struct Fp4 {
     return product + static_cast<const float*>(w.part[4])[0];
   }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const int64_t flat = row * w.columns + column;
     return code_value(nibble_code(w.part[0], flat, 1)) * scale(w, flat >> format_flags(w.option));
   }

@@ -16,34 +16,34 @@ struct Fp8 {
   // A shift by kAll gives index 0 for every row or column.
   static constexpr int kAll = 63;
 
-  PEFT_EXT_BOTH static int row_shift(const PackedView& w) { return format_flags(w.option) & 63; }
-  PEFT_EXT_BOTH static int column_shift(const PackedView& w) { return format_flags(w.option) >> 6 & 63; }
+  static int row_shift(const PackedView& w) { return format_flags(w.option) & 63; }
+  static int column_shift(const PackedView& w) { return format_flags(w.option) >> 6 & 63; }
 
   // Returns the number of blocks that hold `count` rows or columns.
-  PEFT_EXT_BOTH static int64_t blocks(int64_t count, int shift) { return count == 0 ? 0 : ((count - 1) >> shift) + 1; }
+  static int64_t blocks(int64_t count, int shift) { return count == 0 ? 0 : ((count - 1) >> shift) + 1; }
 
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     const int shift = column_shift(w);
     const bool all = shift == kAll;
     return (all || shift < 32) && w.group == (all ? 0 : int64_t{1} << shift) && scale_type(w.option) <= ScaleType::kE8M0
                ? nullptr
                : "a group that is 0 or a power of two, the group's log2 in the flags, and scales that are not e4m3";
   }
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     const ScaleType type = scale_type(w.option);
     const int64_t width = type == ScaleType::kF32 ? 4 : type == ScaleType::kE8M0 ? 1 : 2;
     if (part == 0) return w.rows * w.columns;
     return part == 1 ? blocks(w.rows, row_shift(w)) * blocks(w.columns, column_shift(w)) * width : 0;
   }
 
-  PEFT_EXT_BOTH static float scale(const PackedView& w, int64_t row, int64_t column) {
+  static float scale(const PackedView& w, int64_t row, int64_t column) {
     const int64_t block = (row >> row_shift(w)) * blocks(w.columns, column_shift(w)) + (column >> column_shift(w));
     return scale_value(w.part[1], scale_type(w.option), block);
   }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const uint8_t byte = static_cast<const uint8_t*>(w.part[0])[row * w.columns + column];
-    return e4m3_code_value(byte) * scale(w, row, column);
+    return e4m3_value(byte) * scale(w, row, column);
   }
 
 #ifndef __CUDACC__
@@ -60,7 +60,7 @@ struct Fp8 {
       uint32_t eight[8];
       for (int i = 0; i < 8; ++i) eight[i] = bytes[first + i];
 #pragma GCC unroll 1
-      for (int i = 0; i < 8; ++i) out[first + i] = e4m3_code_value(eight[i]) * factor;
+      for (int i = 0; i < 8; ++i) out[first + i] = e4m3_value(eight[i]) * factor;
     }
   }
 #endif

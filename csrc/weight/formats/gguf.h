@@ -16,12 +16,12 @@ namespace {
 template <int kBias>
 struct GgufMinus {
   static constexpr bool kTable = false;
-  PEFT_EXT_BOTH static constexpr int value(int code) { return code - kBias; }
+  static constexpr int value(int code) { return code - kBias; }
 };
 
 struct GgufIQ4Table {
   static constexpr bool kTable = true;
-  PEFT_EXT_BOTH static constexpr int value(int code) {
+  static constexpr int value(int code) {
     constexpr int8_t kValues[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     return kValues[code];
   }
@@ -30,7 +30,7 @@ struct GgufIQ4Table {
 // Twice the values of e2m1. The code 8 is +0 in ggml.
 struct GgufTwiceE2M1 {
   static constexpr bool kTable = true;
-  PEFT_EXT_BOTH static constexpr int value(int code) {
+  static constexpr int value(int code) {
     constexpr int8_t kValues[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
     return kValues[code];
   }
@@ -38,16 +38,16 @@ struct GgufTwiceE2M1 {
 
 template <class Block, class Number>
 struct Gguf {
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     if (w.group == Block::kColumns && w.columns % Block::kColumns == 0) return nullptr;
     return Block::kColumns == 32 ? "group 32, and a multiple of 32 columns"
                                  : "group 256, and a multiple of 256 columns";
   }
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     return part == 0 ? w.rows * (w.columns / Block::kColumns * Block::kBytes) : 0;
   }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const uint8_t* b = block(w, row, column);
     const int place = static_cast<int>(column % Block::kColumns), g = place / 16;
     const float product = Block::scale(b, g) * static_cast<float>(Number::value(Block::code(b, g, place % 16)));
@@ -87,7 +87,7 @@ struct Gguf {
 #endif
 
   // Returns the block that holds W[row, column].
-  PEFT_EXT_BOTH static const uint8_t* block(const PackedView& w, int64_t row, int64_t column) {
+  static const uint8_t* block(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / Block::kColumns * Block::kBytes;
   }
 };

@@ -18,23 +18,23 @@ namespace peft_ext {
 namespace {
 
 // Returns the two bytes of a float16 or uint16.
-PEFT_EXT_BOTH int gguf_u16(const uint8_t* bytes) { return bytes[0] | bytes[1] << 8; }
+inline int gguf_u16(const uint8_t* bytes) { return bytes[0] | bytes[1] << 8; }
 
-PEFT_EXT_BOTH float gguf_half(const uint8_t* bytes) { return half_value(static_cast<uint16_t>(gguf_u16(bytes))); }
+inline float gguf_half(const uint8_t* bytes) { return to_float(f16{static_cast<uint16_t>(gguf_u16(bytes))}); }
 
 // --- Codes of blocks of 32 columns -----------------------------------------------------------------------------------
 
 // Column i and column 16 + i share byte i; the low nibble is column i.
-PEFT_EXT_BOTH int gguf_nibble(const uint8_t* bytes, int g, int i) { return bytes[i] >> 4 * g & 15; }
+inline int gguf_nibble(const uint8_t* bytes, int g, int i) { return bytes[i] >> 4 * g & 15; }
 
 // The fifth bits of 32 codes are the bits of four bytes.
-PEFT_EXT_BOTH int gguf_fifth_bit(const uint8_t* bits, int g, int i) { return (gguf_u16(bits + 2 * g) >> i & 1) << 4; }
+inline int gguf_fifth_bit(const uint8_t* bits, int g, int i) { return (gguf_u16(bits + 2 * g) >> i & 1) << 4; }
 
 // --- Codes of blocks of 256 columns ----------------------------------------------------------------------------------
 
 // 32 bytes hold 32 columns in each kBits bits; the lowest bits hold the first 32 columns.
 template <int kBits>
-PEFT_EXT_BOTH int gguf_field(const uint8_t* bytes, int g, int i) {
+inline int gguf_field(const uint8_t* bytes, int g, int i) {
   constexpr int kRuns = 8 / kBits, kMask = (1 << kBits) - 1;
   const int run = g / 2;
   return bytes[run / kRuns * 32 + g % 2 * 16 + i] >> run % kRuns * kBits & kMask;
@@ -45,62 +45,58 @@ PEFT_EXT_BOTH int gguf_field(const uint8_t* bytes, int g, int i) {
 struct BlockQ4_0 {  // d, codes [16]
   static constexpr int kColumns = 32, kBytes = 18, kCodes = 2, kScaled = 32;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
+  static float scale(const uint8_t* b, int) { return gguf_half(b); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
 };
 
 struct BlockQ4_1 {  // d, m, codes [16]
   static constexpr int kColumns = 32, kBytes = 20, kCodes = 4, kScaled = 32;
   static constexpr bool kOffset = true;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
-  PEFT_EXT_BOTH static float offset(const uint8_t* b, int) { return gguf_half(b + 2); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 4, g, i); }
+  static float scale(const uint8_t* b, int) { return gguf_half(b); }
+  static float offset(const uint8_t* b, int) { return gguf_half(b + 2); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 4, g, i); }
 };
 
 struct BlockQ5_0 {  // d, fifth bits [4], codes [16]
   static constexpr int kColumns = 32, kBytes = 22, kScaled = 32;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) {
-    return gguf_nibble(b + 6, g, i) | gguf_fifth_bit(b + 2, g, i);
-  }
+  static float scale(const uint8_t* b, int) { return gguf_half(b); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 6, g, i) | gguf_fifth_bit(b + 2, g, i); }
 };
 
 struct BlockQ5_1 {  // d, m, fifth bits [4], codes [16]
   static constexpr int kColumns = 32, kBytes = 24, kScaled = 32;
   static constexpr bool kOffset = true;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
-  PEFT_EXT_BOTH static float offset(const uint8_t* b, int) { return gguf_half(b + 2); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) {
-    return gguf_nibble(b + 8, g, i) | gguf_fifth_bit(b + 4, g, i);
-  }
+  static float scale(const uint8_t* b, int) { return gguf_half(b); }
+  static float offset(const uint8_t* b, int) { return gguf_half(b + 2); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 8, g, i) | gguf_fifth_bit(b + 4, g, i); }
 };
 
 struct BlockQ8_0 {  // d, codes: int8 [32]
   static constexpr int kColumns = 32, kBytes = 34, kScaled = 32;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return static_cast<int8_t>(b[2 + 16 * g + i]); }
+  static float scale(const uint8_t* b, int) { return gguf_half(b); }
+  static int code(const uint8_t* b, int g, int i) { return static_cast<int8_t>(b[2 + 16 * g + i]); }
 };
 
 struct BlockIQ4_NL {  // d, codes [16]
   static constexpr int kColumns = 32, kBytes = 18, kCodes = 2, kScaled = 32;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
+  static float scale(const uint8_t* b, int) { return gguf_half(b); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
 };
 
 struct BlockMXFP4 {  // exponent e, codes [16]
   static constexpr int kColumns = 32, kBytes = 17, kCodes = 1, kScaled = 32;
   static constexpr bool kOffset = false;
   // Returns 2^(e - 128), also for e = 255.
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) {
+  static float scale(const uint8_t* b, int) {
     const uint32_t e = b[0], bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
     float value;
     memcpy(&value, &bits, sizeof(value));
     return value;
   }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 1, g, i); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 1, g, i); }
 };
 
 // --- Blocks of 256 columns -------------------------------------------------------------------------------------------
@@ -108,61 +104,53 @@ struct BlockMXFP4 {  // exponent e, codes [16]
 struct BlockTQ2_0 {  // codes [64], d
   static constexpr int kColumns = 256, kBytes = 66, kScaled = 32;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int) { return gguf_half(b + 64); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b, g, i); }
+  static float scale(const uint8_t* b, int) { return gguf_half(b + 64); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b, g, i); }
 };
 
 struct BlockQ2_K {  // a nibble each of scale and minimum [16], codes [64], d, dmin
   static constexpr int kColumns = 256, kBytes = 84, kScaled = 16;
   static constexpr bool kOffset = true;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int g) {
-    return gguf_half(b + 80) * static_cast<float>(b[g] & 15);
-  }
-  PEFT_EXT_BOTH static float offset(const uint8_t* b, int g) {
-    return -(gguf_half(b + 82) * static_cast<float>(b[g] >> 4));
-  }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 16, g, i); }
+  static float scale(const uint8_t* b, int g) { return gguf_half(b + 80) * static_cast<float>(b[g] & 15); }
+  static float offset(const uint8_t* b, int g) { return -(gguf_half(b + 82) * static_cast<float>(b[g] >> 4)); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 16, g, i); }
 };
 
 struct BlockQ3_K {  // third bits [32], codes [64], 6-bit scales [12], d
   static constexpr int kColumns = 256, kBytes = 110, kScaled = 16;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int g) {
+  static float scale(const uint8_t* b, int g) {
     const uint8_t* scales = b + 96;
     const int low = scales[g % 8] >> g / 8 * 4 & 15, high = scales[8 + g % 4] >> g / 4 * 2 & 3;
     return gguf_half(b + 108) * static_cast<float>((low | high << 4) - 32);
   }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) {
-    return gguf_field<2>(b + 32, g, i) | gguf_field<1>(b, g, i) << 2;
-  }
+  static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 32, g, i) | gguf_field<1>(b, g, i) << 2; }
 };
 
 // The 6-bit scale and the 6-bit minimum of run s in the 12 bytes of Q4_K and Q5_K.
-PEFT_EXT_BOTH int gguf_k_scale(const uint8_t* bytes, int s) {
+inline int gguf_k_scale(const uint8_t* bytes, int s) {
   return s < 4 ? bytes[s] & 63 : (bytes[s + 4] & 15) | (bytes[s - 4] >> 2 & 48);
 }
-PEFT_EXT_BOTH int gguf_k_minimum(const uint8_t* bytes, int s) {
+inline int gguf_k_minimum(const uint8_t* bytes, int s) {
   return s < 4 ? bytes[s + 4] & 63 : bytes[s + 4] >> 4 | (bytes[s] >> 2 & 48);
 }
 
 struct BlockQ4_K {  // d, dmin, 6-bit scales and minima [12], codes [128]
   static constexpr int kColumns = 256, kBytes = 144, kScaled = 32;
   static constexpr bool kOffset = true;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int g) {
-    return gguf_half(b) * static_cast<float>(gguf_k_scale(b + 4, g / 2));
-  }
-  PEFT_EXT_BOTH static float offset(const uint8_t* b, int g) {
+  static float scale(const uint8_t* b, int g) { return gguf_half(b) * static_cast<float>(gguf_k_scale(b + 4, g / 2)); }
+  static float offset(const uint8_t* b, int g) {
     return -(gguf_half(b + 2) * static_cast<float>(gguf_k_minimum(b + 4, g / 2)));
   }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_field<4>(b + 16, g, i); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_field<4>(b + 16, g, i); }
 };
 
 struct BlockQ5_K {  // d, dmin, 6-bit scales and minima [12], fifth bits [32], codes [128]
   static constexpr int kColumns = 256, kBytes = 176, kScaled = 32;
   static constexpr bool kOffset = true;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int g) { return BlockQ4_K::scale(b, g); }
-  PEFT_EXT_BOTH static float offset(const uint8_t* b, int g) { return BlockQ4_K::offset(b, g); }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) {
+  static float scale(const uint8_t* b, int g) { return BlockQ4_K::scale(b, g); }
+  static float offset(const uint8_t* b, int g) { return BlockQ4_K::offset(b, g); }
+  static int code(const uint8_t* b, int g, int i) {
     return gguf_field<4>(b + 48, g, i) | gguf_field<1>(b + 16, g, i) << 4;
   }
 };
@@ -170,13 +158,13 @@ struct BlockQ5_K {  // d, dmin, 6-bit scales and minima [12], fifth bits [32], c
 struct BlockQ6_K {  // low nibbles [128], high two bits [64], int8 scales [16], d
   static constexpr int kColumns = 256, kBytes = 210, kScaled = 16;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int g) {
+  static float scale(const uint8_t* b, int g) {
     return gguf_half(b + 208) * static_cast<float>(static_cast<int8_t>(b[192 + g]));
   }
   // 64 bytes hold 128 columns in the order of runs 0, 1 (low nibbles), 2, 3 (high nibbles). gguf_field has the order of
   // runs 0 (low), 1 (high) in each 32 bytes.
-  PEFT_EXT_BOTH static int nibble_run(int s) { return s / 4 * 4 + s % 2 * 2 + s / 2 % 2; }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) {
+  static int nibble_run(int s) { return s / 4 * 4 + s % 2 * 2 + s / 2 % 2; }
+  static int code(const uint8_t* b, int g, int i) {
     return gguf_field<4>(b, 2 * nibble_run(g / 2) + g % 2, i) | gguf_field<2>(b + 128, g, i) << 4;
   }
 };
@@ -184,11 +172,11 @@ struct BlockQ6_K {  // low nibbles [128], high two bits [64], int8 scales [16], 
 struct BlockIQ4_XS {  // d, high two bits [2] and low nibbles [4] of eight scales, codes [128]
   static constexpr int kColumns = 256, kBytes = 136, kCodes = 8, kScaled = 32;
   static constexpr bool kOffset = false;
-  PEFT_EXT_BOTH static float scale(const uint8_t* b, int g) {
+  static float scale(const uint8_t* b, int g) {
     const int s = g / 2, low = b[4 + s / 2] >> s % 2 * 4 & 15, high = gguf_u16(b + 2) >> 2 * s & 3;
     return gguf_half(b) * static_cast<float>((low | high << 4) - 32);
   }
-  PEFT_EXT_BOTH static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 8 + g / 2 * 16, g % 2, i); }
+  static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 8 + g / 2 * 16, g % 2, i); }
 };
 
 }  // namespace

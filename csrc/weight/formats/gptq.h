@@ -18,14 +18,14 @@ struct Gptq {
   static constexpr int kV1 = 1;  // flag of `option`
   static constexpr bool kRowBlocks = true;
 
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     const int bits = code_bits(w.option);
     return has_float_scales(w) && (bits == 2 || bits == 4 || bits == 8) && format_flags(w.option) < 2
                ? nullptr
                : "2, 4 or 8 bits, and scales of float32, bfloat16 or float16";
   }
 
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     const int bits = code_bits(w.option);
     if (part == 0) return 4 * words_of(w.columns, bits) * w.rows;
     if (part == 1) return scale_bytes(w, groups_of(w) * w.rows);
@@ -33,7 +33,7 @@ struct Gptq {
     return part == 3 ? -4 * w.columns : 0;
   }
 
-  PEFT_EXT_BOTH static int zero_at(const PackedView& w, int64_t row, int64_t group) {
+  static int zero_at(const PackedView& w, int64_t row, int64_t group) {
     const int bits = code_bits(w.option);
     const uint32_t ones = 0xffffffffu / ((1u << bits) - 1);  // 1 in each field
     const uint32_t word = static_cast<const uint32_t*>(w.part[2])[group * words_of(w.rows, bits) + (row * bits >> 5)] +
@@ -41,7 +41,7 @@ struct Gptq {
     return field_of(word, bits, row);
   }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const int bits = code_bits(w.option);
     const int64_t group = group_at(w, w.part[3], column);
     const uint32_t word = static_cast<const uint32_t*>(w.part[0])[(column * bits >> 5) * w.rows + row];

@@ -16,9 +16,9 @@ struct Hqq {
 
   static constexpr int kAxis0 = 1;  // flag of `option`
 
-  PEFT_EXT_BOTH static bool has_axis0(const PackedView& w) { return format_flags(w.option) & kAxis0; }
+  static bool has_axis0(const PackedView& w) { return format_flags(w.option) & kAxis0; }
 
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     const int bits = code_bits(w.option);
     const int64_t count = w.rows * w.columns;
     return has_float_scales(w) && (bits == 4 || bits == 8) && format_flags(w.option) < 2 && w.group > 0 &&
@@ -28,7 +28,7 @@ struct Hqq {
                  "float32, bfloat16 or float16";
   }
 
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     const int64_t count = w.rows * w.columns;
     if (part == 0) return code_bits(w.option) == 8 ? count : count / 2;
     return part < 3 ? scale_bytes(w, count / w.group) : 0;
@@ -36,7 +36,7 @@ struct Hqq {
 
   // Returns a float32 value, rounded to nearest, ties to even, to a dtype of scales. No branch depends on the value,
   // and the comparisons are of signed numbers, so that loops of this function are vectorized.
-  PEFT_EXT_BOTH static float rounded(float value, ScaleType type) {
+  static float rounded(float value, ScaleType type) {
     if (type == ScaleType::kF32) return value;
     int32_t bits, wide;
     memcpy(&bits, &value, sizeof(bits));
@@ -62,7 +62,7 @@ struct Hqq {
     return value;
   }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const uint8_t* codes = static_cast<const uint8_t*>(w.part[0]);
     const int64_t flat = row * w.columns + column, count = w.rows * w.columns, half = count / 2;
     const int64_t group = has_axis0(w) ? flat % (count / w.group) : flat / w.group;

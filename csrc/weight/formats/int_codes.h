@@ -8,38 +8,36 @@ namespace peft_ext {
 namespace {
 
 // Number of words of `count` codes. No code lies in two words.
-PEFT_EXT_BOTH int64_t words_of(int64_t count, int bits) {
-  return (count >> 5) * bits + (((count & 31) * bits + 31) >> 5);
-}
+inline int64_t words_of(int64_t count, int bits) { return (count >> 5) * bits + (((count & 31) * bits + 31) >> 5); }
 
 // Returns the field of code i in the word of the code.
-PEFT_EXT_BOTH int field_of(uint32_t word, int bits, int64_t i) {
+inline int field_of(uint32_t word, int bits, int64_t i) {
   return static_cast<int>(word >> (i * bits & 31) & ((1u << bits) - 1));
 }
 
 // Returns code i of a row of words.
-PEFT_EXT_BOTH int code_at(const void* words, int bits, int64_t i) {
+inline int code_at(const void* words, int bits, int64_t i) {
   return field_of(static_cast<const uint32_t*>(words)[i * bits >> 5], bits, i);
 }
 
 // Returns value / group. The division of 32-bit integers is faster than the division of 64-bit integers.
-PEFT_EXT_BOTH int64_t divided(int64_t value, int64_t group) {
+inline int64_t divided(int64_t value, int64_t group) {
   return value >> 32 ? value / group : static_cast<uint32_t>(value) / static_cast<uint32_t>(group);
 }
 
 // Returns the number of bytes of `count` scales.
-PEFT_EXT_BOTH int64_t scale_bytes(const PackedView& w, int64_t count) {
+inline int64_t scale_bytes(const PackedView& w, int64_t count) {
   return count * (scale_type(w.option) == ScaleType::kF32 ? 4 : 2);
 }
 
-PEFT_EXT_BOTH bool has_float_scales(const PackedView& w) { return scale_type(w.option) <= ScaleType::kF16; }
+inline bool has_float_scales(const PackedView& w) { return scale_type(w.option) <= ScaleType::kF16; }
 
 // Number of groups of a row's columns.
-PEFT_EXT_BOTH int64_t groups_of(const PackedView& w) { return w.group ? divided(w.columns + w.group - 1, w.group) : 1; }
+inline int64_t groups_of(const PackedView& w) { return w.group ? divided(w.columns + w.group - 1, w.group) : 1; }
 
 // Returns the group of a column. `g_idx` has the group of each column, and is null if groups are consecutive columns.
 // The operators do not check the values of g_idx: a group that does not exist is read as the last one.
-PEFT_EXT_BOTH int64_t group_at(const PackedView& w, const void* g_idx, int64_t column) {
+inline int64_t group_at(const PackedView& w, const void* g_idx, int64_t column) {
   if (!g_idx) return w.group ? divided(column, w.group) : 0;
   const int64_t group = static_cast<const uint32_t*>(g_idx)[column], last = groups_of(w) - 1;
   return group < last ? group : last;

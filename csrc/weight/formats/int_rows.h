@@ -20,10 +20,10 @@ constexpr float kIntCode[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f,
 struct IntRows {
   static constexpr int kPlain = 1, kOneScale = 2;  // flags of `option`
 
-  PEFT_EXT_BOTH static bool is_plain(const PackedView& w) { return format_flags(w.option) & kPlain; }
-  PEFT_EXT_BOTH static bool has_one_scale(const PackedView& w) { return format_flags(w.option) & kOneScale; }
+  static bool is_plain(const PackedView& w) { return format_flags(w.option) & kPlain; }
+  static bool has_one_scale(const PackedView& w) { return format_flags(w.option) & kOneScale; }
 
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     const int bits = code_bits(w.option);
     const bool has_bits = is_plain(w) ? bits == 8 : bits == 2 || bits == 4 || bits == 8;
     const bool has_groups = w.group == 0 || w.columns % w.group == 0;
@@ -33,7 +33,7 @@ struct IntRows {
                : "groups that divide the columns, 2, 4 or 8 bits, and scales of float32, bfloat16 or float16";
   }
 
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     const int bits = code_bits(w.option);
     const int64_t scales = has_one_scale(w) ? 1 : w.rows * groups_of(w);
     if (part == 0) return is_plain(w) ? w.rows * w.columns : 4 * w.rows * words_of(w.columns, bits);
@@ -42,12 +42,12 @@ struct IntRows {
     return part == 3 ? -4 * w.columns : 0;
   }
 
-  PEFT_EXT_BOTH static int64_t scale_index(const PackedView& w, int64_t row, int64_t group) {
+  static int64_t scale_index(const PackedView& w, int64_t row, int64_t group) {
     return has_one_scale(w) ? 0 : row * groups_of(w) + group;
   }
 
   // Returns the zero of a packed weight as a code of 0 and more, and the zero of a plain weight as it is stored.
-  PEFT_EXT_BOTH static int zero_at(const PackedView& w, int64_t row, int64_t group) {
+  static int zero_at(const PackedView& w, int64_t row, int64_t group) {
     const int bits = code_bits(w.option);
     if (!w.part[2]) return is_plain(w) ? 0 : 1 << (bits - 1);
     if (is_plain(w)) return static_cast<const int8_t*>(w.part[2])[scale_index(w, row, group)];
@@ -56,7 +56,7 @@ struct IntRows {
     return code_at(words, bits, row % codes);
   }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const int64_t group = group_at(w, w.part[3], column);
     const int bits = code_bits(w.option);
     const uint32_t* words = static_cast<const uint32_t*>(w.part[0]) + row * words_of(w.columns, bits);

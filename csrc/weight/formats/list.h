@@ -13,7 +13,7 @@
 // A format whose words hold codes of one column and several rows may also have
 //
 //   constexpr bool kRowBlocks = true;
-//   void decode_rows(w, row, rows, column, float* out, stride);   decode32 of up to 16 rows, from a multiple of 16 on
+//   void decode_rows(w, row, rows, column, float* out, stride);   decode32 of up to 16 rows
 //
 // A format of e4m3 codes has `constexpr bool kE4m3 = true`, codes(w, row, column) and scale(w, row, column), where a
 // scale is one for the 32 columns from a multiple of 32 on.

@@ -11,20 +11,20 @@ namespace peft_ext {
 namespace {
 
 struct Mxfp4 {
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     return w.group == 32 && w.columns % 32 == 0 ? nullptr : "group 32, and a multiple of 32 columns";
   }
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     return part == 0 ? w.rows * (w.columns / 2) : part == 1 ? w.rows * (w.columns / 32) : 0;
   }
 
   // Returns 2^(byte - 128), which is finite for every byte, unlike 2^(byte - 127).
-  PEFT_EXT_BOTH static float half_scale(const PackedView& w, int64_t group) {
+  static float half_scale(const PackedView& w, int64_t group) {
     const uint32_t byte = static_cast<const uint8_t*>(w.part[1])[group];
-    return float_of_bits(byte < 2 ? 0x00200000u << byte : (byte - 1) << 23);
+    return bits_to_float(byte < 2 ? 0x00200000u << byte : (byte - 1) << 23);
   }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const int64_t flat = row * w.columns + column;
     return e2m1_doubled(nibble_code(w.part[0], flat, 0)) * half_scale(w, flat / 32);
   }

@@ -15,26 +15,26 @@ namespace {
 struct Nvfp4 {
   static constexpr int kReciprocal = 1;
 
-  PEFT_EXT_BOTH static const char* refused(const PackedView& w) {
+  static const char* refused(const PackedView& w) {
     return w.group == 16 && w.columns % 16 == 0 ? nullptr : "group 16, and a multiple of 16 columns";
   }
-  PEFT_EXT_BOTH static int64_t part_bytes(const PackedView& w, int part) {
+  static int64_t part_bytes(const PackedView& w, int part) {
     const int64_t sizes[] = {w.rows * (w.columns / 2), w.rows * (w.columns / 16), 4};
     return part < 3 ? sizes[part] : 0;
   }
 
-  PEFT_EXT_BOTH static bool reciprocal(const PackedView& w) { return format_flags(w.option) & kReciprocal; }
+  static bool reciprocal(const PackedView& w) { return format_flags(w.option) & kReciprocal; }
 
-  PEFT_EXT_BOTH static float scale(const PackedView& w, int64_t group) {
-    const float local = e4m3_code_value(static_cast<const uint8_t*>(w.part[1])[group]);
+  static float scale(const PackedView& w, int64_t group) {
+    const float local = e4m3_value(static_cast<const uint8_t*>(w.part[1])[group]);
     const float global = static_cast<const float*>(w.part[2])[0];
     return reciprocal(w) ? local / global : local * global;
   }
 
   // `zero` is -0 or +0: the sum x + zero is x for every x but -0, and -0 + zero is zero.
-  PEFT_EXT_BOTH static float code_value(uint32_t code, float zero) { return e2m1_doubled(code) * 0.5f + zero; }
+  static float code_value(uint32_t code, float zero) { return e2m1_doubled(code) * 0.5f + zero; }
 
-  PEFT_EXT_BOTH static float value(const PackedView& w, int64_t row, int64_t column) {
+  static float value(const PackedView& w, int64_t row, int64_t column) {
     const int64_t flat = row * w.columns + column;
     return code_value(nibble_code(w.part[0], flat, 0), reciprocal(w) ? -0.0f : 0.0f) * scale(w, flat / 16);
   }
@@ -69,9 +69,9 @@ struct Nvfp4 {
     const uint8_t* locals = static_cast<const uint8_t*>(w.part[1]) + (row * w.columns + column) / 16;
     const float global = static_cast<const float*>(w.part[2])[0];
     if (reciprocal(w)) {
-      for (int64_t i = 0; i < count; ++i) scale[i] = e4m3_code_value(locals[i]) / global;
+      for (int64_t i = 0; i < count; ++i) scale[i] = e4m3_value(locals[i]) / global;
     } else {
-      for (int64_t i = 0; i < count; ++i) scale[i] = e4m3_code_value(locals[i]) * global;
+      for (int64_t i = 0; i < count; ++i) scale[i] = e4m3_value(locals[i]) * global;
     }
   }
 #endif

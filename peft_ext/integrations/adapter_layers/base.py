@@ -18,8 +18,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..._imports import optional
 from ...nn import NF4Linear, PackedLinear
 from ...ops.checks import autocast_dtype
-from ...weights.fp4 import fp4
-from ...weights.nf4 import NESTED_BLOCKSIZE, NestedAbsmax, nf4_from_params4bit, why_not_nf4
+from ...weights.fp4 import held_by_params4bit
+from ...weights.nf4 import NESTED_BLOCKSIZE, nf4_from_params4bit, why_not_nf4
 from ...weights.packed import PackedWeight
 from .foreign import foreign_operands, foreign_weight, is_foreign
 
@@ -190,12 +190,7 @@ def why_not_4bit(state: Any) -> Optional[str]:
 
 
 def _weight_4bit(weight: Tensor, state: Any) -> PackedWeight:
-    if state.quant_type != "fp4":
-        return nf4_from_params4bit(weight, state)
-    with torch._C.DisableTorchFunctionSubclass():
-        packed = weight.data.reshape(-1).view(torch.uint8)  # quant_storage may give the bytes another dtype
-    nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset) if state.nested else None
-    return fp4(packed, state.absmax, state.shape, state.dtype, blocksize=state.blocksize, nested=nested)
+    return held_by_params4bit(weight, state) if state.quant_type == "fp4" else nf4_from_params4bit(weight, state)
 
 
 def operands(
