@@ -1,0 +1,8 @@
+"""GGUF, the file format of llama.cpp: reading files, and models whose weights stay packed as in the file.
+
+header    the checked header of a file: metadata, and the place of each tensor
+"""
+
+from .header import GgufError, GgufHeader, TensorInfo, is_gguf, read_header
+
+__all__ = ["GgufError", "GgufHeader", "TensorInfo", "is_gguf", "read_header"]
