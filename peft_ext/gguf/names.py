@@ -1,0 +1,109 @@
+"""The names of a model's modules in GGUF files, and the order in which a file stores the rows of a weight.
+
+The package ``gguf`` has the names for each architecture. llama.cpp's converter reorders rows of a few weights, so that
+its rotary positions can use neighbouring columns; :class:`GgufNames` says which, and knows no other change of layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from torch import Tensor
+
+from .._imports import required
+from ..weights.gguf import llama_row_order
+from .header import GgufError, GgufHeader
+
+__all__ = ["ARCHITECTURES", "GgufNames"]
+
+# Architectures of GGUF whose weights have the layout of transformers' model, but for the rows of attn_q and attn_k
+# where the value is True. transformers' model type -> architecture of GGUF and whether these rows are interleaved.
+# Source: llama.cpp convert_hf_to_gguf.py (modify_tensors), transformers modeling_gguf_pytorch_utils.py.
+ARCHITECTURES: dict[str, tuple[str, bool]] = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "phi3": ("phi3", False),
+    "stablelm": ("stablelm", False),
+    "starcoder2": ("starcoder2", False),
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "nemotron": ("nemotron", False),
+    "lfm2": ("lfm2", False),
+}
+_INTERLEAVED = {architecture for architecture, interleaved in ARCHITECTURES.values() if interleaved}
+
+
+class GgufNames:
+    """Names and row orders of one model.
+
+    Args:
+        architecture: GGUF's name of the architecture, a value of ``ARCHITECTURES``.
+        layers: number of layers.
+        heads, kv_heads: attention heads and key-value heads of each layer.
+
+    Raises: ValueError for an architecture that ``ARCHITECTURES`` does not have.
+    """
+
+    def __init__(self, architecture: str, layers: int, heads: int, kv_heads: int) -> None:
+        with required("gguf", "names of GGUF tensors"):
+            from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        known = {name for name, _ in ARCHITECTURES.values()}
+        numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+        if architecture not in known or architecture not in numbers:
+            wanted = ", ".join(sorted(known))
+            raise ValueError(f"gguf: the architecture is {architecture!r:.60}, wanted one of {wanted}")
+        self.architecture, self.layers, self.heads, self.kv_heads = architecture, layers, heads, kv_heads
+        self._map = get_tensor_name_map(numbers[architecture], layers)
+
+    @classmethod
+    def of_file(cls, header: GgufHeader) -> GgufNames:
+        """Returns the names in a model's file. Raises GgufError where the metadata has no number of layers or heads."""
+        architecture = header.architecture
+
+        def size(key: str, default: Optional[int] = None) -> int:
+            value = header.get(f"{architecture}.{key}", default)
+            if isinstance(value, list):  # a number for each layer
+                value = max(value, default=0)
+            if type(value) is not int or value < 1:
+                raise header.error(f"{architecture}.{key} is {value!r:.60}, wanted a positive integer")
+            return value
+
+        heads = size("attention.head_count")
+        try:
+            return cls(architecture, size("block_count"), heads, size("attention.head_count_kv", heads))
+        except GgufError:
+            raise
+        except ValueError as error:
+            raise header.error(str(error).removeprefix("gguf: ")) from None
+
+    @classmethod
+    def of_config(cls, config: Any) -> GgufNames:
+        """Returns the names for a transformers configuration. Raises ValueError for a model type that is not known."""
+        if config.model_type not in ARCHITECTURES:
+            wanted = ", ".join(ARCHITECTURES)
+            raise ValueError(f"gguf: the model type is {config.model_type!r:.60}, wanted one of {wanted}")
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return cls(ARCHITECTURES[config.model_type][0], config.num_hidden_layers, heads, kv_heads)
+
+    def tensor(self, module: str) -> Optional[str]:
+        """Returns the name in the file of a module of transformers' model, without ".weight"; None if it has none.
+
+        "model.layers.0.self_attn.q_proj" is "blk.0.attn_q".
+        """
+        return self._map.get_name(module)
+
+    def row_order(self, tensor: str, rows: int) -> Optional[Tensor]:
+        """Returns int64 ``[rows]``: row i of transformers' weight is row ``order[i]`` of the file's ``tensor``.
+
+        Returns None where the rows have the same order.
+
+        Raises ValueError if the number of rows does not fit the heads.
+        """
+        kind = tensor.rpartition(".")[2]
+        if self.architecture not in _INTERLEAVED or kind not in ("attn_q", "attn_k"):
+            return None
+        return llama_row_order(rows, self.heads if kind == "attn_q" else self.kv_heads)
