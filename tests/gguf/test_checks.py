@@ -34,9 +34,12 @@ def sets(**changes: Any) -> Edit:
     return edit
 
 
-def checked(path: Path, architecture: str = "llama", keys: Edit = sets(), tensors: Edit = sets(), **more: Any) -> Path:
+UNCHANGED = sets()
+
+
+def checked(path: Path, architecture: str = "llama", keys: Edit = UNCHANGED, tensors: Edit = UNCHANGED) -> Path:
     file = path / "a.gguf"
-    file.write_bytes(gf.model_file(architecture, keys, tensors, **more).out)
+    file.write_bytes(gf.model_file(architecture, keys, tensors).out)
     check_model(read_header(file))
     return file
 
@@ -124,7 +127,7 @@ def test_sizes(field: str, least: int, most: int, tmp_path: Path) -> None:
     wanted = f"an integer from {least} to {most}" if most > least else f"{least}"
     for value, shown in (
         ((U64, most + 1), f"{most + 1}"), ((I32, least - 1), f"{least - 1}"), ((U64, 2**64 - 1), f"{2**64 - 1}"),
-        ((F32, 2.0), "2.0"), ((BOOL, True), "True"), ((STRING, "2"), "'2'"), ((ARRAY, (U32, [2, 2])), "an array of 2 int"),
+        ((F32, 2.0), "2.0"), ((BOOL, True), "True"), ((STRING, "2"), "'2'"), ((ARRAY, (U32, [2])), "an array of 1 int"),
         ((ARRAY, (STRING, [])), "an array of 0"),
     ):  # fmt: skip
         message = f"llama.{field} is {shown}, wanted {wanted}"
@@ -210,7 +213,7 @@ def test_layers_without_end(tmp_path: Path) -> None:
       for key in ("general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")),
     ("tokenizer.chat_template", (ARRAY, (STRING, ["x"])), "is ['x'], wanted a string"),
     ("tokenizer.ggml.model", None, "is missing, wanted a string"),
-    *(("tokenizer.ggml.model", (STRING, name), f"is {name!r}, wanted one of gpt2, llama") for name in ("t5", "bert", "")),
+    *(("tokenizer.ggml.model", (STRING, name), f"is {name!r}, wanted one of gpt2, llama") for name in ("t5", "")),
     *((f"tokenizer.ggml.{key}", (U32, 1), "is 1, wanted a bool")
       for key in ("add_bos_token", "add_eos_token", "add_space_prefix")),
     ("tokenizer.ggml.tokens", None, "is missing, wanted an array of str"),
@@ -282,7 +285,7 @@ def random_value(draw: random.Random) -> tuple[int, Any]:
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
 def test_transformers_reads_what_is_taken(count: int, tmp_path: Path) -> None:
     """A file that :func:`check_model` takes gives a configuration and a tokenizer, in a bounded time.
 
