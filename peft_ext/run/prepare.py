@@ -244,10 +244,8 @@ def _check_packages(o: Options) -> None:
         check_demo_model()
     elif gguf_path(o.model) is not None:
         need("finetune", "gguf")
-        if o.stock:
-            raise RunError("--stock with a GGUF file: PEFT and transformers train no GGUF weights on this machine")
         if o.shard != "ddp":
-            raise RunError(f"--shard {o.shard} with a GGUF file: its weights are mapped and not sharded, wanted ddp")
+            raise RunError(f"--shard {o.shard} with a GGUF file: only folders of safetensors are sharded, wanted ddp")
     elif o.model.endswith(".gguf") and not folder.exists():
         raise RunError(f"--model {o.model}: no such file")
     elif o.model.startswith((".", "/", "~")) and not folder.is_dir():
