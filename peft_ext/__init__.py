@@ -42,6 +42,8 @@ _LAZY = {
     "MergeError": "merge",
     "MergeReport": "merge",
     "merge_to_dense": "merge",
+    "GgufMergeReport": "merge",
+    "merge_to_gguf": "merge",
     "save_adapter": "files",
     "dequantize_nf4": "quantize",
     "dequantize_packed": "quantize",
