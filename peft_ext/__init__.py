@@ -37,6 +37,7 @@ _LAZY = {
     "explain": "integrations.peft",
     "register_form": "integrations.model_blocks.proof",
     "PackedConfig": "integrations.packed",
+    "load_gguf": "gguf.load",
     "get_peft_model": "model",
     "load_adapter": "model",
     "MergeError": "merge",

@@ -36,6 +36,7 @@ _SIZES: dict[str, tuple[int, int]] = {
     "expert_count": (0, 0),  # no architecture of ARCHITECTURES has experts
 }
 _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+_REQUIRED_LFM2 = ("rope.freq_base", "shortconv.l_cache")
 _EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 # Further fields that transformers reads for other architectures. transformers does not compare the prefix of a key with
 # the file's architecture: in a file of a llama, "mamba.ssm.inner_size" sets intermediate_size.
@@ -45,6 +46,8 @@ _OTHER_FIELDS = {
 }  # fmt: skip
 _FIELDS = {*_SIZES, *_EPSILONS, "rope.freq_base", *_OTHER_FIELDS}
 _READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # the package gguf adds these keys itself
+
+_WHOLE_HEADS = ("gemma2", "gemma3", "llama")  # transformers takes whole heads in the embedding for these alone
 
 _TEXTS = ("general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 _BOOLS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix")
@@ -85,13 +88,16 @@ def _check_kind(header: GgufHeader) -> None:
 
 def _check_sizes(header: GgufHeader) -> None:
     architecture = header.architecture
-    for field in _REQUIRED:
+    for field in (*_REQUIRED, *(_REQUIRED_LFM2 if architecture == "lfm2" else ())):
         if f"{architecture}.{field}" not in header:
-            raise header.error(f"{architecture}.{field} is missing, wanted an integer")
+            raise header.error(f"{architecture}.{field} is missing, wanted a number")
     for field, (least, most) in _SIZES.items():
         key = f"{architecture}.{field}"
         if key in header and not (architecture == "lfm2" and field == "attention.head_count_kv"):
             _check_size(header, key, header.get(key), least, most)
+    for field in ("attention.key_length", "rope.dimension_count"):
+        if header.get(key := f"{architecture}.{field}", 0) % 2:
+            raise header.error(f"{key} is {header.get(key)}, wanted an even number")
     heads, layers = header.get(f"{architecture}.attention.head_count"), header.get(f"{architecture}.block_count")
     key = f"{architecture}.attention.head_count_kv"
     kv_heads = header.get(key, heads)
@@ -102,14 +108,18 @@ def _check_sizes(header: GgufHeader) -> None:
             _check_size(header, key, number, 0, heads)
         if not (kv_heads := max(kv_heads)):
             raise header.error(f"{key} is 0 for every layer, wanted a layer with attention")
+    if architecture in _WHOLE_HEADS and (width := header.get(f"{architecture}.embedding_length")) % heads:
+        raise header.error(
+            f"{architecture}.embedding_length is {width}, wanted a multiple of the {heads} attention heads"
+        )
     if heads % kv_heads:
         raise header.error(f"{key} is {kv_heads}, wanted a divisor of the {heads} attention heads")
     if not any(f"{architecture}.{field}" in header for field in _EPSILONS):
-        raise header.error(f"{architecture}.{_EPSILONS[0]} is missing, wanted a number")
+        raise header.error(f"{architecture}.{_EPSILONS[0]} is missing, wanted a positive float")
     for field in (*_EPSILONS, "rope.freq_base"):
         value = header.get(key := f"{architecture}.{field}", 1.0)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise header.error(f"{key} is {_shown(value)}, wanted a positive number")
+        if type(value) is not float or not 0 < value < math.inf:
+            raise header.error(f"{key} is {_shown(value)}, wanted a positive float")
 
 
 def _check_size(header: GgufHeader, key: str, value: Any, least: int, most: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy
+import torch
 
 from .._imports import required
 from .checks import check_model
@@ -58,6 +59,7 @@ def read_config(header: GgufHeader) -> Any:
         _take_fields(header, config)
         _take_rope_scaling(header, config)
     config._name_or_path = str(header.path)
+    config.dtype = torch.bfloat16
     return config
 
 

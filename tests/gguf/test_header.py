@@ -298,8 +298,8 @@ def test_huge_lengths_of_arrays(count: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "value", "shown"), [
     (U32, 0, "0"), (U32, 3, "3"), (U32, 33, "33"), (U32, 2**32 - 1, "4294967295"), (STRING, "32", "'32'"),
-    (I32, 32, "32"), (I32, -32, "-32"), (U64, 2**40, "1099511627776"), (F32, 32.0, "32.0"), (BOOL, True, "True"), (I8, 32, "32"),
-    (ARRAY, (U32, [32]), "[32]"), (U8, 32, "32"), (U16, 32, "32"),
+    (I32, 32, "32"), (I32, -32, "-32"), (U64, 2**40, "1099511627776"), (F32, 32.0, "32.0"),
+    (BOOL, True, "True"), (I8, 32, "32"), (ARRAY, (U32, [32]), "[32]"), (U8, 32, "32"), (U16, 32, "32"),
 ])  # fmt: skip
 def test_alignment(kind: int, value: Any, shown: str, tmp_path: Path) -> None:
     data = gf.written([("general.alignment", kind, value)], [("t", (1,), 24, 0, b"\0")]).out
