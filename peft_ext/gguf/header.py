@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..weights.gguf import TYPES, dense_dtype
 
-__all__ = ["GgufError", "GgufHeader", "TensorInfo", "is_gguf", "read_header"]
+__all__ = ["GgufError", "GgufHeader", "TensorInfo", "Value", "is_gguf", "read_header"]
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -51,6 +51,14 @@ _NAMES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16", 24: "I8", 25: "I16", 26: "I
 
 class GgufError(ValueError):
     """A GGUF file is damaged or has something that is not supported. The message is one line that names the file."""
+
+
+class Value(NamedTuple):
+    """A value of the metadata with GGUF's types: of the value, and of an array's elements (None where it is none)."""
+
+    data: Any
+    type: int
+    element: Optional[int]
 
 
 class _Place(NamedTuple):
@@ -136,6 +144,11 @@ class GgufHeader:
         """Returns a value of the metadata: a number, a bool, a str or a list; ``default`` where the key is missing."""
         place = self._places.get(key)
         return default if place is None else self._strings.value(place)
+
+    def value(self, key: str) -> Value:
+        """Returns a value with its types. Raises KeyError where the key is missing."""
+        place = self._places[key]
+        return Value(self._strings.value(place), place.type, place.element if place.type == _ARRAY else None)
 
     def text(self, key: str) -> str:
         """Returns a value that must be a string. Raises GgufError where the key is missing or has another type."""

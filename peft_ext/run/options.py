@@ -42,7 +42,7 @@ class Options:
     only: PEFT's configuration has no dropout for layers beside adapted parameters.
     """
 
-    model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, hub name, or "{DEMO_MODEL}".', "Model")
+    model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, GGUF file, hub name, or "{DEMO_MODEL}".', "Model")
     data: str = _option(PYTHON_DOCS, f'File, folder of files, hub name, or "{PYTHON_DOCS}".', "Data")
     output: Path = _option(Path("outputs/finetune"), "Folder for adapter, report and checkpoints.")
     method: str = _option("lora", f"One of {' '.join(METHODS)}.", "Adapter")
