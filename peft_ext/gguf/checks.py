@@ -68,7 +68,7 @@ _WHOLE_HEADS = ("gemma2", "gemma3", "llama")  # transformers takes whole heads i
 _TEXTS = ("general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 _BOOLS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix")
 _IDS = ("bos", "eos", "unknown", "padding")
-_TOKENIZERS = ("gemma4", "gpt2", "llama", "t5")
+_WITH_MERGES = ("gemma4", "gpt2", "llama")  # kinds of tokenizers; transformers makes merges from the scores
 
 
 def check_model(header: GgufHeader) -> None:
@@ -203,9 +203,9 @@ def _check_tokenizer(header: GgufHeader, vocabulary: int) -> None:
     for key in _BOOLS:
         if not isinstance(value := header.get(key, False), bool):
             raise header.error(f"{key} is {_shown(value)}, wanted a bool")
-    kind = header.text("tokenizer.ggml.model")
-    if kind not in _TOKENIZERS:
-        raise header.error(f"tokenizer.ggml.model is {kind!r:.60}, wanted one of {', '.join(_TOKENIZERS)}")
+    kind = header.get("tokenizer.ggml.model", "none")
+    if kind == "none" and "tokenizer.ggml.tokens" not in header:  # a model without a tokenizer
+        return
     tokens = _checked_list(header, "tokenizer.ggml.tokens", str)
     if not 1 <= len(tokens) <= vocabulary:
         raise header.error(f"tokenizer.ggml.tokens has {len(tokens)} tokens, wanted 1 to {vocabulary}, the rows of "
@@ -214,7 +214,7 @@ def _check_tokenizer(header: GgufHeader, vocabulary: int) -> None:
     if len(longest) > _LONGEST_TOKEN:
         raise header.error(f"a token has {len(longest)} characters, wanted at most {_LONGEST_TOKEN}")
     has_merges = "tokenizer.ggml.merges" in header
-    if "tokenizer.ggml.scores" in header or not has_merges or kind == "t5":
+    if "tokenizer.ggml.scores" in header or kind == "t5" or (not has_merges and kind in _WITH_MERGES):
         _checked_list(header, "tokenizer.ggml.scores", float, len(tokens))
     if "tokenizer.ggml.token_type" in header:
         _checked_list(header, "tokenizer.ggml.token_type", int, len(tokens))
