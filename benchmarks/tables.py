@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from . import packed_training
+from . import llama_cpp, packed_training
 from .files import Result, newest, newest_by_gpu
 from .harness import ratio_text, spread_text
 
@@ -248,6 +248,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "float32": partial(shown, ("layer-float32-avx2", float32_table)),
     "packed": partial(shown, ("layer-packed-avx512_bf16", packed_table)),
     "packed-training": partial(shown, (packed_training.NAME, packed_training.result_text)),
+    "llama-cpp": partial(shown, (llama_cpp.NAME, llama_cpp.result_text)),
     "gpu": gpu_tables,
 }  # fmt: skip
 

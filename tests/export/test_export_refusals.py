@@ -165,8 +165,8 @@ B = A.replace("lora_A", "lora_B")
             "DoRA that llama.cpp's adapters can't hold",
         ),
         (
-            lambda tensors, _: tensors.update({A.replace("lora_A", "base_layer"): torch.ones(95, 64)}),
-            "is (95, 64), which is not the size of the adapted module",
+            lambda tensors, _: tensors.update({A.replace("up_proj.lora_A", "down_proj.base_layer"): torch.ones(3)}),
+            "a weight of a module without lora_A and lora_B",
         ),
         (lambda tensors, _: tensors.clear(), "r is 4, wanted at most 0"),
     ],
