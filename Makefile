@@ -181,13 +181,18 @@ hub-tests: setup build/hub-packages/.installed
 # llama.cpp, which the source distribution of llama-cpp-python holds, in a folder of its own. The build takes some ten
 # minutes on two cores.
 build/llama/.installed: $(VENV)/.built
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
-	  -DLLAMA_BUILD_TOOLS=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(MAX_JOBS) $(BIN)/pip install --quiet --disable-pip-version-check \
-	  --no-deps --upgrade --target build/llama "$(LLAMA_CPP)" diskcache
+	mkdir -p build/llama
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest build/llama "$(LLAMA_CPP)"
+	tar -xzf build/llama/llama_cpp_python-*.tar.gz -C build/llama
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF" \
+	  CMAKE_BUILD_PARALLEL_LEVEL=$(MAX_JOBS) $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target build/llama build/llama/llama_cpp_python-*.tar.gz diskcache
 	touch $@
 
+# LLAMA_CPP_SOURCE has llama.cpp's own converter, with which the tests compare files.
 llama-cpp: setup build/llama/.installed
-	PYTHONPATH=build/llama HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py
+	LLAMA_CPP_SOURCE="$$(echo build/llama/llama_cpp_python-*/vendor/llama.cpp)" PYTHONPATH=build/llama HF_HUB_OFFLINE=1 \
+	  PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py
 	PYTHONPATH=build/llama OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m benchmarks.llama_cpp --out build/llama/compared.json
 
 # Each release goes into build/forms, 250 MB each.
