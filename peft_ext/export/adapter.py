@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -52,6 +53,7 @@ _LORA = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a",
 _ADALORA = {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"}
 _KINDS = {".lora_magnitude_vector": "DoRA", ".lora_B.bias": "lora_bias", ".bias": "a trained bias"}
 _PREFIX = "base_model.model."
+_NAME = re.compile(r"[\w.-]{1,500}")  # names of tensors are parts of one-line errors
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict
     found: dict[str, dict[str, str]] = {}
     frozen: list[str] = []
     for name in sorted(shapes):
+        if not _NAME.fullmatch(name):
+            fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(name)}, which is no name of a module's tensor")
         ending = next((end for end in endings if name.endswith(end)), None)
         if not name.startswith(_PREFIX) or ending is None:
             if name.startswith(_PREFIX) and ".base_layer." in name:

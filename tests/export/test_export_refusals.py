@@ -155,6 +155,10 @@ B = A.replace("lora_A", "lora_B")
         (lambda tensors, _: tensors.update({A: torch.full((4, 64), torch.nan)}), "values that are not finite"),
         (lambda tensors, _: tensors.update({A: torch.ones(4, 64, dtype=torch.int32)}), "is I32, wanted floats"),
         (lambda tensors, _: tensors.update({"other": torch.ones(2)}), "has 'other', a tensor that llama.cpp's"),
+        (
+            lambda tensors, _: tensors.update({"a\nb": torch.ones(2)}),
+            "has 'a\\nb', which is no name",
+        ),
         (lambda tensors, _: tensors.update({A.replace("lora_A", "norm"): torch.ones(2)}), "a tensor that llama.cpp's"),
         (
             lambda tensors, _: tensors.update({B.replace("weight", "bias"): torch.ones(96)}),
