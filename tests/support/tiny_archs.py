@@ -143,6 +143,7 @@ _LLAMA = {r"q_proj\.": _interleaved("num_attention_heads"), r"k_proj\.": _interl
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 _T5 = {
     "d_model": 256, "d_ff": 512, "d_kv": 32, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
+    "tie_word_embeddings": True,
     "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": EPSILON, "initializer_factor": 1.0, "n_positions": 64,
     "relative_attention_num_buckets": 16,
 }  # fmt: skip
@@ -211,10 +212,9 @@ KINDS: dict[str, Kind] = {
     }, {r"norm\.weight": _PLUS_ONE}),
     "gemma3": Kind("Gemma3TextConfig", {
         "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9, "tie_word_embeddings": True,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 6,
         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50_000.0},
                             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}},
-        "num_hidden_layers": 2,
     }, {
         **_HEAD, "attention.sliding_window": "sliding_window",
         "rope.freq_base": lambda config: config.rope_parameters["full_attention"]["rope_theta"],
@@ -233,7 +233,7 @@ KINDS: dict[str, Kind] = {
     "qwen35moe": Kind("Qwen3_5MoeTextConfig", {
         **_QWEN35_OPTIONS, **_EXPERTS, "shared_expert_intermediate_size": 256,
     }, {**_QWEN35_FIELDS, **_MIXTURE, **_SHARED, "feed_forward_length": None}, {
-        **_GATE_UP, **_QWEN35, r"shared_expert_gate": _one(lambda config, tensor: tensor.squeeze(0)),
+        **_GATE_UP, **_QWEN35,
     }),
     "falcon": Kind("FalconConfig", {
         "num_kv_heads": 1, "multi_query": True, "layer_norm_epsilon": EPSILON,
@@ -271,7 +271,8 @@ KINDS: dict[str, Kind] = {
         "expert_feed_forward_length": "intermediate_size", "attention.sliding_window": "sliding_window",
     }, {
         r"experts\.gate_up_proj$": lambda config, tensor: {
-            "ffn_gate_exps.weight": tensor.transpose(1, 2)[:, ::2], "ffn_up_exps.weight": tensor.transpose(1, 2)[:, 1::2]
+            "ffn_gate_exps.weight": tensor.transpose(1, 2)[:, ::2],
+            "ffn_up_exps.weight": tensor.transpose(1, 2)[:, 1::2],
         },
         r"experts\.gate_up_proj_bias": lambda config, tensor: {
             "ffn_gate_exps.bias": tensor[:, ::2], "ffn_up_exps.bias": tensor[:, 1::2]
@@ -387,7 +388,7 @@ def file_tensors(kind: str, model: Any) -> dict[str, Tensor]:
                 new = names.get_name(name.removeprefix("transformer."), try_suffixes=(".weight", ".bias"))
                 new = new or names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert new is not None, f"{name} has no name in a GGUF file"
-            found[new] = values.detach().float().contiguous()
+            found[new] = values.detach().float().squeeze().contiguous()  # the converter squeezes too
     return found
 
 
