@@ -164,12 +164,16 @@ class _Facts:
                 self.taken.add(key)
             elif size is not None and key == "expert_feed_forward_length" and size == config.intermediate_size:
                 self.taken.add(key)
-        if self.architecture == "gpt2":
+        if self.architecture == "gpt2":  # transformers puts the number into n_ctx, which GPT-2 does not use
             changes["n_positions"] = self.get("context_length")
-        if (epsilon := self.get("attention.layer_norm_epsilon")) is not None:
-            if (field := next(filter(self.has, _EPSILONS), None)) is not None:
-                changes[field] = epsilon
-        if (experts := self.get("expert_count", 0)) and not any(map(self.has, ("num_experts", "num_local_experts"))):
+        field = next(filter(self.has, _EPSILONS), None)
+        if (epsilon := self.get("attention.layer_norm_epsilon")) is not None and field is not None:
+            changes[field] = epsilon
+        elif self.get("attention.layer_norm_rms_epsilon") is None and not config.model_type.endswith("t5"):
+            raise self.refuse("attention.layer_norm_rms_epsilon", "wanted a positive float")
+        if (experts := self.get("expert_count", 0)) and self.get("expert_used_count", 0) not in range(1, experts + 1):
+            raise self.refuse("expert_used_count", f"wanted a number from 1 to the {experts} experts")
+        if experts and not any(map(self.has, ("num_experts", "num_local_experts"))):
             raise self.header.error(f"the model has {experts} experts, and transformers reads {self.architecture} "
                                     f"files as {config.model_type}, without experts")  # fmt: skip
 

@@ -25,6 +25,19 @@ with required("transformers", "a model in a GGUF file"):
 __all__ = ["read_config", "read_tokenizer"]
 
 
+# Architectures that transformers 5.24 reads from GGUF files, beside those of integrations.gguf.
+_READ = {
+    "bloom", "falcon", "gemma2", "gemma3", "gpt2", "llama", "mamba", "minimax-m2", "mistral", "nemotron", "phi3",
+    "qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder",
+}  # fmt: skip
+# Architectures in transformers' lists whose files transformers 5.24 can't read, and the reason.
+_UNREADABLE = {
+    "deci": "transformers has no model deci",
+    "gemma4": "transformers does not read the sizes of Gemma 4's layers from the file",
+    "gpt-oss": "transformers does not read the experts of gpt-oss from the file",
+}
+
+
 def read_config(header: GgufHeader) -> Any:
     """Returns the transformers configuration of the model in a file.
 
@@ -33,6 +46,11 @@ def read_config(header: GgufHeader) -> Any:
     """
     check_model(header)
     architecture = header.architecture
+    if architecture in _UNREADABLE:
+        raise header.error(f"general.architecture is {architecture!r}: {_UNREADABLE[architecture]}")
+    if architecture not in (known := {*_READ, *GGUF_CONFIG_ARCHS}):
+        wanted = ", ".join(sorted(known))
+        raise header.error(f"general.architecture is {architecture!r:.60}, wanted one of {wanted}")
     try:
         if architecture in GGUF_CONFIG_ARCHS:
             config = _read_by_function(header)
@@ -52,6 +70,8 @@ def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
     """Returns the tokenizer in a file, with its chat template. Raises GgufError where transformers can't read it."""
     check_model(header)
     check_tokenizer(header)
+    if "tokenizer.ggml.tokens" not in header:
+        raise header.error("the file has no tokenizer: tokenizer.ggml.tokens is missing")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(header.path.parent), gguf_file=header.path.name, **kwargs
@@ -70,7 +90,11 @@ def _line(error: Exception) -> str:
 
 def _read_by_function(header: GgufHeader) -> Any:
     """Returns the configuration that transformers' ``get_gguf_config`` makes of the metadata."""
-    metadata = {key: header.get(key) for key in header.keys if not key.startswith("tokenizer.ggml.tokens")}
+    metadata = {
+        key: header.get(key)
+        for key in header.keys
+        if not key.startswith("tokenizer.") or key.endswith("_token_id")  # not the lists of the vocabulary
+    }
     metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # transformers wants the number
     fields = get_gguf_config(metadata, tuple(header.tensors))
     return AutoConfig.for_model(**fields)
