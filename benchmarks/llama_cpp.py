@@ -125,10 +125,12 @@ class Ours:
 
     @torch.no_grad()
     def greedy(self, tokens: Sequence[int], count: int, stop: int) -> list[int]:
-        found: list[int] = []
-        while len(found) < count and stop not in found:
-            found.append(int(self.logits([*tokens, *found])[-1].argmax()))
-        return found
+        given = torch.tensor([tokens])
+        found = self.model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False,
+            eos_token_id=stop, pad_token_id=stop,
+        )  # fmt: skip
+        return found[0, len(tokens) :].tolist()
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:
@@ -170,7 +172,7 @@ def measure(types: Sequence[str], steps: int, out: Path) -> None:
         for kind in types:
             base = folder / f"{kind}.gguf"
             if not base.exists():
-                quantize_file(folder / "F16.gguf", base, kind, torch.get_num_threads())
+                quantize_file(folder / "F16.gguf", base, kind)
             exported = {}
             for dtype in KINDS[1:]:
                 exported[dtype] = folder / f"adapter-{dtype}.gguf"

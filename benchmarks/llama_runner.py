@@ -52,7 +52,7 @@ def _error(what: str) -> LlamaError:
     return LlamaError(f"{what}: {' '.join(_said[-3:])}")
 
 
-def quantize_file(source: Path, target: Path, kind: str, threads: int = 2) -> None:
+def quantize_file(source: Path, target: Path, kind: str, threads: int = 1) -> None:
     """Writes the GGUF file ``target`` of the file type ``kind`` by llama.cpp's own quantizer. Raises LlamaError."""
     llama = _library()
     options = llama.llama_model_quantize_default_params()
@@ -67,11 +67,12 @@ class Runner:
     Args:
         model: the GGUF file.
         adapter: an adapter file, which is applied with scale 1; None: no adapter.
+        threads: llama.cpp's threads, which wait for each other in a loop: more threads than free cores are slow.
 
     Raises: LlamaError.
     """
 
-    def __init__(self, model: Path, adapter: Optional[Path] = None, threads: int = 2) -> None:
+    def __init__(self, model: Path, adapter: Optional[Path] = None, threads: int = 1) -> None:
         self._llama = llama = _library()
         self._model = self._context = None
         _said.clear()

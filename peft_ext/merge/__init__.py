@@ -1,4 +1,5 @@
-"""Merges an adapter into its base: writes a dense transformers model, which needs neither PEFT nor peft_ext.
+"""Merges an adapter into its base: writes a dense transformers model, which needs neither PEFT nor peft_ext, or a GGUF
+file, see :mod:`peft_ext.merge.gguf`.
 
     W' = merge(W, adapter)          W, W' [N, K]; an NF4 W is dequantized; merge: the method's own, in float32
 
@@ -11,5 +12,6 @@ until both are written. Modules whose tensors transformers joins when it saves a
 
 from .dense import DTYPES, MergeReport, merge_to_dense
 from .errors import MergeError
+from .gguf import GgufMergeReport, merge_to_gguf
 
-__all__ = ["DTYPES", "MergeError", "MergeReport", "merge_to_dense"]
+__all__ = ["DTYPES", "GgufMergeReport", "MergeError", "MergeReport", "merge_to_dense", "merge_to_gguf"]

@@ -145,7 +145,7 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
                 continue
             key = packed.parts[0].data_ptr(), packed.shape
             if key not in made:
-                made[key] = _without_memory(getattr(child, "compute_dtype", None) or packed.dtype, packed.shape)
+                made[key] = without_memory(getattr(child, "compute_dtype", None) or packed.dtype, packed.shape)
             weight = made[key]
             if isinstance(child, nn.Embedding):
                 dense: nn.Module = nn.Embedding(*packed.shape, child.padding_idx, device="meta")
@@ -175,7 +175,7 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
     return count, formats
 
 
-def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
+def without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
     """Returns a parameter of ``shape`` whose elements share one element of memory; PEFT sees a dense CPU weight."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
@@ -193,7 +193,7 @@ def _stand_in_of_experts(base: Base, experts: FrozenExperts) -> None:
     dense_experts(experts)  # all tensors are on the meta device, so no data is dequantized
     for name, packed in held.items():
         shape = experts._parameters[name].shape
-        parameter = experts._parameters[name] = _without_memory(dtype or packed.dtype, shape)
+        parameter = experts._parameters[name] = without_memory(dtype or packed.dtype, shape)
 
         def read(packed: PackedWeight = packed) -> Tensor:
             dense = packed.to("cpu").dequantize(torch.float32)

@@ -137,7 +137,7 @@ def merge_to_dense(
     _check_options(base_quant, blocksize)
     with as_merge_error(SourceError):
         adapter = find_folder("adapter", adapter, ["*.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
-    config = _adapter_config(adapter)
+    config = adapter_config(adapter)
     output = Path(output).expanduser()
     with hushed():
         with as_merge_error(SafetensorError, about=f"{adapter / SAFETENSORS_WEIGHTS_NAME}: "):
@@ -151,7 +151,7 @@ def merge_to_dense(
             tqdm(desc="merging", total=plan.nbytes, unit="B", unit_scale=True, leave=False, disable=disable) as bar,
             atomic_folder(output, overwrite=overwrite) as folder,
         ):
-            _check_room(folder, plan.nbytes)
+            check_room(folder, plan.nbytes)
             files = plan.write(folder, max_shard_size, bar.update)
             writer.write_beside(base, plan.config, folder)
     return MergeReport(
@@ -187,7 +187,7 @@ def init_that_changes_base(config: PeftConfig) -> Optional[str]:
     return init if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE) else None
 
 
-def _adapter_config(folder: Path) -> PeftConfig:
+def adapter_config(folder: Path) -> PeftConfig:
     if not (folder / CONFIG_NAME).is_file():
         fail(f"no {CONFIG_NAME} in {folder}, wanted an adapter in PEFT's format")
     with as_merge_error(ValueError, FileNotFoundError):
@@ -221,7 +221,7 @@ def _check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
         fail(f"output is {output}, which is not empty and no model's folder, so it is not replaced")
 
 
-def _check_room(folder: Path, nbytes: int) -> None:
+def check_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         wanted, there = (format_bytes(size, binary=False) for size in (nbytes, free))

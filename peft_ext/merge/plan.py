@@ -133,6 +133,11 @@ class Plan:
             if about == wanted:
                 self.config.tie_word_embeddings = False
 
+    def is_changed(self, name: str) -> bool:
+        """Returns whether the adapter may change the tensor: False for tensors outside of adapted modules."""
+        path, local = self.origin[name]
+        return path != "" or local == "" or self.after[local] is not self.before.get(name)
+
     def _is_same(self, one: str, other: str) -> bool:
         a, b = self.origin[one], self.origin[other]
         if a == b or (a[0] == b[0] == "" and self.after[one] is self.after[other]):
@@ -268,18 +273,20 @@ class Plan:
                     wide[f"{prefix}.{name}".lstrip(".")] = tensor
         return wide
 
+    def take(self, name: str) -> Tensor:
+        """Returns the value of a planned tensor once. The module's last tensor frees the memory of the module."""
+        value, path = self._value(name), self.origin[name][0]
+        self._uses[path] -= 1
+        if path and not self._uses[path]:
+            del self._made[path]
+            self.targets[path] = nn.Identity()
+            parent, _, leaf = path.rpartition(".")
+            self.base.model.get_submodule(parent)._modules[leaf] = self.targets[path]
+        return value
+
     def _group(self, names: list[str]) -> dict[str, Tensor]:
         """Returns the tensors of a group with the names, shapes and dtypes that they have in the files."""
-        found = {}
-        for name in names:
-            found[name] = self._value(name).to(self.meta[name].dtype)
-            path = self.origin[name][0]
-            self._uses[path] -= 1
-            if path and not self._uses[path]:  # the module has no further use, so its memory is freed
-                del self._made[path]
-                self.targets[path] = nn.Identity()
-                parent, _, leaf = path.rpartition(".")
-                self.base.model.get_submodule(parent)._modules[leaf] = self.targets[path]
+        found = {name: self.take(name).to(self.meta[name].dtype) for name in names}
         return revert_weight_conversion(self.base.model, found)
 
     # - the files -

@@ -21,6 +21,7 @@ import torch
 
 from .. import _cpu
 from .._version import __version__
+from ..gguf.names import ARCHITECTURES
 from ..machine import versions
 from ..methods import METHODS, Method, make_config, method_config
 from ..sources.gguf_file import gguf_config, gguf_path, read_gguf
@@ -171,6 +172,7 @@ def prepare(
     run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop(), ranks=ranks)
     run.folder = ranks.first_of_node(lambda: _model_folder(run)) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
+    _check_export(run)
     with raised_as(RunError, f"--model {options.model}: no tokenizer (", *REFUSALS, after=")"):
         run.tokenizer = load_tokenizer(run.folder, **run.packed)
     if options.block_size > run.room_of_prompts:
@@ -242,10 +244,10 @@ def _check_packages(o: Options) -> None:
         check_demo_model()
     elif gguf_path(o.model) is not None:
         need("finetune", "gguf")
-        if o.stock:
-            raise RunError("--stock with a GGUF file: PEFT and transformers train no GGUF weights on this machine")
         if o.shard != "ddp":
-            raise RunError(f"--shard {o.shard} with a GGUF file: its weights are mapped and not sharded, wanted ddp")
+            raise RunError(f"--shard {o.shard} with a GGUF file: only folders of safetensors are sharded, wanted ddp")
+    elif o.model.endswith(".gguf") and not folder.exists():
+        raise RunError(f"--model {o.model}: no such file")
     elif o.model.startswith((".", "/", "~")) and not folder.is_dir():
         raise RunError(f"--model {o.model}: no such folder")
     elif folder.is_dir():
@@ -363,6 +365,16 @@ def _read_config(run: Run) -> Any:
         raise RunError(f"--model {model}: {config.model_type} is an encoder, each of whose positions sees those after "
                        "it (is_decoder is false in its config.json), wanted a causal language model")  # fmt: skip
     return config
+
+
+def _check_export(run: Run) -> None:
+    """Raises RunError where the run has ``--export gguf`` and its model has no adapter file of llama.cpp."""
+    if run.options.export is None:
+        return
+    need("finetune", "gguf")
+    if run.config.model_type not in ARCHITECTURES:
+        raise RunError(f"--export gguf: the model is a {run.config.model_type}, wanted one of "
+                       f"{', '.join(ARCHITECTURES)}")  # fmt: skip
 
 
 def _check_prompt(run: Run) -> None:

@@ -39,6 +39,7 @@ from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
 from .progress import log, progress_callback, shows_bars, status
 from .ranks import joined
 from .record import Record, recording_callback
+from .runner import ADAPTER_FILE, about_runner, export_adapter
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,16 @@ def _train(run: Run, record: Record, model: Any) -> Result:
             check = evaluate.reread(run, model, lambda: _saved(run))
         check = run.ranks.gather(check)[0]
     asked = results["samples"][0]
+    if (about := about_runner(run)) is not None:
+        results["runner"] = about
     results |= {"finished": True, "check": asdict(check),
                 "answers": {name: asked[name] for name in ("prompt", "before", "after")}}  # fmt: skip
     record.write()
     _log_end(run, record, check)
+    if o.export is not None:
+        run.ranks.together(lambda: export_adapter(run) if run.ranks.speaks else None)
+        results["runner"] = about_runner(run, o.output / ADAPTER_FILE)
+        record.write()
     return _result(record, done, check)
 
 

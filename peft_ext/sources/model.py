@@ -194,7 +194,7 @@ def loading_arguments(quant: str) -> dict[str, Any]:
 
 
 def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> None:
-    """Replaces the layers of a model on the meta device by packed layers, as ``folder``, or a GGUF file, stores the layers.
+    """Replaces the layers of a model on the meta device by packed layers, as ``folder`` or a GGUF file stores them.
 
     Reads the headers of the files and no weight. ``about``: the configuration with the checkpoint's quantization.
     Raises SourceError where the folder has no safetensors or the files are not supported.

@@ -7,7 +7,8 @@ import pytest
 import torch
 from commands import refused, said
 from gguf import GGUFReader
-from gguf_llama import VOCABULARY, interleaved, llama_names
+from gguf_llama import VOCABULARY, adapted, interleaved, llama_names
+from gguf_small import KINDS, small_model, write_model
 from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file
 from untrusted_files import one_line
@@ -169,6 +170,27 @@ def test_the_way_back_gives_the_same_logits_bit_for_bit(made, changes):
     if "alpha_pattern" not in changes:
         back, saved = loaded.state_dict(), made.model.state_dict()
         assert all(torch.equal(back[name], saved[name]) for name in saved if "lora_" in name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of_file", [False, True])
+def test_every_architecture_goes_both_ways(tmp_path, kind, of_file):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = small_model(kind)
+    base = tmp_path / "base"
+    if of_file:
+        base = write_model(model, tmp_path / "base.gguf")
+    else:
+        model.save_pretrained(base)
+    wrapped = adapted(model, config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    done = peft_ext.write_gguf_adapter(tmp_path / "adapter", tmp_path / "a.gguf", base=base, dtype="f32")
+    loaded = peft_ext.load_gguf_adapter(small_model(kind), tmp_path / "a.gguf", accelerate=False)
+    back, saved = loaded.state_dict(), wrapped.state_dict()
+    names = [name for name in saved if "lora_" in name]
+    assert len(names) == 2 * done.pairs and all(torch.equal(back[name], saved[name]) for name in names)
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, wrapped(TOKENS).logits)
 
 
 def test_the_way_back_is_accelerated_and_goes_beside_other_adapters(made):

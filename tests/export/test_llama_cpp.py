@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_llama import VOCABULARY
+from gguf_llama import VOCABULARY, adapted
+from gguf_small import KINDS, small_model, write_model
 from peft import AdaLoraConfig, LoraConfig
 
 import peft_ext
@@ -66,6 +67,25 @@ def test_an_adapter_has_the_same_logits(made, config):
     peft_ext.write_gguf_adapter(made.adapter, made.file, base=made.gguf, overwrite=True)  # in float16
     with Runner(made.gguf, made.file) as runner:
         np.testing.assert_allclose(runner.logits(TOKENS), wanted, rtol=0, atol=2e-2 * largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture(tmp_path, kind):
+    model = small_model(kind)
+    write_model(model, tmp_path / "base.gguf")
+    base = ours(model)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = adapted(model, config, size=0.05)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wanted, file = ours(wrapped), tmp_path / "adapter.gguf"
+    assert np.abs(wanted - base).mean() > 0.05
+    peft_ext.write_gguf_adapter(tmp_path / "adapter", file, base=tmp_path / "base.gguf", dtype="f32")
+    # llama.cpp computes the approximation of GELU by tanh from a table in float16.
+    atol = 3e-3 if kind.startswith(("gemma", "starcoder2")) else 2e-5
+    with Runner(tmp_path / "base.gguf") as runner:
+        np.testing.assert_allclose(runner.logits(TOKENS), base, rtol=0, atol=atol)
+    with Runner(tmp_path / "base.gguf", file) as runner:
+        np.testing.assert_allclose(runner.logits(TOKENS), wanted, rtol=0, atol=atol)
 
 
 def test_llama_cpp_refuses_an_adapter_of_another_model(made):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_ext.gguf.names import GgufNames
+from peft_ext.reference.formats import decoded
 from peft_ext.weights.gguf import TYPES, gguf_weight, type_number
 from peft_ext.weights.gguf_quantize import quantize_gguf
 
@@ -92,7 +93,7 @@ def write_tiny_gguf(
         number = type_number(ggml or chosen.get("*", "F32"))
         data = quantize_gguf(tensor if back is None else tensor[back], number)
         if number in TYPES:
-            held = gguf_weight(data, number).dequantize(torch.float32)
+            held = decoded(gguf_weight(data, number), torch.float32)
         else:
             dense = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}[number]
             held = data.view(dense).view(tensor.shape).float()

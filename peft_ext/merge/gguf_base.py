@@ -1,0 +1,142 @@
+"""Reads a GGUF file as the base of a merge: a model of transformers whose weights are read when they are merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+
+from .._imports import required
+from ..gguf import GgufError, GgufHeader, read_header
+from ..gguf.names import GgufNames
+from ..reference.formats import decoded as decoded_by_reference
+from ..sources.json_file import first_line
+from ..weights.gguf import TYPES, gguf_weight, has_kernel
+from .base import Base, without_memory
+from .errors import as_merge_error, fail
+
+with required("transformers", "peft_ext.merge_to_gguf"):
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+__all__ = ["GgufBase"]
+
+# Architectures whose files hold the weights of norms with 1 added.
+_NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
+
+
+class GgufBase:
+    """A GGUF file and its model.
+
+    Attributes:
+        header: the file's header.
+        base: the model, whose parameters take no memory. ``base.read`` decodes a parameter from the file.
+        tensors: name in the model's ``state_dict`` -> name of the tensor in the file, for all tensors of the file that
+            the model has.
+
+    Raises: MergeError for a file whose model can't be read; OSError.
+    """
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        with as_merge_error(GgufError):
+            self.header = header = read_header(path)
+            layers, parts = header.get(f"{header.architecture}.block_count"), header.get("split.count", 1)
+            if type(layers) is int and layers > len(header.tensors):  # GgufNames makes a list of the layers' names
+                fail(f"{header.path}: the file has {len(header.tensors)} tensors for {layers} layers")
+            names = GgufNames.of_file(header)
+        if type(parts) is int and parts > 1:
+            fail(f"{header.path} is a part of a model that is split into {parts} files, wanted one file; "
+                 "llama-gguf-split --merge joins the parts")  # fmt: skip
+        self._names = names
+        model = _model(header)
+        self.tensors: dict[str, str] = {}
+        self._orders: dict[str, Tensor] = {}
+        absent = []
+        tied = "output.weight" not in header.tensors
+        for name in model.state_dict():
+            module, _, leaf = name.rpartition(".")
+            inside = names.tensor(module)
+            tensor = None if inside is None else f"{inside}.{leaf}"
+            if tensor in header.tensors:
+                self.tensors[name] = tensor
+            elif not (tied and inside == "output"):
+                absent.append(name)
+        dense = self._stand_in(model)
+        self.base = Base(model, dense, str(header.path), None, absent=tuple(absent))
+
+    def _stand_in(self, model: PreTrainedModel) -> dict[int, Any]:
+        """Replaces the model's parameters by parameters without memory; tied parameters stay tied."""
+        made: dict[int, nn.Parameter] = {}
+        dense: dict[int, Any] = {}
+        for prefix, module in model.named_modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    made[id(parameter)] = without_memory(torch.float32, parameter.shape)
+                module._parameters[leaf] = now = made[id(parameter)]
+                name = f"{prefix}.{leaf}".lstrip(".")
+                if name in self.tensors:
+                    self._check_shape(name, parameter.shape)
+                    dense[id(now)] = lambda name=name, shape=parameter.shape: self.read(name).view(shape)
+        return dense
+
+    def _check_shape(self, name: str, shape: torch.Size) -> None:
+        tensor = self.tensors[name]
+        came = self.header.tensors[tensor].shape
+        if [size for size in came if size != 1] != [size for size in shape if size != 1]:
+            fail(f"{self.header.path}: {tensor} has the sizes {came}, wanted {tuple(shape)} for {name}")
+        with as_merge_error(ValueError, about=f"{self.header.path}: {tensor}: "):
+            order = self._names.row_order(tensor.rpartition(".")[0], came[0])
+        if order is not None:
+            self._orders[tensor] = order
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor of the model in float32, with its rows in transformers' order."""
+        tensor = self.tensors[name]
+        values = decoded(self.header.data(tensor), self.header.tensors[tensor].type)
+        order = self._orders.get(tensor)
+        return values if order is None else values[order]
+
+    def in_file_order(self, name: str, values: Tensor) -> Tensor:
+        """Returns the values of the model's tensor ``name`` as the file stores them: its rows and sizes.
+
+        Raises MergeError where the file stores other values than the model's own.
+        """
+        tensor = self.tensors[name]
+        if self.header.architecture in _NORMS_PLUS_ONE and "norm" in tensor:
+            fail(f"the adapter changes {name}, which files of {self.header.architecture} store with 1 added: "
+                 "wanted an adapter that changes no norm")  # fmt: skip
+        order = self._orders.get(tensor)
+        values = values if order is None else values[torch.argsort(order)]
+        return values.reshape(self.header.tensors[tensor].shape)
+
+
+def decoded(data: Tensor, type: int) -> Tensor:
+    """Returns the values of a tensor's bytes (quantized) or of a dense tensor in float32."""
+    if type in TYPES:
+        weight = gguf_weight(data, type)
+        return weight.dequantize() if has_kernel(type) else decoded_by_reference(weight, torch.float32)
+    return data.to(torch.float32, copy=True)
+
+
+def _model(header: GgufHeader) -> PreTrainedModel:
+    """Returns the file's model on the meta device, from the metadata that transformers reads."""
+    try:
+        config = AutoConfig.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
+    except Exception as error:  # an untrusted file can make transformers raise any error
+        fail(f"{header.path}: {first_line(error)}")
+    config.tie_word_embeddings = "output.weight" not in header.tensors
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        fail(f"{header.path}: the file has no matrix token_embd.weight")
+    config.vocab_size = embedding.shape[0]
+    size = header.get(f"{header.architecture}.attention.key_length")
+    if isinstance(size, int) and getattr(config, "head_dim", None) is not None:
+        config.head_dim = size
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except Exception as error:
+        fail(f"{header.path}: {first_line(error)}")
