@@ -141,16 +141,19 @@ def _take_rope_scaling(header: GgufHeader, config: Any) -> None:
     prefix = f"{header.architecture}.rope."
     kind = header.get(f"{prefix}scaling.type")
     factor: Optional[float] = header.get(f"{prefix}scaling.factor", header.get(f"{prefix}scale_linear"))
-    if kind is None and factor in (None, 0.0, 1.0):
+    if kind in (None, "none", "linear") and (kind == "none" or factor in (None, 0.0, 1.0)):
         return
     kind = "linear" if kind is None else kind
-    if kind == "none" or getattr(config, "rope_scaling", None) is not None:
-        return
     known = getattr(config, "rope_parameters", None) or {}
-    if kind not in ("linear", "yarn") or known.get("rope_type", "default") != "default" or not factor:
+    # Gemma 3 scales the positions of the layers with full attention alone.
+    full = known.get("full_attention")
+    before = known if full is None else full
+    if before.get("rope_type") == kind != "default":  # transformers has read the scaling
+        return
+    if kind not in ("linear", "yarn") or before.get("rope_type", "default") != "default" or not factor:
         raise header.error(f"{prefix}scaling.type is {kind!r:.60} with the factor {factor}, wanted linear or yarn")
-    more: dict[str, Any] = {}
+    scaled = {**before, "rope_type": kind, "factor": float(factor)}
     if kind == "yarn":
         original = header.get(f"{prefix}scaling.original_context_length")
-        more = {"original_max_position_embeddings": original or config.max_position_embeddings}
-    config.rope_parameters = {**known, "rope_type": kind, "factor": float(factor), **more}
+        scaled["original_max_position_embeddings"] = original or config.max_position_embeddings
+    config.rope_parameters = scaled if full is None else {**known, "full_attention": scaled}
