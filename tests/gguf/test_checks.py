@@ -364,7 +364,7 @@ def test_transformers_reads_what_is_taken(count: int, tmp_path: Path) -> None:
             assert str(error).isprintable() and len(str(error)) < len(str(file)) + 300
             continue
         taken += 1
-        begin = time.perf_counter()
+        begin = time.process_time()
         lists = any(isinstance(header.get(f"{architecture}.{field}"), list) for field in checks._PER_LAYER)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -381,5 +381,5 @@ def test_transformers_reads_what_is_taken(count: int, tmp_path: Path) -> None:
                 known = "out of vocabulary" in str(error) or "Cannot build a tokenizer" in str(error) or lists
                 known |= "tokenizer.ggml.tokens" not in header
                 assert architecture in OTHERS or known, f"metadata:{count}:{number}"
-        assert time.perf_counter() - begin < 30
+        assert time.process_time() - begin < 30
     assert count // 20 < taken < count
