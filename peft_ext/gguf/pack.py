@@ -252,7 +252,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 raise header.error(f"the tensor {info.name!r:.80} is none of {type(model).__name__}'s")
             continue
         touched = re.search(changed.names, info.name) is not None
-        expert = _EXPERTS.fullmatch(info.name)
+        if (expert := _EXPERTS.fullmatch(info.name)) is not None:
+            _check_halves(header, expert["block"])
         if info.dtype is None and expert is not None:
             reason = _pack_experts(model, header, target, expert["block"], dtype, found.tensors)
         elif info.dtype is None:
@@ -319,6 +320,15 @@ def _pack_experts(
         tensors[f"{name}.{parameter}"] = weight.parts[0]
     _put_experts(module, weights, dtype)
     return None
+
+
+def _check_halves(header: GgufHeader, block: str) -> None:
+    """Raises GgufError where a block lacks the experts' gate or up, which transformers would fill with zeros."""
+    gate, up = (header.tensors.get(f"{block}.ffn_{part}_exps.weight") for part in ("gate", "up"))
+    if gate is None or up is None or gate.shape != up.shape:
+        came = ["missing" if one is None else one.shape for one in (gate, up)]
+        raise header.error(f"{block}.ffn_gate_exps.weight is {came[0]} and {block}.ffn_up_exps.weight is {came[1]}, "
+                           "wanted equal sizes")  # fmt: skip
 
 
 def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str]:

@@ -219,7 +219,7 @@ KINDS: dict[str, Kind] = {
         **_HEAD, "attention.sliding_window": "sliding_window",
         "rope.freq_base": lambda config: config.rope_parameters["full_attention"]["rope_theta"],
         "rope.scaling.type": lambda config: "linear",
-        "rope.scaling.factor": lambda config: config.rope_parameters["full_attention"]["factor"],
+        "rope.scaling.factor": lambda config: config.rope_parameters["full_attention"].get("factor"),
     }, {r"norm\.weight": _PLUS_ONE}),
     "minimax-m2": Kind("MiniMaxM2Config", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "intermediate_size": 256,
@@ -402,7 +402,24 @@ def _stored(name: str, tensor: Tensor, chosen: Mapping[str, str]) -> tuple[Any, 
         wanted = 0
     elif wanted in TYPES and tensor.shape[-1] % TYPES[wanted].columns:
         wanted = type_number("F16" if tensor.shape[-1] % 32 else "Q8_0")
+    if wanted in _SCALES:
+        return _random_blocks(tensor, wanted), wanted
     data = quantize_gguf(tensor, wanted)
     if wanted in TYPES or wanted == 30:
         return data.numpy(), wanted
     return data.view({0: torch.float32, 1: torch.float16}[wanted]).view(tensor.shape).numpy(), wanted
+
+
+# The bytes of a block that hold float16 scales, of types for which there is no quantizer: their weights are random.
+_SCALES = {12: slice(0, 4), 13: slice(0, 4), 14: slice(208, 210)}  # Q4_K, Q5_K, Q6_K
+
+
+def _random_blocks(tensor: Tensor, number: int) -> Any:
+    """Returns random blocks for a tensor of ``tensor.shape``. The scales make weights of some 0.06."""
+    of, generator = TYPES[number], torch.Generator().manual_seed(tensor.numel())
+    blocks = torch.randint(0, 256, (*tensor.shape[:-1], tensor.shape[-1] // of.columns, of.bytes), generator=generator)
+    blocks = blocks.to(torch.uint8)
+    scales = torch.full((2,), 2.0e-4 if number < 14 else 3.0e-5, dtype=torch.float16).view(torch.uint8)
+    place = _SCALES[number]
+    blocks[..., place] = scales[: place.stop - place.start]
+    return blocks.flatten(-2).numpy()
