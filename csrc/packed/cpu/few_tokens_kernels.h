@@ -23,7 +23,7 @@ struct FewTokensKernels {
                    int64_t end) = nullptr;
 };
 
-constexpr int64_t kMostFewTokens = 12;  // for more tokens, decoding the weight once and multiplying is as fast
+constexpr int64_t kMostFewTokens = 16;  // for more tokens, decoding the weight once and multiplying is as fast
 
 // Return the kernels of a weight in the format `number`, or null pointers if the file has none for the weight.
 FewTokensKernels row_kernels_avx512_bf16(int number, const PackedView& w);

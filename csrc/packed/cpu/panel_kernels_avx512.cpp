@@ -46,10 +46,15 @@ struct GptqPanel : PanelStep {
     return static_cast<const uint32_t*>(w.part[0]) + k / kCodes * w.rows + n;
   }
 
-  // Adds the products of the columns [begin, end) to the sums. `next` are the words to be read after the panel.
+  // Computes the sums of the products of the columns [begin, end). `next` are the words to be read after the panel.
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
-                       const uint32_t* next, __m512 (&sums)[kSums][kTokens]) {
+                       const uint32_t* next, __m512 (&out)[kSums][kTokens]) {
+    __m512 sums[kSums][kTokens];  // a local array stays in registers
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_setzero_ps();
     const uint32_t* from = words(w, begin, n);
     __mmask16 masks[kSums];
     for (int i = 0; i < kSums; ++i) masks[i] = first_lanes(w.rows - n - 16 * i);
@@ -72,6 +77,10 @@ struct GptqPanel : PanelStep {
         }
       }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
   }
   // Orders the sums by rows.
   static void arrange(__m512 (&)[kSums]) {}
@@ -96,7 +105,7 @@ struct GptqPanel : PanelStep {
 // The words of two columns and 128 rows. A dword of the interleaved halves holds the codes of four rows in both
 // columns.
 struct AwqPanel : PanelStep {
-  static constexpr int kRows = 128, kSums = 8, kMostTokens = 2, kCodes = 2;
+  static constexpr int kRows = 128, kSums = 8, kMostTokens = 3, kCodes = 2;
   static int column_of(int, int word) { return word; }
   static bool accepts(const PackedView& w) { return w.columns % 32 == 0 && one_group_in_32(w, nullptr); }
   static int64_t units(const PackedView& w) { return ceil_div(w.rows, kRows); }
@@ -107,7 +116,12 @@ struct AwqPanel : PanelStep {
 
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
-                       const uint32_t* next, __m512 (&sums)[kSums][kTokens]) {
+                       const uint32_t* next, __m512 (&out)[kSums][kTokens]) {
+    __m512 sums[kSums][kTokens];  // a local array stays in registers
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_setzero_ps();
     const int64_t stride = w.rows / 8;
     const uint32_t* from = words(w, begin, n);
     const __mmask16 mask = first_lanes(stride - n / 8);
@@ -122,9 +136,14 @@ struct AwqPanel : PanelStep {
 #pragma GCC unroll 8
       for (int i = 0; i < kSums; ++i) {
         const __m512bh of_rows = looked_up(at_nibble(pairs[i / 4], i % 4), kLowNibbles);
+#pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], tokens[t], of_rows);
       }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
   }
 
   // Lane 2 q + p of sum 4 h + v is row 2 v + p of word q / 2 * 4 + 2 h + q % 2.
@@ -169,8 +188,6 @@ inline void multiply_panel(const PackedView& w, const bf16* x, const float* x_su
                            const uint32_t* next, float* y) {
   const int64_t stride = ordered_columns(w.columns);
   __m512 sums[Panel::kSums][kTokens];
-  for (auto& of_rows : sums)
-    for (__m512& sum : of_rows) sum = _mm512_setzero_ps();
   const uint32_t* tokens[kTokens];
   for (int t = 0; t < kTokens; ++t) tokens[t] = reinterpret_cast<const uint32_t*>(x + t * stride);
   Panel::template multiply<kTokens>(w, tokens, band.begin, band.end, n, next, sums);
@@ -218,9 +235,9 @@ void multiply_panels(const PackedView& w, const bf16* ordered, const float* sums
       };
       int64_t t = 0;
       for (; t + Panel::kMostTokens <= tokens; t += Panel::kMostTokens) run(TokenGroup<Panel::kMostTokens>(), t);
-      if constexpr (Panel::kMostTokens > 2)
-        for (; t + 2 <= tokens; t += 2) run(TokenGroup<2>(), t);
-      if (t < tokens) run(TokenGroup<1>(), t);
+      if (t + 3 == tokens) run(TokenGroup<3>(), t);
+      if (t + 2 == tokens) run(TokenGroup<2>(), t);
+      if (t + 1 == tokens) run(TokenGroup<1>(), t);
     }
   }
 }

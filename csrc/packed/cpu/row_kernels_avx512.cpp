@@ -291,16 +291,14 @@ struct Fp8Step : OneRowStep {
   const uint8_t* bytes(int64_t column) const { return Fp8::codes(*view_, row_, column); }
   void enter(int64_t start, int64_t stop) {
     start_ = start;
-    const int shift = Fp8::column_shift(*view_) - 6;
-    const int64_t together = shift >= 40 ? kChunkColumns : int64_t{1} << shift, count = (stop - start + 63) / 64;
-    for (int64_t i = 0; i < count;) {
-      const float value = Fp8::scale(*view_, row_, start + 64 * i);
-      const int64_t end = min_i64(count, ((start / 64 + i) / together + 1) * together - start / 64);
-      for (; i < end; ++i) scale_[i] = value;
-    }
+    const int shift = static_cast<int>(min_i64(Fp8::column_shift(*view_), 40));
+    const int64_t first = (row_ >> Fp8::row_shift(*view_)) * Fp8::blocks(view_->columns, Fp8::column_shift(*view_));
+    decode_blocks<false>(
+        view_->part[1], scale_type(view_->option), first, int64_t{1} << (shift - 5), start / 32, (stop - start) / 32,
+        [](int64_t, int64_t, __mmask16) { return _mm512_setzero_ps(); }, &blocks_);
   }
   Held load(int64_t j, int blocks) const {
-    return {load_bytes(bytes(j), blocks), _mm512_set1_ps(scale_[(j - start_) / 64])};
+    return {load_bytes(bytes(j), blocks), _mm512_set1_ps(blocks_.scale[(j - start_) / 32])};
   }
   static __m512bh numbers(const Held& held, int, int part) {
     const __m512i index = part == 0 ? held.words : _mm512_srli_epi16(held.words, 8);
@@ -317,7 +315,7 @@ struct Fp8Step : OneRowStep {
  private:
   const PackedView* view_;
   int64_t row_, start_;
-  float scale_[kChunkColumns / 64];
+  BlockScales blocks_;
 };
 
 }  // namespace

@@ -9,9 +9,16 @@
 namespace peft_ext {
 namespace {
 
-// Returns the scales i to i + 15; those that `mask` leaves out are 0 and are not read.
+// Returns the scales i to i + 15, which are not e4m3; those that `mask` leaves out are 0 and are not read.
 inline __m512 scales16(const void* scales, ScaleType type, int64_t i, __mmask16 mask) {
   if (type == ScaleType::kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(scales) + i);
+  if (type == ScaleType::kE8M0) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(scales) + i));
+    const __mmask16 zero = _mm512_mask_testn_epi32_mask(mask, bytes, bytes);
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(bytes, _mm512_set1_epi32(255));
+    const __m512i bits = _mm512_mask_mov_epi32(_mm512_slli_epi32(bytes, 23), zero, _mm512_set1_epi32(0x00400000));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
+  }
   const __m256i words = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(scales) + i);
   return type == ScaleType::kF16 ? _mm512_cvtph_ps(words)
                                  : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
@@ -36,7 +43,7 @@ inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int
   const __m512i spread = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift));
   for (int64_t i = 0; i < count;) {
     // 16 blocks at a time, or the blocks of one group.
-    const int64_t group = (block + i) / together;
+    const int64_t group = aligned ? (block + i) >> shift : (block + i) / together;
     const int64_t blocks = min_i64(count - i, aligned ? 16 : (group + 1) * together - block - i);
     const int64_t groups = aligned ? ((blocks - 1) >> shift) + 1 : 1;
     const auto mask = static_cast<__mmask16>((1 << groups) - 1);
