@@ -297,7 +297,7 @@ def test_refuses_types(made, tmp_path):
     assert refused(base, adapter, out, type="iq2_xxs").startswith("type is 'iq2_xxs', for which there is no quantizer")
     found = refused(base, adapter, out, type="tq2_0")
     assert "blk.0.attn_q.weight has 192 columns, wanted a multiple of 256 for TQ2_0" in found
-    # A base in a type without a quantizer. The bytes of the blocks do not matter.
+    # A base in a type without a quantizer, whose blocks are zeros.
     model = tiny_model()
     write_tiny_gguf(tmp_path / "iq.gguf", model, {"*": "Q8_0", "attn_q": "TQ1_0"})
     data = bytearray((tmp_path / "iq.gguf").read_bytes())
@@ -305,6 +305,8 @@ def test_refuses_types(made, tmp_path):
     at = data.index(name) + len(name) + 4 + 16
     assert data[at] == 34
     data[at] = 19  # IQ1_S: 50 bytes for 256 columns, and TQ1_0 has 54
+    info = read_header(tmp_path / "iq.gguf").tensors["blk.1.attn_q.weight"]
+    data[info.offset : info.offset + info.nbytes] = bytes(info.nbytes)
     (tmp_path / "iq.gguf").write_bytes(data)
     trained(model, lora("q_proj")).save_pretrained(tmp_path / "other")
     found = refused(tmp_path / "iq.gguf", tmp_path / "other", out)
