@@ -38,10 +38,10 @@ inline float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(v
 inline float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));  // infinity or NaN
   // Multiplying by 2^-24 avoids subnormal float32 numbers, which the thread may be set to flush to zero.
   if (magnitude < 0x400) return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));
-  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));
+  // The exponent's bias differs by 112; infinity and NaN have the largest exponent of both types.
+  return bits_to_float(sign | ((magnitude << 13) + (magnitude >= 0x7c00 ? 224u << 23 : 112u << 23)));
 }
 
 // Converts a float32 value to T. For bf16 and f16, from_float rounds to nearest, ties to even, and turns a NaN into the

@@ -86,7 +86,7 @@ def _register(name: str) -> None:
         raise typer.Exit(code or 0)
 
 
-for _name in ("doctor", "finetune", "report", "merge", "recommend", "explain", "chat", "bench"):
+for _name in ("doctor", "finetune", "report", "merge", "export", "recommend", "explain", "chat", "bench"):
     _register(_name)
 
 

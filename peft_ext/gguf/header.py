@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,16 +30,19 @@ from torch import Tensor
 
 from ..weights.gguf import TYPES, dense_dtype
 
-__all__ = ["GgufError", "GgufHeader", "TensorInfo", "is_gguf", "read_header"]
+__all__ = ["GgufError", "GgufHeader", "TensorInfo", "Value", "is_gguf", "read_header"]
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_SIZES = 4  # GGML_MAX_DIMS
 _LONGEST_NAME = 65_535  # bytes of a key, by the specification
+# Bounds of memory and time. The package gguf takes some 500 bytes for each element of an array.
+_MOST_NAMES = 1 << 20  # keys, or tensors
+_MOST_ELEMENTS = 1 << 22  # elements of all arrays of the metadata
 
 # Value types: number in the file -> format of struct. Bool is one byte.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_U32, _STRING, _ARRAY = 4, 8, 9
 
 # ggml's types of integers.
 _INTEGERS = {24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}
@@ -47,6 +51,14 @@ _NAMES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16", 24: "I8", 25: "I16", 26: "I
 
 class GgufError(ValueError):
     """A GGUF file is damaged or has something that is not supported. The message is one line that names the file."""
+
+
+class Value(NamedTuple):
+    """A value of the metadata with GGUF's types: of the value, and of an array's elements (None where it is none)."""
+
+    data: Any
+    type: int
+    element: Optional[int]
 
 
 class _Place(NamedTuple):
@@ -111,8 +123,10 @@ class GgufHeader:
         self.version, self._places, self.values_end = reader.metadata()
         self._strings = reader
         self.alignment = self.get("general.alignment", 32)
-        if type(self.alignment) is not int or self.alignment < 1 or self.alignment & (self.alignment - 1):
-            raise self.error(f"general.alignment is {self.alignment!r}, wanted a power of two")
+        # The specification and the package gguf want u32.
+        is_u32 = "general.alignment" not in self or self._places["general.alignment"].type == _U32
+        if not is_u32 or self.alignment < 1 or self.alignment & (self.alignment - 1):
+            raise self.error(f"general.alignment is {self.alignment!r:.60}, wanted a power of two, as u32")
         self.tensors, self.data_start = reader.tensors(self.values_end, self.alignment)
 
     def error(self, text: str) -> GgufError:
@@ -130,6 +144,11 @@ class GgufHeader:
         """Returns a value of the metadata: a number, a bool, a str or a list; ``default`` where the key is missing."""
         place = self._places.get(key)
         return default if place is None else self._strings.value(place)
+
+    def value(self, key: str) -> Value:
+        """Returns a value with its types. Raises KeyError where the key is missing."""
+        place = self._places[key]
+        return Value(self._strings.value(place), place.type, place.element if place.type == _ARRAY else None)
 
     def text(self, key: str) -> str:
         """Returns a value that must be a string. Raises GgufError where the key is missing or has another type."""
@@ -164,13 +183,15 @@ class GgufHeader:
 
 def is_gguf(path: Union[str, Path]) -> bool:
     """Returns whether ``path`` is a file that starts with GGUF's magic bytes or whose name ends in ``.gguf``."""
-    path = Path(path).expanduser()
     try:
+        path = Path(path).expanduser()
         if not path.is_file():
             return False
+        if path.suffix == ".gguf":
+            return True
         with path.open("rb") as file:
-            return path.suffix == ".gguf" or file.read(4) == MAGIC
-    except OSError:
+            return file.read(4) == MAGIC
+    except (OSError, RuntimeError):  # RuntimeError: ~ of an unknown user
         return False
 
 
@@ -183,6 +204,8 @@ def read_header(path: Union[str, Path]) -> GgufHeader:
             size that overflows or is no multiple of its type's block, or tensors that overlap or lie past the end.
     """
     path = Path(path).expanduser()
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+        raise GgufError(f"{path}: this is no regular file, wanted a GGUF file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(4)
@@ -197,6 +220,7 @@ class _Reader:
 
     def __init__(self, path: Path, blob: Any, size: int) -> None:
         self.path, self.blob, self.size = path, blob, size
+        self.elements = 0  # of the arrays that were read
 
     def error(self, text: str) -> GgufError:
         return GgufError(f"{self.path}: {text}")
@@ -211,11 +235,11 @@ class _Reader:
         self.need(offset, size, what)
         return struct.unpack_from("<" + format, self.blob, offset)[0], offset + size
 
-    def text(self, offset: int, what: str, errors: str = "strict") -> tuple[str, int]:
+    def text(self, offset: int, what: str) -> tuple[str, int]:
         length, offset = self.number("Q", offset, what)
         self.need(offset, length, what)
         try:
-            return self.blob[offset : offset + length].decode("utf-8", errors), offset + length
+            return self.blob[offset : offset + length].decode("utf-8"), offset + length
         except UnicodeDecodeError:
             raise self.error(f"{what} is not UTF-8") from None
 
@@ -237,6 +261,8 @@ class _Reader:
         for count, least, what in ((self.tensor_count, 33, "tensors"), (keys, 14, "keys")):
             if count * least > self.size:
                 raise self.error(f"the header announces {count} {what}, more than the file of {self.size} bytes holds")
+            if count > _MOST_NAMES:
+                raise self.error(f"the header announces {count} {what}, wanted at most {_MOST_NAMES}")
         places: dict[str, _Place] = {}
         for index in range(keys):
             key, offset = self.name(offset, f"key {index} of the metadata")
@@ -251,6 +277,10 @@ class _Reader:
         if type == _ARRAY:
             element, offset = self.number("I", offset, what)
             count, offset = self.number("Q", offset, what)
+            self.elements += count
+            if self.elements > _MOST_ELEMENTS:
+                raise self.error(f"the arrays of the metadata have {self.elements} elements or more, wanted at most "
+                                 f"{_MOST_ELEMENTS}")  # fmt: skip
         place = _Place(type, element, count, offset)
         if element in _SCALARS:
             size = struct.calcsize("<" + _SCALARS[element]) * count
@@ -260,16 +290,14 @@ class _Reader:
             raise self.error(f"{what} has type {element}, wanted a number, bool, string or array of these")
         self.need(offset, 8 * count, what)
         for _ in range(count):
-            length, offset = self.number("Q", offset, what)
-            self.need(offset, length, what)
-            offset += length
+            _, offset = self.text(offset, what)
         return place, offset
 
     def value(self, place: _Place) -> Any:
         if place.element == _STRING:
             values, offset = [], place.offset
             for _ in range(place.count):
-                value, offset = self.text(offset, "a string", "replace")
+                value, offset = self.text(offset, "a string")
                 values.append(value)
         else:
             values = list(struct.unpack_from(f"<{place.count}{_SCALARS[place.element]}", self.blob, place.offset))

@@ -137,12 +137,16 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
     """Replaces each packed layer by a dense layer without data; returns the number of replaced layers, and the names
     of their formats."""
     count, formats = 0, set()
+    made: dict[tuple[int, torch.Size], nn.Parameter] = {}  # a tied head and its embedding stay tied
     for parent_name, parent in list(base.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             packed = _packed_of(child, f"{parent_name}.{attribute}".lstrip("."))
             if packed is None:
                 continue
-            weight = without_memory(getattr(child, "compute_dtype", None) or packed.dtype, packed.shape)
+            key = packed.parts[0].data_ptr(), packed.shape
+            if key not in made:
+                made[key] = without_memory(getattr(child, "compute_dtype", None) or packed.dtype, packed.shape)
+            weight = made[key]
             if isinstance(child, nn.Embedding):
                 dense: nn.Module = nn.Embedding(*packed.shape, child.padding_idx, device="meta")
             else:

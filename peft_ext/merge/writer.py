@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._imports import required
+from ..sources.model import load_tokenizer
 from ..sources.weight_files import safetensors_header
 from .base import Base
 from .errors import as_merge_error, fail
@@ -55,6 +56,9 @@ def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
     config.json is written last, because a folder without config.json can't be loaded as a model.
     """
     model = base.model
+    if base.folder is not None and base.folder.is_file():
+        with as_merge_error(ValueError):
+            load_tokenizer(str(base.folder)).save_pretrained(folder)
     for name in _BESIDE if base.folder is not None else ():
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)

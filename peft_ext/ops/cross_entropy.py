@@ -24,7 +24,7 @@ from ..reference import common
 from ..reference import cross_entropy as reference
 from ..weights.packed import PackedWeight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, is_dense, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["linear_cross_entropy"]
@@ -93,7 +93,7 @@ def _plain_product(x, weight):
 
     PyTorch multiplies a dense weight, except on a CPU where peft_ext's kernel widens x's dtype to float32.
     """
-    return weight[1] is None and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
+    return is_dense(weight) and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
 
 
 def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_adapter, needs_bias):

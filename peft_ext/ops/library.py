@@ -27,6 +27,12 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # tensors and one integer cost a call less than a list of tensors, a string and a list of integers: see docs/formats.md.
 WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? part4, int layout, SymInt[] shape"
 
+
+def is_dense(weight: Sequence[Any]) -> bool:
+    """Returns whether the arguments of ``WEIGHT`` are a dense weight. A packed weight may have one tensor, too."""
+    return weight[5] == 0
+
+
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 _F = TypeVar("_F", bound=Callable[..., Any])

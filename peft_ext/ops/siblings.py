@@ -28,7 +28,7 @@ from ..reference import common
 from ..reference import siblings as reference
 from ..weights.packed import PackedWeight
 from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, places, unpack_layers
-from .library import NAMESPACE, below_autograd, by_reference, define, proof, public, records_graph, tokens
+from .library import NAMESPACE, below_autograd, by_reference, define, is_dense, proof, public, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linears"]
@@ -44,8 +44,7 @@ def _forward(x, tensors, sizes, numbers):
         if lora_A is not None:
             y, s = _ops.lora_linear(x, *weight, bias, lora_A, lora_B, rank_scale, scaling, p, seed)
         else:
-            dense = weight[1] is None
-            y, s = F.linear(x, weight[0], bias) if dense else _ops.nf4_linear(x, *weight, bias), no_rank(x)
+            y, s = F.linear(x, weight[0], bias) if is_dense(weight) else _ops.nf4_linear(x, *weight, bias), no_rank(x)
         ys.append(y)
         ss.append(s)
     return [*ys, *ss]
@@ -70,7 +69,7 @@ def _backward_reference(grads, x, tensors, sizes, numbers, s, needs_grad_x):
                 grad, x, *weight, lora_A, lora_B, rank_scale, low, scaling, p, seed, needs_grad_x
             )
         elif grad is not None and needs_grad_x:
-            part_x = grad @ weight[0] if weight[1] is None else _ops.nf4_linear_backward(grad, *weight)
+            part_x = grad @ weight[0] if is_dense(weight) else _ops.nf4_linear_backward(grad, *weight)
         own += found
         if needs_grad_x and part_x is not None:
             sum_x = part_x if sum_x is None else sum_x.add_(part_x)

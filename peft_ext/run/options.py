@@ -20,6 +20,7 @@ DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")
 SHARDS = ("ddp", "fsdp2", "hsdp")
+EXPORTED_METHODS = ("lora", "rslora", "qlora", "adalora")  # methods whose adapters llama.cpp reads
 _MOST = 2**31 - 1  # largest value of an option that is a count
 
 
@@ -42,7 +43,7 @@ class Options:
     only: PEFT's configuration has no dropout for layers beside adapted parameters.
     """
 
-    model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, hub name, or "{DEMO_MODEL}".', "Model")
+    model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, GGUF file, hub name, or "{DEMO_MODEL}".', "Model")
     data: str = _option(PYTHON_DOCS, f'File, folder of files, hub name, or "{PYTHON_DOCS}".', "Data")
     output: Path = _option(Path("outputs/finetune"), "Folder for adapter, report and checkpoints.")
     method: str = _option("lora", f"One of {' '.join(METHODS)}.", "Adapter")
@@ -81,6 +82,7 @@ class Options:
     resume: bool = _option(False, "Continue from the last checkpoint in --output.")
     overwrite: bool = _option(False, "Replace the run in --output.")
     stock: bool = _option(False, "Train with PEFT and bitsandbytes alone, to compare.")
+    export: Optional[str] = _option(None, "gguf: write adapter.gguf, too, for llama.cpp and Ollama.")
     prompt: Optional[str] = _option(None, "Prompt to ask before and after training. Default: one of the data's.")
 
     @property
@@ -109,7 +111,7 @@ class Options:
 # _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
 # Also batch_size and grad_accum may differ, if the examples of a step, over all processes, stay as many.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "batch_size", "grad_accum", "save_steps", "gradient_checkpointing",
-                   "threads", "resume", "overwrite", "prompt")  # fmt: skip
+                   "threads", "resume", "overwrite", "export", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
 
 Options.__doc__ = f"{Options.__doc__}\n    Attributes:\n" + "".join(
@@ -183,6 +185,12 @@ def check_options(o: Options) -> None:
         raise RunError(f"--target-modules with --method {o.method}: the method adapts no layers")
     if o.target_parameters is not None and o.method not in ("lora", "rslora", "qlora", "dora"):
         raise RunError(f"--target-parameters with --method {o.method}: only LoRA and DoRA adapt parameters")
+    if o.export not in (None, "gguf"):
+        raise RunError(f"--export {o.export}: wanted gguf")
+    if o.export is not None and o.method not in EXPORTED_METHODS:
+        wanted = ", ".join(EXPORTED_METHODS)
+        raise RunError(f"--export gguf with --method {o.method}: llama.cpp reads low-rank adapters only, wanted one of "
+                       f"{wanted}; peft-ext merge --gguf merges other methods")  # fmt: skip
     if o.method == "qlora" and o.quant == "none":
         raise RunError("--quant none with --method qlora: use --method lora instead")
     check_quant(o)

@@ -21,8 +21,10 @@ import torch
 
 from .. import _cpu
 from .._version import __version__
+from ..gguf.names import ARCHITECTURES
 from ..machine import versions
 from ..methods import METHODS, Method, make_config, method_config
+from ..sources.gguf_file import gguf_config, gguf_path, read_gguf
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import (
     SourceError,
@@ -56,7 +58,7 @@ class Run:
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: device and dtype of the computation.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
-        folder: folder or hub name of the model.
+        folder: folder, GGUF file or hub name of the model.
         packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked; else
             {}.
         config, tokenizer: configuration and tokenizer of the model.
@@ -170,6 +172,7 @@ def prepare(
     run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop(), ranks=ranks)
     run.folder = ranks.first_of_node(lambda: _model_folder(run)) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
+    _check_export(run)
     with raised_as(RunError, f"--model {options.model}: no tokenizer (", *REFUSALS, after=")"):
         run.tokenizer = load_tokenizer(run.folder, **run.packed)
     if options.block_size > run.room_of_prompts:
@@ -207,6 +210,9 @@ def _resolved(options: Options) -> Options:
     asked, o = options.quant, options.resolved()
     if o.model == DEMO_MODEL:
         stored = "none"
+    elif (file := gguf_path(o.model)) is not None:
+        with raised_as(RunError, "--model ", SourceError):
+            stored, about = stored_quant(file, None), PretrainedConfig(name_or_path=str(file))
     else:
         try:
             about = PretrainedConfig.from_dict(PretrainedConfig.get_config_dict(str(Path(o.model).expanduser()))[0])
@@ -236,6 +242,12 @@ def _check_packages(o: Options) -> None:
     folder = Path(o.model).expanduser() if o.model != DEMO_MODEL else None
     if folder is None:
         check_demo_model()
+    elif gguf_path(o.model) is not None:
+        need("finetune", "gguf")
+        if o.shard != "ddp":
+            raise RunError(f"--shard {o.shard} with a GGUF file: only folders of safetensors are sharded, wanted ddp")
+    elif o.model.endswith(".gguf") and not folder.exists():
+        raise RunError(f"--model {o.model}: no such file")
     elif o.model.startswith((".", "/", "~")) and not folder.is_dir():
         raise RunError(f"--model {o.model}: no such folder")
     elif folder.is_dir():
@@ -279,6 +291,14 @@ def facts_of(run: Run) -> dict[str, Any]:
             facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
     folder = Path(run.folder)
+    if folder.is_file():
+        with raised_as(RunError, "--model ", SourceError):
+            header = read_gguf(folder, SourceError)
+        with folder.open("rb") as opened:
+            digest = hashlib.sha256(opened.read(header.data_start)).hexdigest()[:16]
+        facts[f"{folder.name} of --model, as bytes and SHA-256 of the header,"] = (
+            f"{folder.stat().st_size} and {digest}"
+        )
     for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else []:
         with file.open("rb") as opened:
             size = file.stat().st_size
@@ -304,7 +324,7 @@ def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
 def _model_folder(run: Run) -> str:
     if run.options.model != DEMO_MODEL:
         path = Path(run.options.model).expanduser()
-        return str(path.resolve()) if path.is_dir() else run.options.model
+        return str(path.resolve()) if path.exists() else run.options.model
     if cached_model() is None:
         log.info("model: unpacking SmolLM2-135M-Instruct to bfloat16, once")
     with run.phase("unpack"):
@@ -327,6 +347,11 @@ def _read_config(run: Run) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     model = run.options.model
+    if (file := gguf_path(run.folder)) is not None:
+        config = gguf_config(file, RunError)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
+        return config
     with raised_as(RunError, f"--model {model}: ", OSError, ValueError):
         for name, check in (("config.json", check_model_config), ("model.safetensors.index.json", check_index)):
             if (file := Path(run.folder, name)).is_file():
@@ -340,6 +365,16 @@ def _read_config(run: Run) -> Any:
         raise RunError(f"--model {model}: {config.model_type} is an encoder, each of whose positions sees those after "
                        "it (is_decoder is false in its config.json), wanted a causal language model")  # fmt: skip
     return config
+
+
+def _check_export(run: Run) -> None:
+    """Raises RunError where the run has ``--export gguf`` and its model has no adapter file of llama.cpp."""
+    if run.options.export is None:
+        return
+    need("finetune", "gguf")
+    if run.config.model_type not in ARCHITECTURES:
+        raise RunError(f"--export gguf: the model is a {run.config.model_type}, wanted one of "
+                       f"{', '.join(ARCHITECTURES)}")  # fmt: skip
 
 
 def _check_prompt(run: Run) -> None:
@@ -390,7 +425,7 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         if not o.stock:
             freeze_ranknum(model)  # as accelerate() does; ranknum is AdaLoRA's number of ranks
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if o.quant == "checkpoint" and Path(run.folder).is_dir():
+    if o.quant == "checkpoint" and Path(run.folder).exists():
         meta_base(run)  # refuses files that are not supported
     return parameters, trainable
 
@@ -405,7 +440,7 @@ def meta_base(run: Run) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(run.config, dtype=torch.bfloat16)
     if run.options.quant == "checkpoint":
-        if not (folder := Path(run.folder)).is_dir():
+        if not (folder := Path(run.folder)).exists():
             raise RunError(f"--model {run.options.model}: its weights are packed as the headers of its files "
                            "say, wanted a folder with the files")  # fmt: skip
         with raised_as(RunError, f"--model {run.options.model}: ", SourceError):

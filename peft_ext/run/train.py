@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from ..files import save_adapter
+from ..gguf.load import load_gguf
 from ..methods import METHODS
 from ..quantize import quantize_nf4, quantize_packed
+from ..sources.gguf_file import gguf_path
 from ..sources.json_file import raised_as
 from ..sources.model import loading_arguments, widen
 from ..text import dtype_name
@@ -37,6 +39,7 @@ from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
 from .progress import log, progress_callback, shows_bars, status
 from .ranks import joined
 from .record import Record, recording_callback
+from .runner import ADAPTER_FILE, about_runner, export_adapter
 
 
 @dataclass(frozen=True)
@@ -207,10 +210,16 @@ def _train(run: Run, record: Record, model: Any) -> Result:
             check = evaluate.reread(run, model, lambda: _saved(run))
         check = run.ranks.gather(check)[0]
     asked = results["samples"][0]
+    if (about := about_runner(run)) is not None:
+        results["runner"] = about
     results |= {"finished": True, "check": asdict(check),
                 "answers": {name: asked[name] for name in ("prompt", "before", "after")}}  # fmt: skip
     record.write()
     _log_end(run, record, check)
+    if o.export is not None:
+        run.ranks.together(lambda: export_adapter(run) if run.ranks.speaks else None)
+        results["runner"] = about_runner(run, o.output / ADAPTER_FILE)
+        record.write()
     return _result(record, done, check)
 
 
@@ -243,11 +252,15 @@ def load_base(run: Run) -> Any:
     o = run.options
     refused = raised_as(RunError, f"--model {o.model}: ", OSError, ValueError, RuntimeError, SafetensorError)
     with refused, status("loading the model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            run.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            **loading_arguments(o.quant),
-        )  # fmt: skip
-    if absent := sorted(info["missing_keys"]):
+        if (file := gguf_path(run.folder)) is not None:
+            model, absent = load_gguf(file), []
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                run.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True, **loading_arguments(o.quant),
+            )  # fmt: skip
+            absent = sorted(info["missing_keys"])
+    if absent:
         raise RunError(f"--model {o.model}: the files lack {absent[0]}, which would be random")
     model = model.to(run.device).eval().requires_grad_(False)
     model.config.use_cache = False  # training needs no KV cache; generation turns the cache on

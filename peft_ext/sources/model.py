@@ -1,4 +1,4 @@
-"""Reads untrusted models: folder, configuration, class, quantization and weights.
+"""Reads untrusted models: folder or GGUF file, configuration, class, quantization and weights.
 
 The message of each error is one line. config.json must be a JSON object in which no number of layers or experts is
 above MOST_LAYERS. The index may name only safetensors files in the index's own folder. The weights may be dense, or
@@ -22,6 +22,7 @@ from torch import nn
 
 from ..nn import PackedExperts
 from ..nn.packed import HoldsPacked
+from .gguf_file import gguf_config, gguf_path, gguf_quantization, gguf_tokenizer, is_packed, pack_meta, read_gguf
 from .json_file import first_line, raised_as, read_object, shown
 
 # By PEFT's name of a task: the transformers class of the model, used where the base's own class is for another task.
@@ -51,7 +52,7 @@ class SourceError(ValueError):
 
 
 def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
-    """Returns the folder ``name``, or, for the name of a repository on the hub, its folder in the hub's cache.
+    """Returns the folder or GGUF file ``name``, or, for a repository on the hub, its folder in the hub's cache.
 
     Args:
         what: the argument's name in an error.
@@ -60,6 +61,8 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
     Raises: SourceError.
     """
     text = str(name)
+    if (file := gguf_path(name)) is not None:
+        return file
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -79,16 +82,21 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
 
 
 def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
-    """Returns :func:`find_folder` of a model. Raises SourceError where the folder has no config.json."""
+    """Returns :func:`find_folder` of a model. Raises SourceError where a folder has no config.json."""
     folder = find_folder("model", name, patterns)
+    if folder.is_file():
+        return folder
     if not (folder / "config.json").is_file():
         raise SourceError(f"no config.json in {folder}, wanted a model in transformers' format")
     return folder
 
 
 def read_model_config(folder: Path) -> Any:
-    """Checks and returns the transformers configuration in ``folder``. Raises SourceError."""
+    """Checks and returns the transformers configuration in ``folder`` or in a GGUF file. Raises SourceError."""
     from transformers import AutoConfig
+
+    if folder.is_file():
+        return gguf_config(folder, SourceError)
 
     with raised_as(SourceError, "model ", OSError, ValueError):
         check_model_config(folder / "config.json")
@@ -139,8 +147,10 @@ def stored_quant(folder: Union[str, Path], about: Any) -> str:
 
     The result is "none" for dense weights, "nf4" for bitsandbytes' NF4, and "checkpoint" for other packed weights that
     :class:`peft_ext.PackedConfig` loads. ``about`` is the model's configuration. Raises SourceError where the weights
-    are quantized in a way that is not supported.
+    are quantized in a way that is not supported. For a GGUF file the result is "checkpoint" or "none".
     """
+    if (file := gguf_path(folder)) is not None:
+        return "checkpoint" if is_packed(read_gguf(file, SourceError)) else "none"
     if (found := _quantization_config(about)) is None:
         return "none"
     if found.get("quant_method") == "bitsandbytes" and found.get("load_in_4bit"):
@@ -168,6 +178,8 @@ def _quantization_config(about: Any) -> Optional[dict[str, Any]]:
 
 def quant_method(about: Any) -> str:
     """Returns the name of the library or method that quantized a checkpoint with the configuration ``about``."""
+    if (file := gguf_path(getattr(about, "_name_or_path", None))) is not None:
+        return gguf_quantization(read_gguf(file, SourceError))
     method = (_quantization_config(about) or {}).get("quant_method")
     return str(getattr(method, "value", method))
 
@@ -182,11 +194,14 @@ def loading_arguments(quant: str) -> dict[str, Any]:
 
 
 def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> None:
-    """Replaces the layers of a model on the meta device by packed layers, as the files in ``folder`` store the layers.
+    """Replaces the layers of a model on the meta device by packed layers, as ``folder`` or a GGUF file stores them.
 
     Reads the headers of the files and no weight. ``about``: the configuration with the checkpoint's quantization.
     Raises SourceError where the folder has no safetensors or the files are not supported.
     """
+    if folder.is_file():
+        pack_meta(model, folder, dtype, SourceError)
+        return
     from ..integrations.packed import PackedConfig, PackedQuantizer
 
     files = sorted(map(str, folder.glob("*.safetensors")))
@@ -275,6 +290,8 @@ def load_model(
     if not name:
         raise SourceError(f"{adapter / 'adapter_config.json'} names no base model, give one")
     folder = model_folder(name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"])
+    if folder.is_file():
+        return _load_gguf(str(name), folder, config, shapes)
     if not any(folder.glob("*.safetensors")):
         pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
         raise SourceError(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
@@ -298,11 +315,26 @@ def load_model(
     return LoadedModel(loaded, str(name), folder, tuple(sorted(info["missing_keys"])), quant)
 
 
+def _load_gguf(name: str, file: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> LoadedModel:
+    """Loads the base of an adapter from a GGUF file, with its weights packed and the dense weights in bfloat16."""
+    about = gguf_config(file, SourceError)
+    quant, labels = stored_quant(file, about), head_labels(about, config, shapes)
+    if labels is not None:
+        raise SourceError(f"{file}: a GGUF file has no head with {labels} labels, wanted the model in safetensors")
+    with raised_as(SourceError, "", OSError, ValueError, RuntimeError):
+        from ..gguf.load import load_gguf
+
+        return LoadedModel(load_gguf(file, model_class=model_class(about, config)), name, file, (), quant)
+
+
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a folder, with a padding token. Raises the errors of transformers."""
+    """Returns the tokenizer in a folder or a GGUF file, with a padding token. Raises the errors of transformers."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    if (file := gguf_path(folder)) is not None:
+        tokenizer = gguf_tokenizer(file, **kwargs)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -316,6 +348,7 @@ def widen(model: Any) -> None:
     """
     from accelerate import init_empty_weights
 
+    exact = {name for name, buffer in model.named_buffers() if buffer.dtype is torch.float32}
     model.to(torch.float32).config.dtype = torch.float32
     for module in model.modules():
         if isinstance(module, (HoldsPacked, PackedExperts)):
@@ -324,7 +357,7 @@ def widen(model: Any) -> None:
         made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
     in_files = set(model.state_dict())
     for name, buffer in list(model.named_buffers()):
-        if name in in_files or name not in made or not buffer.is_floating_point():
+        if name in in_files or name not in made or not buffer.is_floating_point() or name in exact:
             continue
         owner, _, local = name.rpartition(".")
         if made[name].shape == buffer.shape:

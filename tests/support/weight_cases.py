@@ -49,7 +49,8 @@ _OTHERS = (
     _fitted("mxfp4", lora_experts_case("mxfp4", adapter_dtype=torch.float32, with_bias=True)),
     _fitted("int4-symmetric", dora_experts_norm_case("int4-symmetric", adapter_dtype=torch.float32)),
     _fitted("fp4-nested", dora_experts_case("fp4-nested", adapter_dtype=torch.float32, dropout_p=0.1)),
-    _fitted("int8-rows", cross_entropy_case("int8-rows", reduction="mean")),
+    _fitted("Q8_0", cross_entropy_case("Q8_0", reduction="mean")),
+    _fitted("Q4_1", lora_linears_case("Q4_1", adapter_dtype=torch.float32, with_bias=True)),
 )
 
 CASES = (*(_lora(number, kind) for number, kind in enumerate(KINDS)), *_OTHERS)

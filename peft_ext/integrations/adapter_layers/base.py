@@ -46,8 +46,8 @@ STOCK: dict[type, type] = {}
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
-# Exact types of peft_ext's linear layers over a packed weight. Both compute with x's dtype.
-PACKED: tuple[type, ...] = (NF4Linear, PackedLinear)
+# Exact types of peft_ext's linear layers over a packed weight. All compute with x's dtype.
+PACKED: list[type] = [NF4Linear, PackedLinear]
 
 # bitsandbytes' layer classes whose layers `explain` lists also without an adapter.
 QUANTIZED = tuple(kind for kind in (Linear4bit, Linear8bitLt) if kind is not None)
@@ -165,10 +165,8 @@ def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
     """Returns the frozen weight of an adapter's base layer, ``[N, K]``: a dense tensor, or a PackedWeight in the
     layer's memory. The function is for layers without a :func:`.reasons.weight_reason`."""
     kind = type(base)
-    if kind is PackedLinear:
-        return base.packed
-    if kind is NF4Linear:
-        return base.nf4
+    if kind in PACKED:
+        return base.nf4 if kind is NF4Linear else base.packed
     if is_foreign(kind):
         return foreign_weight(base)
     weight = base._parameters["weight"]

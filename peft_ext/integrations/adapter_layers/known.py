@@ -81,7 +81,7 @@ def facts_of(
     if "bias" not in of_base:
         return None
     weight = of_base.get("weight")
-    if type(base) is PackedLinear:
+    if isinstance(base, PackedLinear):
         # The tensors are checked when the PackedWeight is made: its layout says which dtypes and sizes they have.
         packed = base.packed
         weight = packed.parts[0]

@@ -300,7 +300,7 @@ def alone_reason(layer: Any) -> Optional[str]:
             return f"base_layer.{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
         if parameter is not None and parameter.is_meta:
             return f"base_layer.{name} is on meta"
-    if type(base) is PackedLinear:
+    if isinstance(base, PackedLinear):
         return None
     weight = base._parameters.get("weight")
     if weight is None:
@@ -324,7 +324,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if is_partitioned(bias):
         return "its bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
-    if kind is PackedLinear:
+    if issubclass(kind, PackedLinear):
         for tensor in (base.weight, *base._buffers.values()):
             if reason := tensor_reason("its weight", tensor, dim=tensor.dim()):
                 return reason

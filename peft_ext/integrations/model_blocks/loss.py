@@ -24,9 +24,10 @@ from torch.utils import _pytree as pytree  # noqa: PLC2701  torch has no public 
 
 from ... import ops
 from ..._imports import optional
+from ...nn import PackedLinear
 from ...ops.checks import autocast_dtype, under_a_transform
 from ..adapter_layers import lora
-from ..adapter_layers.base import LINEAR, STOCK, class_name, operands, sums_wider
+from ..adapter_layers.base import LINEAR, PACKED, STOCK, class_name, operands, sums_wider
 from ..adapter_layers.linear import FusedLinear
 from ..adapter_layers.reasons import (
     accepts_input,
@@ -139,14 +140,27 @@ class LinearHead(DefersLoss, FusedLinear):
         return Call(self, (x,), dtype, super(DefersLoss, self).forward, {"weight": weight, "bias": bias})
 
 
+class PackedHead(DefersLoss, PackedLinear):
+    """A frozen linear layer over a packed weight whose outputs are a model's logits."""
+
+    def _reason(self) -> Optional[str]:
+        return "its forward was replaced on the instance" if replaced_on_instance(self) else None
+
+    def _call(self, x: Tensor) -> Optional[Call]:
+        _, weight, bias, dtype = operands(self, x)
+        return Call(self, (x,), dtype, super(DefersLoss, self).forward, {"weight": weight, "bias": bias})
+
+
 LinearHead.__name__, LinearHead.stock_class = "Linear", nn.Linear
-STOCK[LinearHead] = nn.Linear
+PackedHead.__name__, PackedHead.stock_class = "PackedLinear", PackedLinear
+STOCK[LinearHead], STOCK[PackedHead] = nn.Linear, PackedLinear
 LINEAR.append(LinearHead)
+PACKED.append(PackedHead)
 
 # HEADS maps the class of a layer to the class that the layer gets as a head. LAYERS maps the class of a head to the
 # class that the layer gets when losses are not deferred any more.
-HEADS: dict[type, type] = {nn.Linear: LinearHead, FusedLinear: LinearHead}
-LAYERS: dict[type, type] = {LinearHead: nn.Linear}
+HEADS: dict[type, type] = {nn.Linear: LinearHead, FusedLinear: LinearHead, PackedLinear: PackedHead}
+LAYERS: dict[type, type] = {LinearHead: nn.Linear, PackedHead: PackedLinear}
 
 if FusedLoraLinear is not None:
 

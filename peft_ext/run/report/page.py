@@ -23,7 +23,7 @@ _KINDS = {"frozen": "frozen weights and their scales", "adapter": "adapter", "gr
           "optimizer": "optimizer's states"}  # fmt: skip
 # Entries that the run.json of a stopped run may lack. An absent entry is drawn as an empty mapping or list.
 _MAPPINGS = ("perplexity", "examples", "held_out", "history", "seconds", "memory", "check", "fused", "machine",
-             "versions")  # fmt: skip
+             "versions", "runner")  # fmt: skip
 _LISTS = ("losses", "resumed", "samples")
 
 Document = Mapping[str, Any]

@@ -1,0 +1,205 @@
+"""Reads the low-rank matrices of a saved adapter, and refuses everything that llama.cpp's adapter files can't hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from torch import nn
+
+from .._imports import required
+from ..sources.adapter import checked_config
+from ..sources.expressions import check_expressions
+from ..sources.json_file import shown
+from ..sources.weight_files import check_finite, weight_shapes
+from .errors import as_export_error, fail
+
+with required("peft", "peft_ext.write_gguf_adapter"):
+    from peft import PeftConfig
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+    from peft.utils.other import get_pattern_key
+
+_MERGE = "; `peft-ext merge --gguf` writes the merged model"
+
+# Fields of LoraConfig and AdaLoraConfig that the export reads, or that do not change the function of a saved adapter.
+_HARMLESS = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+    "total_step",
+})  # fmt: skip
+
+# Fields that llama.cpp's adapter files have no place for, and the reason.
+_REFUSED = {
+    "use_dora": "DoRA scales the rows of the whole weight, which is no update of low rank" + _MERGE,
+    "modules_to_save": "an adapter file of llama.cpp holds no whole modules" + _MERGE,
+    "trainable_token_indices": "an adapter file of llama.cpp holds no rows of an embedding" + _MERGE,
+    "target_parameters": "LoRA on parameters of experts can't be exported" + _MERGE,
+    "lora_bias": "an adapter file of llama.cpp holds no biases" + _MERGE,
+    "bias": "an adapter file of llama.cpp holds no biases" + _MERGE,
+}
+
+# Initializations that leave the base's weights as they are.
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+# Ending of a tensor's name in PEFT's file -> part of the pair.
+_LORA = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a", ".lora_embedding_B": "b"}
+_ADALORA = {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"}
+_KINDS = {".lora_magnitude_vector": "DoRA", ".lora_B.bias": "lora_bias", ".bias": "a trained bias"}
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The matrices of one module: ``W + scale · B @ A``, A ``[rank, inputs]``, B ``[outputs, rank]``.
+
+    Attributes:
+        module: name of the module in transformers' model.
+        a, b: names of the tensors in PEFT's file.
+        e: name of AdaLoRA's singular values ``[rank, 1]``, which multiply the rows of A; None for LoRA.
+        embedding: whether the module is an embedding, whose inputs are the tokens of the vocabulary.
+        scale: factor of the product.
+    """
+
+    module: str
+    a: str
+    b: str
+    e: Optional[str]
+    embedding: bool
+    rank: int
+    inputs: int
+    outputs: int
+    scale: float
+
+    @property
+    def kind(self) -> str:
+        return "an embedding" if self.embedding else "a linear layer"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the adapted weight in transformers."""
+        return (self.inputs, self.outputs) if self.embedding else (self.outputs, self.inputs)
+
+
+def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
+    """Returns the configuration and the pairs of an adapter, by layers; pairs of rank 0 are left out.
+
+    Raises ExportError for files that are damaged and for everything that llama.cpp's adapter files can't hold.
+    """
+    with as_export_error(ValueError, OSError):
+        config = checked_config(folder)
+        check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
+    _check_config(config)
+    shapes = weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
+    parts, whole = _parts(config, shapes)
+    with as_export_error(ValueError, about=f"{folder / CONFIG_NAME}: "):
+        check_expressions(config, _tree(parts))
+    pairs = [_pair(config, module, found, shapes) for module, found in parts.items()]
+    by_module = {pair.module: pair for pair in pairs}
+    for name in whole:
+        module = name.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+        pair = by_module.get(module)
+        if pair is None or shapes[name] != pair.shape:
+            fail(f"{name} in {SAFETENSORS_WEIGHTS_NAME} is {shapes[name]}, which is not the size of the adapted module")
+    pairs = [pair for pair in pairs if pair.rank]
+    if not pairs:
+        fail(f"{folder / SAFETENSORS_WEIGHTS_NAME} has no low-rank matrices")
+    return config, sorted(pairs, key=lambda pair: _natural(pair.module))
+
+
+def _check_config(config: PeftConfig) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in ("LORA", "ADALORA"):
+        fail(f"the adapter's method is {kind}, wanted LORA or ADALORA: an adapter file of llama.cpp holds low-rank "
+             "matrices alone")  # fmt: skip
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        fail(f"the adapter's task_type is {task}, wanted CAUSAL_LM")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _HARMLESS or not value or value == field.default:
+            continue
+        reason = _REFUSED.get(field.name, "which llama.cpp's adapters do not know" + _MERGE)
+        fail(f"the adapter has {field.name} {shown(value)}: {reason}")
+    init = config.init_lora_weights
+    if init not in _INITS:
+        fail(
+            f"init_lora_weights is {init!r}, which changed the base's own weights before training; save the adapter "
+            "with path_initial_model_for_weight_conversion, which makes it an adapter to the unchanged base"
+        )
+
+
+def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Returns by module the names of the pair's tensors, and the names of whole weights of adapted modules.
+
+    PEFT saves the whole frozen weight of an embedding or head that the adapter changes.
+    """
+    endings = _LORA if config.peft_type == "LORA" else _ADALORA
+    found: dict[str, dict[str, str]] = {}
+    whole: list[str] = []
+    for name in sorted(shapes):
+        ending = next((end for end in endings if name.endswith(end)), None)
+        if not name.startswith(_PREFIX) or ending is None:
+            if name.startswith(_PREFIX) and name.endswith(".base_layer.weight"):
+                whole.append(name)
+                continue
+            what = next((kind for end, kind in _KINDS.items() if name.endswith(end)), "a tensor")
+            fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(name)}, {what} that llama.cpp's adapters can't hold{_MERGE}")
+        parts = found.setdefault(name[len(_PREFIX) : -len(ending)], {})
+        part = endings[ending]
+        if part in parts:
+            fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(parts[part])} and {shown(name)}, wanted one of them")
+        parts[part] = name
+    return found, whole
+
+
+def _tree(names: Any) -> nn.Module:
+    """Returns a module with submodules of the given names."""
+    root = nn.Module()
+    for name in names:
+        module = root
+        for part in name.split("."):
+            if part not in module._modules:
+                module._modules[part] = nn.Module()
+            module = module._modules[part]
+    return root
+
+
+def _pair(config: PeftConfig, module: str, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Pair:
+    wanted = "abe" if config.peft_type == "ADALORA" else "ab"
+    if missing := [part for part in wanted if part not in names]:
+        there = next(iter(names.values()))
+        fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(there)}, but no lora_{missing[0].upper()} of {shown(module)}")
+    a, b = shapes[names["a"]], shapes[names["b"]]
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or ("e" in names and shapes[names["e"]] != (a[0], 1)):
+        fail(f"{module}: lora_A is {a} and lora_B is {b}, wanted (rank, inputs) and (outputs, rank)")
+    embedding = names["a"].endswith(".lora_embedding_A")
+    if embedding != names["b"].endswith(".lora_embedding_B"):
+        fail(f"{module}: {names['a']} and {names['b']} are no pair")
+    scale = _scale(config, module, a[0])
+    return Pair(module, names["a"], names["b"], names.get("e"), embedding, a[0], a[1], b[0], scale)
+
+
+def _scale(config: PeftConfig, module: str, rank: int) -> float:
+    """Returns the factor by which PEFT multiplies ``B @ A`` of ``module``."""
+    if config.peft_type == "ADALORA":
+        alpha = config.lora_alpha if config.lora_alpha > 0 else rank
+        return alpha / (config.init_r + 1e-5)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(ranks.keys(), module), config.r)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.lora_alpha)
+    if r != rank:
+        fail(f"{module}: the configuration has the rank {r}, lora_A has the rank {rank}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        fail(f"{module}: the alpha is {shown(alpha)}, wanted a number")
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Returns a key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,111 @@
+"""The base of an export: the names and sizes of its weights, from a GGUF file or from transformers' configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+
+from .._imports import required
+from ..gguf.header import GgufError, is_gguf, read_header
+from ..gguf.names import GgufNames
+from ..sources.model import SourceError, hushed, model_class, model_folder, read_model_config
+from .errors import as_export_error, fail
+
+with required("peft", "peft_ext.write_gguf_adapter"):
+    from peft import PeftConfig
+
+
+@dataclass(frozen=True)
+class Base:
+    """Names and sizes of the base's weights.
+
+    Attributes:
+        name: the file, folder or hub name of the base.
+        title: the base's name for people.
+        names: names in llama.cpp's file.
+        shapes: shape of each weight; by the name in the file for a GGUF file, else by the name of the module.
+        is_file: whether the base is a GGUF file.
+        tied: whether the head has the embedding's weight.
+    """
+
+    name: str
+    title: str
+    names: GgufNames
+    shapes: dict[str, tuple[int, ...]]
+    is_file: bool
+    tied: bool
+
+    def tensor_of(self, module: str) -> str:
+        """Returns the name of a module's weight in llama.cpp's file. Raises ExportError where the base has none."""
+        tensor = self.names.tensor(module)
+        if tensor is None:
+            fail(f"the adapter changes {module}, for which llama.cpp's {self.names.architecture} has no tensor")
+        name = f"{tensor}.weight"
+        if tensor in ("output", "token_embd") and self.tied:
+            # llama.cpp finds an adapter by the weight's name, and multiplies a tied head with the matrices for tokens.
+            fail(
+                f"the adapter changes {module}, but the embedding and the head of {self.name} are one weight, which "
+                "llama.cpp can't adapt; train embedding and head as they are, or merge the adapter"
+            )
+        if (name if self.is_file else module) not in self.shapes:
+            missing = f"{name} ({module})" if self.is_file else module
+            fail(f"the adapter changes {missing}, which {self.name} does not have")
+        return name
+
+    def shape_of(self, module: str) -> tuple[int, ...]:
+        return self.shapes[self.tensor_of(module) if self.is_file else module]
+
+
+def base_of(given: Union[str, Path, None], config: PeftConfig) -> Base:
+    """Returns the base ``given``: a GGUF file, a folder or a hub name; None: the base that ``config`` names.
+
+    No weight is read. Raises ExportError.
+    """
+    name = given if given is not None else config.base_model_name_or_path
+    if not name:
+        fail("the adapter's adapter_config.json names no base model, give base")
+    if is_gguf(name):
+        return _of_gguf(Path(name).expanduser())
+    if str(name).endswith(".gguf"):
+        fail(f"base is {name}, no such file")
+    return _of_transformers(name, config)
+
+
+def _of_gguf(path: Path) -> Base:
+    with as_export_error(GgufError, OSError):
+        header = read_header(path)
+        if header.get("general.type", "model") != "model":
+            raise header.error(f"general.type is {header.get('general.type')!r:.60}, wanted 'model'")
+        if header.get("split.count", 0) not in (0, 1):
+            raise header.error("the file is one of several parts, wanted one file (llama-gguf-split --merge joins it)")
+        names = GgufNames.of_file(header)
+    title = header.get("general.name")
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    title = title if isinstance(title, str) and title else path.stem
+    return Base(str(path), title, names, shapes, True, "output.weight" not in shapes)
+
+
+def _of_transformers(name: Union[str, Path], config: PeftConfig) -> Base:
+    with as_export_error(SourceError):
+        about = read_model_config(model_folder(name, ["*.json"]))
+    with as_export_error(ValueError, about=f"{name}: "):
+        names = GgufNames.of_config(about)
+    shapes = _shapes(str(name), about, config)
+    return Base(str(name), Path(name).name, names, shapes, False, bool(getattr(about, "tie_word_embeddings", False)))
+
+
+def _shapes(name: str, about: Any, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    kind = model_class(about, config)
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    # An untrusted configuration can make transformers raise any error.
+    with as_export_error(Exception, about=f"{name}: "), hushed(), torch.device("meta"):
+        model = build(about)
+    found: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        weight: Optional[Any] = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor):
+            found[path] = tuple(weight.shape)
+    return found

@@ -1,0 +1,241 @@
+"""Checks the header of an untrusted GGUF model before transformers or the package gguf read the file.
+
+transformers makes objects for each layer, each token and each merge that the metadata announces, and takes every size
+in the metadata as it comes. :func:`check_model` ties these numbers to the tensors that the file holds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Optional
+
+from .header import GgufHeader, TensorInfo
+
+__all__ = ["MOST_LAYERS", "check_model"]
+
+MOST_LAYERS = 10_000
+_LONGEST_TOKEN = 1024  # characters; transformers tries every split of every token where the file has no merges
+_MOST = (1 << 31) - 1
+
+# Fields of an architecture that must be integers: the smallest and the largest value.
+_SIZES: dict[str, tuple[int, int]] = {
+    "block_count": (1, MOST_LAYERS),
+    "nextn_predict_layers": (0, MOST_LAYERS),
+    "context_length": (1, _MOST),
+    "embedding_length": (1, _MOST),
+    "feed_forward_length": (0, _MOST),
+    "attention.head_count": (0, MOST_LAYERS),
+    "attention.head_count_kv": (0, MOST_LAYERS),
+    "attention.key_length": (1, 65_536),
+    "attention.value_length": (1, 65_536),
+    "attention.sliding_window": (0, _MOST),  # 0: no window
+    "attention.relative_buckets_count": (1, MOST_LAYERS),
+    "sliding_window": (0, _MOST),
+    "rope.dimension_count": (1, 65_536),
+    "rope.scaling.original_context_length": (1, _MOST),
+    "shortconv.l_cache": (1, MOST_LAYERS),
+    "full_attention_interval": (1, MOST_LAYERS),
+    "vocab_size": (1, _MOST),
+    "decoder_start_token_id": (0, _MOST),
+    "expert_count": (0, MOST_LAYERS),
+    "expert_used_count": (0, MOST_LAYERS),
+    "expert_feed_forward_length": (0, _MOST),
+    "expert_shared_feed_forward_length": (0, _MOST),
+    "expert_gating_func": (0, 255),
+    "ssm.conv_kernel": (1, MOST_LAYERS),
+    "ssm.group_count": (1, MOST_LAYERS),
+    "ssm.inner_size": (1, _MOST),
+    "ssm.state_size": (1, 65_536),
+    "ssm.time_step_rank": (1, _MOST),
+}
+# Fields that may be an array with an integer of each layer.
+_PER_LAYER = {"feed_forward_length", "attention.head_count", "attention.head_count_kv"}
+_REQUIRED = ("block_count", "embedding_length")
+_REQUIRED_OF = {"lfm2": ("context_length", "feed_forward_length", "rope.freq_base", "shortconv.l_cache")}
+_WITHOUT_ATTENTION = ("mamba",)
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+_NOT_NEGATIVE = (
+    "attention.scale", "attn_logit_softcapping", "embedding_scale", "final_logit_softcapping", "logit_scale",
+    "residual_scale", "rope.scale_linear", "rope.scaling.factor",
+)  # fmt: skip
+# transformers does not compare the prefix of a key with the file's architecture: in a file of a llama,
+# "mamba.ssm.inner_size" sets intermediate_size.
+_FIELDS = {*_SIZES, *_EPSILONS, "rope.freq_base"}
+_READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # the package gguf adds these keys itself
+_WHOLE_HEADS = ("gemma2", "gemma3", "llama")  # transformers takes whole heads in the embedding for these alone
+
+_TEXTS = ("general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
+_BOOLS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix")
+_IDS = ("bos", "eos", "unknown", "padding")
+_WITH_MERGES = ("gemma4", "gpt2", "llama")  # kinds of tokenizers; transformers makes merges from the scores
+
+
+def check_model(header: GgufHeader) -> None:
+    """Checks that a header is of a model in one file, whose metadata transformers and the package gguf can read.
+
+    Every size that transformers takes from the metadata is in a fixed range. The number of layers, the width and the
+    size of the vocabulary are those of the tensors. The tokenizer's lists have the types and lengths that transformers
+    expects.
+
+    Raises GgufError, one line.
+    """
+    _check_kind(header)
+    _check_sizes(header)
+    _check_tokenizer(header, _check_shapes(header))
+
+
+def _check_kind(header: GgufHeader) -> None:
+    if (kind := header.get("general.type", "model")) != "model":
+        raise header.error(f"general.type is {kind!r:.60}, wanted a model")
+    if (parts := header.get("split.count", 1)) not in (0, 1):
+        raise header.error(f"split.count is {parts!r:.60}: the model is split over several files, wanted one file")
+    architecture = header.architecture
+    if not re.fullmatch("[a-z0-9_-]{1,40}", architecture):
+        raise header.error(f"general.architecture is {architecture!r:.60}, wanted a name in a-z, 0-9, - and _")
+    if not header.tensors:
+        raise header.error("the file has no tensors, wanted a model with weights")
+    for key in header.keys:
+        prefix, _, field = key.partition(".")
+        if key in _READERS_OWN or (field in _FIELDS and prefix != architecture):
+            raise header.error(f"the metadata has the key {key!r:.80}, wanted no such key beside {architecture}.*")
+
+
+def _check_sizes(header: GgufHeader) -> None:
+    architecture = header.architecture
+    for field in (*_REQUIRED, *_REQUIRED_OF.get(architecture, ())):
+        if f"{architecture}.{field}" not in header:
+            raise header.error(f"{architecture}.{field} is missing, wanted a number")
+    for field, (least, most) in _SIZES.items():
+        value = header.get(key := f"{architecture}.{field}")
+        if field in _PER_LAYER and isinstance(value, list):
+            layers = header.get(f"{architecture}.block_count")
+            if len(value) != layers:
+                raise header.error(f"{key} is {_shown(value)}, wanted one of each of the {layers} layers")
+            for one in value:
+                _check_size(header, key, one, least, most)
+        elif value is not None:
+            _check_size(header, key, value, least, most)
+    for field in ("attention.key_length", "rope.dimension_count"):
+        if header.get(key := f"{architecture}.{field}", 0) % 2:
+            raise header.error(f"{key} is {header.get(key)}, wanted an even number")
+    if architecture not in _WITHOUT_ATTENTION:
+        _check_heads(header, architecture)
+    if not any(f"{architecture}.{field}" in header for field in _EPSILONS):
+        raise header.error(f"{architecture}.{_EPSILONS[0]} is missing, wanted a positive float")
+    for field in (*_EPSILONS, "rope.freq_base", *_NOT_NEGATIVE):
+        value, may_be_0 = header.get(key := f"{architecture}.{field}", 1.0), field in _NOT_NEGATIVE
+        if type(value) is not float or not 0 <= value < math.inf or not (value or may_be_0):
+            raise header.error(f"{key} is {_shown(value)}, wanted a {'float >= 0' if may_be_0 else 'positive float'}")
+    if (key := f"{architecture}.rope.scaling.type") in header:
+        header.text(key)
+
+
+def _check_heads(header: GgufHeader, architecture: str) -> None:
+    """Checks that each layer's attention heads are a multiple of the key-value heads. 0: a layer without attention."""
+    heads, kv_heads = (header.get(f"{architecture}.attention.{field}") for field in ("head_count", "head_count_kv"))
+    if not (most := _largest(heads)):
+        raise header.error(f"{architecture}.attention.head_count is {_shown(heads)}, wanted a layer with heads")
+    if kv_heads is not None and not _largest(kv_heads):
+        raise header.error(f"{architecture}.attention.head_count_kv is {_shown(kv_heads)}, wanted a layer with heads")
+    if architecture == "lfm2" and not (isinstance(heads, int) and isinstance(kv_heads, list)):
+        raise header.error(f"lfm2.attention.head_count_kv is {_shown(kv_heads)} beside a head_count of "
+                           f"{_shown(heads)}, wanted an array and an integer")  # fmt: skip
+    layers = header.get(f"{architecture}.block_count")
+    for one, kv in zip(_of_layers(heads, layers), _of_layers(kv_heads, layers), strict=True):
+        if kv and one % kv:
+            raise header.error(f"{architecture}.attention.head_count_kv is {kv}, wanted a divisor of the {one} "
+                               "attention heads")  # fmt: skip
+    width = header.get(f"{architecture}.embedding_length")
+    if architecture in _WHOLE_HEADS and width % most:
+        raise header.error(
+            f"{architecture}.embedding_length is {width}, wanted a multiple of the {most} attention heads"
+        )
+
+
+def _largest(value: Any) -> int:
+    return max(value, default=0) if isinstance(value, list) else value or 0
+
+
+def _of_layers(value: Any, layers: int) -> list[int]:
+    """Returns the value of each layer, from one value for all layers or an array."""
+    return value if isinstance(value, list) else [value or 0] * layers
+
+
+def _check_size(header: GgufHeader, key: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        wanted = f"an integer from {least} to {most}" if most > least else f"{least}"
+        raise header.error(f"{key} is {_shown(value)}, wanted {wanted}")
+
+
+def _check_shapes(header: GgufHeader) -> int:
+    """Compares the sizes in the metadata with the shapes of the tensors. Returns the rows of the embedding."""
+    architecture = header.architecture
+    layers, width = (header.get(f"{architecture}.{field}") for field in ("block_count", "embedding_length"))
+    # The layers of T5's two halves are enc.blk.N and dec.blk.N.
+    pattern = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]{1,9})\.")
+    found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
+    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack the prediction layers
+    problem = next((f"layer {index} has no tensors" for index in range(present) if index not in found), None)
+    if problem is None and max(found, default=0) >= layers:
+        problem = f"layer {max(found)} has tensors"
+    if problem is not None or present < 1:
+        raise header.error(f"{architecture}.block_count is {layers}, but {problem or 'none is a decoder layer'}")
+    if (inner := header.get(f"{architecture}.feed_forward_length")) is not None:
+        for index, size in enumerate(_of_layers(inner, layers)):
+            down = header.tensors.get(f"blk.{index}.ffn_down.weight")
+            if down is not None and down.shape != (width, size):
+                raise header.error(f"tensor {down.name!r} has shape {down.shape}, wanted {(width, size)}")
+    embedding: Optional[TensorInfo] = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise header.error("the file has no tensor 'token_embd.weight', wanted the weight of the embedding")
+    tokens = header.get("tokenizer.ggml.tokens")
+    rows = header.get(f"{architecture}.vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    if embedding.shape != (rows, width):
+        raise header.error(f"tensor 'token_embd.weight' has shape {embedding.shape}, wanted {(rows, width)}")
+    return embedding.shape[0]
+
+
+def _check_tokenizer(header: GgufHeader, vocabulary: int) -> None:
+    for key in _TEXTS:
+        if key in header:
+            header.text(key)
+    for key in _BOOLS:
+        if not isinstance(value := header.get(key, False), bool):
+            raise header.error(f"{key} is {_shown(value)}, wanted a bool")
+    kind = header.get("tokenizer.ggml.model", "none")
+    if kind == "none" and "tokenizer.ggml.tokens" not in header:  # a model without a tokenizer
+        return
+    tokens = _checked_list(header, "tokenizer.ggml.tokens", str)
+    if not 1 <= len(tokens) <= vocabulary:
+        raise header.error(f"tokenizer.ggml.tokens has {len(tokens)} tokens, wanted 1 to {vocabulary}, the rows of "
+                           "the embedding")  # fmt: skip
+    longest = max(tokens, key=len)
+    if len(longest) > _LONGEST_TOKEN:
+        raise header.error(f"a token has {len(longest)} characters, wanted at most {_LONGEST_TOKEN}")
+    has_merges = "tokenizer.ggml.merges" in header
+    if "tokenizer.ggml.scores" in header or kind == "t5" or (not has_merges and kind in _WITH_MERGES):
+        _checked_list(header, "tokenizer.ggml.scores", float, len(tokens))
+    if "tokenizer.ggml.token_type" in header:
+        _checked_list(header, "tokenizer.ggml.token_type", int, len(tokens))
+    if has_merges:
+        for merge in _checked_list(header, "tokenizer.ggml.merges", str):
+            if len(merge.split(" ")) != 2:
+                raise header.error(f"tokenizer.ggml.merges has {merge!r:.60}, wanted two tokens and a space")
+    for name in _IDS:
+        value = header.get(key := f"tokenizer.ggml.{name}_token_id", 0)
+        _check_size(header, key, value, 0, len(tokens) - 1)
+
+
+def _checked_list(header: GgufHeader, key: str, kind: type, length: Optional[int] = None) -> list[Any]:
+    value = header.get(key)
+    if isinstance(value, list) and all(type(one) is kind for one in value) and length in (None, len(value)):
+        return value
+    wanted = f"an array of {kind.__name__}" if length is None else f"an array of {length} {kind.__name__}"
+    raise header.error(f"{key} is {_shown(value)}, wanted {wanted}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"an array of {len(value)}" + (f" {type(value[0]).__name__}" if value else "")
+    return "missing" if value is None else repr(value)[:60]

@@ -1,0 +1,53 @@
+"""The adapter file of llama.cpp that a run writes with ``--export gguf``, and the commands that use the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+from ..sources.gguf_file import gguf_path
+from .errors import RunError
+from .options import EXPORTED_METHODS
+from .prepare import Run
+from .progress import log
+
+__all__ = ["ADAPTER_FILE", "about_runner", "export_adapter"]
+
+ADAPTER_FILE = "adapter.gguf"
+
+
+def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, Any]]:
+    """Returns what the report says about llama.cpp; None where the model is no GGUF file and no adapter was exported.
+
+    Args: file: the exported adapter; None where the run exports none, so that the command that does is told.
+    """
+    base = gguf_path(run.folder)
+    if base is None and file is None:
+        return None
+    model = "model.gguf" if base is None else str(base)
+    about: dict[str, Any] = {"base": model, "weights": run.weights}
+    if file is None:
+        if run.options.method in EXPORTED_METHODS:
+            about["commands"] = [f"peft-ext export {run.options.output} --gguf {run.options.output / ADAPTER_FILE}"]
+        return about
+    about["adapter"] = str(file)
+    about["commands"] = [f"llama-cli -m {model} --lora {file}"]
+    about["modelfile"] = [f"FROM {model}", f"ADAPTER {file}"]
+    return about
+
+
+def export_adapter(run: Run) -> Path:
+    """Writes the saved adapter of the run as llama.cpp's file into the output folder, and returns the file's path.
+
+    Raises RunError where the adapter can't be written as such a file. The saved adapter in PEFT's format stays.
+    """
+    from ..export import ExportError, write_gguf_adapter
+
+    output = run.options.output
+    try:
+        done = write_gguf_adapter(output, output / ADAPTER_FILE, base=run.folder, overwrite=True)
+    except ExportError as error:
+        why = str(error).removeprefix("write_gguf_adapter: ")
+        raise RunError(f"--export gguf: {why}; the adapter in PEFT's format is saved in {output}") from None
+    log.info(f"exported: {done.file}, for llama.cpp: llama-cli -m {done.base} --lora {done.file}")
+    return done.file

@@ -1,0 +1,67 @@
+"""A model in one GGUF file as the source of a base: the same functions as for a folder, with one-line errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+
+from ..gguf import GgufHeader, is_gguf, read_header
+from .json_file import raised_as
+
+__all__ = [
+    "gguf_config", "gguf_path", "gguf_quantization", "gguf_tokenizer", "is_packed", "pack_meta", "read_gguf",
+]  # fmt: skip
+
+
+def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
+    """Returns the path of the GGUF file that ``name`` names; None for a folder, a hub name or None."""
+    try:
+        path = Path(name or "").expanduser()
+        return path.resolve() if is_gguf(path) else None
+    except (OSError, RuntimeError, ValueError):  # a too long path, a loop of links, or ~ of an unknown user
+        return None
+
+
+def read_gguf(path: Path, error: type[Exception]) -> GgufHeader:
+    """Returns the checked header of a file. Raises ``error``, one line, where the file is damaged or can't be read."""
+    with raised_as(error, "", OSError, ValueError):
+        return read_header(path)
+
+
+def gguf_config(path: Path, error: type[Exception]) -> Any:
+    """Returns the transformers configuration of the model in a file. Raises ``error``, one line."""
+    with raised_as(error, "", OSError, ValueError, ImportError):
+        from ..gguf.metadata import read_config
+
+        return read_config(read_header(path))
+
+
+def gguf_tokenizer(path: Path, **kwargs: Any) -> Any:
+    """Returns the tokenizer in a file. Raises OSError, and ValueError of one line."""
+    from ..gguf.metadata import read_tokenizer
+
+    return read_tokenizer(read_header(path), **kwargs)
+
+
+def is_packed(header: GgufHeader) -> bool:
+    """Returns whether the file has quantized weights."""
+    return any(info.dtype is None for info in header.tensors.values())
+
+
+def gguf_quantization(header: GgufHeader) -> str:
+    """Returns a file's types of quantized weights in words, the type with the most bytes first: "gguf Q4_K, Q6_K"."""
+    sizes: dict[str, int] = {}
+    for info in header.tensors.values():
+        if info.dtype is None:
+            sizes[info.type_name] = sizes.get(info.type_name, 0) + info.nbytes
+    return f"gguf {', '.join(sorted(sizes, key=lambda name: -sizes[name]))}" if sizes else "gguf"
+
+
+def pack_meta(model: Any, path: Path, dtype: torch.dtype, error: type[Exception]) -> None:
+    """Replaces the layers of a model on the meta device by packed layers, as the file stores them."""
+    with raised_as(error, "", OSError, ValueError):
+        from ..gguf.load import pack
+
+        pack(model, read_header(path), dtype)

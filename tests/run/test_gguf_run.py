@@ -1,0 +1,132 @@
+"""Tests finetune over a GGUF file, the adapter file that it exports, and the commands on the adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import finetune, needs_hf, report
+
+import peft_ext
+from peft_ext.cli.main import main
+
+pytest.importorskip("gguf")
+pytestmark = needs_hf
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the GGUF file ``model`` of the tiny model, whose matrices are Q8_0, and the data."""
+    from tiny_gguf import write_tiny_gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("gguf")
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    # A byte tokenizer has no merges, and a file without merges needs scores.
+    write_tiny_gguf(folder / "model", model, "Q8_0", tokenizer, {"tokenizer.ggml.scores": [0.0] * 258})
+    shutil.copy(tiny / "pairs.jsonl", folder / "pairs.jsonl")
+    return folder
+
+
+def test_a_gguf_file_is_trained_and_its_adapter_is_used(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Tests the plan, a run with a checkpoint, its resume with an export, and then explain, chat and merge."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, output = gguf / "model", tmp_path / "run"
+    about = "packed as in the checkpoint (gguf Q8_0)"
+    assert finetune(gguf, output, "--dry-run", steps=2) == 0
+    out = capsys.readouterr().out
+    assert about in out and "loading: the packed weights" in out and not output.exists()
+    assert finetune(gguf, output, "--save-steps", "1", steps=2) == 0
+    assert f"model: {model}, {about}\n" in capsys.readouterr().out
+    found = report(output)
+    assert found["options"]["quant"] == "checkpoint" and found["finished"] and found["check"]["ok"]
+    assert 0 < found["fused"]["fused"] == found["fused"]["layers"]
+    assert found["runner"] == {
+        "base": str(model), "weights": about, "commands": [f"peft-ext export {output} --gguf {output / 'adapter.gguf'}"]
+    }  # fmt: skip
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+
+    assert finetune(gguf, output, "--save-steps", "1", "--resume", "--export", "gguf", steps=3) == 0
+    assert f"exported: {output / 'adapter.gguf'}, for llama.cpp" in capsys.readouterr().out
+    runner, page = report(output)["runner"], (output / "report.html").read_text()
+    assert runner["modelfile"] == [f"FROM {model}", f"ADAPTER {output / 'adapter.gguf'}"]
+    assert all(line in page for line in (*runner["commands"], *runner["modelfile"], about))
+
+    assert main(["explain", str(output), "--json", "--sequence-length", "32"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["quantization"] == "checkpoint" and shown["methods"][0]["fused"] == shown["methods"][0]["layers"]
+    assert main(["chat", "--adapter", str(output), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
+    assert main(["merge", "--adapter", str(output), "--output", str(tmp_path / "merged")]) == 0
+    assert "as the base is held" in capsys.readouterr().out
+
+    dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and dense.config.tie_word_embeddings
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("hello")["input_ids"]
+    adapted = peft_ext.load_adapter(peft_ext.load_gguf(model), output).eval()
+    again = peft_ext.load_gguf_adapter(peft_ext.load_gguf(model), output / "adapter.gguf").eval()
+    ids = torch.arange(2, 22)[None]
+    with torch.no_grad():
+        right, got, exported = (one(input_ids=ids).logits.float() for one in (adapted, dense, again))
+    assert (got - right).norm() < 0.05 * right.norm()
+    assert (exported - right).norm() < 0.02 * right.norm()  # the exported matrices are float16
+
+
+def test_a_file_of_dense_weights_is_quantized_as_a_folder_is(
+    gguf: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from tiny_gguf import write_tiny_gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    write_tiny_gguf(tmp_path / "model", model, "F16", tokenizer, {"tokenizer.ggml.scores": [0.0] * 258})
+    shutil.copy(tiny / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    assert finetune(tmp_path, tmp_path / "run", steps=2) == 0
+    assert "NF4, double quantization" in capsys.readouterr().out
+    assert report(tmp_path / "run")["check"]["ok"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--quant", "nf4"), "--quant nf4: the files of --model {model} are packed by gguf Q8_0, wanted no --quant, or "
+     "checkpoint"),
+    (("--stock",), "--stock with --quant checkpoint: PEFT and bitsandbytes have no layers over a packed checkpoint, "
+     "wanted nf4 or none"),
+    (("--shard", "fsdp2"), "--shard fsdp2 with a GGUF file: only folders of safetensors are sharded, wanted ddp"),
+    (("--export", "onnx"), "--export onnx: wanted gguf"),
+    (("--export", "gguf", "--method", "ia3"), "--export gguf with --method ia3: llama.cpp reads low-rank adapters "
+     "only, wanted one of lora, rslora, qlora, adalora; peft-ext merge --gguf merges other methods"),
+    (("--method", "partial"), "--quant checkpoint with --method partial: it trains the weights themselves, which a "
+     "packed checkpoint freezes"),
+])  # fmt: skip
+def test_what_is_not_possible_is_refused_at_the_start(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture, options: tuple[str, ...], message: str
+) -> None:
+    assert finetune(gguf, tmp_path / "run", *options) == 2
+    assert not (tmp_path / "run").exists()
+    came = capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+    assert came == message.format(model=gguf / "model")
+
+
+def test_a_damaged_file_is_refused_at_the_start(gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = (gguf / "model").read_bytes()
+    for name, damaged, wanted in (
+        ("model", data[:-1], "past the end of the file"),
+        ("model", data[:1000], "the file ends in"),
+        ("model.gguf", b"GGML" + data[4:], "this is no GGUF file"),
+    ):
+        file = tmp_path / name
+        file.write_bytes(damaged)
+        assert main(["finetune", "--model", str(file), "--output", str(tmp_path / "run")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --model {file}: ") and wanted in line
+    assert not (tmp_path / "run").exists()
+    assert main(["finetune", "--model", str(tmp_path / "none.gguf"), "--output", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"error: --model {tmp_path / 'none.gguf'}: no such file\n"
