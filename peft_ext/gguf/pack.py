@@ -369,9 +369,15 @@ def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
     return found
 
 
+def _own_name(model: Any, parameter: str, shapes: dict[str, torch.Size]) -> str:
+    """Returns the parameter's name in a model that is the base model itself, such as ``Lfm2Model``."""
+    own = parameter.removeprefix(f"{model.base_model_prefix}.")
+    return own if parameter not in shapes and own in shapes else parameter
+
+
 def _pack_converted(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     mapping, shapes = get_gguf_conversion_mapping(header.architecture, model.config), _shapes(model)
-    plan = _plan(header, mapping)
+    plan = {_own_name(model, name, shapes): source for name, source in _plan(header, mapping).items()}
     why_dense, packed, experts = _layers(model), {}, {}
     tensors = {name: header.data(name) for name in header.tensors}
     dense: dict[str, str] = {}

@@ -144,7 +144,8 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _T5 = {
     "d_model": 256, "d_ff": 512, "d_kv": 32, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
     "tie_word_embeddings": True,
-    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": EPSILON, "initializer_factor": 1.0, "n_positions": 64,
+    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": EPSILON, "initializer_factor": 1.0,
+    "dropout_rate": 0.0, "n_positions": 64,
     "relative_attention_num_buckets": 16,
 }  # fmt: skip
 _T5_FIELDS: dict[str, Optional[Field]] = {
