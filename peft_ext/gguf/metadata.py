@@ -112,9 +112,9 @@ def _read_without_vocabulary(header: GgufHeader) -> Any:
         if size not in header:
             writer.add_uint32(size, header.tensors["token_embd.weight"].shape[0])
         for key in header.keys:
-            value = header.value(key)
-            if key == "general.architecture" or (value.element is not None and key.startswith("tokenizer.")):
+            if key == "general.architecture" or (key.startswith("tokenizer.") and not key.endswith("_token_id")):
                 continue
+            value = header.value(key)
             element = None if value.element is None else GGUFValueType(value.element)
             if element is None or value.data:  # gguf writes no empty array
                 writer.add_key_value(key, value.data, GGUFValueType(value.type), element)
