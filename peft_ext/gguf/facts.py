@@ -267,8 +267,11 @@ class _Facts:
             kind = "linear"
         if kind in (None, "none") or (kind == "longrope" and ROTARY_FACTORS[1] in self.header.tensors):
             return
+        if kind == "linear" and factor in (None, 0.0, 1.0):  # positions are divided by 1
+            return
         if kind not in ("linear", "yarn") or self.architecture == "phi3" or type(factor) is not float or factor <= 0:
-            raise self.refuse("rope.scaling.type", f"with the factor {factor!r:.60}, wanted linear or yarn")
+            raise self.header.error(f"{self.architecture}.rope.scaling.type is {kind!r:.60} with the factor {factor}, "
+                                    "wanted linear or yarn")  # fmt: skip
         rotary |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
             original = self.get("rope.scaling.original_context_length", self.config.max_position_embeddings)
