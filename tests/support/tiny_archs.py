@@ -342,7 +342,7 @@ def write_tiny(
     about, config, architecture = KINDS[kind], model.config, _ARCHITECTURE.get(kind, kind)
     chosen = {"*": types} if isinstance(types, str) else types
     writer = gguf.GGUFWriter(str(path), architecture)
-    keys: dict[str, Any] = {"general.name": f"tiny {kind}", "general.file_type": FILE_TYPES.get(chosen["*"], 0)}
+    keys: dict[str, Any] = {"general.name": "tiny", "general.file_type": FILE_TYPES.get(chosen["*"], 0)}
     for key, field in {**_FIELDS, **about.fields}.items():
         if field is not None:
             keys[f"{architecture}.{key}"] = getattr(config, field) if isinstance(field, str) else field(config)
