@@ -269,7 +269,11 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
         if info.dtype is None:
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
-        if target in found.tensors and found.tensors[target].shape != shapes[target]:
+        made = found.tensors.get(target)
+        # Converters differ in whether they keep sizes of 1, as in the gate of Qwen 2's shared expert.
+        if made is not None and made.squeeze().shape == torch.empty(shapes[target], device="meta").squeeze().shape:
+            found.tensors[target] = made = made.reshape(shapes[target])
+        if made is not None and made.shape != shapes[target]:
             raise header.error(f"the tensor of {target} has shape {tuple(found.tensors[target].shape)}, wanted "
                                f"{tuple(shapes[target])}")  # fmt: skip
     _tie(model, packed, dtype, header)

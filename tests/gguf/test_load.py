@@ -386,6 +386,20 @@ def test_prediction_layers_of_qwen35(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(loaded), outputs(model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["qwen2moe", "qwen35moe"])
+def test_the_gate_of_a_shared_expert(kind: str, tmp_path: Path) -> None:
+    """llama.cpp's converters write the gate with the sizes (1, K), and older converters with (K,).
+
+    transformers 5.24 reads the first of Qwen 2's sizes as (1, 1, K), and raises an error.
+    """
+    model = tiny_model(kind)
+    held = file_tensors(kind, model)
+    gates = [name for name in held if "ffn_gate_inp_shexp" in name]
+    for gate in (lambda tensor: tensor[None], lambda tensor: tensor):
+        file = _written(tmp_path / "a.gguf", kind, model, held | {name: gate(held[name]) for name in gates})
+        torch.testing.assert_close(outputs(load_gguf(file, dtype=torch.float32)), outputs(model), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_untrusted_metadata(count: int, tmp_path: Path) -> None:
     """A file with any metadata gives a model, or an error of one line that names the file."""

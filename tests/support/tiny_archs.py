@@ -161,7 +161,7 @@ KINDS: dict[str, Kind] = {
     "llama": Kind("LlamaConfig", {}, {
         "vocab_size": "vocab_size", "rope.dimension_count": "head_dim", **_HEAD,
     }, _LLAMA),
-    "mistral": Kind("MistralConfig", {}, {"vocab_size": "vocab_size", "rope.dimension_count": "head_dim"}, _LLAMA),
+    "mistral": Kind("MistralConfig", {}, {"vocab_size": "vocab_size", "rope.dimension_count": "head_dim", **_HEAD}, _LLAMA),
     "qwen2": Kind("Qwen2Config"),
     "qwen3": Kind("Qwen3Config", {"head_dim": 32}, _HEAD),
     "qwen2moe": Kind("Qwen2MoeConfig", {**_EXPERTS, "shared_expert_intermediate_size": 512},
@@ -191,13 +191,13 @@ KINDS: dict[str, Kind] = {
         ),
     }),
     "starcoder2": Kind("Starcoder2Config", {"norm_epsilon": EPSILON}, {
-        "attention.layer_norm_rms_epsilon": None, "attention.layer_norm_epsilon": "norm_epsilon",
+        "attention.layer_norm_rms_epsilon": "norm_epsilon", "attention.layer_norm_epsilon": "norm_epsilon",
     }),
     "nemotron": Kind("NemotronConfig", {
         "norm_eps": EPSILON, "head_dim": 64,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
     }, {
-        "attention.layer_norm_rms_epsilon": "norm_eps", "attention.layer_norm_epsilon": "norm_eps",
+        **_HEAD, "attention.layer_norm_rms_epsilon": "norm_eps", "attention.layer_norm_epsilon": "norm_eps",
         "rope.scaling.type": lambda config: "none", "vocab_size": "vocab_size",
         "rope.dimension_count": lambda config: int(
             config.rope_parameters["partial_rotary_factor"] * config.hidden_size
@@ -219,6 +219,7 @@ KINDS: dict[str, Kind] = {
     }, {
         **_HEAD, "attention.sliding_window": "sliding_window",
         "rope.freq_base": lambda config: config.rope_parameters["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
         "rope.scaling.type": lambda config: "linear",
         "rope.scaling.factor": lambda config: config.rope_parameters["full_attention"].get("factor"),
     }, {r"norm\.weight": _PLUS_ONE}),
