@@ -355,6 +355,11 @@ class _Facts:
             if self.get("attention.head_count_kv", 1) != 1:
                 raise self.refuse("attention.head_count_kv", "and transformers does not undo the converter's order of "
                                   "the rows of several key-value heads, wanted 1")  # fmt: skip
+        elif (linear := self.get("attention.recurrent_layers")) is not None:
+            layers = self.config.num_hidden_layers
+            if "layer_types" not in self.config.to_dict() or not isinstance(linear, list) or len(linear) < layers:
+                raise self.refuse("attention.recurrent_layers", f"wanted bools of the {layers} layers of Qwen 3.5")
+            changes["layer_types"] = ["linear_attention" if one else "full_attention" for one in linear[:layers]]
         elif self.architecture in ("t5", "t5encoder"):
             gated = any(re.search(r"\.ffn_gate\.weight$", name) for name in names)
             changes["feed_forward_proj"] = "gated-gelu" if gated else "relu"

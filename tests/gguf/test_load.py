@@ -224,6 +224,9 @@ FACTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Any]] = {
     "t5 with a short decoder": ("t5", {"num_decoder_layers": 1}, {}, None),
     "stablelm in sequence": ("stablelm", {"use_parallel_residual": False, "use_qkv_bias": False}, {}, None),
     "qwen3moe with three experts a token": ("qwen3moe", {"num_experts_per_tok": 3}, {}, None),
+    "qwen35 with an array": ("qwen35", {"layer_types": ["full_attention", "linear_attention"]}, {
+        "qwen35.attention.recurrent_layers": [False, True], "qwen35.full_attention_interval": 4,
+    }, None),
     "the whole context": ("llama", {}, {"llama.attention.sliding_window": 64, "llama.attention.scale": 0.125}, None),
 }  # fmt: skip
 
@@ -243,6 +246,7 @@ def test_facts(case: str, tmp_path: Path) -> None:
     changed = tiny_model(kind)
     if changed.config.num_hidden_layers == model.config.num_hidden_layers and case not in (
         "biases", "the whole context", "t5 with relu", "t5 with a short decoder", "stablelm in sequence", "long heads",
+        "qwen35 with an array",
     ):  # fmt: skip
         changed.load_state_dict(model.state_dict())
         assert not torch.allclose(outputs(changed, 48), outputs(model, 48), atol=1e-3), "the fact has no effect"

@@ -161,7 +161,9 @@ KINDS: dict[str, Kind] = {
     "llama": Kind("LlamaConfig", {}, {
         "vocab_size": "vocab_size", "rope.dimension_count": "head_dim", **_HEAD,
     }, _LLAMA),
-    "mistral": Kind("MistralConfig", {}, {"vocab_size": "vocab_size", "rope.dimension_count": "head_dim", **_HEAD}, _LLAMA),
+    "mistral": Kind("MistralConfig", {}, {
+        "vocab_size": "vocab_size", "rope.dimension_count": "head_dim", **_HEAD,
+    }, _LLAMA),
     "qwen2": Kind("Qwen2Config"),
     "qwen3": Kind("Qwen3Config", {"head_dim": 32}, _HEAD),
     "qwen2moe": Kind("Qwen2MoeConfig", {**_EXPERTS, "shared_expert_intermediate_size": 512},
