@@ -201,8 +201,9 @@ def _check_shapes(header: GgufHeader) -> None:
     embedding: Optional[TensorInfo] = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise header.error("the file has no tensor 'token_embd.weight', wanted the weight of the embedding")
-    tokens = header.get("tokenizer.ggml.tokens")
-    rows = header.get(f"{architecture}.vocab_size", len(tokens) if isinstance(tokens, list) else embedding.shape[0])
+    if (rows := header.get(f"{architecture}.vocab_size")) is None:
+        tokens = header.get("tokenizer.ggml.tokens")
+        rows = len(tokens) if isinstance(tokens, list) else embedding.shape[0]
     if embedding.shape != (rows, width):
         raise header.error(f"tensor 'token_embd.weight' has shape {embedding.shape}, wanted {(rows, width)}")
     _check_decoder(header)

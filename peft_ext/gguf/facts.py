@@ -267,8 +267,11 @@ class _Facts:
             kind = "linear"
         if kind in (None, "none") or (kind == "longrope" and ROTARY_FACTORS[1] in self.header.tensors):
             return
+        if kind == "linear" and factor in (None, 0.0, 1.0):  # positions are divided by 1
+            return
         if kind not in ("linear", "yarn") or self.architecture == "phi3" or type(factor) is not float or factor <= 0:
-            raise self.refuse("rope.scaling.type", f"with the factor {factor!r:.60}, wanted linear or yarn")
+            raise self.header.error(f"{self.architecture}.rope.scaling.type is {kind!r:.60} with the factor {factor}, "
+                                    "wanted linear or yarn")  # fmt: skip
         rotary |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
             original = self.get("rope.scaling.original_context_length", self.config.max_position_embeddings)
@@ -352,6 +355,11 @@ class _Facts:
             if self.get("attention.head_count_kv", 1) != 1:
                 raise self.refuse("attention.head_count_kv", "and transformers does not undo the converter's order of "
                                   "the rows of several key-value heads, wanted 1")  # fmt: skip
+        elif (linear := self.get("attention.recurrent_layers")) is not None:
+            layers = self.config.num_hidden_layers
+            if "layer_types" not in self.config.to_dict() or not isinstance(linear, list) or len(linear) < layers:
+                raise self.refuse("attention.recurrent_layers", f"wanted bools of the {layers} layers of Qwen 3.5")
+            changes["layer_types"] = ["linear_attention" if one else "full_attention" for one in linear[:layers]]
         elif self.architecture in ("t5", "t5encoder"):
             gated = any(re.search(r"\.ffn_gate\.weight$", name) for name in names)
             changes["feed_forward_proj"] = "gated-gelu" if gated else "relu"

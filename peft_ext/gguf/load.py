@@ -60,7 +60,7 @@ def load_gguf(
     """
     header = read_header(path)
     config = read_config(header)
-    about = GgufPackedConfig()
+    about = GgufPackedConfig(str(header.path))
     about.header = header
     loaded, info = _class_of(model_class, config, header).from_pretrained(
         None, config=config, state_dict=about.tensors, quantization_config=about, dtype=dtype, device_map=device_map,
@@ -90,16 +90,22 @@ def _class_of(model_class: Optional[Any], config: Any, header: GgufHeader) -> An
 
 @register_quantization_config(METHOD)
 class GgufPackedConfig(QuantizationConfigMixin):
-    """The quantization_config of a model that :func:`load_gguf` has loaded."""
+    """The quantization_config of a model that :func:`load_gguf` has loaded.
+
+    Attributes:
+        file: the GGUF file.
+        header: the file's header while the model is loaded, and None later.
+        tensors: the model's state dict while the model is loaded, and empty later.
+    """
 
     header: Optional[GgufHeader] = None
 
-    def __init__(self, **kwargs: Any) -> None:
-        self.quant_method = METHOD
+    def __init__(self, file: Optional[str] = None, **kwargs: Any) -> None:
+        self.quant_method, self.file = METHOD, file
         self.tensors: dict[str, Tensor] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "file": None if self.header is None else str(self.header.path)}
+        return {"quant_method": METHOD, "file": self.file}
 
     def __deepcopy__(self, memo: Any) -> GgufPackedConfig:
         return self
@@ -134,7 +140,9 @@ class GgufPackedQuantizer(HfQuantizer):
         return None if getattr(param, "dtype", None) is torch.uint8 else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.quantization_config.tensors.clear()  # the model holds the tensors now
+        # The model holds the tensors now. An open file can't be pickled.
+        self.quantization_config.tensors.clear()
+        self.quantization_config.header = self._packed = None
         for parameter in model.parameters():
             if parameter.dtype is torch.uint8:
                 parameter.requires_grad_(False)
@@ -145,9 +153,8 @@ class GgufPackedQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """Returns False: transformers can't save the model. Logs what to save instead."""
-        header = self.quantization_config.header
         logging.get_logger(__name__).warning(
-            f"The base of this model is the GGUF file {header.path}, which is not written again. Save the adapter with "
-            "save_pretrained of the PeftModel."
+            f"The base of this model is the GGUF file {self.quantization_config.file}, which is not written again. "
+            "Save the adapter with save_pretrained of the PeftModel."
         )
         return False

@@ -111,10 +111,15 @@ def _read_without_vocabulary(header: GgufHeader) -> Any:
         size = f"{header.architecture}.vocab_size"
         if size not in header:
             writer.add_uint32(size, header.tensors["token_embd.weight"].shape[0])
+        # transformers tells UMT5, whose every layer has a relative_attention_bias, from T5 by the name of the file.
+        if "enc.blk.1.attn_rel_b.weight" in header.tensors:
+            writer.add_name("umt5")
         for key in header.keys:
-            value = header.value(key)
-            if key == "general.architecture" or (value.element is not None and key.startswith("tokenizer.")):
+            if key in ("general.architecture", "general.name"):
                 continue
+            if key.startswith("tokenizer.") and not key.endswith("_token_id"):
+                continue
+            value = header.value(key)
             element = None if value.element is None else GGUFValueType(value.element)
             if element is None or value.data:  # gguf writes no empty array
                 writer.add_key_value(key, value.data, GGUFValueType(value.type), element)

@@ -269,7 +269,11 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
         if info.dtype is None:
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
-        if target in found.tensors and found.tensors[target].shape != shapes[target]:
+        made = found.tensors.get(target)
+        # Converters differ in whether they keep sizes of 1, as in the gate of Qwen 2's shared expert.
+        if made is not None and made.squeeze().shape == torch.empty(shapes[target], device="meta").squeeze().shape:
+            found.tensors[target] = made = made.reshape(shapes[target])
+        if made is not None and made.shape != shapes[target]:
             raise header.error(f"the tensor of {target} has shape {tuple(found.tensors[target].shape)}, wanted "
                                f"{tuple(shapes[target])}")  # fmt: skip
     _tie(model, packed, dtype, header)
@@ -369,9 +373,15 @@ def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
     return found
 
 
+def _own_name(model: Any, parameter: str, shapes: dict[str, torch.Size]) -> str:
+    """Returns the parameter's name in a model that is the base model itself, such as ``Lfm2Model``."""
+    own = parameter.removeprefix(f"{model.base_model_prefix}.")
+    return own if parameter not in shapes and own in shapes else parameter
+
+
 def _pack_converted(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     mapping, shapes = get_gguf_conversion_mapping(header.architecture, model.config), _shapes(model)
-    plan = _plan(header, mapping)
+    plan = {_own_name(model, name, shapes): source for name, source in _plan(header, mapping).items()}
     why_dense, packed, experts = _layers(model), {}, {}
     tensors = {name: header.data(name) for name in header.tensors}
     dense: dict[str, str] = {}

@@ -224,6 +224,9 @@ FACTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Any]] = {
     "t5 with a short decoder": ("t5", {"num_decoder_layers": 1}, {}, None),
     "stablelm in sequence": ("stablelm", {"use_parallel_residual": False, "use_qkv_bias": False}, {}, None),
     "qwen3moe with three experts a token": ("qwen3moe", {"num_experts_per_tok": 3}, {}, None),
+    "qwen35 with an array": ("qwen35", {"layer_types": ["full_attention", "linear_attention"]}, {
+        "qwen35.attention.recurrent_layers": [False, True], "qwen35.full_attention_interval": 4,
+    }, None),
     "the whole context": ("llama", {}, {"llama.attention.sliding_window": 64, "llama.attention.scale": 0.125}, None),
 }  # fmt: skip
 
@@ -243,6 +246,7 @@ def test_facts(case: str, tmp_path: Path) -> None:
     changed = tiny_model(kind)
     if changed.config.num_hidden_layers == model.config.num_hidden_layers and case not in (
         "biases", "the whole context", "t5 with relu", "t5 with a short decoder", "stablelm in sequence", "long heads",
+        "qwen35 with an array",
     ):  # fmt: skip
         changed.load_state_dict(model.state_dict())
         assert not torch.allclose(outputs(changed, 48), outputs(model, 48), atol=1e-3), "the fact has no effect"
@@ -289,8 +293,8 @@ REFUSED = [
     ("qwen3moe", {"qwen3moe.expert_gating_func": 2}, {}, "expert_gating_func is 2, which"),
     ("qwen3moe", {"qwen3moe.expert_group_count": 8}, {}, "expert_group_count is 8, which"),
     ("qwen2moe", {"qwen2moe.leading_dense_block_count": 1}, {}, "leading_dense_block_count is 1, which"),
-    ("llama", {"llama.rope.scaling.type": "su"}, {}, "rope.scaling.type is 'su', with the factor None, wanted linear"),
-    ("llama", {"llama.rope.scaling.type": "yarn"}, {}, "rope.scaling.type is 'yarn', with the factor None, wanted"),
+    ("llama", {"llama.rope.scaling.type": "su"}, {}, "rope.scaling.type is 'su' with the factor None, wanted linear"),
+    ("llama", {"llama.rope.scaling.type": "yarn"}, {}, "rope.scaling.type is 'yarn' with the factor None, wanted"),
     ("qwen2", {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0,
                "qwen2.rope.scaling.yarn_attn_factor": 1.2}, {}, "rope.scaling.yarn_attn_factor is 1.2"),
     ("qwen2", {"qwen2.rope.scaling.attn_factor": 1.2}, {}, "rope.scaling.attn_factor is 1.2"),
@@ -384,6 +388,20 @@ def test_prediction_layers_of_qwen35(tmp_path: Path) -> None:
     keys = {"qwen35.block_count": 3, "qwen35.nextn_predict_layers": 1}
     loaded = load_gguf(write_tiny(tmp_path / "a.gguf", "qwen35", model, "F32", keys, extra), dtype=torch.float32)
     torch.testing.assert_close(outputs(loaded), outputs(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2moe", "qwen35moe"])
+def test_the_gate_of_a_shared_expert(kind: str, tmp_path: Path) -> None:
+    """llama.cpp's converters write the gate with the sizes (1, K), and older converters with (K,).
+
+    transformers 5.24 reads the first of Qwen 2's sizes as (1, 1, K), and raises an error.
+    """
+    model = tiny_model(kind)
+    held = file_tensors(kind, model)
+    gates = [name for name in held if "ffn_gate_inp_shexp" in name]
+    for gate in (lambda tensor: tensor[None], lambda tensor: tensor):
+        file = _written(tmp_path / "a.gguf", kind, model, held | {name: gate(held[name]) for name in gates})
+        torch.testing.assert_close(outputs(load_gguf(file, dtype=torch.float32)), outputs(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])

@@ -144,7 +144,8 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _T5 = {
     "d_model": 256, "d_ff": 512, "d_kv": 32, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
     "tie_word_embeddings": True,
-    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": EPSILON, "initializer_factor": 1.0, "n_positions": 64,
+    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": EPSILON, "initializer_factor": 1.0,
+    "dropout_rate": 0.0, "n_positions": 64,
     "relative_attention_num_buckets": 16,
 }  # fmt: skip
 _T5_FIELDS: dict[str, Optional[Field]] = {
@@ -160,7 +161,9 @@ KINDS: dict[str, Kind] = {
     "llama": Kind("LlamaConfig", {}, {
         "vocab_size": "vocab_size", "rope.dimension_count": "head_dim", **_HEAD,
     }, _LLAMA),
-    "mistral": Kind("MistralConfig", {}, {"vocab_size": "vocab_size", "rope.dimension_count": "head_dim"}, _LLAMA),
+    "mistral": Kind("MistralConfig", {}, {
+        "vocab_size": "vocab_size", "rope.dimension_count": "head_dim", **_HEAD,
+    }, _LLAMA),
     "qwen2": Kind("Qwen2Config"),
     "qwen3": Kind("Qwen3Config", {"head_dim": 32}, _HEAD),
     "qwen2moe": Kind("Qwen2MoeConfig", {**_EXPERTS, "shared_expert_intermediate_size": 512},
@@ -190,13 +193,13 @@ KINDS: dict[str, Kind] = {
         ),
     }),
     "starcoder2": Kind("Starcoder2Config", {"norm_epsilon": EPSILON}, {
-        "attention.layer_norm_rms_epsilon": None, "attention.layer_norm_epsilon": "norm_epsilon",
+        "attention.layer_norm_rms_epsilon": "norm_epsilon", "attention.layer_norm_epsilon": "norm_epsilon",
     }),
     "nemotron": Kind("NemotronConfig", {
         "norm_eps": EPSILON, "head_dim": 64,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
     }, {
-        "attention.layer_norm_rms_epsilon": "norm_eps", "attention.layer_norm_epsilon": "norm_eps",
+        **_HEAD, "attention.layer_norm_rms_epsilon": "norm_eps", "attention.layer_norm_epsilon": "norm_eps",
         "rope.scaling.type": lambda config: "none", "vocab_size": "vocab_size",
         "rope.dimension_count": lambda config: int(
             config.rope_parameters["partial_rotary_factor"] * config.hidden_size
@@ -218,6 +221,7 @@ KINDS: dict[str, Kind] = {
     }, {
         **_HEAD, "attention.sliding_window": "sliding_window",
         "rope.freq_base": lambda config: config.rope_parameters["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
         "rope.scaling.type": lambda config: "linear",
         "rope.scaling.factor": lambda config: config.rope_parameters["full_attention"].get("factor"),
     }, {r"norm\.weight": _PLUS_ONE}),
@@ -341,7 +345,7 @@ def write_tiny(
     about, config, architecture = KINDS[kind], model.config, _ARCHITECTURE.get(kind, kind)
     chosen = {"*": types} if isinstance(types, str) else types
     writer = gguf.GGUFWriter(str(path), architecture)
-    keys: dict[str, Any] = {"general.name": f"tiny {kind}", "general.file_type": FILE_TYPES.get(chosen["*"], 0)}
+    keys: dict[str, Any] = {"general.name": "tiny", "general.file_type": FILE_TYPES.get(chosen["*"], 0)}
     for key, field in {**_FIELDS, **about.fields}.items():
         if field is not None:
             keys[f"{architecture}.{key}"] = getattr(config, field) if isinstance(field, str) else field(config)
