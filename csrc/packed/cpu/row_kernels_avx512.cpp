@@ -295,7 +295,7 @@ struct Fp8Step : OneRowStep {
     const int64_t first = (row_ >> Fp8::row_shift(*view_)) * Fp8::blocks(view_->columns, Fp8::column_shift(*view_));
     decode_blocks<false>(
         view_->part[1], scale_type(view_->option), first, int64_t{1} << (shift - 5), start / 32, (stop - start) / 32,
-        [](int64_t, int64_t, __mmask16) { return _mm512_setzero_ps(); }, &blocks_);
+        nullptr, &blocks_);
   }
   Held load(int64_t j, int blocks) const {
     return {load_bytes(bytes(j), blocks), _mm512_set1_ps(blocks_.scale[(j - start_) / 32])};
