@@ -37,9 +37,8 @@ inline __m256i rounded_words(const float* values) {
 inline void store_run(const float* run, bf16* out) {
   const __m256i high_words = _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   for (int i = 0; i < 32; i += 16)
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(out + i),
-        _mm256_permutex2var_epi16(rounded_words(run + i), high_words, rounded_words(run + i + 8)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm256_permutex2var_epi16(rounded_words(run + i), high_words, rounded_words(run + i + 8)));
 }
 
 // Returns 16 values, rounded to the type of the second argument.
