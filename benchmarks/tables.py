@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from . import llama_cpp, packed_training
+from . import llama_cpp, llama_speed, packed_training
 from .files import Result, newest, newest_by_gpu
 from .harness import ratio_text, spread_text
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "formats.md",
-             ROOT / "docs" / "llama-cpp.md")  # fmt: skip
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "formats.md", "llama-cpp.md",
+                                                                     "gguf.md")))  # fmt: skip
 MARK = re.compile(r"(<!-- measured( [\w-]+)?: python -m benchmarks\.tables -->).*?(<!-- /measured -->)", re.DOTALL)
 NOTHING = "Not measured yet."
 
@@ -250,6 +250,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "packed": partial(shown, ("layer-packed-avx512_bf16", packed_table)),
     "packed-training": partial(shown, (packed_training.NAME, packed_training.result_text)),
     "llama-cpp": partial(shown, (llama_cpp.NAME, llama_cpp.result_text)),
+    "llama-speed": partial(shown, (llama_speed.NAME, llama_speed.table)),
     "gpu": gpu_tables,
 }  # fmt: skip
 

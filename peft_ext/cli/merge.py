@@ -19,6 +19,7 @@ from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, base_of
 if TYPE_CHECKING:
     from ..merge.gguf import MergedTensor
 
+_SMALL_ERROR = 0.01  # a relative rounding error of weights that no larger type has to make smaller
 _MODEL_HELP = 'Base: folder, hub name, or "smollm2"; with --gguf a GGUF file. Default: the adapter\'s own.'
 
 
@@ -33,6 +34,7 @@ def merge(
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",
     type: Annotated[str, typer.Option(help="With --gguf: type of merged weights, q8_0, f16, ..., same: the base's.")]
     = "same",
+    check: Annotated[bool, typer.Option("--check", help="With --gguf: compare logits on a text afterwards.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of a weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder or file.")] = False,
 ) -> None:  # fmt: skip
@@ -45,9 +47,11 @@ def merge(
                                        ("--dtype", dtype, "keep")):  # fmt: skip
             if value != default:
                 raise CliError(f"{option} {value}: not with --gguf; --type is the type of the merged weights")
-        return _merge_gguf(adapter, gguf, model, type, overwrite)
+        return _merge_gguf(adapter, gguf, model, type, overwrite, check)
     if type != "same":
         raise CliError(f"--type {type}: only with --gguf; --dtype is the dtype of the dense model")
+    if check:
+        raise CliError("--check: only with --gguf")
     need("merge", "transformers", "peft", "safetensors")
     from ..merge import MergeError, merge_to_dense
 
@@ -77,7 +81,9 @@ def merge(
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
-def _merge_gguf(adapter: Path, output: Path, model: Optional[str], type: str, overwrite: bool) -> None:
+def _merge_gguf(
+    adapter: Path, output: Path, model: Optional[str], type: str, overwrite: bool, check: bool
+) -> None:  # fmt: skip
     need("merge", "transformers", "peft", "safetensors", "gguf")
     from ..merge import MergeError, merge_to_gguf
 
@@ -103,7 +109,24 @@ def _merge_gguf(adapter: Path, output: Path, model: Optional[str], type: str, ov
         print(f"of the adapter's change, rounding left {done.whole.kept:.1%}; the weights moved by "
               f"{done.whole.moved:.3g} times the adapter's change")  # fmt: skip
     print(f"saved: {done.output} in {done.seconds:.1f} s")
+    if type == "same" and done.whole.error > _SMALL_ERROR:
+        print("--type q8_0 makes the rounding error smaller and the file larger")
+    if check:
+        _print_logits(base, adapter, output)
     print(f"run: llama-cli -m {shlex.quote(str(done.output))}")
+
+
+def _print_logits(base: Path, adapter: Path, merged: Path) -> None:
+    from ..merge import MergeError
+    from ..merge.gguf_check import compare_logits
+
+    try:
+        found = compare_logits(base, adapter, merged)
+    except MergeError as error:
+        raise CliError(f"--check: {str(error).removeprefix('merge_to_dense: ')}; {merged} is saved") from None
+    print(f"logits on {found.tokens} tokens: relative error {found.error:.3g} against the unmerged adapter; without an "
+          f"adapter {found.change:.3g}")  # fmt: skip
+    print(f"next tokens: {found.same_token:.1%} the same, divergence {found.divergence:.3g} nats")
 
 
 def _errors(one: MergedTensor) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._imports import required
 from ..gguf import GgufError, GgufHeader, read_header
+from ..gguf.metadata import read_config
 from ..gguf.names import GgufNames
 from ..reference.formats import decoded as decoded_by_reference
 from ..sources.json_file import first_line
@@ -18,7 +19,7 @@ from .base import Base, without_memory
 from .errors import as_merge_error, fail
 
 with required("transformers", "peft_ext.merge_to_gguf"):
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
 __all__ = ["GgufBase"]
 
@@ -41,27 +42,21 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
-            layers, parts = header.get(f"{header.architecture}.block_count"), header.get("split.count", 1)
-            if type(layers) is int and layers > len(header.tensors):  # GgufNames makes a list of the layers' names
-                fail(f"{header.path}: the file has {len(header.tensors)} tensors for {layers} layers")
+            config = read_config(header)
             names = GgufNames.of_file(header)
-        if type(parts) is int and parts > 1:
-            fail(f"{header.path} is a part of a model that is split into {parts} files, wanted one file; "
-                 "llama-gguf-split --merge joins the parts")  # fmt: skip
         self._names = names
-        model = _model(header)
+        model = _model(header, config)
         self.tensors: dict[str, str] = {}
         self._orders: dict[str, Tensor] = {}
-        absent = []
-        tied = "output.weight" not in header.tensors
-        for name in model.state_dict():
+        held: set[int] = set()  # parameters that the file has, under one of the names of tied parameters
+        state = model.state_dict(keep_vars=True)
+        for name, parameter in state.items():
             module, _, leaf = name.rpartition(".")
-            inside = names.tensor(module)
-            tensor = None if inside is None else f"{inside}.{leaf}"
+            tensor = f"{names.tensor(module)}.{leaf}"
             if tensor in header.tensors:
                 self.tensors[name] = tensor
-            elif not (tied and inside == "output"):
-                absent.append(name)
+                held.add(id(parameter))
+        absent = [name for name, parameter in state.items() if id(parameter) not in held]
         dense = self._stand_in(model)
         self.base = Base(model, dense, str(header.path), None, absent=tuple(absent))
 
@@ -121,22 +116,16 @@ def decoded(data: Tensor, type: int) -> Tensor:
     return data.to(torch.float32, copy=True)
 
 
-def _model(header: GgufHeader) -> PreTrainedModel:
-    """Returns the file's model on the meta device, from the metadata that transformers reads."""
-    try:
-        config = AutoConfig.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
-    except Exception as error:  # an untrusted file can make transformers raise any error
-        fail(f"{header.path}: {first_line(error)}")
+def _model(header: GgufHeader, config: Any) -> PreTrainedModel:
+    """Returns a model of the configuration on the meta device."""
+    architecture, embedding = header.architecture, header.tensors["token_embd.weight"]
     config.tie_word_embeddings = "output.weight" not in header.tensors
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        fail(f"{header.path}: the file has no matrix token_embd.weight")
-    config.vocab_size = embedding.shape[0]
-    size = header.get(f"{header.architecture}.attention.key_length")
-    if isinstance(size, int) and getattr(config, "head_dim", None) is not None:
+    config.vocab_size, config.pad_token_id = embedding.shape[0], None
+    size = header.get(f"{architecture}.attention.key_length")
+    if size is not None and getattr(config, "head_dim", None) is not None:
         config.head_dim = size
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    except Exception as error:
+    except Exception as error:  # an untrusted file can make transformers raise any error
         fail(f"{header.path}: {first_line(error)}")

@@ -51,7 +51,8 @@ def requantized(merged: Tensor, weight: PackedWeight) -> tuple[PackedWeight, Ten
     if (found := quantized_like(merged, weight)) is None:
         raise RuntimeError(
             f"merge: the base weight is packed ({weight.format.name}, groups of {weight.group or 'all'} columns), for "
-            "which there is no quantizer; wanted mxfp4, nvfp4, fp8 or int4 as peft_ext.quantize_packed makes them. "
-            "Call peft_ext.dequantize_packed(model) before merging, or save the adapter and merge it by peft-ext merge"
+            "which there is no quantizer; wanted mxfp4, nvfp4, fp8 or int4 as peft_ext.quantize_packed makes them, or "
+            "a type of GGUF that peft_ext.weights.gguf_quantize makes. Call peft_ext.dequantize_packed(model) before "
+            "merging, or save the adapter and merge it by peft-ext merge"
         )
     return found, quantization_error(found, merged)

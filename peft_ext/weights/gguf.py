@@ -22,6 +22,7 @@ __all__ = [
     "GgmlType",
     "dense_dtype",
     "from_gguf_linear",
+    "ggml_type",
     "gguf_weight",
     "has_kernel",
     "llama_row_order",
@@ -92,6 +93,12 @@ def has_kernel(type: int | str) -> bool:
     """Returns whether peft_ext's kernels decode the type. If not, the reference decodes the type, with package gguf."""
     number = type_number(type)
     return number in TYPES and TYPES[number].kernel
+
+
+def ggml_type(weight: PackedWeight) -> Optional[int]:
+    """Returns ggml's number of the type of a weight; None for a weight of another format than GGUF's."""
+    number = weight.format.number - _FIRST
+    return number if _FORMATS.get(number) is weight.format else None
 
 
 def _check(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, option: int) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .._imports import required
 from .gguf import TYPES, dense_dtype, type_number
+from .gguf_k_quants import QUANTIZERS
 
 __all__ = ["QUANTIZED_BY_GGUF", "can_quantize", "quantize_gguf"]
 
 # Types that the package gguf quantizes.
 QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
-_CHUNK = 1 << 22  # elements that are quantized at a time
+_CHUNK = 1 << 19  # elements that are quantized at a time, so that a chunk's tensors stay in a core's cache
 
 
 def can_quantize(type: int | str) -> bool:
     """Returns whether :func:`quantize_gguf` makes the type."""
     number = type_number(type)
-    return number not in TYPES or TYPES[number].name in QUANTIZED_BY_GGUF
+    return number not in TYPES or TYPES[number].name in (*QUANTIZED_BY_GGUF, *QUANTIZERS)
 
 
 def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
@@ -34,7 +37,8 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
         ValueError: there is no quantizer for the type, K is not a multiple of the type's block, or a value is NaN or
             infinite.
 
-    Source: the types in ``QUANTIZED_BY_GGUF`` are the bits of gguf ``quants.py`` (``quantize``).
+    Source: the types in ``QUANTIZED_BY_GGUF`` are the bits of gguf ``quants.py`` (``quantize``); the others those of
+    llama.cpp, see :mod:`peft_ext.weights.gguf_k_quants`.
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
         came = values.dtype if isinstance(values, Tensor) else values.__class__.__name__
@@ -54,8 +58,9 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
         return values.to(dense_dtype(number)).contiguous().view(torch.uint8)
     rows = values.reshape(-1, values.shape[-1])
     step = max(1, _CHUNK // rows.shape[1])
-    done = torch.cat([_by_gguf(rows[start : start + step], number) for start in range(0, len(rows), step)])
-    return done.view(*values.shape[:-1], done.shape[-1])
+    quantize = QUANTIZERS.get(TYPES[number].name) or partial(_by_gguf, number=number)
+    done = torch.cat([quantize(rows[start : start + step]).view(-1) for start in range(0, len(rows), step)])
+    return done.view(*values.shape[:-1], -1)
 
 
 def _by_gguf(rows: Tensor, number: int) -> Tensor:

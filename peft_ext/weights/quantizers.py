@@ -7,6 +7,8 @@ from typing import Optional
 from torch import Tensor
 
 from .fp8 import FP8, block_size, quantize_fp8
+from .gguf import ggml_type, gguf_weight
+from .gguf_quantize import can_quantize, quantize_gguf
 from .int4_quantize import quantize_int4
 from .int_groups import INT, SCALES
 from .mx import MXFP4, NVFP4, quantize_mxfp4, quantize_nvfp4
@@ -53,6 +55,8 @@ def quantized_like(weight: Tensor, like: PackedWeight) -> Optional[PackedWeight]
         found = quantize_fp8(weight, *block_size(like))
     elif format is INT and "g_idx" not in held and held["scales"].dtype in SCALES:
         found = quantize_int4(weight, like.group, "zero_points" not in held, scale_dtype=held["scales"].dtype)
+    elif (number := ggml_type(like)) is not None and can_quantize(number):
+        found = gguf_weight(quantize_gguf(weight, number).to(weight.device), number, dtype=like.dtype)
     if found is None or found.layout != like.layout:
         return None
     parts = [None if part is None or wanted is None else part.view(wanted.dtype).view(wanted.shape)

@@ -1,0 +1,91 @@
+"""Compares the logits of a merged GGUF file with the logits of its base with the unmerged adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from ..gguf import GgufError, read_header
+from ..gguf.load import load_gguf
+from ..model import load_adapter
+from ..quantize import dequantize_packed
+from ..sources.model import hushed, load_tokenizer
+from .errors import as_merge_error
+
+__all__ = ["TEXT", "LogitsError", "compare_logits"]
+
+TEXT = (
+    "The harbour of the old town freezes in January. Fishermen then mend their nets, and children skate between the "
+    "boats. In March the ice breaks in one night, with a noise like thunder. How many boats can leave the harbour on "
+    "the next morning? Seven large boats and twelve small ones lie at the pier; two of the large boats are too heavy."
+)
+_TOKENS = 256  # most tokens of the text
+
+
+@dataclass(frozen=True)
+class LogitsError:
+    """Differences of the merged model's logits from the logits of the base with the unmerged adapter.
+
+    Attributes:
+        tokens: number of tokens of the text.
+        error: ‖L' − L‖ / ‖L‖ of the merged model's logits L' and the unmerged model's logits L, each less its mean.
+        change: the same difference of the base without the adapter, for comparison.
+        divergence: mean Kullback-Leibler divergence of the merged model's next token from the unmerged model's next
+            token, in nats.
+        same_token: part of the tokens after which both models have the same most probable next token.
+    """
+
+    tokens: int
+    error: float
+    change: float
+    divergence: float
+    same_token: float
+
+
+def compare_logits(
+    base: Union[str, Path], adapter: Union[str, Path], merged: Union[str, Path], text: str = TEXT
+) -> LogitsError:
+    """Returns the differences of logits on ``text``. The two models are loaded one after the other, in float32.
+
+    The text is random tokens where the base's file has no tokenizer.
+
+    Raises: MergeError where a model can't be loaded; OSError.
+    """
+    with hushed(), torch.no_grad(), as_merge_error(GgufError, ValueError, TypeError, about="comparing logits: "):
+        model = load_gguf(base, dtype=torch.float32)
+        tokens = _tokens(Path(base), text, model.config.vocab_size)
+        without = _logits(model, tokens)
+        with_adapter = _logits(_adapted(base, model, adapter), tokens)
+        del model
+        found = _logits(load_gguf(merged, dtype=torch.float32), tokens)
+    wanted = with_adapter.log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - found.log_softmax(-1))).sum(-1).mean()
+    same = (with_adapter.argmax(-1) == found.argmax(-1)).double().mean()
+    return LogitsError(tokens.shape[1], _difference(found, with_adapter), _difference(without, with_adapter),
+                       divergence.item(), same.item())  # fmt: skip
+
+
+def _tokens(base: Path, text: str, vocabulary: int) -> Tensor:
+    if "tokenizer.ggml.tokens" not in read_header(base):
+        return torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(0))
+    return load_tokenizer(str(base))(text, return_tensors="pt").input_ids[:, :_TOKENS]
+
+
+def _adapted(base: Union[str, Path], model: Any, adapter: Union[str, Path]) -> Any:
+    try:
+        return load_adapter(model, adapter)
+    except (TypeError, ValueError, RuntimeError):  # an adapter that replaces whole weights needs dense layers
+        return load_adapter(dequantize_packed(load_gguf(base, dtype=torch.float32)), adapter)
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    return model.eval()(tokens, use_cache=False).logits[0].double()
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    one, other = (t - t.mean(-1, keepdim=True) for t in (one, other))
+    return (torch.dist(one, other) / other.norm()).item()

@@ -1,0 +1,392 @@
+"""Quantizes to GGUF's types with searched scales: Q2_K to Q6_K, IQ4_NL and IQ4_XS, in plain PyTorch.
+
+A group of 16 or 32 columns gets the scale, or the scale and the offset, with the least weighted error among those that
+fit the codes of a few trial scales. The scales of a block of 256 columns are then rounded to 4 to 8 bits, and the codes
+are rounded again for the rounded scales.
+
+Layout: ``x[n, G]`` float32 holds G groups of n columns, one column a row, so that an operation handles all groups.
+All sums run over the columns in order, in float32, so that the bits are those of llama.cpp on a processor without
+fused multiply-add.
+
+Source: llama.cpp ggml-quants.c (``quantize_row_*_ref``, ``quantize_iq4_nl``, ``quantize_iq4_xs``), without importance
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["QUANTIZERS"]
+
+_LEAST = 1e-15  # a group whose largest absolute value is below this value counts as zeros
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+# --- arithmetic of the reference --------------------------------------------------------------------------------------
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Returns the nearest integers, int32, ties to even, for absolute values below 2²².
+
+    Adding 1.5 · 2²³ leaves the integer in the lowest 22 bits; larger values wrap, as in the reference.
+    """
+    return ((values + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
+
+
+def _codes(values: Tensor, low: int, high: int) -> Tensor:
+    return _rounded(values).clamp_(low, high).float()
+
+
+def _summed(terms: Tensor) -> Tensor:
+    """Returns the sums over the columns, added in the columns' order."""
+    total = terms[0].clone()
+    for term in terms[1:]:
+        total += term
+    return total
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def _over(number: float, values: Tensor) -> Tensor:
+    """Returns ``number / values``, rounded once; PyTorch's own ``number / values`` multiplies with ``1 / values``."""
+    return torch.tensor(number, dtype=torch.float32) / values
+
+
+def _steps(start: float, step: float, count: int, add: int) -> list[float]:
+    """Returns ``start + step · i + add`` for i = 0 ... count, each operation rounded to float32."""
+    step = _float32(step)
+    return [_float32(_float32(_float32(start) + _float32(step * i)) + add) for i in range(count + 1)]
+
+
+def _first_largest(values: Tensor) -> Tensor:
+    """Returns the value with the largest absolute value, the first of equals, over dimension 0."""
+    return values.gather(0, values.abs().argmax(0, keepdim=True))[0]
+
+
+def _largest_above_zero(values: Tensor) -> Tensor:
+    """Returns the largest values over dimension 1, or +0 where no value is positive."""
+    largest = values.amax(1)
+    return torch.where(largest > 0, largest, 0.0)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values != 0, _over(1, values), 0.0)
+
+
+# --- the search for scales --------------------------------------------------------------------------------------------
+
+
+class _Searched(NamedTuple):
+    """Scales ``[G]``, offsets ``[G]`` that are subtracted, and codes float ``[n, G]``."""
+
+    scale: Tensor
+    offset: Tensor
+    codes: Tensor
+
+
+def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: int, absolute: bool) -> _Searched:
+    """Searches ``x ≈ scale · code − offset`` with codes 0 ... most and ``offset >= 0``.
+
+    A trial scale gives codes. The scale and offset with the least weighted square error for these codes follow by
+    linear regression. Of all trials and the plain minimum and maximum, the least error counts.
+
+    Args:
+        weights: weight of each column's error.
+        start: the first trial scale is ``(largest − smallest) / (most + start)``; each next one adds 0.1 to ``start``.
+        count: number of further trial scales.
+        absolute: whether absolute errors are compared, instead of squares.
+    """
+
+    def error(scale: Tensor, codes: Tensor, low: Tensor) -> Tensor:
+        difference = (scale * codes).add_(low).sub_(x)
+        difference = difference.abs_() if absolute else difference.square_()
+        return _summed(difference.mul_(weights))
+
+    low, high = x.amin(0).clamp(max=0), x.amax(0)
+    sum_w, sum_x = _summed(weights), _summed(weights * x)
+    flat = high == low
+    inverse = _over(most, high - low)
+    scale = _over(1, inverse)
+    used, used_low = inverse, low  # the trial scale and offset of the best codes
+    best = error(scale, _codes(inverse * (x - low), 0, most), low)
+    for numerator in _steps(start, 0.1, count, most):
+        inverse = _over(numerator, high - low)
+        codes = _codes((x - low).mul_(inverse), 0, most)
+        weighted = weights * codes
+        sum_l, sum_xl = _summed(weighted), _summed(weighted * x)
+        sum_l2 = _summed(weighted.mul_(codes))
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        above = new_low > 0
+        new_scale = torch.where(above, sum_xl / sum_l2, new_scale)
+        new_low = torch.where(above, 0.0, new_low)
+        found = error(new_scale, codes, new_low)
+        better = (determinant > 0) & (found < best) & ~flat
+        used, used_low = torch.where(better, inverse, used), torch.where(better, low, used_low)
+        best, scale, low = (torch.where(better, new, old) for new, old in
+                            ((found, best), (new_scale, scale), (new_low, low)))  # fmt: skip
+    codes = _codes(used * (x - used_low), 0, most)
+    return _Searched(torch.where(flat, 0.0, scale), -low, torch.where(flat, 0.0, codes))
+
+
+def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Searches ``x ≈ scale · (code − most)`` with codes 0 ... 2 · most − 1 and errors weighted by x².
+
+    The trial scales are around the one that gives the value with the largest absolute value the code 0.
+    Returns scales ``[G]`` and codes float ``[n, G]``.
+    """
+    largest = _first_largest(x)
+    zero = largest.abs() < _LEAST
+    weights = x * x
+    weighted = weights * x
+
+    def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
+        codes = _codes(inverse * x, -most, most - 1)
+        return _summed(weighted * codes), _summed((weights * codes).mul_(codes))
+
+    used = _over(-most, largest)
+    sum_lx, sum_l2 = sums(used)
+    scale = torch.where(sum_l2 != 0, sum_lx / sum_l2, 0.0)
+    best = scale * sum_lx
+    for step in range(-9, 10):
+        if step == 0:
+            continue
+        inverse = _over(-_float32(most + _float32(_float32(0.1) * step)), largest)
+        sum_lx, sum_l2 = sums(inverse)
+        better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
+        found = sum_lx / sum_l2
+        used, scale = torch.where(better, inverse, used), torch.where(better, found, scale)
+        best = torch.where(better, found * sum_lx, best)
+    codes = _codes(used * x, -most, most - 1) + most
+    return torch.where(zero, 0.0, scale), torch.where(zero, 0.0, codes)
+
+
+def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Searches ``x ≈ scale · (code − most)`` as :func:`_search_scale`, by changing one code at a time, at most 5 times.
+
+    A code changes where the change lowers the error that is left with the best scale for all codes.
+    """
+    largest = _first_largest(x)
+    zero = largest.abs() < _LEAST
+    weights = x * x
+    weighted = weights * x
+    codes = _codes(_over(-most, largest) * x, -most, most - 1)
+    sum_lx, sum_l2 = _summed(weighted * codes), _summed(weights * codes * codes)
+    for _ in range(5):
+        changed = False
+        for w, wx, column, code in zip(weights, weighted, x, codes, strict=True):
+            other_lx, other_l2 = sum_lx - wx * code, sum_l2 - w * code * code
+            new = _codes(column * other_l2 / other_lx, -most, most - 1)
+            new_lx, new_l2 = other_lx + wx * new, other_l2 + w * new * new
+            better = (other_lx > 0) & (new != code) & (new_l2 > 0)
+            better &= new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
+            if better.any():
+                changed = True
+                code.copy_(torch.where(better, new, code))
+                sum_lx, sum_l2 = torch.where(better, new_lx, sum_lx), torch.where(better, new_l2, sum_l2)
+        if not changed:
+            break
+    scale = torch.where(sum_l2 > 0, sum_lx / sum_l2, 0.0)
+    return torch.where(zero, 0.0, scale), torch.where(zero, 0.0, codes + most)
+
+
+def _nearest_iq4() -> tuple[Tensor, Tensor]:
+    """Returns code uint8 and value float32 of the nearest value of ``_IQ4``, by ``floor(2 · x) + 256``, ``[512]``.
+
+    The borders between the codes are multiples of 1/2. Of two equally near values the larger counts.
+    """
+    table = torch.tensor(_IQ4, dtype=torch.float32)
+    codes = torch.bucketize(torch.arange(-256, 256) / 2, (table[1:] + table[:-1]) / 2, right=True)
+    return codes.to(torch.uint8), table[codes]
+
+
+_IQ4_CODES, _IQ4_VALUES = _nearest_iq4()
+
+
+def _looked_up(values: Tensor, table: Tensor) -> Tensor:
+    places = (values * 2).floor_().to(torch.int32).clamp_(-256, 255).add_(256)
+    return table.index_select(0, places.view(-1)).view(values.shape)
+
+
+def _search_iq4(x: Tensor) -> Tensor:
+    """Searches the scales ``[G]`` of ``x ≈ scale · table[code]``, with errors weighted by x²."""
+    largest = _first_largest(x)
+    weights = x * x
+
+    def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
+        values = _looked_up(inverse * x, _IQ4_VALUES)
+        weighted = weights * values
+        return _summed(weighted * x), _summed(weighted.mul_(values))
+
+    sum_qx, sum_q2 = sums(_over(1, -largest / _IQ4[0]))
+    scale = torch.where(sum_q2 > 0, sum_qx / sum_q2, 0.0)
+    best = scale * sum_qx
+    for step in range(-7, 8):
+        sum_qx, sum_q2 = sums(_over(step + _IQ4[0], largest))
+        better = (sum_q2 > 0) & (sum_qx * sum_qx > best * sum_q2)
+        found = sum_qx / sum_q2
+        scale, best = torch.where(better, found, scale), torch.where(better, found * sum_qx, best)
+    return torch.where(largest.abs() < _LEAST, 0.0, scale)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _grouped(rows: Tensor, size: int) -> Tensor:
+    """Returns rows ``[..., K]`` as groups ``[size, G]``."""
+    return rows.reshape(-1, size).t().contiguous()
+
+
+def _blocks(codes: Tensor) -> Tensor:
+    """Returns codes float ``[n, G]`` as uint8 ``[B, 256]``, a block a row."""
+    return codes.t().reshape(-1, 256).to(torch.uint8)
+
+
+def _half_bytes(values: Tensor) -> Tensor:
+    """Returns values ``[B]``, rounded to float16, as uint8 ``[B, 2]``."""
+    return values.half()[:, None].view(torch.uint8)
+
+
+def _rounded_to_half(values: Tensor) -> Tensor:
+    return values.half().float()
+
+
+def _two_bits(codes: Tensor) -> Tensor:
+    """Returns codes 0 to 3 ``[B, 256]`` as bytes ``[B, 64]``: four codes 32 columns apart share a byte."""
+    a, b, c, d = codes.view(-1, 2, 4, 32).unbind(2)
+    return (a | b << 2 | c << 4 | d << 6).flatten(1)
+
+
+def _four_bits(codes: Tensor, apart: int) -> Tensor:
+    """Returns codes 0 to 15 ``[B, 256]`` as bytes ``[B, 128]``: two codes ``apart`` columns apart share a byte."""
+    low, high = codes.view(len(codes), -1, 2, apart).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def _bytes_of_scales(scales: Tensor, offsets: Tensor) -> Tensor:
+    """Returns 6-bit scales and offsets uint8 ``[B, 8]`` as the 12 bytes of Q4_K and Q5_K.
+
+    The first four scales and offsets are whole bytes, whose upper two bits hold the upper bits of the last four.
+    """
+    first, last, first_offset, last_offset = scales[:, :4], scales[:, 4:], offsets[:, :4], offsets[:, 4:]
+    return torch.cat([first | last >> 4 << 6, first_offset | last_offset >> 4 << 6,
+                      last & 15 | (last_offset & 15) << 4], 1)  # fmt: skip
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+def _q2_k(rows: Tensor) -> Tensor:
+    x = _grouped(rows, 16)
+    found = _search_offset(x, x.abs(), 3, -0.5, 15, absolute=True)
+    scales, offsets = found.scale.view(-1, 16), found.offset.view(-1, 16)
+    most, most_offset = _largest_above_zero(scales), _largest_above_zero(offsets)
+    four = _rounded(torch.where(most > 0, _over(15, most), 0.0)[:, None] * scales)
+    four_offset = _rounded(torch.where(most_offset > 0, _over(15, most_offset), 0.0)[:, None] * offsets)
+    held = (four & 255 | four_offset << 4 & 255).to(torch.uint8)
+    d, d_offset = most / 15, most_offset / 15
+    scale = (_rounded_to_half(d)[:, None] * (held & 15)).view(-1)
+    offset = (_rounded_to_half(d_offset)[:, None] * (held >> 4)).view(-1)
+    codes = torch.where(scale != 0, _codes((x + offset) / scale, 0, 3), found.codes)
+    return torch.cat([held, _two_bits(_blocks(codes)), _half_bytes(d), _half_bytes(d_offset)], 1)
+
+
+def _q3_k(rows: Tensor) -> Tensor:
+    x = _grouped(rows, 16)
+    scales, codes = _descend_scale(x, 4)
+    scales = scales.view(-1, 16)
+    largest = _first_largest(scales.t())
+    inverse = _over(-32, largest)
+    six = torch.where(largest[:, None] != 0, _codes(inverse[:, None] * scales, -32, 31), -32.0)
+    d = torch.where(largest != 0, _over(1, inverse), 0.0)
+    scale = (_rounded_to_half(d)[:, None] * six).view(-1)
+    codes = torch.where(scale != 0, _codes(x / scale, -4, 3) + 4, codes)
+    # A block without scales has the bytes 0 for its scales, which stand for -32.
+    six = (six + 32).to(torch.uint8)
+    packed = _blocks(codes)
+    bits = (packed > 3).to(torch.uint8).view(-1, 8, 32)
+    high = (bits << torch.arange(8, dtype=torch.uint8)[:, None]).sum(1, dtype=torch.uint8)
+    low_scales = six[:, :8] & 15 | (six[:, 8:] & 15) << 4
+    uppers = (six >> 4).view(-1, 4, 4) << torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    return torch.cat([high, _two_bits(packed & 3), low_scales, uppers.sum(1, dtype=torch.uint8), _half_bytes(d)], 1)
+
+
+def _with_offsets(rows: Tensor, most: int, start: float, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the codes uint8 ``[B, 256]``, and the first 16 bytes of the blocks, of Q4_K and Q5_K."""
+    x = _grouped(rows, 32)
+    # A square root in float64 is rounded correctly to float32; PyTorch's square roots in float32 are not always.
+    mean = (_summed(x * x) / 32).double().sqrt().float()
+    found = _search_offset(x, mean + x.abs(), most, start, count, absolute=False)
+    scales, offsets = found.scale.view(-1, 8), found.offset.view(-1, 8)
+    most_scale, most_offset = _largest_above_zero(scales), _largest_above_zero(offsets)
+
+    def six_bits(values: Tensor, largest: Tensor) -> Tensor:
+        inverse = torch.where(largest > 0, _over(63, largest), 0.0)[:, None]
+        return (_rounded(inverse * values) & 255).clamp(max=63).to(torch.uint8)
+
+    six, six_offset = six_bits(scales, most_scale), six_bits(offsets, most_offset)
+    d, d_offset = most_scale / 63, most_offset / 63
+    scale = (_rounded_to_half(d)[:, None] * six).view(-1)
+    offset = (_rounded_to_half(d_offset)[:, None] * six_offset).view(-1)
+    codes = torch.where(scale != 0, _codes((x + offset) / scale, 0, most), found.codes)
+    return _blocks(codes), torch.cat([_half_bytes(d), _half_bytes(d_offset), _bytes_of_scales(six, six_offset)], 1)
+
+
+def _q4_k(rows: Tensor) -> Tensor:
+    codes, head = _with_offsets(rows, 15, -1.0, 20)
+    return torch.cat([head, _four_bits(codes, 32)], 1)
+
+
+def _q5_k(rows: Tensor) -> Tensor:
+    codes, head = _with_offsets(rows, 31, -0.5, 15)
+    fifth = (codes >> 4).view(-1, 8, 32) << torch.arange(8, dtype=torch.uint8)[:, None]
+    return torch.cat([head, fifth.sum(1, dtype=torch.uint8), _four_bits(codes & 15, 32)], 1)
+
+
+def _q6_k(rows: Tensor) -> Tensor:
+    x = _grouped(rows, 16)
+    scales, codes = _search_scale(x, 32)
+    scales = scales.view(-1, 16)
+    largest = _first_largest(scales.t())
+    zero = largest.abs() < _LEAST
+    inverse = _over(-128, largest)
+    d = torch.where(zero, 0.0, _over(1, inverse))
+    eight = torch.where(zero[:, None], 0, _rounded(inverse[:, None] * scales).clamp(max=127)).to(torch.int8)
+    scale = (_rounded_to_half(d)[:, None] * eight).view(-1)
+    codes = torch.where(scale != 0, _codes(x / scale, -32, 31) + 32, codes)
+    packed = torch.where(zero[:, None], 0, _blocks(codes))
+    low = _four_bits(packed & 15, 64)
+    return torch.cat([low, _two_bits(packed >> 4), eight.view(torch.uint8), _half_bytes(d)], 1)
+
+
+def _iq4_nl(rows: Tensor) -> Tensor:
+    x = _grouped(rows, 32)
+    scale = _search_iq4(x)
+    codes = _looked_up(_inverse(scale) * x, _IQ4_CODES).t()
+    return torch.cat([_half_bytes(scale), codes[:, :16] | codes[:, 16:] << 4], 1)
+
+
+def _iq4_xs(rows: Tensor) -> Tensor:
+    x = _grouped(rows, 32)
+    scales = _search_iq4(x).view(-1, 8)
+    d = -_first_largest(scales.t()) / 32
+    six = _codes(_inverse(d)[:, None] * scales, -32, 31)
+    codes = _looked_up(_inverse(d[:, None] * six).view(-1) * x, _IQ4_CODES)
+    six = (six + 32).to(torch.int32)
+    low = (six[:, 0::2] & 15 | (six[:, 1::2] & 15) << 4).to(torch.uint8)
+    high = (six >> 4 << torch.arange(0, 16, 2, dtype=torch.int32)).sum(1, dtype=torch.int32)
+    high = torch.stack([high & 255, high >> 8], 1).to(torch.uint8)
+    return torch.cat([_half_bytes(d), high, low, _four_bits(_blocks(codes), 16)], 1)
+
+
+# Name of a type -> function from float32 rows [N, K] to the blocks' bytes, uint8 [N · K / columns, bytes].
+QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
+}  # fmt: skip
