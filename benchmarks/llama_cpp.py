@@ -24,6 +24,8 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from peft_ext.machine import versions
+
 from .files import newest, result_path, write
 from .harness import machine
 from .llama_runner import FILE_TYPES, Runner, quantize_file
@@ -190,6 +192,7 @@ def measure(types: Sequence[str], steps: int, out: Path) -> None:
         adapter = folder / "adapter"
         result: dict[str, Any] = {"machine": machine(), "training": train(adapter, steps), "prompts": len(prompts)}
         result |= {"tokens": sum(map(len, prompts)), "rows": []}
+        result["machine"]["versions"] |= versions("llama-cpp-python")
         for kind in types:
             base = folder / f"{kind}.gguf"
             if not base.exists():

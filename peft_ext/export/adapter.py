@@ -93,7 +93,7 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
 
     Raises ExportError for files that are damaged and for everything that llama.cpp's adapter files can't hold.
     """
-    with as_export_error(ValueError, OSError):
+    with as_export_error(ValueError, OSError, RecursionError):  # PEFT nests without end for a few broken fields
         config = checked_config(folder)
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     _check_config(config)

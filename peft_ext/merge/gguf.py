@@ -29,7 +29,7 @@ from ..files import atomic_file
 from ..gguf import GgufHeader, TensorInfo, is_gguf
 from ..sources.model import SourceError, find_folder, hushed
 from ..weights.gguf import TYPES, dense_dtype, type_number
-from ..weights.gguf_quantize import can_quantize, quantize_gguf
+from ..weights.gguf_quantize import can_quantize, is_finite, quantize_gguf
 from .dense import adapter_config, check_room
 from .errors import MergeError, as_merge_error, fail
 from .gguf_base import GgufBase, decoded
@@ -49,12 +49,13 @@ _FILE_TYPES = {
 }  # fmt: skip
 
 
+_SUMMED = 1 << 16  # elements that are summed in float32; the sums are added in float64
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
 class _Norms:
-    """Sums over elements in float64, from which the relative errors are computed.
+    """Sums over elements, from which the relative errors are computed.
 
     W is the base's weight, W' the exact merged weight, D = W' − W, and Q the written weight.
     """
@@ -317,7 +318,7 @@ class _Merge:
         if to.type not in TYPES:
             data = data.view(-1).view(dense_dtype(to.type)).view(merged.shape)
         after = decoded(data, to.type)
-        if not torch.isfinite(after).all():
+        if not is_finite(after):
             fail(f"{tensor}: the merged weight is too large for {_type_name(to.type)}")
         norms = _norms(before, merged, after)
         usual = _normal_error(source.type)
@@ -355,10 +356,10 @@ def _type_name(number: int) -> str:
 
 def _norms(before: Tensor, merged: Tensor, after: Tensor) -> _Norms:
     total = _Norms()
-    for start in range(0, before.numel(), 1 << 22):  # chunks, because float64 takes twice the memory
-        w, exact, q = (t.reshape(-1)[start : start + (1 << 22)].double() for t in (before, merged, after))
-        delta, moved = exact - w, q - w
-        sums = (exact @ exact, (q - exact) @ (q - exact), delta @ delta, moved @ moved, moved @ delta)
+    columns = zip(*(t.reshape(-1).split(_SUMMED) for t in (before, merged, after)), strict=True)
+    for w, exact, q in columns:
+        delta, moved, wrong = exact - w, q - w, q - exact
+        sums = (exact @ exact, wrong @ wrong, delta @ delta, moved @ moved, moved @ delta)
         total += _Norms(*(float(one) for one in sums))
     return total
 

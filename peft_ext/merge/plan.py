@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -68,9 +69,6 @@ class Plan:
         self.meta = {name: self._planned(name) for name in self.origin}
         self._check_against_config()
         self._uses = Counter(origin[0] for origin in self.origin.values())
-        self.groups = self._grouped()
-        self.outputs = {name: tensor for _, outputs in self.groups for name, tensor in outputs.items()}
-        self.nbytes = sum(tensor.nbytes for tensor in self.outputs.values())
 
     # - the plan -
 
@@ -191,7 +189,17 @@ class Plan:
                 if source in self.meta and self.origin[source] == self.origin[name]:
                     del self.meta[name], self.origin[name]
 
-    def _grouped(self) -> list[tuple[list[str], dict[str, Tensor]]]:
+    @cached_property
+    def outputs(self) -> dict[str, Tensor]:
+        """The tensors of the files, on the meta device, by name."""
+        return {name: tensor for _, outputs in self.groups for name, tensor in outputs.items()}
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.outputs.values())
+
+    @cached_property
+    def groups(self) -> list[tuple[list[str], dict[str, Tensor]]]:
         """Returns groups of tensors that transformers converts together when it saves a model.
 
         A group is a list of names in the model, and a dictionary of the group's tensors in the files.

@@ -11,7 +11,7 @@ from .._imports import required
 from .gguf import TYPES, dense_dtype, type_number
 from .gguf_k_quants import QUANTIZERS
 
-__all__ = ["QUANTIZED_BY_GGUF", "can_quantize", "quantize_gguf"]
+__all__ = ["QUANTIZED_BY_GGUF", "can_quantize", "is_finite", "quantize_gguf"]
 
 # Types that the package gguf quantizes.
 QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
@@ -51,7 +51,7 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
         raise ValueError(
             f"quantize_gguf: values has shape {tuple(values.shape)}, wanted rows of a multiple of {columns} columns"
         )
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         raise ValueError("quantize_gguf: values has a NaN or an infinity, wanted finite values")
     values = values.detach().to("cpu", torch.float32)
     if number not in TYPES:
@@ -61,6 +61,11 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
     quantize = QUANTIZERS.get(TYPES[number].name) or partial(_by_gguf, number=number)
     done = torch.cat([quantize(rows[start : start + step]).view(-1) for start in range(0, len(rows), step)])
     return done.view(*values.shape[:-1], -1)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Returns whether no value is NaN or infinite, in one pass over the values."""
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def _by_gguf(rows: Tensor, number: int) -> Tensor:

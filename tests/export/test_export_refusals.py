@@ -185,6 +185,7 @@ def test_damaged_tensors(made, change, within):
     [
         ({"peft_type": "NONE"}, "peft_type is 'NONE'"),
         ({"r": "4"}, "r is '4'"),
+        ({"monteclora_config": {"q_proj": 3}}, "recursion"),
         ({"alpha_pattern": {"up_proj": "8"}}, "the alpha is '8', wanted a number"),
         ({"alpha_pattern": {"up_proj": True}}, "the alpha is True, wanted a number"),
         ({"rank_pattern": {"up_proj": 2}}, "the configuration has the rank 2, lora_A has the rank 4"),

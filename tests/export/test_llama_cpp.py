@@ -20,7 +20,6 @@ import peft_ext
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llama-cpp")
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 from benchmarks.llama_runner import LlamaError, Runner  # noqa: E402
 

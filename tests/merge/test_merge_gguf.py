@@ -175,10 +175,10 @@ def test_each_type_is_written_and_its_error_is_in_the_report(made, tmp_path, nam
     q, exact = q.double(), exact.double()
     one = next(one for one in done.tensors if one.name == "blk.0.ffn_down.weight")
     assert one.type == name
-    assert one.error == pytest.approx(((q - exact).norm() / exact.norm()).item(), rel=1e-6)
-    assert one.moved == pytest.approx(((q - w).norm() / (exact - w).norm()).item(), rel=1e-6)
+    assert one.error == pytest.approx(((q - exact).norm() / exact.norm()).item(), rel=2e-5)
+    assert one.moved == pytest.approx(((q - w).norm() / (exact - w).norm()).item(), rel=2e-5)
     kept = ((q - w) * (exact - w)).sum() / (exact - w).square().sum()
-    assert one.kept == pytest.approx(kept.item(), rel=1e-6)
+    assert one.kept == pytest.approx(kept.item(), rel=2e-5)
     # A random weight of this test is normally distributed, so that the error is that of normal weights.
     if not name.startswith(("TQ", "Q2")):
         assert 0.7 * one.type_error < one.error < 1.3 * one.type_error

@@ -49,7 +49,7 @@ struct NibbleStep : OneRowStep {
   __m512 scale(const Held& held, int, int) const { return held.scale; }
 };
 
-// The formats with the members of 4-bit codes.
+// The formats with table16: see weight/formats/list.h.
 template <typename F>
 struct TableStep : NibbleStep<F::kNibbles> {
   using Held = typename NibbleStep<F::kNibbles>::Held;
@@ -66,7 +66,7 @@ struct TableStep : NibbleStep<F::kNibbles> {
   void enter(int64_t start, int64_t stop) {
     start_ = start;
     const int64_t count = (stop - start) / kTogether;
-    F::affine(*view_, row_, start, count, scale_, nullptr);
+    F::scales(*view_, row_, start, count, scale_);
     for (int64_t i = count; i < count + 8; ++i) scale_[i] = 0.0f;
   }
   Held load(int64_t j, int blocks) const {
@@ -293,9 +293,8 @@ struct Fp8Step : OneRowStep {
     start_ = start;
     const int shift = static_cast<int>(min_i64(Fp8::column_shift(*view_), 40));
     const int64_t first = (row_ >> Fp8::row_shift(*view_)) * Fp8::blocks(view_->columns, Fp8::column_shift(*view_));
-    decode_blocks<false>(
-        view_->part[1], scale_type(view_->option), first, int64_t{1} << (shift - 5), start / 32, (stop - start) / 32,
-        [](int64_t, int64_t, __mmask16) { return _mm512_setzero_ps(); }, &blocks_);
+    decode_blocks<false>(view_->part[1], scale_type(view_->option), first, int64_t{1} << (shift - 5), start / 32,
+                         (stop - start) / 32, nullptr, &blocks_);
   }
   Held load(int64_t j, int blocks) const {
     return {load_bytes(bytes(j), blocks), _mm512_set1_ps(blocks_.scale[(j - start_) / 32])};

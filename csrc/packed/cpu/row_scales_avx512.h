@@ -48,7 +48,7 @@ inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int
     const int64_t groups = aligned ? ((blocks - 1) >> shift) + 1 : 1;
     const auto mask = static_cast<__mmask16>((1 << groups) - 1);
     __m512 scale = scales16(scales, type, first + group, mask), add = _mm512_setzero_ps();
-    if (kAdds) add = _mm512_mul_ps(addends(first + group, group, mask), scale);
+    if constexpr (kAdds) add = _mm512_mul_ps(addends(first + group, group, mask), scale);
     scale = _mm512_permutexvar_ps(aligned ? spread : _mm512_setzero_si512(), scale);
     add = _mm512_permutexvar_ps(aligned ? spread : _mm512_setzero_si512(), add);
     for (int64_t done = 0; done < blocks; done += 16) {
