@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .._imports import required
 from ..gguf import GgufError, GgufHeader, read_header
-from ..gguf.metadata import read_config
 from ..gguf.names import GgufNames
 from ..reference.formats import decoded as decoded_by_reference
 from ..sources.json_file import first_line
@@ -42,6 +41,8 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
+            from ..gguf.metadata import read_config  # an older transformers has no reader of GGUF
+
             config = read_config(header)
             names = GgufNames.of_file(header)
         self._names = names

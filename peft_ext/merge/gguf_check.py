@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..gguf import GgufError, read_header
-from ..gguf.load import load_gguf
 from ..model import load_adapter
 from ..quantize import dequantize_packed
 from ..sources.model import hushed, load_tokenizer
@@ -56,17 +55,23 @@ def compare_logits(
     Raises: MergeError where a model can't be loaded; OSError.
     """
     with hushed(), torch.no_grad(), as_merge_error(GgufError, ValueError, TypeError, about="comparing logits: "):
-        model = load_gguf(base, dtype=torch.float32)
+        model = _load(base)
         tokens = _tokens(Path(base), text, model.config.vocab_size)
         without = _logits(model, tokens)
         with_adapter = _logits(_adapted(base, model, adapter), tokens)
         del model
-        found = _logits(load_gguf(merged, dtype=torch.float32), tokens)
+        found = _logits(_load(merged), tokens)
     wanted = with_adapter.log_softmax(-1)
     divergence = (wanted.exp() * (wanted - found.log_softmax(-1))).sum(-1).mean()
     same = (with_adapter.argmax(-1) == found.argmax(-1)).double().mean()
     return LogitsError(tokens.shape[1], _difference(found, with_adapter), _difference(without, with_adapter),
                        divergence.item(), same.item())  # fmt: skip
+
+
+def _load(file: Union[str, Path]) -> Any:
+    from ..gguf.load import load_gguf  # an older transformers has no reader of GGUF
+
+    return load_gguf(file, dtype=torch.float32)
 
 
 def _tokens(base: Path, text: str, vocabulary: int) -> Tensor:
@@ -79,7 +84,7 @@ def _adapted(base: Union[str, Path], model: Any, adapter: Union[str, Path]) -> A
     try:
         return load_adapter(model, adapter)
     except (TypeError, ValueError, RuntimeError):  # an adapter that replaces whole weights needs dense layers
-        return load_adapter(dequantize_packed(load_gguf(base, dtype=torch.float32)), adapter)
+        return load_adapter(dequantize_packed(_load(base)), adapter)
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def read_config(file: Path) -> PeftConfig:
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
-    kinds = (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError)
+    kinds = (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError, RecursionError)
     with raised_as(ValueError, f"{file}: ", *kinds):
         return PeftConfig.from_pretrained(str(file.parent))
 

@@ -102,7 +102,7 @@ FILES: tuple[tuple[Edit, str], ...] = (
     (sets(llama__vocab_size=(U32, 2**31 - 1)), "tensor 'token_embd.weight' has shape"),
     (sets(llama__rope__scaling__type=(STRING, "nope")), "rope.scaling.type is 'nope'"),
     (sets(llama__rope__scaling__factor=(F32, float("nan"))), "llama.rope.scaling.factor is nan"),
-    (sets(llama__attention__key_length=(U32, 2)), "value_length"),
+    (sets(llama__attention__key_length=(U32, 2)), "llama.attention.value_length is 16"),
     (sets(tokenizer__ggml__tokens=(ARRAY, (STRING, ["a"] * 9999))), "tokenizer.ggml.tokens has 9999 tokens"),
     (sets(tokenizer__ggml__eos_token_id=(U32, 10**6)), "tokenizer.ggml.eos_token_id is 1000000"),
     (dropped("token_embd.weight"), "no tensor 'token_embd.weight'"),
