@@ -36,6 +36,7 @@ with required("transformers", "a model in a GGUF file"):
 __all__ = ["Packed", "pack"]
 
 _LINEAR = ("FalconLinear",)  # classes of transformers that compute what nn.Linear computes
+_SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")  # embeddings with a factor, scalar_embed_scale
 _CHANGED = "transformers changes its values as it reads the file"
 
 
@@ -174,7 +175,8 @@ def _layers(model: Any) -> Callable[[str], Optional[str]]:
     def reason(parameter: str) -> Optional[str]:
         name, _, attribute = parameter.rpartition(".")
         kind = type(model.get_submodule(name))
-        if attribute != "weight" or (kind not in (nn.Linear, nn.Embedding) and kind.__name__ not in _LINEAR):
+        known = kind in (nn.Linear, nn.Embedding) or kind.__name__ in _LINEAR or _SCALED.search(kind.__name__)
+        if attribute != "weight" or not known:
             return f"a {kind.__name__} can't hold packed weights"
         if name in read:
             return "the code of another module reads its weight"
@@ -192,7 +194,8 @@ def _put(model: Any, parameter: str, weight: PackedWeight, dtype: torch.dtype, h
                            f"{tuple(module.weight.shape)}")  # fmt: skip
     weight = weight.to("meta")
     if isinstance(module, nn.Embedding):
-        new: Any = PackedEmbedding.from_packed(weight, ("weight",), module.padding_idx, dtype=dtype)
+        scale = getattr(module, "scalar_embed_scale", 1.0)
+        new: Any = PackedEmbedding.from_packed(weight, ("weight",), module.padding_idx, dtype=dtype, scale=scale)
     else:
         new = PackedLinear.from_packed(weight, ("weight",), module.bias, dtype=dtype)
     new.weight._is_hf_initialized = True

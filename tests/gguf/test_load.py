@@ -34,8 +34,6 @@ READABLE = [kind for kind in KINDS if kind != "gpt-oss"]
 # Modules whose quantized weights are decoded, as a regular expression of the parameter, and a part of the reason.
 READ_PAST = "the code of another module reads its weight"
 DENSE = {
-    "gemma2": {r"embed_tokens": "a Gemma2TextScaledWordEmbedding can't hold packed weights"},
-    "gemma3": {r"embed_tokens": "a Gemma3TextScaledWordEmbedding can't hold packed weights"},
     "gpt2": {r"c_(attn|proj|fc)": "a Conv1D can't hold packed weights"},
     "mamba": {r"mixer\.(x_proj|out_proj)|lm_head": READ_PAST},
     "qwen35": {r"linear_attn\.out_proj": "transformers changes its values as it reads the file"},

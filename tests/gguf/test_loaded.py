@@ -73,6 +73,28 @@ def test_a_step_of_lora(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(by_name[name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-7, rtol=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_scaled_embeddings(kind: str, tmp_path: Path) -> None:
+    """Gemma multiplies its embedding by a factor, which the packed and the decoded embedding do too."""
+    model = tiny_model(kind)
+    file = write_tiny(tmp_path / "a.gguf", kind, model, "Q8_0")
+    wanted = theirs(file, model, kind)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_gguf(file, dtype=dtype)
+        ids = tokens(loaded)["input_ids"]
+        embedding, dense = loaded.get_input_embeddings(), copy.deepcopy(wanted).to(dtype).get_input_embeddings()
+        assert isinstance(embedding, PackedEmbedding) and loaded.lm_head.weight is embedding.weight
+        assert torch.equal(embedding(ids), dense(ids))
+        rows = peft_ext.dequantize_packed(copy.deepcopy(loaded)).get_input_embeddings()
+        assert not isinstance(rows, PackedEmbedding) and torch.equal(rows(ids), dense(ids))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"])
+    got = adapted(load_gguf(file, dtype=torch.float32), config)
+    expected = gradients(adapted(wanted, copy.deepcopy(config)))
+    for name, gradient in gradients(peft_ext.accelerate(got)).items():
+        atol = 1e-5 * float(expected[name].abs().max()) + 1e-7
+        torch.testing.assert_close(gradient, expected[name], atol=atol, rtol=2e-3)
+
+
 def test_explain_tells_which_layers_were_decoded(tmp_path: Path) -> None:
     file = write_tiny(tmp_path / "a.gguf", "qwen35", tiny_model("qwen35"), "Q8_0")
     config = peft.LoraConfig(r=4, target_modules=["out_proj", "in_proj_z"])
