@@ -13,6 +13,7 @@ from torch import nn
 from .nn import NF4Experts, NF4Linear, PackedEmbedding, PackedLinear
 from .nn.experts import FrozenExperts, dense_experts, expert_parameters, is_stored_transposed, nf4_experts
 from .nn.nf4 import is_zero3_shard
+from .nn.packed import ScaledEmbedding
 from .nn.packed_experts import PackedExperts, hold_packed
 from .ops import checks
 from .weight_reads import weights_read_past
@@ -296,8 +297,11 @@ def _dequantize(
     def make(layer: Any, first: Optional[nn.Module]) -> nn.Module:
         weight = nn.Parameter(layer.dequantize(dtype), False) if first is None else first.weight
         if isinstance(layer, nn.Embedding):
-            module: nn.Module = nn.Embedding(*weight.shape, layer.padding_idx, _weight=weight)
+            kind = nn.Embedding if getattr(layer, "scale", 1.0) == 1 else ScaledEmbedding
+            module: Any = kind(*weight.shape, layer.padding_idx, _weight=weight)
             module.weight = weight
+            if kind is ScaledEmbedding:
+                module.scale = layer.scale
         else:
             module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             module.weight = weight

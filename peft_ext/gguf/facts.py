@@ -207,7 +207,7 @@ class _Facts:
         config, key = self.config, "attention.sliding_window"
         window, pattern = self.get(key), self.get("attention.sliding_window_pattern")
         layers = config.num_hidden_layers
-        if self.architecture == "phi3" and window is not None:
+        if self.architecture in ("phi3", "gpt-oss") and window is not None:
             self.changes["sliding_window"] = window or None
         elif self.architecture in _GEMMAS:
             if isinstance(pattern, list) and len(pattern) == layers and all(type(one) is bool for one in pattern):
@@ -233,6 +233,8 @@ class _Facts:
             return
         nested = "full_attention" in held
         rotary = dict(held["full_attention"] if nested else held)
+        if self.architecture == "gpt-oss":  # the class's default is a scaling by 32
+            rotary = {"rope_type": "default"}
         rotary["rope_theta"] = float(self.get("rope.freq_base", 10_000.0))
         self._take_part(rotary)
         self._take_scaling(rotary)
@@ -276,6 +278,8 @@ class _Facts:
         if kind == "yarn":
             original = self.get("rope.scaling.original_context_length", self.config.max_position_embeddings)
             rotary["original_max_position_embeddings"] = original
+            if self.architecture == "gpt-oss":
+                rotary["truncate"] = False
             for name in ("beta_fast", "beta_slow"):
                 if (value := self.get(f"rope.scaling.yarn_{name}")) is not None:
                     rotary[name] = value

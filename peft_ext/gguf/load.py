@@ -44,11 +44,18 @@ def load_gguf(
     Linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding a :class:`peft_ext.nn.PackedEmbedding`, and
     experts a :class:`peft_ext.nn.PackedExperts`; the model's adapters are trained over these layers. A tied head
     shares the embedding's packed weight. A weight whose rows the file stores in another order (``attn_q`` and
-    ``attn_k`` of Llama and Mistral) and the joined weights of experts are copied, without being decoded. Norms and
-    biases, and weights that the file stores in F32, F16 or BF16, are dense.
+    ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom) and the joined weights of experts are copied, without being
+    decoded. Norms and biases, and weights that the file stores in F32, F16 or BF16, are dense. A quantized weight that
+    no packed layer can hold is decoded: ``model.peft_ext_dense`` has the reason by the name of the parameter, and
+    :func:`peft_ext.explain` shows the reason.
+
+    Values of the file that change the model's function are in the model's configuration. Where transformers' model has
+    no field for the value, the file is refused.
 
     Args:
-        path: the file. All architectures are supported whose GGUF files transformers reads.
+        path: the file. Its architecture may be bloom, falcon (with one key-value head), gemma2, gemma3, gpt-oss, gpt2,
+            lfm2, llama, mamba, minimax-m2, nemotron, phi3, qwen2, qwen2moe, qwen3, qwen3moe, qwen35, qwen35moe,
+            stablelm, starcoder2, t5 or t5encoder.
         dtype: dtype of the dense weights and of the computation.
         model_class: the transformers class; default ``AutoModelForCausalLM``, and for T5 ``AutoModelForSeq2SeqLM`` or
             ``T5EncoderModel``.

@@ -27,14 +27,13 @@ __all__ = ["read_config", "read_tokenizer"]
 
 # Architectures that transformers 5.24 reads from GGUF files, beside those of integrations.gguf.
 _READ = {
-    "bloom", "falcon", "gemma2", "gemma3", "gpt2", "llama", "mamba", "minimax-m2", "mistral", "nemotron", "phi3",
-    "qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder",
+    "bloom", "falcon", "gemma2", "gemma3", "gpt-oss", "gpt2", "llama", "mamba", "minimax-m2", "mistral", "nemotron",
+    "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder",
 }  # fmt: skip
 # Architectures in transformers' lists whose files transformers 5.24 can't read, and the reason.
 _UNREADABLE = {
     "deci": "transformers has no model deci",
     "gemma4": "transformers does not read the sizes of Gemma 4's layers from the file",
-    "gpt-oss": "transformers does not read the experts of gpt-oss from the file",
 }
 
 
@@ -118,6 +117,8 @@ def _read_without_vocabulary(header: GgufHeader) -> Any:
             if key in ("general.architecture", "general.name"):
                 continue
             if key.startswith("tokenizer.") and not key.endswith("_token_id"):
+                continue
+            if ".rope.scaling." in key:  # transformers reads the scaling of gpt-oss, and takes the key's length for it
                 continue
             value = header.value(key)
             element = None if value.element is None else GGUFValueType(value.element)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._imports import required
 from ..nn import PackedEmbedding, PackedLinear
-from ..nn.experts import expert_parameters
+from ..nn.experts import expert_parameters, is_stored_transposed
 from ..nn.packed_experts import hold_packed
 from ..weight_reads import weights_read_past
 from ..weights.gguf import TYPES, gguf_weight, llama_row_order, permuted_rows
@@ -36,6 +36,7 @@ with required("transformers", "a model in a GGUF file"):
 __all__ = ["Packed", "pack"]
 
 _LINEAR = ("FalconLinear",)  # classes of transformers that compute what nn.Linear computes
+_SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")  # embeddings with a factor, scalar_embed_scale
 _CHANGED = "transformers changes its values as it reads the file"
 
 
@@ -61,6 +62,36 @@ class _Changes(NamedTuple):
     rows: Optional[Callable[[str, int, dict[str, Any]], Tensor]] = None
 
 
+class _GptOss(legacy.TensorProcessor):
+    """The experts of gpt-oss, which transformers 5.24 leaves out.
+
+    The file has gate and up ``[E, N, K]``, and down. The model has the transposed weights, and gate and up in turns.
+    """
+
+    _TENSOR = re.compile(r"blk\.[0-9]+\.ffn_(gate|up|down)_exps\.(weight|bias)")
+    _PARAMETER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
+
+    def perform_fallback_tensor_mapping(
+        self, gguf_to_hf_name_map: dict[str, str], suffix: str, qual_name: str, hf_name: str
+    ) -> None:
+        if (match := self._PARAMETER.fullmatch(hf_name)) is not None:
+            for part in match[2].split("_"):
+                gguf_to_hf_name_map[f"blk.{match[1]}.ffn_{part}_exps.{'bias' if match[3] else 'weight'}"] = hf_name
+
+    def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
+        if (match := self._TENSOR.fullmatch(name)) is None:
+            return legacy.GGUFTensor(weights, name, {})
+        values = weights.swapaxes(1, 2) if match[2] == "weight" else weights
+        if match[1] == "down":
+            return legacy.GGUFTensor(values, name, {})
+        tensors, target = kwargs["parsed_parameters"]["tensors"], kwargs["tensor_key_mapping"][name]
+        if target not in tensors:
+            tensors[target] = torch.zeros(*values.shape[:-1], 2 * values.shape[-1])
+        tensors[target][..., int(match[1] == "up") :: 2] = torch.from_numpy(values.copy())
+        return legacy.GGUFTensor(values, None, {})
+
+
+_OWN = {"gpt-oss": _GptOss}
 # A class that is not in this table may change every tensor.
 _CHANGES: dict[type, _Changes] = {
     legacy.TensorProcessor: _Changes(r"(?!)"),
@@ -73,8 +104,9 @@ _CHANGES: dict[type, _Changes] = {
     legacy.MambaTensorProcessor: _Changes(r"ssm_conv1d\.weight|ssm_a"),
     legacy.Qwen2MoeTensorProcessor: _Changes(r"_exps|ffn_gate_inp_shexp"),
     legacy.MiniMaxM2TensorProcessor: _Changes(r"_exps"),
+    _GptOss: _Changes(r"_exps"),
 }
-_EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(?P<part>gate|up|down)_exps\.weight")
+_EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
 # Tensors of which a model needs nothing: factors that are in the configuration, and Llama's old frequencies.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
 
@@ -143,7 +175,8 @@ def _layers(model: Any) -> Callable[[str], Optional[str]]:
     def reason(parameter: str) -> Optional[str]:
         name, _, attribute = parameter.rpartition(".")
         kind = type(model.get_submodule(name))
-        if attribute != "weight" or (kind not in (nn.Linear, nn.Embedding) and kind.__name__ not in _LINEAR):
+        known = kind in (nn.Linear, nn.Embedding) or kind.__name__ in _LINEAR or _SCALED.search(kind.__name__)
+        if attribute != "weight" or not known:
             return f"a {kind.__name__} can't hold packed weights"
         if name in read:
             return "the code of another module reads its weight"
@@ -161,7 +194,8 @@ def _put(model: Any, parameter: str, weight: PackedWeight, dtype: torch.dtype, h
                            f"{tuple(module.weight.shape)}")  # fmt: skip
     weight = weight.to("meta")
     if isinstance(module, nn.Embedding):
-        new: Any = PackedEmbedding.from_packed(weight, ("weight",), module.padding_idx, dtype=dtype)
+        scale = getattr(module, "scalar_embed_scale", 1.0)
+        new: Any = PackedEmbedding.from_packed(weight, ("weight",), module.padding_idx, dtype=dtype, scale=scale)
     else:
         new = PackedLinear.from_packed(weight, ("weight",), module.bias, dtype=dtype)
     new.weight._is_hf_initialized = True
@@ -239,7 +273,7 @@ def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
 
 def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     fields, shapes = model.config.to_dict(), _shapes(model)
-    kind = legacy.TENSOR_PROCESSORS.get(header.architecture, legacy.TensorProcessor)
+    kind = _OWN.get(header.architecture) or legacy.TENSOR_PROCESSORS.get(header.architecture, legacy.TensorProcessor)
     processor = kind(config=fields)
     names = _names(model, header, processor)
     changed = _CHANGES.get(kind, _Changes(r""))
@@ -253,7 +287,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
             continue
         touched = re.search(changed.names, info.name) is not None
         if (expert := _EXPERTS.fullmatch(info.name)) is not None:
-            _check_halves(header, expert["block"])
+            _check_halves(header, expert["block"], expert["leaf"])
         if info.dtype is None and expert is not None:
             reason = _pack_experts(model, header, target, expert["block"], dtype, found.tensors)
         elif info.dtype is None:
@@ -301,7 +335,7 @@ def _pack_experts(
 ) -> Optional[str]:
     """Packs the experts of a block. Returns the reason why their weights can't be packed and joined, or None.
 
-    The rows of gate and up of an expert are joined, as transformers' model has them.
+    The rows of gate and up of an expert are joined, or taken in turns, as transformers' model has them.
     """
     name = target.rpartition(".")[0]
     module = model.get_submodule(name)
@@ -312,13 +346,16 @@ def _pack_experts(
     if f"{name}.gate_up_proj" in tensors:
         return None
     experts, rows, columns = gate.shape
-    joined = torch.cat([header.data(gate.name), header.data(up.name)], 1)
+    halves = [header.data(gate.name), header.data(up.name)]
+    turns = header.architecture in _OWN  # rows of gate and up in turns
+    joined = torch.stack(halves, 2).flatten(1, 2) if turns else torch.cat(halves, 1)
     weights = {
         "gate_up_proj": gguf_weight(joined, gate.type, (experts, 2 * rows, columns), dtype),
         "down_proj": _weight(header, down, dtype),
     }
     for parameter, weight in weights.items():
         wanted = tuple(getattr(module, parameter).shape)
+        wanted = (wanted[0], wanted[2], wanted[1]) if is_stored_transposed(module) else wanted
         if tuple(weight.shape) != wanted:
             raise header.error(f"the tensor of {name}.{parameter} has shape {tuple(weight.shape)}, wanted {wanted}")
         tensors[f"{name}.{parameter}"] = weight.parts[0]
@@ -326,12 +363,12 @@ def _pack_experts(
     return None
 
 
-def _check_halves(header: GgufHeader, block: str) -> None:
-    """Raises GgufError where a block lacks the experts' gate or up, which transformers would fill with zeros."""
-    gate, up = (header.tensors.get(f"{block}.ffn_{part}_exps.weight") for part in ("gate", "up"))
+def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
+    """Raises GgufError where a block lacks the experts' gate or up, half of whose joined tensor would be zero."""
+    gate, up = (header.tensors.get(f"{block}.ffn_{part}_exps.{leaf}") for part in ("gate", "up"))
     if gate is None or up is None or gate.shape != up.shape:
         came = ["missing" if one is None else one.shape for one in (gate, up)]
-        raise header.error(f"{block}.ffn_gate_exps.weight is {came[0]} and {block}.ffn_up_exps.weight is {came[1]}, "
+        raise header.error(f"{block}.ffn_gate_exps.{leaf} is {came[0]} and {block}.ffn_up_exps.{leaf} is {came[1]}, "
                            "wanted equal sizes")  # fmt: skip
 
 

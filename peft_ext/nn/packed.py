@@ -12,7 +12,7 @@ from .. import ops
 from ..weights.packed import PackedWeight
 from .nf4 import keeping_bits
 
-__all__ = ["PackedEmbedding", "PackedLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "ScaledEmbedding"]
 
 
 # Other names of the codes tensor. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of
@@ -219,7 +219,12 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
     """An embedding ``[V, N]`` whose table is frozen and packed, in the layout of a checkpoint's file.
 
     On a CPU, the kernel decodes only the rows that a call looks up. The result has the dtype ``compute_dtype``.
+
+    Attributes:
+        scale: factor of the result, such as the square root of the width in Gemma.
     """
+
+    scale: float = 1.0
 
     @classmethod
     def from_packed(
@@ -230,22 +235,50 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
         *,
         extra: Optional[Mapping[str, Tensor]] = None,
         dtype: Optional[torch.dtype] = None,
+        scale: float = 1.0,
     ) -> PackedEmbedding:
-        """Returns an embedding whose table is ``weight`` ``(V, N)``, without a copy; see PackedLinear.from_packed."""
+        """Returns an embedding whose table is ``weight`` ``(V, N)``, without a copy; see PackedLinear.from_packed.
+
+        ``scale``: factor of the result.
+        """
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._hold(weight, names, extra or {}, dtype)
         module.num_embeddings, module.embedding_dim = weight.shape
         module.padding_idx, module.max_norm, module.norm_type = padding_idx, None, 2.0
         module.scale_grad_by_freq = module.sparse = False
+        module.scale = scale
         return module
+
+    @property
+    def embed_scale(self) -> Optional[Tensor]:
+        """The factor by which PEFT multiplies the part of an adapter, as transformers' scaled embeddings have it."""
+        return None if self.scale == 1 else torch.tensor(self.scale, dtype=self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.packed
         # The operator's adapter is zero: the sum is the decoded row. One zero in memory stands for the whole adapter.
         zero, (entries, width) = torch.zeros(1, 1, device=weight.device), weight.shape
         lora_A, lora_B = zero.expand(1, entries), zero.expand(width, 1)
-        return ops.lora_embedding(input, weight, lora_A, lora_B).to(self.compute_dtype)
+        rows = ops.lora_embedding(input, weight, lora_A, lora_B).to(self.compute_dtype)
+        return rows if self.scale == 1 else rows * self.embed_scale
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self._template.format.name}"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """The dense equivalent of a :class:`PackedEmbedding` with a scale.
+
+    Attributes:
+        scale: factor of the result.
+    """
+
+    scale: float = 1.0
+
+    @property
+    def embed_scale(self) -> Tensor:
+        return torch.tensor(self.scale, dtype=self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale

@@ -23,19 +23,17 @@ from peft_ext.gguf import GgufError, read_header  # noqa: E402
 from peft_ext.gguf.load import load_gguf  # noqa: E402
 from peft_ext.gguf.pack import _names  # noqa: E402
 from peft_ext.nn import PackedEmbedding, PackedExperts, PackedLinear  # noqa: E402
+from peft_ext.weights.gguf import gguf_weight  # noqa: E402
 
 pytestmark = [pytest.mark.cpu_only("files are read on the CPU"), pytest.mark.filterwarnings("ignore")]
 
 MIXED = {"*": "Q4_K", "ffn_down": "Q6_K", "ffn_down_exps": "Q6_K", "token_embd": "Q4_1", "output": "Q6_K",
          "attn_v": "Q8_0", "attn_k": "Q4_0"}  # fmt: skip
-# Kinds whose file transformers 5.24 can't read, and transformers' error.
-UNREADABLE = {"gpt-oss": "keys are missing, so that experts are random"}
-READABLE = [kind for kind in KINDS if kind not in UNREADABLE]
+# Kinds whose files transformers 5.24 does not read as a whole: it gives gpt-oss random experts.
+READABLE = [kind for kind in KINDS if kind != "gpt-oss"]
 # Modules whose quantized weights are decoded, as a regular expression of the parameter, and a part of the reason.
 READ_PAST = "the code of another module reads its weight"
 DENSE = {
-    "gemma2": {r"embed_tokens": "a Gemma2TextScaledWordEmbedding can't hold packed weights"},
-    "gemma3": {r"embed_tokens": "a Gemma3TextScaledWordEmbedding can't hold packed weights"},
     "gpt2": {r"c_(attn|proj|fc)": "a Conv1D can't hold packed weights"},
     "mamba": {r"mixer\.(x_proj|out_proj)|lm_head": READ_PAST},
     "qwen35": {r"linear_attn\.out_proj": "transformers changes its values as it reads the file"},
@@ -88,6 +86,35 @@ def test_each_architecture(kind: str, types: str, tmp_path: Path) -> None:
     else:
         assert torch.equal(got, wanted)
     check_layers(kind, file, loaded)
+
+
+@pytest.mark.parametrize("types", ["F32", "F16", "Q8_0", "MXFP4", "mixed"])
+def test_gpt_oss(types: str, tmp_path: Path) -> None:
+    """transformers gives the model of a gpt-oss file random experts: the model that was written is the authority.
+
+    The model of quantized weights is compared with the model of a file of the weights' values.
+    """
+    model = tiny_model("gpt-oss")
+    file = write_tiny(tmp_path / "a.gguf", "gpt-oss", model, MIXED if types == "mixed" else types)
+    loaded = load_gguf(file, dtype=torch.float32)
+    if types == "F32":
+        assert torch.equal(outputs(loaded), outputs(model))
+    dense = load_gguf(decoded(file, "gpt-oss", model), dtype=torch.float32)
+    torch.testing.assert_close(outputs(loaded), outputs(dense), atol=2e-5, rtol=1e-4)
+    experts = [one for one in loaded.modules() if isinstance(one, PackedExperts)]
+    assert len(experts) == (0 if types in ("F32", "F16") else 2) and not loaded.peft_ext_dense
+
+
+def decoded(file: Path, kind: str, model: Any) -> Path:
+    """Writes a file of the float32 values of the weights of ``file``."""
+    header = read_header(file)
+    values = {
+        name: gguf_weight(header.data(name), info.type, info.shape).dequantize(torch.float32).reshape(info.shape)
+        if info.dtype is None
+        else header.data(name).float()
+        for name, info in header.tensors.items()
+    }
+    return _written(file.with_name("decoded.gguf"), kind, model, values)
 
 
 def check_layers(kind: str, file: Path, loaded: Any) -> None:
@@ -227,6 +254,11 @@ FACTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Any]] = {
     "qwen35 with an array": ("qwen35", {"layer_types": ["full_attention", "linear_attention"]}, {
         "qwen35.attention.recurrent_layers": [False, True], "qwen35.full_attention_interval": 4,
     }, None),
+    "gpt-oss yarn": ("gpt-oss", {"rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}}, {
+        "gpt-oss.rope.scaling.type": "yarn", "gpt-oss.rope.scaling.factor": 4.0,
+        "gpt-oss.rope.scaling.original_context_length": 16, "gpt-oss.rope.scaling.yarn_beta_fast": 32.0,
+        "gpt-oss.rope.scaling.yarn_beta_slow": 1.0,
+    }, None),
     "the whole context": ("llama", {}, {"llama.attention.sliding_window": 64, "llama.attention.scale": 0.125}, None),
 }  # fmt: skip
 
@@ -321,7 +353,7 @@ def test_refused(kind: str, keys: Any, tensors: Any, message: str, tmp_path: Pat
     assert text.startswith(f"{file}: ") and message in text and text.isprintable(), text
 
 
-@pytest.mark.parametrize("architecture", ["deci", "gemma4", "gpt-oss", "granite", "command-r"])
+@pytest.mark.parametrize("architecture", ["deci", "gemma4", "granite", "command-r"])
 def test_architectures_that_transformers_does_not_read(architecture: str, tmp_path: Path) -> None:
     import gguf_files as gf
 
@@ -332,17 +364,14 @@ def test_architectures_that_transformers_does_not_read(architecture: str, tmp_pa
 
 
 def test_gpt_oss_of_transformers(tmp_path: Path) -> None:
-    """transformers 5.24 leaves the experts of a gpt-oss file out, and gives the model random experts."""
+    """Tells when transformers begins to read the experts of a gpt-oss file."""
     model = tiny_model("gpt-oss")
     file = write_tiny(tmp_path / "a.gguf", "gpt-oss", model, "F32")
-    try:
+    with pytest.raises(AssertionError, match=r"mlp\.experts\.(gate_up|down)_proj"):
         theirs(file, model, "gpt-oss")
-    except AssertionError as error:
-        pytest.skip(f"transformers can't read this file: {UNREADABLE['gpt-oss']}: {str(error)[:80]}")
-    pytest.fail("transformers reads gpt-oss files: load_gguf can take them")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2moe", "qwen35moe", "lfm2", "t5", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2moe", "qwen35moe", "lfm2", "t5", "gpt2", "gpt-oss"])
 def test_missing_tensors(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
     for name in file_tensors(kind, model):
@@ -411,7 +440,7 @@ def test_untrusted_metadata(count: int, tmp_path: Path) -> None:
 
     from peft_ext.gguf import checks, facts
 
-    kinds = ("llama", "gemma3", "phi3", "qwen3moe", "lfm2", "gpt2", "t5", "mamba")
+    kinds = ("llama", "gemma3", "gpt-oss", "qwen35moe", "phi3", "qwen3moe", "lfm2", "gpt2", "t5", "mamba")
     written = {kind: tiny_model(kind) for kind in kinds}
     taken, file = 0, tmp_path / "a.gguf"
     fields = sorted({*checks._FIELDS, *facts._NEUTRAL, "rope.scaling.type", "rope.scaling.factor"})
