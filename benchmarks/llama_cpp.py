@@ -24,6 +24,8 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from peft_ext.machine import versions
+
 from .files import newest, result_path, write
 from .harness import machine
 from .llama_runner import FILE_TYPES, Runner, quantize_file
@@ -43,8 +45,8 @@ PROMPTS = (
 KINDS = ("none", "f16", "f32")
 
 
-def float_file(source: Path, target: Path) -> None:
-    """Writes a GGUF file with the metadata of ``source`` and its weights in float16; vectors are float32."""
+def float_file(source: Path, target: Path, dtype: Any = np.float16) -> None:
+    """Writes a GGUF file with the metadata of ``source`` and its weights decoded to ``dtype``; vectors are float32."""
     import gguf
     from gguf.quants import dequantize
 
@@ -56,10 +58,11 @@ def float_file(source: Path, target: Path) -> None:
         kind = field.types[0]
         element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub_type=element)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    kind = gguf.LlamaFileType.MOSTLY_F16 if dtype is np.float16 else gguf.LlamaFileType.ALL_F32
+    writer.add_file_type(kind)
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float16) if values.ndim > 1 else values.astype(np.float32))
+        writer.add_tensor(tensor.name, values.astype(dtype if values.ndim > 1 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -110,14 +113,18 @@ def compared(theirs: list[np.ndarray], ours: list[np.ndarray]) -> dict[str, floa
 
 
 class Ours:
-    """The model in a GGUF file in peft_ext, in float32, with PEFT's adapter of ``folder`` or without."""
+    """The model in a GGUF file in peft_ext, in float32."""
 
-    def __init__(self, file: Path, folder: Optional[Path] = None) -> None:
+    def __init__(self, file: Path) -> None:
         import peft_ext
-        from peft_ext.gguf.load import load_gguf
 
-        model = load_gguf(file, dtype=torch.float32).eval()
-        self.model = model if folder is None else peft_ext.load_adapter(model, folder)
+        self.model = peft_ext.load_gguf(file, dtype=torch.float32).eval()
+
+    def adapt(self, folder: Path) -> None:
+        """Adds PEFT's adapter in ``folder`` and accelerates the model."""
+        import peft_ext
+
+        self.model = peft_ext.load_adapter(self.model, folder)
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
@@ -139,20 +146,36 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path], prompts: Any, stop: int) -> Any:
-    """Yields a row for each kind of adapter over the file ``base``."""
+    """Yields a row for each kind of adapter over the file ``base``.
+
+    ``decoded`` is the largest difference of llama.cpp over the file's weights, decoded to float32 by the package gguf:
+    llama.cpp then rounds no inputs.
+    """
+    ours, decoded = Ours(base), base
+    if kind != "F32":
+        decoded = base.with_suffix(".decoded")
+        float_file(base, decoded, np.float32)
     without = None
     for dtype in KINDS:
-        ours = Ours(base, None if dtype == "none" else adapter)
-        wanted = [ours.logits(tokens) for tokens in prompts]
-        without = wanted if without is None else without
+        if dtype != KINDS[2]:  # both exports are of one adapter
+            if dtype == KINDS[1]:
+                ours.adapt(adapter)
+            wanted = [ours.logits(tokens) for tokens in prompts]
+            texts = [ours.greedy(tokens, LENGTH, stop) for tokens in prompts[:ANSWERS]]
+            without = wanted if without is None else without
         with Runner(base, exported.get(dtype)) as runner:
             found = [runner.logits(tokens) for tokens in prompts]
-            answers = [(runner.greedy(t, LENGTH, stop), ours.greedy(t, LENGTH, stop)) for t in prompts[:ANSWERS]]
+            answers = [(runner.greedy(t, LENGTH, stop), text) for t, text in zip(prompts, texts, strict=False)]
+        with Runner(decoded, exported.get(dtype)) as runner:
+            exact = compared([runner.logits(tokens) for tokens in prompts], wanted)
         yield {
             "type": kind, "adapter": dtype, **compared(found, wanted), "moved": compared(wanted, without)["mean"],
-            "same_tokens": sum(_same(*pair) for pair in answers), "tokens": sum(len(pair[1]) for pair in answers),
-            "same_answers": sum(one == other for one, other in answers), "answers": len(answers),
+            "decoded": exact["max"], "same_tokens": sum(_same(*pair) for pair in answers),
+            "tokens": sum(len(text) for text in texts), "same_answers": sum(one == other for one, other in answers),
+            "answers": len(answers),
         }  # fmt: skip
+    if decoded != base:
+        decoded.unlink()
 
 
 def measure(types: Sequence[str], steps: int, out: Path) -> None:
@@ -169,6 +192,7 @@ def measure(types: Sequence[str], steps: int, out: Path) -> None:
         adapter = folder / "adapter"
         result: dict[str, Any] = {"machine": machine(), "training": train(adapter, steps), "prompts": len(prompts)}
         result |= {"tokens": sum(map(len, prompts)), "rows": []}
+        result["machine"]["versions"] |= versions("llama-cpp-python")
         for kind in types:
             base = folder / f"{kind}.gguf"
             if not base.exists():
@@ -190,14 +214,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of a result file as a Markdown table."""
     lines = [
         "| file of the base | adapter | the adapter moves a logit by | difference of the logits: mean | largest | "
-        "KL, nats | same first token | equal greedy tokens | equal answers |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "KL, nats | same first token | equal greedy tokens | equal answers | largest difference, weights decoded |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (
             row["type"], row["adapter"], "" if row["adapter"] == "none" else f"{row['moved']:.3f}",
             f"{row['mean']:.2g}", f"{row['max']:.2g}", f"{row['kl']:.2g}", f"{100 * row['top1']:.1f}%",
             f"{row['same_tokens']} of {row['tokens']}", f"{row['same_answers']} of {row['answers']}",
+            f"{row['decoded']:.2g}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

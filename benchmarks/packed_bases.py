@@ -7,11 +7,12 @@ give values of the dense weight's size: a kernel's time does not depend on the v
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from peft_ext.weights import PackedWeight, fp4, fp8, int_groups, mx
+from peft_ext.weights import PackedWeight, fp4, fp8, gguf, int_groups, mx
 from peft_ext.weights.int4_quantize import quantize_int4
 
 __all__ = ["PACKED"]
@@ -53,6 +54,23 @@ def _hqq(weight: Tensor) -> PackedWeight:
     return int_groups.hqq(_bytes(weight.numel() // 2), scales, zeros, tuple(weight.shape))
 
 
+# The columns and bytes of a block of a GGUF type, and the first bytes of the block's float16 scales.
+_GGUF = {
+    "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)), "Q8_0": (32, 34, (0,)), "Q4_K": (256, 144, (0, 2)),
+    "Q5_K": (256, 176, (0, 2)), "Q6_K": (256, 210, (208,)),
+}  # fmt: skip
+
+
+def _gguf(type: str, weight: Tensor) -> PackedWeight:
+    n, k = weight.shape
+    columns, size, places = _GGUF[type]
+    blocks = _bytes(n, k // columns, size)
+    scale = 0.003 if columns == 32 else 0.0001
+    for place in places:
+        blocks[..., place : place + 2] = torch.tensor([scale], dtype=torch.float16).view(torch.uint8)
+    return gguf.gguf_weight(blocks.flatten(1), type, (n, k))
+
+
 PACKED: dict[str, Callable[[Tensor], PackedWeight]] = {
     "FP4": _fp4,
     "MXFP4": mx.quantize_mxfp4,
@@ -64,4 +82,5 @@ PACKED: dict[str, Callable[[Tensor], PackedWeight]] = {
     "GPTQ": _gptq,
     "AWQ": _awq,
     "HQQ": _hqq,
+    **{f"GGUF {type}": partial(_gguf, type) for type in _GGUF},
 }

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tables [--check]``: draws the tables of README.md, docs/performance.md and docs/formats.md.
+"""``python -m benchmarks.tables [--check]``: draws the tables of README.md and of three pages of docs.
 
 A table stands between ``<!-- measured NAME: python -m benchmarks.tables -->`` and ``<!-- /measured -->``. NAME is a key
 of :data:`DRAWN`; README's place has no NAME. A table shows the newest result file with a name, or of a GPU, and is
@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from . import packed_training
+from . import llama_cpp, llama_speed, packed_training
 from .files import Result, newest, newest_by_gpu
 from .harness import ratio_text, spread_text
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "formats.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "formats.md", "llama-cpp.md",
+                                                                     "gguf.md")))  # fmt: skip
 MARK = re.compile(r"(<!-- measured( [\w-]+)?: python -m benchmarks\.tables -->).*?(<!-- /measured -->)", re.DOTALL)
 NOTHING = "Not measured yet."
 
@@ -248,6 +249,8 @@ DRAWN: dict[str, Callable[[], str]] = {
     "float32": partial(shown, ("layer-float32-avx2", float32_table)),
     "packed": partial(shown, ("layer-packed-avx512_bf16", packed_table)),
     "packed-training": partial(shown, (packed_training.NAME, packed_training.result_text)),
+    "llama-cpp": partial(shown, (llama_cpp.NAME, llama_cpp.result_text)),
+    "llama-speed": partial(shown, (llama_speed.NAME, llama_speed.table)),
     "gpu": gpu_tables,
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -43,5 +44,5 @@ def export(
     size = format_bytes(done.nbytes, binary=False)
     print(f"saved: {done.file}, {done.dtype}, {size}, in {done.seconds:.1f} s")
     base = done.base if done.base_is_gguf else "model.gguf"
-    print(f"llama.cpp: llama-cli -m {base} --lora {done.file}")
+    print(f"llama.cpp: llama-cli -m {shlex.quote(base)} --lora {shlex.quote(str(done.file))}")
     print(f"Ollama, in a Modelfile:\nFROM {base}\nADAPTER {done.file}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -52,6 +53,7 @@ _LORA = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a",
 _ADALORA = {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"}
 _KINDS = {".lora_magnitude_vector": "DoRA", ".lora_B.bias": "lora_bias", ".bias": "a trained bias"}
 _PREFIX = "base_model.model."
+_NAME = re.compile(r"[\w.-]{1,500}")  # names of tensors are parts of one-line errors
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,18 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
 
     Raises ExportError for files that are damaged and for everything that llama.cpp's adapter files can't hold.
     """
-    with as_export_error(ValueError, OSError):
+    with as_export_error(ValueError, OSError, RecursionError):  # PEFT nests without end for a few broken fields
         config = checked_config(folder)
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     _check_config(config)
     shapes = weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
-    parts, whole = _parts(config, shapes)
+    parts, frozen = _parts(config, shapes)
     with as_export_error(ValueError, about=f"{folder / CONFIG_NAME}: "):
         check_expressions(config, _tree(parts))
     pairs = [_pair(config, module, found, shapes) for module, found in parts.items()]
-    by_module = {pair.module: pair for pair in pairs}
-    for name in whole:
-        module = name.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
-        pair = by_module.get(module)
-        if pair is None or shapes[name] != pair.shape:
-            fail(f"{name} in {SAFETENSORS_WEIGHTS_NAME} is {shapes[name]}, which is not the size of the adapted module")
+    for name in frozen:
+        if name.removeprefix(_PREFIX).partition(".base_layer.")[0] not in parts:
+            fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(name)}, a weight of a module without lora_A and lora_B")
     pairs = [pair for pair in pairs if pair.rank]
     if not pairs:
         fail(f"{folder / SAFETENSORS_WEIGHTS_NAME} has no low-rank matrices")
@@ -135,18 +134,21 @@ def _check_config(config: PeftConfig) -> None:
 
 
 def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Returns by module the names of the pair's tensors, and the names of whole weights of adapted modules.
+    """Returns by module the names of the pair's tensors, and the names of frozen tensors of the base.
 
-    PEFT saves the whole frozen weight of an embedding or head that the adapter changes.
+    PEFT saves the frozen weight of an embedding or head that the adapter changes, dense or packed. The export leaves
+    these tensors out, because llama.cpp has the base's weights in the base's own file.
     """
     endings = _LORA if config.peft_type == "LORA" else _ADALORA
     found: dict[str, dict[str, str]] = {}
-    whole: list[str] = []
+    frozen: list[str] = []
     for name in sorted(shapes):
+        if not _NAME.fullmatch(name):
+            fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(name)}, which is no name of a module's tensor")
         ending = next((end for end in endings if name.endswith(end)), None)
         if not name.startswith(_PREFIX) or ending is None:
-            if name.startswith(_PREFIX) and name.endswith(".base_layer.weight"):
-                whole.append(name)
+            if name.startswith(_PREFIX) and ".base_layer." in name:
+                frozen.append(name)
                 continue
             what = next((kind for end, kind in _KINDS.items() if name.endswith(end)), "a tensor")
             fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(name)}, {what} that llama.cpp's adapters can't hold{_MERGE}")
@@ -155,7 +157,7 @@ def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict
         if part in parts:
             fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(parts[part])} and {shown(name)}, wanted one of them")
         parts[part] = name
-    return found, whole
+    return found, frozen
 
 
 def _tree(names: Any) -> nn.Module:

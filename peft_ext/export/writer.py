@@ -107,7 +107,7 @@ def write_gguf_adapter(
     alpha = _alpha(pairs)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file, "wb") as part:
-        _write(Path(part.name), folder, about, pairs, tensors, alpha, dtype)
+        _write(Path(part.name), Path(adapter).resolve().name, folder, about, pairs, tensors, alpha, dtype)
     return ExportReport(
         file=file, nbytes=file.stat().st_size, base=about.name, base_is_gguf=about.is_file,
         architecture=about.names.architecture, method=str(config.peft_type.value), dtype=dtype, alpha=alpha,
@@ -166,7 +166,7 @@ def _factor(pair: Pair, alpha: float) -> float:
 
 
 def _write(
-    path: Path, folder: Path, base: Base, pairs: list[Pair], tensors: list[str], alpha: float, dtype: str
+    path: Path, name: str, folder: Path, base: Base, pairs: list[Pair], tensors: list[str], alpha: float, dtype: str
 ) -> None:
     with required("gguf", "peft_ext.write_gguf_adapter"):
         import gguf
@@ -174,24 +174,24 @@ def _write(
     writer = gguf.GGUFWriter(None, base.names.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_name(folder.resolve().name)
+    writer.add_name(_text(name))
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, base.title)
+    writer.add_base_model_name(0, _text(base.title))
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     to = DTYPES[dtype]
-    for pair, name in zip(pairs, tensors, strict=True):
+    for pair, tensor in zip(pairs, tensors, strict=True):
         first = (pair.inputs, pair.rank) if pair.embedding else (pair.rank, pair.inputs)
         for ending, shape in ((".lora_a", first), (".lora_b", (pair.outputs, pair.rank))):
             nbytes = shape[0] * shape[1] * to.itemsize
-            writer.add_tensor_info(name + ending, shape, torch.empty(0, dtype=to).numpy().dtype, nbytes)
+            writer.add_tensor_info(tensor + ending, shape, torch.empty(0, dtype=to).numpy().dtype, nbytes)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as opened:
-            for pair, name in zip(pairs, tensors, strict=True):
-                for part, matrix in zip((pair.a, pair.b), _matrices(opened, pair, name, base, alpha), strict=True):
+            for pair, tensor in zip(pairs, tensors, strict=True):
+                for part, matrix in zip((pair.a, pair.b), _matrices(opened, pair, tensor, base, alpha), strict=True):
                     narrow = matrix.to(to)
                     if not narrow.isfinite().all():
                         largest = matrix.abs().max().item()
@@ -199,6 +199,11 @@ def _write(
                     writer.write_tensor_data(narrow.contiguous().numpy())
     finally:
         writer.close()
+
+
+def _text(name: str) -> str:
+    """Returns the name as UTF-8 can hold it: the name of a folder can have other bytes."""
+    return name.encode(errors="replace").decode()
 
 
 def _matrices(opened: Any, pair: Pair, name: str, base: Base, alpha: float) -> tuple[Tensor, Tensor]:

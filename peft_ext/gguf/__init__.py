@@ -4,7 +4,7 @@ header    the checked header of a file: metadata, and the place of each tensor
 checks    whether a header is of a model that transformers and the package gguf can read
 """
 
-from .checks import check_model
+from .checks import check_model, check_tokenizer
 from .header import GgufError, GgufHeader, TensorInfo, is_gguf, read_header
 
-__all__ = ["GgufError", "GgufHeader", "TensorInfo", "check_model", "is_gguf", "read_header"]
+__all__ = ["GgufError", "GgufHeader", "TensorInfo", "check_model", "check_tokenizer", "is_gguf", "read_header"]

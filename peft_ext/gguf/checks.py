@@ -1,7 +1,8 @@
 """Checks the header of an untrusted GGUF model before transformers or the package gguf read the file.
 
 transformers makes objects for each layer, each token and each merge that the metadata announces, and takes every size
-in the metadata as it comes. :func:`check_model` ties these numbers to the tensors that the file holds.
+in the metadata as it comes. :func:`check_model` ties these numbers to the tensors that the file holds, and
+:func:`check_tokenizer` checks the lists of the tokenizer.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any, Optional
 
 from .header import GgufHeader, TensorInfo
 
-__all__ = ["MOST_LAYERS", "check_model"]
+__all__ = ["MOST_LAYERS", "check_model", "check_tokenizer"]
 
 MOST_LAYERS = 10_000
 _LONGEST_TOKEN = 1024  # characters; transformers tries every split of every token where the file has no merges
 _MOST = (1 << 31) - 1
+_MOST_MASKS = 1 << 28  # bytes; transformers' GPT-2 makes a mask of context_length ** 2 bytes in each layer
 
 # Fields of an architecture that must be integers: the smallest and the largest value.
 _SIZES: dict[str, tuple[int, int]] = {
@@ -37,6 +39,7 @@ _SIZES: dict[str, tuple[int, int]] = {
     "shortconv.l_cache": (1, MOST_LAYERS),
     "full_attention_interval": (1, MOST_LAYERS),
     "vocab_size": (1, _MOST),
+    "decoder_block_count": (1, MOST_LAYERS),
     "decoder_start_token_id": (0, _MOST),
     "expert_count": (0, MOST_LAYERS),
     "expert_used_count": (0, MOST_LAYERS),
@@ -65,7 +68,7 @@ _FIELDS = {*_SIZES, *_EPSILONS, "rope.freq_base"}
 _READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # the package gguf adds these keys itself
 _WHOLE_HEADS = ("gemma2", "gemma3", "llama")  # transformers takes whole heads in the embedding for these alone
 
-_TEXTS = ("general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
+_TEXTS = ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 _BOOLS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix")
 _IDS = ("bos", "eos", "unknown", "padding")
 _WITH_MERGES = ("gemma4", "gpt2", "llama")  # kinds of tokenizers; transformers makes merges from the scores
@@ -75,14 +78,13 @@ def check_model(header: GgufHeader) -> None:
     """Checks that a header is of a model in one file, whose metadata transformers and the package gguf can read.
 
     Every size that transformers takes from the metadata is in a fixed range. The number of layers, the width and the
-    size of the vocabulary are those of the tensors. The tokenizer's lists have the types and lengths that transformers
-    expects.
+    size of the vocabulary are those of the tensors. The tokenizer is not checked: see :func:`check_tokenizer`.
 
     Raises GgufError, one line.
     """
     _check_kind(header)
     _check_sizes(header)
-    _check_tokenizer(header, _check_shapes(header))
+    _check_shapes(header)
 
 
 def _check_kind(header: GgufHeader) -> None:
@@ -93,6 +95,8 @@ def _check_kind(header: GgufHeader) -> None:
     architecture = header.architecture
     if not re.fullmatch("[a-z0-9_-]{1,40}", architecture):
         raise header.error(f"general.architecture is {architecture!r:.60}, wanted a name in a-z, 0-9, - and _")
+    if "general.name" in header:
+        header.text("general.name")
     if not header.tensors:
         raise header.error("the file has no tensors, wanted a model with weights")
     for key in header.keys:
@@ -168,8 +172,8 @@ def _check_size(header: GgufHeader, key: str, value: Any, least: int, most: int)
         raise header.error(f"{key} is {_shown(value)}, wanted {wanted}")
 
 
-def _check_shapes(header: GgufHeader) -> int:
-    """Compares the sizes in the metadata with the shapes of the tensors. Returns the rows of the embedding."""
+def _check_shapes(header: GgufHeader) -> None:
+    """Compares the sizes in the metadata with the shapes of the tensors."""
     architecture = header.architecture
     layers, width = (header.get(f"{architecture}.{field}") for field in ("block_count", "embedding_length"))
     # The layers of T5's two halves are enc.blk.N and dec.blk.N.
@@ -186,17 +190,47 @@ def _check_shapes(header: GgufHeader) -> int:
             down = header.tensors.get(f"blk.{index}.ffn_down.weight")
             if down is not None and down.shape != (width, size):
                 raise header.error(f"tensor {down.name!r} has shape {down.shape}, wanted {(width, size)}")
+    experts, size = (header.get(f"{architecture}.{field}") for field in ("expert_count", "expert_feed_forward_length"))
+    for info in header.tensors.values():
+        if info.dtype is None and len(info.shape) not in (2, 3):
+            raise header.error(f"tensor {info.name!r:.80} is {info.type_name} with the sizes {info.shape}, wanted 2 or "
+                               "3 sizes of a quantized tensor")  # fmt: skip
+        if experts and size and re.fullmatch(r"blk\.[0-9]+\.ffn_down_exps\.weight", info.name):
+            if info.shape != (experts, width, size):
+                raise header.error(f"tensor {info.name!r} has shape {info.shape}, wanted {(experts, width, size)}")
     embedding: Optional[TensorInfo] = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise header.error("the file has no tensor 'token_embd.weight', wanted the weight of the embedding")
-    tokens = header.get("tokenizer.ggml.tokens")
-    rows = header.get(f"{architecture}.vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    if (rows := header.get(f"{architecture}.vocab_size")) is None:
+        tokens = header.get("tokenizer.ggml.tokens")
+        rows = len(tokens) if isinstance(tokens, list) else embedding.shape[0]
     if embedding.shape != (rows, width):
         raise header.error(f"tensor 'token_embd.weight' has shape {embedding.shape}, wanted {(rows, width)}")
-    return embedding.shape[0]
+    _check_decoder(header)
+    context = header.get(f"{architecture}.context_length", 0)
+    if architecture == "gpt2" and layers * context**2 > _MOST_MASKS:
+        raise header.error(f"gpt2.context_length is {context} with {layers} layers, wanted masks of at most "
+                           f"{_MOST_MASKS} bytes")  # fmt: skip
 
 
-def _check_tokenizer(header: GgufHeader, vocabulary: int) -> None:
+def _check_decoder(header: GgufHeader) -> None:
+    """Checks that a model with a decoder of its own number of layers has tensors in each of these layers."""
+    architecture = header.architecture
+    if (count := header.get(f"{architecture}.decoder_block_count")) is None:
+        return
+    pattern = re.compile(r"dec\.blk\.([0-9]{1,9})\.")
+    found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
+    if found != set(range(count)):
+        raise header.error(f"{architecture}.decoder_block_count is {count}, but the file has tensors of {len(found)} "
+                           "layers of the decoder")  # fmt: skip
+
+
+def check_tokenizer(header: GgufHeader) -> None:
+    """Checks the tokenizer of a header that :func:`check_model` has taken.
+
+    The tokenizer's lists have the types and lengths that transformers expects. Raises GgufError, one line.
+    """
+    vocabulary = header.tensors["token_embd.weight"].shape[0]
     for key in _TEXTS:
         if key in header:
             header.text(key)

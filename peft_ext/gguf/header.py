@@ -162,9 +162,10 @@ class GgufHeader:
         return self.text("general.architecture")
 
     @cached_property
-    def _mapped(self) -> Tensor:
+    def _mapped(self) -> mmap.mmap:
         # A private mapping: a page is read from the disk when it is first used, and a write never reaches the file.
-        return torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_COPY)
 
     def data(self, name: str) -> Tensor:
         """Returns a tensor's bytes, mapped from the file.
@@ -172,7 +173,8 @@ class GgufHeader:
         A quantized tensor is uint8 with the bytes of a row as its last size. Another tensor has its dtype and shape.
         """
         info = self.tensors[name]
-        raw = self._mapped[info.offset : info.offset + info.nbytes]
+        # A storage of each tensor's own: torch.save and pickle write the storages of the tensors as a whole.
+        raw = torch.frombuffer(self._mapped, dtype=torch.uint8, offset=info.offset, count=info.nbytes)
         if info.dtype is None:
             _, columns, size, _ = TYPES[info.type]
             return raw.view(*info.shape[:-1], info.shape[-1] // columns * size)

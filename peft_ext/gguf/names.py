@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._imports import required
 from ..weights.gguf import llama_row_order
+from .checks import MOST_LAYERS
 from .header import GgufError, GgufHeader
 
 __all__ = ["ARCHITECTURES", "GgufNames"]
@@ -69,6 +70,8 @@ class GgufNames:
                 value = max(value, default=0)
             if type(value) is not int or value < 1:
                 raise header.error(f"{architecture}.{key} is {value!r:.60}, wanted a positive integer")
+            if value > MOST_LAYERS:  # the package gguf makes the names of all layers
+                raise header.error(f"{architecture}.{key} is {value}, wanted at most {MOST_LAYERS}")
             return value
 
         heads = size("attention.head_count")

@@ -353,9 +353,10 @@ def _format(base: nn.Module) -> str:
 
 
 def _note(module: Any) -> str:
-    """Returns what the packed layer or experts below an adapter leave out of the checkpoint's own function, or ""."""
+    """Returns the note of the layer below an adapter: what is left out, or why a packed weight was decoded; or ""."""
     below = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    return below.note if isinstance(below, (PackedLinear, PackedExperts)) else ""
+    note = getattr(below, "note", "")
+    return note if isinstance(note, str) else ""
 
 
 def _lacking(module: nn.Module, fused: type) -> Optional[str]:

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from ..files import save_adapter
-from ..gguf.load import load_gguf
 from ..methods import METHODS
 from ..quantize import quantize_nf4, quantize_packed
 from ..sources.gguf_file import gguf_path
@@ -253,6 +252,8 @@ def load_base(run: Run) -> Any:
     refused = raised_as(RunError, f"--model {o.model}: ", OSError, ValueError, RuntimeError, SafetensorError)
     with refused, status("loading the model"):
         if (file := gguf_path(run.folder)) is not None:
+            from ..gguf.load import load_gguf
+
             model, absent = load_gguf(file), []
         else:
             model, info = AutoModelForCausalLM.from_pretrained(

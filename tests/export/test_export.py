@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import refused, said
 from gguf import GGUFReader
-from gguf_llama import VOCABULARY, adapted, interleaved, llama_names
+from gguf_llama import VOCABULARY, adapted, interleaved, llama_names, small_llama, write_llama
 from gguf_small import KINDS, small_model, write_model
 from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file
@@ -237,3 +237,19 @@ def test_a_failed_export_leaves_the_old_file(made):
     assert made.file.read_bytes() == before
     assert sorted(path.name for path in made.file.parent.iterdir()) == ["adapter", "adapter.gguf", "base", "base.gguf"]
     peft_ext.write_gguf_adapter(made.adapter, made.file, overwrite=True, dtype="f32")
+
+
+def test_an_adapter_over_a_packed_gguf_file(tmp_path, capsys):
+    """The adapter's configuration names the GGUF file, which gives the names; the way back is over packed weights."""
+    write_llama(small_llama(), tmp_path / "base.gguf", "Q4_1")
+    model = peft_ext.load_gguf(tmp_path / "base.gguf", dtype=torch.float32)
+    wrapped = peft_ext.accelerate(adapted(model, lora(target_modules=[*LINEARS, "lm_head"]), size=0.03))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert "names and sizes compared" in said(capsys, "export", "--gguf", tmp_path / "a.gguf", tmp_path / "adapter")
+    done = peft_ext.write_gguf_adapter(tmp_path / "adapter", tmp_path / "a.gguf", dtype="f32", overwrite=True)
+    assert (done.base, done.base_is_gguf, done.pairs) == (str(tmp_path / "base.gguf"), True, 15)
+    loaded = peft_ext.load_gguf_adapter(
+        peft_ext.load_gguf(tmp_path / "base.gguf", dtype=torch.float32), tmp_path / "a.gguf"
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, wrapped(TOKENS).logits)

@@ -155,6 +155,10 @@ B = A.replace("lora_A", "lora_B")
         (lambda tensors, _: tensors.update({A: torch.full((4, 64), torch.nan)}), "values that are not finite"),
         (lambda tensors, _: tensors.update({A: torch.ones(4, 64, dtype=torch.int32)}), "is I32, wanted floats"),
         (lambda tensors, _: tensors.update({"other": torch.ones(2)}), "has 'other', a tensor that llama.cpp's"),
+        (
+            lambda tensors, _: tensors.update({"a\nb": torch.ones(2)}),
+            "has 'a\\nb', which is no name",
+        ),
         (lambda tensors, _: tensors.update({A.replace("lora_A", "norm"): torch.ones(2)}), "a tensor that llama.cpp's"),
         (
             lambda tensors, _: tensors.update({B.replace("weight", "bias"): torch.ones(96)}),
@@ -165,8 +169,8 @@ B = A.replace("lora_A", "lora_B")
             "DoRA that llama.cpp's adapters can't hold",
         ),
         (
-            lambda tensors, _: tensors.update({A.replace("lora_A", "base_layer"): torch.ones(95, 64)}),
-            "is (95, 64), which is not the size of the adapted module",
+            lambda tensors, _: tensors.update({A.replace("up_proj.lora_A", "down_proj.base_layer"): torch.ones(3)}),
+            "a weight of a module without lora_A and lora_B",
         ),
         (lambda tensors, _: tensors.clear(), "r is 4, wanted at most 0"),
     ],
@@ -181,6 +185,7 @@ def test_damaged_tensors(made, change, within):
     [
         ({"peft_type": "NONE"}, "peft_type is 'NONE'"),
         ({"r": "4"}, "r is '4'"),
+        ({"monteclora_config": {"q_proj": 3}}, "recursion"),
         ({"alpha_pattern": {"up_proj": "8"}}, "the alpha is '8', wanted a number"),
         ({"alpha_pattern": {"up_proj": True}}, "the alpha is True, wanted a number"),
         ({"rank_pattern": {"up_proj": 2}}, "the configuration has the rank 2, lora_A has the rank 4"),

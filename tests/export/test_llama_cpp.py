@@ -3,6 +3,7 @@
 `make llama-cpp` builds llama.cpp and runs these tests.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_llama import VOCABULARY, adapted
+from gguf import GGUFReader
+from gguf_llama import VOCABULARY, adapted, small_llama, write_llama
 from gguf_small import KINDS, small_model, write_model
 from peft import AdaLoraConfig, LoraConfig
 
@@ -18,7 +20,6 @@ import peft_ext
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llama-cpp")
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 from benchmarks.llama_runner import LlamaError, Runner  # noqa: E402
 
@@ -88,6 +89,31 @@ def test_every_architecture(tmp_path, kind):
         np.testing.assert_allclose(runner.logits(TOKENS), wanted, rtol=0, atol=atol)
 
 
+@pytest.mark.skipif("LLAMA_CPP_SOURCE" not in os.environ, reason="LLAMA_CPP_SOURCE names no folder: make llama-cpp")
+@pytest.mark.parametrize("kind", [*KINDS, "embedding and head"])
+def test_tensors_are_those_of_llama_cpp_s_converter_bit_for_bit(tmp_path, kind):
+    """convert_lora_to_gguf.py takes lora_alpha alone: it leaves out rsLoRA's factor and alpha_pattern."""
+    targets = ["embed_tokens", "lm_head"] if kind == "embedding and head" else "all-linear"
+    model = small_llama() if kind == "embedding and head" else small_model(kind)
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", rank_pattern={"o_proj": 2})
+    adapted(model, config).save_pretrained(tmp_path / "adapter")
+    script = Path(os.environ["LLAMA_CPP_SOURCE"]).resolve() / "convert_lora_to_gguf.py"
+    for dtype in ("f32", "f16"):
+        theirs, file = tmp_path / f"theirs-{dtype}.gguf", tmp_path / f"ours-{dtype}.gguf"
+        given = ["--base", tmp_path / "base", "--outtype", dtype, "--outfile", theirs, tmp_path / "adapter"]
+        subprocess.run([sys.executable, script, *given], check=True, capture_output=True)
+        peft_ext.write_gguf_adapter(tmp_path / "adapter", file, base=tmp_path / "base", dtype=dtype)
+        wanted, found = ({one.name: one for one in GGUFReader(path).tensors} for path in (theirs, file))
+        assert wanted.keys() == found.keys() and len(wanted) > 3
+        for name, tensor in wanted.items():
+            assert found[name].tensor_type == tensor.tensor_type
+            np.testing.assert_array_equal(found[name].data, tensor.data)
+        keys = {"general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"}
+        fields = [{key: GGUFReader(path).fields[key].contents() for key in keys} for path in (theirs, file)]
+        assert fields[0] == fields[1]
+
+
 def test_llama_cpp_refuses_an_adapter_of_another_model(made):
     made = made(lora())
     peft_ext.write_gguf_adapter(made.adapter, made.file)
@@ -101,8 +127,6 @@ def test_llama_cpp_can_not_adapt_a_tied_embedding(made):
     """The reason for which the export refuses such an adapter: llama.cpp ends the process."""
     made = made(lora(target_modules=["embed_tokens", "q_proj"]))
     peft_ext.write_gguf_adapter(made.adapter, made.file)
-    from gguf_llama import small_llama, write_llama
-
     tied = write_llama(small_llama(tied=True), made.gguf.with_name("tied.gguf"))
     with pytest.raises(peft_ext.ExportError, match="one weight"):
         peft_ext.write_gguf_adapter(made.adapter, made.file, base=tied, overwrite=True)

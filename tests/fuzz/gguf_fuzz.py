@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gguf_files as gf
 
-from peft_ext.gguf import GgufError, check_model, read_header
+from peft_ext.gguf import GgufError, check_model, check_tokenizer, read_header
 from peft_ext.weights.gguf import TYPES
 
 DENSE = {0: 4, 1: 2, 28: 8, 30: 2, **gf.INTEGERS}  # bytes of an element of ggml's dense types
@@ -105,6 +105,7 @@ def outcome(path: Path) -> str:
         assert isinstance(header.get(key), (int, float, str, list)), key
     try:
         check_model(header)
+        check_tokenizer(header)
     except GgufError as error:
         _one_line(path, error)
         return "taken"

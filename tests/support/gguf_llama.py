@@ -46,8 +46,8 @@ def llama_names(model: LlamaForCausalLM) -> dict[str, str]:
     return names
 
 
-def write_llama(model: LlamaForCausalLM, path: Path) -> Path:
-    """Writes the model in float32, with a tokenizer of single letters, as llama.cpp's converter does."""
+def write_llama(model: LlamaForCausalLM, path: Path, kind: str = "F32") -> Path:
+    """Writes the model as llama.cpp's converter does, with matrices of the type ``kind`` and a tokenizer of bytes."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("model")
@@ -81,7 +81,8 @@ def write_llama(model: LlamaForCausalLM, path: Path) -> Path:
             weight = interleaved(weight, config.num_attention_heads)
         if "attn_k" in name and "norm" not in name:
             weight = interleaved(weight, config.num_key_value_heads)
-        writer.add_tensor(name, np.ascontiguousarray(weight))
+        number = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(weight), number), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

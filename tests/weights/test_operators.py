@@ -44,6 +44,19 @@ def test_few_tokens_take_each_column_of_the_weight(kind: str, tokens: int, set_p
             assert (error <= 2.0**-7 * want[:, first : first + tokens].abs() + 2.0**-18 * largest).all(), path
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [2, 7])
+def test_few_tokens_of_a_large_weight(kind: str, tokens: int):
+    """The weight has more rows than a panel, and more columns than a kernel decodes scales of at a time."""
+    weight = drawn(kind, 200, 4352)
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(3)).bfloat16()
+    dense = decoded(weight, torch.float32).double()
+    want = x.double() @ dense.T
+    spread = (x.double().square() @ dense.square().T).sqrt()  # the size of the sum of numbers with random signs
+    error = (ops.frozen_linear(x, weight).double() - want).abs()
+    assert (error <= 2.0**-8 * want.abs() + 2.0**-7 * spread).all()
+
+
 def test_every_format_has_a_kind():
     held = {drawn(kind).format.name for kind in KINDS}
     assert {name for name in FORMATS if name != "nf4" and not name.startswith("gguf")} <= held

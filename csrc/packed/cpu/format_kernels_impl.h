@@ -51,8 +51,10 @@ constexpr int64_t kRowsTogether = 16;  // largest number of rows that decode_row
 
 template <typename F>
 struct KernelsOf {
+  // All calls are inlined, so that a run's scales and values stay in registers.
   template <typename T>
-  static void decode_row(const PackedView& w, bool runs, int64_t row, int64_t begin, int64_t end, T* out) {
+  [[gnu::flatten]] static void decode_row(const PackedView& w, bool runs, int64_t row, int64_t begin, int64_t end,
+                                          T* out) {
     int64_t k = begin;
     const auto one_by_one = [&](int64_t stop) {
       for (; k < stop; ++k) out[k - begin] = from_float<T>(F::value(w, row, k));

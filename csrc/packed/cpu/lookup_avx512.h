@@ -23,6 +23,24 @@ inline __m512i word_indices(const uint8_t* codes) {
                                         : _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
 }
 
+// Returns the bits of 8 values, whose high words are the values rounded to bfloat16: see round_bf16.
+inline __m256i rounded_words(const float* values) {
+  const __m256 value = _mm256_loadu_ps(values);
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  return _mm256_mask_mov_epi32(sum, _mm256_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm256_set1_epi32(0x7fc00000));
+}
+
+// Rounds 32 values to bfloat16. A format's decode32 writes the values as vectors of 8; a load of 16 values would wait
+// until both vectors are in the cache.
+inline void store_run(const float* run, bf16* out) {
+  const __m256i high_words = _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  for (int i = 0; i < 32; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm256_permutex2var_epi16(rounded_words(run + i), high_words, rounded_words(run + i + 8)));
+}
+
 // Returns 16 values, rounded to the type of the second argument.
 inline __m256i round16(const float* values, bf16) { return round_bf16(_mm512_loadu_ps(values)); }
 inline __m256i round16(const float* values, f16) { return round_f16(_mm512_loadu_ps(values)); }

@@ -8,7 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "packed/cpu/decode.h"
-#include "packed/cpu/nibble_kernels.h"
+#include "packed/cpu/few_tokens_kernels.h"
 
 namespace peft_ext {
 namespace {
@@ -43,16 +43,17 @@ int64_t skinny_chunk(const FrozenWeight& weight) {
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
 }
 
-// Returns the kernels for few bfloat16 tokens and codes of 4 or 8 bits, or null pointers.
-NibbleKernels nibble_kernels(const FrozenWeight& weight, ScalarType type) {
+// Returns the kernels for few bfloat16 tokens that do not decode the weight, or null pointers.
+FewTokensKernels few_tokens_kernels(const FrozenWeight& weight, ScalarType type) {
 #if defined(__x86_64__)
   if (type == ScalarType::BFloat16 && current_isa() >= Isa::kAvx512Bf16) {
     const int number = static_cast<int>(format_number(weight.layout));
-    for (const NibbleKernels& found : {nibble_kernels_avx512_bf16(number), byte_kernels_avx512_bf16(number)})
-      if (found.accepts != nullptr && found.accepts(view_of(weight))) return found;
+    const PackedView view = view_of(weight);
+    for (const auto find : {row_kernels_avx512_bf16, gguf_kernels_avx512_bf16, panel_kernels_avx512_bf16})
+      if (const FewTokensKernels found = find(number, view); found.multiply != nullptr) return found;
   }
 #endif
-  return {nullptr, nullptr, nullptr};
+  return {};
 }
 
 // Computes skinny_product for a format other than NF4.
@@ -60,14 +61,14 @@ Tensor format_product(const Tensor& x, const FrozenWeight& weight) {
   const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
   const Tensor y = empty({tokens, n}, ScalarType::Float);
   const PackedView view = view_of(weight);
-  if (const NibbleKernels nibbles = nibble_kernels(weight, x.scalar_type()); nibbles.multiply != nullptr) {
+  if (const FewTokensKernels few = few_tokens_kernels(weight, x.scalar_type()); few.multiply != nullptr) {
     const int64_t columns = ordered_columns(k);
     const Tensor ordered = empty({tokens, columns}, ScalarType::BFloat16);
-    const Tensor sums = empty({tokens, columns / 8}, ScalarType::Float);
+    const Tensor sums = empty({tokens, columns / 16}, ScalarType::Float);
     auto* held = static_cast<bf16*>(ordered.mutable_data_ptr());
-    nibbles.order(static_cast<const bf16*>(x.const_data_ptr()), tokens, k, held, sums.mutable_data_ptr<float>());
-    parallel_for(0, n, ceil_div(kDecodeGrain, k * tokens), [&](int64_t begin, int64_t end) {
-      nibbles.multiply(view, held, sums.const_data_ptr<float>(), tokens, y.mutable_data_ptr<float>(), begin, end);
+    few.order(static_cast<const bf16*>(x.const_data_ptr()), tokens, k, held, sums.mutable_data_ptr<float>());
+    parallel_for(0, few.units, ceil_div(kDecodeGrain * few.units, n * k * tokens), [&](int64_t begin, int64_t end) {
+      few.multiply(view, held, sums.const_data_ptr<float>(), tokens, y.mutable_data_ptr<float>(), begin, end);
     });
     return y;
   }
@@ -85,9 +86,9 @@ Tensor format_product(const Tensor& x, const FrozenWeight& weight) {
 bool skinny_accepts(const FrozenWeight& weight, ScalarType type, int64_t tokens) {
   if (!weight.is_packed()) return false;
   if (!weight.is_nf4()) {
-    const bool nibbles = nibble_kernels(weight, type).multiply != nullptr;
-    return tokens <= (nibbles ? kNibbleTokens : kFormatFewTokens) && weight.in_features() > 0 &&
-           format_kernels(weight.layout).has_few_tokens(view_of(weight));
+    if (weight.in_features() == 0 || weight.out_features() == 0) return false;
+    if (tokens <= kMostFewTokens && few_tokens_kernels(weight, type).multiply != nullptr) return true;
+    return tokens <= kFormatFewTokens && format_kernels(weight.layout).has_few_tokens(view_of(weight));
   }
   return tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens && weight.blocksize() % kSkinnyStep == 0 &&
          weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;

@@ -78,7 +78,7 @@ struct Fp4 {
   }
 
   static constexpr Nibbles kNibbles = Nibbles::kHighFirst;
-  static constexpr bool kContiguous = true, kAdds = false;
+  static constexpr bool kContiguous = true;
   static constexpr int kScaleColumns = 32;
   static bool has_nibbles(const PackedView&) { return true; }
   static const float* table16() { return kFp4Code; }
@@ -89,7 +89,7 @@ struct Fp4 {
     const float factor = scale(w, (row * w.columns + column) >> format_flags(w.option));
     for (int i = 0; i < 16; ++i) out[i] = kFp4Code[i] * factor;
   }
-  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* factors, float*) {
+  static void scales(const PackedView& w, int64_t row, int64_t column, int64_t count, float* factors) {
     const int64_t first = row * w.columns + column;
     for (int64_t i = 0; i < count; ++i) factors[i] = scale(w, (first + 32 * i) >> format_flags(w.option));
   }

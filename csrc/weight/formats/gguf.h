@@ -97,7 +97,7 @@ template <class Block, class Number>
 struct GgufNibbles : Gguf<Block, Number> {
 #ifndef __CUDACC__
   static constexpr Nibbles kNibbles = Nibbles::kHalves;
-  static constexpr bool kContiguous = false, kAdds = Block::kOffset;
+  static constexpr bool kContiguous = false;
   static constexpr int kScaleColumns = 32;
   static bool has_nibbles(const PackedView&) { return true; }
   static const float* table16() {
@@ -111,18 +111,16 @@ struct GgufNibbles : Gguf<Block, Number> {
     return GgufNibbles::block(w, row, column) + Block::kCodes + column % Block::kColumns / 2;
   }
   static void entries(const PackedView& w, int64_t row, int64_t column, float* out) {
-    float scale, offset;
-    affine(w, row, column, 1, &scale, &offset);
-    const float* table = table16();
-    for (int i = 0; i < 16; ++i) out[i] = kAdds ? scale * table[i] + offset : scale * table[i];
+    const uint8_t* b = GgufNibbles::block(w, row, column);
+    const int g = static_cast<int>(column % Block::kColumns) / 16;
+    const float scale = Block::scale(b, g), *table = table16();
+    float offset = 0.0f;
+    if constexpr (Block::kOffset) offset = Block::offset(b, g);
+    for (int i = 0; i < 16; ++i) out[i] = Block::kOffset ? scale * table[i] + offset : scale * table[i];
   }
-  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float* add) {
-    for (int64_t i = 0; i < count; ++i, column += 32) {
-      const uint8_t* b = GgufNibbles::block(w, row, column);
-      const int g = static_cast<int>(column % Block::kColumns) / 16;
-      scale[i] = Block::scale(b, g);
-      if constexpr (kAdds) add[i] = Block::offset(b, g);
-    }
+  static void scales(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale) {
+    for (int64_t i = 0; i < count; ++i, column += 32)
+      scale[i] = Block::scale(GgufNibbles::block(w, row, column), static_cast<int>(column % Block::kColumns) / 16);
   }
 #endif
 };

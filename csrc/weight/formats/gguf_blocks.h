@@ -3,7 +3,8 @@
 //
 //   kColumns, kBytes                 sizes of a block
 //   kScaled                          number of columns that share a scale: 16 or 32
-//   kCodes                           first byte of the codes, for types whose 32 columns take 16 bytes
+//   kCodes, kFifthBits               first byte of the codes' low nibbles and of the codes' fifth bits, where one type
+//                                    differs from another
 //   kOffset                          true: W = scale * code + offset; false: W = scale * code
 //   float scale(b, g), offset(b, g)  scale and offset of group g of block b
 //   int code(b, g, i)                stored code of column 16 g + i
@@ -58,14 +59,14 @@ struct BlockQ4_1 {  // d, m, codes [16]
 };
 
 struct BlockQ5_0 {  // d, fifth bits [4], codes [16]
-  static constexpr int kColumns = 32, kBytes = 22, kScaled = 32;
+  static constexpr int kColumns = 32, kBytes = 22, kCodes = 6, kFifthBits = 2, kScaled = 32;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
   static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 6, g, i) | gguf_fifth_bit(b + 2, g, i); }
 };
 
 struct BlockQ5_1 {  // d, m, fifth bits [4], codes [16]
-  static constexpr int kColumns = 32, kBytes = 24, kScaled = 32;
+  static constexpr int kColumns = 32, kBytes = 24, kCodes = 8, kFifthBits = 4, kScaled = 32;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
   static float offset(const uint8_t* b, int) { return gguf_half(b + 2); }
@@ -136,7 +137,7 @@ inline int gguf_k_minimum(const uint8_t* bytes, int s) {
 }
 
 struct BlockQ4_K {  // d, dmin, 6-bit scales and minima [12], codes [128]
-  static constexpr int kColumns = 256, kBytes = 144, kScaled = 32;
+  static constexpr int kColumns = 256, kBytes = 144, kCodes = 16, kScaled = 32;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int g) { return gguf_half(b) * static_cast<float>(gguf_k_scale(b + 4, g / 2)); }
   static float offset(const uint8_t* b, int g) {
@@ -146,7 +147,7 @@ struct BlockQ4_K {  // d, dmin, 6-bit scales and minima [12], codes [128]
 };
 
 struct BlockQ5_K {  // d, dmin, 6-bit scales and minima [12], fifth bits [32], codes [128]
-  static constexpr int kColumns = 256, kBytes = 176, kScaled = 32;
+  static constexpr int kColumns = 256, kBytes = 176, kCodes = 48, kFifthBits = 16, kScaled = 32;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int g) { return BlockQ4_K::scale(b, g); }
   static float offset(const uint8_t* b, int g) { return BlockQ4_K::offset(b, g); }

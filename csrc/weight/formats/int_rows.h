@@ -12,11 +12,6 @@
 namespace peft_ext {
 namespace {
 
-#ifndef __CUDACC__
-constexpr float kIntCode[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f,
-                                0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  5.0f,  6.0f,  7.0f};
-#endif
-
 struct IntRows {
   static constexpr int kPlain = 1, kOneScale = 2;  // flags of `option`
 
@@ -91,14 +86,11 @@ struct IntRows {
     scale_run(w, row, column, [&](int c) { return zeros[c]; }, [&](int c) { return scales[c]; }, out);
   }
 
-  // Members of 4-bit codes: a value is (code - 8) * scale + (8 - zero) * scale.
   static constexpr Nibbles kNibbles = Nibbles::kLowFirst;
-  static constexpr bool kContiguous = true, kAdds = true;
   static constexpr int kScaleColumns = 32;
   static bool has_nibbles(const PackedView& w) {
     return code_bits(w.option) == 4 && !is_plain(w) && one_group_in_32(w, w.part[3]);
   }
-  static const float* table16() { return kIntCode; }
   static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
   }
@@ -107,23 +99,6 @@ struct IntRows {
     const int zero = zero_at(w, row, group);
     const float scale = scale_value(w.part[1], scale_type(w.option), scale_index(w, row, group));
     for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(i - zero) * scale;
-  }
-  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float* add) {
-    const int64_t first = has_one_scale(w) ? 0 : row * groups_of(w);
-    with_scale_type(scale_type(w.option), [&](auto type) {
-      int64_t held = -1;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t group = group_in_order(w, column + 32 * i);
-        if (group == held) {
-          scale[i] = scale[i - 1];
-          add[i] = add[i - 1];
-          continue;
-        }
-        held = group;
-        scale[i] = scale_value(w.part[1], decltype(type)::kType, first + group);
-        add[i] = w.part[2] ? static_cast<float>(8 - zero_at(w, row, group)) * scale[i] : 0.0f;
-      }
-    });
   }
 
  private:

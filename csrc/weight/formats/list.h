@@ -21,19 +21,20 @@
 // A format whose part 0 does not hold the codes of W row by row has `constexpr bool kRowMajor = false`.
 //
 // A format of 4-bit codes, where kScaleColumns columns (16 or 32) share a scale, may also have members by which codes
-// are looked up in tables, see packed/cpu/lookup_avx512.h, and which the products of few tokens read, see
-// packed/cpu/nibble_kernels.h. There a value is table16()[code] * scale + add, and need not have the exact bits.
+// are looked up in tables, see packed/cpu/lookup_avx512.h.
 //
 //   constexpr Nibbles kNibbles;      the order of the codes
-//   constexpr bool kContiguous;      whether the codes of a row follow one another without gaps
-//   constexpr bool kAdds;            whether there are addends
 //   constexpr int kScaleColumns;
 //   bool has_nibbles(w);             whether these members are of this weight
-//   const float* table16();
 //   const uint8_t* codes32(w, row, column);      the 16 bytes of 32 columns
 //   void entries(w, row, column, float* out);    the values of the 16 codes in kScaleColumns columns from `column` on
-//   void affine(w, row, column, count, float* scale, float* add);   the scales of `count` blocks from `column` on, and
-//                                                                   the addends if kAdds
+//
+// The products of few tokens, see packed/cpu/few_tokens_kernels.h, read the formats by steps of their own. The step of
+// formats where a value is table16()[code] * scale reads these members:
+//
+//   constexpr bool kContiguous;      whether the codes of a row follow one another without gaps
+//   const float* table16();
+//   void scales(w, row, column, count, float* scale);   the scales of `count` blocks of kScaleColumns from `column` on
 //
 // This file is included after the target pragma of an instruction set.
 #pragma once

@@ -41,7 +41,7 @@ struct Mxfp4 {
   }
 
   static constexpr Nibbles kNibbles = Nibbles::kLowFirst;
-  static constexpr bool kContiguous = true, kAdds = false;
+  static constexpr bool kContiguous = true;
   static constexpr int kScaleColumns = 32;
   static bool has_nibbles(const PackedView&) { return true; }
   static const float* table16() { return kE2m1Doubled; }
@@ -52,7 +52,7 @@ struct Mxfp4 {
     const float scale = half_scale(w, (row * w.columns + column) / 32);
     for (int i = 0; i < 16; ++i) out[i] = kE2m1Doubled[i] * scale;
   }
-  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float*) {
+  static void scales(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale) {
     const int64_t first = (row * w.columns + column) / 32;
     for (int64_t i = 0; i < count; ++i) scale[i] = half_scale(w, first + i);
   }

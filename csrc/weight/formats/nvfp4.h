@@ -54,7 +54,7 @@ struct Nvfp4 {
   }
 
   static constexpr Nibbles kNibbles = Nibbles::kLowFirst;
-  static constexpr bool kContiguous = true, kAdds = false;
+  static constexpr bool kContiguous = true;
   static constexpr int kScaleColumns = 16;
   static bool has_nibbles(const PackedView&) { return true; }
   static const float* table16() { return kE2m1; }
@@ -65,7 +65,7 @@ struct Nvfp4 {
     const float zero = reciprocal(w) ? -0.0f : 0.0f, factor = scale(w, (row * w.columns + column) / 16);
     for (int i = 0; i < 16; ++i) out[i] = (kE2m1[i] + zero) * factor;
   }
-  static void affine(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale, float*) {
+  static void scales(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale) {
     const uint8_t* locals = static_cast<const uint8_t*>(w.part[1]) + (row * w.columns + column) / 16;
     const float global = static_cast<const float*>(w.part[2])[0];
     if (reciprocal(w)) {

@@ -1,0 +1,33 @@
+// The contract of the products of few bfloat16 tokens and a packed weight, on a CPU with AVX512-BF16:
+//
+//   y[t, n] = sum over the blocks b of a row:  scale_b * sum_k x[t, k] c[k]  +  add_b * sum_k x[t, k]
+//
+// The weight is not decoded: a code's number c, without its scale, is a bfloat16 value. Products of x and c are summed
+// for each block in float32, and the sums are multiplied by the block's scale. The file does not depend on torch.
+#pragma once
+
+#include "weight/packed_view.h"
+
+namespace peft_ext {
+
+// Returns the number of columns of x in a kernel's order: `columns`, rounded up to the largest step of a kernel.
+inline int64_t ordered_columns(int64_t columns) { return ceil_div(columns, 256) * 256; }
+
+struct FewTokensKernels {
+  int64_t units = 0;  // number of units of W: rows, pairs of rows or panels of rows. Threads share the units
+  // Permutes x [tokens, columns] to the order of the format's codes, zero-padded to ordered_columns, and writes the
+  // sums of x that the addends need: `sums` [tokens, ordered_columns / 16].
+  void (*order)(const bf16* x, int64_t tokens, int64_t columns, bf16* ordered, float* sums) = nullptr;
+  // Multiplies the units [begin, end) of W with x. y [tokens, rows]. The weight is read from memory once.
+  void (*multiply)(const PackedView& w, const bf16* ordered, const float* sums, int64_t tokens, float* y, int64_t begin,
+                   int64_t end) = nullptr;
+};
+
+constexpr int64_t kMostFewTokens = 16;  // for more tokens, decoding the weight once and multiplying is as fast
+
+// Return the kernels of a weight in the format `number`, or null pointers if the file has none for the weight.
+FewTokensKernels row_kernels_avx512_bf16(int number, const PackedView& w);
+FewTokensKernels gguf_kernels_avx512_bf16(int number, const PackedView& w);
+FewTokensKernels panel_kernels_avx512_bf16(int number, const PackedView& w);
+
+}  // namespace peft_ext

@@ -1,0 +1,260 @@
+// The kernels of few_tokens_kernels.h for GPTQ and AWQ, which store W transposed, with AVX512-BF16.
+//
+// The words of consecutive rows n of W lie beside one another. The kernels read words in the order of the file: bands
+// of up to 128 columns k, and in a band panels of kRows rows. Lane n of a sum is row n, a dword of a token holds x of
+// two columns for all lanes, and vpermw looks the codes' numbers up: see row_products_avx512.h. After a band, whose
+// columns share a scale, y += scale * sum - zero * scale * (sum of x). The rows of a panel belong to one thread, so
+// that a sum has one order for every number of threads.
+#if defined(__x86_64__)
+#include "cpu/target_avx512bf16.h"
+// These headers must be included after the target pragma.
+#include <immintrin.h>
+
+#include "packed/cpu/row_products_avx512.h"
+#include "packed/cpu/row_scales_avx512.h"
+#include "weight/formats/list.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kBandColumns = 128;
+
+// Returns a mask of the first `count` of 16 lanes.
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// What the kernels of both formats have in common. The sums of x are of 32 columns.
+struct PanelStep {
+  static constexpr int kColumns = 32, kAddColumns = 32;
+  static constexpr AddsAt kAdds = AddsAt::kInChunk;
+};
+
+// The words of 16 rows and 8 (4 bits) or 4 (8 bits) columns. A dword of x is of the two columns whose codes are at one
+// place of both halves of a word.
+template <int kBits>
+struct GptqPanel : PanelStep {
+  static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits;
+  static int column_of(int, int word) { return word / kCodes * kCodes + word % kCodes / 2 + word % 2 * (kCodes / 2); }
+  static bool accepts(const PackedView& w) {
+    return code_bits(w.option) == kBits && w.columns % 32 == 0 && one_group_in_32(w, w.part[3]);
+  }
+  static int64_t units(const PackedView& w) { return ceil_div(w.rows, kRows); }
+
+  // Returns the address of the words of column k, a multiple of kCodes, from row n on.
+  static const uint32_t* words(const PackedView& w, int64_t k, int64_t n) {
+    return static_cast<const uint32_t*>(w.part[0]) + k / kCodes * w.rows + n;
+  }
+
+  // Computes the sums of the products of the columns [begin, end). `next` are the words to be read after the panel.
+  template <int kTokens>
+  static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
+                       const uint32_t* next, __m512 (&out)[kSums][kTokens]) {
+    __m512 sums[kSums][kTokens];  // a local array stays in registers
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_setzero_ps();
+    const uint32_t* from = words(w, begin, n);
+    __mmask16 masks[kSums];
+    for (int i = 0; i < kSums; ++i) masks[i] = first_lanes(w.rows - n - 16 * i);
+    for (int64_t k = begin; k < end; k += kCodes, from += w.rows, next += w.rows) {
+      __m512i held[kSums];
+      for (int i = 0; i < kSums; ++i) {
+        held[i] = _mm512_maskz_loadu_epi32(masks[i], from + 16 * i);
+        _mm_prefetch(reinterpret_cast<const char*>(next + 16 * i), _MM_HINT_T0);
+      }
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        __m512bh tokens[kTokens];
+        for (int t = 0; t < kTokens; ++t)
+          tokens[t] = reinterpret_cast<__m512bh>(
+              _mm512_set1_epi32(static_cast<int>(x[t][k / 2 + (kBits == 4 ? part : part / 2)])));
+        const Words& numbers = kBits == 8 && part % 2 == 1 ? kUnsignedHighNibbles : kLowNibbles;
+        for (int i = 0; i < kSums; ++i) {
+          const __m512bh of_rows = looked_up(at_nibble(held[i], part), numbers);
+          for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], tokens[t], of_rows);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
+  }
+  // Orders the sums by rows.
+  static void arrange(__m512 (&)[kSums]) {}
+
+  // Returns the zeros of the rows n to n + 15, n a multiple of 16.
+  static __m512i zeros(const PackedView& w, int64_t group, int64_t n) {
+    const uint32_t ones = format_flags(w.option) & Gptq::kV1 ? 0xffffffffu / ((1u << kBits) - 1) : 0u;
+    const int64_t count = words_of(w.rows, kBits), at = n / kCodes;
+    const uint32_t* from = static_cast<const uint32_t*>(w.part[2]) + group * count + at;
+    const __m512i held = _mm512_maskz_loadu_epi32(first_lanes(min_i64(count - at, 16 / kCodes)), from);
+    static constexpr Lanes kWord = lanes_of_each([](int lane) { return lane / kCodes; });
+    static constexpr Lanes kShift = lanes_of_each([](int lane) { return lane % kCodes * kBits; });
+    const __m512i all = _mm512_add_epi32(_mm512_permutexvar_epi32(_mm512_load_si512(kWord.of), held),
+                                         _mm512_set1_epi32(static_cast<int>(ones)));
+    return _mm512_and_si512(_mm512_srlv_epi32(all, _mm512_load_si512(kShift.of)), _mm512_set1_epi32((1 << kBits) - 1));
+  }
+
+ private:
+  static constexpr Words kUnsignedHighNibbles = nibble_numbers([](int code) { return 16 * code; });
+};
+
+// The words of two columns and 128 rows. A dword of the interleaved halves holds the codes of four rows in both
+// columns.
+struct AwqPanel : PanelStep {
+  static constexpr int kRows = 128, kSums = 8, kMostTokens = 3, kCodes = 2;
+  static int column_of(int, int word) { return word; }
+  static bool accepts(const PackedView& w) { return w.columns % 32 == 0 && one_group_in_32(w, nullptr); }
+  static int64_t units(const PackedView& w) { return ceil_div(w.rows, kRows); }
+
+  static const uint32_t* words(const PackedView& w, int64_t k, int64_t n) {
+    return static_cast<const uint32_t*>(w.part[0]) + (k * w.rows + n) / 8;
+  }
+
+  template <int kTokens>
+  static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
+                       const uint32_t* next, __m512 (&out)[kSums][kTokens]) {
+    __m512 sums[kSums][kTokens];  // a local array stays in registers
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_setzero_ps();
+    const int64_t stride = w.rows / 8;
+    const uint32_t* from = words(w, begin, n);
+    const __mmask16 mask = first_lanes(stride - n / 8);
+    for (int64_t k = begin; k < end; k += 2, from += 2 * stride, next += 2 * stride) {
+      const __m512i even = _mm512_maskz_loadu_epi32(mask, from), odd = _mm512_maskz_loadu_epi32(mask, from + stride);
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(next + stride), _MM_HINT_T0);
+      const __m512i pairs[2] = {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
+      __m512bh tokens[kTokens];
+      for (int t = 0; t < kTokens; ++t)
+        tokens[t] = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x[t][k / 2])));
+#pragma GCC unroll 8
+      for (int i = 0; i < kSums; ++i) {
+        const __m512bh of_rows = looked_up(at_nibble(pairs[i / 4], i % 4), kLowNibbles);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], tokens[t], of_rows);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
+  }
+
+  // Lane 2 q + p of sum 4 h + v is row 2 v + p of word q / 2 * 4 + 2 h + q % 2.
+  static void arrange(__m512 (&sums)[kSums]) {
+    __m512 out[kSums];
+    for (int h = 0; h < 2; ++h) {
+      const auto wide = [&](int v) { return _mm512_castps_pd(sums[4 * h + v]); };
+      const __m512 a = _mm512_castpd_ps(_mm512_unpacklo_pd(wide(0), wide(1)));
+      const __m512 b = _mm512_castpd_ps(_mm512_unpacklo_pd(wide(2), wide(3)));
+      const __m512 c = _mm512_castpd_ps(_mm512_unpackhi_pd(wide(0), wide(1)));
+      const __m512 d = _mm512_castpd_ps(_mm512_unpackhi_pd(wide(2), wide(3)));
+      const __m512 ab[2] = {_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)};
+      const __m512 cd[2] = {_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee)};
+      for (int i = 0; i < 2; ++i) {
+        out[4 * i + h] = _mm512_shuffle_f32x4(ab[i], cd[i], 0x88);
+        out[4 * i + 2 + h] = _mm512_shuffle_f32x4(ab[i], cd[i], 0xdd);
+      }
+    }
+    for (int i = 0; i < kSums; ++i) sums[i] = out[i];
+  }
+
+  static __m512i zeros(const PackedView& w, int64_t group, int64_t n) {
+    const int64_t count = w.rows / 8, at = n / 8;
+    const uint32_t* from = static_cast<const uint32_t*>(w.part[2]) + group * count + at;
+    const __m512i held = _mm512_maskz_loadu_epi32(first_lanes(min_i64(count - at, 2)), from);
+    static constexpr Lanes kWord = lanes_of_each([](int lane) { return lane / 8; });
+    static constexpr Lanes kShift = lanes_of_each([](int lane) { return lane % 2 * 16 + lane % 8 / 2 * 4; });
+    return _mm512_and_si512(
+        _mm512_srlv_epi32(_mm512_permutexvar_epi32(_mm512_load_si512(kWord.of), held), _mm512_load_si512(kShift.of)),
+        _mm512_set1_epi32(15));
+  }
+};
+
+// Columns of W, of one group.
+struct Band {
+  int64_t begin, end, group;
+};
+
+// Adds the products of a band and a panel, from row n on, to y. x_sums: the sums of the tokens' columns of the band.
+template <typename Panel, int kTokens>
+inline void multiply_panel(const PackedView& w, const bf16* x, const float* x_sums, const Band& band, int64_t n,
+                           const uint32_t* next, float* y) {
+  const int64_t stride = ordered_columns(w.columns);
+  __m512 sums[Panel::kSums][kTokens];
+  const uint32_t* tokens[kTokens];
+  for (int t = 0; t < kTokens; ++t) tokens[t] = reinterpret_cast<const uint32_t*>(x + t * stride);
+  Panel::template multiply<kTokens>(w, tokens, band.begin, band.end, n, next, sums);
+  for (int t = 0; t < kTokens; ++t) {
+    __m512 of_token[Panel::kSums];
+    for (int i = 0; i < Panel::kSums; ++i) of_token[i] = sums[i][t];
+    Panel::arrange(of_token);
+    for (int i = 0; i < Panel::kSums; ++i) sums[i][t] = of_token[i];
+  }
+  for (int i = 0; i < Panel::kSums; ++i) {
+    const int64_t row = n + 16 * i;
+    const __mmask16 mask = first_lanes(w.rows - row);
+    if (mask == 0) break;
+    const __m512 scale = scales16(w.part[1], scale_type(w.option), band.group * w.rows + row, mask);
+    const __m512 add =
+        _mm512_fnmadd_ps(_mm512_cvtepi32_ps(Panel::zeros(w, band.group, row)), scale, _mm512_setzero_ps());
+    for (int t = 0; t < kTokens; ++t) {
+      float* out = y + t * w.rows + row;
+      __m512 total = band.begin == 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, out);
+      total = _mm512_fmadd_ps(sums[i][t], scale, total);
+      _mm512_mask_storeu_ps(out, mask, _mm512_fmadd_ps(add, _mm512_set1_ps(x_sums[t]), total));
+    }
+  }
+}
+
+template <typename Panel>
+void multiply_panels(const PackedView& w, const bf16* ordered, const float* sums, int64_t tokens, float* y,
+                     int64_t begin, int64_t end) {
+  const int64_t k = w.columns, stride = ordered_columns(k), group = w.group ? w.group : k;
+  float x_sums[kMostFewTokens];
+  for (Band band{0, 0, 0}; band.begin < k; band.begin = band.end) {
+    band.group = band.begin / group;
+    band.end = min_i64(min_i64(band.begin + kBandColumns, (band.group + 1) * group), k);
+    for (int64_t t = 0; t < tokens; ++t) {
+      x_sums[t] = 0.0f;
+      for (int64_t i = band.begin / 32; i < band.end / 32; ++i) x_sums[t] += sums[t * stride / 16 + i];
+    }
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t n = panel * Panel::kRows;
+      const uint32_t* next = panel + 1 < end ? Panel::words(w, band.begin, n + Panel::kRows)
+                                             : Panel::words(w, band.end, begin * Panel::kRows);
+      const auto run = [&](auto group_of, int64_t t) {
+        multiply_panel<Panel, decltype(group_of)::kCount>(w, ordered + t * stride, x_sums + t, band, n, next,
+                                                          y + t * w.rows);
+      };
+      int64_t t = 0;
+      for (; t + Panel::kMostTokens <= tokens; t += Panel::kMostTokens) run(TokenGroup<Panel::kMostTokens>(), t);
+      if (t + 3 == tokens) run(TokenGroup<3>(), t);
+      if (t + 2 == tokens) run(TokenGroup<2>(), t);
+      if (t + 1 == tokens) run(TokenGroup<1>(), t);
+    }
+  }
+}
+
+template <typename Panel>
+FewTokensKernels panels_of(const PackedView& w) {
+  if (!Panel::accepts(w)) return {};
+  return {Panel::units(w), order<Panel>, multiply_panels<Panel>};
+}
+
+}  // namespace
+
+FewTokensKernels panel_kernels_avx512_bf16(int number, const PackedView& w) {
+  if (number == 6) return code_bits(w.option) == 8 ? panels_of<GptqPanel<8>>(w) : panels_of<GptqPanel<4>>(w);
+  return number == 7 ? panels_of<AwqPanel>(w) : FewTokensKernels{};
+}
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

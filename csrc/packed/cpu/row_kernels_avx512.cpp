@@ -1,0 +1,345 @@
+// The kernels of few_tokens_kernels.h for FP4, MXFP4 (also GGUF's), NVFP4, FP8, integers in rows and HQQ, with
+// AVX512-BF16. See row_products_avx512.h for the steps.
+#if defined(__x86_64__)
+#include "cpu/target_avx512bf16.h"
+// These headers must be included after the target pragma.
+#include <immintrin.h>
+
+#include "packed/cpu/format_traits.h"
+#include "packed/cpu/row_products_avx512.h"
+#include "packed/cpu/row_scales_avx512.h"
+#include "weight/formats/list.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr Words kHighNibbles = nibble_numbers([](int code) { return 16 * (code - 8); });  // of code - 128
+constexpr Words kMiddleNibbles = nibble_numbers([](int code) { return code - 8; });
+
+// 64 bytes of codes of a row, `blocks` * 32 of which exist.
+inline __m512i load_bytes(const uint8_t* codes, int blocks) {
+  return blocks >= 2 ? _mm512_loadu_si512(codes)
+                     : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+}
+
+constexpr Lanes kTwoBlocks = lanes_of_each([](int lane) { return lane / 8; });
+constexpr Lanes kFourBlocks = lanes_of_each([](int lane) { return lane / 4; });
+constexpr Lanes kEightBlocks = lanes_of_each([](int lane) { return lane / 2; });
+
+// --- Codes of 4 bits -------------------------------------------------------------------------------------------------
+
+// The steps of 4-bit codes: 64 bytes are 128 columns, 32 words of four codes.
+template <Nibbles kNibbles>
+struct NibbleStep : OneRowStep {
+  static constexpr int kColumns = 128, kParts = 4, kBytes = 64;
+  struct Held {
+    __m512i words;
+    __m512 scale;
+  };
+  static int column_of(int reg, int word) {
+    switch (kNibbles) {
+      case Nibbles::kLowFirst:
+        return 4 * word + reg;
+      case Nibbles::kHighFirst:
+        return 4 * word + (reg ^ 1);
+      default:  // kHalves: the low nibbles of a block's 16 bytes are its first 16 columns
+        return word / 8 * 32 + word % 8 * 2 + reg / 2 + reg % 2 * 16;
+    }
+  }
+  __m512 scale(const Held& held, int, int) const { return held.scale; }
+};
+
+// The formats with table16: see weight/formats/list.h.
+template <typename F>
+struct TableStep : NibbleStep<F::kNibbles> {
+  using Held = typename NibbleStep<F::kNibbles>::Held;
+  static constexpr int kTogether = F::kScaleColumns;
+  static bool accepts(const PackedView& w) { return F::has_nibbles(w) && w.columns % 32 == 0; }
+  void open(const PackedView& w, int64_t row) {
+    view_ = &w;
+    row_ = row;
+    const __m512 entries = _mm512_loadu_ps(F::table16());
+    table_ = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(entries, entries));
+  }
+  static int64_t row_bytes(const PackedView& w) { return F::codes32(w, 1, 0) - F::codes32(w, 0, 0); }
+  const uint8_t* bytes(int64_t column) const { return F::codes32(*view_, row_, column); }
+  void enter(int64_t start, int64_t stop) {
+    start_ = start;
+    const int64_t count = (stop - start) / kTogether;
+    F::scales(*view_, row_, start, count, scale_);
+    for (int64_t i = count; i < count + 8; ++i) scale_[i] = 0.0f;
+  }
+  Held load(int64_t j, int blocks) const {
+    const int64_t at = (j - start_) / kTogether;
+    if (kTogether == 16)
+      return {codes(j, blocks), spread(kEightBlocks, _mm512_castps256_ps512(_mm256_loadu_ps(scale_ + at)))};
+    return {codes(j, blocks), spread(kFourBlocks, _mm512_castps128_ps512(_mm_loadu_ps(scale_ + at)))};
+  }
+  __m512bh numbers(const Held& held, int, int part) const {
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(at_nibble(held.words, part), table_));
+  }
+
+ private:
+  __m512i codes(int64_t j, int blocks) const {
+    if (F::kContiguous && blocks >= 4) return _mm512_loadu_si512(F::codes32(*view_, row_, j));
+    const auto piece = [&](int i) {
+      return i < blocks ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(F::codes32(*view_, row_, j + 32 * i)))
+                        : _mm_setzero_si128();
+    };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(piece(0)), piece(1), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(piece(2)), piece(3), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  const PackedView* view_;
+  int64_t row_, start_;
+  __m512i table_;
+  alignas(64) float scale_[kChunkColumns / kTogether + 8];
+};
+
+// --- Integers in rows ------------------------------------------------------------------------------------------------
+
+// The scales of IntRows, and, if kZeros, the addends (middle - zero) * scale, where the step's numbers are code -
+// middle.
+template <bool kZeros>
+struct IntRow {
+  static bool accepts(const PackedView& w, int bits) {
+    return code_bits(w.option) == bits && (w.part[2] != nullptr) == kZeros && w.columns % 32 == 0 &&
+           one_group_in_32(w, w.part[3]);
+  }
+  void decode(const PackedView& w, int64_t row, int64_t start, int64_t stop) {
+    const int64_t together = w.group ? w.group / 32 : w.columns / 32;
+    const int64_t groups = groups_of(w), first = IntRows::has_one_scale(w) ? 0 : row * groups;
+    const int bits = code_bits(w.option), codes = 32 / bits, mask = (1 << bits) - 1;
+    const auto addends = [&](int64_t index, int64_t group, __mmask16 which) {
+      if (IntRows::is_plain(w)) {
+        const __m128i zeros = _mm_maskz_loadu_epi8(which, static_cast<const int8_t*>(w.part[2]) + index);
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_cvtepi8_epi32(zeros)));
+      }
+      const uint32_t* words = static_cast<const uint32_t*>(w.part[2]) + row / codes * groups + group;
+      const __m512i shifted = _mm512_srl_epi32(_mm512_maskz_loadu_epi32(which, words),
+                                               _mm_cvtsi32_si128(static_cast<int>(row % codes) * bits));
+      const __m512i zeros = _mm512_and_si512(shifted, _mm512_set1_epi32(mask));
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(1 << (bits - 1)), zeros));
+    };
+    decode_blocks<kZeros>(w.part[1], scale_type(w.option), first, together, start / 32, (stop - start) / 32, addends,
+                          &blocks);
+  }
+  BlockScales blocks;
+};
+
+template <bool kZeros>
+struct Int4Step : NibbleStep<Nibbles::kLowFirst> {
+  static constexpr AddsAt kAdds = kZeros ? AddsAt::kInChunk : AddsAt::kNone;
+  static bool accepts(const PackedView& w) { return IntRow<kZeros>::accepts(w, 4); }
+  void open(const PackedView& w, int64_t row) {
+    view_ = &w;
+    row_ = row;
+  }
+  static int64_t row_bytes(const PackedView& w) { return w.columns / 2; }
+  const uint8_t* bytes(int64_t column) const { return IntRows::codes32(*view_, row_, column); }
+  void enter(int64_t start, int64_t stop) {
+    start_ = start;
+    row_scales_.decode(*view_, row_, start, stop);
+  }
+  Held load(int64_t j, int blocks) const {
+    const uint8_t* from = bytes(j);
+    const __m512 scale = _mm512_castps128_ps512(_mm_loadu_ps(row_scales_.blocks.scale + (j - start_) / 32));
+    return {blocks >= 4 ? _mm512_loadu_si512(from)
+                        : _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1 << 2 * blocks) - 1), from),
+            spread(kFourBlocks, scale)};
+  }
+  static __m512bh numbers(const Held& held, int, int part) {
+    return looked_up(at_nibble(held.words, part), kMiddleNibbles);
+  }
+  const float* chunk_addends(int) const { return row_scales_.blocks.add; }
+
+ private:
+  const PackedView* view_;
+  int64_t row_, start_;
+  IntRow<kZeros> row_scales_;
+};
+
+// 64 codes of 8 bits: the sum of the numbers of a byte's two nibbles is the byte's number. Registers 0 and 1 of x are
+// the even and the odd columns.
+template <bool kZeros>
+struct Int8Step : OneRowStep {
+  static constexpr int kColumns = 64, kParts = 4, kBytes = 64;
+  static constexpr AddsAt kAdds = kZeros ? AddsAt::kInChunk : AddsAt::kNone;
+  static constexpr int register_of(int part) { return part / 2; }
+  static int column_of(int reg, int word) { return 2 * word + reg; }
+  struct Held {
+    __m512i words;
+    __m512 scale;
+  };
+  static bool accepts(const PackedView& w) { return IntRow<kZeros>::accepts(w, 8); }
+  void open(const PackedView& w, int64_t row) {
+    view_ = &w;
+    row_ = row;
+    high_ = IntRows::is_plain(w) ? &kSignedHighNibbles : &kHighNibbles;
+  }
+  static int64_t row_bytes(const PackedView& w) { return w.columns; }
+  const uint8_t* bytes(int64_t column) const {
+    return static_cast<const uint8_t*>(view_->part[0]) + row_ * view_->columns + column;
+  }
+  void enter(int64_t start, int64_t stop) {
+    start_ = start;
+    row_scales_.decode(*view_, row_, start, stop);
+  }
+  Held load(int64_t j, int blocks) const {
+    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row_scales_.blocks.scale + (j - start_) / 32));
+    return {load_bytes(bytes(j), blocks), spread(kTwoBlocks, _mm512_castps128_ps512(_mm_castsi128_ps(two)))};
+  }
+  __m512bh numbers(const Held& held, int, int part) const {
+    return looked_up(at_nibble(held.words, part), part % 2 ? *high_ : kLowNibbles);
+  }
+  static __m512 scale(const Held& held, int, int) { return held.scale; }
+  const float* chunk_addends(int) const { return row_scales_.blocks.add; }
+
+ private:
+  const PackedView* view_;
+  int64_t row_, start_;
+  const Words* high_;
+  IntRow<kZeros> row_scales_;
+};
+
+// --- HQQ -------------------------------------------------------------------------------------------------------------
+
+// 64 bytes hold 64 columns of two rows: the high nibbles are of row n, the low nibbles of row n + N / 2. The sums take
+// (code - zero) * scale without the rounding of code - zero to the dtype of the scales.
+struct HqqStep : OneRowStep {
+  static constexpr int kColumns = 64, kParts = 4, kSums = 2, kOutputs = 2, kBytes = 64;
+  static constexpr AddsAt kAdds = AddsAt::kInChunk;
+  static constexpr int register_of(int part) { return part / 2; }
+  static constexpr int sum_of(int part) { return 1 - part % 2; }
+  static int column_of(int reg, int word) { return 2 * word + reg; }
+  static int64_t units(const PackedView& w) { return w.rows / 2; }
+  struct Held {
+    __m512i words;
+    __m512 scale[2];
+  };
+  static bool accepts(const PackedView& w) {
+    return code_bits(w.option) == 4 && !Hqq::has_axis0(w) && w.rows % 2 == 0 && w.columns % 32 == 0 &&
+           w.group % 32 == 0 && w.columns % w.group == 0;
+  }
+  void open(const PackedView& w, int64_t row) {
+    view_ = &w;
+    row_ = row;
+  }
+  static int64_t row_bytes(const PackedView& w) { return w.columns; }
+  const uint8_t* bytes(int64_t column) const {
+    return static_cast<const uint8_t*>(view_->part[0]) + row_ * view_->columns + column;
+  }
+  void enter(int64_t start, int64_t stop) {
+    start_ = start;
+    const ScaleType type = scale_type(view_->option);
+    const auto addends = [&](int64_t index, int64_t, __mmask16 which) {
+      return _mm512_sub_ps(_mm512_setzero_ps(), scales16(view_->part[2], type, index, which));
+    };
+    for (int o = 0; o < 2; ++o)
+      decode_blocks<true>(view_->part[1], type, (row_ + o * units(*view_)) * (view_->columns / view_->group),
+                          view_->group / 32, start / 32, (stop - start) / 32, addends, &blocks_[o]);
+  }
+  Held load(int64_t j, int blocks) const {
+    Held held;
+    held.words = load_bytes(bytes(j), blocks);
+    for (int o = 0; o < 2; ++o) {
+      const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(blocks_[o].scale + (j - start_) / 32));
+      held.scale[o] = spread(kTwoBlocks, _mm512_castps128_ps512(_mm_castsi128_ps(two)));
+    }
+    return held;
+  }
+  static __m512bh numbers(const Held& held, int, int part) {
+    return looked_up(at_nibble(held.words, part), kLowNibbles);
+  }
+  static __m512 scale(const Held& held, int, int sum) { return held.scale[sum]; }
+  const float* chunk_addends(int output) const { return blocks_[output].add; }
+
+ private:
+  const PackedView* view_;
+  int64_t row_, start_;
+  BlockScales blocks_[2];
+};
+
+// --- FP8 -------------------------------------------------------------------------------------------------------------
+
+// The bits of the 128 magnitudes of e4m3 in bfloat16. A magnitude below 8 is a multiple of 2^-9.
+struct E4m3Magnitudes {
+  Words part[4];
+  constexpr E4m3Magnitudes() : part{} {
+    for (int i = 0; i < 128; ++i) {
+      const int small = bf16_bits(i) - (i > 0 ? 9 << 7 : 0), normal = (i << 4) + (120 << 7);
+      part[i / 32].of[i % 32] = static_cast<uint16_t>(i == 127 ? 0x7fc0 : i < 8 ? small : normal);
+    }
+  }
+};
+constexpr E4m3Magnitudes kE4m3Magnitudes;
+
+// 64 codes of 8 bits: the numbers of the even and of the odd bytes.
+struct Fp8Step : OneRowStep {
+  static constexpr int kColumns = 64, kParts = 2, kBytes = 64;
+  static int column_of(int reg, int word) { return 2 * word + reg; }
+  struct Held {
+    __m512i words;
+    __m512 scale;
+  };
+  static bool accepts(const PackedView& w) { return w.columns % 32 == 0 && Fp8::column_shift(w) >= 6; }
+  void open(const PackedView& w, int64_t row) {
+    view_ = &w;
+    row_ = row;
+  }
+  static int64_t row_bytes(const PackedView& w) { return w.columns; }
+  const uint8_t* bytes(int64_t column) const { return Fp8::codes(*view_, row_, column); }
+  void enter(int64_t start, int64_t stop) {
+    start_ = start;
+    const int shift = static_cast<int>(min_i64(Fp8::column_shift(*view_), 40));
+    const int64_t first = (row_ >> Fp8::row_shift(*view_)) * Fp8::blocks(view_->columns, Fp8::column_shift(*view_));
+    decode_blocks<false>(view_->part[1], scale_type(view_->option), first, int64_t{1} << (shift - 5), start / 32,
+                         (stop - start) / 32, nullptr, &blocks_);
+  }
+  Held load(int64_t j, int blocks) const {
+    return {load_bytes(bytes(j), blocks), _mm512_set1_ps(blocks_.scale[(j - start_) / 32])};
+  }
+  static __m512bh numbers(const Held& held, int, int part) {
+    const __m512i index = part == 0 ? held.words : _mm512_srli_epi16(held.words, 8);
+    const auto& table = kE4m3Magnitudes.part;
+    const __mmask32 large = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+    __m512i bits = _mm512_permutex2var_epi16(table[0].load(), index, table[1].load());
+    bits = _mm512_mask_mov_epi16(bits, large, _mm512_permutex2var_epi16(table[2].load(), index, table[3].load()));
+    const __m512i sign = part == 0 ? _mm512_slli_epi16(held.words, 8) : held.words;
+    return reinterpret_cast<__m512bh>(  // bits | (sign & 0x8000)
+        _mm512_ternarylogic_epi32(bits, sign, _mm512_set1_epi16(-0x8000), 0xF8));
+  }
+  static __m512 scale(const Held& held, int, int) { return held.scale; }
+
+ private:
+  const PackedView* view_;
+  int64_t row_, start_;
+  BlockScales blocks_;
+};
+
+}  // namespace
+
+FewTokensKernels row_kernels_avx512_bf16(int number, const PackedView& w) {
+  switch (number) {
+    case 1:
+      return first_of<TableStep<Fp4>>(w);
+    case 2:
+      return first_of<TableStep<Mxfp4>>(w);
+    case 3:
+      return first_of<TableStep<Nvfp4>>(w);
+    case 4:
+      return first_of<Fp8Step>(w);
+    case 5:
+      return first_of<Int4Step<false>, Int4Step<true>, Int8Step<false>, Int8Step<true>>(w);
+    case 8:
+      return first_of<HqqStep>(w);
+    case 103:
+      return first_of<TableStep<GgufMXFP4>>(w);
+    default:
+      return {};
+  }
+}
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

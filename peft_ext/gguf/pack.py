@@ -1,0 +1,430 @@
+"""Replaces the layers of a transformers model by packed layers over the tensors of a GGUF file.
+
+transformers reads GGUF in two ways. For most architectures, ``modeling_gguf_pytorch_utils`` has a class that turns the
+file's tensors into the model's (``TENSOR_PROCESSORS``). For some, ``integrations.gguf`` has conversions of names and
+tensors, which say themselves whether they keep packed bytes. A tensor whose conversion would change packed bytes is
+decoded and stays dense.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .._imports import required
+from ..nn import PackedEmbedding, PackedLinear
+from ..nn.experts import expert_parameters
+from ..nn.packed_experts import hold_packed
+from ..weight_reads import weights_read_past
+from ..weights.gguf import TYPES, gguf_weight, llama_row_order, permuted_rows
+from ..weights.packed import PackedWeight
+from .facts import ROTARY_FACTORS
+from .header import GgufError, GgufHeader, TensorInfo
+
+with required("transformers", "a model in a GGUF file"):
+    from transformers import modeling_gguf_pytorch_utils as legacy
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported, reader
+    from transformers.integrations.gguf.utils import add_gguf_load_ops
+
+__all__ = ["Packed", "pack"]
+
+_LINEAR = ("FalconLinear",)  # classes of transformers that compute what nn.Linear computes
+_CHANGED = "transformers changes its values as it reads the file"
+
+
+def _rows_of_llama(name: str, rows: int, config: dict[str, Any]) -> Tensor:
+    heads = config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
+    return llama_row_order(rows, heads)
+
+
+def _rows_of_bloom(name: str, rows: int, config: dict[str, Any]) -> Tensor:
+    return torch.arange(rows).view(3, config["n_head"], -1).transpose(0, 1).reshape(-1)
+
+
+class _Changes(NamedTuple):
+    """What a class of TENSOR_PROCESSORS changes.
+
+    Attributes:
+        names: regular expression of the names of the tensors.
+        rows: a function of the name, the number of rows and the configuration, where the class only reorders rows.
+            Row i of transformers' tensor is row ``order[i]`` of the file's.
+    """
+
+    names: str
+    rows: Optional[Callable[[str, int, dict[str, Any]], Tensor]] = None
+
+
+# A class that is not in this table may change every tensor.
+_CHANGES: dict[type, _Changes] = {
+    legacy.TensorProcessor: _Changes(r"(?!)"),
+    legacy.T5TensorProcessor: _Changes(r"(?!)"),
+    legacy.LlamaTensorProcessor: _Changes(r"\.attn_[qk]\.", _rows_of_llama),
+    legacy.BloomTensorProcessor: _Changes(r"attn_qkv", _rows_of_bloom),
+    legacy.GPT2TensorProcessor: _Changes(r"(attn_qkv|attn_output|ffn_down|ffn_up)\.weight"),
+    legacy.Gemma2TensorProcessor: _Changes(r"norm\.weight"),
+    legacy.NemotronTensorProcessor: _Changes(r"norm\.weight"),
+    legacy.MambaTensorProcessor: _Changes(r"ssm_conv1d\.weight|ssm_a"),
+    legacy.Qwen2MoeTensorProcessor: _Changes(r"_exps|ffn_gate_inp_shexp"),
+    legacy.MiniMaxM2TensorProcessor: _Changes(r"_exps"),
+}
+_EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(?P<part>gate|up|down)_exps\.weight")
+# Tensors of which a model needs nothing: factors that are in the configuration, and Llama's old frequencies.
+_UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
+
+
+class Packed(NamedTuple):
+    """A model on the meta device whose layers hold packed weights.
+
+    Attributes:
+        tensors: the model's state dict, or, where ``conversions`` is given, the file's tensors by their own names.
+        conversions: transformers' conversions of the file's tensors; None where ``tensors`` needs none.
+        dense: names of the model's parameters whose quantized weight was decoded, with the reason.
+    """
+
+    tensors: dict[str, Tensor]
+    conversions: Optional[list[Any]]
+    dense: dict[str, str]
+
+
+def pack(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
+    """Replaces the layers of a model on the meta device by packed layers, and returns the tensors to load.
+
+    No tensor is decoded or copied but those that stay dense, and those whose rows are reordered or joined. A layer
+    whose weight was decoded gets the reason as its attribute ``note``.
+
+    Raises GgufError where a tensor of the file does not fit the model or is not of the model, and where the file lacks
+    a tensor of the model.
+    """
+    # transformers calls this in a context in which new tensors are on meta.
+    with torch.device("cpu"):
+        try:
+            converted = is_gguf_arch_supported(header.architecture)
+            found = _pack_converted(model, header, dtype) if converted else _pack_legacy(model, header, dtype)
+        except GgufError:
+            raise
+        except (ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+            text = (str(error).strip().splitlines() or [""])[0]
+            raise header.error(f"transformers can't read the tensors: {type(error).__name__}: {text:.200}") from error
+    for parameter, reason in found.dense.items():
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        module.note = f"the file's packed weight was decoded: {reason}"
+    return found
+
+
+def _shapes(model: Any) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], found: Iterable[str]) -> None:
+    """Raises GgufError for a parameter without a tensor, before transformers allocates memory for the parameter."""
+    found = set(found)
+    tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
+    if missing := [name for name in shapes if name not in found and name not in tied]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise header.error(f"no tensor for the parameter {missing[0]}{more} of {type(model).__name__}")
+
+
+def _is_unused(model: Any, name: str) -> bool:
+    """Returns whether the model needs nothing of the tensor: a model without a head needs no ``output.weight``."""
+    return _UNUSED.fullmatch(name) is not None or (name == "output.weight" and model.get_output_embeddings() is None)
+
+
+def _layers(model: Any) -> Callable[[str], Optional[str]]:
+    """Returns a function of a parameter's name: the reason why its layer can't hold a packed weight, or None."""
+    read = weights_read_past(model)
+
+    def reason(parameter: str) -> Optional[str]:
+        name, _, attribute = parameter.rpartition(".")
+        kind = type(model.get_submodule(name))
+        if attribute != "weight" or (kind not in (nn.Linear, nn.Embedding) and kind.__name__ not in _LINEAR):
+            return f"a {kind.__name__} can't hold packed weights"
+        if name in read:
+            return "the code of another module reads its weight"
+        return None
+
+    return reason
+
+
+def _put(model: Any, parameter: str, weight: PackedWeight, dtype: torch.dtype, header: GgufHeader) -> None:
+    """Replaces the linear layer or the embedding of ``parameter`` by a packed layer on the meta device."""
+    name = parameter.rpartition(".")[0]
+    module = model.get_submodule(name)
+    if weight.shape != module.weight.shape:
+        raise header.error(f"the tensor of {parameter} has shape {tuple(weight.shape)}, wanted "
+                           f"{tuple(module.weight.shape)}")  # fmt: skip
+    weight = weight.to("meta")
+    if isinstance(module, nn.Embedding):
+        new: Any = PackedEmbedding.from_packed(weight, ("weight",), module.padding_idx, dtype=dtype)
+    else:
+        new = PackedLinear.from_packed(weight, ("weight",), module.bias, dtype=dtype)
+    new.weight._is_hf_initialized = True
+    model.set_submodule(name, new.train(module.training))
+
+
+def _put_experts(module: Any, weights: dict[str, PackedWeight], dtype: torch.dtype) -> None:
+    """Replaces the experts' parameters by packed weights on the meta device."""
+    hold_packed(module, {name: (weight.to("meta"), (name,)) for name, weight in weights.items()}, dtype)
+    for name in weights:
+        module._parameters[name]._is_hf_initialized = True
+
+
+def _tie(model: Any, packed: dict[str, PackedWeight], dtype: torch.dtype, header: GgufHeader) -> None:
+    """Gives a head that is tied to a packed embedding the embedding's packed weight."""
+    for target, source in model.all_tied_weights_keys.items():
+        if source in packed and target not in packed:
+            _put(model, target, packed[source], dtype, header)
+
+
+def _weight(header: GgufHeader, info: TensorInfo, dtype: torch.dtype) -> PackedWeight:
+    return gguf_weight(header.data(info.name), info.type, info.shape, dtype)
+
+
+def _values(header: GgufHeader, info: TensorInfo) -> Tensor:
+    """Returns the values of a tensor, float32 where the tensor is quantized."""
+    if info.dtype is not None:
+        return header.data(info.name)
+    return _weight(header, info, torch.float32).dequantize(torch.float32).reshape(info.shape)
+
+
+# --- the architectures of modeling_gguf_pytorch_utils ----------------------------------------------------------------
+
+
+def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
+    """Returns the model's names of the parameters by the file's names of the tensors.
+
+    The names are those of transformers' ``get_gguf_hf_weights_map``, which builds the table of names anew for each
+    module of the model.
+    """
+    with required("gguf", "a model in a GGUF file"):
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    architecture = header.architecture
+    table = get_tensor_name_map(numbers["llama" if architecture == "mistral" else architecture], 1)
+    found: dict[str, str] = {}
+
+    def add(name: str, full: str) -> None:
+        local, suffix = name, ""
+        if name.endswith((".weight", ".bias")):
+            local, leaf = name.rsplit(".", 1)
+            suffix = f".{leaf}"
+        layer = re.search(r"(?:^|\.)([0-9]+)(?=\.|$)", local)
+        own = table.get_name(local if layer is None else f"{local[: layer.start(1)]}0{local[layer.end(1) :]}")
+        if own is None:
+            more: dict[str, str] = {}
+            processor.perform_fallback_tensor_mapping(more, suffix, "", name)
+            for key in more:
+                found.setdefault(key, full)
+        else:
+            own = own if layer is None else re.sub(r"\.0(?=\.|$)", f".{layer[1]}", own, count=1)
+            found.setdefault(own + suffix, full)
+
+    names = [(processor.preprocess_name(name), name) for name in model.state_dict()]
+    prefix = model.base_model_prefix
+    if not any(full.startswith(f"{prefix}.") for _, full in names):  # the model is the base model itself
+        names = [(f"{prefix}.{name}", full) for name, full in names]
+    for depth in range(max((name.count(".") for name, _ in names), default=0)):
+        for name, full in names:
+            if name.count(".") > depth:
+                add(name.split(".", depth)[depth], full)
+    return found
+
+
+def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
+    fields, shapes = model.config.to_dict(), _shapes(model)
+    kind = legacy.TENSOR_PROCESSORS.get(header.architecture, legacy.TensorProcessor)
+    processor = kind(config=fields)
+    names = _names(model, header, processor)
+    changed = _CHANGES.get(kind, _Changes(r""))
+    why_dense, found = _layers(model), Packed({}, None, {})
+    packed: dict[str, PackedWeight] = {}
+    for info in header.tensors.values():
+        target = names.get(info.name) or names.get(info.name.removesuffix(".weight"))
+        if target is None:
+            if not _is_unused(model, info.name):
+                raise header.error(f"the tensor {info.name!r:.80} is none of {type(model).__name__}'s")
+            continue
+        touched = re.search(changed.names, info.name) is not None
+        if (expert := _EXPERTS.fullmatch(info.name)) is not None:
+            _check_halves(header, expert["block"])
+        if info.dtype is None and expert is not None:
+            reason = _pack_experts(model, header, target, expert["block"], dtype, found.tensors)
+        elif info.dtype is None:
+            reason = why_dense(target) or (_CHANGED if touched and changed.rows is None else None)
+        if info.dtype is None and reason is None:
+            if expert is None:
+                weight = _weight(header, info, dtype)
+                if touched and changed.rows is not None:
+                    weight = permuted_rows(weight, changed.rows(info.name, weight.out_features, fields))
+                _put(model, target, weight, dtype, header)
+                packed[target], found.tensors[target] = weight, weight.parts[0]
+            continue
+        if info.dtype is None:
+            found.dense[target] = reason
+        _decode(header, info, target, names, processor, touched, dtype, found.tensors)
+        made = found.tensors.get(target)
+        # Converters differ in whether they keep sizes of 1, as in the gate of Qwen 2's shared expert.
+        if made is not None and made.squeeze().shape == torch.empty(shapes[target], device="meta").squeeze().shape:
+            found.tensors[target] = made = made.reshape(shapes[target])
+        if made is not None and made.shape != shapes[target]:
+            raise header.error(f"the tensor of {target} has shape {tuple(found.tensors[target].shape)}, wanted "
+                               f"{tuple(shapes[target])}")  # fmt: skip
+    _tie(model, packed, dtype, header)
+    _check_all(model, header, shapes, found.tensors)
+    return found
+
+
+def _decode(
+    header: GgufHeader, info: TensorInfo, target: str, names: dict[str, str], processor: Any, touched: bool,
+    dtype: torch.dtype, tensors: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """Adds the dense tensor ``target`` to the state dict, as transformers' processor makes it from the values."""
+    values = _values(header, info)
+    if not touched:
+        tensors[target] = values
+        return
+    made = processor.process(weights=values.float().numpy(), name=info.name, tensor_key_mapping=names,
+                             parsed_parameters={"tensors": tensors})  # fmt: skip
+    if made.name is not None:
+        tensors[target] = torch.from_numpy(made.weights.copy()).to(dtype)
+
+
+def _pack_experts(
+    model: Any, header: GgufHeader, target: str, block: str, dtype: torch.dtype, tensors: dict[str, Tensor]
+) -> Optional[str]:
+    """Packs the experts of a block. Returns the reason why their weights can't be packed and joined, or None.
+
+    The rows of gate and up of an expert are joined, as transformers' model has them.
+    """
+    name = target.rpartition(".")[0]
+    module = model.get_submodule(name)
+    parts = [header.tensors.get(f"{block}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")]
+    if (reason := _why_experts(module, parts)) is not None:
+        return reason
+    gate, up, down = parts
+    if f"{name}.gate_up_proj" in tensors:
+        return None
+    experts, rows, columns = gate.shape
+    joined = torch.cat([header.data(gate.name), header.data(up.name)], 1)
+    weights = {
+        "gate_up_proj": gguf_weight(joined, gate.type, (experts, 2 * rows, columns), dtype),
+        "down_proj": _weight(header, down, dtype),
+    }
+    for parameter, weight in weights.items():
+        wanted = tuple(getattr(module, parameter).shape)
+        if tuple(weight.shape) != wanted:
+            raise header.error(f"the tensor of {name}.{parameter} has shape {tuple(weight.shape)}, wanted {wanted}")
+        tensors[f"{name}.{parameter}"] = weight.parts[0]
+    _put_experts(module, weights, dtype)
+    return None
+
+
+def _check_halves(header: GgufHeader, block: str) -> None:
+    """Raises GgufError where a block lacks the experts' gate or up, which transformers would fill with zeros."""
+    gate, up = (header.tensors.get(f"{block}.ffn_{part}_exps.weight") for part in ("gate", "up"))
+    if gate is None or up is None or gate.shape != up.shape:
+        came = ["missing" if one is None else one.shape for one in (gate, up)]
+        raise header.error(f"{block}.ffn_gate_exps.weight is {came[0]} and {block}.ffn_up_exps.weight is {came[1]}, "
+                           "wanted equal sizes")  # fmt: skip
+
+
+def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str]:
+    """Returns the reason why the tensors of gate, up and down can't be packed in the module, or None."""
+    if any(info is None or info.dtype is not None or len(info.shape) != 3 for info in parts):
+        return "another weight of the experts is not quantized"
+    if set(expert_parameters(module)) != {"gate_up_proj", "down_proj"}:
+        return f"a {type(module).__name__} can't hold packed weights"
+    gate, up, _ = parts
+    if gate.type != up.type or gate.shape != up.shape:
+        return f"gate is {gate.type_name} and up is {up.type_name}, wanted one type"
+    return None
+
+
+# --- the architectures of integrations.gguf ---------------------------------------------------------------------------
+
+
+class _Source(NamedTuple):
+    """Where a parameter comes from: tensors of the file, and the reason why their conversion needs values, or None."""
+
+    tensors: list[TensorInfo]
+    reason: Optional[str]
+
+
+def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
+    """Returns the sources of each parameter, as transformers' ``get_gguf_plan`` finds them."""
+    mapping = copy.deepcopy(mapping)  # asking a conversion whether it takes a name changes the conversion
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, _Source] = {}
+    for info in header.tensors.values():
+        parameter, pattern = rename_source_key(info.name, renamings, converters)
+        operations = getattr(by_pattern.get(pattern), "operations", ())
+        keeps = all(getattr(one, "supports_packed", False) and not hasattr(one, "input_permutation")
+                    for one in operations)  # fmt: skip
+        found.setdefault(parameter, _Source([], None if keeps else _CHANGED)).tensors.append(info)
+    return found
+
+
+def _own_name(model: Any, parameter: str, shapes: dict[str, torch.Size]) -> str:
+    """Returns the parameter's name in a model that is the base model itself, such as ``Lfm2Model``."""
+    own = parameter.removeprefix(f"{model.base_model_prefix}.")
+    return own if parameter not in shapes and own in shapes else parameter
+
+
+def _pack_converted(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
+    mapping, shapes = get_gguf_conversion_mapping(header.architecture, model.config), _shapes(model)
+    plan = {_own_name(model, name, shapes): source for name, source in _plan(header, mapping).items()}
+    why_dense, packed, experts = _layers(model), {}, {}
+    tensors = {name: header.data(name) for name in header.tensors}
+    dense: dict[str, str] = {}
+    for parameter, source in plan.items():
+        if parameter not in shapes:
+            if not parameter.startswith("mtp.") and not all(_is_unused(model, one.name) for one in source.tensors):
+                raise header.error(f"the tensor {source.tensors[0].name!r:.80} is none of {type(model).__name__}'s")
+            for info in source.tensors:
+                tensors.pop(info.name)
+            continue
+        count = sum(math.prod(info.shape) for info in source.tensors)
+        if count != shapes[parameter].numel():
+            raise header.error(f"the tensors of {parameter} have {count} elements, wanted "
+                               f"{shapes[parameter].numel()}")  # fmt: skip
+        if all(info.dtype is not None for info in source.tensors):
+            continue
+        reason = source.reason
+        if reason is None and parameter.endswith((".gate_up_proj", ".down_proj")):
+            name = parameter.rpartition(".")[0]
+            parts = [info for each in ("gate_up_proj", "down_proj") for info in plan[f"{name}.{each}"].tensors]
+            if (reason := _why_experts(model.get_submodule(name), parts)) is None:
+                experts.setdefault(name, {})[parameter.rpartition(".")[2]] = source.tensors[0].type
+        elif reason is None and (reason := why_dense(parameter)) is None:
+            packed[parameter] = _empty(source.tensors[0].type, shapes[parameter], dtype)
+            _put(model, parameter, packed[parameter], dtype, header)
+        if reason is not None:
+            dense[parameter] = reason
+            for info in source.tensors:
+                tensors[info.name] = _values(header, info).to(dtype)
+    for name, types in experts.items():
+        weights = {each: _empty(type, shapes[f"{name}.{each}"], dtype) for each, type in types.items()}
+        _put_experts(model.get_submodule(name), weights, dtype)
+    _tie(model, packed, dtype, header)
+    _check_all(model, header, shapes, plan)
+    listed = tuple(reader.TensorInfo(info.name, info.shape, info.type, info.offset, info.nbytes)
+                   for info in header.tensors.values() if info.name in tensors)  # fmt: skip
+    about = reader.GgufHeader(str(header.path), header.architecture, listed, header.data_start)
+    return Packed(tensors, add_gguf_load_ops(mapping, {}, about, dtype), dense)
+
+
+def _empty(type: int, shape: torch.Size, dtype: torch.dtype) -> PackedWeight:
+    columns, size = TYPES[type].columns, TYPES[type].bytes
+    if shape[-1] % columns:
+        raise ValueError(f"{shape[-1]} columns are no multiple of {columns}, the block of {TYPES[type].name}")
+    data = torch.empty(*shape[:-1], shape[-1] // columns * size, dtype=torch.uint8, device="meta")
+    return gguf_weight(data, type, shape, dtype)
