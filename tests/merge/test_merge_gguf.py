@@ -19,6 +19,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
+from gguf_small import small_model, write_model  # noqa: E402
 from merged_models import lora, trained  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from tiny_gguf import tiny_model, write_tiny_gguf  # noqa: E402
@@ -397,6 +398,15 @@ def test_refuses_adapters_that_do_not_fit(made, tmp_path):
     biases = made(BitFitConfig(**CAUSAL, add_bias=["q_proj"]))
     assert "bias, for which" in refused(*biases[1:], out) or "has no" in refused(*biases[1:], out)
     assert not out.exists()
+
+
+def test_refuses_norms_that_the_file_stores_with_1_added(tmp_path):
+    model = small_model("gemma2")
+    write_model(model, tmp_path / "base.gguf")
+    trained(model, peft.LNTuningConfig(**CAUSAL, target_modules=["input_layernorm"])).save_pretrained(tmp_path / "a")
+    found = refused(tmp_path / "base.gguf", tmp_path / "a", tmp_path / "out.gguf")
+    assert "model.layers.0.input_layernorm.weight, which files of gemma2 store with 1 added" in found
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_refuses_damaged_files(made, tmp_path):
