@@ -39,7 +39,7 @@ from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.gguf import read_header  # noqa: E402
 from peft_ext.merge import gguf as gguf_merge  # noqa: E402
 from peft_ext.merge.gguf_check import compare_logits  # noqa: E402
-from peft_ext.merge.gguf_writer import PlannedTensor, file_size, file_type_offset, write_gguf  # noqa: E402
+from peft_ext.merge.gguf_writer import file_type_offset  # noqa: E402
 from peft_ext.reference.formats import decoded  # noqa: E402
 from peft_ext.weights.gguf import TYPES, gguf_weight, type_number  # noqa: E402
 from peft_ext.weights.gguf_quantize import can_quantize, quantize_gguf  # noqa: E402
@@ -284,33 +284,6 @@ def test_the_merge_in_memory_gives_the_same_weights(made, tmp_path, name):
     model.unmerge_adapter()
     assert len(layers) == 14
     assert all(torch.equal(layer.get_base_layer().packed.parts[0], before[path]) for path, layer in layers.items())
-
-
-# --- the writer -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("alignment", [8, 32, 4096])
-def test_the_writer_makes_the_file_of_the_package_gguf(tmp_path, alignment):
-    path = tmp_path / "one.gguf"
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_custom_alignment(alignment)
-    writer.add_array("names", ["a", "ä", ""])
-    writer.add_file_type(3)
-    for index, sizes in enumerate([(3,), (2, 5), (1, 1, 7), (2, 3, 4, 5)]):
-        writer.add_tensor(f"t{index}", torch.rand(sizes).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    header = read_header(path)
-    tensors = {name: PlannedTensor(one.shape, one.type, one.nbytes) for name, one in header.tensors.items()}
-    with (tmp_path / "two.gguf").open("wb") as file:
-        write_gguf(file, header, tensors, header.data)
-    assert (tmp_path / "two.gguf").read_bytes() == path.read_bytes()
-    assert file_size(header, tensors) == path.stat().st_size
-    with (tmp_path / "three.gguf").open("wb") as file:
-        write_gguf(file, header, tensors, header.data, file_type=77)
-    assert read_header(tmp_path / "three.gguf").get("general.file_type") == 77
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
