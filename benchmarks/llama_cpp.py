@@ -9,8 +9,8 @@ on all linear layers is trained for a few steps on Python's language reference, 
 peft_ext computes the logits of the same tokens in float32 over the same file (``load_gguf``), with PEFT's adapter,
 accelerated.
 
-A difference of the base's logits is due to llama.cpp's rounding of the inputs of each product, see
-:mod:`.llama_runner`. The claim about the export is that the difference does not grow with the adapter.
+The logits of the base differ because llama.cpp rounds the inputs of each product, see :mod:`.llama_runner`. If an
+exported adapter is right, the difference does not grow with the adapter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROMPTS = (
     "An iterator is an object that implements", "Shakespeare wrote", "The global statement causes the listed",
     "Three primary colors are red,", "A class definition defines a class object", "If it rains tomorrow, we will",
 )  # fmt: skip
-# What a file type is compared with: no adapter, and the adapter in both dtypes of the export.
+# The adapters with which a file type is measured: none, and the exported adapter in float16 and in float32.
 KINDS = ("none", "f16", "f32")
 
 
@@ -113,7 +113,7 @@ def compared(theirs: list[np.ndarray], ours: list[np.ndarray]) -> dict[str, floa
 
 
 class Ours:
-    """The model in a GGUF file in peft_ext, in float32."""
+    """A model that peft_ext loads from a GGUF file, in float32."""
 
     def __init__(self, file: Path) -> None:
         import peft_ext
@@ -146,10 +146,10 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path], prompts: Any, stop: int) -> Any:
-    """Yields a row for each kind of adapter over the file ``base``.
+    """Yields a row for each of ``KINDS`` over the file ``base``.
 
-    ``decoded`` is the largest difference of llama.cpp over the file's weights, decoded to float32 by the package gguf:
-    llama.cpp then rounds no inputs.
+    For ``decoded``, the largest difference, llama.cpp runs a file in which the package gguf has decoded the weights to
+    float32, so that llama.cpp rounds no inputs of these weights.
     """
     ours, decoded = Ours(base), base
     if kind != "F32":
@@ -157,7 +157,7 @@ def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path]
         float_file(base, decoded, np.float32)
     without = None
     for dtype in KINDS:
-        if dtype != KINDS[2]:  # both exports are of one adapter
+        if dtype != KINDS[2]:  # peft_ext's logits are equal for both exports of the adapter
             if dtype == KINDS[1]:
                 ours.adapt(adapter)
             wanted = [ours.logits(tokens) for tokens in prompts]

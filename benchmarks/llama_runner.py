@@ -62,12 +62,13 @@ def quantize_file(source: Path, target: Path, kind: str, threads: int = 1) -> No
 
 
 class Runner:
-    """A model in llama.cpp. Use it as a context manager.
+    """A model in llama.cpp, and a context manager that frees the model.
 
     Args:
         model: the GGUF file.
         adapter: an adapter file, which is applied with scale 1; None: no adapter.
-        threads: llama.cpp's threads, which wait for each other in a loop: more threads than free cores are slow.
+        threads: number of llama.cpp's threads. More threads than free cores are slow, because the threads wait for each
+            other in a busy loop.
 
     Raises: LlamaError.
     """
@@ -86,7 +87,7 @@ class Runner:
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
         settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        # The graph's number of nodes is fixed as the context is made, and counts the adapters that are loaded.
+        # The adapter is loaded before the context is made: llama.cpp sizes the context's graph by the loaded adapters.
         loaded = None
         if adapter is not None:
             loaded = llama.llama_adapter_lora_init(self._model, str(adapter).encode())

@@ -7,10 +7,11 @@
 The files are of SmolLM2-135M-Instruct and are made by llama.cpp's own quantizer. Each measurement is a process of its
 own, and the processes of a round run in turn:
 
-theirs      llama.cpp: a prompt of 512 tokens, and then 128 tokens, the likeliest one each time; cache of float16, fused
-            attention where llama.cpp chooses it
-ours        peft_ext over the same file, in bfloat16, accelerated: the same tokens, by transformers' ``generate``
-lora        the same with a LoRA adapter of rank 16 on all linear layers
+theirs      llama.cpp: a prompt of 512 tokens, and then 128 tokens, each time the most likely token; the cache is
+            float16, and llama.cpp chooses whether attention is fused
+ours        peft_ext over the same file, in bfloat16, accelerated: a prompt and an answer of as many tokens, by
+            transformers' ``generate``
+lora        as ``ours``, with a LoRA adapter of rank 16 on all linear layers
 train       a training step of LoRA with dropout over the same file: 4 x 256 tokens
 nf4, stock  the same step over the model in NF4 by peft_ext, and by PEFT alone over the decoded weights in bfloat16
 

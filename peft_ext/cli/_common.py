@@ -29,7 +29,7 @@ _PLAIN_WIDTH = 120
 # Declarations of options that several commands have.
 AdapterFolder = Annotated[Path, typer.Option(help="Folder that a run, or save_pretrained, wrote.")]
 BaseModel = Annotated[
-    Optional[str], typer.Option(help='Base: folder, hub name, or "smollm2". Default: the adapter\'s own.')
+    Optional[str], typer.Option(help='Base: folder, GGUF file, hub name, or "smollm2". Default: the adapter\'s own.')
 ]
 BaseBlocksize = Annotated[Optional[int], typer.Option(help="Blocksize of nf4. Default: the run.json's, or 64.")]
 QUANT_HELP = f"{', '.join(QUANTIZATIONS)}. Default: the run's, or none."

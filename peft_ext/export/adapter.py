@@ -58,14 +58,16 @@ _NAME = re.compile(r"[\w.-]{1,500}")  # names of tensors are parts of one-line e
 
 @dataclass(frozen=True)
 class Pair:
-    """The matrices of one module: ``W + scale · B @ A``, A ``[rank, inputs]``, B ``[outputs, rank]``.
+    """The low-rank matrices of one module, whose weight becomes ``W + scale · B @ A``.
+
+    A is ``[rank, inputs]``, B is ``[outputs, rank]``.
 
     Attributes:
         module: name of the module in transformers' model.
         a, b: names of the tensors in PEFT's file.
         e: name of AdaLoRA's singular values ``[rank, 1]``, which multiply the rows of A; None for LoRA.
         embedding: whether the module is an embedding, whose inputs are the tokens of the vocabulary.
-        scale: factor of the product.
+        scale: factor of the product ``B @ A``.
     """
 
     module: str
@@ -89,11 +91,12 @@ class Pair:
 
 
 def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
-    """Returns the configuration and the pairs of an adapter, by layers; pairs of rank 0 are left out.
+    """Returns the configuration of an adapter and its pairs of matrices, in the order of the layers.
 
-    Raises ExportError for files that are damaged and for everything that llama.cpp's adapter files can't hold.
+    Leaves out pairs of rank 0, to which AdaLoRA can prune a module. Raises ExportError for files that are damaged and
+    for everything that llama.cpp's adapter files can't hold.
     """
-    with as_export_error(ValueError, OSError, RecursionError):  # PEFT nests without end for a few broken fields
+    with as_export_error(ValueError, OSError, RecursionError):  # PEFT recurses without end for a few damaged fields
         config = checked_config(folder)
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     _check_config(config)
@@ -123,7 +126,7 @@ def _check_config(config: PeftConfig) -> None:
         value = getattr(config, field.name)
         if field.name in _HARMLESS or not value or value == field.default:
             continue
-        reason = _REFUSED.get(field.name, "which llama.cpp's adapters do not know" + _MERGE)
+        reason = _REFUSED.get(field.name, "an adapter file of llama.cpp has no such setting" + _MERGE)
         fail(f"the adapter has {field.name} {shown(value)}: {reason}")
     init = config.init_lora_weights
     if init not in _INITS:
@@ -134,7 +137,7 @@ def _check_config(config: PeftConfig) -> None:
 
 
 def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Returns by module the names of the pair's tensors, and the names of frozen tensors of the base.
+    """Returns the names of the pair's tensors by module, and the names of frozen tensors of the base.
 
     PEFT saves the frozen weight of an embedding or head that the adapter changes, dense or packed. The export leaves
     these tensors out, because llama.cpp has the base's weights in the base's own file.

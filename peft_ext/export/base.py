@@ -24,8 +24,8 @@ class Base:
 
     Attributes:
         name: the file, folder or hub name of the base.
-        title: the base's name for people.
-        names: names in llama.cpp's file.
+        title: the model's name, which the adapter file shows to people.
+        names: names of the modules' weights in llama.cpp's files.
         shapes: shape of each weight; by the name in the file for a GGUF file, else by the name of the module.
         is_file: whether the base is a GGUF file.
         tied: whether the head has the embedding's weight.
@@ -45,10 +45,10 @@ class Base:
             fail(f"the adapter changes {module}, for which llama.cpp's {self.names.architecture} has no tensor")
         name = f"{tensor}.weight"
         if tensor in ("output", "token_embd") and self.tied:
-            # llama.cpp finds an adapter by the weight's name, and multiplies a tied head with the matrices for tokens.
+            # llama.cpp finds matrices by the weight's name, and multiplies a tied head with the embedding's matrices.
             fail(
                 f"the adapter changes {module}, but the embedding and the head of {self.name} are one weight, which "
-                "llama.cpp can't adapt; train embedding and head as they are, or merge the adapter"
+                f"llama.cpp can't adapt; wanted an adapter without {module}, or a merge of the adapter"
             )
         if (name if self.is_file else module) not in self.shapes:
             missing = f"{name} ({module})" if self.is_file else module
@@ -56,13 +56,14 @@ class Base:
         return name
 
     def shape_of(self, module: str) -> tuple[int, ...]:
+        """Returns the shape of a module's weight. Raises ExportError where the base has no such weight."""
         return self.shapes[self.tensor_of(module) if self.is_file else module]
 
 
 def base_of(given: Union[str, Path, None], config: PeftConfig) -> Base:
-    """Returns the base ``given``: a GGUF file, a folder or a hub name; None: the base that ``config`` names.
+    """Returns names and sizes of the base ``given``: a GGUF file, a folder or a hub name. Reads no weight.
 
-    No weight is read. Raises ExportError.
+    ``given`` None means the base that ``config`` names. Raises ExportError.
     """
     name = given if given is not None else config.base_model_name_or_path
     if not name:
@@ -98,6 +99,7 @@ def _of_transformers(name: Union[str, Path], config: PeftConfig) -> Base:
 
 
 def _shapes(name: str, about: Any, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each module's weight in a model of the configuration ``about``."""
     kind = model_class(about, config)
     build = getattr(kind, "_from_config", None) or kind.from_config
     # An untrusted configuration can make transformers raise any error.

@@ -31,14 +31,14 @@ def load_gguf_adapter(
 
     The adapter's configuration names each adapted module. ``lora_alpha`` is the file's alpha, and rank_pattern has the
     ranks that differ from the most frequent rank. The matrices become float32 and the rows of lora_B get transformers'
-    order, so that a file of :func:`peft_ext.write_gguf_adapter` in "f32" gives the saved tensors bit for bit, except
-    where the export multiplied a matrix with a factor.
+    order. A file that :func:`peft_ext.write_gguf_adapter` wrote in "f32" therefore gives exactly the values of the
+    saved adapter, except where the export multiplied a matrix with a factor.
 
     Args:
         model: a transformers model, or a PeftModel, which gets another adapter.
         file: the GGUF file.
         adapter_name: the adapter's name in the model.
-        kwargs: further arguments of :func:`peft_ext.load_adapter`: ``is_trainable``, ``accelerate`` and the like.
+        kwargs: further arguments of :func:`peft_ext.load_adapter`, such as ``is_trainable``.
 
     Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel.
 

@@ -35,7 +35,7 @@ class ExportReport:
     Attributes:
         file: the written file.
         nbytes: size of the file in bytes.
-        base: the base's file, folder or name.
+        base: the base's file or folder, or the base's name on the hub.
         base_is_gguf: whether the base is a GGUF file, so that the names and sizes were compared with the file.
         architecture: llama.cpp's name of the base's architecture.
         method: PEFT's name of the adapter's method.
@@ -80,9 +80,9 @@ def write_gguf_adapter(
     Args:
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The tensors must be in safetensors.
         file: path of the new file. The finished file appears in one step, see :func:`peft_ext.files.atomic_file`.
-        base: a GGUF file of the base, or a transformers model, as a folder or hub name, of which only the configuration
-            is read. With a GGUF file, the name and size of each adapted tensor are compared with the file. None: the
-            base that the adapter's configuration names.
+        base: the base as a GGUF file, or as the folder or hub name of a transformers model. The name and size of each
+            adapted tensor are compared with the GGUF file, or with the configuration of the transformers model. None:
+            the base that the adapter's configuration names.
         dtype: "f16", or "f32".
         overwrite: True: ``file`` may be an existing GGUF file, which is replaced.
 
@@ -146,7 +146,7 @@ def _places(pairs: list[Pair], base: Base) -> list[str]:
 
 
 def _alpha(pairs: list[Pair]) -> float:
-    """Returns the file's alpha, a float32. llama.cpp reads an alpha of 0 as "no scaling", so it is never 0."""
+    """Returns the file's alpha: a float32 that is not 0, because llama.cpp reads an alpha of 0 as "no scaling"."""
     wanted = Counter(_float32(pair.scale * pair.rank) for pair in pairs)
     del wanted[0.0]
     alpha = wanted.most_common(1)[0][0] if wanted else 1.0
@@ -160,7 +160,7 @@ def _float32(value: float) -> float:
 
 
 def _factor(pair: Pair, alpha: float) -> float:
-    """Returns the factor of the pair's lora_B with which the file's alpha gives the pair's scale."""
+    """Returns the factor by which the pair's lora_B is multiplied, so that alpha / rank gives the pair's scale."""
     wanted = pair.scale * pair.rank
     return 1.0 if _float32(wanted) == alpha else wanted / alpha
 
@@ -202,17 +202,17 @@ def _write(
 
 
 def _text(name: str) -> str:
-    """Returns the name as UTF-8 can hold it: the name of a folder can have other bytes."""
+    """Returns the name with "?" for each byte that is not UTF-8: the name of a folder can have any bytes."""
     return name.encode(errors="replace").decode()
 
 
 def _matrices(opened: Any, pair: Pair, name: str, base: Base, alpha: float) -> tuple[Tensor, Tensor]:
-    """Returns lora_a and lora_b of the file, in float32."""
+    """Returns lora_a and lora_b of a pair as the adapter file has them, in float32."""
     first, second = opened.get_tensor(pair.a).float(), opened.get_tensor(pair.b).float()
     if pair.e is not None:
         first = first * opened.get_tensor(pair.e).float()
     if pair.embedding:
-        first = first.T  # llama.cpp takes rows of lora_a by the tokens
+        first = first.T  # llama.cpp looks up the tokens in the rows of lora_a
     factor = _factor(pair, alpha)
     if factor != 1:
         second = (second.double() * factor).float()

@@ -49,7 +49,7 @@ _FILE_TYPES = {
 }  # fmt: skip
 
 
-_SUMMED = 1 << 16  # elements that are summed in float32; the sums are added in float64
+_SUMMED = 1 << 16  # number of elements that are summed in float32; these sums are added in float64
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -80,10 +80,12 @@ class MergedTensor:
         name: name in the file; "" for all tensors.
         type: ggml's type of the written tensor, by name; "" for all tensors.
         error: ‖Q − W'‖ / ‖W'‖.
-        type_error: ‖Q(N) − N‖ / ‖N‖ of the base tensor's own type, for normally distributed values N.
-        moved: ‖Q − W‖ / ‖D‖. 1 where Q is exact; more where the type's rounding is larger than the adapter's change.
-        kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. 1 where Q is exact; near 0 where
-            rounding has undone the change.
+        type_error: ‖Q(N) − N‖ / ‖N‖ of the base tensor's own type, for normally distributed values N. NaN if the type
+            has no quantizer.
+        moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. A value below 1 means that the rounding has undone changes of
+            many elements, a value above 1 that the rounding has changed elements by more than the adapter.
+        kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. The value is 1 where Q is exact,
+            and near 0 where the rounding has undone the change.
     """
 
     name: str
@@ -149,7 +151,8 @@ def merge_to_gguf(
     The written file has the base's metadata and tokenizer, and the base's bytes of each tensor that the adapter does
     not change. A merged tensor is computed in float32 by the method's own merge, as in
     :func:`peft_ext.merge_to_dense`, and rounded once. The report says how large the rounding error is, and which part
-    of the adapter's change is left after rounding. The methods are those of :func:`peft_ext.merge_to_dense`.
+    of the adapter's change is left after rounding. Adapters of the methods that :func:`peft_ext.merge_to_dense` merges
+    can be merged, except changes of norms that the file stores with 1 added (Gemma 2, Gemma 3, Nemotron).
 
     Args:
         base: a GGUF file in one part, of an architecture in :data:`peft_ext.gguf.names.ARCHITECTURES`.
@@ -252,7 +255,8 @@ class _Merge:
         planned: the new file's tensors, in order.
         file_type: the new value of ``general.file_type``; None: unchanged.
         modules: number of modules that the adapter changes.
-        errors, norms: the errors of the tensors that were merged so far, and their sum.
+        errors: the errors of each tensor that was merged so far.
+        norms: sums over the elements of all tensors that were merged so far.
     """
 
     def __init__(self, base: GgufBase, config: PeftConfig, weights: dict[str, Tensor], wanted: Optional[int]) -> None:
@@ -278,7 +282,7 @@ class _Merge:
         self.file_type = self._new_file_type(wanted)
 
     def _source(self, tensor: str) -> TensorInfo:
-        """Returns the base's tensor of a tensor of the new file."""
+        """Returns the base's tensor that a tensor of the new file replaces; for a new head the embedding."""
         return self.header.tensors[tensor if tensor in self.header.tensors else _EMBEDDING]
 
     def _new_file_type(self, wanted: Optional[int]) -> Optional[int]:
@@ -299,7 +303,10 @@ class _Merge:
         return (self._expected / self.norms.merged) ** 0.5 if self.norms.merged else 0.0
 
     def data(self, tensor: str) -> Tensor:
-        """Returns the bytes of a tensor of the new file."""
+        """Returns the data of a tensor of the new file, and adds the errors of a merged tensor to ``errors``.
+
+        Can be called once for each merged tensor, because the plan frees the memory of a merged module.
+        """
         source = self._source(tensor)
         raw = self.header.data(source.name)
         if tensor not in self._changed:
@@ -354,8 +361,8 @@ def _type_name(number: int) -> str:
 
 def _norms(before: Tensor, merged: Tensor, after: Tensor) -> _Norms:
     total = _Norms()
-    columns = zip(*(t.reshape(-1).split(_SUMMED) for t in (before, merged, after)), strict=True)
-    for w, exact, q in columns:
+    chunks = zip(*(t.reshape(-1).split(_SUMMED) for t in (before, merged, after)), strict=True)
+    for w, exact, q in chunks:
         delta, moved, wrong = exact - w, q - w, q - exact
         sums = (exact @ exact, wrong @ wrong, delta @ delta, moved @ moved, moved @ delta)
         total += _Norms(*(float(one) for one in sums))

@@ -27,7 +27,7 @@ _NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
 
 
 class GgufBase:
-    """A GGUF file and its model.
+    """A GGUF file as the base of a merge, with the transformers model that the file describes.
 
     Attributes:
         header: the file's header.
@@ -41,7 +41,7 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
-            from ..gguf.metadata import read_config  # an older transformers has no reader of GGUF
+            from ..gguf.metadata import read_config  # imported late: needs a transformers that reads GGUF
 
             config = read_config(header)
             names = GgufNames.of_file(header)
@@ -49,7 +49,7 @@ class GgufBase:
         model = _model(header, config)
         self.tensors: dict[str, str] = {}
         self._orders: dict[str, Tensor] = {}
-        held: set[int] = set()  # parameters that the file has, under one of the names of tied parameters
+        held: set[int] = set()  # ids of parameters with a tensor in the file; tied parameters have one id
         state = model.state_dict(keep_vars=True)
         for name, parameter in state.items():
             module, _, leaf = name.rpartition(".")
@@ -79,6 +79,7 @@ class GgufBase:
         return dense
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
+        """Checks the sizes of a parameter's tensor, and stores the order of the rows if the file has another."""
         tensor = self.tensors[name]
         came = self.header.tensors[tensor].shape
         if [size for size in came if size != 1] != [size for size in shape if size != 1]:
@@ -96,9 +97,9 @@ class GgufBase:
         return values if order is None else values[order]
 
     def in_file_order(self, name: str, values: Tensor) -> Tensor:
-        """Returns the values of the model's tensor ``name`` as the file stores them: its rows and sizes.
+        """Returns the values of the model's tensor ``name`` in the file's order of rows and with the file's sizes.
 
-        Raises MergeError where the file stores other values than the model's own.
+        Raises MergeError for a norm that the file stores with 1 added.
         """
         tensor = self.tensors[name]
         if self.header.architecture in _NORMS_PLUS_ONE and "norm" in tensor:
@@ -110,7 +111,7 @@ class GgufBase:
 
 
 def decoded(data: Tensor, type: int) -> Tensor:
-    """Returns the values of a tensor's bytes (quantized) or of a dense tensor in float32."""
+    """Returns the values of a tensor in float32. ``data`` is the bytes of a quantized tensor, or a dense tensor."""
     if type in TYPES:
         weight = gguf_weight(data, type)
         return weight.dequantize() if has_kernel(type) else decoded_by_reference(weight, torch.float32)
@@ -118,7 +119,7 @@ def decoded(data: Tensor, type: int) -> Tensor:
 
 
 def _model(header: GgufHeader, config: Any) -> PreTrainedModel:
-    """Returns a model of the configuration on the meta device."""
+    """Returns the model of a file on the meta device. Changes ``config`` to the sizes of the file's tensors."""
     architecture, embedding = header.architecture, header.tensors["token_embd.weight"]
     config.tie_word_embeddings = "output.weight" not in header.tensors
     config.vocab_size, config.pad_token_id = embedding.shape[0], None

@@ -31,8 +31,9 @@ class LogitsError:
 
     Attributes:
         tokens: number of tokens of the text.
-        error: ‖L' − L‖ / ‖L‖ of the merged model's logits L' and the unmerged model's logits L, each less its mean.
-        change: the same difference of the base without the adapter, for comparison.
+        error: ‖L' − L‖ / ‖L‖ of the merged model's logits L' and the logits L of the base with the unmerged adapter.
+            The mean over the vocabulary is subtracted from the logits of each token.
+        change: ‖L' − L‖ / ‖L‖ where L' are the logits of the base without the adapter, for comparison.
         divergence: mean Kullback-Leibler divergence of the merged model's next token from the unmerged model's next
             token, in nats.
         same_token: part of the tokens after which both models have the same most probable next token.
@@ -50,7 +51,7 @@ def compare_logits(
 ) -> LogitsError:
     """Returns the differences of logits on ``text``. The two models are loaded one after the other, in float32.
 
-    The text is random tokens where the base's file has no tokenizer.
+    If the base's file has no tokenizer, 64 random tokens take the place of ``text``.
 
     Raises: MergeError where a model can't be loaded; OSError.
     """
@@ -69,7 +70,7 @@ def compare_logits(
 
 
 def _load(file: Union[str, Path]) -> Any:
-    from ..gguf.load import load_gguf  # an older transformers has no reader of GGUF
+    from ..gguf.load import load_gguf  # imported late: needs a transformers that reads GGUF
 
     return load_gguf(file, dtype=torch.float32)
 
@@ -83,7 +84,7 @@ def _tokens(base: Path, text: str, vocabulary: int) -> Tensor:
 def _adapted(base: Union[str, Path], model: Any, adapter: Union[str, Path]) -> Any:
     try:
         return load_adapter(model, adapter)
-    except (TypeError, ValueError, RuntimeError):  # an adapter that replaces whole weights needs dense layers
+    except (TypeError, ValueError, RuntimeError):  # adapters that replace whole weights need dense layers
         return load_adapter(dequantize_packed(_load(base)), adapter)
 
 

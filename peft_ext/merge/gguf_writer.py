@@ -26,6 +26,7 @@ class PlannedTensor(NamedTuple):
 
 
 def _head(header: GgufHeader) -> bytearray:
+    """Returns the bytes of the file from the start to the end of the metadata."""
     with header.path.open("rb") as file:
         return bytearray(file.read(header.values_end))
 
@@ -39,6 +40,7 @@ def file_type_offset(header: GgufHeader) -> Optional[int]:
 
 
 def _table(tensors: dict[str, PlannedTensor], alignment: int) -> bytes:
+    """Returns the part of a GGUF header that lists names, sizes, types and offsets of the tensors."""
     parts, offset = [], 0
     for name, one in tensors.items():
         text = name.encode()
@@ -71,8 +73,8 @@ def write_gguf(
     Args:
         tensors: the new file's tensors by name, in order.
         take: returns the data of a tensor, ``nbytes`` bytes. ``take`` is called once for each tensor, in order.
-        file_type: the new value of ``general.file_type``, of which :func:`file_type_offset` must know the place; None:
-            the value does not change.
+        file_type: the new value of ``general.file_type``; None: the value does not change. With a new value,
+            :func:`file_type_offset` must not return None.
     """
     alignment = header.alignment
     head = _head(header)

@@ -19,7 +19,7 @@ ADAPTER_FILE = "adapter.gguf"
 def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, Any]]:
     """Returns what the report says about llama.cpp; None where the model is no GGUF file and no adapter was exported.
 
-    Args: file: the exported adapter; None where the run exports none, so that the command that does is told.
+    ``file`` is the exported adapter. If ``file`` is None, the result has the command that exports the adapter.
     """
     base = gguf_path(run.folder)
     if base is None and file is None:
@@ -37,9 +37,9 @@ def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, An
 
 
 def export_adapter(run: Run) -> Path:
-    """Writes the saved adapter of the run as llama.cpp's file into the output folder, and returns the file's path.
+    """Writes the run's saved adapter as a file of llama.cpp into the output folder, and returns the file's path.
 
-    Raises RunError where the adapter can't be written as such a file. The saved adapter in PEFT's format stays.
+    The saved adapter in PEFT's format stays. Raises RunError where llama.cpp's adapter files can't hold the adapter.
     """
     from ..export import ExportError, write_gguf_adapter
 

@@ -1,4 +1,4 @@
-"""A model in one GGUF file as the source of a base: the same functions as for a folder, with one-line errors."""
+"""Reads the base model from one GGUF file: configuration, tokenizer and quantization, with errors of one line."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """GGUF: the quantized tensors of llama.cpp's files, as the bytes of the file.
 
 A row of a weight is a whole number of blocks. A block holds 32 to 256 columns: codes of 1 to 8 bits with scales. The
-values are those of the Python package gguf (``gguf/quants.py``), in float32. Thirteen types have kernels, see
-:func:`has_kernel`; the reference decodes the other types with the package gguf.
+values are those of the Python package gguf (``gguf/quants.py``), in float32. Kernels decode the types for which
+:func:`has_kernel` is True; the reference decodes the other types with the package gguf.
 """
 
 from __future__ import annotations

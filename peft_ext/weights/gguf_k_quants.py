@@ -26,13 +26,13 @@ _LEAST = 1e-15  # a group whose largest absolute value is below this value count
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-# --- arithmetic of the reference --------------------------------------------------------------------------------------
+# --- arithmetic of llama.cpp ------------------------------------------------------------------------------------------
 
 
 def _rounded(values: Tensor) -> Tensor:
     """Returns the nearest integers, int32, ties to even, for absolute values below 2²².
 
-    Adding 1.5 · 2²³ leaves the integer in the lowest 22 bits; larger values wrap, as in the reference.
+    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits. Larger values wrap, as in llama.cpp.
     """
     return ((values + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
 
@@ -93,8 +93,9 @@ class _Searched(NamedTuple):
 def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: int, absolute: bool) -> _Searched:
     """Searches ``x ≈ scale · code − offset`` with codes 0 ... most and ``offset >= 0``.
 
-    A trial scale gives codes. The scale and offset with the least weighted square error for these codes follow by
-    linear regression. Of all trials and the plain minimum and maximum, the least error counts.
+    Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
+    error for these codes. The scale and offset of the minimum and the maximum are a trial, too. The result is the trial
+    with the least error.
 
     Args:
         weights: weight of each column's error.
@@ -139,7 +140,7 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Searches ``x ≈ scale · (code − most)`` with codes 0 ... 2 · most − 1 and errors weighted by x².
 
-    The trial scales are around the one that gives the value with the largest absolute value the code 0.
+    The trial scales are near the scale with which the value with the largest absolute value has the code 0.
     Returns scales ``[G]`` and codes float ``[n, G]``.
     """
     largest = _first_largest(x)
@@ -169,9 +170,9 @@ def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Searches ``x ≈ scale · (code − most)`` as :func:`_search_scale`, by changing one code at a time, at most 5 times.
+    """Searches ``x ≈ scale · (code − most)`` as :func:`_search_scale`, in at most 5 rounds over the codes.
 
-    A code changes where the change lowers the error that is left with the best scale for all codes.
+    A round changes one code after another, where the change lowers the error with the best scale for all codes.
     """
     largest = _first_largest(x)
     zero = largest.abs() < _LEAST
@@ -198,9 +199,10 @@ def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_iq4() -> tuple[Tensor, Tensor]:
-    """Returns code uint8 and value float32 of the nearest value of ``_IQ4``, by ``floor(2 · x) + 256``, ``[512]``.
+    """Returns two tables ``[512]`` with the index ``floor(2 · x) + 256``: code and value of ``_IQ4`` nearest to x.
 
-    The borders between the codes are multiples of 1/2. Of two equally near values the larger counts.
+    The codes are uint8, the values float32. The borders between the codes are multiples of 1/2. If two values are
+    equally near, the tables have the larger value.
     """
     table = torch.tensor(_IQ4, dtype=torch.float32)
     codes = torch.bucketize(torch.arange(-256, 256) / 2, (table[1:] + table[:-1]) / 2, right=True)

@@ -48,7 +48,10 @@ def refused(made, within, adapter=None, **kwargs):
         (lora(trainable_token_indices=[1, 2]), "trainable_token_indices [1, 2]: an adapter file"),
         (lora(target_parameters=["mlp.down_proj.weight"]), "target_parameters ['mlp.down_proj.weight']: LoRA on param"),
         (lora(layer_replication=[(0, 2), (1, 2)]), "layer_replication"),
-        (lora(alora_invocation_tokens=[5]), "alora_invocation_tokens [5]: which llama.cpp's adapters do not know"),
+        (
+            lora(alora_invocation_tokens=[5]),
+            "alora_invocation_tokens [5]: an adapter file of llama.cpp has no such setting",
+        ),
         (lora(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changed the base's own weights"),
         (lora(init_lora_weights="olora"), "init_lora_weights is 'olora', which changed the base's own weights"),
         (IA3Config(target_modules=LINEARS, feedforward_modules=["up_proj"], task_type="CAUSAL_LM"), "method is IA3"),
@@ -205,7 +208,7 @@ def test_a_field_of_a_newer_peft(made, monkeypatch):
     made = made(lora())
     monkeypatch.setattr(adapter, "_HARMLESS", adapter._HARMLESS - {"lora_alpha"})
     other = edited(made.adapter, made.file.with_name("other"), lora_alpha=16)
-    refused(made, "lora_alpha 16: which llama.cpp's adapters do not know", other)
+    refused(made, "lora_alpha 16: an adapter file of llama.cpp has no such setting", other)
 
 
 def test_adapters_that_are_no_adapters(made):

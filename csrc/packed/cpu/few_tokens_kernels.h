@@ -25,7 +25,7 @@ struct FewTokensKernels {
 
 constexpr int64_t kMostFewTokens = 16;  // for more tokens, decoding the weight once and multiplying is as fast
 
-// Return the kernels of a weight in the format `number`, or null pointers if the file has none for the weight.
+// Return the kernels of a weight in the format `number`, or null pointers if no kernel of the file accepts the weight.
 FewTokensKernels row_kernels_avx512_bf16(int number, const PackedView& w);
 FewTokensKernels gguf_kernels_avx512_bf16(int number, const PackedView& w);
 FewTokensKernels panel_kernels_avx512_bf16(int number, const PackedView& w);

@@ -24,7 +24,7 @@ struct GgufStep : OneRowStep {
 
 // --- Blocks of 32 columns --------------------------------------------------------------------------------------------
 
-// The words of 16 bits of kBlocks blocks, in two registers.
+// The bytes of kBlocks blocks as words of 16 bits, in two registers.
 template <typename Block, int kBlocks>
 struct BlockWords {
   static constexpr int kWords = Block::kBytes / 2, kAll = kWords * kBlocks;
@@ -137,7 +137,7 @@ inline __m512 half_at(const uint8_t* bytes) {
   return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(gguf_u16(bytes))));
 }
 
-// 32 bytes in both halves.
+// Returns the 32 bytes from `bytes` on in both halves of a register.
 inline __m512i twice(const uint8_t* bytes) {
   return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
 }
@@ -169,7 +169,7 @@ struct LargeBlockStep : GgufStep<Block> {
     Held held;
     for (int phase = 0; phase < 2; ++phase) held.words[phase] = _mm512_loadu_si512(b + Block::kCodes + 64 * phase);
     if constexpr (kBits == 5) held.high = twice(b + Block::kFifthBits);
-    // gguf_k_scale and gguf_k_minimum of all eight runs, in the bytes of two words each.
+    // Each byte of `scales` and `minima` is gguf_k_scale or gguf_k_minimum of one of the eight groups of 32 columns.
     const uint32_t a = u32_at(b + 4), m = u32_at(b + 8), c = u32_at(b + 12);
     const uint64_t scales = (a & 0x3f3f3f3f) | static_cast<uint64_t>((c & 0x0f0f0f0f) | (a >> 2 & 0x30303030)) << 32;
     const uint64_t minima = (m & 0x3f3f3f3f) | static_cast<uint64_t>((c >> 4 & 0x0f0f0f0f) | (m >> 2 & 0x30303030))
@@ -187,7 +187,7 @@ struct LargeBlockStep : GgufStep<Block> {
     if constexpr (kBits == 4) {
       return looked_up(words, kLowNibbles);
     } else {
-      // Bit 4 * phase + 2 * half + part % 2 of a byte is the fifth bit of the column.
+      // Bit 4 * phase + 2 * (word / 16) + part % 2 of a byte of `high` is the fifth bit of the code.
       static constexpr Words kCodes = words_of_each([](int code) { return bf16_bits(code); });
       static constexpr Words kBits2[2] = {words_of_each([](int word) { return word / 16 * 2; }),
                                           words_of_each([](int word) { return 4 + word / 16 * 2; })};
@@ -277,8 +277,8 @@ struct IQ4_XSStep : GgufStep<BlockIQ4_XS> {
   }
 };
 
-// Q2_K, Q3_K: 64 bytes of two bits a code. A nibble holds codes of two columns, which two tables give. Sum f is of the
-// fields of bits 2 f and 2 f + 1 of the bytes.
+// Q2_K, Q3_K: 64 bytes with codes of two bits. A nibble holds the codes of two columns, which two tables look up. Sum f
+// is the sum over the codes in bits 2 f and 2 f + 1 of the bytes.
 template <typename Block>
 struct FieldStep : GgufStep<Block> {
   static constexpr int kColumns = 256, kParts = 8, kSums = 4, kBytes = Block::kBytes;

@@ -4,7 +4,7 @@
 // of up to 128 columns k, and in a band panels of kRows rows. Lane n of a sum is row n, a dword of a token holds x of
 // two columns for all lanes, and vpermw looks the codes' numbers up: see row_products_avx512.h. After a band, whose
 // columns share a scale, y += scale * sum - zero * scale * (sum of x). The rows of a panel belong to one thread, so
-// that a sum has one order for every number of threads.
+// that the order of a sum does not depend on the number of threads.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // These headers must be included after the target pragma.
@@ -24,14 +24,14 @@ inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
-// What the kernels of both formats have in common. The sums of x are of 32 columns.
+// The members of both formats that `order` reads. A sum of x is over 32 columns.
 struct PanelStep {
   static constexpr int kColumns = 32, kAddColumns = 32;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
 };
 
-// The words of 16 rows and 8 (4 bits) or 4 (8 bits) columns. A dword of x is of the two columns whose codes are at one
-// place of both halves of a word.
+// A register holds the words of 16 rows and of 8 (4 bits) or 4 (8 bits) columns. A dword of x holds the two columns
+// whose codes are at one place in the lower and in the upper half of a word.
 template <int kBits>
 struct GptqPanel : PanelStep {
   static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits;
@@ -46,7 +46,7 @@ struct GptqPanel : PanelStep {
     return static_cast<const uint32_t*>(w.part[0]) + k / kCodes * w.rows + n;
   }
 
-  // Computes the sums of the products of the columns [begin, end). `next` are the words to be read after the panel.
+  // Computes the sums of products over the columns [begin, end). Prefetches `next`, the words that are read afterwards.
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
                        const uint32_t* next, __m512 (&out)[kSums][kTokens]) {
@@ -102,8 +102,8 @@ struct GptqPanel : PanelStep {
   static constexpr Words kUnsignedHighNibbles = nibble_numbers([](int code) { return 16 * code; });
 };
 
-// The words of two columns and 128 rows. A dword of the interleaved halves holds the codes of four rows in both
-// columns.
+// Two registers hold the words of two columns and 128 rows. The kernel interleaves the halves of the words, so that a
+// dword holds the codes of four rows in both columns.
 struct AwqPanel : PanelStep {
   static constexpr int kRows = 128, kSums = 8, kMostTokens = 3, kCodes = 2;
   static int column_of(int, int word) { return word; }
@@ -177,12 +177,12 @@ struct AwqPanel : PanelStep {
   }
 };
 
-// Columns of W, of one group.
+// The columns [begin, end) of W, which are all in group `group`.
 struct Band {
   int64_t begin, end, group;
 };
 
-// Adds the products of a band and a panel, from row n on, to y. x_sums: the sums of the tokens' columns of the band.
+// Adds the products of a band and a panel, from row n on, to y. x_sums[t] is the sum of token t's columns in the band.
 template <typename Panel, int kTokens>
 inline void multiply_panel(const PackedView& w, const bf16* x, const float* x_sums, const Band& band, int64_t n,
                            const uint32_t* next, float* y) {

@@ -13,10 +13,11 @@
 namespace peft_ext {
 namespace {
 
-constexpr Words kHighNibbles = nibble_numbers([](int code) { return 16 * (code - 8); });  // of code - 128
+// The part of the high nibble in code - 128, for codes of 8 bits.
+constexpr Words kHighNibbles = nibble_numbers([](int code) { return 16 * (code - 8); });
 constexpr Words kMiddleNibbles = nibble_numbers([](int code) { return code - 8; });
 
-// 64 bytes of codes of a row, `blocks` * 32 of which exist.
+// Returns 64 bytes of codes of a row. If `blocks` is 1, the row has 32 bytes from `codes` on, and the others are 0.
 inline __m512i load_bytes(const uint8_t* codes, int blocks) {
   return blocks >= 2 ? _mm512_loadu_si512(codes)
                      : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
@@ -98,8 +99,8 @@ struct TableStep : NibbleStep<F::kNibbles> {
 
 // --- Integers in rows ------------------------------------------------------------------------------------------------
 
-// The scales of IntRows, and, if kZeros, the addends (middle - zero) * scale, where the step's numbers are code -
-// middle.
+// The scales of IntRows, and, if kZeros, the addends (middle - zero) * scale. A step's number of a code is code -
+// middle, where middle is 8 or 128, or 0 for signed codes.
 template <bool kZeros>
 struct IntRow {
   static bool accepts(const PackedView& w, int bits) {
@@ -204,8 +205,8 @@ struct Int8Step : OneRowStep {
 
 // --- HQQ -------------------------------------------------------------------------------------------------------------
 
-// 64 bytes hold 64 columns of two rows: the high nibbles are of row n, the low nibbles of row n + N / 2. The sums take
-// (code - zero) * scale without the rounding of code - zero to the dtype of the scales.
+// 64 bytes hold 64 columns of two rows: the high nibbles are of row n, the low nibbles of row n + N / 2. The step does
+// not round code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
 struct HqqStep : OneRowStep {
   static constexpr int kColumns = 64, kParts = 4, kSums = 2, kOutputs = 2, kBytes = 64;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
@@ -262,7 +263,7 @@ struct HqqStep : OneRowStep {
 
 // --- FP8 -------------------------------------------------------------------------------------------------------------
 
-// The bits of the 128 magnitudes of e4m3 in bfloat16. A magnitude below 8 is a multiple of 2^-9.
+// The values of the 128 magnitudes of e4m3 codes, as bits of bfloat16. The value of a magnitude i < 8 is i * 2^-9.
 struct E4m3Magnitudes {
   Words part[4];
   constexpr E4m3Magnitudes() : part{} {
@@ -274,7 +275,7 @@ struct E4m3Magnitudes {
 };
 constexpr E4m3Magnitudes kE4m3Magnitudes;
 
-// 64 codes of 8 bits: the numbers of the even and of the odd bytes.
+// 64 codes of 8 bits. Register 0 of x is the even columns, register 1 the odd columns.
 struct Fp8Step : OneRowStep {
   static constexpr int kColumns = 64, kParts = 2, kBytes = 64;
   static int column_of(int reg, int word) { return 2 * word + reg; }

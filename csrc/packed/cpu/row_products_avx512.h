@@ -2,14 +2,16 @@
 // steps in which a format reads a row.
 //
 // A step is kPhases phases of kColumns columns. In a phase, kParts registers of 32 numbers each are made from the
-// codes, with as few operations as possible: no code moves to a lane of its own. Instead x is permuted once for all
-// rows, to the order of the codes. vpermw looks numbers up by the low bits of 32 words, and vdpbf16ps multiplies and
-// adds pairs in float32. Registers whose lanes have the same scales share a sum, which is multiplied by the scales at
-// the end of the phase. Words of four nibbles are shifted by 0, 4, 8 and 12 bits for four registers.
+// codes, with as few operations as possible: the codes are not unpacked to one lane for each code. Instead x is
+// permuted once for all rows, to the order of the codes. vpermw looks numbers up by the low bits of 32 words, and
+// vdpbf16ps multiplies and adds pairs in float32. Registers whose lanes have the same scales share a sum, which is
+// multiplied by the scales at the end of the phase. Words of four nibbles are shifted by 0, 4, 8 and 12 bits for four
+// registers.
 //
 // A step is a struct with
 //
-//   int kColumns, kPhases, kParts, kSums          the numbers of a step; kSums is of a phase
+//   int kColumns, kParts, kSums                   columns, parts and sums of a phase
+//   int kPhases                                   phases of the step
 //   int kOutputs                                  1, or 2 if the sums 0 and 1 are of two rows of W, units() apart
 //   AddsAt kAdds; int kAddColumns                 where addends are added; number of columns that share one
 //   int register_of(part), sum_of(part)           the register of x within the phase, and the sum, of a part
@@ -38,7 +40,7 @@ constexpr int64_t kChunkColumns = 4096;  // number of columns whose scales are d
 
 enum class AddsAt : int { kNone, kInStep, kInChunk };
 
-// What most steps have in common.
+// The members that most steps share; a step overrides the members that differ.
 struct OneRowStep {
   static constexpr int kPhases = 1, kSums = 1, kOutputs = 1, kAddColumns = 32;
   static constexpr AddsAt kAdds = AddsAt::kNone;
@@ -73,7 +75,7 @@ constexpr Words words_of_each(const WordOf& word_of) {
   return words;
 }
 
-// Returns the numbers number_of(code) of the 16 codes in the low four bits of an index; vpermw reads five bits.
+// Returns the table of number_of(code), twice: a code is the low four bits of an index, and vpermw reads five bits.
 template <typename NumberOf>
 constexpr Words nibble_numbers(const NumberOf& number_of) {
   return words_of_each([&](int i) { return bf16_bits(number_of(i & 15)); });
@@ -130,7 +132,7 @@ void order(const bf16* x, int64_t tokens, int64_t columns, bf16* ordered, float*
   }
 }
 
-// Multiplies kRows rows from unit n on with kTokens tokens.
+// Computes y of kTokens tokens and kRows units of W, from unit n on.
 template <typename Step, int kTokens, int kRows>
 inline void multiply_block(const PackedView& w, const bf16* x, const float* x_sums, int64_t n, float* y) {
   constexpr int kOutputs = Step::kOutputs, kColumns = Step::kColumns, kStep = kColumns * Step::kPhases;
@@ -213,7 +215,7 @@ inline void multiply_block(const PackedView& w, const bf16* x, const float* x_su
       for (int64_t i = 0; i < (stop - start) / Step::kAddColumns; i += 16)
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
-          // There are zeros beyond the sums of a row: see `order`.
+          // The mask leaves out sums of later columns: an addend of 0 times an infinite sum would be NaN.
           const __m512 sums = _mm512_maskz_loadu_ps(
               static_cast<__mmask16>((1 << min_i64(16, (stop - start) / Step::kAddColumns - i)) - 1),
               x_sums + t * stride / 16 + start / Step::kAddColumns + i);

@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns the scales i to i + 15, which are not e4m3; those that `mask` leaves out are 0 and are not read.
+// Returns the scales i to i + 15 of any type except e4m3. Scales outside of `mask` are not read, and their lanes are 0.
 inline __m512 scales16(const void* scales, ScaleType type, int64_t i, __mmask16 mask) {
   if (type == ScaleType::kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(scales) + i);
   if (type == ScaleType::kE8M0) {
@@ -24,16 +24,17 @@ inline __m512 scales16(const void* scales, ScaleType type, int64_t i, __mmask16 
                                  : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
 
-constexpr int64_t kMostBlocks = 128;  // blocks of 32 columns of a chunk
+constexpr int64_t kMostBlocks = 128;  // largest number of blocks of 32 columns in a chunk
 
-// The scales, and the addends, of the blocks of a chunk, then zeros.
+// The scales and the addends of the blocks of a chunk, followed by 16 zeros.
 struct BlockScales {
   alignas(64) float scale[kMostBlocks + 16];
   alignas(64) float add[kMostBlocks + 16];
 };
 
-// Writes the scales of `count` blocks of 32 columns from block `block` of a row on. `together` blocks are a group, and
-// the row's first group is `first`. If kAdds, add = addends(group, mask of 16 groups) * scale.
+// Writes the scales of `count` blocks of 32 columns from block `block` of a row on. `together` blocks are a group with
+// one scale, and `first` is the index of the row's first scale. If kAdds, writes addends(index of the scale, group,
+// mask of 16 groups) * scale, too.
 template <bool kAdds, typename Addends>
 inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int64_t together, int64_t block,
                           int64_t count, const Addends& addends, BlockScales* out) {
