@@ -267,6 +267,7 @@ class _Merge:
             if name not in self._places and not any(plan.origin[name] == plan.origin[one] for one in self._places):
                 fail(f"the adapter adds {name}, for which {self.header.path} has no tensor")
         self._changed = {tensor: name for name, tensor in self._places.items() if plan.is_changed(name)}
+        plan.will_take(self._changed.values())
         self.planned: dict[str, PlannedTensor] = {}
         for name in [*self.header.tensors, *(_HEAD for _ in plan.untied)]:
             info = self._source(name)
@@ -303,11 +304,8 @@ class _Merge:
         raw = self.header.data(source.name)
         if tensor not in self._changed:
             return raw
-        name, to, plan = self._changed[tensor], self.planned[tensor], self._plan
-        merged = plan.take(name).float()
-        for other in plan.origin.keys() - self._places.keys():
-            if plan.origin[other] == plan.origin[name]:  # a tied tensor, which the file does not have
-                plan.take(other)
+        name, to = self._changed[tensor], self.planned[tensor]
+        merged = self._plan.take(name).float()
         if tensor in self.header.tensors:
             merged = self._base.in_file_order(name, merged)
         before = decoded(raw, source.type)

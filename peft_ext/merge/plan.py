@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -132,8 +132,12 @@ class Plan:
                 self.config.tie_word_embeddings = False
 
     def is_changed(self, name: str) -> bool:
-        """Returns whether the adapter may change the tensor: False for tensors outside of adapted modules."""
+        """Returns whether the adapter may change the tensor: False outside of adapted modules, and for a tensor that an
+        adapter of whole tensors does not own."""
         path, local = self.origin[name]
+        layer = self.targets.get(path)
+        if isinstance(layer, ReplacingLayer):
+            return local in layer.names.get(_ADAPTER, ())
         return path != "" or local == "" or self.after[local] is not self.before.get(name)
 
     def _is_same(self, one: str, other: str) -> bool:
@@ -280,6 +284,10 @@ class Plan:
                     below._parameters[name] = _like(parameter, tensor)
                     wide[f"{prefix}.{name}".lstrip(".")] = tensor
         return wide
+
+    def will_take(self, names: Iterable[str]) -> None:
+        """Announces that :meth:`take` is called for these tensors only; without this call, for all tensors."""
+        self._uses = Counter(self.origin[name][0] for name in names)
 
     def take(self, name: str) -> Tensor:
         """Returns the value of a planned tensor once. The module's last tensor frees the memory of the module."""

@@ -290,7 +290,7 @@ def _q2_k(rows: Tensor) -> Tensor:
     most, most_offset = _largest_above_zero(scales), _largest_above_zero(offsets)
     four = _rounded(torch.where(most > 0, _over(15, most), 0.0)[:, None] * scales)
     four_offset = _rounded(torch.where(most_offset > 0, _over(15, most_offset), 0.0)[:, None] * offsets)
-    held = (four & 255 | four_offset << 4 & 255).to(torch.uint8)
+    held = (four | four_offset << 4).to(torch.uint8)
     d, d_offset = most / 15, most_offset / 15
     scale = (_rounded_to_half(d)[:, None] * (held & 15)).view(-1)
     offset = (_rounded_to_half(d_offset)[:, None] * (held >> 4)).view(-1)
@@ -329,7 +329,7 @@ def _with_offsets(rows: Tensor, most: int, start: float, count: int) -> tuple[Te
 
     def six_bits(values: Tensor, largest: Tensor) -> Tensor:
         inverse = torch.where(largest > 0, _over(63, largest), 0.0)[:, None]
-        return (_rounded(inverse * values) & 255).clamp(max=63).to(torch.uint8)
+        return _rounded(inverse * values).to(torch.uint8)
 
     six, six_offset = six_bits(scales, most_scale), six_bits(offsets, most_offset)
     d, d_offset = most_scale / 63, most_offset / 63

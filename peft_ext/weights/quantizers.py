@@ -56,7 +56,7 @@ def quantized_like(weight: Tensor, like: PackedWeight) -> Optional[PackedWeight]
     elif format is INT and "g_idx" not in held and held["scales"].dtype in SCALES:
         found = quantize_int4(weight, like.group, "zero_points" not in held, scale_dtype=held["scales"].dtype)
     elif (number := ggml_type(like)) is not None and can_quantize(number):
-        found = gguf_weight(quantize_gguf(weight, number).to(weight.device), number, dtype=like.dtype)
+        found = gguf_weight(quantize_gguf(weight, number).to(weight.device), number)
     if found is None or found.layout != like.layout:
         return None
     parts = [None if part is None or wanted is None else part.view(wanted.dtype).view(wanted.shape)
