@@ -69,10 +69,16 @@ def load_gguf(
     config = read_config(header)
     about = GgufPackedConfig(str(header.path))
     about.header = header
-    loaded, info = _class_of(model_class, config, header).from_pretrained(
-        None, config=config, state_dict=about.tensors, quantization_config=about, dtype=dtype, device_map=device_map,
-        output_loading_info=True, **kwargs,
-    )  # fmt: skip
+    made = _class_of(model_class, config, header)
+    try:
+        loaded, info = made.from_pretrained(
+            None, config=config, state_dict=about.tensors, quantization_config=about, dtype=dtype,
+            device_map=device_map, output_loading_info=True, **kwargs,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise header.error(f"tensors of the file have other sizes than the parameters of {made.__name__}") from error
     if wrong := sorted(map(str, info["missing_keys"])):
         raise header.error(f"no tensor for the model's parameter {wrong[0]}, and {len(wrong) - 1} more")
     loaded.config._name_or_path = loaded.name_or_path = str(header.path)

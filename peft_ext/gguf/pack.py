@@ -9,7 +9,6 @@ decoded and stays dense.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Optional
@@ -305,7 +304,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
         made = found.tensors.get(target)
         # Converters differ in whether they keep sizes of 1, as in the gate of Qwen 2's shared expert.
-        if made is not None and made.squeeze().shape == torch.empty(shapes[target], device="meta").squeeze().shape:
+        if made is not None and _without_ones(made.shape) == _without_ones(shapes[target]):
             found.tensors[target] = made = made.reshape(shapes[target])
         if made is not None and made.shape != shapes[target]:
             raise header.error(f"the tensor of {target} has shape {tuple(found.tensors[target].shape)}, wanted "
@@ -410,6 +409,21 @@ def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
     return found
 
 
+def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
+    """Returns the sizes other than 1, which the file and the model may have in different places."""
+    return tuple(size for size in shape if size != 1)
+
+
+def _joined(tensors: list[TensorInfo]) -> Optional[tuple[int, ...]]:
+    """Returns the sizes, other than 1, of tensors joined along their rows; None where the tensors can't be joined."""
+    shape = tensors[0].shape
+    if len(tensors) == 1:
+        return _without_ones(shape)
+    if len(shape) != 3 or any((info.shape[0], info.shape[2:]) != (shape[0], shape[2:]) for info in tensors):
+        return None
+    return _without_ones((shape[0], sum(info.shape[1] for info in tensors), shape[2]))
+
+
 def _own_name(model: Any, parameter: str, shapes: dict[str, torch.Size]) -> str:
     """Returns the parameter's name in a model that is the base model itself, such as ``Lfm2Model``."""
     own = parameter.removeprefix(f"{model.base_model_prefix}.")
@@ -429,10 +443,11 @@ def _pack_converted(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packe
             for info in source.tensors:
                 tensors.pop(info.name)
             continue
-        count = sum(math.prod(info.shape) for info in source.tensors)
-        if count != shapes[parameter].numel():
-            raise header.error(f"the tensors of {parameter} have {count} elements, wanted "
-                               f"{shapes[parameter].numel()}")  # fmt: skip
+        came = _joined(source.tensors)
+        if came != _without_ones(shapes[parameter]):
+            listed = " and ".join(str(info.shape) for info in source.tensors)
+            raise header.error(f"the tensors of {parameter} have the sizes {listed}, wanted those of "
+                               f"{tuple(shapes[parameter])}")  # fmt: skip
         if all(info.dtype is not None for info in source.tensors):
             continue
         reason = source.reason
