@@ -1,7 +1,7 @@
 """Checks the header of an untrusted GGUF model before transformers or the package gguf read the file.
 
-transformers makes objects for each layer, each token and each merge that the metadata announces, and takes every size
-in the metadata as it comes. :func:`check_model` ties these numbers to the tensors that the file holds, and
+transformers makes objects for each layer, each token and each merge that the metadata announces, and does not check the
+sizes in the metadata. :func:`check_model` compares these numbers with the tensors of the file, and
 :func:`check_tokenizer` checks the lists of the tokenizer.
 """
 
@@ -20,7 +20,7 @@ _LONGEST_TOKEN = 1024  # characters; transformers tries every split of every tok
 _MOST = (1 << 31) - 1
 _MOST_MASKS = 1 << 28  # bytes; transformers' GPT-2 makes a mask of context_length ** 2 bytes in each layer
 
-# Fields of an architecture that must be integers: the smallest and the largest value.
+# Fields of an architecture that must be integers -> the smallest and the largest value.
 _SIZES: dict[str, tuple[int, int]] = {
     "block_count": (1, MOST_LAYERS),
     "nextn_predict_layers": (0, MOST_LAYERS),
@@ -66,19 +66,21 @@ _NOT_NEGATIVE = (
 # "mamba.ssm.inner_size" sets intermediate_size.
 _FIELDS = {*_SIZES, *_EPSILONS, "rope.freq_base"}
 _READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # the package gguf adds these keys itself
-_WHOLE_HEADS = ("gemma2", "gemma3", "llama")  # transformers takes whole heads in the embedding for these alone
+# Architectures for which transformers needs a width of the embedding that is a multiple of the number of heads.
+_WHOLE_HEADS = ("gemma2", "gemma3", "llama")
 
 _TEXTS = ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 _BOOLS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix")
 _IDS = ("bos", "eos", "unknown", "padding")
-_WITH_MERGES = ("gemma4", "gpt2", "llama")  # kinds of tokenizers; transformers makes merges from the scores
+# Kinds of tokenizers for which transformers makes missing merges from the scores.
+_WITH_MERGES = ("gemma4", "gpt2", "llama")
 
 
 def check_model(header: GgufHeader) -> None:
     """Checks that a header is of a model in one file, whose metadata transformers and the package gguf can read.
 
-    Every size that transformers takes from the metadata is in a fixed range. The number of layers, the width and the
-    size of the vocabulary are those of the tensors. The tokenizer is not checked: see :func:`check_tokenizer`.
+    Checks that every size that transformers takes from the metadata is in a fixed range, and that the number of layers,
+    the width and the size of the vocabulary are those of the tensors. :func:`check_tokenizer` checks the tokenizer.
 
     Raises GgufError, one line.
     """
@@ -136,7 +138,10 @@ def _check_sizes(header: GgufHeader) -> None:
 
 
 def _check_heads(header: GgufHeader, architecture: str) -> None:
-    """Checks that each layer's attention heads are a multiple of the key-value heads. 0: a layer without attention."""
+    """Checks that each layer's number of attention heads is a multiple of its number of key-value heads.
+
+    A layer without attention has 0 heads.
+    """
     heads, kv_heads = (header.get(f"{architecture}.attention.{field}") for field in ("head_count", "head_count_kv"))
     if not (most := _largest(heads)):
         raise header.error(f"{architecture}.attention.head_count is {_shown(heads)}, wanted a layer with heads")
@@ -214,7 +219,7 @@ def _check_shapes(header: GgufHeader) -> None:
 
 
 def _check_decoder(header: GgufHeader) -> None:
-    """Checks that a model with a decoder of its own number of layers has tensors in each of these layers."""
+    """Checks that the file has tensors of each decoder layer, if the metadata has ``decoder_block_count``."""
     architecture = header.architecture
     if (count := header.get(f"{architecture}.decoder_block_count")) is None:
         return
@@ -226,9 +231,9 @@ def _check_decoder(header: GgufHeader) -> None:
 
 
 def check_tokenizer(header: GgufHeader) -> None:
-    """Checks the tokenizer of a header that :func:`check_model` has taken.
+    """Checks that the tokenizer's lists have the types and lengths that transformers expects.
 
-    The tokenizer's lists have the types and lengths that transformers expects. Raises GgufError, one line.
+    The header must have passed :func:`check_model`. Raises GgufError, one line.
     """
     vocabulary = header.tensors["token_embd.weight"].shape[0]
     for key in _TEXTS:

@@ -1,8 +1,8 @@
-"""Facts of a GGUF file that change the model's function and that transformers 5.24 does not read from the file.
+"""Reads facts of a GGUF file that change the model's function and that transformers 5.24 does not read from the file.
 
 transformers reads a part of the metadata and fills the other fields of the configuration with the defaults of the
-class. :func:`take_facts` puts the other values of the file into the configuration. A value that the configuration can't
-express is refused by the name of its key.
+configuration's class. :func:`take_facts` puts further values of the file into the configuration, and raises an error
+that names the key of a value that the configuration can't express.
 
 Source: the keys that llama.cpp's converter writes (conversion/*.py) and that llama.cpp reads (src/models/*.cpp).
 """
@@ -28,7 +28,7 @@ __all__ = ["ROTARY_FACTORS", "take_facts"]
 # Tensors with factors by which rotary frequencies are divided. They become values of the configuration.
 ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
-# Fields of a mixture's configuration, by the key that holds the same value.
+# Key of the metadata -> field of a mixture-of-experts configuration with the same value.
 _SIZES = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
@@ -36,12 +36,12 @@ _SIZES = {
 _EPSILONS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of the model with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # models whose rotary positions may use a part of a head
-# Keys that transformers reads for the architectures of integrations.gguf.
+# Keys that transformers reads for the architectures of integrations.gguf (Qwen 3.5 and LFM2).
 _READ_BY_FUNCTIONS = {
     "attention.key_length", "rope.dimension_count", "rope.dimension_sections", "nextn_predict_layers",
     "expert_feed_forward_length", "expert_shared_feed_forward_length",
 }  # fmt: skip
-# Keys with an effect in llama.cpp, and the values without an effect.
+# Keys that change what llama.cpp computes -> the values of the key with which the key changes nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "activation_sparsity_scale": (),
     "attention.causal": (True,),
@@ -109,7 +109,7 @@ def take_facts(header: GgufHeader, config: Any) -> Any:
     facts.take_rotary()
     facts.take_layers()
     facts.refuse_rest()
-    # The class checks the values and computes the fields that depend on them.
+    # from_dict checks the values and computes the fields that depend on other fields.
     values = {name: value for name, value in config.to_dict().items() if name not in facts.computed}
     made = type(config).from_dict({**values, **facts.changes})
     made.architectures = config.architectures
@@ -117,12 +117,12 @@ def take_facts(header: GgufHeader, config: Any) -> Any:
 
 
 class _Facts:
-    """The changes of one configuration.
+    """Collects the changes of one configuration; each ``take_`` method reads one group of facts.
 
     Attributes:
-        changes: values of the configuration's fields.
+        changes: new values of fields of the configuration, by the name of the field.
         taken: the file's keys, without the architecture, whose values are in the configuration or in ``changes``.
-        computed: fields that the class computes from other fields.
+        computed: names of fields that the configuration's class computes from other fields.
     """
 
     computed: Set[str] = frozenset()
@@ -156,7 +156,7 @@ class _Facts:
         changes["vocab_size"] = rows
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             number = getattr(config, name, None)
-            if type(number) is int and number >= rows:  # the default of the class, not a value of the file
+            if type(number) is int and number >= rows:  # a default of the configuration's class, not the file's value
                 changes[name] = None
         for key, field in _SIZES.items():
             if (size := self.get(key)) is not None and self.has(field):
@@ -203,7 +203,7 @@ class _Facts:
         return getattr(self.config, "d_kv", None) or self.head
 
     def _take_window(self) -> None:
-        """Takes the sliding window: a number of positions, or 0 for none."""
+        """Takes the sliding window and the layers that use the window. A window of 0 positions means no window."""
         config, key = self.config, "attention.sliding_window"
         window, pattern = self.get(key), self.get("attention.sliding_window_pattern")
         layers = config.num_hidden_layers
@@ -233,7 +233,7 @@ class _Facts:
             return
         nested = "full_attention" in held
         rotary = dict(held["full_attention"] if nested else held)
-        if self.architecture == "gpt-oss":  # the class's default is a scaling by 32
+        if self.architecture == "gpt-oss":  # by default, the configuration's class scales positions by 32
             rotary = {"rope_type": "default"}
         rotary["rope_theta"] = float(self.get("rope.freq_base", 10_000.0))
         self._take_part(rotary)
@@ -249,7 +249,7 @@ class _Facts:
                 self.taken.add("rope.freq_base_swa")
 
     def _take_part(self, rotary: dict[str, Any]) -> None:
-        """Takes the number of features of a head that rotary positions use."""
+        """Takes the number of features in a head that rotary positions rotate."""
         count = self.get("rope.dimension_count")
         if count is None or self.config.model_type in ("minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"):
             return  # transformers reads the number for these models
@@ -286,7 +286,10 @@ class _Facts:
                     self.taken.add(f"rope.scaling.yarn_{name}")
 
     def _take_factors(self, rotary: dict[str, Any]) -> None:
-        """Takes the tensors with factors of the frequencies: those of Llama 3, or Phi 3's for long and short texts."""
+        """Takes the tensors by whose factors rotary frequencies are divided.
+
+        A file has one tensor (Llama 3), or two tensors for long and for short texts (Phi 3).
+        """
         count = int(self.head * rotary.get("partial_rotary_factor", 1.0)) // 2
         if self.architecture == "phi3":
             self._refuse_factors(ROTARY_FACTORS[:1])
@@ -332,13 +335,14 @@ class _Facts:
                                         f"{self.config.model_type} does not have")  # fmt: skip
 
     def _llama3(self, factors: Tensor, base: float) -> Optional[dict[str, Any]]:
-        """Returns the parameters with which transformers' "llama3" gives the factors; None where there are none.
+        """Returns the parameters with which transformers' rotary type "llama3" computes the factors, or None.
 
-        The parameters are those of Llama 3.1, 3.2 and 3.3. The largest factor is the file's.
+        Tries the parameters of Llama 3.1, 3.2 and 3.3, with the largest of ``factors`` as the scaling factor. Returns
+        None where these parameters give other factors.
         """
         factor, context, low, high = float(factors.max()), 8192, 1.0, 4.0
         powers = torch.arange(0, 2 * len(factors), 2, dtype=torch.float32) / (2 * len(factors))
-        turns = context / (2 * math.pi * base**powers)  # of each frequency in the original context
+        turns = context / (2 * math.pi * base**powers)  # full rotations of each frequency in the original context
         share = ((turns - low) / (high - low)).clamp(0, 1)
         wanted = 1 / ((1 - share) / factor + share)
         if not torch.allclose(factors, wanted, rtol=1e-5, atol=0):
@@ -349,7 +353,7 @@ class _Facts:
     # --- parts of the layers ------------------------------------------------------------------------------------------
 
     def take_layers(self) -> None:
-        """Takes what the names of the tensors say about the layers."""
+        """Takes facts about the layers, most of them from the names of the tensors."""
         names, changes = self.header.tensors, self.changes
         if self.architecture == "llama":
             changes["attention_bias"] = "blk.0.attn_q.bias" in names
@@ -373,7 +377,7 @@ class _Facts:
                 changes["tie_word_embeddings"] = "output.weight" not in names
 
     def refuse_rest(self) -> None:
-        """Raises GgufError for a key with an effect that nobody took."""
+        """Raises GgufError for a key that changes the model's function and whose value is not in the configuration."""
         for key, neutral in _NEUTRAL.items():
             value = self.get(key)
             if value is None or key in self.taken or (not isinstance(value, list) and value in neutral):

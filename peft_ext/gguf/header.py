@@ -36,7 +36,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_SIZES = 4  # GGML_MAX_DIMS
 _LONGEST_NAME = 65_535  # bytes of a key, by the specification
-# Bounds of memory and time. The package gguf takes some 500 bytes for each element of an array.
+# Bounds of memory and time: the package gguf takes some 500 bytes of memory for each element of an array.
 _MOST_NAMES = 1 << 20  # keys, or tensors
 _MOST_ELEMENTS = 1 << 22  # elements of all arrays of the metadata
 
@@ -54,7 +54,7 @@ class GgufError(ValueError):
 
 
 class Value(NamedTuple):
-    """A value of the metadata with GGUF's types: of the value, and of an array's elements (None where it is none)."""
+    """A value of the metadata, GGUF's type of the value, and the type of an array's elements (None for no array)."""
 
     data: Any
     type: int
@@ -99,7 +99,7 @@ class TensorInfo:
 
 
 class GgufHeader:
-    """A checked header. :func:`read_header` makes it.
+    """The checked header of a file, as :func:`read_header` returns it.
 
     Attributes:
         path: the file.
@@ -121,9 +121,9 @@ class GgufHeader:
         self.path, self._size = path, size
         reader = _Reader(path, blob, size)
         self.version, self._places, self.values_end = reader.metadata()
-        self._strings = reader
+        self._reader = reader
         self.alignment = self.get("general.alignment", 32)
-        # The specification and the package gguf want u32.
+        # By the specification and in the package gguf, general.alignment is a u32.
         is_u32 = "general.alignment" not in self or self._places["general.alignment"].type == _U32
         if not is_u32 or self.alignment < 1 or self.alignment & (self.alignment - 1):
             raise self.error(f"general.alignment is {self.alignment!r:.60}, wanted a power of two, as u32")
@@ -143,12 +143,12 @@ class GgufHeader:
     def get(self, key: str, default: Any = None) -> Any:
         """Returns a value of the metadata: a number, a bool, a str or a list; ``default`` where the key is missing."""
         place = self._places.get(key)
-        return default if place is None else self._strings.value(place)
+        return default if place is None else self._reader.value(place)
 
     def value(self, key: str) -> Value:
         """Returns a value with its types. Raises KeyError where the key is missing."""
         place = self._places[key]
-        return Value(self._strings.value(place), place.type, place.element if place.type == _ARRAY else None)
+        return Value(self._reader.value(place), place.type, place.element if place.type == _ARRAY else None)
 
     def text(self, key: str) -> str:
         """Returns a value that must be a string. Raises GgufError where the key is missing or has another type."""
@@ -168,12 +168,13 @@ class GgufHeader:
             return mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_COPY)
 
     def data(self, name: str) -> Tensor:
-        """Returns a tensor's bytes, mapped from the file.
+        """Returns a tensor of the file, mapped from the disk.
 
-        A quantized tensor is uint8 with the bytes of a row as its last size. Another tensor has its dtype and shape.
+        A quantized tensor is returned as uint8, with the number of bytes of a row as the last size. Another tensor is
+        returned with its dtype and shape; the tensor is copied if its offset is no multiple of the dtype's size.
         """
         info = self.tensors[name]
-        # A storage of each tensor's own: torch.save and pickle write the storages of the tensors as a whole.
+        # Each tensor gets a storage of its own, because torch.save and pickle write the whole storage of a tensor.
         raw = torch.frombuffer(self._mapped, dtype=torch.uint8, offset=info.offset, count=info.nbytes)
         if info.dtype is None:
             _, columns, size, _ = TYPES[info.type]
@@ -222,7 +223,7 @@ class _Reader:
 
     def __init__(self, path: Path, blob: Any, size: int) -> None:
         self.path, self.blob, self.size = path, blob, size
-        self.elements = 0  # of the arrays that were read
+        self.elements = 0  # number of elements of the arrays that were read
 
     def error(self, text: str) -> GgufError:
         return GgufError(f"{self.path}: {text}")
@@ -252,6 +253,7 @@ class _Reader:
         return name, end
 
     def metadata(self) -> tuple[int, dict[str, _Place], int]:
+        """Returns the version, the places of the values by key, and the offset of the first byte after the metadata."""
         version, offset = self.number("I", 4, "the version")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
@@ -274,6 +276,7 @@ class _Reader:
         return version, places, offset
 
     def place(self, offset: int, what: str) -> tuple[_Place, int]:
+        """Checks the value at ``offset``, and returns its place and the offset of the first byte after the value."""
         type, offset = self.number("I", offset, what)
         element, count = type, 1
         if type == _ARRAY:
@@ -306,6 +309,7 @@ class _Reader:
         return values if place.type == _ARRAY else values[0]
 
     def tensors(self, offset: int, alignment: int) -> tuple[dict[str, TensorInfo], int]:
+        """Returns the tensors that are listed from ``offset`` on, and the offset of the tensors' bytes in the file."""
         found: dict[str, TensorInfo] = {}
         for index in range(self.tensor_count):
             name, offset = self.name(offset, f"the name of tensor {index}")
@@ -345,6 +349,7 @@ class _Reader:
         return count // columns * size
 
     def check_places(self, tensors: dict[str, TensorInfo]) -> None:
+        """Raises GgufError for tensors that overlap or lie past the end of the file."""
         end, before = 0, ""
         for one in sorted(tensors.values(), key=lambda one: one.offset):
             about = f"tensor {one.name!r:.80}"

@@ -1,8 +1,8 @@
-"""Loads a model from a GGUF file through transformers and keeps its quantized weights packed, as they lie in the file.
+"""Loads a transformers model from a GGUF file and keeps the quantized weights packed, as in the file.
 
-:func:`~peft_ext.gguf.pack.pack` replaces the layers of a model on the meta device by packed layers, and returns the
-model's state dict: the quantized weights are views of the file, mapped from the disk. transformers then loads this
-state dict.
+transformers builds the model on the meta device. :func:`~peft_ext.gguf.pack.pack` then replaces layers of the model by
+packed layers, and returns the tensors to load: the quantized weights are mapped from the disk. At last, transformers
+loads these tensors into the model.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def load_gguf(
     """Returns the transformers model in a GGUF file, with the file's quantized weights packed and mapped from the disk.
 
     Linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding a :class:`peft_ext.nn.PackedEmbedding`, and
-    experts a :class:`peft_ext.nn.PackedExperts`; the model's adapters are trained over these layers. A tied head
+    experts a :class:`peft_ext.nn.PackedExperts`. PEFT's adapters can be trained over these layers. A tied head
     shares the embedding's packed weight. A weight whose rows the file stores in another order (``attn_q`` and
     ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom) and the joined weights of experts are copied, without being
     decoded. Norms and biases, and weights that the file stores in F32, F16 or BF16, are dense. A quantized weight that
     no packed layer can hold is decoded: ``model.peft_ext_dense`` has the reason by the name of the parameter, and
     :func:`peft_ext.explain` shows the reason.
 
-    Values of the file that change the model's function are in the model's configuration. Where transformers' model has
-    no field for the value, the file is refused.
+    The model's configuration has the values of the metadata that change the model's function. If the configuration of
+    transformers has no field for such a value, the file is refused.
 
     Args:
         path: the file. Its architecture may be bloom, falcon (with one key-value head), gemma2, gemma3, gpt-oss, gpt2,
@@ -145,7 +145,7 @@ class GgufPackedQuantizer(HfQuantizer):
         model.peft_ext_dense = self._packed.dense
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Returns the file's conversions. The model's own describe a safetensors checkpoint."""
+        """Returns the conversions of GGUF tensors, instead of ``weight_conversions`` for a safetensors checkpoint."""
         return self._packed.conversions or []
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Optional[torch.dtype]) -> Optional[torch.dtype]:
@@ -153,7 +153,7 @@ class GgufPackedQuantizer(HfQuantizer):
         return None if getattr(param, "dtype", None) is torch.uint8 else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # The model holds the tensors now. An open file can't be pickled.
+        # The model holds the tensors now. The header is dropped because its open file can't be pickled.
         self.quantization_config.tensors.clear()
         self.quantization_config.header = self._packed = None
         for parameter in model.parameters():
@@ -165,7 +165,7 @@ class GgufPackedQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
-        """Returns False: transformers can't save the model. Logs what to save instead."""
+        """Returns False, because transformers can't write a GGUF file. Logs that the adapter can be saved instead."""
         logging.get_logger(__name__).warning(
             f"The base of this model is the GGUF file {self.quantization_config.file}, which is not written again. "
             "Save the adapter with save_pretrained of the PeftModel."

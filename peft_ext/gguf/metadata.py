@@ -1,7 +1,7 @@
 """The configuration and the tokenizer that a GGUF file describes, read by transformers.
 
-transformers 5.24 takes seconds to read the metadata of a file, because it converts each string of the vocabulary by
-itself. :func:`read_config` therefore gives transformers a small file with the same metadata without the vocabulary.
+transformers 5.24 takes seconds to read the metadata of a file, because transformers converts the strings of the
+vocabulary one by one. :func:`read_config` therefore gives transformers the metadata without the vocabulary.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _line(error: Exception) -> str:
 
 
 def _read_by_function(header: GgufHeader) -> Any:
-    """Returns the configuration that transformers' ``get_gguf_config`` makes of the metadata."""
+    """Returns the configuration that transformers' ``get_gguf_config`` makes from the metadata."""
     metadata = {
         key: header.get(key)
         for key in header.keys
@@ -100,7 +100,10 @@ def _read_by_function(header: GgufHeader) -> Any:
 
 
 def _read_without_vocabulary(header: GgufHeader) -> Any:
-    """Returns the configuration that transformers reads from a file with the metadata and the names of the tensors."""
+    """Returns the configuration that transformers reads from a small temporary file.
+
+    The temporary file has the metadata without the vocabulary, and the names of the tensors.
+    """
     with required("gguf", "a model in a GGUF file"):
         from gguf import GGUFValueType, GGUFWriter
 
@@ -110,7 +113,7 @@ def _read_without_vocabulary(header: GgufHeader) -> Any:
         size = f"{header.architecture}.vocab_size"
         if size not in header:
             writer.add_uint32(size, header.tensors["token_embd.weight"].shape[0])
-        # transformers tells UMT5, whose every layer has a relative_attention_bias, from T5 by the name of the file.
+        # transformers recognizes UMT5 by the file's general.name. In UMT5, every layer has a relative_attention_bias.
         if "enc.blk.1.attn_rel_b.weight" in header.tensors:
             writer.add_name("umt5")
         for key in header.keys:
@@ -118,7 +121,7 @@ def _read_without_vocabulary(header: GgufHeader) -> Any:
                 continue
             if key.startswith("tokenizer.") and not key.endswith("_token_id"):
                 continue
-            if ".rope.scaling." in key:  # transformers reads the scaling of gpt-oss, and takes the key's length for it
+            if ".rope.scaling." in key:  # transformers misreads the scaling of gpt-oss; take_facts reads the scaling
                 continue
             value = header.value(key)
             element = None if value.element is None else GGUFValueType(value.element)

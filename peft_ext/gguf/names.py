@@ -1,7 +1,7 @@
 """The names of a model's modules in GGUF files, and the order in which a file stores the rows of a weight.
 
 The package ``gguf`` has the names for each architecture. llama.cpp's converter reorders rows of a few weights, so that
-its rotary positions can use neighbouring columns; :class:`GgufNames` says which, and knows no other change of layout.
+llama.cpp's rotary positions can use neighbouring columns. :class:`GgufNames` gives the order of these rows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .header import GgufError, GgufHeader
 
 __all__ = ["ARCHITECTURES", "GgufNames"]
 
-# Architectures of GGUF whose weights have the layout of transformers' model, but for the rows of attn_q and attn_k
-# where the value is True. transformers' model type -> architecture of GGUF and whether these rows are interleaved.
+# transformers' model type -> architecture of GGUF, and whether the file interleaves the rows of attn_q and attn_k. All
+# other matrices of these architectures have the layout of transformers' model.
 # Source: llama.cpp convert_hf_to_gguf.py (modify_tensors), transformers modeling_gguf_pytorch_utils.py.
 ARCHITECTURES: dict[str, tuple[str, bool]] = {
     "llama": ("llama", True),
@@ -61,12 +61,16 @@ class GgufNames:
 
     @classmethod
     def of_file(cls, header: GgufHeader) -> GgufNames:
-        """Returns the names in a model's file. Raises GgufError where the metadata has no number of layers or heads."""
+        """Returns the names in a model's file.
+
+        Raises GgufError for an architecture that ``ARCHITECTURES`` does not have, and where the metadata has no number
+        of layers or heads.
+        """
         architecture = header.architecture
 
         def size(key: str, default: Optional[int] = None) -> int:
             value = header.get(f"{architecture}.{key}", default)
-            if isinstance(value, list):  # a number for each layer
+            if isinstance(value, list):  # the metadata has a number for each layer
                 value = max(value, default=0)
             if type(value) is not int or value < 1:
                 raise header.error(f"{architecture}.{key} is {value!r:.60}, wanted a positive integer")

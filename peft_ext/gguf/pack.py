@@ -1,9 +1,9 @@
 """Replaces the layers of a transformers model by packed layers over the tensors of a GGUF file.
 
 transformers reads GGUF in two ways. For most architectures, ``modeling_gguf_pytorch_utils`` has a class that turns the
-file's tensors into the model's (``TENSOR_PROCESSORS``). For some, ``integrations.gguf`` has conversions of names and
-tensors, which say themselves whether they keep packed bytes. A tensor whose conversion would change packed bytes is
-decoded and stays dense.
+file's tensors into the model's (``TENSOR_PROCESSORS``). For a few architectures, ``integrations.gguf`` has conversions
+of names and tensors; an attribute of each conversion tells whether the conversion keeps packed bytes. A tensor whose
+values are changed is decoded and stays dense.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _rows_of_bloom(name: str, rows: int, config: dict[str, Any]) -> Tensor:
 
 
 class _Changes(NamedTuple):
-    """What a class of TENSOR_PROCESSORS changes.
+    """The tensors whose values or rows a class of TENSOR_PROCESSORS changes.
 
     Attributes:
         names: regular expression of the names of the tensors.
@@ -62,9 +62,10 @@ class _Changes(NamedTuple):
 
 
 class _GptOss(legacy.TensorProcessor):
-    """The experts of gpt-oss, which transformers 5.24 leaves out.
+    """Reads the experts of gpt-oss, which transformers 5.24 leaves out.
 
-    The file has gate and up ``[E, N, K]``, and down. The model has the transposed weights, and gate and up in turns.
+    The file has the weights gate, up and down of all experts, each ``[E, N, K]``. The model has transposed weights, and
+    joins gate and up to one weight in which the columns of gate and up alternate.
     """
 
     _TENSOR = re.compile(r"blk\.[0-9]+\.ffn_(gate|up|down)_exps\.(weight|bias)")
@@ -90,7 +91,7 @@ class _GptOss(legacy.TensorProcessor):
         return legacy.GGUFTensor(values, None, {})
 
 
-_OWN = {"gpt-oss": _GptOss}
+_OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class
 # A class that is not in this table may change every tensor.
 _CHANGES: dict[type, _Changes] = {
     legacy.TensorProcessor: _Changes(r"(?!)"),
@@ -106,7 +107,7 @@ _CHANGES: dict[type, _Changes] = {
     _GptOss: _Changes(r"_exps"),
 }
 _EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
-# Tensors of which a model needs nothing: factors that are in the configuration, and Llama's old frequencies.
+# Tensors that are not loaded: rotary factors, which are in the configuration, and rotary frequencies of old files.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
 
 
@@ -127,13 +128,13 @@ class Packed(NamedTuple):
 def pack(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     """Replaces the layers of a model on the meta device by packed layers, and returns the tensors to load.
 
-    No tensor is decoded or copied but those that stay dense, and those whose rows are reordered or joined. A layer
-    whose weight was decoded gets the reason as its attribute ``note``.
+    Decodes only tensors that stay dense, and copies only tensors whose rows are reordered or joined. A layer whose
+    weight was decoded gets the reason as its attribute ``note``.
 
     Raises GgufError where a tensor of the file does not fit the model or is not of the model, and where the file lacks
     a tensor of the model.
     """
-    # transformers calls this in a context in which new tensors are on meta.
+    # transformers calls pack in a context that puts new tensors on the meta device.
     with torch.device("cpu"):
         try:
             converted = is_gguf_arch_supported(header.architecture)
@@ -163,12 +164,12 @@ def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], fo
 
 
 def _is_unused(model: Any, name: str) -> bool:
-    """Returns whether the model needs nothing of the tensor: a model without a head needs no ``output.weight``."""
+    """Returns whether the model does not use the tensor, for example ``output.weight`` in a model without a head."""
     return _UNUSED.fullmatch(name) is not None or (name == "output.weight" and model.get_output_embeddings() is None)
 
 
 def _layers(model: Any) -> Callable[[str], Optional[str]]:
-    """Returns a function of a parameter's name: the reason why its layer can't hold a packed weight, or None."""
+    """Returns a function from a parameter's name to the reason why the layer can't hold a packed weight, or None."""
     read = weights_read_past(model)
 
     def reason(parameter: str) -> Optional[str]:
@@ -271,6 +272,7 @@ def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
 
 
 def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
+    """Implements :func:`pack` for the architectures of ``modeling_gguf_pytorch_utils``."""
     fields, shapes = model.config.to_dict(), _shapes(model)
     kind = _OWN.get(header.architecture) or legacy.TENSOR_PROCESSORS.get(header.architecture, legacy.TensorProcessor)
     processor = kind(config=fields)
@@ -303,7 +305,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
         made = found.tensors.get(target)
-        # Converters differ in whether they keep sizes of 1, as in the gate of Qwen 2's shared expert.
+        # Some converters keep sizes of 1 and some do not, for example in the gate of Qwen 2's shared expert.
         if made is not None and _without_ones(made.shape) == _without_ones(shapes[target]):
             found.tensors[target] = made = made.reshape(shapes[target])
         if made is not None and made.shape != shapes[target]:
@@ -318,7 +320,7 @@ def _decode(
     header: GgufHeader, info: TensorInfo, target: str, names: dict[str, str], processor: Any, touched: bool,
     dtype: torch.dtype, tensors: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Adds the dense tensor ``target`` to the state dict, as transformers' processor makes it from the values."""
+    """Puts the values of a tensor in ``tensors``, converted by transformers' processor if ``touched``."""
     values = _values(header, info)
     if not touched:
         tensors[target] = values
@@ -332,9 +334,10 @@ def _decode(
 def _pack_experts(
     model: Any, header: GgufHeader, target: str, block: str, dtype: torch.dtype, tensors: dict[str, Tensor]
 ) -> Optional[str]:
-    """Packs the experts of a block. Returns the reason why their weights can't be packed and joined, or None.
+    """Packs the experts of a block. Returns the reason why the experts' weights can't be packed and joined, or None.
 
-    The rows of gate and up of an expert are joined, or taken in turns, as transformers' model has them.
+    transformers' model has gate and up in one weight: first the rows of gate and then those of up, or, in gpt-oss, a
+    row of gate and a row of up in turns.
     """
     name = target.rpartition(".")[0]
     module = model.get_submodule(name)
@@ -363,7 +366,7 @@ def _pack_experts(
 
 
 def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
-    """Raises GgufError where a block lacks the experts' gate or up, half of whose joined tensor would be zero."""
+    """Raises GgufError where a block lacks the experts' gate or up, or where gate and up have different sizes."""
     gate, up = (header.tensors.get(f"{block}.ffn_{part}_exps.{leaf}") for part in ("gate", "up"))
     if gate is None or up is None or gate.shape != up.shape:
         came = ["missing" if one is None else one.shape for one in (gate, up)]
@@ -387,15 +390,15 @@ def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str
 
 
 class _Source(NamedTuple):
-    """Where a parameter comes from: tensors of the file, and the reason why their conversion needs values, or None."""
+    """The tensors from which a parameter is made, and the reason why the conversion must decode them, or None."""
 
     tensors: list[TensorInfo]
     reason: Optional[str]
 
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
-    """Returns the sources of each parameter, as transformers' ``get_gguf_plan`` finds them."""
-    mapping = copy.deepcopy(mapping)  # asking a conversion whether it takes a name changes the conversion
+    """Returns the source of each parameter. The sources are those of transformers' ``get_gguf_plan``."""
+    mapping = copy.deepcopy(mapping)  # rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -431,6 +434,7 @@ def _own_name(model: Any, parameter: str, shapes: dict[str, torch.Size]) -> str:
 
 
 def _pack_converted(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
+    """Implements :func:`pack` for the architectures of ``integrations.gguf``."""
     mapping, shapes = get_gguf_conversion_mapping(header.architecture, model.config), _shapes(model)
     plan = {_own_name(model, name, shapes): source for name, source in _plan(header, mapping).items()}
     why_dense, packed, experts = _layers(model), {}, {}
@@ -475,6 +479,7 @@ def _pack_converted(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packe
 
 
 def _empty(type: int, shape: torch.Size, dtype: torch.dtype) -> PackedWeight:
+    """Returns a packed weight on the meta device, into which transformers loads the bytes."""
     columns, size = TYPES[type].columns, TYPES[type].bytes
     if shape[-1] % columns:
         raise ValueError(f"{shape[-1]} columns are no multiple of {columns}, the block of {TYPES[type].name}")
