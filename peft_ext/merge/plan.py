@@ -286,7 +286,7 @@ class Plan:
         return wide
 
     def will_take(self, names: Iterable[str]) -> None:
-        """Announces that :meth:`take` is called for these tensors only; without this call, for all tensors."""
+        """Tells the plan that :meth:`take` will be called for the tensors ``names`` only, and not for all tensors."""
         self._uses = Counter(self.origin[name][0] for name in names)
 
     def take(self, name: str) -> Tensor:

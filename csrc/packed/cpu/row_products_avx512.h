@@ -132,7 +132,7 @@ void order(const bf16* x, int64_t tokens, int64_t columns, bf16* ordered, float*
   }
 }
 
-// Computes y of kTokens tokens and kRows units of W, from unit n on.
+// Computes the products of kTokens tokens with kRows units of W, from unit n on, and writes the products to y.
 template <typename Step, int kTokens, int kRows>
 inline void multiply_block(const PackedView& w, const bf16* x, const float* x_sums, int64_t n, float* y) {
   constexpr int kOutputs = Step::kOutputs, kColumns = Step::kColumns, kStep = kColumns * Step::kPhases;
