@@ -252,7 +252,7 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     @property
     def embed_scale(self) -> Optional[Tensor]:
-        """The scale as a tensor; None for 1. PEFT multiplies an adapter's output by the base layer's ``embed_scale``."""
+        """The scale as a tensor; None for 1. PEFT multiplies an adapter's output by its base's ``embed_scale``."""
         return None if self.scale == 1 else torch.tensor(self.scale, dtype=self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:

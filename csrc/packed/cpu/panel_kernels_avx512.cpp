@@ -17,12 +17,31 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBandColumns = 128;
+// Returns the number of columns of a band, two of which fit in the L2 cache. The number depends on W alone, so that
+// sums do not depend on the number of threads.
+inline int64_t band_columns(const PackedView& w) { return w.rows <= 8192 ? 128 : w.rows <= 16384 ? 64 : 32; }
 
 // Returns a mask of the first `count` of 16 lanes.
 inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
+
+// Prefetches the words of the next band into the L2 cache, in the order of memory: one cache line for each cache line
+// that a kernel reads. The cache lines of one panel are far apart in memory.
+class Ahead {
+ public:
+  Ahead(const uint32_t* row, int64_t stride, int64_t lines) : row_(row), stride_(stride), lines_(lines) {}
+  void fetch() {
+    _mm_prefetch(reinterpret_cast<const char*>(row_ + 16 * line_), _MM_HINT_T1);
+    if (++line_ < lines_) return;
+    line_ = 0;
+    row_ += stride_;
+  }
+
+ private:
+  const uint32_t* row_;
+  int64_t stride_, lines_, line_ = 0;  // words between rows, lines of a row, next line
+};
 
 // The members of both formats that `order` reads. A sum of x is over 32 columns.
 struct PanelStep {
@@ -34,7 +53,7 @@ struct PanelStep {
 // whose codes are at one place in the lower and in the upper half of a word.
 template <int kBits>
 struct GptqPanel : PanelStep {
-  static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits;
+  static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits, kLineRows = 16;
   static int column_of(int, int word) { return word / kCodes * kCodes + word % kCodes / 2 + word % 2 * (kCodes / 2); }
   static bool accepts(const PackedView& w) {
     return code_bits(w.option) == kBits && w.columns % 32 == 0 && one_group_in_32(w, w.part[3]);
@@ -49,7 +68,7 @@ struct GptqPanel : PanelStep {
   // Computes the sums of products over the columns [begin, end). Prefetches `next`, the words that are read afterwards.
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
-                       const uint32_t* next, __m512 (&out)[kSums][kTokens]) {
+                       const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {
     __m512 sums[kSums][kTokens];  // a local array stays in registers
 #pragma GCC unroll 8
     for (int i = 0; i < kSums; ++i)
@@ -63,6 +82,7 @@ struct GptqPanel : PanelStep {
       for (int i = 0; i < kSums; ++i) {
         held[i] = _mm512_maskz_loadu_epi32(masks[i], from + 16 * i);
         _mm_prefetch(reinterpret_cast<const char*>(next + 16 * i), _MM_HINT_T0);
+        if (ahead) ahead->fetch();
       }
 #pragma GCC unroll 4
       for (int part = 0; part < 4; ++part) {
@@ -105,7 +125,7 @@ struct GptqPanel : PanelStep {
 // Two registers hold the words of two columns and 128 rows. The kernel interleaves the halves of the words, so that a
 // dword holds the codes of four rows in both columns.
 struct AwqPanel : PanelStep {
-  static constexpr int kRows = 128, kSums = 8, kMostTokens = 3, kCodes = 2;
+  static constexpr int kRows = 128, kSums = 8, kMostTokens = 3, kCodes = 1, kLineRows = 128;
   static int column_of(int, int word) { return word; }
   static bool accepts(const PackedView& w) { return w.columns % 32 == 0 && one_group_in_32(w, nullptr); }
   static int64_t units(const PackedView& w) { return ceil_div(w.rows, kRows); }
@@ -116,7 +136,7 @@ struct AwqPanel : PanelStep {
 
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
-                       const uint32_t* next, __m512 (&out)[kSums][kTokens]) {
+                       const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {
     __m512 sums[kSums][kTokens];  // a local array stays in registers
 #pragma GCC unroll 8
     for (int i = 0; i < kSums; ++i)
@@ -129,6 +149,7 @@ struct AwqPanel : PanelStep {
       const __m512i even = _mm512_maskz_loadu_epi32(mask, from), odd = _mm512_maskz_loadu_epi32(mask, from + stride);
       _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(next + stride), _MM_HINT_T0);
+      if (ahead) ahead->fetch(), ahead->fetch();
       const __m512i pairs[2] = {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
       __m512bh tokens[kTokens];
       for (int t = 0; t < kTokens; ++t)
@@ -185,12 +206,12 @@ struct Band {
 // Adds the products of a band and a panel, from row n on, to y. x_sums[t] is the sum of token t's columns in the band.
 template <typename Panel, int kTokens>
 inline void multiply_panel(const PackedView& w, const bf16* x, const float* x_sums, const Band& band, int64_t n,
-                           const uint32_t* next, float* y) {
+                           const uint32_t* next, Ahead* ahead, float* y) {
   const int64_t stride = ordered_columns(w.columns);
   __m512 sums[Panel::kSums][kTokens];
   const uint32_t* tokens[kTokens];
   for (int t = 0; t < kTokens; ++t) tokens[t] = reinterpret_cast<const uint32_t*>(x + t * stride);
-  Panel::template multiply<kTokens>(w, tokens, band.begin, band.end, n, next, sums);
+  Panel::template multiply<kTokens>(w, tokens, band.begin, band.end, n, next, ahead, sums);
   for (int t = 0; t < kTokens; ++t) {
     __m512 of_token[Panel::kSums];
     for (int i = 0; i < Panel::kSums; ++i) of_token[i] = sums[i][t];
@@ -220,18 +241,21 @@ void multiply_panels(const PackedView& w, const bf16* ordered, const float* sums
   float x_sums[kMostFewTokens];
   for (Band band{0, 0, 0}; band.begin < k; band.begin = band.end) {
     band.group = band.begin / group;
-    band.end = min_i64(min_i64(band.begin + kBandColumns, (band.group + 1) * group), k);
+    band.end = min_i64(min_i64(band.begin + band_columns(w), (band.group + 1) * group), k);
     for (int64_t t = 0; t < tokens; ++t) {
       x_sums[t] = 0.0f;
       for (int64_t i = band.begin / 32; i < band.end / 32; ++i) x_sums[t] += sums[t * stride / 16 + i];
     }
+    const int64_t stride_words = Panel::words(w, Panel::kCodes, 0) - Panel::words(w, 0, 0);
+    const int64_t lines = (end - begin) * (Panel::kRows / Panel::kLineRows);
+    Ahead ahead(Panel::words(w, band.end, begin * Panel::kRows), stride_words, lines);
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t n = panel * Panel::kRows;
       const uint32_t* next = panel + 1 < end ? Panel::words(w, band.begin, n + Panel::kRows)
                                              : Panel::words(w, band.end, begin * Panel::kRows);
       const auto run = [&](auto group_of, int64_t t) {
         multiply_panel<Panel, decltype(group_of)::kCount>(w, ordered + t * stride, x_sums + t, band, n, next,
-                                                          y + t * w.rows);
+                                                          t == 0 ? &ahead : nullptr, y + t * w.rows);
       };
       int64_t t = 0;
       for (; t + Panel::kMostTokens <= tokens; t += Panel::kMostTokens) run(TokenGroup<Panel::kMostTokens>(), t);
