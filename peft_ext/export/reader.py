@@ -45,8 +45,8 @@ def load_gguf_adapter(
     Raises:
         TypeError: ``model`` is no transformers model.
         OSError: the file can't be read.
-        GgufError: the file is damaged, is no adapter file, holds other tensors than pairs of matrices, or does not fit
-            the model.
+        peft_ext.gguf.GgufError: the file is damaged, is no adapter file, holds other tensors than pairs of matrices, or
+            does not fit the model.
         ValueError: the model's architecture is not known; the errors of :func:`peft_ext.load_adapter`.
     """
     base = base_model(model) if isinstance(model, nn.Module) else model

@@ -155,7 +155,7 @@ def merge_to_gguf(
     can be merged, except changes of norms that the file stores with 1 added (Gemma 2, Gemma 3, Nemotron).
 
     Args:
-        base: a GGUF file in one part, of an architecture in :data:`peft_ext.gguf.names.ARCHITECTURES`.
+        base: a GGUF file in one part, of an architecture in ``peft_ext.gguf.names.ARCHITECTURES``.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
         output: the new file. The finished file appears in one step. If the merge fails, no part of the file is left.
         type: type of the merged matrices: "same", the type that each matrix has in the base's file; or the name of a

@@ -38,7 +38,7 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
             infinite.
 
     Source: gguf ``quants.py`` (``quantize``), whose bits the types in ``QUANTIZED_BY_GGUF`` have; llama.cpp, whose bits
-    the other quantized types have, see :mod:`peft_ext.weights.gguf_k_quants`.
+    the other quantized types have, see ``peft_ext.weights.gguf_k_quants``.
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
         came = values.dtype if isinstance(values, Tensor) else values.__class__.__name__
