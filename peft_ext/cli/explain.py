@@ -63,9 +63,7 @@ class _Base:
 
 
 def explain(
-    what: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='Folder, GGUF file, hub name, or "smollm2".')
-    ],
+    what: Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='Folder, GGUF file, hub name, or "smollm2".')],
     model: Annotated[Optional[str], typer.Option(help="Base of an adapter. Default: its own.")] = None,
     method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeatable. Default: lora.")] = None,
     rank: Annotated[Optional[int], typer.Option(help="Low-rank methods' rank. Default: 16, adalora 8.")] = None,
