@@ -404,7 +404,8 @@ Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<T
   if (norm.numel() == 0) return norm;
   std::optional<Tensor> ends;
   if (offsets.has_value()) ends = checked_ends(kOp, *offsets, stack);
-  StackSplitter splitter(held, type, stack.experts, ends.has_value() ? &*ends : nullptr);
+  // The norm is float32, whatever the dtype of W.
+  StackSplitter splitter(held, ScalarType::Float, stack.experts, ends.has_value() ? &*ends : nullptr);
   const HeldTerms b = splitter.left_of_product(*adapters.lora_B, adapters.padded);
   const HeldTerms a = splitter.right_of_product(*adapters.lora_A, true, adapters.padded);
   splitter.run();

@@ -12,7 +12,7 @@ namespace peft_ext {
 
 struct StackNorm {
   StackView weight;                   // W_e; a column of the view is an output of the layer, that is a row of W_e
-  Terms left, right;                  // terms of the first expert's B and of its transposed A
+  Terms left, right;                  // terms of the first expert's B and transposed A, as for a float32 result
   int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
   // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros
   const int64_t* ends;
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
       const int64_t last = min_of(first + 4, steps);
 #pragma unroll 1
       for (int64_t step = first; step < last; ++step)
-        expand_product<T, kExpandLeftTerms<T>>(left, right, blockIdx.x * 4 + threadIdx.x / kWarpSize, tile, step,
-                                               fresh);
+        expand_product<float, kExpandLeftTerms<float>>(left, right, blockIdx.x * 4 + threadIdx.x / kWarpSize, tile,
+                                                       step, fresh);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
