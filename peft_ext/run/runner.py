@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..sources.gguf_file import gguf_path
+from .checkpoints import EXPORTED_FILE
 from .errors import RunError
 from .options import EXPORTED_METHODS
 from .prepare import Run
 from .progress import log
 
-__all__ = ["ADAPTER_FILE", "about_runner", "export_adapter"]
-
-ADAPTER_FILE = "adapter.gguf"
+__all__ = ["about_runner", "export_adapter"]
 
 
 def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, Any]]:
@@ -30,7 +29,7 @@ def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, An
     about: dict[str, Any] = {"base": model, "weights": run.weights}
     if file is None:
         if run.options.method in EXPORTED_METHODS:
-            about["commands"] = [shlex.join(["peft-ext", "export", str(output), "--gguf", str(output / ADAPTER_FILE)])]
+            about["commands"] = [shlex.join(["peft-ext", "export", str(output), "--gguf", str(output / EXPORTED_FILE)])]
         return about
     about["adapter"] = str(file)
     about["commands"] = [_command(model, file)]
@@ -48,11 +47,11 @@ def export_adapter(run: Run) -> Path:
 
     output = run.options.output
     try:
-        done = write_gguf_adapter(output, output / ADAPTER_FILE, base=run.folder, overwrite=True)
+        done = write_gguf_adapter(output, output / EXPORTED_FILE, base=run.folder, overwrite=True)
     except (ExportError, OSError) as error:
         why = str(error).removeprefix("write_gguf_adapter: ")
         if isinstance(error, OSError):
-            why = f"{error.filename or output / ADAPTER_FILE}: {error.strerror or error}"
+            why = f"{error.filename or output / EXPORTED_FILE}: {error.strerror or error}"
         raise RunError(f"--export gguf: {why}; the adapter in PEFT's format is saved in {output}") from None
     log.info(f"exported: {done.file}, for llama.cpp: {_command(done.base, done.file)}")
     return done.file

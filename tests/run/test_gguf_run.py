@@ -104,6 +104,20 @@ def test_a_failing_export_keeps_the_adapter_and_the_record(
     assert main(shlex.split(command)[1:]) == 0 and (output / "adapter.gguf").is_file()
 
 
+def test_the_export_of_an_earlier_adapter_is_removed(gguf: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    exported = output / "adapter.gguf"
+    assert finetune(gguf, output, "--save-steps", "1", "--export", "gguf", steps=1) == 0 and exported.is_file()
+    assert finetune(gguf, output, "--save-steps", "1", "--resume", steps=2) == 0 and not exported.exists()
+    exported.write_bytes(b"GGUF")
+    assert finetune(gguf, output, "--overwrite", steps=1) == 0 and not exported.exists()
+    shutil.copy(gguf / "model", exported)
+    # The file stays if the file is the run's model.
+    assert main(["finetune", "--model", str(exported), "--data", str(gguf / "pairs.jsonl"), "--output", str(output),
+                 "--overwrite", "--max-steps", "1", "--block-size", "64"]) == 0  # fmt: skip
+    assert exported.read_bytes() == (gguf / "model").read_bytes()
+
+
 def test_a_file_of_dense_weights_is_quantized_as_a_folder_is(
     gguf: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
