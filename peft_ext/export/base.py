@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 import torch
 
 from .._imports import required
-from ..gguf.header import GgufError, is_gguf, read_header
+from ..gguf import GgufError, check_model, is_gguf, read_header
 from ..gguf.names import GgufNames
 from ..sources.model import SourceError, hushed, model_class, model_folder, read_model_config
 from .errors import as_export_error, fail
@@ -78,14 +78,10 @@ def base_of(given: Union[str, Path, None], config: PeftConfig) -> Base:
 def _of_gguf(path: Path) -> Base:
     with as_export_error(GgufError, OSError):
         header = read_header(path)
-        if header.get("general.type", "model") != "model":
-            raise header.error(f"general.type is {header.get('general.type')!r:.60}, wanted 'model'")
-        if header.get("split.count", 0) not in (0, 1):
-            raise header.error("the file is one of several parts, wanted one file (llama-gguf-split --merge joins it)")
+        check_model(header)
         names = GgufNames.of_file(header)
-    title = header.get("general.name")
+    title = header.get("general.name") or path.stem
     shapes = {name: info.shape for name, info in header.tensors.items()}
-    title = title if isinstance(title, str) and title else path.stem
     return Base(str(path), title, names, shapes, True, "output.weight" not in shapes)
 
 

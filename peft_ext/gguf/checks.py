@@ -93,7 +93,8 @@ def _check_kind(header: GgufHeader) -> None:
     if (kind := header.get("general.type", "model")) != "model":
         raise header.error(f"general.type is {kind!r:.60}, wanted a model")
     if (parts := header.get("split.count", 1)) not in (0, 1):
-        raise header.error(f"split.count is {parts!r:.60}: the model is split over several files, wanted one file")
+        raise header.error(f"split.count is {parts!r:.60}: the model is split over several files, wanted one file "
+                           "(llama-gguf-split --merge joins the files)")  # fmt: skip
     architecture = header.architecture
     if not re.fullmatch("[a-z0-9_-]{1,40}", architecture):
         raise header.error(f"general.architecture is {architecture!r:.60}, wanted a name in a-z, 0-9, - and _")
@@ -103,8 +104,12 @@ def _check_kind(header: GgufHeader) -> None:
         raise header.error("the file has no tensors, wanted a model with weights")
     for key in header.keys:
         prefix, _, field = key.partition(".")
-        if key in _READERS_OWN or (field in _FIELDS and prefix != architecture):
-            raise header.error(f"the metadata has the key {key!r:.80}, wanted no such key beside {architecture}.*")
+        if key in _READERS_OWN:
+            raise header.error(f"the metadata has the key {key!r}, which the package gguf adds itself, wanted no such "
+                               "key")  # fmt: skip
+        if field in _FIELDS and prefix != architecture:
+            raise header.error(f"the metadata has the key {key!r:.80}, and the file's architecture is "
+                               f"{architecture}, wanted {architecture}.{field}")  # fmt: skip
 
 
 def _check_sizes(header: GgufHeader) -> None:

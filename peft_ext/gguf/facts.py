@@ -29,11 +29,12 @@ __all__ = ["ROTARY_FACTORS", "take_facts"]
 ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 # Key of the metadata -> field of a mixture-of-experts configuration with the same value.
-_SIZES = {
+_SIZE_FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-_EPSILONS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+# Fields of a configuration, of which a class has at most one.
+_EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of the model with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # models whose rotary positions may use a part of a head
 # Keys that transformers reads for the architectures of integrations.gguf (Qwen 3.5 and LFM2).
@@ -158,7 +159,7 @@ class _Facts:
             number = getattr(config, name, None)
             if type(number) is int and number >= rows:  # a default of the configuration's class, not the file's value
                 changes[name] = None
-        for key, field in _SIZES.items():
+        for key, field in _SIZE_FIELDS.items():
             if (size := self.get(key)) is not None and self.has(field):
                 changes[field] = size
                 self.taken.add(key)
@@ -166,7 +167,7 @@ class _Facts:
                 self.taken.add(key)
         if self.architecture == "gpt2":  # transformers puts the number into n_ctx, which GPT-2 does not use
             changes["n_positions"] = self.get("context_length")
-        field = next(filter(self.has, _EPSILONS), None)
+        field = next(filter(self.has, _EPSILON_FIELDS), None)
         if (epsilon := self.get("attention.layer_norm_epsilon")) is not None and field is not None:
             changes[field] = epsilon
         elif self.get("attention.layer_norm_rms_epsilon") is None and not config.model_type.endswith("t5"):

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from ..weights.gguf import TYPES, dense_dtype
+from ..weights.gguf import TYPES, dense_dtype, type_name
 
 __all__ = ["GgufError", "GgufHeader", "TensorInfo", "Value", "is_gguf", "read_header"]
 
@@ -43,10 +43,10 @@ _MOST_ELEMENTS = 1 << 22  # elements of all arrays of the metadata
 # Value types: number in the file -> format of struct. Bool is one byte.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U32, _STRING, _ARRAY = 4, 8, 9
+_LENGTH = struct.Struct("<Q")  # length of a string
 
 # ggml's types of integers.
 _INTEGERS = {24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}
-_NAMES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}
 
 
 class GgufError(ValueError):
@@ -95,7 +95,7 @@ class TensorInfo:
 
     @property
     def type_name(self) -> str:
-        return TYPES[self.type].name if self.type in TYPES else _NAMES[self.type]
+        return f"I{8 * self.dtype.itemsize}" if self.type in _INTEGERS else type_name(self.type)
 
 
 class GgufHeader:
@@ -239,10 +239,16 @@ class _Reader:
         return struct.unpack_from("<" + format, self.blob, offset)[0], offset + size
 
     def text(self, offset: int, what: str) -> tuple[str, int]:
-        length, offset = self.number("Q", offset, what)
-        self.need(offset, length, what)
+        # A header has some 300,000 strings, so this method makes no call that only an error needs.
+        start = offset + 8
+        if start > self.size:
+            self.need(offset, 8, what)
+        (length,) = _LENGTH.unpack_from(self.blob, offset)
+        end = start + length
+        if end > self.size:
+            self.need(start, length, what)
         try:
-            return self.blob[offset : offset + length].decode("utf-8"), offset + length
+            return self.blob[start:end].decode("utf-8"), end
         except UnicodeDecodeError:
             raise self.error(f"{what} is not UTF-8") from None
 

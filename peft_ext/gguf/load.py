@@ -16,7 +16,7 @@ from torch import Tensor
 from .._imports import required
 from .header import GgufHeader, read_header
 from .metadata import read_config
-from .pack import Packed, pack
+from .pack import Packed, no_tensor, pack
 
 with required("transformers", "a model in a GGUF file"):
     import transformers
@@ -25,7 +25,7 @@ with required("transformers", "a model in a GGUF file"):
     from transformers.utils import logging
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["METHOD", "Packed", "load_gguf", "pack"]
+__all__ = ["METHOD", "load_gguf"]
 
 # Name of the quantization method under which transformers finds the quantizer of this module.
 METHOD = "peft_ext_gguf"
@@ -80,7 +80,7 @@ def load_gguf(
             raise
         raise header.error(f"tensors of the file have other sizes than the parameters of {made.__name__}") from error
     if wrong := sorted(map(str, info["missing_keys"])):
-        raise header.error(f"no tensor for the model's parameter {wrong[0]}, and {len(wrong) - 1} more")
+        raise no_tensor(header, wrong, made)
     loaded.config._name_or_path = loaded.name_or_path = str(header.path)
     return loaded
 

@@ -9,14 +9,17 @@ values are changed is decoded and stays dense.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
 from .._imports import required
+from ..integrations.forms.digest import Unknown, digest_of
 from ..nn import PackedEmbedding, PackedLinear
 from ..nn.experts import expert_parameters, is_stored_transposed
 from ..nn.packed_experts import hold_packed
@@ -52,11 +55,13 @@ class _Changes(NamedTuple):
     """The tensors whose values or rows a class of TENSOR_PROCESSORS changes.
 
     Attributes:
+        digest: :func:`_digest` of the class for which the other attributes are true. "" for a class of this module.
         names: regular expression of the names of the tensors.
         rows: a function of the name, the number of rows and the configuration, where the class only reorders rows.
             Row i of transformers' tensor is row ``order[i]`` of the file's.
     """
 
+    digest: str
     names: str
     rows: Optional[Callable[[str, int, dict[str, Any]], Tensor]] = None
 
@@ -92,23 +97,50 @@ class _GptOss(legacy.TensorProcessor):
 
 
 _OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class
-# A class that is not in this table may change every tensor.
+# Source: transformers 5.23 and 5.24. A class that is not in this table, or has another digest, may change every tensor.
 _CHANGES: dict[type, _Changes] = {
-    legacy.TensorProcessor: _Changes(r"(?!)"),
-    legacy.T5TensorProcessor: _Changes(r"(?!)"),
-    legacy.LlamaTensorProcessor: _Changes(r"\.attn_[qk]\.", _rows_of_llama),
-    legacy.BloomTensorProcessor: _Changes(r"attn_qkv", _rows_of_bloom),
-    legacy.GPT2TensorProcessor: _Changes(r"(attn_qkv|attn_output|ffn_down|ffn_up)\.weight"),
-    legacy.Gemma2TensorProcessor: _Changes(r"norm\.weight"),
-    legacy.NemotronTensorProcessor: _Changes(r"norm\.weight"),
-    legacy.MambaTensorProcessor: _Changes(r"ssm_conv1d\.weight|ssm_a"),
-    legacy.Qwen2MoeTensorProcessor: _Changes(r"_exps|ffn_gate_inp_shexp"),
-    legacy.MiniMaxM2TensorProcessor: _Changes(r"_exps"),
-    _GptOss: _Changes(r"_exps"),
+    legacy.TensorProcessor: _Changes("c80f42285de30047244c", r"(?!)"),
+    legacy.T5TensorProcessor: _Changes("c1e2e6800447f3993446", r"(?!)"),
+    legacy.LlamaTensorProcessor: _Changes("df3d879fd6344fcaa7c1", r"\.attn_[qk]\.", _rows_of_llama),
+    legacy.BloomTensorProcessor: _Changes("0ce6fa372cbf05024773", r"attn_qkv", _rows_of_bloom),
+    legacy.GPT2TensorProcessor: _Changes("7a553143fa35e6fa37f6", r"(attn_qkv|attn_output|ffn_down|ffn_up)\.weight"),
+    legacy.Gemma2TensorProcessor: _Changes("ea9e696f41906083647f", r"norm\.weight"),
+    legacy.NemotronTensorProcessor: _Changes("ea9e696f41906083647f", r"norm\.weight"),
+    legacy.MambaTensorProcessor: _Changes("2d1c813c2c3a9ad39b69", r"ssm_conv1d\.weight|ssm_a"),
+    legacy.Qwen2MoeTensorProcessor: _Changes("5b3f0a131ffd3b9f28ee", r"_exps|ffn_gate_inp_shexp"),
+    legacy.MiniMaxM2TensorProcessor: _Changes("5f329bd3c6ef3167b431", r"_exps"),
+    _GptOss: _Changes("", r"_exps"),
 }
+_PARTS = ("gate", "up", "down")  # tensors of a block's experts
 _EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
 # Tensors that are not loaded: rotary factors, which are in the configuration, and rotary frequencies of old files.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
+
+
+def _digest(kind: type) -> str:
+    """Returns the digest of the functions and regular expressions of a class of TENSOR_PROCESSORS.
+
+    Raises Unknown for a class that has other attributes, or whose source is not the code that runs.
+    """
+    found: list[tuple[str, str]] = []
+    for name, value in ((name, value) for one in kind.__mro__[:-1] for name, value in vars(one).items()):
+        if isinstance(value, FunctionType):
+            found.append((name, digest_of([value])))
+        elif isinstance(value, re.Pattern):
+            found.append((name, value.pattern))
+        elif not name.startswith("__"):
+            raise Unknown(f"{name} is a {type(value).__name__}")
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:20]
+
+
+def _changes_of(kind: type) -> Optional[_Changes]:
+    """Returns the tensors that a class of TENSOR_PROCESSORS changes; None for a class whose code is not known."""
+    if (found := _CHANGES.get(kind)) is None or not found.digest:
+        return found
+    try:
+        return found if _digest(kind) == found.digest else None
+    except Unknown:
+        return None
 
 
 class Packed(NamedTuple):
@@ -159,8 +191,13 @@ def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], fo
     found = set(found)
     tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
     if missing := [name for name in shapes if name not in found and name not in tied]:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise header.error(f"no tensor for the parameter {missing[0]}{more} of {type(model).__name__}")
+        raise no_tensor(header, missing, type(model))
+
+
+def no_tensor(header: GgufHeader, missing: list[str], kind: type) -> GgufError:
+    """Returns the error of a file that lacks the tensors of the parameters ``missing`` of the model class ``kind``."""
+    more = f" and {len(missing) - 1} more" if missing[1:] else ""
+    return header.error(f"no tensor for the parameter {missing[0]}{more} of {kind.__name__}")
 
 
 def _is_unused(model: Any, name: str) -> bool:
@@ -277,7 +314,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     kind = _OWN.get(header.architecture) or legacy.TENSOR_PROCESSORS.get(header.architecture, legacy.TensorProcessor)
     processor = kind(config=fields)
     names = _names(model, header, processor)
-    changed = _CHANGES.get(kind, _Changes(r""))
+    changed = _changes_of(kind)
     why_dense, found = _layers(model), Packed({}, None, {})
     packed: dict[str, PackedWeight] = {}
     for info in header.tensors.values():
@@ -286,22 +323,28 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
             if not _is_unused(model, info.name):
                 raise header.error(f"the tensor {info.name!r:.80} is none of {type(model).__name__}'s")
             continue
-        touched = re.search(changed.names, info.name) is not None
+        touched = changed is None or re.search(changed.names, info.name) is not None
         if (expert := _EXPERTS.fullmatch(info.name)) is not None:
             _check_halves(header, expert["block"], expert["leaf"])
-        if info.dtype is None and expert is not None:
-            reason = _pack_experts(model, header, target, expert["block"], dtype, found.tensors)
-        elif info.dtype is None:
-            reason = why_dense(target) or (_CHANGED if touched and changed.rows is None else None)
-        if info.dtype is None and reason is None:
-            if expert is None:
-                weight = _weight(header, info, dtype)
-                if touched and changed.rows is not None:
-                    weight = permuted_rows(weight, changed.rows(info.name, weight.out_features, fields))
-                _put(model, target, weight, dtype, header)
-                packed[target], found.tensors[target] = weight, weight.parts[0]
-            continue
         if info.dtype is None:
+            if changed is None:
+                reason = f"transformers' {kind.__name__} is not known and may change its values as it reads the file"
+            elif expert is not None:
+                name = target.rpartition(".")[0]
+                parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
+                reason = _why_experts(model.get_submodule(name), parts)
+                if reason is None and target not in found.tensors:  # the first of the three tensors
+                    found.tensors.update(_packed_experts(model, header, name, parts, dtype))
+            else:
+                reason = why_dense(target) or (_CHANGED if touched and changed.rows is None else None)
+                if reason is None:
+                    weight = _weight(header, info, dtype)
+                    if touched:
+                        weight = permuted_rows(weight, changed.rows(info.name, weight.out_features, fields))
+                    _put(model, target, weight, dtype, header)
+                    packed[target], found.tensors[target] = weight, weight.parts[0]
+            if reason is None:
+                continue
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
         made = found.tensors.get(target)
@@ -331,22 +374,16 @@ def _decode(
         tensors[target] = torch.from_numpy(made.weights.copy()).to(dtype)
 
 
-def _pack_experts(
-    model: Any, header: GgufHeader, target: str, block: str, dtype: torch.dtype, tensors: dict[str, Tensor]
-) -> Optional[str]:
-    """Packs the experts of a block. Returns the reason why the experts' weights can't be packed and joined, or None.
+def _packed_experts(
+    model: Any, header: GgufHeader, name: str, parts: list[TensorInfo], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Packs the experts of the module ``name``, and returns the tensors to load by the names of the parameters.
 
-    transformers' model has gate and up in one weight: first the rows of gate and then those of up, or, in gpt-oss, a
-    row of gate and a row of up in turns.
+    ``parts``: the tensors gate, up and down, for which :func:`_why_experts` is None. transformers' model has gate and
+    up in one weight: first the rows of gate and then those of up, or, in gpt-oss, a row of gate and a row of up in
+    turns.
     """
-    name = target.rpartition(".")[0]
-    module = model.get_submodule(name)
-    parts = [header.tensors.get(f"{block}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")]
-    if (reason := _why_experts(module, parts)) is not None:
-        return reason
-    gate, up, down = parts
-    if f"{name}.gate_up_proj" in tensors:
-        return None
+    module, (gate, up, down) = model.get_submodule(name), parts
     experts, rows, columns = gate.shape
     halves = [header.data(gate.name), header.data(up.name)]
     turns = header.architecture in _OWN  # rows of gate and up in turns
@@ -360,9 +397,8 @@ def _pack_experts(
         wanted = (wanted[0], wanted[2], wanted[1]) if is_stored_transposed(module) else wanted
         if tuple(weight.shape) != wanted:
             raise header.error(f"the tensor of {name}.{parameter} has shape {tuple(weight.shape)}, wanted {wanted}")
-        tensors[f"{name}.{parameter}"] = weight.parts[0]
     _put_experts(module, weights, dtype)
-    return None
+    return {f"{name}.{parameter}": weight.parts[0] for parameter, weight in weights.items()}
 
 
 def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:

@@ -28,7 +28,7 @@ from .._imports import required
 from ..files import atomic_file
 from ..gguf import GgufHeader, TensorInfo, is_gguf
 from ..sources.model import SourceError, find_folder, hushed
-from ..weights.gguf import TYPES, dense_dtype, type_number
+from ..weights.gguf import TYPES, dense_dtype, type_name, type_number
 from ..weights.gguf_quantize import can_quantize, is_finite, quantize_gguf
 from .dense import adapter_config, check_room
 from .errors import MergeError, as_merge_error, fail
@@ -294,7 +294,7 @@ class _Merge:
             for one in tensors.values():
                 elements[one.type] += torch.Size(one.shape).numel() if len(one.shape) > 1 else 0
             most.append(elements.most_common(1)[0][0])
-        number = _FILE_TYPES[_type_name(most[1])] if most[0] != most[1] else None
+        number = _FILE_TYPES[type_name(most[1])] if most[0] != most[1] else None
         return None if number == self.header.get("general.file_type") else number
 
     @property
@@ -324,12 +324,12 @@ class _Merge:
             data = data.view(-1).view(dense_dtype(to.type)).view(merged.shape)
         after = decoded(data, to.type)
         if not is_finite(after):
-            fail(f"{tensor}: the merged weight is too large for {_type_name(to.type)}")
+            fail(f"{tensor}: the merged weight is too large for {type_name(to.type)}")
         norms = _norms(before, merged, after)
         usual = _normal_error(source.type)
         self.norms += norms
         self._expected += usual**2 * norms.merged
-        self.errors.append(_errors(tensor, _type_name(to.type), usual, norms))
+        self.errors.append(_errors(tensor, type_name(to.type), usual, norms))
         return data
 
 
@@ -349,11 +349,6 @@ def _planned(header: GgufHeader, name: str, info: TensorInfo, wanted: Optional[i
         fail(f"{about} has {info.shape[-1]} columns, wanted a multiple of {columns} for {TYPES[number].name}; "
              "type q8_0 needs a multiple of 32")  # fmt: skip
     return PlannedTensor(info.shape, number, torch.Size(info.shape).numel() // columns * size)
-
-
-def _type_name(number: int) -> str:
-    names = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
-    return TYPES[number].name if number in TYPES else names[number]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

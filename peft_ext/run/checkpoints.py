@@ -30,6 +30,7 @@ from .ranks import PROBE, Ranks
 
 PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+EXPORTED_FILE = "adapter.gguf"  # the adapter as a file of llama.cpp
 _LOCK = ".lock"
 # Error numbers by which a file system says that it has no locks. On a file system without locks a run works without a
 # lock.
@@ -267,14 +268,22 @@ def sole_writer(folder: Path, seconds: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
+def old_export(o: Options) -> Optional[Path]:
+    """Returns the path of EXPORTED_FILE in the output folder; None where the file is missing or is the run's model."""
+    file = o.output / EXPORTED_FILE
+    is_model = os.path.realpath(file) == os.path.realpath(os.path.expanduser(o.model))
+    return file if file.is_file() and not is_model else None
+
+
 def _set_aside(o: Options) -> None:
     """Removes the files and checkpoints of an earlier run from the output folder, and no other files.
 
     Where the earlier run has saved a whole adapter, the adapter, its run.json, its report and its options are first
     copied to the folder PREVIOUS. The folder PREVIOUS stays until this run has saved its own adapter.
     """
+    exported = [] if old_export(o) is None else [EXPORTED_FILE]
     there = [name for name in (*ADAPTER_FILES, "README.md", "run.json", "report.html", CONFIG_FILE)
-             if (o.output / name).is_file()]  # fmt: skip
+             if (o.output / name).is_file()] + exported  # fmt: skip
     if there[: len(ADAPTER_FILES)] == list(ADAPTER_FILES):
         with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:
             for name in there:

@@ -38,7 +38,7 @@ from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
 from .progress import log, progress_callback, shows_bars, status
 from .ranks import joined
 from .record import Record, recording_callback
-from .runner import ADAPTER_FILE, about_runner, export_adapter
+from .runner import about_runner, export_adapter
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,8 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
+            if (export := checkpoints.old_export(o)) is not None:  # the export of an earlier adapter
+                export.unlink()
         size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
         results["adapter_bytes"] = run.ranks.gather(size)[0]
     if (meter := record.meter).tokens_per_s:
@@ -217,7 +219,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     _log_end(run, record, check)
     if o.export is not None:
         run.ranks.together(lambda: export_adapter(run) if run.ranks.speaks else None)
-        results["runner"] = about_runner(run, o.output / ADAPTER_FILE)
+        results["runner"] = about_runner(run, o.output / checkpoints.EXPORTED_FILE)
         record.write()
     return _result(record, done, check)
 

@@ -62,6 +62,6 @@ def gguf_quantization(header: GgufHeader) -> str:
 def pack_meta(model: Any, path: Path, dtype: torch.dtype, error: type[Exception]) -> None:
     """Replaces the layers of a model on the meta device by packed layers, as the file stores them."""
     with raised_as(error, "", OSError, ValueError):
-        from ..gguf.load import pack
+        from ..gguf.pack import pack
 
         pack(model, read_header(path), dtype)

@@ -254,10 +254,11 @@ def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) 
 
 @dataclass
 class LoadedModel:
-    """A model loaded from a folder.
+    """A model loaded from a folder or a GGUF file.
 
     Attributes:
-        absent: names of the parameters that are missing in the folder's files.
+        folder: the folder, or the GGUF file.
+        absent: names of the parameters that are missing in the model's files.
         quant: how the files store the weights, see :func:`stored_quant`.
     """
 

@@ -27,6 +27,7 @@ __all__ = [
     "has_kernel",
     "llama_row_order",
     "permuted_rows",
+    "type_name",
     "type_number",
 ]
 
@@ -71,6 +72,7 @@ TYPES: dict[int, GgmlType] = {
 _DENSE = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 _DENSE_NAMES = {"F32": 0, "F16": 1, "F64": 28, "BF16": 30}
 _NUMBERS = {type.name: number for number, type in TYPES.items()} | _DENSE_NAMES
+_NAMES = {number: name for name, number in _NUMBERS.items()}
 
 
 def type_number(type: int | str) -> int:
@@ -82,6 +84,11 @@ def type_number(type: int | str) -> int:
     if number in TYPES or number in _DENSE:
         return number
     raise ValueError(f"gguf: the ggml type is {type!r}, wanted one of {', '.join(_NUMBERS)}")
+
+
+def type_name(type: int | str) -> str:
+    """Returns ggml's name of a type, for example "Q4_K" or "F16"; see :func:`type_number`."""
+    return _NAMES[type_number(type)]
 
 
 def dense_dtype(type: int | str) -> Optional[torch.dtype]:

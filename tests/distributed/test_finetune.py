@@ -268,6 +268,35 @@ def test_a_full_memory_or_disk_of_one_rank_ends_all_with_one_error(fault, wanted
     assert len(said) == 1 and re.match(wanted, said[0]) and said[0].endswith("--resume continues from checkpoint-4")
 
 
+EXPORT_FAILS = """
+import errno, os, sys
+from peft_ext import export
+from peft_ext.cli.main import main
+
+def fail(adapter, file, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+export.write_gguf_adapter = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_exports(tiny, tmp_path):
+    """A failing export ends all ranks with one error, after the adapter was saved."""
+    pytest.importorskip("gguf")
+    output = tmp_path / "out"
+    options = options_of(tiny, output, 2, "--export", "gguf")
+    (tmp_path / "fails.py").write_text(EXPORT_FAILS)
+    (said,) = errors_of([Run([*torchrun(2)[:-2], tmp_path / "fails.py", *options], tmp_path / "log")])
+    assert said == [f"rank 0: --export gguf: {output / 'adapter.gguf'}: No space left on device; the adapter in PEFT's "
+                    f"format is saved in {output}"]  # fmt: skip
+    assert record_of(output)["finished"] and record_of(output)["check"]["ok"] and (output / WEIGHTS).exists()
+    run = Run([*torchrun(2), *options, "--overwrite"], tmp_path / "log")
+    assert run.end() == 0 and run.out.count("exported: ") == 1, run.out
+    assert (output / "adapter.gguf").is_file()
+    assert record_of(output)["runner"]["adapter"] == str(output / "adapter.gguf")
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(tiny, tmp_path):
     command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, "--max-steps", "4000")]

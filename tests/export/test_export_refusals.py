@@ -135,7 +135,7 @@ def test_an_adapter_file_is_no_base(made):
     made = made(lora())
     peft_ext.write_gguf_adapter(made.adapter, made.file)
     other = made.file.rename(made.file.with_name("other.gguf"))
-    refused(made, "general.type is 'adapter', wanted 'model'", base=other)
+    refused(made, "general.type is 'adapter', wanted a model", base=other)
 
 
 # --- damaged adapters -------------------------------------------------------------------------------------------------

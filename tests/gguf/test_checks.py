@@ -78,7 +78,8 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     refused(tmp_path, "general.type is 1, wanted a model", keys=sets(general__type=(U8, 1)))
     checked(tmp_path, keys=sets(general__type=None))
     for count, shown in (((U32, 2), "2"), ((I8, -1), "-1"), ((STRING, "1"), "'1'"), ((ARRAY, (U8, [1])), "[1]")):
-        message = f"split.count is {shown}: the model is split over several files, wanted one file"
+        message = (f"split.count is {shown}: the model is split over several files, wanted one file "
+                   "(llama-gguf-split --merge joins the files)")  # fmt: skip
         refused(tmp_path, message, keys=sets(split__count=count))
     for count in (0, 1):
         checked(tmp_path, keys=sets(split__count=(U32, count)))
@@ -98,7 +99,10 @@ def test_architectures(tmp_path: Path) -> None:
     "umt5.decoder_start_token_id", "gpt2.context_length", "GGUF.version", "GGUF.tensor_count", "GGUF.kv_count",
 ])  # fmt: skip
 def test_keys_of_another_architecture(key: str, tmp_path: Path) -> None:
-    message = f"the metadata has the key {key!r}, wanted no such key beside llama.*"
+    wanted = f"and the file's architecture is llama, wanted llama.{key.partition('.')[2]}"
+    if key.startswith("GGUF."):
+        wanted = "which the package gguf adds itself, wanted no such key"
+    message = f"the metadata has the key {key!r}, {wanted}"
     refused(tmp_path, message, keys=lambda keys: keys.update({key: (U32, 10**9)}))
 
 

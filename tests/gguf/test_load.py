@@ -371,6 +371,30 @@ def test_gpt_oss_of_transformers(tmp_path: Path) -> None:
         theirs(file, model, "gpt-oss")
 
 
+@pytest.mark.parametrize("how", ["replaced", "subclass"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2moe"])
+def test_a_processor_of_unknown_code(kind: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of transformers that changes another tensor than the known class reads all tensors of the file."""
+    known = legacy.TENSOR_PROCESSORS[kind]
+    process = known.process
+
+    def changed(self: Any, weights: Any, name: str, **kwargs: Any) -> Any:
+        return process(self, weights * (2 if "attn_v" in name or "ffn_down" in name else 1), name, **kwargs)
+
+    if how == "replaced":
+        monkeypatch.setattr(known, "process", changed)
+    else:
+        monkeypatch.setitem(legacy.TENSOR_PROCESSORS, kind, type("Another", (known,), {"process": changed}))
+    name = known.__name__ if how == "replaced" else "Another"
+    model = tiny_model(kind)
+    file = write_tiny(tmp_path / "a.gguf", kind, model, "Q8_0")
+    loaded = load_gguf(file, dtype=torch.float32)
+    assert torch.equal(outputs(loaded), outputs(theirs(file, model, kind)))
+    assert not any(isinstance(one, (PackedLinear, PackedEmbedding, PackedExperts)) for one in loaded.modules())
+    (reason,) = set(loaded.peft_ext_dense.values())
+    assert reason == f"transformers' {name} is not known and may change its values as it reads the file"
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2moe", "qwen35moe", "lfm2", "t5", "gpt2", "gpt-oss"])
 def test_missing_tensors(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,44 @@ def test_a_gguf_file_is_trained_and_its_adapter_is_used(
         right, got, exported = (one(input_ids=ids).logits.float() for one in (adapted, dense, again))
     assert (got - right).norm() < 0.05 * right.norm()
     assert (exported - right).norm() < 0.02 * right.norm()  # the exported matrices are float16
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_failing_export_keeps_the_adapter_and_the_record(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    from peft_ext import export
+
+    output = tmp_path / "a run"
+
+    def fail(adapter: Path, file: Path, **kwargs: object) -> None:
+        assert report(output)["finished"] and (adapter / "adapter_model.safetensors").is_file()
+        raise export.ExportError("write_gguf_adapter: no") if refused else OSError(28, "No space left", str(file))
+
+    monkeypatch.setattr(export, "write_gguf_adapter", fail)
+    assert finetune(gguf, output, "--export", "gguf", steps=2) == 2
+    why = "no" if refused else f"{output / 'adapter.gguf'}: No space left"
+    message = f"error: --export gguf: {why}; the adapter in PEFT's format is saved in {output}"
+    assert capsys.readouterr().err.splitlines()[-1] == message
+    found = report(output)
+    assert found["finished"] and found["check"]["ok"] and "adapter" not in found["runner"]
+    monkeypatch.undo()
+    (command,) = found["runner"]["commands"]
+    assert main(shlex.split(command)[1:]) == 0 and (output / "adapter.gguf").is_file()
+
+
+def test_the_export_of_an_earlier_adapter_is_removed(gguf: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    exported = output / "adapter.gguf"
+    assert finetune(gguf, output, "--save-steps", "1", "--export", "gguf", steps=1) == 0 and exported.is_file()
+    assert finetune(gguf, output, "--save-steps", "1", "--resume", steps=2) == 0 and not exported.exists()
+    exported.write_bytes(b"GGUF")
+    assert finetune(gguf, output, "--overwrite", steps=1) == 0 and not exported.exists()
+    shutil.copy(gguf / "model", exported)
+    # The file stays if the file is the run's model.
+    assert main(["finetune", "--model", str(exported), "--data", str(gguf / "pairs.jsonl"), "--output", str(output),
+                 "--overwrite", "--max-steps", "1", "--block-size", "64"]) == 0  # fmt: skip
+    assert exported.read_bytes() == (gguf / "model").read_bytes()
 
 
 def test_a_file_of_dense_weights_is_quantized_as_a_folder_is(
