@@ -496,6 +496,11 @@ def test_the_command(made, tmp_path, capsys):
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     assert main([*arguments, "--overwrite", "--type", "f32"]) == 0
     assert "written: 2 tensors merged (F32)" in capsys.readouterr().out
+    for named, text in (({}, "the adapter's files name no base; wanted --model BASE.gguf"),
+                        ({"base_model_name_or_path": "m"}, "the adapter's base is m: no such file")):  # fmt: skip
+        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **named}))
+        assert main([*arguments, "--overwrite"]) == 2 and text in capsys.readouterr().err
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     for more, text in (
         ([], f"{out}: the file exists"),
         (["--output", "x"], "wanted either --output, a folder for a dense model, or --gguf, a file, both came"),
