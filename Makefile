@@ -192,7 +192,8 @@ build/llama/.installed: $(VENV)/.built
 # LLAMA_CPP_SOURCE has llama.cpp's own converter, with which the tests compare files.
 llama-cpp: setup build/llama/.installed
 	LLAMA_CPP_SOURCE="$$(echo build/llama/llama_cpp_python-*/vendor/llama.cpp)" PYTHONPATH=build/llama HF_HUB_OFFLINE=1 \
-	  PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py
+	  PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py \
+	  tests/merge/test_merge_gguf_llama_cpp.py tests/weights/test_gguf_quantize.py
 	PYTHONPATH=build/llama OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m benchmarks.llama_cpp --out build/llama/compared.json
 
 # Each release goes into build/forms, 250 MB each.

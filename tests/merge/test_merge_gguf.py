@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
 from gguf_small import small_model, write_model  # noqa: E402
-from merged_models import lora, trained  # noqa: E402
+from merged_models import lora, refusal, trained  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from tiny_gguf import tiny_model, write_tiny_gguf  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -29,7 +30,6 @@ from peft_ext import (  # noqa: E402
     BitFitConfig,
     BottleneckConfig,
     DiffPruningConfig,
-    MergeError,
     PartialConfig,
     load_adapter,
     load_gguf,
@@ -289,12 +289,7 @@ def test_the_merge_in_memory_gives_the_same_weights(made, tmp_path, name):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def refused(*arguments, **options):
-    with pytest.raises(MergeError) as caught:
-        merge_to_gguf(*arguments, **options)
-    text = str(caught.value)
-    assert text.startswith("merge_to_gguf: ") and "\n" not in text
-    return text.removeprefix("merge_to_gguf: ")
+refused = partial(refusal, merge_to_gguf)
 
 
 def test_refuses_outputs(made, tmp_path):
@@ -501,6 +496,11 @@ def test_the_command(made, tmp_path, capsys):
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     assert main([*arguments, "--overwrite", "--type", "f32"]) == 0
     assert "written: 2 tensors merged (F32)" in capsys.readouterr().out
+    for named, text in (({}, "the adapter's files name no base; wanted --model BASE.gguf"),
+                        ({"base_model_name_or_path": "m"}, "the adapter's base is m: no such file")):  # fmt: skip
+        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **named}))
+        assert main([*arguments, "--overwrite"]) == 2 and text in capsys.readouterr().err
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     for more, text in (
         ([], f"{out}: the file exists"),
         (["--output", "x"], "wanted either --output, a folder for a dense model, or --gguf, a file, both came"),

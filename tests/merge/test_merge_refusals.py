@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from merged_models import CAUSAL, MODELS, dequantized, lora, same_as_on, trained  # noqa: E402
+from merged_models import CAUSAL, MODELS, dequantized, lora, refusal, same_as_on, trained  # noqa: E402
 from peft import LoraConfig, PeftModel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -61,12 +62,7 @@ def edited(adapter: Path, out: Path, edit) -> Path:
     return out
 
 
-def refused(*arguments, **options) -> str:
-    with pytest.raises(MergeError) as caught:
-        merge_to_dense(*arguments, **options)
-    text = str(caught.value)
-    assert text.startswith("merge_to_dense: ") and "\n" not in text
-    return text.removeprefix("merge_to_dense: ")
+refused = partial(refusal, merge_to_dense)
 
 
 def test_refuses_adapters_that_do_not_fit(made, tmp_path):

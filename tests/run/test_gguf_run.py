@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import finetune, needs_hf, report
+from tiny_run import check_packed_adapter, check_packed_base, finetune, needs_hf, report
 
 import peft_ext
 from peft_ext.cli.main import main
@@ -42,18 +42,10 @@ def test_a_gguf_file_is_trained_and_its_adapter_is_used(
 
     model, output = gguf / "model", tmp_path / "run"
     about = "packed as in the checkpoint (gguf Q8_0)"
-    assert finetune(gguf, output, "--dry-run", steps=2) == 0
-    out = capsys.readouterr().out
-    assert about in out and "loading: the packed weights" in out and not output.exists()
-    assert finetune(gguf, output, "--save-steps", "1", steps=2) == 0
-    assert f"model: {model}, {about}\n" in capsys.readouterr().out
-    found = report(output)
-    assert found["options"]["quant"] == "checkpoint" and found["finished"] and found["check"]["ok"]
-    assert 0 < found["fused"]["fused"] == found["fused"]["layers"]
+    found = check_packed_base(gguf, output, about, capsys)
     assert found["runner"] == {
         "base": str(model), "weights": about, "commands": [f"peft-ext export {output} --gguf {output / 'adapter.gguf'}"]
     }  # fmt: skip
-    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
 
     assert finetune(gguf, output, "--save-steps", "1", "--resume", "--export", "gguf", steps=3) == 0
     assert f"exported: {output / 'adapter.gguf'}, for llama.cpp" in capsys.readouterr().out
@@ -61,13 +53,7 @@ def test_a_gguf_file_is_trained_and_its_adapter_is_used(
     assert runner["modelfile"] == [f"FROM {model}", f"ADAPTER {output / 'adapter.gguf'}"]
     assert all(line in page for line in (*runner["commands"], *runner["modelfile"], about))
 
-    assert main(["explain", str(output), "--json", "--sequence-length", "32"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["quantization"] == "checkpoint" and shown["methods"][0]["fused"] == shown["methods"][0]["layers"]
-    assert main(["chat", "--adapter", str(output), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
-    assert main(["merge", "--adapter", str(output), "--output", str(tmp_path / "merged")]) == 0
-    assert "as the base is held" in capsys.readouterr().out
-
+    check_packed_adapter(output, tmp_path / "merged", capsys)
     dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and dense.config.tie_word_embeddings
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("hello")["input_ids"]

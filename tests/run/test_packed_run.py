@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from packed_formats import FORMATS
-from tiny_run import finetune, needs_bnb, needs_hf, report
+from tiny_run import check_packed_adapter, check_packed_base, finetune, needs_bnb, needs_hf, report
 
 import peft_ext
 from peft_ext.cli.main import main
@@ -51,30 +51,12 @@ def test_a_packed_checkpoint_is_trained_and_its_adapter_is_used(
     model, output = checkpoint / "model", tmp_path / "run"
     config = json.loads((model / "config.json").read_text())["quantization_config"]
     about = f"packed as in the checkpoint ({config['quant_method']})"
-    assert finetune(checkpoint, output, "--dry-run", steps=2) == 0
-    out = capsys.readouterr().out
-    assert about in out and "loading: the packed weights" in out and not output.exists()
-    assert finetune(checkpoint, output, "--save-steps", "1", steps=2) == 0
-    assert f"model: {model}, {about}\n" in capsys.readouterr().out
-    found = report(output)
-    assert found["options"]["quant"] == "checkpoint" and found["finished"] and found["check"]["ok"]
-    assert 0 < found["fused"]["fused"] == found["fused"]["layers"]
-    adapter = json.loads((output / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == str(model)
+    check_packed_base(checkpoint, output, about, capsys)
     assert finetune(checkpoint, output, "--save-steps", "1", "--resume", steps=3) == 0
     assert report(output)["finished"]
     capsys.readouterr()
 
-    assert main(["explain", str(output), "--json", "--sequence-length", "32"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    (method,) = shown["methods"]
-    assert (
-        shown["quantization"] == "checkpoint" and method["fused"] == method["layers"] and method["memory"] is not None
-    )
-    assert main(["chat", "--adapter", str(output), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
-    assert main(["merge", "--adapter", str(output), "--output", str(tmp_path / "merged")]) == 0
-    assert "as the base is held" in capsys.readouterr().out
-
+    check_packed_adapter(output, tmp_path / "merged", capsys)
     dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not hasattr(dense.config, "quantization_config")

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from tiny_gguf import write_and_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 300
@@ -83,10 +84,7 @@ def write_llama(model: LlamaForCausalLM, path: Path, kind: str = "F32") -> Path:
             weight = interleaved(weight, config.num_key_value_heads)
         number = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(weight), number), raw_dtype=number)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return path
 
 

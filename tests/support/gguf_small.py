@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import torch
 import transformers
+from tiny_gguf import write_and_close
 
 from peft_ext.gguf.names import GgufNames
 
@@ -91,8 +92,5 @@ def write_model(model: Any, path: Path) -> Path:
         if order is not None:
             tensor = tensor[order.argsort()]
         writer.add_tensor(f"{inside}.{leaf}", (tensor.squeeze(1) if "shortconv.conv" in inside else tensor).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return path

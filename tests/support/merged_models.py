@@ -3,13 +3,14 @@
 import copy
 from dataclasses import replace
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import spread
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from peft_ext import quantize_nf4
+from peft_ext import MergeError, quantize_nf4
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
@@ -45,6 +46,15 @@ def dequantized(model, blocksize=64, double_quant=True):
         if hasattr(module, "nf4"):
             dense.get_submodule(name).weight.data = module.dequantize(torch.float32)
     return dense
+
+
+def refusal(merge, *arguments, **options):
+    """Returns the text of the MergeError that ``merge`` raises, one line, without the function's name."""
+    with pytest.raises(MergeError) as caught:
+        merge(*arguments, **options)
+    text, name = str(caught.value), f"{merge.__name__}: "
+    assert text.startswith(name) and "\n" not in text
+    return text.removeprefix(name)
 
 
 def same_as_on(base, adapter, out, dtype=torch.float32):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
-from tiny_gguf import FILE_TYPES
+from tiny_gguf import FILE_TYPES, write_and_close
 from torch import Tensor
 
 from peft_ext.weights.gguf import TYPES, llama_row_order, type_number
@@ -359,10 +359,7 @@ def write_tiny(
     for name, tensor in {**file_tensors(kind, model), **(tensors or {})}.items():
         data, number = _stored(name, tensor, chosen)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(number))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return Path(path)
 
 

@@ -103,11 +103,16 @@ def write_tiny_gguf(
         writer.add_tensor(f"{inside}.{leaf}", raw, raw_dtype=kind)
     if config.tie_word_embeddings:
         values["lm_head.weight"] = values["model.embed_tokens.weight"]
+    write_and_close(writer)
+    return values
+
+
+def write_and_close(writer: Any) -> None:
+    """Writes the file of a ``gguf.GGUFWriter``, to which all keys and tensors were added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return values
 
 
 def _add_config(writer: Any, config: Any, names: GgufNames, file_type: int) -> None:

@@ -64,6 +64,36 @@ def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl",
     )  # fmt: skip
 
 
+def check_packed_base(folder: Path, output: Path, about: str, capsys: pytest.CaptureFixture) -> dict:
+    """Checks the plan and a run of finetune over the packed base ``folder / "model"``. Returns the run's report.
+
+    ``about`` is the text that describes the base's weights. The run has two steps, and a checkpoint after each step.
+    """
+    assert finetune(folder, output, "--dry-run", steps=2) == 0
+    out = capsys.readouterr().out
+    assert about in out and "loading: the packed weights" in out and not output.exists()
+    assert finetune(folder, output, "--save-steps", "1", steps=2) == 0
+    assert f"model: {folder / 'model'}, {about}\n" in capsys.readouterr().out
+    found = report(output)
+    assert found["options"]["quant"] == "checkpoint" and found["finished"] and found["check"]["ok"]
+    assert 0 < found["fused"]["fused"] == found["fused"]["layers"]
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(folder / "model")
+    return found
+
+
+def check_packed_adapter(output: Path, merged: Path, capsys: pytest.CaptureFixture) -> None:
+    """Checks explain, chat and merge on the adapter of a packed base. ``merged`` is the folder of the merged model."""
+    assert main(["explain", str(output), "--json", "--sequence-length", "32"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    (method,) = shown["methods"]
+    assert shown["quantization"] == "checkpoint" and method["fused"] == method["layers"]
+    assert method["memory"] is not None
+    assert main(["chat", "--adapter", str(output), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
+    assert main(["merge", "--adapter", str(output), "--output", str(merged)]) == 0
+    assert "as the base is held" in capsys.readouterr().out
+
+
 def report(output: Path) -> dict:
     """Returns the content of a run's run.json."""
     return json.loads((output / "run.json").read_text())

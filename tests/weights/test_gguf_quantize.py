@@ -40,6 +40,12 @@ ERRORS = {"Q4_0": 0.0860, "Q4_1": 0.0782, "Q5_0": 0.0427, "Q5_1": 0.0379, "Q8_0"
 CHECKSUMS = {"Q2_K": 3419940984, "Q3_K": 3797273555, "Q4_K": 977384235, "Q5_K": 1231744693, "Q6_K": 2207571549,
              "IQ4_NL": 4182758834, "IQ4_XS": 4229373899}  # fmt: skip
 
+# A group of 16 columns, times 2**24, whose scale in Q6_K is that of the last of the 18 trial scales. Another
+# trial has almost the same error: the rounding of float32 decides between the two.
+LAST_TRIAL = (7199996, -5535280, -6577705, 7123968, -4174850, 109721, 841822, -3292423, 3551047, 4891103, -5934173,
+              -5567192, -730288, -374904, -69269, 5694475)  # fmt: skip
+LAST_TRIAL_CHECKSUM = 792141647  # zlib.crc32 of llama.cpp's bits of last_trial()
+
 
 def weights() -> Tensor:
     """Returns float32 ``[256, 1024]``: rows of many sizes, groups of zeros, of one value, and with one large value.
@@ -113,12 +119,21 @@ def test_bits_are_those_of_llama_cpp(name: str) -> None:
     assert zlib.crc32(quantize_gguf(weights(), name).numpy().tobytes()) == CHECKSUMS[name]
 
 
+def last_trial() -> Tensor:
+    """Returns float32 ``[1, 256]``, 16 times the group ``LAST_TRIAL``."""
+    return (torch.tensor(LAST_TRIAL) * 2.0**-24).repeat(16)[None]
+
+
+def test_the_last_trial_scale_of_q6_k() -> None:
+    assert zlib.crc32(quantize_gguf(last_trial(), "Q6_K").numpy().tobytes()) == LAST_TRIAL_CHECKSUM
+
+
 @pytest.mark.skipif(library() is None, reason="neither llama_cpp nor PEFT_EXT_GGML is here")
 @pytest.mark.parametrize("name", MADE)
 def test_bits_against_the_library(name: str) -> None:
     ggml = library()
     torch.manual_seed(0)
-    for x in (weights(), torch.randn(96, 2048), torch.randn(64, 1024) * torch.rand(64, 1024) ** 4):
+    for x in (weights(), last_trial(), torch.randn(96, 2048), torch.randn(64, 1024) * torch.rand(64, 1024) ** 4):
         assert torch.equal(quantize_gguf(x, name), by_llama(x, name, ggml))
     if name in CHECKSUMS:
         assert zlib.crc32(by_llama(weights(), name, ggml).numpy().tobytes()) == CHECKSUMS[name]
