@@ -97,18 +97,22 @@ def _int(n: int, k: int, draw: Draw, wild: bool, bits: int = 4, group: int = 32,
     return int_groups.int_rows(words, scales, (n, k), bits=bits, zero_points=zero_points)
 
 
-def _int8(n: int, k: int, draw: Draw, wild: bool) -> PackedWeight:
+def _int8(n: int, k: int, draw: Draw, wild: bool, scales: int = 0, zeros: bool = False) -> PackedWeight:
+    """``scales``: number of scales; 0: a scale for each row."""
     codes = draw.integers(-128, 128, n, k, dtype=torch.int8)
-    return int_groups.int_rows(codes, _floats(draw, wild, n, 1) / 64, (n, k), bits=8)
+    scale = _floats(draw, wild, scales) if scales else _floats(draw, wild, n, 1)
+    zero_points = draw.integers(-128, 128, *scale.shape, dtype=torch.int8) if zeros else None
+    return int_groups.int_rows(codes, scale / 64, (n, k), bits=8, zero_points=zero_points)
 
 
-def _gptq(n: int, k: int, draw: Draw, wild: bool, bits: int = 4, ordered: bool = False) -> PackedWeight:
+def _gptq(n: int, k: int, draw: Draw, wild: bool, bits: int = 4, ordered: bool = False,
+          v1: bool = False) -> PackedWeight:  # fmt: skip
     groups, codes = -(-k // 64), 32 // bits
     g_idx = draw.integers(0, groups, k, dtype=torch.int32) if ordered else None
     return int_groups.gptq(
         _words(draw, -(-k // codes), n), _words(draw, groups, -(-n // codes)),
         _floats(draw, wild, groups, n, dtype=torch.float16) / 4, bits=bits, group=64, g_idx=g_idx, in_features=k,
-        v1=ordered,
+        v1=v1,
     )  # fmt: skip
 
 
@@ -154,12 +158,18 @@ KINDS: dict[str, Kind] = {
     "int4-symmetric": Kind(partial(_int, zeros=False), columns=32),
     "int8-rows": Kind(_int8),
     "gptq": Kind(_gptq),
-    "gptq-ordered": Kind(partial(_gptq, ordered=True)),
+    "gptq-ordered": Kind(partial(_gptq, ordered=True, v1=True)),
     "gptq-8": Kind(partial(_gptq, bits=8)),
     "awq": Kind(_awq, rows=8, columns=32),
     "hqq": Kind(_hqq, rows=2, columns=64),
     **{type: Kind(partial(_gguf, type=type), columns=columns) for type, (columns, *_) in _GGUF.items()},
     "hqq-axis0": Kind(partial(_hqq, axis=0), rows=2, columns=64),
+    "gptq-v1": Kind(partial(_gptq, v1=True)),
+    "gptq-8-v1": Kind(partial(_gptq, bits=8, v1=True)),
+    "int8": Kind(partial(_int, bits=8), columns=32),
+    "int8-zeros": Kind(partial(_int8, zeros=True)),
+    "int8-one-scale": Kind(partial(_int8, scales=1, zeros=True)),
+    "fp8-e8m0": Kind(partial(_fp8, dtype=torch.float8_e8m0fnu)),
 }
 
 

@@ -61,7 +61,7 @@ struct SmallBlockStep : GgufStep<Block> {
     __m512i words, fifth[2];  // the fifth bits of the columns 0 to 15, and 16 to 31, of each block
     __m512 scale, add;
   };
-  static int column_of(int reg, int word) { return word / 8 * 32 + word % 8 * 2 + reg / 2 + reg % 2 * 16; }
+  static int column_of(int reg, int word) { return halves_column(reg, word); }
 
   Held load(int64_t j, int blocks) const {
     using Of = BlockWords<Block, 4>;
@@ -246,7 +246,7 @@ struct Q6_KStep : GgufStep<BlockQ6_K> {
 // IQ4_XS: a phase is 64 bytes of codes, the codes of four blocks of Q4_0.
 struct IQ4_XSStep : GgufStep<BlockIQ4_XS> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kBytes = BlockIQ4_XS::kBytes;
-  static int column_of(int reg, int word) { return word / 8 * 32 + word % 8 * 2 + reg / 2 + reg % 2 * 16; }
+  static int column_of(int reg, int word) { return halves_column(reg, word); }
   struct Held {
     __m512i words[2];
     __m512 scale;

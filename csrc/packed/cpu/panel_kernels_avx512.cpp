@@ -43,6 +43,22 @@ class Ahead {
   int64_t stride_, lines_, line_ = 0;  // words between rows, lines of a row, next line
 };
 
+// A kernel sums in a local array, which stays in registers, and copies the array at the end.
+template <int kSums, int kTokens>
+inline void clear(__m512 (&sums)[kSums][kTokens]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_setzero_ps();
+}
+template <int kSums, int kTokens>
+inline void copy(const __m512 (&sums)[kSums][kTokens], __m512 (&out)[kSums][kTokens]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
+}
+
 // The members of both formats that `order` reads. A sum of x is over 32 columns.
 struct PanelStep {
   static constexpr int kColumns = 32, kAddColumns = 32;
@@ -69,11 +85,8 @@ struct GptqPanel : PanelStep {
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
                        const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {
-    __m512 sums[kSums][kTokens];  // a local array stays in registers
-#pragma GCC unroll 8
-    for (int i = 0; i < kSums; ++i)
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_setzero_ps();
+    __m512 sums[kSums][kTokens];
+    clear(sums);
     const uint32_t* from = words(w, begin, n);
     __mmask16 masks[kSums];
     for (int i = 0; i < kSums; ++i) masks[i] = first_lanes(w.rows - n - 16 * i);
@@ -97,10 +110,7 @@ struct GptqPanel : PanelStep {
         }
       }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kSums; ++i)
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
+    copy(sums, out);
   }
   // Orders the sums by rows.
   static void arrange(__m512 (&)[kSums]) {}
@@ -137,11 +147,8 @@ struct AwqPanel : PanelStep {
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
                        const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {
-    __m512 sums[kSums][kTokens];  // a local array stays in registers
-#pragma GCC unroll 8
-    for (int i = 0; i < kSums; ++i)
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_setzero_ps();
+    __m512 sums[kSums][kTokens];
+    clear(sums);
     const int64_t stride = w.rows / 8;
     const uint32_t* from = words(w, begin, n);
     const __mmask16 mask = first_lanes(stride - n / 8);
@@ -161,10 +168,7 @@ struct AwqPanel : PanelStep {
         for (int t = 0; t < kTokens; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], tokens[t], of_rows);
       }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kSums; ++i)
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
+    copy(sums, out);
   }
 
   // Lane 2 q + p of sum 4 h + v is row 2 v + p of word q / 2 * 4 + 2 h + q % 2.

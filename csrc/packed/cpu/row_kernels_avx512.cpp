@@ -43,8 +43,8 @@ struct NibbleStep : OneRowStep {
         return 4 * word + reg;
       case Nibbles::kHighFirst:
         return 4 * word + (reg ^ 1);
-      default:  // kHalves: the low nibbles of a block's 16 bytes are its first 16 columns
-        return word / 8 * 32 + word % 8 * 2 + reg / 2 + reg % 2 * 16;
+      default:
+        return halves_column(reg, word);
     }
   }
   __m512 scale(const Held& held, int, int) const { return held.scale; }
@@ -160,35 +160,50 @@ struct Int4Step : NibbleStep<Nibbles::kLowFirst> {
   IntRow<kZeros> row_scales_;
 };
 
-// 64 codes of 8 bits: the sum of the numbers of a byte's two nibbles is the byte's number. Registers 0 and 1 of x are
-// the even and the odd columns.
-template <bool kZeros>
-struct Int8Step : OneRowStep {
+// The steps with one byte for each column, 64 bytes at a time. Registers 0 and 1 of x are the even and the odd columns,
+// and two parts are the nibbles of the bytes in one register.
+struct ByteStep : OneRowStep {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 64;
-  static constexpr AddsAt kAdds = kZeros ? AddsAt::kInChunk : AddsAt::kNone;
   static constexpr int register_of(int part) { return part / 2; }
   static int column_of(int reg, int word) { return 2 * word + reg; }
+  static int64_t row_bytes(const PackedView& w) { return w.columns; }
+  void open(const PackedView& w, int64_t row) {
+    view_ = &w;
+    row_ = row;
+  }
+  const uint8_t* bytes(int64_t column) const {
+    return static_cast<const uint8_t*>(view_->part[0]) + row_ * view_->columns + column;
+  }
+
+ protected:
+  // Returns the scales of two blocks, eight lanes each.
+  static __m512 two_blocks(const float* scales) {
+    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales));
+    return spread(kTwoBlocks, _mm512_castps128_ps512(_mm_castsi128_ps(two)));
+  }
+  const PackedView* view_;
+  int64_t row_, start_;
+};
+
+// The sum of the numbers of a byte's two nibbles is the byte's number.
+template <bool kZeros>
+struct Int8Step : ByteStep {
+  static constexpr AddsAt kAdds = kZeros ? AddsAt::kInChunk : AddsAt::kNone;
   struct Held {
     __m512i words;
     __m512 scale;
   };
   static bool accepts(const PackedView& w) { return IntRow<kZeros>::accepts(w, 8); }
   void open(const PackedView& w, int64_t row) {
-    view_ = &w;
-    row_ = row;
+    ByteStep::open(w, row);
     high_ = IntRows::is_plain(w) ? &kSignedHighNibbles : &kHighNibbles;
-  }
-  static int64_t row_bytes(const PackedView& w) { return w.columns; }
-  const uint8_t* bytes(int64_t column) const {
-    return static_cast<const uint8_t*>(view_->part[0]) + row_ * view_->columns + column;
   }
   void enter(int64_t start, int64_t stop) {
     start_ = start;
     row_scales_.decode(*view_, row_, start, stop);
   }
   Held load(int64_t j, int blocks) const {
-    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row_scales_.blocks.scale + (j - start_) / 32));
-    return {load_bytes(bytes(j), blocks), spread(kTwoBlocks, _mm512_castps128_ps512(_mm_castsi128_ps(two)))};
+    return {load_bytes(bytes(j), blocks), two_blocks(row_scales_.blocks.scale + (j - start_) / 32)};
   }
   __m512bh numbers(const Held& held, int, int part) const {
     return looked_up(at_nibble(held.words, part), part % 2 ? *high_ : kLowNibbles);
@@ -197,8 +212,6 @@ struct Int8Step : OneRowStep {
   const float* chunk_addends(int) const { return row_scales_.blocks.add; }
 
  private:
-  const PackedView* view_;
-  int64_t row_, start_;
   const Words* high_;
   IntRow<kZeros> row_scales_;
 };
@@ -207,12 +220,10 @@ struct Int8Step : OneRowStep {
 
 // 64 bytes hold 64 columns of two rows: the high nibbles are of row n, the low nibbles of row n + N / 2. The step does
 // not round code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
-struct HqqStep : OneRowStep {
-  static constexpr int kColumns = 64, kParts = 4, kSums = 2, kOutputs = 2, kBytes = 64;
+struct HqqStep : ByteStep {
+  static constexpr int kSums = 2, kOutputs = 2;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
-  static constexpr int register_of(int part) { return part / 2; }
   static constexpr int sum_of(int part) { return 1 - part % 2; }
-  static int column_of(int reg, int word) { return 2 * word + reg; }
   static int64_t units(const PackedView& w) { return w.rows / 2; }
   struct Held {
     __m512i words;
@@ -221,14 +232,6 @@ struct HqqStep : OneRowStep {
   static bool accepts(const PackedView& w) {
     return code_bits(w.option) == 4 && !Hqq::has_axis0(w) && w.rows % 2 == 0 && w.columns % 32 == 0 &&
            w.group % 32 == 0 && w.columns % w.group == 0;
-  }
-  void open(const PackedView& w, int64_t row) {
-    view_ = &w;
-    row_ = row;
-  }
-  static int64_t row_bytes(const PackedView& w) { return w.columns; }
-  const uint8_t* bytes(int64_t column) const {
-    return static_cast<const uint8_t*>(view_->part[0]) + row_ * view_->columns + column;
   }
   void enter(int64_t start, int64_t stop) {
     start_ = start;
@@ -243,10 +246,7 @@ struct HqqStep : OneRowStep {
   Held load(int64_t j, int blocks) const {
     Held held;
     held.words = load_bytes(bytes(j), blocks);
-    for (int o = 0; o < 2; ++o) {
-      const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(blocks_[o].scale + (j - start_) / 32));
-      held.scale[o] = spread(kTwoBlocks, _mm512_castps128_ps512(_mm_castsi128_ps(two)));
-    }
+    for (int o = 0; o < 2; ++o) held.scale[o] = two_blocks(blocks_[o].scale + (j - start_) / 32);
     return held;
   }
   static __m512bh numbers(const Held& held, int, int part) {
@@ -256,8 +256,6 @@ struct HqqStep : OneRowStep {
   const float* chunk_addends(int output) const { return blocks_[output].add; }
 
  private:
-  const PackedView* view_;
-  int64_t row_, start_;
   BlockScales blocks_[2];
 };
 
@@ -275,21 +273,15 @@ struct E4m3Magnitudes {
 };
 constexpr E4m3Magnitudes kE4m3Magnitudes;
 
-// 64 codes of 8 bits. Register 0 of x is the even columns, register 1 the odd columns.
-struct Fp8Step : OneRowStep {
-  static constexpr int kColumns = 64, kParts = 2, kBytes = 64;
-  static int column_of(int reg, int word) { return 2 * word + reg; }
+// A part is the codes of one register of x.
+struct Fp8Step : ByteStep {
+  static constexpr int kParts = 2;
+  static constexpr int register_of(int part) { return part; }
   struct Held {
     __m512i words;
     __m512 scale;
   };
   static bool accepts(const PackedView& w) { return w.columns % 32 == 0 && Fp8::column_shift(w) >= 6; }
-  void open(const PackedView& w, int64_t row) {
-    view_ = &w;
-    row_ = row;
-  }
-  static int64_t row_bytes(const PackedView& w) { return w.columns; }
-  const uint8_t* bytes(int64_t column) const { return Fp8::codes(*view_, row_, column); }
   void enter(int64_t start, int64_t stop) {
     start_ = start;
     const int shift = static_cast<int>(min_i64(Fp8::column_shift(*view_), 40));
@@ -313,8 +305,6 @@ struct Fp8Step : OneRowStep {
   static __m512 scale(const Held& held, int, int) { return held.scale; }
 
  private:
-  const PackedView* view_;
-  int64_t row_, start_;
   BlockScales blocks_;
 };
 

@@ -50,6 +50,10 @@ struct OneRowStep {
   void enter(int64_t, int64_t) {}
 };
 
+// Returns the column of a word in registers of x for codes in the order kHalves: 16 bytes hold a block of 32 columns,
+// the low nibbles are its first 16 columns.
+constexpr int halves_column(int reg, int word) { return word / 8 * 32 + word % 8 * 2 + reg / 2 + reg % 2 * 16; }
+
 // --- Tables of numbers -----------------------------------------------------------------------------------------------
 
 // Returns the bits of an integer from -255 to 255 in bfloat16.
