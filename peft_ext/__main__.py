@@ -1,8 +1,6 @@
 """Runs the command ``peft-ext`` as ``python -m peft_ext``."""
 
-import sys
-
-from .cli.main import main
+from .cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

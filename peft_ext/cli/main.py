@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -111,3 +113,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         drop_output()
         return 1  # rich and click also end with 1 after a BrokenPipeError
     return int(code) if isinstance(code, int) else 0
+
+
+def run() -> NoReturn:
+    """Runs the command line in ``sys.argv`` and ends the process with the exit code.
+
+    A process that was in a process group ends without Python's finalization: gloo's threads outlive the group where DDP
+    used the group, and such a thread aborts the process if it frees a tensor of Python while Python is finalized.
+    """
+    code = main()
+    ranks = sys.modules.get("peft_ext.run.ranks")
+    if ranks is not None and ranks.had_group():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -400,6 +400,11 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
             _forget(before)
 
 
+def had_group() -> bool:
+    """Returns whether :func:`joined` has started and ended a process group in this process."""
+    return bool(_kept)
+
+
 def _forget(before: dict[str, Optional[str]]) -> None:
     """Resets the variables and the state of accelerate, so that a later run of this process is no run of this group."""
     from accelerate.state import AcceleratorState

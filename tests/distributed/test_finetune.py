@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -328,6 +329,26 @@ def unbroken(processes: int, tiny: Path, folder: Path, *more: str) -> Path:
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_was_in_a_group_ends_without_finalization():
+    """gloo's threads outlive a group that DDP used, and abort a process that Python finalizes meanwhile."""
+    program = """
+import atexit, sys
+from peft_ext.cli import main
+from peft_ext.run.ranks import joined
+class Finalized:
+    def __del__(self): print("finalized")
+kept = Finalized()
+atexit.register(print, "exit functions")
+if sys.argv[1] == "group":
+    with joined(of_one=True): pass
+main.main = lambda: print("the end", end="") or 3
+main.run()
+"""
+    for group, last in ("group", "the endexit functions\n"), ("none", "the endexit functions\nfinalized\n"):
+        done = subprocess.run([sys.executable, "-c", program, group], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (3, last), done.stderr
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Calls operators on packed weights that lie between two pages of memory that the process may not read.
 
 The program of test_bounds.py. A process of its own makes the calls, because a read beyond a part ends the process. The
-program prints the name of each weight and CPU path before the calls. With the argument ``beyond``, the program reads the
-byte after a guarded tensor.
+program prints the name of each weight and CPU path before the calls. With the argument ``beyond``, the program reads
+the byte after a guarded tensor.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def calls(weight: PackedWeight) -> Iterator[tuple[str, Tensor]]:
         for tokens in counts:
             x = torch.randn(tokens, k, generator=draw).to(dtype).requires_grad_()
             if experts:
-                yield f"experts, {dtype}, T={tokens}", ops.experts_linear(x.detach(), weight, torch.tensor([tokens // 2, tokens]))
+                offsets = torch.tensor([tokens // 2, tokens])
+                yield f"experts, {dtype}, T={tokens}", ops.experts_linear(x.detach(), weight, offsets)
                 continue
             yield f"product, {dtype}, T={tokens}", ops.frozen_linear(x.detach(), weight)
             y = ops.lora_linear(x, weight, lora_A, lora_B)

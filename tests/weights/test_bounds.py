@@ -1,4 +1,4 @@
-"""Tests that operators read no byte beyond a packed weight: a tensor of a mapped file may end at the file's last page."""
+"""Tests that operators read no byte beyond a packed weight: a tensor of a file may end at the last page of the file."""
 
 from __future__ import annotations
 
