@@ -248,10 +248,11 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);
   if (!call.lies_right(work.value_size)) work.value_rows = call.operand(work.keys, work.value_size);
   work.key_columns = call.operand(work.size, work.keys);
-  call.pack();
   const BackwardPlan plan = plan_backward(units * work.splits, group / work.splits, work.queries, work.keys, work.size,
                                           work.causal, loop_threads(), kMostSums);
   if (!plan.whole()) call.take_query_sums(plan.at_once);
+  work.reached = min_i64(work.keys, plan.reached() * kPlanBlock);
+  call.pack();
   plan.each_region([&](const BackwardRegion& region) {
     call.in_parallel(plan.parts(region), call.isa.backward_scratch(work), [&](int64_t begin, int64_t end, void* own) {
       const int64_t stop = plan.first_cell(region, end);

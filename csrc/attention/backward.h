@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBackwardKeys = kPlanBlock;  // number of keys in a block
+constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys in a block
 
 struct BackwardParts {
   Element *q_rows, *grad_rows;      // q and dO converted to operands; unused if q or dO itself serves as an operand
@@ -74,7 +74,7 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
   }
 }
 
-// Adds the keys [key, key_end) to the gradients of a block of queries, from the last block of keys to the first.
+// Adds the keys [key, key_end) to the gradients of a block of queries, from the first block of keys to the last.
 // query_sums: sums of dQ, which are not read if `first`. If `last`, the function computes grad_q from the sums.
 template <typename T>
 void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t key_end,
@@ -104,8 +104,8 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
   }
 
   const int64_t until = min_i64(key_end, keys_until(work, query, count)), steps = words_of_depth(count);
-  // Blocks of keys start at multiples of kBackwardKeys, as cells do, so that each sum has the same order in every plan.
-  for (int64_t k0 = (until - 1) / kBackwardKeys * kBackwardKeys; k0 >= key && k0 < until; k0 -= kBackwardKeys) {
+  // Cells start at multiples of kBackwardKeys, so that the blocks of keys are the same in every plan.
+  for (int64_t k0 = key; k0 < until; k0 += kBackwardKeys) {
     const int64_t here = min_i64(kBackwardKeys, until - k0);
     uint64_t bits[kBackwardKeys], keeps[kBackwardKeys], any = 0;
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
@@ -154,13 +154,14 @@ void backward_cell(const Attention& work, const BackwardCell& cell, void* scratc
   const int64_t head = unit % work.kv_heads * group + split * (group / work.splits) + cell.head;
   float* key_sums = work.key_sums + (split * units + unit) * work.keys * padded_lanes(work.size);
   float* value_sums = work.value_sums + (split * units + unit) * work.keys * padded_lanes(work.value_size);
-  const int64_t blocks = ceil_div(work.queries, kQueries), key_end = min_i64(work.keys, cell.key_end * kBackwardKeys);
+  const int64_t blocks = ceil_div(work.queries, kQueries), key_end = min_i64(work.keys, cell.key_end * kPlanBlock);
+  if (cell.head == 0 && cell.query_end == blocks) clear_sums(work, unit, split, cell.key * kPlanBlock, key_end);
   Parts parts{reinterpret_cast<uintptr_t>(scratch)};
   float* own_sums = parts.take<float>(work.size * kQueries);
-  for (int64_t block = cell.query; block < cell.query_end; ++block) {
+  for (int64_t block = cell.query_end - 1; block >= cell.query; --block) {
     float* query_sums = own_sums;
     if (work.query_sums) query_sums = work.query_sums + (cell.slot * blocks + block) * work.size * kQueries;
-    backward_block<T>(work, unit / work.kv_heads, head, block * kQueries, cell.key * kBackwardKeys, key_end, cell.first,
+    backward_block<T>(work, unit / work.kv_heads, head, block * kQueries, cell.key * kPlanBlock, key_end, cell.first,
                       cell.last, key_sums, value_sums, query_sums, parts);
   }
 }

@@ -58,6 +58,9 @@ struct Attention {
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
+  // Number of keys that the cells reach, a multiple of 64 or all keys. The first cell of a column of cells sets
+  // key_sums and value_sums to zero, because the memory is then in the cache of the thread that adds to the sums.
+  int64_t reached;
   // sums of dQ: [slots, blocks of queries, size, 64]; null if each head is one cell (attention/plan.h)
   float* query_sums;
 
@@ -73,7 +76,8 @@ struct AttentionKernels {
   int64_t word;   // number of elements in a word
   int64_t width;  // number of elements in a vector; rows of sums are padded to whole vectors
   // For the units [begin, end) of the units [B, Hkv, blocks of 64 keys]: writes the copies of k and v (key_rows,
-  // value_rows, key_columns, value_columns that are not null), and sets key_sums and value_sums, if not null, to zero.
+  // value_rows, key_columns, value_columns that are not null), and sets key_sums and value_sums of the keys that no
+  // cell reaches to zero.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
   // Computes out and lse for a block of 64 queries of one head.

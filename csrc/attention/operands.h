@@ -141,13 +141,14 @@ void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, i
   transpose_words(own.joined, lanes * 4, words_of_depth(count), depth, columns, key_stride / kWord);
 }
 
-// Sets the rows [k0, k0 + count) of a unit to zero, in the sums of all splits.
-inline void clear_sums(const Attention& work, float* sums, int64_t unit, int64_t k0, int64_t count, int64_t size) {
-  const int64_t lanes = padded_lanes(size), units = work.batches * work.kv_heads;
-  if (sums == nullptr) return;
-  for (int64_t split = 0; split < work.splits; ++split)
-    memset(sums + ((split * units + unit) * work.keys + k0) * lanes, 0,
-           static_cast<size_t>(count * lanes) * sizeof(float));
+// Sets the sums of dK and dV of the keys [key, key_end) of a unit's split to zero.
+inline void clear_sums(const Attention& work, int64_t unit, int64_t split, int64_t key, int64_t key_end) {
+  const int64_t first = (split * work.batches * work.kv_heads + unit) * work.keys + key;
+  const auto clear = [&](float* sums, int64_t lanes) {
+    memset(sums + first * lanes, 0, static_cast<size_t>((key_end - key) * lanes) * sizeof(float));
+  };
+  clear(work.key_sums, padded_lanes(work.size));
+  clear(work.value_sums, padded_lanes(work.value_size));
 }
 
 template <typename T>
@@ -160,8 +161,8 @@ void pack_units(const Attention& work, int64_t begin, int64_t end, void* scratch
     pack_operand<T>(work.k, batch, head, unit, work.keys, k0, work.size, work.key_rows, work.key_columns, parts);
     pack_operand<T>(work.v, batch, head, unit, work.keys, k0, work.value_size, work.value_rows, work.value_columns,
                     parts);
-    clear_sums(work, work.key_sums, unit, k0, count, work.size);
-    clear_sums(work, work.value_sums, unit, k0, count, work.value_size);
+    if (work.key_sums == nullptr || k0 < work.reached) continue;
+    for (int64_t split = 0; split < work.splits; ++split) clear_sums(work, unit, split, k0, k0 + count);
   }
 }
 

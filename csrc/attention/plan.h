@@ -2,16 +2,18 @@
 // every input. A plan never changes the order in which a sum is added up, so that the bits are equal for every number
 // of threads.
 //
-// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks see more keys. The units are
-// sorted by falling cost and dealt to the parts in turn, forwards in one turn and backwards in the next turn, so that
+// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks see more keys. Each part gets
+// an equal number of whole heads that are neighbours in memory, because threads that write to one page of new memory
+// wait for each other. The heads that are left are divided among teams of parts. The units of a team are sorted by
+// falling cost and dealt to the parts of the team in turn, forwards in one turn and backwards in the next turn, so that
 // each part gets expensive and cheap units.
 //
 // Backward. A stream is a sequence of heads whose dK and dV are added up in the same memory. The plan divides a head's
 // matrix [queries, keys] into cells of `step` by `step` blocks of 64. A cell adds to dQ of its row, and to dK and dV of
 // its column. A diagonal is the set of cells of one head with the same difference of row and column: the cells of a
-// diagonal share no row and no column, and can run at the same time. The diagonals run in the order of a rising
-// difference, so that each row adds up its columns from the last column to the first, and each column adds up its rows
-// from the first row to the last, for every `step`.
+// diagonal share no row and no column, and can run at the same time. The diagonals run in the order of a falling
+// difference, so that each row adds up its columns from the first column to the last, and each column adds up its rows
+// from the last row to the first, for every `step`.
 //
 //   phase    a diagonal of one head, in all streams
 //   region   cells that run at the same time, followed by a barrier: the rest of a phase, and the cells of the next
@@ -24,11 +26,14 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <numeric>
 #include <vector>
 
 namespace peft_ext {
 
 constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
+constexpr int64_t kLeastStep = 2;   // the side of a cell is a multiple of this number of blocks
 
 // Costs in sixteenths of the cost of a block of 64 queries by 64 keys.
 constexpr int64_t kBlockCost = 16;
@@ -49,12 +54,18 @@ struct ForwardPlan {
   // a head fall, because a thread should end with a cheap unit.
   std::vector<ForwardUnit> units(int64_t part) const {
     std::vector<ForwardUnit> found;
-    const int64_t all = heads * blocks;
-    for (int64_t turn = 0; turn * parts < all; ++turn) {
-      const int64_t rank = turn * parts + (turn % 2 == 0 ? part : parts - 1 - part);
-      if (rank < all) found.push_back({rank % heads, blocks - 1 - rank / heads});
+    const int64_t whole = heads / parts, rest = heads % parts;
+    for (int64_t head = part * whole; head < (part + 1) * whole; ++head)
+      for (int64_t block = blocks - 1; block >= 0; --block) found.push_back({head, block});
+    if (rest == 0) return found;
+    const int64_t teams = std::gcd(rest, parts), members = parts / teams, shared = rest / teams;
+    const int64_t first = parts * whole + part / members * shared, member = part % members;
+    const auto dealt = static_cast<std::ptrdiff_t>(found.size());
+    for (int64_t turn = 0; turn * members < shared * blocks; ++turn) {
+      const int64_t rank = turn * members + (turn % 2 == 0 ? member : members - 1 - member);
+      if (rank < shared * blocks) found.push_back({first + rank % shared, blocks - 1 - rank / shared});
     }
-    std::stable_sort(found.begin(), found.end(),
+    std::stable_sort(found.begin() + dealt, found.end(),
                      [](const ForwardUnit& a, const ForwardUnit& b) { return a.head < b.head; });
     return found;
   }
@@ -90,10 +101,16 @@ struct BackwardPlan {
 
   bool whole() const { return rows == 1 && columns == 1; }
   int64_t diagonals() const { return rows + (causal ? 0 : columns - 1); }
+  // Returns the number of blocks of keys that are in a cell.
+  int64_t reached() const {
+    if (streams == 0) return 0;
+    return causal ? std::min(key_blocks, rows * step) : key_blocks;
+  }
   int64_t groups() const { return (streams + at_once - 1) / at_once; }
   int64_t phases() const { return groups() * heads * diagonals(); }
   int64_t group_of(int64_t phase) const { return phase / (heads * diagonals()); }
-  int64_t difference(int64_t phase) const { return phase % diagonals() - (causal ? 0 : columns - 1); }
+  // Returns the row minus the column of the cells of a phase.
+  int64_t difference(int64_t phase) const { return rows - 1 - phase % diagonals(); }
 
   // Returns the number of cells of a phase in each stream.
   int64_t width(int64_t phase) const {
@@ -167,8 +184,8 @@ struct BackwardPlan {
     found.query_end = std::min(query_blocks, found.query + step);
     found.key = column * step;
     found.key_end = std::min(key_blocks, found.key + step);
-    found.first = column == (causal ? std::min(row, columns - 1) : columns - 1);
-    found.last = column == 0;
+    found.first = column == 0;
+    found.last = column == (causal ? std::min(row, columns - 1) : columns - 1);
     return found;
   }
 
@@ -205,7 +222,8 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
   if (best.streams == 0 || best.threads == 1) return best;
   int64_t time = best.time();
   const int64_t of_stream = std::max<int64_t>(1, best.query_blocks * kPlanBlock * size);
-  // Steps of 1, 2, 3, 4, 6, 8, 12, ... blocks. A smaller step must be faster, because it starts the threads more often.
+  // Steps of 2, 4, 6, 8, 12, 16, 24, ... blocks. A smaller step must be faster, because it starts the threads more
+  // often.
   const auto consider = [&](int64_t step) {
     if (step >= longest || ceil(longest, step) > kMostCells) return;
     BackwardPlan other = best;
@@ -218,7 +236,7 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
       best = other;
     }
   };
-  for (int64_t step = 1; step < longest; step *= 2) {
+  for (int64_t step = kLeastStep; step < longest; step *= 2) {
     consider(step);
     consider(3 * step);
   }

@@ -54,15 +54,10 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   return true;
 }
 
-// Computes, for each of the keys from `key` on, one bit for each query from `query` on: whether dropout keeps the key
-// for the query. Without dropout all bits are 1. For a key that no query may see (bits[r] is 0), nothing is drawn, and
-// the bits are 0.
-inline void kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t query,
-                 int64_t count, const uint64_t* bits, uint64_t* keeps) {
-  if (!work.dropout.active) {
-    for (int64_t r = 0; r < keys; ++r) keeps[r] = ~uint64_t{0};
-    return;
-  }
+// kept() with dropout. The function is not inlined, because its buffers and loops would cost the callers registers.
+__attribute__((noinline)) inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key,
+                                                int64_t keys, int64_t query, int64_t count, const uint64_t* bits,
+                                                uint64_t* keeps) {
   // The draws of a key are in at most kBlocks counter blocks. The counter blocks of kTogether keys are computed
   // together, so that no lane computes draws that nobody reads.
   constexpr int64_t kTogether = 16, kBlocks = kMaskBits / kDrawsPerBlock + 1;
@@ -89,6 +84,15 @@ inline void kept(const Attention& work, int64_t batch, int64_t head, int64_t key
       keeps[r0 + r] = words[0] | static_cast<uint64_t>(words[1]) << 32;
     }
   }
+}
+
+// Computes, for each of the keys from `key` on, one bit for each query from `query` on: whether dropout keeps the key
+// for the query. Without dropout all bits are 1. For a key that no query may see (bits[r] is 0), nothing is drawn, and
+// the bits are 0.
+inline void kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t query,
+                 int64_t count, const uint64_t* bits, uint64_t* keeps) {
+  if (work.dropout.active) return draw_kept(work, batch, head, key, keys, query, count, bits, keeps);
+  for (int64_t r = 0; r < keys; ++r) keeps[r] = ~uint64_t{0};
 }
 
 inline bool all_see(uint64_t bits) { return bits == ~uint64_t{0}; }

@@ -102,11 +102,11 @@ Backward backward_share(const BackwardPlan& plan) {
 // the order that plan.h states.
 bool check_backward(const BackwardPlan& plan) {
   struct Row {
-    int64_t next_key = -1, region = -1;  // the next block of keys, from the last to 0
+    int64_t next_key = -1, region = -1;  // the next block of keys, from 0 to the last
     bool finished = false;
   };
   struct Column {
-    int64_t head = 0, next_query = 0, region = -1;
+    int64_t head = -1, next_query = 0, region = -1;  // the next block of queries is next_query - 1
   };
   const int64_t queries = plan.query_blocks, keys = plan.key_blocks;
   std::vector<Row> rows(static_cast<size_t>(plan.streams * plan.heads * queries));
@@ -134,30 +134,36 @@ bool check_backward(const BackwardPlan& plan) {
         const int64_t seen = seen_blocks(query, keys, plan.causal);
         if (cell.first) {
           right = right && row.next_key == -1 && !row.finished;
-          row.next_key = seen - 1;
+          row.next_key = 0;
           owner = head;
         }
         right = right && owner == head && row.region != region_number && !row.finished;
         row.region = region_number;
         const int64_t end = std::min(cell.key_end, seen);
-        right = right && end == row.next_key + 1 && end > cell.key;
-        row.next_key = cell.key - 1;
+        right = right && cell.key == row.next_key && end > cell.key;
+        row.next_key = end;
         row.finished = cell.last;
-        right = right && cell.last == (cell.key == 0);
+        right = right && cell.last == (end == seen);
       }
       for (int64_t key = cell.key; key < cell.key_end; ++key) {
         Column& column = columns[static_cast<size_t>(cell.stream * keys + key)];
-        if (column.head < cell.head) column = {cell.head, 0, column.region};
-        const int64_t first = plan.causal ? std::max(cell.query, std::min(key, cell.query_end)) : cell.query;
-        if (column.next_query == 0) column.next_query = plan.causal ? std::min(key, queries) : 0;
-        right = right && column.head == cell.head && column.region != region_number && column.next_query == first;
+        if (column.head < cell.head) column = {cell.head, queries, column.region};
+        right = right && column.head == cell.head && column.region != region_number;
+        right = right && column.next_query == cell.query_end;
         column.region = region_number;
-        column.next_query = cell.query_end;
+        column.next_query = cell.query;
       }
     }
     ++region_number;
   });
   for (const Row& row : rows) right = right && row.finished;
+  // Each column ends at the first query of the cell that sees its keys; columns that no query sees have no cell.
+  for (size_t i = 0; i < columns.size(); ++i) {
+    const int64_t key = static_cast<int64_t>(i) % keys;
+    const int64_t first = plan.causal ? key / plan.step * plan.step : 0;
+    right = right && (first < queries ? columns[i].head == plan.heads - 1 && columns[i].next_query == first
+                                      : columns[i].head == -1);
+  }
   return right;
 }
 
