@@ -55,9 +55,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
 }
 
 // kept() with dropout. The function is not inlined, because its buffers and loops would cost the callers registers.
-__attribute__((noinline)) inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key,
-                                                int64_t keys, int64_t query, int64_t count, const uint64_t* bits,
-                                                uint64_t* keeps) {
+[[gnu::noinline]] inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys,
+                                        int64_t query, int64_t count, const uint64_t* bits, uint64_t* keeps) {
   // The draws of a key are in at most kBlocks counter blocks. The counter blocks of kTogether keys are computed
   // together, so that no lane computes draws that nobody reads.
   constexpr int64_t kTogether = 16, kBlocks = kMaskBits / kDrawsPerBlock + 1;
