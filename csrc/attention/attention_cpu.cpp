@@ -9,6 +9,7 @@
 #include "common/registration.h"
 #include "attention/kernels.h"
 #include "attention/mask.h"
+#include "attention/plan.h"
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/scratch.h"

@@ -18,13 +18,26 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "attention/plan.h"
 #include "common/philox.h"
 
 namespace peft_ext {
 
-// Number of queries whose bits of the mask share one word.
-constexpr int64_t kMaskBits = kPlanBlock;
+constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
+constexpr int64_t kLeastStep = 2;   // the side of a cell is a multiple of this number of blocks
+constexpr int64_t kMaskBits = 64;   // number of queries whose bits of the mask share one word
+
+// The units of work that attention/plan.h divides among threads. A forward unit is a block of queries of one head.
+struct ForwardUnit {
+  int64_t head, block;  // `head` counts the heads of all batches
+};
+
+// A cell: the blocks [query, query_end) by [key, key_end) of one head of a stream.
+struct BackwardCell {
+  int64_t stream, head;
+  int64_t slot;  // index of the stream's memory for dQ
+  int64_t query, query_end, key, key_end;
+  bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
+};
 
 // A tensor [B, H, T, D] whose last dimension is contiguous.
 struct HeadsOf {

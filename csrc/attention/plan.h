@@ -30,10 +30,9 @@
 #include <numeric>
 #include <vector>
 
-namespace peft_ext {
+#include "attention/kernels.h"
 
-constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
-constexpr int64_t kLeastStep = 2;   // the side of a cell is a multiple of this number of blocks
+namespace peft_ext {
 
 // Costs in sixteenths of the cost of a block of 64 queries by 64 keys.
 constexpr int64_t kBlockCost = 16;
@@ -41,10 +40,6 @@ constexpr int64_t kTurnCost = 2;    // of converting a block of queries to opera
 constexpr int64_t kRegionCost = 4;  // of starting the threads and waiting for the last thread
 
 constexpr int64_t kMostCells = 256;  // largest number of cells in a row or column of a plan; bounds the time to plan
-
-struct ForwardUnit {
-  int64_t head, block;  // `head` counts the heads of all batches
-};
 
 struct ForwardPlan {
   int64_t heads, blocks;  // number of heads of all batches, number of blocks of queries
@@ -75,14 +70,6 @@ inline ForwardPlan plan_forward(int64_t heads, int64_t queries, int64_t threads)
   const int64_t blocks = (queries + kPlanBlock - 1) / kPlanBlock;
   return {heads, blocks, std::min(std::max<int64_t>(threads, 1), heads * blocks)};
 }
-
-// A cell: the blocks [query, query_end) by [key, key_end) of one head of a stream.
-struct BackwardCell {
-  int64_t stream, head;
-  int64_t slot;  // index of the stream's memory for dQ
-  int64_t query, query_end, key, key_end;
-  bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
-};
 
 // The cells [begin, begin + count) of a phase, and the cells [0, next) of the phase after it.
 struct BackwardRegion {
