@@ -1,12 +1,15 @@
 // Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. In the
-// forward a unit of a thread's work is a block of queries; in the backward a unit is a part of the query heads of one
-// key head. The division of sums depends only on the shapes, so that the bits are equal for every number of threads.
+// forward a unit of a thread's work is a block of queries; in the backward a unit is a cell of queries and keys
+// (attention/plan.h). The division of sums depends only on the shapes, so that the bits are equal for every number of
+// threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
 
 #include "common/registration.h"
 #include "attention/kernels.h"
+#include "attention/mask.h"
+#include "attention/plan.h"
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/scratch.h"
@@ -17,10 +20,11 @@
 namespace peft_ext {
 namespace {
 
-// Number of units of work that the backward makes for the threads, if possible: the backward divides the query heads of
-// each key head into splits until there are kUnits units, or each query head is a split of its own.
-constexpr int64_t kUnits = 32;
-constexpr int64_t kMostSums = int64_t{1} << 25;  // largest number of floats in the sums of all splits: 128 MiB
+// Number of streams (attention/plan.h) that the backward makes, if possible: the backward divides the query heads of
+// each key head into splits until there are kStreams streams, or each query head is a split of its own.
+constexpr int64_t kStreams = 32;
+// Largest number of floats in the sums of dK and dV of all splits, and in the sums of dQ: 128 MiB.
+constexpr int64_t kMostSums = int64_t{1} << 25;
 
 const AttentionKernels& attention_kernels(DType dtype) {
 #if defined(__x86_64__)
@@ -75,10 +79,10 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
   return Tensor(out);
 }
 
-// Packs the bool mask into words with one bit for each of 64 queries. The result is [B or 1, H or 1, S, ceil(T / 64)].
+// Packs the bool mask into words with one bit for each of 64 queries. The result is [B or 1, H or 1, ceil(T / 64), S].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
-  const Tensor words = empty({batches, heads, keys, blocks, 8}, ScalarType::Byte);
+  const Tensor words = empty({batches, heads, blocks, keys, 8}, ScalarType::Byte);
   uint64_t* out = reinterpret_cast<uint64_t*>(words.mutable_data_ptr());
   const uint8_t* data = static_cast<const uint8_t*>(mask.const_data_ptr());
   const int64_t of_query = mask.size(2) == 1 ? 0 : mask.stride(2), of_key = mask.size(3) == 1 ? 0 : mask.stride(3);
@@ -86,13 +90,9 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t at = unit / blocks, block = unit % blocks;
       const uint8_t* from = data + at / heads * mask.stride(0) + at % heads * mask.stride(1);
-      uint64_t* to = out + at * keys * blocks + block;
-      for (int64_t j = 0; j < keys; ++j) to[j * blocks] = 0;
       const int64_t first = block * kMaskBits;
-      for (int64_t i = 0; i < min_i64(kMaskBits, queries - first); ++i) {
-        const uint8_t* row = from + (first + i) * of_query;
-        for (int64_t j = 0; j < keys; ++j) to[j * blocks] |= static_cast<uint64_t>(row[j * of_key] != 0) << i;
-      }
+      pack_mask_block(from + first * of_query, of_query, of_key, min_i64(kMaskBits, queries - first), keys,
+                      out + unit * keys);
     }
   });
   return words;
@@ -130,7 +130,6 @@ struct Call {
     if (mask.has_value() && mask->numel() > 0) {
       const Tensor words = hold(mask_words(*mask, work.queries, work.keys));
       work.mask = reinterpret_cast<const uint64_t*>(words.const_data_ptr());
-      work.mask_key = words.size(3);
       work.mask_head = words.size(1) == 1 ? 0 : words.size(2) * words.size(3);
       work.mask_batch = words.size(0) == 1 ? 0 : words.size(1) * words.size(2) * words.size(3);
     }
@@ -157,9 +156,9 @@ struct Call {
     return hold(empty({kv_units(), rows, whole_words(columns)}, type)).mutable_data_ptr();
   }
 
-  // Allocates the sums [splits, units, keys, columns padded to whole vectors] in the calling thread's scratch. The
-  // thread keeps the scratch after the call unless the scratch is large, because new memory costs a page fault per
-  // page.
+  // Allocates the sums of dK and dV [splits, units, keys, columns padded to whole vectors] in the calling thread's
+  // scratch. The thread keeps the scratch after the call unless the scratch is large, because new memory costs a page
+  // fault per page.
   void take_sums() {
     const int64_t rows = work.splits * kv_units() * work.keys;
     const int64_t of_keys = rows * whole_vectors(work.size), of_values = rows * whole_vectors(work.value_size);
@@ -168,10 +167,23 @@ struct Call {
     work.value_sums = work.key_sums + of_keys;
   }
 
+  // Allocates the sums of dQ [slots, blocks of queries, size, 64] in the calling thread's scratch.
+  void take_query_sums(int64_t slots) {
+    const int64_t count = slots * ceil_div(work.queries, kPlanBlock) * kPlanBlock * work.size;
+    work.query_sums =
+        static_cast<float*>(scratch(Scratch::kMoreTokens, static_cast<size_t>(count + 1) * sizeof(float)));
+  }
+
+  void pack() {
+    in_parallel(kv_units() * ceil_div(work.keys, kPlanBlock), isa.pack_scratch(work),
+                [&](int64_t begin, int64_t end, void* own) { isa.pack(work, begin, end, own); });
+  }
+
+  // Calls f(begin, end, scratch of `bytes` bytes) for parts of [0, units).
   template <typename F>
   void in_parallel(int64_t units, size_t bytes, const F& f) {
     parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      f(work, begin, end, scratch(Scratch::kPanel, bytes));
+      f(begin, end, scratch(Scratch::kPanel, bytes));
       // Releases a large block of scratch, which a head size of thousands needs. The scratch of the sums stays
       // allocated, because other threads may still use the sums.
       release_large_scratch(Scratch::kPanel);
@@ -191,9 +203,12 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
   work.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);
   work.value_columns = call.operand(work.value_size, work.keys);
-  call.in_parallel(call.kv_units(), call.isa.pack_scratch(work), call.isa.pack);
-  const int64_t blocks = ceil_div(work.queries, kMaskBits);
-  call.in_parallel(work.batches * work.heads * blocks, call.isa.forward_scratch(work), call.isa.forward);
+  call.pack();
+  const ForwardPlan plan = plan_forward(work.batches * work.heads, work.queries, loop_threads());
+  call.in_parallel(plan.parts, call.isa.forward_scratch(work), [&](int64_t begin, int64_t end, void* own) {
+    for (int64_t part = begin; part < end; ++part)
+      for (const ForwardUnit& unit : plan.units(part)) call.isa.forward(work, unit, own);
+  });
   return {out, lse};
 }
 
@@ -220,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   work.grad_v = heads_of(grad_v);
   const int64_t units = call.kv_units(), group = work.kv_heads > 0 ? work.heads / work.kv_heads : 0;
   if (units == 0) return {grad_q, grad_k, grad_v};
-  for (work.splits = 1; work.splits < group && (units * work.splits < kUnits || group % work.splits != 0);)
+  for (work.splits = 1; work.splits < group && (units * work.splits < kStreams || group % work.splits != 0);)
     ++work.splits;
   if (work.splits < 1) work.splits = 1;
   // Each split has sums for all keys. The loop lowers the number of splits until the sums of all splits have at most
@@ -234,8 +249,18 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);
   if (!call.lies_right(work.value_size)) work.value_rows = call.operand(work.keys, work.value_size);
   work.key_columns = call.operand(work.size, work.keys);
-  call.in_parallel(units, call.isa.pack_scratch(work), call.isa.pack);
-  call.in_parallel(units * work.splits, call.isa.backward_scratch(work), call.isa.backward);
+  const BackwardPlan plan = plan_backward(units * work.splits, group / work.splits, work.queries, work.keys, work.size,
+                                          work.causal, loop_threads(), kMostSums);
+  if (!plan.whole()) call.take_query_sums(plan.at_once);
+  work.reached = min_i64(work.keys, plan.reached() * kPlanBlock);
+  call.pack();
+  plan.each_region([&](const BackwardRegion& region) {
+    call.in_parallel(plan.parts(region), call.isa.backward_scratch(work), [&](int64_t begin, int64_t end, void* own) {
+      const int64_t stop = plan.first_cell(region, end);
+      for (int64_t at = plan.first_cell(region, begin); at < stop; ++at)
+        call.isa.backward(work, plan.cell(region, at), own);
+    });
+  });
   parallel_for(0, units * work.keys, kMaskBits, [&](int64_t begin, int64_t end) { call.isa.finish(work, begin, end); });
   return {grad_q, grad_k, grad_v};
 }

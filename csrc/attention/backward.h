@@ -1,5 +1,5 @@
-// The backward of attention for a block of queries: dV, dQ and dK of attention/kernels.h. Include this file after the
-// target pragma and the path's Vec, words and transposition.
+// The backward of attention for a cell of queries and keys: dV, dQ and dK of attention/kernels.h. Include this file
+// after the target pragma and the path's Vec, words and transposition.
 #pragma once
 
 #include "attention/forward.h"
@@ -7,14 +7,14 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBackwardKeys = 96;  // number of keys in a block; a multiple of kRows
+constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys in a block
 
 struct BackwardParts {
   Element *q_rows, *grad_rows;      // q and dO converted to operands; unused if q or dO itself serves as an operand
   Element *q_turned, *grad_turned;  // q and dO as right operands whose depth is the head size
   Element *q_joined, *grad_joined;  // q and dO as right operands whose depth is the queries
   Element *p, *ds, *ds_joined;      // p, ds: left operands, depth queries; ds_joined: dS as right operand, depth keys
-  float *s, *dp, *q_sums, *turned, *delta, *bias;
+  float *s, *dp, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
         grad_rows(parts->take<Element>(kQueries * padded_depth(work.value_size))),
@@ -27,7 +27,6 @@ struct BackwardParts {
         ds_joined(parts->take<Element>(kBackwardKeys * kQueries)),
         s(parts->take<float>(kBackwardKeys * kQueries)),
         dp(parts->take<float>(kBackwardKeys * kQueries)),
-        q_sums(parts->take<float>(work.size * kQueries)),
         turned(parts->take<float>(kQueries * work.size)),
         delta(parts->take<float>(kQueries)),
         bias(parts->take<float>(work.bias ? kQueries * kBackwardKeys : 0)) {}
@@ -75,9 +74,11 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
   }
 }
 
+// Adds the keys [key, key_end) to the gradients of a block of queries, from the first block of keys to the last.
+// query_sums: sums of dQ, which are not read if `first`. If `last`, the function computes grad_q from the sums.
 template <typename T>
-void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, float* key_sums,
-                    float* value_sums, Parts parts) {
+void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t key_end,
+                    bool first, bool last, float* key_sums, float* value_sums, float* query_sums, Parts parts) {
   const BackwardParts own(&parts, work);
   const int64_t group = work.heads / work.kv_heads, unit = batch * work.kv_heads + head / group;
   const int64_t count = min_i64(kQueries, work.queries - query), vecs = ceil_div(count, kWidth);
@@ -102,17 +103,17 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
     own.delta[i] = i < count ? dot(grad_at + i * work.grad.token, out_at + i * work.out.token, value_size) : 0.0f;
   }
 
-  bool first = true;
-  const int64_t until = keys_until(work, query, count), steps = words_of_depth(count);
-  for (int64_t k0 = 0; k0 < until; k0 += kBackwardKeys) {
+  const int64_t until = min_i64(key_end, keys_until(work, query, count)), steps = words_of_depth(count);
+  // Cells start at multiples of kBackwardKeys, so that the blocks of keys are the same in every plan.
+  for (int64_t k0 = key; k0 < until; k0 += kBackwardKeys) {
     const int64_t here = min_i64(kBackwardKeys, until - k0);
     uint64_t bits[kBackwardKeys], keeps[kBackwardKeys], any = 0;
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
-    for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
+    kept(work, batch, head, k0, here, query, count, bits, keeps);
     // For each strip of keys: the first vector of queries to multiply, or `vecs` if no query may see a key of the
     // strip.
-    int64_t starts[kBackwardKeys / kRows];
+    int64_t starts[(kBackwardKeys + kRows - 1) / kRows];
     const auto for_strips = [&](auto f) {
       for (int64_t r = 0; r < here; r += kRows)
         if (const int64_t v0 = starts[r / kRows]; v0 < vecs) f(r, min_i64(kRows, here - r), v0, v0 * kWidth);
@@ -137,29 +138,31 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
       multiply(rows, lanes / kWidth, own.ds + r * kQueries + lane, kQueries, own.q_joined + lane * lanes, lanes * kWord,
                steps - lane / kWord, key_sums + (k0 + r) * lanes, lanes, true);
     });
-    multiply_seen(work, k0, here, query, size, vecs, key_columns, own.ds_joined, own.q_sums, !first);
+    multiply_seen(work, k0, here, query, size, vecs, key_columns, own.ds_joined, query_sums, !first);
     first = false;
   }
-  if (first) memset(own.q_sums, 0, static_cast<size_t>(size * kQueries) * sizeof(float));
-  store_turned(own.q_sums, size, count, own.turned, head_of<T>(work.grad_q, batch, head, query), work.grad_q.token,
+  if (first) memset(query_sums, 0, static_cast<size_t>(size * kQueries) * sizeof(float));
+  if (!last) return;
+  store_turned(query_sums, size, count, own.turned, head_of<T>(work.grad_q, batch, head, query), work.grad_q.token,
                [&](int64_t) { return work.scale; });
 }
 
 template <typename T>
-void backward_units(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+void backward_cell(const Attention& work, const BackwardCell& cell, void* scratch) {
   const int64_t group = work.heads / work.kv_heads, units = work.batches * work.kv_heads;
-  const int64_t lanes = padded_lanes(work.size), value_lanes = padded_lanes(work.value_size);
-  for (int64_t at = begin; at < end; ++at) {
-    const int64_t unit = at / work.splits, split = at % work.splits;
-    const int64_t batch = unit / work.kv_heads, kv_head = unit % work.kv_heads;
-    float* key_sums = work.key_sums + (split * units + unit) * work.keys * lanes;
-    float* value_sums = work.value_sums + (split * units + unit) * work.keys * value_lanes;
-    memset(key_sums, 0, static_cast<size_t>(work.keys * lanes) * sizeof(float));
-    memset(value_sums, 0, static_cast<size_t>(work.keys * value_lanes) * sizeof(float));
-    for (int64_t h = split * group / work.splits; h < (split + 1) * group / work.splits; ++h)
-      for (int64_t query = 0; query < work.queries; query += kQueries)
-        backward_block<T>(work, batch, kv_head * group + h, query, key_sums, value_sums,
-                          {reinterpret_cast<uintptr_t>(scratch)});
+  const int64_t unit = cell.stream / work.splits, split = cell.stream % work.splits;
+  const int64_t head = unit % work.kv_heads * group + split * (group / work.splits) + cell.head;
+  float* key_sums = work.key_sums + (split * units + unit) * work.keys * padded_lanes(work.size);
+  float* value_sums = work.value_sums + (split * units + unit) * work.keys * padded_lanes(work.value_size);
+  const int64_t blocks = ceil_div(work.queries, kQueries), key_end = min_i64(work.keys, cell.key_end * kPlanBlock);
+  if (cell.head == 0 && cell.query_end == blocks) clear_sums(work, unit, split, cell.key * kPlanBlock, key_end);
+  Parts parts{reinterpret_cast<uintptr_t>(scratch)};
+  float* own_sums = parts.take<float>(work.size * kQueries);
+  for (int64_t block = cell.query_end - 1; block >= cell.query; --block) {
+    float* query_sums = own_sums;
+    if (work.query_sums) query_sums = work.query_sums + (cell.slot * blocks + block) * work.size * kQueries;
+    backward_block<T>(work, unit / work.kv_heads, head, block * kQueries, cell.key * kPlanBlock, key_end, cell.first,
+                      cell.last, key_sums, value_sums, query_sums, parts);
   }
 }
 

@@ -103,7 +103,7 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
     uint64_t bits[kForwardKeys], keeps[kForwardKeys], any = 0;
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
-    for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
+    kept(work, batch, head, k0, here, query, count, bits, keeps);
     const bool begun = begin_scores(work, batch, head, query, count, k0, here, own.bias, own.s);
     for (int64_t r = 0; r < here; r += kRows) {
       const int64_t rows = min_i64(kRows, here - r), v0 = first_vec(work, k0 + r, query);
@@ -134,18 +134,6 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   if (first) memset(own.o, 0, static_cast<size_t>(work.value_size * kQueries) * sizeof(float));
   store_turned(own.o, work.value_size, count, own.turned, head_of<T>(work.out, batch, head, query), work.out.token,
                [&](int64_t i) { return own.change[i]; });
-}
-
-template <typename T>
-void forward_units(const Attention& work, int64_t begin, int64_t end, void* scratch) {
-  const int64_t blocks = ceil_div(work.queries, kQueries);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t batch = unit / (work.heads * blocks), head = unit / blocks % work.heads;
-    // Under a causal mask the last block of queries sees the most keys. Blocks that see many keys run first, so that a
-    // thread with several blocks ends with blocks that see few keys.
-    const int64_t block = blocks - 1 - unit % blocks;
-    forward_block<T>(work, batch, head, block * kQueries, {reinterpret_cast<uintptr_t>(scratch)});
-  }
 }
 
 }  // namespace

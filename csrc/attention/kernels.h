@@ -22,8 +22,22 @@
 
 namespace peft_ext {
 
-// Number of queries whose bits of the mask share one word.
-constexpr int64_t kMaskBits = 64;
+constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
+constexpr int64_t kLeastStep = 2;   // the side of a cell is a multiple of this number of blocks
+constexpr int64_t kMaskBits = 64;   // number of queries whose bits of the mask share one word
+
+// The units of work that attention/plan.h divides among threads. A forward unit is a block of queries of one head.
+struct ForwardUnit {
+  int64_t head, block;  // `head` counts the heads of all batches
+};
+
+// A cell: the blocks [query, query_end) by [key, key_end) of one head of a stream.
+struct BackwardCell {
+  int64_t stream, head;
+  int64_t slot;  // index of the stream's memory for dQ
+  int64_t query, query_end, key, key_end;
+  bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
+};
 
 // A tensor [B, H, T, D] whose last dimension is contiguous.
 struct HeadsOf {
@@ -39,10 +53,11 @@ struct Attention {
   bool causal;  // query i may see key j only if j <= i
   HeadsOf q, k, v, out;
   float* lse;  // lse [B, H, queries]
-  // Bit i % 64 of word i / 64 of a key tells whether query i may see the key. A null pointer means that there is no
-  // mask. Strides are in words; a stride is 0 if the dimension is broadcast.
+  // The mask as words [B, H, blocks of 64 queries, keys]: bit i of a word tells whether query i of the block may see
+  // the key. A null pointer means that there is no mask. Strides are in words; a stride is 0 if the dimension is
+  // broadcast.
   const uint64_t* mask;
-  int64_t mask_batch, mask_head, mask_key;
+  int64_t mask_batch, mask_head;
   // The bias [B, H, queries, keys] in bias_dtype, or null. Strides are in elements; a stride is 0 if the dimension is
   // broadcast.
   const void* bias;
@@ -50,12 +65,17 @@ struct Attention {
   int64_t bias_batch, bias_head, bias_query, bias_key;
   Dropout dropout;
 
-  // The fields from `grad` to `value_sums` are for the backward only. The query heads of a key head are summed in
+  // The fields from `grad` to `query_sums` are for the backward only. The query heads of a key head are summed in
   // `splits` parts, and `finish` adds the sums of these parts.
   HeadsOf grad, grad_q, grad_k, grad_v;
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
+  // Number of keys that the cells reach, a multiple of 64 or all keys. The first cell of a column of cells sets
+  // key_sums and value_sums to zero, because the memory is then in the cache of the thread that adds to the sums.
+  int64_t reached;
+  // sums of dQ: [slots, blocks of queries, size, 64]; null if each head is one cell (attention/plan.h)
+  float* query_sums;
 
   // Scratch copies of k and v, for each batch and key head, in the layout that the products read as their left operand
   // (rows), and of the transposes of k and v (columns). A pointer is null if no product of the call reads the copy, or
@@ -68,16 +88,17 @@ struct AttentionKernels {
   DType element;  // element type of the operands
   int64_t word;   // number of elements in a word
   int64_t width;  // number of elements in a vector; rows of sums are padded to whole vectors
-  // Writes the copies of k and v (key_rows, value_rows, key_columns, value_columns that are not null) for the key heads
-  // [begin, end) of the B · Hkv key heads.
+  // For the units [begin, end) of the units [B, Hkv, blocks of 64 keys]: writes the copies of k and v (key_rows,
+  // value_rows, key_columns, value_columns that are not null), and sets key_sums and value_sums of the keys that no
+  // cell reaches to zero.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
-  // Computes out and lse for the blocks [begin, end) of queries. A block has 64 queries of one head, so that there are
-  // B · H · ceil(queries / 64) blocks.
-  void (*forward)(const Attention& work, int64_t begin, int64_t end, void* scratch);
+  // Computes out and lse for a block of 64 queries of one head.
+  void (*forward)(const Attention& work, ForwardUnit unit, void* scratch);
   size_t (*forward_scratch)(const Attention& work);
-  // Computes grad_q, key_sums and value_sums for the units [begin, end) of the units [B, Hkv, splits].
-  void (*backward)(const Attention& work, int64_t begin, int64_t end, void* scratch);
+  // Adds a cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells computes grad_q. The
+  // streams are [B, Hkv, splits].
+  void (*backward)(const Attention& work, const BackwardCell& cell, void* scratch);
   size_t (*backward_scratch)(const Attention& work);
   // Computes grad_k and grad_v for the rows [begin, end) of the rows [B, Hkv, keys].
   void (*finish)(const Attention& work, int64_t begin, int64_t end);

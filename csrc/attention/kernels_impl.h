@@ -26,8 +26,11 @@ size_t pack_scratch(const Attention& work) {
   return parts.at;
 }
 
-void forward(const Attention& work, int64_t begin, int64_t end, void* scratch) {
-  with_element(work.dtype, [&](auto zero) { forward_units<decltype(zero)>(work, begin, end, scratch); });
+void forward(const Attention& work, ForwardUnit unit, void* scratch) {
+  with_element(work.dtype, [&](auto zero) {
+    forward_block<decltype(zero)>(work, unit.head / work.heads, unit.head % work.heads, unit.block * kQueries,
+                                  {reinterpret_cast<uintptr_t>(scratch)});
+  });
 }
 
 size_t forward_scratch(const Attention& work) {
@@ -36,12 +39,13 @@ size_t forward_scratch(const Attention& work) {
   return parts.at;
 }
 
-void backward(const Attention& work, int64_t begin, int64_t end, void* scratch) {
-  with_element(work.dtype, [&](auto zero) { backward_units<decltype(zero)>(work, begin, end, scratch); });
+void backward(const Attention& work, const BackwardCell& cell, void* scratch) {
+  with_element(work.dtype, [&](auto zero) { backward_cell<decltype(zero)>(work, cell, scratch); });
 }
 
 size_t backward_scratch(const Attention& work) {
   Parts parts{0};
+  parts.take<float>(work.size * kQueries);
   BackwardParts(&parts, work);
   return parts.at;
 }

@@ -124,31 +124,45 @@ struct PackParts {
         joined(parts->take<Element>(kQueries * padded_lanes(depth))) {}
 };
 
+// Writes the copies of the block of keys [k0, k0 + count) of x.
 template <typename T>
-void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, int64_t keys, int64_t depth,
+void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, int64_t keys, int64_t k0, int64_t depth,
                   void* made_rows, void* made_columns, Parts parts) {
   if (made_rows == nullptr && made_columns == nullptr) return;
   const PackParts own(&parts, depth);
   const int64_t stride = padded_depth(depth), key_stride = padded_depth(keys), lanes = padded_lanes(depth);
-  for (int64_t k0 = 0; k0 < keys; k0 += kQueries) {
-    const int64_t count = min_i64(kQueries, keys - k0);
-    Element* into = made_rows ? static_cast<Element*>(made_rows) + (unit * keys + k0) * stride : own.rows;
-    const T* from = head_of<const T>(x, batch, head, k0);
-    Rows rows = rows_of_heads(from, x.token, count, depth, into);
-    if (made_columns == nullptr) continue;
-    join_all(rows, count, depth, own.joined);
-    Element* columns = static_cast<Element*>(made_columns) + unit * depth * key_stride + k0;
-    transpose_words(own.joined, lanes * 4, words_of_depth(count), depth, columns, key_stride / kWord);
-  }
+  const int64_t count = min_i64(kQueries, keys - k0);
+  Element* into = made_rows ? static_cast<Element*>(made_rows) + (unit * keys + k0) * stride : own.rows;
+  const T* from = head_of<const T>(x, batch, head, k0);
+  const Rows rows = rows_of_heads(from, x.token, count, depth, into);
+  if (made_columns == nullptr) return;
+  join_all(rows, count, depth, own.joined);
+  Element* columns = static_cast<Element*>(made_columns) + unit * depth * key_stride + k0;
+  transpose_words(own.joined, lanes * 4, words_of_depth(count), depth, columns, key_stride / kWord);
+}
+
+// Sets the sums of dK and dV of the keys [key, key_end) of a unit's split to zero.
+inline void clear_sums(const Attention& work, int64_t unit, int64_t split, int64_t key, int64_t key_end) {
+  const int64_t first = (split * work.batches * work.kv_heads + unit) * work.keys + key;
+  const auto clear = [&](float* sums, int64_t lanes) {
+    memset(sums + first * lanes, 0, static_cast<size_t>((key_end - key) * lanes) * sizeof(float));
+  };
+  clear(work.key_sums, padded_lanes(work.size));
+  clear(work.value_sums, padded_lanes(work.value_size));
 }
 
 template <typename T>
 void pack_units(const Attention& work, int64_t begin, int64_t end, void* scratch) {
-  for (int64_t unit = begin; unit < end; ++unit) {
+  const int64_t blocks = ceil_div(work.keys, kQueries);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t unit = at / blocks, k0 = at % blocks * kQueries, count = min_i64(kQueries, work.keys - k0);
     const int64_t batch = unit / work.kv_heads, head = unit % work.kv_heads;
     const Parts parts{reinterpret_cast<uintptr_t>(scratch)};
-    pack_operand<T>(work.k, batch, head, unit, work.keys, work.size, work.key_rows, work.key_columns, parts);
-    pack_operand<T>(work.v, batch, head, unit, work.keys, work.value_size, work.value_rows, work.value_columns, parts);
+    pack_operand<T>(work.k, batch, head, unit, work.keys, k0, work.size, work.key_rows, work.key_columns, parts);
+    pack_operand<T>(work.v, batch, head, unit, work.keys, k0, work.value_size, work.value_rows, work.value_columns,
+                    parts);
+    if (work.key_sums == nullptr || k0 < work.reached) continue;
+    for (int64_t split = 0; split < work.splits; ++split) clear_sums(work, unit, split, k0, k0 + count);
   }
 }
 

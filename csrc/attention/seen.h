@@ -11,7 +11,7 @@ namespace {
 // Returns one bit for each query from `query` on: whether the query may see the key. Bits beyond the `count` queries
 // are 0.
 inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, int64_t query, int64_t count) {
-  uint64_t bits = mask ? mask[key * work.mask_key + query / kMaskBits] : ~uint64_t{0};
+  uint64_t bits = mask ? mask[query / kMaskBits * work.keys + key] : ~uint64_t{0};
   if (count < kMaskBits) bits &= (uint64_t{1} << count) - 1;
   const int64_t after = key - query;
   if (!work.causal || after <= 0) return bits;
@@ -54,15 +54,44 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   return true;
 }
 
-// Returns one bit for each query from `query` on: whether dropout keeps the key for the query. Without dropout all bits
-// are 1.
-inline uint64_t kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t query, int64_t count) {
-  if (!work.dropout.active) return ~uint64_t{0};
-  const int64_t first = ((batch * work.heads + head) * work.keys + key) * work.queries + query;
-  alignas(64) uint16_t buffer[draws_room(kMaskBits)];
-  uint32_t words[kMaskBits / 32 + 1] = {};
-  keep_bits(work.dropout, philox_draws(work.dropout, first, count, buffer), count, words);
-  return words[0] | static_cast<uint64_t>(words[1]) << 32;
+// kept() with dropout. The function is not inlined, because its buffers and loops would cost the callers registers.
+[[gnu::noinline]] inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys,
+                                        int64_t query, int64_t count, const uint64_t* bits, uint64_t* keeps) {
+  // The draws of a key are in at most kBlocks counter blocks. The counter blocks of kTogether keys are computed
+  // together, so that no lane computes draws that nobody reads.
+  constexpr int64_t kTogether = 16, kBlocks = kMaskBits / kDrawsPerBlock + 1;
+  static_assert(kTogether * kBlocks % kPhiloxBlocks == 0, "the list of counter blocks must hold whole groups");
+  const uint64_t flat = static_cast<uint64_t>((batch * work.heads + head) * work.keys);
+  for (int64_t r0 = 0; r0 < keys; r0 += kTogether) {
+    const int64_t here = min_i64(kTogether, keys - r0);
+    uint64_t blocks[kTogether * kBlocks];
+    alignas(64) uint16_t draws[kTogether * kBlocks * kDrawsPerBlock];
+    int64_t starts[kTogether], listed = 0;
+    for (int64_t r = 0; r < here; ++r) {
+      if (bits[r0 + r] == 0) continue;
+      const uint64_t first = (flat + static_cast<uint64_t>(key + r0 + r)) * static_cast<uint64_t>(work.queries) +
+                             static_cast<uint64_t>(query);
+      const uint64_t end = (first + static_cast<uint64_t>(count) + kDrawsPerBlock - 1) / kDrawsPerBlock;
+      starts[r] = listed * kDrawsPerBlock + static_cast<int64_t>(first % kDrawsPerBlock);
+      for (uint64_t block = first / kDrawsPerBlock; block < end; ++block) blocks[listed++] = block;
+    }
+    while (listed % kPhiloxBlocks != 0) blocks[listed++] = 0;
+    philox_listed_blocks(work.dropout, blocks, listed, draws);
+    for (int64_t r = 0; r < here; ++r) {
+      uint32_t words[kMaskBits / 32] = {};
+      if (bits[r0 + r] != 0) keep_bits(work.dropout, draws + starts[r], count, words);
+      keeps[r0 + r] = words[0] | static_cast<uint64_t>(words[1]) << 32;
+    }
+  }
+}
+
+// Computes, for each of the keys from `key` on, one bit for each query from `query` on: whether dropout keeps the key
+// for the query. Without dropout all bits are 1. For a key that no query may see (bits[r] is 0), nothing is drawn, and
+// the bits are 0.
+inline void kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t query,
+                 int64_t count, const uint64_t* bits, uint64_t* keeps) {
+  if (work.dropout.active) return draw_kept(work, batch, head, key, keys, query, count, bits, keeps);
+  for (int64_t r = 0; r < keys; ++r) keeps[r] = ~uint64_t{0};
 }
 
 inline bool all_see(uint64_t bits) { return bits == ~uint64_t{0}; }

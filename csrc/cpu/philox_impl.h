@@ -15,11 +15,12 @@ constexpr int kPhiloxSets = 2;
 constexpr int kPhiloxBlocks = kPhiloxSets * Lanes::kWidth;  // number of counter blocks computed at a time
 constexpr int kDrawsPerBlock = 8;
 
-// Writes the draws of the counter blocks [first, first + kPhiloxBlocks), in the order of the elements.
-inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out) {
+// Writes the draws of kPhiloxBlocks counter blocks. counters(s) are the counters of set s.
+template <typename Counters>
+inline void philox_rounds(const Dropout& dropout, const Counters& counters, uint16_t* out) {
   Lanes c0[kPhiloxSets], c1[kPhiloxSets], c2[kPhiloxSets], c3[kPhiloxSets];
   for (int s = 0; s < kPhiloxSets; ++s) {
-    c0[s] = Lanes::counters(first + static_cast<uint64_t>(s * Lanes::kWidth));
+    c0[s] = counters(s);
     c1[s] = c0[s].high();
     c2[s] = Lanes::broadcast(dropout.offset);
     c3[s] = c2[s].high();
@@ -40,6 +41,18 @@ inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out)
   }
   for (int s = 0; s < kPhiloxSets; ++s)
     Lanes::store_words(c0[s], c1[s], c2[s], c3[s], out + s * Lanes::kWidth * kDrawsPerBlock);
+}
+
+// Writes the draws of the counter blocks [first, first + kPhiloxBlocks), in the order of the elements.
+inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out) {
+  philox_rounds(dropout, [&](int s) { return Lanes::counters(first + static_cast<uint64_t>(s * Lanes::kWidth)); }, out);
+}
+
+// Writes the draws of `count` listed counter blocks. `count` must be a multiple of kPhiloxBlocks.
+inline void philox_listed_blocks(const Dropout& dropout, const uint64_t* blocks, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; i += kPhiloxBlocks)
+    philox_rounds(
+        dropout, [&](int s) { return Lanes::listed(blocks + i + s * Lanes::kWidth); }, out + i * kDrawsPerBlock);
 }
 
 // Returns the buffer size that philox_draws needs: philox_draws computes whole groups of counter blocks, and may start

@@ -137,6 +137,10 @@ struct Lanes {
   static Lanes counters(uint64_t first) {
     return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
   }
+  // Returns four counters from memory, in the order of counters().
+  static Lanes listed(const uint64_t* counters) {
+    return {_mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(counters)), 0xD8)};
+  }
   static Lanes mul32(Lanes a, Lanes b) { return {_mm256_mul_epu32(a.v, b.v)}; }
   static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
   Lanes high() const { return {_mm256_srli_epi64(v, 32)}; }

@@ -127,6 +127,10 @@ struct Lanes {
   static Lanes counters(uint64_t first) {
     return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
+  // Returns eight counters from memory, in the order of counters().
+  static Lanes listed(const uint64_t* counters) {
+    return {_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(counters))};
+  }
   static Lanes mul32(Lanes a, Lanes b) { return {_mm512_mul_epu32(a.v, b.v)}; }
   static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
   Lanes high() const { return {_mm512_srli_epi64(v, 32)}; }

@@ -117,6 +117,7 @@ struct Lanes {
   uint64x2_t v;
   static Lanes broadcast(uint64_t value) { return {vdupq_n_u64(value)}; }
   static Lanes counters(uint64_t first) { return {vcombine_u64(vcreate_u64(first), vcreate_u64(first + 1))}; }
+  static Lanes listed(const uint64_t* counters) { return {vld1q_u64(counters)}; }
   static Lanes mul32(Lanes a, Lanes b) { return {vmull_u32(vmovn_u64(a.v), vmovn_u64(b.v))}; }
   static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {veorq_u64(veorq_u64(a.v, b.v), c.v)}; }
   Lanes high() const { return {vshrq_n_u64(v, 32)}; }

@@ -70,6 +70,7 @@ struct Lanes {
   uint64_t v;
   static Lanes broadcast(uint64_t value) { return {value}; }
   static Lanes counters(uint64_t first) { return {first}; }
+  static Lanes listed(const uint64_t* counters) { return {*counters}; }
   static Lanes mul32(Lanes a, Lanes b) { return {(a.v & 0xffffffffu) * (b.v & 0xffffffffu)}; }
   static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {a.v ^ b.v ^ c.v}; }
   Lanes high() const { return {v >> 32}; }

@@ -145,17 +145,67 @@ def test_parts_of_one_projection_are_taken_where_they_lie(device: torch.device) 
 
 @pytest.mark.cpu_only("it is about CPU threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-@pytest.mark.parametrize("heads", [(12, 1), (4, 4), (6, 2)])
+@pytest.mark.parametrize("heads", [(12, 1), (4, 4), (6, 2), (40, 20)])
 def test_the_same_bits_for_any_threads(heads: tuple[int, int], dtype: torch.dtype) -> None:
-    values, before = drawn(150, 150, 16, dtype, torch.device("cpu"), heads), torch.get_num_threads()
+    values, before = drawn(333, 333, 16, dtype, torch.device("cpu"), heads), torch.get_num_threads()
     found = []
     try:
-        for threads in (1, 2, 3, 7, 16):
+        for threads in (1, 2, 3, 7, 48, 96):
             torch.set_num_threads(threads)
             found.append(step(lambda *x: ops.scaled_dot_product_attention(*x, is_causal=True), *values))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+def _seen(kind: str, t: int, s: int) -> Tensor | None:
+    """Returns a mask: a window of 40 keys up to the query's own, keys left out at random, or none."""
+    if kind == "window":
+        after = torch.arange(t)[:, None] - torch.arange(s)
+        return ((after >= 0) & (after < 40))[None, None]
+    return torch.rand(2, 1, t, s) > 0.4 if kind == "random" else None
+
+
+@pytest.mark.cpu_only("it is about CPU threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["causal", "all", "window", "random"])
+@pytest.mark.parametrize(("t", "s", "d"), [(333, 333, 20), (130, 470, 64), (470, 130, 33)])
+def test_cells_of_many_threads(t: int, s: int, d: int, kind: str, dropout_p: float, dtype: torch.dtype) -> None:
+    """More threads than heads divide a head into cells. The results are right, with the bits of one thread."""
+    q, k, v = (value.detach() for value in drawn(t, s, d, dtype, torch.device("cpu"), (3, 1)))
+    grad, before = torch.randn(2, t, 3, d).to(dtype).transpose(1, 2), torch.get_num_threads()
+    how = (_seen(kind, t, s), kind == "causal", d**-0.5, dropout_p, torch.tensor([3, 5]) if dropout_p else None, None)
+    found = []
+    try:
+        for threads in (1, 2, 3, 7, 48, 96):
+            torch.set_num_threads(threads)
+            y, lse = torch.ops.peft_ext.scaled_dot_product_attention(q, k, v, *how)
+            grads = torch.ops.peft_ext.scaled_dot_product_attention_backward(grad, q, k, v, y, lse, *how)
+            found.append([y, lse, *grads])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    wide = [value.double() for value in (q, k, v)]
+    y, lse = reference.scaled_dot_product_attention(*wide, *how)
+    wanted = reference.scaled_dot_product_attention_backward(grad.double(), *wide, y, lse, *how)
+    for value, want in zip(found[0], (y, lse, *wanted), strict=True):
+        assert (value.double() - want).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-6) * want.norm()
+
+
+@pytest.mark.cpu_only("it is about CPU threads")
+def test_keys_that_no_cell_reaches_have_no_gradient() -> None:
+    """Under a causal mask, keys after the last query are in no cell. The call without the mask leaves sums of these
+    keys in the memory that the next call takes.
+    """
+    values, before = drawn(999, 1500, 16, torch.float32, torch.device("cpu"), (1, 1), 1), torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        for is_causal in (False, True):
+            found = step(lambda *x, c=is_causal: ops.scaled_dot_product_attention(*x, is_causal=c), *values)
+    finally:
+        torch.set_num_threads(before)
+    assert all(grad[:, :, :999].any() and not grad[:, :, 999:].any() for grad in found[2:])
 
 
 def test_evaluation_drops_nothing(device: torch.device) -> None:
