@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -27,6 +28,7 @@ from ... import _native, ops
 from ..._imports import optional
 from ...ops.checks import autocast_dtype
 from ..adapter_layers import siblings
+from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of
 from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
 from ..forms import Row, row_of
@@ -58,6 +60,7 @@ _LEAST_QUERIES = 16
 # attention over tokens has smaller heads.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
+_rotate = kernel_of("rotary_embedding")
 # Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
 # before the operator read the arguments that _LOOKED_AT names. An attention call with a keyword argument in neither
 # set, with another value than None, runs transformers' function.
@@ -128,6 +131,9 @@ class Attention(Block):
         if not isinstance(self, Attention):
             return type(self).forward(self, *args, **kwargs)
         known = self.peft_ext_known
+        if known.own and not args and is_few(kwargs.get("hidden_states")) and self._takes(kwargs):
+            if (plan := plan_of(self, kwargs["hidden_states"], self._few)) is not None:
+                return self._rotary_few(plan, **kwargs)
         if replaced_on_instance(self) or self.replaced_reason() is not None:
             return super(Block, self).forward(*args, **kwargs)
         if known.own and not args and self._own_reason() is None and self._takes(kwargs):
@@ -168,21 +174,75 @@ class Attention(Block):
         cos, sin = position_embeddings
         rotate = ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else known.names[_ROTATES]
         q, k = rotate(q, k, cos, sin)
-        cache = given.pop(known.cache_name, None)
-        positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
-        if cache is not None:
-            if known.cache_style == "kwargs":
-                k, v = cache.update(k, v, self.layer_idx, kwargs=given)
-            elif known.cache_style == "positions":
-                more = {"sin": sin, "cos": cos, "cache_position": positions}
-                k, v = cache.update(k, v, self.layer_idx, more)
-            else:
-                k, v = cache.update(k, v, self.layer_idx)
+        k, v = self._appended(given, k, v, cos, sin)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
         options = {name: getattr(self, attribute) for name, attribute in known.options}
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
         return modules[known.out](out.reshape(*shape, -1).contiguous()), weights
+
+    def _few(self, facts: Facts, x: Tensor) -> Optional[SimpleNamespace]:
+        """Returns the functions and numbers of :meth:`_rotary_few`; None if the attention has no plan."""
+        known, held = self.peft_ext_known, self.__dict__
+        for name in known.found:
+            facts.value(known.names, name)
+        names = ("head_dim", "layer_idx", "scaling", "training", *(attribute for _, attribute in known.options))
+        found = {name: facts.value(held, name) for name in names}
+        groups, is_causal = facts.value(held, "num_key_value_groups"), facts.value(held, "is_causal")
+        layers = [facts.child(self, name) for name in (*known.groups[0], known.out)]
+        norms = [facts.child(self, name) for name in (("q_norm", "k_norm") if known.norms else ())]
+        if not self.holds(facts) or self._own_reason() or kernel_reason(_ROTARY, "cpu") or self.training:
+            return None
+        if any(name not in held for name in names) or len(layers) != 4 or None in (*layers, *norms):
+            return None
+        q, k, v, o = (direct(facts, layer, x) for layer in layers)
+        options = {name: found[attribute] for name, attribute in known.options}
+        return SimpleNamespace(
+            q=q, k=k, v=v, o=o, norms=norms, size=self.head_dim, index=self.layer_idx, scaling=self.scaling,
+            options=options, folds=type(groups) is int and groups > 1 and is_causal is True and _IGNORED.issuperset(options),
+            rotates=known.names[_ROTATES], are_direct=q is not layers[0] and k is not layers[1] and not norms,
+        )  # fmt: skip
+
+    def _rotary_few(
+        self, plan: Any, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None, **given: Any,
+    ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
+        """Returns what :meth:`_rotary_forward` returns, for few tokens without a gradient."""
+        known, x, (cos, sin) = self.peft_ext_known, hidden_states, position_embeddings
+        batch, tokens, _ = x.shape
+        heads = (batch, tokens, -1, plan.size)
+        q, k, v = plan.q(x), plan.k(x), plan.v(x).view(heads).transpose(1, 2)
+        if plan.norms:
+            q_norm, k_norm = plan.norms
+            per_head = known.norms == "head"
+            q, k = (q_norm(q.view(heads)), k_norm(k.view(heads))) if per_head else (q_norm(q), k_norm(k))
+        q, k = q.view(heads).transpose(1, 2), k.view(heads).transpose(1, 2)
+        fits = cos.dtype is sin.dtype is x.dtype and cos.shape == sin.shape and cos.shape == (batch, tokens, plan.size)
+        if fits and plan.are_direct and cos.device == x.device == sin.device:
+            q, k = _rotate(q, k, cos, sin)
+        else:
+            q, k = (ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else plan.rotates)(q, k, cos, sin)
+        k, v = self._appended(given, k, v, cos, sin)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
+        if attend is sdpa_attention_forward and plan.folds and tokens == 1:
+            if _is_plain_call(given) and (out := _of_one_query(q, k, v, attention_mask, plan.scaling)) is not None:
+                return plan.o(out.view(batch, 1, -1)), None
+        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
+        return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
+
+    def _appended(self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the cache out of the arguments ``given``, appends k and v to the cache, and returns all keys and
+        values; without a cache, returns k and v."""
+        known = self.peft_ext_known
+        cache = given.pop(known.cache_name, None)
+        positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
+        if cache is None:
+            return k, v
+        if known.cache_style == "kwargs":
+            return cache.update(k, v, self.layer_idx, kwargs=given)
+        if known.cache_style == "positions":
+            return cache.update(k, v, self.layer_idx, {"sin": sin, "cos": cos, "cache_position": positions})
+        return cache.update(k, v, self.layer_idx)
 
 
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
@@ -345,6 +405,35 @@ def sdpa_attention_forward(
 if _IS_REGISTERED:
     AttentionInterface.register(OURS, sdpa_attention_forward)
     AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _is_plain_call(given: dict[str, Any]) -> bool:
+    """Returns whether no keyword argument of an attention call changes the result of sdpa."""
+    for name, value in given.items():
+        if value is not None and (name not in _IGNORED and not (name == "output_attentions" and value is False)):
+            return False
+    return True
+
+
+def _of_one_query(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Tensor]:
+    """Returns PyTorch's attention ``[B, Hkv, H / Hkv, D]`` of one query for each head ``[B, H, 1, D]``.
+
+    The queries of the heads with the same keys are computed as the queries of one head, because PyTorch's product with
+    one query is several times slower. Returns None if the function registered as ``sdpa`` is no known form, or if the
+    keys, the values or the mask don't fit.
+    """
+    if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or F.scaled_dot_product_attention is not _OF_PYTORCH:
+        return None
+    if not (accepts_input(k) and accepts_input(v) and k.dtype is v.dtype is q.dtype and k.shape == v.shape):
+        return None
+    batch, heads, _, size = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1]:
+        return None
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, 1, k.shape[2])
+    ):
+        return None
+    return _OF_PYTORCH(q.view(batch, k.shape[1], heads // k.shape[1], size), k, v, attn_mask=mask, scale=scaling)
 
 
 def by_operator(
