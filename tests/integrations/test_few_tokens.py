@@ -143,7 +143,7 @@ def test_layers_of_a_plan_are_kernels(planned: list) -> None:
     logits(model)
     last = dict(planned)
     plan = last["LlamaAttention"]
-    assert plan.folds and plan.are_direct
+    assert plan.attends and plan.are_direct
     assert all(isinstance(layer, types.FunctionType) for layer in (plan.q, plan.k, plan.v, plan.o))
 
 

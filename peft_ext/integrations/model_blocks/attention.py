@@ -53,14 +53,14 @@ _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
 # On AMX, PyTorch's attention in bfloat16 without dropout is faster than the operator if there are more keys than this
 # number. The first number is for causal attention without a mask or a bias, the second for all other attention.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
-# Fewest queries for which the operator runs. The operator computes blocks of 64 queries, so PyTorch's own attention is
-# faster for fewer queries than this.
-_LEAST_QUERIES = 16
+# Fewest queries for which the operator computes blocks of 64 queries. PyTorch's own attention is faster for fewer
+# queries, except for at most _FEW_QUERIES, for which the operator's forward has a kernel of its own.
+_LEAST_QUERIES, _FEW_QUERIES = 16, 8
 # Largest size of a head for which the operator runs. The scratch memory of a thread grows with the size of a head, and
 # attention over tokens has smaller heads.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
-_rotate = kernel_of("rotary_embedding")
+_rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")
 # Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
 # before the operator read the arguments that _LOOKED_AT names. An attention call with a keyword argument in neither
 # set, with another value than None, runs transformers' function.
@@ -197,9 +197,10 @@ class Attention(Block):
             return None
         q, k, v, o = (direct(facts, layer, x) for layer in layers)
         options = {name: found[attribute] for name, attribute in known.options}
+        attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
         return SimpleNamespace(
             q=q, k=k, v=v, o=o, norms=norms, size=self.head_dim, index=self.layer_idx, scaling=self.scaling,
-            options=options, folds=type(groups) is int and groups > 1 and is_causal is True and _IGNORED.issuperset(options),
+            options=options, attends=attends,
             rotates=known.names[_ROTATES], are_direct=q is not layers[0] and k is not layers[1] and not norms,
         )  # fmt: skip
 
@@ -224,9 +225,9 @@ class Attention(Block):
             q, k = (ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else plan.rotates)(q, k, cos, sin)
         k, v = self._appended(given, k, v, cos, sin)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
-        if attend is sdpa_attention_forward and plan.folds and tokens == 1:
-            if _is_plain_call(given) and (out := _of_one_query(q, k, v, attention_mask, plan.scaling)) is not None:
-                return plan.o(out.view(batch, 1, -1)), None
+        if attend is sdpa_attention_forward and plan.attends and tokens <= _FEW_QUERIES:
+            if _is_plain_call(given) and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
+                return plan.o(out.view(batch, tokens, -1)), None
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
         return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
 
@@ -415,25 +416,29 @@ def _is_plain_call(given: dict[str, Any]) -> bool:
     return True
 
 
-def _of_one_query(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Tensor]:
-    """Returns PyTorch's attention ``[B, Hkv, H / Hkv, D]`` of one query for each head ``[B, H, 1, D]``.
+def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Tensor]:
+    """Returns the operator's attention ``[B, T, H, D]`` of few queries ``[B, H, T, D]``, which see all keys or the keys
+    of a mask.
 
-    The queries of the heads with the same keys are computed as the queries of one head, because PyTorch's product with
-    one query is several times slower. Returns None if the function registered as ``sdpa`` is no known form, or if the
-    keys, the values or the mask don't fit.
+    Returns None if the function registered as ``sdpa`` is no known form, if another function than the operator is to
+    run on this device, or if the keys, the values or the mask don't fit.
     """
-    if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or F.scaled_dot_product_attention is not _OF_PYTORCH:
+    if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
         return None
     if not (accepts_input(k) and accepts_input(v) and k.dtype is v.dtype is q.dtype and k.shape == v.shape):
         return None
-    batch, heads, _, size = q.shape
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1]:
+    batch, heads, queries, size = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1] or size > _LARGEST_HEAD:
+        return None
+    if mask is None and queries > 1:
         return None
     if mask is not None and not (
-        isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, 1, k.shape[2])
+        isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, k.shape[2])
     ):
         return None
-    return _OF_PYTORCH(q.view(batch, k.shape[1], heads // k.shape[1], size), k, v, attn_mask=mask, scale=scaling)
+    if _tiles_are_ahead(q, k, 0.0, False):
+        return None
+    return _attention(q, k, v, mask, False, scaling, 0.0, None, None)[0].transpose(1, 2)
 
 
 def by_operator(
@@ -442,7 +447,7 @@ def by_operator(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Returns what transformers' ``sdpa_attention_forward`` returns, computed by the operator, for a call that the
     operator accepts."""
-    causal = _causal(module, mask, is_causal)
+    causal = q.shape[2] > 1 and _causal(module, mask, is_causal)
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
     if causal and k.shape[2] > (queries := q.shape[2]):
@@ -482,7 +487,7 @@ def _fits(
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape
     if (
-        queries < _LEAST_QUERIES
+        (queries < _LEAST_QUERIES and not _are_few(queries, dropout, others))
         or max(size, v.shape[3]) > _LARGEST_HEAD
         or k.shape != (batch, kv_heads, keys, size)
         or v.shape[:3] != k.shape[:3]
@@ -496,6 +501,13 @@ def _fits(
     ):  # fmt: skip
         return False
     return True
+
+
+def _are_few(queries: int, dropout: float, others: dict[str, Any]) -> bool:
+    """Returns whether the operator's kernel for few queries computes a call, and no gradient is wanted."""
+    return (
+        queries <= _FEW_QUERIES and dropout == 0 and others.get("position_bias") is None and not torch.is_grad_enabled()
+    )
 
 
 def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
