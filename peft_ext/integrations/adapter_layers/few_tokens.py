@@ -8,12 +8,13 @@ plan. A layer that :func:`direct` does not know is called as a module, with its 
     is_few     whether a call is one that plans are for
     plan_of    the plan of a block, made by the block's function where the facts have changed
     direct     the function that computes a linear layer, with or without LoRA
+    together   the function that computes several such layers of one input
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
 
@@ -31,9 +32,10 @@ from .known import KNOWN
 from .linear import MANY_TOKENS, FusedLinear, is_ahead
 from .reasons import any_global_hook, kernel_reason
 
-__all__ = ["Facts", "clear_plans", "direct", "is_few", "kernel_of", "plan_of"]
+__all__ = ["Facts", "clear_plans", "direct", "is_few", "kernel_of", "plan_of", "together"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Hooks on the backward never run in a call without a gradient.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _look = operator.attrgetter("dtype", "shape", "device")
 _is_tracing = torch._C._is_tracing
 _PLANS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -45,7 +47,7 @@ def kernel_of(name: str) -> Callable[..., Any]:
     return below_autograd(getattr(getattr(torch.ops, NAMESPACE), name).default)
 
 
-_linear, _lora = kernel_of("nf4_linear"), kernel_of("lora_linear")
+_linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), kernel_of("lora_linears")
 
 
 def is_few(x: Any) -> bool:
@@ -179,6 +181,39 @@ def clear_plans() -> None:
     _PLANS.clear()
 
 
+class Kernel:
+    """A call of a linear layer's kernel. The kernel reads dtypes and sizes of its tensors in each call."""
+
+    __slots__ = ("_args", "_has_adapter", "_kernel", "layer", "weight")
+
+    def __init__(self, kernel: Callable[..., Any], weight: tuple, rest: tuple, layer: tuple) -> None:
+        self._kernel, self._args, self._has_adapter = kernel, (*weight, *rest), len(rest) > 1
+        self.weight, self.layer = weight, layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._kernel(x, *self._args)
+        return y[0] if self._has_adapter else y
+
+
+def together(calls: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Returns the function that computes the layers of one input: one call of ``lora_linears`` if each layer is a
+    kernel, else a call of each layer."""
+    if not all(type(call) is Kernel for call in calls) or kernel_reason("lora_linears", "cpu") is not None:
+        return lambda x: [call(x) for call in calls]
+    tensors: list[Tensor] = []
+    sizes: list[int] = []
+    numbers: list[float] = []
+    for call in calls:
+        bias, lora_A, lora_B, scaling = call.layer
+        *held, layout, shape = call.weight
+        held += (bias, lora_A, lora_B)
+        tensors += [value for value in held if value is not None]
+        sizes += [sum(1 << bit for bit, value in enumerate(held) if value is not None), layout, *shape]
+        numbers += (scaling, 0.0)
+    count = len(calls)
+    return lambda x: _several(x, tensors, sizes, numbers)[:count]
+
+
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
 
@@ -207,7 +242,7 @@ def _direct(facts: Facts, layer: Any, x: Tensor) -> Optional[Callable[[Tensor], 
     if weight[5] == 0 and not is_ahead(x.dtype):
         dense = weight[0]
         return lambda x: F.linear(x, dense, bias)
-    return lambda x: _linear(x, *weight, bias)
+    return Kernel(_linear, weight, (bias,), (bias, None, None, 1.0))
 
 
 def _operands(facts: Facts, layer: Any, dtype: torch.dtype) -> Optional[tuple[tuple, Optional[Tensor]]]:
@@ -216,7 +251,7 @@ def _operands(facts: Facts, layer: Any, dtype: torch.dtype) -> Optional[tuple[tu
     kind, parameters, buffers = type(layer), layer.__dict__["_parameters"], layer.__dict__["_buffers"]
     if kind is not FusedLinear and kind.forward is not reasons.own_forward(kind):
         return None
-    held = [facts.tensor(place, name) for place in (parameters, buffers) for name in list(place)]
+    held = [facts.value(place, name) for place in (parameters, buffers) for name in list(place)]
     if any(tensor is not None and (type(tensor) not in reasons.plain_types() or hasattr(tensor, "ds_id"))
            for tensor in held):  # fmt: skip
         return None
@@ -230,7 +265,7 @@ def _operands(facts: Facts, layer: Any, dtype: torch.dtype) -> Optional[tuple[tu
         facts.value(layer.__dict__, "_template")
         args = layer.packed.op_args()
         return (args, bias) if any(args[0] is tensor for tensor in held) else None
-    weight = parameters.get("weight")
+    weight = facts.tensor(parameters, "weight")
     if weight is None or weight.dtype is not dtype or weight.device.type != "cpu" or dtype in reasons.WIDENED:
         return None
     return weight_args(weight), bias
@@ -265,11 +300,11 @@ def _adapted(facts: Facts, layer: Any, x: Tensor) -> Optional[Callable[[Tensor],
     for attribute in ("p", "training"):
         facts.value(modules[-1].__dict__, attribute)
     for module in modules[1:3]:
-        facts.tensor(module.__dict__["_parameters"], "weight")
+        facts.value(module.__dict__["_parameters"], "weight")
         if facts.value(module.__dict__["_parameters"], "bias") is not None:
             return None
     if (found := _operands(facts, base, x.dtype)) is None:
         return None
     weight, bias = found
     rest = (bias, lora_A, lora_B, None, float(scaling), 0.0, None)
-    return lambda x: _lora(x, *weight, *rest)[0]
+    return Kernel(_lora, weight, rest, (bias, lora_A, lora_B, float(scaling)))

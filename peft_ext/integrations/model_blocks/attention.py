@@ -28,7 +28,7 @@ from ... import _native, ops
 from ..._imports import optional
 from ...ops.checks import autocast_dtype
 from ..adapter_layers import siblings
-from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of
+from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
 from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
 from ..forms import Row, row_of
@@ -199,7 +199,7 @@ class Attention(Block):
         options = {name: found[attribute] for name, attribute in known.options}
         attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
         return SimpleNamespace(
-            q=q, k=k, v=v, o=o, norms=norms, size=self.head_dim, index=self.layer_idx, scaling=self.scaling,
+            projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim, scaling=self.scaling,
             options=options, attends=attends,
             rotates=known.names[_ROTATES], are_direct=q is not layers[0] and k is not layers[1] and not norms,
         )  # fmt: skip
@@ -212,7 +212,8 @@ class Attention(Block):
         known, x, (cos, sin) = self.peft_ext_known, hidden_states, position_embeddings
         batch, tokens, _ = x.shape
         heads = (batch, tokens, -1, plan.size)
-        q, k, v = plan.q(x), plan.k(x), plan.v(x).view(heads).transpose(1, 2)
+        q, k, v = plan.projections(x)
+        v = v.view(heads).transpose(1, 2)
         if plan.norms:
             q_norm, k_norm = plan.norms
             per_head = known.norms == "head"

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ... import ops
 from ...reference.activations import ACTIVATIONS
 from ..adapter_layers import siblings
-from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of
+from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from ..adapter_layers.recompute import computed_again
 from ..forms import Row
@@ -83,10 +83,10 @@ class Mlp(Block):
                 facts.value(act.__dict__, attribute)
         number = ACTIVATIONS.index(name)
         gate, up, down = (direct(facts, layer, x) for layer in (*inner, out))
-        are_direct = gate is not inner[0] and up is not inner[1]
+        both, are_direct = together((gate, up)), gate is not inner[0] and up is not inner[1]
 
         def run(x: Tensor) -> Tensor:
-            one, other = gate(x), up(x)
+            one, other = both(x)
             if not (are_direct or (is_few(one) and is_few(other) and one.dtype is other.dtype is x.dtype)):
                 return down(act(one) * other)
             return down(_gated(one, other, number))
