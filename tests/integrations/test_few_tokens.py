@@ -13,9 +13,10 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_ext
-from peft_ext.integrations.adapter_layers import few_tokens
+from peft_ext.integrations.adapter_layers import few_tokens, linear
 from peft_ext.integrations.model_blocks import attention, mlp, norm
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -95,6 +96,18 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for module in (attention, mlp, norm):
         monkeypatch.setattr(module, "plan_of", noting)
     return found
+
+
+class Called(TorchDispatchMode):
+    """Counts the calls of the operator of a linear layer without an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.peft_ext.nf4_linear.default
+        return func(*args, **(kwargs or {}))
 
 
 def assert_close(found: Tensor, wanted: Tensor) -> None:
@@ -284,6 +297,39 @@ def test_a_change_takes_effect(change: str, monkeypatch: Any) -> None:
     assert_close(after, wanted)
     if "lora_dropout" not in change and change not in ("eager attention", "dtype"):
         assert (after - before).abs().max() > 1e-3
+
+
+def test_an_adapter_that_is_merged_into_a_dense_weight_is_not_added_again() -> None:
+    model = peft_ext.accelerate(build(method="LoRA"))
+    before = logits(model)
+    model.merge_adapter()
+    assert_close(logits(model), before)
+    model.unmerge_adapter()
+    assert_close(logits(model), before)
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 8, 9, 23])
+def test_a_short_prompt_is_causal(tokens: int) -> None:
+    model, stock = peft_ext.accelerate(build()), build()
+    ids = torch.arange(3, 3 + tokens)[None]
+    with torch.no_grad():
+        found = [[one(ids, use_cache=cached).logits for cached in (False, True, False)] for one in (model, stock)]
+    for ours, wanted in zip(*found, strict=True):
+        assert_close(ours, wanted)
+
+
+def test_a_frozen_head_runs_the_operator(monkeypatch: Any) -> None:
+    monkeypatch.setattr(linear, "is_ahead", lambda dtype: dtype is torch.bfloat16)
+    model = peft_ext.accelerate(build(dtype=torch.bfloat16))
+    head, x = model.base_model.model.lm_head, torch.randn(1, 3, 128, dtype=torch.bfloat16)
+    with torch.no_grad(), Called() as called:
+        y = head(x)
+        head(torch.randn(30, 128, dtype=torch.bfloat16))
+    assert called.count == 1
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, head.weight), atol=0.05, rtol=0.02)
+    with Called() as called:
+        head(x)
+    assert called.count == 0
 
 
 @pytest.mark.parametrize("kind", ["norm", "mlp", "attention", "lora", "rotary"])
