@@ -72,7 +72,7 @@ class RMSNorm(Norm):
             return None
         if x.shape[-1] != weight.shape[0] or x.dtype is not weight.dtype:
             return None
-        args = (weight, float(eps), 1.0 if known.adds_one else 0.0, known.rounds)
+        args = (weight, float(eps), float(known.adds_one), known.rounds)
         return lambda x: _rms_norm(x, *args)[0]
 
     def _fused(self, x: Tensor) -> Tensor:
