@@ -101,14 +101,16 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
 // One call of the attention, and the tensors that must live as long as the call.
 struct Call {
   const AttentionKernels& isa;
+  const bool is_backward;
   Attention work = {};
   Tensor q, k, v;
   std::vector<Tensor> held;
 
-  Call(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask,
+  Call(const char* op, bool backward, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask,
        bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed,
        const std::optional<Tensor>& bias)
       : isa(attention_kernels(dtype_of(op, "q", q_in))),
+        is_backward(backward),
         q(with_whole_rows(q_in)),
         k(with_whole_rows(k_in)),
         v(with_whole_rows(v_in)) {
@@ -127,7 +129,14 @@ struct Call {
     work.q = heads_of(q);
     work.k = heads_of(k);
     work.v = heads_of(v);
-    if (mask.has_value() && mask->numel() > 0) {
+    if (mask.has_value() && mask->numel() > 0 && has_few_queries(bias)) {
+      const auto stride = [&](int d) { return mask->size(d) == 1 ? int64_t{0} : mask->stride(d); };
+      work.seen = static_cast<const uint8_t*>(mask->const_data_ptr());
+      work.seen_batch = stride(0);
+      work.seen_head = stride(1);
+      work.seen_query = stride(2);
+      work.seen_key = stride(3);
+    } else if (mask.has_value() && mask->numel() > 0) {
       const Tensor words = hold(mask_words(*mask, work.queries, work.keys));
       work.mask = reinterpret_cast<const uint64_t*>(words.const_data_ptr());
       work.mask_head = words.size(1) == 1 ? 0 : words.size(2) * words.size(3);
@@ -142,6 +151,11 @@ struct Call {
       work.bias_query = stride(2);
       work.bias_key = stride(3);
     }
+  }
+
+  // Returns whether the kernel for few queries computes the call.
+  bool has_few_queries(const std::optional<Tensor>& bias) const {
+    return !is_backward && work.queries <= kFewQueries && !work.dropout.active && !bias.has_value();
   }
 
   const Tensor& hold(const Tensor& tensor) { return held.emplace_back(tensor); }
@@ -194,13 +208,18 @@ struct Call {
 std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                                                             bool is_causal, double scale, double dropout_p,
                                                             std::optional<Tensor> seed, std::optional<Tensor> bias) {
-  Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale, dropout_p, seed, bias);
+  Call call("scaled_dot_product_attention", false, q, k, v, mask, is_causal, scale, dropout_p, seed, bias);
   Attention& work = call.work;
   const Tensor out = empty_heads(work.batches, work.heads, work.queries, work.value_size, q.scalar_type());
   const Tensor lse = empty({work.batches, work.heads, work.queries}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
   work.out = heads_of(out);
   work.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (call.has_few_queries(bias)) {
+    const int64_t rows = work.heads / work.kv_heads * work.queries;
+    call.in_parallel(call.kv_units() * ceil_div(rows, kFewRows), call.isa.few_scratch(work), call.isa.few);
+    return {out, lse};
+  }
   if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);
   work.value_columns = call.operand(work.value_size, work.keys);
   call.pack();
@@ -216,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
     Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> mask, bool is_causal,
     double scale, double dropout_p, std::optional<Tensor> seed, std::optional<Tensor> bias) {
   constexpr const char* kOp = "scaled_dot_product_attention_backward";
-  Call call(kOp, q, k, v, mask, is_causal, scale, dropout_p, seed, bias);
+  Call call(kOp, true, q, k, v, mask, is_causal, scale, dropout_p, seed, bias);
   Attention& work = call.work;
   for (const Tensor* of : {&grad, &out})
     STD_TORCH_CHECK(of->dim() == 4 && of->size(0) == q.size(0) && of->size(1) == q.size(1) &&

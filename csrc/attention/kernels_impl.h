@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/backward.h"
+#include "attention/few.h"
 
 namespace peft_ext {
 namespace {
@@ -39,6 +40,16 @@ size_t forward_scratch(const Attention& work) {
   return parts.at;
 }
 
+void few(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+  with_element(work.dtype, [&](auto zero) { few_units<decltype(zero)>(work, begin, end, scratch); });
+}
+
+size_t few_scratch(const Attention& work) {
+  Parts parts{0};
+  FewParts(&parts, work);
+  return parts.at;
+}
+
 void backward(const Attention& work, const BackwardCell& cell, void* scratch) {
   with_element(work.dtype, [&](auto zero) { backward_cell<decltype(zero)>(work, cell, scratch); });
 }
@@ -65,6 +76,8 @@ constexpr AttentionKernels kTable = {kWord == 2 ? DType::kBF16 : DType::kF32,
                                      pack_scratch,
                                      forward,
                                      forward_scratch,
+                                     few,
+                                     few_scratch,
                                      backward,
                                      backward_scratch,
                                      finish};

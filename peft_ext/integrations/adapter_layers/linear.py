@@ -1,4 +1,5 @@
-"""Frozen linear layers outside of adapter layers, for CPUs where PyTorch has no fast product of the layer's dtype."""
+"""Frozen linear layers outside of adapter layers, for CPUs where PyTorch has no fast product of the layer's dtype, or
+no fast product of few tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ..._native import STATE
 from ...ops.checks import autocast_dtype
 from . import reasons
 from .base import fuses, operands
+
+# Fewest tokens for which sibling layers are computed together. With fewer tokens, the kernels of some CPU paths compute
+# each layer separately and share no work.
+MANY_TOKENS = 24
+
+# The CPU paths and dtypes in which the operator's product of few tokens with a dense weight was measured to be faster
+# than PyTorch's product.
+_AHEAD = {("avx512_bf16", torch.bfloat16)}
 
 
 @fuses(nn.Linear)
@@ -18,8 +28,8 @@ class FusedLinear(nn.Linear):
     """A frozen ``nn.Linear`` on :func:`peft_ext.ops.frozen_linear`, for example the head of a language model.
 
     frozen_linear runs for calls that compute in a dtype of ``reasons.WIDENED``, except for a single token without a
-    gradient. PyTorch's product runs in other dtypes, and for a single token without a gradient: PyTorch multiplies a
-    single token without widening W.
+    gradient: PyTorch multiplies a single token without widening W. In a dtype of :func:`is_ahead`, frozen_linear runs
+    for few tokens without a gradient. PyTorch's product runs for all other calls.
     """
 
     reads: tuple[str, ...] = ()
@@ -31,11 +41,31 @@ class FusedLinear(nn.Linear):
         if not isinstance(self, FusedLinear):  # see Fused.forward
             return type(self).forward(self, input)
         x = input  # nn.Linear names the argument `input`
+        if not torch.is_grad_enabled() and self._takes_few(x):
+            return ops.frozen_linear(x, self._parameters["weight"], self._parameters["bias"])
         stock = not reasons.accepts_input(x) or reasons.linear_reason(self, autocast_dtype(x) or x.dtype) is not None
         if not stock and operands(self, x) is not None:
             if x.numel() != self.in_features or (torch.is_grad_enabled() and x.requires_grad):
                 return ops.frozen_linear(x, self._parameters["weight"], self._parameters["bias"])
         return super().forward(x)
+
+    def _takes_few(self, x: Tensor) -> bool:
+        """Returns whether frozen_linear is faster for x and computes what the stock forward computes."""
+        return (
+            not torch.compiler.is_compiling()
+            and reasons.accepts_input(x)
+            and 0 < x.numel() < MANY_TOKENS * self.in_features
+            and is_ahead(x.dtype)
+            and autocast_dtype(x) is None
+            and reasons.product_reason(self) is None
+            and operands(self, x) is not None
+        )
+
+
+def is_ahead(dtype: torch.dtype) -> bool:
+    """Returns whether the operator's product of few tokens with a dense weight is faster than PyTorch's in ``dtype`` on
+    this CPU."""
+    return (STATE.isa, dtype) in _AHEAD
 
 
 def linear_dtype(layer: nn.Linear) -> torch.dtype:
@@ -45,7 +75,8 @@ def linear_dtype(layer: nn.Linear) -> torch.dtype:
 
 
 def would_widen(layer: nn.Module) -> bool:
-    """Returns whether ``layer`` is a frozen nn.Linear on a CPU that is faster as a FusedLinear in some dtype.
+    """Returns whether ``layer`` is a frozen nn.Linear on a CPU that is faster as a FusedLinear, in some dtype or for
+    few tokens.
 
     A float32 layer counts if bfloat16 is in ``reasons.WIDENED``, because autocast multiplies in bfloat16.
     """
@@ -54,4 +85,6 @@ def would_widen(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     if weight is None or weight.requires_grad or weight.device.type != "cpu":
         return False
+    if is_ahead(weight.dtype):
+        return True
     return weight.dtype in reasons.WIDENED or (weight.dtype is torch.float32 and torch.bfloat16 in reasons.WIDENED)

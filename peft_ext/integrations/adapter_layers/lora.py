@@ -373,6 +373,11 @@ if LoraLinear is not None:
     class FusedLoraLinear(Lora, MergesNF4, LoraLinear):
         """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
+        def known_call(self, x: Tensor) -> Optional[tuple]:
+            """Returns what :meth:`_common` returns, for a block that calls the layer's kernel, see
+            :mod:`.few_tokens`."""
+            return self._common(x)
+
         def resolve_lora_variant(self, **kwargs: Any) -> Any:
             variant = super().resolve_lora_variant(**kwargs)
             if variant is None or not isinstance(self.get_base_layer(), NF4Linear):

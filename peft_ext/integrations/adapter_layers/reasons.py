@@ -375,6 +375,11 @@ def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
     """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``, or None."""
     if dtype not in WIDENED:
         return f"PyTorch's product of {short(dtype)} is as fast here"
+    return product_reason(layer)
+
+
+def product_reason(layer: nn.Linear) -> Optional[str]:
+    """Returns why the operator must not compute a linear layer without an adapter, or None."""
     if replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     if reason := weight_reason(layer):

@@ -20,14 +20,11 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
+from .linear import MANY_TOKENS
 from .reasons import accepts_input, hooked, kernel_reason
 from .tensor_parallel import sum_gradient
 
 __all__ = ["output_of", "together"]
-
-# Fewest tokens for which siblings are computed together. With fewer tokens, the kernels of some CPU paths compute each
-# layer separately and share no work.
-_FEWEST_TOKENS = 24
 
 
 # --- while a module's forward runs ------------------------------------------------------------------------------------
@@ -92,7 +89,7 @@ class _Group:
         self._held: dict[int, tuple[Tensor, tuple]] = {}
 
     def output(self, layer: Any, x: Any) -> Optional[Tensor]:
-        if not accepts_input(x) or x.is_inference() or x.numel() < _FEWEST_TOKENS * x.shape[-1]:
+        if not accepts_input(x) or x.is_inference() or x.numel() < MANY_TOKENS * x.shape[-1]:
             return None
         if (held := self._held.pop(id(layer), None)) is not None:
             y, state = held

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -27,6 +28,7 @@ from ... import _native, ops
 from ..._imports import optional
 from ...ops.checks import autocast_dtype
 from ..adapter_layers import siblings
+from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
 from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
 from ..forms import Row, row_of
@@ -51,13 +53,14 @@ _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
 # On AMX, PyTorch's attention in bfloat16 without dropout is faster than the operator if there are more keys than this
 # number. The first number is for causal attention without a mask or a bias, the second for all other attention.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
-# Fewest queries for which the operator runs. The operator computes blocks of 64 queries, so PyTorch's own attention is
-# faster for fewer queries than this.
-_LEAST_QUERIES = 16
+# Fewest queries for which the operator computes blocks of 64 queries. PyTorch's own attention is faster for fewer
+# queries, except for at most _FEW_QUERIES, for which the operator's forward has a kernel of its own.
+_LEAST_QUERIES, _FEW_QUERIES = 16, 8
 # Largest size of a head for which the operator runs. The scratch memory of a thread grows with the size of a head, and
 # attention over tokens has smaller heads.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
+_rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")
 # Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
 # before the operator read the arguments that _LOOKED_AT names. An attention call with a keyword argument in neither
 # set, with another value than None, runs transformers' function.
@@ -128,6 +131,9 @@ class Attention(Block):
         if not isinstance(self, Attention):
             return type(self).forward(self, *args, **kwargs)
         known = self.peft_ext_known
+        if known.own and not args and is_few(kwargs.get("hidden_states")) and self._takes(kwargs):
+            if (plan := plan_of(self, kwargs["hidden_states"], self._few)) is not None:
+                return self._rotary_few(plan, **kwargs)
         if replaced_on_instance(self) or self.replaced_reason() is not None:
             return super(Block, self).forward(*args, **kwargs)
         if known.own and not args and self._own_reason() is None and self._takes(kwargs):
@@ -168,21 +174,77 @@ class Attention(Block):
         cos, sin = position_embeddings
         rotate = ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else known.names[_ROTATES]
         q, k = rotate(q, k, cos, sin)
-        cache = given.pop(known.cache_name, None)
-        positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
-        if cache is not None:
-            if known.cache_style == "kwargs":
-                k, v = cache.update(k, v, self.layer_idx, kwargs=given)
-            elif known.cache_style == "positions":
-                more = {"sin": sin, "cos": cos, "cache_position": positions}
-                k, v = cache.update(k, v, self.layer_idx, more)
-            else:
-                k, v = cache.update(k, v, self.layer_idx)
+        k, v = self._appended(given, k, v, cos, sin)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
         options = {name: getattr(self, attribute) for name, attribute in known.options}
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
         return modules[known.out](out.reshape(*shape, -1).contiguous()), weights
+
+    def _few(self, facts: Facts, x: Tensor) -> Optional[SimpleNamespace]:
+        """Returns the functions and numbers of :meth:`_rotary_few`; None if the attention has no plan."""
+        known, held = self.peft_ext_known, self.__dict__
+        for name in known.found:
+            facts.value(known.names, name)
+        names = ("head_dim", "layer_idx", "scaling", "training", *(attribute for _, attribute in known.options))
+        found = {name: facts.value(held, name) for name in names}
+        groups, is_causal = facts.value(held, "num_key_value_groups"), facts.value(held, "is_causal")
+        layers = [facts.child(self, name) for name in (*known.groups[0], known.out)]
+        norms = [facts.child(self, name) for name in (("q_norm", "k_norm") if known.norms else ())]
+        if not self.holds(facts) or self._own_reason() or kernel_reason(_ROTARY, "cpu") or self.training:
+            return None
+        if any(name not in held for name in names) or len(layers) != 4 or None in (*layers, *norms):
+            return None
+        q, k, v, o = (direct(facts, layer, x) for layer in layers)
+        options = {name: found[attribute] for name, attribute in known.options}
+        attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
+        return SimpleNamespace(
+            projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim, scaling=self.scaling,
+            options=options, attends=attends,
+            rotates=known.names[_ROTATES], are_direct=q is not layers[0] and k is not layers[1] and not norms,
+        )  # fmt: skip
+
+    def _rotary_few(
+        self, plan: Any, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None, **given: Any,
+    ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
+        """Returns what :meth:`_rotary_forward` returns, for few tokens without a gradient."""
+        known, x, (cos, sin) = self.peft_ext_known, hidden_states, position_embeddings
+        batch, tokens, _ = x.shape
+        heads = (batch, tokens, -1, plan.size)
+        q, k, v = plan.projections(x)
+        v = v.view(heads).transpose(1, 2)
+        if plan.norms:
+            q_norm, k_norm = plan.norms
+            per_head = known.norms == "head"
+            q, k = (q_norm(q.view(heads)), k_norm(k.view(heads))) if per_head else (q_norm(q), k_norm(k))
+        q, k = q.view(heads).transpose(1, 2), k.view(heads).transpose(1, 2)
+        fits = cos.dtype is sin.dtype is x.dtype and cos.shape == sin.shape and cos.shape == (batch, tokens, plan.size)
+        if fits and plan.are_direct and cos.device == x.device == sin.device:
+            q, k = _rotate(q, k, cos, sin)
+        else:
+            q, k = (ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else plan.rotates)(q, k, cos, sin)
+        k, v = self._appended(given, k, v, cos, sin)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
+        if attend is sdpa_attention_forward and plan.attends and tokens <= _FEW_QUERIES:
+            if _is_plain_call(given) and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
+                return plan.o(out.view(batch, tokens, -1)), None
+        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
+        return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
+
+    def _appended(self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the cache out of the arguments ``given``, appends k and v to the cache, and returns all keys and
+        values; without a cache, returns k and v."""
+        known = self.peft_ext_known
+        cache = given.pop(known.cache_name, None)
+        positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
+        if cache is None:
+            return k, v
+        if known.cache_style == "kwargs":
+            return cache.update(k, v, self.layer_idx, kwargs=given)
+        if known.cache_style == "positions":
+            return cache.update(k, v, self.layer_idx, {"sin": sin, "cos": cos, "cache_position": positions})
+        return cache.update(k, v, self.layer_idx)
 
 
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
@@ -347,13 +409,46 @@ if _IS_REGISTERED:
     AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+def _is_plain_call(given: dict[str, Any]) -> bool:
+    """Returns whether no keyword argument of an attention call changes the result of sdpa."""
+    for name, value in given.items():
+        if value is not None and (name not in _IGNORED and not (name == "output_attentions" and value is False)):
+            return False
+    return True
+
+
+def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Tensor]:
+    """Returns the operator's attention ``[B, T, H, D]`` of few queries ``[B, H, T, D]``, which see all keys or the keys
+    of a mask.
+
+    Returns None if the function registered as ``sdpa`` is no known form, if another function than the operator is to
+    run on this device, or if the keys, the values or the mask don't fit.
+    """
+    if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
+        return None
+    if not (accepts_input(k) and accepts_input(v) and k.dtype is v.dtype is q.dtype and k.shape == v.shape):
+        return None
+    batch, heads, queries, size = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1] or size > _LARGEST_HEAD:
+        return None
+    if mask is None and queries > 1:
+        return None
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, k.shape[2])
+    ):
+        return None
+    if _tiles_are_ahead(q, k, 0.0, False):
+        return None
+    return _attention(q, k, v, mask, False, scaling, 0.0, None, None)[0].transpose(1, 2)
+
+
 def by_operator(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], dropout: float = 0.0,
     scaling: Optional[float] = None, is_causal: Optional[bool] = None, position_bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Returns what transformers' ``sdpa_attention_forward`` returns, computed by the operator, for a call that the
     operator accepts."""
-    causal = _causal(module, mask, is_causal)
+    causal = q.shape[2] > 1 and _causal(module, mask, is_causal)
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
     if causal and k.shape[2] > (queries := q.shape[2]):
@@ -393,7 +488,7 @@ def _fits(
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape
     if (
-        queries < _LEAST_QUERIES
+        (queries < _LEAST_QUERIES and not _are_few(queries, dropout, others))
         or max(size, v.shape[3]) > _LARGEST_HEAD
         or k.shape != (batch, kv_heads, keys, size)
         or v.shape[:3] != k.shape[:3]
@@ -407,6 +502,13 @@ def _fits(
     ):  # fmt: skip
         return False
     return True
+
+
+def _are_few(queries: int, dropout: float, others: dict[str, Any]) -> bool:
+    """Returns whether the operator's kernel for few queries computes a call, and no gradient is wanted."""
+    return (
+        queries <= _FEW_QUERIES and dropout == 0 and others.get("position_bias") is None and not torch.is_grad_enabled()
+    )
 
 
 def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:

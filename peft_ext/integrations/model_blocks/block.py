@@ -15,6 +15,7 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from ..adapter_layers.base import STOCK
+from ..adapter_layers.few_tokens import Facts
 from ..adapter_layers.reasons import accepts_input, forward_is_replaced, replaced_on_instance
 from ..forms import Form, Row, row_of
 
@@ -66,6 +67,17 @@ class Block:
             if repr(getattr(self, name, None)) != value:
                 return f"its {name} is {getattr(self, name, None)!r}, wanted {value}"
         return None
+
+    def holds(self, facts: Facts) -> bool:
+        """Returns whether the module has no hooks, and its forward is the code that its row describes. The facts hold
+        as long as both stay so."""
+        known, held = self.peft_ext_known, self.__dict__
+        for name in known.of_class:
+            facts.value(held, name)
+        needs = [facts.value(held, name) for name, _ in known.needs]
+        if any(type(value) not in (type(None), bool, int, float, str) for value in needs):
+            return False
+        return facts.plain_block(self) and self.replaced_reason() is None
 
     def block_parts(self) -> Iterator[tuple[str, Optional[str]]]:
         """Yields the name of each part of the module that can be fused, with the reason why the part is not fused now,

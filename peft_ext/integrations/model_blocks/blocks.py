@@ -11,6 +11,7 @@ from typing import Optional, Union
 from torch import nn
 
 from ..adapter_layers.base import STOCK, give_back, is_fully_sharded
+from ..adapter_layers.few_tokens import clear_plans
 from ..adapter_layers.lora import LowRank
 from ..forms import Form, Row, Rows
 from ..forms.activations import activation_name, refresh
@@ -80,6 +81,7 @@ def fuse_blocks(model: nn.Module) -> None:
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
+    clear_plans()
     for module in model.modules():
         if module in skipped:
             continue
@@ -96,6 +98,7 @@ def fuse_blocks(model: nn.Module) -> None:
 
 def plain_blocks(model: nn.Module) -> None:
     """Undoes :func:`fuse_blocks`."""
+    clear_plans()
     for module in model.modules():
         if isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import ops
+from ...reference.activations import ACTIVATIONS
 from ..adapter_layers import siblings
+from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from ..adapter_layers.recompute import computed_again
 from ..forms import Row
@@ -24,6 +26,8 @@ from ..forms.activations import activation_name
 from .block import Block, device_of
 
 __all__ = ["Mlp"]
+
+_gated = kernel_of("gated_activation")
 
 
 class Mlp(Block):
@@ -58,6 +62,36 @@ class Mlp(Block):
         if any(not isinstance(self._modules.get(name), nn.Module) for name in (*known.inner, known.out)):
             return "one of its layers is no module"
         return kernel_reason("gated_activation" if known.gated else "activation", device_of(self))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, Mlp):
+            if (run := plan_of(self, args[0], self._few)) is not None:
+                return run(args[0])
+        return Block.forward(self, *args, **kwargs)
+
+    def _few(self, facts: Facts, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
+        """Returns the function that computes the MLP for few tokens; None if the MLP has no plan."""
+        known = self.peft_ext_known
+        out, act = facts.child(self, known.out), facts.child(self, known.act)
+        inner = [facts.child(self, name) for name in known.inner]
+        if not self.holds(facts) or self.block_reason() is not None or known.drops or not known.gated:
+            return None
+        if act is None or not facts.plain(act) or len(inner) != 2 or (name := activation_name(act, x.dtype)) is None:
+            return None
+        for attribute in list(act.__dict__):
+            if attribute != "training":
+                facts.value(act.__dict__, attribute)
+        number = ACTIVATIONS.index(name)
+        gate, up, down = (direct(facts, layer, x) for layer in (*inner, out))
+        both, are_direct = together((gate, up)), gate is not inner[0] and up is not inner[1]
+
+        def run(x: Tensor) -> Tensor:
+            one, other = both(x)
+            if not (are_direct or (is_few(one) and is_few(other) and one.dtype is other.dtype is x.dtype)):
+                return down(act(one) * other)
+            return down(_gated(one, other, number))
+
+        return run
 
     def _fused(self, x: Tensor) -> Tensor:
         known, modules = self.peft_ext_known, self._modules

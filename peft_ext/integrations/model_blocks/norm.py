@@ -3,6 +3,7 @@ float32 copy of x."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from ..adapter_layers.reasons import kernel_reason, tensor_reason
+from ..adapter_layers.few_tokens import Facts, is_few, kernel_of, plan_of
+from ..adapter_layers.reasons import kernel_reason, plain_types, tensor_reason
 from ..forms import Row
 from .block import Block, strides_of
 
@@ -18,6 +20,7 @@ __all__ = ["LEAST", "LayerNorm", "RMSNorm"]
 
 # Fewest elements of x for which a LayerNorm on a CPU runs the operator, by dtype. For fewer elements PyTorch's
 # layer_norm is faster, because its call has less overhead.
+_rms_norm = kernel_of("rms_norm")
 LEAST = {torch.bfloat16: 1 << 17, torch.float16: 1 << 17, torch.float32: 1 << 20}
 
 
@@ -54,6 +57,23 @@ class RMSNorm(Norm):
     def block_reason(self) -> Optional[str]:
         known = self.peft_ext_known
         return self._norm_reason("rms_norm", getattr(self, known.eps), known.weight)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, RMSNorm):
+            if (run := plan_of(self, args[0], self._few)) is not None:
+                return run(args[0])
+        return Block.forward(self, *args, **kwargs)
+
+    def _few(self, facts: Facts, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
+        """Returns the function that calls the kernel for a contiguous x; None if the norm has no plan."""
+        known = self.peft_ext_known
+        weight, eps = facts.tensor(self._parameters, known.weight), facts.value(self.__dict__, known.eps)
+        if not self.holds(facts) or self.block_reason() is not None or type(weight) not in plain_types():
+            return None
+        if x.shape[-1] != weight.shape[0] or x.dtype is not weight.dtype:
+            return None
+        args = (weight, float(eps), float(known.adds_one), known.rounds)
+        return lambda x: _rms_norm(x, *args)[0]
 
     def _fused(self, x: Tensor) -> Tensor:
         known = self.peft_ext_known

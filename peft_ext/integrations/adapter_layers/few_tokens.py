@@ -1,0 +1,310 @@
+"""Few tokens without a gradient, as in generation: a block calls the kernels of its layers directly.
+
+The checks of a fused layer take longer than the layer's kernel if a call has few tokens. A block such as an MLP or an
+attention therefore makes a plan: functions that call the kernels of its layers, and :class:`Facts`, the objects that
+the checks read. The next call runs the plan if each object is still the same object; otherwise the block makes a new
+plan. A layer that :func:`direct` does not know is called as a module, with its own checks.
+
+    is_few     whether a call is one that plans are for
+    plan_of    the plan of a block, made by the block's function where the facts have changed
+    direct     the function that computes a linear layer, with or without LoRA
+    together   the function that computes several such layers of one input
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..._ops import NAMESPACE
+from ...nn import NF4Linear, PackedLinear
+from ...ops.checks import under_a_transform, weight_args
+from ...ops.library import below_autograd
+from ...ops.prove import DROPPED
+from . import reasons
+from .known import KNOWN
+from .linear import MANY_TOKENS, FusedLinear, is_ahead
+from .reasons import any_global_hook, kernel_reason
+
+__all__ = ["Facts", "clear_plans", "direct", "is_few", "kernel_of", "plan_of", "together"]
+
+# Hooks on the backward never run in a call without a gradient.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_look = operator.attrgetter("dtype", "shape", "device")
+_is_tracing = torch._C._is_tracing
+_PLANS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_MOST_TRIALS = 3
+
+
+def kernel_of(name: str) -> Callable[..., Any]:
+    """Returns a function that calls the operator ``peft_ext::<name>`` below autograd."""
+    return below_autograd(getattr(getattr(torch.ops, NAMESPACE), name).default)
+
+
+_linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), kernel_of("lora_linears")
+
+
+def is_few(x: Any) -> bool:
+    """Returns whether a call on x ``[B, T, K]`` is one that plans are for: eager, on a CPU, with fewer tokens than
+    MANY_TOKENS, without a gradient, autocast, global hooks, and transforms."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) in reasons.plain_types()
+        and x.dim() == 3
+        and 0 < x.numel() < MANY_TOKENS * x.shape[-1]
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and not any_global_hook()
+        and not torch.compiler.is_compiling()
+        and not under_a_transform()
+        and not _is_tracing()
+    )
+
+
+class Facts:
+    """The objects that the checks of a block and its layers read, with the places where the checks read the objects."""
+
+    def __init__(self) -> None:
+        self._places: list[dict] = []
+        self._names: list[Any] = []
+        self._values: list[Any] = []
+        self._empty: list[Any] = [DROPPED]
+        self._equal: list[tuple[list, list]] = []
+        self._modules: list[nn.Module] = []
+        self._kinds: list[type] = []
+        self._forwards: dict[type, Any] = {}
+        self._tensors: list[Tensor] = []
+        self._looks: list[tuple] = []
+        self.is_final = True
+
+    def value(self, place: dict, name: Any) -> Any:
+        """Returns ``place.get(name)``. The facts hold as long as the result is the same object."""
+        value = place.get(name)
+        self._places.append(place)
+        self._names.append(name)
+        self._values.append(value)
+        return value
+
+    def empty(self, place: dict, name: Any) -> bool:
+        """Returns whether the container ``place[name]`` is empty. The facts hold as long as the container is empty."""
+        held = self.value(place, name)
+        self._empty.append(held)
+        return not held
+
+    def tensor(self, place: dict, name: Any) -> Optional[Tensor]:
+        """Returns the tensor ``place.get(name)``. The facts hold as long as dtype, shape and device do not change."""
+        if (tensor := self.value(place, name)) is not None:
+            self._tensors.append(tensor)
+            self._looks.append(_look(tensor))
+        return tensor
+
+    def plain(self, module: nn.Module) -> bool:
+        """Returns whether ``module`` has no hooks and no forward of its own. The facts hold as long as both stay so and
+        the module keeps its class, and the class its forward."""
+        self._modules.append(module)
+        self._kinds.append(type(module))
+        return self.plain_block(module)
+
+    def plain_block(self, module: nn.Module) -> bool:
+        """Returns what :meth:`plain` returns, for the block itself, whose class :func:`plan_of` compares. The facts of
+        a block must not hold the block, so that the block can be freed."""
+        held, kind = module.__dict__, type(module)
+        self._forwards[kind] = kind.forward
+        if (stock := getattr(kind, "stock_class", None)) is not None:
+            if stock.forward is not kind.stock_forward:
+                return False
+            self._forwards[stock] = stock.forward
+        return self.value(held, "forward") is None and all([self.empty(held, name) for name in _HOOKS])
+
+    def child(self, module: nn.Module, name: str) -> Optional[nn.Module]:
+        return self.value(module.__dict__["_modules"], name)
+
+    def same(self, held: list) -> list:
+        """Returns the list ``held``. The facts hold as long as the list has equal items."""
+        self._equal.append((held, list(held)))
+        return held
+
+    def add(self, other: Facts) -> None:
+        """Adds the facts of ``other``."""
+        for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
+            if isinstance(mine, list):
+                mine.extend(its)
+        self._forwards.update(other._forwards)
+        self.is_final = self.is_final and other.is_final
+
+    def hold(self) -> bool:
+        """Returns whether all facts still hold."""
+        if any(self._empty) or not all(map(operator.is_, map(dict.get, self._places, self._names), self._values)):
+            return False
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:
+                return False
+        for held, items in self._equal:
+            if held != items:
+                return False
+        return list(map(type, self._modules)) == self._kinds and list(map(_look, self._tensors)) == self._looks
+
+
+class _Plan:
+    __slots__ = ("dtype", "facts", "kind", "made", "trials")
+
+    def __init__(self, kind: type, dtype: torch.dtype) -> None:
+        self.kind, self.dtype, self.trials = kind, dtype, 0
+
+
+def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -> Any:
+    """Returns what ``make(facts, x)`` returned for this block and x's dtype, as long as the facts hold.
+
+    ``make`` returns None if the block has no plan.
+    """
+    plan = _PLANS.get(block)
+    if plan is None or plan.dtype is not x.dtype or plan.kind is not type(block):
+        plan = _PLANS[block] = _Plan(type(block), x.dtype)
+    elif (plan.facts.is_final or plan.trials >= _MOST_TRIALS) and plan.facts.hold():
+        return plan.made
+    plan.trials += 1
+    plan.facts = Facts()
+    plan.made = make(plan.facts, x)
+    return plan.made
+
+
+def clear_plans() -> None:
+    """Drops all plans, which hold the weights of their layers."""
+    _PLANS.clear()
+
+
+class Kernel:
+    """A call of a linear layer's kernel. The kernel reads dtypes and sizes of its tensors in each call."""
+
+    __slots__ = ("_args", "_has_adapter", "_kernel", "layer", "weight")
+
+    def __init__(self, kernel: Callable[..., Any], weight: tuple, rest: tuple, layer: tuple) -> None:
+        self._kernel, self._args, self._has_adapter = kernel, (*weight, *rest), len(rest) > 1
+        self.weight, self.layer = weight, layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._kernel(x, *self._args)
+        return y[0] if self._has_adapter else y
+
+
+def together(calls: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Returns the function that computes the layers of one input: one call of ``lora_linears`` if each layer is a
+    kernel, else a call of each layer."""
+    if not all(type(call) is Kernel for call in calls) or kernel_reason("lora_linears", "cpu") is not None:
+        return lambda x: [call(x) for call in calls]
+    tensors: list[Tensor] = []
+    sizes: list[int] = []
+    numbers: list[float] = []
+    for call in calls:
+        bias, lora_A, lora_B, scaling = call.layer
+        *held, layout, shape = call.weight
+        held += (bias, lora_A, lora_B)
+        tensors += [value for value in held if value is not None]
+        sizes += [sum(1 << bit for bit, value in enumerate(held) if value is not None), layout, *shape]
+        numbers += (scaling, 0.0)
+    count = len(calls)
+    return lambda x: _several(x, tensors, sizes, numbers)[:count]
+
+
+def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
+
+    The function calls a kernel if the layer is one of the known layers, and is the layer itself otherwise.
+    """
+    found, own = None, Facts()
+    if isinstance(layer, nn.Module):
+        width = getattr(layer, "in_features", None)
+        if type(width) is int:
+            found = _direct(own, layer, x if x.shape[-1] == width else x.new_empty((*x.shape[:-1], width)))
+    facts.is_final = facts.is_final and own.is_final
+    if found is None:
+        return layer
+    facts.add(own)
+    return found
+
+
+def _direct(facts: Facts, layer: Any, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
+    if not facts.plain(layer):
+        return None
+    if "base_layer" in layer._modules:
+        return _adapted(facts, layer, x)
+    if kernel_reason("frozen_linear", "cpu") is not None or (found := _operands(facts, layer, x.dtype)) is None:
+        return None
+    weight, bias = found
+    if weight[5] == 0 and not is_ahead(x.dtype):
+        dense = weight[0]
+        return lambda x: F.linear(x, dense, bias)
+    return Kernel(_linear, weight, (bias,), (bias, None, None, 1.0))
+
+
+def _operands(facts: Facts, layer: Any, dtype: torch.dtype) -> Optional[tuple[tuple, Optional[Tensor]]]:
+    """Returns the weight of a linear layer without adapters, as arguments of an operator, and the bias; None if the
+    layer's class or its tensors are not known, or if the layer would cast its bias."""
+    kind, parameters, buffers = type(layer), layer.__dict__["_parameters"], layer.__dict__["_buffers"]
+    if kind is not FusedLinear and kind.forward is not reasons.own_forward(kind):
+        return None
+    held = [facts.value(place, name) for place in (parameters, buffers) for name in list(place)]
+    if any(tensor is not None and (type(tensor) not in reasons.plain_types() or hasattr(tensor, "ds_id"))
+           for tensor in held):  # fmt: skip
+        return None
+    bias = facts.value(parameters, "bias")
+    if bias is not None and bias.dtype is not dtype:
+        return None
+    if kind is NF4Linear:
+        facts.value(layer.__dict__, "blocksize")
+        return (parameters["weight"], *layer.nf4.op_args()[1:]), bias
+    if kind is PackedLinear:
+        facts.value(layer.__dict__, "_template")
+        args = layer.packed.op_args()
+        return (args, bias) if any(args[0] is tensor for tensor in held) else None
+    weight = facts.tensor(parameters, "weight")
+    if weight is None or weight.dtype is not dtype or weight.device.type != "cpu" or dtype in reasons.WIDENED:
+        return None
+    return weight_args(weight), bias
+
+
+def _adapted(facts: Facts, layer: Any, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
+    """Returns the function of a LoRA layer with one active adapter, a call of which the layer's checks have accepted
+    before; None for any other layer."""
+    if not hasattr(layer, "known_call") or (common := layer.known_call(x)) is None:
+        return None
+    if common[0] not in KNOWN:
+        facts.is_final = False  # the layer's own call remembers the facts that its checks accept
+        return None
+    _, name, base, lora_A, lora_B, p = common
+    held = layer.__dict__
+    active, scaling = facts.value(held, "_active_adapter"), facts.value(facts.value(held, "scaling"), name)
+    if type(active) is list:
+        facts.same(active)
+    elif type(active) is not str:
+        return None
+    facts.value(facts.value(held, "lora_variant"), name)
+    if p > 0 or name in layer.lora_variant or not facts.empty(held, "merged_adapters"):
+        return None
+    for attribute in ("_disable_adapters", "cast_input_dtype_enabled", "fan_in_fan_out"):
+        facts.value(held, attribute)
+    facts.child(layer, "base_layer")
+    modules = [base]
+    for group in ("lora_A", "lora_B", "lora_dropout"):
+        modules.append(facts.value(facts.child(layer, group).__dict__["_modules"], name))
+    if not all([facts.plain(module) for module in modules]):
+        return None
+    for attribute in ("p", "training"):
+        facts.value(modules[-1].__dict__, attribute)
+    for module in modules[1:3]:
+        facts.value(module.__dict__["_parameters"], "weight")
+        if facts.value(module.__dict__["_parameters"], "bias") is not None:
+            return None
+    if (found := _operands(facts, base, x.dtype)) is None:
+        return None
+    weight, bias = found
+    rest = (bias, lora_A, lora_B, None, float(scaling), 0.0, None)
+    return Kernel(_lora, weight, rest, (bias, lora_A, lora_B, float(scaling)))

@@ -1,0 +1,431 @@
+"""Tests of calls with few tokens without a gradient: the plans of blocks compute what the layers compute, and a change
+of the model takes effect although a plan was made before."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any, Optional
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peft_ext
+from peft_ext.integrations.adapter_layers import few_tokens, linear
+from peft_ext.integrations.model_blocks import attention, mlp, norm
+
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 199, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+         "max_position_embeddings": 64}  # fmt: skip
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    "Qwen 2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)),
+    "Qwen 3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=48)),
+    "Mistral, window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=5)),
+    "Qwen 3, window": lambda: hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(**SIZES, head_dim=48, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+}
+METHODS = ("LoRA", "NF4", "NF4, LoRA", "DoRA", "NF4, two adapters", "two adapters")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
+PROMPT, STEPS = 9, 4
+
+
+def build(name: str = "Llama", method: str = "NF4, LoRA", dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model: Any = MODELS[name]().to(dtype).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, parameter.shape[1] ** -0.5)
+    if "NF4" in method:
+        peft_ext.quantize_nf4(model, progress=False)
+    if method != "NF4":
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora="DoRA" in method,
+                            lora_dropout=0.1)  # fmt: skip
+        model = get_peft_model(model, config)
+        if "two" in method:
+            model.add_adapter("other", config)
+            model.base_model.set_adapter(["default", "other"])
+    return model.requires_grad_(False).eval()
+
+
+def batch(size: int) -> dict[str, Tensor]:
+    ids = torch.arange(3, 3 + size * PROMPT).view(size, PROMPT)
+    mask = torch.ones_like(ids)
+    for row in range(size - 1):
+        mask[row, : 2 * row + 1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, size: int = 1, steps: int = STEPS, **more: Any) -> Tensor:
+    """Returns the logits of ``steps`` tokens behind a prompt; the tokens do not depend on the model."""
+    out = model.generate(**batch(size), max_new_tokens=steps + 1, min_new_tokens=steps + 1, do_sample=False,
+                         output_logits=True, return_dict_in_generate=True, prefix_allowed_tokens_fn=_token,
+                         **more)  # fmt: skip
+    return torch.stack(out.logits)
+
+
+def _token(row: int, ids: Tensor) -> list[int]:
+    return [(7 * len(ids) + row) % 190 + 3]
+
+
+@contextlib.contextmanager
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with monkeypatch.context() as patch:
+        for module in (attention, mlp, norm):
+            patch.setattr(module, "is_few", lambda x: False)
+        yield
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns a list, to which each plan that runs appends its block's class name and its plan."""
+    found: list[Any] = []
+
+    def noting(block: Any, x: Tensor, make: Callable) -> Any:
+        made = few_tokens.plan_of(block, x, make)
+        found.append((type(block).__name__, made))
+        return made
+
+    for module in (attention, mlp, norm):
+        monkeypatch.setattr(module, "plan_of", noting)
+    return found
+
+
+class Called(TorchDispatchMode):
+    """Counts the calls of the operator of a linear layer without an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.peft_ext.nf4_linear.default
+        return func(*args, **(kwargs or {}))
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    tolerance = TOLERANCE[found.dtype] if found.dtype in TOLERANCE else 2e-5
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max(), (found - wanted).abs().max()
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_layers(
+    name: str, method: str, size: int, cache: Optional[str], dtype: torch.dtype, planned: list, monkeypatch: Any
+) -> None:
+    model = peft_ext.accelerate(build(name, method, dtype))
+    more = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    found = logits(model, size, **more)
+    ran = {kind for kind, made in planned if made is not None}
+    # Mistral's attention runs its own code, in which only the layers of one input are computed together.
+    assert all(any(part in kind for kind in ran) for part in ("RMSNorm", "MLP", *(["Attention"] * (name[0] != "M"))))
+    count = len([made for _, made in planned if made is not None])
+    with layer_by_layer(monkeypatch):
+        wanted = logits(model, size, **more)
+    assert len([made for _, made in planned if made is not None]) == count >= STEPS * 2 * 3
+    tolerance = TOLERANCE[dtype] * wanted.float().abs().max()
+    assert (found.float() - wanted.float()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_beam_search(size: int, planned: list, monkeypatch: Any) -> None:
+    model = peft_ext.accelerate(build())
+    how = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    found = model.generate(**batch(size), **how)
+    assert any(made is not None for _, made in planned)
+    with layer_by_layer(monkeypatch):
+        assert torch.equal(found, model.generate(**batch(size), **how))
+
+
+def test_layers_of_a_plan_are_kernels(planned: list) -> None:
+    model = peft_ext.accelerate(build())
+    logits(model)
+    last = dict(planned)
+    plan = last["LlamaAttention"]
+    assert plan.attends and plan.are_direct
+    assert type(plan.o) is few_tokens.Kernel
+
+
+# --- a change takes effect --------------------------------------------------------------------------------------------
+
+
+def inner(model: Any) -> Any:
+    return model.base_model.model.model.layers[0]
+
+
+def _doubled(module: nn.Module, args: Any, output: Any) -> Any:
+    return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+
+
+def _halved(module: nn.Module, args: tuple) -> Any:
+    return (args[0] / 2, *args[1:]) if args else None
+
+
+def hook(path: str, before: bool = False) -> Callable[[Any], Any]:
+    def change(model: Any) -> None:
+        module = inner(model).get_submodule(path)
+        module.register_forward_pre_hook(_halved) if before else module.register_forward_hook(_doubled)
+
+    return change
+
+
+def replaced(path: str) -> Callable[[Any], Any]:
+    def change(model: Any) -> None:
+        module = inner(model).get_submodule(path)
+        own = module.forward
+        module.forward = lambda *args, **kwargs: _doubled(module, args, own(*args, **kwargs))
+
+    return change
+
+
+def _scaling(model: Any) -> None:
+    inner(model).mlp.down_proj.scaling["default"] = 7.5
+
+
+def _parameter(model: Any) -> None:
+    layer = inner(model).self_attn.q_proj.lora_B["default"]
+    layer.weight = nn.Parameter(layer.weight.detach() * 3, requires_grad=False)
+
+
+def _data(model: Any) -> None:
+    parameter = inner(model).self_attn.q_proj.lora_B["default"].weight
+    parameter.data = parameter.data * 3
+
+
+def _wide(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.double().float().half()
+
+
+def _eps(model: Any) -> None:
+    inner(model).input_layernorm.variance_epsilon = 0.5
+
+
+def _norm(model: Any) -> None:
+    inner(model).post_attention_layernorm.weight = nn.Parameter(torch.linspace(0, 2, 128))
+
+
+def _codes(model: Any) -> None:
+    base = inner(model).self_attn.v_proj.base_layer
+    base.weight.data = base.weight.data.flip(0)
+
+
+def _scales(model: Any) -> None:
+    base = inner(model).self_attn.v_proj.base_layer
+    base.absmax = base.absmax.flip(0)
+
+
+def _off(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def _merged(model: Any) -> None:
+    model.merge_adapter()
+
+
+def _other(model: Any) -> None:
+    torch.manual_seed(3)
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.set_adapter("other")
+
+
+def _in_place(model: Any) -> None:
+    torch.manual_seed(3)
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    inner(model).mlp.gate_proj._active_adapter[:] = ["other"]
+
+
+def _heads(model: Any) -> None:
+    inner(model).self_attn.scaling = 0.5
+
+
+def _activation(model: Any) -> None:
+    inner(model).mlp.act_fn = nn.Tanh()
+
+
+def _linear(model: Any) -> None:
+    inner(model).self_attn.k_proj = nn.Linear(128, 64)
+    nn.init.constant_(inner(model).self_attn.k_proj.weight, 0.01)
+    nn.init.zeros_(inner(model).self_attn.k_proj.bias)
+
+
+def _eager(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
+LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+PARTS = ("", ".base_layer", ".lora_A.default", ".lora_B.default", ".lora_dropout.default")
+PATHS = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", *(layer + part for layer in LAYERS for part in PARTS))
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    **{f"hook on {path}": hook(path) for path in PATHS},
+    **{f"hook before {path}": hook(path, True) for path in PATHS if path != "self_attn"},
+    **{f"forward of {path}": replaced(path) for path in PATHS},
+    "scaling": _scaling, "parameter": _parameter, "data": _data, "dtype": _wide, "eps": _eps, "norm": _norm,
+    "codes": _codes, "scales": _scales, "off": _off, "merged": _merged, "other adapter": _other,
+    "name in place": _in_place, "scaling of attention": _heads, "activation": _activation, "another layer": _linear,
+    "eager attention": _eager,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_takes_effect(change: str, monkeypatch: Any) -> None:
+    model, stock = peft_ext.accelerate(build()), build()
+    before = logits(model)
+    if change in ("dtype", "merged"):  # stock PEFT rounds x to float16, and can't merge into an NF4Linear
+        CHANGES[change](model)
+        with layer_by_layer(monkeypatch):
+            wanted = logits(model)
+    else:
+        for one in (model, stock):
+            CHANGES[change](one)
+        wanted = logits(stock)
+    after = logits(model)
+    assert_close(after, wanted)
+    if "lora_dropout" not in change and change not in ("eager attention", "dtype"):
+        assert (after - before).abs().max() > 1e-3
+
+
+def test_an_adapter_that_is_merged_into_a_dense_weight_is_not_added_again() -> None:
+    model = peft_ext.accelerate(build(method="LoRA"))
+    before = logits(model)
+    model.merge_adapter()
+    assert_close(logits(model), before)
+    model.unmerge_adapter()
+    assert_close(logits(model), before)
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 8, 9, 23])
+def test_a_short_prompt_is_causal(tokens: int) -> None:
+    model, stock = peft_ext.accelerate(build()), build()
+    ids = torch.arange(3, 3 + tokens)[None]
+    with torch.no_grad():
+        found = [[one(ids, use_cache=cached).logits for cached in (False, True, False)] for one in (model, stock)]
+    for ours, wanted in zip(*found, strict=True):
+        assert_close(ours, wanted)
+
+
+def test_a_frozen_head_runs_the_operator(monkeypatch: Any) -> None:
+    monkeypatch.setattr(linear, "is_ahead", lambda dtype: dtype is torch.bfloat16)
+    model = peft_ext.accelerate(build(dtype=torch.bfloat16))
+    head, x = model.base_model.model.lm_head, torch.randn(1, 3, 128, dtype=torch.bfloat16)
+    with torch.no_grad(), Called() as called:
+        y = head(x)
+        head(torch.randn(30, 128, dtype=torch.bfloat16))
+    assert called.count == 1
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, head.weight), atol=0.05, rtol=0.02)
+    with Called() as called:
+        head(x)
+    assert called.count == 0
+
+
+@pytest.mark.parametrize("kind", ["norm", "mlp", "attention", "lora", "rotary"])
+def test_a_patched_class_takes_effect(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft.tuners.lora as peft_lora
+    from transformers.models.llama import modeling_llama
+
+    model, stock = peft_ext.accelerate(build()), build()
+    before = logits(model)
+    if kind == "rotary":
+        own = modeling_llama.apply_rotary_pos_emb
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb",
+                            lambda q, k, cos, sin: own(q * 2, k, cos, sin))  # fmt: skip
+    else:
+        cls = {"norm": modeling_llama.LlamaRMSNorm, "mlp": modeling_llama.LlamaMLP,
+               "attention": modeling_llama.LlamaAttention, "lora": peft_lora.Linear}[kind]  # fmt: skip
+        own = cls.forward
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _doubled(self, args, own(self, *args, **kwargs))
+
+        monkeypatch.setattr(cls, "forward", forward)
+    after, wanted = logits(model), logits(stock)
+    assert_close(after, wanted)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_a_global_hook_runs(planned: list) -> None:
+    model = peft_ext.accelerate(build())
+    logits(model)
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        del planned[:]
+        logits(model, steps=1)
+    finally:
+        handle.remove()
+    assert not planned and "Dropout" in seen
+
+
+@pytest.mark.parametrize("mode", ["gradient", "autocast", "training"])
+def test_other_modes_have_no_plan(mode: str, planned: list) -> None:
+    model, stock = peft_ext.accelerate(build()), build()
+    logits(model)
+    del planned[:]
+    ids = torch.arange(3, 8)[None]
+    found = []
+    for one in (model, stock):
+        one.train(mode == "training")
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(mode == "gradient"), torch.autocast("cpu", enabled=mode == "autocast"):
+            found.append(one(ids).logits.detach())
+    if mode != "training":  # the masks of dropout differ
+        assert not planned
+        assert (found[0] - found[1]).abs().max() < (0.1 if mode == "autocast" else 1e-3)
+    assert not any(made for kind, made in planned if kind == "LlamaAttention")
+
+
+def test_hidden_states_and_attentions_are_given() -> None:
+    model, stock = peft_ext.accelerate(build()), build()
+    logits(model)
+    for how in ({"output_hidden_states": True}, {"output_attentions": True, "_eager": True}):
+        eager = how.pop("_eager", False)
+        found = []
+        for one in (model, stock):
+            if eager:
+                one.set_attn_implementation("eager")
+            with torch.no_grad():
+                found.append(one(torch.arange(3, 8)[None], **how))
+        for name in ("hidden_states", "attentions"):
+            ours, wanted = getattr(found[0], name, None), getattr(found[1], name, None)
+            assert (ours is None) == (wanted is None)
+            for a, b in zip(ours or (), wanted or (), strict=True):
+                assert_close(a, b)
+
+
+def test_copies_and_restored_models_have_plans_of_their_own(planned: list) -> None:
+    model = peft_ext.accelerate(build())
+    before = logits(model)
+    copied = copy.deepcopy(model)
+    _scaling(copied)
+    assert (logits(copied) - before).abs().max() > 1e-3
+    assert torch.equal(logits(model), before)
+    peft_ext.restore(model)
+    del planned[:]
+    assert_close(logits(model), before)
+    assert not planned
+
+
+def test_plans_do_not_hold_a_model() -> None:
+    import gc
+    import weakref
+
+    model = peft_ext.accelerate(build())
+    logits(model)
+    held = weakref.ref(inner(model).self_attn)
+    del model
+    gc.collect()
+    assert held() is None
