@@ -106,9 +106,9 @@ struct Call {
   Tensor q, k, v;
   std::vector<Tensor> held;
 
-  Call(const char* op, bool backward, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask,
-       bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed,
-       const std::optional<Tensor>& bias)
+  Call(const char* op, bool backward, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+       const std::optional<Tensor>& mask, bool causal, double scale, double dropout_p,
+       const std::optional<Tensor>& seed, const std::optional<Tensor>& bias)
       : isa(attention_kernels(dtype_of(op, "q", q_in))),
         is_backward(backward),
         q(with_whole_rows(q_in)),
@@ -217,7 +217,8 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
   work.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (call.has_few_queries(bias)) {
     const int64_t rows = work.heads / work.kv_heads * work.queries;
-    call.in_parallel(call.kv_units() * ceil_div(rows, kFewRows), call.isa.few_scratch(work), call.isa.few);
+    call.in_parallel(call.kv_units() * ceil_div(rows, kFewRows), call.isa.few_scratch(work),
+                     [&](int64_t begin, int64_t end, void* own) { call.isa.few(work, begin, end, own); });
     return {out, lse};
   }
   if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);

@@ -63,8 +63,8 @@ struct Attention {
   // broadcast.
   const uint64_t* mask;
   int64_t mask_batch, mask_head;
-  // The mask as bytes, for few queries alone. A null pointer means that there is no mask. A stride is 0 if the dimension
-  // is broadcast.
+  // The mask as bytes, for few queries alone. A null pointer means that there is no mask. A stride is 0 if the
+  // dimension is broadcast.
   const uint8_t* seen;
   int64_t seen_batch, seen_head, seen_query, seen_key;
   // The bias [B, H, queries, keys] in bias_dtype, or null. Strides are in elements; a stride is 0 if the dimension is
@@ -105,8 +105,8 @@ struct AttentionKernels {
   // Computes out and lse for a block of 64 queries of one head.
   void (*forward)(const Attention& work, ForwardUnit unit, void* scratch);
   size_t (*forward_scratch)(const Attention& work);
-  // Computes out and lse for the units [begin, end) of few queries, without dropout and bias. A unit has kFewRows of the
-  // H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
+  // Computes out and lse for the units [begin, end) of few queries, without dropout and bias. A unit has kFewRows of
+  // the H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
   void (*few)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*few_scratch)(const Attention& work);
   // Adds a cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells computes grad_q. The
