@@ -22,8 +22,9 @@ struct FewParts {
 
 inline bool sees(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t key) {
   if (work.causal && key > query) return false;
-  return work.seen == nullptr || work.seen[batch * work.seen_batch + head * work.seen_head + query * work.seen_query +
-                                           key * work.seen_key] != 0;
+  return work.seen == nullptr ||
+         work.seen[batch * work.seen_batch + head * work.seen_head + query * work.seen_query + key * work.seen_key] !=
+             0;
 }
 
 // Computes out and lse of the rows [row, row + kRowsOfUnit) of the H / Hkv · T rows of a key head.
@@ -67,9 +68,8 @@ void few_rows(const Attention& work, int64_t batch, int64_t kv_head, int64_t row
     for (int64_t j = 0; hides && j < work.keys; ++j)
       if (!sees(work, batch, head[r], query[r], j)) p[j] = 0.0f;
     float sum[1];
-    sum_vectors<1>(work.keys, sum, [&](auto lanes, int64_t j, Vec* sums) {
-      sums[0] = Vec::add(sums[0], lanes.load(p + j));
-    });
+    sum_vectors<1>(work.keys, sum,
+                   [&](auto lanes, int64_t j, Vec* sums) { sums[0] = Vec::add(sums[0], lanes.load(p + j)); });
     const bool any = (sum[0] > 0.0f || sum[0] != sum[0]) && largest != -INFINITY;
     work.lse[(batch * work.heads + head[r]) * work.queries + query[r]] =
         any ? largest * work.scale + logf(sum[0]) : 0.0f;
@@ -105,9 +105,8 @@ void few_rows(const Attention& work, int64_t batch, int64_t kv_head, int64_t row
   for (int r = 0; r < kRowsOfUnit; ++r) {
     T* to = head_of<T>(work.out, batch, head[r], query[r]);
     const Vec by = Vec::broadcast(factor[r]);
-    for_vectors(work.value_size, [&](auto lanes, int64_t d) {
-      lanes.store(to + d, Vec::mul(Vec::load(own.o + r * columns + d), by));
-    });
+    for_vectors(work.value_size,
+                [&](auto lanes, int64_t d) { lanes.store(to + d, Vec::mul(Vec::load(own.o + r * columns + d), by)); });
   }
 }
 
@@ -119,10 +118,17 @@ void few_units(const Attention& work, int64_t begin, int64_t end, void* scratch)
     const int64_t row = unit % units * kFewRows;
     const Parts parts{reinterpret_cast<uintptr_t>(scratch)};
     switch (min_i64(kFewRows, rows - row)) {
-      case 4: few_rows<T, 4>(work, batch, kv_head, row, parts); break;
-      case 3: few_rows<T, 3>(work, batch, kv_head, row, parts); break;
-      case 2: few_rows<T, 2>(work, batch, kv_head, row, parts); break;
-      default: few_rows<T, 1>(work, batch, kv_head, row, parts);
+      case 4:
+        few_rows<T, 4>(work, batch, kv_head, row, parts);
+        break;
+      case 3:
+        few_rows<T, 3>(work, batch, kv_head, row, parts);
+        break;
+      case 2:
+        few_rows<T, 2>(work, batch, kv_head, row, parts);
+        break;
+      default:
+        few_rows<T, 1>(work, batch, kv_head, row, parts);
     }
   }
 }
