@@ -48,8 +48,8 @@ struct Attention {
   // mask. Strides are in words; a stride is 0 if the dimension is broadcast.
   const uint64_t* mask;
   int64_t mask_batch, mask_head, mask_key;
-  // The mask as bytes, for few queries alone. A null pointer means that there is no mask. A stride is 0 if the dimension
-  // is broadcast.
+  // The mask as bytes, for few queries alone. A null pointer means that there is no mask. A stride is 0 if the
+  // dimension is broadcast.
   const uint8_t* seen;
   int64_t seen_batch, seen_head, seen_query, seen_key;
   // The bias [B, H, queries, keys] in bias_dtype, or null. Strides are in elements; a stride is 0 if the dimension is
@@ -85,8 +85,8 @@ struct AttentionKernels {
   // B · H · ceil(queries / 64) blocks.
   void (*forward)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*forward_scratch)(const Attention& work);
-  // Computes out and lse for the units [begin, end) of few queries, without dropout and bias. A unit has kFewRows of the
-  // H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
+  // Computes out and lse for the units [begin, end) of few queries, without dropout and bias. A unit has kFewRows of
+  // the H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
   void (*few)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*few_scratch)(const Attention& work);
   // Computes grad_q, key_sums and value_sums for the units [begin, end) of the units [B, Hkv, splits].
