@@ -22,6 +22,10 @@ MANY_TOKENS = 24
 # than PyTorch's product.
 _AHEAD = {("avx512_bf16", torch.bfloat16)}
 
+# Fewest elements of a weight for which a layer becomes a FusedLinear for few tokens alone. For smaller weights, the
+# checks of a call take as long as the operator saves.
+LEAST_ELEMENTS = 1 << 20
+
 
 @fuses(nn.Linear)
 class FusedLinear(nn.Linear):
@@ -85,6 +89,6 @@ def would_widen(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     if weight is None or weight.requires_grad or weight.device.type != "cpu":
         return False
-    if is_ahead(weight.dtype):
+    if is_ahead(weight.dtype) and weight.numel() >= LEAST_ELEMENTS:
         return True
     return weight.dtype in reasons.WIDENED or (weight.dtype is torch.float32 and torch.bfloat16 in reasons.WIDENED)
