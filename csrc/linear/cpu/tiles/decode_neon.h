@@ -107,6 +107,7 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
     for (int64_t d = 0; d < tiles; d += 2) {
       Values32 values[2] = {};
       const int64_t column = (from + d) * kTileDepth;
+      if (tiles < tiles_of(w.columns)) fetch_row_part(w, row, column);
       if (row < end) decode64(w, aligned, row, column, min_i64(kPanelStep, w.columns - column), values);
       put_row(values[0], i % kStrip, out + d * kTile);
       if (d + 1 < tiles) put_row(values[1], i % kStrip, out + (d + 1) * kTile);

@@ -85,10 +85,21 @@ inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
     return;
   }
   for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
-    const char* at = element_address(w, ahead * w.columns + column);
+    const int64_t flat = ahead * w.columns + column;
+    const char* at = element_address(w, flat);
     __builtin_prefetch(at, 0, 3);
     if (w.dense != nullptr) __builtin_prefetch(at + 64, 0, 3);
+    if (w.packed != nullptr) __builtin_prefetch(w.absmax + (flat >> w.block_shift), 0, 3);
   }
+}
+
+// Prefetches the columns [column, column + 64) of the row that is decoded four rows later, from a part of the rows. The
+// hardware prefetcher does not know where the part of the next row begins.
+inline void fetch_row_part(const TileWeight& w, int64_t row, int64_t column) {
+  const int64_t flat = min_i64(row + 4, w.rows - 1) * w.columns + column;
+  __builtin_prefetch(element_address(w, flat), 0, 3);
+  if (w.dense != nullptr) __builtin_prefetch(w.dense + flat + 32, 0, 3);
+  if (w.packed != nullptr) __builtin_prefetch(w.absmax + (flat >> w.block_shift), 0, 3);
 }
 
 }  // namespace
