@@ -23,6 +23,8 @@
 
 namespace {
 
+using peft_ext::depth_part;
+using peft_ext::panels_together;
 using peft_ext::plan_tiles;
 using peft_ext::PlanRange;
 using peft_ext::TilePlan;
@@ -103,12 +105,13 @@ bool paints(const TilePlan& plan) {
   for (int64_t part = 0; part < plan.parts; ++part)
     plan.each(part, [&](const PlanRange& of) {
       whole = whole && of.row % peft_ext::kPlanRows == 0 && of.row < of.end && of.end <= plan.rows &&
-              of.end - of.row <= peft_ext::kPlanRows && of.first % plan.step == 0 && of.first < of.last &&
-              of.last <= plan.strips;
-      whole = whole && (of.end == plan.rows || of.end - of.row == peft_ext::kPlanRows);
+              of.end - of.row <= plan.together * peft_ext::kPlanRows && of.first % plan.step == 0 &&
+              of.first < of.last && of.last <= plan.strips && of.last - of.first <= plan.strips_together();
+      whole = whole && (of.end == plan.rows || (of.end - of.row) % peft_ext::kPlanRows == 0);
       if (!whole) return;
-      for (int64_t strip = of.first; strip < of.last; ++strip)
-        ++seen[static_cast<size_t>(of.row / peft_ext::kPlanRows * plan.strips + strip)];
+      for (int64_t row = of.row; row < of.end; row += peft_ext::kPlanRows)
+        for (int64_t strip = of.first; strip < of.last; ++strip)
+          ++seen[static_cast<size_t>(row / peft_ext::kPlanRows * plan.strips + strip)];
     });
   return whole && std::all_of(seen.begin(), seen.end(), [](uint8_t count) { return count == 1; });
 }
@@ -127,6 +130,19 @@ std::vector<int64_t> all(int64_t most) {
   std::vector<int64_t> values;
   for (int64_t i = 1; i <= most; ++i) values.push_back(i);
   return values;
+}
+
+// Checks the cut of the depth: the parts cover the depth, have at most kPlanDepth elements if there are several parts,
+// and begin at a multiple of 8 tiles; and the panels that are decoded together take at most 512 KiB.
+void check_depths(Summary* summary) {
+  for (int64_t tiles = 1; tiles <= 8192; ++tiles) {
+    const int64_t part = depth_part(tiles), bytes = panels_together(part) * peft_ext::kPlanRows * part * 64;
+    const bool whole = part == tiles && tiles <= peft_ext::kPlanDeep / 32;
+    const bool cut = part < tiles && part % 8 == 0 && part <= peft_ext::kPlanDepth / 32;
+    ++summary->plans;
+    if ((whole || cut) && bytes <= 512 << 10) continue;
+    if (++summary->broken <= 20) printf("broken: a part of the depth: tiles %lld\n", static_cast<long long>(tiles));
+  }
 }
 
 // Checks the plan of the passes: the cost of the busiest thread is at least a fair share and at most the whole work; a
@@ -169,9 +185,10 @@ int run_check(int64_t most_threads, const char* strips_argument) {
       for (const int64_t step : {int64_t{2}, int64_t{32}})
         for (const int64_t decode : {int64_t{1}, int64_t{6}}) {
           const int64_t rows = backward ? layer.in : layer.out, depth = backward ? layer.out : layer.in;
+          const int64_t together = panels_together(depth_part(ceil_div(depth, 32)));
           for (const int64_t strip : strips)
             for (const int64_t count : threads) {
-              const TilePlan plan = plan_tiles(rows, depth, strip * 16, step, decode, count);
+              const TilePlan plan = plan_tiles(rows, depth, strip * 16, step, decode, count, together);
               check(plan, count, decode, &summary);
               const TilePlan ragged = plan_tiles(rows, depth, strip * 16 - 15, step, decode, count);
               if (ragged.strips != plan.strips || ragged.parts != plan.parts || ragged.blocks != plan.blocks)
@@ -181,6 +198,7 @@ int run_check(int64_t most_threads, const char* strips_argument) {
               if (!paints(plan)) ++summary.broken, printf("broken: tiles not covered once\n");
             }
         }
+  check_depths(&summary);
   check_passes(most_threads, &summary);
   for (const int64_t rows : {int64_t{0}, int64_t{64}})
     if (plan_tiles(rows, 64, rows == 0 ? 64 : 0, 2, 1, 8).parts != 0)

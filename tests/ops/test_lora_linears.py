@@ -56,8 +56,13 @@ class Layers:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("sizes", "frozen"),
-    [([5000, 4500, 70], 0), ([4100, 4200, 64, 9000, 33], 2), ([40, 33, 70, 1, 64, 65, 96, 17, 128, 50, 31], 3)],
-    ids=["beyond a cache", "a frozen one first", "eleven layers"],
+    [
+        ([5000, 4500, 70], 0),
+        ([4100, 4200, 64, 9000, 33], 2),
+        ([40, 33, 70, 1, 64, 65, 96, 17, 128, 50, 31], 3),
+        ([3000, 1700, 2050], 0),
+    ],
+    ids=["beyond a cache", "a frozen one first", "eleven layers", "parts of the depth with two layers"],
 )
 def test_against_float64(
     sizes: list[int], frozen: int, dtype: torch.dtype, nf4: bool, p: float, used: str, device: torch.device

@@ -69,13 +69,16 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
 void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto, AdaptedBackward* out) {
   const LinearSizes& size = calls[0]->size;
   std::vector<const FrozenWeight*> weights;
-  int64_t elements = 0, panel = 0, depth = 0;
+  int64_t elements = 0, tiles_of_all = 0;
+  bool whole = false, apart = false;  // `apart` is false for several layers
   for (const BackwardCall* b : calls) {
     weights.push_back(&b->weight);
     elements += strips_elements(size.tokens, b->size.out);
-    panel += (rest_apart(*b) ? 2 : 1) * strips_elements(kPanelStep, b->size.out);
-    depth += b->size.out;
+    tiles_of_all += ceil_div(b->size.out, kTileDepth);
+    apart = apart || rest_apart(*b);
+    whole = whole || (b->drop_base() && b->g() != nullptr);  // H W and the dropped elements need all of the depth
   }
+  const int64_t part = whole ? tiles_of_all : depth_part(tiles_of_all);
   const std::vector<TileWeight> tiles = tile_weights(weights);
   auto* room = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));
   const int64_t parts = calls[0]->adapter.in_scale.has_value() ? ceil_div(size.tokens, kReduceTokens) : 0;
@@ -88,11 +91,12 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
     works[i].grad_in_scale = sums.mutable_data_ptr<float>();
     works[i].grad_x = static_cast<bf16*>(out->grad_x.mutable_data_ptr());
     works[i].onto = onto;
+    works[i].depth_part = part;
   }
   const TileKernels& isa = *tile_kernels();
-  run_panels(size.in, depth, size.tokens, parts > 0 ? kReduceTokens / kStrip : 2, panel,
-             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* at) {
-               isa.backward(works.data(), static_cast<int>(works.size()), begin, end, first, last, at);
+  run_panels(size.in, tiles_of_all * kTileDepth, size.tokens, parts > 0 ? kReduceTokens / kStrip : 2, part, apart,
+             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* at, float* carried) {
+               isa.backward(works.data(), static_cast<int>(works.size()), begin, end, first, last, at, carried);
              });
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t i = 0; i < size.in; ++i)
@@ -152,8 +156,8 @@ bool tiles_accept(const BackwardCall& b) {
   return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
 }
 
-// Largest number of bytes in the panels of several layers whose dX is computed together, so that the panels fit the L2
-// cache of a core.
+// Largest number of bytes in kPanelStep columns of the weights of several layers whose dX is computed together. The
+// number limits the scratch memory for the strips of the layers' gradients, which must be there at the same time.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace

@@ -74,12 +74,19 @@ struct TileOperands {
 // Returns whether the second product of PEFT's DoRA uses only the dropped elements.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
+// Returns the number of tiles in a part of the depth. A product with dropped elements needs all of the depth at once.
+int64_t tiles_in_part(const ForwardCall& f) {
+  const int64_t tiles = ceil_div(f.size.in, kTileDepth);
+  return f.drop_base() ? tiles : depth_part(tiles);
+}
+
 TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileWeight& weight, const bf16* x,
                          TileOperands* held) {
   const LinearSizes& size = f.size;
   const Adapter& adapter = f.adapter;
   TileForward work;
   work.weight = weight;
+  work.depth_part = tiles_in_part(f);
   work.tokens = size.tokens;
   work.x = x;
   work.dropped = nullptr;
@@ -136,12 +143,13 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
     ends.push_back(rows);
   }
   const TileKernels& isa = *tile_kernels();
-  run_panels(rows, size.in, size.tokens, 2, (apart ? 2 : 1) * strips_elements(kPanelStep, size.in),
-             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
-               size_t i = 0;
-               while (begin >= ends[i]) ++i;
-               const int64_t base = i == 0 ? 0 : round_up(ends[i - 1], kPanelStep);
-               isa.forward(works[i], begin - base, min_i64(end, ends[i]) - base, first, last, panel);
+  run_panels(rows, size.in, size.tokens, 2, works[0].depth_part, apart,
+             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel, float* sums) {
+               for (size_t i = 0; i < works.size(); ++i) {
+                 const int64_t base = i == 0 ? 0 : round_up(ends[i - 1], kPanelStep);
+                 const int64_t from = std::max(begin, base), to = min_i64(end, ends[i]);
+                 if (from < to) isa.forward(works[i], from - base, to - base, first, last, panel, sums);
+               }
              });
 }
 

@@ -11,12 +11,13 @@ namespace {
 inline bool masks(const TileBackward& work) { return work.keep != nullptr && (work.rank > 0 || work.more != nullptr); }
 
 // Adds P A + H W to the block, and then masks the whole block. With a mask the block must be zero before the call.
-inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block) {
+inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const Strips& lanes, Block* block) {
   const int64_t tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
   if (work.rank > 0)
     add_low_rank(work.p + token * work.rank, work.a + column / kStrip * work.rank * kStrip, work.rank, block);
-  if (work.more != nullptr) multiply(work.more + strip * length, block->left, lanes, block->right, tiles, block->c);
+  if (work.more != nullptr)
+    multiply(Strips{work.more + strip * length, length}, block->left, lanes, block->right, tiles, block->c);
   if (masks(work)) {
     const Row by = Row::broadcast(work.keep_scale);
     block->each([&](Row v, int r, int j) {
@@ -36,28 +37,53 @@ inline void load_sums(const TileBackward& work, int64_t column, int64_t token, B
   });
 }
 
-// Computes a block of the sum of dX of `count` layers. lanes: W's columns as right strips, for each layer. columns:
-// with `given`, W's columns from `column` on, as rows. term: memory for one more block.
-inline void backward_block(const TileBackward* works, int count, int64_t column, int64_t strip,
-                           const bf16* const* lanes, const bf16* columns, Block* block, Block* term, Ahead* ahead) {
-  const TileBackward& work = works[0];
-  const int64_t k = work.weight.columns, token = strip * kStrip;
-  block->clear();
-  if (work.onto) load_sums(work, column, token, block);
+// A piece of a part of the depth: `tiles` tiles of one layer, from tile `from` on. panel: W's columns as right strips.
+struct DepthPiece {
+  int layer;
+  int64_t from, tiles;
+  const bf16* panel = nullptr;
+  Ahead ahead{};
+};
+
+// Writes the pieces of the part [begin, end) of the depth. The depths of the layers follow each other. Returns the
+// number of pieces.
+inline int depth_pieces(const TileBackward* works, int count, int64_t begin, int64_t end, DepthPiece* pieces) {
+  int found = 0;
   for (int i = 0; i < count; ++i) {
-    const int64_t tiles = tiles_of(works[i].weight.rows);
-    if ((i > 0 || work.onto) && masks(works[i])) {
+    const int64_t tiles = tiles_of(works[i].weight.rows), from = begin > 0 ? begin : 0, to = min_i64(end, tiles);
+    if (from < to) pieces[found++] = DepthPiece{i, from, to - from};
+    begin -= tiles;
+    end -= tiles;
+  }
+  return found;
+}
+
+// Adds a piece of a layer's dX to the sums of a block. offset: number of the block's first column in the panel. term:
+// memory for one more block.
+inline void add_piece(const TileBackward* works, DepthPiece* piece, int64_t column, int64_t offset, int64_t strip,
+                      Block* block, Block* term) {
+  const TileBackward& work = works[piece->layer];
+  const int64_t length = tiles_of(work.weight.rows) * kTile, own = piece->tiles * kTile;
+  const Strips lanes{piece->panel + offset / kStrip * own, own};
+  if (piece->from == 0) {
+    if ((piece->layer > 0 || works[0].onto) && masks(work)) {
       term->left = block->left;
       term->right = block->right;
       term->clear();
-      add_masked(works[i], column, strip, lanes[i], term);
+      add_masked(work, column, strip, lanes, term);
       for (int at = 0; at < kBlockElements; at += kStrip)
         Row::add(Row::load(block->c + at), Row::load(term->c + at)).store(block->c + at);
     } else {
-      add_masked(works[i], column, strip, lanes[i], block);
+      add_masked(work, column, strip, lanes, block);
     }
-    multiply(works[i].grad + strip * tiles * kTile, block->left, lanes[i], block->right, tiles, block->c, ahead + i);
   }
+  multiply(Strips{work.grad + strip * length + piece->from * kTile, length}, block->left, lanes, block->right,
+           piece->tiles, block->c, &piece->ahead);
+}
+
+// Computes a block of dX from the sums of all layers. columns: with `given`, W's columns from `column` on, as rows.
+inline void finish_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
+  const int64_t k = work.weight.columns, token = strip * kStrip;
   if (work.given != nullptr) dropped_dots(work, column, strip, columns, block);
   if (work.in_scale != nullptr) {
     float* sums = work.grad_in_scale + token / kReduceTokens * k;
@@ -78,31 +104,46 @@ inline void backward_block(const TileBackward* works, int count, int64_t column,
 }
 
 void backward(const TileBackward* works, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
-              bf16* panel) {
+              bf16* panel, float* sums) {
   const TileUnit unit;
-  Block block, term;
-  const int64_t pairs = ceil_div(end - begin, kBlockStrips * kStrip);
-  const bf16* panels[kMostLayers];
-  const bf16* lanes[kMostLayers];
-  Ahead ahead[kMostLayers];
-  for (int i = 0; i < count; ++i) {
-    const TileWeight& weight = works[i].weight;
-    const int64_t tiles = tiles_of(weight.rows);
-    weight_lanes(weight, begin, end, panel);
-    panels[i] = panel;
-    panel += ceil_div(end - begin, kStrip) * tiles * kTile;
-    ahead[i] = columns_ahead(weight, end, pairs * ceil_div((last - first) * kStrip, kRowsOfStep) * tiles);
-  }
-  const int64_t depth = tiles_of(works[0].weight.rows) * kTileDepth;
-  bf16* turned = panel;
-  if (works[0].given != nullptr) turn_lanes(panels[0], ceil_div(end - begin, kStrip), depth / kTileDepth, turned);
-  for (int64_t strip = first; strip < last; strip += kBlockStrips) {
-    block.left = static_cast<int>(min_i64(kBlockStrips, last - strip));
-    for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
-      block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
-      for (int i = 0; i < count; ++i)
-        lanes[i] = panels[i] + (column - begin) / kStrip * tiles_of(works[i].weight.rows) * kTile;
-      backward_block(works, count, column, strip, lanes, turned + (column - begin) * depth, &block, &term, ahead);
+  const TileBackward& work = works[0];
+  BlockSums block_sums, term_sums;
+  Block block{block_sums.c, 0, 0}, term{term_sums.c, 0, 0};
+  const int64_t pairs = ceil_div(end - begin, kBlockStrips * kStrip), strips = ceil_div(end - begin, kStrip);
+  int64_t depth = 0;
+  for (int i = 0; i < count; ++i) depth += tiles_of(works[i].weight.rows);
+  for (int64_t from = 0; from < depth; from += work.depth_part) {
+    const int64_t to = min_i64(depth, from + work.depth_part), next = to < depth ? to : 0;
+    DepthPiece pieces[kMostLayers], later[kMostLayers];
+    const int found = depth_pieces(works, count, from, to, pieces);
+    const int found_later = depth_pieces(works, count, next, next + work.depth_part, later);
+    bf16* at = panel;
+    for (int i = 0; i < found; ++i) {
+      DepthPiece& piece = pieces[i];
+      weight_lanes(works[piece.layer].weight, begin, end, piece.from, piece.tiles, at);
+      piece.panel = at;
+      at += strips * piece.tiles * kTile;
+      if (i < found_later)
+        piece.ahead =
+            columns_ahead(works[later[i].layer].weight, next > 0 ? begin : end, end - begin, later[i].from,
+                          later[i].tiles, pairs * ceil_div((last - first) * kStrip, kRowsOfStep) * piece.tiles);
+    }
+    bf16* turned = at;
+    if (work.given != nullptr) turn_lanes(panel, strips, depth, turned);
+    for (int64_t strip = first; strip < last; strip += kBlockStrips) {
+      block.left = static_cast<int>(min_i64(kBlockStrips, last - strip));
+      for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
+        const int64_t offset = column - begin;
+        block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
+        if (work.depth_part < depth)
+          block.c = sums + carried_sums(strip - first, end - begin) + offset / (kBlockStrips * kStrip) * kBlockElements;
+        if (from == 0) {
+          block.clear();
+          if (work.onto) load_sums(work, column, strip * kStrip, &block);
+        }
+        for (int i = 0; i < found; ++i) add_piece(works, pieces + i, column, offset, strip, &block, &term);
+        if (to == depth) finish_block(work, column, strip, turned + offset * depth * kTileDepth, &block);
+      }
     }
   }
 }

@@ -6,8 +6,8 @@
 //   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values
 //   kLowRankRows: number of rows of sums that stay in registers at a time
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep, kDecodeStrips:
-//     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB. The
-//     function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
+//     c[i][j] += left strip i times right strip j over `tiles` tiles of the depth, for up to 2 x 2 strips; c[i][j] is
+//     [16][16] float32, 1 KiB. The function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
 //   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand, without a copy. The
 //     forward uses rows_of for up to kFewStrips strips of tokens; with kFewStrips 0 the forward never uses rows_of
 //   decodes_rows(weight): whether rows of this W can be a left operand that is decoded during the product with one
@@ -25,16 +25,26 @@ constexpr int kBlockStrips = 2;  // largest number of strips in a block, in rows
 constexpr int kBlockElements = kBlockStrips * kBlockStrips * kStrip * kStrip;
 
 template <typename Left>
-inline void multiply(const Left& left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c) {
+inline void multiply(const Left& left, int left_strips, const Strips& right, int right_strips, int64_t tiles,
+                     float* c) {
   Ahead nothing;
   multiply(left, left_strips, right, right_strips, tiles, c, &nothing);
 }
 
-struct Block {
+// Memory for the sums of a block that are not carried from one part of the depth to the next.
+struct BlockSums {
   alignas(64) float c[kBlockElements];
+};
+
+// A block. The sums lie in a BlockSums or in the memory for carried sums.
+struct Block {
+  float* c;
   int left, right;  // numbers of strips in rows and in lanes
 
   float* part(int i, int j) { return c + (i * kBlockStrips + j) * kStrip * kStrip; }
+  void copy_from(const Block& from) {
+    for (int i = 0; i < kBlockElements; i += kStrip) Row::load(from.c + i).store(c + i);
+  }
   void clear() {
     for (int i = 0; i < kBlockElements; i += kStrip) Row::zero().store(c + i);
   }

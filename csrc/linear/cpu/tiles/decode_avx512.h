@@ -67,14 +67,13 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
   out[1] = _mm512_load_si512(run + 32);
 }
 
-// Converts the rows [begin, end) to left strips over the columns.
-inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
-  const int64_t tiles = tiles_of(w.columns);
+// Converts the rows [begin, end) to left strips over `tiles` tiles of the columns, from tile `from` on. `from` is even.
+inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   if (w.decode != nullptr) {
     for (int64_t i = 0; i < ceil_div(end - begin, kStrip); ++i)
       for (int64_t d = 0; d < tiles; ++d)
-        decode_block(w, begin + i * kStrip, kStrip, d * kTileDepth, kTileDepth, panel + (i * tiles + d) * kTile,
-                     kTileDepth);
+        decode_block(w, begin + i * kStrip, kStrip, (from + d) * kTileDepth, kTileDepth,
+                     panel + (i * tiles + d) * kTile, kTileDepth);
     return;
   }
   const bool aligned = aligned_blocks(w);
@@ -83,7 +82,8 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
     bf16* out = panel + i / kStrip * tiles * kTile + i % kStrip * kTileDepth;
     for (int64_t d = 0; d < tiles; d += 2) {
       __m512i values[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-      const int64_t column = d * kTileDepth;
+      const int64_t column = (from + d) * kTileDepth;
+      if (tiles < tiles_of(w.columns)) fetch_row_part(w, row, column);
       if (row < end) decode64(w, aligned, row, column, min_i64(kPanelStep, w.columns - column), values);
       _mm512_store_si512(out + d * kTile, values[0]);
       if (d + 1 < tiles) _mm512_store_si512(out + (d + 1) * kTile, values[1]);
@@ -91,9 +91,10 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
   }
 }
 
-// Converts the columns [begin, end) to right strips over the rows. begin is a multiple of kPanelStep.
-inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
-  const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
+// Converts the columns [begin, end) to right strips over `tiles` tiles of the rows, from tile `from` on. begin is a
+// multiple of kPanelStep.
+inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
+  const int64_t strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);
   __m512i low, high;  // indices that interleave the words of two rows
   {
@@ -102,30 +103,32 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
     low = _mm512_load_si512(index);
     high = _mm512_load_si512(index + 32);
   }
-  for (int64_t column = begin; column < end; column += kPanelStep) {
-    const int64_t count = min_i64(kPanelStep, end - column);
-    const int64_t strips = ceil_div(count, kStrip);
-    bf16* base = panel + (column - begin) / kStrip * strip;
-    alignas(64) bf16 held[kTileDepth * kPanelStep];  // of a weight that w.decode decodes: 32 rows
-    for (int64_t row = 0; row < tiles * kTileDepth; row += 2) {
-      __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[1]};
-      fetch_rows(w, row, column);
-      if (w.decode != nullptr) {
-        if (row % kTileDepth == 0) decode_block(w, row, kTileDepth, column, kPanelStep, held, kPanelStep);
-        const bf16* from = held + row % kTileDepth * kPanelStep;
-        for (int i = 0; i < 2; ++i) {
-          even[i] = _mm512_load_si512(from + 32 * i);
-          odd[i] = _mm512_load_si512(from + kPanelStep + 32 * i);
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    for (int64_t column = begin; column < end; column += kPanelStep) {
+      const int64_t count = min_i64(kPanelStep, end - column), strips = ceil_div(count, kStrip);
+      bf16* out = panel + (column - begin) / kStrip * strip + tile * kTile;
+      alignas(64) bf16 held[kTileDepth * kPanelStep];  // of a weight that w.decode decodes: 32 rows
+      if (w.decode != nullptr)
+        decode_block(w, (from + tile) * kTileDepth, kTileDepth, column, kPanelStep, held, kPanelStep);
+      for (int64_t i = 0; i < kTileDepth; i += 2) {
+        const int64_t row = (from + tile) * kTileDepth + i;
+        __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[1]};
+        fetch_rows(w, row, column);
+        if (w.decode != nullptr) {
+          const bf16* at = held + i * kPanelStep;
+          for (int half = 0; half < 2; ++half) {
+            even[half] = _mm512_load_si512(at + 32 * half);
+            odd[half] = _mm512_load_si512(at + kPanelStep + 32 * half);
+          }
+        } else {
+          if (row < w.rows) decode64(w, aligned, row, column, count, even);
+          if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
         }
-      } else {
-        if (row < w.rows) decode64(w, aligned, row, column, count, even);
-        if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
+        for (int64_t j = 0; j < strips; ++j)
+          _mm512_store_si512(out + j * strip + i * kStrip,
+                             _mm512_permutex2var_epi16(even[j / 2], j % 2 ? high : low, odd[j / 2]));
       }
-      bf16* out = base + row / kTileDepth * kTile + row % kTileDepth * kStrip;
-      for (int64_t j = 0; j < strips; ++j)
-        _mm512_store_si512(out + j * strip, _mm512_permutex2var_epi16(even[j / 2], j % 2 ? high : low, odd[j / 2]));
     }
-  }
 }
 
 }  // namespace

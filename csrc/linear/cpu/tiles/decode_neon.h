@@ -98,16 +98,16 @@ inline void put_row(const Values32& values, int64_t i, bf16* tile) {
   }
 }
 
-// Converts the rows [begin, end) to strips over the columns.
-inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
-  const int64_t tiles = tiles_of(w.columns);
+// Converts the rows [begin, end) to strips over `tiles` tiles of the columns, from tile `from` on. `from` is even.
+inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const bool aligned = aligned_blocks(w);
   for (int64_t row = begin; row < ceil_div(end - begin, kStrip) * kStrip + begin; ++row) {
     const int64_t i = row - begin;
     bf16* out = panel + i / kStrip * tiles * kTile;
     for (int64_t d = 0; d < tiles; d += 2) {
       Values32 values[2] = {};
-      const int64_t column = d * kTileDepth;
+      const int64_t column = (from + d) * kTileDepth;
+      if (tiles < tiles_of(w.columns)) fetch_row_part(w, row, column);
       if (row < end) decode64(w, aligned, row, column, min_i64(kPanelStep, w.columns - column), values);
       put_row(values[0], i % kStrip, out + d * kTile);
       if (d + 1 < tiles) put_row(values[1], i % kStrip, out + (d + 1) * kTile);
@@ -115,20 +115,21 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
   }
 }
 
-// Converts the columns [begin, end) to strips of lanes over the rows. begin is a multiple of kPanelStep.
-inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
-  const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
+// Converts the columns [begin, end) to strips of lanes over `tiles` tiles of the rows, from tile `from` on. begin is a
+// multiple of kPanelStep.
+inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
+  const int64_t strip = tiles * kTile, first = from * kTileDepth;
   const bool aligned = aligned_blocks(w);
   for (int64_t column = begin; column < end; column += kPanelStep) {
     const int64_t count = min_i64(kPanelStep, end - column), strips = ceil_div(count, kStrip);
     bf16* base = panel + (column - begin) / kStrip * strip;
-    for (int64_t row = 0; row < tiles * kTileDepth; row += kDepthStep) {
+    for (int64_t row = first; row < first + tiles * kTileDepth; row += kDepthStep) {
       Values32 values[kDepthStep][2] = {};
       fetch_rows(w, row, column);
       fetch_rows(w, row + 2, column);
       for (int64_t i = 0; i < min_i64(kDepthStep, w.rows - row); ++i)
         decode64(w, aligned, row + i, column, count, values[i]);
-      bf16* out = base + tile_offset(0, row);
+      bf16* out = base + tile_offset(0, row - first);
       // Interleaves eight columns of four rows a, b, c and d: the first of four registers is [a0 b0 c0 d0 a1 b1 c1 d1].
       for (int64_t j = 0; j < 2 * strips; ++j) {
         const auto of_row = [&](int i) { return values[i][j / 4].words[j % 4]; };

@@ -12,12 +12,14 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
   return values != nullptr && i < count ? values[i] : otherwise;
 }
 
-// Computes one block of Y (and of Z, if wanted). rest: null, or for each token of the block the product of the token's
-// dropped elements with W's rows from `row` on.
+// Adds `tiles` tiles of the depth, from tile `from` on, to the sums of one block, and after the last tile computes one
+// block of Y (and of Z, if wanted). rest: null, or for each token of the block the product of the token's dropped
+// elements with W's rows from `row` on.
 template <typename Left>
-inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const Left& rows, const float* rest,
-                          Block* block, Block* base, Ahead* ahead) {
-  const int64_t n = work.weight.rows, tiles = tiles_of(work.weight.columns), length = tiles * kTile;
+inline void forward_block(const TileForward& work, int64_t row, int64_t strip, int64_t from, int64_t tiles,
+                          const Left& rows, const float* rest, Block* block, Block* base, Ahead* ahead) {
+  const int64_t n = work.weight.rows, depth = tiles_of(work.weight.columns), length = depth * kTile;
+  const auto lanes = [&](const bf16* strips) { return Strips{strips + strip * length + from * kTile, length}; };
   const auto low_rank = [&] {
     if (work.rank > 0) add_low_rank(work.b + row * work.rank, work.s + strip * work.rank * kStrip, work.rank, block);
     if (work.terms == nullptr) return;
@@ -28,17 +30,19 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
       }
   };
   const auto scale = [&](int r) { return Row::broadcast(value_at(work.scale, row + r, n, 1.0f)); };
-  block->clear();
-  if (work.dropped != nullptr) {
-    multiply(rows, block->left, work.dropped + strip * length, block->right, tiles, block->c, ahead);
-    const Row by = Row::broadcast(work.dropped_scale);
-    if (rest != nullptr) *base = *block;
-    block->each([&](Row v, int, int) { return Row::mul(v, by); });
-    if (rest == nullptr) *base = *block;
+  if (from == 0) {
+    block->clear();
+    if (work.dropped != nullptr) {
+      multiply(rows, block->left, lanes(work.dropped), block->right, tiles, block->c, ahead);
+      const Row by = Row::broadcast(work.dropped_scale);
+      if (rest != nullptr) base->copy_from(*block);
+      block->each([&](Row v, int, int) { return Row::mul(v, by); });
+      if (rest == nullptr) base->copy_from(*block);
+    }
+    low_rank();
   }
-  low_rank();
-  if (work.dropped == nullptr)
-    multiply(rows, block->left, work.x + strip * length, block->right, tiles, block->c, ahead);
+  if (work.dropped == nullptr) multiply(rows, block->left, lanes(work.x), block->right, tiles, block->c, ahead);
+  if (from + tiles < depth) return;
   if (work.bias_before != nullptr)
     block->each(
         [&](Row v, int r, int) { return Row::add(v, Row::broadcast(value_at(work.bias_before, row + r, n, 0.0f))); });
@@ -50,7 +54,7 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
       const Row without = Row::load(base->part(r / kStrip, j) + r % kStrip * kStrip);
       return Row::fma(scale(r), v, Row::mul(without, share));
     });
-    if (rest == nullptr) multiply(rows, block->left, work.x + strip * length, block->right, tiles, block->c);
+    if (rest == nullptr) multiply(rows, block->left, lanes(work.x), block->right, tiles, block->c);
   }
   if (work.scale != nullptr || work.bias != nullptr)
     block->each([&](Row v, int r, int) {
@@ -60,40 +64,54 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
   store_transposed(block, work.y, strip * kStrip, work.tokens, row, n, rest);
 }
 
-void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
+void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel,
+             float* sums) {
   const TileUnit unit;
-  const int64_t length = tiles_of(work.weight.columns) * kTile;
-  Block block, base;
+  const int64_t depth = tiles_of(work.weight.columns);
+  BlockSums block_sums, base_sums;
+  Block block{block_sums.c, 0, 0}, base{base_sums.c, 0, 0};
   alignas(64) float rest[kBlockStrips * kStrip * kPanelStep];
   const bool apart = work.rest.first != nullptr;
-  bf16* turned = panel + kPanelStep / kStrip * length;
+  bf16* turned = panel + kPanelStep / kStrip * depth * kTile;
   // Up to kFewStrips strips of tokens are multiplied with W's rows in place, without a copy in the panel: after the
   // first strip the rows are in L2, and a copy would cost more.
   const bool as_they_lie = last - first <= kFewStrips && !apart && whole_tiles(work.weight, begin, end);
   const bool one_strip = last - first == 1 && !apart && decodes_rows(work.weight);
-  if (!as_they_lie && !one_strip) weight_rows(work.weight, begin, end, panel);
-  if (apart) turn_rows(panel, ceil_div(end - begin, kStrip), tiles_of(work.weight.columns), turned);
   const int64_t pairs = ceil_div(last - first, kBlockStrips);
-  Ahead ahead = rows_ahead(work.weight, end, pairs * ceil_div(end - begin, kRowsOfStep) * length / kTile);
-  const auto run = [&](int64_t row, int64_t strip, const auto& rows) {
+  Ahead ahead;
+  const auto run = [&](int64_t row, int64_t strip, int64_t from, int64_t tiles, const auto& rows) {
     block.right = static_cast<int>(min_i64(kBlockStrips, last - strip));
     block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
-    forward_block(work, row, strip, rows, apart ? rest + (row - begin) : nullptr, &block, &base, &ahead);
+    if (tiles < depth)
+      block.c =
+          sums + carried_sums(strip - first, end - begin) + (row - begin) / (kBlockStrips * kStrip) * kBlockElements;
+    forward_block(work, row, strip, from, tiles, rows, apart ? rest + (row - begin) : nullptr, &block, &base, &ahead);
   };
   if (one_strip) {
-    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip) run(row, first, decoded_rows(work.weight, row));
+    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
+      run(row, first, 0, depth, decoded_rows(work.weight, row));
     return;
   }
-  if (as_they_lie) {
-    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
-      for (int64_t strip = first; strip < last; strip += kBlockStrips)
-        run(row, strip, rows_of(work.weight.dense + row * work.weight.columns, work.weight.columns));
-    return;
-  }
-  for (int64_t strip = first; strip < last; strip += kBlockStrips) {
-    if (apart) dropped_product(work, end - begin, strip * kStrip, turned, rest);
-    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
-      run(row, strip, panel + (row - begin) / kStrip * length);
+  for (int64_t from = 0; from < depth; from += work.depth_part) {
+    const int64_t tiles = min_i64(work.depth_part, depth - from), next = from + tiles;
+    if (as_they_lie) {
+      for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
+        for (int64_t strip = first; strip < last; strip += kBlockStrips)
+          run(row, strip, from, tiles,
+              rows_of(work.weight.dense + row * work.weight.columns + from * kTileDepth, work.weight.columns));
+      continue;
+    }
+    weight_rows(work.weight, begin, end, from, tiles, panel);
+    if (apart) turn_rows(panel, ceil_div(end - begin, kStrip), tiles, turned);
+    const int64_t steps = pairs * ceil_div(end - begin, kRowsOfStep) * tiles;
+    ahead = next < depth
+                ? rows_ahead(work.weight, begin, end - begin, next, min_i64(work.depth_part, depth - next), steps)
+                : rows_ahead(work.weight, end, end - begin, 0, min_i64(work.depth_part, depth), steps);
+    for (int64_t strip = first; strip < last; strip += kBlockStrips) {
+      if (apart) dropped_product(work, end - begin, strip * kStrip, turned, rest);
+      for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
+        run(row, strip, from, tiles, Strips{panel + (row - begin) / kStrip * tiles * kTile, tiles * kTile});
+    }
   }
 }
 

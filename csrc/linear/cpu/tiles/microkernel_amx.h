@@ -23,7 +23,7 @@ constexpr int64_t kRowsOfStep = 2 * kStrip;
 constexpr int64_t kDecodeStrips = 6;
 constexpr int64_t kFewStrips = 8;  // measured: up to 128 tokens, reading W's rows again from L2 is faster than a copy
 inline bool decodes_rows(const TileWeight&) { return false; }
-inline const bf16* decoded_rows(const TileWeight&, int64_t) { return nullptr; }
+inline Strips decoded_rows(const TileWeight&, int64_t) { return Strips{}; }
 
 // A left operand. Distances in elements: `strip` from 16 rows to the next 16, `tile` from 32 of the depth to the next
 // 32, and `row` from a row to the next.
@@ -32,13 +32,12 @@ struct Rows {
   int64_t strip, tile, row;
 };
 
-inline Rows strips_of(const bf16* left, int64_t tiles) { return Rows{left, tiles * kTile, kTile, kTileDepth}; }
+inline Rows rows_of(const Strips& left) { return Rows{left.at, left.stride, kTile, kTileDepth}; }
 // Returns a left operand that reads a row-major matrix in place: the pointer `matrix` and the distances in it.
 inline Rows rows_of(const bf16* matrix, int64_t columns) { return Rows{matrix, kStrip * columns, kTileDepth, columns}; }
 
 template <bool kTwoLeft, bool kTwoRight>
-inline void multiply_tiles(const Rows& left, const bf16* right, int64_t tiles, float* c) {
-  const int64_t strip = tiles * kTile;
+inline void multiply_tiles(const Rows& left, const Strips& right, int64_t tiles, float* c) {
   const int64_t stride = left.row * static_cast<int64_t>(sizeof(bf16));
   AMX_MEMORY_BARRIER();
   AMX_LOAD(0, c);
@@ -46,11 +45,11 @@ inline void multiply_tiles(const Rows& left, const bf16* right, int64_t tiles, f
   if (kTwoLeft) AMX_LOAD(2, c + 2 * kPart);
   if (kTwoLeft && kTwoRight) AMX_LOAD(3, c + 3 * kPart);
   for (int64_t d = 0; d < tiles; ++d) {
-    AMX_LOAD(6, right + d * kTile);
+    AMX_LOAD(6, right.at + d * kTile);
     AMX_LOAD_ROWS(4, left.at + d * left.tile, stride);
     AMX_PRODUCT(0, 4, 6);
     if (kTwoRight) {
-      AMX_LOAD(7, right + strip + d * kTile);
+      AMX_LOAD(7, right.at + right.stride + d * kTile);
       AMX_PRODUCT(1, 4, 7);
     }
     if (kTwoLeft) {
@@ -67,16 +66,16 @@ inline void multiply_tiles(const Rows& left, const bf16* right, int64_t tiles, f
 
 // The function does not prefetch: with prefetching, a 4096 x 4096 step with 48 to 512 tokens was 4 to 11% slower,
 // because the prefetches delay the loads of tiles.
-inline void multiply(const Rows& left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
+inline void multiply(const Rows& left, int left_strips, const Strips& right, int right_strips, int64_t tiles, float* c,
                      Ahead*) {
   if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c);
   if (left_strips == 2) return multiply_tiles<true, false>(left, right, tiles, c);
   if (right_strips == 2) return multiply_tiles<false, true>(left, right, tiles, c);
   multiply_tiles<false, false>(left, right, tiles, c);
 }
-inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
-                     Ahead* ahead) {
-  multiply(strips_of(left, tiles), left_strips, right, right_strips, tiles, c, ahead);
+inline void multiply(const Strips& left, int left_strips, const Strips& right, int right_strips, int64_t tiles,
+                     float* c, Ahead* ahead) {
+  multiply(rows_of(left), left_strips, right, right_strips, tiles, c, ahead);
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ struct TileUnit {
 constexpr int kRowsTogether = 8;
 constexpr int64_t kRowsOfStep = kRowsTogether;  // number of rows of a block that one step of the depth multiplies
 constexpr int64_t kDecodeStrips = 1;
-inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
+inline Strips rows_of(const bf16* matrix, int64_t) { return Strips{matrix, 0}; }
 constexpr int64_t kFewStrips = 0;
 
 // A left operand: the rows of W from `row` on, which are decoded during the product with one strip.
@@ -71,25 +71,25 @@ inline void multiply_decoded(const TileWeight& w, int64_t row, const bf16* right
   for (int r = 0; r < kStrip; ++r) _mm512_store_ps(c + r * kStrip, sums[r]);
 }
 
-inline void multiply(const DecodedRows& left, int left_strips, const bf16* right, int, int64_t tiles, float* c,
+inline void multiply(const DecodedRows& left, int left_strips, const Strips& right, int, int64_t tiles, float* c,
                      Ahead*) {
   for (int i = 0; i < left_strips; ++i)
-    multiply_decoded(*left.weight, left.row + i * kStrip, right, tiles, c + i * 2 * kStrip * kStrip);
+    multiply_decoded(*left.weight, left.row + i * kStrip, right.at, tiles, c + i * 2 * kStrip * kStrip);
 }
 
 template <int kRight>
-inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
+inline void multiply_rows(const bf16* left, const Strips& right, int64_t tiles, float* c, Ahead* ahead) {
   __m512 sums[kRowsTogether][kRight];
   for (int r = 0; r < kRowsTogether; ++r)
     for (int j = 0; j < kRight; ++j) sums[r][j] = _mm512_load_ps(c + j * kStrip * kStrip + r * kStrip);
   for (int64_t d = 0; d < tiles; ++d) {
     ahead->fetch();
     const bf16* rows = left + d * kTile;
-    const bf16* lanes = right + d * kTile;
+    const bf16* lanes = right.at + d * kTile;
 #pragma GCC unroll 2
     for (int pair = 0; pair < kTileDepth / 2; ++pair) {
       __m512i lane[kRight];
-      for (int j = 0; j < kRight; ++j) lane[j] = _mm512_load_si512(lanes + j * tiles * kTile + pair * 2 * kStrip);
+      for (int j = 0; j < kRight; ++j) lane[j] = _mm512_load_si512(lanes + j * right.stride + pair * 2 * kStrip);
       for (int r = 0; r < kRowsTogether; ++r) {
         int32_t two;
         __builtin_memcpy(&two, rows + r * kTileDepth + 2 * pair, sizeof(two));
@@ -103,11 +103,11 @@ inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, fl
     for (int j = 0; j < kRight; ++j) _mm512_store_ps(c + j * kStrip * kStrip + r * kStrip, sums[r][j]);
 }
 
-inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
-                     Ahead* ahead) {
+inline void multiply(const Strips& left, int left_strips, const Strips& right, int right_strips, int64_t tiles,
+                     float* c, Ahead* ahead) {
   for (int i = 0; i < left_strips; ++i)
     for (int64_t half = 0; half < kStrip; half += kRowsTogether) {
-      const bf16* rows = left + i * tiles * kTile + half * kTileDepth;
+      const bf16* rows = left.at + i * left.stride + half * kTileDepth;
       float* sums = c + i * 2 * kStrip * kStrip + half * kStrip;
       if (right_strips == 2)
         multiply_rows<2>(rows, right, tiles, sums, ahead);

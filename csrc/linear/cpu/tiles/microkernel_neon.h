@@ -23,10 +23,10 @@ constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // depth of a step; e
 constexpr int kPairs = 4;                                  // number of row pairs, and of lane pairs, in registers
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
-inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
+inline Strips rows_of(const bf16* matrix, int64_t) { return Strips{matrix, 0}; }
 constexpr int64_t kFewStrips = 0;
 inline bool decodes_rows(const TileWeight&) { return false; }
-inline const bf16* decoded_rows(const TileWeight&, int64_t) { return nullptr; }
+inline Strips decoded_rows(const TileWeight&, int64_t) { return Strips{}; }
 
 // Returns the offset of element [i, d] in a strip of rows or lanes.
 constexpr int64_t tile_offset(int64_t i, int64_t d) {
@@ -71,15 +71,15 @@ inline void multiply_pairs(const bf16* left, const bf16* right, int64_t tiles, f
     }
 }
 
-inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
-                     Ahead* ahead) {
+inline void multiply(const Strips& left, int left_strips, const Strips& right, int right_strips, int64_t tiles,
+                     float* c, Ahead* ahead) {
   constexpr int64_t kHalf = 2 * kPairs;
   Ahead nothing;
   for (int i = 0; i < left_strips; ++i)
     for (int64_t row = 0; row < kStrip; row += kHalf)
       for (int j = 0; j < right_strips; ++j)
         for (int64_t lane = 0; lane < kStrip; lane += kHalf)
-          multiply_pairs(left + i * tiles * kTile + row * kDepthStep, right + j * tiles * kTile + lane * kDepthStep,
+          multiply_pairs(left.at + i * left.stride + row * kDepthStep, right.at + j * right.stride + lane * kDepthStep,
                          tiles, c + (2 * i + j) * kStrip * kStrip + row * kStrip + lane,
                          j == 0 && lane == 0 ? ahead : &nothing);
 }

@@ -28,22 +28,34 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
                             : reinterpret_cast<const char*>(w.packed + flat / 2);
 }
 
-// rows_ahead and columns_ahead return the memory to prefetch for the next panel during `steps` steps. rows_ahead
-// returns the rows after `end`, which are contiguous; columns_ahead returns the columns after `end`, which are one run
-// in each row.
+// rows_ahead and columns_ahead return the memory to prefetch for the next panel during `steps` steps. The next panel of
+// the forward has the rows from `row` on and `tiles` tiles of their columns, from tile `from` on. The next panel of the
+// backward has the columns from `column` on, which are one run in each of the rows of the tiles.
 // Nothing is prefetched of a weight whose codes are not stored row by row.
-inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
-  const int64_t rows = w.decode != nullptr && w.row_bytes[0] == 0 ? 0 : min_i64(kPanelStep, w.rows - end);
-  const char* at = element_address(w, end * w.columns);
-  const int64_t runs = (element_address(w, (end + rows) * w.columns) - at) / 128;
-  return rows > 0 && steps > 0 ? Ahead{at, 128, runs, ceil_div(runs, steps)} : Ahead{};
+inline Ahead rows_ahead(const TileWeight& w, int64_t row, int64_t count, int64_t from, int64_t tiles, int64_t steps) {
+  const int64_t rows = w.decode != nullptr && w.row_bytes[0] == 0 ? 0 : min_i64(count, w.rows - row);
+  if (rows <= 0 || steps <= 0) return Ahead{};
+  const int64_t first = from * kTileDepth, last = min_i64(w.columns, first + tiles * kTileDepth);
+  const char* at = element_address(w, row * w.columns + first);
+  if (first == 0 && last == w.columns) {  // whole rows are contiguous
+    const int64_t runs = (element_address(w, (row + rows) * w.columns) - at) / 128;
+    return Ahead{at, 0, runs, runs, ceil_div(runs, steps)};
+  }
+  const int64_t group = ceil_div(element_address(w, row * w.columns + last) - at, 128);
+  return Ahead{at, element_address(w, w.columns) - element_address(w, 0), group, rows * group,
+               ceil_div(rows * group, steps)};
 }
 
-inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+inline Ahead columns_ahead(const TileWeight& w, int64_t column, int64_t count, int64_t from, int64_t tiles,
+                           int64_t steps) {
   if (w.decode != nullptr && w.row_bytes[0] == 0) return Ahead{};
   const int64_t stride = element_address(w, w.columns) - element_address(w, 0);
-  return end < w.columns && steps > 0 ? Ahead{element_address(w, end), stride, w.rows, ceil_div(w.rows, steps)}
-                                      : Ahead{};
+  const int64_t row = from * kTileDepth, rows = min_i64(tiles * kTileDepth, w.rows - row);
+  if (column >= w.columns || steps <= 0) return Ahead{};
+  const char* at = element_address(w, row * w.columns + column);
+  const int64_t stop = min_i64(w.columns, column + count);
+  const int64_t group = ceil_div(element_address(w, row * w.columns + stop) - at, 128);
+  return Ahead{at, stride, group, rows * group, ceil_div(rows * group, steps)};
 }
 
 // Decodes the rows [row, row + count) and columns [column, column + width) of a weight that TileWeight::decode decodes
@@ -73,10 +85,21 @@ inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
     return;
   }
   for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
-    const char* at = element_address(w, ahead * w.columns + column);
+    const int64_t flat = ahead * w.columns + column;
+    const char* at = element_address(w, flat);
     __builtin_prefetch(at, 0, 3);
     if (w.dense != nullptr) __builtin_prefetch(at + 64, 0, 3);
+    if (w.packed != nullptr) __builtin_prefetch(w.absmax + (flat >> w.block_shift), 0, 3);
   }
+}
+
+// Prefetches the columns [column, column + 64) of the row that is decoded four rows later, from a part of the rows. The
+// hardware prefetcher does not know where the part of the next row begins.
+inline void fetch_row_part(const TileWeight& w, int64_t row, int64_t column) {
+  const int64_t flat = min_i64(row + 4, w.rows - 1) * w.columns + column;
+  __builtin_prefetch(element_address(w, flat), 0, 3);
+  if (w.dense != nullptr) __builtin_prefetch(w.dense + flat + 32, 0, 3);
+  if (w.packed != nullptr) __builtin_prefetch(w.absmax + (flat >> w.block_shift), 0, 3);
 }
 
 }  // namespace

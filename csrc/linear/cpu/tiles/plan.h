@@ -1,7 +1,7 @@
 // Divides the work of the tile kernels among threads. The plan is pure arithmetic without torch and without a search,
 // so that planning ends for every input.
 //
-//   unit     a panel of kPlanRows rows of W against kPlanStrip * step tokens; a unit is never divided
+//   unit     a panel of kPlanRows rows of W against kPlanStrip * step tokens; a unit is never divided among threads
 //   block    token strips that all of W is multiplied with before the next block; a block's strips stay in cache
 //   part     the work of one thread: a range of units in each block, panel after panel
 //
@@ -16,11 +16,19 @@
 
 namespace peft_ext {
 
-constexpr int64_t kPlanRows = 64;   // number of rows (or columns) of W that are decoded together
+constexpr int64_t kPlanRows = 64;   // number of rows (or columns) of W in a panel
 constexpr int64_t kPlanStrip = 16;  // number of tokens in a strip
 
-// Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips.
+// Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips. The strips of a
+// depth above kPlanDeep count as strips of kPlanDeep: a block of fewer tokens would decode W more often.
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
+// Largest depth that is not cut, and largest number of elements in a part of a deeper depth. A panel of kPlanDeep
+// elements, or kPlanTogether panels of kPlanDepth elements, take 512 KiB of L2. Several panels share each load of the
+// tokens, which a deep layer reads from L3 or from memory. Without a cut, no sums are loaded and stored between parts.
+constexpr int64_t kPlanDeep = 4096;
+constexpr int64_t kPlanDepth = 1024;
+constexpr int64_t kPlanTogether = 4;  // largest number of panels that are decoded together
+constexpr int64_t kPlanTile = 32;     // number of elements of the depth in a tile
 // Smallest number of units per part in a block, if there are several blocks: a part with one unit more than the other
 // parts then costs little.
 constexpr int64_t kPlanUnits = 32;
@@ -36,6 +44,10 @@ struct TilePlan {
   int64_t panels, steps, blocks;  // `steps` is the number of groups of `step` strips; the last group may be shorter
   int64_t parts;                  // number of parts, at most the number of threads; 0 without work
   bool whole_panels;              // whether each panel of a block belongs to one part
+  int64_t together;               // largest number of panels in a range
+
+  // Returns the largest number of strips in a range.
+  int64_t strips_together() const { return blocks > 0 ? (steps + blocks - 1) / blocks * step : 0; }
 
   int64_t first_step(int64_t block) const { return steps * block / blocks; }
 
@@ -45,7 +57,8 @@ struct TilePlan {
     return whole_panels ? panels * part / parts * of_panel : panels * of_panel * part / parts;
   }
 
-  // Calls run(PlanRange) for each panel, or piece of a panel, of a part, block after block.
+  // Calls run(PlanRange) for each piece of a panel, and for each group of up to `together` whole panels, of a part,
+  // block after block.
   template <typename Run>
   void each(int64_t part, const Run& run) const {
     for (int64_t block = 0; block < blocks; ++block) {
@@ -55,21 +68,43 @@ struct TilePlan {
       for (int64_t unit = first_unit(part, block); unit < end; unit += piece) {
         const int64_t panel = unit / of_panel, at = unit % of_panel;
         piece = end - unit < of_panel - at ? end - unit : of_panel - at;
-        const int64_t row = panel * kPlanRows, stop = row + kPlanRows, last = (base + at + piece) * step;
+        const int64_t last = (base + at + piece) * step;
+        int64_t taken = 1;
+        for (; taken < together && piece == taken * of_panel && end - unit - piece >= of_panel; ++taken)
+          piece += of_panel;
+        const int64_t row = panel * kPlanRows, stop = row + taken * kPlanRows;
         run(PlanRange{row, stop < rows ? stop : rows, (base + at) * step, last < strips ? last : strips});
       }
     }
   }
 };
 
+// Returns the number of tiles in a part of a depth of `tiles` tiles: all tiles, or a multiple of 8. A deep depth is cut
+// into parts of nearly equal length.
+inline int64_t depth_part(int64_t tiles) {
+  constexpr int64_t kMost = kPlanDepth / kPlanTile;
+  if (tiles <= kPlanDeep / kPlanTile) return tiles;
+  const int64_t parts = (tiles + kMost - 1) / kMost;
+  return ((tiles + parts - 1) / parts + 7) / 8 * 8;
+}
+
+// Returns the largest number of panels that are decoded together, if a part of the depth has `tiles` tiles.
+inline int64_t panels_together(int64_t tiles) {
+  const int64_t fitting = kPlanDeep / kPlanTile / (tiles > 1 ? tiles : 1);
+  return fitting < 1 ? 1 : fitting < kPlanTogether ? fitting : kPlanTogether;
+}
+
 // Plans W [rows, depth] (or its columns) against `tokens` tokens. decode: cost of decoding a panel, in strips.
-inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t step, int64_t decode, int64_t threads) {
+// together: largest number of panels in a range.
+inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t step, int64_t decode, int64_t threads,
+                           int64_t together = 1) {
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
-  TilePlan plan{rows, ceil(tokens, kPlanStrip), step, ceil(rows, kPlanRows), 0, 1, 0, false};
+  TilePlan plan{rows, ceil(tokens, kPlanStrip), step, ceil(rows, kPlanRows), 0, 1, 0, false, 1};
   plan.steps = ceil(plan.strips, step);
   if (plan.panels == 0 || plan.steps == 0) return plan;
-  const int64_t step_bytes = most(1, ceil(depth, 32) * 32) * kPlanStrip * 2 * step;
+  const int64_t read = depth < kPlanDeep ? ceil(depth, kPlanTile) * kPlanTile : kPlanDeep;
+  const int64_t step_bytes = most(1, read) * kPlanStrip * 2 * step;
   const int64_t fitting = most(1, kPlanBlockBytes / step_bytes);
   plan.blocks = ceil(plan.steps, most(fitting, ceil(kPlanUnits * threads, plan.panels)));
   // The costs are computed for the largest block. The other blocks have as many steps, or one step fewer.
@@ -80,6 +115,8 @@ inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t 
   const int64_t whole = ceil(plan.panels, plan.parts) * (of_panel * step + decode);
   plan.whole_panels = whole <= cut;
   if (plan.whole_panels && plan.panels < plan.parts) plan.parts = plan.panels;
+  const int64_t held = plan.whole_panels ? ceil(plan.panels, plan.parts) : most(1, each / of_panel);
+  plan.together = together < held ? together : held;
   return plan;
 }
 

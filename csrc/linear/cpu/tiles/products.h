@@ -52,16 +52,22 @@ DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, 
 // Returns the calling thread's scratch for a panel of W with `elements` elements.
 bf16* panel_scratch(int64_t elements);
 
-// Calls run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, on all threads.
-// strip_step: number of strips that one call takes together. panel: number of elements of a panel's scratch.
+// Calls run(begin, end, first strip, last strip, panel, sums) over all panels of W and all token strips, on all
+// threads. strip_step: number of strips that one call takes together. part: number of tiles in a part of the depth.
+// turns: whether the scratch of a panel holds the panel's transpose too.
 template <typename Run>
-void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, int64_t panel, const Run& run) {
-  static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip);
-  const TilePlan plan = plan_tiles(count, depth, tokens, strip_step, tile_kernels()->decode_strips, loop_threads());
+void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, int64_t part, bool turns,
+                const Run& run) {
+  static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip && kPlanTile == kTileDepth);
+  const TilePlan plan = plan_tiles(count, depth, tokens, strip_step, tile_kernels()->decode_strips, loop_threads(),
+                                   turns ? 1 : panels_together(part));
+  const int64_t panel = (turns ? 2 : 1) * plan.together * strips_elements(kPanelStep, part * kTileDepth);
+  const int64_t sums = part * kTileDepth < depth ? carried_sums(plan.strips_together(), plan.together * kPanelStep) : 0;
   parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
-    bf16* room = panel_scratch(panel);
-    for (int64_t part = begin; part < end; ++part)
-      plan.each(part, [&](const PlanRange& of) { run(of.row, of.end, of.first, of.last, room); });
+    bf16* room = panel_scratch(panel + sums * static_cast<int64_t>(sizeof(float) / sizeof(bf16)));
+    auto* sums_room = reinterpret_cast<float*>(room + panel);
+    for (int64_t share = begin; share < end; ++share)
+      plan.each(share, [&](const PlanRange& of) { run(of.row, of.end, of.first, of.last, room, sums_room); });
   });
 }
 

@@ -9,8 +9,11 @@
 // with the dropped elements: see dropped_avx512.h.
 //
 // One microkernel serves the forward and the backward: C [rows, lanes] += left [rows, depth] right [depth, lanes],
-// where the depth is summed in float32 from first to last. Operands lie in tiles of 1 KiB. The tiles of a strip are in
-// the order of the depth, with zeros where the matrix ends:
+// where the depth is summed in float32 from first to last. A panel of a deep W does not fit L2. The depth is therefore
+// cut into parts, and a panel has one part of the depth at a time: all tokens of a call are multiplied with the first
+// part, then with the second part, and the float32 sums of a block are carried from part to part in scratch memory. The
+// cut does not change the order of a sum, and so does not change the results. Operands lie in tiles of 1 KiB. The tiles
+// of a strip are in the order of the depth, with zeros where the matrix ends:
 //   left   16 rows x 32 of the depth, in row-major order;
 //   right  16 pairs of the depth x 16 lanes x 2: AMX's VNNI layout, of which vdpbf16ps reads one register per pair.
 // So the forward reads W's rows in row-major order, decoded on the way, and transposes x once. The backward
@@ -48,18 +51,29 @@ struct TileWeight {
 };
 
 // Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the
-// depth, so that memory and multiplier work at the same time. `left` runs of 128 bytes remain, `stride` bytes apart,
-// and each step prefetches `each` runs.
+// depth, so that memory and multiplier work at the same time. `left` runs of 128 bytes remain, and each step prefetches
+// `each` runs. The runs lie in groups of `group` adjacent runs, and the groups are `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
-  int64_t stride = 0, left = 0, each = 0;
+  int64_t stride = 0, group = 1, left = 0, each = 0;
+  int64_t in_group = 0;  // number of runs of the present group that were prefetched
 
   void fetch() {
-    for (int64_t i = 0; i < each && left > 0; ++i, --left, at += stride) {
-      __builtin_prefetch(at, 0, 2);
-      __builtin_prefetch(at + 64, 0, 2);
+    for (int64_t i = 0; i < each && left > 0; ++i, --left) {
+      __builtin_prefetch(at + in_group * 128, 0, 2);
+      __builtin_prefetch(at + in_group * 128 + 64, 0, 2);
+      if (++in_group < group) continue;
+      in_group = 0;
+      at += stride;
     }
   }
+};
+
+// An operand of a product in strips: `at` points to the first tile that is multiplied, and the strips are `stride`
+// elements apart.
+struct Strips {
+  const bf16* at;
+  int64_t stride;
 };
 
 // Conversion of m [tokens, depth] to strips. m is multiplied by scale [depth], rounded to bfloat16, and set to zero
@@ -96,6 +110,7 @@ constexpr int64_t kDroppedDepth = 65536;
 // Arguments of the forward. With `dropped`, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ.
 struct TileForward {
   TileWeight weight;
+  int64_t depth_part;  // number of tiles in a part of the depth; with `dropped`, all tiles are one part
   int64_t tokens;
   const bf16* x;                    // right strips of x; null if `rest` is given
   const bf16* dropped;              // right strips of mask ∘ x, or null
@@ -115,6 +130,7 @@ struct TileForward {
 
 struct TileBackward {
   TileWeight weight;
+  int64_t depth_part;  // number of tiles in a part of the depth of all layers together; with `more` or `given`, all
   int64_t tokens;
   const bf16* grad;             // left strips of G
   const bf16* more;             // left strips of H, or null
@@ -152,13 +168,15 @@ struct TileKernels {
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   // Writes the entries of the tokens [begin, end). out.first is set by the caller.
   void (*dropped_entries)(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end);
-  // Multiplies the rows [begin, end) of W with the token strips [first, last). panel: memory for kPanelStep rows as
-  // strips; with `rest`, or in the backward with `given`, memory for twice as many.
-  void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
+  // Multiplies the rows [begin, end) of W with the token strips [first, last). panel: memory for a part of the depth of
+  // the rows as strips; with `rest`, or in the backward with `given`, memory for twice as many. sums: memory for
+  // carried_sums(last - first, end - begin) floats, aligned to 64 bytes; unused if all of the depth is one part.
+  void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel,
+                  float* sums);
   // Multiplies the columns [begin, end) of W with the token strips [first, last), for `count` layers with the same
   // tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of kReduceTokens.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
-                   bf16* panel);
+                   bf16* panel, float* sums);
   // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null on Arm, where PassKernels::few_tokens
   // multiplies up to kFewTokens tokens.
   void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
@@ -169,6 +187,11 @@ struct TileKernels {
 // Returns the number of elements in the strips of a matrix [count, depth].
 inline int64_t strips_elements(int64_t count, int64_t depth) {
   return ceil_div(count, kStrip) * ceil_div(depth, kTileDepth) * kTile;
+}
+
+// Returns the number of float32 sums of `count` rows or columns of W with `strips` token strips, in whole blocks.
+inline int64_t carried_sums(int64_t strips, int64_t count) {
+  return ceil_div(strips, 2) * 2 * kStrip * ceil_div(count, 2 * kStrip) * 2 * kStrip;
 }
 
 #if defined(__x86_64__)
