@@ -50,9 +50,9 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
   }
   work.rank = 0;
   if (adapter.low_rank()) {
-    const Tensor a = packed(b.op, "lora_A", *adapter.lora_A, nullptr, nullptr, false, size.padded, size.in);
-    *held = lane_strips(a.const_data_ptr<float>(), size.padded, size.in, size.in);
-    work.rank = size.padded;
+    const Tensor a = packed(b.op, "lora_A", *adapter.lora_A, nullptr, nullptr, false, size.rank, size.in);
+    *held = lane_strips(a.const_data_ptr<float>(), size.rank, size.in, size.in);
+    work.rank = size.rank;
     work.p = b.p.const_data_ptr<float>();
     work.a = held->const_data_ptr<float>();
   }

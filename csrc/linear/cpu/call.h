@@ -7,14 +7,14 @@
 namespace peft_ext {
 
 struct LinearSizes {
-  int64_t tokens, in, out, rank, padded;
+  int64_t tokens, in, out, rank;
 };
 
 // Returns the sizes of a call. Fails if the size of x, lora_A or lora_B does not fit the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
 
-// Returns ρ [padded rank], with zeros beyond the rank.
-Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded);
+// Returns ρ [R].
+Tensor rank_scales(const char* op, const Adapter& adapter);
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -39,15 +39,13 @@ struct ForwardCall {
 // the low-rank term yet.
 Expand finishing(const ForwardCall& f);
 
-// The results of shrink_tokens: s is S [T, padded rank], which shrink_tokens also writes to ForwardCall::out.s, and
-// keep has the bits of the dropout mask if drop_base() is true.
+// The results of shrink_tokens beside ForwardCall::out.s: keep has the bits of the dropout mask if drop_base() is true.
 struct Shrunk {
-  Tensor s;
   KeepBits keep;
-  GroupedS grouped;  // S of a mixed batch, instead of s
+  GroupedS grouped;  // S of a mixed batch, each segment with the stride of its adapter's rank
 };
 
-// Computes S in one pass over x.
+// Computes S in one pass over x, and writes S to ForwardCall::out.s.
 Shrunk shrink_tokens(const ForwardCall& f);
 
 // Computes the low-rank term of x [T, K] in float32, and writes or adds the term to y [T, N] float32.
@@ -63,7 +61,7 @@ struct BackwardCall {
   const Adapter& adapter;
   LinearSizes size;
   Tensor grad, x;  // grad is dY [T, N], x is [T, K]; both are contiguous
-  Tensor p;        // P [T rounded up to 32, padded rank]; kernels read the rows beyond T, but store no results of them
+  Tensor p;        // P [T rounded up to 32, R]; kernels read the rows beyond T, but store no results of them
   KeepBits keep;   // bits of the dropout mask, if dropout is active and dX is wanted
 
   ScalarType type() const { return x.scalar_type(); }

@@ -97,13 +97,12 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
     work.terms = held->grouped.terms.data();
     work.first_term = held->grouped.first.data();
   } else if (adapter.low_rank()) {
-    const Tensor rho = rank_scales(f.op, adapter, size.padded);
-    const float* s = shrunk.s.const_data_ptr<float>();
+    const Tensor rho = rank_scales(f.op, adapter);
     // The kernel reads whole blocks of kColumnStep rows of ρB.
     rows = packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), false,
                   round_up(size.out, kColumnStep), size.rank);
     work.rank = size.rank;
-    strips = lane_strips_of_rows(s, size.rank, size.padded, size.tokens);
+    strips = lane_strips_of_rows(f.out.s.const_data_ptr<float>(), size.rank, size.rank, size.tokens);
     work.s = strips.const_data_ptr<float>();
     work.b = rows.const_data_ptr<float>();
   }
@@ -165,10 +164,10 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
                               : run_expand(finish, size.tokens);
   };
   if (adapter.low_rank() && adapter.groups == nullptr) {
-    const Tensor rho = rank_scales(f.op, adapter, size.padded);
+    const Tensor rho = rank_scales(f.op, adapter);
     right =
-        packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);
-    finish.left = shrunk.s.const_data_ptr<float>();
+        packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.rank, finish.stride);
+    finish.left = f.out.s.const_data_ptr<float>();
     finish.right = right.const_data_ptr<float>();
   }
   const bool plain = !f.scale.has_value() && !f.want_z && !f.drop_base();

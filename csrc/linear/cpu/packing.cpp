@@ -84,35 +84,32 @@ Tensor packed(const char* op, const char* argument, const Tensor& matrix, const 
   return frame;
 }
 
-Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const float* by_column, const float* by_rank,
-                bool transpose, const Tensor& like) {
-  const int64_t rows = like.size(0), columns = like.size(1), padded = sums.size(1);
-  Tensor out = empty({rows, columns}, like.scalar_type());
+Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float by, const float* by_column,
+                const float* by_rank, bool transpose, const Tensor& like) {
+  const int64_t ranks = sums.size(0), columns = sums.size(1);
+  Tensor out = empty({like.size(0), like.size(1)}, like.scalar_type());
   const float* in = sums.const_data_ptr<float>();
   with_dtype(dtype_of(op, argument, like), [&](auto zero) {
     using T = decltype(zero);
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    const int64_t ranks = transpose ? rows : columns;
-    const auto block = [&](int64_t begin, int64_t end, int64_t rank_begin, int64_t rank_end) {
-      for (int64_t column = begin; column < end; ++column)
-        for (int64_t rank = rank_begin; rank < rank_end; ++rank) {
-          float value = in[column * padded + rank];
-          if (by_column != nullptr) value *= by_column[column];
-          if (by_rank != nullptr) value *= by_rank[rank];
-          to[transpose ? rank * columns + column : column * columns + rank] = from_float<T>(value);
-        }
-    };
-    // If the result is transposed, the cache lines of `sums` in one block stay in L1 for all ranks.
+    // The cache lines of the result in one block stay in L1 for all ranks.
     constexpr int64_t kColumns = 64;
-    const int64_t length = transpose ? columns : rows;
     const int64_t grain = ceil_div(kPackGrain, kColumns * (ranks + 1));
-    parallel_for(0, ceil_div(length, kColumns), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * kColumns; first < min_i64(end * kColumns, length); first += kColumns) {
-        const int64_t last = min_i64(first + kColumns, length);
-        if (!transpose) {
-          block(first, last, 0, ranks);
-        } else {
-          for (int64_t rank = 0; rank < ranks; ++rank) block(first, last, rank, rank + 1);
+    parallel_for(0, ceil_div(columns, kColumns), grain, [&](int64_t begin, int64_t end) {
+      float row[kColumns];
+      for (int64_t first = begin * kColumns; first < min_i64(end * kColumns, columns); first += kColumns) {
+        const int64_t width = min_i64(kColumns, columns - first);
+        for (int64_t rank = 0; rank < ranks; ++rank) {
+          const float* from = in + rank * columns + first;
+          const float factor = by_rank != nullptr ? by * by_rank[rank] : by;
+          if (by_column != nullptr)
+            for (int64_t j = 0; j < width; ++j) row[j] = from[j] * by_column[first + j] * factor;
+          else
+            for (int64_t j = 0; j < width; ++j) row[j] = from[j] * factor;
+          if (transpose)
+            for (int64_t j = 0; j < width; ++j) to[(first + j) * ranks + rank] = from_float<T>(row[j]);
+          else
+            for (int64_t j = 0; j < width; ++j) to[rank * columns + first + j] = from_float<T>(row[j]);
         }
       }
     });

@@ -26,10 +26,11 @@ Tensor zeros(const std::vector<int64_t>& shape);
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 
-// Converts sums [columns, padded rank] float32 to like's dtype and shape: [R, columns] (transposed) or [columns, R].
-// Each element is multiplied by by_column[column] and by by_rank[rank], if these pointers are not null.
-Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const float* by_column, const float* by_rank,
-                bool transpose, const Tensor& like);
+// Converts sums [R, columns] float32 to like's dtype and shape: [columns, R] if `transpose` is true, otherwise
+// [R, columns]. Each element is multiplied by `by`, and by by_column[column] and by_rank[rank], if these pointers are
+// not null.
+Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float by, const float* by_column,
+                const float* by_rank, bool transpose, const Tensor& like);
 
 // Returns a vector as float32, zero-padded. If nothing has to change, the result is the vector itself, and must not be
 // written to.

@@ -29,11 +29,11 @@ const void* weight_rows(const FrozenWeight& weight, const Tensor& dense, ScalarT
   return decode_rows(weight, first, last, dtype_of("nf4_dequantize", "dtype", type), scratch(Scratch::kRows, room));
 }
 
-RowPass weight_pass(const char* op, const FrozenWeight& weight, ScalarType type, int64_t padded) {
+RowPass weight_pass(const char* op, const FrozenWeight& weight, ScalarType type, int64_t rank) {
   RowPass pass;
   pass.dtype = dtype_of(op, "dtype", type);
   pass.columns = weight.in_features();
-  pass.rank = padded;
+  pass.rank = rank;
   return pass;
 }
 
@@ -69,6 +69,11 @@ void run_row_pass(const RowPass& pass, int64_t tokens) {
 
 namespace {
 
+// Sets the columns [first, last) of acc [rank, columns] to zero.
+void clear_columns(float* acc, int64_t stride, int64_t rank, int64_t first, int64_t last) {
+  for (int64_t r = 0; r < rank; ++r) std::fill_n(acc + r * stride + first, last - first, 0.0f);
+}
+
 // Computes the sums of a pass over the columns [first, last), chunk after chunk, added in order.
 void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t last, float* sums, float* totals) {
   const PassKernels& isa = pass_kernels();
@@ -76,28 +81,28 @@ void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t las
   const auto room = static_cast<size_t>(min_i64(kColumnsTogether, last - first) * (rank + 1)) * sizeof(float);
   auto* own = static_cast<float*>(scratch(Scratch::kRows, room));
   for (int64_t from = first; from < last; from += kColumnsTogether) {
-    const int64_t to = min_i64(from + kColumnsTogether, last), size = (to - from) * rank;
+    const int64_t to = min_i64(from + kColumnsTogether, last), width = to - from;
+    float* own_totals = own + width * rank;
     for (int64_t t = 0; t < tokens; t += chunk) {
       RowPass part = pass;
-      float* into = t == 0 ? sums + from * rank : own;
-      std::fill_n(into, size, 0.0f);
-      part.acc = into - from * rank;
-      float* columns = own + size;
+      part.acc = t == 0 ? sums : own - from;
+      part.acc_stride = t == 0 ? pass.columns : width;
+      clear_columns(part.acc, part.acc_stride, rank, from, to);
       if (totals != nullptr) {
-        if (t == 0) columns = totals + from;
-        std::fill_n(columns, to - from, 0.0f);
-        part.totals = columns - from;
+        part.totals = t == 0 ? totals : own_totals - from;
+        std::fill_n(part.totals + from, width, 0.0f);
       }
       isa.row_pass(part, t, min_i64(t + chunk, tokens), from, to);
       if (t == 0) continue;
-      for (int64_t i = 0; i < size; ++i) sums[from * rank + i] += own[i];
-      for (int64_t i = 0; totals != nullptr && i < to - from; ++i) totals[from + i] += columns[i];
+      for (int64_t r = 0; r < rank; ++r)
+        for (int64_t i = 0; i < width; ++i) sums[r * pass.columns + from + i] += own[r * width + i];
+      for (int64_t i = 0; totals != nullptr && i < width; ++i) totals[from + i] += own_totals[i];
     }
   }
 }
 
 Tensor outer_by_columns(const RowPass& pass, int64_t tokens, Tensor* totals) {
-  Tensor sums = empty({pass.columns, pass.rank}, ScalarType::Float);
+  Tensor sums = empty({pass.rank, pass.columns}, ScalarType::Float);
   float* data = sums.mutable_data_ptr<float>();
   if (totals != nullptr) *totals = empty({pass.columns}, ScalarType::Float);
   float* to_totals = totals != nullptr ? totals->mutable_data_ptr<float>() : nullptr;
@@ -126,7 +131,7 @@ Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tenso
   const int64_t chunk = chunk_tokens(tokens), chunks = ceil_div(tokens, chunk);
   const int64_t together = chunks_together(tokens, pass.columns, pass.rank);
   const int64_t beside = chunks == 1 ? 0 : together, of_columns = totals != nullptr ? pass.columns : 0;
-  Tensor total = empty({pass.columns, pass.rank}, ScalarType::Float), total_columns = zeros({of_columns});
+  Tensor total = empty({pass.rank, pass.columns}, ScalarType::Float), total_columns = zeros({of_columns});
   const Tensor held = empty({beside, size}, ScalarType::Float), held_columns = zeros({beside, of_columns});
   float *sums = total.mutable_data_ptr<float>(), *of_chunks = held.mutable_data_ptr<float>();
   float *column_sums = total_columns.mutable_data_ptr<float>(), *column_chunks = held_columns.mutable_data_ptr<float>();
@@ -139,7 +144,8 @@ Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tenso
         const int64_t first = (begin - i * blocks) * width, last = min_i64((next - i * blocks) * width, pass.columns);
         RowPass part = pass;
         part.acc = c == 0 ? sums : of_chunks + i * size;
-        std::fill_n(part.acc + first * pass.rank, (last - first) * pass.rank, 0.0f);
+        part.acc_stride = pass.columns;
+        clear_columns(part.acc, pass.columns, pass.rank, first, last);
         if (totals != nullptr) {
           part.totals = c == 0 ? column_sums : column_chunks + i * of_columns;
           std::fill_n(part.totals + first, last - first, 0.0f);
@@ -161,7 +167,7 @@ Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tenso
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals) {
   if (tokens == 0 || pass.columns == 0) {
     if (totals != nullptr) *totals = zeros({pass.columns});
-    return zeros({pass.columns, pass.rank});
+    return zeros({pass.rank, pass.columns});
   }
   const int64_t threads = loop_threads();
   RowPass outer = pass;
@@ -264,19 +270,19 @@ void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tens
 RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tensor& lora_A, ScalarType type) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, type);
-  const int64_t n = weight.out_features(), k = weight.in_features(), padded = round_up(lora_A.size(0), kRankStep);
-  RowFacts facts{zeros({n, padded}), zeros({n})};
+  const int64_t n = weight.out_features(), k = weight.in_features(), rank = lora_A.size(0);
+  RowFacts facts{zeros({n, rank}), zeros({n})};
   if (n == 0 || k == 0) return facts;
-  const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, true, k, padded);
+  const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, false, rank, k);
   const Tensor dense = weight.is_packed() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
   parallel_for(0, ceil_div(n, kRowChunk), 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kRowChunk; first < min_i64(end * kRowChunk, n); first += kRowChunk) {
       const int64_t last = min_i64(first + kRowChunk, n);
-      RowPass pass = weight_pass(op, weight, type, padded);
+      RowPass pass = weight_pass(op, weight, type, rank);
       pass.m = weight_rows(weight, dense, type, first, last);
       pass.right = right.const_data_ptr<float>();
-      pass.out = facts.product.mutable_data_ptr<float>() + first * padded;
+      pass.out = facts.product.mutable_data_ptr<float>() + first * rank;
       pass.squares = facts.squares.mutable_data_ptr<float>() + first;
       isa.row_pass(pass, 0, last - first, 0, k);
     }
@@ -287,23 +293,22 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
 Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& left, ScalarType type) {
   check_matrix_weight(op, weight, type);
   const int64_t n = weight.out_features(), k = weight.in_features(), rank = left.size(1);
-  const int64_t padded = round_up(rank, kRankStep);
   if (n == 0 || k == 0) return zeros({rank, k});
-  const Tensor framed = packed(op, "left", left, nullptr, nullptr, false, n, padded);
+  const Tensor rows = as_contiguous(left);
   const Tensor dense = weight.is_packed() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
-  const Tensor sums = sum_chunks(n, k * padded, [&](int64_t begin, int64_t end, float* out) {
+  const Tensor sums = sum_chunks(n, k * rank, [&](int64_t begin, int64_t end, float* out) {
     for (int64_t first = begin; first < end; first += kRowChunk) {
       const int64_t last = min_i64(first + kRowChunk, end);
-      RowPass pass = weight_pass(op, weight, type, padded);
+      RowPass pass = weight_pass(op, weight, type, rank);
       pass.m = weight_rows(weight, dense, type, first, last);
-      pass.left = framed.const_data_ptr<float>() + first * padded;
+      pass.left = rows.const_data_ptr<float>() + first * rank;
       pass.acc = out;
+      pass.acc_stride = k;
       isa.row_pass(pass, 0, last - first, 0, k);
     }
   });
-  const Tensor like = empty({rank, k}, ScalarType::Float);
-  return unpacked(op, "left", as_shape(sums, {k, padded}), nullptr, nullptr, true, like);
+  return as_shape(sums, {rank, k});
 }
 
 }  // namespace peft_ext

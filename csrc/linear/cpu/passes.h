@@ -17,7 +17,7 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 // Runs a pass without `left` over all tokens.
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [columns, rank]. totals: if
+// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [rank, columns]. totals: if
 // not null, receives the sums of m's columns, [columns].
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
@@ -46,7 +46,7 @@ ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, flo
 // Computes y [T, N] = or += x [T, K] wᵀ for few tokens. x and y are float32, and w [N, K] is contiguous.
 void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 
-// Returns W Aᵀ [N, padded rank] and the sum of squares of each row of W, float32 [N]. W is read in `type`.
+// Returns W Aᵀ [N, R] and the sum of squares of each row of W, float32 [N]. W is read in `type`.
 struct RowFacts {
   Tensor product, squares;
 };
