@@ -46,7 +46,10 @@ BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const 
           as_shape(as_contiguous(grad), {size.tokens, size.out}),
           as_shape(held_x, {size.tokens, size.in}),
           Tensor(),
-          KeepBits()};
+          KeepBits(),
+          false,
+          Tensor(),
+          nullptr};
 }
 
 Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed) {

@@ -45,6 +45,10 @@ struct Shrunk {
   GroupedS grouped;  // S of a mixed batch, each segment with the stride of its adapter's rank
 };
 
+// Returns the pass over x that computes S with A [R, K] float32, and writes S to ForwardCall::out.s. keep: receives
+// room for the bits of the dropout mask if drop_base() is true.
+RowPass shrink_pass(const ForwardCall& f, const Tensor& a, KeepBits* keep);
+
 // Computes S in one pass over x, and writes S to ForwardCall::out.s.
 Shrunk shrink_tokens(const ForwardCall& f);
 
@@ -63,6 +67,11 @@ struct BackwardCall {
   Tensor grad, x;  // grad is dY [T, N], x is [T, K]; both are contiguous
   Tensor p;        // P [T rounded up to 32, R]; kernels read the rows beyond T, but store no results of them
   KeepBits keep;   // bits of the dropout mask, if dropout is active and dX is wanted
+  // If the tile kernels compute dX, rank_gradients also makes the strips of lora_A and, if `strips` is not null, the
+  // left strips of g ∘ dY, or of dY if dropout acts on the base.
+  bool tiles = false;
+  Tensor a;
+  bf16* strips = nullptr;
 
   ScalarType type() const { return x.scalar_type(); }
   DType dtype() const { return dtype_of(op, "x", x); }

@@ -5,7 +5,8 @@
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
-#include "linear/cpu/tiles/tiles.h"
+#include "linear/cpu/pass_plan.h"
+#include "linear/cpu/tiles/products.h"
 
 namespace peft_ext {
 
@@ -32,25 +33,28 @@ void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y,
   run_few_tokens(f.op, as_contiguous(*adapter.lora_B), left, y, accumulate);
 }
 
+RowPass shrink_pass(const ForwardCall& f, const Tensor& a, KeepBits* keep) {
+  const LinearSizes& size = f.size;
+  RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.rank, f.adapter.dropout);
+  pass.right = a.const_data_ptr<float>();
+  pass.out = static_cast<float*>(f.out.s.mutable_data_ptr());
+  if (!f.drop_base()) return pass;
+  *keep = keep_bits(size.tokens, size.in);
+  pass.keep = keep->data;
+  pass.keep_words = keep->per_row;
+  return pass;
+}
+
 Shrunk shrink_tokens(const ForwardCall& f) {
   const LinearSizes& size = f.size;
-  const Dropout& dropout = f.adapter.dropout;
   Shrunk out;
   if (f.adapter.groups != nullptr) {
     out.grouped = grouped_shrink(f.op, *f.adapter.groups, f.x, f.out.s);
     return out;
   }
-  float* s = f.out.s.mutable_data_ptr<float>();
-  if (size.in == 0) std::fill_n(s, f.out.s.numel(), 0.0f);
-  const Tensor right = packed(f.op, "lora_A", *f.adapter.lora_A, nullptr, nullptr, false, size.rank, size.in);
-  RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.rank, dropout);
-  pass.right = right.const_data_ptr<float>();
-  pass.out = s;
-  if (f.drop_base()) {
-    out.keep = keep_bits(size.tokens, size.in);
-    pass.keep = out.keep.data;
-    pass.keep_words = out.keep.per_row;
-  }
+  const Tensor a = packed(f.op, "lora_A", *f.adapter.lora_A, nullptr, nullptr, false, size.rank, size.in);
+  const RowPass pass = shrink_pass(f, a, &out.keep);
+  if (size.in == 0) std::fill_n(pass.out, f.out.s.numel(), 0.0f);
   run_row_pass(pass, size.tokens);
   return out;
 }
@@ -88,7 +92,10 @@ void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool nee
   const Tensor rho = rank_scales(b.op, adapter);
   const float* by_rank = rho.const_data_ptr<float>();
   const Tensor left = as_contiguous(*s);
-  const Tensor right = packed(b.op, "lora_B", *adapter.lora_B, b.g(), by_rank, true, size.rank, size.out);
+  Loops before, sums, after;
+  const Tensor right = packed(&before, b.op, "lora_B", *adapter.lora_B, b.g(), by_rank, true, size.rank, size.out);
+  if (b.tiles) b.a = lane_strips(&before, b.op, "lora_A", *adapter.lora_A);
+  before.run(kConvertGrain);
   b.p = empty({round_up(size.tokens, 2 * kStrip), size.rank}, ScalarType::Float);
   float* p = b.p.mutable_data_ptr<float>();
   const int64_t written = size.out > 0 ? size.tokens : 0;
@@ -97,11 +104,15 @@ void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool nee
   over_grad.right = right.const_data_ptr<float>();
   over_grad.out = p;
   over_grad.left = left.const_data_ptr<float>();
-  {
-    const Tensor sums = run_outer_pass(over_grad, size.tokens);
-    out->grad_B = unpacked(b.op, "lora_B", sums, 1.0f, b.g(), by_rank, true, *adapter.lora_B);
-    if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, sums);
+  TokenWork beside;
+  if (b.strips != nullptr) {
+    const TokenStrips strips =
+        strips_of(b.strips, b.grad, size.tokens, size.out, b.drop_base() ? nullptr : b.g(), nullptr);
+    beside = [strips, &isa = *tile_kernels()](int64_t first, int64_t last) {
+      isa.left_strips(strips, first / kStrip, ceil_div(last, kStrip));
+    };
   }
+  LateSums for_B = outer_pass(&sums, over_grad, size.tokens, nullptr, beside);
   RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.rank, adapter.dropout);
   over_x.left = p;
   if (b.mask() && needs_grad_x) {
@@ -109,9 +120,13 @@ void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool nee
     over_x.keep = b.keep.data;
     over_x.keep_words = b.keep.per_row;
   }
+  LateSums for_A = outer_pass(&sums, over_x, size.tokens, nullptr, nullptr);
+  sums.run(kPassGrain);
+  if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, summed(&for_B));
   const float scale = adapter.dropout.active ? adapter.dropout.scale : 1.0f;
-  out->grad_A =
-      unpacked(b.op, "lora_A", run_outer_pass(over_x, size.tokens), scale, nullptr, nullptr, false, *adapter.lora_A);
+  out->grad_B = unpacked(&after, b.op, "lora_B", for_B, 1.0f, b.g(), by_rank, true, *adapter.lora_B);
+  out->grad_A = unpacked(&after, b.op, "lora_A", for_A, scale, nullptr, nullptr, false, *adapter.lora_A);
+  after.run(kConvertGrain);
 }
 
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out) {

@@ -2,6 +2,7 @@
 #include "linear/cpu/passes.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
@@ -17,7 +18,7 @@ namespace {
 constexpr int64_t kExpandPasses = 8;
 static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");
-static_assert(kTokenStep == kRowsTogether);
+static_assert(kTokenStep % kRowsTogether == 0 && kMaskColumns == kColumnsTogether);
 // Number of rows of W that are decoded at a time in a pass over W.
 constexpr int64_t kRowChunk = 64;
 
@@ -59,13 +60,22 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
   return pass;
 }
 
-void run_row_pass(const RowPass& pass, int64_t tokens) {
+void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work) {
+  // Tokens whose rows of m stay in L2 until `beside` reads the rows again.
+  constexpr int64_t kTogether = 2;
   const PassKernels& isa = pass_kernels();
-  const int64_t grain = pass_grain(kTokenStep * pass.columns * pass.rank);
-  parallel_for(0, ceil_div(tokens, kTokenStep), grain, [&](int64_t begin, int64_t end) {
-    isa.row_pass(pass, begin * kTokenStep, min_i64(end * kTokenStep, tokens), 0, pass.columns);
+  int64_t multiplications = kTokenStep * beside_work;
+  for (const RowPass& pass : passes) multiplications += kTokenStep * pass.columns * pass.rank;
+  parallel_for(0, ceil_div(tokens, kTokenStep), pass_grain(multiplications), [&](int64_t begin, int64_t end) {
+    for (int64_t step = begin; step < end; step += kTogether) {
+      const int64_t first = step * kTokenStep, last = min_i64(min_i64(step + kTogether, end) * kTokenStep, tokens);
+      for (const RowPass& pass : passes) isa.row_pass(pass, first, last, 0, pass.columns);
+      if (beside) beside(first, last);
+    }
   });
 }
+
+void run_row_pass(const RowPass& pass, int64_t tokens) { run_row_passes({pass}, tokens, nullptr, 0); }
 
 namespace {
 
@@ -73,6 +83,23 @@ namespace {
 void clear_columns(float* acc, int64_t stride, int64_t rank, int64_t first, int64_t last) {
   for (int64_t r = 0; r < rank; ++r) std::fill_n(acc + r * stride + first, last - first, 0.0f);
 }
+
+}  // namespace
+
+Tensor summed(LateSums* sums) {
+  if (sums->count == 0) return sums->total;
+  const int64_t size = sums->total.numel();
+  const float* from = sums->held.const_data_ptr<float>() + sums->first * size;
+  float* total = sums->total.mutable_data_ptr<float>();
+  parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < sums->count; ++c)
+      for (int64_t i = begin; i < end; ++i) total[i] += from[c * size + i];
+  });
+  sums->count = 0;
+  return sums->total;
+}
+
+namespace {
 
 // Computes the sums of a pass over the columns [first, last), chunk after chunk, added in order.
 void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t last, float* sums, float* totals) {
@@ -101,87 +128,139 @@ void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t las
   }
 }
 
-Tensor outer_by_columns(const RowPass& pass, int64_t tokens, Tensor* totals) {
-  Tensor sums = empty({pass.rank, pass.columns}, ScalarType::Float);
-  float* data = sums.mutable_data_ptr<float>();
-  if (totals != nullptr) *totals = empty({pass.columns}, ScalarType::Float);
-  float* to_totals = totals != nullptr ? totals->mutable_data_ptr<float>() : nullptr;
-  const int64_t grain = pass_grain(tokens * min_i64(kBlockColumns, pass.columns) * pass.rank);
-  parallel_for(0, ceil_div(pass.columns, kBlockColumns), grain, [&](int64_t begin, int64_t end) {
-    sum_columns(pass, tokens, begin * kBlockColumns, min_i64(end * kBlockColumns, pass.columns), data, to_totals);
-  });
-  return sums;
+// The sums of a pass that is divided by chunks of tokens. The first chunk's sums are computed in the total's memory.
+// The sums of the other chunks are computed in buffers for up to chunks_together chunks; if there are more chunks, the
+// buffers are added to the total and used again.
+struct ChunkSums {
+  int64_t chunk, chunks, together;
+  LateSums sums, totals;  // totals [1, columns], if wanted
+  float *total, *held, *column_total = nullptr, *column_held = nullptr;
+
+  ChunkSums(const RowPass& pass, int64_t tokens, bool of_columns) {
+    chunk = chunk_tokens(tokens);
+    chunks = ceil_div(tokens, chunk);
+    together = chunks_together(tokens, pass.columns, pass.rank);
+    const int64_t beside = chunks == 1 ? 0 : together;
+    sums = {empty({pass.rank, pass.columns}, ScalarType::Float),
+            empty({beside, pass.rank, pass.columns}, ScalarType::Float)};
+    total = sums.total.mutable_data_ptr<float>();
+    held = sums.held.mutable_data_ptr<float>();
+    if (!of_columns) return;
+    totals = {empty({1, pass.columns}, ScalarType::Float), empty({beside, 1, pass.columns}, ScalarType::Float)};
+    column_total = totals.total.mutable_data_ptr<float>();
+    column_held = totals.held.mutable_data_ptr<float>();
+  }
+
+  // Computes the sums of the columns [first, last) of chunk `start` + i.
+  void run(const RowPass& pass, int64_t tokens, int64_t start, int64_t i, int64_t first, int64_t last) const {
+    const int64_t c = start + i;
+    RowPass part = pass;
+    part.acc = c == 0 ? total : held + i * pass.rank * pass.columns;
+    part.acc_stride = pass.columns;
+    clear_columns(part.acc, pass.columns, pass.rank, first, last);
+    if (column_total != nullptr) {
+      part.totals = c == 0 ? column_total : column_held + i * pass.columns;
+      std::fill_n(part.totals + first, last - first, 0.0f);
+    }
+    pass_kernels().row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
+  }
+
+  // Notes that the chunks [start, start + count) are computed. Their sums are added now if `now` is true.
+  void finish(int64_t start, int64_t count, bool now) {
+    const int64_t in_place = start == 0 ? 1 : 0;
+    for (LateSums* of : {&sums, &totals}) {
+      if (!of->total.defined()) continue;
+      // The sums of the first chunk are the total, and the buffer of the first chunk is unused.
+      of->first = in_place;
+      of->count = count - in_place;
+      if (now) summed(of);
+    }
+  }
+};
+
+// Computes the sums of a pass divided by chunks of tokens, and m · right if the pass has `right`. beside: runs for the
+// tokens of each chunk.
+LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside) {
+  ChunkSums sums(pass, tokens, totals != nullptr);
+  const int64_t grain = pass_grain(min_i64(sums.chunk, tokens) * pass.columns * pass.rank);
+  for (int64_t start = 0; start < sums.chunks; start += sums.together) {
+    const int64_t count = min_i64(sums.together, sums.chunks - start);
+    parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        sums.run(pass, tokens, start, i, 0, pass.columns);
+        const int64_t first = (start + i) * sums.chunk;
+        if (beside) beside(first, min_i64(first + sums.chunk, tokens));
+      }
+    });
+    sums.finish(start, count, totals != nullptr || count < sums.chunks);
+  }
+  if (totals != nullptr) *totals = as_shape(sums.totals.total, {pass.columns});
+  return sums.sums;
 }
 
-// Adds the sums [count, size] of `count` chunks to `total` [size], in order.
-void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
-  if (count == 0) return;
-  parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t i = begin; i < end; ++i) total[i] += sums[c * size + i];
-  });
-}
-
-// Computes the sums of a pass, divided by chunks of tokens and by parts of `width` columns; if P is computed too, width
-// is the number of all columns. The first chunk's sums are computed in the total's memory. The sums of the other chunks
-// are computed in a buffer for up to chunks_together chunks, are added to the total, and the buffer is used again.
-Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tensor* totals) {
-  const PassKernels& isa = pass_kernels();
-  const int64_t size = pass.columns * pass.rank, blocks = ceil_div(pass.columns, width);
-  const int64_t chunk = chunk_tokens(tokens), chunks = ceil_div(tokens, chunk);
-  const int64_t together = chunks_together(tokens, pass.columns, pass.rank);
-  const int64_t beside = chunks == 1 ? 0 : together, of_columns = totals != nullptr ? pass.columns : 0;
-  Tensor total = empty({pass.rank, pass.columns}, ScalarType::Float), total_columns = zeros({of_columns});
-  const Tensor held = empty({beside, size}, ScalarType::Float), held_columns = zeros({beside, of_columns});
-  float *sums = total.mutable_data_ptr<float>(), *of_chunks = held.mutable_data_ptr<float>();
-  float *column_sums = total_columns.mutable_data_ptr<float>(), *column_chunks = held_columns.mutable_data_ptr<float>();
-  const int64_t grain = pass_grain(min_i64(chunk, tokens) * min_i64(width, pass.columns) * pass.rank);
-  for (int64_t start = 0; start < chunks; start += together) {
-    const int64_t count = min_i64(together, chunks - start);
-    parallel_for(0, count * blocks, grain, [&](int64_t begin, int64_t end) {
+// Adds loops that compute the sums of a pass without `right`. The loops work on blocks of columns of all tokens, or of
+// chunks of tokens.
+LateSums add_outer_loops(Loops* loops, const RowPass& pass, int64_t tokens, Tensor* totals) {
+  const int64_t threads = loop_threads(), columns = pass.columns, rank = pass.rank;
+  const int64_t width = block_columns(tokens, columns, rank, threads, pass.dropout.active);
+  const int64_t blocks = ceil_div(columns, width), of_element = rank + (pass.dropout.active ? kDrawCost : 0);
+  if (sums_by_columns(tokens, columns, rank, threads, width)) {
+    const Tensor sums = empty({rank, columns}, ScalarType::Float);
+    float* data = sums.mutable_data_ptr<float>();
+    if (totals != nullptr) *totals = empty({columns}, ScalarType::Float);
+    float* to_totals = totals != nullptr ? totals->mutable_data_ptr<float>() : nullptr;
+    loops->add(blocks, tokens * min_i64(width, columns) * of_element, [=](int64_t begin, int64_t end) {
+      sum_columns(pass, tokens, begin * width, min_i64(end * width, columns), data, to_totals);
+    });
+    return {sums, Tensor()};
+  }
+  auto sums = std::make_shared<ChunkSums>(pass, tokens, totals != nullptr);
+  const int64_t work = min_i64(sums->chunk, tokens) * min_i64(width, columns) * of_element;
+  for (int64_t start = 0; start < sums->chunks; start += sums->together) {
+    const int64_t count = min_i64(sums->together, sums->chunks - start);
+    const bool late = count == sums->chunks && totals == nullptr;
+    Loops own;
+    (late ? loops : &own)->add(count * blocks, work, [=](int64_t begin, int64_t end) {
       while (begin < end) {
-        const int64_t i = begin / blocks, next = min_i64(end, (i + 1) * blocks), c = start + i;
-        const int64_t first = (begin - i * blocks) * width, last = min_i64((next - i * blocks) * width, pass.columns);
-        RowPass part = pass;
-        part.acc = c == 0 ? sums : of_chunks + i * size;
-        part.acc_stride = pass.columns;
-        clear_columns(part.acc, pass.columns, pass.rank, first, last);
-        if (totals != nullptr) {
-          part.totals = c == 0 ? column_sums : column_chunks + i * of_columns;
-          std::fill_n(part.totals + first, last - first, 0.0f);
-        }
-        isa.row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
+        const int64_t i = begin / blocks, next = min_i64(end, (i + 1) * blocks);
+        const int64_t first = (begin - i * blocks) * width, last = min_i64((next - i * blocks) * width, columns);
+        sums->run(pass, tokens, start, i, first, last);
         begin = next;
       }
     });
-    const int64_t in_place = start == 0 ? 1 : 0;
-    add_sums(of_chunks + in_place * size, count - in_place, size, sums);
-    if (totals != nullptr) add_sums(column_chunks + in_place * of_columns, count - in_place, of_columns, column_sums);
+    if (!late) own.run(kPassGrain);
+    sums->finish(start, count, !late);
   }
-  if (totals != nullptr) *totals = total_columns;
-  return total;
+  if (totals != nullptr) *totals = as_shape(sums->totals.total, {columns});
+  return sums->sums;
 }
 
 }  // namespace
 
-Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals) {
+LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside) {
   if (tokens == 0 || pass.columns == 0) {
     if (totals != nullptr) *totals = zeros({pass.columns});
-    return zeros({pass.rank, pass.columns});
+    if (beside) beside(0, tokens);
+    return {zeros({pass.rank, pass.columns}), Tensor()};
   }
-  const int64_t threads = loop_threads();
   RowPass outer = pass;
   if (pass.right != nullptr) {
-    if (!passes_apart(tokens, pass.columns, pass.rank, threads))
-      return outer_by_chunks(pass, tokens, pass.columns, totals);
+    if (!passes_apart(tokens, pass.columns, pass.rank, loop_threads()))
+      return outer_by_chunks(pass, tokens, totals, beside);
     RowPass product = pass;
     product.left = nullptr;
-    run_row_pass(product, tokens);
+    run_row_passes({product}, tokens, beside, 0);
     outer.right = nullptr;
     outer.out = nullptr;
   }
-  if (sums_by_columns(tokens, pass.columns, pass.rank, threads)) return outer_by_columns(outer, tokens, totals);
-  return outer_by_chunks(outer, tokens, kBlockColumns, totals);
+  return add_outer_loops(later, outer, tokens, totals);
+}
+
+Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals) {
+  Loops loops;
+  LateSums sums = outer_pass(&loops, pass, tokens, totals, nullptr);
+  loops.run(kPassGrain);
+  return summed(&sums);
 }
 
 void run_expand(const Expand& work, int64_t tokens) {

@@ -1,0 +1,45 @@
+"""Tests how many parallel loops a step of a layer with LoRA runs: each loop wakes all threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_case import SEED
+
+from peft_ext import _native, ops
+from peft_ext._native import TILE_PATHS
+
+MODULE = _native.STATE.module
+pytestmark = [pytest.mark.cpu_only("it is about CPU threads"),
+              pytest.mark.skipif(MODULE is None, reason="no native library")]  # fmt: skip
+MOST_LOOPS = 8
+
+
+def loops_of_step(tokens: int, k: int, n: int, rank: int, dtype: torch.dtype, adapters: torch.dtype, p: float) -> int:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, k, dtype=dtype, requires_grad=True)
+    weight, grad = torch.randn(n, k, dtype=dtype), torch.randn(tokens, n, dtype=dtype)
+    lora_A = torch.randn(rank, k, dtype=adapters, requires_grad=True)
+    lora_B = torch.randn(n, rank, dtype=adapters, requires_grad=True)
+    before = MODULE.parallel_loops()
+    ops.lora_linear(x, weight, lora_A, lora_B, dropout_p=p, training=True, seed=SEED).backward(grad)
+    return MODULE.parallel_loops() - before
+
+
+@pytest.mark.skipif(_native.STATE.isa not in TILE_PATHS, reason="without tiles PyTorch computes the base product")
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("threads", [2, 24])
+def test_a_step_has_few_loops(threads: int, p: float, adapters: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [loops_of_step(tokens, k, n, rank, torch.bfloat16, adapters, p)
+                 for tokens, k, n, rank in ((512, 1536, 576, 8), (1024, 576, 1536, 16), (300, 4096, 512, 40))]  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    assert min(found) >= 4 and max(found) <= MOST_LOOPS, found
+
+
+def test_a_tiny_layer_wakes_no_thread(two_threads: None) -> None:
+    assert loops_of_step(20, 64, 64, 8, torch.bfloat16, torch.float32, 0.05) == 0
