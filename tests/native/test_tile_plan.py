@@ -52,7 +52,7 @@ def test_what_once_had_no_end(program: Path, threads: int, tokens: int, rows: in
 @pytest.mark.parametrize("threads", [1, 2, 7, 16, 64, 96, 192])
 @pytest.mark.parametrize(("tokens", "columns"), [(512, 4096), (1024, 4096), (2048, 8192), (1024, 576), (64, 1536)])
 def test_parts_with_dropout_use_all_draws(program: Path, threads: int, tokens: int, columns: int) -> None:
-    """A part has whole groups of 128 draws. Wide layers have enough parts of 512 columns, whose mask is a cache line."""
+    """A part has whole groups of 128 draws. Wide layers have enough parts of 512 columns: a cache line of the mask."""
     args = ["columns", str(threads), str(tokens), str(columns), "8"]
     found = subprocess.run([program, *args], capture_output=True, text=True, timeout=60, check=True)
     width = int(found.stdout)

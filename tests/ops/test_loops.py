@@ -13,6 +13,7 @@ MODULE = _native.STATE.module
 pytestmark = [pytest.mark.cpu_only("it is about CPU threads"),
               pytest.mark.skipif(MODULE is None, reason="no native library")]  # fmt: skip
 MOST_LOOPS = 8
+SHAPES = ((512, 1536, 576, 8), (1024, 576, 1536, 16), (300, 4096, 512, 40))  # (T, K, N, R)
 
 
 def loops_of_step(tokens: int, k: int, n: int, rank: int, dtype: torch.dtype, adapters: torch.dtype, p: float) -> int:
@@ -34,8 +35,7 @@ def test_a_step_has_few_loops(threads: int, p: float, adapters: torch.dtype) -> 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = [loops_of_step(tokens, k, n, rank, torch.bfloat16, adapters, p)
-                 for tokens, k, n, rank in ((512, 1536, 576, 8), (1024, 576, 1536, 16), (300, 4096, 512, 40))]  # fmt: skip
+        found = [loops_of_step(*shape, torch.bfloat16, adapters, p) for shape in SHAPES]
     finally:
         torch.set_num_threads(before)
     assert min(found) >= 4 and max(found) <= MOST_LOOPS, found
