@@ -174,10 +174,10 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   out.grad_x = none(type);
   out.grad_A = out.grad_B = out.grad_rank_scale = none();
   out.grad_in_scale = adapter.in_scale.has_value() ? zeros({size.in}) : none();
-  call.tiles = needs_grad_x && tiles_accept(call);
+  call.tiles = (needs_grad_x || adapter.in_scale.has_value()) && tiles_accept(call);
   if (adapter.low_rank()) {
     if (call.tiles && !rest_apart(call)) call.strips = strips_room(Scratch::kTokens, size.tokens, size.out);
-    rank_gradients(&call, s, needs_grad_x, &out);
+    rank_gradients({{&call, &s, &out}}, needs_grad_x);
   }
   // The gradient of the input scale is computed together with dX.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
@@ -222,14 +222,17 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
   bf16* strips = nullptr;
   if (elements > 0 && panels <= kPanelBytes && calls.size() <= kMostLayers)
     strips = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));
+  const std::vector<std::optional<Tensor>> held_s(s.begin(), s.end());
+  std::vector<RankCall> adapted;
   for (size_t i = 0; i < calls.size(); ++i) {
     BackwardCall& call = calls[i];
     if (call.tiles && strips != nullptr) {
       call.strips = strips;
       strips += strips_elements(call.size.tokens, call.size.out);
     }
-    if (call.adapter.low_rank()) rank_gradients(&call, s[indices[i]], needs_grad_x, &out.layers[indices[i]]);
+    if (call.adapter.low_rank()) adapted.push_back({&call, &held_s[indices[i]], &out.layers[indices[i]]});
   }
+  rank_gradients(adapted, needs_grad_x);
   if (!needs_grad_x) return out;
   AdaptedBackward sum;
   sum.grad_x = out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, type);

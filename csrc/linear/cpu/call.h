@@ -84,9 +84,16 @@ struct BackwardCall {
 BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
                               const Tensor& held_x);
 
-// Computes P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits of the dropout
-// mask for dX.
-void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out);
+// One layer of rank_gradients: s is S of the forward, and out receives the gradients.
+struct RankCall {
+  BackwardCall* call;
+  const std::optional<Tensor>* s;
+  AdaptedBackward* out;
+};
+
+// Computes for each layer P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits
+// of the dropout mask for dX. The layers share the parallel loops.
+void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
 // Sets `finish` up for dX = mask/(1-p) ∘ (P A) + terms of the caller. Returns the tensor to which `finish` points.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);

@@ -83,49 +83,67 @@ Tensor rank_scale_gradient(const BackwardCall& b, const Tensor& sums) {
 
 }  // namespace
 
-void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out) {
-  BackwardCall& b = *call;
-  const LinearSizes& size = b.size;
-  const Adapter& adapter = b.adapter;
-  STD_TORCH_CHECK(s.has_value() && s->scalar_type() == ScalarType::Float && s->numel() == size.tokens * size.rank, b.op,
-                  ": s has ", s.has_value() ? s->numel() : 0, " elements, wanted ", size.tokens * size.rank);
-  const Tensor rho = rank_scales(b.op, adapter);
-  const float* by_rank = rho.const_data_ptr<float>();
-  const Tensor left = as_contiguous(*s);
+void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x) {
+  struct Held {
+    Tensor rho, left, right;
+    LateSums for_A, for_B;
+  };
+  std::vector<Held> held(calls.size());
   Loops before, sums, after;
-  const Tensor right = packed(&before, b.op, "lora_B", *adapter.lora_B, b.g(), by_rank, true, size.rank, size.out);
-  if (b.tiles) b.a = lane_strips(&before, b.op, "lora_A", *adapter.lora_A);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    BackwardCall& b = *calls[i].call;
+    const std::optional<Tensor>& s = *calls[i].s;
+    const LinearSizes& size = b.size;
+    STD_TORCH_CHECK(s.has_value() && s->scalar_type() == ScalarType::Float && s->numel() == size.tokens * size.rank,
+                    b.op, ": s has ", s.has_value() ? s->numel() : 0, " elements, wanted ", size.tokens * size.rank);
+    held[i].rho = rank_scales(b.op, b.adapter);
+    held[i].left = as_contiguous(*s);
+    held[i].right = packed(&before, b.op, "lora_B", *b.adapter.lora_B, b.g(), held[i].rho.const_data_ptr<float>(), true,
+                           size.rank, size.out);
+    if (b.tiles) b.a = lane_strips(&before, b.op, "lora_A", *b.adapter.lora_A);
+  }
   before.run(kConvertGrain);
-  b.p = empty({round_up(size.tokens, 2 * kStrip), size.rank}, ScalarType::Float);
-  float* p = b.p.mutable_data_ptr<float>();
-  const int64_t written = size.out > 0 ? size.tokens : 0;
-  std::fill_n(p + written * size.rank, b.p.numel() - written * size.rank, 0.0f);
-  RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.rank, Dropout());
-  over_grad.right = right.const_data_ptr<float>();
-  over_grad.out = p;
-  over_grad.left = left.const_data_ptr<float>();
-  TokenWork beside;
-  if (b.strips != nullptr) {
-    const TokenStrips strips =
-        strips_of(b.strips, b.grad, size.tokens, size.out, b.drop_base() ? nullptr : b.g(), nullptr);
-    beside = [strips, &isa = *tile_kernels()](int64_t first, int64_t last) {
-      isa.left_strips(strips, first / kStrip, ceil_div(last, kStrip));
-    };
+  for (size_t i = 0; i < calls.size(); ++i) {
+    BackwardCall& b = *calls[i].call;
+    const LinearSizes& size = b.size;
+    b.p = empty({round_up(size.tokens, 2 * kStrip), size.rank}, ScalarType::Float);
+    float* p = b.p.mutable_data_ptr<float>();
+    const int64_t written = size.out > 0 ? size.tokens : 0;
+    std::fill_n(p + written * size.rank, b.p.numel() - written * size.rank, 0.0f);
+    RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.rank, Dropout());
+    over_grad.right = held[i].right.const_data_ptr<float>();
+    over_grad.out = p;
+    over_grad.left = held[i].left.const_data_ptr<float>();
+    TokenWork beside;
+    if (b.strips != nullptr) {
+      const float* scale = b.drop_base() ? nullptr : b.g();
+      const TokenStrips strips = strips_of(b.strips, b.grad, size.tokens, size.out, scale, nullptr);
+      beside = [strips, &isa = *tile_kernels()](int64_t first, int64_t last) {
+        isa.left_strips(strips, first / kStrip, ceil_div(last, kStrip));
+      };
+    }
+    held[i].for_B = outer_pass(&sums, over_grad, size.tokens, nullptr, beside);
+    RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.rank, b.adapter.dropout);
+    over_x.left = p;
+    if (b.mask() && needs_grad_x) {
+      b.keep = keep_bits(size.tokens, size.in);
+      over_x.keep = b.keep.data;
+      over_x.keep_words = b.keep.per_row;
+    }
+    held[i].for_A = outer_pass(&sums, over_x, size.tokens, nullptr, nullptr);
   }
-  LateSums for_B = outer_pass(&sums, over_grad, size.tokens, nullptr, beside);
-  RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.rank, adapter.dropout);
-  over_x.left = p;
-  if (b.mask() && needs_grad_x) {
-    b.keep = keep_bits(size.tokens, size.in);
-    over_x.keep = b.keep.data;
-    over_x.keep_words = b.keep.per_row;
-  }
-  LateSums for_A = outer_pass(&sums, over_x, size.tokens, nullptr, nullptr);
   sums.run(kPassGrain);
-  if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, summed(&for_B));
-  const float scale = adapter.dropout.active ? adapter.dropout.scale : 1.0f;
-  out->grad_B = unpacked(&after, b.op, "lora_B", for_B, 1.0f, b.g(), by_rank, true, *adapter.lora_B);
-  out->grad_A = unpacked(&after, b.op, "lora_A", for_A, scale, nullptr, nullptr, false, *adapter.lora_A);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const BackwardCall& b = *calls[i].call;
+    const Adapter& adapter = b.adapter;
+    AdaptedBackward* out = calls[i].out;
+    LateSums &for_A = held[i].for_A, &for_B = held[i].for_B;
+    if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, summed(&for_B));
+    const float* by_rank = held[i].rho.const_data_ptr<float>();
+    const float scale = adapter.dropout.active ? adapter.dropout.scale : 1.0f;
+    out->grad_B = unpacked(&after, b.op, "lora_B", for_B, 1.0f, b.g(), by_rank, true, *adapter.lora_B);
+    out->grad_A = unpacked(&after, b.op, "lora_A", for_A, scale, nullptr, nullptr, false, *adapter.lora_A);
+  }
   after.run(kConvertGrain);
 }
 
@@ -196,7 +214,8 @@ AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const A
   AdaptedBackward out;
   out.grad_x = none(call.type());
   out.grad_rank_scale = out.grad_in_scale = none();
-  rank_gradients(&call, s, false, &out);
+  const std::optional<Tensor> held_s = s;
+  rank_gradients({{&call, &held_s, &out}}, false);
   if (!needs_grad_x) return out;
   out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, call.type());
   if (out.grad_x.numel() == 0) return out;
