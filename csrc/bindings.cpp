@@ -101,6 +101,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("kept_scratch", &peft_ext_kept_scratch, "Bytes of scratch memory that all threads keep between calls.");
   m.def("release_scratch", &peft_ext_release_scratch, py::call_guard<py::gil_scoped_release>(),
         "Release the scratch memory of all threads that are in no operator call. Returns the number of bytes.");
+  m.def("parallel_loops", &peft_ext_parallel_loops,
+        "The number of parallel loops of CPU operators that woke other threads since the library was loaded.");
   m.def("kernels", &kernels, "The CUDA kernels: the C++ expression that names an instance, and the source it is in.");
   m.def("sources", &sources, "The texts of the CUDA kernels' sources, by path.");
   m.def("set_image_source", &set_image_source, py::arg("function"),

@@ -21,7 +21,7 @@ namespace peft_ext {
 namespace {
 
 struct Bottleneck {
-  int64_t tokens, in, out, size, padded;
+  int64_t tokens, in, out, size;
 };
 
 Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, const Tensor& up) {
@@ -30,7 +30,7 @@ Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, co
                   op, ": down_weight and up_weight are not [M, K] and [N, M] for x [..., K]");
   STD_TORCH_CHECK(down.numel() > 0 && up.numel() > 0, op,
                   ": down_weight or up_weight has no elements, wanted at least one row and column");
-  return {rows_of(x), down.size(1), up.size(0), down.size(0), round_up(down.size(0), kRankStep)};
+  return {rows_of(x), down.size(1), up.size(0), down.size(0)};
 }
 
 Tensor flat(const Tensor& m) { return as_shape(as_contiguous(m), {rows_of(m), m.size(m.dim() - 1)}); }
@@ -107,11 +107,6 @@ std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, cons
   return std::nullopt;
 }
 
-// Returns m [T, M], padded to `padded` columns.
-Tensor framed(const char* op, const Tensor& m, int64_t padded) {
-  return m.size(1) == padded ? m : packed(op, "u", m, nullptr, nullptr, false, m.size(0), padded);
-}
-
 // Returns an Expand for y = residual + the terms that the caller adds. An empty residual stands for zeros.
 Expand onto_residual(const Tensor& y, const Tensor& residual) {
   Expand work;
@@ -181,13 +176,11 @@ void times_weight(const char* op, const Tensor& m, const Tensor& w, const Tensor
 
 // Computes u = x Dᵀ.
 void shrink(const char* op, const Tensor& x, const Tensor& down, const Bottleneck& size, Tensor& u) {
-  Tensor sums = size.padded == size.size ? u : empty({size.tokens, size.padded}, ScalarType::Float);
-  const Tensor right = packed(op, "down_weight", down, nullptr, nullptr, true, size.in, size.padded);
-  RowPass pass = make_row_pass(x, dtype_of(op, "x", x), size.in, size.padded, Dropout());
+  const Tensor right = packed(op, "down_weight", down, nullptr, nullptr, false, size.size, size.in);
+  RowPass pass = make_row_pass(x, dtype_of(op, "x", x), size.in, size.size, Dropout());
   pass.right = right.const_data_ptr<float>();
-  pass.out = sums.mutable_data_ptr<float>();
+  pass.out = u.mutable_data_ptr<float>();
   run_row_pass(pass, size.tokens);
-  if (size.padded != size.size) torch::stable::copy_(u, torch::stable::narrow(sums, 1, 0, size.size));
 }
 
 std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor> residual, Tensor down_weight,
@@ -238,9 +231,9 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   }
   scale_by(h, factor);
   if (!products.has_value()) {
-    sums = framed(kOp, h, size.padded);
-    right = packed(kOp, "up_weight", up_weight, nullptr, nullptr, true, size.padded, stride);
-    work.rank = size.padded;
+    sums = as_contiguous(h);
+    right = packed(kOp, "up_weight", up_weight, nullptr, nullptr, true, size.size, stride);
+    work.rank = size.size;
     work.left = sums.const_data_ptr<float>();
     work.right = right.const_data_ptr<float>();
     run_expand(work, size.tokens);
@@ -282,31 +275,27 @@ UpGradients up_gradients_by_products(const Tensor& grad, const Tensor& h, const 
 
 UpGradients up_gradients(const char* op, const Tensor& grad, const Tensor& h, const Tensor& up, const Bottleneck& size,
                          float scale) {
-  const int64_t padded = size.padded;
-  const Tensor left = framed(op, h, padded);
-  const Tensor right = packed(op, "up_weight", up, nullptr, nullptr, false, size.out, padded);
-  Tensor p = empty({size.tokens, padded}, ScalarType::Float);
-  RowPass pass = make_row_pass(grad, dtype_of(op, "grad", grad), size.out, padded, Dropout());
-  pass.right = right.const_data_ptr<float>();
-  pass.out = p.mutable_data_ptr<float>();
-  pass.left = left.const_data_ptr<float>();
+  const Tensor right = packed(op, "up_weight", up, nullptr, nullptr, true, size.size, size.out);
+  const Tensor left = as_contiguous(h);
   UpGradients out;
-  out.weight = run_outer_pass(pass, size.tokens, &out.bias);
+  out.p = empty({size.tokens, size.size}, ScalarType::Float);
+  RowPass pass = make_row_pass(grad, dtype_of(op, "grad", grad), size.out, size.size, Dropout());
+  pass.right = right.const_data_ptr<float>();
+  pass.out = out.p.mutable_data_ptr<float>();
+  pass.left = left.const_data_ptr<float>();
+  const Tensor sums = run_outer_pass(pass, size.tokens, &out.bias);
   scale_by(out.bias, scale);
-  scale_by(out.weight, scale);
-  if (padded != size.size || up.scalar_type() != ScalarType::Float)
-    out.weight = unpacked(op, "up_weight", out.weight, nullptr, nullptr, false, up);
-  out.p = padded == size.size ? p : as_contiguous(torch::stable::narrow(p, 1, 0, size.size));
+  out.weight = unpacked(op, "up_weight", sums, scale, nullptr, nullptr, true, up);
   scale_by(out.p, scale);
   return out;
 }
 
 Tensor down_gradient(const char* op, const Tensor& grad_u, const Tensor& x, const Tensor& down,
                      const Bottleneck& size) {
-  const Tensor left = framed(op, grad_u, size.padded);
-  RowPass pass = make_row_pass(x, dtype_of(op, "x", x), size.in, size.padded, Dropout());
+  const Tensor left = as_contiguous(grad_u);
+  RowPass pass = make_row_pass(x, dtype_of(op, "x", x), size.in, size.size, Dropout());
   pass.left = left.const_data_ptr<float>();
-  return unpacked(op, "down_weight", run_outer_pass(pass, size.tokens), nullptr, nullptr, true, down);
+  return unpacked(op, "down_weight", run_outer_pass(pass, size.tokens), 1.0f, nullptr, nullptr, false, down);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_cpu(Tensor grad, Tensor x, Tensor u,
@@ -357,11 +346,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
             over_grad.weight, over_grad.bias};
   }
   grad_x = empty({x.sizes().begin(), x.sizes().end()}, type);
-  const Tensor left = framed(kOp, grad_u, size.padded);
+  const Tensor left = as_contiguous(grad_u);
   const Tensor right =
-      packed(kOp, "down_weight", down_weight, nullptr, nullptr, false, size.padded, round_up(size.in, kColumnStep));
+      packed(kOp, "down_weight", down_weight, nullptr, nullptr, false, size.size, round_up(size.in, kColumnStep));
   Expand work = onto_residual(grad_x, own ? flat_grad : none(type));
-  work.rank = size.padded;
+  work.rank = size.size;
   work.left = left.const_data_ptr<float>();
   work.right = right.const_data_ptr<float>();
   run_expand(work, size.tokens);

@@ -27,6 +27,9 @@ PEFT_EXT_API uint64_t peft_ext_kept_scratch();
 // Releases the scratch memory of all threads that are in no call. Returns the number of released bytes.
 PEFT_EXT_API uint64_t peft_ext_release_scratch();
 
+// The number of parallel loops of CPU operators that woke other threads since the library was loaded.
+PEFT_EXT_API uint64_t peft_ext_parallel_loops();
+
 // CUDA: the kernels that the operators launch, and the sources from which the kernels are compiled.
 PEFT_EXT_API int peft_ext_kernel_count();
 // The C++ expression that names a kernel's instance, and the source that defines the kernel.

@@ -69,5 +69,11 @@ inline const uint16_t* philox_draws(const Dropout& dropout, int64_t first, int64
   return buffer + first % kDrawsPerBlock;
 }
 
+// Sets out[i] to x[i] if dropout keeps element i, and to 0 otherwise. Dropout's scale is not applied.
+template <typename T>
+inline void drop_values(const Dropout& dropout, const uint16_t* draws, int64_t count, const T* x, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = draws[i] >= dropout.threshold ? x[i] : T{};
+}
+
 }  // namespace
 }  // namespace peft_ext

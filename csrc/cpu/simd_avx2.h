@@ -69,6 +69,15 @@ struct Vec {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  // Returns in lane i the sum over the lanes of of[i].
+  static Vec sums_of(const Vec (&of)[kWidth]) {
+    __m256 four[2];
+    for (int i = 0; i < 2; ++i)
+      four[i] = _mm256_hadd_ps(_mm256_hadd_ps(of[4 * i].v, of[4 * i + 1].v),
+                               _mm256_hadd_ps(of[4 * i + 2].v, of[4 * i + 3].v));
+    return {
+        _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31))};
+  }
   float largest() const {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));

@@ -70,6 +70,23 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
   }
   float sum() const { return _mm512_reduce_add_ps(v); }
+  // Returns in lane i the sum over the lanes of of[i].
+  static Vec sums_of(const Vec (&of)[kWidth]) {
+    __m512 two[8], four[4];
+    for (int i = 0; i < 8; ++i) {  // lanes of each four: sums of of[2 i], of[2 i + 1], of[2 i], of[2 i + 1]
+      const __m512 a = of[2 * i].v, b = of[2 * i + 1].v;
+      two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 4; ++i) {  // lanes of each four: sums of of[4 i] to of[4 i + 3]
+      const __m512 a = two[2 * i], b = two[2 * i + 1];
+      four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    const __m512 low =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xee));
+    const __m512 high =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xee));
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
+  }
   float largest() const { return _mm512_reduce_max_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
 
@@ -153,6 +170,25 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
     const __m512 kept = _mm512_maskz_mul_ps(keep, _mm512_maskz_loadu_ps(inside, values + i), scale);
     _mm512_mask_storeu_ps(values + i, inside, kept);
   }
+}
+
+// Sets out[i] to x[i] if dropout keeps element i, and to 0 otherwise, for elements of 16 bits. Dropout's scale is not
+// applied.
+inline void drop_words(const Dropout& dropout, const uint16_t* draws, int64_t count, const void* x, void* out) {
+  const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 inside = count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1;
+    const __m512i draw = _mm512_maskz_loadu_epi16(inside, draws + i);
+    const __mmask32 keep = dropout.threshold == 0 ? inside : _mm512_mask_cmpgt_epu16_mask(inside, draw, below);
+    const __m512i kept = _mm512_maskz_loadu_epi16(keep, static_cast<const uint16_t*>(x) + i);
+    _mm512_mask_storeu_epi16(static_cast<uint16_t*>(out) + i, inside, kept);
+  }
+}
+inline void drop_values(const Dropout& dropout, const uint16_t* draws, int64_t count, const bf16* x, bf16* out) {
+  drop_words(dropout, draws, count, x, out);
+}
+inline void drop_values(const Dropout& dropout, const uint16_t* draws, int64_t count, const f16* x, f16* out) {
+  drop_words(dropout, draws, count, x, out);
 }
 
 // Writes the dropout mask as bits to ceil(count / 32) words: bit i is draws[i] >= threshold.

@@ -62,6 +62,10 @@ struct Vec {
   // Returns 2^v for an integer v from -126 to 127, and 1 for a NaN.
   Vec exp2() const { return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(v), vdupq_n_s32(127)), 23))}; }
   float sum() const { return vaddvq_f32(v); }
+  // Returns in lane i the sum over the lanes of of[i].
+  static Vec sums_of(const Vec (&of)[kWidth]) {
+    return {vpaddq_f32(vpaddq_f32(of[0].v, of[1].v), vpaddq_f32(of[2].v, of[3].v))};
+  }
   float largest() const { return vmaxnmvq_f32(v); }
   void store(float* x) const { vst1q_f32(x, v); }
 

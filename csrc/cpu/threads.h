@@ -2,8 +2,13 @@
 // threads has one thread.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <exception>
+#include <functional>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -26,11 +31,19 @@ struct WithinALoop {
   ~WithinALoop() { within_a_loop() = before; }
 };
 
-// Calls f(begin, end) on all threads for parts of [begin, end) of at least `grain`. The first exception is rethrown
-// with its own message: PyTorch's loop would replace the message, and trainers look for the allocator's message. All
-// threads run the calling thread's CPU path.
+inline int64_t loop_threads() { return within_a_loop() ? 1 : static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Number of parallel loops that woke other threads since the library was loaded.
+inline std::atomic<uint64_t> parallel_loops{0};
+
+// Calls f(begin, end) on all threads for parts of [begin, end) of at least `grain`. A loop of at most `grain` runs on
+// the calling thread alone. The first exception is rethrown with its own message: PyTorch's loop would replace the
+// message, and trainers look for the allocator's message. All threads run the calling thread's CPU path.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (begin >= end) return;
+  if (end - begin <= grain || loop_threads() == 1) return f(begin, end);
+  parallel_loops.fetch_add(1, std::memory_order_relaxed);
   std::exception_ptr thrown;
   std::mutex one;
   const Isa isa = current_isa();
@@ -46,6 +59,35 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (thrown != nullptr) std::rethrow_exception(thrown);
 }
 
-inline int64_t loop_threads() { return within_a_loop() ? 1 : static_cast<int64_t>(torch::stable::get_num_threads()); }
+// Several loops that run as one parallel loop.
+class Loops {
+ public:
+  // Adds a loop that calls f(first, last) for parts of [0, count). work: the work of one iteration, in any unit that
+  // all loops share.
+  void add(int64_t count, int64_t work, std::function<void(int64_t, int64_t)> f) {
+    if (count <= 0) return;
+    loops_.push_back({count, std::max<int64_t>(1, work), total_, std::move(f)});
+    total_ += count * loops_.back().work;
+  }
+  // Runs the loops. grain: the least work of a thread.
+  void run(int64_t grain) const {
+    parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
+      for (const Loop& loop : loops_) {
+        // An iteration belongs to the part in which its first unit of work lies.
+        const int64_t first = loop.iteration(begin), last = loop.iteration(end);
+        if (first < last) loop.f(first, last);
+      }
+    });
+  }
+
+ private:
+  struct Loop {
+    int64_t count, work, start;
+    std::function<void(int64_t, int64_t)> f;
+    int64_t iteration(int64_t at) const { return at <= start ? 0 : std::min(count, (at - start + work - 1) / work); }
+  };
+  std::vector<Loop> loops_;
+  int64_t total_ = 0;
+};
 
 }  // namespace peft_ext

@@ -28,7 +28,7 @@ struct LowRank {
   const char* op;
   Tensor indices;         // int64, contiguous
   Tensor lora_A, lora_B;  // not copied: the strides may have any values
-  int64_t tokens, entries, columns, rank, padded;
+  int64_t tokens, entries, columns, rank;
   std::vector<float> rho;  // s for each rank, 0 for a padding rank
 
   const int64_t* index() const { return indices.const_data_ptr<int64_t>(); }
@@ -39,17 +39,9 @@ LowRank checked(const char* op, const Tensor& indices, const Tensor& lora_A, con
                   torch::headeronly::toString(indices.scalar_type()), ", wanted Long");
   STD_TORCH_CHECK(lora_A.dim() == 2 && lora_B.dim() == 2 && lora_A.size(0) == lora_B.size(1) && lora_A.size(0) > 0, op,
                   ": lora_A and lora_B are not [R, V] and [N, R], of a rank of 1 or more");
-  LowRank of{op,
-             as_contiguous(indices),
-             lora_A,
-             lora_B,
-             indices.numel(),
-             lora_A.size(1),
-             lora_B.size(0),
-             lora_A.size(0),
-             round_up(lora_A.size(0), kRankStep),
-             {}};
-  of.rho.assign(static_cast<size_t>(of.padded), 0.0f);
+  LowRank of{
+      op, as_contiguous(indices), lora_A, lora_B, indices.numel(), lora_A.size(1), lora_B.size(0), lora_A.size(0), {}};
+  of.rho.assign(static_cast<size_t>(of.rank), 0.0f);
   std::fill_n(of.rho.begin(), of.rank, static_cast<float>(scaling));
   const int64_t* index = of.index();
   for (int64_t t = 0; t < of.tokens; ++t)
@@ -66,10 +58,9 @@ void gather_shrunk(const LowRank& of, int64_t begin, int64_t end, float* s) {
     using T = decltype(zero);
     const T* a = static_cast<const T*>(of.lora_A.const_data_ptr());
     for (int64_t t = begin; t < end; ++t) {
-      float* row = s + t * of.padded;
+      float* row = s + t * of.rank;
       const T* column = a + index[t] * by_entry;
       for (int64_t r = 0; r < of.rank; ++r) row[r] = to_float(column[r * by_rank]);
-      std::fill(row + of.rank, row + of.padded, 0.0f);
     }
   });
 }
@@ -107,14 +98,14 @@ Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> p
   out_shape.push_back(of.columns);
   const Tensor y = empty(out_shape, type);
   if (y.numel() == 0) return y;
-  const Tensor s = empty({of.tokens, of.padded}, ScalarType::Float);
+  const Tensor s = empty({of.tokens, of.rank}, ScalarType::Float);
   Expand work;
   work.y = y.mutable_data_ptr();
   work.dtype = dtype_of(kOp, "weight", type);
   work.columns = of.columns;
-  work.rank = of.padded;
+  work.rank = of.rank;
   work.stride = round_up(of.columns, kColumnStep);
-  const Tensor right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), true, of.padded, work.stride);
+  const Tensor right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), true, of.rank, work.stride);
   work.left = s.const_data_ptr<float>();
   work.right = right.const_data_ptr<float>();
   work.residual = work.y;  // y holds the rows of W, which are read before y is overwritten
@@ -131,7 +122,7 @@ Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> p
   return y;
 }
 
-// Computes dA [R, V] in lora_A's dtype from P [T, padded].
+// Computes dA [R, V] in lora_A's dtype from P [T, R].
 Tensor grad_of_entries(const LowRank& of, const float* p, int64_t padding_idx) {
   const Tensor grad = empty({of.rank, of.entries}, of.lora_A.scalar_type());
   const int64_t* index = of.index();
@@ -143,7 +134,7 @@ Tensor grad_of_entries(const LowRank& of, const float* p, int64_t padding_idx) {
       for (int64_t r = begin; r < end; ++r) {
         std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t t = 0; t < of.tokens; ++t)
-          if (index[t] != padding_idx) sums[static_cast<size_t>(index[t])] += p[t * of.padded + r];
+          if (index[t] != padding_idx) sums[static_cast<size_t>(index[t])] += p[t * of.rank + r];
         for (int64_t v = 0; v < of.entries; ++v) out[r * of.entries + v] = from_float<T>(sums[static_cast<size_t>(v)]);
       }
     });
@@ -159,22 +150,22 @@ std::tuple<Tensor, Tensor> lora_embedding_backward_cpu(Tensor grad, Tensor indic
   STD_TORCH_CHECK(grad.numel() == checked_product(of.tokens, of.columns), kOp, ": grad has ", grad.numel(),
                   " elements, wanted ", of.tokens, " rows of ", of.columns);
   const Tensor held = as_contiguous(grad);
-  RowPass pass = make_row_pass(held, dtype_of(kOp, "grad", grad), of.columns, of.padded, Dropout());
+  RowPass pass = make_row_pass(held, dtype_of(kOp, "grad", grad), of.columns, of.rank, Dropout());
   Tensor right, s, p, grad_A = none(lora_A.scalar_type()), grad_B = none(lora_B.scalar_type());
   if (needs_grad_A) {
-    right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), false, of.columns, of.padded);
-    p = empty({of.tokens, of.padded}, ScalarType::Float);
+    right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), true, of.rank, of.columns);
+    p = empty({of.tokens, of.rank}, ScalarType::Float);
     pass.right = right.const_data_ptr<float>();
     pass.out = p.mutable_data_ptr<float>();
     if (of.columns == 0) std::fill_n(pass.out, p.numel(), 0.0f);
   }
   if (needs_grad_B) {
-    s = empty({of.tokens, of.padded}, ScalarType::Float);
+    s = empty({of.tokens, of.rank}, ScalarType::Float);
     float* shrunk = s.mutable_data_ptr<float>();
-    parallel_for(0, of.tokens, ceil_div(kPackGrain, of.padded),
+    parallel_for(0, of.tokens, ceil_div(kPackGrain, of.rank),
                  [&](int64_t begin, int64_t end) { gather_shrunk(of, begin, end, shrunk); });
     pass.left = shrunk;
-    grad_B = unpacked(kOp, "lora_B", run_outer_pass(pass, of.tokens), nullptr, of.rho.data(), false, lora_B);
+    grad_B = unpacked(kOp, "lora_B", run_outer_pass(pass, of.tokens), 1.0f, nullptr, of.rho.data(), true, lora_B);
   } else if (needs_grad_A) {
     run_row_pass(pass, of.tokens);
   }

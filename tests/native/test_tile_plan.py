@@ -49,6 +49,18 @@ def test_what_once_had_no_end(program: Path, threads: int, tokens: int, rows: in
     assert share < 1.1
 
 
+@pytest.mark.parametrize("threads", [1, 2, 7, 16, 64, 96, 192])
+@pytest.mark.parametrize(("tokens", "columns"), [(512, 4096), (1024, 4096), (2048, 8192), (1024, 576), (64, 1536)])
+def test_parts_with_dropout_use_all_draws(program: Path, threads: int, tokens: int, columns: int) -> None:
+    """A part has whole groups of 128 draws. Wide layers have enough parts of 512 columns: a cache line of the mask."""
+    args = ["columns", str(threads), str(tokens), str(columns), "8"]
+    found = subprocess.run([program, *args], capture_output=True, text=True, timeout=60, check=True)
+    width = int(found.stdout)
+    assert width in (128, 256, 512)
+    if threads <= 64 and tokens >= 512 and columns >= 4096:
+        assert width == 512
+
+
 def test_the_table_for_many_cores_is_what_is_computed() -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     import many_cores

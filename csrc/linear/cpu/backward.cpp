@@ -16,6 +16,12 @@ bool rest_apart(const BackwardCall& b) {
   return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
 }
 
+bool tiles_accept(const BackwardCall& b) {
+  const bool plain = !b.drop_base() && !b.adapter.in_scale.has_value();
+  const TileProduct product = plain ? TileProduct::kPlainBackward : TileProduct::kBackward;
+  return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
+}
+
 // Returns by (g - 1) + shift, [N] float32.
 Tensor around_one(const BackwardCall& b, float by, float shift) {
   Tensor out = empty({b.size.out}, ScalarType::Float);
@@ -24,9 +30,9 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of the gradient. held:
-// receives the strips of lora_A to which the result refers.
-TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, Tensor* held) {
+// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of the gradient, if the
+// call has no strips.
+TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
   TileBackward work;
@@ -42,7 +48,10 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
     work.given = static_cast<const bf16*>(b.grad.const_data_ptr());
   } else {
     const float* scale = b.drop_base() ? nullptr : b.g();
-    work.grad = token_strips(room, true, b.grad, size.tokens, size.out, scale, nullptr);
+    work.grad = b.strips;
+    if (b.strips == nullptr || !adapter.low_rank())
+      work.grad =
+          token_strips(b.strips != nullptr ? b.strips : room, true, b.grad, size.tokens, size.out, scale, nullptr);
     if (b.drop_base() && b.g() != nullptr) {
       const size_t bytes = static_cast<size_t>(strips_elements(size.tokens, size.out)) * sizeof(bf16);
       work.more = scaled(static_cast<bf16*>(scratch(Scratch::kMoreTokens, bytes)), 1.0f, 0.0f);
@@ -50,11 +59,9 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
   }
   work.rank = 0;
   if (adapter.low_rank()) {
-    const Tensor a = packed(b.op, "lora_A", *adapter.lora_A, nullptr, nullptr, false, size.padded, size.in);
-    *held = lane_strips(a.const_data_ptr<float>(), size.padded, size.in, size.in);
-    work.rank = size.padded;
+    work.rank = size.rank;
     work.p = b.p.const_data_ptr<float>();
-    work.a = held->const_data_ptr<float>();
+    work.a = b.a.const_data_ptr<float>();
   }
   work.keep = b.mask() ? b.keep.data : nullptr;
   work.keep_words = b.keep.per_row;
@@ -69,25 +76,25 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
 void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto, AdaptedBackward* out) {
   const LinearSizes& size = calls[0]->size;
   std::vector<const FrozenWeight*> weights;
-  int64_t elements = 0, tiles_of_all = 0;
+  size_t elements = 0;
+  int64_t tiles_of_all = 0;
   bool whole = false, apart = false;  // `apart` is false for several layers
   for (const BackwardCall* b : calls) {
     weights.push_back(&b->weight);
-    elements += strips_elements(size.tokens, b->size.out);
+    if (b->strips == nullptr) elements += strips_elements(size.tokens, b->size.out);
     tiles_of_all += ceil_div(b->size.out, kTileDepth);
     apart = apart || rest_apart(*b);
     whole = whole || (b->drop_base() && b->g() != nullptr);  // H W and the dropped elements need all of the depth
   }
   const int64_t part = whole ? tiles_of_all : depth_part(tiles_of_all);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  auto* room = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));
+  bf16* room = elements > 0 ? static_cast<bf16*>(scratch(Scratch::kTokens, elements * sizeof(bf16))) : nullptr;
   const int64_t parts = calls[0]->adapter.in_scale.has_value() ? ceil_div(size.tokens, kReduceTokens) : 0;
   Tensor sums = zeros({parts, size.in});
-  std::vector<Tensor> held(calls.size());
   std::vector<TileBackward> works;
   for (size_t i = 0; i < calls.size(); ++i) {
-    works.push_back(tile_backward(*calls[i], tiles[i], room, &held[i]));
-    room += strips_elements(size.tokens, calls[i]->size.out);
+    works.push_back(tile_backward(*calls[i], tiles[i], room));
+    if (calls[i]->strips == nullptr) room += strips_elements(size.tokens, calls[i]->size.out);
     works[i].grad_in_scale = sums.mutable_data_ptr<float>();
     works[i].grad_x = static_cast<bf16*>(out->grad_x.mutable_data_ptr());
     works[i].onto = onto;
@@ -150,12 +157,6 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   run_expand(finish, size.tokens);
 }
 
-bool tiles_accept(const BackwardCall& b) {
-  const bool plain = !b.drop_base() && !b.adapter.in_scale.has_value();
-  const TileProduct product = plain ? TileProduct::kPlainBackward : TileProduct::kBackward;
-  return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
-}
-
 // Largest number of bytes in kPanelStep columns of the weights of several layers whose dX is computed together. The
 // number limits the scratch memory for the strips of the layers' gradients, which must be there at the same time.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
@@ -177,7 +178,11 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   out.grad_x = none(type);
   out.grad_A = out.grad_B = out.grad_rank_scale = none();
   out.grad_in_scale = adapter.in_scale.has_value() ? zeros({size.in}) : none();
-  if (adapter.low_rank()) rank_gradients(&call, s, needs_grad_x, &out);
+  call.tiles = (needs_grad_x || adapter.in_scale.has_value()) && tiles_accept(call);
+  if (adapter.low_rank()) {
+    if (call.tiles && !rest_apart(call)) call.strips = strips_room(Scratch::kTokens, size.tokens, size.out);
+    rank_gradients({{&call, &s, &out}}, needs_grad_x);
+  }
   // The gradient of the input scale is computed together with dX.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
   out.grad_x = room.has_value() ? *room : empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
@@ -196,7 +201,12 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
   SiblingsBackward out;
   out.grad_x = none(type);
   std::vector<BackwardCall> calls;
-  calls.reserve(layers.size());
+  std::vector<size_t> indices;
+  int64_t elements = 0;
+  const auto panel_bytes = [](const BackwardCall& call) {
+    return strips_elements(kPanelStep, call.size.out) * static_cast<int64_t>(sizeof(bf16));
+  };
+  int64_t panels = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     out.layers.emplace_back();
     AdaptedBackward& own = out.layers.back();
@@ -204,8 +214,29 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
     if (!grads[i].has_value()) continue;
     check_matrix_weight(op, layers[i].weight, type);
     calls.push_back(checked_backward(op, layers[i].weight, layers[i].adapter, *grads[i], held_x));
-    if (layers[i].adapter.low_rank()) rank_gradients(&calls.back(), s[i], needs_grad_x, &own);
+    indices.push_back(i);
+    BackwardCall& call = calls.back();
+    call.tiles = needs_grad_x && tiles_accept(call);
+    if (!call.tiles) continue;
+    elements += strips_elements(call.size.tokens, call.size.out);
+    panels += panel_bytes(call);
   }
+  // The passes over dY make the strips of dY if all layers are multiplied together. Otherwise the strips of one layer
+  // after the other take less memory.
+  bf16* strips = nullptr;
+  if (elements > 0 && panels <= kPanelBytes && calls.size() <= kMostLayers)
+    strips = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));
+  const std::vector<std::optional<Tensor>> held_s(s.begin(), s.end());
+  std::vector<RankCall> adapted;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    BackwardCall& call = calls[i];
+    if (call.tiles && strips != nullptr) {
+      call.strips = strips;
+      strips += strips_elements(call.size.tokens, call.size.out);
+    }
+    if (call.adapter.low_rank()) adapted.push_back({&call, &held_s[indices[i]], &out.layers[indices[i]]});
+  }
+  rank_gradients(adapted, needs_grad_x);
   if (!needs_grad_x) return out;
   AdaptedBackward sum;
   sum.grad_x = out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
@@ -221,13 +252,13 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
     panel = 0;
   };
   for (const BackwardCall& call : calls) {
-    if (!tiles_accept(call)) {
+    if (!call.tiles) {
       run();
       backward_by_products(call, onto, &sum);
       onto = true;
       continue;
     }
-    const int64_t bytes = strips_elements(kPanelStep, call.size.out) * static_cast<int64_t>(sizeof(bf16));
+    const int64_t bytes = panel_bytes(call);
     if (panel + bytes > kPanelBytes || together.size() == kMostLayers) run();
     together.push_back(&call);
     panel += bytes;

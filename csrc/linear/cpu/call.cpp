@@ -15,7 +15,7 @@ LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& w
                         adapter.lora_B->size(1) == rank,
                     op, ": lora_B is not [", n, ", ", rank, "]");
   }
-  return {rows_of(x), k, n, rank, round_up(rank, kRankStep)};
+  return {rows_of(x), k, n, rank};
 }
 
 Expand finishing(const ForwardCall& f) {
@@ -24,7 +24,7 @@ Expand finishing(const ForwardCall& f) {
   work.z = f.want_z ? f.out.z.mutable_data_ptr() : nullptr;
   work.dtype = f.dtype();
   work.columns = f.size.out;
-  work.rank = f.size.padded;
+  work.rank = f.size.rank;
   work.stride = round_up(f.size.out, kColumnStep);
   work.scale = floats(f.scale);
   (f.bias_inside ? work.bias_before : work.bias) = floats(f.bias);
@@ -46,7 +46,10 @@ BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const 
           as_shape(as_contiguous(grad), {size.tokens, size.out}),
           as_shape(held_x, {size.tokens, size.in}),
           Tensor(),
-          KeepBits()};
+          KeepBits(),
+          false,
+          Tensor(),
+          nullptr};
 }
 
 Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed) {

@@ -7,14 +7,14 @@
 namespace peft_ext {
 
 struct LinearSizes {
-  int64_t tokens, in, out, rank, padded;
+  int64_t tokens, in, out, rank;
 };
 
 // Returns the sizes of a call. Fails if the size of x, lora_A or lora_B does not fit the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
 
-// Returns ρ [padded rank], with zeros beyond the rank.
-Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded);
+// Returns ρ [R].
+Tensor rank_scales(const char* op, const Adapter& adapter);
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -39,15 +39,17 @@ struct ForwardCall {
 // the low-rank term yet.
 Expand finishing(const ForwardCall& f);
 
-// The results of shrink_tokens: s is S [T, padded rank], which shrink_tokens also writes to ForwardCall::out.s, and
-// keep has the bits of the dropout mask if drop_base() is true.
+// The results of shrink_tokens beside ForwardCall::out.s: keep has the bits of the dropout mask if drop_base() is true.
 struct Shrunk {
-  Tensor s;
   KeepBits keep;
-  GroupedS grouped;  // S of a mixed batch, instead of s
+  GroupedS grouped;  // S of a mixed batch, each segment with the stride of its adapter's rank
 };
 
-// Computes S in one pass over x.
+// Returns the pass over x that computes S with A [R, K] float32, and writes S to ForwardCall::out.s. keep: receives
+// room for the bits of the dropout mask if drop_base() is true.
+RowPass shrink_pass(const ForwardCall& f, const Tensor& a, KeepBits* keep);
+
+// Computes S in one pass over x, and writes S to ForwardCall::out.s.
 Shrunk shrink_tokens(const ForwardCall& f);
 
 // Computes the low-rank term of x [T, K] in float32, and writes or adds the term to y [T, N] float32.
@@ -63,8 +65,13 @@ struct BackwardCall {
   const Adapter& adapter;
   LinearSizes size;
   Tensor grad, x;  // grad is dY [T, N], x is [T, K]; both are contiguous
-  Tensor p;        // P [T rounded up to 32, padded rank]; kernels read the rows beyond T, but store no results of them
+  Tensor p;        // P [T rounded up to 32, R]; kernels read the rows beyond T, but store no results of them
   KeepBits keep;   // bits of the dropout mask, if dropout is active and dX is wanted
+  // If the tile kernels compute dX, rank_gradients also makes the strips of lora_A and, if `strips` is not null, the
+  // left strips of g ∘ dY, or of dY if dropout acts on the base.
+  bool tiles = false;
+  Tensor a;
+  bf16* strips = nullptr;
 
   ScalarType type() const { return x.scalar_type(); }
   DType dtype() const { return dtype_of(op, "x", x); }
@@ -77,9 +84,16 @@ struct BackwardCall {
 BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
                               const Tensor& held_x);
 
-// Computes P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits of the dropout
-// mask for dX.
-void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out);
+// One layer of rank_gradients: s is S of the forward, and out receives the gradients.
+struct RankCall {
+  BackwardCall* call;
+  const std::optional<Tensor>* s;
+  AdaptedBackward* out;
+};
+
+// Computes for each layer P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits
+// of the dropout mask for dX. The layers share the parallel loops.
+void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
 // Sets `finish` up for dX = mask/(1-p) ∘ (P A) + terms of the caller. Returns the tensor to which `finish` points.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);

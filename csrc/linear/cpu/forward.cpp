@@ -64,9 +64,12 @@ void forward_few_tokens(const ForwardCall& f) {
   run_expand(finish, f.size.tokens);
 }
 
-// Memory to which a TileForward refers.
+// Memory to which a TileForward refers, and other operands of one call.
 struct TileOperands {
-  Tensor strips, rows;
+  Tensor a, rho, rows, strips;  // A [R, K], ρ [R], ρB [N rounded up to kColumnStep, R], strips of S
+  KeepBits keep;                // bits of the dropout mask, if drop_base() is true
+  const bf16* dropped = nullptr;
+  GroupedS grouped_s;
   GroupedTerms grouped;
   DroppedTokens rest;
 };
@@ -80,8 +83,61 @@ int64_t tiles_in_part(const ForwardCall& f) {
   return f.drop_base() ? tiles : depth_part(tiles);
 }
 
-TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileWeight& weight, const bf16* x,
-                         TileOperands* held) {
+// Reads x once for all calls, which have the same x: computes S and the strips of S of each call, the dropped strips of
+// a call with drop_base(), and the right strips of x, which the function returns. If `apart` is true, no strips of x
+// are made.
+const bf16* shrink_on_tiles(const std::vector<ForwardCall>& calls, bool apart, std::vector<TileOperands>* operands) {
+  const ForwardCall& first_call = calls[0];
+  const LinearSizes& size = first_call.size;
+  Loops packing;
+  std::vector<RowPass> passes;
+  struct Strips {
+    int64_t rank;
+    const float* s;
+    float* strips;
+  };
+  std::vector<Strips> of_s;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const ForwardCall& f = calls[i];
+    const Adapter& adapter = f.adapter;
+    TileOperands& held = (*operands)[i];
+    if (adapter.groups != nullptr) held.grouped_s = grouped_shrink(f.op, *adapter.groups, f.x, f.out.s);
+    if (adapter.groups != nullptr || !adapter.low_rank()) continue;
+    const int64_t rank = f.size.rank;
+    held.rho = rank_scales(f.op, adapter);
+    held.a = packed(&packing, f.op, "lora_A", *adapter.lora_A, nullptr, nullptr, false, rank, size.in);
+    // The kernel reads whole blocks of kColumnStep rows of ρB.
+    held.rows = packed(&packing, f.op, "lora_B", *adapter.lora_B, nullptr, held.rho.const_data_ptr<float>(), false,
+                       round_up(f.size.out, kColumnStep), rank);
+    held.strips = empty({ceil_div(size.tokens, kStrip), rank, kStrip}, ScalarType::Float);
+    passes.push_back(shrink_pass(f, held.a, &held.keep));
+    of_s.push_back({rank, passes.back().out, held.strips.mutable_data_ptr<float>()});
+  }
+  packing.run(kConvertGrain);
+  bf16* x = apart ? nullptr : strips_room(Scratch::kTokens, size.tokens, size.in);
+  std::vector<TokenStrips> strips;
+  if (x != nullptr)
+    strips.push_back(strips_of(x, first_call.x, size.tokens, size.in, floats(first_call.adapter.in_scale), nullptr));
+  if (first_call.drop_base()) {
+    TileOperands& held = operands->front();
+    bf16* room = strips_room(Scratch::kMoreTokens, size.tokens, size.in);
+    strips.push_back(strips_of(room, first_call.x, size.tokens, size.in, nullptr, &held.keep));
+    held.dropped = room;
+  }
+  constexpr int64_t kStripsCost = 4;  // cost of converting an element to strips, in multiplications
+  const TileKernels& isa = *tile_kernels();
+  run_row_passes(
+      passes, size.tokens,
+      [&](int64_t first, int64_t last) {
+        const int64_t from = first / kStrip, to = ceil_div(last, kStrip);
+        for (const Strips& s : of_s) lane_strips_of_rows(s.s, s.rank, size.tokens, from, to, s.strips);
+        for (const TokenStrips& work : strips) isa.right_strips(work, from, to);
+      },
+      kStripsCost * size.in * static_cast<int64_t>(strips.size()));
+  return x;
+}
+
+TileForward tile_forward(const ForwardCall& f, const TileWeight& weight, const bf16* x, TileOperands* held) {
   const LinearSizes& size = f.size;
   const Adapter& adapter = f.adapter;
   TileForward work;
@@ -89,30 +145,21 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
   work.depth_part = tiles_in_part(f);
   work.tokens = size.tokens;
   work.x = x;
-  work.dropped = nullptr;
-  if (f.drop_base())
-    work.dropped = token_strips(Scratch::kMoreTokens, false, f.x, size.tokens, size.in, nullptr, &shrunk.keep);
+  work.dropped = held->dropped;
   work.dropped_scale = adapter.dropout.scale;
   if (rest_apart(f)) {
-    held->rest = dropped_tokens_of(f.x, size.tokens, size.in, shrunk.keep);
+    held->rest = dropped_tokens_of(f.x, size.tokens, size.in, held->keep);
     work.rest = held->rest.entries;
   }
   work.rank = 0;
-  Tensor &strips = held->strips, &rows = held->rows;
   if (adapter.groups != nullptr) {
-    held->grouped = grouped_terms(f.op, *adapter.groups, shrunk.grouped, size.tokens, size.out);
+    held->grouped = grouped_terms(f.op, *adapter.groups, held->grouped_s, size.tokens, size.out);
     work.terms = held->grouped.terms.data();
     work.first_term = held->grouped.first.data();
   } else if (adapter.low_rank()) {
-    const Tensor rho = rank_scales(f.op, adapter, size.padded);
-    const float* s = shrunk.s.const_data_ptr<float>();
-    // The kernel reads whole blocks of kColumnStep rows of ρB.
-    rows = packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), false,
-                  round_up(size.out, kColumnStep), size.rank);
     work.rank = size.rank;
-    strips = lane_strips_of_rows(s, size.rank, size.padded, size.tokens);
-    work.s = strips.const_data_ptr<float>();
-    work.b = rows.const_data_ptr<float>();
+    work.s = held->strips.const_data_ptr<float>();
+    work.b = held->rows.const_data_ptr<float>();
   }
   work.scale = floats(f.scale);
   work.bias_before = f.bias_inside ? floats(f.bias) : nullptr;
@@ -124,21 +171,19 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
 
 // Computes the forward of several calls with one x by the tile kernels. The panels of all weights form one list, which
 // is divided among the threads.
-void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<Shrunk>& shrunk) {
+void forward_on_tiles(const std::vector<ForwardCall>& calls) {
   const LinearSizes& size = calls[0].size;
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
   const bool apart = rest_apart(calls[0]);  // `apart` is false for several layers, because siblings have no drop_base
-  const bf16* x = apart ? nullptr
-                        : token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
-                                       floats(calls[0].adapter.in_scale), nullptr);
   std::vector<TileOperands> held(calls.size());
+  const bf16* x = shrink_on_tiles(calls, apart, &held);
   std::vector<TileForward> works;
   std::vector<int64_t> ends;  // end of each W in the list of rows; every W but the last is padded to whole panels
   int64_t rows = 0;
   for (size_t i = 0; i < calls.size(); ++i) {
-    works.push_back(tile_forward(calls[i], shrunk[i], tiles[i], x, &held[i]));
+    works.push_back(tile_forward(calls[i], tiles[i], x, &held[i]));
     rows = round_up(rows, kPanelStep) + calls[i].size.out;
     ends.push_back(rows);
   }
@@ -162,7 +207,8 @@ void fill_rows(const Tensor& matrix, const float* row) {
   });
 }
 
-void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
+void forward_by_products(const ForwardCall& f) {
+  const Shrunk shrunk = f.adapter.low_rank() ? shrink_tokens(f) : Shrunk();
   const LinearSizes& size = f.size;
   const Adapter& adapter = f.adapter;
   const ScalarType type = f.type();
@@ -173,10 +219,10 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
                               : run_expand(finish, size.tokens);
   };
   if (adapter.low_rank() && adapter.groups == nullptr) {
-    const Tensor rho = rank_scales(f.op, adapter, size.padded);
+    const Tensor rho = rank_scales(f.op, adapter);
     right =
-        packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);
-    finish.left = shrunk.s.const_data_ptr<float>();
+        packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.rank, finish.stride);
+    finish.left = f.out.s.const_data_ptr<float>();
     finish.right = right.const_data_ptr<float>();
   }
   const bool plain = !f.scale.has_value() && !f.want_z && !f.drop_base();
@@ -278,14 +324,13 @@ bool tiles_accept(const ForwardCall& f) {
   return f.size.in > 0 && f.size.out > 0 && tiles_accept(f.weight, f.type(), f.size.tokens, TileProduct::kForward);
 }
 
-Shrunk shrunk_tokens(const ForwardCall& f) { return f.adapter.low_rank() ? shrink_tokens(f) : Shrunk(); }
-
 void run_forward(const ForwardCall& call) {
   if (call.size.tokens == 0) return;
   if (few_tokens_accept(call)) return forward_few_tokens(call);
-  const bool tiles = tiles_accept(call);
-  const Shrunk shrunk = shrunk_tokens(call);
-  if (call.size.out > 0) tiles ? forward_on_tiles({call}, {shrunk}) : forward_by_products(call, shrunk);
+  if (call.size.out > 0)
+    tiles_accept(call) ? forward_on_tiles({call}) : forward_by_products(call);
+  else if (call.adapter.low_rank())
+    shrink_tokens(call);
 }
 
 }  // namespace
@@ -302,18 +347,16 @@ std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std
   const ScratchOfCall scratch_of_call;
   const Tensor held_x = as_contiguous(x);
   std::vector<ForwardCall> calls, on_tiles;
-  std::vector<Shrunk> shrunk;
   for (const Layer& layer : layers) {
     calls.push_back(checked_forward(op, held_x, layer.weight, layer.bias, layer.adapter, false, false));
     const ForwardCall& call = calls.back();
     if (call.size.tokens == 0 || few_tokens_accept(call) || !tiles_accept(call)) {
       run_forward(call);
     } else {
-      shrunk.push_back(shrunk_tokens(call));
       on_tiles.push_back(call);
     }
   }
-  if (!on_tiles.empty()) forward_on_tiles(on_tiles, shrunk);
+  if (!on_tiles.empty()) forward_on_tiles(on_tiles);
   std::vector<AdaptedForward> out;
   for (const ForwardCall& call : calls) out.push_back(call.out);
   return out;

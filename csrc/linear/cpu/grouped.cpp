@@ -58,12 +58,12 @@ void save_s(const Groups& groups, const GroupedS& from, const Tensor& s) {
   }
 }
 
-GroupedS empty_s(const Groups& groups, bool padded) {
+GroupedS empty_s(const Groups& groups) {
   GroupedS s;
   int64_t total = 0;
   for (const Segment& segment : groups.segments) {
     const int64_t rank = segment.group < 0 ? 0 : groups.rank_of(segment);
-    s.strides.push_back(padded ? round_up(rank, kRankStep) : rank);
+    s.strides.push_back(rank);
     s.offsets.push_back(total);
     total += s.strides.back() * segment.tokens();
   }
@@ -128,13 +128,13 @@ Groups make_groups(const char* op, const std::vector<Tensor>& lora_A, const std:
 GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, const Tensor& s) {
   const int64_t k = x.size(1);
   const DType dtype = dtype_of(op, "x", x);
-  GroupedS out = empty_s(groups, true);
+  GroupedS out = empty_s(groups);
   if (k == 0) {
     std::fill_n(out.storage.mutable_data_ptr<float>(), out.storage.numel(), 0.0f);
   } else {
     const std::vector<Tensor> rights = of_used(groups, [&](size_t g) {
       const Tensor& a = groups.lora_A[g];
-      return packed(op, "lora_A", a, nullptr, nullptr, true, k, round_up(a.size(0), kRankStep));
+      return packed(op, "lora_A", a, nullptr, nullptr, false, a.size(0), k);
     });
     struct Task {
       RowPass pass;
@@ -166,7 +166,7 @@ GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, c
 }
 
 void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s) {
-  const GroupedS sums = empty_s(groups, false);
+  const GroupedS sums = empty_s(groups);
   const int64_t in = x.size(1), out = y.size(1);
   std::vector<FewTask> tasks;
   for (size_t i = 0; i < groups.segments.size(); ++i) {
@@ -193,8 +193,7 @@ void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, c
 void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, const Expand& finish) {
   const std::vector<Tensor> rights = of_used(groups, [&](size_t g) {
     const Tensor& b = groups.lora_B[g];
-    return packed(op, "lora_B", b, nullptr, scales(groups, g).data(), true, round_up(b.size(1), kRankStep),
-                  finish.stride);
+    return packed(op, "lora_B", b, nullptr, scales(groups, g).data(), true, b.size(1), finish.stride);
   });
   struct Task {
     Expand work;

@@ -5,22 +5,21 @@
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
-#include "linear/cpu/tiles/tiles.h"
+#include "linear/cpu/pass_plan.h"
+#include "linear/cpu/tiles/products.h"
 
 namespace peft_ext {
 
-Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded) {
-  Tensor rho = zeros({padded});
+Tensor rank_scales(const char* op, const Adapter& adapter) {
+  const int64_t rank = adapter.rank();
+  Tensor rho = empty({rank}, ScalarType::Float);
   float* values = rho.mutable_data_ptr<float>();
-  Tensor given;
-  if (adapter.rank_scale.has_value()) {
-    STD_TORCH_CHECK(adapter.rank_scale->numel() == adapter.rank(), op, ": rank_scale has ", adapter.rank_scale->numel(),
-                    " elements, wanted ", adapter.rank());
-    given = padded_vector(op, "rank_scale", *adapter.rank_scale, padded);
-  }
-  for (int64_t r = 0; r < adapter.rank(); ++r)
-    values[r] = static_cast<float>(adapter.scaling) *
-                (adapter.rank_scale.has_value() ? given.const_data_ptr<float>()[r] : 1.0f);
+  std::fill_n(values, rank, static_cast<float>(adapter.scaling));
+  if (!adapter.rank_scale.has_value()) return rho;
+  STD_TORCH_CHECK(adapter.rank_scale->numel() == rank, op, ": rank_scale has ", adapter.rank_scale->numel(),
+                  " elements, wanted ", rank);
+  const Tensor given = padded_vector(op, "rank_scale", *adapter.rank_scale, rank);
+  for (int64_t r = 0; r < rank; ++r) values[r] *= given.const_data_ptr<float>()[r];
   return rho;
 }
 
@@ -29,101 +28,134 @@ void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y,
   if (adapter.groups != nullptr) return grouped_few_tokens(f.op, *adapter.groups, x, y, f.out.s);
   const Tensor dropped = adapter.dropout.active ? dropped_elements(f.op, x, adapter.dropout) : x;
   run_few_tokens(f.op, as_contiguous(*adapter.lora_A), dropped, f.out.s, false);
-  const Tensor rho = rank_scales(f.op, adapter, f.size.rank);
+  const Tensor rho = rank_scales(f.op, adapter);
   const Tensor left = column_pass(f.op, f.out.s, &rho, 0.0f, nullptr).scaled;
   run_few_tokens(f.op, as_contiguous(*adapter.lora_B), left, y, accumulate);
 }
 
+RowPass shrink_pass(const ForwardCall& f, const Tensor& a, KeepBits* keep) {
+  const LinearSizes& size = f.size;
+  RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.rank, f.adapter.dropout);
+  pass.right = a.const_data_ptr<float>();
+  pass.out = static_cast<float*>(f.out.s.mutable_data_ptr());
+  if (!f.drop_base()) return pass;
+  *keep = keep_bits(size.tokens, size.in);
+  pass.keep = keep->data;
+  pass.keep_words = keep->per_row;
+  return pass;
+}
+
 Shrunk shrink_tokens(const ForwardCall& f) {
   const LinearSizes& size = f.size;
-  const Dropout& dropout = f.adapter.dropout;
   Shrunk out;
   if (f.adapter.groups != nullptr) {
     out.grouped = grouped_shrink(f.op, *f.adapter.groups, f.x, f.out.s);
     return out;
   }
-  out.s = size.padded == size.rank ? f.out.s : empty({size.tokens, size.padded}, ScalarType::Float);
-  float* s = out.s.mutable_data_ptr<float>();
-  const Tensor right = packed(f.op, "lora_A", *f.adapter.lora_A, nullptr, nullptr, true, size.in, size.padded);
-  RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.padded, dropout);
-  pass.right = right.const_data_ptr<float>();
-  pass.out = s;
-  if (f.drop_base()) {
-    out.keep = keep_bits(size.tokens, size.in);
-    pass.keep = out.keep.data;
-    pass.keep_words = out.keep.per_row;
-  }
-  if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
+  const Tensor a = packed(f.op, "lora_A", *f.adapter.lora_A, nullptr, nullptr, false, size.rank, size.in);
+  const RowPass pass = shrink_pass(f, a, &out.keep);
+  if (size.in == 0) std::fill_n(pass.out, f.out.s.numel(), 0.0f);
   run_row_pass(pass, size.tokens);
-  if (size.padded != size.rank) {
-    // The loop copies S without PyTorch, because PyTorch's copy refuses an inference tensor on another thread.
-    float* given = static_cast<float*>(f.out.s.mutable_data_ptr());
-    parallel_for(0, size.tokens, ceil_div(kPackGrain, size.rank), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) std::copy_n(s + t * size.padded, size.rank, given + t * size.rank);
-    });
-  }
   return out;
 }
 
 namespace {
 
-// Returns the gradient of rank_scale [R] from sums = dYᵀ S, which are not scaled by g yet.
+// Returns the gradient of rank_scale [R] from sums = Sᵀ dY [R, N], which are not scaled by g yet.
 Tensor rank_scale_gradient(const BackwardCall& b, const Tensor& sums) {
-  const Tensor wide = packed(b.op, "lora_B", *b.adapter.lora_B, b.g(), nullptr, false, b.size.out, b.size.padded);
-  const Tensor dots = column_pass(b.op, wide, nullptr, 0.0f, &sums).sums;
-  Tensor out = zeros({b.size.rank});
-  for (int64_t r = 0; r < b.size.rank; ++r)
-    out.mutable_data_ptr<float>()[r] = static_cast<float>(b.adapter.scaling) * dots.const_data_ptr<float>()[r];
+  const int64_t columns = b.size.out;
+  const Tensor wide = packed(b.op, "lora_B", *b.adapter.lora_B, b.g(), nullptr, true, b.size.rank, columns);
+  const float *one = wide.const_data_ptr<float>(), *other = sums.const_data_ptr<float>();
+  Tensor out = empty({b.size.rank}, ScalarType::Float);
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t r = 0; r < b.size.rank; ++r) {
+    constexpr int64_t kSide = 16;
+    float sides[kSide] = {}, total = 0.0f;
+    int64_t n = r * columns;
+    for (; n + kSide <= (r + 1) * columns; n += kSide)
+      for (int64_t i = 0; i < kSide; ++i) sides[i] += one[n + i] * other[n + i];
+    for (; n < (r + 1) * columns; ++n) total += one[n] * other[n];
+    for (const float side : sides) total += side;
+    to[r] = static_cast<float>(b.adapter.scaling) * total;
+  }
   return out;
 }
 
 }  // namespace
 
-void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out) {
-  BackwardCall& b = *call;
-  const LinearSizes& size = b.size;
-  const Adapter& adapter = b.adapter;
-  STD_TORCH_CHECK(s.has_value() && s->scalar_type() == ScalarType::Float && s->numel() == size.tokens * size.rank, b.op,
-                  ": s has ", s.has_value() ? s->numel() : 0, " elements, wanted ", size.tokens * size.rank);
-  const Tensor rho = rank_scales(b.op, adapter, size.padded);
-  const float* by_rank = rho.const_data_ptr<float>();
-  const Tensor flat_s = as_shape(as_contiguous(*s), {size.tokens, size.rank});
-  const Tensor left =
-      size.rank == size.padded ? flat_s : packed(b.op, "s", flat_s, nullptr, nullptr, false, size.tokens, size.padded);
-  const Tensor right = packed(b.op, "lora_B", *adapter.lora_B, b.g(), by_rank, false, size.out, size.padded);
-  b.p = empty({round_up(size.tokens, 2 * kStrip), size.padded}, ScalarType::Float);
-  float* p = b.p.mutable_data_ptr<float>();
-  const int64_t written = size.out > 0 ? size.tokens : 0;
-  std::fill_n(p + written * size.padded, b.p.numel() - written * size.padded, 0.0f);
-  RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.padded, Dropout());
-  over_grad.right = right.const_data_ptr<float>();
-  over_grad.out = p;
-  over_grad.left = left.const_data_ptr<float>();
-  {
-    const Tensor sums = run_outer_pass(over_grad, size.tokens);
-    out->grad_B = unpacked(b.op, "lora_B", sums, b.g(), by_rank, false, *adapter.lora_B);
-    if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, sums);
+void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x) {
+  struct Held {
+    Tensor rho, left, right;
+    LateSums for_A, for_B;
+  };
+  std::vector<Held> held(calls.size());
+  Loops before, sums, after;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    BackwardCall& b = *calls[i].call;
+    const std::optional<Tensor>& s = *calls[i].s;
+    const LinearSizes& size = b.size;
+    STD_TORCH_CHECK(s.has_value() && s->scalar_type() == ScalarType::Float && s->numel() == size.tokens * size.rank,
+                    b.op, ": s has ", s.has_value() ? s->numel() : 0, " elements, wanted ", size.tokens * size.rank);
+    held[i].rho = rank_scales(b.op, b.adapter);
+    held[i].left = as_contiguous(*s);
+    held[i].right = packed(&before, b.op, "lora_B", *b.adapter.lora_B, b.g(), held[i].rho.const_data_ptr<float>(), true,
+                           size.rank, size.out);
+    if (b.tiles) b.a = lane_strips(&before, b.op, "lora_A", *b.adapter.lora_A);
   }
-  RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.padded, adapter.dropout);
-  over_x.left = p;
-  if (b.mask() && needs_grad_x) {
-    b.keep = keep_bits(size.tokens, size.in);
-    over_x.keep = b.keep.data;
-    over_x.keep_words = b.keep.per_row;
+  before.run(kConvertGrain);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    BackwardCall& b = *calls[i].call;
+    const LinearSizes& size = b.size;
+    b.p = empty({round_up(size.tokens, 2 * kStrip), size.rank}, ScalarType::Float);
+    float* p = b.p.mutable_data_ptr<float>();
+    const int64_t written = size.out > 0 ? size.tokens : 0;
+    std::fill_n(p + written * size.rank, b.p.numel() - written * size.rank, 0.0f);
+    RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.rank, Dropout());
+    over_grad.right = held[i].right.const_data_ptr<float>();
+    over_grad.out = p;
+    over_grad.left = held[i].left.const_data_ptr<float>();
+    TokenWork beside;
+    if (b.strips != nullptr) {
+      const float* scale = b.drop_base() ? nullptr : b.g();
+      const TokenStrips strips = strips_of(b.strips, b.grad, size.tokens, size.out, scale, nullptr);
+      beside = [strips, &isa = *tile_kernels()](int64_t first, int64_t last) {
+        isa.left_strips(strips, first / kStrip, ceil_div(last, kStrip));
+      };
+    }
+    held[i].for_B = outer_pass(&sums, over_grad, size.tokens, nullptr, beside);
+    RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.rank, b.adapter.dropout);
+    over_x.left = p;
+    if (b.mask() && needs_grad_x) {
+      b.keep = keep_bits(size.tokens, size.in);
+      over_x.keep = b.keep.data;
+      over_x.keep_words = b.keep.per_row;
+    }
+    held[i].for_A = outer_pass(&sums, over_x, size.tokens, nullptr, nullptr);
   }
-  out->grad_A = unpacked(b.op, "lora_A", run_outer_pass(over_x, size.tokens), nullptr, nullptr, true, *adapter.lora_A);
+  sums.run(kPassGrain);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const BackwardCall& b = *calls[i].call;
+    const Adapter& adapter = b.adapter;
+    AdaptedBackward* out = calls[i].out;
+    LateSums &for_A = held[i].for_A, &for_B = held[i].for_B;
+    if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, summed(&for_B));
+    const float* by_rank = held[i].rho.const_data_ptr<float>();
+    const float scale = adapter.dropout.active ? adapter.dropout.scale : 1.0f;
+    out->grad_B = unpacked(&after, b.op, "lora_B", for_B, 1.0f, b.g(), by_rank, true, *adapter.lora_B);
+    out->grad_A = unpacked(&after, b.op, "lora_A", for_A, scale, nullptr, nullptr, false, *adapter.lora_A);
+  }
+  after.run(kConvertGrain);
 }
 
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out) {
   finish->y = out->grad_x.mutable_data_ptr();
   finish->dtype = b.dtype();
   finish->columns = b.size.in;
-  finish->rank = b.size.padded;
+  finish->rank = b.size.rank;
   finish->stride = round_up(b.size.in, kColumnStep);
   finish->dropout = b.mask() ? b.adapter.dropout : Dropout();
   if (!b.adapter.low_rank()) return Tensor();
-  const Tensor right =
-      packed(b.op, "lora_A", *b.adapter.lora_A, nullptr, nullptr, false, b.size.padded, finish->stride);
+  const Tensor right = packed(b.op, "lora_A", *b.adapter.lora_A, nullptr, nullptr, false, b.size.rank, finish->stride);
   finish->left = b.p.const_data_ptr<float>();
   finish->right = right.const_data_ptr<float>();
   return right;
@@ -158,18 +190,16 @@ AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual
   Expand finish = finishing(call);
   finish.residual = onto.const_data_ptr();
   Tensor term, right;
-  Shrunk shrunk;
   if (size.tokens <= kFewTokens && size.in > 0) {
     term = empty({size.tokens, size.out}, ScalarType::Float);
     few_tokens_low_rank(call, as_type(flat_x, ScalarType::Float), term, false);
     finish.before = term.const_data_ptr<float>();
     finish.rank = 0;
   } else {
-    shrunk = shrink_tokens(call);
-    const Tensor rho = rank_scales(op, adapter, size.padded);
-    right =
-        packed(op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);
-    finish.left = shrunk.s.const_data_ptr<float>();
+    shrink_tokens(call);
+    const Tensor rho = rank_scales(op, adapter);
+    right = packed(op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.rank, finish.stride);
+    finish.left = out.s.const_data_ptr<float>();
     finish.right = right.const_data_ptr<float>();
   }
   if (size.out > 0) run_expand(finish, size.tokens);
@@ -184,7 +214,8 @@ AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const A
   AdaptedBackward out;
   out.grad_x = none(call.type());
   out.grad_rank_scale = out.grad_in_scale = none();
-  rank_gradients(&call, s, false, &out);
+  const std::optional<Tensor> held_s = s;
+  rank_gradients({{&call, &held_s, &out}}, false);
   if (!needs_grad_x) return out;
   out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, call.type());
   if (out.grad_x.numel() == 0) return out;

@@ -37,15 +37,15 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
                   " elements, wanted [R, ", k, "]");
   STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == n && lora_B.size(1) == rank, kOp, ": lora_B is not [", n, ", ",
                   rank, "]");
-  const int64_t padded = round_up(rank, kRankStep), count = n * k;
+  const int64_t count = n * k;
   Expand add;
   add.dtype = DType::kF32;
   add.columns = k;
-  add.rank = padded;
+  add.rank = rank;
   add.stride = round_up(k, kColumnStep);
-  const Tensor right = packed(kOp, "lora_A", lora_A, nullptr, nullptr, false, padded, add.stride);
+  const Tensor right = packed(kOp, "lora_A", lora_A, nullptr, nullptr, false, rank, add.stride);
   const std::vector<float> rho(static_cast<size_t>(rank), static_cast<float>(scaling));
-  const Tensor left = packed(kOp, "lora_B", lora_B, nullptr, rho.data(), false, n, padded);
+  const Tensor left = packed(kOp, "lora_B", lora_B, nullptr, rho.data(), false, n, rank);
   add.right = right.const_data_ptr<float>();
   Tensor g;
   if (row_scale.has_value()) g = float_vector(kOp, "row_scale", *row_scale, n);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
       Expand work = add;
       work.y = w;
       work.before = w;
-      work.left = left.const_data_ptr<float>() + first * padded;
+      work.left = left.const_data_ptr<float>() + first * rank;
       low_rank.expand(work, 0, last - first, 0, k);
       if (row_scale.has_value())
         for (int64_t i = first; i < last; ++i)

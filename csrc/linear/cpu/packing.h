@@ -2,11 +2,14 @@
 #pragma once
 
 #include "cpu/tensor.h"
+#include "cpu/threads.h"
 
 namespace peft_ext {
 
 // The smallest number of elements that a thread takes in a pass over elements.
 constexpr int64_t kPackGrain = 1 << 14;
+// The smallest number of elements of small matrices that a thread converts: fewer take less time than waking a thread.
+constexpr int64_t kConvertGrain = 1 << 15;
 
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
@@ -22,25 +25,37 @@ Tensor zeros(const std::vector<int64_t>& shape);
 // Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
 // frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
 // by_column[column], if these pointers are not null. If nothing has to change, the result is the matrix itself and must
-// not be written to.
+// not be written to. With `loops`, the result is filled when the loops run; the factors must live until then.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
+Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& matrix, const float* by_row,
+              const float* by_column, bool transpose, int64_t frame_rows, int64_t frame_columns);
 
-// Converts sums [columns, padded rank] float32 to like's dtype and shape: [R, columns] (transposed) or [columns, R].
-// Each element is multiplied by by_column[column] and by by_rank[rank], if these pointers are not null.
-Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const float* by_column, const float* by_rank,
-                bool transpose, const Tensor& like);
+// Sums [R, columns] float32 of which the last additions are still to be done: total + held[first] + held[first + 1] +
+// ..., `count` additions in this order.
+struct LateSums {
+  Tensor total;  // [R, columns]
+  Tensor held;   // [any, R, columns]
+  int64_t first = 0, count = 0;
+};
+
+// Converts sums [R, columns] to like's dtype and shape: [columns, R] if `transpose` is true, otherwise [R, columns].
+// Each element is multiplied by `by`, and by by_column[column] and by_rank[rank], if these pointers are not null. With
+// `loops`, the result is filled when the loops run; the factors must live until then.
+Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float by, const float* by_column,
+                const float* by_rank, bool transpose, const Tensor& like);
+Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSums& sums, float by,
+                const float* by_column, const float* by_rank, bool transpose, const Tensor& like);
 
 // Returns a vector as float32, zero-padded. If nothing has to change, the result is the vector itself, and must not be
 // written to.
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length);
 
-// Converts a matrix [rank, columns] with row stride `stride` to strips [ceil(columns / 16), rank, 16], zero-padded.
-Tensor lane_strips(const float* rows, int64_t rank, int64_t stride, int64_t columns);
+// Converts a matrix [R, columns] to float32 strips [ceil(columns / 16), R, 16], zero-padded, when the loops run.
+Tensor lane_strips(Loops* loops, const char* op, const char* argument, const Tensor& matrix);
 
-// Converts the transpose of a matrix m [columns, rank], with row stride `stride`, to strips of the layout that
-// lane_strips returns.
-Tensor lane_strips_of_rows(const float* m, int64_t rank, int64_t stride, int64_t columns);
+// Writes the strips [first, last) of the transpose of m [columns, rank], in the layout that lane_strips returns.
+void lane_strips_of_rows(const float* m, int64_t rank, int64_t columns, int64_t first, int64_t last, float* strips);
 
 // Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The function may
 // return the vector itself.

@@ -10,12 +10,17 @@
 
 namespace peft_ext {
 
-// Number of rows that a pass takes at a time.
-constexpr int64_t kTokenStep = 8;
+// Number of rows that a pass takes at a time: the tokens of a strip of the tile kernels.
+constexpr int64_t kTokenStep = 16;
 constexpr int64_t kMinChunkTokens = 64;
 constexpr int64_t kMaxChunks = 32;
-// The smallest number of a chunk's columns that a thread takes.
+// The smallest number of a chunk's columns that a thread takes: without dropout, with dropout, and with dropout where
+// enough parts remain. Philox computes 128 draws at a time, and the mask of 512 columns is a cache line.
 constexpr int64_t kBlockColumns = 64;
+constexpr int64_t kDrawnColumns = 128;
+constexpr int64_t kMaskColumns = 512;
+// The cost of drawing an element's dropout, in multiplications.
+constexpr int64_t kDrawCost = 12;
 // The largest number of floats in the sums of several chunks (16 MiB), unless one chunk alone needs more.
 constexpr int64_t kMostSums = int64_t{1} << 22;
 // The smallest number of multiplications that a thread takes: a few microseconds.
@@ -62,24 +67,41 @@ inline int64_t chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_
 
 // Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide only the columns of m. A thread
 // then sums over all tokens, and no sums of single chunks are kept.
-inline int64_t sums_by_columns_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
-  const int64_t blocks = shares(columns, kBlockColumns), part = tokens * std::min(kBlockColumns, columns) * rank;
+inline int64_t sums_by_columns_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads,
+                                    int64_t block = kBlockColumns) {
+  const int64_t blocks = shares(columns, block), part = tokens * std::min(block, columns) * rank;
   return std::min(busiest(blocks, part, threads) * part, tokens * columns * rank);
 }
 
 // Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide the chunks of tokens too.
-inline int64_t sums_by_chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
-  return chunks_cost(tokens, columns, rank, shares(columns, kBlockColumns), threads);
+inline int64_t sums_by_chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads,
+                                   int64_t block = kBlockColumns) {
+  return chunks_cost(tokens, columns, rank, shares(columns, block), threads);
 }
 
-inline bool sums_by_columns(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
-  return 7 * sums_by_columns_cost(tokens, columns, rank, threads) <=
-         8 * sums_by_chunks_cost(tokens, columns, rank, threads);
+inline bool sums_by_columns(int64_t tokens, int64_t columns, int64_t rank, int64_t threads,
+                            int64_t block = kBlockColumns) {
+  return 7 * sums_by_columns_cost(tokens, columns, rank, threads, block) <=
+         8 * sums_by_chunks_cost(tokens, columns, rank, threads, block);
 }
 
-inline int64_t outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
-  return sums_by_columns(tokens, columns, rank, threads) ? sums_by_columns_cost(tokens, columns, rank, threads)
-                                                         : sums_by_chunks_cost(tokens, columns, rank, threads);
+inline int64_t outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads,
+                               int64_t block = kBlockColumns) {
+  return sums_by_columns(tokens, columns, rank, threads, block)
+             ? sums_by_columns_cost(tokens, columns, rank, threads, block)
+             : sums_by_chunks_cost(tokens, columns, rank, threads, block);
+}
+
+// Returns the number of columns in a part of the product mᵀ · left. With dropout, a part of kMaskColumns columns uses
+// all draws, and writes whole cache lines of the mask; narrower parts are taken only if they make the busiest thread an
+// eighth faster.
+inline int64_t block_columns(int64_t tokens, int64_t columns, int64_t rank, int64_t threads, bool dropout) {
+  if (!dropout) return kBlockColumns;
+  int64_t best = kMaskColumns;
+  const auto cost = [&](int64_t block) { return outer_pass_cost(tokens, columns, rank + kDrawCost, threads, block); };
+  for (int64_t block = kMaskColumns / 2; block >= kDrawnColumns; block /= 2)
+    if (8 * cost(block) < 7 * cost(best)) best = block;
+  return best;
 }
 
 // Returns the cost of one pass that computes both m · right and mᵀ · left. The threads divide only the chunks of

@@ -2,6 +2,7 @@
 #include "linear/cpu/passes.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
@@ -17,7 +18,7 @@ namespace {
 constexpr int64_t kExpandPasses = 8;
 static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");
-static_assert(kTokenStep == kRowsTogether);
+static_assert(kTokenStep % kRowsTogether == 0 && kMaskColumns == kColumnsTogether);
 // Number of rows of W that are decoded at a time in a pass over W.
 constexpr int64_t kRowChunk = 64;
 
@@ -29,11 +30,11 @@ const void* weight_rows(const FrozenWeight& weight, const Tensor& dense, ScalarT
   return decode_rows(weight, first, last, dtype_of("nf4_dequantize", "dtype", type), scratch(Scratch::kRows, room));
 }
 
-RowPass weight_pass(const char* op, const FrozenWeight& weight, ScalarType type, int64_t padded) {
+RowPass weight_pass(const char* op, const FrozenWeight& weight, ScalarType type, int64_t rank) {
   RowPass pass;
   pass.dtype = dtype_of(op, "dtype", type);
   pass.columns = weight.in_features();
-  pass.rank = padded;
+  pass.rank = rank;
   return pass;
 }
 
@@ -59,12 +60,43 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
   return pass;
 }
 
-void run_row_pass(const RowPass& pass, int64_t tokens) {
+void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work) {
+  // Tokens whose rows of m stay in L2 until `beside` reads the rows again.
+  constexpr int64_t kTogether = 2;
   const PassKernels& isa = pass_kernels();
-  const int64_t grain = pass_grain(kTokenStep * pass.columns * pass.rank);
-  parallel_for(0, ceil_div(tokens, kTokenStep), grain, [&](int64_t begin, int64_t end) {
-    isa.row_pass(pass, begin * kTokenStep, min_i64(end * kTokenStep, tokens), 0, pass.columns);
+  int64_t multiplications = kTokenStep * beside_work;
+  for (const RowPass& pass : passes) multiplications += kTokenStep * pass.columns * pass.rank;
+  parallel_for(0, ceil_div(tokens, kTokenStep), pass_grain(multiplications), [&](int64_t begin, int64_t end) {
+    for (int64_t step = begin; step < end; step += kTogether) {
+      const int64_t first = step * kTokenStep, last = min_i64(min_i64(step + kTogether, end) * kTokenStep, tokens);
+      for (const RowPass& pass : passes) isa.row_pass(pass, first, last, 0, pass.columns);
+      if (beside) beside(first, last);
+    }
   });
+}
+
+void run_row_pass(const RowPass& pass, int64_t tokens) { run_row_passes({pass}, tokens, nullptr, 0); }
+
+namespace {
+
+// Sets the columns [first, last) of acc [rank, columns] to zero.
+void clear_columns(float* acc, int64_t stride, int64_t rank, int64_t first, int64_t last) {
+  for (int64_t r = 0; r < rank; ++r) std::fill_n(acc + r * stride + first, last - first, 0.0f);
+}
+
+}  // namespace
+
+Tensor summed(LateSums* sums) {
+  if (sums->count == 0) return sums->total;
+  const int64_t size = sums->total.numel();
+  const float* from = sums->held.const_data_ptr<float>() + sums->first * size;
+  float* total = sums->total.mutable_data_ptr<float>();
+  parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < sums->count; ++c)
+      for (int64_t i = begin; i < end; ++i) total[i] += from[c * size + i];
+  });
+  sums->count = 0;
+  return sums->total;
 }
 
 namespace {
@@ -76,106 +108,159 @@ void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t las
   const auto room = static_cast<size_t>(min_i64(kColumnsTogether, last - first) * (rank + 1)) * sizeof(float);
   auto* own = static_cast<float*>(scratch(Scratch::kRows, room));
   for (int64_t from = first; from < last; from += kColumnsTogether) {
-    const int64_t to = min_i64(from + kColumnsTogether, last), size = (to - from) * rank;
+    const int64_t to = min_i64(from + kColumnsTogether, last), width = to - from;
+    float* own_totals = own + width * rank;
     for (int64_t t = 0; t < tokens; t += chunk) {
       RowPass part = pass;
-      float* into = t == 0 ? sums + from * rank : own;
-      std::fill_n(into, size, 0.0f);
-      part.acc = into - from * rank;
-      float* columns = own + size;
+      part.acc = t == 0 ? sums : own - from;
+      part.acc_stride = t == 0 ? pass.columns : width;
+      clear_columns(part.acc, part.acc_stride, rank, from, to);
       if (totals != nullptr) {
-        if (t == 0) columns = totals + from;
-        std::fill_n(columns, to - from, 0.0f);
-        part.totals = columns - from;
+        part.totals = t == 0 ? totals : own_totals - from;
+        std::fill_n(part.totals + from, width, 0.0f);
       }
       isa.row_pass(part, t, min_i64(t + chunk, tokens), from, to);
       if (t == 0) continue;
-      for (int64_t i = 0; i < size; ++i) sums[from * rank + i] += own[i];
-      for (int64_t i = 0; totals != nullptr && i < to - from; ++i) totals[from + i] += columns[i];
+      for (int64_t r = 0; r < rank; ++r)
+        for (int64_t i = 0; i < width; ++i) sums[r * pass.columns + from + i] += own[r * width + i];
+      for (int64_t i = 0; totals != nullptr && i < width; ++i) totals[from + i] += own_totals[i];
     }
   }
 }
 
-Tensor outer_by_columns(const RowPass& pass, int64_t tokens, Tensor* totals) {
-  Tensor sums = empty({pass.columns, pass.rank}, ScalarType::Float);
-  float* data = sums.mutable_data_ptr<float>();
-  if (totals != nullptr) *totals = empty({pass.columns}, ScalarType::Float);
-  float* to_totals = totals != nullptr ? totals->mutable_data_ptr<float>() : nullptr;
-  const int64_t grain = pass_grain(tokens * min_i64(kBlockColumns, pass.columns) * pass.rank);
-  parallel_for(0, ceil_div(pass.columns, kBlockColumns), grain, [&](int64_t begin, int64_t end) {
-    sum_columns(pass, tokens, begin * kBlockColumns, min_i64(end * kBlockColumns, pass.columns), data, to_totals);
-  });
-  return sums;
+// The sums of a pass that is divided by chunks of tokens. The first chunk's sums are computed in the total's memory.
+// The sums of the other chunks are computed in buffers for up to chunks_together chunks; if there are more chunks, the
+// buffers are added to the total and used again.
+struct ChunkSums {
+  int64_t chunk, chunks, together;
+  LateSums sums, totals;  // totals [1, columns], if wanted
+  float *total, *held, *column_total = nullptr, *column_held = nullptr;
+
+  ChunkSums(const RowPass& pass, int64_t tokens, bool of_columns) {
+    chunk = chunk_tokens(tokens);
+    chunks = ceil_div(tokens, chunk);
+    together = chunks_together(tokens, pass.columns, pass.rank);
+    const int64_t beside = chunks == 1 ? 0 : together;
+    sums = {empty({pass.rank, pass.columns}, ScalarType::Float),
+            empty({beside, pass.rank, pass.columns}, ScalarType::Float)};
+    total = sums.total.mutable_data_ptr<float>();
+    held = sums.held.mutable_data_ptr<float>();
+    if (!of_columns) return;
+    totals = {empty({1, pass.columns}, ScalarType::Float), empty({beside, 1, pass.columns}, ScalarType::Float)};
+    column_total = totals.total.mutable_data_ptr<float>();
+    column_held = totals.held.mutable_data_ptr<float>();
+  }
+
+  // Computes the sums of the columns [first, last) of chunk `start` + i.
+  void run(const RowPass& pass, int64_t tokens, int64_t start, int64_t i, int64_t first, int64_t last) const {
+    const int64_t c = start + i;
+    RowPass part = pass;
+    part.acc = c == 0 ? total : held + i * pass.rank * pass.columns;
+    part.acc_stride = pass.columns;
+    clear_columns(part.acc, pass.columns, pass.rank, first, last);
+    if (column_total != nullptr) {
+      part.totals = c == 0 ? column_total : column_held + i * pass.columns;
+      std::fill_n(part.totals + first, last - first, 0.0f);
+    }
+    pass_kernels().row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
+  }
+
+  // Notes that the chunks [start, start + count) are computed. Their sums are added now if `now` is true.
+  void finish(int64_t start, int64_t count, bool now) {
+    const int64_t in_place = start == 0 ? 1 : 0;
+    for (LateSums* of : {&sums, &totals}) {
+      if (!of->total.defined()) continue;
+      // The sums of the first chunk are the total, and the buffer of the first chunk is unused.
+      of->first = in_place;
+      of->count = count - in_place;
+      if (now) summed(of);
+    }
+  }
+};
+
+// Computes the sums of a pass divided by chunks of tokens, and m · right if the pass has `right`. beside: runs for the
+// tokens of each chunk.
+LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside) {
+  ChunkSums sums(pass, tokens, totals != nullptr);
+  const int64_t grain = pass_grain(min_i64(sums.chunk, tokens) * pass.columns * pass.rank);
+  for (int64_t start = 0; start < sums.chunks; start += sums.together) {
+    const int64_t count = min_i64(sums.together, sums.chunks - start);
+    parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        sums.run(pass, tokens, start, i, 0, pass.columns);
+        const int64_t first = (start + i) * sums.chunk;
+        if (beside) beside(first, min_i64(first + sums.chunk, tokens));
+      }
+    });
+    sums.finish(start, count, totals != nullptr || count < sums.chunks);
+  }
+  if (totals != nullptr) *totals = as_shape(sums.totals.total, {pass.columns});
+  return sums.sums;
 }
 
-// Adds the sums [count, size] of `count` chunks to `total` [size], in order.
-void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
-  if (count == 0) return;
-  parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t i = begin; i < end; ++i) total[i] += sums[c * size + i];
-  });
-}
-
-// Computes the sums of a pass, divided by chunks of tokens and by parts of `width` columns; if P is computed too, width
-// is the number of all columns. The first chunk's sums are computed in the total's memory. The sums of the other chunks
-// are computed in a buffer for up to chunks_together chunks, are added to the total, and the buffer is used again.
-Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tensor* totals) {
-  const PassKernels& isa = pass_kernels();
-  const int64_t size = pass.columns * pass.rank, blocks = ceil_div(pass.columns, width);
-  const int64_t chunk = chunk_tokens(tokens), chunks = ceil_div(tokens, chunk);
-  const int64_t together = chunks_together(tokens, pass.columns, pass.rank);
-  const int64_t beside = chunks == 1 ? 0 : together, of_columns = totals != nullptr ? pass.columns : 0;
-  Tensor total = empty({pass.columns, pass.rank}, ScalarType::Float), total_columns = zeros({of_columns});
-  const Tensor held = empty({beside, size}, ScalarType::Float), held_columns = zeros({beside, of_columns});
-  float *sums = total.mutable_data_ptr<float>(), *of_chunks = held.mutable_data_ptr<float>();
-  float *column_sums = total_columns.mutable_data_ptr<float>(), *column_chunks = held_columns.mutable_data_ptr<float>();
-  const int64_t grain = pass_grain(min_i64(chunk, tokens) * min_i64(width, pass.columns) * pass.rank);
-  for (int64_t start = 0; start < chunks; start += together) {
-    const int64_t count = min_i64(together, chunks - start);
-    parallel_for(0, count * blocks, grain, [&](int64_t begin, int64_t end) {
+// Adds loops that compute the sums of a pass without `right`. The loops work on blocks of columns of all tokens, or of
+// chunks of tokens.
+LateSums add_outer_loops(Loops* loops, const RowPass& pass, int64_t tokens, Tensor* totals) {
+  const int64_t threads = loop_threads(), columns = pass.columns, rank = pass.rank;
+  const int64_t width = block_columns(tokens, columns, rank, threads, pass.dropout.active);
+  const int64_t blocks = ceil_div(columns, width), of_element = rank + (pass.dropout.active ? kDrawCost : 0);
+  if (sums_by_columns(tokens, columns, rank, threads, width)) {
+    const Tensor sums = empty({rank, columns}, ScalarType::Float);
+    float* data = sums.mutable_data_ptr<float>();
+    if (totals != nullptr) *totals = empty({columns}, ScalarType::Float);
+    float* to_totals = totals != nullptr ? totals->mutable_data_ptr<float>() : nullptr;
+    loops->add(blocks, tokens * min_i64(width, columns) * of_element, [=](int64_t begin, int64_t end) {
+      sum_columns(pass, tokens, begin * width, min_i64(end * width, columns), data, to_totals);
+    });
+    return {sums, Tensor()};
+  }
+  auto sums = std::make_shared<ChunkSums>(pass, tokens, totals != nullptr);
+  const int64_t work = min_i64(sums->chunk, tokens) * min_i64(width, columns) * of_element;
+  for (int64_t start = 0; start < sums->chunks; start += sums->together) {
+    const int64_t count = min_i64(sums->together, sums->chunks - start);
+    const bool late = count == sums->chunks && totals == nullptr;
+    Loops own;
+    (late ? loops : &own)->add(count * blocks, work, [=](int64_t begin, int64_t end) {
       while (begin < end) {
-        const int64_t i = begin / blocks, next = min_i64(end, (i + 1) * blocks), c = start + i;
-        const int64_t first = (begin - i * blocks) * width, last = min_i64((next - i * blocks) * width, pass.columns);
-        RowPass part = pass;
-        part.acc = c == 0 ? sums : of_chunks + i * size;
-        std::fill_n(part.acc + first * pass.rank, (last - first) * pass.rank, 0.0f);
-        if (totals != nullptr) {
-          part.totals = c == 0 ? column_sums : column_chunks + i * of_columns;
-          std::fill_n(part.totals + first, last - first, 0.0f);
-        }
-        isa.row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
+        const int64_t i = begin / blocks, next = min_i64(end, (i + 1) * blocks);
+        const int64_t first = (begin - i * blocks) * width, last = min_i64((next - i * blocks) * width, columns);
+        sums->run(pass, tokens, start, i, first, last);
         begin = next;
       }
     });
-    const int64_t in_place = start == 0 ? 1 : 0;
-    add_sums(of_chunks + in_place * size, count - in_place, size, sums);
-    if (totals != nullptr) add_sums(column_chunks + in_place * of_columns, count - in_place, of_columns, column_sums);
+    if (!late) own.run(kPassGrain);
+    sums->finish(start, count, !late);
   }
-  if (totals != nullptr) *totals = total_columns;
-  return total;
+  if (totals != nullptr) *totals = as_shape(sums->totals.total, {columns});
+  return sums->sums;
 }
 
 }  // namespace
 
-Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals) {
+LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside) {
   if (tokens == 0 || pass.columns == 0) {
     if (totals != nullptr) *totals = zeros({pass.columns});
-    return zeros({pass.columns, pass.rank});
+    if (beside) beside(0, tokens);
+    return {zeros({pass.rank, pass.columns}), Tensor()};
   }
-  const int64_t threads = loop_threads();
   RowPass outer = pass;
   if (pass.right != nullptr) {
-    if (!passes_apart(tokens, pass.columns, pass.rank, threads))
-      return outer_by_chunks(pass, tokens, pass.columns, totals);
+    if (!passes_apart(tokens, pass.columns, pass.rank, loop_threads()))
+      return outer_by_chunks(pass, tokens, totals, beside);
     RowPass product = pass;
     product.left = nullptr;
-    run_row_pass(product, tokens);
+    run_row_passes({product}, tokens, beside, 0);
     outer.right = nullptr;
     outer.out = nullptr;
   }
-  if (sums_by_columns(tokens, pass.columns, pass.rank, threads)) return outer_by_columns(outer, tokens, totals);
-  return outer_by_chunks(outer, tokens, kBlockColumns, totals);
+  return add_outer_loops(later, outer, tokens, totals);
+}
+
+Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals) {
+  Loops loops;
+  LateSums sums = outer_pass(&loops, pass, tokens, totals, nullptr);
+  loops.run(kPassGrain);
+  return summed(&sums);
 }
 
 void run_expand(const Expand& work, int64_t tokens) {
@@ -264,19 +349,19 @@ void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tens
 RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tensor& lora_A, ScalarType type) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, type);
-  const int64_t n = weight.out_features(), k = weight.in_features(), padded = round_up(lora_A.size(0), kRankStep);
-  RowFacts facts{zeros({n, padded}), zeros({n})};
+  const int64_t n = weight.out_features(), k = weight.in_features(), rank = lora_A.size(0);
+  RowFacts facts{zeros({n, rank}), zeros({n})};
   if (n == 0 || k == 0) return facts;
-  const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, true, k, padded);
+  const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, false, rank, k);
   const Tensor dense = weight.is_packed() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
   parallel_for(0, ceil_div(n, kRowChunk), 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kRowChunk; first < min_i64(end * kRowChunk, n); first += kRowChunk) {
       const int64_t last = min_i64(first + kRowChunk, n);
-      RowPass pass = weight_pass(op, weight, type, padded);
+      RowPass pass = weight_pass(op, weight, type, rank);
       pass.m = weight_rows(weight, dense, type, first, last);
       pass.right = right.const_data_ptr<float>();
-      pass.out = facts.product.mutable_data_ptr<float>() + first * padded;
+      pass.out = facts.product.mutable_data_ptr<float>() + first * rank;
       pass.squares = facts.squares.mutable_data_ptr<float>() + first;
       isa.row_pass(pass, 0, last - first, 0, k);
     }
@@ -287,23 +372,22 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
 Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& left, ScalarType type) {
   check_matrix_weight(op, weight, type);
   const int64_t n = weight.out_features(), k = weight.in_features(), rank = left.size(1);
-  const int64_t padded = round_up(rank, kRankStep);
   if (n == 0 || k == 0) return zeros({rank, k});
-  const Tensor framed = packed(op, "left", left, nullptr, nullptr, false, n, padded);
+  const Tensor rows = as_contiguous(left);
   const Tensor dense = weight.is_packed() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
-  const Tensor sums = sum_chunks(n, k * padded, [&](int64_t begin, int64_t end, float* out) {
+  const Tensor sums = sum_chunks(n, k * rank, [&](int64_t begin, int64_t end, float* out) {
     for (int64_t first = begin; first < end; first += kRowChunk) {
       const int64_t last = min_i64(first + kRowChunk, end);
-      RowPass pass = weight_pass(op, weight, type, padded);
+      RowPass pass = weight_pass(op, weight, type, rank);
       pass.m = weight_rows(weight, dense, type, first, last);
-      pass.left = framed.const_data_ptr<float>() + first * padded;
+      pass.left = rows.const_data_ptr<float>() + first * rank;
       pass.acc = out;
+      pass.acc_stride = k;
       isa.row_pass(pass, 0, last - first, 0, k);
     }
   });
-  const Tensor like = empty({rank, k}, ScalarType::Float);
-  return unpacked(op, "left", as_shape(sums, {k, padded}), nullptr, nullptr, true, like);
+  return as_shape(sums, {rank, k});
 }
 
 }  // namespace peft_ext

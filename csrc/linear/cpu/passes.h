@@ -14,12 +14,26 @@ const PassKernels& pass_kernels();
 
 RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t rank, const Dropout& dropout);
 
-// Runs a pass without `left` over all tokens.
+// Work on the tokens [first, last) that runs beside a pass, in the same parallel loop. `first` is a multiple of
+// kTokenStep.
+using TokenWork = std::function<void(int64_t first, int64_t last)>;
+
+// Runs passes without `left` over all tokens of one m. beside: runs for the tokens after the passes, or is null, and
+// takes the time of beside_work multiplications for each token.
+void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work);
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [columns, rank]. totals: if
+// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [rank, columns]. totals: if
 // not null, receives the sums of m's columns, [columns].
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
+
+// Runs a pass with `left`, or leaves a part of the pass to the loops `later`. m · right is complete on return. The
+// result is complete after the loops have run (with at least kPassGrain), except for the late sums. beside: runs for
+// all tokens of a pass with `right`, or is null. With `totals`, the sums are complete after the loops have run.
+LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside);
+
+// Adds the late sums to the total in order, and returns the total.
+Tensor summed(LateSums* sums);
 
 void run_expand(const Expand& work, int64_t tokens);
 
@@ -46,7 +60,7 @@ ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, flo
 // Computes y [T, N] = or += x [T, K] wᵀ for few tokens. x and y are float32, and w [N, K] is contiguous.
 void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 
-// Returns W Aᵀ [N, padded rank] and the sum of squares of each row of W, float32 [N]. W is read in `type`.
+// Returns W Aᵀ [N, R] and the sum of squares of each row of W, float32 [N]. W is read in `type`.
 struct RowFacts {
   Tensor product, squares;
 };

@@ -1,8 +1,8 @@
 // The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of these
 // kernels.
 //
-// In RowPass and Expand, matrices with a dimension of the rank are float32, and the rank is padded with zeros to a
-// multiple of kRankStep. The order of all sums depends only on the sizes.
+// In RowPass and Expand, matrices with a dimension of the rank are float32. The order of all sums depends only on the
+// sizes.
 #pragma once
 
 #include <stdint.h>
@@ -12,16 +12,17 @@
 
 namespace peft_ext {
 
-constexpr int64_t kRankStep = 16;
 // Numbers of rows and of columns that a pass takes at a time.
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
 // One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, the pass applies
 // dropout to m first (element [t, k] has the flat index t K + k). With `right` or squares the pass must take all
-// columns; otherwise `first` is a multiple of kColumnStep. The pass computes, for each pointer that is given:
-//   right given:    out[t, r] = sum_k m[t, k] right[k, r]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
-//   left given:     acc[k, r] += sum_t m[t, k] left[t, r]          dA = Pᵀ x̃, dB = dYᵀ S
+// columns; otherwise `first` is a multiple of kColumnStep. totals and squares are of m without dropout. The pass
+// computes, for each pointer that is given:
+//   right given:    out[t, r] = sum_k m[t, k] right[r, k]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
+//   left given:     acc[r, k] += sum_t left[t, r] m[t, k]          dA = Pᵀ x̃, dB = dYᵀ S. With dropout, acc lacks
+//                   dropout's scale
 //   totals given:   totals[k] += sum_t m[t, k]                     db of a bias
 //   squares given:  squares[t] = sum_k m[t, k]²
 //   keep given:     bits of the mask: bit k % 32 of word k / 32 of a row
@@ -29,12 +30,13 @@ struct RowPass {
   const void* m;
   DType dtype;
   int64_t columns;
-  int64_t rank;  // padded rank
+  int64_t rank;
   Dropout dropout;
-  const float* right = nullptr;  // [K, rank]
+  const float* right = nullptr;  // [rank, K]
   float* out = nullptr;          // [T, rank]
   const float* left = nullptr;   // [T, rank]
-  float* acc = nullptr;          // sums [K, rank], which the caller has set to zero
+  float* acc = nullptr;          // sums [rank, K], which the caller has set to zero
+  int64_t acc_stride = 0;        // row stride of acc
   float* totals = nullptr;       // sums [K], which the caller has set to zero
   float* squares = nullptr;      // [T]
   uint32_t* keep = nullptr;      // [T, keep_words]
@@ -51,7 +53,7 @@ struct Expand {
   void* z = nullptr;
   DType dtype;
   int64_t columns;
-  int64_t rank;    // padded rank
+  int64_t rank;
   int64_t stride;  // row stride of `right`, and length of the vectors: columns rounded up to kColumnStep
   Dropout dropout;
   const float* left = nullptr;         // [T, rank]

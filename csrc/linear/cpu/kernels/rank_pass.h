@@ -1,46 +1,57 @@
 // RowPass: the rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃, and x̃ alone. Include this file after the target pragma.
 //
-// kTokens rows by kPanel columns of m are widened to float32 in L1, where dropout is applied. Each value is then
-// multiplied with a row of `right`, whose sums stay in registers over the panel, and with a row of `left`, whose sums
-// are kept in `acc`.
-// The outer loop runs over panels: a panel's rows of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 for all
-// tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's size.
+// Columns are the lanes of a vector. For kRanksTogether ranks at a time, the sums of two rows of m with rows of `right`
+// stay in registers over a panel of kPanel columns, and the sums `acc` of two vectors of columns stay in registers over
+// kRows rows. Dropout is applied to a block of kRows x kPanel elements in L1: the block holds mask ∘ m in m's own
+// dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in
+// L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's size.
 #pragma once
 
+#include <type_traits>
+
+#include "cpu/row_loop.h"
 #include "linear/cpu/kernels/row_block.h"
 
 namespace peft_ext {
 namespace {
 
-// Returns the sum of `count` products, added in vectors first, and then over the lanes of a vector.
-inline float dot(const float* a, const float* b, int64_t count) {
-  Vec sum = Vec::zero();
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= count; i += Vec::kWidth) sum = Vec::fma(Vec::load(a + i), Vec::load(b + i), sum);
-  float lanes[Vec::kWidth];
-  sum.store(lanes);
-  float total = 0.0f;
-  for (int lane = 0; lane < Vec::kWidth; ++lane) total += lanes[lane];
-  for (; i < count; ++i) total += a[i] * b[i];
-  return total;
+// Number of ranks whose sums stay in registers at a time.
+constexpr int kRanksTogether = Vec::kWidth == 8 ? 4 : 8;
+
+// Computes totals[i], scale times the sum over the lanes of sums[i].
+template <int kCount>
+inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
+  for (int i = 0; i < kCount; i += Vec::kWidth) {
+    Vec group[Vec::kWidth];
+    for (int j = 0; j < Vec::kWidth; ++j) group[j] = i + j < kCount ? sums[i + j] : Vec::zero();
+    const Vec found = Vec::mul(Vec::sums_of(group), Vec::broadcast(scale));
+    if (i + Vec::kWidth <= kCount) {
+      found.store(totals + i);
+      continue;
+    }
+    alignas(64) float lanes[Vec::kWidth];
+    found.store(lanes);
+    for (int j = 0; i + j < kCount; ++j) totals[i + j] = lanes[j];
+  }
 }
 
-// Loads the rows [t, t + tokens) and the columns [k, k + width) of m, widens the values to float32, and applies
-// dropout.
+constexpr int kRows = 16;  // largest number of rows that a block holds
+
+// A block of mask ∘ m, and the draws of one of its rows.
 template <typename T>
-inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, int64_t width, RowBlock* block) {
-  for (int i = 0; i < tokens; ++i) {
+struct DroppedBlock {
+  alignas(64) T values[kRows][kPanel];
+  alignas(64) uint16_t draws[draws_room(kPanel)];
+};
+
+// Sets the block to mask ∘ m for the rows [t, t + rows) and the columns [k, k + width).
+template <typename T>
+inline void drop_block(const RowPass& pass, int64_t t, int rows, int64_t k, int64_t width, DroppedBlock<T>* block) {
+  for (int i = 0; i < rows; ++i) {
     const int64_t flat = (t + i) * pass.columns + k;
-    widen(static_cast<const T*>(pass.m) + flat, width, block->values[i]);
-    if (pass.dropout.active) {
-      const uint16_t* draws = philox_draws(pass.dropout, flat, width, block->draws);
-      apply_dropout(pass.dropout, draws, width, block->values[i]);
-      if (pass.keep != nullptr) keep_bits(pass.dropout, draws, width, pass.keep + (t + i) * pass.keep_words + k / 32);
-    }
-    if (pass.squares != nullptr) {
-      const float sum = dot(block->values[i], block->values[i], width);
-      pass.squares[t + i] = k == 0 ? sum : pass.squares[t + i] + sum;
-    }
+    const uint16_t* draws = philox_draws(pass.dropout, flat, width, block->draws);
+    drop_values(pass.dropout, draws, width, static_cast<const T*>(pass.m) + flat, block->values[i]);
+    if (pass.keep != nullptr) keep_bits(pass.dropout, draws, width, pass.keep + (t + i) * pass.keep_words + k / 32);
   }
 }
 
@@ -59,66 +70,160 @@ void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
   });
 }
 
-template <int kRows>
-inline void add_totals(const RowBlock& block, int64_t width, float* totals) {
-  int64_t j = 0;
-  for (; j + Vec::kWidth <= width; j += Vec::kWidth) {
-    Vec sum = Vec::load(totals + j);
-    for (int i = 0; i < kRows; ++i) sum = Vec::add(sum, Vec::load(block.values[i] + j));
-    sum.store(totals + j);
-  }
-  for (; j < width; ++j)
-    for (int i = 0; i < kRows; ++i) totals[j] += block.values[i][j];
+// Keeps a vector in a register: the compiler would otherwise load a weight again for every use, or clear sums by
+// memset.
+inline Vec in_register(Vec x) {
+#if defined(__x86_64__)
+  if constexpr (Vec::kWidth > 1) asm("" : "+v"(x.v));
+#endif
+  return x;
 }
 
-template <bool kShrink, bool kOuter, int kRows>
-inline void row_block(const RowPass& pass, const RowBlock& block, int64_t t, int64_t k, int64_t width) {
-  for (int64_t r = 0; r < pass.rank; r += Vec::kWidth) {
-    Vec sum[kRows], left[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      if (kShrink) sum[i] = k == 0 ? Vec::zero() : Vec::load(pass.out + (t + i) * pass.rank + r);
-      if (kOuter) left[i] = Vec::load(pass.left + (t + i) * pass.rank + r);
+// Rows of m or of a DroppedBlock.
+template <typename T>
+struct Rows {
+  const T* at;
+  int64_t stride;
+  const T* row(int64_t i) const { return at + i * stride; }
+};
+
+// Calls run(std::integral_constant<int, n>(), first) for groups of n of `count` ranks, n at most kRanksTogether.
+template <typename Run>
+inline void for_rank_groups(int64_t count, const Run& run) {
+  int64_t r = 0;
+  for (; r + kRanksTogether <= count; r += kRanksTogether) run(std::integral_constant<int, kRanksTogether>(), r);
+  if constexpr (kRanksTogether > 4)
+    for (; r + 4 <= count; r += 4) run(std::integral_constant<int, 4>(), r);
+  for (; r + 2 <= count; r += 2) run(std::integral_constant<int, 2>(), r);
+  for (; r < count; ++r) run(std::integral_constant<int, 1>(), r);
+}
+
+// Sets, or with `onto` increases, out[i][q] by scale times the products of kCount rows with kRanks rows of `right`,
+// over `count` columns in vectors of `lanes`.
+template <int kCount, int kRanks, typename V, typename T>
+inline void shrink_tile(V lanes, Rows<T> rows, const float* right, int64_t right_stride, int64_t count, float scale,
+                        bool onto, float* out, int64_t out_stride) {
+  Vec sums[kCount * kRanks];
+  for (int i = 0; i < kCount * kRanks; ++i) sums[i] = in_register(Vec::zero());
+  for (int64_t j = 0; j < count; j += Vec::kWidth) {
+    Vec values[kCount];
+    for (int i = 0; i < kCount; ++i) values[i] = lanes.load(rows.row(i) + j);
+    for (int q = 0; q < kRanks; ++q) {
+      const Vec weight = in_register(lanes.load(right + q * right_stride + j));
+      for (int i = 0; i < kCount; ++i) sums[i * kRanks + q] = Vec::fma(values[i], weight, sums[i * kRanks + q]);
     }
-    const float* right = kShrink ? pass.right + k * pass.rank + r : nullptr;
-    float* acc = kOuter ? pass.acc + k * pass.rank + r : nullptr;
-    for (int64_t j = 0; j < width; ++j) {
-      Vec weight = Vec::zero(), total = Vec::zero();
-      if (kShrink) weight = Vec::load(right + j * pass.rank);
-      if (kOuter) total = Vec::load(acc + j * pass.rank);
-      for (int i = 0; i < kRows; ++i) {
-        const Vec value = Vec::broadcast(block.values[i][j]);
-        if (kShrink) sum[i] = Vec::fma(value, weight, sum[i]);
-        if (kOuter) total = Vec::fma(value, left[i], total);
-      }
-      if (kOuter) total.store(acc + j * pass.rank);
-    }
-    if (kShrink)
-      for (int i = 0; i < kRows; ++i) sum[i].store(pass.out + (t + i) * pass.rank + r);
+  }
+  alignas(64) float totals[kCount * kRanks];
+  lane_sums(sums, scale, totals);
+  for (int i = 0; i < kCount; ++i) {
+    float* to = out + i * out_stride;
+    if (onto)
+      for (int q = 0; q < kRanks; ++q) to[q] += totals[i * kRanks + q];
+    else
+      for (int q = 0; q < kRanks; ++q) to[q] = totals[i * kRanks + q];
   }
 }
 
-template <typename T, bool kShrink, bool kOuter>
+// Adds leftᵀ [rank, count] rows [count, columns] to kRanks rows of acc, for kVecs vectors of columns.
+template <int kRanks, int kVecs, typename V, typename T>
+inline void outer_tile(V lanes, Rows<T> rows, int count, const float* left, int64_t rank, float* acc,
+                       int64_t acc_stride) {
+  Vec sums[kRanks][kVecs];
+  for (int q = 0; q < kRanks; ++q)
+    for (int v = 0; v < kVecs; ++v) sums[q][v] = lanes.load(acc + q * acc_stride + v * Vec::kWidth);
+  for (int i = 0; i < count; ++i) {
+    Vec values[kVecs];
+    for (int v = 0; v < kVecs; ++v) values[v] = lanes.load(rows.row(i) + v * Vec::kWidth);
+    for (int q = 0; q < kRanks; ++q) {
+      const Vec by = Vec::broadcast(left[i * rank + q]);
+      for (int v = 0; v < kVecs; ++v) sums[q][v] = Vec::fma(values[v], by, sums[q][v]);
+    }
+  }
+  for (int q = 0; q < kRanks; ++q)
+    for (int v = 0; v < kVecs; ++v) lanes.store(acc + q * acc_stride + v * Vec::kWidth, sums[q][v]);
+}
+
+template <typename T>
+inline void outer_rows(Rows<T> rows, int count, const float* left, int64_t rank, float* acc, int64_t acc_stride,
+                       int64_t width) {
+  for_rank_groups(rank, [&](auto ranks, int64_t r) {
+    constexpr int kRanks = decltype(ranks)::value;
+    const auto tile = [&](auto vecs, auto lanes, int64_t j) {
+      outer_tile<kRanks, decltype(vecs)::value>(lanes, Rows<T>{rows.at + j, rows.stride}, count, left + r, rank,
+                                                acc + r * acc_stride + j, acc_stride);
+    };
+    int64_t j = 0;
+    for (; j + 2 * Vec::kWidth <= width; j += 2 * Vec::kWidth) tile(std::integral_constant<int, 2>(), WholeVec(), j);
+    for (; j + Vec::kWidth <= width; j += Vec::kWidth) tile(std::integral_constant<int, 1>(), WholeVec(), j);
+    if (j < width) tile(std::integral_constant<int, 1>(), PartVec{width - j}, j);
+  });
+}
+
+template <typename T>
+inline void shrink_rows(Rows<T> rows, int count, const float* right, int64_t right_stride, int64_t rank, int64_t width,
+                        float scale, bool onto, float* out) {
+  const int64_t whole = width / Vec::kWidth * Vec::kWidth;
+  for_rank_groups(rank, [&](auto ranks, int64_t r) {
+    constexpr int kRanks = decltype(ranks)::value;
+    const auto tile = [&](auto together, int i) {
+      constexpr int kCount = decltype(together)::value;
+      const float* from = right + r * right_stride;
+      float* to = out + i * rank + r;
+      if (whole > 0)
+        shrink_tile<kCount, kRanks>(WholeVec(), Rows<T>{rows.row(i), rows.stride}, from, right_stride, whole, scale,
+                                    onto, to, rank);
+      if (whole < width)
+        shrink_tile<kCount, kRanks>(PartVec{width - whole}, Rows<T>{rows.row(i) + whole, rows.stride}, from + whole,
+                                    right_stride, 1, scale, onto || whole > 0, to, rank);
+    };
+    int i = 0;
+    for (; i + 2 <= count; i += 2) tile(std::integral_constant<int, 2>(), i);
+    if (i < count) tile(std::integral_constant<int, 1>(), i);
+  });
+}
+
+template <typename T>
+inline void row_block(const RowPass& pass, Rows<T> rows, int count, int64_t t, int64_t k, int64_t width) {
+  if (pass.right != nullptr)
+    shrink_rows(rows, count, pass.right + k, pass.columns, pass.rank, width,
+                pass.dropout.active ? pass.dropout.scale : 1.0f, k > 0, pass.out + t * pass.rank);
+  if (pass.left != nullptr)
+    outer_rows(rows, count, pass.left + t * pass.rank, pass.rank, pass.acc + k, pass.acc_stride, width);
+  for (int i = 0; i < count && pass.squares != nullptr; ++i) {
+    float sum[1];
+    sum_vectors(width, sum, [&](auto lanes, int64_t j, Vec* sums) {
+      const Vec value = lanes.load(rows.row(i) + j);
+      sums[0] = Vec::fma(value, value, sums[0]);
+    });
+    pass.squares[t + i] = k == 0 ? sum[0] : pass.squares[t + i] + sum[0];
+  }
+  if (pass.totals != nullptr)
+    for_vectors(width, [&](auto lanes, int64_t j) {
+      Vec sum = lanes.load(pass.totals + k + j);
+      for (int i = 0; i < count; ++i) sum = Vec::add(sum, lanes.load(rows.row(i) + j));
+      lanes.store(pass.totals + k + j, sum);
+    });
+}
+
+template <typename T>
 void row_pass_range(const RowPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  RowBlock block;
+  DroppedBlock<T> block;
   for (int64_t k = first; k < last; k += kPanel) {
     const int64_t width = min_i64(kPanel, last - k);
-    for_token_groups(end - begin, [&](auto group, int64_t at) {
-      constexpr int kRows = decltype(group)::kCount;
-      const int64_t t = begin + at;
-      load_block<T>(pass, t, kRows, k, width, &block);
-      row_block<kShrink, kOuter, kRows>(pass, block, t, k, width);
-      if (kOuter && pass.totals != nullptr) add_totals<kRows>(block, width, pass.totals + k);
-    });
+    for (int64_t t = begin; t < end; t += kRows) {
+      const int count = static_cast<int>(min_i64(kRows, end - t));
+      Rows<T> rows{static_cast<const T*>(pass.m) + t * pass.columns + k, pass.columns};
+      if (pass.dropout.active) {
+        drop_block(pass, t, count, k, width, &block);
+        rows = {block.values[0], kPanel};
+      }
+      row_block(pass, rows, count, t, k, width);
+    }
   }
 }
 
 void row_pass(const RowPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  with_dtype(pass.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (pass.left == nullptr) return row_pass_range<T, true, false>(pass, begin, end, first, last);
-    if (pass.right == nullptr) return row_pass_range<T, false, true>(pass, begin, end, first, last);
-    row_pass_range<T, true, true>(pass, begin, end, first, last);
-  });
+  with_dtype(pass.dtype, [&](auto zero) { row_pass_range<decltype(zero)>(pass, begin, end, first, last); });
 }
 
 }  // namespace

@@ -111,8 +111,8 @@ std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& wei
   return out;
 }
 
-bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
-                   const KeepBits* keep) {
+TokenStrips strips_of(bf16* room, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
+                      const KeepBits* keep) {
   TokenStrips work;
   work.m = static_cast<const bf16*>(m.const_data_ptr());
   work.tokens = tokens;
@@ -121,16 +121,25 @@ bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64
   work.keep = keep != nullptr ? keep->data : nullptr;
   work.keep_words = keep != nullptr ? keep->per_row : 0;
   work.strips = room;
+  return work;
+}
+
+bf16* strips_room(Scratch use, int64_t tokens, int64_t depth) {
+  return static_cast<bf16*>(scratch(use, static_cast<size_t>(strips_elements(tokens, depth)) * sizeof(bf16)));
+}
+
+bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
+                   const KeepBits* keep) {
+  const TokenStrips work = strips_of(room, m, tokens, depth, scale, keep);
   const TileKernels& isa = *tile_kernels();
-  parallel_for(0, ceil_div(tokens, kStrip), 1,
+  parallel_for(0, ceil_div(tokens, kStrip), ceil_div(kConvertGrain, kStrip * (depth + 1)),
                [&](int64_t begin, int64_t end) { (left ? isa.left_strips : isa.right_strips)(work, begin, end); });
   return room;
 }
 
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep) {
-  const size_t bytes = static_cast<size_t>(strips_elements(tokens, depth)) * sizeof(bf16);
-  return token_strips(static_cast<bf16*>(scratch(use, bytes)), left, m, tokens, depth, scale, keep);
+  return token_strips(strips_room(use, tokens, depth), left, m, tokens, depth, scale, keep);
 }
 
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth) {

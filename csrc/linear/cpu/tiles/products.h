@@ -30,6 +30,11 @@ bool tiles_take_few_tokens(ScalarType type);
 // Returns the weights in the form of the tile kernels, in order. Decoded scales lie in the calling thread's scratch.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 
+// Returns the arguments of TileKernels::left_strips and right_strips, and the calling thread's scratch for the strips.
+TokenStrips strips_of(bf16* room, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
+                      const KeepBits* keep);
+bf16* strips_room(Scratch use, int64_t tokens, int64_t depth);
+
 // Converts m [tokens, depth] to strips in `room`, for strips_elements(tokens, depth), or in the calling thread's
 // scratch.
 bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
