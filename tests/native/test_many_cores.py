@@ -1,4 +1,4 @@
-"""Tests the records of parallel loops."""
+"""Tests the records of parallel loops and the tables of docs/performance.md that tools/many_cores.py computes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import peft_ext
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
+import many_cores  # noqa: E402
 import native_build  # noqa: E402
 import recorded_loops  # noqa: E402
 
@@ -31,6 +34,32 @@ recorder.record_start(16, 8, ctypes.c_int64(1 << 20), 1)
 planted.planted(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(16))
 recorder.record_stop(sys.argv[3].encode())
 """
+
+
+@pytest.fixture(scope="module")
+def records() -> many_cores.Records:
+    return many_cores.Records(json.loads(many_cores.RECORDS.read_text()))
+
+
+def test_the_tables_show_the_records(records: many_cores.Records) -> None:
+    assert many_cores.drawn(many_cores.DOCUMENT.read_text()).strip() == many_cores.table(records)
+
+
+@needs_tools
+@pytest.mark.parametrize("operator", [
+    "LoRA, dropout 0.05, 576 x 576", "attention, causal, 1024 tokens, 32 heads", "RMS norm, 4096", "SiLU gate, 14336",
+])  # fmt: skip
+def test_the_records_are_of_these_kernels(records: many_cores.Records, operator: str) -> None:
+    """Compares loops and numbers of parts, and no times, with a new record on 64 threads."""
+    kept = {direction: records.rows[operator, direction, 64] for direction in many_cores.DIRECTIONS}
+    if peft_ext._native.STATE.isa != kept["forward"]["isa"]:
+        pytest.skip("the records are of another CPU path")
+    for row in recorded_loops.child("record_here", names=[operator], threads=[64], repeats=1):
+        found = [(loop["name"], len(loop["parts"])) for loop in row["loops"]]
+        assert found == [(loop["name"], loop["parts"]) for loop in kept[row["direction"]]["loops"]], (
+            "the kernels divide their work otherwise: run tools/many_cores.py"
+        )
+        assert row["teams"] == len(found)
 
 
 @needs_tools

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -47,11 +46,3 @@ def test_what_once_had_no_end(program: Path, threads: int, tokens: int, rows: in
     parts, _blocks, _whole, share, _decoded = map(float, found.stdout.split())
     assert parts == threads
     assert share < 1.1
-
-
-def test_the_table_for_many_cores_is_what_is_computed() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import many_cores
-
-    text = many_cores.DOCUMENT.read_text().split(many_cores.BEGIN)[1].split(many_cores.END)[0]
-    assert text.strip() == many_cores.table()
