@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -59,11 +58,3 @@ def test_parts_with_dropout_use_all_draws(program: Path, threads: int, tokens: i
     assert width in (128, 256, 512)
     if threads <= 64 and tokens >= 512 and columns >= 4096:
         assert width == 512
-
-
-def test_the_table_for_many_cores_is_what_is_computed() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import many_cores
-
-    text = many_cores.DOCUMENT.read_text().split(many_cores.BEGIN)[1].split(many_cores.END)[0]
-    assert text.strip() == many_cores.table()

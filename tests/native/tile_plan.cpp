@@ -1,5 +1,5 @@
 // Tests csrc/linear/cpu/tiles/plan.h by enumeration: each plan covers every tile once, and keeps the cost of the
-// busiest part within the bound that the header states. The program has four uses:
+// busiest part within the bound that the header states. The program has three uses:
 //
 //   tile_plan check THREADS STRIPS
 //       tests all of 1..THREADS threads and 1..STRIPS strips of 16 tokens, with every layer below; if STRIPS is `some`,
@@ -7,11 +7,8 @@
 //   tile_plan cost THREADS TOKENS N K DECODE
 //       prints "parts blocks whole_panels share decoded": share is the work of the busiest part divided by the mean of
 //       all threads, decoded is the number of decoded panels divided by the number of panels
-//   tile_plan passes THREADS TOKENS N K R
-//       prints the multiplications of the busiest thread in the passes of a layer's step: S, then P and dB, then dA
-//       (linear/cpu/pass_plan.h)
 //   tile_plan columns THREADS TOKENS K R
-//       prints the number of columns in a part of the pass for dA with dropout
+//       prints the number of columns in a part of the pass for dA with dropout (linear/cpu/pass_plan.h)
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -230,34 +227,17 @@ int run_cost(char** argv) {
   return 0;
 }
 
-int run_passes(char** argv) {
-  const int64_t threads = atoll(argv[0]), tokens = atoll(argv[1]), out = atoll(argv[2]), in = atoll(argv[3]);
-  const int64_t rank = atoll(argv[4]);
-  const int64_t apart =
-      peft_ext::row_pass_cost(tokens, out, rank, threads) + peft_ext::outer_pass_cost(tokens, out, rank, threads);
-  const int64_t over_grad = peft_ext::passes_apart(tokens, out, rank, threads)
-                                ? apart
-                                : peft_ext::row_and_outer_pass_cost(tokens, out, rank, threads);
-  printf("%lld %lld %lld\n", static_cast<long long>(peft_ext::row_pass_cost(tokens, in, rank, threads)),
-         static_cast<long long>(over_grad),
-         static_cast<long long>(peft_ext::outer_pass_cost(tokens, in, rank, threads)));
-  return 0;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc == 4 && strcmp(argv[1], "check") == 0) return run_check(atoll(argv[2]), argv[3]);
   if (argc == 7 && strcmp(argv[1], "cost") == 0) return run_cost(argv + 2);
-  if (argc == 7 && strcmp(argv[1], "passes") == 0) return run_passes(argv + 2);
   if (argc == 6 && strcmp(argv[1], "columns") == 0) {
     const auto width = peft_ext::block_columns(atoll(argv[3]), atoll(argv[4]), atoll(argv[5]), atoll(argv[2]), true);
     printf("%lld\n", static_cast<long long>(width));
     return 0;
   }
-  fprintf(
-      stderr,
-      "usage: tile_plan check THREADS STRIPS|some | cost THREADS TOKENS N K DECODE | passes THREADS TOKENS N K R |\n"
-      "       columns THREADS TOKENS K R\n");
+  fprintf(stderr,
+          "usage: tile_plan check THREADS STRIPS|some | cost THREADS TOKENS N K DECODE | columns THREADS TOKENS K R\n");
   return 2;
 }
