@@ -20,7 +20,6 @@ _EXPERTS = (torch.ops.peft_ext.lora_experts.default, torch.ops.peft_ext.lora_exp
 
 # Constants of the CPU kernels.
 _WIDE_PANEL = 1024  # number of rows of W that are widened to float32 together
-_RANK_STEP = 16  # ranks are padded to a multiple of this number
 _SUMMED_TOKENS = 64  # least number of tokens in a part; a partial sum of an adapter's gradient is over one part
 _MOST_PARTS = 32  # largest number of parts into which the tokens are divided
 _MOST_SUMS = 2**22  # largest number of float32 elements in all partial sums that exist at once
@@ -155,14 +154,18 @@ def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -
         held = 4 * (lora_A.numel() + lora_B.numel()) * given["needs_grad_adapter"] + several * (part + low)
     if device != "cpu":
         return held, 0, part + low
-    ranks = -(-lora_A.shape[0] // _RANK_STEP) * _RANK_STEP
-    wide = 4 * ranks * lora_B.shape[0]  # bytes of lora_B in float32, and of each sum of its gradient
-    s = 4 * ranks * rows
+    rank = lora_A.shape[0]
+    narrow, wide = 4 * rank * hidden.shape[-1], 4 * rank * lora_B.shape[0]  # bytes of lora_A and lora_B in float32
+    s = 4 * rank * rows
     if part == 0:
         return held, wide + s, 0
     parts = -(-rows // max(_SUMMED_TOKENS, -(-rows // _MOST_PARTS)))
-    beside = 0 if parts == 1 else min(parts, max(1, _MOST_SUMS * 4 // max(4, wide)))
-    return held, wide + s, 2 * s + max(2 * wide + max(wide * beside, part), part + low + 4 * ranks * hidden.shape[-1])
+
+    def sums(size: int) -> int:
+        """Returns the bytes of the sums of a gradient whose sum takes ``size`` bytes."""
+        return size * (1 if parts == 1 else 1 + min(parts, max(1, _MOST_SUMS * 4 // max(4, size))))
+
+    return held, wide + s, 2 * s + max(wide + sums(wide) + sums(narrow) + part, part + low + narrow)
 
 
 def _of_experts(given: dict[str, Any], device: str) -> int:

@@ -178,7 +178,8 @@ def test_steps_are_those_of_peft_over_the_dequantized_checkpoint(name: str, dtyp
     exact = theirs if dtype is torch.float32 else run(stock(torch.float32))
     assert abs(exact[0][-1] - exact[0][0]) > 1e-3 * exact[0][0]  # the steps change the loss
     found = [distances(one, exact) for one in (came, theirs)]
-    bounds = (1e-5, 1e-4, 1e-4) if dtype is torch.float32 else [2 * one for one in found[1]]
+    # Adam divides a gradient by its own size, so that adapters are farther apart than gradients.
+    bounds = (1e-5, 1e-4, 1e-3) if dtype is torch.float32 else [2 * one for one in found[1]]
     assert all(one <= bound for one, bound in zip(found[0], bounds, strict=True)), found
 
     # The adapter that was saved over packed weights, in stock PEFT over the dequantized checkpoint.

@@ -51,11 +51,12 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def is_few(x: Any) -> bool:
-    """Returns whether a call on x ``[B, T, K]`` is one that plans are for: eager, on a CPU, with fewer tokens than
-    MANY_TOKENS, without a gradient, autocast, global hooks, and transforms."""
+    """Returns whether a call on x ``[B, T, K]`` is one that plans are for: eager, on a CPU, in a dtype of the operators,
+    with fewer tokens than MANY_TOKENS, without a gradient, autocast, global hooks, and transforms."""
     return (
         not torch.is_grad_enabled()
         and type(x) in reasons.plain_types()
+        and x.dtype in reasons.DTYPES
         and x.dim() == 3
         and 0 < x.numel() < MANY_TOKENS * x.shape[-1]
         and x.device.type == "cpu"
