@@ -51,7 +51,7 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def is_few(x: Any) -> bool:
-    """Returns whether a call on x ``[B, T, K]`` is one that plans are for: eager, on a CPU, in a dtype of the operators,
+    """Returns whether a call on x ``[B, T, K]`` is one that plans are for: eager, on a CPU, in an operators' dtype,
     with fewer tokens than MANY_TOKENS, without a gradient, autocast, global hooks, and transforms."""
     return (
         not torch.is_grad_enabled()
