@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Optional
 
 import pytest
@@ -356,6 +358,19 @@ def test_a_patched_class_takes_effect(kind: str, monkeypatch: pytest.MonkeyPatch
     after, wanted = logits(model), logits(stock)
     assert_close(after, wanted)
     assert (after - before).abs().max() > 1e-3
+
+
+def test_several_threads_call_one_model() -> None:
+    wanted, interval = logits(build()), sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        for _ in range(4):
+            model = peft_ext.accelerate(build())
+            with ThreadPoolExecutor(8) as pool:
+                for found in pool.map(lambda _, model=model: logits(model), range(8)):
+                    assert_close(found, wanted)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_global_hook_runs(planned: list) -> None:

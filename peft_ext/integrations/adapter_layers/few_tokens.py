@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 from weakref import WeakKeyDictionary
 
 import torch
@@ -154,27 +154,28 @@ class Facts:
         return list(map(type, self._modules)) == self._kinds and list(map(_look, self._tensors)) == self._looks
 
 
-class _Plan:
-    __slots__ = ("dtype", "facts", "kind", "made", "trials")
-
-    def __init__(self, kind: type, dtype: torch.dtype) -> None:
-        self.kind, self.dtype, self.trials = kind, dtype, 0
+class _Plan(NamedTuple):
+    kind: type
+    dtype: torch.dtype
+    trials: int  # number of plans of the block until this one
+    facts: Facts
+    made: Any
 
 
 def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -> Any:
     """Returns what ``make(facts, x)`` returned for this block and x's dtype, as long as the facts hold.
 
-    ``make`` returns None if the block has no plan.
+    ``make`` returns None if the block has no plan. Several threads may call the block at the same time.
     """
-    plan = _PLANS.get(block)
-    if plan is None or plan.dtype is not x.dtype or plan.kind is not type(block):
-        plan = _PLANS[block] = _Plan(type(block), x.dtype)
-    elif (plan.facts.is_final or plan.trials >= _MOST_TRIALS) and plan.facts.hold():
-        return plan.made
-    plan.trials += 1
-    plan.facts = Facts()
-    plan.made = make(plan.facts, x)
-    return plan.made
+    plan, trials = _PLANS.get(block), 0
+    if plan is not None and plan.dtype is x.dtype and plan.kind is type(block):
+        trials = plan.trials
+        if (plan.facts.is_final or trials >= _MOST_TRIALS) and plan.facts.hold():
+            return plan.made
+    facts = Facts()
+    made = make(facts, x)
+    _PLANS[block] = _Plan(type(block), x.dtype, trials + 1, facts, made)
+    return made
 
 
 def clear_plans() -> None:
