@@ -5,30 +5,20 @@ tests/native/attention_plan.cpp.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
+from plan_program import ROOT, compiled, of_plans
 
-ROOT = Path(__file__).parents[2]
-COMPILER = (sysconfig.get_config_var("CXX") or "c++").split()[0]
 DOCUMENT = ROOT / "docs" / "performance.md"
 
-pytestmark = [
-    pytest.mark.cpu_only("a plan is arithmetic"),
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}"),
-]
+pytestmark = of_plans
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("plan") / "attention_plan"
-    source = ROOT / "tests" / "native" / "attention_plan.cpp"
-    subprocess.run([COMPILER, "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", source, "-o", built],
-                   check=True)  # fmt: skip
-    return built
+    return compiled("attention_plan", tmp_path_factory.mktemp("plan"))
 
 
 def share(program: Path, threads: int, tokens: int, kv_heads: int, size: int = 64, causal: bool = True) -> list[float]:
