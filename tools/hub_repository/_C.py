@@ -43,6 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and t
     "register_operators": (None, _TEXT, _TEXT),
     "kept_scratch": (ctypes.c_uint64,),
     "release_scratch": (ctypes.c_uint64,),
+    "parallel_loops": (ctypes.c_uint64,),
 }
 
 # What each thread's last call of the image source returned. The library reads the bytes until the thread's next call.
@@ -132,3 +133,8 @@ def kept_scratch() -> int:
 def release_scratch() -> int:
     """Releases the scratch memory of all threads that are in no call. Returns the number of released bytes."""
     return _call("release_scratch")
+
+
+def parallel_loops() -> int:
+    """Returns the number of parallel loops of CPU operators that woke other threads since the library was loaded."""
+    return _call("parallel_loops")
