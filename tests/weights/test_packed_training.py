@@ -160,8 +160,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_steps_are_those_of_peft_over_the_dequantized_checkpoint(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """In float32 the losses, gradients and sums of gradients agree up to the order of sums. In bfloat16 their distance from a
-    float32 run is that of stock PEFT."""
+    """In float32 the losses, gradients and sums of gradients agree up to the order of sums. In bfloat16 their distance
+    from a float32 run is that of stock PEFT."""
     kind = KINDS[name]
     path = kind.write(tmp_path / "model")
     ours = adapted(load(path, dtype), kind)
