@@ -381,9 +381,9 @@ def test_a_trl_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ours, "_FORMS", {"another"})
     trainer = refused(tmp_path, "the head of trl .* is none of the known forms")
     trainer.train()
-    # The norm of the gradients is not bit for bit the same in every run.
-    for entry, wanted in zip(history(trainer), history(run(trl.SFTTrainer, tmp_path)[0]), strict=True):
-        assert entry == pytest.approx(wanted, rel=1e-6)
+    stock = trainer_of(trl.SFTTrainer, tmp_path)  # without fused layers, as in the first trainer
+    stock.train()
+    assert history(trainer) == history(stock)
 
 
 def test_a_head_that_is_trained_later_on(tmp_path: Path) -> None:
