@@ -41,7 +41,7 @@ _LAST_BEAT = 10.0  # seconds that the end of a run waits for the last sign of li
 # Parts of the messages of errors that an exchange raises when another rank has ended, and when another rank is late.
 _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "recvValueWithTimeout failed",
          "Socket is not connected", "gloo", "NCCL")  # fmt: skip
-_kept: list[Any] = []  # stores of earlier groups of this process
+_kept: list[Any] = []  # stores of the groups that this process has started
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _LATE = ("Timed out", "timed out", "wait timeout")
 
@@ -396,12 +396,11 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         if ended_well:  # after an error the group stays: taking the group down would wait for the other ranks
             if not exists:
                 distributed.destroy_process_group()
-                _kept.append(store)  # the next group of this process finds rank 0's store at the same port
             _forget(before)
 
 
 def had_group() -> bool:
-    """Returns whether :func:`joined` has started and ended a process group in this process."""
+    """Returns whether :func:`joined` has started a process group in this process."""
     return bool(_kept)
 
 
@@ -440,6 +439,7 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
     torch.distributed.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
     )  # fmt: skip
+    _kept.append(store)  # the next group of this process finds rank 0's store at the same port
     return store, name
 
 

@@ -336,13 +336,13 @@ def test_a_process_that_was_in_a_group_ends_without_finalization():
     program = """
 import atexit, sys
 from peft_ext.cli import main
-from peft_ext.run.ranks import joined
+from peft_ext.run.ranks import had_group, joined
 class Finalized:
     def __del__(self): print("finalized")
 kept = Finalized()
 atexit.register(print, "exit functions")
 if sys.argv[1] == "group":
-    with joined(of_one=True): pass
+    with joined(of_one=True): assert had_group()  # also where an error ends the block
 main.main = lambda: print("the end", end="") or 3
 main.run()
 """
