@@ -3,6 +3,7 @@
 ``layers``       time of a LoRA, AdaLoRA or IA3 layer's training step, relative to the frozen bf16 layer
 ``layers-dora``  time of a DoRA layer's training step, relative to the frozen bf16 layer
 ``training``     tokens/s and peak memory of whole training steps, relative to PEFT and bitsandbytes
+``parts``        time of each part of a training step, relative to the frozen model's step
 ``losses``       loss curves of each method, with and without acceleration
 
 Each picture shows one result file. For each measured GPU a picture ``layers-<gpu>`` is drawn too. Equal result files
@@ -26,6 +27,8 @@ from .convergence import NAME as LOSSES
 from .convergence_methods import TWINS
 from .files import Result, is_of_a_gpu, newest, newest_by_gpu, slug
 from .grid import MAIN
+from .parts import NAME as STEP_PARTS
+from .parts import PARTS
 from .tables import DORA, LABELS, LORA, METHODS, ROOT, about, about_gpu
 
 IMAGES = ROOT / "docs" / "images"
@@ -165,6 +168,40 @@ def training(result: Result) -> Optional[Picture]:
     return picture
 
 
+def parts(result: Result) -> Optional[Picture]:
+    """Draws, for each width, the time of each part of a step over the time of the frozen model's whole step. Returns
+    None where the file has no row.
+    """
+    rows = result["rows"]
+    if not rows:
+        return None
+    looks = {"frozen": "other", "stock": "stock", "ours": "ours"}
+    picture = Picture("Where a training step's time goes; the frozen model's whole step = 1",
+                      [("other", "the frozen model"), ("stock", "PEFT"), ("ours", "peft_ext")])  # fmt: skip
+    times = [
+        {part: {kind: of[kind][part] / of["frozen"]["step"] for kind in looks} for part in (*PARTS, "step")}
+        for of in (row["milliseconds"] for row in rows)
+    ]
+    labels = [*PARTS, "whole step"]
+    panels = picture.panels(
+        len(rows), height=46 * len(labels), left=_gutter(labels), titles=[row["what"] for row in rows],
+        x=Scale(0, 1.15 * max(time for row in times for values in row.values() for time in values.values())),
+        y=rows_scale(len(labels)), x_label="time / time of the frozen model's step (less is better)",
+    )  # fmt: skip
+    panels[0].row_labels(labels)
+    for panel, row, values in zip(panels, rows, times, strict=True):
+        panel.x_axis()
+        panel.reference(identifier("parts", row["shape"], "frozen"), 1)
+        panel.bars(list(values.values()), looks, [identifier("parts", row["shape"], part) for part in values])
+    picture.caption(
+        f"{result['what'][0].upper()}{result['what'][1:]}. PEFT's adapters are partly linear layers (their products) "
+        "and partly other operators (dropout, casts, sums). The frozen model's step is a forward, and a backward to "
+        "the embeddings' output. Each part is the sum of its operators' own times in PyTorch's profiler.",
+        _about(result),
+    )
+    return picture
+
+
 # --- loss curves ------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +265,7 @@ def _apart(curves: dict[str, list[float]]) -> str:
 
 
 CHARTS = {"layers": (LORA, layers), "layers-dora": (DORA, layers), "training": (METHODS, training),
-          "losses": (LOSSES, losses)}  # fmt: skip
+          "parts": (STEP_PARTS, parts), "losses": (LOSSES, losses)}  # fmt: skip
 
 
 def pictures() -> Iterator[tuple[str, Optional[bytes], str]]:

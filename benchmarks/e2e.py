@@ -3,10 +3,11 @@
 ``python -m benchmarks.e2e speed``                   peft-ext finetune: tokens/s, peak memory and losses
 ``python -m benchmarks.e2e methods``                 steps of LoRA, DoRA, AdaLoRA and IA3 on random weights
 ``python -m benchmarks.e2e experts``                 steps of LoRA and DoRA on a mixture's experts
+``python -m benchmarks.e2e parts``                   the parts of a step: linear layers, attention, loss, the rest
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv) over seeds
 
 Each training run is a process of its own, so that the peak memory of the process is the peak memory of one run. Each of
-the four commands writes a result file. With ``--device cuda`` the command methods trains on a GPU.
+the five commands writes a result file. With ``--device cuda`` the command methods trains on a GPU.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
-from . import cuda, mixture
+from . import cuda, mixture, parts
 from .files import result_path, write
 from .harness import machine
 
@@ -62,8 +64,8 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "what": f"SmolLM2-135M-Instruct, NF4 nested, LoRA r=16 on all linears, 4 x 256 tokens, {args.steps} steps",
         "tokens_per_s": {kind: [round(run["tokens_per_s"], 1) for run in found] for kind, found in runs.items()},
         "peak_mib": {kind: [round(run["peak_mib"]) for run in found] for kind, found in runs.items()},
-        "speedup": _ratio(runs, "tokens_per_s"),
-        "memory": _ratio(runs, "peak_mib"),
+        "speedup": _ratio(runs["ours"], runs["stock"], "tokens_per_s"),
+        "memory": _ratio(runs["ours"], runs["stock"], "peak_mib"),
         "perplexity": {kind: found[0]["perplexity"] for kind, found in runs.items()},
         "perplexity_without_dropout": {kind: run["perplexity"] for kind, run in plain.items()},
         "losses_without_dropout": {kind: run["losses"] for kind, run in plain.items()},
@@ -77,11 +79,11 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _ratio(runs: dict[str, list[dict[str, Any]]], name: str) -> float:
-    """Returns the median, over the turns, of the accelerated run's figure ``name`` divided by the stock run's
-    figure.
+def _ratio(over: list[dict[str, Any]], under: list[dict[str, Any]], name: str) -> float:
+    """Returns the median, over the turns, of a run's figure ``name`` in ``over`` divided by the figure of the run of
+    the same turn in ``under``.
     """
-    return round(statistics.median(o[name] / s[name] for o, s in zip(*runs.values(), strict=True)), 3)
+    return round(statistics.median(a[name] / b[name] for a, b in zip(over, under, strict=True)), 3)
 
 
 def _short(run: dict[str, Any]) -> str:
@@ -191,15 +193,15 @@ LLAMA_1B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-# Sizes of a Llama with the width of Llama 3 8B, and with 2 layers instead of 32. The vocabulary is smaller in the same
+# Sizes of a Llama with the width of Llama 3 8B, and with 4 layers instead of 32. The vocabulary is smaller in the same
 # proportion, so that the head takes the part of a step that the head takes in the whole model.
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "vocab_size": 8192,
+    "vocab_size": 16384,
     "tie_word_embeddings": False,
 }
 TINY = {**SMOLLM2, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -207,10 +209,12 @@ TINY = {**SMOLLM2, "hidden_size": 64, "intermediate_size": 128, "num_hidden_laye
 SHAPES = {
     "smollm2": (SMOLLM2, "SmolLM2-135M's shape"),
     "1b": (LLAMA_1B, "Llama-3.2-1B's width and 4 layers"),
-    "8b": (LLAMA_8B, "Llama-3-8B's width and 2 layers"),
+    "8b": (LLAMA_8B, "Llama-3-8B's width and 4 layers"),
     "tiny": (TINY, "a test, one layer of 64 columns,"),
 }
-KINDS = ("ours", "stock")
+# "frozen" is the dense bfloat16 model without an adapter and without peft_ext. Its step computes the gradient of the
+# embeddings' output, so that the gradient passes through every layer, and updates nothing.
+KINDS = ("ours", "stock", "frozen")
 
 
 def peft_config(method: Method, steps: int) -> Any:
@@ -235,9 +239,9 @@ def peft_config(method: Method, steps: int) -> Any:
 
 
 def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], device: str = "cpu") -> Any:
-    """Returns a Llama of ``sizes`` with an adapter, in training mode.
+    """Returns a Llama of ``sizes`` in training mode, with an adapter unless ``kind`` is "frozen".
 
-    Both contenders get equal random bf16 weights. Without bitsandbytes, the quantized layers of the kind "ours" are
+    All contenders get equal random bf16 weights. Without bitsandbytes, the quantized layers of the kind "ours" are
     NF4Linear, and the kind "stock" raises ImportError.
     """
     import torch
@@ -256,6 +260,8 @@ def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], de
             model = LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
     finally:
         torch.set_default_dtype(before)
+    if kind == "frozen":
+        return model.requires_grad_(False).train()
     if method.quantized:
         peft_ext.quantize_nf4(model, progress=False)
     if method.quantized and (kind == "stock" or importlib.util.find_spec("bitsandbytes")):
@@ -268,29 +274,62 @@ def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], de
         return get_peft_model(model, peft_config(method, steps)).train()
 
 
+def stepper(
+    method: Method, kind: str, steps: int, sizes: dict[str, Any] = SMOLLM2, checkpointing: bool = False,
+    device: str = "cpu",
+) -> Callable[[Any, int], Any]:  # fmt: skip
+    """Returns a function ``step(tokens, turn)`` that runs a training step and returns the loss; ``step.model`` is the
+    model.
+
+    A step is a forward, a backward, a step of AdamW over the adapters, and zero_grad; with the kind "frozen", a forward
+    and a backward.
+    """
+    import torch
+
+    import peft_ext
+    from peft_ext.integrations.transformers import keep_freed_memory
+
+    keep_freed_memory()  # for all contenders, since malloc's settings are no part of a kernel
+    model = build_model(method, kind, steps, sizes, device)
+    if kind == "frozen":
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if kind == "ours":
+        peft_ext.accelerate(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3) if trained else None
+
+    def step(tokens: Any, turn: int) -> Any:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            if method.peft_type == "ADALORA":
+                model.base_model.update_and_allocate(turn)
+            optimizer.zero_grad()
+        return loss
+
+    step.model = model  # type: ignore[attr-defined]
+    return step
+
+
 def train(
     method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
     checkpointing: bool = False, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
     """Times ``steps`` training steps after one step that warms up.
 
-    A step is a forward, a backward, a step of AdamW over the adapters, and zero_grad. The peak memory on a GPU is the
-    peak of PyTorch's allocations, without the building of the model.
+    The peak memory on a GPU is the peak of PyTorch's allocations, without the building of the model.
     """
     import torch
 
     import peft_ext
-    from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
+    from peft_ext.integrations.transformers import peak_memory_mib
 
-    keep_freed_memory()  # for both contenders, since malloc's settings are no part of a kernel
-    model = build_model(method, kind, steps, sizes, device)
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if kind == "ours":
-        peft_ext.accelerate(model)
-    explained = peft_ext.explain(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    step = stepper(method, kind, steps, sizes, checkpointing, device)
+    explained = [] if kind == "frozen" else peft_ext.explain(step.model).rows
     on_gpu = device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -302,17 +341,12 @@ def train(
     torch.manual_seed(1)
     seconds, losses = [], []
     with cuda.Meter(cuda.uuid() if on_gpu else None) as meter:
-        for step in range(1 + steps):
+        for turn in range(1 + steps):
             tokens = torch.randint(0, sizes["vocab_size"], (batch, length)).to(device)
             if on_gpu:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            if method.peft_type == "ADALORA":
-                model.base_model.update_and_allocate(step)
-            optimizer.zero_grad()
+            loss = step(tokens, turn)
             if on_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -325,13 +359,13 @@ def train(
         "peak_mib": round(peak_mib()),
         "peak_before_training_mib": round(before),
         "losses": [round(loss, 5) for loss in losses],
-        "fused": sum(row.fused for row in explained.rows),
-        "layers": len(explained.rows),
+        "fused": sum(row.fused for row in explained),
+        "layers": len(explained),
     }
 
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs both contenders of each method in turn, each run in its own process. A ratio compares neighbouring runs.
+    """Runs the contenders of each method in turn, each run in its own process. A ratio compares neighbouring runs.
 
     The result file is written anew after each method. A run that fails, or that takes more than ``args.limit`` seconds,
     is named in "failed", and the row has the other runs.
@@ -369,7 +403,8 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
         if any(runs.values()):
             rows.append(method_row(name, runs))
         if all(runs.values()):
-            print(f"{name}: tokens/s {rows[-1]['speedup']:.2f}x stock; peak memory {rows[-1]['memory']:.2f} of stock")
+            print(f"{name}: tokens/s {rows[-1]['speedup']:.2f}x stock; peak memory {rows[-1]['memory']:.2f} of stock; "
+                  f"{rows[-1]['over_frozen']:.2f} times the frozen step")  # fmt: skip
         write(out, {"machine": about, **result})
     return result
 
@@ -377,7 +412,7 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
 def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Returns the row of a method. Where the runs of one contender failed, the row compares nothing."""
     ours, stock = runs["ours"], runs["stock"]
-    first = (ours or stock)[0]
+    first = (ours or stock or runs["frozen"])[0]
     row = {
         "method": name,
         **{
@@ -386,14 +421,16 @@ def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
         },
         "fused": first["fused"],
         "layers": first["layers"],
-        "losses": {kind: runs[kind][0]["losses"] for kind in KINDS if runs[kind]},
+        "losses": {kind: runs[kind][0]["losses"] for kind in ("ours", "stock") if runs[kind]},
     }
-    if len(ours) != len(stock) or not ours:
+    if not ours or len({len(runs[kind]) for kind in KINDS}) > 1:
         return row
     differences = [abs(a - b) for a, b in zip(ours[0]["losses"], stock[0]["losses"], strict=True)]
     return row | {
-        "speedup": _ratio(runs, "tokens_per_s"),
-        "memory": _ratio(runs, "peak_mib"),
+        "speedup": _ratio(ours, stock, "tokens_per_s"),
+        "memory": _ratio(ours, stock, "peak_mib"),
+        "over_frozen": _ratio(ours, runs["frozen"], "milliseconds"),
+        "memory_over_frozen": _ratio(ours, runs["frozen"], "peak_mib"),
         # With dropout the contenders draw different masks, so that losses are not compared.
         "max_loss_difference": None if METHODS[name].dropout else max(differences),
     }
@@ -419,7 +456,7 @@ def _names(text: str) -> list[str]:
 def _subject(args: argparse.Namespace) -> str:
     """Returns the beginning of the result file's name."""
     if args.command != "methods":
-        return f"{'step' if args.command == 'experts' else 'run'}-{args.command}"
+        return f"{'step' if args.command in ('experts', 'parts') else 'run'}-{args.command}"
     shape = [args.shape] * (args.shape != "smollm2")
     return "-".join(["step", *(shape + ["checkpointing"] * args.checkpointing or ["methods"])])
 
@@ -459,7 +496,17 @@ def main() -> None:
         command.add_argument("--batch", type=int, default=2)
     for command in (three, four, five, six):
         command.add_argument("--length", type=int, default=256)
-    for command in (one, two, three, five):
+    seven = commands.add_parser("parts")
+    seven.add_argument("--repeats", type=int, default=1)
+    seven.add_argument("--shapes", type=lambda text: text.split(","), default=["1b", "8b"], help="default: 1b,8b")
+    eight = commands.add_parser("part", help="one run of parts: its figures as JSON")
+    eight.add_argument("kind", choices=KINDS)
+    eight.add_argument("shape", choices=SHAPES)
+    for command in (seven, eight):
+        command.add_argument("--steps", type=int, default=3)
+        command.add_argument("--batch", type=int, default=2)
+        command.add_argument("--length", type=int, default=512)
+    for command in (one, two, three, five, seven):
         command.add_argument(
             "--out", type=Path, help="result file; default: benchmarks/results/<step|run>-<command>-<isa>-<date>.json"
         )
@@ -471,7 +518,11 @@ def main() -> None:
     if args.command == "mixture":
         print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))
         return
-    measure = {"speed": speed, "intents": intents, "methods": methods, "experts": mixture.compare}[args.command]
+    if args.command == "part":
+        print(json.dumps(parts.train(args.kind, args.shape, args.steps, args.batch, args.length)))
+        return
+    measure = {"speed": speed, "parts": parts.compare, "intents": intents, "methods": methods,
+               "experts": mixture.compare}[args.command]  # fmt: skip
     result = {"machine": _machine(getattr(args, "device", "cpu")), **measure(args)}
     out = result_path(_subject(args), result["machine"], args.out)
     write(out, result)

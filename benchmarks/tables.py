@@ -162,11 +162,17 @@ term to a base output that is already rounded, which swallows part of a young ad
 sum once."""
 
 
+def _over_frozen(row: Result) -> str:
+    return f"{row['over_frozen']:.2f}" if "over_frozen" in row else "not measured"
+
+
 def methods_table(result: Result) -> str:
     lines = [f"**A training step** of {result['what']}, against PEFT + bitsandbytes.", "",
-             "| method | tokens/s | peak memory | layers fused |", "|---|---|---|---|"]  # fmt: skip
+             "| method | tokens/s | peak memory | time over the frozen step | layers fused |",
+             "|---|---|---|---|---|"]  # fmt: skip
     lines += [
-        f"| {row['method']} | **{row['speedup']:.2f}x** | **{row['memory']:.2f}** | {row['fused']} of {row['layers']} |"
+        f"| {row['method']} | **{row['speedup']:.2f}x** | **{row['memory']:.2f}** | {_over_frozen(row)} | "
+        f"{row['fused']} of {row['layers']} |"
         for row in result["rows"]
     ]
     compared = [row["max_loss_difference"] for row in result["rows"] if row["max_loss_difference"] is not None]
@@ -235,6 +241,7 @@ DRAWN: dict[str, Callable[[], str]] = {
                 ("run-intents-avx512", intents_table)),
     "methods": partial(shown, (METHODS, methods_table)),
     "1b": partial(shown, ("step-1b-avx512_bf16", methods_table)),
+    "8b": partial(shown, ("step-8b-avx512_bf16", methods_table)),
     "checkpointing": partial(shown, ("step-checkpointing-avx512_bf16", methods_table)),
     "experts": partial(shown, ("step-experts-avx512_bf16", experts_table)),
     "lora": _operator(LORA, "lora_linear", *STOCK),

@@ -151,6 +151,26 @@ def test_whole_steps_have_bars_of_their_ratios():
     assert charts.training({"machine": MACHINE, "what": "nothing", "rows": []}) is None
 
 
+def test_the_parts_of_a_step_have_bars_over_the_frozen_step():
+    def times(**parts):
+        return {**dict.fromkeys(charts.PARTS, 1.0), **parts}
+
+    rows = [{"shape": "1b", "what": "a width", "milliseconds": {
+        "frozen": times(step=8.0), "stock": times(step=12.0, attention=3.0), "ours": times(step=6.0)}}]  # fmt: skip
+    drawing = drawn(charts.parts, {"machine": MACHINE, "what": "a model", "rows": rows})
+    (left, _), _ = drawing.elements[identifier("parts", "1b", "step") + ":ours"]
+    unit = drawing.elements[identifier("parts", "1b", "frozen")][0][0] - left
+
+    def length(part, kind):
+        return drawing.length("parts", "1b", part, kind) / unit
+
+    assert length("step", "ours") == pytest.approx(6 / 8, abs=1e-3)
+    assert length("step", "stock") == pytest.approx(12 / 8, abs=1e-3)
+    assert length("attention", "stock") == pytest.approx(3 / 8, abs=1e-3)
+    assert length("linear layers", "frozen") == pytest.approx(1 / 8, abs=1e-3)
+    assert charts.parts({"machine": MACHINE, "what": "a model", "rows": []}) is None
+
+
 def test_loss_curves_have_every_step():
     def run(method, dtype="bfloat16", beside="PEFT", pruned=None, **curves):
         return {"method": method, "dtype": dtype, "twin": beside, "pruned": pruned, "losses": curves}

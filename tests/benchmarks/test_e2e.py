@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
-e2e, mixture = (importlib.import_module(f"benchmarks.{name}") for name in ("e2e", "mixture"))
+e2e, mixture, parts = (importlib.import_module(f"benchmarks.{name}") for name in ("e2e", "mixture", "parts"))
 
 
 @pytest.mark.parametrize("name", ["QLoRA, dropout 0.05", "AdaLoRA", "IA3"])
@@ -26,9 +26,33 @@ def test_a_method_trains(name, monkeypatch):
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
     runs = {kind: [e2e.train(e2e.METHODS[name], kind, 1, 2, 8, sizes)] for kind in e2e.KINDS}
     row = e2e.method_row(name, runs)
-    assert row["layers"] == 7 and row["tokens_per_s"]["ours"][0] > 0
+    assert row["layers"] == 7 and row["tokens_per_s"]["ours"][0] > 0 and row["over_frozen"] > 0
     ours, stock = row["losses"]["ours"], row["losses"]["stock"]
     assert len(ours) == 2 and abs(ours[0] - stock[0]) < 0.05
+
+
+@pytest.mark.parametrize("kind", e2e.KINDS)
+def test_each_operator_of_a_step_belongs_to_its_part(kind, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    found = {}
+    real = parts.part_of
+
+    def noted(event, vocabulary):
+        found[event.name] = found.get(event.name, set()) | {real(event, vocabulary)}
+        return real(event, vocabulary)
+
+    monkeypatch.setattr(parts, "part_of", noted)
+    times = parts.train(kind, "tiny", 1, 2, 16)
+    assert set(times) == {*parts.PARTS, "step"}
+    assert times["step"] == pytest.approx(sum(times[part] for part in parts.PARTS), rel=0.01)
+    assert (times[parts.OPTIMIZER] > 0) == (kind != "frozen")
+    expected = {"ours": {"peft_ext::lora_linears": {parts.LINEAR}, "peft_ext::lora_linear_backward": {parts.LINEAR},
+                         "peft_ext::rms_norm": {parts.ELEMENTWISE}, "aten::mm": {parts.HEAD},
+                         "peft_ext::scaled_dot_product_attention_backward": {parts.ATTENTION}},
+                "stock": {"aten::mm": {parts.LINEAR, parts.HEAD}, "aten::_log_softmax": {parts.HEAD}},
+                "frozen": {"aten::mm": {parts.LINEAR, parts.HEAD}, "aten::silu": {parts.ELEMENTWISE}}}  # fmt: skip
+    assert {name: found.get(name) for name in expected[kind]} == expected[kind]
 
 
 def test_a_mixture_trains(monkeypatch):
@@ -65,9 +89,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path
     assert [name.partition(":")[0] for name in result["failed"]] == ["LoRA, stock", "DoRA, ours"]
     assert "timed out after 60" in result["failed"][0] and "SIGSEGV" in result["failed"][1]
     rows = {row["method"]: row for row in result["rows"]}
-    assert rows["LoRA"]["tokens_per_s"] == {"ours": [10.0], "stock": []} and "speedup" not in rows["LoRA"]
+    assert rows["LoRA"]["tokens_per_s"] == {"ours": [10.0], "stock": [], "frozen": [10.0]} and "speedup" not in rows["LoRA"]
     assert rows["IA3"]["speedup"] == 1.0 and rows["IA3"]["max_loss_difference"] == 0.0
-    assert rows["DoRA"]["peak_mib"] == {"ours": [], "stock": [7]}
+    assert rows["IA3"]["over_frozen"] == 1.0 and "over_frozen" not in rows["DoRA"]
+    assert rows["DoRA"]["peak_mib"] == {"ours": [], "stock": [7], "frozen": [7]}
 
 
 def test_without_bitsandbytes_our_quantized_layers_still_train(monkeypatch):
@@ -89,7 +114,8 @@ def test_a_results_name_says_what_was_run():
     def subject(command, **given):
         return e2e._subject(argparse.Namespace(command=command, **given))
 
-    assert [subject("speed"), subject("intents"), subject("experts")] == ["run-speed", "run-intents", "step-experts"]
+    names = {command: subject(command) for command in ("speed", "intents", "experts", "parts")}
+    assert [*names.values()] == ["run-speed", "run-intents", "step-experts", "step-parts"]
     assert subject("methods", shape="smollm2", checkpointing=False) == "step-methods"
     assert subject("methods", shape="smollm2", checkpointing=True) == "step-checkpointing"
     assert subject("methods", shape="1b", checkpointing=True) == "step-1b-checkpointing"

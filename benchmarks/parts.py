@@ -1,0 +1,95 @@
+"""Measures how long each part of a training step takes, with PyTorch's profiler.
+
+``python -m benchmarks.e2e parts`` runs LoRA with dropout 0.05 in peft_ext, in PEFT, and the frozen model, at two widths.
+A part of a step is the sum of the operators' own times, by the operators' names and the shapes of their inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+NAME = "step-parts-avx512_bf16"
+METHOD = "LoRA, dropout 0.05"
+LINEAR, ATTENTION, HEAD, OPTIMIZER, ELEMENTWISE, REST = PARTS = (
+    "linear layers", "attention", "head and loss", "optimizer", "other operators", "between operators",
+)  # fmt: skip
+# The first pattern that an operator's name matches says its part. An operator with an input of the vocabulary's size
+# belongs to the head and the loss before any pattern is asked.
+PATTERNS = (
+    (ATTENTION, r"scaled_dot_product|attention"),
+    (HEAD, r"cross_entropy|log_softmax|nll_loss"),
+    (LINEAR, r"(aten::(mm|addmm|bmm)|peft_ext::(lora|nf4_lora|dora|ia3|nf4)_\w+)$"),
+)
+
+
+def part_of(event: FunctionEvent, vocabulary: int) -> str:
+    """Returns the part of a step, one of :data:`PARTS`, that a profiled operator belongs to."""
+    above = event
+    while above is not None:
+        if above.name.startswith("Optimizer."):
+            return OPTIMIZER
+        above = above.cpu_parent
+    if any(vocabulary in shape for shape in event.input_shapes or () if isinstance(shape, (list, tuple))):
+        return HEAD
+    return next((part for part, pattern in PATTERNS if re.search(pattern, event.name)), ELEMENTWISE)
+
+
+def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
+    """Returns the milliseconds that the operators of each part take themselves, without the operators they call."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        if event.name.startswith(("aten::", "peft_ext::", "Optimizer.")):
+            found[part_of(event, vocabulary)] += event.self_cpu_time_total / 1e3
+    return found
+
+
+def train(kind: str, shape: str, steps: int, batch: int, length: int) -> dict[str, Any]:
+    """Returns the median milliseconds of a step of a contender, and of each part of the step."""
+    from . import e2e
+
+    vocabulary = e2e.SHAPES[shape][0]["vocab_size"]
+    step = e2e.stepper(e2e.METHODS[METHOD], kind, steps, e2e.SHAPES[shape][0])
+    torch.manual_seed(1)
+    found = []
+    for turn in range(1 + steps):
+        tokens = torch.randint(0, vocabulary, (batch, length))
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            start = time.perf_counter()
+            step(tokens, turn)
+            milliseconds = 1e3 * (time.perf_counter() - start)
+        parts = sums(profiler.events(), vocabulary)
+        found.append({**parts, REST: max(0.0, milliseconds - sum(parts.values())), "step": milliseconds})
+    return {name: round(statistics.median(run[name] for run in found[1:]), 2) for name in found[0]}
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs each contender at each width in a process of its own, and returns a row for each width."""
+    from . import e2e
+
+    rows = []
+    for shape in args.shapes:
+        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in e2e.KINDS}
+        for _ in range(args.repeats):
+            for kind in e2e.KINDS:
+                command = [sys.executable, "-m", "benchmarks.e2e", "part", kind, shape, "--steps", str(args.steps),
+                           "--batch", str(args.batch), "--length", str(args.length)]  # fmt: skip
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{shape}, {kind}: {runs[kind][-1]}", flush=True)
+        rows.append({"shape": shape, "what": e2e.SHAPES[shape][1], "milliseconds": {
+            kind: {part: statistics.median(run[part] for run in found) for part in found[0]}
+            for kind, found in runs.items()}})  # fmt: skip
+    return {"what": f"a Llama with random weights, {METHOD}, rank 16 on all linears, {args.batch} x {args.length} tokens",
+            "rows": rows}  # fmt: skip
