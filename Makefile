@@ -29,7 +29,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
-.PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
+.PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated \
   cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp
 
 help:
@@ -71,7 +71,7 @@ setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) tools/system_needs.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.12" ninja numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.13" ninja numpy
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
 	touch $@
 
@@ -142,6 +142,10 @@ cuda-check: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm "nvidia-cuda-nvrtc>=13.0,<13.1" \
 	  "cuda-bindings>=13,<14"
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
+
+# All kernels of every format of packed weights too; cuda-check compiles two for each format.
+cuda-formats:
+	$(MAKE) --no-print-directory cuda-check CUDA_CHECK=--formats
 
 # EMULATED="--share 6" for CI's part.
 cuda-emulated: setup
@@ -221,7 +225,7 @@ rank-kills: setup
 	$(LIMIT) 3600 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests newest forms mutations llama-cpp
+NIGHTLY = cuda-formats cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
@@ -270,7 +274,7 @@ wheels: $(VENV)/.installed $(WHEEL_PYTHONS:%=build/pythons/%/.installed)
 
 build/pythons/%/.installed:
 	$* -m venv build/pythons/$*
-	build/pythons/$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.12"
+	build/pythons/$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.13"
 	touch $@
 
 # WHEEL is a wheel or a folder of wheels. TRIAL_TORCH is a requirement such as "torch==2.11.*"; without TRIAL_TORCH the

@@ -32,6 +32,7 @@ prove.arm()
 # Name -> module, imported on first use, so that ``import peft_ext`` needs torch alone.
 _LAZY = {
     "accelerate": "integrations.peft",
+    "agree": "integrations.peft",
     "restore": "integrations.peft",
     "estimate_memory": "memory",
     "explain": "integrations.peft",

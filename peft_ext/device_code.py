@@ -85,7 +85,10 @@ HEADERS = {
 def missing() -> Optional[str]:
     """Returns why kernels can't be compiled on this machine, or None."""
     if any(importlib.util.find_spec(name) is None for name in ("cuda", "cuda.bindings")):
-        return "the package cuda-bindings is missing: pip install cuda-bindings"
+        # The version of the CUDA that torch is built for: a newer package looks for a newer NVRTC than torch's.
+        major = (torch.version.cuda or "").partition(".")[0]
+        named = f'"cuda-bindings=={major}.*"' if major else "cuda-bindings"
+        return f"the package cuda-bindings is missing: pip install {named}"
     try:
         version()
     except Exception as error:  # the package raises errors of many types where NVRTC is missing or does not load

@@ -8,7 +8,7 @@ The parts, in this order:
     build      compiles the native library with the C++ compiler; nvcc is not needed
     import     loads torch, the GPU and the native library, and says how long each takes
     warm       compiles all CUDA kernels for this GPU
-    prove      compares each family of kernels with plain PyTorch, and times both
+    prove      compares each family of kernels with plain PyTorch
     core       calls of every operator that cover each pair of dtype, shape and layout, against float64
     training   a training step of LoRA, QLoRA and DoRA at Llama 3 8B's width, against PEFT: time and memory
     kernels    the time of each kernel of a layer, beside the time that cuda_model.py computes
@@ -18,7 +18,7 @@ The parts, in this order:
 
 The program imports only the standard library. Each part runs in processes of its own, and has a time limit that depends
 on the remaining time. At the limit, all processes of the part are killed. If a part fails or is cut off, the next parts
-run (except after a failed build), and the exit status is 1. The log, the rows of the measurements and the summary
+run (after a failed build only if the library of an earlier build loads), and the exit status is 1. The log, the rows of the measurements and the summary
 gpu-<date>.json are written during the run, so that a crash loses none of the earlier results.
 """
 
@@ -79,6 +79,8 @@ state = _native.STATE
 print(json.dumps({"seconds": took, "CPU path": state.isa, "CUDA kernels": state.cuda_error or "registered"}))
 sys.exit(not state.cuda_loaded)
 """
+# Succeeds if the native library loads and has CUDA kernels.
+LOADS = "import sys; from peft_ext import _native; sys.exit(not _native.STATE.cuda_loaded)"
 # Proves the families that are no arguments, and prints a line before and after each family.
 PROVE = """
 import json, sys, torch
@@ -210,7 +212,9 @@ class Runner:
 
 @dataclass
 class Machine:
-    """The Python, the GPU and the folder of the results that the parts use. ``gpu`` is the result of PROBE."""
+    """The Python, the GPU and the folder of the results that the parts use. ``gpu`` is the result of PROBE.
+    ``has_earlier_build`` tells, after a failed build, whether a library of an earlier build or of a wheel loads.
+    """
 
     runner: Runner
     out: Path
@@ -218,6 +222,7 @@ class Machine:
     device: str = "cuda"
     python: str = sys.executable
     gpu: dict = field(default_factory=dict)
+    has_earlier_build: bool = False
 
 
 # --- packages and build -----------------------------------------------------------------------------------------------
@@ -293,7 +298,10 @@ def sanitizer_package(here: Machine) -> list[str]:
 def build(here: Machine, outcome: Outcome) -> None:
     environment = {"MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)}
     command = [here.python, "setup.py", "build_ext", "--inplace"]
-    outcome.add(here.runner.run(command, outcome.limit, environment))
+    if not outcome.add(here.runner.run(command, outcome.limit, environment)):
+        here.has_earlier_build = here.runner.run([here.python, "-c", LOADS], PROBE_SECONDS) == ("", False)
+        if here.has_earlier_build:
+            outcome.why += "; the next parts use the library of an earlier build"
 
 
 def imports(here: Machine, outcome: Outcome) -> None:
@@ -461,7 +469,7 @@ def limit_of(names: Sequence[str], turn: int, left: float) -> float:
 
 def run_parts(here: Machine, names: Sequence[str], keep: Callable[[list[Outcome]], None]) -> list[Outcome]:
     """Runs the parts, and passes the outcomes so far to ``keep`` after each part. An error in a part stops no other
-    part, except that nothing runs after a failed build.
+    part, except that nothing runs after a failed build without an earlier build.
     """
     found: list[Outcome] = []
     stopped = ""
@@ -477,7 +485,7 @@ def run_parts(here: Machine, names: Sequence[str], keep: Callable[[list[Outcome]
             except Exception as error:
                 outcome.add((f"{type(error).__name__}: {error}", False))
         outcome.seconds = round(here.runner.clock() - start, 1)
-        if name in ESSENTIAL and outcome.result in (FAILED, CUT):
+        if name in ESSENTIAL and outcome.result in (FAILED, CUT) and not here.has_earlier_build:
             stopped = f"the part {name} failed"
         found.append(outcome)
         here.runner.say(f"=== {line(outcome)}")

@@ -89,8 +89,7 @@ def doctor(
     if build.name == "CUDA":
         _row("compiler", device_code.missing() or f"NVRTC {device_code.version()}")
         _row("compiled kernels", f"{len(list(device_code.cache().glob('*/*.image')))} in {device_code.cache()}")
-    for key in prove.KEYS:
-        _proofs(key, measure)
+    failed = not all([_proofs(key, measure) for key in prove.KEYS])
 
     _section("operators")
     for name in library.OPERATORS:
@@ -108,7 +107,7 @@ def doctor(
         _row(name, value)
     if not values:
         _row("nothing set", "of " + ", ".join(_ENVIRONMENT[:2]) + ", ...")
-    return 1 if state.module is None else 0
+    return 1 if state.module is None or failed else 0
 
 
 def _warm(capabilities: list[str]) -> None:
@@ -135,11 +134,16 @@ def _warm(capabilities: list[str]) -> None:
         device_code.warm(number, progress)
 
 
-def _proofs(key: str, measure: bool) -> None:
-    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to add times."""
+def _proofs(key: str, measure: bool) -> bool:
+    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to add times.
+
+    Returns False if the proof raised an error: a memory fault, or, with PEFT_EXT_REQUIRE, a family that failed.
+    """
+    raised = False
     try:
         prove.settle(key)
     except RuntimeError as error:
+        raised = True
         _section(f"proof of the {key} kernels")
         _row("error", str(error))
     for place, found in prove.report(key).items():
@@ -147,6 +151,7 @@ def _proofs(key: str, measure: bool) -> None:
         for family, why in found.items():
             times = _times(family, key) if measure and not why else ""
             _row(family, f"dropped: {why}" if why else f"agrees with the reference{times}")
+    return not raised
 
 
 def _times(family: str, key: str) -> str:

@@ -30,7 +30,7 @@ from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear, PackedExperts, PackedLinear
 from ..ops.checks import check_module
-from ..ops.prove import agree, settle_by
+from ..ops import prove
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .adapter_layers.base import (
     FOUR_BIT,
@@ -172,8 +172,30 @@ def accelerate(
         )
     # The checks of the layers prove the kernels that the model needs. Layers that tensor parallelism splits make other
     # sums over the processes on the operators than on PEFT's code, so all processes have to choose alike.
-    (agree if any(map(is_split, model.modules())) else settle_by)(lambda: explain(model))
+    (prove.agree if any(map(is_split, model.modules())) else prove.settle_by)(lambda: explain(model))
     return model
+
+
+def agree(model: nn.Module) -> None:
+    """Makes all ranks of a distributed training run use the same kernels.
+
+    Each rank proves its kernels alone (see the section "The proof on the machine" in docs/reliability.md). If a family
+    of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
+    gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
+    the default process group, and drops each family that failed on any rank on all ranks. A training loop of your own
+    calls this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
+    ``PeftExtCallback`` does the same when training begins.
+
+    The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` names. Operators that
+    only your own code calls are proved at their first call, and no other rank hears of their results.
+
+    Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.
+
+    Raises: TypeError if model is no nn.Module; RuntimeError if another rank does not call this function within 600
+    seconds.
+    """
+    check_module("agree", model)
+    prove.agree(lambda: explain(model))
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ When a family is proved:
     CUDA graph is captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
 
 In several processes:
-    When training begins, ``PeftExtCallback`` calls :func:`agree`, which makes all ranks of the default process group
+    When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which makes all ranks of the default process group
     drop the families that failed on any rank. :func:`peft_ext.accelerate` does so for a model whose layers
     transformers' tensor parallelism splits. Otherwise one rank alone may call ``accelerate`` or an operator. A family
     that fails outside of :func:`agree` is dropped on its rank, and the warning says that the other ranks may use the
@@ -242,6 +242,8 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
         if (capability := torch.cuda.get_device_capability(place.device.index)) < CAPABILITY:
             came, least = (".".join(map(str, version)) for version in (capability, CAPABILITY))
             return dict.fromkeys(_gates[place.key], f"its compute capability is {came}, wanted {least} or more")
+        if why := device_code.missing():
+            return dict.fromkeys(_gates[place.key], why)
     if asked == "0":
         return {}
     known = {} if asked == "always" else _recall(place)

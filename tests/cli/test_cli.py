@@ -380,6 +380,33 @@ def test_doctor_says_what_failed(capsys, monkeypatch):
     assert "proof on a model (scalar)\n  lora                       dropped: it is off\n  ia3 " in out
 
 
+def test_doctor_fails_where_a_proof_raises(capsys, monkeypatch):
+    def raising(key):
+        raise RuntimeError(f"peft_ext: lora: its {key} kernels failed (PEFT_EXT_REQUIRE is set)")
+
+    monkeypatch.setattr(ops.prove, "settle", raising)
+    assert main(["doctor"]) == 1
+    assert "error                      peft_ext: lora: its CPU kernels failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [(["9.0"], [90]), (["10.0", "8.6"], [86, 100]), (["90"], "--capability is '90', wanted a number such as 9.0")],
+)
+def test_doctor_compiles_for_the_named_capabilities(given, wanted, capsys, monkeypatch):
+    from peft_ext.cli import doctor
+
+    compiled = []
+    monkeypatch.setattr(doctor.device_code, "missing", lambda: None)
+    monkeypatch.setattr(doctor.device_code, "architecture", lambda number: f"sm_{number}")
+    monkeypatch.setattr(doctor.device_code, "warm", lambda number, progress: compiled.append(number))
+    code = main(["doctor", "--warm", *(text for name in given for text in ("--capability", name))])
+    if isinstance(wanted, str):
+        assert code != 0 and wanted in capsys.readouterr().err and compiled == []
+    else:
+        assert compiled == wanted
+
+
 def test_doctor_fails_without_the_native_library(capsys, monkeypatch):
     monkeypatch.setattr(_native, "STATE", _native.NativeState(cpu_error="No module named 'peft_ext._C'"))
     assert main(["doctor"]) == 1

@@ -269,9 +269,12 @@ def test_a_kernel_without_a_compiler_is_an_error_that_says_what_to_install(compi
 # --- the compiler -----------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_package_is_named(monkeypatch):
+@pytest.mark.parametrize("cuda, named", [("13.0", '"cuda-bindings==13.*"'), ("12.8", '"cuda-bindings==12.*"'),
+                                         (None, "cuda-bindings")])  # fmt: skip
+def test_a_missing_package_is_named(cuda, named, monkeypatch):
     monkeypatch.setattr(device_code.importlib.util, "find_spec", lambda name: None)
-    assert device_code.missing() == "the package cuda-bindings is missing: pip install cuda-bindings"
+    monkeypatch.setattr(device_code.torch.version, "cuda", cuda)
+    assert device_code.missing() == f"the package cuda-bindings is missing: pip install {named}"
 
 
 @pytest.fixture

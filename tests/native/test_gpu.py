@@ -48,7 +48,7 @@ def test_the_parts_that_teach_most_come_first() -> None:
 def test_each_part_has_its_seconds_and_its_share_of_what_others_left() -> None:
     names = list(gpu.PARTS)
     assert gpu.limit_of(names, names.index("import"), 470.0) == pytest.approx(20.0)
-    assert gpu.limit_of(names, names.index("training"), 600.0) == pytest.approx(95 * 600 / 300)
+    assert gpu.limit_of(names, names.index("training"), 600.0) == pytest.approx(115 * 600 / 300)
     assert gpu.limit_of(names, names.index("build"), 545.0) == 545 / 2
     assert gpu.limit_of(names, len(names) - 1, 33.0) == 33.0
 
@@ -80,6 +80,27 @@ def test_nothing_runs_after_a_failed_build(here: Any, monkeypatch: pytest.Monkey
     found = gpu.run_parts(here, names, lambda found: None)
     assert [(one.result, one.why) for one in found] == [("failed", "exit status 1"),
                                                         ("not run", "the part build failed")]  # fmt: skip
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_after_a_failed_build_an_earlier_library_is_used_if_it_loads(here: Any, loads: bool, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {0 if loads else 1}\necho no compiler >&2; exit 1\n')
+    python.chmod(0o755)
+    here.python = str(python)
+    found = outcome()
+    gpu.build(here, found)
+    assert found.result == "failed" and here.has_earlier_build is loads
+    assert ("use the library of an earlier build" in found.why) is loads
+
+
+def test_other_parts_run_on_an_earlier_build(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(here: Any, outcome: Any) -> None:
+        outcome.add(("exit status 1", False))
+        here.has_earlier_build = True
+
+    names = toy_parts(monkeypatch, build=build, core=lambda here, outcome: None)
+    assert [one.result for one in gpu.run_parts(here, names, lambda found: None)] == ["failed", "passed"]
 
 
 # --- commands that fail, crash and hang -------------------------------------------------------------------------------

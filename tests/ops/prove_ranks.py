@@ -3,7 +3,8 @@
     python prove_ranks.py SCENARIO FOLDER RANK
 
 Writes FOLDER/RANK.json. Scenarios: "accelerated before the group" and "accelerated in the group" (``accelerate`` runs
-before or after the process group exists, and the trainer's callback after both), "alone" (rank 1 alone calls
+before or after the process group exists, and the trainer's callback after both), "own loop" (``peft_ext.agree`` in place
+of the callback), "alone" (rank 1 alone calls
 ``accelerate``, and then rank 0 alone begins to train).
 """
 
@@ -75,7 +76,10 @@ with warnings.catch_warnings(record=True) as said:
     else:
         if what == "accelerated before the group":
             start()
-        PeftExtCallback().on_train_begin(SimpleNamespace(device=torch.device("cpu")), None, None, model=model)
+        if what == "own loop":
+            peft_ext.agree(model)
+        else:
+            PeftExtCallback().on_train_begin(SimpleNamespace(device=torch.device("cpu")), None, None, model=model)
         found["bits"] = trained(model)
         found["fused"] = [row.fused for row in peft_ext.explain(model).rows]
     dist.barrier()

@@ -34,7 +34,7 @@ def ranks(folder: Path, what: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("what", ["accelerated before the group", "accelerated in the group"])
+@pytest.mark.parametrize("what", ["accelerated before the group", "accelerated in the group", "own loop"])
 def test_all_ranks_drop_what_fails_on_one_and_give_equal_bits(tmp_path: Path, what: str) -> None:
     first, second = ranks(tmp_path, what)
     assert first["dropped"] == second["dropped"] == families("CPU")["ia3"]

@@ -112,8 +112,8 @@ def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -
             _held.image = symbol, code = function(name.decode(), file.decode(), capability)
             image[0].symbol = symbol
             image[0].data = ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p)
-        except Exception as error:  # an exception can't pass through the library
-            _held.image = str(error).encode()
+        except BaseException as error:  # an exception can't pass through the library
+            _held.image = (str(error) or type(error).__name__).encode()
             image[0].error = _held.image
 
     _callback = _IMAGE_SOURCE(source)
