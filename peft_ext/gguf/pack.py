@@ -24,7 +24,7 @@ from ..nn import PackedEmbedding, PackedLinear
 from ..nn.experts import expert_parameters, is_stored_transposed
 from ..nn.packed_experts import hold_packed
 from ..weight_reads import weights_read_past
-from ..weights.gguf import TYPES, gguf_weight, llama_row_order, permuted_rows
+from ..weights.gguf import TYPES, gguf_weight, has_kernel, llama_row_order, permuted_rows
 from ..weights.packed import PackedWeight
 from .facts import ROTARY_FACTORS
 from .header import GgufError, GgufHeader, TensorInfo
@@ -222,6 +222,11 @@ def _layers(model: Any) -> Callable[[str], Optional[str]]:
     return reason
 
 
+def _why_type(info: TensorInfo) -> Optional[str]:
+    """Returns the reason why layers can't hold weights of the tensor's type, or None."""
+    return None if has_kernel(info.type) else f"no kernel decodes the type {info.type_name}"
+
+
 def _put(model: Any, parameter: str, weight: PackedWeight, dtype: torch.dtype, header: GgufHeader) -> None:
     """Replaces the linear layer or the embedding of ``parameter`` by a packed layer on the meta device."""
     name = parameter.rpartition(".")[0]
@@ -336,7 +341,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 if reason is None and target not in found.tensors:  # the first of the three tensors
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
-                reason = why_dense(target) or (_CHANGED if touched and changed.rows is None else None)
+                reason = why_dense(target) or _why_type(info) or (_CHANGED if touched and changed.rows is None else None)
                 if reason is None:
                     weight = _weight(header, info, dtype)
                     if touched:
@@ -414,6 +419,8 @@ def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str
     """Returns the reason why the tensors of gate, up and down can't be packed in the module, or None."""
     if any(info is None or info.dtype is not None or len(info.shape) != 3 for info in parts):
         return "another weight of the experts is not quantized"
+    if (reason := next(filter(None, map(_why_type, parts)), None)) is not None:
+        return reason
     if set(expert_parameters(module)) != {"gate_up_proj", "down_proj"}:
         return f"a {type(module).__name__} can't hold packed weights"
     gate, up, _ = parts
@@ -496,7 +503,7 @@ def _pack_converted(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packe
             parts = [info for each in ("gate_up_proj", "down_proj") for info in plan[f"{name}.{each}"].tensors]
             if (reason := _why_experts(model.get_submodule(name), parts)) is None:
                 experts.setdefault(name, {})[parameter.rpartition(".")[2]] = source.tensors[0].type
-        elif reason is None and (reason := why_dense(parameter)) is None:
+        elif reason is None and (reason := why_dense(parameter) or _why_type(source.tensors[0])) is None:
             packed[parameter] = _empty(source.tensors[0].type, shapes[parameter], dtype)
             _put(model, parameter, packed[parameter], dtype, header)
         if reason is not None:

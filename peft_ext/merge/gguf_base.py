@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from .._imports import required
 from ..gguf import GgufError, GgufHeader, read_header
 from ..gguf.names import GgufNames
-from ..reference.formats import decoded as decoded_by_reference
 from ..sources.json_file import first_line
-from ..weights.gguf import TYPES, gguf_weight, has_kernel
+from ..weights.gguf import TYPES, gguf_weight
 from .base import Base, without_memory
 from .errors import as_merge_error, fail
 
@@ -113,8 +112,7 @@ class GgufBase:
 def decoded(data: Tensor, type: int) -> Tensor:
     """Returns the values of a tensor in float32. ``data`` is the bytes of a quantized tensor, or a dense tensor."""
     if type in TYPES:
-        weight = gguf_weight(data, type)
-        return weight.dequantize() if has_kernel(type) else decoded_by_reference(weight, torch.float32)
+        return gguf_weight(data, type).dequantize()
     return data.to(torch.float32, copy=True)
 
 

@@ -49,6 +49,7 @@ class HoldsPacked(nn.Module):
             raise TypeError(f"{kind}: weight is {type(weight).__name__}, wanted a PackedWeight")
         if len(weight.shape) != 2:
             raise ValueError(f"{kind}: weight has shape {tuple(weight.shape)}, wanted (N, K)")
+        weight.check_kernel(kind)
         self.describe(weight, names, extra)
         self.compute_dtype = dtype or weight.dtype
         for index, (name, part) in enumerate(zip(self.names, weight.parts, strict=True)):
@@ -194,7 +195,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
             extra: tensors of the file that the weight's format does not need, by name. The state dict contains them.
             dtype: dtype of the layer's dense equivalent; default: ``weight.dtype``.
 
-        Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, or ``names`` does not fit.
+        Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes its
+        format, or if ``names`` does not fit.
         """
         module = cls.__new__(cls)
         nn.Module.__init__(module)

@@ -116,6 +116,7 @@ def hold_packed(
     for name, (weight, _) in weights.items():
         if not weight.stacked:
             raise ValueError(f"PackedExperts: {name} has shape {tuple(weight.shape)}, wanted a stack (E, N, K)")
+        weight.check_kernel("PackedExperts")
     experts.__class__ = experts_class(PackedExperts, type(experts))
     experts.compute_dtype = dtype
     for name, (weight, names) in weights.items():

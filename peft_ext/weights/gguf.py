@@ -125,7 +125,7 @@ def _check(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size, gr
 
 _FORMATS = {
     number: register(
-        Format(f"gguf_{type.name.lower()}", _FIRST + number, ("data",), partial(_check, number), "gguf quants.py")
+        Format(f"gguf_{type.name.lower()}", _FIRST + number, ("data",), partial(_check, number), "gguf quants.py", type.kernel)
     )
     for number, type in TYPES.items()
 }

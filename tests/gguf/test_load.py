@@ -88,6 +88,29 @@ def test_each_architecture(kind: str, types: str, tmp_path: Path) -> None:
     check_layers(kind, file, loaded)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3moe", "lfm2", "qwen35moe"])
+def test_types_without_a_kernel_are_decoded(kind: str, tmp_path: Path) -> None:
+    import peft
+
+    import peft_ext
+
+    model = tiny_model(kind)
+    file = write_tiny(tmp_path / "a.gguf", kind, model, "TQ1_0")
+    without = {one.name for one in read_header(file).tensors.values() if one.type_name == "TQ1_0"}
+    assert without
+    loaded = load_gguf(file, dtype=torch.float32)
+    dense = load_gguf(decoded(file, kind, model), dtype=torch.float32)  # transformers does not read TQ1_0 in all kinds
+    torch.testing.assert_close(outputs(loaded), outputs(dense), atol=2e-5, rtol=1e-4)
+    reasons = set(loaded.peft_ext_dense.values())
+    changed = set(DENSE.get(kind, {}).values())
+    assert reasons - changed == {"no kernel decodes the type TQ1_0"}
+    for parameter in loaded.peft_ext_dense:
+        assert loaded.get_parameter(parameter).dtype == torch.float32
+    adapted = peft_ext.accelerate(peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["q_proj", "v_proj"])))
+    adapted(**tokens(adapted)).logits.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("types", ["F32", "F16", "Q8_0", "MXFP4", "mixed"])
 def test_gpt_oss(types: str, tmp_path: Path) -> None:
     """transformers gives the model of a gpt-oss file random experts: the model that was written is the authority.

@@ -14,7 +14,7 @@ import torch
 from packed_bits import check_paths, same_bits, set_path  # noqa: F401  a fixture
 from torch import Tensor
 
-from peft_ext import _native, ops
+from peft_ext import _native, nn, ops
 from peft_ext.reference.formats import decoded
 from peft_ext.run.demo_model import packed_model
 from peft_ext.weights import gguf
@@ -179,6 +179,18 @@ def test_kernels_and_dense_types():
     assert not gguf.has_kernel("F32") and not gguf.has_kernel("IQ2_XXS")
     dense = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "Q4_K": None}
     assert {kind: gguf.dense_dtype(kind) for kind in dense} == dense
+
+
+@pytest.mark.parametrize("number", OTHERS, ids=name)
+def test_a_type_without_a_kernel_is_decoded_and_held_by_no_layer(number):
+    data = every_byte(number)
+    weight = gguf.gguf_weight(data, number)
+    assert torch.equal(weight.dequantize().view(torch.int32), library_values(data, number).view(torch.int32))
+    stacked = gguf.gguf_weight(data.view(2, 4, -1), number)
+    assert torch.equal(stacked.dequantize().view(torch.int32).flatten(0, 1), weight.dequantize().view(torch.int32))
+    for hold in (nn.PackedLinear.from_packed, nn.PackedEmbedding.from_packed):
+        with pytest.raises(ValueError, match=f"no kernel decodes the weight's format gguf_{name(number).lower()}"):
+            hold(weight, ("weight",))
 
 
 def test_a_type_without_a_kernel_needs_gguf(monkeypatch):
