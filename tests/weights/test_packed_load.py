@@ -116,6 +116,14 @@ def test_experts_that_transformers_merges_stay_packed(case: str, tmp_path: Path)
     assert torch.equal(load(tmp_path / "again")(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.parametrize("case", ["nvfp4", "gptq", "gptq act-order", "awq", "hqq"])
+def test_experts_whose_rows_do_not_stack_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    path = pc.write_mixture(tmp_path / "model", case)
+    layout = {"nvfp4": "nvfp4-pack-quantized"}.get(case, case.partition(" ")[0])
+    with pytest.raises(ValueError, match=f"mlp.experts: experts in the layout {layout} can't stay packed: "):
+        load(path)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gpt_oss"])
 def test_logits_are_those_of_the_dequantized_model_of_transformers(kind: str, tmp_path: Path) -> None:
     if kind == "gpt_oss":

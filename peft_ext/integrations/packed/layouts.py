@@ -33,6 +33,8 @@ class Layout:
         extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
         joined: what stands between the name of the layer's dense weight and a name above: "." if the name takes the
             place of "weight", "" if the name is appended, as in ``gate_up_proj_blocks``.
+        alone: "" if the tensors of all experts of a mixture can be merged to one weight by stacking the experts and
+            concatenating rows, such as those of gate and up; else the reason why not.
     """
 
     parts: tuple[str, ...]
@@ -40,6 +42,7 @@ class Layout:
     optional: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     joined: str = "."
+    alone: str = ""
 
     @property
     def codes(self) -> str:
@@ -114,15 +117,20 @@ _HQQ = (
     "optimize", "round_zero",
 )  # fmt: skip
 
+_COLUMNS = "the weight's rows are the columns of the stored tensors"
+
 LAYOUTS: dict[str, Layout] = {
     "fp8": Layout(("weight", "weight_scale_inv"), _fp8),
     "float-quantized": Layout(("weight", "weight_scale"), _fp8),
-    "nvfp4-pack-quantized": Layout(("weight_packed", "weight_scale", "weight_global_scale"), _nvfp4),
+    "nvfp4-pack-quantized": Layout(
+        ("weight_packed", "weight_scale", "weight_global_scale"), _nvfp4,
+        alone="each expert's gate and up have a global scale of their own",
+    ),  # fmt: skip
     "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),
     "mxfp4 experts": Layout(("_blocks", "_scales"), _mxfp4, joined=""),
     "pack-quantized": Layout(("weight_packed", *_INT), _int_rows, _INT[1:], ("weight_shape",)),
     "int-quantized": Layout(("weight", *_INT), _int_rows, _INT[1:]),
-    "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",)),
-    "awq": Layout(("qweight", "scales", "qzeros"), _awq),
-    "hqq": Layout(("W_q", "scale", "zero"), _hqq, (), _HQQ),
+    "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",), alone=_COLUMNS),
+    "awq": Layout(("qweight", "scales", "qzeros"), _awq, alone=_COLUMNS),
+    "hqq": Layout(("W_q", "scale", "zero"), _hqq, (), _HQQ, alone="a byte holds codes of two halves of the weight"),
 }
