@@ -50,7 +50,7 @@ help:
 	@echo "make peft-suite  PEFT's own tests, accelerated"
 	@echo "make forms       draw the table of known forms again from seven releases of transformers; a difference is a failure"
 	@echo "make mutations   break the code in one line at a time and record which tests notice; hours"
-	@echo "make newest      all of tests/integrations on the newest packages that pip offers"
+	@echo "make newest      the tests of the integrations and of packed models on the newest packages that pip offers"
 	@echo "make clang-check, make aarch64-check, make macos-check  compile every CPU source with clang, for 64-bit Arm, and"
 	@echo "                 for macOS on Apple silicon (macos-check: 400 MB once)"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"

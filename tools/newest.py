@@ -1,11 +1,12 @@
-"""Runs all of tests/integrations on the newest transformers, PEFT, bitsandbytes and accelerate that pip offers.
+"""Runs tests on the newest transformers, PEFT, bitsandbytes and accelerate that pip offers.
 
     python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
 
-The packages are installed into a new environment, on top of this environment's packages. The native library is not
-built again. The program prints which share of the norms, attentions and MLPs of the newest transformers has a known
-form; the other classes run stock. If the newest versions are the versions of this environment, which `make test` has
-tested, no test runs without --always. The last line names the versions and the result.
+The tests are those of the integrations, of packed weights and of GGUF files. The packages are installed into a new
+environment, on top of this environment's packages. The native library is not built again. The program prints which
+share of the norms, attentions and MLPs of the newest transformers has a known form; the other classes run stock. If the
+newest versions are the versions of this environment, which `make test` has tested, no test runs without --always. The
+last line names the versions and the result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
-TESTS = ("tests/integrations",)  # the folder, so that a new test file runs without a change here
+# Folders, so that a new test file runs without a change here. Loading packed weights and GGUF files leans on
+# transformers' internals.
+TESTS = ("tests/integrations", "tests/weights", "tests/gguf")
 VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
 
 

@@ -107,7 +107,10 @@ def row_of(subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str
         return f"its forward has no form: {unknown}"
     row = REGISTERED.get(form.digest) or _table().get(form.digest)
     if row is None:
-        return f"its forward is none of the known forms ({form.digest}); to propose it: {command(subject)}"
+        return (
+            f"its forward is none of the known forms ({form.digest}); for a norm or an MLP, this command looks for a "
+            f"formula: {command(subject)}"
+        )
     return row, form
 
 
