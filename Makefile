@@ -29,7 +29,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
-.PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated \
+.PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated cuda-emulated-rounded \
   cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp
 
 help:
@@ -147,10 +147,15 @@ cuda-check: setup
 cuda-formats:
 	$(MAKE) --no-print-directory cuda-check CUDA_CHECK=--formats
 
-# EMULATED="--share 6" for CI's part.
+# EMULATED="--share 6" for CI's part. SUMS=rounded adds the products of a matrix instruction in float32, and
+# SUMS=truncated as tensor cores were observed to, which keeps fewer bits (csrc/emulator/matrix.cpp).
+SUMS = truncated
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/fuzz/test_sweep.py
+	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/fuzz/test_sweep.py
+
+cuda-emulated-rounded:
+	$(MAKE) --no-print-directory cuda-emulated SUMS=rounded
 
 # STEADY="--times 200 tests/files/test_files.py" for some alone.
 steady: setup
@@ -225,7 +230,7 @@ rank-kills: setup
 	$(LIMIT) 3600 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-formats cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests macos-check newest forms mutations llama-cpp
+NIGHTLY = cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

@@ -1,7 +1,16 @@
-// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. A sum runs
-// in float32 from C over k = 0..15 and is rounded at each step. The product of two 16-bit values is exact in float32,
-// except for tiny bfloat16 products. With exact products an FMA makes no difference, and the bits are equal on every
-// host. Hardware adds in another order: tests compare with hardware only within tolerances.
+// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. There are two
+// ways to add, and PEFT_EXT_EMULATED_SUMS chooses one for the process:
+// - "rounded", the default: a sum runs in float32 from C over k = 0..15 and is rounded at each step. The product of two
+//   16-bit values is exact in float32, except for tiny bfloat16 products. With exact products an FMA makes no
+//   difference, and the bits are equal on every host.
+// - "truncated": as tensor cores were observed to add, with the fewest bits of the GPUs that these kernels run on (A100:
+//   Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330,
+//   2021). C and eight exact products are aligned to the largest exponent among them, cut off 24 bits behind that
+//   exponent's leading bit, and added; the sum is cut off to float32, and the next eight products follow.
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "common/dtype.h"
@@ -28,6 +37,67 @@ PEFT_EXT_CLONES void multiply(float (&c)[16][8], const float (&a)[16][16], const
   }
 }
 
+constexpr int kAddedAtOnce = 8;  // products that are aligned and added in one step
+constexpr int kKeptBits = 23 + 1;  // bits behind the leading bit of the largest exponent
+constexpr int kNoExponent = -10000;  // where all terms are zero; below each exponent
+
+// The sum, in units of 2^last, without the bits that float32 has no room for; infinity beyond float32.
+float cut_off_to_float(int64_t sum, int last) {
+  if (sum == 0) return 0.0f;
+  const double value = ldexp(static_cast<double>(sum), last);
+  const int exponent = ilogb(value);
+  if (exponent > 127) return value > 0 ? INFINITY : -INFINITY;
+  const int kept = (exponent < -126 ? -126 : exponent) - 23;
+  return static_cast<float>(ldexp(trunc(ldexp(value, -kept)), kept));
+}
+
+// c + a[0] b[0] + ... + a[7] b[7], cut off as in hardware. The exponent of a product is the sum of its factors'
+// exponents, though the product itself can be up to four times 2 to that power.
+float truncated_sum(float c, const float* a, const float* b) {
+  bool finite = isfinite(c);
+  for (int k = 0; k < kAddedAtOnce; ++k) finite = finite && isfinite(a[k]) && isfinite(b[k]);
+  if (!finite) {
+    for (int k = 0; k < kAddedAtOnce; ++k) c += a[k] * b[k];
+    return c;
+  }
+  int largest = c == 0.0f ? kNoExponent : ilogb(c);
+  for (int k = 0; k < kAddedAtOnce; ++k) {
+    if (a[k] == 0.0f || b[k] == 0.0f) continue;
+    const int exponent = ilogb(a[k]) + ilogb(b[k]);
+    if (exponent > largest) largest = exponent;
+  }
+  if (largest == kNoExponent) return 0.0f;
+  const double unit = ldexp(1.0, kKeptBits - largest);
+  int64_t sum = static_cast<int64_t>(c * unit);  // a conversion to an integer cuts off
+  for (int k = 0; k < kAddedAtOnce; ++k) sum += static_cast<int64_t>(static_cast<double>(a[k]) * b[k] * unit);
+  return cut_off_to_float(sum, largest - kKeptBits);
+}
+
+void multiply_truncated(float (&c)[16][8], const float (&a)[16][16], const float (&b)[16][8]) {
+  float columns[8][16];
+  for (int k = 0; k < 16; ++k) {
+    for (int column = 0; column < 8; ++column) columns[column][k] = b[k][column];
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      for (int k = 0; k < 16; k += kAddedAtOnce) {
+        c[row][column] = truncated_sum(c[row][column], a[row] + k, columns[column] + k);
+      }
+    }
+  }
+}
+
+bool sums_are_truncated() {
+  static const bool truncated = [] {
+    const char* named = getenv("PEFT_EXT_EMULATED_SUMS");
+    if (named == nullptr || strcmp(named, "rounded") == 0) return false;
+    if (strcmp(named, "truncated") == 0) return true;
+    fprintf(stderr, "PEFT_EXT_EMULATED_SUMS is '%s', and not 'rounded' or 'truncated'\n", named);
+    abort();
+  }();
+  return truncated;
+}
+
 template <typename T>
 void multiply_lanes(Fiber* lanes) {
   float a[16][16], b[16][8], c[16][8];
@@ -45,7 +115,7 @@ void multiply_lanes(Fiber* lanes) {
       b[2 * t + 8 * i + 1][g] = to_float(T{static_cast<uint16_t>(from.b[i] >> 16)});
     }
   }
-  multiply(c, a, b);
+  sums_are_truncated() ? multiply_truncated(c, a, b) : multiply(c, a, b);
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) lanes[lane].c[i] = c[g + 8 * (i / 2)][2 * t + i % 2];

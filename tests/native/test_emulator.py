@@ -6,7 +6,12 @@ The CUDA operators must also run under the emulator.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
+import os
+import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -205,6 +210,54 @@ def test_mma_fragments(run, dtype, name):
     start = [c[c_place(lane, i)].view(torch.int32).item() for lane in range(32) for i in range(4)]
     out = run(name, words + [0] * 64, start, grid=(1, 1, 1), threads=32)
     want = (c.double() + a.double() @ b.double()).float()
+    for lane in range(32):
+        for i in range(4):
+            assert out[4 * lane + i] == want[c_place(lane, i)].view(torch.int32).item() & 0xFFFFFFFF
+
+
+def truncated_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns c + a b as the mode "truncated" of the emulator adds, in exact integers of Python."""
+    out = torch.empty_like(c)
+    for row, column in itertools.product(range(c.shape[0]), range(c.shape[1])):
+        total = Fraction(c[row, column].item())
+        for start in range(0, a.shape[1], 8):
+            pairs = [(a[row, k].item(), b[k, column].item()) for k in range(start, start + 8)]
+            exponents = [math.frexp(x)[1] + math.frexp(y)[1] - 2 for x, y in pairs if x and y]
+            exponents += [math.frexp(float(total))[1] - 1] if total else []
+            if not exponents:
+                continue
+            last = Fraction(2) ** (max(exponents) - 24)
+            total = sum(int(term / last) for term in (total, *(Fraction(x) * Fraction(y) for x, y in pairs))) * last
+            if total:
+                last = Fraction(2) ** (max(math.frexp(float(total))[1] - 1, -126) - 23)
+                total = int(total / last) * last
+        out[row, column] = float(total)
+    return out
+
+
+@pytest.mark.parametrize("dtype,name", [(torch.bfloat16, "mma_bf16"), (torch.float16, "mma_f16")])
+def test_sums_that_are_truncated(run, dtype, name, request):
+    mode = os.environ.get("PEFT_EXT_EMULATED_SUMS")
+    if mode != "truncated":  # the mode belongs to the process
+        environment = {**os.environ, "PEFT_EXT_EMULATED_SUMS": "truncated"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", request.node.nodeid]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    draw = torch.Generator().manual_seed(0)
+    # Spread exponents, so that alignment cuts bits off; zeros; a sum that cancels to less than the cut off bits.
+    a = (torch.randn(16, 16, generator=draw) * 2.0 ** torch.randint(-9, 9, (16, 16), generator=draw)).to(dtype)
+    b = (torch.randn(16, 8, generator=draw) * 2.0 ** torch.randint(-5, 5, (16, 8), generator=draw)).to(dtype)
+    c = torch.randn(16, 8, generator=draw) * 2.0 ** torch.randint(-20, 20, (16, 8), generator=draw)
+    a[3] = 0
+    c[3, :4] = 0
+    a[5, 8:], b[8:, 2], c[5, 2] = a[5, :8], -b[:8, 2], 1e-30
+    words = registers(a, a_place, 8) + registers(b, b_place, 4)
+    start = [c[c_place(lane, i)].view(torch.int32).item() for lane in range(32) for i in range(4)]
+    out = run(name, words + [0] * 64, start, grid=(1, 1, 1), threads=32)
+    want = truncated_product(c, a.float(), b.float())
+    rounded = (c.double() + a.double() @ b.double()).float()
+    assert (want != rounded).float().mean() > 0.3  # else this test could not tell the modes apart
     for lane in range(32):
         for i in range(4):
             assert out[4 * lane + i] == want[c_place(lane, i)].view(torch.int32).item() & 0xFFFFFFFF
