@@ -128,21 +128,21 @@ __device__ __forceinline__ void sibling_fragment(SharedAt at, uint32_t (&a)[kTer
 }
 
 // Number of thread blocks of kMostSiblingWarps that must fit on a multiprocessor. The compiler limits the registers for
-// this number. The two terms of a float16 x, the sums and the fragments of 32 ranks need more registers.
-template <typename T, int kRanks, bool kColumns>
-constexpr int kSiblingBlocks = kRanks == 4 && kColumns && kTermsOf<T> > 1 ? 1 : 2;
+// this number. The two terms of a float16 x need more registers.
+template <typename T>
+constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
 
 // kRanks: number of tiles of 8 ranks, 2 or 4. kTerms: number of terms of the factors. kColumns: the results are Q, and
 // otherwise P. kDropped: a layer has dropout. A thread block has kRanks / 2 warps for each layer.
 // Grid: x has chunks · ceil(rows / 64) thread blocks, for kColumns chunks · ceil(columns / 64).
 template <typename T, int kRanks, int kTerms, bool kColumns, bool kDropped>
-__global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<T, kRanks, kColumns>))
+__global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<T>))
     rank_siblings_kernel(SiblingsPass pass) {
   PEFT_EXT_KERNEL;
   constexpr int kSplit = kRanks / 2, kRuns = 4 / kSplit, kStages = kSiblingStages<kDropped>, kOnTheWay = kStages - 1;
   constexpr bool kRoomy = kRanks == 2 && !kColumns;  // the sums of kColumns take twice as many registers
-  // Fragments of the factor are loaded after the mask is drawn, because both together would need too many registers.
-  constexpr bool kLate = kColumns && kDropped && (kRanks == 4 || kTermsOf<T> > 1);
+  // The fragments of L are loaded when they are needed, after the mask is drawn, which needs many registers too.
+  constexpr bool kLate = kColumns;
   using Half = SiblingHalf<kSplit, kColumns>;
   using Factor = RankFactor<kRanks, kTerms, kRoomy>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, sub = warp % kSplit;
