@@ -160,6 +160,19 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
     return max(cycles / card.clock, read / (card.bandwidth * REACHED)) + 2e-6
 
 
+def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
+    """Returns the seconds of the pass that computes S (``columns``: dA) of ``count`` layers with one input."""
+    found = loops(card)[("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")]
+    # A block has three warps, and so three quarters of a warp for each scheduler.
+    loop = found | {"blocks": found["blocks"] * 3 / 4}
+    tiles = -(-t // 64) * -(-k // 64)
+    compute = tiles * count * tile_cycles(loop, card) / card.multiprocessors / card.clock
+    x = 2.0 * t * k
+    moved = x + count * partial_sums(t, k, rank, "columns" if columns else "rows")
+    moved += count * x / 16 if columns and dropout else 0.0
+    return max(compute, moved / (card.bandwidth * REACHED)) + 1e-6
+
+
 # The adapted linear layers in a layer of Llama 3 8B, grouped by their input: outputs of each, and inputs.
 LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
 
@@ -169,7 +182,8 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     times leave out attention and norms.
 
     Without adapters, separate passes add the gradients of layers with one input. ``together`` avoids these passes with
-    adapters: one pass writes the low-rank terms of all layers, and the products add to these terms.
+    adapters: one pass writes the low-rank terms of all layers, and the products add to these terms. One pass over x
+    computes S of all layers, and one pass computes dA. The launches of small kernels are for all layers.
     """
     frozen, adapted = 0.0, 0.0
     for outputs, k in LLAMA_LAYER:
@@ -187,6 +201,11 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
             cycles = tile_cycles(loops(card)["dX0 of a layer among several"], card)
             low_rank += max(tiles * cycles / card.multiprocessors / card.clock, over_memory(x + mask, card)) + 1e-6
             adds = 0.0
+            drawn = dropped != "dX0"
+            for part, columns in (("S", False), ("dA", True)):
+                low_rank -= sum(layer[part + ", dropout" if drawn else part] for layer in layers)
+                low_rank += siblings(card, t, k, count, columns, drawn)
+            low_rank -= (count - 1) * LAYERS[method].count("launch") * LAUNCH
         adapted += products + adds + low_rank
     return adapted / frozen
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,9 +162,10 @@ def _resolve(instructions: list[Instruction], labels: dict[str, int]) -> None:
             instruction.target = labels.get(found[1])
 
 
-def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False) -> Loop:
+def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False, others: Sequence[int] = ()) -> Loop:
     """Returns the hot loop, which the module's docstring defines. ``trips`` says how often inner loops with products
-    run. ``fmas``: whether the kernel multiplies by FMAs.
+    run. ``fmas``: whether the kernel multiplies by FMAs. ``others`` says how often the inner loops without products
+    run, in the order of their addresses; such a loop counts once if ``others`` is empty.
     """
     spans = [(i.target, i.address) for i in instructions if i.name.split(".")[0] == "BRA" and i.target is not None]
     spans = [(first, last) for first, last in spans if first < last]
@@ -181,13 +183,19 @@ def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False
         return Loop([i for i in instructions[:end] if i.name != "NOP"])
     most = max(map(products, with_products))
     outer = max((span for span in with_products if products(span) == most), key=lambda span: span[1] - span[0])
-    inner = [span for span in with_products if outer[0] <= span[0] and span[1] <= outer[1] and span != outer]
+    within = [span for span in spans if outer[0] <= span[0] and span[1] <= outer[1] and span != outer]
+    inner = [(span, trips) for span in within if span in with_products]
+    if others:
+        without = sorted(span for span in within if span not in with_products)
+        if len(without) != len(others):
+            raise ValueError(f"{len(without)} inner loops without products, wanted {len(others)}")
+        inner += zip(without, others, strict=True)
     order, at = [], outer[0]
     found = body(outer)
-    for first, last in sorted(inner):
+    for (first, last), times in sorted(inner):
         if first < at:
             continue  # the loop lies within the previous loop
-        order += [i for i in found if at <= i.address < first] + body((first, last)) * trips
+        order += [i for i in found if at <= i.address < first] + body((first, last)) * times
         at = last + 1
     return Loop(order + [i for i in found if i.address >= at])
 

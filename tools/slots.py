@@ -33,6 +33,8 @@ class Hot:
 
     ``kernel``: its demangled name and template arguments. ``units``: tiles, or weights of a lane, in an iteration.
     ``trips``: how often an inner loop runs. ``threads``: threads of a block. ``fmas``: the kernel multiplies by FMAs.
+    ``others``: how often the inner loops without products run. ``dynamic``: bytes of shared memory that the launch asks
+    for in addition to the kernel's own.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Hot:
     trips: int = 1
     threads: int = 128
     fmas: bool = False
+    others: tuple[int, ...] = ()
+    dynamic: int = 0
 
 
 def _pass(name: str, ranks: int, work: str, mask: str = "kNone", *, terms: int = 3, nf4: bool = False) -> Hot:
@@ -54,6 +58,18 @@ def _pass(name: str, ranks: int, work: str, mask: str = "kNone", *, terms: int =
 
 def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
     return Hot(name, f"rank_pass_kernel<bf16, false, true, 2, {terms}, {work}, {mask}>")
+
+
+def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int = 3) -> Hot:
+    # Three layers. A warp counts a tile of its layer (with 32 ranks: half of it), and a tile is four warps' worth. A
+    # thread copies every twelfth (every 24th) row of a tile of x, and draws the mask of 16 rows in an iteration.
+    warps = 3 if ranks == 16 else 6
+    copies, draws = -(-64 // (4 * warps)), (2, 2) if ranks == 16 else (2,)
+    return Hot(
+        name, f"rank_siblings_kernel<bf16, {ranks // 8}, {terms}, {str(columns).lower()}, {str(dropped).lower()}>",
+        units=12 // warps, threads=warps * 32, others=(copies, *draws) if dropped else (copies,),
+        dynamic=8192 * (2 if dropped else 4) + (4096 * warps if dropped else 0),
+    )  # fmt: skip
 
 
 def _product(name: str, nf4: bool, order: str) -> Hot:
@@ -84,6 +100,13 @@ HOT = (
     _pass("dA, dropout", 16, "kColumns", "kKept"),
     _pass("dA, dropout, R = 64", 64, "kColumns", "kKept"),
     _pass("dA, dropout, R = 128", 128, "kColumns", "kKept"),
+    _siblings("S of siblings", 16, False, False),
+    _siblings("S of siblings, dropout", 16, False, True),
+    _siblings("S of siblings, dropout, bf16 adapter", 16, False, True, terms=1),
+    _siblings("S of siblings, dropout, R = 32", 32, False, True),
+    _siblings("dA of siblings", 16, True, False),
+    _siblings("dA of siblings, dropout", 16, True, True),
+    _siblings("dA of siblings, dropout, R = 32", 32, True, True),
     _pass("W A and the norm", 16, "kRowsAndSquares"),
     _pass("W A and the norm, NF4", 16, "kRowsAndSquares", nf4=True),
     _runs("S of experts", "kRunRows"),
@@ -152,7 +175,8 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
 
 def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dict[str, int]) -> dict[str, str]:
     """Returns a row of the table. ``used`` are registers, stack and shared bytes, as ptxas reports them."""
-    loop = sass.hot_loop(instructions, hot.trips, hot.fmas)
+    loop = sass.hot_loop(instructions, hot.trips, hot.fmas, hot.others)
+    used = used | {"shared": used["shared"] + hot.dynamic}
     load_to_use = loop.load_to_use()
     counts = {"slots": len(loop.instructions), "transactions": loop.transactions, "alone": loop.cycles_alone()}
     counts |= {pipe: loop.count(pipe) for pipe in ("alu", "fma", "mma", "memory", "uniform")}

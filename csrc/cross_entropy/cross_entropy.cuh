@@ -4,10 +4,12 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A block owns a row, and a thread owns every 512th group of eight columns. The first reading gives each thread its
-// largest z and the sum of exp(z - largest); these values are combined over lanes and then over warps in a fixed order.
-// The second reading of the row, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved with
-// the gradient: the row is read twice and written once.
+// A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading gives each thread
+// its largest z and the sum of exp(z - largest); these values are combined over lanes and then over warps in a fixed
+// order. The second reading of the row gives the gradient. Of a row above 64 KiB, the block keeps the first 96 KiB in
+// shared memory, and reads the rest from L2: two blocks of 1,024 threads on each of the 132 multiprocessors of an H100
+// have 42 MB of L2 for rows of 128,000 16-bit logits. The L2 of an H100 has 50 MB. Arithmetic is float32 and rounds
+// once. Bytes moved with the gradient: the row is read once from memory, and written once.
 #pragma once
 
 #include <math.h>
@@ -27,8 +29,10 @@ struct CrossEntropyWork {
   bool needs_grad, whole;
 };
 
-constexpr int kCrossEntropyThreads = 512;
-constexpr int kCrossEntropyWarps = kCrossEntropyThreads / kWarpSize;
+// Number of threads of a block for a row of up to kShortRow bytes, and for a longer row. kHeldBytes: the part of a
+// longer row that stays in shared memory. A block of an sm_86 has at most 99 KiB.
+constexpr int kCrossEntropyThreads = 512, kLongRowThreads = 1024;
+constexpr int64_t kShortRow = 65536, kHeldBytes = 98304;
 
 // A partial softmax: the largest z, the sum of exp(z - most), and the sum of z.
 struct SoftmaxSum {
@@ -43,10 +47,12 @@ __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxS
   return {most, a.sum * expf(a.most - most) + b.sum * expf(b.most - most), a.total + b.total};
 }
 
-using SoftmaxShared = float[3][kCrossEntropyWarps];
+template <int kThreads>
+using SoftmaxShared = float[3][kThreads / kWarpSize];
 
 // Returns the combined sums of the block to every thread. All threads of the block must call the function.
-__device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShared& shared) {
+template <int kThreads>
+__device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShared<kThreads>& shared) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
     const SoftmaxSum other{shuffle_xor(mine.most, mask), shuffle_xor(mine.sum, mask), shuffle_xor(mine.total, mask)};
@@ -57,26 +63,36 @@ __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShare
     shared[0][warp] = mine.most, shared[1][warp] = mine.sum, shared[2][warp] = mine.total;
   sync_threads();
   SoftmaxSum all{shared[0][0], shared[1][0], shared[2][0]};
-  for (int w = 1; w < kCrossEntropyWarps; ++w) all = joined(all, {shared[0][w], shared[1][w], shared[2][w]});
+  for (int w = 1; w < kThreads / kWarpSize; ++w) all = joined(all, {shared[0][w], shared[1][w], shared[2][w]});
   return all;
 }
 
-// Grid: one block for each row.
-template <typename T, bool kSoftcap>
-__global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(CrossEntropyWork work) {
+// Grid: one block for each row. A block of kLongRowThreads threads has kHeldBytes of dynamic_shared().
+template <typename T, bool kSoftcap, int kThreads>
+__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWork work) {
   PEFT_EXT_KERNEL;
-  PEFT_EXT_SHARED(SoftmaxShared, shared);
+  PEFT_EXT_SHARED(SoftmaxShared<kThreads>, shared);
   const int64_t at = blockIdx.x, columns = work.columns, label = work.labels[at];
   T* row = static_cast<T*>(work.logits) + at * columns;
+  // The columns that stay in shared memory. A thread reads what the thread itself wrote, so that no barrier is needed.
+  constexpr bool kHolds = kThreads == kLongRowThreads;
+  [[maybe_unused]] T* held = nullptr;
+  if constexpr (kHolds) held = reinterpret_cast<T*>(dynamic_shared());
+  const auto holds = [&](int64_t column) {
+    return kHolds && column + kVector <= min_of(columns, kHeldBytes / static_cast<int64_t>(sizeof(T)));
+  };
   const bool ignored = label == work.ignored, inside = label >= 0 && label < columns;
   const float inner = kSoftcap ? work.scale / work.softcap : work.scale, over = kSoftcap ? 1.0f / work.softcap : 0.0f;
   const auto z_of = [&](float x) { return kSoftcap ? work.softcap * tanhf(x * inner) : x * inner; };
 
   SoftmaxSum mine{kLowest, 0.0f, 0.0f};
   if (!ignored) {
-    for (int64_t column = threadIdx.x * kVector; column < columns; column += kCrossEntropyThreads * kVector) {
+    for (int64_t column = threadIdx.x * kVector; column < columns; column += kThreads * kVector) {
       float z[kVector];
       load_columns(row, column, columns, work.whole, z);
+      if constexpr (kHolds) {
+        if (work.needs_grad && holds(column)) save_vector(held + column, z);
+      }
       const int count = static_cast<int>(min_of(kVector, columns - column));
       float most = mine.most;
 #pragma unroll
@@ -92,7 +108,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(Cro
   }
   const float z_label = !ignored && inside ? z_of(load_value(row + label)) : NAN;
   // Each read of the row is before the barrier in block_joined, and each write of the row is after the barrier.
-  const SoftmaxSum all = block_joined(mine, shared);
+  const SoftmaxSum all = block_joined<kThreads>(mine, shared);
   const float rest = 1.0f - work.smoothing, log_sum = logf(all.sum);
   if (threadIdx.x == 0) {
     float loss = rest * (log_sum - (z_label - all.most));
@@ -104,10 +120,14 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(Cro
 
   const float by = work.scale * (work.row_weight == nullptr ? 1.0f : work.row_weight[at]) * (inside ? 1.0f : NAN);
   const float share = 1.0f / all.sum, even = work.smoothing / static_cast<float>(columns);
-  for (int64_t column = threadIdx.x * kVector; column < columns; column += kCrossEntropyThreads * kVector) {
+  for (int64_t column = threadIdx.x * kVector; column < columns; column += kThreads * kVector) {
     float out[kVector] = {};
     if (!ignored) {
-      load_columns(row, column, columns, work.whole, out);
+      if (kHolds && holds(column)) {
+        load_vector(held + column, out);
+      } else {
+        load_columns(row, column, columns, work.whole, out);
+      }
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float z = z_of(out[i]), t = z * over;

@@ -38,8 +38,13 @@ Tensor cross_entropy_rows_cuda(Tensor logits, const Tensor& labels, const std::o
   work.whole = whole_columns(logits, columns);
   with_type(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    launcher(softcap > 0.0 ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>, tokens,
-             kCrossEntropyThreads, work);
+    if (columns * static_cast<int64_t>(logits.element_size()) <= kShortRow)
+      return launcher(softcap > 0.0 ? cross_entropy_kernel<T, true, kCrossEntropyThreads>
+                                    : cross_entropy_kernel<T, false, kCrossEntropyThreads>,
+                      tokens, kCrossEntropyThreads, work);
+    launcher(softcap > 0.0 ? cross_entropy_kernel<T, true, kLongRowThreads>
+                           : cross_entropy_kernel<T, false, kLongRowThreads>,
+             tokens, Block(kLongRowThreads, kHeldBytes), work);
   });
   return losses;
 }

@@ -214,6 +214,8 @@ int compute_capability(int device) {
 
 const char* device_fault() {
   // Of the driver's errors, those that no later call survives: an uncorrectable memory error, and faults of kernels.
+  // Without the relaxed mode, the query would end the capture of a CUDA graph of another thread or stream as invalid.
+  const RelaxedCapture while_asking;
   const Result result = driver().stream_query(nullptr);
   return result == 214 || (result >= 700 && result < 800) ? described(result) : "";
 }

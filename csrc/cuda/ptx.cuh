@@ -59,10 +59,10 @@ struct IdentityOf {
 template <typename T>
 using Identity = typename IdentityOf<T>::Type;
 
-// Returns the shared memory that the launch asked for in addition to PEFT_EXT_SHARED, aligned to 16 bytes.
+// Returns the shared memory that the launch asked for in addition to PEFT_EXT_SHARED, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(16) unsigned char peft_ext_dynamic_shared[];
+  extern __shared__ __align__(128) unsigned char peft_ext_dynamic_shared[];
   return peft_ext_dynamic_shared;
 #else
   return static_cast<unsigned char*>(emulator::dynamic_shared());

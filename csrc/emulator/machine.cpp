@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -373,8 +374,11 @@ void fault(const void* site, const char* format, ...) {
   __builtin_unreachable();
 }
 
+static std::atomic<int64_t> launches{0};  // of all threads of the process
+
 void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const void* call, const int64_t grid[3],
          int threads, int64_t dynamic_shared) {
+  ++launches;
   Machine& machine = *this_machine();
   char name[256];
   if (dynamic_shared < 0 || static_cast<size_t>(dynamic_shared) > kMaxShared) {
@@ -580,3 +584,8 @@ void threadfence() { current.machine->fenced = true; }
 
 }  // namespace emulator
 }  // namespace peft_ext
+
+// Number of launches since the library was loaded, for tests.
+extern "C" __attribute__((visibility("default"))) int64_t peft_ext_emulated_launches() {
+  return peft_ext::emulator::launches;
+}

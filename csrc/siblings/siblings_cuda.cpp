@@ -27,8 +27,7 @@ std::vector<Tensor> lora_linears_cuda(const Tensor& x, const std::vector<Tensor>
                                       const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
   constexpr const char* kOp = "lora_linears";
   std::vector<Tensor> out, s;
-  for (const DeviceLayer& layer : lora_layers(kOp, x, tensors, sizes, numbers)) {
-    const DeviceForward found = adapted_forward(kOp, x, layer.weight, layer.bias, layer.adapter, false, false);
+  for (const DeviceForward& found : adapted_forwards(kOp, x, lora_layers(kOp, x, tensors, sizes, numbers))) {
     out.push_back(found.y);
     s.push_back(found.s);
   }

@@ -112,7 +112,8 @@ def listed(
     for argument, values in given.items():
         if len(values) != count:
             raise ValueError(f"{op}: {argument} has {len(values)} entries, wanted {count}, as weights")
-    tensors: list[Any] = []
+    layers: list[tuple[list[Any], list[Any]]] = []
+    without_seed: list[int] = []  # layers whose seed is still to be drawn
     sizes: list[Any] = []
     numbers: list[float] = []
     is_wide = checks.wants_reference(x, *lora_As, *lora_Bs, *rank_scales)
@@ -136,12 +137,18 @@ def listed(
                 checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
             checks.check_scale(op, scaling, p)
             checks.check_seed(op, seed, x)
-        seed = common.dropout_seed(seed, p, training, x.device) if lora_A is not None and not is_wide else None
+        drops = training and p != 0.0 and lora_A is not None and not is_wide
+        if drops and seed is None:
+            without_seed.append(len(layers))
         *held, blocksize, shape = checks.weight_args(weight)
-        layer = [*held, bias, lora_A, lora_B, rank_scale, seed]
-        tensors += [value for value in layer if value is not None]
-        sizes += [sum(1 << j for j, value in enumerate(layer) if value is not None), blocksize, *shape]
+        layers.append(([*held, bias, lora_A, lora_B, rank_scale, seed if drops else None], [blocksize, *shape]))
         numbers += [float(scaling), float(p)]
+    if without_seed:  # on a GPU, one draw for all layers is one launch
+        for i, seed in zip(without_seed, common.drawn_seeds(len(without_seed), x.device), strict=True):
+            layers[i][0][-1] = seed
+    tensors = [value for held, _ in layers for value in held if value is not None]
+    for held, size in layers:
+        sizes += [sum(1 << j for j, value in enumerate(held) if value is not None), *size]
     options = {"biases": biases, "rank_scales": rank_scales, "scalings": scalings, "dropout_ps": dropout_ps,
                "seeds": seeds}  # fmt: skip
     return Listed(x, (tensors, sizes, numbers), options, is_wide)

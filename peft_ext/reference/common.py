@@ -48,3 +48,10 @@ def dropout_seed(
     if seed is None:
         seed = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
     return seed
+
+
+def drawn_seeds(count: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    """Returns ``count`` seeds that PyTorch's generator of the device draws, on a GPU in one launch. On a CPU the seeds
+    are those that ``count`` calls would draw one after another.
+    """
+    return torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device).unbind(0)

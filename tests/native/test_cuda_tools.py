@@ -74,6 +74,17 @@ def test_a_loop_counts_with_the_loops_in_it_as_often_as_they_run(kernels: dict) 
     assert twice.transactions == 4 + 4 + 1 + 1
 
 
+def test_inner_loops_without_products_count_as_often_as_they_run() -> None:
+    code = [sass.Instruction(16 * i, name, "", target) for i, (name, target) in enumerate([
+        ("IADD3", None), ("LDGSTS.E", None), ("BRA", 16), ("HMMA.16816", None), ("STS", None), ("BRA", 64), ("BRA", 0),
+    ])]  # fmt: skip
+    names = [i.name.split(".")[0] for i in sass.hot_loop(code, others=(3, 2)).instructions]
+    assert names == ["IADD3", *["LDGSTS", "BRA"] * 3, "HMMA", *["STS", "BRA"] * 2, "BRA"]
+    assert len(sass.hot_loop(code).instructions) == 7
+    with pytest.raises(ValueError, match="2 inner loops without products, wanted 1"):
+        sass.hot_loop(code, others=(3,))
+
+
 def test_a_load_s_first_use_is_a_product_s_operand(kernels: dict) -> None:
     loop = sass.hot_loop(kernels["first"])
     load, product = loop.instructions[0], loop.instructions[4]
@@ -128,6 +139,15 @@ def test_eight_adapters_cost_at_most_a_tenth_more_than_one(card: str, base: str)
         assert one < eight <= 1.1 * one
     text = (ROOT / "csrc/linear/cuda/shrink_few.cuh").read_text()
     assert f"constexpr int kGroupedFewTokens = {cuda_model.FEW};" in text
+
+
+def test_layers_of_one_input_cost_little_more_than_one_read_of_it() -> None:
+    card = cuda_model.CARDS["H100"]
+    layer = cuda_model.parts(card, 8192)
+    for part, columns in (("S, dropout", False), ("dA, dropout", True)):
+        assert cuda_model.siblings(card, 8192, 4096, 2, columns, True) < 1.2 * layer[part]
+        assert cuda_model.siblings(card, 8192, 4096, 3, columns, True) < 1.6 * layer[part]
+    assert cuda_model.llama_layer(card, 8192, "LoRA, dropout", True) < 1.085
 
 
 def test_the_page_has_what_is_computed() -> None:

@@ -19,7 +19,7 @@ def rows(
     return torch.ops.peft_ext.cross_entropy_rows(logits, labels, weight, *loss, -100, grad).cpu(), logits.cpu()
 
 
-@pytest.mark.parametrize("columns", [2049, 4104, 10_007, 16_384])
+@pytest.mark.parametrize("columns", [2049, 4104, 10_007, 16_384, 33_000, 60_001])
 @pytest.mark.parametrize("loss", [(1.0, 0.0, 0.0), (0.5, 4.0, 0.1)], ids=["plain", "capped, smoothed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 def test_long_rows(dtype: torch.dtype, loss: tuple, columns: int, device: torch.device) -> None:

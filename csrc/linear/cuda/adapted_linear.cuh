@@ -36,10 +36,13 @@ struct DeviceForward {
   Tensor z;  // Z + b₀, [T, N] of x's dtype; [0] if want_z is false
 };
 
-// Computes the forward. If bias_inside is true, `bias` is b₀; otherwise `bias` is b₁.
+struct Shrunk;
+
+// Computes the forward. If bias_inside is true, `bias` is b₀; otherwise `bias` is b₁. shrunk: S, if a pass over x that
+// other layers share has computed S; or null.
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
-                              bool want_z);
+                              bool want_z, const Shrunk* shrunk = nullptr);
 
 // The adapters of a mixed batch.
 struct DeviceGroups {
@@ -74,6 +77,10 @@ struct DeviceLayer {
   std::optional<Tensor> bias;  // b₁
   DeviceAdapter adapter;       // adapter of the layer, without drop_base, out_scale and in_scale
 };
+
+// Computes the forward of several layers with the same input. One pass over x computes S of the layers with up to 32
+// ranks, if x has a 16-bit dtype.
+std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers);
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes
 // the sum of all dropped low-rank terms, and each layer's product dY W is added to that sum. If a layer has no lora_A,

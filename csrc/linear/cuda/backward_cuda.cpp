@@ -57,8 +57,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   std::optional<Tensor> other;
   if (z.has_value()) other = as_contiguous(*z);
   if (low_rank)
-    grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, other.has_value() ? &*other : nullptr,
-                           &out);
+    grads = rank_gradients(x, flat_x, {{flat_grad, &adapter, size, *s, other.has_value() ? &*other : nullptr, &out}},
+                           needs_grad_x)[0];
   if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // rank_gradients has computed dg
 
   // With out_scale, dX's product is G W with G = g ∘ dY (with drop_base G = (g - 1) ∘ dY), or dY (g ∘ W) if folds_scale
@@ -112,12 +112,11 @@ DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::
                   s.size(), " S of ", layers.size(), " layers");
   DeviceSiblingsBackward out;
   out.grad_x = empty_grad_x(x, needs_grad_x);
-  std::vector<RankGradients> found(layers.size());
-  std::vector<DroppedProduct> terms;
+  out.layers.resize(layers.size());
+  std::vector<RankCall> calls;
   for (size_t i = 0; i < layers.size(); ++i) {
     const DeviceAdapter& adapter = layers[i].adapter;
-    out.layers.emplace_back();
-    DeviceBackward& own = out.layers.back();
+    DeviceBackward& own = out.layers[i];
     own.grad_A = own.grad_B = own.grad_rank_scale = device_empty(x, {0}, ScalarType::Float);
     if (!grads[i].has_value()) continue;
     const LinearSizes size = checked_sizes(op, x, layers[i].weight, adapter);
@@ -126,13 +125,16 @@ DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::
       no_tokens(x, adapter, size, &own);
       if (adapter.rank_scale.has_value()) own.grad_rank_scale = device_zeros(x, {size.rank}, ScalarType::Float);
     } else if (size.rank > 0) {
-      found[i] =
-          rank_gradients(x, flat_rows(*grads[i]), flat_rows(x), adapter, size, s[i], needs_grad_x, nullptr, &own);
-      terms.push_back({&found[i].p, &found[i].a, &adapter, &found[i].kept});
+      calls.push_back({flat_rows(*grads[i]), &adapter, size, s[i], nullptr, &own});
     }
   }
+  std::vector<RankGradients> found;
+  if (!calls.empty()) found = rank_gradients(x, flat_rows(x), calls, needs_grad_x);
   if (out.grad_x.numel() == 0) return out;
   const Tensor grad_x = as_shape(out.grad_x, {device_rows(x), x.size(x.dim() - 1)});
+  std::vector<DroppedProduct> terms;
+  for (size_t i = 0; i < calls.size(); ++i)
+    terms.push_back({&found[i].p, &found[i].a, calls[i].adapter, &found[i].kept});
   bool written = !terms.empty();
   if (written) expand_dropped(grad_x, terms);
   for (size_t i = 0; i < layers.size(); ++i) {

@@ -16,6 +16,9 @@ LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& w
 
 inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous(*tensor); }
 
+// Returns what is made of the partial sums of S: S [T, R] and, unless terms is null, the terms of S ∘ ρ.
+Reduced shrunk_results(const DeviceAdapter& adapter, const Tensor& s, const HeldTerms* terms);
+
 // Computes S [T, R] and, unless terms is null, the terms of S ∘ ρ.
 void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
             const HeldTerms* terms);
@@ -55,11 +58,27 @@ struct RankGradients {
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
 };
 
-// Computes grad_A, grad_B and grad_rank_scale from dY and x as matrices, and the terms for dX if dX is wanted. If z is
+// A layer whose low-rank gradients are wanted. The objects that a RankCall points to must live until the end of the
+// call.
+struct RankCall {
+  Tensor grad;  // dY as a matrix
+  const DeviceAdapter* adapter;
+  LinearSizes size;
+  Tensor s;
+  const Tensor* z;      // Z + b₀ as a matrix, for grad_out_scale; or null
+  DeviceBackward* out;  // where grad_A, grad_B, grad_rank_scale and grad_out_scale are written to
+};
+
+// Computes grad_A, grad_B and grad_rank_scale of layers of one input x, and the terms for dX if dX is wanted. If z is
 // given, the padded rank is at most 32, and dY and z can be read in vectors of eight, the function also computes
-// grad_out_scale.
-RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
-                             const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
-                             bool needs_grad_x, const Tensor* z, DeviceBackward* out);
+// grad_out_scale. The layers that siblings_pass takes together share one pass over x.
+std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x, const std::vector<RankCall>& calls,
+                                          bool needs_grad_x);
+
+// What the forward of a layer takes over from a pass over x that several layers shared.
+struct Shrunk {
+  Tensor s;
+  HeldTerms s_terms, b_terms;  // terms of S ∘ ρ and of B
+};
 
 }  // namespace peft_ext

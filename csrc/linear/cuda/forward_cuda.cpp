@@ -20,14 +20,14 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
 
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
-                              bool want_z) {
+                              bool want_z, const Shrunk* shrunk) {
   const LinearSizes size = checked_sizes(op, x, weight, adapter);
   const ScalarType type = x.scalar_type();
   DeviceForward out;
   out.y = device_empty(x, shape_with_last(x, size.outputs), type);
-  out.s = device_empty(
-      x, adapter.lora_A.has_value() ? std::vector<int64_t>{size.tokens, size.rank} : std::vector<int64_t>{0},
-      ScalarType::Float);
+  out.s = shrunk != nullptr            ? shrunk->s
+          : adapter.lora_A.has_value() ? device_empty(x, {size.tokens, size.rank}, ScalarType::Float)
+                                       : device_empty(x, {0}, ScalarType::Float);
   out.z = device_empty(x, want_z ? std::vector<int64_t>{size.tokens, size.outputs} : std::vector<int64_t>{0}, type);
   if (size.tokens == 0) return out;
   STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,
@@ -45,7 +45,9 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
                      !(bias_inside && held_bias.has_value()) && folds_scale(weight, type, size.tokens);
 
   HeldTerms s_terms, b_terms;
-  if (low_rank && skinny && size.tokens <= kMaxShrinkTokens) {
+  if (shrunk != nullptr) {
+    s_terms = shrunk->s_terms, b_terms = shrunk->b_terms;
+  } else if (low_rank && skinny && size.tokens <= kMaxShrinkTokens) {
     shrink_few(held, adapter, size, out.s);
   } else if (low_rank) {
     const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
@@ -96,6 +98,61 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     return out;
   }
   finish(y, z, *adapter.out_scale, bias_first ? std::nullopt : before, after);
+  return out;
+}
+
+std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers) {
+  // The layers' checks come before any launch, so that a call is refused as a whole.
+  std::vector<LinearSizes> sizes;
+  for (const DeviceLayer& layer : layers) sizes.push_back(checked_sizes(op, x, layer.weight, layer.adapter));
+  check_kernel_dtype(op, "x", x.scalar_type());
+  const ScalarType type = x.scalar_type();
+  std::vector<std::optional<Shrunk>> shrunk(layers.size());
+  const Tensor held = flat_rows(x);
+  if (held.numel() > 0 && siblings_read(held)) {
+    std::vector<int64_t> kinds;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const DeviceLayer& layer = layers[i];
+      const bool alone = sizes[i].rank == 0 || layer.weight.outputs == 0 ||
+                         few_tokens_accept(layer.weight, type, sizes[i].tokens, layer.adapter);
+      // Factors of one term and of three terms are of different kinds.
+      const int64_t one = !alone && type == ScalarType::BFloat16 && layer.adapter.lora_A->scalar_type() == type;
+      kinds.push_back(alone ? -1 : sizes[i].padded | one << 32);
+    }
+    std::vector<HeldTerms> a_terms(layers.size());
+    std::vector<Tensor> matrices;
+    Splitter splitter(x, type);
+    const std::vector<std::vector<size_t>> groups = sibling_groups(kinds);
+    for (const std::vector<size_t>& group : groups) {
+      if (group.size() < 2) continue;
+      for (size_t i : group) {
+        const Tensor a = matrix(layers[i].adapter.lora_A), b = matrix(layers[i].adapter.lora_B);
+        matrices.push_back(a), matrices.push_back(b);
+        a_terms[i] = splitter.right_of_pass(a, false);
+        shrunk[i] = Shrunk{device_empty(x, {sizes[i].tokens, sizes[i].rank}, ScalarType::Float),
+                           left_terms(x, sizes[i].tokens, sizes[i].padded, type), splitter.right_of_expand(b, false)};
+      }
+    }
+    splitter.run();
+    std::vector<SiblingSums> sums;  // live until reducer.run()
+    Reducer reducer(x);
+    for (const std::vector<size_t>& group : groups) {
+      if (group.size() < 2) continue;
+      std::vector<SiblingTerm> terms;
+      for (size_t i : group) terms.push_back({&a_terms[i], &layers[i].adapter});
+      sums.push_back(siblings_pass(held, terms, false, false));
+      for (size_t j = 0; j < group.size(); ++j) {
+        const size_t i = group[j];
+        reducer.add(sums.back().sums[j], sizes[i].rank,
+                    shrunk_results(layers[i].adapter, shrunk[i]->s, &shrunk[i]->s_terms));
+      }
+    }
+    reducer.run();
+  }
+  std::vector<DeviceForward> out;
+  for (size_t i = 0; i < layers.size(); ++i)
+    out.push_back(adapted_forward(op, x, layers[i].weight, layers[i].bias, layers[i].adapter, false, false,
+                                  shrunk[i].has_value() ? &*shrunk[i] : nullptr));
   return out;
 }
 

@@ -37,84 +37,147 @@ LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& w
   return size;
 }
 
-void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
-            const HeldTerms* terms) {
-  const PassSums sums = rank_pass(dense_input(x, &adapter), &a, nullptr);
+Reduced shrunk_results(const DeviceAdapter& adapter, const Tensor& s, const HeldTerms* terms) {
   Reduced wanted;
   wanted.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
   wanted.rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
   wanted.after = adapter.scaling;
   wanted.plain = &s;
   wanted.terms = terms;
-  reduce(sums.rows, size.rank, wanted);
+  return wanted;
 }
 
-RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
-                             const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
-                             bool needs_grad_x, const Tensor* z, DeviceBackward* out) {
-  RankGradients grads;
-  const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = as_contiguous(*s);
-  const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
-  Splitter splitter(x, x.scalar_type());
-  const HeldTerms right = splitter.right_of_pass(b, true, g);
-  const HeldTerms left = splitter.left_of_pass(held_s, true);
-  if (needs_grad_x) grads.a = splitter.right_of_expand(a, true);
+void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
+            const HeldTerms* terms) {
+  reduce(rank_pass(dense_input(x, &adapter), &a, nullptr).rows, size.rank, shrunk_results(adapter, s, terms));
+}
+
+namespace {
+
+// The operands and results of a layer during rank_gradients.
+struct RankWorkOf {
+  Tensor a, b, s, products;
+  HeldTerms right, left, p_transposed;
+  PassSums sums;
+};
+
+// Returns dropout's factor 1/(1-p).
+double divided(const DeviceAdapter& adapter) {
+  return adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+}
+
+const Tensor* given(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
+
+// Computes dA of each layer from the terms of Pᵀ, and the masks' bits if dX is wanted.
+void grad_A_of(const Tensor& flat_x, const std::vector<RankCall>& calls, const std::vector<RankWorkOf>& work,
+               bool needs_grad_x, std::vector<RankGradients>* grads) {
+  std::vector<int64_t> kinds;
+  for (const RankCall& call : calls) kinds.push_back(call.size.padded);
+  std::vector<PartialSums> sums(calls.size());
+  const bool together = siblings_read(flat_x);
+  for (const std::vector<size_t>& group : sibling_groups(kinds)) {
+    if (group.size() > 1 && together) {
+      std::vector<SiblingTerm> terms;
+      for (size_t i : group) terms.push_back({&work[i].p_transposed, calls[i].adapter});
+      const SiblingSums found = siblings_pass(flat_x, terms, true, needs_grad_x);
+      for (size_t j = 0; j < group.size(); ++j) {
+        sums[group[j]] = found.sums[j];
+        (*grads)[group[j]].kept = found.kept[j];
+      }
+      continue;
+    }
+    for (size_t i : group) {
+      PassWants mask;
+      mask.mask = needs_grad_x;
+      const PassSums over_x = rank_pass(dense_input(flat_x, calls[i].adapter), nullptr, &work[i].p_transposed, mask);
+      sums[i] = over_x.columns;
+      (*grads)[i].kept = over_x.kept;
+    }
+  }
+  Reducer reducer(flat_x);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const RankCall& call = calls[i];
+    call.out->grad_A = device_empty(flat_x, {call.size.rank, call.size.inputs}, work[i].a.scalar_type());
+    Reduced grad_a;
+    grad_a.scale = call.adapter->drop_base ? divided(*call.adapter) : 1.0;
+    grad_a.out = &call.out->grad_A;
+    grad_a.row_stride = 1;
+    grad_a.rank_stride = call.size.inputs;
+    reducer.add(sums[i], call.size.rank, grad_a);
+  }
+  reducer.run();
+}
+
+}  // namespace
+
+std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x, const std::vector<RankCall>& calls,
+                                          bool needs_grad_x) {
+  const ScalarType type = x.scalar_type();
+  std::vector<RankGradients> grads(calls.size());
+  std::vector<RankWorkOf> work(calls.size());
+  Splitter splitter(x, type);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const RankCall& call = calls[i];
+    work[i].a = matrix(call.adapter->lora_A), work[i].b = matrix(call.adapter->lora_B);
+    work[i].s = as_contiguous(call.s);
+    work[i].right = splitter.right_of_pass(work[i].b, true, given(call.adapter->out_scale));
+    work[i].left = splitter.left_of_pass(work[i].s, true);
+    if (needs_grad_x) grads[i].a = splitter.right_of_expand(work[i].a, true);
+  }
   splitter.run();
-  PassWants dots;
-  dots.beside = z;
-  const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left, dots);
-  if (sums.dots.has_value()) {
-    Tensor dots = reduced_columns(*sums.dots);
-    out->grad_out_scale = torch::stable::narrow(dots, 0, 0, size.outputs);
-  }
 
-  const HeldTerms p_transposed = pass_terms(x, size.padded, size.tokens);
-  const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
-  Reduced p;
-  p.rank_scale = rank_scale;
-  // P contains dropout's factor 1/(1-p), which dA and dX both need. With drop_base P does not contain the factor: the
-  // gradient through the base is dropped too, and the factor multiplies the sum of the two gradients, and dA.
-  const double divided = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
-  p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided;
-  p.transposed = &p_transposed;
-  if (needs_grad_x) {
-    grads.p = left_terms(x, size.tokens, size.padded, x.scalar_type());
-    p.terms = &grads.p;
-  }
+  Reducer reducer(x);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const RankCall& call = calls[i];
+    const DeviceAdapter& adapter = *call.adapter;
+    const LinearSizes& size = call.size;
+    PassWants dots;
+    dots.beside = call.z;
+    work[i].sums = rank_pass(dense_input(call.grad), &work[i].right, &work[i].left, dots);
+    if (work[i].sums.dots.has_value()) {
+      Tensor dots = reduced_columns(*work[i].sums.dots);
+      call.out->grad_out_scale = torch::stable::narrow(dots, 0, 0, size.outputs);
+    }
 
-  out->grad_B = device_empty(x, {size.outputs, size.rank}, b.scalar_type());
-  Tensor products;
-  Reduced grad_b;
-  grad_b.row_scale = g;
-  grad_b.rank_scale = rank_scale;
-  grad_b.after = adapter.scaling;
-  grad_b.out = &out->grad_B;
-  grad_b.row_stride = size.rank;
-  grad_b.rank_stride = 1;
-  if (rank_scale != nullptr) {
-    products = device_empty(x, {size.outputs, size.rank}, ScalarType::Float);
-    grad_b.plain = &products;
+    work[i].p_transposed = pass_terms(x, size.padded, size.tokens);
+    Reduced p;
+    p.rank_scale = given(adapter.rank_scale);
+    // P contains dropout's factor 1/(1-p), which dA and dX both need. With drop_base P does not contain the factor: the
+    // gradient through the base is dropped too, and the factor multiplies the sum of the two gradients, and dA.
+    p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided(adapter);
+    p.transposed = &work[i].p_transposed;
+    if (needs_grad_x) {
+      grads[i].p = left_terms(x, size.tokens, size.padded, type);
+      p.terms = &grads[i].p;
+    }
+    call.out->grad_B = device_empty(x, {size.outputs, size.rank}, work[i].b.scalar_type());
+    Reduced grad_b;
+    grad_b.row_scale = given(adapter.out_scale);
+    grad_b.rank_scale = p.rank_scale;
+    grad_b.after = adapter.scaling;
+    grad_b.out = &call.out->grad_B;
+    grad_b.row_stride = size.rank;
+    grad_b.rank_stride = 1;
+    if (p.rank_scale != nullptr) {
+      work[i].products = device_empty(x, {size.outputs, size.rank}, ScalarType::Float);
+      grad_b.plain = &work[i].products;
+    }
+    reducer.add(work[i].sums.rows, size.rank, p);
+    reducer.add(work[i].sums.columns, size.rank, grad_b);
   }
-  reduce(sums, size.rank, p, grad_b);
-  if (rank_scale != nullptr) {
-    const Tensor wide = as_type(b, ScalarType::Float);
-    out->grad_rank_scale = device_empty(x, {size.rank}, ScalarType::Float);
+  reducer.run();
+  for (size_t i = 0; i < calls.size(); ++i) {
+    work[i].sums = PassSums();
+    if (!calls[i].adapter->rank_scale.has_value()) continue;
+    const LinearSizes& size = calls[i].size;
+    const Tensor wide = as_type(work[i].b, ScalarType::Float);
+    calls[i].out->grad_rank_scale = device_empty(x, {size.rank}, ScalarType::Float);
     Launcher launcher(wide);
-    launcher(rank_scale_kernel, size.rank, kColumnThreads, launcher.in<float>(wide), launcher.in<float>(products),
-             size.outputs, size.rank, static_cast<float>(adapter.scaling), launcher.out<float>(out->grad_rank_scale));
+    launcher(rank_scale_kernel, size.rank, kColumnThreads, launcher.in<float>(wide),
+             launcher.in<float>(work[i].products), size.outputs, size.rank,
+             static_cast<float>(calls[i].adapter->scaling), launcher.out<float>(calls[i].out->grad_rank_scale));
   }
-
-  out->grad_A = device_empty(x, {size.rank, size.inputs}, a.scalar_type());
-  Reduced grad_a;
-  grad_a.scale = adapter.drop_base ? divided : 1.0;
-  grad_a.out = &out->grad_A;
-  grad_a.row_stride = 1;
-  grad_a.rank_stride = size.inputs;
-  PassWants mask;
-  mask.mask = needs_grad_x;
-  const PassSums over_x = rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed, mask);
-  reduce(over_x.columns, size.rank, grad_a);
-  grads.kept = over_x.kept;
+  grad_A_of(flat_x, calls, work, needs_grad_x, &grads);
   return grads;
 }
 
@@ -174,7 +237,7 @@ DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tenso
     return out;
   }
   const RankGradients grads =
-      rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, nullptr, &out);
+      rank_gradients(x, flat_rows(x), {{flat_rows(grad), &adapter, size, s, nullptr, &out}}, needs_grad_x)[0];
   if (needs_grad_x)
     expand_dropped(as_shape(out.grad_x, {size.tokens, size.inputs}), grads.p, grads.a, adapter, grads.kept);
   return out;

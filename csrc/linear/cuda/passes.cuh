@@ -8,6 +8,7 @@
 #include "linear/cuda/adapted_linear.cuh"
 #include "linear/cuda/expand.cuh"
 #include "linear/cuda/rank_pass.cuh"
+#include "linear/cuda/rank_reduction.cuh"
 #include "nf4/cuda/nf4_weight.cuh"
 
 namespace peft_ext {
@@ -48,9 +49,9 @@ HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows);
 Terms read_terms(const Launcher& launcher, const HeldTerms& held);
 TermsOut write_terms(const Launcher& launcher, const HeldTerms& held);
 
-// Splits all small matrices of a call into terms, in one launch. The caller adds each matrix and then calls run(). The
-// matrices must live until run() returns. A matrix is contiguous [rows, columns]; with `transpose` the transposed
-// matrix is split.
+// Splits all small matrices of a call into terms, in one launch for every kMaxSplits matrices. The caller adds each
+// matrix and then calls run(). The matrices must live until run() returns. A matrix is contiguous [rows, columns]; with
+// `transpose` the transposed matrix is split.
 class Splitter {
  public:
   // type: dtype of the call's large matrices, which decides how many terms are made.
@@ -64,7 +65,7 @@ class Splitter {
   // outer_scale: factors of the result's columns, or null.
   HeldTerms right_of_expand(const Tensor& matrix, bool transpose, const Tensor* outer_scale = nullptr);
   HeldTerms left_of_expand(const Tensor& matrix, bool transpose);
-  void run() const;
+  void run();
 
  private:
   HeldTerms add(TermsOrder order, const Tensor& matrix, bool transpose, int count, const Tensor* outer_scale = nullptr,
@@ -183,8 +184,56 @@ struct Reduced {
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);
 
-// Makes the results of P and of Q in one launch.
-void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduced& columns);
+// Makes the results of several partial sums, in one launch for every kMostReduces of them. The partial sums and the
+// results must live until run() returns.
+class Reducer {
+ public:
+  explicit Reducer(const Tensor& like) : launcher_(like) {}
+  void add(const PartialSums& partial, int64_t rank, const Reduced& wanted);
+  void run();
+
+ private:
+  Launcher launcher_;
+  RankReduces reduces_{};
+  int count_ = 0;
+  int64_t blocks_ = 0;
+};
+
+// --- rank passes of several layers of one input
+
+// One of the layers of siblings_pass. The objects that a SiblingTerm points to must live until the launch.
+struct SiblingTerm {
+  const HeldTerms* factor;  // terms of A [ranks][columns of x], or of Pᵀ [ranks][rows of x]
+  const DeviceAdapter* adapter;
+};
+
+// Returns whether siblings_pass reads x: a matrix of a 16-bit dtype that can be read in vectors of eight.
+bool siblings_read(const Tensor& x);
+
+// Divides layers into the groups that a siblings_pass takes. kinds: for each layer, a number that layers of one group
+// have in common, of which the lower 32 bits are the padded rank; -1 for a layer that needs no pass. A layer with more
+// than 32 ranks has a group of its own.
+std::vector<std::vector<size_t>> sibling_groups(const std::vector<int64_t>& kinds);
+
+struct SiblingSums {
+  std::vector<PartialSums> sums;
+  std::vector<std::optional<Tensor>> kept;  // bits of each layer's dropout mask
+};
+
+// Computes the partial sums of x̃_i A_iᵀ of each layer (`columns`: of x̃_iᵀ P_i), in one pass over x. The factors have
+// equally many padded ranks and terms. masks: whether to store the bits of the layers' masks; only with `columns`.
+SiblingSums siblings_pass(const Tensor& x, const std::vector<SiblingTerm>& layers, bool columns, bool masks);
+
+struct SiblingsPass;
+
+// Launches rank_siblings_kernel for one element type. Each element type has its own translation unit.
+struct SiblingVariant {
+  int64_t ranks, terms;
+  bool columns, dropped;
+};
+template <typename T>
+void launch_siblings(const Launcher& launcher, const Grid& grid, int warps, const SiblingsPass& pass,
+                     const SiblingVariant& variant);
 
 // An additional term of expand, (g - 1) ∘ z.
 struct Scaled {

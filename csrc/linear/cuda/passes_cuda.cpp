@@ -99,7 +99,7 @@ HeldTerms Splitter::add(TermsOrder order, const Tensor& matrix, bool transpose, 
   const bool pass = order == TermsOrder::kPass;
   const HeldTerms held = empty_terms(like_, order, count, pass ? padded_rank(outer) : round_up(outer, kExpandTile),
                                      pass ? round_up(inner, kRankTile) : padded_rank(inner));
-  STD_TORCH_CHECK(count_ < kMaxSplits, "peft_ext: more than ", kMaxSplits, " small matrices in a launch");
+  if (count_ == kMaxSplits) run();
   Split& work = splits_.work[count_++];
   work.in = launcher_.in<void>(matrix);
   work.type = dtype_of(matrix.scalar_type());
@@ -114,7 +114,11 @@ HeldTerms Splitter::add(TermsOrder order, const Tensor& matrix, bool transpose, 
   return held;
 }
 
-void Splitter::run() const { launcher_(split_kernel, {blocks_, count_}, kSplitThreads, splits_); }
+void Splitter::run() {
+  launcher_(split_kernel, {blocks_, count_}, kSplitThreads, splits_);
+  count_ = 0;
+  blocks_ = 0;
+}
 
 RowTable row_table(const Launcher& launcher, const RowTiles& held) {
   return {launcher.in<int32_t>(held.rows), static_cast<const RowTile*>(launcher.in<void>(held.tiles))};
@@ -292,22 +296,24 @@ static RankReduce reduce_work(const Launcher& launcher, const PartialSums& parti
   return work;
 }
 
-static int64_t reduce_blocks(const RankReduce& work) {
-  return ceil_div(std::max(work.padded_rows, work.table_rows) * work.padded_rank / 2, kReduceThreads);
+void Reducer::add(const PartialSums& partial, int64_t rank, const Reduced& wanted) {
+  if (count_ == kMostReduces) run();
+  RankReduce& work = reduces_.work[count_++];
+  work = reduce_work(launcher_, partial, rank, wanted);
+  blocks_ = std::max(
+      blocks_, ceil_div(std::max(work.padded_rows, work.table_rows) * work.padded_rank / 2, int64_t{kReduceThreads}));
+}
+
+void Reducer::run() {
+  launcher_(rank_reduce_kernel, {blocks_, count_}, kReduceThreads, reduces_);
+  count_ = 0;
+  blocks_ = 0;
 }
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted) {
-  Launcher launcher(partial.sums);
-  const RankReduces work{{reduce_work(launcher, partial, rank, wanted), {}}};
-  launcher(rank_reduce_kernel, reduce_blocks(work.work[0]), kReduceThreads, work);
-}
-
-void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduced& columns) {
-  Launcher launcher(sums.rows.sums);
-  const RankReduces work{
-      {reduce_work(launcher, sums.rows, rank, rows), reduce_work(launcher, sums.columns, rank, columns)}};
-  launcher(rank_reduce_kernel, {std::max(reduce_blocks(work.work[0]), reduce_blocks(work.work[1])), 2}, kReduceThreads,
-           work);
+  Reducer reducer(partial.sums);
+  reducer.add(partial, rank, wanted);
+  reducer.run();
 }
 
 namespace {

@@ -1,41 +1,11 @@
 // The second kernel of a rank pass: adds the partial sums of the chunks in order, and makes the results.
 #pragma once
 
-#include "linear/cuda/row_tiles.cuh"
-#include "linear/cuda/terms.cuh"
+#include "linear/cuda/rank_reduction.cuh"
 
 namespace peft_ext {
 
-// Results: value[row][r] = scale · row_scale[row] · Σ_chunks partial, multiplied by after · rank_scale[r] where noted.
-// Each output pointer may be null. With a table, `row` is a row of the table, each tile has its own rank and its own
-// scaling (in place of `after`), and tiles without a factor, which have no partial sums, are zero.
-struct RankReduce {
-  const float* partial;
-  int64_t chunks, rows, padded_rows;
-  int64_t rank, padded_rank;
-  RowTable table;      // table of the rows; if table.tiles is null, rows are in order
-  int64_t table_rows;  // number of rows of all tiles, at least padded_rows
-  float scale;
-  const float* row_scale;   // factors of the rows; null: 1
-  const float* rank_scale;  // factors of the ranks; null: 1
-  float after;              // one more factor of the results that are multiplied by rank_scale
-  float* plain;             // values [rows][plain_stride], not multiplied by rank_scale
-  int64_t plain_stride;
-  TermsOut terms;       // terms [padded rows, padded rank] of the values multiplied by rank_scale
-  TermsOut transposed;  // terms [padded rank, padded rows] of the values multiplied by rank_scale
-  void* out;            // values multiplied by rank_scale, of dtype `type`, with the strides below
-  DType type;
-  int64_t row_stride, rank_stride;
-};
-
-// The reductions of one pass: of P and of Q, or of one of P and Q in work[0].
-struct RankReduces {
-  RankReduce work[2];
-};
-
-constexpr int kReduceThreads = 256;
-
-// Grid: x has ceil(padded_rows · padded_rank / 2 / kReduceThreads) thread blocks for the larger reduction, with
+// Grid: x has ceil(padded_rows · padded_rank / 2 / kReduceThreads) thread blocks for the largest reduction, with
 // table_rows instead of padded_rows if there is a table; y is the index of the reduction. A thread computes two
 // adjacent ranks.
 static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {

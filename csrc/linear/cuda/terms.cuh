@@ -153,11 +153,11 @@ __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
   save_terms(work.out, o, i, values[0], values[1]);
 }
 
-constexpr int kMaxSplits = 3;
+constexpr int kMaxSplits = 24;
 constexpr int kSplitThreads = 256;
 
-// The small matrices of one call. One launch splits all matrices, because a launch takes longer than splitting a
-// matrix.
+// The small matrices of one call, three for each layer. One launch splits all matrices, because a launch takes longer
+// than splitting a matrix.
 struct Splits {
   Split work[kMaxSplits];
 };

@@ -1,0 +1,338 @@
+// The rank passes of several layers of one input x, in one pass over x:
+//
+//   rows:     S_i [T, R_i] = x̃_i A_iᵀ         columns:  dA_iᵀ [K, R_i] = x̃_iᵀ P_i         x̃_i = mask_i ∘ x
+//
+// A_i and P_iᵀ are given as bfloat16 terms, as the factors F and L of rank_pass.cuh. x is bfloat16 or float16, and the
+// groups of eight columns are aligned.
+//
+// A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps compute one layer: one warp up
+// to 16 ranks, which computes all 64 rows (for columns: all 64 columns) of a tile and so uses each fragment of the
+// factor for four products; two warps up to 32 ranks, each for half of the rows (columns). A warp draws the mask of its
+// own layer, 2,048 elements at a time, and writes the masked elements to 4 KB of shared memory that no other warp uses,
+// in the layout of a tile: 32 lines of 128 bytes, with the eight groups of a line in the order group ^ line % 8.
+// ldmatrix reads the fragments from there, and without dropout from the tile.
+//
+// Blocks that share a factor's chunk follow each other in the grid every `chunks` blocks: if the number of
+// multiprocessors is a multiple of `chunks`, the blocks of a multiprocessor read the chunk from L1.
+//
+// Order of the sums: as in rank_pass.cuh, so that a layer's results have the bits of a pass of its own. Bytes moved by
+// a launch: x once, the mask's bits once if wanted, and the partial sums of each layer once.
+#pragma once
+
+#include "linear/cuda/rank_pass.cuh"
+
+namespace peft_ext {
+
+constexpr int kMostSiblingWarps = 6;
+constexpr int kSiblingLines = 32;                   // lines of a warp's masked elements
+constexpr int kSiblingBytes = kSiblingLines * 128;  // bytes of a warp's masked elements
+constexpr int kSiblingTile = kRankTile * 128;       // bytes of a tile of x
+
+// Number of stages. With dropout, the products of a tile take long enough for one load to be on the way.
+template <bool kDropped>
+constexpr int kSiblingStages = kDropped ? 2 : 4;
+
+struct SiblingPart {
+  const uint4* factor = nullptr;  // terms of A_i [ranks][columns of x] or of P_iᵀ [ranks][rows of x]
+  DeviceDropout dropout;          // without seed: the layer has no dropout
+  float* sums = nullptr;          // partial sums, as row_sums or column_sums of RankPass
+  uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for columns
+};
+
+struct SiblingsPass {
+  const void* dense = nullptr;  // x as a contiguous matrix
+  int64_t rows = 0, columns = 0, padded_rows = 0, padded_columns = 0;
+  int64_t tiles = 1;   // number of tiles per block, along the columns (for columns: along the rows)
+  int64_t chunks = 1;  // number of blocks along which the tiles of a row (of a column) are divided
+  SiblingPart parts[kMostSiblingWarps];
+};
+
+// Returns dropout's parameters of a layer. A layer without dropout keeps every element.
+__device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
+  Philox philox = load_philox(dropout);
+  if (dropout.seed == nullptr) philox.either = 0xffffffffu, philox.lower = 0;
+  return philox;
+}
+
+// The part of a tile that a warp masks at a time. kColumns and two warps per layer: the 64 rows of the warp's 32
+// columns, where line l has the rows l and l + 32. Otherwise 32 rows of all columns.
+template <int kSplit, bool kColumns>
+struct SiblingHalf {
+  static constexpr bool kFolded = kSplit == 2 && kColumns;
+  static constexpr int kCount = kSplit == 1 ? 2 : 1;  // number of such parts of a tile per warp
+
+  // Returns the row and the group of eight columns, in the tile, of this lane's first element. sub: the warp's number
+  // among the warps of the layer.
+  static __device__ __forceinline__ int row(int sub) {
+    const int lane = threadIdx.x % kWarpSize;
+    return lane / 8 + (kFolded ? lane % 8 / 4 * 32 : sub * 32);
+  }
+  static __device__ __forceinline__ int group(int sub) {
+    const int slot = threadIdx.x % 8;
+    return kFolded ? sub * 4 + slot % 4 : slot;
+  }
+};
+
+// Writes the masked elements of a part of a tile to `to`. `from`: address of this lane's first element of the part in
+// the tile, `to`: in the warp's memory; `drawn`: number of the Philox block of this element; `drawn_step`: number of
+// blocks in a row of x. bits: the mask's bits of the lane's elements of a tile, in four words of the layout of
+// kKeptBits. Each call shifts the bits of the rows before to the left.
+template <bool kBits>
+__device__ __forceinline__ void sibling_mask(const Philox& philox, SharedAt from, SharedAt to, uint64_t drawn,
+                                             uint32_t drawn_step, uint32_t (&bits)[4]) {
+  // The outer loop is not unrolled: the draws of more than 16 rows at once would need too many registers.
+#pragma unroll 1
+  for (int upper = 0; upper < 2; ++upper) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint4 words = kept_of_words(philox, drawn + static_cast<uint64_t>(drawn_step) * (4 * j));
+      // Every second line has the other half of the order group ^ line % 8.
+      const uint4 value = load_shared_16((from ^ (j % 2 * 64)) + j * 4 * 128);
+      const uint32_t masks[4] = {spread_signs(words.x), spread_signs(words.y), spread_signs(words.z),
+                                 spread_signs(words.w)};
+      store_shared_16((to ^ (j % 2 * 64)) + j * 4 * 128,
+                      make_uint4(value.x & masks[0], value.y & masks[1], value.z & masks[2], value.w & masks[3]));
+      if constexpr (kBits) {
+        bits[j] <<= 4;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) bits[j] |= masks[w] & kKeptBits >> (12 + w);
+      }
+    }
+    from = from + 16 * 128;
+    to = to + 16 * 128;
+    drawn += static_cast<uint64_t>(drawn_step) * 16;
+  }
+}
+
+// Loads an A operand of 16 x 16 as terms from lines of 128 bytes. `at`: address of the lane's row.
+template <typename T, bool kTransposed>
+__device__ __forceinline__ void sibling_fragment(SharedAt at, uint32_t (&a)[kTermsOf<T>][4]) {
+  uint32_t loaded[4];
+  if constexpr (kTransposed) {
+    ldmatrix_x4_trans(loaded, at);
+  } else {
+    ldmatrix_x4(loaded, at);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kTermsOf<T> > 1) {
+      const float2 pair = unpack2<T>(loaded[i]);
+      uint32_t terms[kTermsOf<T>];
+      split_pair<kTermsOf<T>>(pair.x, pair.y, terms);
+#pragma unroll
+      for (int term = 0; term < kTermsOf<T>; ++term) a[term][i] = terms[term];
+    } else {
+      a[0][i] = loaded[i];
+    }
+  }
+}
+
+// Number of thread blocks of kMostSiblingWarps that must fit on a multiprocessor. The compiler limits the registers for
+// this number. The two terms of a float16 x need more registers.
+template <typename T>
+constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
+
+// kRanks: number of tiles of 8 ranks, 2 or 4. kTerms: number of terms of the factors. kColumns: the results are Q, and
+// otherwise P. kDropped: a layer has dropout. A thread block has kRanks / 2 warps for each layer.
+// Grid: x has chunks · ceil(rows / 64) thread blocks, for kColumns chunks · ceil(columns / 64).
+template <typename T, int kRanks, int kTerms, bool kColumns, bool kDropped>
+__global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<T>))
+    rank_siblings_kernel(SiblingsPass pass) {
+  PEFT_EXT_KERNEL;
+  constexpr int kSplit = kRanks / 2, kRuns = 4 / kSplit, kStages = kSiblingStages<kDropped>, kOnTheWay = kStages - 1;
+  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // the sums of kColumns take twice as many registers
+  // The fragments of L are loaded when they are needed, after the mask is drawn, which needs many registers too.
+  constexpr bool kLate = kColumns;
+  using Half = SiblingHalf<kSplit, kColumns>;
+  using Factor = RankFactor<kRanks, kTerms, kRoomy>;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, sub = warp % kSplit;
+  const SiblingPart& part = pass.parts[warp / kSplit];
+  const SharedAt stages = shared_at(dynamic_shared());
+  const SharedAt masked = stages + (kStages * kSiblingTile + warp * kSiblingBytes);
+
+  const uint32_t blocks = static_cast<uint32_t>(pass.chunks);
+  const int64_t chunk = blockIdx.x % blocks, across = blockIdx.x / blocks, first = chunk * pass.tiles;
+  const int64_t row_tile = kColumns ? first : across, column_tile = kColumns ? across : first;
+  const int64_t row = row_tile * kRankTile, column = column_tile * kRankTile;
+  const int tiles =
+      static_cast<int>(min_of(pass.tiles, (kColumns ? pass.padded_rows : pass.padded_columns) / kRankTile - first));
+
+  // This thread copies the group of eight columns `copy_group` of every copy_step-th row of a tile.
+  const int copy_group = threadIdx.x % 8, copy_step = blockDim.x / 8;
+  const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
+  const uint32_t tile_bytes = kColumns ? kRankTile * row_bytes : kRankTile * sizeof(T);  // bytes from tile to tile
+  const unsigned char* from =
+      static_cast<const unsigned char*>(pass.dense) + (row * pass.columns + column + copy_group * kVector) * sizeof(T);
+  int rows_left = static_cast<int>(min_of(pass.rows - row, 1 << 30));
+  int columns_left = static_cast<int>(min_of(pass.columns - column, 1 << 30)) - copy_group * kVector;
+  const auto issue = [&](bool there, int further, uint32_t stage) {
+    if (there) {
+      const int down = rows_left - (kColumns ? further * kRankTile : 0);
+      const bool along = columns_left - (kColumns ? 0 : further * kRankTile) > 0;
+#pragma unroll 1  // few instructions, and fewer registers
+      for (int r = threadIdx.x / 8; r < kRankTile; r += copy_step)
+        cp_async_16(stages + (stage + r * 128 + (copy_group ^ r % 8) * 16),
+                    from + (further * tile_bytes + r * row_bytes), along && r < down);
+    }
+    cp_async_commit();  // commits an empty group too, so that every wait counts equally many groups
+  };
+
+  [[maybe_unused]] const Philox philox = kDropped ? sibling_philox(part.dropout) : Philox{};
+  // This lane's first element of the part that the warp masks.
+  const int mask_row = Half::row(sub), mask_group = Half::group(sub), first_line = lane / 8, slot = lane % 8;
+  const uint32_t mask_from = mask_row * 128 + (mask_group ^ mask_row % 8) * 16;
+  const SharedAt mask_to = masked + (first_line * 128 + (slot ^ first_line) * 16);
+  const uint32_t drawn_step = static_cast<uint32_t>(pass.columns / kPhiloxGroup);
+  uint64_t drawn =
+      static_cast<uint64_t>(row + mask_row) * drawn_step + static_cast<uint64_t>(column / kPhiloxGroup + mask_group);
+  [[maybe_unused]] uint32_t* kept = nullptr;
+  if constexpr (kColumns && kDropped) {
+    if (part.kept != nullptr)
+      kept = part.kept + (row_tile * (pass.padded_columns / kRankTile) + column_tile) * kRankThreads;
+  }
+
+  // `source`: offset of this lane's ldmatrix address in a tile, or in the warp's masked elements.
+  constexpr bool kFolded = kDropped && Half::kFolded;
+  const int lane_row = kColumns ? lane / 16 * 8 + lane % 8 : lane % 16;
+  const int lane_group = kColumns ? lane / 8 % 2 + (Half::kFolded && !kDropped ? sub * 4 : 0) : lane / 16;
+  const uint32_t source = lane_row * 128 + (lane_group ^ lane % 8) * 16;
+  const uint4* factor_at = part.factor + first * Factor::kTile + lane;
+
+  float sums[kRuns][kRanks][4] = {};
+  Factor factor;
+  if constexpr (!kRoomy && !kLate) factor.start(factor_at);
+#pragma unroll
+  for (int step = 0; step < kOnTheWay; ++step) issue(step < tiles, step, step * kSiblingTile);
+  uint32_t stage = 0;
+  for (int outer = 0; outer < tiles; ++outer) {
+    if constexpr (kRoomy) factor.start(factor_at);
+    cp_async_wait<kOnTheWay - 1>();
+    sync_threads();  // the stage is filled for all threads, and no thread reads the previous stage any more
+    issue(outer + kOnTheWay < tiles, kOnTheWay, stage == 0 ? kOnTheWay * kSiblingTile : stage - kSiblingTile);
+    const SharedAt tile = stages + stage;
+    const uint4* next = outer + 1 < tiles ? factor_at + Factor::kTile : factor_at;
+
+    // A part of the tile has kPartRuns runs of 16 rows (of 16 columns) that this warp multiplies.
+    constexpr int kPartRuns = kColumns ? kRuns : 2;
+    [[maybe_unused]] uint32_t bits[4] = {};
+    float fresh[kPartRuns][kRanks][4];
+    const auto clear = [&] {
+#pragma unroll
+      for (int run = 0; run < kPartRuns; ++run)
+#pragma unroll
+        for (int n = 0; n < kRanks; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) fresh[run][n][i] = 0.0f;
+    };
+    // Adds the products of the steps 2 two and 2 two + 1. Each step sums over 16 columns (over 16 rows).
+    const auto multiply = [&](SharedAt at, int two) {
+      if constexpr (kLate) {
+#pragma unroll
+        for (int term = kTerms - 1; term >= 0; --term) factor.load(factor_at, two, term);
+      }
+#pragma unroll
+      for (int run = 0; run < kPartRuns; ++run) {
+        uint32_t a[2][kTermsOf<T>][4];
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          if constexpr (kColumns) {
+            sibling_fragment<T, true>((at ^ (run * 32 + (kFolded ? two * 64 : 0))) + step * 16 * 128, a[step]);
+          } else {
+            sibling_fragment<T, false>((at ^ ((two * 2 + step) * 32)) + run * 16 * 128, a[step]);
+          }
+        }
+#pragma unroll
+        for (int term = kTerms - 1; term >= 0; --term) {
+          uint32_t b[2][kRanks][2];
+#pragma unroll
+          for (int n = 0; n < kRanks; ++n) {
+            const uint4 words = factor.held[two % Factor::kHeld][term][n];
+            b[0][n][0] = words.x, b[0][n][1] = words.y, b[1][n][0] = words.z, b[1][n][1] = words.w;
+          }
+#pragma unroll
+          for (int step = 0; step < 2; ++step)
+            mma_terms<kRanks, kTermsOf<T>, kMaxTerms>(fresh[run], a[step], b[step], term);
+          if constexpr (!kRoomy && !kLate) {
+            if (run + 1 == kPartRuns) two == 0 ? factor.load(factor_at, 1, term) : factor.load(next, 0, term);
+          }
+        }
+      }
+    };
+    const auto mask = [&](int half) {
+      sync_warp();  // the warp has read the previous part
+      sibling_mask<kColumns>(philox, tile + (mask_from + half * 32 * 128), mask_to,
+                             drawn + static_cast<uint64_t>(drawn_step) * (half * 32), drawn_step, bits);
+      sync_warp();
+    };
+    const auto add = [&](int to) {
+#pragma unroll
+      for (int run = 0; run < kPartRuns; ++run)
+#pragma unroll
+        for (int n = 0; n < kRanks; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[to + run][n][i] += fresh[run][n][i];
+    };
+    if constexpr (kColumns) {
+      clear();
+#pragma unroll
+      for (int two = 0; two < 2; ++two) {
+        if constexpr (kDropped) {
+          if (!kFolded || two == 0) mask(two);
+          multiply(masked + source, two);
+        } else {
+          multiply(tile + (source + two * 32 * 128), two);
+        }
+      }
+      add(0);
+      if constexpr (kDropped) {
+        if (kept != nullptr) {
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            if constexpr (kFolded) {
+              // The lanes of slot and slot + 4 have the upper and the lower 32 rows of the same columns.
+              const uint32_t own = bits[q] << (slot < 4 ? 8 : 0), all = own | shuffle_xor(own, 4);
+              if (slot < 4) kept[(first_line + 4 * q) * 8 + sub * 4 + slot] = all;
+            } else {
+              kept[lane + q * kWarpSize] = bits[q];
+            }
+          }
+          kept += pass.padded_columns / kRankTile * kRankThreads;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int part_of = 0; part_of < Half::kCount; ++part_of) {
+        if constexpr (kDropped) mask(part_of);
+        clear();
+#pragma unroll
+        for (int two = 0; two < 2; ++two)
+          multiply(kDropped ? masked + source : tile + (source + (kSplit == 2 ? sub : part_of) * 32 * 128), two);
+        add(part_of * 2);
+      }
+    }
+    from += tile_bytes;
+    factor_at += Factor::kTile;
+    if constexpr (kColumns) {
+      rows_left -= kRankTile;
+      drawn += static_cast<uint64_t>(kRankTile) * drawn_step;
+    } else {
+      columns_left -= kRankTile;
+      drawn += kRankTile / kPhiloxGroup;
+    }
+    stage = stage == kOnTheWay * kSiblingTile ? 0 : stage + kSiblingTile;
+  }
+
+  const int64_t padded = kColumns ? pass.padded_columns : pass.padded_rows;
+  float* to =
+      part.sums + (chunk * padded + across * kRankTile + sub * kRuns * 16 + lane / 4) * (kRanks * 8) + lane % 4 * 2;
+#pragma unroll
+  for (int run = 0; run < kRuns; ++run)
+#pragma unroll
+    for (int n = 0; n < kRanks; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<float2*>(to + (run * 16 + half * 8) * (kRanks * 8) + n * 8) =
+            make_float2(sums[run][n][2 * half], sums[run][n][2 * half + 1]);
+}
+
+}  // namespace peft_ext
