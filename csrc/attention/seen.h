@@ -108,17 +108,17 @@ inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the index of the first vector of queries in which a query may see the key. The function considers `causal`,
-// not the mask.
+// Returns the index of the first vector of queries in which a query may see the key, rounded down to a vector at which
+// a product can start. The function considers `causal`, not the mask.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
-  return work.causal && key > query ? (key - query) / kWidth : 0;
+  return work.causal && key > query ? (key - query) / (kWidth * kLaneVecs) * kLaneVecs : 0;
 }
 
 // Computes c [rows, vecs vectors of queries] = left [rows, keys] right [keys, vecs vectors], or c += left right if
 // `add`. With `causal`, a block with keys after its first 32 queries is multiplied in groups of 32 queries, and each
 // group leaves out the keys that none of its queries may see.
 inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int64_t query, int64_t rows, int64_t vecs,
-                          const Rows& left, const Element* right, float* c, bool add) {
+                          const Left& left, const Element* right, float* c, bool add) {
   constexpr int64_t kTogether = kQueries / 2 / kWidth;
   const bool diagonal = work.causal && key + count > query + kTogether * kWidth;
   const int64_t together = diagonal ? kTogether : vecs;
@@ -126,7 +126,7 @@ inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int
     const int64_t here = min_i64(together, vecs - v);
     const int64_t until = keys_until(work, query, (v + here) * kWidth);
     if (until <= key && add) continue;
-    multiply(rows, here, left.data + key, left.stride, right + v * kWidth * kWord, kQueries * kWord,
+    multiply(rows, here, left.part(0, key), right + v * kWidth * kWord, kQueries * kWord,
              words_of_depth(until <= key ? 0 : min_i64(count, until - key)), c + v * kWidth, kQueries, add);
   }
 }
