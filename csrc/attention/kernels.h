@@ -8,11 +8,12 @@
 // of query i and key j of head h in batch b is that of the flat index of [b, h, j, i] in [B, H, keys, queries].
 //
 // A thread holds S, P and dS for one block of queries and keys at a time, and transposed: a row is a key, and the lanes
-// of a vector are queries, so that sums over keys are sums of rows. AVX512-BF16 multiplies bfloat16 operands in pairs,
-// and P and dS are then rounded to bfloat16. Scores, sums and lse are float32.
+// of a vector are queries, so that sums over keys are sums of rows. AVX512-BF16 and AMX multiply bfloat16 operands in
+// pairs, and P and dS are then rounded to bfloat16. Scores, sums and lse are float32.
 //
 // Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth:
 //   left   [rows, depth], whose words are broadcast   right  [depth, lanes], of which vectors of words are loaded
+// On AMX, the operands are tiles (attention/product_amx.h).
 #pragma once
 
 #include <stddef.h>

@@ -104,3 +104,15 @@ def test_many_blocks(kind: str, path: str) -> None:
         found.append(step(q, k, v, grad, how))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
     assert_right(q, k, v, grad, how, found[0])
+
+
+@pytest.mark.skipif("amx_emulated" not in PATHS, reason="no AVX512-BF16")
+def test_tiles_add_up_in_an_order_of_their_own(path: str) -> None:
+    """The path with tiles does not run the dot products of vectors."""
+    torch.manual_seed(0)
+    q, k, v, grad = (heads(1, 2, 96, 64) for _ in range(4))
+    how, found = options("causal", 96, 96, 64), {}
+    for other in ("avx512_bf16", "amx_emulated"):
+        _native.STATE.module.set_isa(other)
+        found[other] = step(q, k, v, grad, how)
+    assert not any(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
