@@ -71,10 +71,9 @@ def _parts(count: int, most: int) -> list[int]:
     return [min(most, count - at) for at in range(0, count, most)]
 
 
-def _first(key: int, query: int, amx: bool) -> int:
-    """Returns the first vector of queries that sees the key and at which a product can start."""
-    step = 2 if amx else 1
-    return max(0, key - query) // (LANES * step) * step
+def _first(key: int, query: int) -> int:
+    """Returns the first vector of queries that sees the key."""
+    return max(0, key - query) // LANES
 
 
 def _multiply_seen(cost: Cost, rows: int, key: int, here: int, query: int, add: bool) -> None:
@@ -94,7 +93,7 @@ def forward(tokens: int, size: int, amx: bool) -> Cost:
         for key in range(0, query + BLOCK, FORWARD_KEYS):
             here = min(FORWARD_KEYS, query + BLOCK - key)
             for r in range(0, here, rows):
-                cost.multiply(min(rows, here - r), BLOCK // LANES - _first(key + r, query, amx), size, False)
+                cost.multiply(min(rows, here - r), BLOCK // LANES - _first(key + r, query), size, False)
             cost.scores += here * (BLOCK // LANES) * FORWARD_SCORES / RATE
             _multiply_seen(cost, size, key, here, query, False)
             if key > 0:  # two loads and a fused product and sum
@@ -113,7 +112,7 @@ def backward(tokens: int, size: int, amx: bool) -> Cost:
         for key in range(0, query + BLOCK, BACKWARD_KEYS):
             here = min(BACKWARD_KEYS, query + BLOCK - key)
             for r in range(0, here, strip):
-                high, first = min(strip, here - r), _first(key + r, query, amx)
+                high, first = min(strip, here - r), _first(key + r, query)
                 for _ in "S", "dP":
                     cost.multiply(high, BLOCK // LANES - first, size, False)
                 cost.scores += high * (BLOCK // LANES - first) * BACKWARD_SCORES / RATE

@@ -83,7 +83,7 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
   const BackwardParts own(&parts, work);
   const int64_t group = work.heads / work.kv_heads, unit = batch * work.kv_heads + head / group;
   const int64_t count = min_i64(kQueries, work.queries - query);
-  const int64_t vecs = whole(ceil_div(count, kWidth), kLaneVecs);  // P and dS are zero for the queries beyond `count`
+  const int64_t vecs = ceil_div(padded_depth(count), kWidth);  // P and dS are zero for the queries beyond `count`
   const int64_t size = work.size, value_size = work.value_size;
   const int64_t lanes = padded_lanes(size), value_lanes = padded_lanes(value_size);
   const Left keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, size);

@@ -16,7 +16,6 @@ constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
 constexpr int64_t kLeftRows = 1;   // left operands have a multiple of kLeftRows rows
 constexpr int64_t kDepth = kWord;  // the depth of operands is padded with zeros to a multiple of kDepth
-constexpr int64_t kLaneVecs = 1;   // products start at a multiple of kLaneVecs vectors of queries
 constexpr bool kInPlace = true;    // whether a product can read rows of k and v in place
 
 struct ProductUnit {};  // lives during a unit of work that computes products

@@ -19,8 +19,10 @@ constexpr int64_t kLeftRows = 16;         // left operands have a multiple of kL
 constexpr int64_t kDepth = 32;            // the depth of operands is padded with zeros to a multiple of kDepth
 constexpr int64_t kRows = 2 * kLeftRows;  // number of keys in a strip
 constexpr int64_t kWidth = Vec::kWidth;
-constexpr int64_t kLaneVecs = 2;  // products start at a multiple of kLaneVecs vectors of queries
 constexpr bool kInPlace = false;  // whether a product can read rows of k and v in place
+
+// Under a causal mask, the products of the backward begin with the first query that sees a strip of keys.
+static_assert(kRows % kDepth == 0, "the first query that sees a strip must be the first of a tile");
 
 struct ProductUnit {  // lives during a unit of work that computes products
   ProductUnit() { amx_configure(); }

@@ -108,10 +108,10 @@ inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the index of the first vector of queries in which a query may see the key, rounded down to a vector at which
-// a product can start. The function considers `causal`, not the mask.
+// Returns the index of the first vector of queries in which a query may see the key. The function considers `causal`,
+// not the mask.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
-  return work.causal && key > query ? (key - query) / (kWidth * kLaneVecs) * kLaneVecs : 0;
+  return work.causal && key > query ? (key - query) / kWidth : 0;
 }
 
 // Computes c [rows, vecs vectors of queries] = left [rows, keys] right [keys, vecs vectors], or c += left right if
