@@ -28,7 +28,9 @@ constexpr int64_t kMostSums = int64_t{1} << 25;
 
 const AttentionKernels& attention_kernels(DType dtype) {
 #if defined(__x86_64__)
-  if (dtype == DType::kBF16 && current_isa() >= Isa::kAvx512Bf16) return kAttentionKernelsAvx512Bf16;
+  if (dtype == DType::kBF16 && current_isa() == Isa::kAmx) return kAttentionKernelsAmx;
+  if (dtype == DType::kBF16 && current_isa() == Isa::kAmxEmulated) return kAttentionKernelsAmxEmulated;
+  if (dtype == DType::kBF16 && current_isa() == Isa::kAvx512Bf16) return kAttentionKernelsAvx512Bf16;
   return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsAvx2, &kAttentionKernelsAvx512);
 #elif defined(__aarch64__)
   return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsNeon);
@@ -159,15 +161,16 @@ struct Call {
   }
 
   const Tensor& hold(const Tensor& tensor) { return held.emplace_back(tensor); }
-  bool lies_right(int64_t depth) const { return work.dtype == isa.element && depth % isa.word == 0; }
+  bool lies_right(int64_t depth) const { return isa.in_place && work.dtype == isa.element && depth % isa.depth == 0; }
   int64_t kv_units() const { return work.batches * work.kv_heads; }
-  int64_t whole_words(int64_t depth) const { return ceil_div(depth, isa.word) * isa.word; }
   int64_t whole_vectors(int64_t columns) const { return ceil_div(columns, isa.width) * isa.width; }
 
-  // Allocates an operand [units, rows, columns padded to whole words].
-  void* operand(int64_t rows, int64_t columns) {
+  // Allocates left operands [rows, depth], one for each key head of each batch, with padded rows and depth.
+  void* operand(int64_t rows, int64_t depth) {
     const ScalarType type = isa.element == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Float;
-    return hold(empty({kv_units(), rows, whole_words(columns)}, type)).mutable_data_ptr();
+    const int64_t padded_rows = ceil_div(rows, isa.left_rows) * isa.left_rows;
+    const int64_t padded_depth = ceil_div(depth, isa.depth) * isa.depth;
+    return hold(empty({kv_units(), padded_rows, padded_depth}, type)).mutable_data_ptr();
   }
 
   // Allocates the sums of dK and dV [splits, units, keys, columns padded to whole vectors] in the calling thread's

@@ -50,7 +50,7 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
   for (int64_t v = 0; v < vecs; ++v) {
     const Vec shift = Vec::mul(Vec::load(lse + v * kWidth), Vec::broadcast(-kLog2E));
     const Vec delta = Vec::load(own.delta + v * kWidth);
-    for (int64_t r = 0; r < count; r += kWord) {
+    for (int64_t r = 0; r < padded_depth(count); r += kWord) {
       Vec ds[kWord];
       for (int64_t i = 0; i < kWord; ++i) {
         ds[i] = zero;
@@ -66,8 +66,9 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
           kept = Vec::where(bits_at(keeps[r + i], v), p, zero);
         }
         ds[i] = Vec::mul(p, Vec::sub(dp, delta));
-        store_left(kept, own.p + at);
-        store_left(ds[i], own.ds + at);
+        const int64_t index = left_index(r + i, v * kWidth, kLeftRows * kQueries);
+        store_left(kept, own.p + index);
+        store_left(ds[i], own.ds + index);
       }
       store_right(ds, own.ds_joined + r * kQueries + v * kWidth * kWord);
     }
@@ -81,12 +82,13 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
                     bool first, bool last, float* key_sums, float* value_sums, float* query_sums, Parts parts) {
   const BackwardParts own(&parts, work);
   const int64_t group = work.heads / work.kv_heads, unit = batch * work.kv_heads + head / group;
-  const int64_t count = min_i64(kQueries, work.queries - query), vecs = ceil_div(count, kWidth);
+  const int64_t count = min_i64(kQueries, work.queries - query);
+  const int64_t vecs = ceil_div(padded_depth(count), kWidth);  // P and dS are zero for the queries beyond `count`
   const int64_t size = work.size, value_size = work.value_size;
   const int64_t lanes = padded_lanes(size), value_lanes = padded_lanes(value_size);
-  const Rows keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, size);
-  const Rows values = whole_rows(work.v, work.value_rows, batch, head / group, unit, work.keys, value_size);
-  const Rows key_columns = whole_columns(work.key_columns, unit, work.keys, size);
+  const Left keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, size);
+  const Left values = whole_rows(work.v, work.value_rows, batch, head / group, unit, work.keys, value_size);
+  const Left key_columns = whole_columns(work.key_columns, unit, work.keys, size);
   const uint64_t* mask = mask_of(work, batch, head);
 
   const T* grad_at = head_of<const T>(work.grad, batch, head, query);
@@ -122,21 +124,22 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
       starts[r / kRows] = any_sees(bits + r, min_i64(kRows, here - r)) ? first_vec(work, k0 + r, query) : vecs;
     const bool begun = begin_scores(work, batch, head, query, count, k0, here, own.bias, own.s);
     for_strips([&](int64_t r, int64_t rows, int64_t v0, int64_t lane) {
-      multiply(rows, vecs - v0, keys.row(k0 + r), keys.stride, own.q_turned + lane * kWord, kQueries * kWord,
+      multiply(rows, vecs - v0, keys.part(k0 + r, 0), own.q_turned + lane * kWord, kQueries * kWord,
                words_of_depth(size), own.s + r * kQueries + lane, kQueries, begun);
     });
     for_strips([&](int64_t r, int64_t rows, int64_t v0, int64_t lane) {
-      multiply(rows, vecs - v0, values.row(k0 + r), values.stride, own.grad_turned + lane * kWord, kQueries * kWord,
+      multiply(rows, vecs - v0, values.part(k0 + r, 0), own.grad_turned + lane * kWord, kQueries * kWord,
                words_of_depth(value_size), own.dp + r * kQueries + lane, kQueries, false);
     });
     take_gradients(work, bits, keeps, starts, here, vecs, lse, own);
+    const Left p{own.p, kLeftRows * kQueries}, ds{own.ds, kLeftRows * kQueries};
     for_strips([&](int64_t r, int64_t rows, int64_t, int64_t lane) {
-      multiply(rows, value_lanes / kWidth, own.p + r * kQueries + lane, kQueries, own.grad_joined + lane * value_lanes,
-               value_lanes * kWord, steps - lane / kWord, value_sums + (k0 + r) * value_lanes, value_lanes, true);
+      multiply(rows, value_lanes / kWidth, p.part(r, lane), own.grad_joined + lane * value_lanes, value_lanes * kWord,
+               steps - lane / kWord, value_sums + (k0 + r) * value_lanes, value_lanes, true);
     });
     for_strips([&](int64_t r, int64_t rows, int64_t, int64_t lane) {
-      multiply(rows, lanes / kWidth, own.ds + r * kQueries + lane, kQueries, own.q_joined + lane * lanes, lanes * kWord,
-               steps - lane / kWord, key_sums + (k0 + r) * lanes, lanes, true);
+      multiply(rows, lanes / kWidth, ds.part(r, lane), own.q_joined + lane * lanes, lanes * kWord, steps - lane / kWord,
+               key_sums + (k0 + r) * lanes, lanes, true);
     });
     multiply_seen(work, k0, here, query, size, vecs, key_columns, own.ds_joined, query_sums, !first);
     first = false;

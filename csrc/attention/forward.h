@@ -63,7 +63,7 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
     const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
     const Vec most = Vec::max(Vec::load(own.largest + v * kWidth), Vec::broadcast(-3e38f));
     Vec sum = zero;
-    for (int64_t r = 0; r < count; r += kWord) {
+    for (int64_t r = 0; r < padded_depth(count); r += kWord) {
       Vec p[kWord];
       for (int64_t i = 0; i < kWord; ++i) {
         p[i] = zero;
@@ -87,8 +87,8 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   const ForwardParts own(&parts, work);
   const int64_t group = work.heads / work.kv_heads, unit = batch * work.kv_heads + head / group;
   const int64_t count = min_i64(kQueries, work.queries - query), vecs = ceil_div(count, kWidth);
-  const Rows keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, work.size);
-  const Rows values = whole_columns(work.value_columns, unit, work.keys, work.value_size);
+  const Left keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, work.size);
+  const Left values = whole_columns(work.value_columns, unit, work.keys, work.value_size);
   const uint64_t* mask = mask_of(work, batch, head);
   turn_rows(rows_of_heads(head_of<const T>(work.q, batch, head, query), work.q.token, count, work.size, own.rows),
             count, work.size, kQueries, own.q);
@@ -108,7 +108,7 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
     for (int64_t r = 0; r < here; r += kRows) {
       const int64_t rows = min_i64(kRows, here - r), v0 = first_vec(work, k0 + r, query);
       if (!any_sees(bits + r, rows)) continue;
-      multiply(rows, vecs - v0, keys.row(k0 + r), keys.stride, own.q + v0 * kWidth * kWord, kQueries * kWord,
+      multiply(rows, vecs - v0, keys.part(k0 + r, 0), own.q + v0 * kWidth * kWord, kQueries * kWord,
                words_of_depth(work.size), own.s + r * kQueries + v0 * kWidth, kQueries, begun);
     }
     take_largest(bits, here, vecs, work.scale, own);

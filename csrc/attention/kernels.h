@@ -8,11 +8,12 @@
 // of query i and key j of head h in batch b is that of the flat index of [b, h, j, i] in [B, H, keys, queries].
 //
 // A thread holds S, P and dS for one block of queries and keys at a time, and transposed: a row is a key, and the lanes
-// of a vector are queries, so that sums over keys are sums of rows. AVX512-BF16 multiplies bfloat16 operands in pairs,
-// and P and dS are then rounded to bfloat16. Scores, sums and lse are float32.
+// of a vector are queries, so that sums over keys are sums of rows. AVX512-BF16 and AMX multiply bfloat16 operands in
+// pairs, and P and dS are then rounded to bfloat16. Scores, sums and lse are float32.
 //
 // Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth:
 //   left   [rows, depth], whose words are broadcast   right  [depth, lanes], of which vectors of words are loaded
+// On AMX, the operands are tiles (attention/product_amx.h).
 #pragma once
 
 #include <stddef.h>
@@ -94,9 +95,11 @@ struct Attention {
 };
 
 struct AttentionKernels {
-  DType element;  // element type of the operands
-  int64_t word;   // number of elements in a word
-  int64_t width;  // number of elements in a vector; rows of sums are padded to whole vectors
+  DType element;      // element type of the operands
+  int64_t left_rows;  // copies of k and v are left operands with a multiple of left_rows rows
+  int64_t depth;      // the depth of operands is padded to a multiple of `depth`
+  bool in_place;      // whether a product can read rows of k and v in place, if their depth needs no padding
+  int64_t width;      // number of elements in a vector; rows of sums are padded to whole vectors
   // For the units [begin, end) of the units [B, Hkv, blocks of 64 keys]: writes the copies of k and v (key_rows,
   // value_rows, key_columns, value_columns that are not null), and sets key_sums and value_sums of the keys that no
   // cell reaches to zero.
@@ -122,6 +125,8 @@ extern const AttentionKernels kAttentionKernelsScalar;
 extern const AttentionKernels kAttentionKernelsAvx2;
 extern const AttentionKernels kAttentionKernelsAvx512;
 extern const AttentionKernels kAttentionKernelsAvx512Bf16;
+extern const AttentionKernels kAttentionKernelsAmx;
+extern const AttentionKernels kAttentionKernelsAmxEmulated;
 #elif defined(__aarch64__)
 extern const AttentionKernels kAttentionKernelsNeon;
 #endif

@@ -11,6 +11,8 @@
 #include "attention/transpose_avx512.h"
 #include "attention/words_bf16.h"
 
+#include "attention/product.h"
+
 #include "attention/kernels_impl.h"
 
 namespace peft_ext {

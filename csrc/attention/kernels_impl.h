@@ -1,5 +1,6 @@
 // The attention kernels of attention/kernels.h for one instruction set. Include this file after the target pragma, and
-// after the path's Vec (cpu/simd_<isa>.h), words (words_f32.h or words_bf16.h) and transposition (transpose_<isa>.h).
+// after the path's Vec (cpu/simd_<isa>.h), words (words_f32.h or words_bf16.h), transposition (transpose_<isa>.h) and
+// product (product.h or product_amx.h).
 #pragma once
 
 #include "attention/backward.h"
@@ -28,6 +29,7 @@ size_t pack_scratch(const Attention& work) {
 }
 
 void forward(const Attention& work, ForwardUnit unit, void* scratch) {
+  [[maybe_unused]] const ProductUnit products{};
   with_element(work.dtype, [&](auto zero) {
     forward_block<decltype(zero)>(work, unit.head / work.heads, unit.head % work.heads, unit.block * kQueries,
                                   {reinterpret_cast<uintptr_t>(scratch)});
@@ -51,6 +53,7 @@ size_t few_scratch(const Attention& work) {
 }
 
 void backward(const Attention& work, const BackwardCell& cell, void* scratch) {
+  [[maybe_unused]] const ProductUnit products{};
   with_element(work.dtype, [&](auto zero) { backward_cell<decltype(zero)>(work, cell, scratch); });
 }
 
@@ -70,7 +73,9 @@ void finish(const Attention& work, int64_t begin, int64_t end) {
 }
 
 constexpr AttentionKernels kTable = {kWord == 2 ? DType::kBF16 : DType::kF32,
-                                     kWord,
+                                     kLeftRows,
+                                     kDepth,
+                                     kInPlace,
                                      kWidth,
                                      pack,
                                      pack_scratch,

@@ -8,6 +8,8 @@
 #include "attention/transpose_scalar.h"
 #include "attention/words_f32.h"
 
+#include "attention/product.h"
+
 #include "attention/kernels_impl.h"
 
 namespace peft_ext {

@@ -1,10 +1,10 @@
 // Makes operands of products (see attention/kernels.h) from heads in memory. Include this file after the target pragma
-// and the path's Vec, words and transposition.
+// and the path's Vec, words, transposition and product.
 #pragma once
 
 #include <string.h>
 
-#include "attention/product.h"
+#include "attention/kernels.h"
 #include "cpu/row_loop.h"
 
 namespace peft_ext {
@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kQueries = kMaskBits;  // number of queries in a block
 
 inline int64_t whole(int64_t count, int64_t of) { return ceil_div(count, of) * of; }
-inline int64_t words_of_depth(int64_t depth) { return ceil_div(depth, kWord); }
-inline int64_t padded_depth(int64_t depth) { return words_of_depth(depth) * kWord; }
+inline int64_t padded_depth(int64_t depth) { return whole(depth, kDepth); }
+inline int64_t words_of_depth(int64_t depth) { return padded_depth(depth) / kWord; }
 inline int64_t padded_lanes(int64_t columns) { return whole(columns, kWidth); }
 
 template <typename T>
@@ -32,7 +32,7 @@ struct Parts {
   }
 };
 
-// Rows of a left operand [rows, depth].
+// Rows of a head [rows, depth], row-major.
 struct Rows {
   const Element* data;
   int64_t stride;
@@ -48,13 +48,13 @@ inline void convert_row(const T* x, int64_t depth, Element* y) {
   for (int64_t i = depth; i < padded_depth(depth); ++i) y[i] = Element{};
 }
 
-// Returns whether a product can read rows of x with this depth in place as its left operand.
+// Returns whether rows of x with this depth can be read in place, because the depth needs no padding.
 template <typename T>
 inline bool lies_right(int64_t depth) {
-  return kTaken<T> && depth % kWord == 0;
+  return kTaken<T> && depth % kDepth == 0;
 }
 
-// Returns rows of x for a product that reads them as its left operand: x in place if lies_right(depth) is true,
+// Returns rows of x as elements, padded with zeros to the padded depth: x in place if lies_right(depth) is true,
 // otherwise a copy in `made` [count, padded depth].
 template <typename T>
 inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t depth, Element* made) {
@@ -74,14 +74,16 @@ inline void turn_rows(const Rows& rows, int64_t count, int64_t depth, int64_t la
       memset(right + (w * lanes + count) * kWord, 0, static_cast<size_t>((lanes - count) * kWord) * sizeof(Element));
 }
 
-// Makes a right operand from rows of a head: the rows are the depth, and the columns are the lanes, padded to whole
-// vectors.
+// Makes a right operand from rows of a head: the rows are the depth, padded with zeros to the padded depth, and the
+// columns are the lanes, padded to whole vectors.
 inline void join_all(const Rows& rows, int64_t count, int64_t columns, Element* right) {
   const int64_t lanes = padded_lanes(columns);
   for (int64_t i = 0; i < count; i += kWord) {
     const bool pair = kWord == 2 && i + 1 < count;
     join_rows(rows.row(i), pair ? rows.row(i + 1) : nullptr, columns, right + i * lanes);
   }
+  const int64_t written = whole(count, kWord);
+  memset(right + written * lanes, 0, static_cast<size_t>((padded_depth(count) - written) * lanes) * sizeof(Element));
 }
 
 template <typename T>
@@ -103,18 +105,52 @@ inline void store_turned(const float* sums, int64_t size, int64_t count, float* 
   }
 }
 
-// Returns the rows of a key head's k or v for a product that reads them as its left operand: rows of the copy `made`,
-// or rows of x in place if `made` is null.
-inline Rows whole_rows(const HeadsOf& x, const void* made, int64_t batch, int64_t head, int64_t unit, int64_t keys,
-                       int64_t depth) {
-  if (made == nullptr) return {head_of<const Element>(x, batch, head, 0), x.token};
-  const int64_t stride = padded_depth(depth);
-  return {static_cast<const Element*>(made) + unit * keys * stride, stride};
+// A left operand in memory: tiles of kLeftRows rows by kDepth values, one after another in memory. The tiles of
+// kLeftRows rows are a strip, and strips are `stride` elements apart. With one row to a strip, the operand is
+// row-major.
+struct Left {
+  const Element* data;
+  int64_t stride;
+  // Returns the operand without its first `row` rows and `depth` values of depth: whole strips and whole tiles.
+  Left part(int64_t row, int64_t depth) const { return {data + row / kLeftRows * stride + depth * kLeftRows, stride}; }
+};
+
+// Returns the index of a value in a left operand.
+inline int64_t left_index(int64_t row, int64_t depth, int64_t stride) {
+  if constexpr (kLeftRows == 1) return row * stride + depth;
+  const int64_t tile = row / kLeftRows * stride + depth / kDepth * kDepth * kLeftRows;
+  return tile + row % kLeftRows * kDepth + depth % kDepth;
 }
 
-inline Rows whole_columns(const void* made, int64_t unit, int64_t keys, int64_t depth) {
-  const int64_t stride = padded_depth(keys);
-  return {static_cast<const Element*>(made) + unit * depth * stride, stride};
+inline void multiply(int64_t rows, int64_t vecs, const Left& left, const Element* right, int64_t right_stride,
+                     int64_t steps, float* c, int64_t c_stride, bool add) {
+  multiply(rows, vecs, left.data, left.stride, right, right_stride, steps, c, c_stride, add);
+}
+
+// Writes rows of x to a left operand, from the start of a strip on. Rows that would complete the last strip stay as
+// they are: a product reads such rows, but its sums do not depend on them.
+template <typename T>
+inline void write_left(const T* x, int64_t token, int64_t count, int64_t depth, Element* left) {
+  const int64_t stride = kLeftRows * padded_depth(depth), step = kLeftRows == 1 ? depth : kDepth;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < depth; d += step)
+      convert_row(x + i * token + d, min_i64(step, depth - d), left + left_index(i, d, stride));
+}
+
+// Returns the number of elements in a copy of k or v as a left operand [rows, depth].
+inline int64_t left_size(int64_t rows, int64_t depth) { return whole(rows, kLeftRows) * padded_depth(depth); }
+
+// Returns k or v of a key head as the left operand [keys, depth]: the copy `made`, or the rows of x in place if `made`
+// is null.
+inline Left whole_rows(const HeadsOf& x, const void* made, int64_t batch, int64_t head, int64_t unit, int64_t keys,
+                       int64_t depth) {
+  if (made == nullptr) return {head_of<const Element>(x, batch, head, 0), x.token};
+  return {static_cast<const Element*>(made) + unit * left_size(keys, depth), kLeftRows * padded_depth(depth)};
+}
+
+// Returns the transpose of k or v of a key head as the left operand [depth, keys].
+inline Left whole_columns(const void* made, int64_t unit, int64_t keys, int64_t depth) {
+  return {static_cast<const Element*>(made) + unit * left_size(depth, keys), kLeftRows * padded_depth(keys)};
 }
 
 struct PackParts {
@@ -130,15 +166,28 @@ void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, i
                   void* made_rows, void* made_columns, Parts parts) {
   if (made_rows == nullptr && made_columns == nullptr) return;
   const PackParts own(&parts, depth);
-  const int64_t stride = padded_depth(depth), key_stride = padded_depth(keys), lanes = padded_lanes(depth);
-  const int64_t count = min_i64(kQueries, keys - k0);
-  Element* into = made_rows ? static_cast<Element*>(made_rows) + (unit * keys + k0) * stride : own.rows;
+  const int64_t count = min_i64(kQueries, keys - k0), lanes = padded_lanes(depth);
   const T* from = head_of<const T>(x, batch, head, k0);
-  const Rows rows = rows_of_heads(from, x.token, count, depth, into);
+  Element* into = nullptr;
+  if (made_rows) {
+    into = static_cast<Element*>(made_rows) + unit * left_size(keys, depth) + k0 * padded_depth(depth);
+    write_left(from, x.token, count, depth, into);
+  }
   if (made_columns == nullptr) return;
+  const bool is_rows = kLeftRows == 1 && into != nullptr;
+  const Rows rows = is_rows ? Rows{into, padded_depth(depth)} : rows_of_heads(from, x.token, count, depth, own.rows);
   join_all(rows, count, depth, own.joined);
-  Element* columns = static_cast<Element*>(made_columns) + unit * depth * key_stride + k0;
-  transpose_words(own.joined, lanes * 4, words_of_depth(count), depth, columns, key_stride / kWord);
+  Element* columns = static_cast<Element*>(made_columns) + unit * left_size(depth, keys) + k0 * kLeftRows;
+  const int64_t stride = kLeftRows * padded_depth(keys), words = words_of_depth(count);
+  if constexpr (kLeftRows == 1) {
+    transpose_words(own.joined, lanes * 4, words, depth, columns, stride / kWord);
+  } else {
+    constexpr int64_t kTileWords = kDepth / kWord;
+    for (int64_t d = 0; d < depth; d += kLeftRows)
+      for (int64_t w = 0; w < words; w += kTileWords)
+        transpose_words(own.joined + (w * lanes + d) * kWord, lanes * 4, kTileWords, kLeftRows,
+                        columns + left_index(d, w * kWord, stride), kTileWords);
+  }
 }
 
 // Sets the sums of dK and dV of the keys [key, key_end) of a unit's split to zero.

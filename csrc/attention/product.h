@@ -1,5 +1,5 @@
-// The product of a left and a right operand (see attention/kernels.h). Include this file after the target pragma and
-// the path's Vec, words and transposition.
+// The product of a left and a right operand (see attention/kernels.h) in vectors. A left operand is a row-major matrix.
+// Include this file after the target pragma and the path's Vec and words. product_amx.h has the same names for AMX.
 #pragma once
 
 #include <utility>
@@ -14,6 +14,11 @@ namespace {
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
+constexpr int64_t kLeftRows = 1;   // left operands have a multiple of kLeftRows rows
+constexpr int64_t kDepth = kWord;  // the depth of operands is padded with zeros to a multiple of kDepth
+constexpr bool kInPlace = true;    // whether a product can read rows of k and v in place
+
+struct ProductUnit {};  // lives during a unit of work that computes products
 
 // Computes one strip of a product: c = left right, or c += left right if `add`. c is [kM, kV vectors], left is
 // [kM, steps words], right is [steps, kV vectors of words].

@@ -118,7 +118,7 @@ inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
 // `add`. With `causal`, a block with keys after its first 32 queries is multiplied in groups of 32 queries, and each
 // group leaves out the keys that none of its queries may see.
 inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int64_t query, int64_t rows, int64_t vecs,
-                          const Rows& left, const Element* right, float* c, bool add) {
+                          const Left& left, const Element* right, float* c, bool add) {
   constexpr int64_t kTogether = kQueries / 2 / kWidth;
   const bool diagonal = work.causal && key + count > query + kTogether * kWidth;
   const int64_t together = diagonal ? kTogether : vecs;
@@ -126,7 +126,7 @@ inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int
     const int64_t here = min_i64(together, vecs - v);
     const int64_t until = keys_until(work, query, (v + here) * kWidth);
     if (until <= key && add) continue;
-    multiply(rows, here, left.data + key, left.stride, right + v * kWidth * kWord, kQueries * kWord,
+    multiply(rows, here, left.part(0, key), right + v * kWidth * kWord, kQueries * kWord,
              words_of_depth(until <= key ? 0 : min_i64(count, until - key)), c + v * kWidth, kQueries, add);
   }
 }

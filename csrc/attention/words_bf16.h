@@ -42,9 +42,12 @@ inline __m256i narrow_bf16(Vec value) { return reinterpret_cast<__m256i>(_mm512_
 inline void store_left(Vec value, bf16* left) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(left), narrow_bf16(value));
 }
+// Interleaves values[0] and values[1], rounded as by narrow_bf16.
 inline void store_right(const Vec* values, bf16* right) {
-  const __m512i high = _mm512_slli_epi32(low_halves(narrow_bf16(values[1])), 16);
-  _mm512_storeu_si512(right, _mm512_or_si512(low_halves(narrow_bf16(values[0])), high));
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values[1].v, values[0].v));
+  _mm512_storeu_si512(right, _mm512_permutexvar_epi16(order, both));
 }
 
 }  // namespace

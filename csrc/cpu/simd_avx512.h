@@ -64,11 +64,8 @@ struct Vec {
   }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
   Vec round() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // Returns 2^v for an integer v from -126 to 127.
-  Vec exp2() const {
-    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
-  }
+  // Returns a 2^whole for integers `whole` from -126 to 127.
+  static Vec times_exp2(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
   // Returns in lane i the sum over the lanes of of[i].
   static Vec sums_of(const Vec (&of)[kWidth]) {

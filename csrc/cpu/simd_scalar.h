@@ -31,10 +31,10 @@ struct Vec {
   Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
   // Rounds a value of magnitude below 2^22 to an integer: the added number leaves no bits for a fraction.
   Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
-  // Returns 2^v for an integer v from -126 to 127, and 1 for a NaN.
-  Vec exp2() const {
-    const int32_t whole = v == v ? static_cast<int32_t>(v) : 0;
-    return {bits_to_float(static_cast<uint32_t>(whole + 127) << 23)};
+  // Returns a 2^whole for integers `whole` from -126 to 127. If `whole` is NaN, the result is a.
+  static Vec times_exp2(Vec a, Vec whole) {
+    const int32_t exponent = whole.v == whole.v ? static_cast<int32_t>(whole.v) : 0;
+    return mul(a, {bits_to_float(static_cast<uint32_t>(exponent + 127) << 23)});
   }
   float sum() const { return v; }
   static Vec sums_of(const Vec (&of)[1]) { return of[0]; }

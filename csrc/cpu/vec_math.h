@@ -21,7 +21,7 @@ PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   constexpr float kRest[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   for (const float c : kRest) p = Vec::fma(p, r, Vec::broadcast(c));
   p = Vec::add(Vec::fma(p, Vec::mul(r, r), r), Vec::broadcast(1.0f));
-  return Vec::mul(p, whole.exp2());
+  return Vec::times_exp2(p, whole);
 }
 
 // Returns 2^x for x up to 127. Below -126 the result is at most 2^-126.
@@ -33,7 +33,7 @@ PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
   constexpr float kRest[] = {1.3390867351e-3f, 9.6180566699e-3f, 5.5503571043e-2f,
                              2.4022650922e-1f, 6.9314718803e-1f, 1.0f};
   for (const float c : kRest) p = Vec::fma(p, r, Vec::broadcast(c));
-  return Vec::mul(p, whole.exp2());
+  return Vec::times_exp2(p, whole);
 }
 
 // Returns 1 / (1 + e^-x).

@@ -1,4 +1,4 @@
-"""Compiles the C++ programs of tests/native that test a plan by enumeration."""
+"""Compiles the C++ programs of tests/native that run without the library, such as the tests of plans."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ of_plans = [
 ]
 
 
-def compiled(name: str, folder: Path) -> Path:
+def compiled(name: str, folder: Path, *flags: str) -> Path:
     """Compiles tests/native/``name``.cpp and returns the program, which lies in ``folder``."""
     source, built = ROOT / "tests" / "native" / f"{name}.cpp", folder / name
-    subprocess.run([COMPILER, "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", source, "-o", built],
-                   check=True)  # fmt: skip
+    command = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", *flags, source, "-o", built]
+    subprocess.run(command, check=True)
     return built

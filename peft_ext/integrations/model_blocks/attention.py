@@ -50,8 +50,9 @@ _OPERATOR = "scaled_dot_product_attention"
 _OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
 # The CPU paths on which the operator was measured to be faster than PyTorch's own attention.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
-# On AMX, PyTorch's attention in bfloat16 without dropout is faster than the operator if there are more keys than this
-# number. The first number is for causal attention without a mask or a bias, the second for all other attention.
+# On AMX, PyTorch's attention in bfloat16 without dropout runs if there are more keys than this number: PyTorch's was
+# measured to be faster than the operator before the operator had AMX tiles. The first number is for causal attention
+# without a mask or a bias, the second for all other attention.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
 # Fewest queries for which the operator computes blocks of 64 queries. PyTorch's own attention is faster for fewer
 # queries, except for at most _FEW_QUERIES, for which the operator's forward has a kernel of its own.

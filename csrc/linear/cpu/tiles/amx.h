@@ -30,6 +30,9 @@ inline void amx_release() { _tile_release(); }
 // Loads a tile whose rows are `stride` bytes apart.
 #define AMX_LOAD_ROWS(tile, base, stride) _tile_loadd(tile, base, stride)
 #define AMX_STORE(tile, base) _tile_stored(tile, base, 64)
+// Stores a tile to rows that are `stride` bytes apart.
+#define AMX_STORE_ROWS(tile, base, stride) _tile_stored(tile, base, stride)
+#define AMX_ZERO(tile) _tile_zero(tile)
 // Computes sums [16][16] += rows [16][32] lanes [16 pairs][16][2].
 #define AMX_PRODUCT(sums, rows, lanes) _tile_dpbf16ps(sums, rows, lanes)
 // The compiler does not know that a tile load reads memory: the barrier makes the compiler finish earlier stores.

@@ -30,6 +30,10 @@ inline void amx_load(int tile, const void* base, int64_t stride) {
   for (int r = 0; r < 16; ++r) memcpy(amx_tile(tile) + 64 * r, static_cast<const char*>(base) + r * stride, 64);
 }
 
+inline void amx_store(int tile, void* base, int64_t stride) {
+  for (int r = 0; r < 16; ++r) memcpy(static_cast<char*>(base) + r * stride, amx_tile(tile) + 64 * r, 64);
+}
+
 inline void amx_product(int sums, int rows, int lanes) {
   bf16 left[16][32], right[16][32];
   float c[16][16];
@@ -54,5 +58,7 @@ inline void amx_product(int sums, int rows, int lanes) {
 #define AMX_LOAD(tile, base) memcpy(amx_tile(tile), base, 1024)
 #define AMX_LOAD_ROWS(tile, base, stride) amx_load(tile, base, stride)
 #define AMX_STORE(tile, base) memcpy(base, amx_tile(tile), 1024)
+#define AMX_STORE_ROWS(tile, base, stride) amx_store(tile, base, stride)
+#define AMX_ZERO(tile) memset(amx_tile(tile), 0, 1024)
 #define AMX_PRODUCT(sums, rows, lanes) amx_product(sums, rows, lanes)
 #define AMX_MEMORY_BARRIER()

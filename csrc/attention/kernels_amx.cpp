@@ -1,0 +1,26 @@
+// The attention kernels of attention/kernels.h with AMX-BF16. cpu/isa.cpp requests the tile registers from the system,
+// once per process.
+#if defined(__x86_64__)
+#include <math.h>
+
+#include <utility>
+
+#include "cpu/target_amx.h"
+// The headers below must be included after the target pragma.
+#include "cpu/simd_avx512.h"
+
+#include "attention/transpose_avx512.h"
+#include "attention/words_bf16.h"
+#include "linear/cpu/tiles/amx.h"
+
+#include "attention/product_amx.h"
+
+#include "attention/kernels_impl.h"
+
+namespace peft_ext {
+
+const AttentionKernels kAttentionKernelsAmx = kTable;
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif
