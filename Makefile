@@ -89,7 +89,9 @@ demo: setup
 	$(BIN)/peft-ext finetune --output outputs/demo --overwrite
 
 # In up to four processes, a file of tests in one of them; each with one thread but for what is about threads.
-PYTEST = PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# tests/conftest.py gives the order of the files, the longest first.
+PYTEST = PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+  --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m "not slow"

@@ -37,6 +37,14 @@ from peft_ext import _native
 
 DEVICES = ("cpu", "cuda", "emulated")
 FEW_CASES = 20  # largest number of cases of a test of which --products runs all cases
+# Folders and files that take longest. Several processes of pytest-xdist get these files first, so that no process is
+# left with a long file at the end.
+LONGEST = (
+    "tests/distributed/", "tests/ops/test_cuda_", "tests/ops/test_ops.py", "tests/faults/",
+    "tests/integrations/test_methods.py", "tests/memory/", "tests/integrations/test_loss.py", "tests/gguf/test_load.py",
+    "tests/integrations/test_few_tokens.py", "tests/ops/test_covering.py", "tests/integrations/test_architectures.py",
+    "tests/run/", "tests/cli/", "tests/merge/", "tests/native/", "tests/docs/", "tests/integrations/", "tests/fuzz/",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -129,10 +137,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     drawn = [_is_in(share, item) and (item not in products or _is_in(share_of_products, item)) for item in items]
     config.hook.pytest_deselected(items=[item for item, inside in zip(items, drawn, strict=True) if not inside])
     items[:] = [item for item, inside in zip(items, drawn, strict=True) if inside]
+    if hasattr(config, "workerinput"):  # in a process of pytest-xdist
+        items.sort(key=_place_in_order)
     device = config.getoption("--device")
     for item in items:
         if device != "cpu" and (mark := item.get_closest_marker("cpu_only")):
             item.add_marker(pytest.mark.skip(reason=f"--device {device}: {mark.args[0]}"))
+
+
+def _place_in_order(item: pytest.Item) -> int:
+    return next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
 
 
 def _is_in(share: tuple[int, int], item: pytest.Item) -> bool:

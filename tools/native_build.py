@@ -97,11 +97,11 @@ KERNELS = re.compile(r"_(scalar|avx2|avx512|amx|neon)\.cpp$|/tiles/")
 
 
 def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> list[Group]:
-    """Returns the sources in two groups, with the optimization ``kernels`` for kernels and ``others`` for other sources.
+    """Returns the sources in two groups: KERNELS with the optimization ``kernels``, the other sources with ``others``.
 
-    The other sources check arguments and call kernels. Code from these sources runs for a small part of the time, but
-    compiling these sources, most of which include torch's headers, takes most of the time of a build. A library that only
-    runs tests therefore has these sources without optimization.
+    The other sources check arguments and call kernels. Their code runs for a small part of the time. Most of these
+    sources include torch's headers, so that compiling these sources takes most of the time of a build. A library that
+    only runs tests therefore has these sources without optimization.
     """
     held = {True: [], False: []}
     for source in sources:

@@ -574,6 +574,7 @@ def test_bench_refuses(capsys, tmp_path):
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_hugging_face_they_say_what_is_missing():
     code = (
         "import importlib.util as util, sys\n"

@@ -368,6 +368,7 @@ def test_three_lines_or_four_and_no_more_are_for_peft_ext(
     assert loss_of(out)[2] == 1 and "fused" not in out
 
 
+@pytest.mark.slow
 def test_a_script_runs_as_its_reader_starts_it(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "docs/examples/plain_torch.py", "--tiny", "--max-steps", "2", "--output", str(tmp_path)]

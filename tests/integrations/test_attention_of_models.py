@@ -337,6 +337,7 @@ def test_whoever_chooses_pytorchs_formula_gets_it() -> None:
     assert calls(model) == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_operator_in_one_graph() -> None:
     model = peft_ext.accelerate(build(DECODERS["Llama"]))
     torch._dynamo.reset()

@@ -340,10 +340,9 @@ class StockReader:
         return torch.load(self.folder / "read.pt")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockReader]:
-    """Starts the process of stock PEFT before the tests, so that the process imports its packages while the tests of
-    other columns run."""
+    """Saves an adapter of each method, and starts the process of stock PEFT that reads the adapters."""
     folder, wanted = tmp_path_factory.mktemp("read"), {}
     for name in METHODS:
         model = adapted(name, exchange_base(name, llama))
@@ -372,7 +371,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> Cell:
     return Cell("same bits")
 
 
-@column("PEFT reads ours")
+@column("PEFT reads ours", first=())
 def test_peft_reads_ours(name: str, stock_reader: StockReader) -> Cell:
     """Stock `PeftModel.from_pretrained` loads an adapter that an accelerated model saved, in a process that has not
     imported peft_ext. The logits agree. For QLoRA, the base is bitsandbytes'.

@@ -25,8 +25,9 @@ from memory_steps import (  # noqa: E402
     measured,
     one_thread,  # noqa: F401  one_thread is a fixture
 )
-from packed_formats import EACH_FORMAT  # noqa: E402
+from packed_formats import FORMATS  # noqa: E402
 from peft_models import quantize  # noqa: E402
+from tiers import first  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext import memory, methods  # noqa: E402
@@ -70,7 +71,7 @@ def test_is_what_a_real_step_allocates(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@EACH_FORMAT
+@pytest.mark.parametrize("format", first(FORMATS, ["mxfp4"]))
 def test_packed_formats_too(format: str, dtype: torch.dtype):
     how = {"dtype": dtype, "packed": format}
     estimate, model = estimated(LLAMA, lora(), **how), adapted(LLAMA, lora(), **how)
@@ -356,7 +357,9 @@ def test_transformers_mask_detection_is_put_back():
     assert masking_utils.find_packed_sequence_indices is find
 
 
-@pytest.mark.parametrize("method", [method for method in memory.METHODS if method != "full"])
+@pytest.mark.parametrize(
+    "method", first((method for method in memory.METHODS if method != "full"), ("lora", "qlora", "prompt"))
+)
 def test_every_method_by_name(method):
     config = BERT if method == "bitfit" else LLAMA
     estimate = estimate_memory(config, method, **TOKENS)

@@ -262,6 +262,7 @@ def test_a_smaller_card_gets_nf4():
     assert full.memory.total > full.memory.parameters * (2 + 2 + 4)
 
 
+@pytest.mark.slow
 def test_another_format_is_recommended_if_asked_for():
     config = transformers.LlamaConfig(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8, vocab_size=500

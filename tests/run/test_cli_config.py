@@ -20,6 +20,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from commands import refused, said  # noqa: E402
+from tiers import first  # noqa: E402
 
 from peft_ext import quantize_nf4  # noqa: E402
 from peft_ext import run as library  # noqa: E402
@@ -300,7 +301,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(capsys, tiny, weightless, 
     assert rows["would write"].startswith("outputs/x: adapter_model.safetensors (")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", first(METHODS, ("lora", "qlora", "prompt", "diff-pruning")))
 def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):
     if method == "dora":
         pytest.importorskip("bitsandbytes")
