@@ -222,6 +222,7 @@ def test_restore_leaves_the_stock_classes_and_no_hook(tmp_path: Path) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_a_run_after_one_that_failed_counts_once(tmp_path: Path) -> None:
     class Fails(hf.TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -464,6 +464,7 @@ merge_to_gguf(sys.argv[1], sys.argv[2], sys.argv[3], type="f16", overwrite=True)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_merge_leaves_the_old_file(made, tmp_path):
     _, base, adapter = made(lora("q_proj"))
     out = tmp_path / "out.gguf"

@@ -286,6 +286,7 @@ def test_a_given_configuration_is_traced_itself():
     assert found.memory.total == estimate.total and found.memory.trainable == estimate.trainable
 
 
+@pytest.mark.slow
 def test_a_given_model():
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=97
@@ -297,6 +298,7 @@ def test_a_given_model():
     assert recommend_peft_method(t5, 1, "summarization", 20, **SHORT).config().task_type == "SEQ_2_SEQ_LM"
 
 
+@pytest.mark.slow
 def test_a_method_that_peft_refuses_is_passed_over():
     """For few examples IA3 would be first, but PEFT knows no layers of this model type for IA3."""
     config = transformers.Phi3Config(
