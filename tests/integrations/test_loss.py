@@ -477,6 +477,7 @@ def test_logits_of_a_compiled_step_have_a_gradient() -> None:
     assert_same_step(compiled_step(model, "aot_eager", use), step(build(), use))
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_that_accelerate_takes_to_float32() -> None:
     model = peft_ext.accelerate(build()).to(torch.bfloat16)
     stock = build(dtype=torch.bfloat16)
@@ -507,6 +508,7 @@ def test_logits_of_a_compiled_step_are_refused_where_the_head_is_another(target:
         out.logits.argmax(-1)
 
 
+@pytest.mark.slow
 def test_a_change_of_hidden_states_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace can't compare versions of tensors, so a graph keeps the hidden states with which the head was called."""
     held: list[Tensor] = []

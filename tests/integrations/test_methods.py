@@ -480,7 +480,7 @@ def test_nf4_base(name: str, llama: Path) -> Cell:
     return base_cell(name, "nf4", llama)
 
 
-@column("bitsandbytes base")
+@column("bitsandbytes base", first=("LoRA", "QLoRA", "bottleneck, parallel", "partial fine-tuning"))
 def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
     """The test of the NF4 base runs over double-quantized `Linear4bit` layers as transformers loads them."""
     return base_cell(name, "bitsandbytes", llama)

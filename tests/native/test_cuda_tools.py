@@ -130,6 +130,7 @@ def test_eight_adapters_cost_at_most_a_tenth_more_than_one(card: str, base: str)
     assert f"constexpr int kGroupedFewTokens = {cuda_model.FEW};" in text
 
 
+@pytest.mark.slow
 def test_the_page_has_what_is_computed() -> None:
     text = cuda_model.PAGE.read_text()
     assert cuda_model.page(text) == text, "python tools/cuda_model.py --write"

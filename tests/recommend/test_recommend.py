@@ -278,6 +278,7 @@ def test_another_format_is_recommended_if_asked_for():
         recommend_peft_method(config, 1, quantization="int3")
 
 
+@pytest.mark.slow
 def test_a_given_configuration_is_traced_itself():
     config = transformers.BertConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
     found = recommend_peft_method(config, 1, "classification", 2_000, **SHORT)

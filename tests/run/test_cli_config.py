@@ -349,6 +349,7 @@ def test_the_plan_of_stock_peft_fuses_nothing(capsys, tiny, tmp_path):
     assert rows["14"].split()[:4] == ["LoRA", "over", "Linear4bit", "no"] and rows["14"].endswith("--stock")
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_resumed_run(capsys, done, tiny):
     before = files(done)
     rows = rows_of(dry(capsys, "finetune", "--config", done / FILE, "--resume", "--max-steps", 9))
