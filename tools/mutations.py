@@ -176,7 +176,7 @@ class Copy:
         if any(self.folder.glob("build/temp*")):  # an interrupted run may have left a mutated library
             self.build(is_whole=True)
         else:
-            for library in ROOT.glob("peft_ext/_C*.so"):
+            for library in ROOT.glob("peft_ext/*.so"):
                 shutil.copy2(library, self.folder / "peft_ext")
 
     def _restore(self, name: str) -> None:

@@ -89,6 +89,7 @@ def test_a_failing_export_keeps_the_adapter_and_the_record(
     assert main(shlex.split(command)[1:]) == 0 and (output / "adapter.gguf").is_file()
 
 
+@pytest.mark.slow
 def test_the_export_of_an_earlier_adapter_is_removed(gguf: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     exported = output / "adapter.gguf"

@@ -19,7 +19,7 @@ pytestmark = needs_hf
 CHECKPOINTS = ("fp8", "float8", "mxfp4", "nvfp4", "gpt_oss", *(["int4", "gptq"] if "int4" in FORMATS else []))
 
 
-@pytest.fixture(scope="module", params=first(CHECKPOINTS, ("fp8", "gpt_oss")))
+@pytest.fixture(scope="module", params=first(CHECKPOINTS, ("fp8",)))
 def checkpoint(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder ``model`` with a packed checkpoint and a tokenizer, beside the data of ``tiny``."""
     import packed_checkpoints as made
