@@ -1,6 +1,7 @@
 """Compiles every CPU source with another compiler than the build's, or for another machine. Warnings are errors.
 
-    python tools/compile_check.py clang     compiles with clang++, and runs the operators' tests in bfloat16
+    python tools/compile_check.py clang [pytest arguments]
+                                            compiles with clang++, and runs the operators' tests in bfloat16
     python tools/compile_check.py aarch64   compiles with aarch64-linux-gnu-g++ and this machine's headers of Python
     python tools/compile_check.py macos     compiles and links with zig (pip install ziglang) for macOS on Apple silicon
 
@@ -45,7 +46,8 @@ def compiler_of(kind: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=COMPILERS)
-    kind = parser.parse_args().kind
+    known, arguments = parser.parse_known_args()
+    kind = known.kind
     compiler = compiler_of(kind)
     if why := native_build.missing_tools(compiler.split()[0]):
         sys.exit(f"{kind}-check: {why}: {MEND[kind]}")
@@ -70,7 +72,7 @@ def main() -> int:
 
     site = native_build.package(BUILD / f"site-{kind}", library)
     environment = {**os.environ, "PYTHONPATH": str(site), "PEFT_EXT_REQUIRE": "1"}
-    command = [sys.executable, "-c", native_build.PYTEST, "-q", "-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-c", native_build.PYTEST, "-q", "-p", "no:cacheprovider", *arguments, *TESTS]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 
