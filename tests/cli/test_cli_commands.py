@@ -89,6 +89,7 @@ def recommended(base):
     )
 
 
+@pytest.mark.slow
 def test_recommend_says_what_the_function_says(capsys, base, recommended, monkeypatch):
     def function(config, *args, **kwargs):
         assert type(config) is transformers.LlamaConfig and args == (8.0, "generation", 5000) and kwargs == _GIVEN

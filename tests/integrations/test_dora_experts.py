@@ -24,7 +24,6 @@ from mixtures import (  # noqa: E402  behind what it needs
     base,
     batch,
     dequantized,
-    every_model,
     experts_rows,
     some_models,
     step,
@@ -76,7 +75,7 @@ def with_sums(model: PeftModel) -> nn.Module:
     return model
 
 
-@every_model
+@some_models
 def test_the_function_is_doras(name: str) -> None:
     plain = adapt(name, accelerate=False)
     with torch.no_grad():
