@@ -24,10 +24,7 @@ from peft_ext.cli import chat  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.methods import METHODS, make_config, method_config  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.cpu_only("the commands choose the device themselves"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("the commands choose the device themselves")]
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("recommend", "explain", "chat", "bench")
 

@@ -67,13 +67,6 @@ def redraws() -> bool:
     return os.environ.get("PEFT_EXT_REDRAW", "") not in ("", "0")
 
 
-@functools.cache
-def document() -> tuple[dict[tuple[str, str], Cell], str]:
-    """Returns the cells of the document, and the line with the versions that the document was drawn with."""
-    text = DOCUMENT.read_text()
-    return cells_of(text), split(text)[1]
-
-
 def column(title: str, first: Iterable[str] = METHODS) -> Callable[[Callable[..., Cell]], Callable[..., None]]:
     """Registers a test as the column ``title``: its results are the cells, its docstring explains the column. The first
     tier of tests has the methods ``first``."""
@@ -88,10 +81,7 @@ def column(title: str, first: Iterable[str] = METHODS) -> Callable[[Callable[...
         def run(name: str, **fixtures: Any) -> None:
             TABLE[name, title] = test(name, **fixtures)
             if not redraws():
-                (cells, drawn_with), found = document(), TABLE.cells[name, title]
-                if cells[name, title] != found and drawn_with != TABLE.drawn_with():
-                    pytest.skip(f"{found} is not in docs/methods.md, which is of other libraries: {drawn_with}")
-                assert cells[name, title] == found, f"docs/methods.md is out of date; draw it: {REDRAW}"
+                TABLE.compare((name, title), DOCUMENT)
 
         return run
 
@@ -607,15 +597,3 @@ def test_docs_methods_md_is_drawn_from_its_cells() -> None:
     table = dataclasses.replace(TABLE, cells=cells_of(text))
     assert split(table.draw())[0] == body, f"docs/methods.md is out of date; draw it: {REDRAW}"
     assert drawn_with.startswith("Drawn with torch ")
-
-
-def test_a_cell_is_read_as_it_is_drawn() -> None:
-    table = Table("Each cell.", "make", ("a", "b"), {"one": "of one", "two": "of two"})
-    long = "A reason that is longer than a line. " * 8
-    cells = {("a", "one"): Cell("x", (long.strip(), "no")), ("b", "one"): Cell.none("no"),
-             ("a", "two"): Cell("`y`"), ("b", "two"): Cell("z, with 3", (long.strip(),))}  # fmt: skip
-    for place, cell in cells.items():
-        table[place] = cell
-    assert cells_of(table.draw()) == cells
-    with pytest.raises(ValueError, match=r"a, one has the footnotes \['2'\], which are missing"):
-        cells_of(table.draw().replace("[^2]: no", ""))

@@ -31,10 +31,7 @@ from peft_ext.methods import METHODS  # noqa: E402
 from peft_ext.run import Options, RunError, plan, progress, train  # noqa: E402
 from peft_ext.run.config import FILE, merged, read_config, write_config  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.cpu_only("the command chooses the device itself"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("the command chooses the device itself")]
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX terminals and signals")
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import textwrap
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
+
+import pytest
 
 __all__ = ["Cell", "Table", "cells_of", "split"]
 
@@ -85,6 +89,15 @@ class Table:
         parts = [title, _filled(self.introduction), command, table, about, notes, self.drawn_with()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
+    def compare(self, place: tuple[str, str], document: Path) -> None:
+        """Asserts that the document has the cell. Skips the test if the document has another cell and was drawn with
+        other versions of the libraries.
+        """
+        cells, drawn_with = _read(document)
+        if cells[place] != self.cells[place] and drawn_with != self.drawn_with():
+            pytest.skip(f"{self.cells[place]} is not in {document.name}, which is of other libraries: {drawn_with}")
+        assert cells[place] == self.cells[place], f"{document.name} is out of date; draw it: {self.command}"
+
     @staticmethod
     def drawn_with() -> str:
         """Returns the document's last line."""
@@ -94,6 +107,13 @@ class Table:
 
 def _filled(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+@functools.cache
+def _read(document: Path) -> tuple[dict[tuple[str, str], Cell], str]:
+    """Returns the cells of the document, and the line with the versions that the document was drawn with."""
+    text = document.read_text()
+    return cells_of(text), split(text)[1]
 
 
 def split(document: str) -> tuple[str, str]:
