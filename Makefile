@@ -141,9 +141,10 @@ paths: setup
 model-fuzz: setup
 	$(BIN)/python tests/fuzz/model_fuzz.py --minutes $(MODEL_FUZZ_MINUTES)
 
+# SANITIZERS=address for one of them.
+SANITIZERS ?= address thread
 sanitize: setup
-	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py address
-	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
+	@for kind in $(SANITIZERS); do $(LIMIT) 7200 $(BIN)/python tools/sanitize.py $$kind || exit 1; done
 
 cuda-check: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm "nvidia-cuda-nvrtc>=13.0,<13.1" \
