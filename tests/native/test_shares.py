@@ -44,6 +44,7 @@ def selected(file: Path, *options: str) -> list[str]:
     return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_products_divides_the_cases_of_large_tests_alone(file: Path) -> None:
     every, parts = selected(file), [selected(file, "--products", f"{k}/2") for k in (1, 2)]
     small = {name for name in every if "many_cases" not in name}
