@@ -154,7 +154,7 @@ cuda-check: setup
 # EMULATED="--share 6" for CI's part.
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/fuzz/test_sweep.py
+	OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/fuzz/test_sweep.py
 
 # STEADY="--times 200 tests/files/test_files.py" for some alone.
 steady: setup
