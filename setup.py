@@ -141,7 +141,7 @@ def build_command(base):
 
         def copy_extensions_to_source(self):  # for a build in place, such as an editable install
             super().copy_extensions_to_source()
-            if KERNELS:
+            if KERNELS and Path(KERNELS).resolve() != ROOT / "peft_ext/_kernels.so":
                 shutil.copy(KERNELS, ROOT / "peft_ext/_kernels.so")
 
     return Build

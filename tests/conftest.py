@@ -5,7 +5,8 @@ fixture. Inputs are drawn on the CPU, and expected results are computed on the C
 CUDA kernels for the emulator, which runs the kernels on CPU tensors and checks their memory accesses.
 ``--share 3`` runs a third of the tests, as CI does on each further CPU path. The commit that is checked out chooses the
 third, so that later commits run the other thirds; ``--share 2/3`` runs the second third. A test's share depends only on
-the test's id, so that a new test does not change the share of another test.
+the test's id, so that a new test does not change the share of another test. ``--products 3`` runs a third of the cases
+of each test that has more than 20 cases, and all cases of the other tests, as CI does with the slow tests.
 """
 
 import argparse
@@ -35,6 +36,15 @@ from tiny_run import tiny  # noqa: F401  a fixture of many folders' tests
 from peft_ext import _native
 
 DEVICES = ("cpu", "cuda", "emulated")
+FEW_CASES = 20  # largest number of cases of a test of which --products runs all cases
+# Folders and files that take longest. Several processes of pytest-xdist get these files first, so that no process is
+# left with a long file at the end.
+LONGEST = (
+    "tests/distributed/", "tests/ops/test_cuda_", "tests/ops/test_ops.py", "tests/faults/",
+    "tests/integrations/test_methods.py", "tests/memory/", "tests/integrations/test_loss.py", "tests/gguf/test_load.py",
+    "tests/integrations/test_few_tokens.py", "tests/ops/test_covering.py", "tests/integrations/test_architectures.py",
+    "tests/run/", "tests/cli/", "tests/merge/", "tests/native/", "tests/docs/", "tests/integrations/", "tests/fuzz/",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                      help="where the operators run; default: PEFT_EXT_TEST_DEVICE, or else cpu")  # fmt: skip
     parser.addoption("--share", type=share_of, default=(1, 1), metavar="[K/]N",
                      help="run the Kth of N parts of the tests; the commit chooses K by default")  # fmt: skip
+    parser.addoption("--products", type=share_of, default=(1, 1), metavar="[K/]N",
+                     help=f"run the Kth of N parts of the cases of each test that has more than {FEW_CASES} cases, and "
+                     "all cases of the other tests; the commit chooses K by default")  # fmt: skip
 
 
 def share_of(text: str) -> tuple[int, int]:
@@ -104,28 +117,41 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    number, total = config.getoption("--share")
-    if total > 1:
-        terminalreporter.write_line(f"share {number} of {total}; --share {number}/{total} repeats it")
+    for option in ("--share", "--products"):
+        number, total = config.getoption(option)
+        if total > 1:
+            terminalreporter.write_line(f"{option[2:]} {number} of {total}; {option} {number}/{total} repeats it")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     functions: dict[str, list[pytest.Function]] = collections.defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+        if hasattr(item, "callspec"):
             functions[item.nodeid.partition("[")[0]].append(item)
+    products = {item for cases in functions.values() if len(cases) > FEW_CASES for item in cases}
     for cases in functions.values():
-        for item in _beyond_each_value(cases):
+        for item in _beyond_each_value([item for item in cases if not item.get_closest_marker("slow")]):
             item.add_marker(pytest.mark.slow)
-    number, total = config.getoption("--share")
-    drawn = [zlib.crc32(item.nodeid.encode()) % total == number - 1 for item in items]
+    share, share_of_products = config.getoption("--share"), config.getoption("--products")
+    drawn = [_is_in(share, item) and (item not in products or _is_in(share_of_products, item)) for item in items]
     config.hook.pytest_deselected(items=[item for item, inside in zip(items, drawn, strict=True) if not inside])
     items[:] = [item for item, inside in zip(items, drawn, strict=True) if inside]
+    if hasattr(config, "workerinput"):  # in a process of pytest-xdist
+        items.sort(key=_place_in_order)
     device = config.getoption("--device")
     for item in items:
         if device != "cpu" and (mark := item.get_closest_marker("cpu_only")):
             item.add_marker(pytest.mark.skip(reason=f"--device {device}: {mark.args[0]}"))
+
+
+def _place_in_order(item: pytest.Item) -> int:
+    return next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+
+def _is_in(share: tuple[int, int], item: pytest.Item) -> bool:
+    number, total = share
+    return zlib.crc32(item.nodeid.encode()) % total == number - 1
 
 
 def _beyond_each_value(cases: list[pytest.Function]) -> list[pytest.Function]:

@@ -1,6 +1,7 @@
 """Compiles every CPU source with another compiler than the build's, or for another machine. Warnings are errors.
 
-    python tools/compile_check.py clang     compiles with clang++, and runs the operators' tests in bfloat16
+    python tools/compile_check.py clang [pytest arguments]
+                                            compiles with clang++, and runs the operators' tests in bfloat16
     python tools/compile_check.py aarch64   compiles with aarch64-linux-gnu-g++ and this machine's headers of Python
     python tools/compile_check.py macos     compiles and links with zig (pip install ziglang) for macOS on Apple silicon
 
@@ -19,13 +20,14 @@ import time
 from pathlib import Path
 
 import native_build
-from native_build import ROOT, Group
+from native_build import ROOT
 
 BUILD = ROOT / "build/compilers"
 COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++", "macos": "zig"}
 MEND = {"clang": "apt-get install clang", "aarch64": "apt-get install g++-aarch64-linux-gnu",
         "macos": "pip install ziglang"}  # fmt: skip
-# setup.py's flags, with warnings as errors. Code for the other machine is not run, and is therefore not optimized.
+# setup.py's flags, with warnings as errors. Only clang's kernels are optimized: code for another machine is not run,
+# and clang's warnings do not depend on the optimization.
 COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
 OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0", "macos": "-O0"}
 TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",
@@ -44,7 +46,8 @@ def compiler_of(kind: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=COMPILERS)
-    kind = parser.parse_args().kind
+    known, arguments = parser.parse_known_args()
+    kind = known.kind
     compiler = compiler_of(kind)
     if why := native_build.missing_tools(compiler.split()[0]):
         sys.exit(f"{kind}-check: {why}: {MEND[kind]}")
@@ -52,11 +55,12 @@ def main() -> int:
     start = time.monotonic()
     flags, libraries = native_build.torch_flags()
     sources = native_build.module_sources()
-    group = Group(f"{OPTIMIZATION[kind]} {COMMON} {native_build.module_flags()} {flags}", sources)
+    flags = f"{COMMON} {native_build.module_flags()} {flags}"
+    groups = native_build.groups(flags, sources, OPTIMIZATION[kind], "-O0")
     # A library for macOS finds torch's functions when the library is loaded.
     link = {"clang": f"-Wl,-Bsymbolic {libraries}", "macos": "-Wl,-undefined,dynamic_lookup"}.get(kind)
     try:
-        library = native_build.build(BUILD / f"lib{kind}.so", [group], link, compiler)
+        library = native_build.build(BUILD / f"lib{kind}.so", groups, link, compiler)
     except RuntimeError as error:
         sys.exit(f"{kind}-check: {error}")
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
@@ -68,7 +72,7 @@ def main() -> int:
 
     site = native_build.package(BUILD / f"site-{kind}", library)
     environment = {**os.environ, "PYTHONPATH": str(site), "PEFT_EXT_REQUIRE": "1"}
-    command = [sys.executable, "-c", native_build.PYTEST, "-q", "-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-c", native_build.PYTEST, "-q", "-p", "no:cacheprovider", *arguments, *TESTS]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 

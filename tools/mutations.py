@@ -1,6 +1,6 @@
 """Measures how strong the tests are: breaks the code in one line at a time, and records which test notices.
 
-    python tools/mutations.py --list | --check
+    python tools/mutations.py --list | --check | --killers
     python tools/mutations.py --tier fast | all [--only NAME ...] [--part PART ...] [--only-unknown] [--likely]
 
 The mutations are written by hand in tests/mutations.ini: mutmut and cosmic-ray mutate no C++, and the build and the
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,32 @@ def _facts(each: Mutation) -> dict[str, str]:
     return {"name": each.name, "part": each.part, "file": each.file, "digest": each.digest}
 
 
+def collected(tier: str, files: Iterable[str], root: Path = ROOT) -> set[str]:
+    """Returns the tests of the files that pytest collects in the tier."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *TIERS[tier], *files]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode not in (PYTEST_PASSED, PYTEST_NO_TESTS):
+        raise SystemExit(f"mutations: pytest collects no tests: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return set(done.stdout.splitlines())
+
+
+def killers_that_left(
+    results: Mapping[str, Mapping[str, str]], mutations: Iterable[Mutation], root: Path = ROOT
+) -> list[str]:
+    """Returns a line for each result whose test is not in the tier in which the test killed the mutation.
+
+    A result of another mutation of the same name, with another digest, is left out.
+    """
+    wrong, named = [], [(each, results.get(each.name, {})) for each in mutations]
+    for tier in TIERS:
+        killed = {each.name: row.get(tier, "") for each, row in named if row.get("digest") == each.digest}
+        killed = {name: test for name, test in killed.items() if "::" in test}
+        files = sorted({test.split("::")[0] for test in killed.values()})
+        found = collected(tier, files, root) if files else set()
+        wrong += [f"{name}: {test} is not in the tier {tier}" for name, test in killed.items() if test not in found]
+    return wrong
+
+
 def summary(results: dict[str, dict[str, str]], mutations: Sequence[Mutation]) -> str:
     """Returns, as text, how many mutations each tier killed, and how many have no result in the tier."""
     said = []
@@ -150,7 +176,7 @@ class Copy:
         if any(self.folder.glob("build/temp*")):  # an interrupted run may have left a mutated library
             self.build(is_whole=True)
         else:
-            for library in ROOT.glob("peft_ext/_C*.so"):
+            for library in ROOT.glob("peft_ext/*.so"):
                 shutil.copy2(library, self.folder / "peft_ext")
 
     def _restore(self, name: str) -> None:
@@ -273,6 +299,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the mutations and their results")
     parser.add_argument("--check", action="store_true", help="check the mutations against the code as it is")
+    parser.add_argument("--killers", action="store_true", help="check that each test of the results is still in the "
+                        "tier in which the test killed a mutation")  # fmt: skip
     parser.add_argument("--tier", choices=TIERS, help="the tests to run on each mutation")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="mutations whose name holds one of these")
     parser.add_argument("--part", nargs="+", default=[], metavar="PART", help="mutations of these parts")
@@ -293,6 +321,9 @@ def main() -> int:
             print(f"{row['part']}: {row['name']} ({row['file']}); fast: {row.get('fast')}, all: {row.get('all')}")
         print(summary(results, mutations))
     if wrong := problems(mutations):
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    if arguments.killers and (wrong := killers_that_left(results, mutations)):
         print("\n".join(wrong), file=sys.stderr)
         return 1
     if arguments.tier:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -89,6 +90,23 @@ def module_sources() -> list[Path]:
     """Returns the sources of the native library and of the module ``peft_ext._C``, as setup.py finds them."""
     embedded = runpy.run_path(str(ROOT / "csrc/embed_sources.py"))["write"](ROOT / "build/embedded_sources.cpp")
     return [*sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator"), embedded]
+
+
+# Sources with the loops over a tensor's elements: the kernels of one instruction set.
+KERNELS = re.compile(r"_(scalar|avx2|avx512|amx|neon)\.cpp$|/tiles/")
+
+
+def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> list[Group]:
+    """Returns the sources in two groups: KERNELS with the optimization ``kernels``, the other sources with ``others``.
+
+    The other sources check arguments and call kernels. Their code runs for a small part of the time. Most of these
+    sources include torch's headers, so that compiling these sources takes most of the time of a build. A library that
+    only runs tests therefore has these sources without optimization.
+    """
+    held = {True: [], False: []}
+    for source in sources:
+        held[KERNELS.search(source.as_posix()) is not None].append(source)
+    return [Group(f"{kernels} {flags}", held[True]), Group(f"{others} {flags}", held[False])]
 
 
 def package(folder: Path, library: Path, suffix: str | None = None) -> Path:

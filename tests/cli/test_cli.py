@@ -116,6 +116,7 @@ def test_other_data(tiny, tmp_path, name, text):
 
 
 @needs_hf
+@pytest.mark.slow
 def test_a_folder_of_texts_by_epochs(tiny, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     shutil.copy(tiny / "docs.txt", tmp_path / "docs")
@@ -341,6 +342,7 @@ def test_refuses_an_output_that_root_cannot_make_either(tiny, capsys):
 
 
 @needs_hf
+@pytest.mark.slow
 def test_overwrite_removes_only_what_a_run_writes(tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -24,10 +24,7 @@ from peft_ext.cli import chat  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.methods import METHODS, make_config, method_config  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.cpu_only("the commands choose the device themselves"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("the commands choose the device themselves")]
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("recommend", "explain", "chat", "bench")
 
@@ -89,6 +86,7 @@ def recommended(base):
     )
 
 
+@pytest.mark.slow
 def test_recommend_says_what_the_function_says(capsys, base, recommended, monkeypatch):
     def function(config, *args, **kwargs):
         assert type(config) is transformers.LlamaConfig and args == (8.0, "generation", 5000) and kwargs == _GIVEN
@@ -574,6 +572,7 @@ def test_bench_refuses(capsys, tmp_path):
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_hugging_face_they_say_what_is_missing():
     code = (
         "import importlib.util as util, sys\n"

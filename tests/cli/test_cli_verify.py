@@ -31,6 +31,7 @@ def adapter(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_methods_on_a_model(capsys, tiny):
     asked = ("explain", tiny / "model", *SMALL, "--rank", 4, "--data", tiny / "pairs.jsonl")
     methods = [argument for name in ("lora", "qlora", "ia3", "adalora") for argument in ("--method", name)]

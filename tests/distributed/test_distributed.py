@@ -150,6 +150,7 @@ def test_a_checkpoint_resumes_in_another_number_of_processes(tmp_path: Path) -> 
         assert [done.get(IN_TURN) for done in found] == ["ok"] * processes, (found, out[-4000:])
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path) -> None:
     options = ("--tiny", "--max-steps", "3", "--strategy", "fsdp2", "--output", str(tmp_path))
     code, out = torchrun(2, "docs/examples/distributed.py", *options)

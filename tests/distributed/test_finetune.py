@@ -331,6 +331,7 @@ def unbroken(processes: int, tiny: Path, folder: Path, *more: str) -> Path:
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_that_was_in_a_group_ends_without_finalization():
     """gloo's threads outlive a group that DDP used, and abort a process that Python finalizes meanwhile."""
     program = """

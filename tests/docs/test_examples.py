@@ -222,6 +222,7 @@ def test_restore_leaves_the_stock_classes_and_no_hook(tmp_path: Path) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_a_run_after_one_that_failed_counts_once(tmp_path: Path) -> None:
     class Fails(hf.TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -368,6 +369,7 @@ def test_three_lines_or_four_and_no_more_are_for_peft_ext(
     assert loss_of(out)[2] == 1 and "fused" not in out
 
 
+@pytest.mark.slow
 def test_a_script_runs_as_its_reader_starts_it(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "docs/examples/plain_torch.py", "--tiny", "--max-steps", "2", "--output", str(tmp_path)]

@@ -70,6 +70,7 @@ from test_sweep import _a_case_that_hangs_is_named
 """
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(HANGS)
     here = Path(__file__).parent

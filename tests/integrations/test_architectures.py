@@ -233,6 +233,7 @@ def test_over_nf4_it_is_pefts_over_the_dequantized_weights(case: Case) -> None:
     assert_close(step(fused, case.batch), step(stock, case.batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case alone, because compiling takes seconds
 def test_a_model_compiles_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()

@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 from fused_parts import assert_alike, assert_taken_back
 from peft import LoraConfig, get_peft_model
+from tiers import first
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,7 +106,7 @@ def test_a_step_is_the_stock_one(name: str, masked: bool) -> None:
     assert_alike(step(model, **more), step(stock, **more))
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "DeepSeek-V3"])
+@pytest.mark.parametrize("name", first(["Llama", "GPT-2", "DeepSeek-V3"], ["Llama"]))
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]
     for seed in range(6):  # several seeds, because one model alone may agree by chance
@@ -337,6 +338,7 @@ def test_whoever_chooses_pytorchs_formula_gets_it() -> None:
     assert calls(model) == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_operator_in_one_graph() -> None:
     model = peft_ext.accelerate(build(DECODERS["Llama"]))
     torch._dynamo.reset()

@@ -264,6 +264,10 @@ def test_who_asks_for_more_gets_the_own_forward() -> None:
         norm(x[..., :5])
     norm.forward = lambda x: x + 1
     assert torch.equal(norm(x), x + 1)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_has_the_stock_loss() -> None:
     compiled = torch.compile(peft_ext.accelerate(build("Llama")), backend="aot_eager")
     torch.testing.assert_close(step(compiled)["loss"], step(build("Llama"))["loss"])
 

@@ -24,8 +24,8 @@ from mixtures import (  # noqa: E402  behind what it needs
     base,
     batch,
     dequantized,
-    every_model,
     experts_rows,
+    some_models,
     step,
     targets,
 )
@@ -75,7 +75,7 @@ def with_sums(model: PeftModel) -> nn.Module:
     return model
 
 
-@every_model
+@some_models
 def test_the_function_is_doras(name: str) -> None:
     plain = adapt(name, accelerate=False)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_function_is_doras(name: str) -> None:
     assert_alike(step(peft_ext.restore(model)), expected, 0.0)
 
 
-@every_model
+@some_models
 def test_over_nf4(name: str) -> None:
     wanted = step(adapt(name, dequantized(base(name))))
     model = adapt(name, peft_ext.quantize_nf4(base(name)))
@@ -100,7 +100,7 @@ def test_over_nf4(name: str) -> None:
     assert_alike({n: v for n, v in found.items() if n in wanted}, wanted, 1e-4)
 
 
-@every_model
+@some_models
 def test_files_merging_and_back(name: str, tmp_path: Path) -> None:
     model = adapt(name).eval()
     with torch.no_grad():

@@ -29,6 +29,7 @@ from mixtures import (  # noqa: E402  behind what it needs
     dequantized,
     every_model,
     experts_rows,
+    some_models,
     step,
     targets,
 )
@@ -185,7 +186,7 @@ def test_under_torch_compile(quantized: bool) -> None:
 # --- what is done to a model ------------------------------------------------------------------------------------------
 
 
-@every_model
+@some_models
 def test_files_go_both_ways_and_merging_gives_the_same(name: str, tmp_path: Path) -> None:
     model = peft_ext.accelerate(adapt(base(name))).eval()
     with torch.no_grad():
@@ -279,7 +280,7 @@ def test_a_token_without_an_expert_gets_nothing() -> None:
 # --- over NF4 ---------------------------------------------------------------------------------------------------------
 
 
-@every_model
+@some_models
 def test_nf4_experts_are_the_dense_ones_of_their_weights(name: str) -> None:
     wanted = step(adapt(dequantized(base(name))))
     quantized = peft_ext.quantize_nf4(base(name))

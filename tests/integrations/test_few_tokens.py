@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from tiers import first
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -283,7 +284,15 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+def _of_first_tier() -> set[str]:
+    """Returns the changes that the first tier has: one kind of change for each path, and all other changes."""
+    kinds = ("hook on", "hook before", "forward of")
+    chosen = [(kinds[number % len(kinds)], path) for number, path in enumerate(PATHS)]
+    of_paths = {f"{kind} {path}" if f"{kind} {path}" in CHANGES else f"{kinds[0]} {path}" for kind, path in chosen}
+    return of_paths | {change for change in CHANGES if not change.startswith(kinds)}
+
+
+@pytest.mark.parametrize("change", first(CHANGES, _of_first_tier()))
 def test_a_change_takes_effect(change: str, monkeypatch: Any) -> None:
     model, stock = peft_ext.accelerate(build()), build()
     before = logits(model)

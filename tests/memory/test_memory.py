@@ -25,8 +25,9 @@ from memory_steps import (  # noqa: E402
     measured,
     one_thread,  # noqa: F401  one_thread is a fixture
 )
-from packed_formats import EACH_FORMAT  # noqa: E402
+from packed_formats import FORMATS  # noqa: E402
 from peft_models import quantize  # noqa: E402
+from tiers import first  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext import memory, methods  # noqa: E402
@@ -60,7 +61,9 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", first(STEPS, ("LoRA", "LoRA, dropout", "LoRA, checkpointing", "DoRA, NF4", "IA3, GPT-2", "prompt"))
+)
 def test_is_what_a_real_step_allocates(name):
     config, adapter, how = STEPS[name]
     if adapter is None:
@@ -70,7 +73,7 @@ def test_is_what_a_real_step_allocates(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@EACH_FORMAT
+@pytest.mark.parametrize("format", first(FORMATS, ["mxfp4"]))
 def test_packed_formats_too(format: str, dtype: torch.dtype):
     how = {"dtype": dtype, "packed": format}
     estimate, model = estimated(LLAMA, lora(), **how), adapted(LLAMA, lora(), **how)
@@ -356,7 +359,9 @@ def test_transformers_mask_detection_is_put_back():
     assert masking_utils.find_packed_sequence_indices is find
 
 
-@pytest.mark.parametrize("method", [method for method in memory.METHODS if method != "full"])
+@pytest.mark.parametrize(
+    "method", first((method for method in memory.METHODS if method != "full"), ("lora", "qlora", "prompt"))
+)
 def test_every_method_by_name(method):
     config = BERT if method == "bitfit" else LLAMA
     estimate = estimate_memory(config, method, **TOKENS)
@@ -376,7 +381,10 @@ def test_ada_lora_s_divisor_does_not_train(dtype):
     assert estimate_memory(model, "adalora", **TOKENS).trainable == trainable
 
 
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM"])
+@pytest.mark.parametrize(
+    "task_type",
+    first(["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM"], ["SEQ_CLS", "CAUSAL_LM"]),
+)
 def test_every_task(task_type):
     for config in (LLAMA, BERT):
         estimate = estimate_memory(config, "ia3", task_type=task_type, **TOKENS)
@@ -388,6 +396,7 @@ def test_every_task(task_type):
         assert estimate.parameters > sum(p.numel() for p in auto.parameters()) - 4
 
 
+@pytest.mark.slow
 def test_an_encoder_and_decoder():
     config = transformers.T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, vocab_size=97)
     estimate = estimate_memory(config, "lora", quantization="nf4", **TOKENS)
@@ -443,6 +452,7 @@ def test_extrapolates_to_more_layers(method, checkpointing):
     assert of(2).extrapolate(of(3), 5).estimate("") == of(7).estimate("")
 
 
+@pytest.mark.slow
 def test_extrapolates_to_another_moment():
     """Tests the extrapolation to more layers, where the peak moves from the backward's end to its begin.
 

@@ -23,6 +23,7 @@ gguf = pytest.importorskip("gguf")
 from gguf_small import small_model, write_model  # noqa: E402
 from merged_models import lora, refusal, trained  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from tiers import first  # noqa: E402
 from tiny_gguf import tiny_model, write_tiny_gguf  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -172,7 +173,7 @@ def test_architectures_and_the_rows_of_q_and_k(made, tmp_path, kind):
 QUANTIZABLE = ["F16", "BF16", *(type.name for type in TYPES.values() if can_quantize(type.name))]
 
 
-@pytest.mark.parametrize("name", QUANTIZABLE)
+@pytest.mark.parametrize("name", first(QUANTIZABLE, ("F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL")))
 def test_each_type_is_written_and_its_error_is_in_the_report(made, tmp_path, name):
     model, base, adapter = made(lora("q_proj", "down_proj"), types=name)
     done = merge_to_gguf(base, adapter, tmp_path / "out.gguf")
@@ -464,6 +465,7 @@ merge_to_gguf(sys.argv[1], sys.argv[2], sys.argv[3], type="f16", overwrite=True)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_merge_leaves_the_old_file(made, tmp_path):
     _, base, adapter = made(lora("q_proj"))
     out = tmp_path / "out.gguf"

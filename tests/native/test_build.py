@@ -218,6 +218,7 @@ def test_import_needs_torch_alone():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_missing_library_warns_once_and_names_the_mend(bare_package):
     done = python(IMPORT_AND_PRINT_WARNINGS + "print(peft_ext.__file__)", bare_package)
     *warned, file = done.stdout.splitlines()
@@ -242,6 +243,7 @@ def register_operators(key, namespace): ...
 """
 
 
+@pytest.mark.slow
 def test_library_of_another_version_warns_once(bare_package, native):
     shutil.copy(PACKAGE / "_kernels.so", bare_package / "peft_ext")
     (bare_package / "peft_ext/_C.py").write_text(STUB)
@@ -259,6 +261,7 @@ def test_a_free_threaded_python_keeps_its_lock_off(native):
     assert before == after, done.stderr
 
 
+@pytest.mark.slow
 def test_unknown_isa_is_an_error_that_names_the_known(native):
     done = python("import peft_ext", PEFT_EXT_CPU_ISA="mmx")
     assert done.returncode != 0

@@ -150,6 +150,7 @@ def test_layers_of_one_input_cost_little_more_than_one_read_of_it() -> None:
     assert cuda_model.llama_layer(card, 8192, "LoRA, dropout", True) < 1.085
 
 
+@pytest.mark.slow
 def test_the_page_has_what_is_computed() -> None:
     text = cuda_model.PAGE.read_text()
     assert cuda_model.page(text) == text, "python tools/cuda_model.py --write"

@@ -202,6 +202,7 @@ def test_a_lock_that_nobody_gives_back_is_not_waited_for_for_ever(compiled, monk
     assert len(compiled) == 2
 
 
+@pytest.mark.slow
 def test_warm_compiles_every_kernel(compiled, tmp_path):
     seen = []
     count = device_code.warm(90, lambda items, length: (seen.append(length), items)[1])

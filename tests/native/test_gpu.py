@@ -205,6 +205,7 @@ def test_the_families_after_a_crash_and_a_hang_are_proved(here: Any, monkeypatch
     assert crash == "b: exit status 1: a fault" and hang.startswith("d: cut off after") and slow == "e: is slow"
 
 
+@pytest.mark.slow
 def test_the_program_that_proves_knows_the_library(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs PROVE on the CPU: the CPU kernels are compared with the reference."""
     monkeypatch.setattr(gpu, "PROVE", gpu.PROVE.replace('torch.device("cuda")', 'torch.device("cpu")'))

@@ -26,6 +26,17 @@ new = z * 3
 likely = tests/test_b.py
 """
 
+TWO_TIERS = """
+import pytest
+
+@pytest.mark.slow
+def test_a():
+    pass
+
+def test_b():
+    pass
+"""
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -82,3 +93,16 @@ def test_results_outlive_other_results_and_mutations_that_are_gone(root: Path) -
 )
 def test_the_first_failing_test_is_named(said: str, found: str | None) -> None:
     assert mutations.failed_test(said) == found
+
+
+def test_a_killer_that_is_no_longer_in_its_tier_is_named(root: Path) -> None:
+    (root / "tests/test_a.py").write_text(TWO_TIERS)
+    (root / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    first, second = mutations.read_mutations(root / "tests/mutations.ini")
+    row = {"fast": "tests/test_a.py::test_a", "all": "tests/test_a.py::test_a", "digest": first.digest}
+    of_another = {"fast": "tests/test_a.py::test_gone", "digest": "of another text"}
+    results = {first.name: row, second.name: of_another}
+    found = mutations.killers_that_left(results, [first, second], root)
+    assert found == ["a sum: tests/test_a.py::test_a is not in the tier fast"]
+    row["fast"] = "tests/test_a.py::test_b"
+    assert mutations.killers_that_left(results, [first, second], root) == []

@@ -236,6 +236,7 @@ def test_a_cross_build_is_told_compiler_machine_and_suffix():
     assert wheels.cross_environment(machine, ".so") == {}
 
 
+@pytest.mark.slow
 def test_a_wheel_without_the_native_library_is_built_and_says_so(tmp_path):
     shutil.copytree(ROOT, tmp_path / "peft_ext", ignore=shutil.ignore_patterns(*NOT_SHIPPED, "tests", "docs"))
     done = subprocess.run(

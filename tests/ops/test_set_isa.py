@@ -19,6 +19,7 @@ CSRC = SCRIPT.parents[2] / "csrc"
 pytestmark = pytest.mark.cpu_only("it is about CPU paths")
 
 
+@pytest.mark.slow
 def test_no_result_mixes_two_paths() -> None:
     """A process of its own runs the calls, because a call that mixes paths may read a null table of kernels."""
     module = _native.STATE.module

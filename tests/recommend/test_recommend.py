@@ -262,6 +262,7 @@ def test_a_smaller_card_gets_nf4():
     assert full.memory.total > full.memory.parameters * (2 + 2 + 4)
 
 
+@pytest.mark.slow
 def test_another_format_is_recommended_if_asked_for():
     config = transformers.LlamaConfig(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8, vocab_size=500
@@ -277,6 +278,7 @@ def test_another_format_is_recommended_if_asked_for():
         recommend_peft_method(config, 1, quantization="int3")
 
 
+@pytest.mark.slow
 def test_a_given_configuration_is_traced_itself():
     config = transformers.BertConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
     found = recommend_peft_method(config, 1, "classification", 2_000, **SHORT)
@@ -285,6 +287,7 @@ def test_a_given_configuration_is_traced_itself():
     assert found.memory.total == estimate.total and found.memory.trainable == estimate.trainable
 
 
+@pytest.mark.slow
 def test_a_given_model():
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=97
@@ -296,6 +299,7 @@ def test_a_given_model():
     assert recommend_peft_method(t5, 1, "summarization", 20, **SHORT).config().task_type == "SEQ_2_SEQ_LM"
 
 
+@pytest.mark.slow
 def test_a_method_that_peft_refuses_is_passed_over():
     """For few examples IA3 would be first, but PEFT knows no layers of this model type for IA3."""
     config = transformers.Phi3Config(

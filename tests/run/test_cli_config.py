@@ -20,6 +20,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from commands import refused, said  # noqa: E402
+from tiers import first  # noqa: E402
 
 from peft_ext import quantize_nf4  # noqa: E402
 from peft_ext import run as library  # noqa: E402
@@ -30,10 +31,7 @@ from peft_ext.methods import METHODS  # noqa: E402
 from peft_ext.run import Options, RunError, plan, progress, train  # noqa: E402
 from peft_ext.run.config import FILE, merged, read_config, write_config  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.cpu_only("the command chooses the device itself"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("the command chooses the device itself")]
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX terminals and signals")
 
@@ -300,7 +298,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(capsys, tiny, weightless, 
     assert rows["would write"].startswith("outputs/x: adapter_model.safetensors (")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", first(METHODS, ("lora", "qlora", "prompt", "diff-pruning")))
 def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):
     if method == "dora":
         pytest.importorskip("bitsandbytes")
@@ -348,6 +346,7 @@ def test_the_plan_of_stock_peft_fuses_nothing(capsys, tiny, tmp_path):
     assert rows["14"].split()[:4] == ["LoRA", "over", "Linear4bit", "no"] and rows["14"].endswith("--stock")
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_resumed_run(capsys, done, tiny):
     before = files(done)
     rows = rows_of(dry(capsys, "finetune", "--config", done / FILE, "--resume", "--max-steps", 9))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from packed_formats import FORMATS
+from tiers import first
 from tiny_run import check_packed_adapter, check_packed_base, finetune, needs_bnb, needs_hf, report
 
 import peft_ext
@@ -20,12 +19,7 @@ pytestmark = needs_hf
 CHECKPOINTS = ("fp8", "float8", "mxfp4", "nvfp4", "gpt_oss", *(["int4", "gptq"] if "int4" in FORMATS else []))
 
 
-def _some(values: Sequence[str], *fast: str) -> list[Any]:
-    """Returns parameters of which those that are not in ``fast`` are left to the full tier of tests."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-@pytest.fixture(scope="module", params=_some(CHECKPOINTS, "fp8", "gpt_oss"))
+@pytest.fixture(scope="module", params=first(CHECKPOINTS, ("fp8",)))
 def checkpoint(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder ``model`` with a packed checkpoint and a tokenizer, beside the data of ``tiny``."""
     import packed_checkpoints as made
@@ -68,7 +62,7 @@ def test_a_packed_checkpoint_is_trained_and_its_adapter_is_used(
     assert (got - right).norm() < 0.05 * right.norm()
 
 
-@pytest.mark.parametrize("format", _some(FORMATS, "mxfp4"))
+@pytest.mark.parametrize("format", first(FORMATS, ("mxfp4",)))
 def test_a_dense_model_is_trained_in_a_packed_format(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, format: str
 ) -> None:

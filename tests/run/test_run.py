@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from tiers import first
 from transformers import AutoModelForCausalLM
 
 import peft_ext
@@ -46,9 +47,7 @@ def options_of(tiny: Path, output: Path, **changes) -> Options:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "method", [name if name in ("lora", "dora") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
-)
+@pytest.mark.parametrize("method", first(METHODS, ("lora", "dora")))
 def test_every_method(tiny, tmp_path, method):
     if method == "dora":
         pytest.importorskip("bitsandbytes")

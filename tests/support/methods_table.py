@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import textwrap
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
-__all__ = ["Cell", "Table", "split"]
+import pytest
+
+__all__ = ["Cell", "Table", "cells_of", "split"]
 
 # Libraries whose versions may change a cell: the number of graph breaks, or the text of an error of PEFT.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -81,17 +86,34 @@ class Table:
         notes = "\n".join(_filled(f"[^{number}]: {note}", "    ") for note, number in numbers.items())
         command = f"```bash\n{self.command}\n```"
         title = "# What the tests see of each method"
-        parts = [title, _filled(self.introduction), command, table, about, notes, _drawn_with()]
+        parts = [title, _filled(self.introduction), command, table, about, notes, self.drawn_with()]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def compare(self, place: tuple[str, str], document: Path) -> None:
+        """Asserts that the document has the cell. Skips the test if the document has another cell and was drawn with
+        other versions of the libraries.
+        """
+        cells, drawn_with = _read(document)
+        if cells[place] != self.cells[place] and drawn_with != self.drawn_with():
+            pytest.skip(f"{self.cells[place]} is not in {document.name}, which is of other libraries: {drawn_with}")
+        assert cells[place] == self.cells[place], f"{document.name} is out of date; draw it: {self.command}"
+
+    @staticmethod
+    def drawn_with() -> str:
+        """Returns the document's last line."""
+        # The version has no local part such as +cpu, so that every build of a release gives an equal table.
+        return _VERSIONS + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES) + "."
 
 
 def _filled(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def _drawn_with() -> str:
-    # The version has no local part such as +cpu, so that every build of a release gives an equal table.
-    return _VERSIONS + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES) + "."
+@functools.cache
+def _read(document: Path) -> tuple[dict[tuple[str, str], Cell], str]:
+    """Returns the cells of the document, and the line with the versions that the document was drawn with."""
+    text = document.read_text()
+    return cells_of(text), split(text)[1]
 
 
 def split(document: str) -> tuple[str, str]:
@@ -100,3 +122,18 @@ def split(document: str) -> tuple[str, str]:
     if not last.startswith(_VERSIONS):
         raise ValueError(f"split: the document ends in {last[:60]!r}, wanted a line that starts with {_VERSIONS!r}")
     return body, last
+
+
+def cells_of(document: str) -> dict[tuple[str, str], Cell]:
+    """Returns the cells of a drawn document, by row and column. Raises ValueError where a footnote is missing."""
+    noted = re.findall(r"^\[\^(\d+)\]: (.+?)(?=\n\[\^|\n\n|\Z)", document, re.MULTILINE | re.DOTALL)
+    notes = {number: " ".join(text.split()) for number, text in noted}
+    table = [line.strip("| ").split(" | ") for line in document.splitlines() if line.startswith("| ")]
+    cells = {}
+    for row, *texts in table[1:]:
+        for column, text in zip(table[0][1:], texts, strict=True):
+            marks = re.findall(r"\[\^(\d+)\]", text)
+            if missing := set(marks) - notes.keys():
+                raise ValueError(f"cells_of: {row}, {column} has the footnotes {sorted(missing)}, which are missing")
+            cells[row, column] = Cell(re.sub(r"\[\^\d+\]", "", text), tuple(notes[mark] for mark in marks))
+    return cells

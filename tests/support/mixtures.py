@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel
+from tiers import first
 from torch import Tensor, nn
 
 import peft_ext
@@ -56,6 +57,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
 }  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
+# Other models than these are left to the full tier of tests.
+some_models = pytest.mark.parametrize("name", first(MODELS, ("Mixtral", "Qwen3-MoE", "gpt-oss")))
 
 
 def base(

@@ -25,6 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
 
 
+@pytest.mark.slow
 def test_no_read_beyond_a_part_of_a_weight() -> None:
     done = run()
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout[-200:]}{done.stderr}"

@@ -1,0 +1,60 @@
+"""Tests which tests the options --share and --products of tests/conftest.py select, and how workers order files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiers import first
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.cpu_only("the options are the same for every device")
+
+TESTS = """
+import pytest
+
+@pytest.mark.parametrize("case", range(40))
+def test_of_many_cases(case): pass
+
+@pytest.mark.parametrize("case", range(5))
+def test_of_few_cases(case): pass
+
+def test_alone(): pass
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tests") / "test_it.py"
+    file.write_text(TESTS)
+    return file
+
+
+def selected(file: Path, *options: str) -> list[str]:
+    """Returns the names of the tests that pytest collects with tests/conftest.py and the options."""
+    paths = " ".join(str(ROOT / name) for name in ("tests", "tests/support", "tests/fuzz"))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
+               f"--rootdir={file.parent}", "-o", f"pythonpath={paths}", "-p", "conftest", "--collect-only", "-q",
+               *options, str(file)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+
+
+@pytest.mark.slow
+def test_products_divides_the_cases_of_large_tests_alone(file: Path) -> None:
+    every, parts = selected(file), [selected(file, "--products", f"{k}/2") for k in (1, 2)]
+    small = {name for name in every if "many_cases" not in name}
+    assert len(small) == 6 and all(small <= set(part) for part in parts)
+    assert sorted([*parts[0], *parts[1]]) == sorted([*every, *small])
+    assert all(10 <= len(part) - 6 <= 30 for part in parts)
+
+
+def test_the_values_that_are_not_of_the_first_tier_are_slow() -> None:
+    fast, slow = first(["a", "b"], ["a"])
+    assert fast == "a" and slow.values == ("b",) and [mark.name for mark in slow.marks] == ["slow"]
+    with pytest.raises(ValueError, match=r"\['c'\] are not among \['a', 'b'\]"):
+        first(["a", "b"], ["c"])
