@@ -25,7 +25,7 @@ export MAX_JOBS
 # The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery,
 # and the tests that name their kernels themselves: test_cuda_packed.py runs on the emulator or on a GPU alone.
 BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_library cuda_packed cuda_passes \
-  cuda_quantize determinism gpu_training prove prove_cards raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
+  cuda_quantize cuda_siblings determinism gpu_training prove prove_cards raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
 
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
@@ -160,7 +160,7 @@ cuda-formats:
 SUMS = truncated
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/fuzz/test_sweep.py
+	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/ops/test_cuda_siblings.py tests/fuzz/test_sweep.py
 
 cuda-emulated-rounded:
 	$(MAKE) --no-print-directory cuda-emulated SUMS=rounded
