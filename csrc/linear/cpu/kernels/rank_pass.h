@@ -2,10 +2,11 @@
 //
 // Columns are the lanes of a vector. For kRanksTogether ranks at a time, the sums of two rows of m with rows of `right`
 // stay in registers over a panel of kPanel columns, and the sums `acc` of two vectors of columns stay in registers over
-// kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds mask ∘ m in m's own
-// dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in
-// L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's size. A
-// block of m has a short run of each row, which the hardware prefetcher does not foresee: the next block is prefetched.
+// kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds mask ∘ m in m's
+// own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay
+// in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's
+// size. A block of m has a short run of each row, which the hardware prefetcher does not foresee. Therefore the next
+// block is prefetched during the products with the present block.
 #pragma once
 
 #include <type_traits>
@@ -37,7 +38,7 @@ inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
 }
 
 constexpr int kRows = 16;  // largest number of rows that a block holds
-// Number of columns in a block with dropout: a copy of the block, the draws and the columns of `acc` are in L1 together.
+// Number of columns in a block with dropout. The copy of the block, the draws and the columns of `acc` fit L1 together.
 constexpr int kDroppedPanel = kPanel / 2;
 
 // A block of mask ∘ m, and the draws of one of its rows.
@@ -171,8 +172,9 @@ struct NextBlock {
 
   // Prefetches the rows [first, last) into L2.
   void fetch(int first, int last) const {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
     for (int i = first; i < min_i64(last, count); ++i)
-      for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows.row(i) + j, 0, 2);
+      for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(rows.row(i) + j, 0, 2);
   }
 };
 
