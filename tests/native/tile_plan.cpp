@@ -131,15 +131,17 @@ std::vector<int64_t> all(int64_t most) {
   return values;
 }
 
-// Checks the cut of the depth: the parts cover the depth, have at most kPlanDepth elements if there are several parts,
-// and begin at a multiple of 8 tiles; and the panels that are decoded together take at most 512 KiB.
-void check_depths(Summary* summary) {
+// Checks the cut of the depth: a depth is one part up to the cut's bound, and has several parts above the bound.
+// Several parts have at most the cut's number of elements, and begin at a multiple of 8 tiles. The panels that are
+// decoded together take at most 512 KiB.
+void check_depths(const peft_ext::DepthCut& how, Summary* summary) {
   for (int64_t tiles = 1; tiles <= 8192; ++tiles) {
-    const int64_t part = depth_part(tiles), bytes = panels_together(part) * peft_ext::kPlanRows * part * 64;
-    const bool whole = part == tiles && tiles <= peft_ext::kPlanDeep / 32;
-    const bool cut = part < tiles && part % 8 == 0 && part <= peft_ext::kPlanDepth / 32;
+    const int64_t part = depth_part(how, tiles), together = panels_together(how, part);
+    const bool whole = part == tiles && tiles <= how.whole / 32;
+    const bool cut = part < tiles && tiles > how.whole / 32 && part % 8 == 0 && part <= how.part / 32;
+    const bool fits = together >= 1 && together * peft_ext::kPlanRows * part * 64 <= 512 << 10;
     ++summary->plans;
-    if ((whole || cut) && bytes <= 512 << 10) continue;
+    if ((whole || cut) && fits) continue;
     if (++summary->broken <= 20) printf("broken: a part of the depth: tiles %lld\n", static_cast<long long>(tiles));
   }
 }
@@ -184,7 +186,8 @@ int run_check(int64_t most_threads, const char* strips_argument) {
       for (const int64_t step : {int64_t{2}, int64_t{32}})
         for (const int64_t decode : {int64_t{1}, int64_t{6}}) {
           const int64_t rows = backward ? layer.in : layer.out, depth = backward ? layer.out : layer.in;
-          const int64_t together = panels_together(depth_part(ceil_div(depth, 32)));
+          const peft_ext::DepthCut& cut = backward ? peft_ext::kBackwardCut : peft_ext::kForwardCut;
+          const int64_t together = panels_together(cut, depth_part(cut, ceil_div(depth, 32)));
           for (const int64_t strip : strips)
             for (const int64_t count : threads) {
               const TilePlan plan = plan_tiles(rows, depth, strip * 16, step, decode, count, together);
@@ -197,7 +200,8 @@ int run_check(int64_t most_threads, const char* strips_argument) {
               if (!paints(plan)) ++summary.broken, printf("broken: tiles not covered once\n");
             }
         }
-  check_depths(&summary);
+  check_depths(peft_ext::kForwardCut, &summary);
+  check_depths(peft_ext::kBackwardCut, &summary);
   check_passes(most_threads, &summary);
   for (const int64_t rows : {int64_t{0}, int64_t{64}})
     if (plan_tiles(rows, 64, rows == 0 ? 64 : 0, 2, 1, 8).parts != 0)

@@ -13,9 +13,9 @@ from linear_cases import dora_case, ia3_case, lora_case
 from op_case import Case
 from op_params import TILES
 
-# (tokens, K, N, R): depths that end within a tile and within a part, more than four panels of 64 rows, the last of them
-# ragged, and an odd number of strips of 16 tokens.
-WIDE_IN, WIDE_OUT, BOTH = ((2, 35), 5217, 330, 5), ((2, 35), 330, 5217, 5), ((41,), 4129, 4131, 3)
+# (tokens, K, N, R): depths that end within a tile and within a part, more panels of 64 rows or columns than are decoded
+# together, the last of them ragged, and an odd number of strips of 16 tokens.
+WIDE_IN, WIDE_OUT, BOTH = ((2, 35), 5217, 330, 5), ((2, 35), 590, 5217, 5), ((41,), 4129, 4131, 3)
 DENSE = (lora_case("dense", with_bias=True, dropout_p=0.3), dora_case("dense", dropout_p=0.3), ia3_case("dense"))
 CASES = [
     *((case, shape) for case in (*DENSE, lora_case("nf4", dropout_p=0.3)) for shape in (WIDE_IN, WIDE_OUT)),

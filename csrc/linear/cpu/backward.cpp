@@ -86,7 +86,7 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
     apart = apart || rest_apart(*b);
     whole = whole || (b->drop_base() && b->g() != nullptr);  // H W and the dropped elements need all of the depth
   }
-  const int64_t part = whole ? tiles_of_all : depth_part(tiles_of_all);
+  const int64_t part = whole ? tiles_of_all : depth_part(kBackwardCut, tiles_of_all);
   const std::vector<TileWeight> tiles = tile_weights(weights);
   bf16* room = elements > 0 ? static_cast<bf16*>(scratch(Scratch::kTokens, elements * sizeof(bf16))) : nullptr;
   const int64_t parts = calls[0]->adapter.in_scale.has_value() ? ceil_div(size.tokens, kReduceTokens) : 0;
@@ -101,7 +101,8 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
     works[i].depth_part = part;
   }
   const TileKernels& isa = *tile_kernels();
-  run_panels(size.in, tiles_of_all * kTileDepth, size.tokens, parts > 0 ? kReduceTokens / kStrip : 2, part, apart,
+  run_panels(size.in, tiles_of_all * kTileDepth, size.tokens, parts > 0 ? kReduceTokens / kStrip : 2, kBackwardCut,
+             part, apart,
              [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* at, float* carried) {
                isa.backward(works.data(), static_cast<int>(works.size()), begin, end, first, last, at, carried);
              });

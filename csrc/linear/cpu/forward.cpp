@@ -80,7 +80,7 @@ bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropp
 // Returns the number of tiles in a part of the depth. A product with dropped elements needs all of the depth at once.
 int64_t tiles_in_part(const ForwardCall& f) {
   const int64_t tiles = ceil_div(f.size.in, kTileDepth);
-  return f.drop_base() ? tiles : depth_part(tiles);
+  return f.drop_base() ? tiles : depth_part(kForwardCut, tiles);
 }
 
 // Reads x once for all calls, which have the same x: computes S and the strips of S of each call, the dropped strips of
@@ -188,7 +188,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls) {
     ends.push_back(rows);
   }
   const TileKernels& isa = *tile_kernels();
-  run_panels(rows, size.in, size.tokens, 2, works[0].depth_part, apart,
+  run_panels(rows, size.in, size.tokens, 2, kForwardCut, works[0].depth_part, apart,
              [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel, float* sums) {
                for (size_t i = 0; i < works.size(); ++i) {
                  const int64_t base = i == 0 ? 0 : round_up(ends[i - 1], kPanelStep);

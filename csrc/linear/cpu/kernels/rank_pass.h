@@ -2,9 +2,11 @@
 //
 // Columns are the lanes of a vector. For kRanksTogether ranks at a time, the sums of two rows of m with rows of `right`
 // stay in registers over a panel of kPanel columns, and the sums `acc` of two vectors of columns stay in registers over
-// kRows rows. Dropout is applied to a block of kRows x kPanel elements in L1: the block holds mask ∘ m in m's own
-// dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in
-// L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's size.
+// kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds mask ∘ m in m's
+// own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay
+// in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's
+// size. A block of m has a short run of each row, which the hardware prefetcher does not foresee. Therefore the next
+// block is prefetched during the products with the present block.
 #pragma once
 
 #include <type_traits>
@@ -36,12 +38,14 @@ inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
 }
 
 constexpr int kRows = 16;  // largest number of rows that a block holds
+// Number of columns in a block with dropout. The copy of the block, the draws and the columns of `acc` fit L1 together.
+constexpr int kDroppedPanel = kPanel / 2;
 
 // A block of mask ∘ m, and the draws of one of its rows.
 template <typename T>
 struct DroppedBlock {
-  alignas(64) T values[kRows][kPanel];
-  alignas(64) uint16_t draws[draws_room(kPanel)];
+  alignas(64) T values[kRows][kDroppedPanel];
+  alignas(64) uint16_t draws[draws_room(kDroppedPanel)];
 };
 
 // Sets the block to mask ∘ m for the rows [t, t + rows) and the columns [k, k + width).
@@ -159,9 +163,24 @@ inline void outer_rows(Rows<T> rows, int count, const float* left, int64_t rank,
   });
 }
 
+// The block of m that is multiplied after the present block: `count` rows of `width` columns.
 template <typename T>
-inline void shrink_rows(Rows<T> rows, int count, const float* right, int64_t right_stride, int64_t rank, int64_t width,
-                        float scale, bool onto, float* out) {
+struct NextBlock {
+  Rows<T> rows;
+  int count;
+  int64_t width;
+
+  // Prefetches the rows [first, last) into L2.
+  void fetch(int first, int last) const {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    for (int i = first; i < min_i64(last, count); ++i)
+      for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(rows.row(i) + j, 0, 2);
+  }
+};
+
+template <typename T>
+inline void shrink_rows(Rows<T> rows, int count, const NextBlock<T>& next, const float* right, int64_t right_stride,
+                        int64_t rank, int64_t width, float scale, bool onto, float* out) {
   const int64_t whole = width / Vec::kWidth * Vec::kWidth;
   for_rank_groups(rank, [&](auto ranks, int64_t r) {
     constexpr int kRanks = decltype(ranks)::value;
@@ -169,6 +188,7 @@ inline void shrink_rows(Rows<T> rows, int count, const float* right, int64_t rig
       constexpr int kCount = decltype(together)::value;
       const float* from = right + r * right_stride;
       float* to = out + i * rank + r;
+      if (r == 0) next.fetch(i, i + kCount);  // a few rows at a time, so that the products hide the prefetches
       if (whole > 0)
         shrink_tile<kCount, kRanks>(WholeVec(), Rows<T>{rows.row(i), rows.stride}, from, right_stride, whole, scale,
                                     onto, to, rank);
@@ -183,10 +203,13 @@ inline void shrink_rows(Rows<T> rows, int count, const float* right, int64_t rig
 }
 
 template <typename T>
-inline void row_block(const RowPass& pass, Rows<T> rows, int count, int64_t t, int64_t k, int64_t width) {
+inline void row_block(const RowPass& pass, Rows<T> rows, int count, const NextBlock<T>& next, int64_t t, int64_t k,
+                      int64_t width) {
   if (pass.right != nullptr)
-    shrink_rows(rows, count, pass.right + k, pass.columns, pass.rank, width,
+    shrink_rows(rows, count, next, pass.right + k, pass.columns, pass.rank, width,
                 pass.dropout.active ? pass.dropout.scale : 1.0f, k > 0, pass.out + t * pass.rank);
+  else
+    next.fetch(0, kRows);
   if (pass.left != nullptr)
     outer_rows(rows, count, pass.left + t * pass.rank, pass.rank, pass.acc + k, pass.acc_stride, width);
   for (int i = 0; i < count && pass.squares != nullptr; ++i) {
@@ -208,16 +231,23 @@ inline void row_block(const RowPass& pass, Rows<T> rows, int count, int64_t t, i
 template <typename T>
 void row_pass_range(const RowPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
   DroppedBlock<T> block;
-  for (int64_t k = first; k < last; k += kPanel) {
-    const int64_t width = min_i64(kPanel, last - k);
+  const T* m = static_cast<const T*>(pass.m);
+  const int64_t panel = pass.dropout.active ? kDroppedPanel : kPanel;
+  for (int64_t k = first; k < last; k += panel) {
+    const int64_t width = min_i64(panel, last - k);
     for (int64_t t = begin; t < end; t += kRows) {
       const int count = static_cast<int>(min_i64(kRows, end - t));
-      Rows<T> rows{static_cast<const T*>(pass.m) + t * pass.columns + k, pass.columns};
+      Rows<T> rows{m + t * pass.columns + k, pass.columns};
+      const bool down = t + kRows < end;
+      const int64_t next_t = down ? t + kRows : begin, next_k = down ? k : k + panel;
+      const NextBlock<T> next{{m + next_t * pass.columns + next_k, pass.columns},
+                              static_cast<int>(min_i64(kRows, end - next_t)),
+                              min_i64(panel, last - next_k)};
       if (pass.dropout.active) {
         drop_block(pass, t, count, k, width, &block);
-        rows = {block.values[0], kPanel};
+        rows = {block.values[0], kDroppedPanel};
       }
-      row_block(pass, rows, count, t, k, width);
+      row_block(pass, rows, count, next, t, k, width);
     }
   }
 }

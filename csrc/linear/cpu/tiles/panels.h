@@ -55,7 +55,8 @@ inline Ahead columns_ahead(const TileWeight& w, int64_t column, int64_t count, i
   const char* at = element_address(w, row * w.columns + column);
   const int64_t stop = min_i64(w.columns, column + count);
   const int64_t group = ceil_div(element_address(w, row * w.columns + stop) - at, 128);
-  return Ahead{at, stride, group, rows * group, ceil_div(rows * group, steps)};
+  const int64_t runs = rows * group;
+  return Ahead{at, stride, group, runs, ceil_div(runs, steps), runs > 0 ? steps / runs : 1};
 }
 
 // Decodes the rows [row, row + count) and columns [column, column + width) of a weight that TileWeight::decode decodes

@@ -19,16 +19,26 @@ namespace peft_ext {
 constexpr int64_t kPlanRows = 64;   // number of rows (or columns) of W in a panel
 constexpr int64_t kPlanStrip = 16;  // number of tokens in a strip
 
+constexpr int64_t kPlanTile = 32;  // number of elements of the depth in a tile
 // Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips. The strips of a
 // depth above kPlanDeep count as strips of kPlanDeep: a block of fewer tokens would decode W more often.
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
-// Largest depth that is not cut, and largest number of elements in a part of a deeper depth. A panel of kPlanDeep
-// elements, or kPlanTogether panels of kPlanDepth elements, take 512 KiB of L2. Several panels share each load of the
-// tokens, which a deep layer reads from L3 or from memory. Without a cut, no sums are loaded and stored between parts.
 constexpr int64_t kPlanDeep = 4096;
-constexpr int64_t kPlanDepth = 1024;
-constexpr int64_t kPlanTogether = 4;  // largest number of panels that are decoded together
-constexpr int64_t kPlanTile = 32;     // number of elements of the depth in a tile
+
+// How a depth is cut, in elements. Panels that are decoded together have kPlanPanel elements of the depth in all, which
+// take 512 KiB of L2. Several panels share each load of the tokens, which a deep layer reads from L3 or from memory.
+// Without a cut, no sums are loaded and stored between parts.
+struct DepthCut {
+  int64_t whole;     // largest depth that is not cut
+  int64_t part;      // largest number of elements in a part of a deeper depth
+  int64_t together;  // largest number of panels that are decoded together
+};
+constexpr int64_t kPlanPanel = 4096;
+constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
+// A panel of the backward has a short run of each of many rows of W. Most of the runs begin in another page, and if the
+// length of a row is a multiple of a power of two, the runs share few sets of a cache. Parts of few rows and panels of
+// many columns have longer runs and fewer pages.
+constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
 // Smallest number of units per part in a block, if there are several blocks: a part with one unit more than the other
 // parts then costs little.
 constexpr int64_t kPlanUnits = 32;
@@ -81,17 +91,17 @@ struct TilePlan {
 
 // Returns the number of tiles in a part of a depth of `tiles` tiles: all tiles, or a multiple of 8. A deep depth is cut
 // into parts of nearly equal length.
-inline int64_t depth_part(int64_t tiles) {
-  constexpr int64_t kMost = kPlanDepth / kPlanTile;
-  if (tiles <= kPlanDeep / kPlanTile) return tiles;
-  const int64_t parts = (tiles + kMost - 1) / kMost;
+inline int64_t depth_part(const DepthCut& cut, int64_t tiles) {
+  const int64_t most = cut.part / kPlanTile;
+  if (tiles <= cut.whole / kPlanTile) return tiles;
+  const int64_t parts = (tiles + most - 1) / most;
   return ((tiles + parts - 1) / parts + 7) / 8 * 8;
 }
 
 // Returns the largest number of panels that are decoded together, if a part of the depth has `tiles` tiles.
-inline int64_t panels_together(int64_t tiles) {
-  const int64_t fitting = kPlanDeep / kPlanTile / (tiles > 1 ? tiles : 1);
-  return fitting < 1 ? 1 : fitting < kPlanTogether ? fitting : kPlanTogether;
+inline int64_t panels_together(const DepthCut& cut, int64_t tiles) {
+  const int64_t fitting = kPlanPanel / kPlanTile / (tiles > 1 ? tiles : 1);
+  return fitting < 1 ? 1 : fitting < cut.together ? fitting : cut.together;
 }
 
 // Plans W [rows, depth] (or its columns) against `tokens` tokens. decode: cost of decoding a panel, in strips.

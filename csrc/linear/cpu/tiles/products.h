@@ -58,14 +58,14 @@ DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, 
 bf16* panel_scratch(int64_t elements);
 
 // Calls run(begin, end, first strip, last strip, panel, sums) over all panels of W and all token strips, on all
-// threads. strip_step: number of strips that one call takes together. part: number of tiles in a part of the depth.
-// turns: whether the scratch of a panel holds the panel's transpose too.
+// threads. strip_step: number of strips that one call takes together. part: number of tiles in a part of the depth,
+// which is cut by `cut`. turns: whether the scratch of a panel holds the panel's transpose too.
 template <typename Run>
-void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, int64_t part, bool turns,
-                const Run& run) {
+void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const DepthCut& cut, int64_t part,
+                bool turns, const Run& run) {
   static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip && kPlanTile == kTileDepth);
   const TilePlan plan = plan_tiles(count, depth, tokens, strip_step, tile_kernels()->decode_strips, loop_threads(),
-                                   turns ? 1 : panels_together(part));
+                                   turns ? 1 : panels_together(cut, part));
   const int64_t panel = (turns ? 2 : 1) * plan.together * strips_elements(kPanelStep, part * kTileDepth);
   const int64_t sums = part * kTileDepth < depth ? carried_sums(plan.strips_together(), plan.together * kPanelStep) : 0;
   parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {

@@ -51,14 +51,19 @@ struct TileWeight {
 };
 
 // Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the
-// depth, so that memory and multiplier work at the same time. `left` runs of 128 bytes remain, and each step prefetches
-// `each` runs. The runs lie in groups of `group` adjacent runs, and the groups are `stride` bytes apart.
+// depth, so that memory and multiplier work at the same time. `left` runs of 128 bytes remain, and one of `every` steps
+// prefetches `each` runs: runs that are prefetched long before their use may be displaced from L2. The runs lie in
+// groups of `group` adjacent runs, and the groups are `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, group = 1, left = 0, each = 0;
+  int64_t every = 1;
   int64_t in_group = 0;  // number of runs of the present group that were prefetched
+  int64_t skipped = 0;   // number of steps since the last prefetch
 
   void fetch() {
+    if (++skipped < every) return;
+    skipped = 0;
     for (int64_t i = 0; i < each && left > 0; ++i, --left) {
       __builtin_prefetch(at + in_group * 128, 0, 2);
       __builtin_prefetch(at + in_group * 128 + 64, 0, 2);
