@@ -33,6 +33,7 @@ from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
 from ..forms import Row, row_of
 from .block import Block, device_of
+from .cache import appended
 
 ALL_ATTENTION_FUNCTIONS: Any = None
 _IS_REGISTERED = False
@@ -224,7 +225,7 @@ class Attention(Block):
             q, k = _rotate(q, k, cos, sin)
         else:
             q, k = (ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else plan.rotates)(q, k, cos, sin)
-        k, v = self._appended(given, k, v, cos, sin)
+        k, v = self._appended(given, k, v, cos, sin, few=True)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
         if attend is sdpa_attention_forward and plan.attends and tokens <= _FEW_QUERIES:
             if _is_plain_call(given) and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
@@ -232,14 +233,18 @@ class Attention(Block):
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
         return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
 
-    def _appended(self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _appended(
+        self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, few: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Takes the cache out of the arguments ``given``, appends k and v to the cache, and returns all keys and
-        values; without a cache, returns k and v."""
+        values; without a cache, returns k and v. ``few``: whether k and v are of few tokens without a gradient."""
         known = self.peft_ext_known
         cache = given.pop(known.cache_name, None)
         positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
         if cache is None:
             return k, v
+        if few and (found := appended(cache, self.layer_idx, k, v)) is not None:
+            return found
         if known.cache_style == "kwargs":
             return cache.update(k, v, self.layer_idx, kwargs=given)
         if known.cache_style == "positions":

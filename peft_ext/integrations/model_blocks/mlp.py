@@ -23,14 +23,14 @@ from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, ker
 from ..adapter_layers.recompute import computed_again
 from ..forms import Row
 from ..forms.activations import activation_name
-from .block import Block, device_of
+from .block import Fused, device_of
 
 __all__ = ["Mlp"]
 
 _gated = kernel_of("gated_activation")
 
 
-class Mlp(Block):
+class Mlp(Fused):
     """A fused MLP.
 
     Facts of its row: ``inner``, the names of the first layer, or of gate and up; ``out``, the name of the last layer;
@@ -67,7 +67,7 @@ class Mlp(Block):
         if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, Mlp):
             if (run := plan_of(self, args[0], self._few)) is not None:
                 return run(args[0])
-        return Block.forward(self, *args, **kwargs)
+        return Fused.forward(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
         """Returns the function that computes the MLP for few tokens; None if the MLP has no plan."""

@@ -14,7 +14,7 @@ from ...ops.checks import autocast_dtype
 from ..adapter_layers.few_tokens import Facts, is_few, kernel_of, plan_of
 from ..adapter_layers.reasons import kernel_reason, plain_types, tensor_reason
 from ..forms import Row
-from .block import Block, strides_of
+from .block import Fused, strides_of
 
 __all__ = ["LEAST", "LayerNorm", "RMSNorm"]
 
@@ -24,7 +24,7 @@ _rms_norm = kernel_of("rms_norm")
 LEAST = {torch.bfloat16: 1 << 17, torch.float16: 1 << 17, torch.float32: 1 << 20}
 
 
-class Norm(Block):
+class Norm(Fused):
     """The base class of fused norms over the last dimension."""
 
     def _norm_reason(self, operator: str, eps: Any, *names: str) -> Optional[str]:
@@ -62,7 +62,7 @@ class RMSNorm(Norm):
         if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, RMSNorm):
             if (run := plan_of(self, args[0], self._few)) is not None:
                 return run(args[0])
-        return Block.forward(self, *args, **kwargs)
+        return Fused.forward(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
         """Returns the function that calls the kernel for a contiguous x; None if the norm has no plan."""

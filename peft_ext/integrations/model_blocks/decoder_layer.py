@@ -1,0 +1,91 @@
+"""A decoder layer for few tokens without a gradient, as in generation: one plan for all of its blocks.
+
+    h = x + attention(norm₁(x))        y = h + mlp(norm₂(h))
+
+The layer's own code runs for every other call. The plan of the layer has the plans of its blocks and one list of facts,
+so that a call of the layer compares the facts once, and calls no module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+from torch import Tensor, nn
+
+from ..adapter_layers.few_tokens import Facts, is_few, plan_of
+from ..forms import Row
+from .attention import Attention
+from .block import Block
+from .mlp import Mlp
+from .norm import RMSNorm
+
+__all__ = ["DecoderLayer", "layer_of_parts"]
+
+Part = Callable[..., Any]
+
+
+def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Part, mlp: Part, given: dict) -> Tensor:
+    """Returns the output of a decoder layer. ``given``: the keyword arguments of the attention."""
+    x = x + attention(hidden_states=first_norm(x), **given)[0]
+    return x + mlp(second_norm(x))
+
+
+class LayerPlan(NamedTuple):
+    """The plans of a layer's blocks, and the module of its attention."""
+
+    module: Any
+    first_norm: Part
+    second_norm: Part
+    attention: Any
+    mlp: Part
+
+    def parts(self) -> tuple[Part, Part, Part, Part]:
+        attend = functools.partial(self.module._rotary_few, self.attention)
+        return self.first_norm, attend, self.second_norm, self.mlp
+
+
+class DecoderLayer(Block):
+    """A fused decoder layer.
+
+    Values of its row: ``norms``, the names of the two norms; ``attention`` and ``mlp``, the names of these blocks;
+    ``passes``, the keyword arguments that the layer hands to the attention.
+    """
+
+    block_kind = "decoder layer"
+
+    @classmethod
+    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
+        parts = {"norms": row.names("norms"), "attention": row.get("attention"), "mlp": row.get("mlp")}
+        return {**super().settled(stock, row), **parts, "passes": frozenset(row.names("passes"))}
+
+    def block_reason(self) -> Optional[str]:
+        known, modules = self.peft_ext_known, self._modules
+        if reason := self.replaced_reason():
+            return reason
+        for names, kind in ((known.norms, RMSNorm), ((known.attention,), Attention), ((known.mlp,), Mlp)):
+            for name in names:
+                if not isinstance(modules.get(name), kind):
+                    return f"its {name} is not fused"
+        return None
+
+    # `forward` stays the stock class's: transformers' gradient checkpointing asks whether the class of a layer has the
+    # forward that transformers made.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and is_few(args[0]) and self.peft_ext_known.passes <= kwargs.keys():
+            plan = plan_of(self, args[0], self._few)
+            if plan is not None and plan.module._takes({"hidden_states": args[0], **kwargs}):
+                return layer_of_parts(args[0], *plan.parts(), kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def _few(self, facts: Facts, x: Tensor) -> Optional[LayerPlan]:
+        """Returns the plan for few tokens; None if some block has no plan."""
+        known = self.peft_ext_known
+        blocks: list[Any] = [facts.child(self, name) for name in (*known.norms, known.attention, known.mlp)]
+        if not self.holds(facts) or self.block_reason() is not None or not blocks[2].peft_ext_known.own:
+            return None
+        if not all([facts.plain(block) for block in blocks]):
+            return None
+        plans = [block._few(facts, x) for block in blocks]
+        return None if None in plans else LayerPlan(blocks[2], *plans)
