@@ -15,6 +15,7 @@
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
 #include "cpu/threads.h"
+#include "decoder/parts.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -205,6 +206,8 @@ struct Call {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                                                             bool is_causal, double scale, double dropout_p,
                                                             std::optional<Tensor> seed, std::optional<Tensor> bias) {
@@ -231,6 +234,8 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
   });
   return {out, lse};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
     Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> mask, bool is_causal,

@@ -52,6 +52,18 @@ FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const
   return product;
 }
 
+// Returns a contiguous x in float32.
+Tensor in_float(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Float) return x;
+  const Tensor wide = empty({x.sizes().begin(), x.sizes().end()}, ScalarType::Float);
+  float* to = wide.mutable_data_ptr<float>();
+  with_dtype(dtype_of("", "x", x), [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(x.const_data_ptr());
+    for (int64_t i = 0, count = x.numel(); i < count; ++i) to[i] = to_float(from[i]);
+  });
+  return wide;
+}
+
 // Computes calls of few tokens with the same x in two loops: S of all adapters, and then for each row of W the base
 // product, the low-rank term and the final pass, on one thread.
 void forward_few_tokens(const std::vector<ForwardCall>& calls) {
@@ -61,7 +73,7 @@ void forward_few_tokens(const std::vector<ForwardCall>& calls) {
   bool widens = false;
   for (const ForwardCall& f : calls)
     widens = widens || f.adapter.in_scale.has_value() || f.adapter.low_rank() || !f.weight.is_packed();
-  const Tensor wide_x = widens ? as_type(calls[0].x, ScalarType::Float) : calls[0].x;
+  const Tensor wide_x = widens ? in_float(calls[0].x) : calls[0].x;
   Loops shrink, rows;
   for (const ForwardCall& f : calls) {
     if (!f.adapter.lora_A.has_value()) continue;
@@ -89,10 +101,16 @@ void forward_few_tokens(const std::vector<ForwardCall>& calls) {
     finish.rank = 0;
     FewTokens expand{};
     if (adapter.lora_A.has_value()) {
-      const Tensor rho = rank_scales(f.op, adapter), left = hold(empty({tokens, f.size.rank}, ScalarType::Float));
-      const float *by = rho.const_data_ptr<float>(), *s = f.out.s.const_data_ptr<float>();
+      const Tensor left = hold(empty({tokens, f.size.rank}, ScalarType::Float));
+      const float* s = f.out.s.const_data_ptr<float>();
       float* to = left.mutable_data_ptr<float>();
-      for (int64_t i = 0; i < tokens * f.size.rank; ++i) to[i] = s[i] * by[i % f.size.rank];
+      if (adapter.rank_scale.has_value()) {
+        const Tensor rho = rank_scales(f.op, adapter);
+        const float* by = rho.const_data_ptr<float>();
+        for (int64_t i = 0; i < tokens * f.size.rank; ++i) to[i] = s[i] * by[i % f.size.rank];
+      } else {
+        for (int64_t i = 0; i < tokens * f.size.rank; ++i) to[i] = s[i] * static_cast<float>(adapter.scaling);
+      }
       expand = few_tokens_of(f.op, hold(as_contiguous(*adapter.lora_B)), left, base.y, true);
     }
     const auto finish_rows = [=, &isa](int64_t begin, int64_t end) {

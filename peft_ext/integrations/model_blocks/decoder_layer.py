@@ -2,8 +2,9 @@
 
     h = x + attention(norm₁(x))        y = h + mlp(norm₂(h))
 
-The layer's own code runs for every other call. The plan of the layer has the plans of its blocks and one list of facts,
-so that a call of the layer compares the facts once, and calls no module.
+The plan of the layer has the plans of its blocks and one list of facts, so that a call of the layer compares the facts
+once, and calls no module. If all parts are kernels and the cache has room for the tokens, one operator computes the
+layer. The layer's own code runs for every other call.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor, nn
 
-from ..adapter_layers.few_tokens import Facts, is_few, plan_of
+from ...ops.library import has_kernel
+from ..adapter_layers.few_tokens import Facts, Kernel, is_few, kernel_of, listed, plan_of
 from ..forms import Row
 from .attention import Attention
 from .block import Block
-from .mlp import Mlp
-from .norm import RMSNorm
+from .mlp import Mlp, MlpCall
+from .norm import NormCall, RMSNorm
 
 __all__ = ["DecoderLayer", "layer_of_parts"]
 
 Part = Callable[..., Any]
+_decoder_layer = kernel_of("decoder_layer")
 
 
 def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Part, mlp: Part, given: dict) -> Tensor:
@@ -33,17 +36,38 @@ def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Pa
 
 
 class LayerPlan(NamedTuple):
-    """The plans of a layer's blocks, and the module of its attention."""
+    """The plans of a layer's blocks, and the module of its attention. ``lists``: the arguments of the operator
+    decoder_layer behind ``past``; None if the operator can't stand for the layer."""
 
     module: Any
     first_norm: Part
     second_norm: Part
     attention: Any
     mlp: Part
+    lists: Optional[tuple[list[Tensor], list[int], list[float]]]
 
-    def parts(self) -> tuple[Part, Part, Part, Part]:
+    def __call__(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        if self.lists is not None and (room := self.module.room_of_few(self.attention, x, given)) is not None:
+            mask = given.get("attention_mask")
+            y = _decoder_layer(x, *given["position_embeddings"], mask, *room[1:], *self.lists)
+            room.fill(x.shape[1])
+            return y
         attend = functools.partial(self.module._rotary_few, self.attention)
-        return self.first_norm, attend, self.second_norm, self.mlp
+        return layer_of_parts(x, self.first_norm, attend, self.second_norm, self.mlp, given)
+
+
+def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> Any:
+    """Returns ``lists`` of a :class:`LayerPlan`."""
+    calls = (*attention.layers, *mlp.layers)
+    if not has_kernel("decoder_layer", "CPU") or not all(type(call) is Kernel for call in calls):
+        return None
+    if not attention.attends or attention.norms or not attention.kv_heads or first[2:] != second[2:]:
+        return None
+    if type(attention.size) is not int or attention.size % 2 or type(attention.scaling) is not float:
+        return None
+    tensors, sizes, numbers = listed(calls)
+    own = [first.eps, second.eps, first.offset, attention.scaling]
+    return [first.weight, second.weight, *tensors], [mlp.number, int(first.rounds), *sizes], [*own, *numbers]
 
 
 class DecoderLayer(Block):
@@ -76,7 +100,7 @@ class DecoderLayer(Block):
         if len(args) == 1 and is_few(args[0]) and self.peft_ext_known.passes <= kwargs.keys():
             plan = plan_of(self, args[0], self._few)
             if plan is not None and plan.module._takes({"hidden_states": args[0], **kwargs}):
-                return layer_of_parts(args[0], *plan.parts(), kwargs)
+                return plan(args[0], kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Optional[LayerPlan]:
@@ -88,4 +112,4 @@ class DecoderLayer(Block):
         if not all([facts.plain(block) for block in blocks]):
             return None
         plans = [block._few(facts, x) for block in blocks]
-        return None if None in plans else LayerPlan(blocks[2], *plans)
+        return None if None in plans else LayerPlan(blocks[2], *plans, _lists(*plans))

@@ -4,7 +4,7 @@ float32 copy of x."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ class Norm(Fused):
         return "it has no weight" if weight is None else kernel_reason(operator, weight.device.type)
 
 
+class NormCall(NamedTuple):
+    """A call of the kernel of an RMSNorm for a contiguous x."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+    rounds: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _rms_norm(x, *self)[0]
+
+
 class RMSNorm(Norm):
     """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row has ``rounds``,
     the normalized x is rounded to x's dtype before the multiplication by the weight."""
@@ -64,16 +76,15 @@ class RMSNorm(Norm):
                 return run(args[0])
         return Fused.forward(self, *args, **kwargs)
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
-        """Returns the function that calls the kernel for a contiguous x; None if the norm has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Optional[NormCall]:
+        """Returns the call of the kernel for a contiguous x; None if the norm has no plan."""
         known = self.peft_ext_known
         weight, eps = facts.tensor(self._parameters, known.weight), facts.value(self.__dict__, known.eps)
         if not self.holds(facts) or self.block_reason() is not None or type(weight) not in plain_types():
             return None
         if x.shape[-1] != weight.shape[0] or x.dtype is not weight.dtype:
             return None
-        args = (weight, float(eps), float(known.adds_one), known.rounds)
-        return lambda x: _rms_norm(x, *args)[0]
+        return NormCall(weight, float(eps), float(known.adds_one), known.rounds)
 
     def _fused(self, x: Tensor) -> Tensor:
         known = self.peft_ext_known
