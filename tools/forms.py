@@ -101,8 +101,8 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
     lines = [
         "# Known forms", "",
         "<!-- drawn by tools/forms.py -->", "",
-        "`accelerate` fuses a norm, an MLP, an attention or a decoder layer where the code of its forward is one of the "
-        "forms in the "
+        "`accelerate` fuses a norm, an MLP, an attention or a decoder layer where the code of its forward is one of "
+        "the forms in the "
         "table `peft_ext/integrations/forms/forms.tsv`, whatever the class is called. Any other forward runs as its "
         "author wrote it, and `explain` says so. [What a known form is](faq.md#what-is-a-known-form) tells how forms "
         "are compared, and how to add one.", "",

@@ -3,8 +3,8 @@
 //   q, k, v = projections(norm₁(x))      the rotated k, and v, are written behind the keys and values of the cache
 //   h = x + o(attention(rotated q, all keys, all values))      y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 //
-// Each part is the function of the part's own operator, with the bits of that operator: one call from Python runs all of
-// them.
+// Each part is the function of the part's own operator, with the bits of that operator. One call from Python runs all
+// parts.
 #include "common/registration.h"
 #include "cpu/operator_call.h"
 #include "cpu/tensor.h"
@@ -85,7 +85,8 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
       lora_layers(kOp, {tensors.begin() + kNorms, tensors.end()}, {sizes.begin() + kOwnSizes, sizes.end()},
                   {numbers.begin() + kOwnNumbers, numbers.end()});
   const auto of = [&](size_t first, size_t last) {
-    return std::vector<Layer>(layers.begin() + static_cast<int64_t>(first), layers.begin() + static_cast<int64_t>(last));
+    const auto begin = layers.begin();
+    return std::vector<Layer>(begin + static_cast<int64_t>(first), begin + static_cast<int64_t>(last));
   };
   const int64_t hidden = x.size(2), width = layers[1].weight.out_features();
   STD_TORCH_CHECK(width == keys.size(1) * size && layers[2].weight.out_features() == width &&

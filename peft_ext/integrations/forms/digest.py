@@ -267,13 +267,15 @@ def _is_transparent(function: types.FunctionType) -> bool:
 
 
 def _is_checkpointed(function: types.FunctionType) -> bool:
-    """Returns whether a function is the wrapper by which transformers checkpoints the forward of a decoder layer. Without
-    a gradient the wrapper only calls the wrapped function."""
+    """Returns whether a function is the wrapper by which transformers checkpoints the forward of a decoder layer.
+
+    Without a gradient, the wrapper only calls the wrapped function.
+    """
     return _is_wrapper_of(function, _CHECKPOINTS)
 
 
 def _is_wrapper_of(function: types.FunctionType, modules: tuple[str, ...]) -> bool:
-    """Returns whether one of the modules defines a function that wraps another function, and holds it in its closure."""
+    """Returns whether one of the modules defines ``function``, which wraps another function of its closure."""
     inner = getattr(function, "__wrapped__", None)
     if not isinstance(inner, types.FunctionType) or not any(
         cell.cell_contents is inner for cell in _set_cells(function)

@@ -200,9 +200,10 @@ class Attention(Block):
         options = {name: found[attribute] for name, attribute in known.options}
         attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
         return SimpleNamespace(
-            layers=(q, k, v, o), projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim, scaling=self.scaling,
-            options=options, attends=attends,
-            rotates=known.names[_ROTATES], kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, are_direct=q is not layers[0] and k is not layers[1] and not norms,
+            layers=(q, k, v, o), projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim,
+            kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, options=options,
+            attends=attends, rotates=known.names[_ROTATES],
+            are_direct=q is not layers[0] and k is not layers[1] and not norms,
         )  # fmt: skip
 
     def _rotary_few(

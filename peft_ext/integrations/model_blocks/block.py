@@ -30,9 +30,9 @@ class Known(types.SimpleNamespace):
 class Block:
     """The base class of the fused classes of model blocks (decoder layers, norms, MLPs, attentions, dropouts).
 
-    A subclass defines ``block_reason`` or its own ``block_parts``. A fused class keeps the facts of its row of the table
-    of forms in one attribute, ``peft_ext_known``. No child module may be named ``peft_ext_known``, because a class
-    attribute hides a child module of the same name.
+    A subclass defines ``block_reason`` or its own ``block_parts``. A fused class keeps the facts of its row of the
+    table of forms in one attribute, ``peft_ext_known``. No child module may be named ``peft_ext_known``, because a
+    class attribute hides a child module of the same name.
     """
 
     stock_class: type

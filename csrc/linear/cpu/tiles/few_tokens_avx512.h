@@ -26,16 +26,16 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
     }
 }
 
-// Multiplies kRows rows at a time, so that one load of x serves all kRows rows. For one token kRows is 1, because memory
-// is read faster in order than in several rows at a time. x is packed with the tokens side by
-// side, and is read from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
+// Multiplies kRows rows at a time, so that one load of x serves all kRows rows. For one token kRows is 1, because
+// memory is read faster in order than in several rows at a time. x is packed with the tokens side by side, and is read
+// from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
   // A sum must wait for the previous product. Several independent sums keep the multiplier busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
-  // Distance of the prefetched memory in bytes. Several rows at a time are too many streams for the hardware prefetcher,
-  // so the kernel prefetches the rows that it multiplies next.
+  // Distance of the prefetched memory in bytes. Several rows at a time are too many streams for the hardware
+  // prefetcher, so the kernel prefetches the rows that it multiplies next.
   const int64_t ahead = kRows == 1 ? 4096 : kRows * k * static_cast<int64_t>(sizeof(bf16));
   __m512 sums[kRows][kTokens][kSums];
 #pragma GCC unroll 4
