@@ -5,10 +5,10 @@
 #include "common/registration.h"
 #include "activations/glue.h"
 #include "activations/kernels.h"
+#include "activations/operators.h"
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/threads.h"
-#include "decoder/parts.h"
 #include "linear/cpu/packing.h"
 
 namespace peft_ext {

@@ -9,13 +9,13 @@
 #include "common/registration.h"
 #include "attention/kernels.h"
 #include "attention/mask.h"
+#include "attention/operators.h"
 #include "attention/plan.h"
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
 #include "cpu/threads.h"
-#include "decoder/parts.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {

@@ -5,12 +5,15 @@
 //
 // Each part is the function of the part's own operator, with the bits of that operator. One call from Python runs all
 // parts.
+#include <vector>
+
+#include "activations/operators.h"
+#include "attention/operators.h"
 #include "common/registration.h"
 #include "cpu/operator_call.h"
-#include "cpu/tensor.h"
-#include "cpu/threads.h"
-#include "decoder/parts.h"
-#include "linear/cpu/packing.h"
+#include "norm/operators.h"
+#include "rotary/operators.h"
+#include "siblings/layers.h"
 
 namespace peft_ext {
 namespace {

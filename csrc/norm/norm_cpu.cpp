@@ -7,9 +7,9 @@
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/threads.h"
-#include "decoder/parts.h"
 #include "linear/cpu/chunk_sums.h"
 #include "norm/kernels.h"
+#include "norm/operators.h"
 
 namespace peft_ext {
 namespace {

@@ -6,10 +6,10 @@
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/threads.h"
-#include "decoder/parts.h"
 #include "linear/cpu/packing.h"
 #include "rotary/glue.h"
 #include "rotary/kernels.h"
+#include "rotary/operators.h"
 
 namespace peft_ext {
 namespace {

@@ -4,9 +4,9 @@
 
 #include "common/registration.h"
 #include "cpu/operator_call.h"
-#include "decoder/parts.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/layer_list.h"
+#include "siblings/layers.h"
 
 namespace peft_ext {
 
