@@ -101,7 +101,8 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
     lines = [
         "# Known forms", "",
         "<!-- drawn by tools/forms.py -->", "",
-        "`accelerate` fuses a norm, an MLP or an attention where the code of its forward is one of the forms in the "
+        "`accelerate` fuses a norm, an MLP, an attention or a decoder layer where the code of its forward is one of "
+        "the forms in the "
         "table `peft_ext/integrations/forms/forms.tsv`, whatever the class is called. Any other forward runs as its "
         "author wrote it, and `explain` says so. [What a known form is](faq.md#what-is-a-known-form) tells how forms "
         "are compared, and how to add one.", "",
@@ -210,6 +211,10 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     biased = "yes" if "position_bias" in sdpa_attention_forward.__code__.co_varnames else "no"
     meet(sdpa_attention_forward, "forward", lambda *_: [("sdpa", {"bias": biased})])
     meet(ForCausalLMLoss, "forward", lambda *_: [("causal_loss", {})])
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    meet(Cache, "update", lambda *_: [("cache", {})])
+    meet(DynamicLayer, "update", lambda *_: [("cache_layer", {})])
     kinds = {cls: rows[digest]["kind"] for cls, digest in by_class.items() if digest in rows}
     return {"rows": rows, "coverage": _coverage(by_class, kinds)}
 

@@ -5,6 +5,7 @@
 #include "common/registration.h"
 #include "activations/glue.h"
 #include "activations/kernels.h"
+#include "activations/operators.h"
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
 #include "cpu/threads.h"
@@ -90,9 +91,13 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad, const Te
   return {grad_gate, grad_up};
 }
 
+}  // namespace
+
 Tensor gated_activation_cpu(Tensor gate, std::optional<Tensor> up, int64_t activation) {
   return forward("gated_activation", gate, up, activation, !up.has_value());
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> gated_activation_backward_cpu(Tensor grad, Tensor gate, std::optional<Tensor> up,
                                                          int64_t activation) {

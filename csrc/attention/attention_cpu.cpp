@@ -9,6 +9,7 @@
 #include "common/registration.h"
 #include "attention/kernels.h"
 #include "attention/mask.h"
+#include "attention/operators.h"
 #include "attention/plan.h"
 #include "cpu/isa.h"
 #include "cpu/operator_call.h"
@@ -208,6 +209,8 @@ struct Call {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                                                             bool is_causal, double scale, double dropout_p,
                                                             std::optional<Tensor> seed, std::optional<Tensor> bias) {
@@ -234,6 +237,8 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
   });
   return {out, lse};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
     Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> mask, bool is_causal,

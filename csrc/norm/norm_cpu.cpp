@@ -9,6 +9,7 @@
 #include "cpu/threads.h"
 #include "linear/cpu/chunk_sums.h"
 #include "norm/kernels.h"
+#include "norm/operators.h"
 
 namespace peft_ext {
 namespace {
@@ -132,6 +133,8 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
   return found;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, std::optional<Tensor> weight, double eps, double offset,
                                         bool round_before_weight) {
   // As in PyTorch, the product of x̂ and a weight of another dtype is float32.
@@ -140,6 +143,8 @@ std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, std::optional<Tensor> weight, 
                       own ? x.scalar_type() : ScalarType::Float);
   return {found.y, found.rstd};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor rstd,
                                                  double offset, bool needs_grad_x, bool needs_grad_weight) {

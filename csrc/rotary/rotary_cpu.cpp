@@ -9,6 +9,7 @@
 #include "linear/cpu/packing.h"
 #include "rotary/glue.h"
 #include "rotary/kernels.h"
+#include "rotary/operators.h"
 
 namespace peft_ext {
 namespace {
@@ -28,12 +29,13 @@ Heads heads_of(const Tensor& x, const Tensor& y) {
           x.stride(2),        y.stride(0),          y.stride(1), y.stride(2)};
 }
 
-std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
-                                   const Tensor& sin, bool back) {
+}  // namespace
+
+void rotate_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                  const Tensor& y_q, const Tensor& y_k, bool back) {
   check_rotary(op, q, k, cos, sin);
   const Tensor held_q = with_whole_rows(q), held_k = with_whole_rows(k);
   const Tensor held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
-  const Tensor y_q = like_with_whole_rows(q), y_k = like_with_whole_rows(k);
   Rotary work;
   work.dtype = dtype_of(op, "q", q);
   work.back = back;
@@ -48,6 +50,15 @@ std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor
   const RotaryKernels& isa = rotary_kernels();
   parallel_for(0, q.size(0) * work.tokens, ceil_div(kPackGrain, of_token + 1),
                [&](int64_t begin, int64_t end) { isa.rotate(work, begin, end); });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
+                                   const Tensor& sin, bool back) {
+  check_rotary(op, q, k, cos, sin);
+  const Tensor y_q = like_with_whole_rows(q), y_k = like_with_whole_rows(k);
+  rotate_heads(op, q, k, cos, sin, y_q, y_k, back);
   return {y_q, y_k};
 }
 

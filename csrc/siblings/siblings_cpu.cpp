@@ -6,9 +6,9 @@
 #include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/layer_list.h"
+#include "siblings/layers.h"
 
 namespace peft_ext {
-namespace {
 
 std::vector<Layer> lora_layers(const char* op, const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
                                const std::vector<double>& numbers) {
@@ -24,6 +24,8 @@ std::vector<Layer> lora_layers(const char* op, const std::vector<Tensor>& tensor
   }
   return layers;
 }
+
+namespace {
 
 std::vector<Tensor> lora_linears_cpu(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> sizes,
                                      std::vector<double> numbers) {

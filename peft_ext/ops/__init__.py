@@ -5,6 +5,7 @@ The frozen weight of a linear layer is a dense Tensor ``[N, K]`` (of experts: ``
 the reference, in plain PyTorch; ``nf4_quantize`` converts float64 to float32.
 """
 
+from . import decoder_layer  # noqa: F401  declares an operator without a public function
 from .activations import activation, gated_activation
 from .attention import scaled_dot_product_attention
 from .bottleneck import bottleneck_adapter

@@ -49,6 +49,8 @@ class Operator:
             needs no kernel of its own.
         cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,
             or the reference, runs on a GPU.
+        inner: whether no public function calls the operator: other parts of the package call it, without a gradient and
+            with arguments that they have checked.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Operator:
     family: str
     composed: bool
     cuda: bool
+    inner: bool = False
 
 
 # The registry of peft_ext's operators in the dispatcher, by name. Code that needs a list of operators reads OPERATORS.
@@ -77,6 +80,7 @@ def define(
     family: str,
     composed: bool = False,
     cuda: bool = True,
+    inner: bool = False,
 ) -> None:
     """Declares ``peft_ext::<name>`` to PyTorch and to the registry; see :class:`Operator`.
 
@@ -86,7 +90,7 @@ def define(
     reference = _outside_autocast(reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", _with_finite_numbers(name, schema, fake), lib=LIBRARY)
-    OPERATORS[name] = Operator(name, reference, family, composed, cuda and not composed)
+    OPERATORS[name] = Operator(name, reference, family, composed, cuda and not composed, inner)
 
 
 def proof(family: str) -> Callable[[_F], _F]:

@@ -80,7 +80,7 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 # What errors of a lack of memory say: PyTorch's, peft_ext's, and cuBLAS's when it finds no memory for its workspace.
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-_COMPOSED = ("experts", "siblings")  # families whose references call operators of other families
+_COMPOSED = ("decoder_layer", "experts", "siblings")  # families whose references call operators of other families
 
 QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each further family
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError

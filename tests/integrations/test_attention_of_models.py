@@ -61,7 +61,7 @@ def build(
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of the operator, forward and backward, and of PyTorch's function."""
+    """Counts the calls of the operators that compute attention, and of PyTorch's function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +69,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.ours += func is torch.ops.peft_ext.scaled_dot_product_attention.default
+        self.ours += func is torch.ops.peft_ext.decoder_layer.default
         self.plain += "flash_attention" in str(func) or "_softmax" in str(func)
         return func(*args, **(kwargs or {}))
 
@@ -212,7 +213,7 @@ def test_packed_texts_see_their_own() -> None:
 
 
 def test_generation_is_the_stock_one() -> None:
-    """In generation the operator computes the attention of the prompt and that of new tokens."""
+    """In generation operators compute the attention of the prompt and that of new tokens."""
     stock, model = (m.eval() for m in (build(DECODERS["Llama"]), peft_ext.accelerate(build(DECODERS["Llama"]))))
     more = {"max_new_tokens": 9, "do_sample": False, "attention_mask": left_padding()}
     with Calls() as counted:

@@ -152,6 +152,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> N
         "projections of one input",
         "rotary positions",
         "attention",
+        "decoder layer",
     }
     assert all(row.fused for row in rows), rows
 

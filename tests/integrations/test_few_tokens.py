@@ -20,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_ext
 from peft_ext.integrations.adapter_layers import few_tokens, linear
-from peft_ext.integrations.model_blocks import attention, mlp, norm
+from peft_ext.integrations.model_blocks import attention, decoder_layer, mlp, norm
+from peft_ext.integrations.model_blocks.cache import appended
+from peft_ext.ops import prove
+from peft_ext.ops.library import OPERATORS, PROOFS
+from peft_ext.ops.proof_inputs import ProofInputs
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 199, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -81,7 +85,7 @@ def _token(row: int, ids: Tensor) -> list[int]:
 @contextlib.contextmanager
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patch:
-        for module in (attention, mlp, norm):
+        for module in (attention, decoder_layer, mlp, norm):
             patch.setattr(module, "is_few", lambda x: False)
         yield
 
@@ -96,7 +100,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((type(block).__name__, made))
         return made
 
-    for module in (attention, mlp, norm):
+    for module in (attention, decoder_layer, mlp, norm):
         monkeypatch.setattr(module, "plan_of", noting)
     return found
 
@@ -134,11 +138,12 @@ def test_logits_are_those_of_the_layers(
     found = logits(model, size, **more)
     ran = {kind for kind, made in planned if made is not None}
     # Mistral's attention runs its own code, in which only the layers of one input are computed together.
-    assert all(any(part in kind for kind in ran) for part in ("RMSNorm", "MLP", *(["Attention"] * (name[0] != "M"))))
+    blocks = ("RMSNorm", "MLP") if name[0] == "M" else ("RMSNorm", "DecoderLayer")
+    assert all(any(part in kind for kind in ran) for part in blocks)
     count = len([made for _, made in planned if made is not None])
     with layer_by_layer(monkeypatch):
         wanted = logits(model, size, **more)
-    assert len([made for _, made in planned if made is not None]) == count >= STEPS * 2 * 3
+    assert len([made for _, made in planned if made is not None]) == count >= STEPS * 3
     tolerance = TOLERANCE[dtype] * wanted.float().abs().max()
     assert (found.float() - wanted.float()).abs().max() <= tolerance
 
@@ -157,9 +162,124 @@ def test_layers_of_a_plan_are_kernels(planned: list) -> None:
     model = peft_ext.accelerate(build())
     logits(model)
     last = dict(planned)
-    plan = last["LlamaAttention"]
+    plan = last["LlamaDecoderLayer"].attention
     assert plan.attends and plan.are_direct
     assert type(plan.o) is few_tokens.Kernel
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_operator_computes_a_layer(name: str, monkeypatch: Any) -> None:
+    calls, own = [], decoder_layer._decoder_layer
+    monkeypatch.setattr(decoder_layer, "_decoder_layer", lambda *args: calls.append(1) or own(*args))
+    model = peft_ext.accelerate(build(name))
+    logits(model)
+    out = model(**batch(2), use_cache=True)
+    mask = torch.nn.functional.pad(batch(2)["attention_mask"], (0, 2), value=1)
+    del calls[:]
+    ids = torch.tensor([[5], [6]])
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask[:, :-1], past_key_values=out.past_key_values)
+    # Qwen 3 has norms of heads, and a cache of a sliding window and Mistral's attention run stock's code.
+    assert len(calls) == (2 if name in ("Llama", "Qwen 2") else 0)
+    model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)  # autograd is on
+    assert len(calls) == (2 if name in ("Llama", "Qwen 2") else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_operator_computes_its_formula(dtype: torch.dtype) -> None:
+    shape = prove.SMALL["CPU"]
+    both = [list(PROOFS["decoder_layer"](ProofInputs(torch.device("cpu"), dtype, shape))) for _ in range(2)]
+    reference = OPERATORS["decoder_layer"].reference
+    for (name, given), (_, exact) in zip(*both, strict=True):
+        x, cos, sin, mask, keys, values, past, tensors, *rest = exact
+        wide = [value.double() for value in (x, cos, sin, keys, values)]
+        with prove._References():
+            wanted = reference(*wide[:3], mask, *wide[3:], past, [value.double() for value in tensors], *rest)
+        found = getattr(torch.ops.peft_ext, name).default(*given)
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+        for ours, theirs in ((found, wanted), (given[4], wide[3]), (given[5], wide[4])):
+            assert ours.dtype is dtype
+            assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_gradient_checkpointing_computes_layers_again() -> None:
+    model = peft_ext.accelerate(build()).train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    layer, ids = inner(model), torch.arange(3, 12)[None]
+    own, calls = layer._gradient_checkpointing_func, []
+    layer._gradient_checkpointing_func = lambda *args, **given: calls.append(1) or own(*args, **given)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert calls == [1]
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_grows_in_place() -> None:
+    torch.manual_seed(0)
+    cache = hf.DynamicCache()
+    k, v = torch.randn(2, 2, 3, 5, 8)
+    assert appended(cache, 0, k, v) is None  # stock makes a layer
+    cache.update(k, v, 0)
+    layer, wanted = cache.layers[0], [k, v]
+    places = set()
+    for count in (1, 1, 3, 80, 1, 1):
+        new = torch.randn(2, 2, 3, count, 8)
+        wanted = [torch.cat(pair, 2) for pair in zip(wanted, new, strict=True)]
+        found = appended(cache, 0, *new)
+        assert found[0] is layer.keys and found[1] is layer.values
+        assert all(map(torch.equal, found, wanted)) and cache.get_seq_length() == wanted[0].shape[2]
+        places.add(layer.keys.data_ptr())
+    assert len(places) == 2  # memory was taken at the first step, and for the 80 tokens
+    cache.update(*new, 0)
+    assert torch.equal(layer.keys, torch.cat([wanted[0], new[0]], 2))
+
+
+@pytest.mark.parametrize("way", ["crop", "copy", "deepcopy", "set", "reorder", "reset"])
+def test_tensors_of_a_cache_keep_their_values(way: str) -> None:
+    torch.manual_seed(0)
+    cache = hf.DynamicCache()
+    cache.update(*torch.randn(2, 2, 3, 5, 8), 0)
+    first = appended(cache, 0, *torch.randn(2, 2, 3, 1, 8))[0]
+    second = appended(cache, 0, *torch.randn(2, 2, 3, 1, 8))[0]
+    kept = [(view, view.clone()) for view in (first, second)]
+    layer = cache.layers[0]
+    if way == "crop":
+        cache.crop(-1)
+    elif way == "copy":
+        layer = copy.copy(layer)
+        cache.layers = [layer]
+    elif way == "deepcopy":
+        cache = copy.deepcopy(cache)
+    elif way == "set":
+        layer.keys, layer.values = first, layer.values[:, :, :-1]
+    elif way == "reorder":
+        cache.reorder_cache(torch.tensor([1, 0]))
+    else:
+        cache.reset()
+        assert appended(cache, 0, *torch.randn(2, 2, 3, 1, 8)) is None
+        cache.update(*torch.randn(2, 2, 3, 5, 8), 0)
+    length = cache.get_seq_length()
+    before, new = cache.layers[0].keys.clone(), torch.randn(2, 2, 3, 1, 8)
+    assert torch.equal(appended(cache, 0, *new)[0], torch.cat([before, new[0]], 2))
+    assert cache.get_seq_length() == length + 1
+    assert all(torch.equal(view, value) for view, value in kept)
+
+
+@pytest.mark.parametrize("why", ["dtype", "batch", "static", "subclass", "gradient"])
+def test_stock_s_update_runs_for_a_cache_that_does_not_fit(why: str) -> None:
+    k = torch.randn(2, 3, 5, 8, requires_grad=why == "gradient")
+    cache = hf.StaticCache(hf.LlamaConfig(**SIZES), 64) if why == "static" else hf.DynamicCache()
+    cache.update(k, k, 0)
+    if why == "subclass":
+        class Layer(type(cache.layers[0])):
+            def update(self, *args: Any, **given: Any) -> Any:
+                return super().update(*args, **given)
+
+        cache.layers[0].__class__ = Layer
+    new = torch.randn(2 if why != "batch" else 1, 3, 1, 8, dtype=torch.float64 if why == "dtype" else None)
+    assert appended(cache, 0, new, new) is None
 
 
 # --- a change takes effect --------------------------------------------------------------------------------------------
@@ -274,6 +394,7 @@ LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"
 PARTS = ("", ".base_layer", ".lora_A.default", ".lora_B.default", ".lora_dropout.default")
 PATHS = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", *(layer + part for layer in LAYERS for part in PARTS))
 CHANGES: dict[str, Callable[[Any], Any]] = {
+    "hook on the layer": hook(""), "hook before the layer": hook("", True), "forward of the layer": replaced(""),
     **{f"hook on {path}": hook(path) for path in PATHS},
     **{f"hook before {path}": hook(path, True) for path in PATHS if path != "self_attn"},
     **{f"forward of {path}": replaced(path) for path in PATHS},
@@ -344,9 +465,10 @@ def test_a_frozen_head_runs_the_operator(monkeypatch: Any) -> None:
     assert called.count == 0
 
 
-@pytest.mark.parametrize("kind", ["norm", "mlp", "attention", "lora", "rotary"])
+@pytest.mark.parametrize("kind", ["norm", "mlp", "attention", "layer", "lora", "rotary", "cache", "layer of a cache"])
 def test_a_patched_class_takes_effect(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import peft.tuners.lora as peft_lora
+    from transformers.cache_utils import Cache, DynamicLayer
     from transformers.models.llama import modeling_llama
 
     model, stock = peft_ext.accelerate(build()), build()
@@ -355,9 +477,14 @@ def test_a_patched_class_takes_effect(kind: str, monkeypatch: pytest.MonkeyPatch
         own = modeling_llama.apply_rotary_pos_emb
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb",
                             lambda q, k, cos, sin: own(q * 2, k, cos, sin))  # fmt: skip
+    elif "cache" in kind:
+        update = Cache.update if kind == "cache" else DynamicLayer.update
+        monkeypatch.setattr(Cache if kind == "cache" else DynamicLayer, "update",
+                            lambda self, k, v, *args, **given: update(self, k * 2, v, *args, **given))  # fmt: skip
     else:
         cls = {"norm": modeling_llama.LlamaRMSNorm, "mlp": modeling_llama.LlamaMLP,
-               "attention": modeling_llama.LlamaAttention, "lora": peft_lora.Linear}[kind]  # fmt: skip
+               "attention": modeling_llama.LlamaAttention, "lora": peft_lora.Linear,
+               "layer": modeling_llama.LlamaDecoderLayer}[kind]  # fmt: skip
         own = cls.forward
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -410,7 +537,7 @@ def test_other_modes_have_no_plan(mode: str, planned: list) -> None:
     if mode != "training":  # the masks of dropout differ
         assert not planned
         assert (found[0] - found[1]).abs().max() < (0.1 if mode == "autocast" else 1e-3)
-    assert not any(made for kind, made in planned if kind == "LlamaAttention")
+    assert not any(made for kind, made in planned if kind in ("LlamaAttention", "LlamaDecoderLayer"))
 
 
 def test_hidden_states_and_attentions_are_given() -> None:

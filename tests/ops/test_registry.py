@@ -82,5 +82,7 @@ def test_the_battery_reaches_every_operator() -> None:
         for case in CASES:
             sample = case.make(torch.float32, shape := case.fit(SHAPES[0]))
             run(case.call, sample, None if case.exact else output_grad(case, torch.float32, shape))
-    # On a CPU the battery calls the operators that have a CPU kernel and the operators that are composed of others.
-    assert called.names == {name for name, op in OPERATORS.items() if op.composed or has_kernel(name, "CPU")}
+    # On a CPU the battery calls the operators that have a CPU kernel and the operators that are composed of others. An
+    # operator without a public function has tests of its own.
+    reached = {name: op.composed or has_kernel(name, "CPU") for name, op in OPERATORS.items() if not op.inner}
+    assert called.names == {name for name, is_reached in reached.items() if is_reached}

@@ -52,9 +52,6 @@ RowPass shrink_pass(const ForwardCall& f, const Tensor& a, KeepBits* keep);
 // Computes S in one pass over x, and writes S to ForwardCall::out.s.
 Shrunk shrink_tokens(const ForwardCall& f);
 
-// Computes the low-rank term of x [T, K] in float32, and writes or adds the term to y [T, N] float32.
-void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y, bool accumulate);
-
 // --- backward --------------------------------------------------------------------------------------------------------
 
 // The arguments and intermediate results of one call of the backward. The gradients of the adapter are computed first.

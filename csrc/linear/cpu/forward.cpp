@@ -24,44 +24,116 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// Returns x [T, K] Wᵀ in float32, for a float32 x and a dense W.
-Tensor few_tokens_product(const ForwardCall& f, const Tensor& x) {
-  const Tensor y = empty({f.size.tokens, f.size.out}, ScalarType::Float);
+// Prepares the product of x [T, K] and the weight of a call. `wide` is x in float32, and is read for a dense weight.
+FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const Tensor& wide) {
+  if (f.weight.is_packed()) return skinny_parts(f.op, x, f.weight);
+  FewTokensProduct product;
+  product.y = empty({f.size.tokens, f.size.out}, ScalarType::Float);
+  product.units = f.size.out;
+  product.work = f.size.in * f.size.tokens;
+  product.held = {wide};
   if (!tiles_take_few_tokens(f.type())) {
-    run_few_tokens(f.op, f.weight.weight, x, y, false);
-    return y;
+    const FewTokens work = few_tokens_of(f.op, f.weight.weight, wide, product.y, false);
+    product.multiply = [work, &isa = pass_kernels()](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); };
+    return product;
   }
   const TileKernels& isa = *tile_kernels();
   const Tensor held = empty({round_up(f.size.in, kTileDepth) * f.size.tokens}, ScalarType::BFloat16);
-  isa.few_tokens_pack(x.const_data_ptr<float>(), f.size.tokens, f.size.in, static_cast<bf16*>(held.mutable_data_ptr()));
+  auto* packed = static_cast<bf16*>(held.mutable_data_ptr());
+  isa.few_tokens_pack(wide.const_data_ptr<float>(), f.size.tokens, f.size.in, packed);
   const TileFewTokens work{static_cast<const bf16*>(f.weight.weight.const_data_ptr()),
                            f.size.out,
                            f.size.in,
                            f.size.tokens,
-                           static_cast<const bf16*>(held.const_data_ptr()),
-                           y.mutable_data_ptr<float>()};
-  parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
-               [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
-  return y;
+                           packed,
+                           product.y.mutable_data_ptr<float>()};
+  product.held.push_back(held);
+  product.multiply = [work, &isa](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); };
+  return product;
 }
 
-void forward_few_tokens(const ForwardCall& f) {
-  const Adapter& adapter = f.adapter;
-  const bool scales = adapter.in_scale.has_value();
-  Tensor wide;
-  if (scales || adapter.low_rank() || !f.weight.is_packed()) wide = as_type(f.x, ScalarType::Float);
-  const Tensor scaled = scales ? column_pass(f.op, wide, &*adapter.in_scale, 0.0f, nullptr).scaled : wide;
-  Tensor base;
-  if (f.weight.is_packed()) {
-    base = skinny_product(f.op, scales ? as_type(scaled, f.type()) : f.x, f.weight);
-  } else {
-    base = few_tokens_product(f, scaled);
+// Returns a contiguous x in float32.
+Tensor in_float(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Float) return x;
+  const Tensor wide = empty({x.sizes().begin(), x.sizes().end()}, ScalarType::Float);
+  float* to = wide.mutable_data_ptr<float>();
+  with_dtype(dtype_of("", "x", x), [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(x.const_data_ptr());
+    for (int64_t i = 0, count = x.numel(); i < count; ++i) to[i] = to_float(from[i]);
+  });
+  return wide;
+}
+
+// Computes calls of few tokens with the same x in two loops: S of all adapters, and then for each row of W the base
+// product, the low-rank term and the final pass, on one thread.
+void forward_few_tokens(const std::vector<ForwardCall>& calls) {
+  const PassKernels& isa = pass_kernels();
+  std::vector<Tensor> held;
+  const auto hold = [&](const Tensor& tensor) { return held.emplace_back(tensor); };
+  bool widens = false;
+  for (const ForwardCall& f : calls)
+    widens = widens || f.adapter.in_scale.has_value() || f.adapter.low_rank() || !f.weight.is_packed();
+  const Tensor wide_x = widens ? in_float(calls[0].x) : calls[0].x;
+  Loops shrink, rows;
+  for (const ForwardCall& f : calls) {
+    if (!f.adapter.lora_A.has_value()) continue;
+    const Dropout& dropout = f.adapter.dropout;
+    const Tensor dropped = dropout.active ? hold(dropped_elements(f.op, wide_x, dropout)) : wide_x;
+    const FewTokens work = few_tokens_of(f.op, hold(as_contiguous(*f.adapter.lora_A)), dropped, f.out.s, false);
+    shrink.add(work.rows, work.columns * work.tokens,
+               [work, &isa](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
   }
-  if (adapter.low_rank()) few_tokens_low_rank(f, wide, base, true);
-  Expand finish = finishing(f);
-  finish.before = base.const_data_ptr<float>();
-  finish.rank = 0;
-  run_expand(finish, f.size.tokens);
+  shrink.run(kPackGrain);
+  Loops last;
+  std::vector<std::function<void()>> grouped;
+  for (const ForwardCall& f : calls) {
+    const Adapter& adapter = f.adapter;
+    const int64_t tokens = f.size.tokens;
+    Tensor x = f.x, wide = wide_x;
+    if (adapter.in_scale.has_value()) {
+      wide = column_pass(f.op, wide_x, &*adapter.in_scale, 0.0f, nullptr).scaled;
+      x = hold(as_type(wide, f.type()));
+    }
+    const FewTokensProduct base = few_tokens_product(f, x, wide);
+    held.insert(held.end(), base.held.begin(), base.held.end());
+    Expand finish = finishing(f);
+    finish.before = hold(base.y).const_data_ptr<float>();
+    finish.rank = 0;
+    FewTokens expand{};
+    if (adapter.lora_A.has_value()) {
+      const Tensor left = hold(empty({tokens, f.size.rank}, ScalarType::Float));
+      const float* s = f.out.s.const_data_ptr<float>();
+      float* to = left.mutable_data_ptr<float>();
+      if (adapter.rank_scale.has_value()) {
+        const Tensor rho = rank_scales(f.op, adapter);
+        const float* by = rho.const_data_ptr<float>();
+        for (int64_t i = 0; i < tokens * f.size.rank; ++i) to[i] = s[i] * by[i % f.size.rank];
+      } else {
+        for (int64_t i = 0; i < tokens * f.size.rank; ++i) to[i] = s[i] * static_cast<float>(adapter.scaling);
+      }
+      expand = few_tokens_of(f.op, hold(as_contiguous(*adapter.lora_B)), left, base.y, true);
+    }
+    const auto finish_rows = [=, &isa](int64_t begin, int64_t end) {
+      if (expand.rows > 0) isa.few_tokens(expand, begin, end);
+      isa.expand(finish, 0, tokens, begin, end);
+    };
+    if (adapter.groups == nullptr && base.by_rows) {
+      rows.add(base.units, base.work, [multiply = base.multiply, finish_rows](int64_t begin, int64_t end) {
+        multiply(begin, end);
+        finish_rows(begin, end);
+      });
+      continue;
+    }
+    rows.add(base.units, base.work, base.multiply);
+    if (adapter.groups != nullptr)
+      grouped.push_back([&f, wide_x, y = base.y] {
+        grouped_few_tokens(f.op, *f.adapter.groups, wide_x, y, f.out.s);
+      });
+    last.add(f.size.out, tokens * (f.size.rank + 1), finish_rows);
+  }
+  rows.run(kDecodeGrain);
+  for (const auto& add : grouped) add();
+  last.run(kPackGrain);
 }
 
 // Memory to which a TileForward refers, and other operands of one call.
@@ -326,7 +398,7 @@ bool tiles_accept(const ForwardCall& f) {
 
 void run_forward(const ForwardCall& call) {
   if (call.size.tokens == 0) return;
-  if (few_tokens_accept(call)) return forward_few_tokens(call);
+  if (few_tokens_accept(call)) return forward_few_tokens({call});
   if (call.size.out > 0)
     tiles_accept(call) ? forward_on_tiles({call}) : forward_by_products(call);
   else if (call.adapter.low_rank())
@@ -346,16 +418,19 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers) {
   const ScratchOfCall scratch_of_call;
   const Tensor held_x = as_contiguous(x);
-  std::vector<ForwardCall> calls, on_tiles;
+  std::vector<ForwardCall> calls, few, on_tiles;
   for (const Layer& layer : layers) {
     calls.push_back(checked_forward(op, held_x, layer.weight, layer.bias, layer.adapter, false, false));
     const ForwardCall& call = calls.back();
-    if (call.size.tokens == 0 || few_tokens_accept(call) || !tiles_accept(call)) {
-      run_forward(call);
-    } else {
+    if (call.size.tokens > 0 && few_tokens_accept(call)) {
+      few.push_back(call);
+    } else if (call.size.tokens > 0 && tiles_accept(call)) {
       on_tiles.push_back(call);
+    } else {
+      run_forward(call);
     }
   }
+  if (!few.empty()) forward_few_tokens(few);
   if (!on_tiles.empty()) forward_on_tiles(on_tiles);
   std::vector<AdaptedForward> out;
   for (const ForwardCall& call : calls) out.push_back(call.out);

@@ -23,16 +23,6 @@ Tensor rank_scales(const char* op, const Adapter& adapter) {
   return rho;
 }
 
-void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y, bool accumulate) {
-  const Adapter& adapter = f.adapter;
-  if (adapter.groups != nullptr) return grouped_few_tokens(f.op, *adapter.groups, x, y, f.out.s);
-  const Tensor dropped = adapter.dropout.active ? dropped_elements(f.op, x, adapter.dropout) : x;
-  run_few_tokens(f.op, as_contiguous(*adapter.lora_A), dropped, f.out.s, false);
-  const Tensor rho = rank_scales(f.op, adapter);
-  const Tensor left = column_pass(f.op, f.out.s, &rho, 0.0f, nullptr).scaled;
-  run_few_tokens(f.op, as_contiguous(*adapter.lora_B), left, y, accumulate);
-}
-
 RowPass shrink_pass(const ForwardCall& f, const Tensor& a, KeepBits* keep) {
   const LinearSizes& size = f.size;
   RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.rank, f.adapter.dropout);
@@ -192,7 +182,11 @@ AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual
   Tensor term, right;
   if (size.tokens <= kFewTokens && size.in > 0) {
     term = empty({size.tokens, size.out}, ScalarType::Float);
-    few_tokens_low_rank(call, as_type(flat_x, ScalarType::Float), term, false);
+    const Tensor wide = as_type(flat_x, ScalarType::Float), rho = rank_scales(op, adapter);
+    const Tensor dropped = adapter.dropout.active ? dropped_elements(op, wide, adapter.dropout) : wide;
+    run_few_tokens(op, as_contiguous(*adapter.lora_A), dropped, out.s, false);
+    const Tensor left = column_pass(op, out.s, &rho, 0.0f, nullptr).scaled;
+    run_few_tokens(op, as_contiguous(*adapter.lora_B), left, term, false);
     finish.before = term.const_data_ptr<float>();
     finish.rank = 0;
   } else {

@@ -331,7 +331,7 @@ ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, flo
   return result;
 }
 
-void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate) {
+FewTokens few_tokens_of(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate) {
   FewTokens work;
   work.w = w.const_data_ptr();
   work.dtype = dtype_of(op, "weight", w);
@@ -341,6 +341,11 @@ void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tens
   work.x = x.const_data_ptr<float>();
   work.y = y.mutable_data_ptr<float>();
   work.accumulate = accumulate;
+  return work;
+}
+
+void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate) {
+  const FewTokens work = few_tokens_of(op, w, x, y, accumulate);
   const PassKernels& isa = pass_kernels();
   parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
                [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });

@@ -57,6 +57,9 @@ struct ColumnSums {
 };
 ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, float shift, const Tensor* other);
 
+// Returns the arguments of PassKernels::few_tokens. x and y are float32, and w [N, K] is contiguous.
+FewTokens few_tokens_of(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
+
 // Computes y [T, N] = or += x [T, K] wᵀ for few tokens. x and y are float32, and w [N, K] is contiguous.
 void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 

@@ -56,10 +56,12 @@ FewTokensKernels few_tokens_kernels(const FrozenWeight& weight, ScalarType type)
   return {};
 }
 
-// Computes skinny_product for a format other than NF4.
-Tensor format_product(const Tensor& x, const FrozenWeight& weight) {
+// Computes skinny_parts for a format other than NF4.
+FewTokensProduct format_parts(const Tensor& x, const FrozenWeight& weight) {
   const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
-  const Tensor y = empty({tokens, n}, ScalarType::Float);
+  FewTokensProduct product;
+  product.y = empty({tokens, n}, ScalarType::Float);
+  float* to = product.y.mutable_data_ptr<float>();
   const PackedView view = view_of(weight);
   if (const FewTokensKernels few = few_tokens_kernels(weight, x.scalar_type()); few.multiply != nullptr) {
     const int64_t columns = ordered_columns(k);
@@ -67,18 +69,24 @@ Tensor format_product(const Tensor& x, const FrozenWeight& weight) {
     const Tensor sums = empty({tokens, columns / 16}, ScalarType::Float);
     auto* held = static_cast<bf16*>(ordered.mutable_data_ptr());
     few.order(static_cast<const bf16*>(x.const_data_ptr()), tokens, k, held, sums.mutable_data_ptr<float>());
-    parallel_for(0, few.units, ceil_div(kDecodeGrain * few.units, n * k * tokens), [&](int64_t begin, int64_t end) {
-      few.multiply(view, held, sums.const_data_ptr<float>(), tokens, y.mutable_data_ptr<float>(), begin, end);
-    });
-    return y;
+    product.units = few.units;
+    product.work = ceil_div(n * k * tokens, few.units);
+    product.by_rows = few.units == n;
+    product.multiply = [=, from = sums.const_data_ptr<float>()](int64_t begin, int64_t end) {
+      few.multiply(view, held, from, tokens, to, begin, end);
+    };
+    product.held = {ordered, sums};
+    return product;
   }
   const FormatKernels& kernels = format_kernels(weight.layout);
   const Tensor wide = as_contiguous(as_type(x, ScalarType::Float));
-  const float* from = wide.const_data_ptr<float>();
-  float* to = y.mutable_data_ptr<float>();
-  parallel_for(0, n, ceil_div(kDecodeGrain, k * tokens),
-               [&](int64_t begin, int64_t end) { kernels.few_tokens(view, from, tokens, to, begin, end); });
-  return y;
+  product.units = n;
+  product.work = k * tokens;
+  product.multiply = [=, &kernels, from = wide.const_data_ptr<float>()](int64_t begin, int64_t end) {
+    kernels.few_tokens(view, from, tokens, to, begin, end);
+  };
+  product.held = {wide};
+  return product;
 }
 
 }  // namespace
@@ -94,11 +102,12 @@ bool skinny_accepts(const FrozenWeight& weight, ScalarType type, int64_t tokens)
          weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
 }
 
-Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
+FewTokensProduct skinny_parts(const char* op, const Tensor& x, const FrozenWeight& weight) {
   const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
-  if (!weight.is_nf4()) return format_product(x, weight);
+  if (!weight.is_nf4()) return format_parts(x, weight);
   const SkinnyKernel kernel = skinny_kernel(x.scalar_type() == ScalarType::BFloat16);
-  Tensor y = empty({tokens, n}, ScalarType::Float);
+  FewTokensProduct product;
+  product.y = empty({tokens, n}, ScalarType::Float);
   Nf4Skinny work;
   work.packed = weight.weight.const_data_ptr<uint8_t>();
   work.block_shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize()));
@@ -120,23 +129,31 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
     held = as_contiguous(as_type(x, ScalarType::Float));
     work.x = held.const_data_ptr<float>();
   }
-  work.y = y.mutable_data_ptr<float>();
-  const Scales scales(weight);
+  work.y = product.y.mutable_data_ptr<float>();
+  // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel takes
+  // the rows of these blocks. Without double quantization, the kernel takes all rows at once.
   const bool nested = nested_scales(weight) > 0;
-  parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
-    // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel takes
-    // the rows of these blocks. Without double quantization, the kernel takes all rows at once.
-    const int64_t rows = nested ? skinny_chunk(weight) : end - begin;
-    std::vector<float> buffer(nested ? static_cast<size_t>(rows * k / weight.blocksize() + 2) : 0);
-    for (int64_t first = begin; first < end; first += rows) {
-      const int64_t last = min_i64(first + rows, end);
+  const int64_t chunk = nested ? skinny_chunk(weight) : n, blocksize = weight.blocksize();
+  const size_t room = nested ? static_cast<size_t>(chunk * k / blocksize + 2) : 0;
+  product.units = n;
+  product.work = k * tokens;
+  product.multiply = [=, scales = Scales(weight)](int64_t begin, int64_t end) {
+    std::vector<float> buffer(room);
+    for (int64_t first = begin; first < end; first += chunk) {
+      const int64_t last = min_i64(first + chunk, end);
       Nf4Skinny part = work;
-      part.absmax =
-          scales.decode(first * k / weight.blocksize(), ceil_div(last * k, weight.blocksize()), buffer.data());
+      part.absmax = scales.decode(first * k / blocksize, ceil_div(last * k, blocksize), buffer.data());
       kernel.run(part, first, last);
     }
-  });
-  return y;
+  };
+  product.held = {held};
+  return product;
+}
+
+Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
+  const FewTokensProduct product = skinny_parts(op, x, weight);
+  parallel_for(0, product.units, ceil_div(kDecodeGrain, product.work), product.multiply);
+  return product.y;
 }
 
 }  // namespace peft_ext

@@ -32,7 +32,7 @@ from .known import KNOWN
 from .linear import MANY_TOKENS, FusedLinear, is_ahead
 from .reasons import any_global_hook, kernel_reason
 
-__all__ = ["Facts", "clear_plans", "direct", "is_few", "kernel_of", "plan_of", "together"]
+__all__ = ["Facts", "Kernel", "clear_plans", "direct", "is_few", "kernel_of", "listed", "plan_of", "together"]
 
 # Hooks on the backward never run in a call without a gradient.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -202,6 +202,12 @@ def together(calls: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], 
     kernel, else a call of each layer."""
     if not all(type(call) is Kernel for call in calls) or kernel_reason("lora_linears", "cpu") is not None:
         return lambda x: [call(x) for call in calls]
+    layers, count = listed(calls), len(calls)
+    return lambda x: _several(x, *layers)[:count]
+
+
+def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float]]:
+    """Returns the layers of the calls as the lists of ``lora_linears``."""
     tensors: list[Tensor] = []
     sizes: list[int] = []
     numbers: list[float] = []
@@ -212,8 +218,7 @@ def together(calls: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], 
         tensors += [value for value in held if value is not None]
         sizes += [sum(1 << bit for bit, value in enumerate(held) if value is not None), layout, *shape]
         numbers += (scaling, 0.0)
-    count = len(calls)
-    return lambda x: _several(x, tensors, sizes, numbers)[:count]
+    return tensors, sizes, numbers
 
 
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -31,6 +31,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "gate": ("act",),
     "attention": ("inputs", "interface", "forward", "norms", "o", "cache", "options"),
     "projections": ("inputs",),
+    "decoder_layer": ("norms", "attention", "mlp", "passes"),
+    "cache": (),
+    "cache_layer": (),
     "sdpa": ("bias",),
     "causal_loss": (),
 }

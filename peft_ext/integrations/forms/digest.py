@@ -37,6 +37,8 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dt
 _TORCH = str(Path(torch.__file__).parent) + "/"
 # Modules of transformers whose decorators call the decorated function, with arguments renamed or after a warning.
 _TRANSPARENT = ("transformers.utils.deprecation", "transformers.utils.generic", "transformers.utils.output_capturing")
+# The module of transformers whose decorator checkpoints the decorated forward.
+_CHECKPOINTS = ("transformers.modeling_layers",)
 # Methods by which a class can change its attributes or its calls without a trace in its forward. A module class that
 # overrides one of the methods in _OWN_WAYS has no form.
 _OWN_WAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
@@ -140,6 +142,8 @@ class _Walk:
         """Returns the key of a Python function. ``kind``: the class that defines the function, if it is a method."""
         if not isinstance(function, types.FunctionType):
             raise Unknown(f"{_name(function)} is no Python function")
+        if _is_checkpointed(function):
+            return "checkpointed", _canonical(_tree(function)), self.function(function.__wrapped__, kind)
         if _is_transparent(function):
             return "wrapped", function.__code__.co_qualname, self.function(function.__wrapped__, kind)
         code = function.__code__
@@ -259,13 +263,26 @@ def _is_transformers_class(kind: type) -> bool:
 
 def _is_transparent(function: types.FunctionType) -> bool:
     """Returns whether a function is a wrapper, made by a decorator of transformers, that calls the wrapped function."""
+    return _is_wrapper_of(function, _TRANSPARENT)
+
+
+def _is_checkpointed(function: types.FunctionType) -> bool:
+    """Returns whether a function is the wrapper by which transformers checkpoints the forward of a decoder layer.
+
+    Without a gradient, the wrapper only calls the wrapped function.
+    """
+    return _is_wrapper_of(function, _CHECKPOINTS)
+
+
+def _is_wrapper_of(function: types.FunctionType, modules: tuple[str, ...]) -> bool:
+    """Returns whether one of the modules defines ``function``, which wraps another function of its closure."""
     inner = getattr(function, "__wrapped__", None)
     if not isinstance(inner, types.FunctionType) or not any(
         cell.cell_contents is inner for cell in _set_cells(function)
     ):
         return False
     file = function.__code__.co_filename
-    return any(file == getattr(sys.modules.get(name), "__file__", None) for name in _TRANSPARENT)
+    return any(file == getattr(sys.modules.get(name), "__file__", None) for name in modules)
 
 
 def _asks_for_the_environment(value: Any, name: str, function: types.FunctionType) -> bool:

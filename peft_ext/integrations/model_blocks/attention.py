@@ -33,6 +33,7 @@ from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
 from ..forms import Row, row_of
 from .block import Block, device_of
+from .cache import Room, appended, room_for
 
 ALL_ATTENTION_FUNCTIONS: Any = None
 _IS_REGISTERED = False
@@ -200,9 +201,10 @@ class Attention(Block):
         options = {name: found[attribute] for name, attribute in known.options}
         attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
         return SimpleNamespace(
-            projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim, scaling=self.scaling,
-            options=options, attends=attends,
-            rotates=known.names[_ROTATES], are_direct=q is not layers[0] and k is not layers[1] and not norms,
+            layers=(q, k, v, o), projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim,
+            kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, options=options,
+            attends=attends, rotates=known.names[_ROTATES],
+            are_direct=q is not layers[0] and k is not layers[1] and not norms,
         )  # fmt: skip
 
     def _rotary_few(
@@ -220,12 +222,11 @@ class Attention(Block):
             per_head = known.norms == "head"
             q, k = (q_norm(q.view(heads)), k_norm(k.view(heads))) if per_head else (q_norm(q), k_norm(k))
         q, k = q.view(heads).transpose(1, 2), k.view(heads).transpose(1, 2)
-        fits = cos.dtype is sin.dtype is x.dtype and cos.shape == sin.shape and cos.shape == (batch, tokens, plan.size)
-        if fits and plan.are_direct and cos.device == x.device == sin.device:
+        if plan.are_direct and _are_positions(cos, sin, x, plan.size):
             q, k = _rotate(q, k, cos, sin)
         else:
             q, k = (ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else plan.rotates)(q, k, cos, sin)
-        k, v = self._appended(given, k, v, cos, sin)
+        k, v = self._appended(given, k, v, cos, sin, few=True)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
         if attend is sdpa_attention_forward and plan.attends and tokens <= _FEW_QUERIES:
             if _is_plain_call(given) and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
@@ -233,14 +234,37 @@ class Attention(Block):
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
         return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
 
-    def _appended(self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any]) -> Optional[Room]:
+        """Returns room in the cache for the tokens of x, if :meth:`_rotary_few` would call the operators alone, so that
+        the operator decoder_layer can stand for the whole layer; else None."""
+        known, tokens = self.peft_ext_known, x.shape[1]
+        cos, sin = given["position_embeddings"]
+        cache, mask = given.get(known.cache_name), given.get("attention_mask")
+        if cache is None or tokens > _FEW_QUERIES or not _are_positions(cos, sin, x, plan.size):
+            return None
+        others = {name: value for name, value in given.items() if name not in (known.cache_name, "attention_mask")}
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
+        if attend is not sdpa_attention_forward or not _is_plain_call(others):
+            return None
+        if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
+            return None
+        room = room_for(cache, self.layer_idx, (x.shape[0], plan.kv_heads, tokens, plan.size), x.dtype)
+        if room is None or not _sees(mask, x.shape[0], tokens, room.past + tokens):
+            return None
+        return None if _has_fast_tiles(x.dtype, room.past + tokens) else room
+
+    def _appended(
+        self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, few: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Takes the cache out of the arguments ``given``, appends k and v to the cache, and returns all keys and
-        values; without a cache, returns k and v."""
+        values; without a cache, returns k and v. ``few``: whether k and v are of few tokens without a gradient."""
         known = self.peft_ext_known
         cache = given.pop(known.cache_name, None)
         positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
         if cache is None:
             return k, v
+        if few and (found := appended(cache, self.layer_idx, k, v)) is not None:
+            return found
         if known.cache_style == "kwargs":
             return cache.update(k, v, self.layer_idx, kwargs=given)
         if known.cache_style == "positions":
@@ -250,6 +274,15 @@ class Attention(Block):
 
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
 _OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})
+
+
+def _are_positions(cos: Tensor, sin: Tensor, x: Tensor, size: int) -> bool:
+    """Returns whether cos and sin are of x's dtype and device, for each token of x, and for heads of ``size``."""
+    shape = cos.shape
+    return (
+        cos.dtype is sin.dtype is x.dtype and shape == sin.shape and len(shape) == 3 and shape[0] in (1, x.shape[0])
+        and shape[1:] == (x.shape[1], size) and cos.device == x.device == sin.device
+    )  # fmt: skip
 
 
 def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
@@ -432,15 +465,21 @@ def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Te
     batch, heads, queries, size = q.shape
     if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1] or size > _LARGEST_HEAD:
         return None
-    if mask is None and queries > 1:
-        return None
-    if mask is not None and not (
-        isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, k.shape[2])
-    ):
-        return None
-    if _tiles_are_ahead(q, k, 0.0, False):
+    if not _sees(mask, batch, queries, k.shape[2]) or _has_fast_tiles(q.dtype, k.shape[2]):
         return None
     return _attention(q, k, v, mask, False, scaling, 0.0, None, None)[0].transpose(1, 2)
+
+
+def _sees(mask: Any, batch: int, queries: int, keys: int) -> bool:
+    """Returns whether each query sees the keys of a boolean mask, or a single query sees all keys."""
+    if mask is None:
+        return queries == 1
+    return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, keys)
+
+
+def _has_fast_tiles(dtype: torch.dtype, keys: int) -> bool:
+    """Returns whether PyTorch's own attention of few queries is faster because it uses AMX tiles."""
+    return _isa() == "amx" and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[False]
 
 
 def by_operator(

@@ -1,4 +1,4 @@
-"""The base class of fused blocks: modules whose forward is a known form, under a class that runs fused operators.
+"""The base classes of fused blocks: modules whose forward is a known form, under a class that runs fused operators.
 
 The fused class is a subclass of the module's class, is made once per stock class and row of the table of forms, and
 adds no state to an instance. The model's own code runs if the fused forward does not accept a call, or if the module no
@@ -19,7 +19,7 @@ from ..adapter_layers.few_tokens import Facts
 from ..adapter_layers.reasons import accepts_input, forward_is_replaced, replaced_on_instance
 from ..forms import Form, Row, row_of
 
-__all__ = ["Block", "class_of"]
+__all__ = ["Block", "Fused", "class_of"]
 
 
 class Known(types.SimpleNamespace):
@@ -28,11 +28,11 @@ class Known(types.SimpleNamespace):
 
 
 class Block:
-    """The base class of the fused classes of model blocks (norms, MLPs, attentions, dropouts).
+    """The base class of the fused classes of model blocks (decoder layers, norms, MLPs, attentions, dropouts).
 
-    A subclass defines ``block_reason`` and ``_fused``, or its own ``block_parts`` and ``forward``. A fused class keeps
-    the facts of its row of the table of forms in one attribute, ``peft_ext_known``. No child module may be named
-    ``peft_ext_known``, because a class attribute hides a child module of the same name.
+    A subclass defines ``block_reason`` or its own ``block_parts``. A fused class keeps the facts of its row of the
+    table of forms in one attribute, ``peft_ext_known``. No child module may be named ``peft_ext_known``, because a
+    class attribute hides a child module of the same name.
     """
 
     stock_class: type
@@ -84,6 +84,16 @@ class Block:
         or None."""
         yield self.block_kind, self.block_reason()
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # Pickle can't find a class that was made at run time, so unpickling makes the class again from the stock class.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (type(self).__mro__[1], self.stock_class, self.peft_ext_known.row), *state
+
+
+class Fused(Block):
+    """The base class of blocks of one input. A subclass defines ``_fused``, which computes the block where
+    ``block_reason`` is None."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
         # stock class.
@@ -94,11 +104,6 @@ class Block:
 
     def _fused(self, x: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # Pickle can't find a class that was made at run time, so unpickling makes the class again from the stock class.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (type(self).__mro__[1], self.stock_class, self.peft_ext_known.row), *state
 
 
 # Maps a mixin, a stock class and a row to the fused class made of the three.

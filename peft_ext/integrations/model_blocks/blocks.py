@@ -17,6 +17,8 @@ from ..forms import Form, Row, Rows
 from ..forms.activations import activation_name, refresh
 from .attention import Attention, look_at_sdpa, set_view, take_view
 from .block import Block, class_of, device_of
+from .cache import forget_caches
+from .decoder_layer import DecoderLayer
 from .dropout import Dropout, dropouts_of_adapters
 from .mlp import Mlp
 from .norm import LayerNorm, RMSNorm
@@ -24,8 +26,8 @@ from .norm import LayerNorm, RMSNorm
 __all__ = ["MIXINS", "block_parts", "fuse_blocks", "plain_blocks"]
 
 MIXINS: dict[str, type[Block]] = {
-    "attention": Attention, "dropout": Dropout, "layer_norm": LayerNorm, "mlp": Mlp, "projections": Attention,
-    "rms_norm": RMSNorm,
+    "attention": Attention, "decoder_layer": DecoderLayer, "dropout": Dropout, "layer_norm": LayerNorm, "mlp": Mlp,
+    "projections": Attention, "rms_norm": RMSNorm,
 }  # fmt: skip
 _COPIED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _NOT_ACCELERATED = "accelerate(model) was not called on it, or with blocks=False"
@@ -82,6 +84,7 @@ def fuse_blocks(model: nn.Module) -> None:
     refresh()
     look_at_sdpa()
     clear_plans()
+    forget_caches()
     for module in model.modules():
         if module in skipped:
             continue
@@ -99,6 +102,7 @@ def fuse_blocks(model: nn.Module) -> None:
 def plain_blocks(model: nn.Module) -> None:
     """Undoes :func:`fuse_blocks`."""
     clear_plans()
+    forget_caches()
     for module in model.modules():
         if isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)

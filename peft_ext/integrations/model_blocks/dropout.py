@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..adapter_layers.reasons import accepts_input, kernel_reason
-from .block import Block
+from .block import Fused
 
 __all__ = ["Dropout", "dropouts_of_adapters"]
 
 
-class Dropout(Block):
+class Dropout(Fused):
     """A fused nn.Dropout on a CPU. The dropouts of LoRA and AdaLoRA layers do not get this class."""
 
     block_kind = "dropout"

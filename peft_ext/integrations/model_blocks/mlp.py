@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,30 @@ from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, ker
 from ..adapter_layers.recompute import computed_again
 from ..forms import Row
 from ..forms.activations import activation_name
-from .block import Block, device_of
+from .block import Fused, device_of
 
 __all__ = ["Mlp"]
 
 _gated = kernel_of("gated_activation")
 
 
-class Mlp(Block):
+class MlpCall(NamedTuple):
+    """The computation of a gated MLP of few tokens."""
+
+    layers: tuple[Callable[[Tensor], Tensor], ...]  # gate, up and down
+    both: Callable[[Tensor], Any]  # computes gate and up
+    are_direct: bool  # whether gate and up are known layers
+    act: nn.Module
+    number: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        one, other = self.both(x)
+        if not (self.are_direct or (is_few(one) and is_few(other) and one.dtype is other.dtype is x.dtype)):
+            return self.layers[2](self.act(one) * other)
+        return self.layers[2](_gated(one, other, self.number))
+
+
+class Mlp(Fused):
     """A fused MLP.
 
     Facts of its row: ``inner``, the names of the first layer, or of gate and up; ``out``, the name of the last layer;
@@ -67,10 +83,10 @@ class Mlp(Block):
         if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, Mlp):
             if (run := plan_of(self, args[0], self._few)) is not None:
                 return run(args[0])
-        return Block.forward(self, *args, **kwargs)
+        return Fused.forward(self, *args, **kwargs)
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
-        """Returns the function that computes the MLP for few tokens; None if the MLP has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Optional[MlpCall]:
+        """Returns the computation of the MLP for few tokens; None if the MLP has no plan."""
         known = self.peft_ext_known
         out, act = facts.child(self, known.out), facts.child(self, known.act)
         inner = [facts.child(self, name) for name in known.inner]
@@ -83,15 +99,8 @@ class Mlp(Block):
                 facts.value(act.__dict__, attribute)
         number = ACTIVATIONS.index(name)
         gate, up, down = (direct(facts, layer, x) for layer in (*inner, out))
-        both, are_direct = together((gate, up)), gate is not inner[0] and up is not inner[1]
-
-        def run(x: Tensor) -> Tensor:
-            one, other = both(x)
-            if not (are_direct or (is_few(one) and is_few(other) and one.dtype is other.dtype is x.dtype)):
-                return down(act(one) * other)
-            return down(_gated(one, other, number))
-
-        return run
+        are_direct = gate is not inner[0] and up is not inner[1]
+        return MlpCall((gate, up, down), together((gate, up)), are_direct, act, number)
 
     def _fused(self, x: Tensor) -> Tensor:
         known, modules = self.peft_ext_known, self._modules

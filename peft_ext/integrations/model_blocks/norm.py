@@ -4,7 +4,7 @@ float32 copy of x."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ...ops.checks import autocast_dtype
 from ..adapter_layers.few_tokens import Facts, is_few, kernel_of, plan_of
 from ..adapter_layers.reasons import kernel_reason, plain_types, tensor_reason
 from ..forms import Row
-from .block import Block, strides_of
+from .block import Fused, strides_of
 
 __all__ = ["LEAST", "LayerNorm", "RMSNorm"]
 
@@ -24,7 +24,7 @@ _rms_norm = kernel_of("rms_norm")
 LEAST = {torch.bfloat16: 1 << 17, torch.float16: 1 << 17, torch.float32: 1 << 20}
 
 
-class Norm(Block):
+class Norm(Fused):
     """The base class of fused norms over the last dimension."""
 
     def _norm_reason(self, operator: str, eps: Any, *names: str) -> Optional[str]:
@@ -40,6 +40,18 @@ class Norm(Block):
             return f"its eps is a {type(eps).__name__}, wanted a number"
         weight = self._parameters[names[0]]
         return "it has no weight" if weight is None else kernel_reason(operator, weight.device.type)
+
+
+class NormCall(NamedTuple):
+    """A call of the kernel of an RMSNorm for a contiguous x."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+    rounds: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _rms_norm(x, *self)[0]
 
 
 class RMSNorm(Norm):
@@ -62,18 +74,17 @@ class RMSNorm(Norm):
         if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, RMSNorm):
             if (run := plan_of(self, args[0], self._few)) is not None:
                 return run(args[0])
-        return Block.forward(self, *args, **kwargs)
+        return Fused.forward(self, *args, **kwargs)
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
-        """Returns the function that calls the kernel for a contiguous x; None if the norm has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Optional[NormCall]:
+        """Returns the call of the kernel for a contiguous x; None if the norm has no plan."""
         known = self.peft_ext_known
         weight, eps = facts.tensor(self._parameters, known.weight), facts.value(self.__dict__, known.eps)
         if not self.holds(facts) or self.block_reason() is not None or type(weight) not in plain_types():
             return None
         if x.shape[-1] != weight.shape[0] or x.dtype is not weight.dtype:
             return None
-        args = (weight, float(eps), float(known.adds_one), known.rounds)
-        return lambda x: _rms_norm(x, *args)[0]
+        return NormCall(weight, float(eps), float(known.adds_one), known.rounds)
 
     def _fused(self, x: Tensor) -> Tensor:
         known = self.peft_ext_known

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from ..forms import KINDS, REGISTERED, Form, Row, Unknown, form_of, holds_for
 from .attention import ALL_ATTENTION_FUNCTIONS, by_operator
 from .block import class_of
 from .blocks import MIXINS
+from .decoder_layer import layer_of_parts
 from .norm import LEAST
 
 __all__ = ["disproof", "proposals", "register_form"]
@@ -40,6 +42,7 @@ _ULPS = {
     "attention": (24, 48),
     "activation": (24, 24),
     "gate": (24, 24),
+    "decoder_layer": (8, 8),
 }
 _K, _F = 24, 20
 
@@ -47,12 +50,14 @@ _K, _F = 24, 20
 def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
     """Returns why the formula of ``row`` does not stand for the code of ``cls``, such as an input for which the two
     differ; None if they agree for all inputs of the proof."""
+    if row.kind in ("cache", "cache_layer"):
+        return _cache_disproof(cls, row.kind)
     if form.writes:
         return "its forward assigns to attributes of the module"
     if row.kind in ("sdpa", "causal_loss"):
         return _sdpa_disproof(cls) if row.kind == "sdpa" else _loss_disproof(cls)
     known = _reads_of(row)
-    if row.kind != "attention" and (form.passes_itself or set(form.reads) - known):
+    if row.kind not in ("attention", "decoder_layer") and (form.passes_itself or set(form.reads) - known):
         others = sorted(set(form.reads) - known)
         return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
     with torch.device("cpu"), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
@@ -123,6 +128,11 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
         made.act_fn = nn.SiLU()
     elif row.kind == "attention":
         _fill_attention(made, row)
+    elif row.kind == "decoder_layer":
+        for name in row.names("norms"):
+            setattr(made, name, nn.LayerNorm(_K))
+        setattr(made, row.get("attention"), _NotedAttention())
+        setattr(made, row.get("mlp"), nn.Linear(_K, _K))
     made = made.to(dtype)
     return made.train(training)
 
@@ -155,6 +165,18 @@ def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any
     return out, out.sum(-1)
 
 
+class _NotedAttention(nn.Module):
+    """The attention of a decoder layer of the proof; it records a summary of its arguments in ``_CALLS``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(_K, _K)
+
+    def forward(self, *args: Any, hidden_states: Tensor, **given: Any) -> tuple[Tensor, str]:
+        _CALLS.append((_told(args), _told(given)))
+        return self.layer(hidden_states), "weights"
+
+
 def _inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple, dict]]]]:
     """Yields a description of each input, and a function from a dtype to the input's positional and keyword
     arguments."""
@@ -169,6 +191,10 @@ def _inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple
                 f"cache {caching}",
                 lambda dtype, caching=caching: ((), _attention_arguments(row, drawn, dtype, caching)),
             )
+        return
+    if row.kind == "decoder_layer":
+        given = {name: torch.arange(3) for name in row.names("passes")}
+        yield "all arguments", lambda dtype: ((drawn(2, 3, _K).to(dtype),), {**given, "one_more": 5})
         return
     spikes = drawn(3, 5, width)
     spikes[..., 2] = 3e4
@@ -274,6 +300,9 @@ def _called(cls: type, row: Row, form: Form, module: Any, ours: bool) -> Callabl
         return (lambda x: ops.activation(x, name)) if ours else (lambda x: cls.forward(module, x))
     if row.kind == "gate":
         return (lambda x: ops.gated_activation(x, None, "silu")) if ours else (lambda x: cls._apply_gate(module, x))
+    if row.kind == "decoder_layer" and ours:
+        parts = [getattr(module, name) for name in (*row.names("norms"), row.get("attention"), row.get("mlp"))]
+        return lambda x, **given: layer_of_parts(x, parts[0], parts[2], parts[1], parts[3], given)
     if not ours:
         return lambda *args, **kwargs: cls.forward(module, *args, **kwargs)
     fused = object.__new__(class_of(MIXINS[row.kind], cls, row, form))
@@ -377,6 +406,20 @@ def _sdpa_disproof(function: Callable) -> Optional[str]:
     return None
 
 
+def _cache_disproof(cls: type, kind: str) -> Optional[str]:
+    """Returns how the ``update`` of a cache, or of a layer of a cache, differs from a concatenation, or None."""
+    held = cls()
+    wanted = [torch.empty(2, 3, 0, 8), torch.empty(2, 3, 0, 8)]
+    for tokens in (5, 1, 2):
+        new = [torch.randn(2, 3, tokens, 8) for _ in range(2)]
+        wanted = [torch.cat(both, 2) for both in zip(wanted, new, strict=True)]
+        found = held.update(*new, 0) if kind == "cache" else held.update(*new)
+        layer = held.layers[0] if kind == "cache" else held
+        if not all(map(torch.equal, found, wanted)) or layer.keys is not found[0] or layer.values is not found[1]:
+            return "its keys and values are not the given ones behind the earlier ones"
+    return None
+
+
 def _loss_disproof(function: Callable) -> Optional[str]:
     """Returns how a loss function and the operator linear_cross_entropy differ, or None.
 
@@ -428,6 +471,7 @@ def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
             for gated in ("yes", "no") if len(inner) == 1 else ("yes",):
                 formula = {"inner": ",".join(inner), "out": out, "act": acts[0], "gated": gated}
                 yield "mlp", {**formula, "drop": drop} if drop else formula
+    yield from _layers(cls, reads)
     if not form.passes_itself and reads <= {"act", "approximate", "inplace"}:
         if reads == {"act"}:
             yield "activation", {"inner": "act"}
@@ -438,6 +482,23 @@ def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
             for function in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
                 yield "activation", {"function": function, **needs}
                 yield "activation", {"function": function, "dtypes": "float32,bfloat16", **needs}
+
+
+_PASSED = {"attention_mask", "position_embeddings", "position_ids", "use_cache"}
+
+
+def _layers(cls: type, reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the formulas of a layer with a cache whose forward reads two norms, an attention and an MLP."""
+    norms = sorted(name for name in reads if "norm" in name)
+    attention = sorted(name for name in reads - set(norms) if "attn" in name or "attention" in name)
+    rest = sorted(reads - set(norms) - set(attention))
+    takes = set(inspect.signature(cls.forward).parameters)
+    if (len(norms), len(attention), len(rest)) != (2, 1, 1) or not {"cache", "past_key_values"} & takes:
+        return
+    passes = ",".join(sorted(takes & {*_PASSED, "cache", "past_key_values"}))
+    for order in itertools.permutations(norms):
+        parts = {"norms": ",".join(order), "attention": attention[0], "mlp": rest[0]}
+        yield "decoder_layer", {**parts, "passes": passes}
 
 
 def proposed(cls: type) -> tuple[Optional[Row], str]:

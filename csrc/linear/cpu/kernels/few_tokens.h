@@ -71,7 +71,39 @@ inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, 
   }
 }
 
+// Computes the rows [begin, end) for float32 rows of kVecs vectors, as those of B. x stays in registers, and there is
+// no loop over the columns. The bits are those of few_tokens_row.
+template <int kCount, int kVecs>
+void few_tokens_short_rows(const FewTokens& work, const float* x, int64_t first, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = kVecs * Vec::kWidth;
+  Vec values[kCount][kVecs];
+  for (int t = 0; t < kCount; ++t)
+    for (int i = 0; i < kVecs; ++i) values[t][i] = Vec::load(x + t * kColumns + i * Vec::kWidth);
+  const float* row = static_cast<const float*>(work.w) + begin * kColumns;
+  for (int64_t n = begin; n < end; ++n, row += kColumns) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kCount; ++t) {
+      Vec sum = Vec::zero();
+#pragma GCC unroll 3
+      for (int i = 0; i < kVecs; ++i) sum = Vec::fma(Vec::load(row + i * Vec::kWidth), values[t][i], sum);
+      float& y = work.y[(first + t) * work.rows + n];
+      y = work.accumulate ? y + sum.sum() : sum.sum();
+    }
+  }
+}
+
 void few_tokens(const FewTokens& work, int64_t begin, int64_t end) {
+  const int64_t vecs = work.columns % Vec::kWidth == 0 ? work.columns / Vec::kWidth : 0;
+  if (work.dtype == DType::kF32 && vecs >= 1 && vecs <= 3) {
+    for_token_groups(work.tokens, [&](auto count, int64_t first) {
+      constexpr int kCount = decltype(count)::kCount;
+      const float* x = work.x + first * work.columns;
+      if (vecs == 1) return few_tokens_short_rows<kCount, 1>(work, x, first, begin, end);
+      if (vecs == 2) return few_tokens_short_rows<kCount, 2>(work, x, first, begin, end);
+      few_tokens_short_rows<kCount, 3>(work, x, first, begin, end);
+    });
+    return;
+  }
   with_dtype(work.dtype, [&](auto zero) {
     using T = decltype(zero);
     for_token_groups(work.tokens, [&](auto count, int64_t first) {

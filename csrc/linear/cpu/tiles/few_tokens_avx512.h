@@ -26,13 +26,17 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
     }
 }
 
-// Multiplies kRows rows at a time, so that one load of x serves all kRows rows. x is packed with the tokens side by
-// side, and is read from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
+// Multiplies kRows rows at a time, so that one load of x serves all kRows rows. For one token kRows is 1, because
+// memory is read faster in order than in several rows at a time. x is packed with the tokens side by side, and is read
+// from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
   // A sum must wait for the previous product. Several independent sums keep the multiplier busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
+  // Distance of the prefetched memory in bytes. Several rows at a time are too many streams for the hardware
+  // prefetcher, so the kernel prefetches the rows that it multiplies next.
+  const int64_t ahead = kRows == 1 ? 4096 : kRows * k * static_cast<int64_t>(sizeof(bf16));
   __m512 sums[kRows][kTokens][kSums];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -42,6 +46,9 @@ inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
       for (int s = 0; s < kSums; ++s) sums[r][t][s] = _mm512_setzero_ps();
   const auto step = [&](int64_t j, int s, __mmask32 inside) {
     __m512bh w[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+      _mm_prefetch(reinterpret_cast<const char*>(work.w + (row + r) * k + j) + ahead, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
       w[r] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, work.w + (row + r) * k + j));
@@ -71,7 +78,7 @@ inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
 
 template <int kTokens>
 inline void few_tokens_of(const TileFewTokens& work, int64_t begin, int64_t end) {
-  constexpr int kRows = kTokens == 1 ? 2 : kTokens <= 6 ? 4 : 3;
+  constexpr int kRows = kTokens == 1 ? 1 : kTokens <= 6 ? 4 : 3;
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) few_tokens_block<kTokens, kRows>(work, row);
   for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row);

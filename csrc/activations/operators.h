@@ -1,0 +1,12 @@
+// The CPU function of gated activations that the operator decoder_layer calls.
+#pragma once
+
+#include <optional>
+
+#include "cpu/tensor.h"
+
+namespace peft_ext {
+
+Tensor gated_activation_cpu(Tensor gate, std::optional<Tensor> up, int64_t activation);
+
+}  // namespace peft_ext

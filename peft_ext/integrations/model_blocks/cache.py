@@ -1,0 +1,114 @@
+"""Appends the keys and values of few tokens to transformers' dynamic cache without a copy of the earlier tokens.
+
+Stock's ``DynamicLayer.update`` concatenates, so that each step copies the whole cache. Here a layer's keys and values
+lie in memory with room for later tokens, and ``keys`` and ``values`` of the layer are views of the filled part. A
+tensor that the layer held before keeps its values: tokens are written behind a view only while the layer holds this
+very view.
+
+Stock's update runs for a cache or a layer whose ``update`` is no known form, and for tensors that do not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..forms import row_of
+
+__all__ = ["Room", "appended", "forget_caches", "room_for"]
+
+_LEAST_ROOM = 64  # number of later tokens for which there is room, at least
+
+
+class _Held(NamedTuple):
+    """The memory of one tensor of a layer, and the view that the layer holds."""
+
+    memory: Tensor
+    view: Tensor
+
+
+# The memory of each layer's keys and values. A cache does not hold the memory itself, so that copies of a cache and
+# saved caches have nothing that stock's caches have not.
+_HELD: WeakKeyDictionary[Any, tuple[_Held, _Held]] = WeakKeyDictionary()
+# Maps a class to its ``update``, and to whether this function is a known form.
+_KNOWN: dict[type, tuple[Any, bool]] = {}
+
+
+def forget_caches() -> None:
+    """Drops the memory beside the caches, and what is known about the classes of caches."""
+    _HELD.clear()
+    _KNOWN.clear()
+
+
+class Room(NamedTuple):
+    """Room in a cache: keys and values ``[B, H, capacity, D]``, of which ``past`` tokens are filled."""
+
+    layer: Any
+    keys: Tensor
+    values: Tensor
+    past: int
+
+    def fill(self, count: int) -> tuple[Tensor, Tensor]:
+        """Gives the layer ``count`` more tokens, which the caller has written, and returns all keys and values."""
+        held = tuple(_Held(memory, memory.narrow(2, 0, self.past + count)) for memory in (self.keys, self.values))
+        self.layer.keys, self.layer.values = held[0].view, held[1].view
+        _HELD[self.layer] = held
+        return held[0].view, held[1].view
+
+
+def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Optional[Room]:
+    """Returns room for keys and values of the shape ``[B, H, T, D]`` in the layer ``index`` of the cache; None where
+    stock's update has to run."""
+    if not _is_known(type(cache), "cache") or cache.offloading:
+        return None
+    layers = cache.layers
+    if type(layers) is not list or index >= len(layers):
+        return None
+    layer = layers[index]
+    if not _is_known(type(layer), "cache_layer") or not layer.is_initialized:
+        return None
+    keys, values = layer.keys, layer.values
+    held = _HELD.get(layer)
+    if held is not None and held[0].view is keys and held[1].view is values:
+        memory = held[0].memory
+        past, fits = keys.shape[2], keys.dtype is dtype and keys.shape[1] == shape[1] and keys.shape[0] == shape[0]
+        if fits and past + shape[2] <= memory.shape[2] and memory.is_inference() == torch.is_inference_mode_enabled():
+            return Room(layer, memory, held[1].memory, past) if keys.shape[3] == shape[3] else None
+    if type(keys) is not Tensor or type(values) is not Tensor or keys.dim() != 4 or keys.shape != values.shape:
+        return None
+    batch, heads, past, size = keys.shape
+    if (batch, heads, size) != (shape[0], shape[1], shape[3]) or not keys.dtype is values.dtype is dtype:
+        return None
+    if keys.device.type != "cpu" or values.device.type != "cpu" or keys.requires_grad or values.requires_grad:
+        return None
+    capacity = past + shape[2] + max(_LEAST_ROOM, past // 4)
+    memories = []
+    for tensor in (keys, values):
+        memories.append(tensor.new_empty((batch, heads, capacity, size)))
+        memories[-1].narrow(2, 0, past).copy_(tensor)
+    return Room(layer, *memories, past)
+
+
+def appended(cache: Any, index: int, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Tensor]]:
+    """Appends k and v ``[B, H, T, D]`` to the layer ``index`` of the cache, and returns all keys and values; returns
+    None, without a change, where stock's update has to run."""
+    if k.shape != v.shape or k.dtype is not v.dtype or k.dim() != 4:
+        return None
+    if (room := room_for(cache, index, tuple(k.shape), k.dtype)) is None:
+        return None
+    count = k.shape[2]
+    room.keys.narrow(2, room.past, count).copy_(k)
+    room.values.narrow(2, room.past, count).copy_(v)
+    return room.fill(count)
+
+
+def _is_known(kind: type, wanted: str) -> bool:
+    """Returns whether the ``update`` of a class is a known form of the kind ``wanted``."""
+    update, known = kind.update, _KNOWN.get(kind)
+    if known is None or known[0] is not update:
+        row = row_of(kind, "update")
+        known = _KNOWN[kind] = update, not isinstance(row, str) and row[0].kind == wanted
+    return known[1]

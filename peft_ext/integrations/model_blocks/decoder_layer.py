@@ -1,0 +1,115 @@
+"""A decoder layer for few tokens without a gradient, as in generation: one plan for all of its blocks.
+
+    h = x + attention(norm₁(x))        y = h + mlp(norm₂(h))
+
+The plan of the layer has the plans of its blocks and one list of facts, so that a call of the layer compares the facts
+once, and calls no module. If all parts are kernels and the cache has room for the tokens, one operator computes the
+layer. The layer's own code runs for every other call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+from torch import Tensor, nn
+
+from ...ops.library import has_kernel
+from ..adapter_layers.few_tokens import Facts, Kernel, is_few, kernel_of, listed, plan_of
+from ..forms import Row
+from .attention import Attention
+from .block import Block
+from .mlp import Mlp, MlpCall
+from .norm import NormCall, RMSNorm
+
+__all__ = ["DecoderLayer", "layer_of_parts"]
+
+Part = Callable[..., Any]
+_decoder_layer = kernel_of("decoder_layer")
+
+
+def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Part, mlp: Part, given: dict) -> Tensor:
+    """Returns the output of a decoder layer. ``given``: the keyword arguments of the attention."""
+    x = x + attention(hidden_states=first_norm(x), **given)[0]
+    return x + mlp(second_norm(x))
+
+
+class LayerPlan(NamedTuple):
+    """The plans of a layer's blocks, and the module of its attention. ``lists``: the arguments of the operator
+    decoder_layer behind ``past``; None if the operator can't stand for the layer."""
+
+    module: Any
+    first_norm: Part
+    second_norm: Part
+    attention: Any
+    mlp: Part
+    lists: Optional[tuple[list[Tensor], list[int], list[float]]]
+
+    def __call__(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        if self.lists is not None and (room := self.module.room_of_few(self.attention, x, given)) is not None:
+            mask = given.get("attention_mask")
+            y = _decoder_layer(x, *given["position_embeddings"], mask, *room[1:], *self.lists)
+            room.fill(x.shape[1])
+            return y
+        attend = functools.partial(self.module._rotary_few, self.attention)
+        return layer_of_parts(x, self.first_norm, attend, self.second_norm, self.mlp, given)
+
+
+def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> Any:
+    """Returns ``lists`` of a :class:`LayerPlan`."""
+    calls = (*attention.layers, *mlp.layers)
+    if not has_kernel("decoder_layer", "CPU") or not all(type(call) is Kernel for call in calls):
+        return None
+    if not attention.attends or attention.norms or not attention.kv_heads or first[2:] != second[2:]:
+        return None
+    if type(attention.size) is not int or attention.size % 2 or type(attention.scaling) is not float:
+        return None
+    tensors, sizes, numbers = listed(calls)
+    own = [first.eps, second.eps, first.offset, attention.scaling]
+    return [first.weight, second.weight, *tensors], [mlp.number, int(first.rounds), *sizes], [*own, *numbers]
+
+
+class DecoderLayer(Block):
+    """A fused decoder layer.
+
+    Values of its row: ``norms``, the names of the two norms; ``attention`` and ``mlp``, the names of these blocks;
+    ``passes``, the keyword arguments that the layer hands to the attention.
+    """
+
+    block_kind = "decoder layer"
+
+    @classmethod
+    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
+        parts = {"norms": row.names("norms"), "attention": row.get("attention"), "mlp": row.get("mlp")}
+        return {**super().settled(stock, row), **parts, "passes": frozenset(row.names("passes"))}
+
+    def block_reason(self) -> Optional[str]:
+        known, modules = self.peft_ext_known, self._modules
+        if reason := self.replaced_reason():
+            return reason
+        for names, kind in ((known.norms, RMSNorm), ((known.attention,), Attention), ((known.mlp,), Mlp)):
+            for name in names:
+                if not isinstance(modules.get(name), kind):
+                    return f"its {name} is not fused"
+        return None
+
+    # `forward` stays the stock class's: transformers' gradient checkpointing asks whether the class of a layer has the
+    # forward that transformers made.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and is_few(args[0]) and self.peft_ext_known.passes <= kwargs.keys():
+            plan = plan_of(self, args[0], self._few)
+            if plan is not None and plan.module._takes({"hidden_states": args[0], **kwargs}):
+                return plan(args[0], kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def _few(self, facts: Facts, x: Tensor) -> Optional[LayerPlan]:
+        """Returns the plan for few tokens; None if some block has no plan."""
+        known = self.peft_ext_known
+        blocks: list[Any] = [facts.child(self, name) for name in (*known.norms, known.attention, known.mlp)]
+        if not self.holds(facts) or self.block_reason() is not None or not blocks[2].peft_ext_known.own:
+            return None
+        if not all([facts.plain(block) for block in blocks]):
+            return None
+        plans = [block._few(facts, x) for block in blocks]
+        return None if None in plans else LayerPlan(blocks[2], *plans, _lists(*plans))
