@@ -238,7 +238,7 @@ def test_what_one_rank_sees_otherwise_is_named_by_that_rank(case, tiny, tmp_path
 
 
 FAILS = """
-import errno, os, sys
+import errno, os, sys, time
 import torch
 from transformers import Trainer
 from peft_ext.cli.main import main
@@ -247,6 +247,8 @@ step, save, fault = Trainer.training_step, Trainer._save_rng_state, sys.argv.pop
 def failing_step(self, *args):
     if fault == "memory" and self.state.global_step == 5 and self.args.process_index == 1:
         torch.empty(2**60)
+    if fault == f"slow {self.args.process_index}" and self.state.global_step == 5:
+        time.sleep(40)
     return step(self, *args)
 def failing_save(self, folder):
     if fault == "disk" and self.state.global_step == 8 and self.args.process_index == 1:
@@ -270,7 +272,7 @@ def test_a_full_memory_or_disk_of_one_rank_ends_all_with_one_error(fault, wanted
 
 
 EXPORT_FAILS = """
-import errno, os, sys
+import errno, os, sys, time
 from peft_ext import export
 from peft_ext.cli.main import main
 
@@ -313,6 +315,16 @@ def test_a_rank_that_hangs_is_named(tiny, tmp_path):
     assert re.match(
         r"rank 1 has come no further than step \d+ within 8 s; --resume continues from checkpoint-", said[0]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_rank_is_named(rank, tiny, tmp_path):
+    """The slow rank gives signs of life, and has come as far as the other rank."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [*torchrun(2)[:-2], tmp_path / "fails.py", f"slow {rank}", *options_of(tiny, tmp_path / "out", 2)]
+    (said,) = errors_of([Run(command, tmp_path / "log", PEFT_EXT_RANK_SECONDS="12")])
+    assert said == [f"rank {rank} has come no further than step 5 within 12 s; --resume continues from checkpoint-4"]
 
 
 LONG = ("--dropout", "0.1", "--max-steps", "60")

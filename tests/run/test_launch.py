@@ -1,6 +1,8 @@
 """Tests which launcher's variables make a process a rank, and the exchanges and checks of the ranks."""
 
 import json
+import os
+import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +152,30 @@ def test_the_lowest_failed_rank_raises_its_error_and_the_others_raise_elsewhere(
     assert type(second) is RunError and str(second) == "no room on 1" and not second.of_all_ranks
     same = Threads(2).run(lambda each: each.together(lambda: 1 // 0))
     assert type(same[0]) is ZeroDivisionError and same[0].of_all_ranks and type(same[1]) is Elsewhere
+
+
+@pytest.mark.parametrize(
+    ("waiting", "named"),
+    [((0, 2), "rank 1"), ((1, 2), "rank 0"), ((0,), "rank 1 or rank 2"), ((0, 1, 2), "rank . or rank .")],
+)
+def test_a_late_exchange_names_the_ranks_that_wait_in_no_exchange(waiting, named, monkeypatch: pytest.MonkeyPatch):
+    """All ranks are alive and have come to the same step. The ranks ``waiting`` wait for another rank's gradients."""
+    monkeypatch.setattr(ranks, "_SETTLE", 1.0)
+    store = torch.distributed.HashStore()
+    several = Threads(3)
+    for each in several.ranks:
+        each._store, each._gone = store, list
+        each.at("step 5")
+
+    def work(each):
+        if each.rank in waiting:
+            with each.reported(Stop(), lambda: "; go on"):
+                raise RuntimeError("Timed out waiting 8000ms for recv operation to complete")
+
+    found = [error for error in several.run(work) if error is not None]
+    (said,) = [str(error) for error in found if type(error) is RunError]
+    assert re.fullmatch(f"{named} has come no further than step 5 within 1800 s; go on", said), said
+    assert sum(type(error) is Elsewhere for error in found) == len(waiting) - 1
 
 
 def test_a_difference_names_the_fact_and_both_values():
