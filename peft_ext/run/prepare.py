@@ -41,6 +41,7 @@ from . import checkpoints
 from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
 from .errors import REFUSALS, RunError, Stop, need
+from .launch import check_settings
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options, check_quant, quant_name
 from .progress import log, quiet, status
 from .ranks import Ranks
@@ -150,6 +151,8 @@ def prepare(
     """
     ranks = ranks or Ranks()
     check_options(options)
+    if note := check_settings(torch.cuda.is_available()):
+        log.info(note)
     options = _resolved(options)
     _check_packages(options)
     _check_ranks(options, ranks)

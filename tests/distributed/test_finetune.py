@@ -112,6 +112,39 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tiny, fol
     assert record_of(output)["resumed"] == [4]
 
 
+# --- accelerate launch ------------------------------------------------------------------------------------------------
+
+
+def accelerate_launch(file: Path, **settings) -> list[str]:
+    """Writes a configuration of accelerate for two processes, and returns the command up to peft_ext's arguments."""
+    plain = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1,
+             "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "use_cpu": False}  # fmt: skip
+    file.write_text(json.dumps(plain | settings))  # JSON is YAML too
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port",
+            str(port()), "-m", "peft_ext"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_options_decide_and_not_accelerates_configuration(tiny, folder, alone, tmp_path):
+    """With autocast, the losses would be those of bfloat16."""
+    command = accelerate_launch(tmp_path / "two.yaml", mixed_precision="bf16")
+    run = Run([*command, *options_of(tiny, tmp_path / "out", 2)], tmp_path / "log")
+    assert run.end() == 0, run.out
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT and record_of(tmp_path / "out")["check"]["ok"]
+    note = "mixed_precision bf16 of accelerate's configuration has no effect: --dtype decides"
+    assert run.out.count(note) == 1 and "processes: 2, by torchrun" in run.out
+
+
+@pytest.mark.slow
+def test_an_engine_of_accelerates_configuration_is_refused(tiny, tmp_path):
+    command = accelerate_launch(tmp_path / "fsdp.yaml", distributed_type="FSDP", fsdp_config={"fsdp_version": 2})
+    (said,) = errors_of([Run([*command, *options_of(tiny, tmp_path / "out", 2)], tmp_path / "log")])
+    assert said == ["accelerate's configuration: ACCELERATE_USE_FSDP is true, wanted a configuration without FSDP, but "
+                    "--shard fsdp2 or hsdp"]  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 SHARDED = ("--shard", "fsdp2")

@@ -13,7 +13,7 @@ import torch
 from peft_ext.files import seal
 from peft_ext.run import Options, RunError, checkpoints, ranks
 from peft_ext.run.errors import Elsewhere, Stop
-from peft_ext.run.launch import ALONE, Launch, address, read_launch
+from peft_ext.run.launch import ALONE, Launch, address, check_settings, read_launch, without_settings
 
 pytestmark = pytest.mark.cpu_only("no tensor is computed")
 
@@ -90,6 +90,51 @@ def test_the_address_of_rank_0(environment, wanted):
 def test_an_unknown_address_is_asked_for():
     with pytest.raises(RunError, match=r"^mpirun \(MPICH\) over several machines: set MASTER_ADDR"):
         address(read_launch(MPICH), MPICH)
+
+
+# What `accelerate launch` sets for a configuration without an engine of its own.
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_USE_CPU": "False",
+}  # fmt: skip
+
+
+def test_a_configuration_of_accelerate_that_changes_nothing():
+    for plain in ({}, ACCELERATE, {**ACCELERATE, "ACCELERATE_USE_FSDP": "false"}):
+        assert check_settings(True, plain) == ""
+    assert check_settings(False, {**ACCELERATE, "ACCELERATE_USE_CPU": "True"}) == ""
+    note = check_settings(True, {**ACCELERATE, "ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert note == "mixed_precision bf16 of accelerate's configuration has no effect: --dtype decides"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "a configuration without FSDP, but --shard fsdp2 or hsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "a configuration without DeepSpeed, but --shard fsdp2 or hsdp"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "a configuration without Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a configuration without a parallelism configuration, but "),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "no or bf16: --dtype has no other"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "no or bf16: --dtype has no other"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "no: the command does not compile the model"),
+        ("ACCELERATE_USE_CPU", "True", "false: an empty CUDA_VISIBLE_DEVICES makes a run use the CPU"),
+    ],
+)
+def test_what_a_run_does_not_take_from_accelerate_is_refused_by_name(name, value, wanted):
+    with pytest.raises(RunError) as error:
+        check_settings(True, {**ACCELERATE, name: value})
+    assert str(error.value).startswith(f"accelerate's configuration: {name} is {value}, wanted {wanted}")
+
+
+def test_accelerates_variables_are_hidden_and_set_again(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {**ACCELERATE, "FSDP_VERSION": "2", "ACCELERATE_CPU_AFFINITY": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with pytest.raises(KeyError), without_settings():
+        assert [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP"))] == ["ACCELERATE_CPU_AFFINITY"]
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "fp16"}  # as accelerate does
+        raise KeyError
+    assert dict(os.environ) == before
 
 
 def test_a_process_alone_exchanges_with_itself(tmp_path: Path):
