@@ -27,9 +27,11 @@ from ..methods import METHODS, Method, make_config, method_config
 from ..sources.gguf_file import gguf_config, gguf_path, read_gguf
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import (
+    MODEL_FILES,
     SourceError,
     check_index,
     check_model_config,
+    find_folder,
     load_tokenizer,
     pack_as_stored,
     quant_method,
@@ -59,7 +61,7 @@ class Run:
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: device and dtype of the computation.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
-        folder: folder, GGUF file or hub name of the model.
+        folder: folder, GGUF file or hub name of the model; the folder in the hub's cache where a sharded run loads it.
         packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked; else
             {}.
         config, tokenizer: configuration and tokenizer of the model.
@@ -97,6 +99,11 @@ class Run:
     def sharded(self) -> bool:
         """Whether FSDP2 shards the base, so that the forward of each process needs all processes."""
         return self.options.shard != "ddp"
+
+    @property
+    def is_from_hub(self) -> bool:
+        """Whether the model is a name on the hub."""
+        return self.options.model != DEMO_MODEL and not Path(self.options.model).expanduser().exists()
 
     @property
     def weights(self) -> str:
@@ -256,8 +263,12 @@ def _check_packages(o: Options) -> None:
     elif folder.is_dir():
         if not (folder / "config.json").exists():
             raise RunError(f"--model {o.model}: no config.json in this folder, wanted a model in Hugging Face's format")
-        if not any(folder.glob("*.safetensors")):
-            raise RunError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
+        _check_safetensors(o, folder)
+
+
+def _check_safetensors(o: Options, folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise RunError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
 
 
 def _check_ranks(o: Options, ranks: Ranks) -> None:
@@ -324,10 +335,21 @@ def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
     return (torch.float32 if why else torch.bfloat16), why
 
 
-def _model_folder(run: Run) -> str:
+def _model_folder(run: Run, downloads: bool = True) -> str:
+    """Returns the model's folder or GGUF file, or the model's name on the hub.
+
+    For a name on the hub, a sharded run gets the folder in the hub's cache, because the run reads the files by itself.
+    Without ``downloads``, such a run gets the name.
+    """
+    if run.is_from_hub:
+        if not (run.sharded and downloads):
+            return run.options.model
+        with raised_as(RunError, "", SourceError), status("downloading the model"):
+            folder = find_folder("--model", run.options.model, MODEL_FILES)
+        _check_safetensors(run.options, folder)
+        return str(folder)
     if run.options.model != DEMO_MODEL:
-        path = Path(run.options.model).expanduser()
-        return str(path.resolve()) if path.exists() else run.options.model
+        return str(Path(run.options.model).expanduser().resolve())
     if cached_model() is None:
         log.info("model: unpacking SmolLM2-135M-Instruct to bfloat16, once")
     with run.phase("unpack"):
@@ -340,7 +362,7 @@ def _packed_folder(run: Run) -> str:
     For the default model, where it is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
     """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
-        return _model_folder(run)
+        return _model_folder(run, downloads=False)
     run.packed = {"gguf_file": gguf.name}
     return str(gguf.parent)
 

@@ -183,6 +183,42 @@ def test_a_sharded_run_is_a_run_of_one_process(method, tiny, folder, alone):
         assert losses <= LOSS and weights <= WEIGHT
 
 
+def in_hub(cache: Path, model: Path, **changed) -> Path:
+    """Copies a model into the cache of a hub as the repository acme/tiny, and returns the cache's folder."""
+    snapshot = cache / "models--acme--tiny/snapshots" / ("0" * 40)
+    shutil.copytree(model, snapshot)
+    config = json.loads((model / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | changed))
+    (cache / "models--acme--tiny/refs").mkdir()
+    (cache / "models--acme--tiny/refs/main").write_text("0" * 40)
+    return cache
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_sharded(tiny, folder, alone, tmp_path):
+    cache = in_hub(tmp_path / "hub", tiny / "model")
+    options = options_of(tiny, tmp_path / "out", 4, "--model", "acme/tiny", *SHARDED)
+    run = Run([sys.executable, "-m", "peft_ext", *options], tmp_path / "log", HF_HUB_CACHE=str(cache))
+    assert run.end() == 0, run.out
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT
+    saved = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "acme/tiny" == record_of(tmp_path / "out")["options"]["model"]
+
+
+@pytest.mark.slow
+def test_files_of_the_hub_are_compared_where_they_are_sharded(tiny, tmp_path):
+    for rank, changed in enumerate(({}, {"rms_norm_eps": 1e-3})):
+        in_hub(tmp_path / f"hub{rank}", tiny / "model", **changed)
+
+    def arguments(rank):
+        return options_of(tiny, tmp_path / "out", 2, "--model", "acme/tiny", *SHARDED)
+
+    runs = by_hand(2, arguments, tmp_path, port(), HF_HUB_CACHE=str(tmp_path / "hub{rank}"))
+    none, said = errors_of(runs)
+    assert none == [] and len(said) == 1 and re.match("rank 1: config.json of --model, .* on rank 0 it is", said[0])
+
+
 @pytest.mark.slow
 def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone, tmp_path):
     """Two agents of torchrun stand for two machines, between which the shards are replicated."""
@@ -211,6 +247,10 @@ def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone,
         (("--shard", "fsdp2", "--stock", "--quant", "nf4"), "--shard fsdp2 with --stock and NF4"),
         (("--shard", "hsdp"), "--shard hsdp: 1 processes on 1 machines, wanted several machines"),
         (("--shard", "zero3"), "--shard zero3: wanted one of ddp, fsdp2, hsdp"),
+        (
+            ("--shard", "fsdp2", "--model", "acme/none"),
+            "--model is acme/none: there is no such folder, and the hub gives none (",
+        ),
     ],
 )
 def test_what_can_not_be_sharded_is_refused(more, message, tiny, tmp_path):
