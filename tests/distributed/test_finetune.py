@@ -276,6 +276,14 @@ def test_an_error_of_all_ranks_is_printed_once_and_without_a_rank(tiny, tmp_path
     assert len(said) == 1 and said[0].startswith("--method lora: ")
 
 
+def swap_tokens(model: Path) -> None:
+    """Exchanges the numbers of two letters in the tokenizer of a folder."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["t"] = vocabulary["t"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 CASES = {
     "other data": (
         ["--data", "{tmp}/pairs.jsonl"],
@@ -284,6 +292,11 @@ CASES = {
     "no data": (["--data", "{tmp}/none.jsonl"], r"rank 1: --data .*none.jsonl: no such file"),
     "other options": (["--lr", "1e-3"], r"rank 1: --lr is 0.001, on rank 0 it is 0.01"),
     "other model": (["--model", "{tmp}/model"], r"rank 1: config.json of --model.* on rank 0 it is"),
+    "other tokenizer": (
+        ["--model", "{tmp}/tokenizer"],
+        r"rank 1: the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes, is \w{16}, on rank 0",
+    ),
+    "other package": ([], r"rank 1: bitsandbytes is 0\.0\.1, on rank 0 it is (?!0\.0\.1)"),
     "other folder": (
         ["--output", "{tmp}/elsewhere"],
         r"rank 1: --output .*elsewhere: rank 0 writes into another folder",
@@ -299,13 +312,18 @@ def test_what_one_rank_sees_otherwise_is_named_by_that_rank(case, tiny, tmp_path
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     (tmp_path / "elsewhere").mkdir()
+    swap_tokens(shutil.copytree(tiny / "model", tmp_path / "tokenizer"))
+    if case == "other package":  # importlib.metadata finds this version in front of the installed one
+        (tmp_path / "packages1/bitsandbytes-0.0.1.dist-info").mkdir(parents=True)
+        (tmp_path / "packages1/bitsandbytes-0.0.1.dist-info/METADATA").write_text("Name: bitsandbytes\nVersion: 0.0.1\n")
     more, wanted = CASES[case]
 
     def arguments(rank):
         changed = [text.format(tmp=tmp_path) for text in more] if rank == 1 else []
         return options_of(tiny, tmp_path / "out", 2, *changed)
 
-    none, said = errors_of(by_hand(2, arguments, tmp_path, port()))
+    runs = by_hand(2, arguments, tmp_path, port(), PYTHONPATH=str(tmp_path / "packages{rank}"))
+    none, said = errors_of(runs)
     assert none == [] and len(said) == 1 and re.match(wanted, said[0]), said
     assert not (tmp_path / "out" / WEIGHTS).exists()
 
