@@ -241,6 +241,9 @@ def _resolved(options: Options) -> Options:
         check_quant(o)
     elif stored == "nf4" and asked not in (None, "nf4"):
         raise RunError(f"--quant {asked}: the files of --model {o.model} are NF4, wanted no --quant, or nf4")
+    elif stored == "nf4" and o.shard != "ddp":
+        raise RunError(f"--shard {o.shard}: the files of --model {o.model} are bitsandbytes' NF4, wanted dense files, "
+                       "which a run quantizes as it loads them; --shard ddp takes all")  # fmt: skip
     elif asked == "checkpoint":
         raise RunError(f"--quant checkpoint: the files of --model {o.model} are "
                        f"{'dense' if stored == 'none' else 'NF4'}, wanted a packed checkpoint")  # fmt: skip

@@ -240,6 +240,19 @@ def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone,
 
 
 @pytest.mark.slow
+def test_a_folder_of_bitsandbytes_is_not_sharded(tiny, tmp_path):
+    """The error comes before the data is read."""
+    model = shutil.copytree(tiny / "model", tmp_path / "bnb")
+    config = json.loads((model / "config.json").read_text())
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    more = ("--model", str(model), "--quant", "nf4", "--data", str(tmp_path / "none.jsonl"), *SHARDED)
+    run = Run([sys.executable, "-m", "peft_ext", *options_of(tiny, tmp_path / "out", 4, *more)], tmp_path / "log")
+    assert run.end() == 2, run.out
+    assert run.out.startswith(f"error: --shard fsdp2: the files of --model {model} are bitsandbytes' NF4, wanted dense")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [
