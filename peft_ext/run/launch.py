@@ -34,12 +34,12 @@ _LAUNCHERS = {
 _PORT = 29500  # port of rank 0 where neither MASTER_PORT nor Slurm gives one: the default of torchrun
 
 # Variables of accelerate's configuration that are true where the configuration asks for an engine that a run does not
-# take from the configuration, and the engine.
+# take from the configuration: the engine, and what a run has instead.
 _ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP, but --shard fsdp2 or hsdp",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, but --shard fsdp2 or hsdp",
+    "ACCELERATE_USE_FSDP": "FSDP: --shard fsdp2 and hsdp shard a base",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: --shard fsdp2 and hsdp shard a base",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration, but --shard fsdp2 or hsdp",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism: --shard fsdp2 and hsdp shard a base",
 }
 _TRUE = ("y", "yes", "t", "true", "on", "1")  # accelerate's words for a true value
 _KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")  # variables that do not change what a run computes

@@ -333,7 +333,7 @@ def facts_of(run: Run) -> dict[str, Any]:
 
 
 def _token_digest(run: Run) -> str:
-    """Returns the beginning of the SHA-256 of all tokens and labels; "" in a run of one process, which compares none."""
+    """Returns the beginning of the SHA-256 of all tokens and labels; "" in a run of one process."""
     digest = hashlib.sha256()
     for example in (*run.examples.train, *run.examples.held_out) if run.ranks.world > 1 else ():
         for values in (example["input_ids"], example["labels"]):

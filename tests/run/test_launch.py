@@ -110,10 +110,10 @@ def test_a_configuration_of_accelerate_that_changes_nothing():
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "a configuration without FSDP, but --shard fsdp2 or hsdp"),
-        ("ACCELERATE_USE_DEEPSPEED", "1", "a configuration without DeepSpeed, but --shard fsdp2 or hsdp"),
+        ("ACCELERATE_USE_FSDP", "true", "a configuration without FSDP: --shard fsdp2 and hsdp shard a base"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "a configuration without DeepSpeed: --shard fsdp2 and hsdp shard "),
         ("ACCELERATE_USE_MEGATRON_LM", "True", "a configuration without Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a configuration without a parallelism configuration, but "),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a configuration without parallelism: --shard "),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "no or bf16: --dtype has no other"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "no or bf16: --dtype has no other"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "no: the command does not compile the model"),
