@@ -112,6 +112,31 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tiny, fol
     assert record_of(output)["resumed"] == [4]
 
 
+# The variables of other launchers. The port of a job of Slurm follows from the job's number.
+LAUNCHERS = {
+    "srun": {
+        "SLURM_PROCID": "{rank}", "SLURM_STEP_NUM_TASKS": "{world}", "SLURM_LOCALID": "{rank}", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "{port}",
+    },
+    "mpirun (Open MPI)": {
+        "OMPI_COMM_WORLD_RANK": "{rank}", "OMPI_COMM_WORLD_SIZE": "{world}", "OMPI_COMM_WORLD_LOCAL_RANK": "{rank}",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "{world}", "PMIX_NAMESPACE": "job", "MASTER_PORT": "{port}",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_processes_with_the_variables_of_srun_or_mpirun(launcher, tiny, alone, tmp_path):
+    while not 20000 <= (free := port()) < 40000:  # the ports that jobs of Slurm get
+        pass
+    first, second = by_hand(2, lambda rank: options_of(tiny, tmp_path / "out", 2), tmp_path, free, LAUNCHERS[launcher])
+    assert (first.end(), second.end()) == (0, 0), first.out + second.out
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT
+    assert f"processes: 2, by {launcher}; a step" in first.out and "checked: stock PEFT" not in second.out
+
+
 # --- accelerate launch ------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +332,7 @@ CASES = {
     "other model": (["--model", "{tmp}/model"], r"rank 1: config.json of --model.* on rank 0 it is"),
     "other tokenizer": (
         ["--model", "{tmp}/tokenizer"],
-        r"rank 1: the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes, is \w{16}, on rank 0",
+        r"rank 1: the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes, is \w{16}, on rank",
     ),
     "other package": ([], r"rank 1: bitsandbytes is 0\.0\.1, on rank 0 it is (?!0\.0\.1)"),
     "other folder": (
@@ -327,8 +352,8 @@ def test_what_one_rank_sees_otherwise_is_named_by_that_rank(case, tiny, tmp_path
     (tmp_path / "elsewhere").mkdir()
     swap_tokens(shutil.copytree(tiny / "model", tmp_path / "tokenizer"))
     if case == "other package":  # importlib.metadata finds this version in front of the installed one
-        (tmp_path / "packages1/bitsandbytes-0.0.1.dist-info").mkdir(parents=True)
-        (tmp_path / "packages1/bitsandbytes-0.0.1.dist-info/METADATA").write_text("Name: bitsandbytes\nVersion: 0.0.1\n")
+        (about := tmp_path / "packages1/bitsandbytes-0.0.1.dist-info").mkdir(parents=True)
+        (about / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.0.1\n")
     more, wanted = CASES[case]
 
     def arguments(rank):
@@ -468,17 +493,34 @@ main.run()
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(tiny, folder, tmp_path):
+@pytest.mark.parametrize("to", ["rank 1", "torchrun"])
+def test_a_signal_stops_all_with_one_checkpoint(to, tiny, folder, tmp_path):
     command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, *LONG)]
     with started(command, tmp_path / "log") as run:
         run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
-        run.of_rank(1).send_signal(signal.SIGTERM)
+        if to == "torchrun":
+            run.process.send_signal(signal.SIGINT)  # which torchrun sends to all ranks
+        else:
+            run.of_rank(1).send_signal(signal.SIGTERM)
         assert run.end()
     (step,) = map(int, re.findall(r"^stopped after step (\d+); the same command with --resume", run.out, re.MULTILINE))
     assert is_sealed(tmp_path / f"out/checkpoints/checkpoint-{step}") and "error: " not in run.out
     again = Run([*command, "--resume"], tmp_path / "again.log")
     assert again.end() == 0, again.out
     assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)  # the random state of each rank goes on
+
+
+@pytest.mark.slow
+def test_sigusr1_to_one_rank_makes_one_checkpoint_and_the_training_continues(tiny, folder, tmp_path):
+    command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, *LONG, "--save-steps", "1000")]
+    with started(command, tmp_path / "log") as run:
+        run.wait_for(lambda: "step  9/60" in run.out)
+        run.of_rank(1).send_signal(signal.SIGUSR1)
+        assert run.end() == 0, run.out
+    found = sorted(int(path.name.partition("-")[2]) for path in (tmp_path / "out/checkpoints").glob("checkpoint-*"))
+    assert len(found) == 2 and 9 <= found[0] < found[1] == 60  # the last step has a checkpoint of its own
+    assert is_sealed(tmp_path / f"out/checkpoints/checkpoint-{found[0]}")
+    assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)
 
 
 @pytest.mark.slow

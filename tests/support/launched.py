@@ -118,7 +118,7 @@ def by_hand(
 ) -> list[Run]:
     """Starts ``world`` processes without a launcher, and returns their runs.
 
-    Each process has the variables of ``launcher`` and ``environment``, in which {rank}, {world} and {port} are replaced.
+    Each process has the variables of ``launcher`` and ``environment``, with values for {rank}, {world} and {port}.
     """
     runs = []
     for rank in range(world):
