@@ -371,7 +371,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 def _format(base: nn.Module) -> str:
     """Returns the format of a PackedLinear in brackets; "" for another layer."""
-    return f" ({base.packed.format.name})" if isinstance(base, PackedLinear) else ""
+    return f" ({base.format.name})" if isinstance(base, PackedLinear) else ""
 
 
 def _note(module: Any) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..weights.packed import PackedWeight
-from .nf4 import keeping_bits
+from ..weights.packed import Format, PackedWeight
+from .nf4 import is_zero3_shard, keeping_bits
 
 __all__ = ["PackedEmbedding", "PackedLinear", "ScaledEmbedding"]
 
@@ -84,6 +84,11 @@ class HoldsPacked(nn.Module):
             name = _attribute(self.names[0])
         return super().__getattr__(name)
 
+    @property
+    def format(self) -> Format:
+        """The format of the weight, which is known also while ZeRO-3 has partitioned the codes."""
+        return self._template.format
+
     def _parts(self) -> list[Optional[Tensor]]:
         return [None if name is None else self.tensor(name) for name in self.names]
 
@@ -92,16 +97,24 @@ class HoldsPacked(nn.Module):
         """The module's weight, which shares the module's tensors. The same object is returned as long as the tensors
         are the same.
 
-        Raises: RuntimeError if the codes require a gradient, which they would never get.
+        Raises: RuntimeError if the codes require a gradient, which they would never get, or if ZeRO-3 has partitioned
+        the codes and not gathered them.
         """
         parts = self._parts()
+        if is_zero3_shard(parts[0]):
+            raise RuntimeError(
+                f"{type(self).__name__}: {self.names[0]} is {tuple(parts[0].shape)}, partitioned by ZeRO-3, wanted all "
+                f"codes of {tuple(self._template.shape)}. Call the model, or use deepspeed.zero.GatheredParameters"
+            )
         if parts[0].requires_grad and torch.is_grad_enabled():
-            kind, format = type(self).__name__, self._template.format.name
+            kind, format = type(self).__name__, self.format.name
             raise RuntimeError(
                 f"{kind}: the codes of a packed weight ({format}) require grad, wanted a frozen weight: leave the "
                 "layer out of modules_to_save, or call peft_ext.dequantize_packed(model) first"
             )
         if torch.compiler.is_compiling() or parts[0].is_meta or type(parts[0].data) is not Tensor:
+            return self._template.replaced(parts)
+        if hasattr(parts[0], "ds_id"):  # a kept weight would keep the codes that ZeRO-3 gathers and frees
             return self._template.replaced(parts)
         key = [(id(part), part.data_ptr()) for part in parts if part is not None]
         known = self.__dict__.get("_packed")
@@ -214,7 +227,7 @@ class PackedLinear(HoldsPacked, nn.Linear):
         return ops.frozen_linear(x, self.packed, bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, format={self._template.format.name}"
+        return f"{super().extra_repr()}, format={self.format.name}"
 
 
 class PackedEmbedding(HoldsPacked, nn.Embedding):
@@ -266,7 +279,7 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
         return rows if self.scale == 1 else rows * self.embed_scale
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, format={self._template.format.name}"
+        return f"{super().extra_repr()}, format={self.format.name}"
 
 
 class ScaledEmbedding(nn.Embedding):

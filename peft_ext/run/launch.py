@@ -2,13 +2,18 @@
 
 A process of torchrun and of ``accelerate launch`` finds its rank and the number of processes in ``RANK`` and
 ``WORLD_SIZE``. Processes of srun, of Open MPI's mpirun and of MPICH's mpirun have variables of other names.
+
+``accelerate launch`` passes its configuration on in further variables, which the library accelerate reads. The options
+of a run decide, so that the training hides the variables from the library. A configuration that asks for something that
+a run does not do is an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Optional
 
@@ -27,6 +32,17 @@ _LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
 }  # fmt: skip
 _PORT = 29500  # port of rank 0 where neither MASTER_PORT nor Slurm gives one: the default of torchrun
+
+# Variables of accelerate's configuration that are true where the configuration asks for an engine that a run does not
+# take from the configuration: the engine, and what a run has instead.
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP: --shard fsdp2 and hsdp shard a base",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: --shard fsdp2 and hsdp shard a base",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism: --shard fsdp2 and hsdp shard a base",
+}
+_TRUE = ("y", "yes", "t", "true", "on", "1")  # accelerate's words for a true value
+_KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")  # variables that do not change what a run computes
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,52 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         launcher = "RANK and WORLD_SIZE"
     restarts = _count(environment, "TORCHELASTIC_RESTART_COUNT", 0)
     return Launch(launcher, rank, max(world, 1), local[0], local[1], identity, restarts)
+
+
+def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -> str:
+    """Returns what the log says about a configuration of ``accelerate launch``, or "".
+
+    Raises RunError where the configuration asks for an engine, a precision, a compiler or a device that a run does not
+    take from the configuration.
+    """
+
+    def asks(name: str, default: str = "no") -> str:
+        return environment.get(name, default).strip().lower()
+
+    def refuse(name: str, wanted: str) -> None:
+        raise RunError(f"accelerate's configuration: {name} is {environment[name]}, wanted {wanted}")
+
+    for name, engine in _ENGINES.items():
+        if asks(name) in _TRUE:
+            refuse(name, f"a configuration without {engine}")
+    if (precision := asks("ACCELERATE_MIXED_PRECISION")) not in ("", "no", "bf16"):
+        refuse("ACCELERATE_MIXED_PRECISION", "no or bf16: --dtype has no other")
+    if asks("ACCELERATE_DYNAMO_BACKEND") not in ("", "no"):
+        refuse("ACCELERATE_DYNAMO_BACKEND", "no: the command does not compile the model")
+    if has_gpu and asks("ACCELERATE_USE_CPU") in _TRUE:
+        refuse("ACCELERATE_USE_CPU", "false: an empty CUDA_VISIBLE_DEVICES makes a run use the CPU")
+    if precision == "bf16":
+        return "mixed_precision bf16 of accelerate's configuration has no effect: --dtype decides"
+    return ""
+
+
+@contextlib.contextmanager
+def without_settings() -> Iterator[None]:
+    """Hides accelerate's variables from the block, and sets them again as they were before the block.
+
+    The variables are the configuration of ``accelerate launch``, and what Trainer and accelerate leave in a process.
+    """
+
+    def take() -> dict[str, str]:
+        names = [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"))]
+        return {name: os.environ.pop(name) for name in names if name not in _KEPT}
+
+    before = take()
+    try:
+        yield
+    finally:
+        take()
+        os.environ.update(before)
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -12,6 +12,7 @@ import inspect
 import math
 import platform
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +28,11 @@ from ..methods import METHODS, Method, make_config, method_config
 from ..sources.gguf_file import gguf_config, gguf_path, read_gguf
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import (
+    MODEL_FILES,
     SourceError,
     check_index,
     check_model_config,
+    find_folder,
     load_tokenizer,
     pack_as_stored,
     quant_method,
@@ -41,6 +44,7 @@ from . import checkpoints
 from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
 from .errors import REFUSALS, RunError, Stop, need
+from .launch import check_settings
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options, check_quant, quant_name
 from .progress import log, quiet, status
 from .ranks import Ranks
@@ -58,7 +62,7 @@ class Run:
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: device and dtype of the computation.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
-        folder: folder, GGUF file or hub name of the model.
+        folder: folder, GGUF file or hub name of the model; the folder in the hub's cache where a sharded run loads it.
         packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked; else
             {}.
         config, tokenizer: configuration and tokenizer of the model.
@@ -96,6 +100,11 @@ class Run:
     def sharded(self) -> bool:
         """Whether FSDP2 shards the base, so that the forward of each process needs all processes."""
         return self.options.shard != "ddp"
+
+    @property
+    def is_from_hub(self) -> bool:
+        """Whether the model is a name on the hub."""
+        return self.options.model != DEMO_MODEL and not Path(self.options.model).expanduser().exists()
 
     @property
     def weights(self) -> str:
@@ -150,6 +159,8 @@ def prepare(
     """
     ranks = ranks or Ranks()
     check_options(options)
+    if note := check_settings(torch.cuda.is_available()):
+        log.info(note)
     options = _resolved(options)
     _check_packages(options)
     _check_ranks(options, ranks)
@@ -230,6 +241,9 @@ def _resolved(options: Options) -> Options:
         check_quant(o)
     elif stored == "nf4" and asked not in (None, "nf4"):
         raise RunError(f"--quant {asked}: the files of --model {o.model} are NF4, wanted no --quant, or nf4")
+    elif stored == "nf4" and o.shard != "ddp":
+        raise RunError(f"--shard {o.shard}: the files of --model {o.model} are bitsandbytes' NF4, wanted dense files, "
+                       "which a run quantizes as it loads them; --shard ddp takes all")  # fmt: skip
     elif asked == "checkpoint":
         raise RunError(f"--quant checkpoint: the files of --model {o.model} are "
                        f"{'dense' if stored == 'none' else 'NF4'}, wanted a packed checkpoint")  # fmt: skip
@@ -253,8 +267,12 @@ def _check_packages(o: Options) -> None:
     elif folder.is_dir():
         if not (folder / "config.json").exists():
             raise RunError(f"--model {o.model}: no config.json in this folder, wanted a model in Hugging Face's format")
-        if not any(folder.glob("*.safetensors")):
-            raise RunError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
+        _check_safetensors(o, folder)
+
+
+def _check_safetensors(o: Options, folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise RunError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
 
 
 def _check_ranks(o: Options, ranks: Ranks) -> None:
@@ -290,6 +308,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         if option.name not in ("output", "threads", "model", "data"):  # paths of one file may differ between machines
             facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
+    facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = _token_digest(run)
     folder = Path(run.folder)
     if folder.is_file():
         with raised_as(RunError, "--model ", SourceError):
@@ -313,6 +332,15 @@ def facts_of(run: Run) -> dict[str, Any]:
     return facts
 
 
+def _token_digest(run: Run) -> str:
+    """Returns the beginning of the SHA-256 of all tokens and labels; "" in a run of one process."""
+    digest = hashlib.sha256()
+    for example in (*run.examples.train, *run.examples.held_out) if run.ranks.world > 1 else ():
+        for values in (example["input_ids"], example["labels"]):
+            digest.update(array("q", [len(values), *values]).tobytes())
+    return digest.hexdigest()[:16] if run.ranks.world > 1 else ""
+
+
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns the dtype of activations and dense weights, and the reason for it; "" for the default, bfloat16."""
     if o.dtype != "auto":
@@ -321,10 +349,21 @@ def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
     return (torch.float32 if why else torch.bfloat16), why
 
 
-def _model_folder(run: Run) -> str:
+def _model_folder(run: Run, downloads: bool = True) -> str:
+    """Returns the model's folder or GGUF file, or the model's name on the hub.
+
+    For a name on the hub, a sharded run gets the folder in the hub's cache, because the run reads the files by itself.
+    Without ``downloads``, such a run gets the name.
+    """
+    if run.is_from_hub:
+        if not (run.sharded and downloads):
+            return run.options.model
+        with raised_as(RunError, "", SourceError), status("downloading the model"):
+            folder = find_folder("--model", run.options.model, MODEL_FILES)
+        _check_safetensors(run.options, folder)
+        return str(folder)
     if run.options.model != DEMO_MODEL:
-        path = Path(run.options.model).expanduser()
-        return str(path.resolve()) if path.exists() else run.options.model
+        return str(Path(run.options.model).expanduser().resolve())
     if cached_model() is None:
         log.info("model: unpacking SmolLM2-135M-Instruct to bfloat16, once")
     with run.phase("unpack"):
@@ -337,7 +376,7 @@ def _packed_folder(run: Run) -> str:
     For the default model, where it is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
     """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
-        return _model_folder(run)
+        return _model_folder(run, downloads=False)
     run.packed = {"gguf_file": gguf.name}
     return str(gguf.parent)
 

@@ -237,6 +237,9 @@ class Ranks:
             self._let_speak()
             raise error
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
+        if lost:
+            with contextlib.suppress(RuntimeError):  # the store's process has ended
+                self._store.set(f"{self._key}/waited/{self.rank}", "")
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
             raise Elsewhere(told["text"]) from error
@@ -288,10 +291,23 @@ class Ranks:
         """Returns the error of the run for an exchange that failed because another rank ended or came too late."""
         gone = self._gone()
         if any(text in str(error) for text in _LATE):
-            behind = min(gone or range(self.world), key=lambda rank: self._place(rank)[0])
-            place, seconds = self._place(behind)[1], wait_seconds()
-            return f"{self.who(behind)} has come no further than {place} within {seconds:g} s{hint()}"
+            behind = self._behind(gone)
+            named, place = " or ".join(map(self.who, behind)), self._place(behind[0])[1]
+            return f"{named} has come no further than {place} within {wait_seconds():g} s{hint()}"
         return self._without(gone, hint) if gone else f"{self.who(self.rank)}: {first_line(error)}{hint()}"
+
+    def _behind(self, gone: list[int]) -> list[int]:
+        """Returns the ranks for which this rank may have waited: ``gone``, or the ranks that wait in no exchange.
+
+        Of several ranks, the function returns those that have come the least far. This rank is not among them: its own
+        exchange was late.
+        """
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        with contextlib.suppress(RuntimeError):  # the store's process has ended
+            waited = [rank for rank in others if self._store.check([f"{self._key}/waited/{rank}"])]
+            gone = gone or [rank for rank in others if rank not in waited]
+        places = {rank: self._place(rank)[0] for rank in gone or others}
+        return [rank for rank, place in places.items() if place == min(places.values())]
 
     def _without(self, gone: list[int], hint: Callable[[], str]) -> str:
         named = ", ".join(map(self.who, gone))

@@ -43,6 +43,8 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
         quant = "nf4" if o.quant == "nf4" else "none"
         base = meta_base(run.folder, run.config, dtype=run.dtype, quant=quant, blocksize=o.blocksize)
         base.model.config.use_cache = False
+        if run.is_from_hub:  # PEFT writes the name of the base, not a path in the hub's cache, into the adapter's files
+            base.model.name_or_path = base.model.config.name_or_path = o.model
         with adapter_values(run.device):
             model = adapt(base.model)
             if saved is not None:

@@ -33,6 +33,7 @@ from .config import write_config
 from .data import IGNORED, Order
 from .errors import RunError, Stop, caught_signals, mendable_errors
 from .evaluate import Check
+from .launch import without_settings
 from .options import Options
 from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
 from .progress import log, progress_callback, shows_bars, status
@@ -130,6 +131,7 @@ def finetune(options: Options) -> Result:
         return train(run)
 
 
+@without_settings()
 def train(run: Run) -> Result:
     """Trains a prepared run; see :func:`finetune`."""
     _describe(run)

@@ -37,6 +37,8 @@ AUTO_CLASSES = {
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+# Patterns of the files of a hub repository that a model with its tokenizer needs.
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"]
 MOST_LAYERS = 10_000
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -290,7 +292,7 @@ def load_model(
     name = name if name is not None else config.base_model_name_or_path
     if not name:
         raise SourceError(f"{adapter / 'adapter_config.json'} names no base model, give one")
-    folder = model_folder(name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"])
+    folder = model_folder(name, MODEL_FILES)
     if folder.is_file():
         return _load_gguf(str(name), folder, config, shapes)
     if not any(folder.glob("*.safetensors")):

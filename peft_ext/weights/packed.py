@@ -75,8 +75,13 @@ def register(format: Format) -> Format:
 
 
 def _as_bytes(part: Optional[Tensor]) -> Optional[Tensor]:
-    """Returns a tensor of 8-bit floats as uint8, because kernels read 8-bit floats as bytes."""
-    return part.view(torch.uint8) if part is not None and part.element_size() == 1 else part
+    """Returns a tensor of 8-bit floats as uint8, because kernels read 8-bit floats as bytes.
+
+    A tensor of uint8 is returned itself: autograd keeps what the kernels read until the backward, and a view would keep
+    the codes that ZeRO-3 has gathered.
+    """
+    has_other_bytes = part is not None and part.element_size() == 1 and part.dtype is not torch.uint8
+    return part.view(torch.uint8) if has_other_bytes else part
 
 
 class PackedWeight:

@@ -112,6 +112,64 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tiny, fol
     assert record_of(output)["resumed"] == [4]
 
 
+# The variables of other launchers. The port of a job of Slurm follows from the job's number.
+LAUNCHERS = {
+    "srun": {
+        "SLURM_PROCID": "{rank}", "SLURM_STEP_NUM_TASKS": "{world}", "SLURM_LOCALID": "{rank}", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "{port}",
+    },
+    "mpirun (Open MPI)": {
+        "OMPI_COMM_WORLD_RANK": "{rank}", "OMPI_COMM_WORLD_SIZE": "{world}", "OMPI_COMM_WORLD_LOCAL_RANK": "{rank}",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "{world}", "PMIX_NAMESPACE": "job", "MASTER_PORT": "{port}",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_processes_with_the_variables_of_srun_or_mpirun(launcher, tiny, alone, tmp_path):
+    while not 20000 <= (free := port()) < 40000:  # the ports that jobs of Slurm get
+        pass
+    first, second = by_hand(2, lambda rank: options_of(tiny, tmp_path / "out", 2), tmp_path, free, LAUNCHERS[launcher])
+    assert (first.end(), second.end()) == (0, 0), first.out + second.out
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT
+    assert f"processes: 2, by {launcher}; a step" in first.out and "checked: stock PEFT" not in second.out
+
+
+# --- accelerate launch ------------------------------------------------------------------------------------------------
+
+
+def accelerate_launch(file: Path, **settings) -> list[str]:
+    """Writes a configuration of accelerate for two processes, and returns the command up to peft_ext's arguments."""
+    plain = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1,
+             "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "use_cpu": False}  # fmt: skip
+    file.write_text(json.dumps(plain | settings))  # JSON is YAML too
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port",
+            str(port()), "-m", "peft_ext"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_options_decide_and_not_accelerates_configuration(tiny, folder, alone, tmp_path):
+    """With autocast, the losses would be those of bfloat16."""
+    command = accelerate_launch(tmp_path / "two.yaml", mixed_precision="bf16")
+    run = Run([*command, *options_of(tiny, tmp_path / "out", 2)], tmp_path / "log")
+    assert run.end() == 0, run.out
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT and record_of(tmp_path / "out")["check"]["ok"]
+    note = "mixed_precision bf16 of accelerate's configuration has no effect: --dtype decides"
+    assert run.out.count(note) == 1 and "processes: 2, by torchrun" in run.out
+
+
+@pytest.mark.slow
+def test_an_engine_of_accelerates_configuration_is_refused(tiny, tmp_path):
+    command = accelerate_launch(tmp_path / "fsdp.yaml", distributed_type="FSDP", fsdp_config={"fsdp_version": 2})
+    (said,) = errors_of([Run([*command, *options_of(tiny, tmp_path / "out", 2)], tmp_path / "log")])
+    assert said == ["accelerate's configuration: ACCELERATE_USE_FSDP is true, wanted a configuration without FSDP: "
+                    "--shard fsdp2 and hsdp shard a base"]  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 SHARDED = ("--shard", "fsdp2")
@@ -150,6 +208,42 @@ def test_a_sharded_run_is_a_run_of_one_process(method, tiny, folder, alone):
         assert losses <= LOSS and weights <= WEIGHT
 
 
+def in_hub(cache: Path, model: Path, **changed) -> Path:
+    """Copies a model into the cache of a hub as the repository acme/tiny, and returns the cache's folder."""
+    snapshot = cache / "models--acme--tiny/snapshots" / ("0" * 40)
+    shutil.copytree(model, snapshot)
+    config = json.loads((model / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | changed))
+    (cache / "models--acme--tiny/refs").mkdir()
+    (cache / "models--acme--tiny/refs/main").write_text("0" * 40)
+    return cache
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_sharded(tiny, folder, alone, tmp_path):
+    cache = in_hub(tmp_path / "hub", tiny / "model")
+    options = options_of(tiny, tmp_path / "out", 4, "--model", "acme/tiny", *SHARDED)
+    run = Run([sys.executable, "-m", "peft_ext", *options], tmp_path / "log", HF_HUB_CACHE=str(cache))
+    assert run.end() == 0, run.out
+    losses, weights = differences(alone, tmp_path / "out")
+    assert losses <= LOSS and weights <= WEIGHT
+    saved = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "acme/tiny" == record_of(tmp_path / "out")["options"]["model"]
+
+
+@pytest.mark.slow
+def test_files_of_the_hub_are_compared_where_they_are_sharded(tiny, tmp_path):
+    for rank, changed in enumerate(({}, {"rms_norm_eps": 1e-3})):
+        in_hub(tmp_path / f"hub{rank}", tiny / "model", **changed)
+
+    def arguments(rank):
+        return options_of(tiny, tmp_path / "out", 2, "--model", "acme/tiny", *SHARDED)
+
+    runs = by_hand(2, arguments, tmp_path, port(), HF_HUB_CACHE=str(tmp_path / "hub{rank}"))
+    none, said = errors_of(runs)
+    assert none == [] and len(said) == 1 and re.match("rank 1: config.json of --model, .* on rank 0 it is", said[0])
+
+
 @pytest.mark.slow
 def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone, tmp_path):
     """Two agents of torchrun stand for two machines, between which the shards are replicated."""
@@ -171,6 +265,19 @@ def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone,
 
 
 @pytest.mark.slow
+def test_a_folder_of_bitsandbytes_is_not_sharded(tiny, tmp_path):
+    """The error comes before the data is read."""
+    model = shutil.copytree(tiny / "model", tmp_path / "bnb")
+    config = json.loads((model / "config.json").read_text())
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    more = ("--model", str(model), "--quant", "nf4", "--data", str(tmp_path / "none.jsonl"), *SHARDED)
+    run = Run([sys.executable, "-m", "peft_ext", *options_of(tiny, tmp_path / "out", 4, *more)], tmp_path / "log")
+    assert run.end() == 2, run.out
+    assert run.out.startswith(f"error: --shard fsdp2: the files of --model {model} are bitsandbytes' NF4, wanted dense")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -178,6 +285,10 @@ def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone,
         (("--shard", "fsdp2", "--stock", "--quant", "nf4"), "--shard fsdp2 with --stock and NF4"),
         (("--shard", "hsdp"), "--shard hsdp: 1 processes on 1 machines, wanted several machines"),
         (("--shard", "zero3"), "--shard zero3: wanted one of ddp, fsdp2, hsdp"),
+        (
+            ("--shard", "fsdp2", "--model", "acme/none"),
+            "--model is acme/none: there is no such folder, and the hub gives none (",
+        ),
     ],
 )
 def test_what_can_not_be_sharded_is_refused(more, message, tiny, tmp_path):
@@ -203,6 +314,14 @@ def test_an_error_of_all_ranks_is_printed_once_and_without_a_rank(tiny, tmp_path
     assert len(said) == 1 and said[0].startswith("--method lora: ")
 
 
+def swap_tokens(model: Path) -> None:
+    """Exchanges the numbers of two letters in the tokenizer of a folder."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["t"] = vocabulary["t"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 CASES = {
     "other data": (
         ["--data", "{tmp}/pairs.jsonl"],
@@ -211,6 +330,11 @@ CASES = {
     "no data": (["--data", "{tmp}/none.jsonl"], r"rank 1: --data .*none.jsonl: no such file"),
     "other options": (["--lr", "1e-3"], r"rank 1: --lr is 0.001, on rank 0 it is 0.01"),
     "other model": (["--model", "{tmp}/model"], r"rank 1: config.json of --model.* on rank 0 it is"),
+    "other tokenizer": (
+        ["--model", "{tmp}/tokenizer"],
+        r"rank 1: the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes, is \w{16}, on rank",
+    ),
+    "other package": ([], r"rank 1: bitsandbytes is 0\.0\.1, on rank 0 it is (?!0\.0\.1)"),
     "other folder": (
         ["--output", "{tmp}/elsewhere"],
         r"rank 1: --output .*elsewhere: rank 0 writes into another folder",
@@ -226,19 +350,24 @@ def test_what_one_rank_sees_otherwise_is_named_by_that_rank(case, tiny, tmp_path
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     (tmp_path / "elsewhere").mkdir()
+    swap_tokens(shutil.copytree(tiny / "model", tmp_path / "tokenizer"))
+    if case == "other package":  # importlib.metadata finds this version in front of the installed one
+        (about := tmp_path / "packages1/bitsandbytes-0.0.1.dist-info").mkdir(parents=True)
+        (about / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.0.1\n")
     more, wanted = CASES[case]
 
     def arguments(rank):
         changed = [text.format(tmp=tmp_path) for text in more] if rank == 1 else []
         return options_of(tiny, tmp_path / "out", 2, *changed)
 
-    none, said = errors_of(by_hand(2, arguments, tmp_path, port()))
+    runs = by_hand(2, arguments, tmp_path, port(), PYTHONPATH=str(tmp_path / "packages{rank}"))
+    none, said = errors_of(runs)
     assert none == [] and len(said) == 1 and re.match(wanted, said[0]), said
     assert not (tmp_path / "out" / WEIGHTS).exists()
 
 
 FAILS = """
-import errno, os, sys
+import errno, os, sys, time
 import torch
 from transformers import Trainer
 from peft_ext.cli.main import main
@@ -247,6 +376,8 @@ step, save, fault = Trainer.training_step, Trainer._save_rng_state, sys.argv.pop
 def failing_step(self, *args):
     if fault == "memory" and self.state.global_step == 5 and self.args.process_index == 1:
         torch.empty(2**60)
+    if fault == f"slow {self.args.process_index}" and self.state.global_step == 5:
+        time.sleep(40)
     return step(self, *args)
 def failing_save(self, folder):
     if fault == "disk" and self.state.global_step == 8 and self.args.process_index == 1:
@@ -270,7 +401,7 @@ def test_a_full_memory_or_disk_of_one_rank_ends_all_with_one_error(fault, wanted
 
 
 EXPORT_FAILS = """
-import errno, os, sys
+import errno, os, sys, time
 from peft_ext import export
 from peft_ext.cli.main import main
 
@@ -315,6 +446,16 @@ def test_a_rank_that_hangs_is_named(tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_rank_is_named(rank, tiny, tmp_path):
+    """The slow rank gives signs of life, and has come as far as the other rank."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [*torchrun(2)[:-2], tmp_path / "fails.py", f"slow {rank}", *options_of(tiny, tmp_path / "out", 2)]
+    (said,) = errors_of([Run(command, tmp_path / "log", PEFT_EXT_RANK_SECONDS="12")])
+    assert said == [f"rank {rank} has come no further than step 5 within 12 s; --resume continues from checkpoint-4"]
+
+
 LONG = ("--dropout", "0.1", "--max-steps", "60")
 
 
@@ -353,17 +494,34 @@ main.run()
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(tiny, folder, tmp_path):
+@pytest.mark.parametrize("to", ["rank 1", "torchrun"])
+def test_a_signal_stops_all_with_one_checkpoint(to, tiny, folder, tmp_path):
     command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, *LONG)]
     with started(command, tmp_path / "log") as run:
         run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
-        run.of_rank(1).send_signal(signal.SIGTERM)
+        if to == "torchrun":
+            run.process.send_signal(signal.SIGINT)  # which torchrun sends to all ranks
+        else:
+            run.of_rank(1).send_signal(signal.SIGTERM)
         assert run.end()
     (step,) = map(int, re.findall(r"^stopped after step (\d+); the same command with --resume", run.out, re.MULTILINE))
     assert is_sealed(tmp_path / f"out/checkpoints/checkpoint-{step}") and "error: " not in run.out
     again = Run([*command, "--resume"], tmp_path / "again.log")
     assert again.end() == 0, again.out
     assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)  # the random state of each rank goes on
+
+
+@pytest.mark.slow
+def test_sigusr1_to_one_rank_makes_one_checkpoint_and_the_training_continues(tiny, folder, tmp_path):
+    command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, *LONG, "--save-steps", "1000")]
+    with started(command, tmp_path / "log") as run:
+        run.wait_for(lambda: "step  9/60" in run.out)
+        run.of_rank(1).send_signal(signal.SIGUSR1)
+        assert run.end() == 0, run.out
+    found = sorted(int(path.name.partition("-")[2]) for path in (tmp_path / "out/checkpoints").glob("checkpoint-*"))
+    assert len(found) == 2 and 9 <= found[0] < found[1] == 60  # the last step has a checkpoint of its own
+    assert is_sealed(tmp_path / f"out/checkpoints/checkpoint-{found[0]}")
+    assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)
 
 
 @pytest.mark.slow

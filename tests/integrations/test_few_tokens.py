@@ -51,6 +51,8 @@ def build(name: str = "Llama", method: str = "NF4, LoRA", dtype: torch.dtype = t
             parameter.data.normal_(0, parameter.shape[1] ** -0.5)
     if "NF4" in method:
         peft_ext.quantize_nf4(model, progress=False)
+    if "MXFP4" in method:
+        peft_ext.quantize_packed(model, "mxfp4")
     if method != "NF4":
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora="DoRA" in method,
                             lora_dropout=0.1)  # fmt: skip
@@ -128,8 +130,9 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, method) for name in MODELS for method in METHODS), ("Llama", "MXFP4, LoRA")]
+)
 def test_logits_are_those_of_the_layers(
     name: str, method: str, size: int, cache: Optional[str], dtype: torch.dtype, planned: list, monkeypatch: Any
 ) -> None:

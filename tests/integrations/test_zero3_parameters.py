@@ -9,12 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft_models import BASES, METHODS, llama, make_method
+from packed_weights import fitting, packed_weight
+from peft import LoraConfig, get_peft_model
+from peft_models import BASES, METHODS, MLP, llama, make_method
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import peft_ext
 from peft_ext.integrations.adapter_layers.reasons import is_partitioned
-from peft_ext.nn import NF4Linear
+from peft_ext.nn import NF4Linear, PackedLinear
 
 AVAILABLE, NOT_AVAILABLE = SimpleNamespace(name="AVAILABLE"), SimpleNamespace(name="NOT_AVAILABLE")
 
@@ -124,6 +127,64 @@ def test_the_codes_are_freed_between_forward_and_backward():
     gather(layer.weight, whole)
     (found,) = torch.autograd.grad(y, x)
     assert torch.equal(found, wanted)
+
+
+def packed_layer(kind):
+    weight = packed_weight(kind, *fitting(kind, 32, 64), torch.Generator().manual_seed(0), dtype=torch.float32)
+    names = ["codes", *(None if part is None else f"part{i}" for i, part in enumerate(weight.parts[1:]))]
+    return PackedLinear.from_packed(weight, names)
+
+
+# Formats whose codes are uint8, int32, 8-bit floats and int8.
+PACKED = ("mxfp4", "int4", "gptq", "fp8", "int8-rows", "Q4_0")
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_partitioned_codes_are_not_decoded(kind):
+    layer = packed_layer(kind)
+    x = torch.randn(2, layer.in_features)
+    wanted = layer(x)  # an equal call was accepted before the codes were partitioned
+    whole = partition(layer.codes)
+    size = rf"\({layer.out_features}, {layer.in_features}\)"
+    for call in (lambda: layer(x), layer.dequantize, lambda: layer.packed):
+        with pytest.raises(RuntimeError, match=rf"PackedLinear: codes is \(0,\), partitioned by ZeRO-3, .* {size}"):
+            call()
+    gather(layer.codes, whole)
+    assert torch.equal(layer(x), wanted)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_codes_are_freed_between_forward_and_backward(kind):
+    layer = packed_layer(kind)
+    other, x = copy.deepcopy(layer), torch.randn(2, layer.in_features, requires_grad=True)
+    (wanted,) = torch.autograd.grad(other(x).square().sum(), x)
+    whole = partition(layer.codes)
+    gather(layer.codes, whole.clone())
+    kept = StorageWeakRef(layer.codes.untyped_storage())
+    y = layer(x).square().sum()
+    partition(layer.codes)
+    is_freed = kept.expired()
+    gather(layer.codes, whole)
+    (found,) = torch.autograd.grad(y, x)
+    assert torch.equal(found, wanted)
+    # PyTorch has no operator that reads 8-bit floats, so that the kernels get a view, which autograd keeps.
+    assert is_freed or whole.dtype not in (torch.uint8, torch.int32)
+
+
+def test_an_adapter_over_partitioned_codes_is_not_fused():
+    model = MLP()
+    model.up = packed_layer("mxfp4")
+    model = peft_ext.accelerate(get_peft_model(model, LoraConfig(target_modules=["up"])))
+    layer = model.base_model.model.up
+    x = torch.randn(3, layer.in_features)
+    wanted = layer._fused(x)
+    whole = [(parameter, partition(parameter, model)) for parameter in layer.parameters()]
+    assert layer._fused(x) is None and "is a shard" in layer.stock_reason()
+    model._z3_leaf = True
+    assert all(row.fused for row in peft_ext.explain(model).rows)  # explain tells what the forward of the model does
+    for parameter, values in whole:
+        gather(parameter, values)
+    assert torch.equal(layer._fused(x), wanted)
 
 
 @pytest.mark.parametrize("base", ["float32", "nf4"])

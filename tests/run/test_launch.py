@@ -1,6 +1,8 @@
 """Tests which launcher's variables make a process a rank, and the exchanges and checks of the ranks."""
 
 import json
+import os
+import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import torch
 from peft_ext.files import seal
 from peft_ext.run import Options, RunError, checkpoints, ranks
 from peft_ext.run.errors import Elsewhere, Stop
-from peft_ext.run.launch import ALONE, Launch, address, read_launch
+from peft_ext.run.launch import ALONE, Launch, address, check_settings, read_launch, without_settings
 
 pytestmark = pytest.mark.cpu_only("no tensor is computed")
 
@@ -90,6 +92,51 @@ def test_an_unknown_address_is_asked_for():
         address(read_launch(MPICH), MPICH)
 
 
+# What `accelerate launch` sets for a configuration without an engine of its own.
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_USE_CPU": "False",
+}  # fmt: skip
+
+
+def test_a_configuration_of_accelerate_that_changes_nothing():
+    for plain in ({}, ACCELERATE, {**ACCELERATE, "ACCELERATE_USE_FSDP": "false"}):
+        assert check_settings(True, plain) == ""
+    assert check_settings(False, {**ACCELERATE, "ACCELERATE_USE_CPU": "True"}) == ""
+    note = check_settings(True, {**ACCELERATE, "ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert note == "mixed_precision bf16 of accelerate's configuration has no effect: --dtype decides"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "a configuration without FSDP: --shard fsdp2 and hsdp shard a base"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "a configuration without DeepSpeed: --shard fsdp2 and hsdp shard "),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "a configuration without Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a configuration without parallelism: --shard "),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "no or bf16: --dtype has no other"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "no or bf16: --dtype has no other"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "no: the command does not compile the model"),
+        ("ACCELERATE_USE_CPU", "True", "false: an empty CUDA_VISIBLE_DEVICES makes a run use the CPU"),
+    ],
+)
+def test_what_a_run_does_not_take_from_accelerate_is_refused_by_name(name, value, wanted):
+    with pytest.raises(RunError) as error:
+        check_settings(True, {**ACCELERATE, name: value})
+    assert str(error.value).startswith(f"accelerate's configuration: {name} is {value}, wanted {wanted}")
+
+
+def test_accelerates_variables_are_hidden_and_set_again(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {**ACCELERATE, "FSDP_VERSION": "2", "ACCELERATE_CPU_AFFINITY": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with pytest.raises(KeyError), without_settings():
+        assert [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP"))] == ["ACCELERATE_CPU_AFFINITY"]
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "fp16"}  # as accelerate does
+        raise KeyError
+    assert dict(os.environ) == before
+
+
 def test_a_process_alone_exchanges_with_itself(tmp_path: Path):
     alone = ranks.Ranks()
     assert alone.speaks and alone.gather(3) == [3] and alone.largest(2, 5) == [2, 5]
@@ -150,6 +197,30 @@ def test_the_lowest_failed_rank_raises_its_error_and_the_others_raise_elsewhere(
     assert type(second) is RunError and str(second) == "no room on 1" and not second.of_all_ranks
     same = Threads(2).run(lambda each: each.together(lambda: 1 // 0))
     assert type(same[0]) is ZeroDivisionError and same[0].of_all_ranks and type(same[1]) is Elsewhere
+
+
+@pytest.mark.parametrize(
+    ("waiting", "named"),
+    [((0, 2), "rank 1"), ((1, 2), "rank 0"), ((0,), "rank 1 or rank 2"), ((0, 1, 2), "rank . or rank .")],
+)
+def test_a_late_exchange_names_the_ranks_that_wait_in_no_exchange(waiting, named, monkeypatch: pytest.MonkeyPatch):
+    """All ranks are alive and have come to the same step. The ranks ``waiting`` wait for another rank's gradients."""
+    monkeypatch.setattr(ranks, "_SETTLE", 1.0)
+    store = torch.distributed.HashStore()
+    several = Threads(3)
+    for each in several.ranks:
+        each._store, each._gone = store, list
+        each.at("step 5")
+
+    def work(each):
+        if each.rank in waiting:
+            with each.reported(Stop(), lambda: "; go on"):
+                raise RuntimeError("Timed out waiting 8000ms for recv operation to complete")
+
+    found = [error for error in several.run(work) if error is not None]
+    (said,) = [str(error) for error in found if type(error) is RunError]
+    assert re.fullmatch(f"{named} has come no further than step 5 within 1800 s; go on", said), said
+    assert sum(type(error) is Elsewhere for error in found) == len(waiting) - 1
 
 
 def test_a_difference_names_the_fact_and_both_values():

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
@@ -104,15 +104,28 @@ def started(command: Sequence[Any], log: Path, **environment: str) -> Iterator[R
         run.kill()
 
 
+# The variables that a launcher sets for the processes of one machine, as formats of a process's numbers.
+VARIABLES = {"RANK": "{rank}", "WORLD_SIZE": "{world}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
+
+
 def by_hand(
-    world: int, arguments: Callable[[int], list[str]], folder: Path, port: int, **environment: str
+    world: int,
+    arguments: Callable[[int], list[str]],
+    folder: Path,
+    port: int,
+    launcher: Mapping[str, str] = VARIABLES,
+    **environment: str,
 ) -> list[Run]:
-    """Starts ``world`` processes that have only RANK, WORLD_SIZE and the address, and returns their runs."""
-    return [
-        Run([sys.executable, "-m", "peft_ext", *arguments(rank)], folder / f"rank{rank}.log", RANK=str(rank),
-            WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment)
-        for rank in range(world)
-    ]  # fmt: skip
+    """Starts ``world`` processes without a launcher, and returns their runs.
+
+    Each process has the variables of ``launcher`` and ``environment``, with values for {rank}, {world} and {port}.
+    """
+    runs = []
+    for rank in range(world):
+        numbers = {"rank": rank, "world": world, "port": port}
+        variables = {name: text.format(**numbers) for name, text in {**launcher, **environment}.items()}
+        runs.append(Run([sys.executable, "-m", "peft_ext", *arguments(rank)], folder / f"rank{rank}.log", **variables))
+    return runs
 
 
 def record_of(output: Path) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def facts_of(
         return None
     weight = of_base.get("weight")
     if isinstance(base, PackedLinear):
+        if any(hasattr(parameter, "ds_id") for parameter in of_base.values()):
+            return None
         # The tensors are checked when the PackedWeight is made: its layout says which dtypes and sizes they have.
         packed = base.packed
         weight = packed.parts[0]

@@ -326,7 +326,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         return "its bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
     if issubclass(kind, PackedLinear):
         for tensor in (base.weight, *base._buffers.values()):
-            if reason := tensor_reason("its weight", tensor, dim=tensor.dim()):
+            if reason := tensor_reason("its weight", tensor, dim=len(whole_shape(tensor))):
                 return reason
         return "its base weight requires grad" if base.weight.requires_grad else None
     if kind in FOUR_BIT:
