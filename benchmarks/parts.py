@@ -1,7 +1,7 @@
 """Measures how long each part of a training step takes, with PyTorch's profiler.
 
-``python -m benchmarks.e2e parts`` runs LoRA with dropout 0.05 in peft_ext, in PEFT, and the frozen model, at two widths.
-A part of a step is the sum of the operators' own times, by the operators' names and the shapes of their inputs.
+``python -m benchmarks.e2e parts`` runs LoRA with dropout 0.05 in peft_ext and in PEFT, and the frozen model, at two
+widths. A part of a step is the sum of the operators' own times, by the operators' names and the shapes of their inputs.
 """
 
 from __future__ import annotations
@@ -91,5 +91,5 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         rows.append({"shape": shape, "what": e2e.SHAPES[shape][1], "milliseconds": {
             kind: {part: statistics.median(run[part] for run in found) for part in found[0]}
             for kind, found in runs.items()}})  # fmt: skip
-    return {"what": f"a Llama with random weights, {METHOD}, rank 16 on all linears, {args.batch} x {args.length} tokens",
-            "rows": rows}  # fmt: skip
+    what = f"a Llama with random weights, {METHOD}, rank 16 on all linears, {args.batch} x {args.length} tokens"
+    return {"what": what, "rows": rows}

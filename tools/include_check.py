@@ -3,9 +3,10 @@
     python tools/include_check.py [--graph]
 
 The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; packed; linear; the folders of the operators,
-none of which includes another; and decoder, whose operator calls functions of other operators. Files for the CPU include no files for CUDA, and files for CUDA include no
-files for the CPU, except for files of the emulator. The program prints each wrong include and fails if there is one.
-``--graph`` prints the number of includes between each two folders.
+none of which includes another; and decoder, whose operator calls functions of other operators. Files for the CPU
+include no files for CUDA, and files for CUDA include no files for the CPU, except for files of the emulator. The
+program prints each wrong include and fails if there is one. ``--graph`` prints the number of includes between each two
+folders.
 """
 
 from __future__ import annotations

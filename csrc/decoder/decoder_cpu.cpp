@@ -104,9 +104,9 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   const Tensor rotated = like_with_whole_rows(q);
   rotate_heads(kOp, q, heads_of(projected[1].y, size), cos, sin, rotated, tokens_of(keys, past, tokens), false);
   copy_heads(heads_of(projected[2].y, size), tokens_of(values, past, tokens));
-  const Tensor attended = std::get<0>(scaled_dot_product_attention_cpu(
-      rotated, tokens_of(keys, 0, past + tokens), tokens_of(values, 0, past + tokens), mask, false, numbers[3], 0.0,
-      std::nullopt, std::nullopt));
+  const Tensor attended = std::get<0>(scaled_dot_product_attention_cpu(rotated, tokens_of(keys, 0, past + tokens),
+                                                                       tokens_of(values, 0, past + tokens), mask, false,
+                                                                       numbers[3], 0.0, std::nullopt, std::nullopt));
   const int64_t columns = layers[0].weight.out_features();
   const Tensor rows = strided(attended, {batch, tokens, columns}, {tokens * columns, columns, 1}, 0);
   const Tensor h = sum_of(residual, adapted_forwards(kOp, rows, of(3, 4))[0].y);

@@ -1,9 +1,10 @@
-// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. There are two
-// ways to add, and PEFT_EXT_EMULATED_SUMS chooses one for the process:
+// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. There are
+// two ways to add, and PEFT_EXT_EMULATED_SUMS chooses one for the process:
 // - "rounded", the default: a sum runs in float32 from C over k = 0..15 and is rounded at each step. The product of two
 //   16-bit values is exact in float32, except for tiny bfloat16 products. With exact products an FMA makes no
 //   difference, and the bits are equal on every host.
-// - "truncated": as tensor cores were observed to add, with the fewest bits of the GPUs that these kernels run on (A100:
+// - "truncated": as tensor cores were observed to add, with the fewest bits of the GPUs that these kernels run on
+// (A100:
 //   Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330,
 //   2021). C and eight exact products are aligned to the largest exponent among them, cut off 24 bits behind that
 //   exponent's leading bit, and added; the sum is cut off to float32, and the next eight products follow.
@@ -37,8 +38,8 @@ PEFT_EXT_CLONES void multiply(float (&c)[16][8], const float (&a)[16][16], const
   }
 }
 
-constexpr int kAddedAtOnce = 8;  // products that are aligned and added in one step
-constexpr int kKeptBits = 23 + 1;  // bits behind the leading bit of the largest exponent
+constexpr int kAddedAtOnce = 8;      // products that are aligned and added in one step
+constexpr int kKeptBits = 23 + 1;    // bits behind the leading bit of the largest exponent
 constexpr int kNoExponent = -10000;  // where all terms are zero; below each exponent
 
 // The sum, in units of 2^last, without the bits that float32 has no room for; infinity beyond float32.

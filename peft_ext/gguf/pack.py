@@ -341,7 +341,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 if reason is None and target not in found.tensors:  # the first of the three tensors
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
-                reason = why_dense(target) or _why_type(info) or (_CHANGED if touched and changed.rows is None else None)
+                changes = _CHANGED if touched and changed.rows is None else None
+                reason = why_dense(target) or _why_type(info) or changes
                 if reason is None:
                     weight = _weight(header, info, dtype)
                     if touched:

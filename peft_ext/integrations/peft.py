@@ -29,8 +29,8 @@ from torch import nn
 from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear, PackedExperts, PackedLinear
-from ..ops.checks import check_module
 from ..ops import prove
+from ..ops.checks import check_module
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .adapter_layers.base import (
     FOUR_BIT,

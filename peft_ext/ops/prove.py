@@ -15,11 +15,11 @@ When a family is proved:
     CUDA graph is captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
 
 In several processes:
-    When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which makes all ranks of the default process group
-    drop the families that failed on any rank. :func:`peft_ext.accelerate` does so for a model whose layers
-    transformers' tensor parallelism splits. Otherwise one rank alone may call ``accelerate`` or an operator. A family
-    that fails outside of :func:`agree` is dropped on its rank, and the warning says that the other ranks may use the
-    family's kernels, which round in another way than the reference.
+    When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
+    makes all ranks of the default process group drop the families that failed on any rank. :func:`peft_ext.accelerate`
+    does so for a model whose layers transformers' tensor parallelism splits. Otherwise one rank alone may call
+    ``accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank, and the warning
+    says that the other ranks may use the family's kernels, which round in another way than the reference.
 
 The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
 

@@ -123,9 +123,33 @@ def _check(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size, gr
         )
 
 
+def decoded_by_gguf(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size) -> Tensor:
+    """Returns the float32 values of a weight, decoded by the package gguf, on the CPU.
+
+    Raises: ImportError if the package is not installed.
+    """
+    try:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError as error:
+        name = TYPES[number].name
+        raise ImportError(f"decoding of gguf {name} needs the package gguf (pip install gguf): {error}") from error
+
+    blocks = parts[0].reshape(-1, TYPES[number].bytes)
+    values = dequantize(blocks.cpu().numpy(), GGMLQuantizationType(number))
+    return torch.from_numpy(values).to(blocks.device).reshape(shape)
+
+
 _FORMATS = {
     number: register(
-        Format(f"gguf_{type.name.lower()}", _FIRST + number, ("data",), partial(_check, number), "gguf quants.py", type.kernel)
+        Format(
+            f"gguf_{type.name.lower()}",
+            _FIRST + number,
+            ("data",),
+            partial(_check, number),
+            "gguf quants.py",
+            None if type.kernel else partial(decoded_by_gguf, number),
+        )  # fmt: skip
     )
     for number, type in TYPES.items()
 }

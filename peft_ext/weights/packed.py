@@ -48,8 +48,8 @@ class Format:
         parts: names of the weight's tensors, in order.
         check: raises ValueError if the parts of a weight ``[N, K]`` do not fit ``(parts, shape, group, option)``.
         source: the library or specification whose decoded values the format's values equal, bit for bit.
-        kernel: whether the kernels decode the format. If not, only :meth:`PackedWeight.dequantize` decodes it, by the
-            reference; layers and experts cannot hold such a weight.
+        decode: None if the kernels decode the format. Otherwise the function by which :meth:`PackedWeight.dequantize`
+            decodes the parts of a weight ``[N, K]`` to float32; layers and experts cannot hold such a weight.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Format:
     parts: tuple[str, ...]
     check: Callable[[Sequence[Optional[Tensor]], torch.Size, int, int], None]
     source: str
-    kernel: bool = True
+    decode: Optional[Callable[[Sequence[Optional[Tensor]], torch.Size], Tensor]] = None
 
 
 FORMATS: dict[str, Format] = {}
@@ -219,15 +219,13 @@ class PackedWeight:
         dtype = self.dtype if dtype is None else dtype
         if self.stacked:
             return torch.stack([self.expert(i).dequantize(dtype) for i in range(self.shape[0])])
-        if not self.format.kernel:
-            from ..reference.formats import decoded
-
-            return decoded(self, dtype)
+        if self.format.decode is not None:
+            return self.format.decode(self.parts, self.shape).to(dtype)
         return getattr(torch.ops, NAMESPACE).nf4_dequantize(*self.op_args(), dtype)
 
     def check_kernel(self, holder: str) -> None:
         """Raises ValueError if no kernel decodes the format. ``holder`` begins the error's text."""
-        if not self.format.kernel:
+        if self.format.decode is not None:
             raise ValueError(
                 f"{holder}: no kernel decodes the weight's format {self.format.name}: decode the weight, "
                 "weight.dequantize()"

@@ -276,6 +276,7 @@ def test_stock_s_update_runs_for_a_cache_that_does_not_fit(why: str) -> None:
     cache = hf.StaticCache(hf.LlamaConfig(**SIZES), 64) if why == "static" else hf.DynamicCache()
     cache.update(k, k, 0)
     if why == "subclass":
+
         class Layer(type(cache.layers[0])):
             def update(self, *args: Any, **given: Any) -> Any:
                 return super().update(*args, **given)

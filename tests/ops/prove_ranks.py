@@ -3,9 +3,8 @@
     python prove_ranks.py SCENARIO FOLDER RANK
 
 Writes FOLDER/RANK.json. Scenarios: "accelerated before the group" and "accelerated in the group" (``accelerate`` runs
-before or after the process group exists, and the trainer's callback after both), "own loop" (``peft_ext.agree`` in place
-of the callback), "alone" (rank 1 alone calls
-``accelerate``, and then rank 0 alone begins to train).
+before or after the process group exists, and the trainer's callback after both), "own loop" (``peft_ext.agree`` in
+place of the callback), "alone" (rank 1 alone calls ``accelerate``, and then rank 0 alone begins to train).
 """
 
 from __future__ import annotations

@@ -102,8 +102,7 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
   }
   const TileKernels& isa = *tile_kernels();
   run_panels(size.in, tiles_of_all * kTileDepth, size.tokens, parts > 0 ? kReduceTokens / kStrip : 2, kBackwardCut,
-             part, apart,
-             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* at, float* carried) {
+             part, apart, [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* at, float* carried) {
                isa.backward(works.data(), static_cast<int>(works.size()), begin, end, first, last, at, carried);
              });
   for (int64_t part = 0; part < parts; ++part)

@@ -126,9 +126,7 @@ void forward_few_tokens(const std::vector<ForwardCall>& calls) {
     }
     rows.add(base.units, base.work, base.multiply);
     if (adapter.groups != nullptr)
-      grouped.push_back([&f, wide_x, y = base.y] {
-        grouped_few_tokens(f.op, *f.adapter.groups, wide_x, y, f.out.s);
-      });
+      grouped.push_back([&f, wide_x, y = base.y] { grouped_few_tokens(f.op, *f.adapter.groups, wide_x, y, f.out.s); });
     last.add(f.size.out, tokens * (f.size.rank + 1), finish_rows);
   }
   rows.run(kDecodeGrain);

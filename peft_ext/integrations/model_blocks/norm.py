@@ -3,7 +3,6 @@ float32 copy of x."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch

@@ -123,7 +123,8 @@ LAYOUTS: dict[str, Layout] = {
     "fp8": Layout(("weight", "weight_scale_inv"), _fp8),
     "float-quantized": Layout(("weight", "weight_scale"), _fp8),
     "nvfp4-pack-quantized": Layout(
-        ("weight_packed", "weight_scale", "weight_global_scale"), _nvfp4,
+        ("weight_packed", "weight_scale", "weight_global_scale"),
+        _nvfp4,
         alone="each expert's gate and up have a global scale of their own",
     ),  # fmt: skip
     "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),

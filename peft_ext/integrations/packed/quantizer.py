@@ -297,9 +297,10 @@ def _hold_experts(
         raise ValueError(f"PackedConfig: {name} ({type(module).__name__}) has the packed parameters {held}, wanted "
                          f"{' and '.join(wanted) or 'the experts of a mixture'}")  # fmt: skip
     if layout.alone and any(place.converter is not None for place in places.values()):
-        raise ValueError(f"PackedConfig: {name}: experts in the layout {scheme.layout} can't stay packed: {layout.alone}. "
-                         "Load a checkpoint whose experts are stored in another layout, or load this one with its own "
-                         "library")  # fmt: skip
+        raise ValueError(
+            f"PackedConfig: {name}: experts in the layout {scheme.layout} can't stay packed: {layout.alone}. Load a "
+            "checkpoint whose experts are stored in another layout, or load this one with its own library"
+        )
     found, extras = {}, {}
     for parameter, place in places.items():
         shape = tuple(getattr(module, parameter).shape)

@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ...weights.gguf import TYPES
+from ...weights.gguf import TYPES, decoded_by_gguf
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # ggml's code 8 is +0
@@ -130,23 +130,10 @@ _DECODERS: dict[int, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _by_gguf(number: int, blocks: Tensor) -> Tensor:
-    """Decodes blocks with the package gguf, on the CPU. Raises ImportError if the package is not installed."""
-    try:
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-    except ImportError as error:
-        name = TYPES[number].name
-        raise ImportError(f"decoding of gguf {name} needs the package gguf (pip install gguf): {error}") from error
-
-    values = dequantize(blocks.cpu().numpy(), GGMLQuantizationType(number))
-    return torch.from_numpy(values).to(blocks.device)
-
-
 def _decoded(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, option: int) -> Tensor:
-    blocks = parts[0].reshape(-1, TYPES[number].bytes)
-    decoder = _DECODERS.get(number) or partial(_by_gguf, number)
-    return decoder(blocks).reshape(shape)
+    if number not in _DECODERS:
+        return decoded_by_gguf(number, parts, shape)
+    return _DECODERS[number](parts[0].reshape(-1, TYPES[number].bytes)).reshape(shape)
 
 
 DECODERS = {f"gguf_{type.name.lower()}": partial(_decoded, number) for number, type in TYPES.items()}
