@@ -66,6 +66,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     monkeypatch.setattr(prove, "_overriding", [])
     monkeypatch.setattr(prove, "DROPPED", {})
     monkeypatch.setattr(prove.device_code, "prepare", lambda *_: None)
+    monkeypatch.setattr(prove.device_code, "missing", lambda: None)
+    monkeypatch.setattr(prove.device_code, "architecture", lambda number: f"sm_{number}")
+    monkeypatch.setattr(prove.device_code, "folder", Path)
     for family, names in families("CPU").items():
         prove._arm_family("CPU", family, names)
     for name, value in {
@@ -505,6 +508,16 @@ def test_a_card_without_kernels_is_known_at_once(fresh: None, asked: list, monke
         with pytest.warns(RuntimeWarning, match="lora, .*: their CUDA kernels .* capability is 7.5") as said:
             next_process(monkeypatch, value)
         assert len(said) == 1 and set(prove.report("CUDA")[CARD]) == set(AGREES)
+    assert not asked
+
+
+def test_a_machine_without_a_compiler_is_known_at_once(
+    fresh: None, asked: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove.device_code, "missing", lambda: "the package cuda-bindings is missing")
+    with pytest.warns(RuntimeWarning, match="lora, .*: their CUDA kernels .* cuda-bindings is missing") as said:
+        prove.settle("CUDA", ["ia3"])
+    assert len(said) == 1 and set(prove.report("CUDA")[CARD]) == set(AGREES)
     assert not asked
 
 
