@@ -162,19 +162,16 @@ term to a base output that is already rounded, which swallows part of a young ad
 sum once."""
 
 
-def _over_frozen(row: Result) -> str:
-    return f"{row['over_frozen']:.2f}" if "over_frozen" in row else "not measured"
-
-
 def methods_table(result: Result) -> str:
+    of_frozen = all("over_frozen" in row for row in result["rows"])  # older files have no runs of the frozen model
+    titles = ["method", "tokens/s", "peak memory", *["time over the frozen step"] * of_frozen, "layers fused"]
     lines = [f"**A training step** of {result['what']}, against PEFT + bitsandbytes.", "",
-             "| method | tokens/s | peak memory | time over the frozen step | layers fused |",
-             "|---|---|---|---|---|"]  # fmt: skip
-    lines += [
-        f"| {row['method']} | **{row['speedup']:.2f}x** | **{row['memory']:.2f}** | {_over_frozen(row)} | "
-        f"{row['fused']} of {row['layers']} |"
-        for row in result["rows"]
-    ]
+             f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]  # fmt: skip
+    for row in result["rows"]:
+        over = [f"{row['over_frozen']:.2f}"] if of_frozen else []
+        cells = [row["method"], f"**{row['speedup']:.2f}x**", f"**{row['memory']:.2f}**", *over,
+                 f"{row['fused']} of {row['layers']}"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     compared = [row["max_loss_difference"] for row in result["rows"] if row["max_loss_difference"] is not None]
     if compared:
         lines += ["", "Without dropout, the losses of a step with peft_ext and with PEFT + bitsandbytes differ by "

@@ -3,7 +3,7 @@
     python tools/include_check.py [--graph]
 
 The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; packed; linear; the folders of the operators,
-none of which includes another; and decoder, whose operator calls functions of other operators. Files for the CPU
+none of which includes another; and decoder_layer, whose operator calls functions of other operators. Files for the CPU
 include no files for CUDA, and files for CUDA include no files for the CPU, except for files of the emulator. The
 program prints each wrong include and fails if there is one. ``--graph`` prints the number of includes between each two
 folders.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLOORS = (("common",), ("emulator",), ("cpu", "cuda"), ("weight",), ("nf4",), ("packed",), ("linear",))
-FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders} | {"decoder": len(FLOORS) + 1}
+FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders} | {"decoder_layer": len(FLOORS) + 1}
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 

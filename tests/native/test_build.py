@@ -186,6 +186,8 @@ def test_every_op_has_its_file_in_every_tree():
     shared = {folder for floor in include_check.FLOORS for folder in floor} - {"nf4"}
     folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
     assert folders - shared == ops
+    # The reference of a decoder layer calls other operators, and run-llama_speed measures it with a whole model.
+    ops.remove("decoder_layer")
     # philox is the random generator that operators share.
     assert {path.stem for path in (ROOT / "peft_ext/reference").glob("[!_]*.py")} - {"philox", "common"} == ops
     benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
