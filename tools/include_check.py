@@ -20,7 +20,8 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLOORS = (("common",), ("emulator",), ("cpu", "cuda"), ("weight",), ("nf4",), ("packed",), ("linear",))
-FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders} | {"decoder_layer": len(FLOORS) + 1}
+FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+FLOOR["decoder_layer"] = len(FLOORS) + 1
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
