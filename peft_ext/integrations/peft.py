@@ -52,6 +52,7 @@ from .adapter_layers.lora import Lora
 from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
 from .adapter_layers.tensor_parallel import is_split
 from .model_blocks.blocks import block_parts, fuse_blocks, plain_blocks
+from .model_blocks.decoder_layer import DecoderLayer
 from .model_blocks.loss import compute_losses, defer_losses, loss_parts
 
 PeftModel = BaseTunerLayer = None
@@ -210,7 +211,15 @@ def restore(model: nn.Module) -> nn.Module:
     check_module("restore", model)
     for name, module in model.named_modules():
         kinds = type(module).__mro__
-        if is_fully_sharded(kinds[0]) and kinds[0] not in STOCK and any(kind in STOCK for kind in kinds):
+        if (
+            is_fully_sharded(kinds[0])
+            and kinds[0] not in STOCK
+            and any(
+                # A decoder layer whose blocks have their stock classes runs its stock forward.
+                kind in STOCK and not issubclass(kind, DecoderLayer)
+                for kind in kinds
+            )
+        ):
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")

@@ -517,3 +517,27 @@ def test_dora_of_one_token_has_pefts_shape() -> None:
     model = adapted(nn.Sequential(nn.Linear(8, 6)), target_modules=["0"], use_dora=True)
     wanted = model(torch.ones(8))
     torch.testing.assert_close(peft_ext.accelerate(model)(torch.ones(8)), wanted)
+
+
+@pytest.mark.cpu_only("the process group is of one CPU process")
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
+def test_a_decoder_layer_that_fully_shard_wrapped_stays_wrapped() -> None:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.LlamaConfig(**sizes, vocab_size=64)
+    adapted = peft.get_peft_model(hf.LlamaForCausalLM(config), peft.LoraConfig(target_modules="all-linear"))
+    model, ids = peft_ext.accelerate(adapted), torch.randint(0, 64, (2, 30))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        (layer,) = model.base_model.model.model.layers
+        fully_shard(layer)
+        fully_shard(model)
+        peft_ext.accelerate(model)  # as PeftExtCallback does when training begins
+        assert isinstance(layer, FSDPModule) and peft_ext.explain(model).fused_share == 1
+        loss = model(input_ids=ids, labels=ids).loss
+        peft_ext.restore(model)
+        assert isinstance(layer, FSDPModule)
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, loss)
+    finally:
+        torch.distributed.destroy_process_group()

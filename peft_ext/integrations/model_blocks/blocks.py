@@ -88,6 +88,8 @@ def fuse_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if module in skipped:
             continue
+        if isinstance(module, Block) and is_fully_sharded(type(module)):
+            continue  # fully_shard made the class from the fused class, and the module would no longer be sharded
         found = _found(module, rows)
         if isinstance(found, tuple):
             row, form = found
