@@ -149,7 +149,7 @@ _FORMATS = {
             partial(_check, number),
             "gguf quants.py",
             None if type.kernel else partial(decoded_by_gguf, number),
-        )  # fmt: skip
+        )
     )
     for number, type in TYPES.items()
 }
