@@ -69,7 +69,7 @@ void image_of(const char* name, const char* file, int capability, PeftExtImage* 
     image->symbol = symbol.c_str();
     image->data = data.data();
   } catch (py::error_already_set& caught) {
-    if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // raised again once Python runs
+    if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // Python raises the exception again later
     error = caught.what();
     image->error = error.c_str();
   } catch (const std::exception& caught) {

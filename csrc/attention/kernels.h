@@ -75,8 +75,8 @@ struct Attention {
   int64_t bias_batch, bias_head, bias_query, bias_key;
   Dropout dropout;
 
-  // The fields from `grad` to `query_sums` are for the backward only. The query heads of a key head are summed in
-  // `splits` parts, and `finish` adds the sums of these parts.
+  // Only the backward uses the fields from `grad` to `query_sums`. The query heads of a key head are summed in `splits`
+  // parts, and `finish` adds the sums of these parts.
   HeadsOf grad, grad_q, grad_k, grad_v;
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]

@@ -20,8 +20,8 @@ inline int64_t padded_lanes(int64_t columns) { return whole(columns, kWidth); }
 template <typename T>
 constexpr bool kTaken = sizeof(T) == sizeof(Element);
 
-// Divides a thread's memory into parts of whole cache lines. If `at` starts at 0, `at` counts the bytes that all parts
-// need.
+// Divides a thread's memory into parts of whole cache lines. If `at` starts at 0, the final value of `at` is the number
+// of bytes that all parts need.
 struct Parts {
   uintptr_t at;
   template <typename T>

@@ -34,16 +34,16 @@
 
 namespace peft_ext {
 
-// Costs in sixteenths of the cost of a block of 64 queries by 64 keys.
+// The unit of these costs is a sixteenth of the cost of a block of 64 queries by 64 keys.
 constexpr int64_t kBlockCost = 16;
-constexpr int64_t kTurnCost = 2;    // of converting a block of queries to operands, once in each cell
-constexpr int64_t kRegionCost = 4;  // of starting the threads and waiting for the last thread
+constexpr int64_t kTurnCost = 2;    // cost of converting a block of queries to operands, once in each cell
+constexpr int64_t kRegionCost = 4;  // cost of starting the threads and waiting for the last thread
 
 constexpr int64_t kMostCells = 256;  // largest number of cells in a row or column of a plan; bounds the time to plan
 
 struct ForwardPlan {
   int64_t heads, blocks;  // number of heads of all batches, number of blocks of queries
-  int64_t parts;          // at most the number of threads
+  int64_t parts;          // number of parts of the work, at most the number of threads
 
   // Returns the units of a part, head after head, so that a thread reads the keys of one head at a time. The blocks of
   // a head fall, because a thread should end with a cheap unit.
@@ -121,7 +121,7 @@ struct BackwardPlan {
     if (*phase >= phases()) return false;
     const int64_t rest = streams_of(*phase) * width(*phase) - *begin;
     const bool more = *phase + 1 < phases();
-    // The streams before this one have no cell in the rest of the phase.
+    // The streams before stream `before` have no cell in the rest of the phase.
     const int64_t before = *begin / width(*phase);
     const int64_t next = more ? std::min(before, streams_of(*phase + 1)) * width(*phase + 1) : 0;
     const int64_t all = rest + next, cells = all < threads ? all : all / threads * threads;

@@ -34,8 +34,8 @@ struct Block {
 
 struct ThreadScratch {
   Block blocks[kUses];
-  std::atomic<bool> claimed{false};  // by the thread in a call, or by release_scratch()
-  std::atomic<bool> owned{true};     // by a living thread
+  std::atomic<bool> claimed{false};  // whether a call of the thread, or release_scratch(), holds the blocks
+  std::atomic<bool> owned{true};     // whether a living thread owns this entry
   ThreadScratch* next = nullptr;
 
   bool try_claim() { return !claimed.exchange(true, std::memory_order_acquire); }

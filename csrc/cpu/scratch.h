@@ -8,8 +8,8 @@
 
 namespace peft_ext {
 
-// Uses of scratch memory. Each use has one caller at a time on a thread. The threads of a parallel loop use kPanel and
-// kRows; the calling thread of an operator uses all.
+// Uses of scratch memory. Each use has one caller at a time on a thread. The threads of a parallel loop have blocks for
+// the uses kPanel and kRows; the thread that calls an operator has a block for each use.
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and

@@ -99,7 +99,7 @@ std::atomic<PeftExtImageSource> image_source{nullptr};
 
 // Returns the C++ expression that names the kernel, which NVRTC takes: namespace, name and template arguments.
 std::string expression(const Kernel& kernel) {
-  const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');  // '*' marks internal linkage
+  const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');  // a first '*' means internal linkage
   int status = 0;
   char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   STD_TORCH_CHECK(text != nullptr, "peft_ext: a kernel has an unreadable name: ", mangled);
@@ -149,7 +149,8 @@ void* handle_of(const Kernel& kernel, int device) {
   const RelaxedCapture relaxed;
   void *module = nullptr, *handle = nullptr, *before = nullptr;
   check(driver().module_load(&module, image.data), "loading", name.c_str());
-  // The driver may load the machine code as late as here, and not at a launch, where a capture would refuse it.
+  // The driver may delay loading the machine code until this call. A load at the launch would fail during the capture
+  // of a CUDA graph.
   check(driver().module_get_function(&handle, module, image.symbol), "loading", name.c_str());
   if (held.compare_exchange_strong(before, handle, std::memory_order_acq_rel)) return handle;
   driver().module_unload(module);
@@ -161,8 +162,8 @@ Kernel*& first_kernel() {
   return first;
 }
 
-// The kernels as listed for Python. A kernel with internal linkage has one object per source file that launches the
-// kernel; the list has the first.
+// An entry of the list of kernels that Python reads. A kernel with internal linkage has one object for each source file
+// that launches the kernel; the list has the first of these objects.
 struct Listed {
   const Kernel* kernel;
   std::string name;
@@ -213,8 +214,9 @@ int compute_capability(int device) {
 }
 
 const char* device_fault() {
-  // Of the driver's errors, those that no later call survives: an uncorrectable memory error, and faults of kernels.
-  // Without the relaxed mode, the query would end the capture of a CUDA graph of another thread or stream as invalid.
+  // The error numbers below are those after which every later call of the driver fails: an uncorrectable memory error
+  // (214), and faults of kernels (700 to 799). Without the relaxed mode, stream_query would invalidate a CUDA graph
+  // that another thread or stream is capturing.
   const RelaxedCapture while_asking;
   const Result result = driver().stream_query(nullptr);
   return result == 214 || (result >= 700 && result < 800) ? described(result) : "";

@@ -13,7 +13,7 @@ namespace emulator {
 enum class Use {
   kRead,   // kernels may read this memory, and not write to it
   kWrite,  // kernels may read and write this memory
-  kFresh,  // like kWrite; a read of a byte that no kernel has written yet is a fault
+  kFresh,  // as kWrite, but a read of a byte that no kernel has written yet is a fault
 };
 
 // The global memory of the launches of one Launcher, which run one after another. An access to global memory that was

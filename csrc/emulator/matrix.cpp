@@ -40,9 +40,9 @@ PEFT_EXT_CLONES void multiply(float (&c)[16][8], const float (&a)[16][16], const
 
 constexpr int kAddedAtOnce = 8;      // products that are aligned and added in one step
 constexpr int kKeptBits = 23 + 1;    // bits behind the leading bit of the largest exponent
-constexpr int kNoExponent = -10000;  // where all terms are zero; below each exponent
+constexpr int kNoExponent = -10000;  // stands for the exponent of zero, and is below the exponent of every float
 
-// The sum, in units of 2^last, without the bits that float32 has no room for; infinity beyond float32.
+// Returns sum · 2^last, cut off to the bits that float32 has; infinity if the value is too large for float32.
 float cut_off_to_float(int64_t sum, int last) {
   if (sum == 0) return 0.0f;
   const double value = ldexp(static_cast<double>(sum), last);
@@ -52,8 +52,8 @@ float cut_off_to_float(int64_t sum, int last) {
   return static_cast<float>(ldexp(trunc(ldexp(value, -kept)), kept));
 }
 
-// c + a[0] b[0] + ... + a[7] b[7], cut off as in hardware. The exponent of a product is the sum of its factors'
-// exponents, though the product itself can be up to four times 2 to that power.
+// Returns c + a[0] b[0] + ... + a[7] b[7], cut off as on an A100 (see above). The exponent of a product is the sum of
+// its factors' exponents, though the product itself can be up to four times 2 to that power.
 float truncated_sum(float c, const float* a, const float* b) {
   bool finite = isfinite(c);
   for (int k = 0; k < kAddedAtOnce; ++k) finite = finite && isfinite(a[k]) && isfinite(b[k]);

@@ -15,7 +15,7 @@ namespace peft_ext {
 
 namespace {
 
-// What a format says of a weight's sizes: see weight/formats/list.h.
+// The functions of a format that check a weight's sizes, see weight/formats/list.h.
 struct FormatSizes {
   const char* name;
   const char* (*refused)(const PackedView& w);

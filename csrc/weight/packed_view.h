@@ -20,7 +20,7 @@ struct PackedView {
 // The operator's argument `layout` is group | number of the format << 32 | option << 40.
 constexpr int kFormatShift = 32, kOptionShift = 40;
 
-// The dtype in which a file stores scales.
+// The dtypes in which a checkpoint's file can store scales.
 enum class ScaleType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kE8M0 = 3, kE4M3 = 4 };
 
 // The order of 4-bit codes in bytes: the low or the high nibble of a byte is the even column, or the low nibbles of the

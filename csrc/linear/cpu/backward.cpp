@@ -22,7 +22,7 @@ bool tiles_accept(const BackwardCall& b) {
   return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
 }
 
-// Returns by (g - 1) + shift, [N] float32.
+// Returns by * (g - 1) + shift for DoRA's scale g, [N] float32.
 Tensor around_one(const BackwardCall& b, float by, float shift) {
   Tensor out = empty({b.size.out}, ScalarType::Float);
   float* values = out.mutable_data_ptr<float>();
@@ -78,13 +78,13 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
   std::vector<const FrozenWeight*> weights;
   size_t elements = 0;
   int64_t tiles_of_all = 0;
-  bool whole = false, apart = false;  // `apart` is false for several layers
+  bool whole = false, apart = false;  // `apart`: dropped elements are multiplied separately
   for (const BackwardCall* b : calls) {
     weights.push_back(&b->weight);
     if (b->strips == nullptr) elements += strips_elements(size.tokens, b->size.out);
     tiles_of_all += ceil_div(b->size.out, kTileDepth);
     apart = apart || rest_apart(*b);
-    whole = whole || (b->drop_base() && b->g() != nullptr);  // H W and the dropped elements need all of the depth
+    whole = whole || (b->drop_base() && b->g() != nullptr);  // DoRA with a dropped base needs all of the depth at once
   }
   const int64_t part = whole ? tiles_of_all : depth_part(kBackwardCut, tiles_of_all);
   const std::vector<TileWeight> tiles = tile_weights(weights);

@@ -154,8 +154,8 @@ int64_t tiles_in_part(const ForwardCall& f) {
 }
 
 // Reads x once for all calls, which have the same x: computes S and the strips of S of each call, the dropped strips of
-// a call with drop_base(), and the right strips of x, which the function returns. If `apart` is true, no strips of x
-// are made.
+// a call with drop_base(), and the right strips of x, which the function returns. If `apart` is true (the dropped
+// elements are multiplied separately), no strips of x are made.
 const bf16* shrink_on_tiles(const std::vector<ForwardCall>& calls, bool apart, std::vector<TileOperands>* operands) {
   const ForwardCall& first_call = calls[0];
   const LinearSizes& size = first_call.size;
@@ -246,7 +246,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls) {
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bool apart = rest_apart(calls[0]);  // `apart` is false for several layers, because siblings have no drop_base
+  const bool apart = rest_apart(calls[0]);  // false for several layers of one input, which have no drop_base
   std::vector<TileOperands> held(calls.size());
   const bf16* x = shrink_on_tiles(calls, apart, &held);
   std::vector<TileForward> works;
@@ -313,7 +313,7 @@ void forward_by_products(const ForwardCall& f) {
     terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
     return;
   }
-  // `there`: a float32 product can be written into Z or Y itself, which run_finish then changes in place.
+  // `there`: whether the product is float32 and is written into Z or Y, which run_finish then changes in place.
   const bool there =
       type == ScalarType::Float && !f.drop_base() && size.in > 0 && !skinny_accepts(f.weight, type, size.tokens);
   Tensor before, after;
@@ -327,7 +327,7 @@ void forward_by_products(const ForwardCall& f) {
     } else {
       mm_out(before, x, dense);
     }
-    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // `before` is already Z
+    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // the tensor `before` already holds Z
   } else if (!f.drop_base()) {
     before = product_forward(f.op, x, f.weight, type);
   } else {

@@ -38,7 +38,7 @@ void transpose_block(const float* block, int64_t rows, int64_t columns, float* o
     for (int64_t q = i; q < rows; ++q) out[j * stride + q] = block[q * kSide + j];
 }
 
-// A conversion of a matrix [rows, columns] to a frame: see packed().
+// The arguments of packed(), which converts a matrix [rows, columns] to a zero-padded float32 matrix (the frame).
 struct Conversion {
   DType dtype;
   const void* matrix;

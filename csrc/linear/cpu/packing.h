@@ -31,8 +31,8 @@ Tensor packed(const char* op, const char* argument, const Tensor& matrix, const 
 Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& matrix, const float* by_row,
               const float* by_column, bool transpose, int64_t frame_rows, int64_t frame_columns);
 
-// Sums [R, columns] float32 of which the last additions are still to be done: total + held[first] + held[first + 1] +
-// ..., `count` additions in this order.
+// Sums [R, columns] float32 whose last additions are still to be done: the sums are total + held[first] + held[first +
+// 1] + ..., with `count` additions in this order.
 struct LateSums {
   Tensor total;  // [R, columns]
   Tensor held;   // [any, R, columns]

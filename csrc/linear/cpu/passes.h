@@ -18,21 +18,22 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 // kTokenStep.
 using TokenWork = std::function<void(int64_t first, int64_t last)>;
 
-// Runs passes without `left` over all tokens of one m. beside: runs for the tokens after the passes, or is null, and
-// takes the time of beside_work multiplications for each token.
+// Runs passes without `left` over all tokens of one m. beside: work on the same tokens, which a thread does after its
+// part of the passes, or null; the work for a token takes as long as beside_work multiplications.
 void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work);
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [rank, columns]. totals: if
-// not null, receives the sums of m's columns, [columns].
+// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [rank, columns]. totals:
+// receives the sums of m's columns, [columns]; may be null.
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
-// Runs a pass with `left`, or leaves a part of the pass to the loops `later`. m · right is complete on return. The
-// result is complete after the loops have run (with at least kPassGrain), except for the late sums. beside: runs for
-// all tokens of a pass with `right`, or is null. With `totals`, the sums are complete after the loops have run.
+// Runs a pass with `left`, or adds a part of the pass to the loops `later`, which the caller runs with a grain of at
+// least kPassGrain. m · right is complete on return. leftᵀ · m is complete after the caller has run the loops, except
+// for the additions that are left in the result (see LateSums). beside: work on all tokens of a pass with `right`, in
+// the same parallel loop, or null. The sums in `totals` are complete after the caller has run the loops.
 LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside);
 
-// Adds the late sums to the total in order, and returns the total.
+// Does the additions that are left in `sums`, in order, and returns the total.
 Tensor summed(LateSums* sums);
 
 void run_expand(const Expand& work, int64_t tokens);

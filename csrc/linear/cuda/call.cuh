@@ -16,7 +16,8 @@ LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& w
 
 inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous(*tensor); }
 
-// Returns what is made of the partial sums of S: S [T, R] and, unless terms is null, the terms of S ∘ ρ.
+// Returns the arguments with which RankReduce makes S [T, R] and, unless terms is null, the terms of S ∘ ρ from the
+// partial sums of S.
 Reduced shrunk_results(const DeviceAdapter& adapter, const Tensor& s, const HeldTerms* terms);
 
 // Computes S [T, R] and, unless terms is null, the terms of S ∘ ρ.
@@ -75,7 +76,7 @@ struct RankCall {
 std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x, const std::vector<RankCall>& calls,
                                           bool needs_grad_x);
 
-// What the forward of a layer takes over from a pass over x that several layers shared.
+// The results of a pass over x that several layers share, for the forward of one of these layers.
 struct Shrunk {
   Tensor s;
   HeldTerms s_terms, b_terms;  // terms of S ∘ ρ and of B

@@ -226,7 +226,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
 
   RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
   if (variant.work == RankWork::kRunColumns)
-    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // a block owns a chunk of rows
+    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // each block has a chunk of rows
   pass.row_tiles = plan.row_tiles;
   pass.column_tiles = plan.column_tiles;
 

@@ -11,8 +11,9 @@ namespace peft_ext {
 constexpr int kRankTile = kTileRows;  // number of rows, and of columns, in a tile of D
 constexpr int kRankThreads = 128;
 
-// The results of a pass. kGroupedRows: P for the rows of a RowTable, where each tile has its own factor. kRunRows: P,
-// where each expert has its own factor. kRunColumns: Q for the rows of each expert (row_runs.cuh).
+// The results of a pass. kGroupedRows: P for the rows of a RowTable (a mixed batch), where each tile has the factor F
+// of its adapter. kRunRows: P, where each expert has its own factor. kRunColumns: Q for the rows of each expert
+// (row_runs.cuh).
 enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
 // Dropout of a pass: none, drawn, or drawn and kept as bits for a later pass.

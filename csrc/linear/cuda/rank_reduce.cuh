@@ -15,7 +15,7 @@ static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(Rank
   const int64_t pairs = work.padded_rank / 2, row = pair / pairs, r = pair % pairs * 2;
   int64_t to = row, rank = work.rank;
   float after = work.after;
-  bool made = row < work.rows;  // whether there are partial sums of this row
+  bool made = row < work.rows;  // whether the pass has written partial sums for this row
   if (work.table.tiles != nullptr) {
     if (row >= work.table_rows) return;
     const RowTile tile = work.table.tiles[row / kTileRows];

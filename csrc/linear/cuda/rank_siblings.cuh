@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
     if (there) {
       const int down = rows_left - (kColumns ? further * kRankTile : 0);
       const bool along = columns_left - (kColumns ? 0 : further * kRankTile) > 0;
-#pragma unroll 1  // few instructions, and fewer registers
+#pragma unroll 1  // fewer instructions and registers than an unrolled loop
       for (int r = threadIdx.x / 8; r < kRankTile; r += copy_step)
         cp_async_16(stages + (stage + r * 128 + (copy_group ^ r % 8) * 16),
                     from + (further * tile_bytes + r * row_bytes), along && r < down);

@@ -86,7 +86,7 @@ class NearestScale {
       const int below = below_[bins[i]];
       out[i] = static_cast<uint8_t>(below + (ordered_[below] < ordered[i]));
     }
-    for (int more = 1; more < most_; ++more)  // most_ is 1 for the dynamic map
+    for (int more = 1; more < most_; ++more)  // most_ is 1 for bitsandbytes' dynamic map
       for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(out[i] + (ordered_[out[i]] < ordered[i]));
   }
 

@@ -4,7 +4,7 @@
 namespace peft_ext {
 namespace {
 
-// Whether a format has the members of 4-bit codes, see weight/formats/list.h.
+// Tells whether a format has the members of 4-bit codes, see weight/formats/list.h.
 template <typename F, typename = void>
 struct HasNibbles {
   static constexpr bool kValue = false;
@@ -14,7 +14,7 @@ struct HasNibbles<F, decltype(static_cast<void>(F::kNibbles))> {
   static constexpr bool kValue = true;
 };
 
-// Whether a format has codes of FP8 (e4m3).
+// Tells whether a format has codes of FP8 (e4m3).
 template <typename F, typename = void>
 struct HasE4m3 {
   static constexpr bool kValue = false;
@@ -24,7 +24,7 @@ struct HasE4m3<F, decltype(static_cast<void>(F::kE4m3))> {
   static constexpr bool kValue = true;
 };
 
-// Whether a format has decode_rows.
+// Tells whether a format has decode_rows.
 template <typename F, typename = void>
 struct HasRowBlocks {
   static constexpr bool kValue = false;
@@ -34,7 +34,7 @@ struct HasRowBlocks<F, decltype(static_cast<void>(F::kRowBlocks))> {
   static constexpr bool kValue = true;
 };
 
-// Whether part 0 of a format holds the codes row by row: not if a word holds codes of several rows.
+// Tells whether part 0 of a format holds the codes row by row. If a word holds codes of several rows, part 0 does not.
 template <typename F, typename = void>
 struct IsRowMajor {
   static constexpr bool kValue = !HasRowBlocks<F>::kValue;

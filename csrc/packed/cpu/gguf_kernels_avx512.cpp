@@ -67,7 +67,7 @@ struct SmallBlockStep : GgufStep<Block> {
     using Of = BlockWords<Block, 4>;
     constexpr int kWords = Block::kBytes / 2;
     constexpr Words kCodes = Of::picked([](int i) { return i / 8 * kWords + Block::kCodes / 2 + i % 8; });
-    // The low half gives the scales of 16 lanes, the high half gives the four offsets.
+    // The low half of the result gives the scales of 16 lanes, and the high half gives the four offsets.
     constexpr Words kScales = Of::picked([](int i) { return i < 16 ? i / 4 * kWords : i % 4 * kWords + 1; });
     const Of words(this->bytes(j), blocks);
     Held held;
@@ -101,8 +101,8 @@ struct SmallBlockStep : GgufStep<Block> {
   static __m512 step_addends(const Held& held) { return held.add; }
 };
 
-// Q8_0: two blocks of 32 bytes of codes. Registers 0 and 1 of x are the even and the odd columns. The sum of the
-// numbers of a byte's two nibbles is the code.
+// Q8_0: two blocks of 32 bytes of codes. Registers 0 and 1 of x are the even and the odd columns. A code is the sum of
+// the numbers that the two nibbles of its byte stand for.
 struct Q8_0Step : GgufStep<BlockQ8_0> {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 2 * BlockQ8_0::kBytes;
   static constexpr int register_of(int part) { return part / 2; }

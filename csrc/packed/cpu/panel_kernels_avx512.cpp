@@ -40,7 +40,7 @@ class Ahead {
 
  private:
   const uint32_t* row_;
-  int64_t stride_, lines_, line_ = 0;  // words between rows, lines of a row, next line
+  int64_t stride_, lines_, line_ = 0;  // words between two rows, cache lines of a row, next cache line to prefetch
 };
 
 // A kernel sums in a local array, which stays in registers, and copies the array at the end.
@@ -59,7 +59,8 @@ inline void copy(const __m512 (&sums)[kSums][kTokens], __m512 (&out)[kSums][kTok
     for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
 }
 
-// The members of both formats that `order` reads. A sum of x is over 32 columns.
+// The members that the steps of GPTQ and AWQ share and that `order` reads. `order` writes one sum of x for each 32
+// columns.
 struct PanelStep {
   static constexpr int kColumns = 32, kAddColumns = 32;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;

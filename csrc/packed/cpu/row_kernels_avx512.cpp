@@ -50,7 +50,7 @@ struct NibbleStep : OneRowStep {
   __m512 scale(const Held& held, int, int) const { return held.scale; }
 };
 
-// The formats with table16: see weight/formats/list.h.
+// The step of the formats that have table16, see weight/formats/list.h.
 template <typename F>
 struct TableStep : NibbleStep<F::kNibbles> {
   using Held = typename NibbleStep<F::kNibbles>::Held;
@@ -273,7 +273,7 @@ struct E4m3Magnitudes {
 };
 constexpr E4m3Magnitudes kE4m3Magnitudes;
 
-// A part is the codes of one register of x.
+// A part has the codes of the columns in one register of x.
 struct Fp8Step : ByteStep {
   static constexpr int kParts = 2;
   static constexpr int register_of(int part) { return part; }

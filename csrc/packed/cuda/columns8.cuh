@@ -48,7 +48,7 @@ __device__ __forceinline__ uint2 eight_bytes(const void* from, bool whole) {
   return words;
 }
 
-// Byte i of 8 bytes.
+// Returns byte i of 8 bytes.
 __device__ __forceinline__ uint32_t byte_of(const uint2& words, int i) {
   return (i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 255;
 }
@@ -135,7 +135,8 @@ __device__ __forceinline__ float float_scale(const PackedView& w, const void* sc
   return scale_type(w.option) == ScaleType::kBF16 ? unpack2<bf16>(bits).x : unpack2<f16>(bits).x;
 }
 
-// Whether the 8 columns are of one group: groups are consecutive columns, and `group` is 0 or a multiple of 8.
+// Returns whether any 8 columns from a multiple of 8 on lie in one group: groups are consecutive columns, and `group`
+// is 0 or a multiple of 8.
 __device__ __forceinline__ bool one_group_in_8(const PackedView& w, const void* g_idx) {
   return g_idx == nullptr && w.group % 8 == 0;
 }
@@ -174,7 +175,7 @@ __device__ __forceinline__ int code_in_word(uint32_t word, int bits, int64_t i) 
   return static_cast<int>(word >> (place * bits) & ((1u << bits) - 1));
 }
 
-// The zero and the scale of a group of a row.
+// The zero point and the scale of a group of a row.
 struct ZeroAndScale {
   int zero;
   float scale;
@@ -314,7 +315,7 @@ __device__ __forceinline__ int number_of(int code) {
   }
 }
 
-// 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
+// The 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
 template <typename Block, typename Number>
 struct OnCuda<Gguf<Block, Number>> : Gguf<Block, Number> {
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {

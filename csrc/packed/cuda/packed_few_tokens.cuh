@@ -39,7 +39,7 @@ using PackedFewShared = float[kPackedFewWarps][kSums];
 template <int kSums>
 __device__ __forceinline__ float sum_over_lanes(float (&sums)[kSums], int lane) {
 #pragma unroll
-  for (int level = 1; level <= 5; ++level) {                     // a warp has 2^5 lanes
+  for (int level = 1; level <= 5; ++level) {                     // five exchanges, because a warp has 2^5 lanes
     const int mask = kWarpSize >> level, left = kSums >> level;  // `left`: number of sums that the lane keeps
     if (left == 0) sums[0] += shuffle_xor(sums[0], mask);
 #pragma unroll

@@ -12,7 +12,7 @@
 namespace peft_ext {
 namespace {
 
-// How a stored code becomes a number: by subtraction, or by a table.
+// The number that a stored code stands for: code - kBias.
 template <int kBias>
 struct GgufMinus {
   static constexpr bool kTable = false;
@@ -27,7 +27,7 @@ struct GgufIQ4Table {
   }
 };
 
-// Twice the values of e2m1. The code 8 is +0 in ggml.
+// The number that a stored code stands for: twice its e2m1 value. The code 8 is +0 in ggml.
 struct GgufTwiceE2M1 {
   static constexpr bool kTable = true;
   static constexpr int value(int code) {

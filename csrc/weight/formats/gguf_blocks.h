@@ -25,7 +25,7 @@ inline float gguf_half(const uint8_t* bytes) { return to_float(f16{static_cast<u
 
 // --- Codes of blocks of 32 columns -----------------------------------------------------------------------------------
 
-// Column i and column 16 + i share byte i; the low nibble is column i.
+// Column i and column 16 + i share byte i: the low nibble is the code of column i.
 inline int gguf_nibble(const uint8_t* bytes, int g, int i) { return bytes[i] >> 4 * g & 15; }
 
 // The fifth bits of 32 codes are the bits of four bytes.
@@ -128,7 +128,7 @@ struct BlockQ3_K {  // third bits [32], codes [64], 6-bit scales [12], d
   static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 32, g, i) | gguf_field<1>(b, g, i) << 2; }
 };
 
-// The 6-bit scale and the 6-bit minimum of run s in the 12 bytes of Q4_K and Q5_K.
+// These functions return the 6-bit scale and the 6-bit minimum of run s from the 12 bytes in a block of Q4_K or Q5_K.
 inline int gguf_k_scale(const uint8_t* bytes, int s) {
   return s < 4 ? bytes[s] & 63 : (bytes[s + 4] & 15) | (bytes[s - 4] >> 2 & 48);
 }

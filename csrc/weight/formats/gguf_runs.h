@@ -1,6 +1,7 @@
 // Reads the codes of a run of 32 columns of GGUF's blocks at once: gguf_codes(Block, b, s, out) writes the codes
 // Block::code(b, 2 s, 0 to 15) and Block::code(b, 2 s + 1, 0 to 15), a byte each. Bytes are shifted in words of eight;
-// a mask removes the bits that move from one byte to the next. For the CPU; see gguf_blocks.h for the blocks.
+// a mask removes the bits that move from one byte to the next. This file is for the CPU. See gguf_blocks.h for the
+// blocks.
 #pragma once
 
 #include "weight/formats/gguf_blocks.h"
@@ -12,7 +13,7 @@ typedef uint64_t GgufWords __attribute__((vector_size(32)));  // 32 codes
 
 constexpr uint64_t kGgufOnes = 0x0101010101010101u;
 
-// 16 bytes: the low nibbles are the first 16 codes, the high nibbles are the others.
+// Writes the 32 codes of 16 bytes: the low nibbles are the first 16 codes, and the high nibbles are the last 16 codes.
 inline void gguf_nibbles(const uint8_t* bytes, GgufWords* out) {
   uint64_t words[2];
   memcpy(words, bytes, sizeof(words));
@@ -28,7 +29,7 @@ inline void gguf_add_fifth_bits(const uint8_t* bits, GgufWords* codes) {
   *codes |= (((spread & kDiagonal) + 127 * kGgufOnes) & 128 * kGgufOnes) >> 3;
 }
 
-// Run s of fields of kBits bits, in the order of gguf_field.
+// Writes the 32 codes of run s from fields of kBits bits, in the order of gguf_field.
 template <int kBits>
 inline void gguf_fields(const uint8_t* bytes, int s, GgufWords* out) {
   constexpr int kRuns = 8 / kBits;
@@ -77,7 +78,7 @@ inline void gguf_codes(BlockQ6_K, const uint8_t* b, int s, GgufWords* out) {
 template <class Number>
 inline void gguf_look_up(GgufWords* codes) {
 #if defined(__GNUC__) && !defined(__clang__)
-  // A shuffle of bytes instead of 32 loads. Clang has no shuffle by a variable.
+  // A shuffle of bytes replaces 32 loads. Clang has no shuffle by a variable.
   typedef int8_t Bytes __attribute__((vector_size(32)));
   constexpr auto at = [](int code) { return static_cast<int8_t>(Number::value(code)); };
   const Bytes table = {at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),

@@ -1,5 +1,5 @@
-// Integer codes of 2, 4 or 8 bits in 32-bit words, the lowest bits first: what the formats of integers share. Words are
-// also read as bytes, because the CPUs of peft_ext are little-endian.
+// Functions that the formats of integers share, for codes of 2, 4 or 8 bits in 32-bit words; the first code is in the
+// lowest bits. Words are also read as bytes, because the CPUs of peft_ext are little-endian.
 #pragma once
 
 #include "weight/packed_view.h"
@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-// Number of words of `count` codes. No code lies in two words.
+// Returns the number of words that hold `count` codes. No code lies in two words.
 inline int64_t words_of(int64_t count, int bits) { return (count >> 5) * bits + (((count & 31) * bits + 31) >> 5); }
 
 // Returns the field of code i in the word of the code.
@@ -32,7 +32,7 @@ inline int64_t scale_bytes(const PackedView& w, int64_t count) {
 
 inline bool has_float_scales(const PackedView& w) { return scale_type(w.option) <= ScaleType::kF16; }
 
-// Number of groups of a row's columns.
+// Returns the number of groups of a row's columns.
 inline int64_t groups_of(const PackedView& w) { return w.group ? divided(w.columns + w.group - 1, w.group) : 1; }
 
 // Returns the group of a column. `g_idx` has the group of each column, and is null if groups are consecutive columns.

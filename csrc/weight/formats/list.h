@@ -60,7 +60,7 @@
   FORMAT(8, Hqq)                 \
   PEFT_EXT_GGUF_FORMATS(FORMAT)
 
-// 64 + the number of the type in ggml.
+// The number of a GGUF type's format is 64 + the number of the type in ggml.
 #define PEFT_EXT_GGUF_FORMATS(FORMAT) \
   FORMAT(66, GgufQ4_0)                \
   FORMAT(67, GgufQ4_1)                \

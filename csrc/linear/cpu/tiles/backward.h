@@ -37,7 +37,8 @@ inline void load_sums(const TileBackward& work, int64_t column, int64_t token, B
   });
 }
 
-// A piece of a part of the depth: `tiles` tiles of one layer, from tile `from` on. panel: W's columns as right strips.
+// The tiles of one layer in a part of the depth: `tiles` tiles, from the layer's tile `from` on. panel: W's columns as
+// right strips.
 struct DepthPiece {
   int layer;
   int64_t from, tiles;

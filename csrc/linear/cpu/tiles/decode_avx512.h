@@ -107,7 +107,7 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_
     for (int64_t column = begin; column < end; column += kPanelStep) {
       const int64_t count = min_i64(kPanelStep, end - column), strips = ceil_div(count, kStrip);
       bf16* out = panel + (column - begin) / kStrip * strip + tile * kTile;
-      alignas(64) bf16 held[kTileDepth * kPanelStep];  // of a weight that w.decode decodes: 32 rows
+      alignas(64) bf16 held[kTileDepth * kPanelStep];  // 32 rows of a weight that w.decode decodes
       if (w.decode != nullptr)
         decode_block(w, (from + tile) * kTileDepth, kTileDepth, column, kPanelStep, held, kPanelStep);
       for (int64_t i = 0; i < kTileDepth; i += 2) {

@@ -19,7 +19,7 @@ struct TileUnit {
   TileUnit() {}
 };
 
-constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // depth of a step; elements of a pair in a step
+constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // depth of a step; number of values of a row pair in a step
 constexpr int kPairs = 4;                                  // number of row pairs, and of lane pairs, in registers
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;

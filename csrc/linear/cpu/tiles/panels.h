@@ -37,7 +37,7 @@ inline Ahead rows_ahead(const TileWeight& w, int64_t row, int64_t count, int64_t
   if (rows <= 0 || steps <= 0) return Ahead{};
   const int64_t first = from * kTileDepth, last = min_i64(w.columns, first + tiles * kTileDepth);
   const char* at = element_address(w, row * w.columns + first);
-  if (first == 0 && last == w.columns) {  // whole rows are contiguous
+  if (first == 0 && last == w.columns) {  // if all columns are taken, the rows are one contiguous run
     const int64_t runs = (element_address(w, (row + rows) * w.columns) - at) / 128;
     return Ahead{at, 0, runs, runs, ceil_div(runs, steps)};
   }

@@ -42,11 +42,11 @@ bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Returns whether the tiles compute the products with dropped elements separately. The tiles do not do so with AMX,
-// because a product with all of W takes about as long in AMX as a product with a twentieth of W takes in vectors.
+// Returns whether the tiles compute the products with dropped elements separately. On AMX the result is false, because
+// a product with all of W takes about as long in AMX as a product with a twentieth of W takes in vectors.
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
-// The dropped elements of m [tokens, depth]. `entries` points into the other fields.
+// The dropped elements of m [tokens, depth]. The pointers in `entries` point into the other fields.
 struct DroppedTokens {
   std::vector<int64_t> first;
   Tensor held;  // 32-bit entries in a float32 tensor
@@ -59,7 +59,7 @@ bf16* panel_scratch(int64_t elements);
 
 // Calls run(begin, end, first strip, last strip, panel, sums) over all panels of W and all token strips, on all
 // threads. strip_step: number of strips that one call takes together. part: number of tiles in a part of the depth,
-// which is cut by `cut`. turns: whether the scratch of a panel holds the panel's transpose too.
+// which is cut by `cut`. turns: whether the scratch of a panel also holds the transpose of the panel.
 template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const DepthCut& cut, int64_t part,
                 bool turns, const Run& run) {
