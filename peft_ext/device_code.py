@@ -5,8 +5,9 @@ code when the kernel is first launched on a GPU. NVRTC, NVIDIA's compiler as a l
 torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. No CUDA toolkit is needed. A kernel takes
 NVRTC 0.1 to 0.3 seconds.
 
-The cache has a folder per compiler, sources and architecture, and in it a file per kernel. A file is written whole or
-not at all. Of the processes that want the same kernel one compiles, and the others wait for its file.
+The cache has a folder for each combination of compiler, sources and architecture, and the folder has a file for each
+kernel. A file is written whole or not at all. If several processes need the same kernel, one of them compiles the
+kernel, and the others wait for the file.
 
 Environment:
     ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
@@ -36,9 +37,9 @@ from .files import atomic_file, cache_folder
 
 __all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare", "version", "warm"]
 
-LOCK_SECONDS = 120  # a process that waits longer for another one's file compiles the kernel itself
+LOCK_SECONDS = 120  # a process that has waited this long for the file of another process compiles the kernel itself
 
-WARM_CORES = 8  # on a machine with as many cores, all kernels are compiled in less than half a minute
+WARM_CORES = 8  # a machine with this many cores compiles all kernels in less than half a minute
 
 # NVRTC has no standard headers. These stand-ins declare the part of them that the kernels use.
 _INTEGERS = """#pragma once
@@ -78,14 +79,15 @@ HEADERS = {
     "math.h": _MATH,
     "stdint.h": _INTEGERS,
     "type_traits": _TYPE_TRAITS,
-    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),  # NVRTC knows what the kernels use of them
+    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),  # NVRTC itself has the names of both
 }
 
 
 def missing() -> Optional[str]:
     """Returns why kernels can't be compiled on this machine, or None."""
     if any(importlib.util.find_spec(name) is None for name in ("cuda", "cuda.bindings")):
-        # The version of the CUDA that torch is built for: a newer package looks for a newer NVRTC than torch's.
+        # The package must be of the CUDA release that torch is built for: a newer package looks for a newer NVRTC than
+        # torch's.
         major = (torch.version.cuda or "").partition(".")[0]
         named = f'"cuda-bindings=={major}.*"' if major else "cuda-bindings"
         return f"the package cuda-bindings is missing: pip install {named}"
@@ -131,7 +133,7 @@ def image(kernel: str, file: str, capability: int) -> Image:
 def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, count: items) -> int:
     """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of kernels.
 
-    ``progress(iterable, length)`` returns the same items and may show how far they are.
+    ``progress(iterable, length)`` yields the items of ``iterable`` and may show how many of them are done.
     """
     return _compile(kernels(), capability, progress)
 
@@ -147,10 +149,10 @@ def _compile(wanted: list[tuple[str, str]], capability: int, progress: Callable[
 def prepare(capability: int, say: Callable[[str], None]) -> None:
     """Compiles kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
 
-    A first training step needs some hundred kernels, which one core compiles in about as much time as many cores all
-    kernels. The kernels of packed weights are left out: a model has weights of one format or two, whose few kernels are
-    compiled at their first launch. ``say`` gets a line before the compilation. A kernel that does not compile is an
-    error at its first launch.
+    A first training step needs some hundred kernels. One core compiles these kernels in about the time in which many
+    cores compile all kernels. The kernels of packed weights are left out: a model has weights of one format or two,
+    whose few kernels are compiled at their first launch. ``say`` gets a line before the compilation. A kernel that does
+    not compile is an error at its first launch.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():
@@ -225,7 +227,7 @@ def _log(program: Any) -> str:
 
 def _options() -> list[bytes]:
     asked = os.environ.get("PEFT_EXT_NVRTC_FLAGS", "").split()
-    # The headers are also for g++ and mark no function __device__ that the host uses too.
+    # g++ compiles the headers too, so functions that the host also uses are not marked __device__.
     return [option.encode() for option in ("-std=c++17", "-default-device", *asked)]
 
 

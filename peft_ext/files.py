@@ -58,7 +58,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def cache_folder() -> Path:
-    """Returns the folder of what peft_ext keeps on a machine: ``$XDG_CACHE_HOME/peft_ext``, or ``~/.cache/peft_ext``.
+    """Returns the folder in which peft_ext keeps files, such as compiled kernels, for later runs:
+    ``$XDG_CACHE_HOME/peft_ext``, or ``~/.cache/peft_ext``.
 
     A user without a home gets a path that nothing can be written to.
     """
@@ -125,7 +126,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
-    with _hidden_folder(target / target.name if stays else target) as part:  # _put renames part or swaps it with target
+    with _hidden_folder(target / target.name if stays else target) as part:  # _put moves part to target
         yield part
         if keep and target.is_dir() and not stays:
             _carry_over(target, part)

@@ -32,12 +32,12 @@ class Machine:
     """The constants of a machine: rates in bytes/s, times in seconds. GROUP cores share an L3."""
 
     sockets: int
-    l3_rate: float  # of one core that reads from L3
-    group_rate: float  # of the cores of one L3 that read from DRAM
-    socket_rate: float  # of the DRAM of one socket
-    link_rate: float  # from one socket to the other
-    empty: float  # of an empty loop on two threads
-    transfer: float  # of a cache line that another core of the socket wrote; from the other socket twice as long
+    l3_rate: float  # rate of one core that reads from L3
+    group_rate: float  # rate of the cores of one L3 together, reading from DRAM
+    socket_rate: float  # rate of the DRAM of one socket
+    link_rate: float  # rate from one socket to the other
+    empty: float  # time of an empty loop on two threads
+    transfer: float  # time of a line that another core of the socket wrote; twice as long from the other socket
 
     def line_seconds(self) -> float:
         return self.transfer * (1.5 if self.sockets == 2 else 1.0)
@@ -122,7 +122,8 @@ class Cost:
 
 
 def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine) -> Cost:
-    """Returns the cost of the rows together, such as a forward and a backward. one: the rows on one thread."""
+    """Returns the cost of the rows together, such as a forward and a backward. ``one``: the same rows, recorded on one
+    thread."""
     threads = rows[0]["threads"]
     ideal = sum(row["serial"] for row in one) / threads
     loops = [loop for row in rows for loop in row["loops"]]

@@ -61,8 +61,9 @@ def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
 
 
 def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int = 3) -> Hot:
-    # Three layers. A warp counts a tile of its layer (with 32 ranks: half of it), and a tile is four warps' worth. A
-    # thread copies every twelfth (every 24th) row of a tile of x, and draws the mask of 16 rows in an iteration.
+    # The loop of three layers. A warp computes a tile of its layer (with 32 ranks: half of a tile), and the tables
+    # count a tile for four warps. A thread copies every twelfth (every 24th) row of a tile of x, and draws the mask of
+    # 16 rows in an iteration.
     warps = 3 if ranks == 16 else 6
     copies, draws = -(-64 // (4 * warps)), (2, 2) if ranks == 16 else (2,)
     return Hot(
@@ -130,7 +131,7 @@ HOT = (
     _expand("Y0, mixed batch, bf16 adapters", 1, "kGrouped", terms=1),
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
-    # An iteration computes one of the layers that share an input.
+    # An iteration adds the term of one of the layers that share an input.
     Hot("dX0 of a layer among several", "expand_sum_kernel<bf16, 2>"),
     # Counted per weight: an iteration is four slabs of 16 x 64, 128 weights of each lane.
     Hot("NF4, T <= 8", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),

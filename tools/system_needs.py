@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 OLDEST_PYTHON = (3, 10)
-# GCC 11 is the first with AMX. clang 14 is the oldest clang with which the library was built; `make clang-check`.
+# GCC 11 is the first with AMX. clang 14 is the oldest clang with which the library was built (`make clang-check`).
 OLDEST_COMPILERS = {"GCC": 11, "clang": 14}
 COMPILERS = " or ".join("{} {}".format(*pair) for pair in OLDEST_COMPILERS.items()) + " or newer"
 # Debian 11 and Ubuntu 20.04 have no package of such a compiler. RHEL's default GCC is old, and its toolsets are new.

@@ -164,7 +164,8 @@ def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
 
 def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels: Path, output: Path) -> Path:
     """Builds a wheel in the unpacked source distribution ``tree``, lets auditwheel set the wheel's tag, and returns the
-    path of the wheel in ``output``. Takes the native library from ``kernels``; builds and puts it there at first.
+    path of the wheel in ``output``. Takes the native library from ``kernels``; the first call builds the library and
+    puts the library there.
     """
     suffix = _run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     flags = {"LDFLAGS": " ".join(old_runtime.linker_flags(stand_ins))} | (

@@ -1,5 +1,5 @@
-// LoRA over a frozen embedding on the CPU. W [V, N] is dense or NF4, A is [R, V], B is [N, R], and each of T tokens has
-// an index i:
+// LoRA over a frozen embedding on the CPU. W [V, N] is dense or packed, A is [R, V], B is [N, R], and each of T tokens
+// has an index i:
 //
 //   S = A[:, i]ᵀ [T, R]      Y = W[i] + S (sB)ᵀ [T, N]
 //   P = dY (sB) [T, R]       dA[:, v] = Σ P[t] over the t with i[t] = v, in order       dB = s dYᵀ S

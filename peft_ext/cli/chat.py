@@ -79,7 +79,7 @@ def chat(
     for line in _prompts():
         try:
             answers = pair.answers(line)
-        except CliError as error:  # the next prompt may get an answer
+        except CliError as error:  # chat goes on, because the next prompt may get an answer
             print(f"error: {error}", file=sys.stderr)
             continue
         _show(line, *answers)

@@ -189,7 +189,7 @@ def _check_shapes(header: GgufHeader) -> None:
     # The layers of T5's two halves are enc.blk.N and dec.blk.N.
     pattern = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]{1,9})\.")
     found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
-    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack the prediction layers
+    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack these layers
     problem = next((f"layer {index} has no tensors" for index in range(present) if index not in found), None)
     if problem is None and max(found, default=0) >= layers:
         problem = f"layer {max(found)} has tensors"
@@ -248,7 +248,7 @@ def check_tokenizer(header: GgufHeader) -> None:
         if not isinstance(value := header.get(key, False), bool):
             raise header.error(f"{key} is {_shown(value)}, wanted a bool")
     kind = header.get("tokenizer.ggml.model", "none")
-    if kind == "none" and "tokenizer.ggml.tokens" not in header:  # a model without a tokenizer
+    if kind == "none" and "tokenizer.ggml.tokens" not in header:  # the file has no tokenizer
         return
     tokens = _checked_list(header, "tokenizer.ggml.tokens", str)
     if not 1 <= len(tokens) <= vocabulary:

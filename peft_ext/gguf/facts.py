@@ -33,7 +33,7 @@ _SIZE_FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-# Fields of a configuration, of which a class has at most one.
+# Names that configurations give to the eps of the norms. A configuration's class has at most one of these fields.
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of the model with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # models whose rotary positions may use a part of a head
@@ -253,7 +253,7 @@ class _Facts:
         """Takes the number of features in a head that rotary positions rotate."""
         count = self.get("rope.dimension_count")
         if count is None or self.config.model_type in ("minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"):
-            return  # transformers reads the number for these models
+            return  # for these models, transformers itself reads the number
         if count == self.head or self.architecture in _PARTIAL:
             if count > self.head or int(self.head * (count / self.head)) != count:
                 raise self.refuse("rope.dimension_count", f"wanted a part of the {self.head} features of a head")
@@ -270,7 +270,7 @@ class _Facts:
             kind = "linear"
         if kind in (None, "none") or (kind == "longrope" and ROTARY_FACTORS[1] in self.header.tensors):
             return
-        if kind == "linear" and factor in (None, 0.0, 1.0):  # positions are divided by 1
+        if kind == "linear" and factor in (None, 0.0, 1.0):  # such a scaling divides positions by 1
             return
         if kind not in ("linear", "yarn") or self.architecture == "phi3" or type(factor) is not float or factor <= 0:
             raise self.header.error(f"{self.architecture}.rope.scaling.type is {kind!r:.60} with the factor {factor}, "
@@ -343,7 +343,7 @@ class _Facts:
         """
         factor, context, low, high = float(factors.max()), 8192, 1.0, 4.0
         powers = torch.arange(0, 2 * len(factors), 2, dtype=torch.float32) / (2 * len(factors))
-        turns = context / (2 * math.pi * base**powers)  # full rotations of each frequency in the original context
+        turns = context / (2 * math.pi * base**powers)  # rotations of each frequency in the original context
         share = ((turns - low) / (high - low)).clamp(0, 1)
         wanted = 1 / ((1 - share) / factor + share)
         if not torch.allclose(factors, wanted, rtol=1e-5, atol=0):

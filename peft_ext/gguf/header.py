@@ -35,15 +35,15 @@ __all__ = ["GgufError", "GgufHeader", "TensorInfo", "Value", "is_gguf", "read_he
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_SIZES = 4  # GGML_MAX_DIMS
-_LONGEST_NAME = 65_535  # bytes of a key, by the specification
+_LONGEST_NAME = 65_535  # largest number of bytes in a key, by the specification
 # Bounds of memory and time: the package gguf takes some 500 bytes of memory for each element of an array.
 _MOST_NAMES = 1 << 20  # keys, or tensors
-_MOST_ELEMENTS = 1 << 22  # elements of all arrays of the metadata
+_MOST_ELEMENTS = 1 << 22  # largest number of elements in all arrays of the metadata together
 
 # Value types: number in the file -> format of struct. Bool is one byte.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U32, _STRING, _ARRAY = 4, 8, 9
-_LENGTH = struct.Struct("<Q")  # length of a string
+_LENGTH = struct.Struct("<Q")  # format of the length of a string
 
 # ggml's types of integers.
 _INTEGERS = {24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}

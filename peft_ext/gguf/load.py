@@ -1,7 +1,7 @@
 """Loads a transformers model from a GGUF file and keeps the quantized weights packed, as in the file.
 
 transformers builds the model on the meta device. :func:`~peft_ext.gguf.pack.pack` then replaces layers of the model by
-packed layers, and returns the tensors to load: the quantized weights are mapped from the disk. At last, transformers
+packed layers, and returns the tensors to load: the quantized weights are mapped from the disk. Finally, transformers
 loads these tensors into the model.
 """
 

@@ -25,7 +25,7 @@ with required("transformers", "a model in a GGUF file"):
 __all__ = ["read_config", "read_tokenizer"]
 
 
-# Architectures that transformers 5.24 reads from GGUF files, beside those of integrations.gguf.
+# Architectures that transformers 5.24 reads from GGUF files, in addition to those of transformers.integrations.gguf.
 _READ = {
     "bloom", "falcon", "gemma2", "gemma3", "gpt-oss", "gpt2", "llama", "mamba", "minimax-m2", "mistral", "nemotron",
     "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder",
@@ -66,7 +66,8 @@ def read_config(header: GgufHeader) -> Any:
 
 
 def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a file, with its chat template. Raises GgufError where transformers can't read it."""
+    """Returns the tokenizer in a file, with its chat template. Raises GgufError where transformers can't read the
+    tokenizer."""
     check_model(header)
     check_tokenizer(header)
     if "tokenizer.ggml.tokens" not in header:
@@ -92,9 +93,9 @@ def _read_by_function(header: GgufHeader) -> Any:
     metadata = {
         key: header.get(key)
         for key in header.keys
-        if not key.startswith("tokenizer.") or key.endswith("_token_id")  # not the lists of the vocabulary
+        if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the lists of the vocabulary are left out
     }
-    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # transformers wants the number
+    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # only the number is read
     fields = get_gguf_config(metadata, tuple(header.tensors))
     return AutoConfig.for_model(**fields)
 

@@ -97,7 +97,8 @@ class GgufNames:
         return cls(ARCHITECTURES[config.model_type][0], config.num_hidden_layers, heads, kv_heads)
 
     def tensor(self, module: str) -> Optional[str]:
-        """Returns the name in the file of a module of transformers' model, without ".weight"; None if it has none.
+        """Returns the name in the file of a module of transformers' model, without ".weight"; None if the file has no
+        name for the module.
 
         "model.layers.0.self_attn.q_proj" is "blk.0.attn_q".
         """

@@ -58,7 +58,7 @@ class _Changes(NamedTuple):
         digest: :func:`_digest` of the class for which the other attributes are true. "" for a class of this module.
         names: regular expression of the names of the tensors.
         rows: a function of the name, the number of rows and the configuration, where the class only reorders rows.
-            Row i of transformers' tensor is row ``order[i]`` of the file's.
+            Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
     """
 
     digest: str
@@ -338,7 +338,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                if reason is None and target not in found.tensors:  # the first of the three tensors
+                if reason is None and target not in found.tensors:  # only once for the three tensors gate, up and down
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
                 changes = _CHANGED if touched and changed.rows is None else None
@@ -392,7 +392,7 @@ def _packed_experts(
     module, (gate, up, down) = model.get_submodule(name), parts
     experts, rows, columns = gate.shape
     halves = [header.data(gate.name), header.data(up.name)]
-    turns = header.architecture in _OWN  # rows of gate and up in turns
+    turns = header.architecture in _OWN  # whether the rows of gate and up alternate
     joined = torch.stack(halves, 2).flatten(1, 2) if turns else torch.cat(halves, 1)
     weights = {
         "gate_up_proj": gguf_weight(joined, gate.type, (experts, 2 * rows, columns), dtype),

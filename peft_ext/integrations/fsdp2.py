@@ -1,7 +1,8 @@
 """FSDP2 of the library accelerate for transformers' Trainer and its subclasses, with decoder layers as units.
 
 :meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. accelerate itself would make
-units of the embedding and of the head. The head of a unit of its own has another class, and whole logits are computed.
+units of the embedding and of the head. ``fully_shard`` gives a head that is a unit of its own another class, so that
+whole logits are computed.
 :func:`prepare_fsdp2` calls ``fully_shard`` before accelerate does, which then leaves the model unchanged.
 """
 
@@ -88,7 +89,7 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     if not isinstance(model, FSDPModule):
         fully_shard(model, **options)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not isinstance(parameter, DTensor):  # FSDP2 would not reduce its gradients
+        if parameter.requires_grad and not isinstance(parameter, DTensor):  # FSDP2 would not reduce the gradient
             raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
     plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
     _keep_parameters(accelerator)
@@ -195,7 +196,8 @@ def _send_from_first(model: nn.Module, device: torch.device) -> None:
 
 
 def _keep_parameters(accelerator: Any) -> None:
-    """Makes ``accelerator.prepare`` keep the parameters of an optimizer, and take a sharded model alone.
+    """Makes ``accelerator.prepare`` keep the parameters of an optimizer, and accept a sharded model without an
+    optimizer.
 
     accelerate replaces an optimizer's parameters by the model's parameters at the same addresses. Empty shards all have
     the address 0, so an optimizer would get one empty shard several times, and lose the others.
@@ -206,7 +208,7 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], FSDPModule):  # as in an evaluation before the training
+        if len(args) == 1 and isinstance(args[0], FSDPModule):  # for an evaluation before the training
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
         if not all(isinstance(model, FSDPModule) for model in models):  # accelerate shards the model itself
@@ -232,7 +234,7 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
     save_model, accelerator = trainer.save_model, trainer.accelerator
     if not hasattr(trainer.model, "peft_config") or hasattr(save_model, "saves_adapters"):
         return
-    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the type that is set next
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # the next line sets both again
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
     @functools.wraps(save_model)

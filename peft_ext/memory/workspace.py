@@ -47,7 +47,7 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        if not (feedforward and device == "cpu" and by.element_size() == 2):  # else _of_product counts the scaled x
+        if not (feedforward and device == "cpu" and by.element_size() == 2):  # else _of_product counted it
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size
 

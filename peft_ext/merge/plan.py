@@ -290,7 +290,8 @@ class Plan:
         self._uses = Counter(self.origin[name][0] for name in names)
 
     def take(self, name: str) -> Tensor:
-        """Returns the value of a planned tensor once. The module's last tensor frees the memory of the module."""
+        """Returns the value of a planned tensor once. The call for a module's last tensor frees the memory of the
+        module."""
         value, path = self._value(name), self.origin[name][0]
         self._uses[path] -= 1
         if path and not self._uses[path]:

@@ -59,7 +59,7 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
 # For some mixtures PEFT replaces these names in target_modules by parameters of the experts and of the router, although
 # layers outside of the experts may have the same names.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-_ROUTER = "router"  # a linear layer in Llama 4 and Phi-MoE, the parent of a linear layer in Granite-MoE
+_ROUTER = "router"  # "router" is a linear layer in Llama 4 and Phi-MoE, and the parent of a linear layer in Granite-MoE
 
 
 def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class _Gather(torch.autograd.Function):
 
 class _Order(torch.autograd.Function):
     """Permutes the rows of y [S, N] by ``order``. ``inverse`` is the inverse permutation of ``order``; the backward
-    needs it."""
+    needs ``inverse``."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -237,8 +237,8 @@ class FrozenExperts:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name in ("gate_up_proj", "up_proj", "down_proj") and name in (shapes := self.frozen_shapes()):
-            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. Of packed experts PEFT must
-            # read the dense shape, so the attribute holds the dense shape.
+            # PEFT reads a parameter's shape from the attribute ds_shape, if there is one. PEFT must read the dense
+            # shape of packed experts, so the attribute holds the dense shape.
             experts, n, k = shapes[name]
             value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
         return value

@@ -178,7 +178,7 @@ def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int, na
 
 
 def check_weight(op: str, weight: Union[Tensor, PackedWeight]) -> None:
-    """Checks a frozen weight ``[N, K]``, dense or NF4."""
+    """Checks a frozen weight ``[N, K]``, dense or packed."""
     if not isinstance(weight, PackedWeight):
         check_float(op, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
@@ -188,7 +188,7 @@ def check_weight(op: str, weight: Union[Tensor, PackedWeight]) -> None:
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, PackedWeight], name: str = "x") -> None:
-    """Checks x ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or NF4. An error calls x by ``name``."""
+    """Checks x ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or packed. An error calls x by ``name``."""
     check_float(op, name, x)
     check_weight(op, weight)
     if isinstance(weight, PackedWeight):
@@ -232,7 +232,7 @@ def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, l
 def check_experts(
     op: str, x: Tensor, weight: Union[Tensor, PackedWeight], offsets: Tensor, bias: Optional[Tensor]
 ) -> None:
-    """Checks x ``[S, K]`` and offsets ``[E]`` against frozen weights ``[E, N, K]``, dense of x's dtype or NF4."""
+    """Checks x ``[S, K]`` and offsets ``[E]`` against frozen weights ``[E, N, K]``, dense of x's dtype or packed."""
     check_experts_weight(op, weight, x.dtype)
     _check_device(op, "weight", weight.parts[0] if isinstance(weight, PackedWeight) else weight, x)
     experts, out_features, in_features = weight.shape
@@ -247,7 +247,7 @@ def check_experts(
 
 
 def check_experts_weight(op: str, weight: Union[Tensor, PackedWeight], dtype: Optional[torch.dtype] = None) -> None:
-    """Checks frozen weights ``[E, N, K]``: a stacked NF4Weight, or a dense tensor (of ``dtype``, if given)."""
+    """Checks frozen weights ``[E, N, K]``: a stacked PackedWeight, or a dense tensor (of ``dtype``, if given)."""
     if not isinstance(weight, PackedWeight):
         check_float(op, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""DoRA over a frozen weight, dense or NF4: LoRA in which each output feature is rescaled to a learned magnitude.
+"""DoRA over a frozen weight, dense or packed: LoRA in which each output feature is rescaled to a learned magnitude.
 
     g = magnitude / ‖W + s·B A‖  per row  [N]      S = x̃ Aᵀ      Z = x Wᵀ + s·S Bᵀ  [T, N]      Y = g∘Z + b
     dropout on the base too (PEFT's):  Z = x̃ Wᵀ + s·S Bᵀ,  Y = x Wᵀ + b + g∘Z - x̃ Wᵀ

@@ -1,4 +1,4 @@
-"""LoRA over a frozen embedding, dense or NF4.
+"""LoRA over a frozen embedding, dense or packed.
 
     S = A[:, i]ᵀ         Y = W[i] + s · S Bᵀ
 

@@ -1,4 +1,4 @@
-"""LoRA over a frozen weight, dense or NF4, for a mixed batch, in which each sample has its own adapter or none.
+"""LoRA over a frozen weight, dense or packed, for a mixed batch, in which each sample has its own adapter or none.
 
     S_i = x_i A_gᵀ  [tokens, R_g]      Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b  [tokens, N]      g = adapters[i];  -1: none
 
@@ -213,7 +213,7 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
     for group in adapters:
         try:
             found.append(operator.index(group))
-        except (TypeError, RuntimeError):  # which of the two a tensor raises depends on torch's version
+        except (TypeError, RuntimeError):  # a tensor raises one of the two, depending on torch's version
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
         if not -1 <= found[-1] < count:
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")

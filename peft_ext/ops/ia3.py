@@ -1,4 +1,4 @@
-"""IA3: a learned factor for each output or input feature of a linear layer over a frozen weight, dense or NF4.
+"""IA3: a learned factor for each output or input feature of a linear layer over a frozen weight, dense or packed.
 
     output:  Z = x Wᵀ + b,  Y = l∘Z,  l [N]       feedforward:  Y = (l∘x) Wᵀ + b,  l [K]       scale:  Y = l∘x,  l [K]
 

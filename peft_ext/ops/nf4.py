@@ -1,4 +1,4 @@
-"""NF4 quantization, dequantization and merging, and the linear layer over a frozen weight, dense or NF4.
+"""NF4 quantization, dequantization and merging, and the linear layer over a frozen weight, dense or packed.
 
     w_i = code[q_i] · absmax[i // blocksize]          Y = X Wᵀ + b          dX = dY W
 
@@ -292,7 +292,7 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     """``Y = X Wᵀ + b`` over a frozen NF4 weight. W is rounded to x's dtype, as :func:`nf4_dequantize` rounds.
 
     For few tokens in 16 bits, a kernel may round the code values instead of the weights, and multiply sums of products
-    by the scales. In either way, a weight differs from code · scale by at most half a unit in the last place.
+    by the scales. Either way, a weight differs from code · scale by at most half a unit in the last place.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.
@@ -315,14 +315,14 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
 
 @public("nf4_linear", "nf4_linear_backward")
 def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor] = None) -> Tensor:
-    """``Y = X Wᵀ + b`` over a frozen weight, dense or NF4, computed by the operator ``peft_ext::nf4_linear``.
+    """``Y = X Wᵀ + b`` over a frozen weight, dense or packed, computed by the operator ``peft_ext::nf4_linear``.
 
     On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel
     of rows at a time. (PyTorch multiplies such a weight in a plain loop if the CPU has no AVX-512.) Y is rounded once.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``, dense of x's dtype or NF4. bias: ``[N]`` of
-            x's dtype.
+        x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``: a dense tensor of x's dtype, or a
+            PackedWeight. bias: ``[N]`` of x's dtype.
 
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the weight
     alone. Under autocast x, a dense weight and bias are cast to the autocast dtype.

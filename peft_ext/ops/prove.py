@@ -9,10 +9,10 @@ When a family is proved:
     Until a family is proved, a gate in PyTorch's dispatcher stands before each of its kernels, so that no call reaches
     an unproved kernel: neither a call of compiled code nor one of ``torch.ops``. The first call of an operator, the
     first check of an accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove
-    the family and remove its gates. Later calls cost nothing. A CPU path is proved in milliseconds a family. A family's
-    first proof on a GPU takes seconds, because its kernels are compiled (:mod:`peft_ext.device_code`, on many cores all
-    kernels at once); a line on stderr names each family. While a
-    CUDA graph is captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
+    the family and remove its gates. Later calls cost nothing. On a CPU, the proof of a family takes milliseconds. On a
+    GPU, the first proof of a family takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`; a
+    machine with many cores compiles all kernels at once); a line on stderr names each family. While a CUDA graph is
+    captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
@@ -78,7 +78,7 @@ SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024
 # Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
-# What errors of a lack of memory say: PyTorch's, peft_ext's, and cuBLAS's when it finds no memory for its workspace.
+# Texts in the errors of PyTorch, of peft_ext and of cuBLAS (which needs a workspace) that say that memory is lacking.
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _COMPOSED = ("decoder_layer", "experts", "siblings")  # families whose references call operators of other families
 
@@ -88,8 +88,8 @@ PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises
 _ops = getattr(torch.ops, NAMESPACE)
 # By key, place and family: "", or the reason why the family failed at the place.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-_gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family: its gates
-_kernels: dict[tuple[str, str], Any] = {}  # by key and operator: the native kernel, which the gate stands before
+_gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family
+_kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
 _lock = threading.RLock()
 
@@ -294,7 +294,7 @@ def _places(key: str) -> list[Place]:
         return []
     here, found = torch.cuda.current_device(), {}
     cards = sorted(range(torch.cuda.device_count()), key=lambda index: index != here)
-    # An old card beside the current one, such as that of a display, drops no kernels of the others.
+    # A GPU that is not the current one and has no kernels, such as an old display card, is left out.
     fit = [index for index in cards if index == here or torch.cuda.get_device_capability(index) >= CAPABILITY]
     for index in fit:
         found.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))

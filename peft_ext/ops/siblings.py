@@ -1,4 +1,4 @@
-"""Computes several linear layers of one input in one operator, over frozen weights, dense or NF4, each with LoRA or
+"""Computes several linear layers of one input in one operator, over frozen weights, dense or packed, each with LoRA or
 without an adapter.
 
     x̃_i = mask_i/(1-p_i) ∘ x      S_i = x̃_i A_iᵀ      Y_i = x W_iᵀ + (S_i∘ρ_i) B_iᵀ + b_i

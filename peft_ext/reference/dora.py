@@ -1,4 +1,4 @@
-"""DoRA over a frozen dense or NF4 weight, in plain PyTorch.
+"""DoRA over a frozen dense or packed weight, in plain PyTorch.
 
     g = magnitude / ‖W + s·B A‖  per row           Z = x Wᵀ + s·S Bᵀ,  S = x̃ Aᵀ           Y = g∘Z + b
 

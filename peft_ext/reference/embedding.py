@@ -1,4 +1,4 @@
-"""LoRA over a frozen embedding, dense or NF4, in plain PyTorch.
+"""LoRA over a frozen embedding, dense or packed, in plain PyTorch.
 
     S = A[:, i]ᵀ         Y = W[i] + s · S Bᵀ
 

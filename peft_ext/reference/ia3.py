@@ -1,4 +1,4 @@
-"""IA3 over a frozen dense or NF4 weight, in plain PyTorch.
+"""IA3 over a frozen dense or packed weight, in plain PyTorch.
 
     output:  Y = l∘(x Wᵀ + b),  l [N]           feedforward:  Y = (l∘x) Wᵀ + b,  l [K]
 

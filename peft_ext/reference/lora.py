@@ -1,4 +1,4 @@
-"""LoRA over a frozen dense or NF4 weight, in plain PyTorch.
+"""LoRA over a frozen dense or packed weight, in plain PyTorch.
 
     x̃ = dropout(x)         S = x̃ Aᵀ         Y = x Wᵀ + (S∘ρ) Bᵀ + b         ρ = s · rank_scale, or ρ = s
 

@@ -24,7 +24,8 @@ class RunError(Exception):
 
 
 class Elsewhere(RunError):
-    """Another process of the run has failed. The message is the other process's error, which it reports itself."""
+    """Another process of the run has failed. The message is the error of the other process, and the other process
+    prints this message."""
 
 
 class Interrupted(KeyboardInterrupt):

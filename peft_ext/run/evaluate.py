@@ -23,7 +23,7 @@ SAMPLES = 3  # most held-out prompts that the model answers in addition to the u
 REREAD = 2  # number of held-out examples for which the logits of the re-read adapter are compared
 CHUNK = 64  # number of tokens whose logits are converted to float32 at a time
 
-Losses = list[tuple[float, int]]  # for each example: sum of the losses of its labels, number of labels
+Losses = list[tuple[float, int]]  # for each example: the sum of the losses of its labels, and the number of labels
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

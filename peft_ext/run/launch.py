@@ -3,9 +3,9 @@
 A process of torchrun and of ``accelerate launch`` finds its rank and the number of processes in ``RANK`` and
 ``WORLD_SIZE``. Processes of srun, of Open MPI's mpirun and of MPICH's mpirun have variables of other names.
 
-``accelerate launch`` passes its configuration on in further variables, which the library accelerate reads. The options
-of a run decide, so that the training hides the variables from the library. A configuration that asks for something that
-a run does not do is an error.
+``accelerate launch`` passes its configuration on in further variables, which the library accelerate reads. Only the
+options of a run decide what the run does, so the training hides the variables from the library accelerate. A
+configuration that asks for something that a run does not do is an error.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Ranks:
                 raise
             error = failure
             if self._store is not None:
-                self._store.set(f"{self._key}/failed", "")  # for the ranks that wait in first_of_node
+                self._store.set(f"{self._key}/failed", "")  # ends the wait of the ranks in first_of_node
         texts = self.gather(None if error is None else str(error) or type(error).__name__)
         first = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if first is None:
@@ -246,7 +246,7 @@ class Ranks:
         if lost:
             text = self._why_lost(error, hint)
         elif isinstance(error, Interrupted) and error.signal == signal.SIGTERM and (gone := self._gone()):
-            lost, text = True, self._without(gone, hint)  # the launcher ends the ranks after the first
+            lost, text = True, self._without(gone, hint)  # after the first rank, the launcher ends the others
         else:
             text = str(error)
         if isinstance(error, RunError) and not getattr(error, "of_all_ranks", False):
@@ -283,7 +283,8 @@ class Ranks:
             return mine
 
     def _let_speak(self) -> None:
-        """Waits, so that the launcher, which ends all ranks after the first, meets first the rank that speaks."""
+        """Waits, so that the rank that prints the error ends first: the launcher reports the first rank that ends and
+        kills the others."""
         self.end_beats()
         time.sleep(_SETTLE)
 
@@ -507,7 +508,7 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
     if torch.cuda.is_available():
         ranks.gpu = _gpu_of(ranks, node)
         torch.cuda.set_device(ranks.gpu)
-    local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # accelerate takes the GPU of this number
+    local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # accelerate uses the GPU with this number
     os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
     if "OMP_NUM_THREADS" not in os.environ:  # accelerate would warn and choose a number
         threads = max(1, torch.get_num_threads() // ranks.local_world)

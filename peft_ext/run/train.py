@@ -3,7 +3,7 @@
 Before training, a run checks options and data, loads the model (quantized where the options say so), measures the
 model's held-out loss, and lets the model answer prompts. Then the run adds the adapter, accelerates the model unless
 the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the model
-answer again. At last PEFT loads the saved adapter into a fresh base, and the run compares the logits of both models.
+answer again. Finally, PEFT loads the saved adapter into a fresh base, and the run compares the logits of both models.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
-            if (export := checkpoints.old_export(o)) is not None:  # the export of an earlier adapter
+            if (export := checkpoints.old_export(o)) is not None:  # a file exported from an earlier adapter
                 export.unlink()
         size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
         results["adapter_bytes"] = run.ranks.gather(size)[0]
@@ -269,7 +269,7 @@ def load_base(run: Run) -> Any:
         raise RunError(f"--model {o.model}: the files lack {absent[0]}, which would be random")
     model = model.to(run.device).eval().requires_grad_(False)
     model.config.use_cache = False  # training needs no KV cache; generation turns the cache on
-    if getattr(model, "is_loaded_in_4bit", False):  # the files have bitsandbytes' NF4
+    if getattr(model, "is_loaded_in_4bit", False):  # the weights in the files are bitsandbytes' NF4
         for module in model.modules():
             if "support_avx512bf16_for_cpu" in vars(module):  # in evaluation bitsandbytes would repack the weight
                 module.support_avx512bf16_for_cpu = False
@@ -435,7 +435,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         held = (*model.named_parameters(), *model.named_buffers())
         eight_bits = [name for name, t in held if t.is_floating_point() and t.element_size() == 1]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, eight_bits)
-    args._n_gpu = min(args.n_gpu, 1)  # with more, Trainer would use nn.DataParallel and a larger batch
+    args._n_gpu = min(args.n_gpu, 1)  # with more GPUs, Trainer would use nn.DataParallel and a larger batch
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
     callbacks = [record.meter, recording_callback(record), checkpoints.saving_callback(run.stop, run.ranks)]

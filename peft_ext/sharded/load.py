@@ -180,7 +180,7 @@ class _Loader:
             dtype = module._buffers[attribute].dtype
             module._buffers[attribute] = group.whole()[group.name].to(self.device, dtype)
             return
-        tied = not tensor.is_meta  # the files have the tensor under both names
+        tied = not tensor.is_meta  # filled before, because the files have a tied tensor under both names
         held = tensor if tied else self._new(tensor)
         rows, start = held.to_local(), self._bounds(held.shape[0])[0]
         size = max(1, PIECE // max(1, math.prod(held.shape[1:]) * group.dtype.itemsize))
@@ -245,7 +245,7 @@ class _Loader:
     def _made(self, group: Group, doras: list[Adapted], factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Returns the tensors for :func:`_targets` of the group's places, then the magnitudes of ``doras``."""
         made, dense = [], {} if group.is_by_rows else group.whole()
-        weights: dict[tuple[int, str], Any] = {}  # the finished weights under DoRA
+        weights: dict[tuple[int, str], Any] = {}  # the finished weights of the layers that have DoRA
         for name in group.shapes:
             if name not in self.base.places:
                 continue

@@ -110,7 +110,7 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
 
 def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.dtype], writes: bool) -> Any:
     """Returns a parameter on the storage of ``parameter``, on a copy if ``writes``, or on a copy cast to ``wide``."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' copy shares this state
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' copy shares this quant_state
         memo[id(state)] = state
         return copy.copy(parameter)
     if type(parameter) is not nn.Parameter:

@@ -25,7 +25,8 @@ SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fn
 
 
 def scale_type(dtype: torch.dtype) -> int:
-    """Returns the number of a dtype of scales. uint8 counts as e8m0, because files of MXFP4 declare it so."""
+    """Returns the number of a dtype of scales. uint8 counts as e8m0, because MXFP4 files declare their e8m0 scales as
+    uint8."""
     if dtype is torch.uint8:
         dtype = torch.float8_e8m0fnu
     if dtype not in SCALE_TYPES:

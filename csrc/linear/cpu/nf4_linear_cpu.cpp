@@ -1,4 +1,4 @@
-// The linear layer over a frozen dense or NF4 weight on the CPU: Y = x Wᵀ + b, dX = dY W. See adapted_linear.h.
+// The linear layer over a frozen dense or packed weight on the CPU: Y = x Wᵀ + b, dX = dY W. See adapted_linear.h.
 #include "common/registration.h"
 #include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"

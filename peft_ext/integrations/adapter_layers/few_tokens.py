@@ -108,8 +108,8 @@ class Facts:
         return tensor
 
     def plain(self, module: nn.Module) -> bool:
-        """Returns whether ``module`` has no hooks and no forward of its own. The facts hold as long as both stay so and
-        the module keeps its class, and the class its forward."""
+        """Returns whether ``module`` has no hooks and no forward of its own. The facts hold as long as the module gets
+        no hook and no forward of its own, the module keeps its class, and the class keeps its forward."""
         self._modules.append(module)
         self._kinds.append(type(module))
         return self.plain_block(module)
@@ -157,7 +157,7 @@ class Facts:
 class _Plan(NamedTuple):
     kind: type
     dtype: torch.dtype
-    trials: int  # number of plans of the block until this one
+    trials: int  # number of plans made for the block so far
     facts: Facts
     made: Any
 

@@ -173,7 +173,8 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the shape of a parameter. For a parameter that ZeRO-3 has partitioned, it is the shape of the whole."""
+    """Returns the shape of a parameter; for a parameter that ZeRO-3 has partitioned, the shape of the whole
+    parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape) if hasattr(parameter, "ds_id") else parameter.shape)
 
 

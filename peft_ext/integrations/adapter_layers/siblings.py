@@ -118,7 +118,7 @@ class _Group:
         if len(found) < 2 or len(splits) > 1:
             return None
         (split,) = splits
-        given = x if split is None else sum_gradient(x, split)  # one sum over the processes for all layers
+        given = x if split is None else sum_gradient(x, split)  # sums x's gradient once for all layers
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True
         )

@@ -204,7 +204,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _SumOutput(torch.autograd.Function):
-    """Sums y over the processes, in place. The backward returns the gradient."""
+    """Sums y over the processes, in place. The backward returns the gradient unchanged."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:

@@ -184,7 +184,7 @@ class Attention(Block):
         return modules[known.out](out.reshape(*shape, -1).contiguous()), weights
 
     def _few(self, facts: Facts, x: Tensor) -> Optional[SimpleNamespace]:
-        """Returns the functions and numbers of :meth:`_rotary_few`; None if the attention has no plan."""
+        """Returns the functions and numbers that :meth:`_rotary_few` uses; None if the attention has no plan."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.found:
             facts.value(known.names, name)
@@ -277,7 +277,7 @@ _OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})
 
 
 def _are_positions(cos: Tensor, sin: Tensor, x: Tensor, size: int) -> bool:
-    """Returns whether cos and sin are of x's dtype and device, for each token of x, and for heads of ``size``."""
+    """Returns whether cos and sin have x's dtype and device, a row for each token of x, and ``size`` columns."""
     shape = cos.shape
     return (
         cos.dtype is sin.dtype is x.dtype and shape == sin.shape and len(shape) == 3 and shape[0] in (1, x.shape[0])

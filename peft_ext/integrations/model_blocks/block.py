@@ -23,8 +23,8 @@ __all__ = ["Block", "Fused", "class_of"]
 
 
 class Known(types.SimpleNamespace):
-    """What a fused class knows about its form: ``row``, ``needs``, ``of_class``, and what the ``settled`` of its mixin
-    adds."""
+    """The facts that a fused class has about its form: ``row``, ``needs``, ``of_class``, and those that the method
+    ``settled`` of its mixin adds."""
 
 
 class Block:
@@ -70,7 +70,7 @@ class Block:
 
     def holds(self, facts: Facts) -> bool:
         """Returns whether the module has no hooks, and its forward is the code that its row describes. The facts hold
-        as long as both stay so."""
+        as long as the result would be the same."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)

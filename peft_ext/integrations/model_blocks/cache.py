@@ -20,7 +20,7 @@ from ..forms import row_of
 
 __all__ = ["Room", "appended", "forget_caches", "room_for"]
 
-_LEAST_ROOM = 64  # number of later tokens for which there is room, at least
+_LEAST_ROOM = 64  # least number of later tokens for which there is room
 
 
 class _Held(NamedTuple):
@@ -30,15 +30,15 @@ class _Held(NamedTuple):
     view: Tensor
 
 
-# The memory of each layer's keys and values. A cache does not hold the memory itself, so that copies of a cache and
-# saved caches have nothing that stock's caches have not.
+# The memory of each layer's keys and values. A cache has no attribute with the memory, so that a copied or saved cache
+# has only the attributes of a stock cache.
 _HELD: WeakKeyDictionary[Any, tuple[_Held, _Held]] = WeakKeyDictionary()
 # Maps a class to its ``update``, and to whether this function is a known form.
 _KNOWN: dict[type, tuple[Any, bool]] = {}
 
 
 def forget_caches() -> None:
-    """Drops the memory beside the caches, and what is known about the classes of caches."""
+    """Forgets the memory of all caches, and which classes of caches have a known form."""
     _HELD.clear()
     _KNOWN.clear()
 

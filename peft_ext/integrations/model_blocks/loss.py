@@ -87,7 +87,7 @@ def _is_traced() -> bool:
     return torch.__version__ >= "2.13" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
-_THREAD = threading.local()  # its attribute ``forward`` is the Forward that runs on this thread, or None
+_THREAD = threading.local()  # the attribute ``forward`` is the Forward that runs on this thread, or None
 
 
 def _forward_now() -> Optional[Forward]:
@@ -325,7 +325,7 @@ def _settled_in_graph(output: Any, _: Forward) -> Any:
 def _without_pending(value: Any) -> Any:
     if pytree.tree_any(lambda one: type(one) is Pending, value):
         return pytree.tree_map(real, value)
-    for name, one in list(getattr(value, "__dict__", {}).items()):  # for outputs that are no pytree containers
+    for name, one in list(getattr(value, "__dict__", {}).items()):  # an output that pytree does not know as a container
         if type(one) is Pending and name != _PENDING:
             setattr(value, name, real(one))
     return value
@@ -406,8 +406,8 @@ class _Waits:
 def _waiting(kind: type) -> type:
     """Returns the subclass of an output's class whose logits are computed at the first read, made once per class.
 
-    All outputs of one stock class share one subclass. A class per output would keep hidden states until the garbage
-    collector frees the class.
+    All outputs of one stock class share one subclass. If each output had a class of its own, hidden states would stay
+    in memory until the garbage collector frees this class.
     """
     fields = {name: field for name, field in kind.__dataclass_fields__.items() if name != "logits"}
     held = {"__doc__": kind.__doc__, "__module__": __name__, "__dataclass_fields__": fields}
@@ -448,7 +448,7 @@ def defer_losses(model: nn.Module) -> None:
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
         if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
-            if not isinstance(owner, LanguageModel):  # a fused model stays, also in fully_shard's subclass
+            if not isinstance(owner, LanguageModel):  # a fused model keeps its class, as under FSDP2
                 owner.__class__ = _on_loss(type(owner))
 
 

@@ -384,7 +384,7 @@ def _sdpa_disproof(function: Callable) -> Optional[str]:
         how: dict[str, Any] = {"dropout": 0.0, "scaling": scaling}
         if with_bias:
             how["position_bias"] = torch.randn(1, 4, 18, 18, generator=generator).to(dtype)
-            given = None if given is None else given | torch.eye(18, dtype=torch.bool)  # each query sees a key
+            given = None if given is None else given | torch.eye(18, dtype=torch.bool)  # so that each query sees a key
         exact = {name: value.double() if name == "position_bias" else value for name, value in how.items()}
         found = []
         for called, of, given_how in (

@@ -33,7 +33,8 @@ class Stored:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def read(self) -> Tensor:
-        """Reads the values. Only for small tensors that say how a weight is stored."""
+        """Reads the values. Returns the values of the tensor. Call this method for small tensors that say how a weight
+        is stored."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_tensor(self.name)
 

@@ -110,7 +110,7 @@ def _hqq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> Packed
 
 _INT = ("weight_scale", "weight_zero_point", "weight_g_idx")
 
-# What hqq's state dict has beside a weight's tensors.
+# Names in hqq's state dict that are not tensors of a weight.
 _HQQ = (
     "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
     "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",

@@ -54,8 +54,8 @@ class PackedQuantizer(HfQuantizer):
                 "a quantized checkpoint (for a dense one: peft_ext.quantize_nf4 after loading)"
             )
         self._packed: set[str] = set()
-        self._schemes: dict[str, Scheme] = {}  # by the name of a layer
-        self._merged: dict[str, Layout] = {}  # layouts of experts that transformers merges, by name
+        self._schemes: dict[str, Scheme] = {}  # name of a layer -> scheme
+        self._merged: dict[str, Layout] = {}  # name of experts that transformers merges -> layout
 
     @property
     def rules(self) -> Rules:

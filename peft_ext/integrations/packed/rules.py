@@ -15,8 +15,8 @@ from torch import nn
 
 __all__ = ["Rules", "Scheme", "read_rules"]
 
-# The activations that a library quantizes while the model runs, with a scale of each token: the packed layer's function
-# is that of the decoded weight.
+# The note of layers whose inputs the checkpoint's own library quantizes while the model runs. Packed layers multiply
+# unquantized inputs.
 DYNAMIC = "its input is not quantized, although the checkpoint's activation scheme is dynamic"
 
 
@@ -68,7 +68,7 @@ class Rules:
 
 
 def read_rules(config: Mapping[str, Any]) -> Rules:
-    """Returns the rules of a checkpoint's ``quantization_config``. Raises ValueError if it is not supported."""
+    """Returns the rules of a checkpoint's ``quantization_config``. Raises ValueError if the config is not supported."""
     method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
     if method not in _READERS:
         wanted = f"{', '.join(_READERS)}, or bitsandbytes in 4 bits"

@@ -1,7 +1,7 @@
 """Decoders of packed weights in plain PyTorch, one module for each family of formats.
 
 A decoder has the arguments ``(parts, shape, group, option)`` of one weight ``[N, K]``, and returns the values in
-float32. It calls no operator of peft_ext.
+float32. A decoder calls no operator of peft_ext.
 """
 
 from __future__ import annotations
