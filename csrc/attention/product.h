@@ -18,7 +18,7 @@ constexpr int64_t kLeftRows = 1;   // left operands have a multiple of kLeftRows
 constexpr int64_t kDepth = kWord;  // the depth of operands is padded with zeros to a multiple of kDepth
 constexpr bool kInPlace = true;    // whether a product can read rows of k and v in place
 
-struct ProductUnit {};  // lives during a unit of work that computes products
+struct ProductUnit {};  // an object lives while a thread computes a unit of work with products
 
 // Computes one strip of a product: c = left right, or c += left right if `add`. c is [kM, kV vectors], left is
 // [kM, steps words], right is [steps, kV vectors of words].

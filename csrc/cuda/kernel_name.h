@@ -20,7 +20,7 @@ struct Kernel {
 
   const char* local_class;
   const char* file;
-  Kernel* next;                                          // the list of all kernels
+  Kernel* next;                                          // next kernel in the list of all kernels
   mutable std::atomic<void*> handles[kMaxDevices] = {};  // CUfunction by device; null: not loaded
 };
 

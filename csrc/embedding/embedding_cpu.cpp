@@ -27,7 +27,7 @@ constexpr int64_t kTogether = 2 * kRowsTogether;  // number of tokens whose rows
 struct LowRank {
   const char* op;
   Tensor indices;         // int64, contiguous
-  Tensor lora_A, lora_B;  // not copied: the strides may have any values
+  Tensor lora_A, lora_B;  // the caller's tensors, with strides of any values
   int64_t tokens, entries, columns, rank;
   std::vector<float> rho;  // s for each rank, 0 for a padding rank
 

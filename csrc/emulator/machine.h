@@ -29,7 +29,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kPageBytes = 4096;  // size of the inaccessible page below each stack
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
-constexpr size_t kMaxShared = 99 * 1024;  // limit of a block: every architecture from 8.0 on allows this size
+constexpr size_t kMaxShared = 99 * 1024;  // shared memory that each GPU from 8.0 on allows a block
 // gap between declarations, so that an access just beyond a declaration is found
 constexpr size_t kSharedGap = 128;
 constexpr int kMaxDeclarations = 32;
@@ -81,7 +81,7 @@ constexpr uint32_t kFirstBlock = 2;
 constexpr uint32_t kAtomicWriter = 0x80000000u;
 
 struct PendingCopy {
-  size_t offset;  // offset of the destination in the arena
+  size_t offset;  // offset of the copy's destination in the arena
   const void* from;
   int bytes;
   bool take;
@@ -109,9 +109,9 @@ struct Fiber {
 };
 
 struct Warp {
-  uint32_t lanes;    // bits of the lanes that exist
-  uint32_t ready;    // bits of the lanes that can run
-  uint32_t arrived;  // bits of the lanes that have arrived at the collective
+  uint32_t lanes;    // mask of the lanes that exist
+  uint32_t ready;    // mask of the lanes that can run
+  uint32_t arrived;  // mask of the lanes that have arrived at the collective
   uint32_t exited;
   Wait collective;
   uint64_t epoch;

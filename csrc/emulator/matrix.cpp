@@ -38,8 +38,8 @@ PEFT_EXT_CLONES void multiply(float (&c)[16][8], const float (&a)[16][16], const
   }
 }
 
-constexpr int kAddedAtOnce = 8;      // products that are aligned and added in one step
-constexpr int kKeptBits = 23 + 1;    // bits behind the leading bit of the largest exponent
+constexpr int kAddedAtOnce = 8;      // number of products that are aligned and added in one step
+constexpr int kKeptBits = 23 + 1;    // number of bits that a term keeps, from the largest exponent's bit on
 constexpr int kNoExponent = -10000;  // stands for the exponent of zero, and is below the exponent of every float
 
 // Returns sum · 2^last, cut off to the bits that float32 has; infinity if the value is too large for float32.
@@ -69,7 +69,7 @@ float truncated_sum(float c, const float* a, const float* b) {
   }
   if (largest == kNoExponent) return 0.0f;
   const double unit = ldexp(1.0, kKeptBits - largest);
-  int64_t sum = static_cast<int64_t>(c * unit);  // a conversion to an integer cuts off
+  int64_t sum = static_cast<int64_t>(c * unit);  // the conversion to an integer cuts the fraction off
   for (int k = 0; k < kAddedAtOnce; ++k) sum += static_cast<int64_t>(static_cast<double>(a[k]) * b[k] * unit);
   return cut_off_to_float(sum, largest - kKeptBits);
 }

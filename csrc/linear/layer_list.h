@@ -20,9 +20,9 @@ struct ListedLayer {
   double scaling = 1.0, dropout_p = 0.0;
 };
 
-// Reads the layers. tensors: for each layer, the tensors of ListedLayer that the layer has, in the order of
-// declaration. sizes: four numbers for each layer: the tensors that the layer has, as bits; layout; N; K. numbers:
-// scaling and dropout_p of each layer.
+// Reads the layers. tensors: layer after layer, those tensors of a ListedLayer that the layer has, in the order in
+// which ListedLayer declares them. sizes: four numbers for each layer: the tensors that the layer has, as bits; layout;
+// N; K. numbers: scaling and dropout_p of each layer.
 inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<torch::stable::Tensor>& tensors,
                                               const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
   constexpr size_t kTensors = 10, kSizes = 4, kNumbers = 2;

@@ -55,7 +55,7 @@ inline void check_format(const char* op, int64_t layout, int64_t count, int64_t 
                     " and option ", view.option, ", wanted ", wanted);
   for (int part = 0; part < kWeightParts; ++part) {
     const std::optional<torch::stable::Tensor> tensor = part_of(part);
-    const int64_t bytes = format.part_bytes(view, part);  // below 0: may be absent
+    const int64_t bytes = format.part_bytes(view, part);  // a number below 0: the part may be absent
     if (!tensor.has_value()) {
       STD_TORCH_CHECK(bytes <= 0, op, ": part ", part, " of a ", format.name, " weight is None, wanted ", bytes,
                       " bytes");

@@ -4,8 +4,8 @@
     h = x + o(attention(rotated q, all keys, all values))      y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 
 The norms are RMSNorms, and each of the seven linear layers is computed as a layer of :func:`lora_linears`. The operator
-has no public
-function: the fused decoder layers of :mod:`peft_ext.integrations` call the operator, with checked arguments.
+has no public function: the fused decoder layers of :mod:`peft_ext.integrations` call the operator, with checked
+arguments.
 
 keys, values: ``[B, H, capacity, D]``, of which ``past`` tokens are filled. mask: bool ``[B, 1, T, past + T]`` or None,
 where each query sees all keys. tensors: the weights of the two norms, and the tensors of the layers q, k, v, o, gate,

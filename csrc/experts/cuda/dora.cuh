@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
   const auto inputs = static_cast<uint32_t>(work.inputs);
   [[maybe_unused]] const bool nested = kCodes && nf4.nested_absmax != nullptr;
   [[maybe_unused]] const float offset = nested ? *nf4.nested_offset : 0.0f;
-  [[maybe_unused]] const float code = kCodes ? kNf4DeviceCode[lane % 16] : 0.0f;  // a lane holds one of the 16 codes
+  [[maybe_unused]] const float code = kCodes ? kNf4DeviceCode[lane % 16] : 0.0f;  // each lane holds one NF4 value
   const auto load_codes = [&](uint32_t tile, NormCodes& to) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)

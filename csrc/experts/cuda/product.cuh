@@ -63,7 +63,7 @@ struct ProductShared {
 };
 constexpr int kProductStage = sizeof(ProductShared) / 2;
 constexpr int kProductRight = kTileRows * kProductRowBytes;  // offset in a stage at which W begins
-constexpr int kMeetingRow = kProductColumns + 8;             // floats of a row of sums in shared memory
+constexpr int kMeetingRow = kProductColumns + 8;             // number of floats in a row of sums in shared memory
 
 // Returns the offset in a stage of the 16 bytes with the number `group` in a line of kLine bytes.
 template <int kLine>
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     }
     half_at += kAcross ? static_cast<uint32_t>(2 * between) : 2;
   };
-  const float code = kNf4DeviceCode[thread % 16];  // a lane holds one of the 16 codes
+  const float code = kNf4DeviceCode[thread % 16];  // each lane holds one of the 16 NF4 values
   const auto decode = [&](const Codes& from, uint32_t stage) {
     const float scale = nested ? fadd_rn(fmul_rn(load_cached(own.nested_code + from.stored), from.nested), offset)
                                : __uint_as_float(from.stored);

@@ -134,7 +134,7 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       }
     }
     splitter.run();
-    std::vector<SiblingSums> sums;  // live until reducer.run()
+    std::vector<SiblingSums> sums;  // these tensors must live until reducer.run()
     Reducer reducer(x);
     for (const std::vector<size_t>& group : groups) {
       if (group.size() < 2) continue;

@@ -144,7 +144,7 @@ __device__ __forceinline__ void rank_load(const RankPass& pass, RankCodes& ahead
 
 template <typename T>
 __device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to) {
-  const float code = kNf4DeviceCode[threadIdx.x % 16];  // each lane holds one of the 16 code values
+  const float code = kNf4DeviceCode[threadIdx.x % 16];  // each lane holds one of the 16 NF4 values
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     float values[kVector];

@@ -24,11 +24,11 @@
 namespace peft_ext {
 
 constexpr int kMostSiblingWarps = 6;
-constexpr int kSiblingLines = 32;                   // lines of a warp's masked elements
-constexpr int kSiblingBytes = kSiblingLines * 128;  // bytes of a warp's masked elements
-constexpr int kSiblingTile = kRankTile * 128;       // bytes of a tile of x
+constexpr int kSiblingLines = 32;                   // number of lines of 128 bytes that hold a warp's masked elements
+constexpr int kSiblingBytes = kSiblingLines * 128;  // number of bytes of a warp's masked elements
+constexpr int kSiblingTile = kRankTile * 128;       // number of bytes in a tile of x
 
-// Number of stages. With dropout, the products of a tile take long enough for one load to be on the way.
+// Number of stages. With dropout, a tile takes so long to compute that one load ahead hides the latency of memory.
 template <bool kDropped>
 constexpr int kSiblingStages = kDropped ? 2 : 4;
 
@@ -59,7 +59,7 @@ __device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
 template <int kSplit, bool kColumns>
 struct SiblingHalf {
   static constexpr bool kFolded = kSplit == 2 && kColumns;
-  static constexpr int kCount = kSplit == 1 ? 2 : 1;  // number of such parts of a tile per warp
+  static constexpr int kCount = kSplit == 1 ? 2 : 1;  // number of parts that a warp masks in a tile
 
   // Returns the row and the group of eight columns, in the tile, of this lane's first element. sub: the warp's number
   // among the warps of the layer.
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   // This thread copies the group of eight columns `copy_group` of every copy_step-th row of a tile.
   const int copy_group = threadIdx.x % 8, copy_step = blockDim.x / 8;
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  const uint32_t tile_bytes = kColumns ? kRankTile * row_bytes : kRankTile * sizeof(T);  // bytes from tile to tile
+  const uint32_t tile_bytes = kColumns ? kRankTile * row_bytes : kRankTile * sizeof(T);  // bytes to the next tile
   const unsigned char* from =
       static_cast<const unsigned char*>(pass.dense) + (row * pass.columns + column + copy_group * kVector) * sizeof(T);
   int rows_left = static_cast<int>(min_of(pass.rows - row, 1 << 30));
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
       }
     };
     const auto mask = [&](int half) {
-      sync_warp();  // the warp has read the previous part
+      sync_warp();  // wait until all lanes have read the previous part
       sibling_mask<kColumns>(philox, tile + (mask_from + half * 32 * 128), mask_to,
                              drawn + static_cast<uint64_t>(drawn_step) * (half * 32), drawn_step, bits);
       sync_warp();

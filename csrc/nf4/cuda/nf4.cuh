@@ -141,7 +141,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       }
     }
     if (kWhole || element + kSize <= weight.numel) {
-      store_vector(out + element, values);  // a plain store, because a matrix product reads the weight next
+      store_vector(out + element,
+                   values);  // a matrix product reads the data next, so the data may stay in L2
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {

@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     for (int tile = 0; tile < kTiles; ++tile) x[tile] += kFewAhead * kFewWarps * kFewSlab;
   }
 
-  sync_threads();  // no thread reads the table any more
+  sync_threads();  // after this barrier, no thread reads the table any more
   float (&meeting)[kFewWarps][kFewTokens][kFewRows] =
       *reinterpret_cast<float (*)[kFewWarps][kFewTokens][kFewRows]>(&shared);
 #pragma unroll

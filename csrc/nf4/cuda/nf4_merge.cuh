@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         }
       }
     }
-    sync_threads();  // the next round fills the slab again
+    sync_threads();  // the next round may then fill the slab again
   }
 
   const float code = kNf4DeviceCode[threadIdx.x % 16];

@@ -29,7 +29,7 @@ template <typename Block, int kBlocks>
 struct BlockWords {
   static constexpr int kWords = Block::kBytes / 2, kAll = kWords * kBlocks;
   static_assert(Block::kBytes % 2 == 0 && kAll >= 32 && kAll <= 64, "two registers hold all words");
-  __m512i first, last;  // the first 32 words and the last 32 words
+  __m512i first, last;  // the first 32 and the last 32 words of the blocks
 
   // Reads `blocks` blocks, and zeros after them.
   BlockWords(const uint8_t* from, int blocks) {

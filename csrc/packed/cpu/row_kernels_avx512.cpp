@@ -50,7 +50,7 @@ struct NibbleStep : OneRowStep {
   __m512 scale(const Held& held, int, int) const { return held.scale; }
 };
 
-// The step of the formats that have table16, see weight/formats/list.h.
+// The step of the formats whose values are table16()[code] * scale, see weight/formats/list.h.
 template <typename F>
 struct TableStep : NibbleStep<F::kNibbles> {
   using Held = typename NibbleStep<F::kNibbles>::Held;

@@ -121,7 +121,7 @@ struct OnCuda<Fp8> : Fp8 {
     if (column_shift(w) >= 3) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = fmul_rn(out[i], factor);
-    } else {  // blocks of 1, 2 or 4 columns
+    } else {  // a scale serves 1, 2 or 4 columns
       one_by_one(out, [&](int k) { return fmul_rn(out[0], scale(w, row, column + k)); });
     }
   }
@@ -236,7 +236,7 @@ template <>
 struct OnCuda<Gptq> : Gptq {
   __device__ __forceinline__ static ZeroAndScale of_group(const PackedView& w, int64_t row, int64_t group) {
     const int bits = code_bits(w.option), log2 = log2_codes(bits);
-    const int64_t zeros = (w.rows + (1 << log2) - 1) >> log2;  // words of zeros in a group
+    const int64_t zeros = (w.rows + (1 << log2) - 1) >> log2;  // number of words that hold a group's zero points
     const uint32_t ones = bits == 8 ? 0x01010101u : bits == 4 ? 0x11111111u : 0x55555555u;
     const uint32_t word = static_cast<const uint32_t*>(w.part[2])[group * zeros + (row >> log2)];
     return {code_in_word(word + (format_flags(w.option) & kV1 ? ones : 0u), bits, row),

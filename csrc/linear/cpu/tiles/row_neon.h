@@ -52,7 +52,7 @@ struct Row {
   }
 };
 
-constexpr int kLowRankRows = 4;  // four Rows take 16 registers
+constexpr int kLowRankRows = 4;  // four objects of type Row take 16 registers
 
 inline void transposed(const float* part, Row* rows) {
   for (int r = 0; r < 16; r += 4)

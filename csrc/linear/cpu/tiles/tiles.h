@@ -44,7 +44,7 @@ struct TileWeight {
   int64_t rows, columns;
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype) = nullptr;
-  PackedView view{};  // the weight as `decode` sees it
+  PackedView view{};  // the weight in the form that `decode` takes
   // For prefetches of the weight that `decode` decodes: bytes of a row, and of kPanelStep columns of a row, in part 0
   // and in part 1. 0: the part is not stored row by row.
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
