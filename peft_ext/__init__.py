@@ -5,8 +5,8 @@
     import peft_ext
     peft_ext.accelerate(model)      # a PeftModel, in place; peft_ext.restore(model) undoes the call
 
-Importing ``peft_ext``, with ``peft_ext.ops``, ``peft_ext.nn`` and ``peft_ext.reference``, needs no other package than
-torch. Functions that need Hugging Face's packages import these packages on first use.
+Importing ``peft_ext``, with ``peft_ext.ops``, ``peft_ext.nn`` and ``peft_ext.reference``, needs only torch and
+filelock. Functions that need Hugging Face's packages import these packages on first use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _image(kernel: str, file: str, capability: int) -> tuple[bytes, bytes]:
 _native.load(_image)
 prove.arm()
 
-# Name -> module, imported on first use, so that ``import peft_ext`` needs torch alone.
+# Name -> module, imported on first use, so that ``import peft_ext`` needs only torch and filelock.
 _LAZY = {
     "accelerate": "integrations.peft",
     "agree": "integrations.peft",

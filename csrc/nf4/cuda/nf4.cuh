@@ -141,8 +141,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       }
     }
     if (kWhole || element + kSize <= weight.numel) {
-      store_vector(out + element,
-                   values);  // a matrix product reads the data next, so the data may stay in L2
+      store_vector(out + element, values);  // leaves the weight in L2 for the next matrix product
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
