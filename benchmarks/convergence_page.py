@@ -125,7 +125,7 @@ def _pruning_text(rows: list[Row]) -> str:
             texts.append(
                 f"{row['method']} keeps {100 * method.keep:g}% of the entries after step {at + 1}. The pruning takes "
                 f"the loss from {losses[at]:.2f} to {losses[at + 1]:.2f}; training the kept entries brings the loss to "
-                f"{statistics.mean(losses[-ENDS:]):.2f}. So few steps leave the gates no time to close."
+                f"{statistics.mean(losses[-ENDS:]):.2f}. The run has too few steps for gates to close."
             )
     return " ".join(texts) or "no method was pruned."
 
@@ -146,13 +146,13 @@ def draw(result: dict[str, Any]) -> str:
     steps = max((row["steps"] for row in wide), default=0)
     threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
     paragraphs = [
-        """This page shows where short training runs with peft_ext lead, beside the same runs with PEFT. It does not
-        show which method is best: the runs are short, and no learning rate was tuned.""",
-        f"""SmolLM2-135M-Instruct learns BANKING77 as text: "{PROMPT.partition("{")[0].strip()} ...", then the name of
-        the intent. Only the tokens of that name have a loss. A run with a bfloat16 base has {settings["steps"]} steps,
-        and a run in float32 has the first {steps} of these steps. A step trains on {settings["batch"]} questions of at
-        most {LONGEST} characters, padded. {settings["held_out"]} other questions are held out. The optimizer is AdamW
-        with a constant rate.""",
+        """This page shows where short training runs with peft_ext lead, beside the same runs with PEFT. The page does
+        not show which method is best: the runs are short, and no learning rate was tuned.""",
+        f"""SmolLM2-135M-Instruct
+        learns BANKING77 as text: "{PROMPT.partition("{")[0].strip()} ...", then the name of the intent. Only the tokens
+        of that name have a loss. A run with a bfloat16 base has {settings["steps"]} steps, and a run in float32 has the
+        first {steps} of these steps. A step trains on {settings["batch"]} questions of at most {LONGEST} characters,
+        padded. {settings["held_out"]} other questions are held out. The optimizer is AdamW with a constant rate.""",
         f"""`python -m benchmarks.convergence` measured the figures, and `python -m benchmarks.convergence --draw` wrote
         this page from them. Machine: {about["cpu"]}, {threads}, path {about["isa"]}; {about["date"]}; {versions}.""",
         """**How two runs are compared.** The two runs of a method start from the same adapter and see the same batches
@@ -168,7 +168,8 @@ def draw(result: dict[str, Any]) -> str:
         "![Training losses of each method, accelerated and not](images/losses.svg)",
         f"## bfloat16 base, float32 adapter\n\n{_table(narrow)}",
         "## float32",
-        f"The same starts, converted to float32, and the first {steps} of the {settings['steps']} steps.",
+        "The runs begin with the same weights, converted to float32, "
+        f"and have the first {steps} of the {settings['steps']} steps.",
         _table(wide),
         "## How far the runs agree",
         f"In float32 {_agreement(wide)}.",

@@ -25,8 +25,8 @@ METHOD = "LoRA, dropout 0.05"
 LINEAR, ATTENTION, HEAD, OPTIMIZER, ELEMENTWISE, REST = PARTS = (
     "linear layers", "attention", "head and loss", "optimizer", "other operators", "between operators",
 )  # fmt: skip
-# The first pattern that an operator's name matches says its part. An operator with an input of the vocabulary's size
-# belongs to the head and the loss before any pattern is asked.
+# The first pattern that matches an operator's name gives the part that the operator belongs to. An operator with an
+# input of the vocabulary's size belongs to the head and the loss before any pattern is asked.
 PATTERNS = (
     (ATTENTION, r"scaled_dot_product|attention"),
     (HEAD, r"cross_entropy|log_softmax|nll_loss"),

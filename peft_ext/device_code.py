@@ -41,7 +41,7 @@ LOCK_SECONDS = 120  # a process that has waited this long for the file of anothe
 
 WARM_CORES = 8  # a machine with this many cores compiles all kernels in less than half a minute
 
-# NVRTC has no standard headers. These stand-ins declare the part of them that the kernels use.
+# NVRTC has no standard headers. These stand-ins declare what the kernels use of the standard headers.
 _INTEGERS = """#pragma once
 typedef signed char int8_t;
 typedef short int16_t;

@@ -96,7 +96,7 @@ def forward(tokens: int, size: int, amx: bool) -> Cost:
                 cost.multiply(min(rows, here - r), BLOCK // LANES - _first(key + r, query), size, False)
             cost.scores += here * (BLOCK // LANES) * FORWARD_SCORES / RATE
             _multiply_seen(cost, size, key, here, query, False)
-            if key > 0:  # two loads and a fused product and sum
+            if key > 0:  # O = O · change + block: two loads and one FMA
                 cost.operands += size * (BLOCK // LANES)
         cost.transpose(size, BLOCK)
     _copy(cost, tokens, size, rows=1, columns=1)

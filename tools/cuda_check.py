@@ -8,7 +8,7 @@ A table that another release of NVRTC wrote is not compared. ``--write`` writes 
 a review sees each change. ``--archs`` compiles for some architectures alone, and compares only their rows. ``--only``
 compiles the kernels alone whose names contain one of the texts, and compares, or writes, only their rows. Of the
 kernels of packed weights, whose first template argument is the number of a format, the tables have two for each format.
-The others are compiled with ``--formats`` alone.
+The kernels of packed weights that are not in the tables are compiled only with ``--formats``.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))) as pool:
         for done in pool.map(lambda item: check(*item), work):
-            assert done is None  # raises what a call raised
+            assert done is None  # the loop raises the exception of a call
     if not failures:
         failures += compare(TABLE, ptxas_table(rows), device_code.version(), options.write, archs, only)
         wanted = {entry.name for entry in slots.HOT if not only or any(text in entry.kernel for text in only)}

@@ -226,7 +226,8 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
     blocks, resident = tiles * -(-n // 128), card.multiprocessors * loop["blocks"]
     # A slab of 64 x 128 weights is 32 weights for each lane. A block has two warps on each scheduler; a warp that runs
     # alone waits for its own loads. Groups of 32 rows that a tile does not have make no products and load nothing for
-    # them. This saves, for each product, half an ldmatrix of four rows of 128 bytes, and three instructions in four.
+    # them. Leaving out these groups saves, for each product, half an ldmatrix of four rows of 128 bytes, and three
+    # instructions in four.
     less = 0.5 if -(-rows // tiles) <= 32 else 1.0
     products = loop["mma"] * less
     slots, transactions = loop["slots"] - 1.75 * (1 - less), loop["transactions"] - 2 * (1 - less)

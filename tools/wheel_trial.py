@@ -105,8 +105,8 @@ def _purelib(python: str | Path) -> Path:
 def trial(wheel: Path, python: str, torch: str | None = None) -> str:
     """Tries the wheel in a new environment of ``python``, and returns what the environment's program printed.
 
-    ``torch``: a requirement. The environment is then empty, and pip installs the requirement and the wheel's
-    dependencies. None: the environment sees the packages of ``python``.
+    ``torch``: a requirement; pip installs the requirement and the wheel's dependencies into an empty environment. None:
+    the environment sees the packages of ``python``.
     """
     native = _is_native(wheel)
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ struct ThreadScratch {
 
 std::atomic<ThreadScratch*> all{nullptr};
 
-thread_local ThreadScratch* own = nullptr;  // null until the first use
+thread_local ThreadScratch* own = nullptr;  // the thread's entry, or null before the thread's first use
 thread_local int depth = 0;                 // number of living ScratchInUse
 thread_local bool in_use = false;           // whether this thread has claimed its own blocks
 

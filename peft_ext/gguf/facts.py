@@ -25,7 +25,7 @@ with required("transformers", "a model in a GGUF file"):
 
 __all__ = ["ROTARY_FACTORS", "take_facts"]
 
-# Tensors with factors by which rotary frequencies are divided. They become values of the configuration.
+# Tensors with factors by which rotary frequencies are divided. The factors become values of the configuration.
 ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 # Key of the metadata -> field of a mixture-of-experts configuration with the same value.

@@ -107,11 +107,12 @@ def accelerate(
             has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
             :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
             its logits at the first read. False: only layers are fused.
-        dora_dropout: the tensor that DoRA's dropout acts on in training. "peft": x in the low-rank term and in the base
-            layer's term, as in PEFT; the second x needs a second product with the base weight, or on a CPU, for a
-            small dropout and enough tokens, a product with the dropped elements alone. "lora": x in the low-rank term
-            only, as in LoRA, which needs one product with the base weight and gives other values than PEFT. Layers and
-            their copies keep dora_dropout until the next call of ``accelerate``, or until ``restore``.
+        dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
+            low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
+            product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
+            elements alone. With "lora", the dropout acts on x in the low-rank term only, as in LoRA, which needs one
+            product with the base weight and gives other values than PEFT. Layers and their copies keep dora_dropout
+            until the next call of ``accelerate``, or until ``restore``.
         experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
             dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row of an expert's input gets its
             own mask. PEFT computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's

@@ -300,8 +300,8 @@ class Ranks:
     def _behind(self, gone: list[int]) -> list[int]:
         """Returns the ranks for which this rank may have waited: ``gone``, or the ranks that wait in no exchange.
 
-        Of several ranks, the function returns those that have come the least far. This rank is not among them: its own
-        exchange was late.
+        If there are several such ranks, the function returns those that have come the least far. The function never
+        returns this rank, because only the exchange of this rank was late.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
         with contextlib.suppress(RuntimeError):  # the store's process has ended

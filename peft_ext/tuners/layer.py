@@ -226,8 +226,8 @@ class ReplacingLayer(Wrapper):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def enable_adapters(self, enabled: bool) -> None:
-        # Unmerge now, before any forward. Otherwise some of the modules that share a tensor would run merged, and other
-        # modules would not.
+        # Unmerge now, before any forward: after an unmerge during the forward, some of the modules that share a tensor
+        # would run merged, and other modules would not.
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)

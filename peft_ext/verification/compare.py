@@ -109,9 +109,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
 
     Dropout is off, also in attention and in adapters, because results under two dropout masks can't be compared. If two
     stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; the
-    comparison then runs in evaluation mode, with gradients. Otherwise the comparison runs in training mode, also for a
-    model in evaluation mode. An autocast that is on applies to the accelerated and the stock model, but not to the
-    yardstick.
+    comparison then runs in evaluation mode, with gradients. In all other cases the comparison runs in training mode,
+    also for a model in evaluation mode. An autocast that is on applies to the accelerated and the stock model, but not
+    to the yardstick.
 
     ``model`` and ``batch`` do not change, also if an error is raised: weights, buffers, gradients, modes, hooks and
     classes stay. The random number generators of PyTorch, Python and NumPy keep their states. Hooks of modules run in

@@ -5,7 +5,8 @@ A group is a number of columns of a row that share a scale and a zero point. In 
 ``nn_modules/qlinear/torch.py`` and ``torch_awq.py``; hqq's ``core/quantize.py``.
 
 ``int_rows``, ``gptq``, ``awq`` and ``hqq`` take tensors; ``from_state`` takes the tensors and the configuration of a
-checkpoint; the other ``from_`` functions take a module of a library. None of them copies or repacks the codes.
+checkpoint; the other ``from_`` functions take a module of a library. No function of this module copies or repacks the
+codes.
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ class Format:
         parts: names of the weight's tensors, in order.
         check: raises ValueError if the parts of a weight ``[N, K]`` do not fit ``(parts, shape, group, option)``.
         source: the library or specification whose decoded values the format's values equal, bit for bit.
-        decode: None if the kernels decode the format. Otherwise the function by which :meth:`PackedWeight.dequantize`
-            decodes the parts of a weight ``[N, K]`` to float32; layers and experts cannot hold such a weight.
+        decode: None if the kernels decode the format. If no kernel decodes the format: the function by which
+            :meth:`PackedWeight.dequantize` decodes the parts of a weight ``[N, K]`` to float32; layers and experts
+            cannot hold such a weight.
     """
 
     name: str

@@ -83,8 +83,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
 // the tile kernels accept all layers and the layers' panels of W fit the cache together, the sum is rounded once.
-// Otherwise the dX of some layers is added to the rounded sum of the previous layers. A layer without dY has no
-// gradients.
+// In all other cases, the dX of some layers is added to the rounded sum of the previous layers. A layer without dY has
+// no gradients.
 struct SiblingsBackward {
   Tensor grad_x;  // dX in x's shape; [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;

@@ -221,8 +221,8 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
     elements += strips_elements(call.size.tokens, call.size.out);
     panels += panel_bytes(call);
   }
-  // The passes over dY make the strips of dY if all layers are multiplied together. Otherwise the strips of one layer
-  // after the other take less memory.
+  // The passes over dY make the strips of dY if all layers are multiplied together. If the layers are multiplied one
+  // after the other, the strips are made for one layer at a time, which takes less memory.
   bf16* strips = nullptr;
   if (elements > 0 && panels <= kPanelBytes && calls.size() <= kMostLayers)
     strips = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));

@@ -92,7 +92,8 @@ struct RankCall {
 // of the dropout mask for dX. The layers share the parallel loops.
 void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
-// Sets `finish` up for dX = mask/(1-p) ∘ (P A) + terms of the caller. Returns the tensor to which `finish` points.
+// Sets `finish` up for dX = mask/(1-p) ∘ (P A), to which the caller adds further terms. Returns the tensor to which
+// `finish` points.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);
 
 }  // namespace peft_ext

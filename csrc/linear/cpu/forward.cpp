@@ -1,9 +1,9 @@
 // The forward of the adapted layer, whose formula is in adapted_linear.h. One of three ways computes the base product:
 //
 //   tiles    bfloat16 on a CPU with bfloat16 products: one pass writes Y with all terms of Y
-//   few      few tokens: W (decoded from NF4 if needed), A and B are read row by row, without panels
-//   mm       otherwise: PyTorch's matrix product. If Y has no other operation, the product is added in place onto the
-//            low-rank term. Otherwise another pass computes Y from the product, in float32
+//   few      few tokens: W (its codes, if W is packed), A and B are read row by row, without panels
+//   mm       in all other cases: PyTorch's matrix product. If Y has no other operation, the product is added in place
+//            onto the low-rank term. If Y has other operations, another pass computes Y from the product, in float32
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"

@@ -61,7 +61,7 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 }
 
 void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work) {
-  // Tokens whose rows of m stay in L2 until `beside` reads the rows again.
+  // Number of token steps whose rows of m stay in L2 until `beside` reads the rows again.
   constexpr int64_t kTogether = 2;
   const PassKernels& isa = pass_kernels();
   int64_t multiplications = kTokenStep * beside_work;
@@ -178,8 +178,8 @@ struct ChunkSums {
   }
 };
 
-// Computes the sums of a pass divided by chunks of tokens, and m · right if the pass has `right`. beside: runs for the
-// tokens of each chunk.
+// Computes the sums of a pass divided by chunks of tokens, and m · right if the pass has `right`. beside: work on the
+// tokens of each chunk, after the sums of the chunk.
 LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside) {
   ChunkSums sums(pass, tokens, totals != nullptr);
   const int64_t grain = pass_grain(min_i64(sums.chunk, tokens) * pass.columns * pass.rank);

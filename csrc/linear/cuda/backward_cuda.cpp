@@ -37,8 +37,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // Without tokens the gradients of the scales are zeros. Otherwise the code below allocates and writes these
-  // gradients.
+  // Without tokens the gradients of the scales are zeros. With tokens, the code below allocates and writes the
+  // gradients of the scales.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);

@@ -262,7 +262,7 @@ struct DroppedProduct {
 
 // Computes out = the sum of the products, each with its own mask. out is written once if there are at most
 // kMostExpandParts products, if all products can be moved in vectors of eight, and if all factors have equally many
-// terms. Otherwise out is written once for each product.
+// terms. If a condition is not met, out is written once for each product.
 void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
 
 // launch_expand launches expand_kernel, and launch_expand_sum launches expand_sum_kernel, for one element type. Each

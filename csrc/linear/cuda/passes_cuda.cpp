@@ -343,8 +343,8 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
     work.before = before->const_data_ptr() == out.const_data_ptr() ? work.out : launcher.in<void>(*before);
     whole = whole && aligned(*before, 16);
   }
-  // If `before` or `scaled` is given, kOnto reads the bias in float32. Otherwise the kernel reads the bias in the
-  // bias's own dtype.
+  // If `before` or `scaled` is given, kOnto reads the bias in float32. Without `before` and `scaled`, the kernel reads
+  // the bias in the bias's own dtype.
   const std::optional<Tensor> held_bias = bias.has_value() && (before != nullptr || scaled.has_value())
                                               ? std::optional<Tensor>(as_type(*bias, ScalarType::Float))
                                               : bias;

@@ -11,8 +11,8 @@ void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pas
 }
 
 // Launches one pass over 16 or 32 ranks, or several passes over more ranks. If D is whole, 16-bit and has no runs, a
-// pass takes 128 ranks, and the last pass may take 64 ranks. Otherwise a pass takes 64 ranks, because the terms of a
-// float32 D need registers.
+// pass takes 128 ranks, and the last pass may take 64 ranks. For any other D, a pass takes 64 ranks, because the terms
+// of a float32 D need registers.
 template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);

@@ -54,8 +54,8 @@ __device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
   return philox;
 }
 
-// The part of a tile that a warp masks at a time. kColumns and two warps per layer: the 64 rows of the warp's 32
-// columns, where line l has the rows l and l + 32. Otherwise 32 rows of all columns.
+// The part of a tile that a warp masks at a time. With kColumns and two warps per layer, the part is the 64 rows of the
+// warp's 32 columns, where line l has the rows l and l + 32. In all other cases, the part is 32 rows of all columns.
 template <int kSplit, bool kColumns>
 struct SiblingHalf {
   static constexpr bool kFolded = kSplit == 2 && kColumns;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   };
 
   [[maybe_unused]] const Philox philox = kDropped ? sibling_philox(part.dropout) : Philox{};
-  // This lane's first element of the part that the warp masks.
+  // The position of this lane's first element in the part that the warp masks.
   const int mask_row = Half::row(sub), mask_group = Half::group(sub), first_line = lane / 8, slot = lane % 8;
   const uint32_t mask_from = mask_row * 128 + (mask_group ^ mask_row % 8) * 16;
   const SharedAt mask_to = masked + (first_line * 128 + (slot ^ first_line) * 16);

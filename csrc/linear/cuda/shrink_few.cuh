@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew wo
     work.s[(first + threadIdx.x) * work.rank + r] = sum;
 }
 
-// Up to kShrinkTokens tokens with one adapter in a mixed batch.
+// The tokens of one thread block in a mixed batch: up to kShrinkTokens tokens with one adapter.
 struct TokenGroup {
   const void* lora_A;  // [factor.rank, inputs]
   DType type_A;

@@ -68,7 +68,8 @@ _merge = AutoHfQuantizer.merge_quantization_configs
 
 
 def _merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    """transformers' merge of a checkpoint's quantization_config and of the one that the caller gives.
+    """Replaces transformers' function that merges a checkpoint's quantization_config with the caller's
+    quantization_config.
 
     transformers refuses a config of another class than the checkpoint's, and has no public way to register an
     exception. A PackedConfig is therefore taken here; every other config goes to transformers' own function.

@@ -118,7 +118,7 @@ def iq4_xs(blocks: Tensor) -> Tensor:
 
 
 def mxfp4(blocks: Tensor) -> Tensor:
-    """Twice e2m1 times ``2^(e - 128)``, also for e = 255."""
+    """Returns ``2 · e2m1(code) · 2^(e - 128)``, for every exponent byte e, 255 included."""
     exponents = blocks[:, :1].int()
     bits = torch.where(exponents < 2, 0x00200000 << exponents.clamp(max=1), (exponents - 1) << 23)
     return _scaled(bits.view(torch.float32), _looked_up(_TWICE_E2M1, _fields(blocks[:, 1:], 4, 16)))

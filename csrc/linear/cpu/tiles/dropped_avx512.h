@@ -2,8 +2,8 @@
 // after the target pragma.
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
-//             E[t] = sum over dropped k of x[t, k] W[:, k]. W's columns k lie in rows. One step of the dot product
-//             takes two of these columns
+//             E[t] = sum over dropped k of x[t, k] W[:, k]. The columns of W are stored as rows here. One step of the
+//             dot product takes two of these columns
 //   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all kept elements
 //             dropped elements: dX[t, k] = dY[t] · W[:, k], one dot product for each element
 //

@@ -51,7 +51,7 @@ inline void multiply_decoded(const TileWeight& w, int64_t row, const bf16* right
   __m512 sums[kStrip];
   for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_load_ps(c + r * kStrip);
   for (int r = 0; r < kStrip; ++r) decode_row(w, row + r, 0, held[0] + r * kPanelStep);
-  for (int64_t d = 0; d < tiles; d += 2) {  // the number of columns is a multiple of 64
+  for (int64_t d = 0; d < tiles; d += 2) {  // `tiles` is even, because W's columns are a multiple of 64
     const bf16* rows = held[d / 2 % 2];
     bf16* next = held[(d / 2 + 1) % 2];
     const bf16* lanes = right + d * kTile;

@@ -5,11 +5,11 @@
 //   block    token strips that all of W is multiplied with before the next block; a block's strips stay in cache
 //   part     the work of one thread: a range of units in each block, panel after panel
 //
-// Every unit is in exactly one range. In one division, a range may end at any unit, and two threads may decode the same
-// panel. In the other division, a range ends only at a whole panel. The plan takes the division whose busiest thread
-// has the smaller cost. The unit of cost is the product of one panel with one strip of tokens; decoding a panel costs
-// `decode` of these products. In each block, the cost of the most expensive part is at most the mean cost of a part,
-// plus the cost of one unit, plus the cost of decoding two panels.
+// Every unit is in exactly one range. There are two divisions: in the first division, a range may end at any unit, and
+// two threads may decode the same panel; in the second division, a range ends only at a whole panel. The plan takes the
+// division whose busiest thread has the smaller cost. The unit of cost is the product of one panel with one strip of
+// tokens; decoding a panel costs `decode` of these products. In each block, the cost of the most expensive part is at
+// most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two panels.
 #pragma once
 
 #include <stdint.h>
@@ -117,7 +117,8 @@ inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t 
   const int64_t step_bytes = most(1, read) * kPlanStrip * 2 * step;
   const int64_t fitting = most(1, kPlanBlockBytes / step_bytes);
   plan.blocks = ceil(plan.steps, most(fitting, ceil(kPlanUnits * threads, plan.panels)));
-  // The costs are computed for the largest block. The other blocks have as many steps, or one step fewer.
+  // The costs are computed for the largest block. Each other block has as many steps as the largest block, or one step
+  // fewer.
   const int64_t of_panel = ceil(plan.steps, plan.blocks), units = plan.panels * of_panel;
   plan.parts = units < threads ? units : threads;
   const int64_t each = ceil(units, plan.parts), touched = (each - 1 + of_panel - 1) / of_panel + 1;
