@@ -1,4 +1,4 @@
-"""Times a gated activation's training step in bf16 beside plain PyTorch; gate and up are halves of one tensor, as in
+"""Times a gated activation's training step in bf16, and plain PyTorch's; gate and up are halves of one tensor, as in
 Phi-3.
 
     y = act(gate) ∘ up

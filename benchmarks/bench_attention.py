@@ -1,4 +1,4 @@
-"""Times attention in bf16 or float32 beside PyTorch's function; k and v have a fourth of the heads of q.
+"""Times attention in bf16 or float32, compared with PyTorch's function; k and v have a fourth of the heads of q.
 
     dropout(softmax(scale q kᵀ + bias)) v        query i sees all keys, or the keys j <= i (causal)
 

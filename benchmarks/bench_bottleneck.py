@@ -1,4 +1,4 @@
-"""Times a bottleneck adapter's training step with bf16 activations and float32 parameters, beside plain PyTorch.
+"""Times a bottleneck adapter's training step with bf16 activations and float32 parameters, compared with plain PyTorch.
 
     Y = x + gelu(x Dᵀ) Vᵀ        M = 64; the adapter has no frozen weight, and N is K
 

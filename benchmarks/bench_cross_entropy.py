@@ -1,4 +1,4 @@
-"""Times a language model's loss from its last hidden states in bf16, beside transformers' computation with logits.
+"""Times a language model's loss from its last hidden states in bf16, and transformers' computation with logits.
 
     loss = Σ_t (log Σ_v exp z_tv - z_t[label]) / T        z = h Wᵀ,  V = 49,152; W [V, K] is frozen
 

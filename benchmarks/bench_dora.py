@@ -1,4 +1,4 @@
-"""Times one DoRA layer's training step, norm included, with float32 adapters of rank 16 beside PEFT's layer.
+"""Times one DoRA layer's training step, norm included, with float32 adapters of rank 16, compared with PEFT's layer.
 
 Each step computes DoRA's norm, because the norm changes in every training step. The least work counts ``U = W Aᵀ`` and
 ``|W|²`` without another read of W, since the forward reads W for its product. In mode "peft" the dropout also acts on

@@ -1,4 +1,4 @@
-"""Times dropout by itself, forward and backward, over bf16 and float32 activations, beside PyTorch's dropout.
+"""Times dropout by itself, forward and backward, over bf16 and float32 activations, compared with PyTorch's dropout.
 
     y = mask ∘ x / (1 - p)
 

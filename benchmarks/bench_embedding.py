@@ -1,4 +1,4 @@
-"""Times LoRA over a frozen embedding, forward and backward, beside the three passes of PEFT's layer in plain PyTorch.
+"""Times LoRA over a frozen embedding, forward and backward, and the three passes of PEFT's layer in plain PyTorch.
 
     Y = x + W[i] + s A[:, i]ᵀ Bᵀ        W: [V, N], V = N here
 

@@ -1,4 +1,4 @@
-"""Times one IA3 layer's training step over a bf16 or NF4 base beside PEFT's layer, and the scaling by itself.
+"""Times one IA3 layer's training step over a bf16 or NF4 base, compared with PEFT's layer, and the scaling by itself.
 
     output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ        l: float32
 

@@ -1,4 +1,4 @@
-"""Times a norm's training step over bf16 activations with a frozen weight, beside transformers' and PyTorch's norms.
+"""Times a norm's training step over bf16 activations with a frozen weight, and transformers' and PyTorch's norms.
 
     RMSNorm: y = w ∘ x / √(mean x² + eps)        LayerNorm: y = w ∘ (x - μ) / √(mean (x - μ)² + eps) + b
 

@@ -1,4 +1,4 @@
-"""Times rotary positions of q and k in bf16 beside transformers' code; k has a fourth of the heads of q.
+"""Times rotary positions of q and k in bf16, compared with transformers' code; k has a fourth of the heads of q.
 
     y = x ∘ cos + rotate_half(x) ∘ sin
 

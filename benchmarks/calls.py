@@ -1,4 +1,4 @@
-"""Times the call of a layer beside its arithmetic: Python, dispatch and autograd.
+"""Times what the call of a layer takes in addition to its arithmetic: Python, dispatch and autograd.
 
 ``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on one thread: frozen, with PEFT's layers, and with
 PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens; 4-bit layers get 40 tokens, since bitsandbytes

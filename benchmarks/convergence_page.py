@@ -146,13 +146,13 @@ def draw(result: dict[str, Any]) -> str:
     steps = max((row["steps"] for row in wide), default=0)
     threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
     paragraphs = [
-        """This page shows where short training runs with peft_ext lead, beside the same runs with PEFT. The page does
-        not show which method is best: the runs are short, and no learning rate was tuned.""",
-        f"""SmolLM2-135M-Instruct
-        learns BANKING77 as text: "{PROMPT.partition("{")[0].strip()} ...", then the name of the intent. Only the tokens
-        of that name have a loss. A run with a bfloat16 base has {settings["steps"]} steps, and a run in float32 has the
-        first {steps} of these steps. A step trains on {settings["batch"]} questions of at most {LONGEST} characters,
-        padded. {settings["held_out"]} other questions are held out. The optimizer is AdamW with a constant rate.""",
+        """This page compares short training runs with peft_ext and the same runs with PEFT. The page does not show
+        which method is best: the runs are short, and no learning rate was tuned.""",
+        f"""SmolLM2-135M-Instruct learns BANKING77 as text: "{PROMPT.partition("{")[0].strip()} ...", then the name of
+        the intent. Only the tokens of that name have a loss. A run with a bfloat16 base has {settings["steps"]} steps,
+        and a run in float32 has the first {steps} of these steps. A step trains on {settings["batch"]} questions of at
+        most {LONGEST} characters, padded. {settings["held_out"]} other questions are held out. The optimizer is AdamW
+        with a constant rate.""",
         f"""`python -m benchmarks.convergence` measured the figures, and `python -m benchmarks.convergence --draw` wrote
         this page from them. Machine: {about["cpu"]}, {threads}, path {about["isa"]}; {about["date"]}; {versions}.""",
         """**How two runs are compared.** The two runs of a method start from the same adapter and see the same batches

@@ -1,4 +1,4 @@
-"""Times adapted layers at the shapes that people train on CPUs, beside the frozen layer and PEFT's layer.
+"""Times adapted layers at the shapes that people train on CPUs, compared with the frozen layer and PEFT's layer.
 
 ``python -m benchmarks.layers`` times a training step of one layer, forward and backward, of three contenders: PyTorch's
 frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Up to

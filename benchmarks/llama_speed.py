@@ -1,4 +1,4 @@
-"""Times peft_ext beside llama.cpp on the same GGUF files, threads and tokens, and training beside PEFT.
+"""Times peft_ext and llama.cpp on the same GGUF files, threads and tokens, and training in peft_ext and in PEFT.
 
 ``python -m benchmarks.llama_speed``                every file type; writes a result file
 ``python -m benchmarks.llama_speed --types Q4_K_M Q8_0 --rounds 1``

@@ -1,4 +1,4 @@
-"""Measures the time of each kernel of a layer by torch.profiler, beside the time that cuda_model.py computes.
+"""Measures the time of each kernel of a layer by torch.profiler, compared with the time that cuda_model.py computes.
 
     python tools/kernel_times.py [--tokens 8192,2048] [--out benchmarks/results]
 
