@@ -159,7 +159,7 @@ Without dropout, the losses of the run with peft_ext and of the run with PEFT + 
 {result["mean_loss_difference"]:.4f} in the mean over the steps and by {result["max_loss_difference"]:.4f} at most.
 PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds that
 term to a base output that is already rounded, which swallows part of a young adapter's small terms. peft_ext rounds the
-sum once."""
+sum of both terms once."""
 
 
 def methods_table(result: Result) -> str:

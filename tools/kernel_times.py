@@ -35,7 +35,7 @@ Times = dict[str, tuple[int, float]]  # by kernel: launches, and microseconds of
 
 
 def ours(op: str, case: str, tokens: int, device: str = "cuda", size: int = SIZE) -> harness.Contender:
-    """Returns the contender "ours" of a benchmark: of the variant ``case`` of the operator ``op``."""
+    """Returns the contender "ours" of the benchmark of the operator ``op``, in the variant ``case``."""
     stem = {"nf4_linear": "nf4"}.get(op, op.removesuffix("_linear"))
     variants = importlib.import_module(f"benchmarks.bench_{stem}").VARIANTS
     (found,) = [variant for variant in variants if (variant.op, variant.case) == (op, case)]

@@ -74,7 +74,8 @@ def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int
 
 
 def _product(name: str, nf4: bool, order: str) -> Hot:
-    # Counted per weight: an iteration is two slabs of 64 x 128, 64 weights of each lane, against 64 rows.
+    # Instructions are counted per weight of a lane: in an iteration, each lane decodes or loads 64 weights of two slabs
+    # of 64 x 128 weights, and multiplies them with 64 rows.
     return Hot(name, f"experts_product_kernel<bf16, {str(nf4).lower()}, {order}>", units=64, threads=256)
 
 

@@ -20,7 +20,7 @@ inline Activation checked_gate(const char* op, int64_t activation) {
 }
 
 // A tensor [..., columns] as contiguous rows with a distance of `stride` elements between neighbouring rows. A half of
-// a wider contiguous tensor is used directly. A tensor without one such stride is copied.
+// a wider contiguous tensor is used directly. A tensor whose rows do not all have the same distance is copied.
 struct RowsApart {
   torch::stable::Tensor held;
   int64_t stride;

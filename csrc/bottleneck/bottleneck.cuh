@@ -1,4 +1,5 @@
-// The kernels between the two products of a bottleneck adapter. Their operand U [T, M] is float32 and small:
+// The kernels between the two products of a bottleneck adapter. U [T, M], which these kernels read and write, is
+// float32 and small:
 //
 //   activate:  U = sums + b_d;  H = act(U)  -> U, and the scaled H as terms
 //   gradient:  dU = P ∘ act'(U)             -> dU, and dU as terms

@@ -136,8 +136,8 @@ struct Lanes {
   static constexpr int kWidth = 8;
   __m512i v;
   static Lanes broadcast(uint64_t value) { return {_mm512_set1_epi64(static_cast<int64_t>(value))}; }
-  // Returns the counters first to first + 7, in an order that the two interleavings of store_words turn into the order
-  // of memory.
+  // Returns the counters first to first + 7, in such an order that the draws are in the order of the counters after
+  // store_words has interleaved them twice.
   static Lanes counters(uint64_t first) {
     return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }

@@ -4,11 +4,10 @@
 //   S = A[:, i]ᵀ [T, R]      Y = W[i] + S (sB)ᵀ [T, N]
 //   P = dY (sB) [T, R]       dA[:, v] = Σ P[t] over the t with i[t] = v, in order       dB = s dYᵀ S
 //
-// The forward reads, or decodes from NF4, only the rows of W whose index a token has (of NF4, the whole blocks that
-// such a row touches). The rows are written to Y for a few tokens at a time, so that the low-rank term finds the rows
-// in the cache. The products are the passes of linear/cpu/kernels/kernels.h: sums are float32, and a result is rounded
-// once. One thread computes a row of dA in the order of the tokens, so that the bits are equal for every number of
-// threads.
+// The forward reads, or decodes, only the rows of W whose index a token has (of NF4, the whole blocks that such a row
+// touches). The rows are written to Y for a few tokens at a time, so that the low-rank term finds the rows in the
+// cache. The products are the passes of linear/cpu/kernels/kernels.h: sums are float32, and a result is rounded once.
+// One thread computes a row of dA in the order of the tokens, so that the bits are equal for every number of threads.
 #include <algorithm>
 #include <tuple>
 #include <vector>

@@ -151,7 +151,8 @@ class GgufHeader:
         return Value(self._reader.value(place), place.type, place.element if place.type == _ARRAY else None)
 
     def text(self, key: str) -> str:
-        """Returns a value that must be a string. Raises GgufError where the key is missing or has another type."""
+        """Returns the value of ``key``, which must be a string. Raises GgufError where the key is missing or has
+        another type."""
         value = self.get(key)
         if not isinstance(value, str):
             raise self.error(f"{key} is {'missing' if value is None else repr(value)[:60]}, wanted a string")

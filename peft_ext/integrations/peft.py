@@ -205,8 +205,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Also releases the scratch memory that the threads of CPU operators keep from call to call.
 
-    Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into
-    an NF4 weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer
+    Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into a
+    packed weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer
     itself.
     """
     check_module("restore", model)
@@ -223,7 +223,7 @@ def restore(model: nn.Module) -> nn.Module:
         ):
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
-            raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
+            raise RuntimeError(f"restore: {name} is merged into a packed weight; call unmerge_adapter() first")
     clear_experts(model)
     plain_blocks(model)
     for module in model.modules():

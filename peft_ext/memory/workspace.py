@@ -55,21 +55,21 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
 def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: str, backward: bool) -> int:
     """Returns the scratch bytes of the product ``[rows, K] Wᵀ``, or of ``[rows, N] W`` in the backward.
 
-    On CUDA, and on the CPU in float32, the scratch is an NF4 weight dequantized to the activations' dtype, or nothing
-    for a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also
-    has the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight.
+    On CUDA, and on the CPU in float32, the scratch is a packed weight decoded to the activations' dtype, or nothing for
+    a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also has
+    the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight.
 
     On the CPU in 16 bits there are four cases. In the first, second and fourth case, a dropout of the base layer's term
     doubles the tensors of activations, products and float32 panels.
 
-    1. On a path with tiles, in bfloat16, over an NF4 weight or a contiguous dense weight: the activations packed into
+    1. On a path with tiles, in bfloat16, over a packed weight or a contiguous dense weight: the activations packed into
        strips.
     2. On a path with tiles, in bfloat16, over a dense weight that is not contiguous: a 16-bit and a float32 copy of the
        result if the input or the output is scaled, else nothing.
-    3. On the scalar path, without scaling and without a dropout of the base layer's term: an NF4 weight decoded to 16
+    3. On the scalar path, without scaling and without a dropout of the base layer's term: a packed weight decoded to 16
        bits, or nothing for a dense weight.
-    4. In all other calls: activations, product and a panel of the weight in float32, and over NF4 the panel in 16 bits.
-       The backward over several panels also has the gradient's columns of one panel in float32.
+    4. In all other calls: activations, product and a panel of the weight in float32, and over a packed weight the panel
+       in 16 bits. The backward over several panels also has the gradient's columns of one panel in float32.
     """
     out_features, in_features = given["shape"]
     drops = bool(given.get("drop_base")) and given.get("seed") is not None
@@ -89,7 +89,7 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     # On the scalar path PyTorch multiplies in 16 bits, and the other terms are added to PyTorch's product.
     if STATE.isa == "scalar" and products == 1 and not _scales(given):
         return out_features * in_features * 2 if is_packed else 0
-    panel = panel_rows * in_features  # elements of a panel of W in float32; NF4 is first decoded to 16 bits
+    panel = panel_rows * in_features  # elements of a panel of W in float32; a packed W is first decoded to 16 bits
     size = products * 4 * (rows * (out_features + in_features) + panel) + (2 * panel if is_packed else 0)
     # If W has more rows than one panel, the backward copies the gradient's columns that belong to a panel.
     return size + (4 * rows * panel_rows if backward and out_features > _WIDE_PANEL else 0)
@@ -162,7 +162,7 @@ def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -
     parts = -(-rows // max(_SUMMED_TOKENS, -(-rows // _MOST_PARTS)))
 
     def sums(size: int) -> int:
-        """Returns the bytes of the sums of a gradient whose sum takes ``size`` bytes."""
+        """Returns the bytes of all partial sums of a gradient and of their total, which takes ``size`` bytes."""
         return size * (1 if parts == 1 else 1 + min(parts, max(1, _MOST_SUMS * 4 // max(4, size))))
 
     return held, wide + s, 2 * s + max(wide + sums(wide) + sums(narrow) + part, part + low + narrow)

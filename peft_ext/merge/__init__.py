@@ -1,7 +1,7 @@
 """Merges an adapter into its base: writes a dense transformers model, which needs neither PEFT nor peft_ext, or a GGUF
 file, see :mod:`peft_ext.merge.gguf`.
 
-    W' = merge(W, adapter)          W, W' [N, K]; an NF4 W is dequantized; merge: the method's own, in float32
+    W' = merge(W, adapter) W, W' [N, K]; a packed W is dequantized; merge: the method's own, in float32
 
 One module at a time is widened to float32, merged by its layer's own ``merge`` (PEFT's, or that of
 :mod:`peft_ext.tuners`), rounded once to the output's dtype, and written. The files of a base on disk are memory-mapped,

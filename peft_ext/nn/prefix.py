@@ -186,7 +186,7 @@ class PrefixEncoder(VirtualTokens):
                 ``model.dtype`` for a model that was cast after it was made.
             peft_order: in an encoder-decoder model, whether layer i gets the prefix ``2i mod num_layers``, as in PEFT,
                 so that an adapter from PEFT gives the same results. With an even number of layers PEFT's order uses
-                half of the prefixes twice and the other half never. False gives layer i the prefix i.
+                half of the prefixes twice and the other half never. With peft_order False, layer i gets the prefix i.
 
         Activation checkpointing turns the cache off, and so the prefix is not used. Raises ValueError if the number of
         layers, key heads or head_dim of config differ from the sizes of this prefix.

@@ -77,11 +77,12 @@ class PromptEmbedding(VirtualTokens):
     """``Y = [P; X]``: trained embeddings P before the embeddings X of each sequence (prompt tuning, arXiv 2104.08691).
 
     X ``[B, T, token_dim]``, P ``[num_virtual_tokens, token_dim]``, Y ``[B, num_virtual_tokens + T, token_dim]`` in X's
-    dtype. Use the prompt with a frozen model as
+    dtype. Use the prompt with a frozen model as follows::
 
         model(**prompt.prepend(model.get_input_embeddings()(input_ids), attention_mask, labels))
 
-    and drop the first ``num_virtual_tokens`` positions of the model's output. No tensor is saved for backward.
+    The first ``num_virtual_tokens`` positions of the model's output are those of the prompt: drop them. No tensor is
+    saved for backward.
 
     Args:
         num_virtual_tokens: number of rows of P. token_dim: width of the model's token embeddings.

@@ -3,7 +3,8 @@
     U = x Dᵀ + b_d  [T, M]      H = act(U)      Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
 Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU = P ∘ act'(U)``; ``dD = dUᵀ x``;
-``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. Saved: x, U (float32), D and V.
+``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. The forward saves x, U (float32), D and V for the
+backward.
 
 Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
 (arXiv 2110.04366).

@@ -328,7 +328,7 @@ def check_bottleneck(
 def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor, name: str) -> None:
     """Checks that ``residual`` is ``[..., N]`` of the dtype and device of x ``[..., K]``, where N is ``out.shape[0]``.
 
-    An error calls the tensor ``out`` by ``name``.
+    ``name`` is the name of the tensor ``out`` in error messages.
     """
     check_float(op, "residual", residual)
     if not isinstance(out, Tensor) or out.is_nested:

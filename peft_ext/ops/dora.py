@@ -224,7 +224,7 @@ def dora_weight_norm(
     Args:
         weight: frozen ``[N, K]``: a dense tensor, or a PackedWeight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
             any float dtype. scaling: a finite number.
-        dtype: dtype to which an NF4 weight is dequantized; default: the NF4 weight's dtype. For a dense weight, only
+        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
             its own dtype is accepted.
 
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and

@@ -55,7 +55,7 @@ def _backward_fake(grad, indices, lora_A, lora_B, scaling, padding_idx, needs_gr
 
 
 # padding_idx in the schema is -1 for none, otherwise not negative. dtype is the dtype of a dense weight, or the dtype
-# from which an NF4 weight was quantized.
+# to which a packed weight is decoded.
 define(
     "lora_embedding",
     f"(Tensor indices, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, int padding_idx, ScalarType dtype)"
@@ -142,7 +142,7 @@ def lora_embedding(
     Args:
         indices: i ``[...]``, int32 or int64, each from 0 to V - 1.
         weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or a PackedWeight. The CPU kernel
-            decodes only those rows of an NF4Weight that indices name.
+            decodes only those rows of a PackedWeight that indices name.
         lora_A: ``[R, V]``; lora_B: ``[N, R]``; each of any float dtype.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         padding_idx: an index, from -V to V - 1, whose column of lora_A gets no gradient, as in

@@ -10,8 +10,9 @@ rows is not read, and its norm is not computed.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
-the bias before rounding. For a dense bfloat16 weight with many rows, PyTorch's grouped product may run instead. The
-CUDA kernels read the number of an expert's rows on the device, so the host does not wait.
+the bias before rounding. A weight in another packed format is decoded to a dense weight before the kernel runs. For a
+dense bfloat16 weight with many rows, PyTorch's grouped product may run instead. The CUDA kernels read the number of an
+expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -321,7 +322,7 @@ def dora_experts_weight_norm(
             each of any float dtype and of any strides. scaling: a finite number.
         offsets: int32 or int64 ``[E]``, as in :func:`lora_experts`: the norms of experts without rows are not computed
             and are 0; default: the norms of all experts are computed.
-        dtype: dtype to which an NF4 weight is dequantized; default: the NF4 weight's dtype. For a dense weight, only
+        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
             its own dtype is accepted.
 
     Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows: DoRA holds the

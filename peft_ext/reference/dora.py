@@ -42,7 +42,7 @@ def dora_weight_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(n [N], U [N, R])`` in float32, or in float64 if ``dtype`` is float64.
 
-    n is ``‖W + s·B A‖`` of each row, and U is ``W Aᵀ``. An NF4 weight is dequantized to ``dtype`` first.
+    n is ``‖W + s·B A‖`` of each row, and U is ``W Aᵀ``. A packed weight is dequantized to ``dtype`` first.
     """
     wide = sum_dtype(dtype)
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)

@@ -407,7 +407,7 @@ def _read_config(run: Run) -> Any:
 
 
 def _check_export(run: Run) -> None:
-    """Raises RunError where the run has ``--export gguf`` and its model has no adapter file of llama.cpp."""
+    """Raises RunError where the run has ``--export gguf`` and llama.cpp has no adapter files for the model's type."""
     if run.options.export is None:
         return
     need("finetune", "gguf")

@@ -369,7 +369,8 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
 
 
 def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
-    """Returns the weight from a layer's state dict in bitsandbytes' format. Keys have no prefix. No data is copied.
+    """Returns the weight from a layer's state dict in bitsandbytes' format, whose keys are "weight", "weight.absmax"
+    and so on. No data is copied.
 
     Raises: the errors of :func:`read_quant_state`, and ValueError if sizes or scales do not fit.
     """

@@ -85,7 +85,7 @@ def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(method, 
     # NF4's rounding error is about 10% of a weight's norm, and the adapter's part of the output is far larger.
     assert (model(x) - unmerged).norm() < 0.5 * unmerged.norm()
     merged, error = first(model).base_layer.nf4, first(model).base_layer.merge_error
-    with pytest.raises(RuntimeError, match="is merged into an NF4 weight"):
+    with pytest.raises(RuntimeError, match="is merged into a packed weight"):
         peft_ext.restore(model)
     clone = copy.deepcopy(model)
     for copied in (model, clone):
@@ -162,7 +162,7 @@ def test_restore_refuses_a_layer_that_only_it_can_unmerge():
     model = peft_ext.accelerate(make("nf4"))
     model.merge_adapter()
     before = state_of(model)
-    with pytest.raises(RuntimeError, match="base_model.model.up is merged into an NF4 weight"):
+    with pytest.raises(RuntimeError, match="base_model.model.up is merged into a packed weight"):
         peft_ext.restore(model)
     assert state_of(model) == before
     model.unmerge_adapter()

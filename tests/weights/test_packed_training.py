@@ -245,6 +245,17 @@ def test_compiled_layers_give_the_numbers_of_eager_layers(format: str, dtype: to
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def test_errors_of_merges_name_a_packed_weight() -> None:
+    model = lora_over(linear())
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="restore: base_model.model.layer is merged into a packed weight"):
+        peft_ext.restore(model)
+    config = LoraConfig(r=4, target_modules=["layer"], alora_invocation_tokens=[1])
+    model = peft_ext.accelerate(get_peft_model(nn.ModuleDict({"layer": linear()}), config))
+    with pytest.raises(NotImplementedError, match="aLoRA over a packed weight can't be merged"):
+        model.merge_adapter()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_number(reentrant: bool, tmp_path: Path) -> None:
     kind = KINDS["qwen3"]

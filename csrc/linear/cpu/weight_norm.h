@@ -12,7 +12,7 @@ struct WeightNorm {
   Tensor norm, u;  // norm is n [N], u is U [N, R]; both are float32
 };
 
-// type: dtype to which an NF4 weight is decoded.
+// type: dtype to which a packed weight is decoded.
 WeightNorm weight_norm(const char* op, const FrozenWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling, ScalarType type);
 

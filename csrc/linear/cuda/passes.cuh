@@ -120,10 +120,11 @@ struct PassInput {
   int64_t rows = 0, columns = 0;
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
-  // The rows of a mixed batch. `tiles` is allowed only with `right`, which then holds one factor for each adapter.
+  // The tiles of a mixed batch's rows, or null. `tiles` is allowed only with `right`, which then holds one factor for
+  // each adapter.
   const RowTiles* tiles = nullptr;
-  // The runs of rows of the experts. `runs` is allowed only if either `right` (with one factor for each expert) or
-  // `left` is given.
+  // The runs of rows of a mixture's experts, or null. `runs` is allowed only if either `right` (with one factor for
+  // each expert) or `left` is given.
   const RowRuns* runs = nullptr;
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }

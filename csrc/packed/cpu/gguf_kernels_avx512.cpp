@@ -1,5 +1,6 @@
-// The kernels of few_tokens_kernels.h for the quantized types of GGUF files, with AVX512-BF16. A step reads its blocks
-// with their scales. See row_products_avx512.h for the steps, and weight/formats/gguf_blocks.h for the blocks.
+// The kernels of few_tokens_kernels.h for the quantized types of GGUF files, with AVX512-BF16. Each step of a kernel
+// reads one or more blocks of codes, together with their scales. See row_products_avx512.h for the steps, and
+// weight/formats/gguf_blocks.h for the blocks.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // These headers must be included after the target pragma.

@@ -33,7 +33,7 @@ with optional("transformers", "no layer over a Conv1D (GPT-2) is fused"):
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Name of the attribute in which a layer that is merged into an NF4 weight keeps the weight from before the merge. The
+# Name of the attribute in which a layer that is merged into a packed weight keeps the weight from before the merge. The
 # kept weight is no part of the state dict.
 KEPT = "_peft_ext_unmerged"
 

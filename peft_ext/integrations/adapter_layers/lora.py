@@ -405,7 +405,7 @@ if LoraLinear is not None:
                 norm = torch.linalg.norm(unmerged + delta, dim=1)
                 merged = output_scale(self.lora_magnitude_vector[name].weight, norm).unsqueeze(1) * merged
             elif variant is not None:
-                raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear can't be merged")
+                raise NotImplementedError(f"{variant_name(variant)} over a packed weight can't be merged")
             if self.lora_bias[name]:
                 if bias is None:
                     raise RuntimeError(  # PEFT's own error text

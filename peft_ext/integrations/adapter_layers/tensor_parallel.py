@@ -7,8 +7,8 @@
 
 transformers replaces the forward of each split layer. PEFT splits lora_B of a column layer and lora_A of a row layer in
 the same way. A layer is fused if its replaced forward is known exactly: the digest of the code that runs is in
-``FORMS``. A process computes its shard on one operator. PEFT's own forward sums the ``[T, R]`` product of lora_A in
-addition to the base layer's sums; the fused forward sums the gradient of A or B instead.
+``FORMS``. Each process computes its shard of a layer with one operator. PEFT's own forward sums the ``[T, R]`` product
+of lora_A in addition to the base layer's sums; the fused forward sums the gradient of A or B instead.
 """
 
 from __future__ import annotations

@@ -51,8 +51,10 @@ class Layout:
     def built(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scheme: Scheme
     ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
-        """Returns the weight, the name of each part, and the extra tensors. Raises ValueError if a tensor is missing or
-        does not fit."""
+        """Returns the packed weight, the name of each part's tensor, and the tensors of the file that are no part.
+
+        Raises ValueError if a tensor is missing or does not fit.
+        """
         for name in self.parts:
             if name not in tensors and name not in self.optional:
                 raise ValueError(f"the file has {self.codes} without {name}")

@@ -24,7 +24,7 @@ inline __m512i alternate_words(int from) {
   return _mm512_load_si512(index);
 }
 
-// Transposes a panel of left strips: out [32 tiles, kPanelStep] has W's columns as rows.
+// Transposes a panel of W that is stored as left strips: out [32 tiles, kPanelStep] has W's columns as rows.
 inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   const __m512i even = alternate_words(0), odd = alternate_words(1);
   for (int64_t half = 0; half < ceil_div(strips, 2); ++half)
