@@ -3,11 +3,16 @@
 A pass over an activation takes the largest of these times:
 
     memory     the bytes / the bandwidth that a kernel reaches
+    L2         the bytes, and the terms of the small matrix that each tile reads again / the bandwidth of L2
     slots      a tile's warp instructions, one in each cycle; each of the four schedulers has a tile of its own
     ALU, FMA   the ALU (FMA) instructions of a tile, two cycles each
     tensor     the products of a tile, 2,048 multiplications each, at the rate of the tensor cores
     L1         the rows of 128 bytes that four warps read and write, one in each cycle
     waits      the time of a warp that runs alone / the number of warps of a scheduler
+
+The multiprocessor with the most blocks decides how many tiles are counted. Each wave of blocks after the first adds the
+time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began together. Each pass
+adds a microsecond for its launch, its first wave and its last blocks.
 
 docs/kernels.md shows the tables between two marks. ``--write`` draws the tables again, and a test compares the tables.
 """
@@ -26,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
 REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
+BLOCK_CYCLES = 1000  # cycles in which a block waits for its first tile and writes its sums, an assumption
 BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of a packed weight, scales included
 SIZES = (512, 2048, 4096, 8192)
 MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens of a mixed batch
@@ -36,7 +42,8 @@ class Card:
     """Rates of a GPU.
 
     clock: cycles per second. bandwidth: bytes per second. tensor: 16-bit multiplications of a multiprocessor's tensor
-    cores in a cycle. product: FLOP/s that a large matrix product reaches in practice.
+    cores in a cycle. product: FLOP/s that a large matrix product reaches in practice. l2: bytes per second that L2
+    delivers, a rounded figure of published measurements that nobody has checked for this project.
     """
 
     arch: str
@@ -45,12 +52,15 @@ class Card:
     bandwidth: float
     tensor: int
     product: float
+    l2: float
 
 
+# "H100 at 800" has the rates that make adapters look worst: a product at 800 TFLOP/s, and kernels that reach 3.0 TB/s.
 CARDS = {
-    "A100": Card("80", 108, 1.41e9, 2.04e12, 1024, 250e12),
-    "H100": Card("90", 132, 1.755e9, 3.35e12, 1300, 650e12),
-    "4090": Card("89", 128, 2.52e9, 1.008e12, 512, 150e12),
+    "A100": Card("80", 108, 1.41e9, 2.04e12, 1024, 250e12, 4.0e12),
+    "H100": Card("90", 132, 1.755e9, 3.35e12, 1300, 650e12, 5.5e12),
+    "H100 at 800": Card("90", 132, 1.755e9, 3.0e12 / REACHED, 1300, 800e12, 5.5e12),
+    "4090": Card("89", 128, 2.52e9, 1.008e12, 512, 150e12, 5.0e12),
 }
 
 
@@ -71,11 +81,34 @@ def tile_cycles(loop: dict[str, float], card: Card) -> float:
                loop["alone"] / warps)  # fmt: skip
 
 
-def over_tiles(name: str, rows: int, columns: int, moved: float, card: Card) -> float:
-    """Returns the seconds of a pass over an activation [rows, columns] that moves ``moved`` bytes."""
-    tiles = -(-rows // 64) * -(-columns // 64)
-    compute = tiles * tile_cycles(loops(card)[name], card) / card.multiprocessors / card.clock
-    return max(compute, moved / (card.bandwidth * REACHED)) + 1e-6
+def terms_of_tile(name: str, rank: int = 16) -> float:
+    """Returns the bytes of small matrices that a tile of a pass reads from L2, in terms of 16 bits.
+
+    S and dA: three terms of one matrix. Y0 and dX0: two terms of two matrices. P and dB: a block reads its three terms
+    of one matrix for four tiles, and those of the other matrix once; both together count as half a matrix a tile.
+    """
+    matrix = 64 * rank * 2.0  # bytes of one term
+    if name.startswith(("Y0", "dX0")):
+        return 2 * 2 * matrix
+    return 3 * matrix * (0.5 if name.startswith("P") else 1)
+
+
+def over_tiles(name: str, rows: int, columns: int, moved: float, card: Card, work: str | None = None) -> float:
+    """Returns the seconds of a pass over an activation [rows, columns] that moves ``moved`` bytes.
+
+    ``work`` names how the pass is cut into blocks (see :func:`plan`); without it, all multiprocessors have equally many
+    tiles, and one wave of blocks.
+    """
+    loop = loops(card)[name]
+    tiles, waves = -(-rows // 64) * -(-columns // 64), 1
+    busiest = tiles / card.multiprocessors
+    if work is not None:
+        blocks, of_block, _ = plan(rows, columns, work)
+        busiest = -(-blocks // card.multiprocessors) * of_block
+        waves = -(-blocks // (card.multiprocessors * int(loop["blocks"])))
+    compute = busiest * tile_cycles(loop, card) / card.clock
+    from_l2 = (moved + tiles * terms_of_tile(name)) / card.l2
+    return max(compute, moved / (card.bandwidth * REACHED), from_l2) + (waves - 1) * BLOCK_CYCLES / card.clock + 1e-6
 
 
 def over_memory(moved: float, card: Card) -> float:
@@ -86,20 +119,25 @@ def product(t: int, n: int, k: int, card: Card) -> float:
     return 2 * t * n * k / card.product + 1e-6
 
 
-def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
-    """Returns the bytes of a pass's partial sums, written and read; csrc/linear/cuda/rank_plan.cuh chooses the
-    chunks.
+def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
+    """Returns the number of blocks of a rank pass, the most tiles of a block, and the rows of its partial sums.
+    csrc/linear/cuda/rank_plan.cuh chooses them. ``work``: "rows" (S), "columns" (dA) or "both" (P and dB).
     """
     row_tiles, column_tiles = -(-t // 64), -(-columns // 64)
     if work == "both":
         row_chunks = -(-row_tiles // 4)
         wide = -(-column_tiles // max(1, min(column_tiles, 384 // row_chunks)))
-        found = -(-column_tiles // wide) * t + row_chunks * columns
-    else:
-        across, tiles = (row_tiles, column_tiles) if work == "rows" else (column_tiles, row_tiles)
-        chunks = max(1, min(768 // across, -(-tiles // min(tiles, 2))))
-        found = -(-tiles // -(-tiles // chunks)) * (t if work == "rows" else columns)
-    return 2 * 4.0 * found * rank
+        column_chunks = -(-column_tiles // wide)
+        return row_chunks * column_chunks, 4 * wide, column_chunks * t + row_chunks * columns
+    across, tiles = (row_tiles, column_tiles) if work == "rows" else (column_tiles, row_tiles)
+    of_block = -(-tiles // max(1, min(768 // across, -(-tiles // min(tiles, 2)))))
+    chunks = -(-tiles // of_block)
+    return across * chunks, of_block, chunks * (t if work == "rows" else columns)
+
+
+def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
+    """Returns the bytes of a pass's partial sums in float32, written and read."""
+    return 2 * 4.0 * plan(t, columns, work)[2] * rank
 
 
 def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> dict[str, float]:
@@ -108,18 +146,18 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
     rows, both, columns = (partial_sums(t, *of) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns")))
     return {
         "product": product(t, n, k, card),
-        "S": over_tiles("S", t, k, x + rows, card),
-        "S, dropout": over_tiles("S, dropout", t, k, x + rows, card),
+        "S": over_tiles("S", t, k, x + rows, card, "rows"),
+        "S, dropout": over_tiles("S, dropout", t, k, x + rows, card, "rows"),
         "Y0": over_tiles("Y0", t, n, y, card),
-        "P and dB": over_tiles("P and dB", t, n, y + both, card),
-        "dA": over_tiles("dA", t, k, x + columns, card),
-        "dA, dropout": over_tiles("dA, dropout", t, k, x + columns + x / 16, card),
+        "P and dB": over_tiles("P and dB", t, n, y + both, card, "both"),
+        "dA": over_tiles("dA", t, k, x + columns, card, "columns"),
+        "dA, dropout": over_tiles("dA, dropout", t, k, x + columns + x / 16, card, "columns"),
         "dX0": over_tiles("Y0", t, k, x, card),
         "dX0, dropout": over_tiles("dX0, dropout", t, k, x + x / 16, card),
         "dequantize": over_memory(BYTES["NF4"] * n * k + w, card),
         "dequantize, MXFP4": over_memory(BYTES["MXFP4"] * n * k + w, card),
         "norm": over_tiles("W A and the norm", n, k, w, card) + LAUNCH * 3,
-        "P, dB and dg": over_tiles("P and dB", t, n, 2 * y + both, card),
+        "P, dB and dg": over_tiles("P, dB and dg", t, n, 2 * y + both, card, "both"),
         "g in W or in dY": over_memory(2 * w if t > k else 2 * y, card),
         "column pass, g and dg": over_memory(2 * y + 2 * w if t > k else 3 * y, card),
         "finish": over_memory(2 * y, card),
@@ -143,6 +181,21 @@ def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> floa
     found = parts(card, t, n, k)
     frozen = 2 * found["product"]
     return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
+
+
+def limit(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> float:
+    """Returns the ratio of :func:`ratio` if each pass over an activation took nothing but the time to move its bytes,
+    and the launches between the passes took no time: no kernel with these passes is faster.
+    """
+    x, y, w = (moved / (card.bandwidth * REACHED) for moved in (2.0 * t * k, 2.0 * t * n, 2.0 * n * k))
+    times = {
+        **dict.fromkeys(("S", "S, dropout", "dA", "dX0"), x), "Y0": y, "P and dB": y, "P, dB and dg": 2 * y,
+        **dict.fromkeys(("dA, dropout", "dX0, dropout"), x * 17 / 16), "dequantize": w * (1 + BYTES["NF4"] / 2),
+        "norm": w, "finish": 2 * y, "g in W or in dY": 2 * min(w, y),
+        "column pass, g and dg": min(2 * y + 2 * w, 3 * y), "launch": 0.0,
+    }  # fmt: skip
+    frozen = 2 * product(t, n, k, card)
+    return (frozen + sum(times[part] for part in LAYERS[method])) / frozen
 
 
 def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
@@ -397,8 +450,9 @@ def tables() -> str:
               + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
     for method in LAYERS:
-        row = (f"{ratio(method, card, t):.2f}" for card in CARDS.values() for t in SIZES)
-        lines.append(f"| {method} | " + " | ".join(row) + " |")
+        for name, of in ((method, ratio), (f"{method}: limit", limit)):
+            row = (f"{of(method, card, t):.2f}" for card in CARDS.values() for t in SIZES)
+            lines.append(f"| {name} | " + " | ".join(row) + " |")
     lines += ["", "| time of a layer of Llama 3 8B / time of the frozen layer, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")

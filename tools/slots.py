@@ -48,7 +48,7 @@ class Hot:
 
 
 def _pass(name: str, ranks: int, work: str, mask: str = "kNone", *, terms: int = 3, nf4: bool = False) -> Hot:
-    both = work == "kBoth"
+    both = work in ("kBoth", "kBothAndDots")
     return Hot(
         name,
         f"rank_pass_kernel<bf16, {str(nf4).lower()}, true, {ranks // 8}, {terms}, {work}, {mask}>",
@@ -98,6 +98,7 @@ HOT = (
     _pass("S, mixed batch, R = 64", 64, "kGroupedRows"),
     _pass("P and dB", 16, "kBoth"),
     _pass("P and dB, R = 32", 32, "kBoth"),
+    _pass("P, dB and dg", 16, "kBothAndDots"),
     _pass("dA", 16, "kColumns"),
     _pass("dA, dropout", 16, "kColumns", "kKept"),
     _pass("dA, dropout, R = 64", 64, "kColumns", "kKept"),

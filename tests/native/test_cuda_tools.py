@@ -147,7 +147,7 @@ def test_layers_of_one_input_cost_little_more_than_one_read_of_it() -> None:
     for part, columns in (("S, dropout", False), ("dA, dropout", True)):
         assert cuda_model.siblings(card, 8192, 4096, 2, columns, True) < 1.2 * layer[part]
         assert cuda_model.siblings(card, 8192, 4096, 3, columns, True) < 1.6 * layer[part]
-    assert cuda_model.llama_layer(card, 8192, "LoRA, dropout", True) < 1.085
+    assert cuda_model.llama_layer(card, 8192, "LoRA, dropout", True) < 1.09
 
 
 @pytest.mark.slow
@@ -256,7 +256,8 @@ def test_measured_kernels_stand_beside_the_model() -> None:
     assert list(rows) == [*computed, "other"]
     assert rows["S"]["kernels"] == ["rank_pass_kernel<bf16, false, true, 2, 3, kRows, kNone>"]
     assert (rows["S"]["launches"], rows["S"]["microseconds"]) == (1.0, 49.6)
-    assert rows["S"]["measured_over_computed"] == pytest.approx(2.0, abs=0.01)
+    of_model = 49.6e-6 / cuda_model.parts(cuda_model.CARDS["H100"], 8192)["S"]
+    assert 1.5 < of_model < 2.5 and rows["S"]["measured_over_computed"] == pytest.approx(of_model, abs=0.01)
     assert (rows["product"]["launches"], rows["product"]["microseconds"]) == (2.0, 900.0)
     assert rows["launch"]["launches"] == 2.0 and rows["launch"]["computed"] == 12.5
     assert rows["P and dB"]["kernels"] == [] and rows["P and dB"]["measured_over_computed"] is None
