@@ -138,7 +138,7 @@ def load_adapter(
     }
     if loaded:
         with _as_it_was_on_failure(model, adapter_name):
-            if accelerate:  # a layer over packed weights must be fused before PEFT adds a DoRA adapter
+            if accelerate:  # a layer over NF4 must be fused before PEFT adds a DoRA adapter
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
             result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)

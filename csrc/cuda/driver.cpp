@@ -132,8 +132,9 @@ void enter_context(int device) {
   check(driver().context_set(context), "context", "a GPU");
 }
 
-// Returns the kernel's handle on a device. Holds no lock while Python works on the machine code: a thread that holds
-// Python's lock might wait for this one. Two threads may load a kernel at once; the handle of one is kept.
+// Returns the kernel's handle on a device. The function holds no lock while Python works on the machine code: a thread
+// that holds Python's lock might wait for this thread. Two threads may load a kernel at once; the handle of one is
+// kept.
 void* handle_of(const Kernel& kernel, int device) {
   STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "peft_ext: GPU number ", device, ", wanted less than ",
                   kMaxDevices);

@@ -47,7 +47,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        if not (feedforward and device == "cpu" and by.element_size() == 2):  # else _of_product counted it
+        # For feedforward in 16 bits on the CPU, _of_product has counted the scaled tensor.
+        if not (feedforward and device == "cpu" and by.element_size() == 2):
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size
 

@@ -160,9 +160,9 @@ def _count(environment: Mapping[str, str], name: str, default: int) -> int:
 def address(launch: Launch, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Returns host and port at which rank 0 waits for the other ranks.
 
-    MASTER_ADDR and MASTER_PORT decide. Without the variables, the host is the first host of Slurm's job step, or this
-    machine where all processes run on this machine; the port is one of 20000 to 39999 by the numbers of Slurm's job and
-    step, or 29500. Raises RunError where the host is unknown.
+    MASTER_ADDR and MASTER_PORT give host and port. Without the variables, the host is the first host of Slurm's job
+    step, or this machine where all processes run on this machine; the port is one of 20000 to 39999 by the numbers of
+    Slurm's job and step, or 29500. Raises RunError where the host is unknown.
     """
     host = environment.get("MASTER_ADDR", "")
     nodes = environment.get("SLURM_STEP_NODELIST", "")

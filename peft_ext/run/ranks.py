@@ -300,8 +300,8 @@ class Ranks:
     def _behind(self, gone: list[int]) -> list[int]:
         """Returns the ranks for which this rank may have waited: ``gone``, or the ranks that wait in no exchange.
 
-        If there are several such ranks, the function returns those that have come the least far. The function never
-        returns this rank, because only the exchange of this rank was late.
+        If there are several such ranks, the function returns those that reached the earliest place in the program. The
+        function never returns this rank, because only the exchange of this rank was late.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
         with contextlib.suppress(RuntimeError):  # the store's process has ended
@@ -510,7 +510,7 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
         torch.cuda.set_device(ranks.gpu)
     local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # accelerate uses the GPU with this number
     os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
-    if "OMP_NUM_THREADS" not in os.environ:  # accelerate would warn and choose a number
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise the library accelerate warns and chooses a number
         threads = max(1, torch.get_num_threads() // ranks.local_world)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

@@ -132,9 +132,10 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
   return (first + lane % 16) * 128 + (lane / 16 ^ lane % 8) * 16;
 }
 
-// Adds the product of this warp's strip of the stage (kTransposed: of its transpose) with F (or L) to sums. The factor
-// holds the fragments of two steps. As soon as a term is used, the term's registers are loaded for the next two steps,
-// first of this tile and then of the tile at `next`. kRoomy: the factor holds all steps.
+// Adds the product of this warp's strip of the stage (kTransposed: of its transpose) with F (or L) to sums. Unless
+// kRoomy, the factor holds the fragments of two steps: as soon as a term is used, the term's registers are loaded for
+// the next two steps, first of this tile and then of the tile at `next`. With kRoomy, the factor holds the fragments of
+// all four steps.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,

@@ -78,7 +78,7 @@ inline void gguf_codes(BlockQ6_K, const uint8_t* b, int s, GgufWords* out) {
 template <class Number>
 inline void gguf_look_up(GgufWords* codes) {
 #if defined(__GNUC__) && !defined(__clang__)
-  // A shuffle of bytes replaces 32 loads. Clang has no shuffle by a variable.
+  // A shuffle of bytes replaces 32 loads. Clang's vector types have no shuffle whose indices are a variable.
   typedef int8_t Bytes __attribute__((vector_size(32)));
   constexpr auto at = [](int code) { return static_cast<int8_t>(Number::value(code)); };
   const Bytes table = {at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),

@@ -129,7 +129,7 @@ class Facts:
         return self.value(module.__dict__["_modules"], name)
 
     def same(self, held: list) -> list:
-        """Returns the list ``held``. The facts hold as long as the list has equal items."""
+        """Returns the list ``held``, and notes its items: the facts no longer hold when the list has other items."""
         self._equal.append((held, list(held)))
         return held
 

@@ -249,7 +249,8 @@ def forward(layer: Any, x: Tensor, names: list[str]) -> Optional[Tensor]:
 
 
 def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
-    """Returns ``LowRank.joint_state`` of a layer over a split base layer; None unless the columns are split."""
+    """Returns the state with which layers of one input are computed together (``LowRank.joint_state``), for a layer
+    over a split base layer; None unless the columns are split."""
     reason, found = checked(layer, names)
     if reason is not None or not found[0].column:
         return None

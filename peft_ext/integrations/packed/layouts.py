@@ -27,8 +27,8 @@ class Layout:
 
     Attributes:
         parts: names of the parts of the PackedWeight, in their order; the first one holds the codes.
-        make: makes the weight. The parts of the weight are the given tensors, in this order; None for a tensor that is
-            not needed, such as a g_idx whose groups are in order.
+        make: the function that makes the weight from its tensors. The parts of the weight are the given tensors, in
+            this order; None for a tensor that is not needed, such as a g_idx whose groups are in order.
         optional: the names in ``parts`` that a layer may lack.
         extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
         joined: what stands between the name of the layer's dense weight and a name above: "." if the name takes the
