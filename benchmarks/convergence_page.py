@@ -80,6 +80,11 @@ def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _listed(names: list[str]) -> str:
+    """Returns names as a list in a sentence."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
 def _agreement(rows: list[Row]) -> str:
     """Returns a sentence with the methods whose two curves are equal, and the largest difference of other methods.
 
@@ -92,10 +97,10 @@ def _agreement(rows: list[Row]) -> str:
         return "no curves were compared"
     same = [name for name, found in compared.items() if found == 0]
     rest = {name: found for name, found in compared.items() if found}
-    parts = [f"the two curves of {', '.join(same)} are equal to the last recorded digit"] if same else []
+    parts = [f"the two curves of {_listed(same)} are equal to the last recorded digit"] if same else []
     if rest:
         worst = max(rest, key=rest.get)
-        parts.append(f"the two curves of {', '.join(rest)} differ by {_figure(rest[worst])} at most ({worst})")
+        parts.append(f"the two curves of {_listed(list(rest))} differ by {_figure(rest[worst])} at most ({worst})")
     return "; ".join(parts)
 
 
@@ -175,9 +180,9 @@ def draw(result: dict[str, Any]) -> str:
         f"In float32 {_agreement(wide)}.",
         f"""In bfloat16 {_agreement(narrow)}. A difference is not an error by itself: both runs round, at different
         places, and each optimizer step carries a rounding on. PEFT adds an adapter's term to a base output that is
-        already rounded, which swallows part of a young adapter's small terms; a fused layer rounds the sum once. Both
-        bfloat16 runs round the float32 run. The distances of their losses from the float32 losses, over the steps of
-        the float32 run:""",
+        already rounded, which swallows part of a young adapter's small terms; a fused layer rounds the sum of both
+        terms once. The two bfloat16 runs of a method approximate the method's float32 run. The table shows how far the
+        losses of each bfloat16 run are from the losses of the float32 run, over the steps of the float32 run:""",
         _rounding_table(narrow, wide),
         f"Dropout:{masks or ' no curves were compared.'}",
         f"Saved adapters: {_reload_text(result['rows'])}",

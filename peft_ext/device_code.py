@@ -2,8 +2,8 @@
 
 The native library carries the sources of its CUDA kernels (``_C.sources()``) and asks ``image`` for a kernel's machine
 code when the kernel is first launched on a GPU. NVRTC, NVIDIA's compiler as a library, comes with each CUDA build of
-torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. No CUDA toolkit is needed. A kernel takes
-NVRTC 0.1 to 0.3 seconds.
+torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. No CUDA toolkit is needed. NVRTC takes
+0.1 to 0.3 seconds for each kernel.
 
 The cache has a folder for each combination of compiler, sources and architecture, and the folder has a file for each
 kernel. A file is written whole or not at all. If several processes need the same kernel, one of them compiles the

@@ -293,7 +293,7 @@ def dora_experts(
             (:func:`dora_experts_weight_norm` in x's dtype); default: computed for the experts that have rows.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude and
-    bias, in their own dtypes; the gradients of an expert without rows are 0. The norm is a constant of the gradient.
+    bias, in their own dtypes; the gradients of an expert without rows are 0. The gradient takes the norm as a constant.
     Saved for backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]`` of x's
     dtype. Autocast casts the same arguments as in :func:`lora_experts`.
 

@@ -56,7 +56,7 @@ class Ranks:
         identity: the name of the launch, which a restart keeps. ``has_own_name``: whether no other launch has the name.
         restarts: how often the launcher has started one of the processes again.
         gpu: index of this process's GPU among the GPUs that the process sees; None without a GPU.
-        launch: the launcher's values.
+        launch: the numbers and names that the launcher gave to this process.
     """
 
     def __init__(self, launch: Launch = ALONE, store: Any = None, group: Any = None) -> None:

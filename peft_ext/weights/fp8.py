@@ -72,7 +72,7 @@ def fp8(
     Args:
         weight: float8_e4m3fn ``[N, K]``, or ``[E, N, K]`` of a stacked weight.
         scales: float32, bfloat16, float16 or e8m0 ``[ceil(N/rows), ceil(K/columns)]``, for each expert of a stacked
-            weight. Scales of e8m0 may be declared as uint8. The byte 255 of e8m0 is a NaN, also in uint8, where
+            weight. Scales in e8m0 may be given as uint8. The byte 255 of e8m0 is a NaN, also in uint8, where
             transformers' ``Fp8Dequantize`` makes an infinity from this byte.
         block_size: ``(rows, columns)`` of a block: powers of two, or 0 for all; None: one scale for the weight. The
             last blocks may be incomplete. ``(1, 0)`` is a scale for each row ("channel").

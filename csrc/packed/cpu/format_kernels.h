@@ -36,8 +36,8 @@ extern const FormatTable kFormatTableAvx512;
 extern const FormatTable kFormatTableNeon;
 #endif
 
-// Returns the kernels of a format on the current CPU path, from the operators' argument `layout`. The format exists and
-// is not NF4.
+// Returns the kernels of a format on the current CPU path, from the operators' argument `layout`. `layout` must hold
+// the number of a format other than NF4.
 const FormatKernels& format_kernels(int64_t layout);
 
 // Largest number of tokens that FormatKernels::few_tokens is used for. For more tokens, decoding the weight once and
