@@ -2,6 +2,11 @@
 
 header    the checked header of a file: metadata, and the place of each tensor
 checks    whether a header is of a model that transformers and the package gguf can read
+metadata  the configuration and the tokenizer that a file describes
+facts     facts of a file that change the model's function and that transformers does not read
+names     the names of a model's modules in a file, and the order in which a file stores rows
+load      loads a transformers model with packed weights from a file
+pack      replaces the layers of a transformers model by packed layers over the file's tensors
 """
 
 from .checks import check_model, check_tokenizer

@@ -1,9 +1,9 @@
 """Replaces the layers of a transformers model by packed layers over the tensors of a GGUF file.
 
-transformers reads GGUF in two ways. For most architectures, ``modeling_gguf_pytorch_utils`` has a class that turns the
-file's tensors into the model's (``TENSOR_PROCESSORS``). For a few architectures, ``integrations.gguf`` has conversions
-of names and tensors; an attribute of each conversion tells whether the conversion keeps packed bytes. A tensor whose
-values are changed is decoded and stays dense.
+transformers reads GGUF in two ways. For most architectures, transformers' module ``modeling_gguf_pytorch_utils`` has a
+class that turns the file's tensors into the model's (``TENSOR_PROCESSORS``). For a few architectures, transformers'
+module ``integrations.gguf`` has conversions of names and tensors; an attribute of each conversion tells whether the
+conversion keeps packed bytes. A tensor whose values are changed is decoded and stays dense.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ peft_ext.run in reading order::
     checkpoints.py  output folder, lock, resume   record.py      run.json
     plan.py         a dry run                     report/        report.html, drawn from run.json
     errors.py       errors and signals            progress.py    log lines and bars
+    launch.py       the process's launcher        ranks.py       what the processes exchange
+    shard.py        a base sharded by FSDP2       runner.py      llama.cpp's adapter file
+    demo_model.py   the default model
 """
 
 from .config import read_config, write_config

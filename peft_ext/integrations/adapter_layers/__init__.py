@@ -8,5 +8,7 @@ lora, dora, adalora, ia3, linear, linear4bit, embedding     the fused layers
 experts, dora_experts   LoRA and DoRA on the experts of a mixture
 siblings    layers that get the same input tensor and are computed together
 recompute   tensors that the backward computes again instead of saving them
-merging     merging of an adapter into an NF4 weight
+merging     merging of an adapter into a packed weight
+few_tokens  calls of few tokens without a gradient, which call a layer's kernel directly
+tensor_parallel   LoRA over layers that transformers splits between processes
 """
