@@ -98,15 +98,16 @@ def accelerate(
             runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is not
             fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why. Layers
             that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
-        blocks: whether to fuse norms, MLPs, attentions, dropouts and the loss, and not only layers. Norms, MLPs and
-            attentions are fused if the code of their forward is a known form (docs/known-forms.md) at the time of the
-            call. A fused norm saves x and one or two numbers per row for the backward. An MLP computes its inner
-            activation again in the backward. An attention computes the adapted layers that get one input together, and
-            on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator. Dropouts are fused on a CPU. The loss of a
-            language model is fused if the head is frozen (LoRA on the head may train) and the model's ``loss_function``
-            has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
-            :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
-            its logits at the first read. False: only layers are fused.
+        blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
+            Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
+            (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
+            backward. An MLP computes its inner activation again in the backward. An attention computes the adapted
+            layers that get one input together, and on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator. A
+            decoder layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are
+            fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
+            the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
+            labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
+            computes its logits at the first read. False: only layers are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
@@ -254,7 +255,8 @@ class Explanation:
 
     ``rows``: a row for each adapter layer, and for each other quantized layer or frozen linear layer that computes in a
     16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a block (norm, MLP,
-    attention, dropout) and for each loss of a language model. ``fused_share`` counts ``rows`` and not ``blocks``.
+    attention, decoder layer, dropout) and for each loss of a language model. ``fused_share`` counts ``rows`` and not
+    ``blocks``.
 
     ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers lacks, and for what is
     not fused without this name.

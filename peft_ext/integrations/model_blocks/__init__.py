@@ -1,1 +1,1 @@
-"""Blocks of transformers' models on fused operators: norms, MLPs, attentions, dropouts, and the loss."""
+"""Blocks of transformers' models on fused operators: norms, MLPs, attentions, decoder layers, dropouts and losses."""
