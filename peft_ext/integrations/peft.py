@@ -92,12 +92,12 @@ def accelerate(
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
             layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
-            (IA)³ are fused over nn.Linear, Conv1D, NF4Linear and ``Linear4bit``. LoRA is also fused over nn.Embedding,
-            and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute the
-            base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own forward
-            runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is not
-            fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why. Layers
-            that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
+            (IA)³ are fused over nn.Linear, Conv1D, NF4Linear, PackedLinear and ``Linear4bit``. LoRA is also fused over
+            nn.Embedding, and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't
+            compute the base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's
+            own forward runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt``
+            is not fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why.
+            Layers that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
         blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
             Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
             (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
