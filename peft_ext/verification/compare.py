@@ -100,9 +100,10 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     three times the stock model's error, plus the floor, because among some hundred gradients of a correct model, one
     has 2.5 times the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements
     or fewer such as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the
-    model computes in float32. The yardstick multiplies by the same dequantized 4-bit weights as the stock layers. If
-    the yardstick can't run (quantization other than NF4, code that refuses float64, too little memory), the difference
-    between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
+    model computes in float32. The yardstick multiplies by the same dequantized weights as the stock layers. If the
+    yardstick can't run (layers of bitsandbytes that are not NF4, code that refuses float64, too little memory), the
+    difference between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the
+    reason.
 
     Each fused layer and block is also compared alone, by the same rule: the stock forward and the fused forward of a
     layer run on the input that the layer gets in the stock model. ``worst_block`` is the block to look at first.
@@ -118,9 +119,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     the copies; hooks of parameters do not run.
 
     The comparison needs the memory of a stock training step in the yardstick's dtype, of the weights in that dtype, and
-    of three copies of the logits and of the trained gradients. NF4 layers are dequantized one at a time; NF4 experts of
-    a mixture are dequantized whole, twice. The comparison takes the time of about ten stock training steps, or of
-    fifteen if the base is in NF4.
+    of three copies of the logits and of the trained gradients. Packed layers are dequantized one at a time; packed
+    experts of a mixture are dequantized whole, twice. The comparison takes the time of about ten stock training steps,
+    or of fifteen if the base is packed.
 
     Args:
         model: a PeftModel, or any module that :func:`accelerate` takes. An accelerated model is compared in its present

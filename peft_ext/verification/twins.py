@@ -74,10 +74,10 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     """Returns a copy of ``model``'s modules, of the same classes, that shares the model's weights.
 
     Args:
-        wide: dtype to which weights and buffers are cast, or None; 4-bit layers then compute in their input's dtype.
-        seen: with ``wide``, the dtype to which dequantized 4-bit weights are rounded before the cast to ``wide``.
+        wide: dtype to which weights and buffers are cast, or None; packed layers then compute in their input's dtype.
+        seen: with ``wide``, the dtype to which dequantized weights are rounded before the cast to ``wide``.
 
-    Raises: ValueError if a part of the model can't be copied, or with ``wide``, if a 4-bit weight is not NF4.
+    Raises: ValueError if a part of the model can't be copied, or with ``wide``, if a layer of bitsandbytes is not NF4.
     """
     memo: dict[int, Any] = {}
     for name, module in model.named_modules():
