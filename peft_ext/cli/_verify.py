@@ -27,7 +27,7 @@ def verified(
         config: PEFT configuration of the adapter.
         adapter: folder of a saved adapter; None: a new adapter. Tensors of a new adapter that are zero get small random
             numbers, because a gradient through a zero tensor is zero.
-        dtype: dtype of a base that is not in 4 bits.
+        dtype: dtype to which the base is cast; a base in bitsandbytes' 4 bits is not cast.
         quant, blocksize: quantization of the base, and the block size of NF4.
         data: value of the option ``--data`` of ``peft-ext finetune``.
         batch_size, length: number of examples of the batch, and most tokens of an example.

@@ -95,7 +95,7 @@ for _name in ("doctor", "finetune", "report", "merge", "export", "recommend", "e
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command line ``argv`` (None: the arguments in ``sys.argv``) and returns the exit code.
 
-    For wrong usage prints one line on standard error.
+    After wrong usage, the function prints one line on standard error.
     """
     command = typer.main.get_command(app)
     try:

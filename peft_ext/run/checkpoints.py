@@ -93,9 +93,9 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 def after_restart(options: Options, ranks: Ranks) -> Options:
     """Returns the options with which the processes go on that torchrun has started again.
 
-    The options are the resolved ``options``, except that ``quant`` is not resolved. Its default depends on the model's
-    files. If this launch has begun the run in the output folder before, the options also have --resume where the run
-    has a whole checkpoint, else --overwrite. Raises RunError for a wrong option.
+    The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
+    depends on the model's files. If this launch has begun the run in the output folder before, the options also have
+    --resume where the run has a whole checkpoint, else --overwrite. Raises RunError for a wrong option.
     """
 
     def chosen() -> Options:

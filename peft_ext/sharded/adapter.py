@@ -84,7 +84,10 @@ def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept(module: nn.Module, device: Union[str, torch.device]) -> Iterator[None]:
-    """Moves the tensors of ``module`` to ``device`` that the block moves to the meta device; casts stay."""
+    """Moves those tensors of ``module`` to ``device`` that the code in the context moves to the meta device.
+
+    A cast by the code in the context stays.
+    """
     values = {name: tensor.detach() for name, tensor in tensors_of(module) if not tensor.is_meta}
     yield
     for name, tensor in list(tensors_of(module)):

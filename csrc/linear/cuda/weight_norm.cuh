@@ -29,7 +29,7 @@ struct Norm {
   float* grad_B;  // dB [rows, rank], which the backward writes
 };
 
-// Returns (B M)[r] for one row of B.
+// Returns (B M)[r] for one row of B, where M is work.products.
 __device__ __forceinline__ float norm_product(const Norm& work, const float* b, int64_t r) {
   float sum = 0.0f;
   for (int64_t q = 0; q < work.rank; ++q) sum += b[q] * work.products[r * work.rank + q];  // M is symmetric

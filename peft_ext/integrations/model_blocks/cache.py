@@ -61,7 +61,7 @@ class Room(NamedTuple):
 
 def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Optional[Room]:
     """Returns room for keys and values of the shape ``[B, H, T, D]`` in the layer ``index`` of the cache; None where
-    stock's update has to run."""
+    transformers' update has to run."""
     if not _is_known(type(cache), "cache") or cache.offloading:
         return None
     layers = cache.layers
@@ -94,7 +94,7 @@ def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: to
 
 def appended(cache: Any, index: int, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Tensor]]:
     """Appends k and v ``[B, H, T, D]`` to the layer ``index`` of the cache, and returns all keys and values; returns
-    None, without a change, where stock's update has to run."""
+    None, without a change, where transformers' update has to run."""
     if k.shape != v.shape or k.dtype is not v.dtype or k.dim() != 4:
         return None
     if (room := room_for(cache, index, tuple(k.shape), k.dtype)) is None:
