@@ -212,8 +212,8 @@ SHAPES = {
     "8b": (LLAMA_8B, "Llama-3-8B's width and 4 layers"),
     "tiny": (TINY, "a test, one layer of 64 columns,"),
 }
-# "frozen" is the dense bfloat16 model without an adapter and without peft_ext. Its step computes the gradient of the
-# embeddings' output, so that the gradient passes through every layer, and updates nothing.
+# "frozen" is the dense bfloat16 model without an adapter and without peft_ext. A step of "frozen" computes the gradient
+# of the embeddings' output, so that the gradient passes through every layer, and updates nothing.
 KINDS = ("ours", "stock", "frozen")
 
 

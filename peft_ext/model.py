@@ -212,7 +212,7 @@ def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]
 def _unwrap_tied_heads(model: nn.Module) -> None:
     """Removes the inner of two nested TrainableTokensLayers, which PEFT makes of a tied head for a second adapter.
 
-    A forward can't pass through both layers. Both layers share the embedding's tensors.
+    A forward can't pass through both TrainableTokensLayers, which share the embedding's tensors.
     """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, TrainableTokensLayer):

@@ -28,7 +28,8 @@ PEFT_EXT_INLINE Vec vec_exp(Vec x) {
 PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
   x = Vec::max(Vec::broadcast(-126.0f), x);
   const Vec whole = x.round(), r = Vec::sub(x, whole);
-  // The coefficients are those of the polynomial nearest to 2^r that is 1 at r = 0. Its relative error is below 5e-9.
+  // The coefficients are those of the polynomial nearest to 2^r that is 1 at r = 0. The relative error of the
+  // polynomial is below 5e-9.
   Vec p = Vec::broadcast(1.5461447463e-4f);
   constexpr float kRest[] = {1.3390867351e-3f, 9.6180566699e-3f, 5.5503571043e-2f,
                              2.4022650922e-1f, 6.9314718803e-1f, 1.0f};

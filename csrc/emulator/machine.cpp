@@ -179,7 +179,7 @@ void wait(Machine& machine, Fiber& fiber) {
     current.fiber = nullptr;
     switch_execution(fiber.execution, machine.host);
   }
-  // Here each thread is at the barrier or has exited.
+  // At this point, each thread of the block is at the barrier or has exited.
   if (machine.exited > 0) {
     int at_barrier = 0, gone = -1;
     for (int thread = machine.threads - 1; thread >= 0; --thread) {

@@ -142,9 +142,9 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -> tuple[int, int, int]:
     """Returns three scratch sizes of a loss with an adapter on the head.
 
-    The first size is held during the whole call, for the adapter's gradients. The second size is needed while the
-    low-rank term is added to a chunk's logits. The third size is needed while a chunk's part of the gradients is
-    computed.
+    Scratch memory of the first size is held during the whole call, for the adapter's gradients. Scratch memory of the
+    second size is needed while the low-rank term is added to a chunk's logits, and of the third size while a chunk's
+    part of the gradients is computed.
     """
     lora_A, lora_B, hidden = given["lora_A"], given["lora_B"], given["hidden"]
     part = lora_A.numel() * lora_A.element_size() + lora_B.numel() * lora_B.element_size()

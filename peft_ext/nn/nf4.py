@@ -83,7 +83,7 @@ class NF4Linear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> NF4Linear:
         """Returns an NF4Linear with ``linear``'s weight quantized to NF4.
 
-        Both layers share the bias parameter. The new layer has ``linear``'s training flag.
+        The new layer and ``linear`` share the bias parameter. The new layer has ``linear``'s training flag.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"NF4Linear: linear is {type(linear).__name__}, wanted an nn.Linear")

@@ -94,8 +94,8 @@ class HoldsPacked(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The module's weight, which shares the module's tensors. The same object is returned as long as the tensors
-        are the same.
+        """The module's weight, which shares the module's tensors. The property returns one PackedWeight object until a
+        tensor of the module is replaced.
 
         Raises: RuntimeError if the codes require a gradient, which they would never get, or if ZeRO-3 has partitioned
         the codes and not gathered them.

@@ -226,8 +226,9 @@ class Check:
 def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
     """Compares the logits of the trained model with those of ``fresh_model()``, a fresh base with the saved adapter.
 
-    Both models run PEFT's own code. The trained model is not accelerated again afterwards. Models with packed experts
-    are compared accelerated, because PEFT itself can't adapt these experts; so is DoRA over NF4 in a sharded run.
+    The trained model and the fresh model run PEFT's own code. The trained model is not accelerated again afterwards.
+    Models with packed experts are compared accelerated, because PEFT itself can't adapt these experts; so is DoRA over
+    NF4 in a sharded run.
     """
     from ..nn import NF4Linear
     from ..nn.experts import FrozenExperts

@@ -52,7 +52,8 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
             ranks.wait()  # from here on, no rank may fail alone
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
         shard_and_load(model, base, mesh, node=ranks.node)
-    # The root unit, which has the embedding and the head, is the PeftModel. Its method generate calls the model inside.
+    # The root unit, which has the embedding and the head, is the PeftModel. The PeftModel's method generate calls the
+    # model inside.
     register_fsdp_forward_method(model, "generate")
     return model
 

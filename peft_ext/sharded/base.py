@@ -27,7 +27,8 @@ class MetaBase:
         model: the transformers model. Buffers that are in no file have values, on the CPU.
         folder: the folder of the files.
         layers: the decoder layers, which are the units of FSDP2.
-        groups: the plan, in the order of the decoder layers. The second value is the index of the decoder layer, or -1.
+        groups: the plan, in the order of the decoder layers. Each item of the plan is a group and the index of the
+        group's decoder layer, or -1.
         places: name in the state dict of the dense model -> the module and its attribute that hold the tensor.
     """
 

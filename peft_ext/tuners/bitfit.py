@@ -100,8 +100,8 @@ class BitFitLayer(ReplacingLayer):
         if replaced is not None or dense:
             bias = bias.to((weight if replaced is None else replaced).dtype)
         if not dense and x is not None:
-            # bitsandbytes casts its layer's bias to the compute dtype in place. Here the bias gets the compute dtype
-            # first, so that bitsandbytes does not cast the adapter's own parameter.
+            # bitsandbytes casts its layer's bias to the compute dtype in place. This code casts the bias to the compute
+            # dtype first, so that bitsandbytes does not cast the adapter's own parameter.
             if not getattr(base, "compute_type_is_set", True):
                 base.set_compute_type(x)
                 base.compute_type_is_set = True

@@ -165,7 +165,8 @@ struct ChunkSums {
     pass_kernels().row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
   }
 
-  // Notes that the chunks [start, start + count) are computed. Their sums are added now if `now` is true.
+  // Notes that the chunks [start, start + count) are computed. If `now` is true, the sums of these chunks are added
+  // now.
   void finish(int64_t start, int64_t count, bool now) {
     const int64_t in_place = start == 0 ? 1 : 0;
     for (LateSums* of : {&sums, &totals}) {

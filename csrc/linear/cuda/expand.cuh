@@ -13,10 +13,10 @@
 //
 // A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The columns are permuted so
 // that a lane's accumulators are eight adjacent columns: row g of F's tile 4 h + j (of 8 rows) is column 32 h + 8 (g /
-// 2) + 2 j + g % 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. So a lane
-// stores 16 bytes (32 for float32) at once, and the draws of the eight elements are one block of Philox. The kernel
-// uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: out once, and each of `before`
-// and z once if given.
+// 2) + 2 j + g % 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. A lane
+// therefore stores 16 bytes (32 for float32) at once, and the draws of the eight elements are one block of Philox. The
+// kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: out once, and each of
+// `before` and z once if given.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"

@@ -4,15 +4,15 @@
 //   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
 // 64 bytes of W are 128 elements, read as 32 words of four codes each. The low bits of a word after shifts by 0, 4, 8
-// and 12 bits are the indices for four registers of weights. So no code has to move to a lane of its own; instead x is
+// and 12 bits are the indices for four registers of weights. No code has to move to a lane of its own; instead x is
 // permuted once for all rows, to the order of the codes. vpermw looks weights up, and vdpbf16ps multiplies and adds
-// pairs in float32.
-// For few tokens the table holds the codes, one table for all blocks. A group's sums are then multiplied by the scales:
-// the lower lanes belong to one block, the upper lanes to the next block. For more tokens, scaling the sums would take
-// one multiplication per token, so the table holds the products code * absmax of two blocks, 16 each, rounded once to
-// bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index selects the block. The rounding error
-// of a code or a product is at most 2^-9 of a weight. The weight is read once for each group of tokens that
-// for_token_groups makes, half a byte per element and the scales, and never written. One thread owns whole rows.
+// pairs in float32. For few tokens the table holds the codes, one table for all blocks. A group's sums are then
+// multiplied by the scales: the lower lanes belong to one block, the upper lanes to the next block. For more tokens,
+// scaling the sums would take one multiplication per token, so the table holds the products code * absmax of two
+// blocks, 16 each, rounded once to bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index
+// selects the block. The rounding error of a code or a product is at most 2^-9 of a weight. The weight is read once for
+// each group of tokens that for_token_groups makes, half a byte per element and the scales, and never written. One
+// thread owns whole rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // These headers must be included after the target pragma.

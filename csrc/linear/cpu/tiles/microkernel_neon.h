@@ -1,10 +1,10 @@
 // multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h has the contract. Include this
 // file after the target pragma.
 //
-// BFMMLA multiplies two rows and two lanes with four values of the depth each; one register holds the 2 x 2 sums. So
-// the tiles of both operands have the layout [8 steps of four of the depth][8 pairs of rows or lanes][2][4], where a
-// register holds one step of one pair. The sums of 8 rows by 8 lanes are in 16 registers. Each step of the depth loads
-// four pairs of rows and four pairs of lanes for 16 products.
+// BFMMLA multiplies two rows and two lanes with four values of the depth each; one register holds the 2 x 2 sums. The
+// tiles of both operands therefore have the layout [8 steps of four of the depth][8 pairs of rows or lanes][2][4],
+// where a register holds one step of one pair. The sums of 8 rows by 8 lanes are in 16 registers. Each step of the
+// depth loads four pairs of rows and four pairs of lanes for 16 products.
 #pragma once
 
 #include <arm_neon.h>

@@ -16,10 +16,11 @@
 // of a strip are in the order of the depth, with zeros where the matrix ends:
 //   left   16 rows x 32 of the depth, in row-major order;
 //   right  16 pairs of the depth x 16 lanes x 2: AMX's VNNI layout, of which vdpbf16ps reads one register per pair.
-// So the forward reads W's rows in row-major order, decoded on the way, and transposes x once. The backward
-// interleaves pairs of W's rows and copies G. On Arm the tiles of both operands are 8 steps of the depth x 8 pairs x 2
-// x 4, see microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use the panel.
-// No repacked copy of the whole W is made. A call of a kernel writes and rounds each element of Y or dX once.
+// With these layouts, the forward reads W's rows in row-major order, decoded on the way, and transposes x once. The
+// backward interleaves pairs of W's rows and copies G. On Arm the tiles of both operands are 8 steps of the depth x 8
+// pairs x 2 x 4, see microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use
+// the panel. No repacked copy of the whole W is made. A call of a kernel writes and rounds each element of Y or dX
+// once.
 #pragma once
 
 #include <stdint.h>
