@@ -113,7 +113,9 @@ def compare(
     dtype: str = "bfloat16",
     steps: Optional[int] = None,
 ) -> Row:
-    """Trains the method ``name`` and, if the dtype has one, its twin, and loads the saved adapter over a new base.
+    """Trains the method ``name`` and its twin, if the method has one for the dtype.
+
+    Then loads the saved adapter over a new base.
 
     Args:
         name: a key of ``METHODS``.

@@ -72,7 +72,10 @@ LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole fi
 
 @contextlib.contextmanager
 def load(runs: int) -> Iterator[None]:
-    """Keeps ``runs`` test runs going beside the block. A test run that ends is started again."""
+    """Runs ``runs`` test runs in other processes while the code in the context runs.
+
+    A test run that ends is started again.
+    """
     again = 'while :; do "$0" -m pytest -q -p no:cacheprovider "$@"; done'
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     beside = [
