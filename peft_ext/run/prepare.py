@@ -289,9 +289,6 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
         raise RunError(f"{about} with --method {o.method}: wanted one of {', '.join(_SHARDED)}; --shard ddp takes all")
     if o.stock and o.quant == "nf4":
         raise RunError(f"{about} with --stock and NF4: accelerate does not shard bitsandbytes' weights of 4 bits")
-    if o.quant not in ("nf4", "none"):
-        raise RunError(f"{about} with --quant {o.quant}: weights of {quant_name(o.quant)} are not sharded, wanted nf4 "
-                       "or none; --shard ddp takes all")  # fmt: skip
     if o.shard == "hsdp" and not ranks.in_equal_blocks:
         raise RunError(f"{about}: {ranks.world} processes on {ranks.nodes} machines, wanted several machines with as "
                        "many processes each, at least 2, in the order of the ranks")  # fmt: skip
