@@ -102,6 +102,13 @@ class Run:
         return self.options.shard != "ddp"
 
     @property
+    def shards(self) -> Optional[int]:
+        """Number of processes that share one copy of the base; None where each process holds the whole base."""
+        if not self.sharded:
+            return None
+        return self.ranks.world // self.ranks.nodes if self.options.shard == "hsdp" else self.ranks.world
+
+    @property
     def is_from_hub(self) -> bool:
         """Whether the model is a name on the hub."""
         return self.options.model != DEMO_MODEL and not Path(self.options.model).expanduser().exists()
