@@ -74,7 +74,7 @@ CASES = (
     Case(2.0, "rank 0", KILL, 3, "torchrun"), Case(6.0, "agent 1", KILL, 3, "a new agent", True),
     Case("model: ", "rank 3", KILL, 0, "--overwrite"), Case("before: ", "rank 2", KILL, 3, "torchrun"),
     Case("training: ", "rank 1", KILL, 3, "torchrun"), Case(1, "rank 3", KILL, 0, "--overwrite"),
-    Case(4, "rank 2", KILL, 3, "torchrun"), Case(5, "agent 1", TERM, 3, "--resume"),
+    Case(4, "rank 2", KILL, 3, "torchrun"), Case(5, "agent 1", TERM, 3, "a new agent"),
     Case(8, "rank 0", KILL, 0, "--resume"), Case(13, "agent 1", KILL, 3, "a new agent", True),
     Case(18, "agent 0", TERM, 3, "--resume"), Case(24, "rank 3", KILL, 3, "torchrun"),
     Case(29, "agent 1", KILL, 3, "a new agent"), Case(33, "agent 0", KILL, 3, "--resume", True),

@@ -29,7 +29,7 @@ class ShardedMemory:
         shards: number of processes that share one copy of the base.
         frozen: the process's rows of the frozen parameters, and the whole buffers.
         adapter, gradients, optimizer: the process's rows of the trained parameters, of their gradients, and of Adam's
-            two states.
+            two states, with Adam's count of the steps.
         gathered: upper bound of the gathered parameters in a step, beside the shards: those of the rest of the model
             and of the two largest decoder layers.
         other: activations, logits and temporary tensors of a step at the peak; 0 where they could not be estimated.
@@ -79,7 +79,8 @@ def sharded_memory(model: nn.Module, shards: int, memory: Optional[MemoryEstimat
     gathered = 0 if shards == 1 else (rest + sum(sorted(layers)[-2:])) * (shards - 1) // shards
     kinds = ("activations", "logits", "temporary")
     other = 0 if memory is None else sum(memory.peak[kind] for kind in kinds)
-    return ShardedMemory(shards, frozen, adapter, adapter, 2 * adapter, gathered, other, _reading(model))
+    states = 2 * adapter + 4 * len(trained)  # Adam counts the steps of each parameter
+    return ShardedMemory(shards, frozen, adapter, adapter, states, gathered, other, _reading(model))
 
 
 def _unique(tensors: Iterable[Any]) -> list[Tensor]:

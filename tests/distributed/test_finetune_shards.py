@@ -72,9 +72,10 @@ def test_a_sharded_run_is_a_run_of_one_process(method, tiny, folder, alone):
     assert second["fused"]["fused"] == second["fused"]["layers"] == 14 and second["check"]["ok"]
     assert second["memory"]["frozen"] < 0.6 * first["memory"]["frozen"] or method == "qlora"  # scales are whole
     assert len(second["processes"]["load_growth_mib"]) == 2
-    options = Options(model=tiny / "model", data=tiny / "pairs.jsonl", output=folder / "none", block_size=64, rank=4,
-                      dtype="fp32", method=method, quant="nf4" if method == "qlora" else "none", shard="fsdp2")  # fmt: skip
-    assert_the_plan_is(second["memory"], dry_run(options), 2)
+    given = {"quant": "nf4" if method == "qlora" else "none", "method": method, "rank": 4, "dtype": "fp32"}
+    planned = Options(model=tiny / "model", data=tiny / "pairs.jsonl", output=folder / "no", block_size=64,
+                      shard="fsdp2", **given)  # fmt: skip
+    assert_the_plan_is(second["memory"], dry_run(planned), 2)
     if quant:
         return
     for processes in (4, 1):  # the checkpoint of two processes goes on in four and in one
@@ -135,18 +136,19 @@ def test_accumulation_and_checkpointing_of_a_sharded_run(tiny, folder, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["none", "nf4"])
-def test_a_sharded_run_in_bfloat16_has_the_bits_of_ddp(weights, tiny, folder):
-    """Both engines compute in bfloat16, and add the float32 gradients of two processes, in any order."""
+def test_a_sharded_run_in_bfloat16_is_a_run_of_ddp(weights, tiny, folder):
+    """Both engines compute in bfloat16 and add the float32 gradients of two processes. The norm of the gradients, which
+    clips them, is a sum over shards in another order."""
     outputs = [folder / f"{engine}-{weights}" for engine in ("ddp", "fsdp2")]
     for output, engine in zip(outputs, ("ddp", "fsdp2"), strict=True):
         more = ("--dtype", "bf16", "--quant", weights, "--dropout", "0.1", "--shard", engine)
         run = Run([*torchrun(2), *options_of(tiny, output, 2, *more)], folder / f"{output.name}.log")
         assert run.end() == 0, run.out
-    assert differences(*outputs) == (0, 0)
     ddp, fsdp2 = map(record_of, outputs)
-    assert (
-        fsdp2["losses"][-1] < fsdp2["losses"][0] and fsdp2["check"]["ok"] and ddp["perplexity"] == fsdp2["perplexity"]
-    )
+    assert ddp["losses"][:2] == fsdp2["losses"][:2]  # before the first change of the adapter
+    assert fsdp2["losses"] == pytest.approx(ddp["losses"], rel=2**-10)
+    assert fsdp2["perplexity"]["before"] == ddp["perplexity"]["before"] and fsdp2["check"]["ok"]
+    assert fsdp2["losses"][-1] < fsdp2["losses"][0] - 0.3
 
 
 # Before each step, each process writes down the adapter and the losses of one input, with and without dropout.
