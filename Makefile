@@ -31,7 +31,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated cuda-emulated-rounded \
-  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp
+  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp deepspeed rank-kills
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -57,6 +57,7 @@ help:
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
 	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub; make hub-tests loads and uses it"
 	@echo "make llama-cpp   exported adapters in llama.cpp itself, beside PEFT and peft_ext: ten minutes to build, once"
+	@echo "make deepspeed   the checks of DeepSpeed's ZeRO-2 and ZeRO-3, in two processes on a CPU"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -234,12 +235,27 @@ aarch64-tests: setup
 kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
-# A process of a fine-tuning run in two processes is killed at 20 moments; torchrun starts the processes again.
+# DeepSpeed in an environment of its own that has the packages of .venv too. DeepSpeed compiles an operator when it runs.
+DEEPSPEED := deepspeed>=0.19.8,<0.20
+build/deepspeed/.installed: $(VENV)/.built
+	$(PYTHON) -m venv build/deepspeed
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$(build/deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_setup.pth
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu build/deepspeed/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) \
+	  --no-build-isolation "$(DEEPSPEED)"
+	touch $@
+
+deepspeed: setup build/deepspeed/.installed
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/build/deepspeed/extensions PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 \
+	  PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/deepspeed/bin/python -m pytest -q -p no:cacheprovider \
+	  tests/distributed/test_distributed.py -k deepspeed
+
+# Processes and agents of torchrun get signals at some 46 moments of fine-tuning runs, which then continue.
 rank-kills: setup
-	$(LIMIT) 3600 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
+	$(LIMIT) 7200 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills aarch64-tests macos-check newest forms mutations llama-cpp
+NIGHTLY = test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills deepspeed aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

@@ -96,11 +96,14 @@ def quantize_nf4(
     return _quantize(model, blocksize, double_quant, {skip} if isinstance(skip, str) else set(skip), progress)
 
 
-def quantize_meta(model: _Model, blocksize: int, double_quant: bool = True) -> _Model:
-    """Replaces the layers that :func:`quantize_nf4` replaces, in a model on the meta device, in place.
+def quantize_meta(model: _Model, format: str, blocksize: int = 64, double_quant: bool = True) -> _Model:
+    """Replaces layers as :func:`quantize_nf4` or :func:`quantize_packed` does, in a model on the meta device, in place.
 
-    The new layers have the shapes and dtypes of NF4 weights and no values.
+    The new layers have the shapes and dtypes of packed weights and no values. ``format``: "nf4", to which ``blocksize``
+    and ``double_quant`` belong, or one of ``PACKED_FORMATS``.
     """
+    if format != "nf4":
+        return pack_model(model, format, set(HEADS), on_meta=True)
     return _quantize(model, blocksize, double_quant, set(HEADS), progress=False, on_meta=True)
 
 
@@ -141,11 +144,14 @@ def quantize_packed(
 
 def pack_model(
     model: _Model, format: str, skip: set[str], progress: bool = False,
-    pack: Callable[[torch.Tensor, str], PackedWeight] = quantized,
+    pack: Callable[[torch.Tensor, str], PackedWeight] = quantized, on_meta: bool = False,
 ) -> _Model:  # fmt: skip
-    """Replaces layers and experts as :func:`quantize_packed` does. ``pack`` makes a packed weight of a dense weight."""
+    """Replaces layers and experts as :func:`quantize_packed` does.
+
+    ``pack``: makes a packed weight of a dense weight. ``on_meta``: whether weights may be on the meta device.
+    """
     names = _NAMES.get(format, _OTHER_NAMES)
-    places, experts = check_packable(model, format, skip, on_meta=False)
+    places, experts = check_packable(model, format, skip, on_meta)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
         weight = pack(linear.weight, format) if first is None else first.packed

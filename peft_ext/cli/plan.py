@@ -17,6 +17,11 @@ _KINDS = {
     "weights": "frozen weights", "quantization": "their scales", "adapters": "adapter", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits", "temporary": "temporary",
 }  # fmt: skip
+_SHARES = {
+    "frozen": "frozen weights, a share, and their scales", "adapter": "adapter, a share",
+    "gradients": "gradients, a share", "optimizer": "optimizer, a share",
+    "gathered": "gathered: the embedding, the head and two layers", "other": "activations, logits and temporary",
+}  # fmt: skip
 
 
 def show_plan(plan: Plan) -> None:
@@ -71,6 +76,13 @@ def _summary(plan: Plan) -> Any:
 def _memory(plan: Plan) -> Any:
     numbers = ("most, MiB", "at the peak")
     table = new_table("memory, estimated", *numbers, right=numbers)
+    if (shard := plan.adapter.sharded) is not None:
+        for kind, name in _SHARES.items():
+            table.add_row(f"  {name}", mib(getattr(shard, kind)), mib(getattr(shard, kind)))
+        table.add_row(f"a step of {plan.run.options.batch_size} x {plan.longest} tokens", "", mib(shard.step))
+        table.add_row("loading: the shards and one weight", "", mib(plan.load_bytes))
+        table.add_row("the last check: new shards beside the trained model", "", mib(plan.check_bytes))
+        return _of_machine(table, plan)
     if (memory := plan.adapter.memory) is not None:
         for kind, name in _KINDS.items():
             table.add_row(f"  {name}", mib(getattr(memory, kind)), mib(memory.peak[kind]))
@@ -79,6 +91,11 @@ def _memory(plan: Plan) -> Any:
     held, beside = ("packed", "packed") if is_packed else ("dense bfloat16", "dense")
     table.add_row(f"loading: the {held} weights", "", mib(plan.load_bytes))
     table.add_row(f"the last check: the {beside} weights beside the trained model", "", mib(plan.check_bytes))
+    return _of_machine(table, plan)
+
+
+def _of_machine(table: Any, plan: Plan) -> Any:
+    """Adds the rows about this process and this machine to the table of the memory, and returns the table."""
     if plan.held_bytes:
         table.add_row("Python, the libraries and the data: this process now", "", mib(plan.held_bytes))
     table.add_row("needed, at least", "", mib(plan.needed_bytes))
@@ -94,17 +111,19 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if adapter.no_memory is not None:
         yield f"a step's memory could not be estimated: {adapter.no_memory}"
     if run.sharded:
-        yield f"the memory is of an unsharded process; with --shard {o.shard} a process holds a share of the base"
+        yield f"the memory is of the process with the largest shards; {run.shards} processes share the base"
     # The memory that this process uses now counts as free, because the process ends before the run begins.
     free = None if plan.free_bytes is None else plan.free_bytes + plan.held_bytes
-    if free is not None and plan.needed_bytes > free:
+    # On a CPU, all processes of the machine take their memory from the machine's.
+    needed = plan.needed_bytes * (run.ranks.local_world if run.device.type == "cpu" else 1)
+    if free is not None and needed > free:
         method = METHODS[o.method]
         dense = o.quant == "none" and method.can_quantize
         mends = ["--quant nf4"] * dense
         mends += ["--dtype bf16"] * (o.quant == "none" and run.dtype == torch.float32)
         mends += ["a smaller --batch-size or --block-size"]
         mends += ["--gradient-checkpointing"] * (not o.gradient_checkpointing and method.can_checkpoint)
-        if adapter.memory is None or plan.check_bytes > adapter.memory.total:  # a smaller batch would not help
+        if adapter.memory is None or plan.check_bytes > plan.step_bytes:  # a smaller batch would not help
             mends = ["--quant nf4"] * dense + ["a smaller model"]
         yield f"warning: it needs more memory than is free; {' or '.join(mends)} takes less"
     if run.packed:

@@ -56,8 +56,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
-    context or sequence parallelism, offloaded activation checkpointing, an optimizer or a model_init of the trainer, no
-    decoder layer, a trained parameter that is not sharded.
+    context or sequence parallelism, offloaded activation checkpointing, mixed precision over a base in FP8, an
+    optimizer or a model_init of the trainer, no decoder layer, a trained parameter that is not sharded.
     """
     plugin = _plugin(trainer)
     if plugin is None:
@@ -129,6 +129,11 @@ def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
         hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
         if parameter.requires_grad and any(hooks) and not isinstance(parameter, DTensor):
             fail(f"{name} has hooks, which the parameters that FSDP2 makes of it would lose")
+    cast = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+    for name, parameter in trainer.model.named_parameters() if cast is not None else ():
+        if parameter.is_floating_point() and parameter.dtype.itemsize == 1:
+            fail(f"{name} has codes of {parameter.dtype}, which FSDP2's mixed precision would cast to {cast}; train "
+                 "with bf16=False and fp16=False over a base that is loaded in bfloat16")  # fmt: skip
     if plugin.cpu_ram_efficient_loading and any(hasattr(p, "quant_state") for p in trainer.model.parameters()):
         fail("cpu_ram_efficient_loading does not send the scales of bitsandbytes' weights; wanted False")
     if trainer.model_init is not None:

@@ -78,6 +78,14 @@ class HoldsPacked(nn.Module):
         """Returns the tensor that the file calls ``name``."""
         return getattr(self, _attribute(name))
 
+    def places(self) -> dict[str, str]:
+        """Returns, for each name in the file of a part or of an extra tensor, the name of the attribute."""
+        return {name: _attribute(name) for name in (*self.names, *self.extra) if name is not None}
+
+    def with_codes(self, codes: Tensor) -> PackedWeight:
+        """Returns the weight whose codes are ``codes``, with the module's other parts."""
+        return self._template.replaced([codes, *self._parts()[1:]])
+
     def __getattr__(self, name: str) -> Any:
         held = self.__dict__
         if name in _CODES and name not in held.get("_parameters", ()) and "names" in held:

@@ -31,9 +31,7 @@ class PackedExperts(FrozenExperts):
     _templates: dict[str, PackedWeight]
 
     def frozen(self, name: str) -> PackedWeight:
-        codes, *others = self.packed_names[name]
-        held = [self._parameters[name], *(None if other is None else self._buffers[other] for other in others)]
-        return self._templates[name].replaced(held)
+        return self.with_codes(name, self._parameters[name])
 
     def frozen_shapes(self) -> dict[str, torch.Size]:
         return {name: weight.shape for name, weight in self.__dict__.get("_templates", {}).items()}
@@ -47,6 +45,18 @@ class PackedExperts(FrozenExperts):
         for other, part in zip(names[1:], weight.parts[1:], strict=True):
             if other is not None:
                 self.register_buffer(other, part.detach())
+
+    def places(self) -> dict[str, str]:
+        """Returns, for each name in the file of a part or of an extra tensor, the name of the attribute."""
+        held = [name for names in self.packed_names.values() for name in names if name is not None]
+        return {name: self._aliases().get(name, name) for name in (*held, *self.extra)}
+
+    def with_codes(self, name: str, codes: Tensor) -> PackedWeight:
+        """Returns the weight of the parameter ``name`` whose codes are ``codes``, with the module's other parts."""
+        others = self.packed_names[name][1:]
+        return self._templates[name].replaced(
+            [codes, *(None if other is None else self._buffers[other] for other in others)]
+        )
 
     def _aliases(self) -> dict[str, str]:
         """Returns, for each name of codes in the file, the name of the parameter, where the two differ."""

@@ -24,6 +24,7 @@ from .options import Options
 from .prepare import Run, adapter_config, facts_of, meta_base, needs_bitsandbytes, prepare
 from .progress import status
 from .ranks import joined
+from .shard_memory import ShardedMemory, sharded_memory
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Preview:
         adapter_bytes: bytes of the adapter's tensors, about the size of adapter_model.safetensors.
         memory: estimate of a training step's memory; None where the memory could not be estimated.
         no_memory: the reason why the memory could not be estimated; None where ``memory`` is the estimate.
+        sharded: memory of one process that holds a share of the base; None without shards.
     """
 
     rows: list[Any]
@@ -43,6 +45,7 @@ class Preview:
     adapter_bytes: int
     memory: Any
     no_memory: Optional[str]
+    sharded: Optional[ShardedMemory] = None
 
     @property
     def fused(self) -> int:
@@ -58,9 +61,11 @@ class Plan:
         run: the prepared run.
         model_class, parameters: class name and number of parameters of the base.
         adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
-        load_bytes: bytes of the loaded weights: dense in bfloat16, before quantization, or packed as in the files.
+        load_bytes: bytes of the loaded weights: dense in bfloat16, before quantization, or packed as in the files. With
+            --shard fsdp2 and hsdp, the bytes of the process with the largest shards.
         check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the dense
-            weights and, where a step's memory could be estimated, the trained model.
+            weights and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp, both
+            are shards.
         held_bytes: bytes that this process uses now; 0 on a GPU.
         machine_bytes, free_bytes: total and free memory of the device; None where the system does not report them.
         train_tokens, held_out_tokens: tokens of the examples, without padding.
@@ -89,8 +94,14 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """Largest of the bytes for loading, for a training step and for the last check, plus ``held_bytes``."""
-        step = self.adapter.memory.total if self.adapter.memory is not None else 0
-        return max(self.load_bytes, step, self.check_bytes) + self.held_bytes
+        return max(self.load_bytes, self.step_bytes, self.check_bytes) + self.held_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of a training step, of this process; 0 where they could not be estimated."""
+        if self.adapter.sharded is not None:
+            return self.adapter.sharded.step
+        return self.adapter.memory.total if self.adapter.memory is not None else 0
 
 
 def dry_run(options: Options) -> Plan:
@@ -126,6 +137,7 @@ def make_plan(run: Run) -> Plan:
         base, adapter_config(run, base), dtype=run.dtype, device=run.device, quant=o.quant, blocksize=o.blocksize,
         batch_size=o.batch_size, sequence_length=max(lengths), stock=o.stock,
         gradient_checkpointing=o.gradient_checkpointing, padding=min(lengths) != max(lengths),
+        shards=run.shards,
     )  # fmt: skip
     if needs_bitsandbytes(o):
         rows = [dataclasses.replace(row, kind=row.kind.replace("NF4Linear", "Linear4bit")) for row in adapter.rows]
@@ -138,9 +150,12 @@ def make_plan(run: Run) -> Plan:
     again = load if o.quant != "none" else load * run.dtype.itemsize // torch.bfloat16.itemsize
     memory = adapter.memory
     trained = 0 if memory is None else memory.weights + memory.quantization + memory.adapters
+    check = again + trained
+    if (shard := adapter.sharded) is not None:
+        load, check = shard.load, shard.check
     return Plan(
         run=run, model_class=type(base).__name__, parameters=run.parameters,
-        adapter=adapter, load_bytes=load, check_bytes=again + trained, held_bytes=held, machine_bytes=total,
+        adapter=adapter, load_bytes=load, check_bytes=check, held_bytes=held, machine_bytes=total,
         free_bytes=free, train_tokens=sum(lengths),
         held_out_tokens=sum(len(example["input_ids"]) for example in run.examples.held_out), longest=max(lengths),
         steps=run.steps, done=0 if run.checkpoint is None else step_of(run.checkpoint),
@@ -151,6 +166,7 @@ def make_plan(run: Run) -> Plan:
 def preview(
     base: Any, config: Any, *, dtype: Any, device: Any, quant: Optional[str], blocksize: int, batch_size: int,
     sequence_length: int, stock: bool = False, gradient_checkpointing: bool = False, padding: bool = False,
+    shards: Optional[int] = None,
 ) -> Preview:  # fmt: skip
     """Returns the preview of the adapter of a PEFT configuration on ``base``, a model on the meta device.
 
@@ -161,6 +177,7 @@ def preview(
         batch_size, sequence_length, gradient_checkpointing, padding: the training step whose memory is estimated, with
             arguments of :func:`peft_ext.estimate_memory`.
         stock: whether the layers stay PEFT's own layers, without fused layers.
+        shards: number of processes among which FSDP2 shards the base; None: the base is not sharded.
 
     Raises the errors of PEFT for a configuration that does not fit the model.
     """
@@ -189,7 +206,8 @@ def preview(
         )  # fmt: skip
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # the model's forward can't be traced
         why = first_line(error).removeprefix("estimate_memory: ")
-    return Preview(rows, trainable, size, memory, why)
+    sharded = None if shards is None else sharded_memory(model, shards, memory)
+    return Preview(rows, trainable, size, memory, why, sharded)
 
 
 def _saved_tensors(model: Any) -> list[Any]:

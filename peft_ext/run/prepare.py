@@ -102,6 +102,13 @@ class Run:
         return self.options.shard != "ddp"
 
     @property
+    def shards(self) -> Optional[int]:
+        """Number of processes that share one copy of the base; None where each process holds the whole base."""
+        if not self.sharded:
+            return None
+        return self.ranks.world // self.ranks.nodes if self.options.shard == "hsdp" else self.ranks.world
+
+    @property
     def is_from_hub(self) -> bool:
         """Whether the model is a name on the hub."""
         return self.options.model != DEMO_MODEL and not Path(self.options.model).expanduser().exists()
@@ -289,9 +296,6 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
         raise RunError(f"{about} with --method {o.method}: wanted one of {', '.join(_SHARDED)}; --shard ddp takes all")
     if o.stock and o.quant == "nf4":
         raise RunError(f"{about} with --stock and NF4: accelerate does not shard bitsandbytes' weights of 4 bits")
-    if o.quant not in ("nf4", "none"):
-        raise RunError(f"{about} with --quant {o.quant}: weights of {quant_name(o.quant)} are not sharded, wanted nf4 "
-                       "or none; --shard ddp takes all")  # fmt: skip
     if o.shard == "hsdp" and not ranks.in_equal_blocks:
         raise RunError(f"{about}: {ranks.world} processes on {ranks.nodes} machines, wanted several machines with as "
                        "many processes each, at least 2, in the order of the ranks")  # fmt: skip

@@ -32,6 +32,8 @@ class Record:
         meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training; None before training.
         curve: indices of the held-out examples on which the held-out curve is computed.
         peaks: peak memory in MiB of each process at the end of training, in the order of the ranks.
+        load_growths: by how many MiB the resident memory of each process grew at most while the base was loaded, in the
+            order of the ranks; None where the system does not report the memory.
         no_report: the reason why the last report could not be drawn; None where the report was drawn.
     """
 
@@ -42,6 +44,7 @@ class Record:
     curve: list[int] = field(default_factory=list)
     no_report: Optional[str] = None
     peaks: list[Optional[float]] = field(default_factory=list)
+    load_growths: list[Optional[float]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def document(self) -> dict[str, Any]:
@@ -78,7 +81,7 @@ class Record:
         """The number of processes and of machines, the launcher, and the name of the launch."""
         ranks = self.run.ranks
         return {"count": ranks.world, "machines": ranks.nodes, "launcher": ranks.launch.launcher,
-                "launch": ranks.identity, "peak_mib": self.peaks}  # fmt: skip
+                "launch": ranks.identity, "peak_mib": self.peaks, "load_growth_mib": self.load_growths}  # fmt: skip
 
     def _measured(self) -> dict[str, Any]:
         """Returns the entries of run.json that come from the Trainer's history and from the meter."""

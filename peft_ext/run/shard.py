@@ -16,6 +16,7 @@ from torch import nn
 
 from ..sources.json_file import raised_as
 from ..sources.model import SourceError
+from ..weights.quantizers import PACKED_FORMATS
 from .errors import RunError
 from .prepare import Run
 from .progress import status
@@ -40,7 +41,7 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
     if o.shard == "hsdp":
         shape, names = (ranks.nodes, ranks.world // ranks.nodes), ("replicate", "shard")
     with raised_as(RunError, f"--model {o.model}: ", SourceError, OSError), status("loading the model"):
-        quant = "nf4" if o.quant == "nf4" else "none"
+        quant = o.quant if o.quant in ("nf4", *PACKED_FORMATS) else "none"
         base = meta_base(run.folder, run.config, dtype=run.dtype, quant=quant, blocksize=o.blocksize)
         base.model.config.use_cache = False
         if run.is_from_hub:  # PEFT writes the name of the base, not a path in the hub's cache, into the adapter's files

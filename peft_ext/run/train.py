@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..files import save_adapter
+from ..machine import memory_of
 from ..methods import METHODS
 from ..quantize import quantize_nf4, quantize_packed
 from ..sources.gguf_file import gguf_path
@@ -135,8 +136,13 @@ def finetune(options: Options) -> Result:
 def train(run: Run) -> Result:
     """Trains a prepared run; see :func:`finetune`."""
     _describe(run)
+    from ..integrations.trainer import peak_memory_mib
+
+    held = memory_of(torch.device("cpu"))[2] / 2**20
     with run.phase("load"):
         model = _sharded(run) if run.sharded else load_base(run)
+    peak = peak_memory_mib()
+    growths = run.ranks.gather(None if peak is None else round(peak - held, 1))
     with run.phase("evaluate before"), shard.without_adapter(run, model):
         losses = evaluate.held_out_losses(run, model)
         samples = evaluate.sample_prompts(run)
@@ -145,7 +151,7 @@ def train(run: Run) -> Result:
     before = evaluate.perplexity(losses)
     log.info(f"before: held-out perplexity {before:.3f}")
 
-    record = Record(run)
+    record = Record(run, load_growths=growths)
     with checkpoints.own_output(run.options, run.checkpoint, run.ranks):
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)

@@ -16,7 +16,7 @@ from .._imports import has, required
 from ..integrations.adapter_layers.dora_experts import factors_of
 from ..nn.experts import is_stored_transposed
 from ..sources.model import SourceError
-from ..weights.nf4 import NF4Weight
+from ..weights.packed import PackedWeight
 
 with required("peft", "peft_ext.sharded"):
     from peft.tuners.lora.dora import DoraLinearLayer
@@ -155,18 +155,21 @@ def magnitudes_to_compute(model: nn.Module) -> dict[tuple[int, str], list[Adapte
 def whole_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """Returns the whole A and B of an adapter, in the dtype in which PEFT computes DoRA's magnitude.
 
-    PEFT casts a new adapter to the dtype of a floating base weight before it computes the magnitude. All processes of
-    a mesh must call the function together.
+    Before it computes the magnitude, PEFT casts a new adapter to the ``compute_dtype`` of a packed layer, or to the
+    dtype of a floating base weight. All processes of a mesh must call the function together.
     """
-    weight, found = getattr(layer.get_base_layer(), base_of(layer)[1]), []
+    base, name, found = layer.get_base_layer(), base_of(layer)[1], []
+    dtype = getattr(base, name).dtype
+    if name == "weight":
+        dtype = getattr(base, "compute_dtype", None) or dtype
     for held in (layer.lora_A, layer.lora_B):
         factor = held[adapter].weight.detach()
         factor = factor.full_tensor() if isinstance(factor, DTensor) else factor
-        found.append(factor.to(weight.dtype) if weight.is_floating_point() else factor)
+        found.append(factor.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else factor)
     return found[0], found[1]
 
 
-def magnitude(layer: Any, adapter: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> Tensor:
+def magnitude(layer: Any, adapter: str, weight: Union[Tensor, PackedWeight], lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """Returns DoRA's magnitude of the whole base weight, as PEFT or peft_ext computes it when an adapter is added.
 
     ``lora_A``, ``lora_B``: the result of :func:`whole_factors`.
@@ -178,11 +181,12 @@ def magnitude(layer: Any, adapter: str, weight: Union[Tensor, NF4Weight], lora_A
             weight = weight.transpose(1, 2)
         norm = ops.dora_experts_weight_norm(weight, *factors_of(layer, lora_A, lora_B), float(scaling))
         return norm.to(lora_A.dtype).to(held.weight.dtype)
-    dense = weight.dequantize() if isinstance(weight, NF4Weight) else weight
+    if isinstance(weight, PackedWeight):
+        weight = weight.dequantize(getattr(experts, "compute_dtype", None))
     dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
     if not lora_B.any():  # B A is zero: one zero stands for a matrix of the weight's size
-        return dora.get_weight_norm(dense, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
+        return dora.get_weight_norm(weight, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
     base = nn.Linear(1, 1, bias=False, device="meta")
-    base.weight = nn.Parameter(dense, requires_grad=False)
+    base.weight = nn.Parameter(weight, requires_grad=False)
     dora.update_layer(base_layer=base, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
     return dora.weight.detach().to(held.weight.dtype)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
 import torch
 from torch import nn
 
+from ..nn import PackedExperts
+from ..nn.packed import HoldsPacked
 from ..quantize import quantize_meta
 from ..sources.conversion import Group, plan
 from ..sources.json_file import raised_as
-from ..sources.model import SourceError, widen
+from ..sources.model import SourceError, pack_as_stored, stored_quant, widen
 from ..sources.tensor_files import TensorFiles
+from ..weights.quantizers import PACKED_FORMATS
 
 _LISTS = ("layers", "layer", "h", "blocks")  # usual names of a list of decoder layers
 
@@ -30,6 +33,10 @@ class MetaBase:
         groups: the plan, in the order of the decoder layers. Each item of the plan is a group and the index of the
         group's decoder layer, or -1.
         places: name in the state dict of the dense model -> the module and its attribute that hold the tensor.
+        quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
+            "none" where the tensors stay as the files have them.
+        quantizer, packed: of a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and the packed
+            linear layers and embeddings with their names before an adapter is added.
     """
 
     model: Any
@@ -38,6 +45,9 @@ class MetaBase:
     layers: list[nn.Module]
     groups: list[tuple[Group, int]]
     places: dict[str, tuple[nn.Module, str]]
+    quant: str = "none"
+    quantizer: Any = None
+    packed: list[tuple[str, HoldsPacked]] = field(default_factory=list)
 
 
 def meta_base(
@@ -45,27 +55,33 @@ def meta_base(
 ) -> MetaBase:
     """Returns the frozen causal language model of ``folder`` on the meta device, in eval mode.
 
-    The function reads the headers of the files and no weight, and communicates with no other process. The weights are
-    rounded to bfloat16 when they are read, and then cast to ``dtype``.
+    The function reads the headers of the files and no weight, and communicates with no other process. Dense weights are
+    rounded to bfloat16 when they are read, and then cast to ``dtype``. Weights that the files store packed, in a way
+    that :class:`peft_ext.PackedConfig` supports, stay packed.
 
     Args:
         folder: a folder with config.json and safetensors files.
         config: the transformers configuration, which is copied.
         dtype: bfloat16 or float32, the dtype of dense weights.
         quant: "nf4" puts :class:`peft_ext.nn.NF4Linear` and NF4 experts where :func:`peft_ext.quantize_nf4` puts them;
-            "none" does not.
+            one of ``PACKED_FORMATS`` puts packed layers and experts where :func:`peft_ext.quantize_packed` puts them;
+            "none" quantizes nothing.
         blocksize: see :func:`peft_ext.quantize_nf4`. The scales are quantized too.
 
     Raises: SourceError where a file is missing or broken, where the files lack a tensor or have a tensor of a wrong
     shape or dtype, where transformers converts the files in a way that needs the whole model, where the files are
-    quantized, or where the decoder layers are not found. ValueError for another ``dtype`` or ``quant``.
+    quantized by bitsandbytes or in a way that is not supported, where ``quant`` can't hold a layer or the files are
+    packed already, or where the decoder layers are not found. ValueError for another ``dtype`` or ``quant``.
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype not in (torch.bfloat16, torch.float32) or quant not in ("nf4", "none"):
-        raise ValueError(f"meta_base: dtype is {dtype} and quant {quant!r}, wanted bfloat16 or float32, nf4 or none")
+    formats = ("nf4", *PACKED_FORMATS, "none")
+    if dtype not in (torch.bfloat16, torch.float32) or quant not in formats:
+        raise ValueError(f"meta_base: dtype is {dtype} and quant {quant!r}, wanted bfloat16 or float32, and one of "
+                         f"{', '.join(formats)}")  # fmt: skip
     folder, config = Path(folder), copy.deepcopy(config)
-    if getattr(config, "quantization_config", None) is not None:
+    stored = stored_quant(folder, config)
+    if stored == "nf4" or (stored == "checkpoint" and quant != "none"):
         raise SourceError(f"model {folder}: the weights are quantized, wanted dense weights")
     config.name_or_path = str(folder)
     with raised_as(SourceError, f"model {folder}: ", ValueError, TypeError, KeyError, RuntimeError):
@@ -75,24 +91,31 @@ def meta_base(
         model.to("meta")  # some models make parameters on the CPU
         model.tie_weights()
     model.eval().requires_grad_(False)
+    quantizer = pack_as_stored(model, folder, config, torch.bfloat16) if stored == "checkpoint" else None
     files, known = TensorFiles(folder), set(model.state_dict())
-    groups, initialized = plan(model, files, torch.bfloat16)
+    groups, initialized = plan(model, files, torch.bfloat16, quantizer)
     _initialize_buffers(model, initialized)
     _read_generation_config(model, folder)
     layers = decoder_layers(model)
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    if quant == "nf4":
-        quantize_meta(model, blocksize)
+    packed = dict(model.named_modules()) if quantizer is not None else {}
+    packed = {name: module for name, module in packed.items() if isinstance(module, (HoldsPacked, PackedExperts))}
+    of_packed = {f"{name}.{key}": (module, attribute) for name, module in packed.items()
+                 for key, attribute in module.places().items()}  # fmt: skip
+    if quant != "none":
+        with raised_as(SourceError, f"model {folder}: ", ValueError, TypeError):
+            quantize_meta(model, quant, blocksize)
     if dtype != torch.bfloat16:
         widen(model)
     places = {}
     for group in groups:
         for name in known.intersection(group.shapes):
             owner, _, attribute = name.rpartition(".")
-            places[name] = (model.get_submodule(owner), attribute)
+            places[name] = of_packed.get(name) or (model.get_submodule(owner), attribute)
     units = [next((i for i, name in enumerate(names) if group.name.startswith(f"{name}.")), -1) for group in groups]
     in_order = sorted(zip(groups, units, strict=True), key=lambda item: item[1])
-    return MetaBase(model, folder, files, layers, in_order, places)
+    layers_packed = [(name, module) for name, module in packed.items() if isinstance(module, HoldsPacked)]
+    return MetaBase(model, folder, files, layers, in_order, places, quant, quantizer, layers_packed)
 
 
 def _initialize_buffers(model: Any, names: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
@@ -14,12 +15,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .. import ops
-from ..nn import NF4Experts, NF4Linear
-from ..nn.experts import is_stored_transposed
+from ..nn import NF4Experts, NF4Linear, PackedExperts, PackedLinear
+from ..nn.experts import FrozenExperts, is_stored_transposed
+from ..nn.packed import HoldsPacked
 from ..sources.conversion import Group
-from ..sources.json_file import first_line
+from ..sources.json_file import first_line, raised_as
 from ..sources.model import SourceError
-from ..weights.nf4 import NF4Weight
+from ..weights.packed import PackedWeight
+from ..weights.quantizers import quantized
 from .adapter import Adapted, base_of, check_adapter, magnitude, magnitudes_to_compute, tensors_of, whole_factors
 from .base import MetaBase
 
@@ -40,8 +43,9 @@ def shard_and_load(
     because the other processes wait for the process.
 
     A process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
-    weight in the files' dtype with the weight's NF4 form, or the weights that transformers makes of one tensor. DoRA's
-    magnitude takes the dequantized weight and a copy in the adapter's dtype too; where B is not zero, three copies.
+    weight in the files' dtype with the weight's packed form, or the weights that transformers makes of one tensor.
+    DoRA's magnitude takes the dequantized weight and a copy in the adapter's dtype too; where B is not zero, three
+    copies.
 
     With HSDP inside of one node, each copy of the model reads its own rows of the dense weights.
 
@@ -116,6 +120,7 @@ class _Loader:
         self.turn = 0
         self.error: Optional[Exception] = None
         self.doras = magnitudes_to_compute(model)
+        self.later: list[tuple[Group, nn.Module, str]] = []  # codes of a packed checkpoint's weights under DoRA
 
     def __enter__(self) -> _Loader:
         return self
@@ -145,6 +150,12 @@ class _Loader:
             unit = of
             self._load(group)
         self._agree()
+        for name, module in self.base.packed:
+            with raised_as(SourceError, f"model {self.base.folder}: ", ValueError):
+                self.base.quantizer.describe(name, module)
+        for group, module, attribute in self.later:
+            self._share_magnitudes(group, module, attribute)
+        self._agree()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -163,7 +174,9 @@ class _Loader:
 
     def _load(self, group: Group) -> None:
         places = [self.base.places[name] for name in group.shapes if name in self.base.places]
-        alone = len(places) == 1 and group.is_by_rows and not _is_nf4(*places[0]) and not self._doras(places)
+        if len(places) == 1 and group.is_by_rows and self._packed_doras(*places[0]):
+            self.later.append((group, *places[0]))
+        alone = len(places) == 1 and group.is_by_rows and not self._quantizes(*places[0]) and not self._doras(places)
         if not alone:
             self._share(group, places)
             return
@@ -212,12 +225,18 @@ class _Loader:
         self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._doras(places)
         factors = [whole_factors(layer, name) for layer, name in doras]  # all processes of the mesh gather the factors
-        targets = [target for module, attribute in places for target in _targets(module, attribute)]
+        targets = [target for module, attribute in places for target in self._targets(module, attribute)]
         targets += [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras]
+        self._send(group, owner, targets, lambda: self._made(group, doras, factors))
+
+    def _send(
+        self, group: Group, owner: int, targets: list[tuple[nn.Module, str]], make: Callable[[], list[Tensor]]
+    ) -> None:  # fmt: skip
+        """Sends the tensors that ``make`` returns in the process ``owner``, and keeps the own shard of each."""
         made: list[Optional[Tensor]] = [None] * len(targets)
         if self.rank == owner:
             try:
-                made = self._made(group, doras, factors)
+                made = list(make())
                 _check_made(group, made, targets)
             except Exception as error:  # raised in _agree, because the other processes wait for this process's tensors
                 self.error, made = self.error or error, [None] * len(targets)
@@ -251,18 +270,19 @@ class _Loader:
                 continue
             module, attribute = self.base.places[name]
             weight = dense.pop(name, None)
-            if isinstance(module, NF4Experts) and _is_nf4(module, attribute):
+            if isinstance(module, FrozenExperts) and self._quantizes(module, attribute):
                 finished = self._quantized_experts(group, module, attribute, weight)
-                made += [finished.packed.view(finished.shape[0], -1), *list(finished.tensors().values())[1:]]
+                codes, *scales = finished.tensors().values()
+                made += [codes.view(finished.shape[0], -1) if self.base.quant == "nf4" else codes, *scales]
             else:
                 weight = (group.rows(0, group.shapes[name][0]) if weight is None else weight).to(self.device)
-                if _is_nf4(module, attribute):
-                    finished = ops.nf4_quantize(weight, module.blocksize, module.nested_absmax is not None)
+                if self._quantizes(module, attribute):
+                    finished = self._quantized(weight, module, module._buffers.get("nested_absmax") is not None)
                     made += finished.tensors().values()
                 else:
                     finished = weight.to(_held(module, attribute).dtype)
                     made.append(finished)
-            del weight  # the dense weight is not needed for the magnitude of an NF4 weight
+            del weight  # the dense weight is not needed for the magnitude of a packed weight
             if self._doras([(module, attribute)]):
                 weights[id(module), attribute] = finished
         for (layer, adapter), (lora_A, lora_B) in zip(doras, factors, strict=True):
@@ -271,16 +291,74 @@ class _Loader:
 
     def _doras(self, places: list[tuple[nn.Module, str]]) -> list[Adapted]:
         """Returns the DoRA adapters of the weights at ``places`` whose magnitude has no values."""
-        return [dora for module, attribute in places for dora in self.doras.get((id(module), attribute), ())]
+        return [dora for module, attribute in places if not self._stays_packed(module)
+                for dora in self.doras.get((id(module), attribute), ())]  # fmt: skip
 
-    def _quantized_experts(self, group: Group, module: Any, name: str, dense: Optional[Tensor]) -> NF4Weight:
+    def _stays_packed(self, module: nn.Module) -> bool:
+        return self.base.quantizer is not None and isinstance(module, (HoldsPacked, PackedExperts))
+
+    def _quantizes(self, module: nn.Module, attribute: str) -> bool:
+        """Returns whether the weight that becomes ``attribute`` of ``module`` is quantized when it is read."""
+        if self.base.quant == "none":
+            return False
+        if isinstance(module, FrozenExperts):
+            return attribute in module.frozen_shapes()
+        return isinstance(module, (NF4Linear, PackedLinear)) and attribute == "weight"
+
+    def _quantized(self, weight: Tensor, module: Any, double_quant: bool) -> PackedWeight:
+        if self.base.quant == "nf4":
+            return ops.nf4_quantize(weight, module.blocksize, double_quant)
+        return quantized(weight, self.base.quant)
+
+    def _quantized_experts(self, group: Group, module: Any, name: str, dense: Optional[Tensor]) -> PackedWeight:
         found = []
-        for i in range(module.nf4_shapes[name][0]):
+        for i in range(module.frozen_shapes()[name][0]):
             one = (group.rows(i, i + 1)[0] if dense is None else dense[i]).to(self.device)
             one = one.transpose(0, 1) if is_stored_transposed(module) else one
-            double_quant = module._buffers[f"{name}_nested_absmax"] is not None
-            found.append(ops.nf4_quantize(one.contiguous(), module.blocksize, double_quant))
-        return NF4Weight.stack(found)
+            double_quant = module._buffers.get(f"{name}_nested_absmax") is not None
+            found.append(self._quantized(one.contiguous(), module, double_quant))
+        return type(found[0]).stack(found)
+
+    def _targets(self, module: nn.Module, attribute: str) -> list[tuple[nn.Module, str]]:
+        """Returns the places of a finished tensor: its own place, or those of all parts of a quantized weight."""
+        if not self._quantizes(module, attribute):
+            return [(module, attribute)]
+        if isinstance(module, PackedLinear):
+            names = [name for name in module.names if name is not None]
+        elif isinstance(module, PackedExperts):
+            names = [attribute, *(name for name in module.packed_names[attribute][1:] if name is not None)]
+        else:
+            scales = ("absmax", "nested_absmax", "nested_code", "nested_offset")
+            of = f"{attribute}_" if isinstance(module, NF4Experts) else ""
+            names = [attribute, *(of + scale for scale in scales if _held(module, of + scale) is not None)]
+        return [(module, name) for name in names]
+
+    # --- DoRA over the weights of a packed checkpoint -----------------------------------------------------------------
+
+    def _packed_doras(self, module: nn.Module, attribute: str) -> list[Adapted]:
+        """Returns the DoRA adapters whose magnitude needs the packed weight with the codes ``attribute``."""
+        if not self._stays_packed(module):
+            return []
+        if isinstance(module, HoldsPacked):
+            attribute = "weight" if attribute == module.places()[module.names[0]] else ""
+        return list(self.doras.get((id(module), attribute), ()))
+
+    def _share_magnitudes(self, group: Group, module: Any, attribute: str) -> None:
+        """Computes the magnitudes over one packed weight in one process of the node, and sends them.
+
+        The process reads the codes a second time, because each process keeps its own shard of the codes only.
+        """
+        self.turn, owner = self.turn + 1, self.turn % self.ranks
+        doras = self._packed_doras(module, attribute)
+        factors = [whole_factors(layer, name) for layer, name in doras]
+
+        def make() -> list[Tensor]:
+            codes = group.rows(0, next(iter(group.shapes.values()))[0]).to(self.device)
+            held = (codes,) if isinstance(module, HoldsPacked) else (attribute, codes)
+            weight = module.with_codes(*held)
+            return [magnitude(layer, name, weight, *pair) for (layer, name), pair in zip(doras, factors, strict=True)]
+
+        self._send(group, owner, [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras], make)
 
 
 def _held(module: nn.Module, name: str) -> Tensor:
@@ -293,18 +371,3 @@ def _check_made(group: Group, made: list[Tensor], targets: list[tuple[nn.Module,
         if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
             raise SourceError(f"model {group.where}: {name} of {group.name} is {tuple(tensor.shape)} {tensor.dtype}, "
                               f"wanted {tuple(like.shape)} {like.dtype}")  # fmt: skip
-
-
-def _is_nf4(module: nn.Module, attribute: str) -> bool:
-    if isinstance(module, NF4Experts):
-        return attribute in module.nf4_shapes
-    return isinstance(module, NF4Linear) and attribute == "weight"
-
-
-def _targets(module: nn.Module, attribute: str) -> list[tuple[nn.Module, str]]:
-    """Returns the places of a finished tensor: its own place, and of an NF4 weight the buffers of the scales, too."""
-    if not _is_nf4(module, attribute):
-        return [(module, attribute)]
-    scales = ("absmax", "nested_absmax", "nested_code", "nested_offset")
-    names = [f"{attribute}_{scale}" if isinstance(module, NF4Experts) else scale for scale in scales]
-    return [(module, name) for name in (attribute, *names) if _held(module, name) is not None]

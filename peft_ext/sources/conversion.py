@@ -134,17 +134,21 @@ class Group:
         return f"{self.files.entries[name].file}: {name}"
 
 
-def plan(model: Any, files: TensorFiles, dtype: torch.dtype) -> tuple[list[Group], set[str]]:
+def plan(
+    model: Any, files: TensorFiles, dtype: torch.dtype, quantizer: Optional[Any] = None
+) -> tuple[list[Group], set[str]]:
     """Returns the groups that make all tensors of ``model``'s state dict, and the names of buffers to initialize.
 
-    ``model`` is a dense transformers model on the meta device, made in ``dtype``. The dtype of a tensor that
-    transformers loads in another dtype than ``dtype`` is set in ``model``. A buffer is initialized, and not read, where
-    the files lack the buffer and the model's class allows that (``_keys_to_ignore_on_load_missing``). Tensors of the
-    files that the model does not have are ignored, as transformers does.
+    ``model`` is a transformers model on the meta device, made in ``dtype``. Its layers are dense, or packed as the
+    files are; of a packed model, ``quantizer`` is the result of :func:`peft_ext.sources.model.pack_as_stored`. The
+    dtype of a tensor that transformers loads in another dtype than ``dtype`` is set in ``model``. A buffer is
+    initialized, and not read, where the files lack the buffer and the model's class allows that
+    (``_keys_to_ignore_on_load_missing``). Tensors of the files that the model does not have are ignored, as
+    transformers does.
 
     Raises: SourceError where the files lack a tensor, or where a tensor has a wrong shape or is not of floats.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     groups = _groups(model, files, mapping, wanted, _dtypes(model, dtype))
     # save_pretrained reverts these conversions. A release of transformers without was_used reverts all conversions.
@@ -218,6 +222,8 @@ def _check_tensor(group: Group, name: str, shape: torch.Size, wanted: Tensor) ->
         raise SourceError(f"model {group.where}: {name} has shape {tuple(shape)}, wanted {tuple(wanted.shape)}")
     for key in group.names:
         kind = group.files.entries[key].dtype
-        if kind.is_floating_point != wanted.is_floating_point():
+        has_other_codes = min(kind.itemsize, wanted.dtype.itemsize) == 1 and kind != wanted.dtype
+        if kind.is_floating_point != wanted.is_floating_point() or has_other_codes:
+            is_wide = wanted.is_floating_point() and wanted.dtype.itemsize > 1
             raise SourceError(f"model {group.files.entries[key].file}: {key} is {kind}, wanted "
-                              f"{'floats' if wanted.is_floating_point() else wanted.dtype}")  # fmt: skip
+                              f"{'floats of 16 or more bits' if is_wide else wanted.dtype}")  # fmt: skip

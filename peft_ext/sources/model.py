@@ -195,15 +195,16 @@ def loading_arguments(quant: str) -> dict[str, Any]:
     return {"quantization_config": PackedConfig()}
 
 
-def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> None:
+def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> Any:
     """Replaces the layers of a model on the meta device by packed layers, as ``folder`` or a GGUF file stores them.
 
     Reads the headers of the files and no weight. ``about``: the configuration with the checkpoint's quantization.
-    Raises SourceError where the folder has no safetensors or the files are not supported.
+    Returns the quantizer of :class:`peft_ext.PackedConfig`; None for a GGUF file. Raises SourceError where the folder
+    has no safetensors or the files are not supported.
     """
     if folder.is_file():
         pack_meta(model, folder, dtype, SourceError)
-        return
+        return None
     from ..integrations.packed import PackedConfig, PackedQuantizer
 
     files = sorted(map(str, folder.glob("*.safetensors")))
@@ -212,6 +213,7 @@ def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> 
     with raised_as(SourceError, f"{folder}: ", ValueError):
         quantizer = PackedQuantizer(PackedConfig(_quantization_config(about)), pre_quantized=True)
         quantizer._process_model_before_weight_loading(model, dtype=dtype, checkpoint_files=files)
+    return quantizer
 
 
 def model_class(about: Any, config: Any) -> Any:

@@ -19,7 +19,9 @@ from .json_file import first_line, parse, read_object
 from .model import INDEX, WEIGHTS, SourceError, check_index
 from .weight_files import DTYPES, weight_shapes
 
-_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,13 @@ def train_alone(model: nn.Module, steps: int = STEPS) -> list[float]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:  # gloo can't gather 8-bit floats
+        codes = DTensor.from_local(tensor.to_local().view(torch.uint8), tensor.device_mesh, tensor.placements,
+                                   shape=tensor.shape, stride=tensor.stride())  # fmt: skip
+        return codes.full_tensor().view(tensor.dtype)
+    return tensor.full_tensor()
 
 
 def unwrapped(name: str) -> str:

@@ -30,9 +30,11 @@ from checks_common import (
     step,
     train_alone,
 )
+from checks_packed import make_packed
 from torch import Tensor, nn
 
 import peft_ext
+from peft_ext.weights.quantizers import PACKED_FORMATS
 
 OF_ITS_OWN = "lora_A is a shard (ZeRO-3), which is gathered for lora_A alone"
 
@@ -140,6 +142,30 @@ def deepspeed_zero3_is_fused_in_leaf_modules(folder: Path) -> None:
         rows = {row.kind: row for row in peft_ext.explain(engine).blocks if not row.fused}
         assert "is a shard" in rows["loss"].reason
     assert_trains(3, "float32", True, False, 0, 0)  # without peft_ext
+
+
+@check
+@check_deepspeed
+def deepspeed_trains_over_packed_layers(folder: Path) -> None:
+    for stage, leaf, format in (
+        *((2, False, format) for format in ("mxfp4", "fp8")),
+        *((3, True, format) for format in PACKED_FORMATS if format != "fp8"),
+        (3, False, "int4"),
+    ):
+        alone = make_packed(format)
+        _, engine, optimizer = prepare(stage, make_packed(format), leaf)
+        losses = []
+        for _ in range(STEPS):
+            with counted_calls() as calls:
+                losses.append(mean(engine_step(engine)))
+            assert (calls["stock"] == 0) is (stage == 2 or leaf), (stage, leaf, calls)
+            engine.step()
+        assert_losses(losses, train_alone(alone, STEPS))
+        if stage == 2 or leaf:
+            assert_all_fused(engine)
+    _, engine, _ = prepare(3, make_packed("fp8"), True)
+    with raises(RuntimeError, "Invalid scalar type"):  # gloo can't gather 8-bit floats
+        engine_step(engine)
 
 
 @check

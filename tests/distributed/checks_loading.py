@@ -300,6 +300,9 @@ def loading_names_the_tensor_that_is_wrong(folder: Path) -> None:
             {name: t[name][:64].clone()}
         ),
         f"{file}: {name} is torch.int8, wanted floats": lambda t: t.update({name: t[name].to(torch.int8)}),
+        f"{file}: {name} is torch.float8_e4m3fn, wanted floats of 16": lambda t: t.update(
+            {name: t[name].to(torch.float8_e4m3fn)}
+        ),
         f"{file}: lm_head.weight": lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].clone()}),
     }
     for number, (text, change) in enumerate(changes.items()):
@@ -319,8 +322,13 @@ def loading_names_the_tensor_that_is_wrong(folder: Path) -> None:
     with raises(SourceError, f"{first}: no tensor {moved}, which {INDEX} names"):
         on_meta(other, torch.float32, "none")
     config = AutoConfig.from_pretrained(path)
-    config.quantization_config = {"quant_method": "fp8"}
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     with raises(SourceError, "the weights are quantized, wanted dense weights"):
+        meta_base(path, config, dtype=torch.float32)
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    with raises(SourceError, "the weights are quantized, wanted dense weights"):
+        meta_base(path, config, dtype=torch.float32, quant="mxfp4")
+    with raises(SourceError, "no layer of its files is stored as fp8"):
         meta_base(path, config, dtype=torch.float32)
     with raises(SourceError, "Embedding: no list of decoder layers, wanted a list of layers"):
         decoder_layers(nn.Embedding(1, 1))

@@ -31,6 +31,7 @@ from checks_common import (
     raises,
     shard,
 )
+from checks_packed import make_packed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft_models import quantize, spread
@@ -281,9 +282,12 @@ def trainer_fsdp2_refuses_by_name(folder: Path) -> None:
     def diff_pruned() -> PeftModel:
         return peft_ext.get_peft_model(quantize(LLAMA.build(), "float32"), DiffPruningConfig(task_type="CAUSAL_LM"))
 
-    def attached(model: nn.Module, change: Callable[[Any], Any] = lambda trainer: None, **config: Any) -> None:
+    def attached(
+        model: nn.Module, change: Callable[[Any], Any] = lambda trainer: None, bf16: bool = False, **config: Any
+    ) -> None:
         with configured():
-            trainer = InOrder(model, hf.TrainingArguments(**options(folder, config)), train_dataset=rows())
+            args = hf.TrainingArguments(**options(folder, config, bf16=bf16))
+            trainer = InOrder(model, args, train_dataset=rows())
             change(trainer)
             PeftExtCallback().attach(trainer)
 
@@ -313,6 +317,10 @@ def trainer_fsdp2_refuses_by_name(folder: Path) -> None:
         attached(make(), lambda trainer: setattr(trainer, "model_init", make))
     with raises(ValueError, "cp_size 2"):
         attached(make(), with_context)
+    with raises(ValueError, "codes of torch.float8_e4m3fn, which FSDP2's mixed precision would cast to torch.bfloat16"):
+        attached(make_packed("fp8"), bf16=True)
+    attached(make_packed("fp8"))
+    attached(make_packed("int4"), bf16=True)
 
 
 @check

@@ -88,8 +88,8 @@ def torchrun(processes: int, *command: str) -> tuple[int, str]:
     return run.returncode, out
 
 
-class Results(dict[int, tuple[list[dict[str, str]], str]]):
-    """Has, by number of processes, each process's results and the output.
+class Results(dict[tuple[int, bool], tuple[list[dict[str, str]], str]]):
+    """Has, by number of processes and by whether the checks are DeepSpeed's, each process's results and the output.
 
     The first test that needs the results starts the processes.
     """
@@ -97,11 +97,13 @@ class Results(dict[int, tuple[list[dict[str, str]], str]]):
     def __init__(self, folders: pytest.TempPathFactory) -> None:
         self.folders = folders
 
-    def __missing__(self, processes: int) -> tuple[list[dict[str, str]], str]:
+    def __missing__(self, key: tuple[int, bool]) -> tuple[list[dict[str, str]], str]:
+        processes, of_deepspeed = key
         folder = self.folders.mktemp(f"processes-{processes}")
         names = [name for name in RUNS[processes] if HAS_TRL or not name.startswith("sft_")]
-        self[processes] = run(processes, folder, *names)
-        return self[processes]
+        names = [name for name in names if name.startswith("deepspeed_") is of_deepspeed]
+        self[key] = run(processes, folder, *names)
+        return self[key]
 
 
 def run(processes: int, folder: Path, *names: str) -> tuple[list[dict[str, str]], str]:
@@ -119,7 +121,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.mark.skipif(HAS_DEEPSPEED, reason="DeepSpeed is installed: test_in_processes runs the checks")
 @pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("deepspeed_")])
 def test_deepspeed_is_absent(name: str) -> None:
-    pytest.skip("needs the package deepspeed: pip install deepspeed")
+    pytest.skip("needs the package deepspeed: make deepspeed installs it and runs the check")
 
 
 @pytest.mark.slow
@@ -127,7 +129,7 @@ def test_deepspeed_is_absent(name: str) -> None:
 def test_in_processes(processes: int, name: str, results: Results) -> None:
     if name.startswith("sft_"):
         pytest.importorskip("trl", reason="needs trl, of peft_ext[examples]")
-    found, out = results[processes]
+    found, out = results[processes, name.startswith("deepspeed_")]
     for rank, done in enumerate(found):
         failed = [(other, outcome) for results in found for other, outcome in results.items() if outcome != "ok"]
         if name not in done and failed:

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,20 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from launched import WEIGHTS, Run, by_hand, differences, options_of, record_of, started, torchrun
+from launched import (
+    LOSS,
+    WEIGHT,
+    WEIGHTS,
+    Run,
+    by_hand,
+    differences,
+    errors_of,
+    options_of,
+    port,
+    record_of,
+    started,
+    torchrun,
+)
 
 from peft_ext.cli.main import main
 from peft_ext.files import is_sealed
@@ -28,10 +40,6 @@ pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"),
     pytest.mark.skipif(sys.platform != "linux", reason="the tests look into /proc"),
 ]
-
-# Bounds for the rounding of sums over a step's examples in other parts: a few units in the last place of a loss near 5,
-# and what eight steps of Adam with a learning rate of 0.01 make of the gradients' rounding.
-LOSS, WEIGHT = 4e-6, 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +61,6 @@ def run_of(processes: int, tiny: Path, folder: Path, *more: str) -> Path:
         assert run.end() == 0, run.out
         (folder / f"said{processes}").write_text(run.out)
     return output
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -170,139 +172,7 @@ def test_an_engine_of_accelerates_configuration_is_refused(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- shards -----------------------------------------------------------------------------------------------------------
-
-SHARDED = ("--shard", "fsdp2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
-def test_a_sharded_run_is_a_run_of_one_process(method, tiny, folder, alone):
-    quant = {"qlora": ("--method", "qlora", "--quant", "nf4"), "dora": ("--method", "dora")}.get(method, ())
-    one, output = alone, folder / f"sharded-{method}"
-    if quant:
-        one = folder / f"alone-{method}"
-        assert main(options_of(tiny, one, 4, *quant)) == 0
-    run = Run([*torchrun(2), *options_of(tiny, output, 2, *quant, *SHARDED)], folder / f"sharded-{method}.log")
-    assert run.end() == 0, run.out
-    losses, weights = differences(one, output)
-    assert losses <= LOSS and weights <= WEIGHT
-    first, second = record_of(one), record_of(output)
-    for name in ("before", "after"):
-        assert second["perplexity"][name] == pytest.approx(first["perplexity"][name], rel=1e-5)
-        assert [sample[name] for sample in second["samples"]] == [sample[name] for sample in first["samples"]]
-    assert second["fused"]["fused"] == second["fused"]["layers"] == 14 and second["check"]["ok"]
-    assert second["memory"]["frozen"] < 0.6 * first["memory"]["frozen"] or method == "qlora"  # scales are whole
-    if quant:
-        return
-    for processes in (4, 1):  # the checkpoint of two processes goes on in four and in one
-        again = folder / f"sharded-{processes}"
-        (again / "checkpoints").mkdir(parents=True)
-        shutil.copytree(output / "checkpoints/checkpoint-4", again / "checkpoints/checkpoint-4")
-        shutil.copy(output / "run.json", again / "run.json")
-        options = [*options_of(tiny, again, 4 // processes, *SHARDED), "--resume"]
-        launcher = [sys.executable, "-m", "peft_ext"] if processes == 1 else torchrun(processes)
-        run = Run([*launcher, *options], folder / f"sharded-{processes}.log")
-        assert run.end() == 0, run.out
-        losses, weights = differences(output, again)
-        assert losses <= LOSS and weights <= WEIGHT
-
-
-def in_hub(cache: Path, model: Path, **changed) -> Path:
-    """Copies a model into the cache of a hub as the repository acme/tiny, and returns the cache's folder."""
-    snapshot = cache / "models--acme--tiny/snapshots" / ("0" * 40)
-    shutil.copytree(model, snapshot)
-    config = json.loads((model / "config.json").read_text())
-    (snapshot / "config.json").write_text(json.dumps(config | changed))
-    (cache / "models--acme--tiny/refs").mkdir()
-    (cache / "models--acme--tiny/refs/main").write_text("0" * 40)
-    return cache
-
-
-@pytest.mark.slow
-def test_a_model_of_the_hub_is_sharded(tiny, folder, alone, tmp_path):
-    cache = in_hub(tmp_path / "hub", tiny / "model")
-    options = options_of(tiny, tmp_path / "out", 4, "--model", "acme/tiny", *SHARDED)
-    run = Run([sys.executable, "-m", "peft_ext", *options], tmp_path / "log", HF_HUB_CACHE=str(cache))
-    assert run.end() == 0, run.out
-    losses, weights = differences(alone, tmp_path / "out")
-    assert losses <= LOSS and weights <= WEIGHT
-    saved = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert saved["base_model_name_or_path"] == "acme/tiny" == record_of(tmp_path / "out")["options"]["model"]
-
-
-@pytest.mark.slow
-def test_files_of_the_hub_are_compared_where_they_are_sharded(tiny, tmp_path):
-    for rank, changed in enumerate(({}, {"rms_norm_eps": 1e-3})):
-        in_hub(tmp_path / f"hub{rank}", tiny / "model", **changed)
-
-    def arguments(rank):
-        return options_of(tiny, tmp_path / "out", 2, "--model", "acme/tiny", *SHARDED)
-
-    runs = by_hand(2, arguments, tmp_path, port(), HF_HUB_CACHE=str(tmp_path / "hub{rank}"))
-    none, said = errors_of(runs)
-    assert none == [] and len(said) == 1 and re.match("rank 1: config.json of --model, .* on rank 0 it is", said[0])
-
-
-@pytest.mark.slow
-def test_hybrid_sharding_on_two_machines_with_a_killed_rank(tiny, folder, alone, tmp_path):
-    """Two agents of torchrun stand for two machines, between which the shards are replicated."""
-    at = ["--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port()}",
-          "--rdzv-id", "job"]  # fmt: skip
-    command = [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, "--shard", "hsdp", "--save-steps", "2")]
-    runs = [Run(command, tmp_path / f"{agent}.log") for agent in range(2)]
-    try:
-        runs[0].wait_for((tmp_path / "out/checkpoints/checkpoint-4").exists)
-        for run in runs:
-            if (process := run.of_rank(3)) is not None:
-                process.kill()
-        assert [run.end() for run in runs] == [0, 0], runs[0].out + runs[1].out
-    finally:
-        for run in runs:
-            run.kill()
-    losses, weights = differences(alone, tmp_path / "out")
-    assert losses <= LOSS and weights <= WEIGHT
-
-
-@pytest.mark.slow
-def test_a_folder_of_bitsandbytes_is_not_sharded(tiny, tmp_path):
-    """The error comes before the data is read."""
-    model = shutil.copytree(tiny / "model", tmp_path / "bnb")
-    config = json.loads((model / "config.json").read_text())
-    about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
-    more = ("--model", str(model), "--quant", "nf4", "--data", str(tmp_path / "none.jsonl"), *SHARDED)
-    run = Run([sys.executable, "-m", "peft_ext", *options_of(tiny, tmp_path / "out", 4, *more)], tmp_path / "log")
-    assert run.end() == 2, run.out
-    assert run.out.startswith(f"error: --shard fsdp2: the files of --model {model} are bitsandbytes' NF4, wanted dense")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--shard", "fsdp2", "--method", "adalora"), "--shard fsdp2 with --method adalora: wanted one of lora"),
-        (("--shard", "fsdp2", "--stock", "--quant", "nf4"), "--shard fsdp2 with --stock and NF4"),
-        (("--shard", "hsdp"), "--shard hsdp: 1 processes on 1 machines, wanted several machines"),
-        (("--shard", "zero3"), "--shard zero3: wanted one of ddp, fsdp2, hsdp"),
-        (
-            ("--shard", "fsdp2", "--model", "acme/none"),
-            "--model is acme/none: there is no such folder, and the hub gives none (",
-        ),
-    ],
-)
-def test_what_can_not_be_sharded_is_refused(more, message, tiny, tmp_path):
-    run = Run([sys.executable, "-m", "peft_ext", *options_of(tiny, tmp_path / "out", 4, *more)], tmp_path / "log")
-    assert run.end() == 2 and run.out.startswith(f"error: {message}")
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def errors_of(runs: list[Run]) -> list[list[str]]:
-    """Returns the lines of errors that each process printed. All processes must end with an error."""
-    assert all(run.end() for run in runs), [run.out for run in runs]
-    return [re.findall(r"^error: (.*)", run.out, re.MULTILINE) for run in runs]
 
 
 @pytest.mark.slow

@@ -92,9 +92,6 @@ def test_what_is_not_possible_is_refused_at_the_start(
     assert message("--quant", "mxfp4", "--stock") == (
         "--stock with --quant mxfp4: PEFT and bitsandbytes have no layers over MXFP4, wanted nf4 or none"
     )
-    assert message("--quant", "fp8", "--shard", "fsdp2") == (
-        "--shard fsdp2 with --quant fp8: weights of FP8 are not sharded, wanted nf4 or none; --shard ddp takes all"
-    )
     assert message("--quant", "int4", "--method", "partial") == (
         "--quant int4 with --method partial: it trains the weights themselves, which INT4 freezes"
     )
@@ -113,7 +110,6 @@ def test_what_is_not_possible_is_refused_at_the_start(
             "checkpoint"
         )
     assert message("--stock", of=packed).startswith("--stock with --quant checkpoint: PEFT and bitsandbytes have no")
-    assert message("--shard", "fsdp2", of=packed).startswith("--shard fsdp2 with --quant checkpoint: weights of a")
     assert message("--method", "partial", of=packed).endswith("which a packed checkpoint freezes")
     config = json.loads((packed / "model" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "aqlm"}

@@ -20,9 +20,10 @@ import transformers as hf
 import peft_ext
 from peft_ext.integrations.model_blocks.mlp import activation_name
 from peft_ext.methods import make_config, method_config
-from peft_ext.run import Options, RunError, finetune, train
+from peft_ext.run import Options, RunError, dry_run, finetune, train
 from peft_ext.run.data import Corpus, prompt_ids, read_corpus, tokenize
-from peft_ext.run.prepare import prepare
+from peft_ext.run.plan import preview
+from peft_ext.run.prepare import adapter_config, meta_base, prepare
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -228,3 +229,21 @@ def test_no_record_is_on_both_sides(tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpus = read_corpus(str(tmp_path / "data.jsonl"), eval_fraction=0.2)
     assert sorted(corpus.train + corpus.held_out) == sorted(texts) and 4 <= len(corpus.held_out) <= 12
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_the_memory_of_a_process_with_a_share_of_the_base(quant, tiny: Path, tmp_path: Path) -> None:
+    """Tests the sums; tests/distributed/test_finetune_shards.py compares the numbers with those of a run."""
+    plan = dry_run(options_of(tiny, tmp_path / "out", shard="fsdp2", quant=quant, dtype="fp32"))
+    alone, memory = plan.adapter.sharded, plan.adapter.memory
+    assert alone.shards == 1 and alone.gathered == 0
+    assert alone.frozen == memory.weights + memory.quantization and alone.adapter == memory.adapters
+    assert alone.other == memory.peak["activations"] + memory.peak["logits"] + memory.peak["temporary"]
+    assert plan.step_bytes == alone.step and plan.load_bytes == alone.load and plan.check_bytes == alone.check
+    base, given = meta_base(plan.run), {"dtype": torch.float32, "device": torch.device("cpu"), "blocksize": 64}
+    given |= {"batch_size": 2, "sequence_length": plan.longest, "shards": 3, "quant": quant}
+    third = preview(base, adapter_config(plan.run, base), **given).sharded
+    assert alone.adapter / 3 <= third.adapter < alone.adapter / 2  # a rank of 4 is 2, 2 and 0 rows
+    scales = memory.quantization
+    assert (alone.frozen - scales) / 3 < third.frozen - scales < 0.37 * (alone.frozen - scales)
+    assert third.shards == 3 and third.gathered > 0 and third.other > 0

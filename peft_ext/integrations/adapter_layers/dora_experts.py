@@ -129,6 +129,15 @@ if ParamWrapper is not None:
             if config.use_dora:
                 self._add_magnitude(adapter_name, config)
 
+        def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+            codes = self.get_param()
+            if not (codes.is_floating_point() and codes.dtype.itemsize == 1):
+                super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+                return
+            for held in (self.lora_A, self.lora_B):  # PEFT would cast the adapter to the dtype of FP8's codes
+                if not held[adapter_name].weight.is_meta:
+                    held[adapter_name].to(codes.device)
+
         def _add_magnitude(self, name: str, config: Any) -> None:
             self.use_dora[name] = True
             if "lora_magnitude_vector" not in self.adapter_layer_names:

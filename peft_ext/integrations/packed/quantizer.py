@@ -172,14 +172,27 @@ class PackedQuantizer(HfQuantizer):
                     module._parameters[parameter].requires_grad_(False)
             elif isinstance(module, HoldsPacked):
                 module.weight.requires_grad_(False)
-                scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
-                if any(tensor.is_meta for tensor in tensors.values()):
-                    continue  # the layer is offloaded to the disk
-                try:
-                    weight, names, extra = LAYOUTS[scheme.layout].built(tensors, module.packed.shape, scheme)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"PackedConfig: {name}: {error}") from error
-                module.describe(weight, names, extra)
+                self.describe(name, module)
+
+    def describe(self, name: str, module: HoldsPacked) -> None:
+        """Makes the description of a layer's weight again from the tensors that were read.
+
+        ``name``: the layer's name before an adapter was added. A layer with a tensor on the meta device, which is
+        offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError.
+        """
+        scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            return
+        for key, tensor in tensors.items():
+            if hasattr(tensor, "to_local"):  # no layout depends on the values of the codes
+                tensors[key] = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        shape = (module.out_features, module.in_features) if isinstance(module, PackedLinear) else (
+            module.num_embeddings, module.embedding_dim)  # fmt: skip
+        try:
+            weight, names, extra = LAYOUTS[scheme.layout].built(tensors, shape, scheme)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"PackedConfig: {name}: {error}") from error
+        module.describe(weight, names, extra)
 
     @property
     def is_trainable(self) -> bool:

@@ -1,0 +1,115 @@
+"""The memory of one process of a run whose base is sharded by FSDP2, computed from the shapes of the tensors.
+
+FSDP2 splits each parameter by rows: with n shards, the first process holds ``ceil(rows / n)`` rows of each parameter,
+and no process holds more. Buffers, such as the scales of packed weights, are whole in each process. A unit is a decoder
+layer, or the rest of the model. The rest stays gathered from its forward to its backward. In the backward, FSDP2 may
+gather a decoder layer while it computes with another decoder layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from ..memory import MemoryEstimate
+from ..nn import NF4Linear, PackedLinear
+from ..nn.experts import FrozenExperts
+from ..sharded.base import decoder_layers
+from ..sharded.load import PIECE
+
+
+@dataclass(frozen=True)
+class ShardedMemory:
+    """Bytes of the process with the largest shards.
+
+    Attributes:
+        shards: number of processes that share one copy of the base.
+        frozen: the process's rows of the frozen parameters, and the whole buffers.
+        adapter, gradients, optimizer: the process's rows of the trained parameters, of their gradients, and of Adam's
+            two states, with Adam's count of the steps.
+        gathered: upper bound of the gathered parameters in a step, beside the shards: those of the rest of the model
+            and of the two largest decoder layers.
+        other: activations, logits and temporary tensors of a step at the peak; 0 where they could not be estimated.
+        reading: upper bound of the tensors that exist beside the shards while the base loads.
+    """
+
+    shards: int
+    frozen: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    other: int
+    reading: int
+
+    @property
+    def step(self) -> int:
+        """Bytes of a training step."""
+        return self.frozen + self.adapter + self.gradients + self.optimizer + self.gathered + self.other
+
+    @property
+    def load(self) -> int:
+        """Bytes while the base loads."""
+        return self.frozen + self.adapter + self.reading
+
+    @property
+    def check(self) -> int:
+        """Bytes during the last check, which loads the base a second time beside the trained model."""
+        return self.load + self.frozen + self.adapter
+
+
+def sharded_memory(model: nn.Module, shards: int, memory: Optional[MemoryEstimate]) -> ShardedMemory:
+    """Returns the memory of a process.
+
+    Args:
+        model: the base with its adapter, as it is trained, on the meta device or with tensors without values.
+        shards: number of processes that share one copy of the base.
+        memory: estimate of a step of an unsharded process.
+    """
+    parameters, buffers = _unique(model.parameters()), _unique(model.buffers())
+    trained = [p for p in parameters if p.requires_grad]
+    frozen = sum(_rows(p, shards) for p in parameters if not p.requires_grad) + sum(t.nbytes for t in buffers)
+    layers = [sum(p.nbytes for p in _unique(layer.parameters())) for layer in decoder_layers(model)]
+    rest = sum(p.nbytes for p in parameters) - sum(layers)
+    adapter = sum(_rows(p, shards) for p in trained)
+    # The shards of gathered parameters are counted in the shards.
+    gathered = 0 if shards == 1 else (rest + sum(sorted(layers)[-2:])) * (shards - 1) // shards
+    kinds = ("activations", "logits", "temporary")
+    other = 0 if memory is None else sum(memory.peak[kind] for kind in kinds)
+    states = 2 * adapter + 4 * len(trained)  # Adam counts the steps of each parameter
+    return ShardedMemory(shards, frozen, adapter, adapter, states, gathered, other, _reading(model))
+
+
+def _unique(tensors: Iterable[Any]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _rows(parameter: Tensor, shards: int) -> int:
+    """Returns the bytes of the largest shard of a parameter."""
+    rows = parameter.shape[0]
+    return -(-rows // shards) * (parameter.nbytes // max(1, rows))
+
+
+def _reading(model: nn.Module) -> int:
+    """Returns the most bytes that a process holds beside the shards while it reads one weight of the base.
+
+    A weight that is quantized exists in bfloat16 and in its packed form. DoRA's magnitude takes the weight in the dtype
+    of the computation, and one more copy. Other weights are read in pieces.
+    """
+    doras = {id(layer.get_base_layer()) for layer in model.modules() if getattr(layer, "lora_magnitude_vector", None)}
+    most = PIECE
+    for module in model.modules():
+        held = sum(t.nbytes for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        if isinstance(module, FrozenExperts):
+            sizes = [shape.numel() for shape in module.frozen_shapes().values()]
+        elif isinstance(module, (NF4Linear, PackedLinear)):
+            sizes = [module.in_features * module.out_features]
+        elif id(module) in doras:
+            sizes, held = [max(p.numel() for p in module.parameters(recurse=False))], 0
+        else:
+            continue
+        most = max(most, *(2 * size + held + 8 * size * (id(module) in doras) for size in sizes))
+    return most
