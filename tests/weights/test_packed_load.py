@@ -275,7 +275,7 @@ def test_packed_embeddings(tmp_path: Path) -> None:
     peft_ext.accelerate(adapted)
     adapted(TOKENS, labels=TOKENS).loss.backward()
     row = next(row for row in peft_ext.explain(adapted).rows if "embed_tokens" in row.name)
-    assert row.reason.startswith("its base layer is a PackedEmbedding, wanted nn.Embedding")
+    assert row.fused and row.kind == "LoRA over PackedEmbedding"
 
 
 def test_shards_and_device_map(tmp_path: Path) -> None:
