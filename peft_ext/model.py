@@ -20,7 +20,9 @@ from .integrations.adapter_layers.base import FUSED
 from .integrations.adapter_layers.dora import DORA_DROPOUT
 from .integrations.adapter_layers.experts import EXPERTS_DROPOUT
 from .integrations.peft import accelerate as _accelerate
-from .nn import NF4Linear
+from .nn import NF4Linear, PackedEmbedding
+from .nn.experts import FrozenExperts
+from .nn.packed import HoldsPacked
 from .sources.adapter import checked_config
 from .sources.expressions import check_expressions
 from .sources.weight_files import check_finite
@@ -68,16 +70,49 @@ def get_peft_model(
 
     Returns: the PeftModel around the same model.
 
-    Raises: TypeError where config is no PeftConfig; PEFT's errors for a configuration that does not fit the model.
+    Raises: TypeError where config is no PeftConfig; ValueError where the configuration trains or replaces a packed
+    weight; PEFT's errors for a configuration that does not fit the model.
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
+    _check_packed("get_peft_model: ", config, model)
     register_layers(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
     freeze_ranknum(adapted)
     if not accelerate:
         return adapted
     return _accelerate(adapted, blocks=blocks, dora_dropout=dora_dropout, experts_dropout=experts_dropout)
+
+
+def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
+    """Raises ValueError if a configuration makes PEFT train or read the codes of a packed weight as a dense weight.
+
+    PEFT copies the layers of ``modules_to_save`` and trains the copies, writes rows of ``trainable_token_indices`` into
+    the table, and computes DoRA's norms over an embedding from the table.
+    """
+
+    def refuse(what: str, name: str, module: nn.Module) -> None:
+        raise ValueError(
+            f"{op}{what} the packed weight of {name} ({type(module).__name__}), wanted a dense weight: "
+            "leave the layer out, or call peft_ext.dequantize_packed(model) first"
+        )
+
+    saved = tuple(getattr(config, "modules_to_save", None) or ())
+    tokens = getattr(config, "trainable_token_indices", None) or ()
+    tokens = tuple(tokens) if isinstance(tokens, dict) else ("embed_tokens",) if tokens else ()
+    targets = getattr(config, "target_modules", None) or ()
+    for name, module in model.named_modules():
+        if saved and name.endswith(saved):
+            for inner in module.modules():
+                if isinstance(inner, (HoldsPacked, NF4Linear, FrozenExperts)):
+                    refuse("modules_to_save would train a copy of", name, inner)
+        if not isinstance(module, PackedEmbedding):
+            continue
+        if tokens and name.endswith(tokens):
+            refuse("trainable_token_indices would write into", name, module)
+        ends = tuple(f".{one}" for one in targets) if not isinstance(targets, str) else ()
+        if getattr(config, "use_dora", False) and ends and f".{name}".endswith(ends):
+            refuse("DoRA's norm needs", name, module)
 
 
 def load_adapter(
@@ -129,6 +164,7 @@ def load_adapter(
         config = kwargs["config"] if "config" in kwargs and not loaded else checked_config(folder)
         if isinstance(config, PeftConfig):
             check_expressions(config, model.get_base_model() if loaded else model)
+            _check_packed("", config, model.get_base_model() if loaded else model)
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"load_adapter: {error}") from error

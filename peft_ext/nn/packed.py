@@ -241,7 +241,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
 class PackedEmbedding(HoldsPacked, nn.Embedding):
     """An embedding ``[V, N]`` whose table is frozen and packed, in the layout of a checkpoint's file.
 
-    On a CPU, the kernel decodes only the rows that a call looks up. The result has the dtype ``compute_dtype``.
+    On a CPU, the kernel decodes only the rows that a call looks up. The result has the dtype ``compute_dtype``, to which
+    the decoded values are rounded once.
 
     Attributes:
         scale: factor of the result, such as the square root of the width in Gemma.
@@ -278,12 +279,29 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
         """The scale as a tensor; None for 1. PEFT multiplies an adapter's output by its base's ``embed_scale``."""
         return None if self.scale == 1 else torch.tensor(self.scale, dtype=self.compute_dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
+    @property
+    def table(self) -> PackedWeight:
+        """The module's weight with the dtype ``compute_dtype``, to which a looked-up row is rounded once."""
         weight = self.packed
+        if weight.dtype is self.compute_dtype:
+            return weight
+        known = self.__dict__.get("_table")
+        if known is None or known[0] is not weight or torch.compiler.is_compiling():
+            known = weight, PackedWeight(weight.format, weight.parts, weight.shape, self.compute_dtype,
+                                         group=weight.group, option=weight.option)  # fmt: skip
+            if not torch.compiler.is_compiling():
+                self.__dict__["_table"] = known
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_table"}
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.table
         # The operator's adapter is zero: the sum is the decoded row. One zero in memory stands for the whole adapter.
         zero, (entries, width) = torch.zeros(1, 1, device=weight.device), weight.shape
         lora_A, lora_B = zero.expand(1, entries), zero.expand(width, 1)
-        rows = ops.lora_embedding(input, weight, lora_A, lora_B).to(self.compute_dtype)
+        rows = ops.lora_embedding(input, weight, lora_A, lora_B)
         return rows if self.scale == 1 else rows * self.embed_scale
 
     def extra_repr(self) -> str:

@@ -202,7 +202,7 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
             if part is not None and part.dim() == len(shape) and tuple(part.shape[-2:]) != (first, count):
                 _refuse("int", name, list(part.shape), f"[{first}, {count}]")
     group = columns // count if count > 1 else 0
-    if g_idx is not None and not g_idx.is_meta and (g_idx == -1).any():
+    if g_idx is not None and not g_idx.is_meta and g_idx.numel() and (g_idx == -1).any(-1).all():
         g_idx = None
     g_idx = _checked_order("int", g_idx, group, count, columns)
     flags = (INT_PLAIN if plain else 0) | (INT_ONE_SCALE if one_scale else 0)
@@ -220,7 +220,8 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
     difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has consecutive columns k, the lowest bits first.
+        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has consecutive columns k, the lowest bits first. For experts
+            this and the other tensors have the number of experts as their first size.
         qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word has the zeros of consecutive rows n.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: 2, 4 or 8.
@@ -236,17 +237,18 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
     kind = _scale_dtype("gptq", scales)
     if bits not in (2, 4, 8):
         _refuse("gptq", "bits", bits, "2, 4 or 8")
-    columns, rows = qweight.shape[0] * 32 // bits if in_features is None else in_features, scales.shape[-1]
+    *experts, words, _ = qweight.shape
+    columns, rows = words * 32 // bits if in_features is None else in_features, scales.shape[-1]
     group = 0 if group is None or group <= 0 or group >= columns else group
     count = -(-columns // group) if group else 1
     for name, part, wanted in (("qweight", qweight, (_words(columns, bits), rows)), ("scales", scales, (count, rows)),
                                ("qzeros", qzeros, (count, _words(rows, bits)))):  # fmt: skip
-        if tuple(part.shape) != wanted:
-            _refuse("gptq", name, list(part.shape), f"{list(wanted)} for {bits} bits and groups of {group or columns}")
+        if tuple(part.shape) != (*experts, *wanted):
+            _refuse("gptq", name, list(part.shape), f"{[*experts, *wanted]} for {bits} bits and groups of {group or columns}")
     g_idx = _checked_order("gptq", g_idx, group, count, columns)
     option = option_of(scales=kind, bits=bits, flags=V1 if v1 else 0)
-    return PackedWeight(GPTQ, (qweight, scales, qzeros, g_idx), (rows, columns), dtype or kind, group=group,
-                        option=option)  # fmt: skip
+    return PackedWeight(GPTQ, (qweight, scales, qzeros, g_idx), (*experts, rows, columns), dtype or kind, group=group,
+                        option=option, stacked=bool(experts))  # fmt: skip
 
 
 def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torch.dtype] = None) -> PackedWeight:
@@ -257,6 +259,7 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torc
 
     Args:
         qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word has the rows 0, 2, 4, 6, 1, 3, 5 and 7 of eight.
+            For experts this and the other tensors have the number of experts as their first size.
         qzeros: int32 ``[G, N / 8]``, in the same order.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         dtype: dtype of the weight; default: the scales' dtype.
@@ -264,14 +267,16 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torc
     Raises: TypeError or ValueError if a tensor's dtype or shape does not fit, as with the GEMV layouts.
     """
     kind = _scale_dtype("awq", scales)
-    columns, (count, rows) = qweight.shape[0], scales.shape
+    *experts, columns, _ = qweight.shape
+    count, rows = scales.shape[-2:]
     if count == 0 or columns % count:
         _refuse("awq", "scales", list(scales.shape), f"[G, N] with a G that divides the {columns} columns")
     for name, part, first in (("qweight", qweight, columns), ("qzeros", qzeros, count)):
-        if tuple(part.shape) != (first, rows // 8):
-            _refuse("awq", name, list(part.shape), f"{[first, rows // 8]}, the GEMM layout of 4 bits")
-    return PackedWeight(AWQ, (qweight, scales, qzeros), (rows, columns), dtype or kind,
-                        group=columns // count if count > 1 else 0, option=option_of(scales=kind, bits=4))  # fmt: skip
+        if tuple(part.shape) != (*experts, first, rows // 8):
+            _refuse("awq", name, list(part.shape), f"{[*experts, first, rows // 8]}, the GEMM layout of 4 bits")
+    return PackedWeight(AWQ, (qweight, scales, qzeros), (*experts, rows, columns), dtype or kind,
+                        group=columns // count if count > 1 else 0, option=option_of(scales=kind, bits=4),
+                        stacked=bool(experts))  # fmt: skip
 
 
 def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits: int = 4, group: int = 64,
@@ -286,7 +291,7 @@ def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits:
         W_q: uint8, N · K bytes for 8 bits, and N · K / 2 for 4 bits: the first half of the codes is in the high
             nibbles, the second half is in the low nibbles. A float tensor (``view_as_float``) is read as bytes.
         scale, zero: float32, bfloat16 or float16 with G = N · K / group elements.
-        shape: ``(N, K)``.
+        shape: ``(N, K)``, or ``(E, N, K)`` of experts, whose tensors have E as their first size.
         bits: 4 or 8.
         group: number of elements that share a scale.
         axis: 0 or 1, the axis of hqq's groups.
@@ -299,7 +304,8 @@ def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits:
         _refuse("hqq", "axis", axis, "0 or 1")
     codes = W_q if W_q.dtype is torch.uint8 else W_q.view(torch.uint8)
     option = option_of(scales=kind, bits=bits, flags=HQQ_AXIS0 if axis == 0 else 0)
-    return PackedWeight(HQQ, (codes, scale, zero), shape, dtype or kind, group=group, option=option)
+    return PackedWeight(HQQ, (codes, scale, zero), shape, dtype or kind, group=group, option=option,
+                        stacked=len(shape) == 3)  # fmt: skip
 
 
 # --- checkpoints and modules ------------------------------------------------------------------------------------------

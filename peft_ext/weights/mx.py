@@ -19,7 +19,7 @@ from .packed import Format, PackedWeight, option_of, register
 __all__ = ["MXFP4", "NVFP4", "from_compressed_tensors", "mxfp4", "nvfp4", "quantize_mxfp4", "quantize_nvfp4"]
 
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
-_RECIPROCAL = 1  # flag of NVFP4, as kReciprocal in csrc/weight/formats/nvfp4.h
+_RECIPROCAL, _TWO_GLOBALS = 1, 2  # flags of NVFP4, as kReciprocal and kTwoGlobals in csrc/weight/formats/nvfp4.h
 _CHUNK = 1 << 22  # elements of a weight that a quantizer holds in float32 at a time
 _LARGEST = 6.0  # of e2m1
 
@@ -86,11 +86,14 @@ def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -
 
 def _check_nvfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, option: int) -> None:
     _check_columns(NVFP4, shape, group, _NVFP4_GROUP)
-    if option not in (_nvfp4_option(False), _nvfp4_option(True)):
-        raise ValueError(f"PackedWeight: nvfp4 has option {option}, wanted {_nvfp4_option(False)} or "
-                         f"{_nvfp4_option(True)}")  # fmt: skip
+    known = [_nvfp4_option(flags) for flags in range(4)]
+    if option not in known:
+        raise ValueError(f"PackedWeight: nvfp4 has option {option}, wanted one of {', '.join(map(str, known))}")
+    two = bool(option >> 8 & _TWO_GLOBALS)
+    if two and shape[0] % 2:
+        raise ValueError(f"PackedWeight: nvfp4 has {shape[0]} rows and two global scales, wanted an even number of rows")
     elements = shape[0] * shape[1]
-    wanted = ((torch.uint8, elements // 2), (torch.float8_e4m3fn, elements // _NVFP4_GROUP), (torch.float32, 1))
+    wanted = ((torch.uint8, elements // 2), (torch.float8_e4m3fn, elements // _NVFP4_GROUP), (torch.float32, 1 + two))
     _check_parts(NVFP4, parts, shape, wanted)
 
 
@@ -98,8 +101,8 @@ NVFP4 = register(Format("nvfp4", 3, ("packed", "scales", "global_scale"), _check
                         "compressed-tensors compressors/nvfp4, ModelOpt NVFP4QTensor"))  # fmt: skip
 
 
-def _nvfp4_option(reciprocal: bool) -> int:
-    return option_of(scales=torch.float8_e4m3fn, bits=4, flags=_RECIPROCAL if reciprocal else 0)
+def _nvfp4_option(flags: int) -> int:
+    return option_of(scales=torch.float8_e4m3fn, bits=4, flags=flags)
 
 
 def nvfp4(
@@ -110,7 +113,8 @@ def nvfp4(
     Args:
         packed: uint8 ``[N, K/2]``, two codes per byte, the low nibble first.
         scales: float8_e4m3fn ``[N, K/16]``. With three dimensions ``[E, N, K/16]`` the weight is stacked.
-        global_scale: float32, one element, or one for each expert of a stacked weight.
+        global_scale: float32, one element, or one for each expert of a stacked weight. Twice as many elements are the
+            scales of the first and of the second half of the rows, such as the gate and the up of an expert.
         dtype: dtype that the weight's library decodes to.
         reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided. False for
             ModelOpt's ``weight_scale_2``, with which scales are multiplied. ModelOpt decodes code 8 to +0, and
@@ -120,8 +124,10 @@ def nvfp4(
         ValueError: a size or a dtype does not fit.
     """
     shape = (*scales.shape[:-1], scales.shape[-1] * _NVFP4_GROUP)
+    count = shape[0] if len(shape) == 3 else 1
+    flags = (_RECIPROCAL if reciprocal else 0) | (_TWO_GLOBALS if global_scale.numel() == 2 * count > 0 else 0)
     return PackedWeight(NVFP4, (packed, scales, global_scale), shape, dtype, group=_NVFP4_GROUP,
-                        option=_nvfp4_option(reciprocal), stacked=len(shape) == 3)  # fmt: skip
+                        option=_nvfp4_option(flags), stacked=len(shape) == 3)  # fmt: skip
 
 
 def from_compressed_tensors(module: torch.nn.Module) -> PackedWeight:

@@ -82,7 +82,7 @@ def nvfp4(weight: Tensor) -> Tensors:
     return {
         "weight_packed": codes(n, k // 2, dtype=torch.uint8),
         "weight_scale": (torch.rand(n, k // 16) * 8).to(torch.float8_e4m3fn),
-        "weight_global_scale": torch.tensor([300.0]),
+        "weight_global_scale": torch.rand(1) * 200 + 200,
     }
 
 
@@ -94,13 +94,13 @@ def mxfp4(weight: Tensor) -> Tensors:
     }
 
 
-def gptq(weight: Tensor, group: int = 32, act_order: bool = False) -> Tensors:
+def gptq(weight: Tensor, group: int = 32, act_order: bool = False, bits: int = 4) -> Tensors:
     n, k = weight.shape
     g_idx = torch.arange(k, dtype=torch.int32) // group
     return {
-        "qweight": codes(k // 8, n),
-        "qzeros": codes(k // group, n // 8),
-        "scales": scales(k // group, n, dtype=torch.float16, largest=0.005),
+        "qweight": codes(k * bits // 32, n),
+        "qzeros": codes(k // group, n * bits // 32),
+        "scales": scales(k // group, n, dtype=torch.float16, largest=0.005 if bits == 4 else 0.0003),
         "g_idx": g_idx[torch.randperm(k)] if act_order else g_idx,
     }
 
@@ -149,6 +149,8 @@ CASES: dict[str, tuple[dict[str, Any], Pack]] = {
               "checkpoint_format": "gptq"}, gptq),
     "gptq act-order": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True,
                         "checkpoint_format": "gptq_v2"}, lambda w: gptq(w, act_order=True)),
+    "gptq 8": ({"quant_method": "gptq", "bits": 8, "group_size": -1, "desc_act": False, "sym": True,
+                "checkpoint_format": "gptq_v2"}, lambda w: gptq(w, group=w.shape[1], bits=8)),
     "hqq": ({"quant_method": "hqq", "skip_modules": ["lm_head"], "quant_config": {
         "weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1}, "scale_quant_params": None}}, hqq),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
@@ -187,6 +189,9 @@ def write(
             held |= {f"{name.removesuffix('weight')}{part}": value for part, value in pack(tensor).items()}
         else:
             held[name] = tensor
+    for name in held:  # GPTQ orders columns by the layer's inputs, which an expert's gate and up have in common
+        if name.endswith("up_proj.g_idx") and "experts" in name:
+            held[name] = held[name.replace("up_proj", "gate_proj")].clone()
     finish(path, held, quantization, shards=shards)
     return path
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 import peft_ext
 from peft_ext.nn import PackedEmbedding, PackedExperts, PackedLinear
 from peft_ext.reference.formats import decoded
+from peft_ext.weights import fp8, int_groups, mx
 
 TOKENS = torch.arange(18).reshape(2, 9) * 5 % pc.VOCAB
 
@@ -97,31 +98,81 @@ def test_loads_packed_without_a_warning_and_saves_the_same_bytes(
     assert torch.equal(load(tmp_path / "again")(TOKENS).logits, logits)
 
 
-@pytest.mark.parametrize("case", ["fp8", "int4", "int4 zeros", "int8", "float8", "mxfp4"])
+def layer_weight(path: Path, case: str, name: str, shape: tuple[int, int]) -> Tensor:
+    """Returns the decoded weight of one linear layer of a checkpoint, from the tensors of this layer alone."""
+    held = {key.removeprefix(f"{name}."): one for key, one in pc.stored(path).items() if key.startswith(f"{name}.")}
+    if case == "fp8":
+        weight = fp8.fp8(held["weight"], held["weight_scale_inv"], (32, 32))
+    elif case == "float8":
+        weight = fp8.fp8(held["weight"], held["weight_scale"], (1, 0))
+    elif case == "mxfp4":
+        weight = mx.mxfp4(held["weight_packed"], held["weight_scale"])
+    elif case == "nvfp4":
+        parts = (held[f"weight_{part}"] for part in ("packed", "scale", "global_scale"))
+        weight = mx.nvfp4(*parts, reciprocal=True)
+    else:
+        settings = quantization_of(path)
+        if case == "hqq":
+            settings = {**settings, **settings["quant_config"]["weight_quant_params"]}
+            held |= {name: settings[name] for name in ("group_size", "axis")}
+        weight = int_groups.from_state(settings, held, shape)
+    return decoded(weight, torch.float32)
+
+
+@pytest.mark.parametrize("case", pc.CASES)
 def test_experts_that_transformers_merges_stay_packed(case: str, tmp_path: Path) -> None:
     path = pc.write_mixture(tmp_path / "model", case)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load(path)
-    experts = model.model.layers[0].mlp.experts
+    experts = model.model.layers[1].mlp.experts
     assert isinstance(experts, PackedExperts)
-    stored, prefix = pc.stored(path), "model.layers.0.mlp.experts"
+    stored, prefix = pc.stored(path), "model.layers.1.mlp.experts"
     for index in range(4):
-        up = f"{prefix}.{index}.up_proj.weight"
-        codes = stored[up] if up in stored else stored[f"{up}_packed"]
-        part = experts.frozen("gate_up_proj").expert(index)
-        assert torch.equal(part.parts[0].reshape(2, -1)[1].view(torch.uint8), codes.reshape(-1).view(torch.uint8))
+        shape = (pc.HIDDEN, pc.HIDDEN)
+        gate, up, down = (layer_weight(path, case, f"{prefix}.{index}.{name}_proj", shape) for name in ("gate", "up", "down"))
+        first, second = (decoded(experts.frozen(name).expert(index), torch.float32) for name in ("gate_up_proj", "down_proj"))
+        assert torch.equal(first, torch.cat((gate, up))) and torch.equal(second, down)
+    of_files = sum(one.nbytes for name, one in stored.items() if prefix in name)
+    assert sum(one.nbytes for one in experts.state_dict().values()) <= of_files
     assert close(load(path, dtype=torch.float32)(TOKENS).logits, dense(load(path, dtype=torch.float32))(TOKENS).logits)
     model.save_pretrained(tmp_path / "again")
     assert same_tensors(stored, pc.stored(tmp_path / "again"))
     assert torch.equal(load(tmp_path / "again")(TOKENS).logits, model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("case", ["nvfp4", "gptq", "gptq act-order", "awq", "hqq"])
-def test_experts_whose_rows_do_not_stack_are_refused_by_name(case: str, tmp_path: Path) -> None:
+def changed(path: Path, key: str, change: Any) -> Path:
+    """Replaces the tensor ``key`` of a checkpoint by ``change(tensor)``, or removes the tensor."""
+    held = load_file(path / "model.safetensors")
+    tensor = held.pop(key)
+    if change is not None:
+        held[key] = change(tensor)
+    pc.finish(path, held, quantization_of(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "change", "text"),
+    [
+        ("gptq act-order", "up_proj.g_idx", lambda t: t.flip(0), "gate_up_proj_g_idx: the gate and the up of an expert"),
+        ("awq", "up_proj.scales", None, "experts.gate_up_proj: the experts differ in scales"),
+        ("nvfp4", "up_proj.weight_scale", lambda t: t[:, :2].contiguous(), "the experts differ in weight_scale"),
+    ],
+)
+def test_experts_that_cannot_be_merged_are_named(case: str, name: str, change: Any, text: str, tmp_path: Path) -> None:
     path = pc.write_mixture(tmp_path / "model", case)
-    layout = {"nvfp4": "nvfp4-pack-quantized"}.get(case, case.partition(" ")[0])
-    with pytest.raises(ValueError, match=f"mlp.experts: experts in the layout {layout} can't stay packed: "):
+    changed(path, f"model.layers.1.mlp.experts.2.{name}", change)
+    with pytest.raises(ValueError, match="PackedConfig: model.layers.1.mlp.experts") as caught:
+        load(path)
+    assert text in str(caught.value)
+
+
+def test_experts_of_hqq_along_axis_0_are_refused_by_name(tmp_path: Path) -> None:
+    path = pc.write_mixture(tmp_path / "model", "hqq")
+    quantization = quantization_of(path)
+    quantization["quant_config"]["weight_quant_params"]["axis"] = 0
+    rewrite(path, **quantization)
+    with pytest.raises(ValueError, match="mlp.experts.gate_up_proj: experts can't stay packed: groups along axis 0"):
         load(path)
 
 
@@ -224,7 +275,7 @@ def test_packed_embeddings(tmp_path: Path) -> None:
     peft_ext.accelerate(adapted)
     adapted(TOKENS, labels=TOKENS).loss.backward()
     row = next(row for row in peft_ext.explain(adapted).rows if "embed_tokens" in row.name)
-    assert row.reason.startswith("its base layer is a PackedEmbedding, wanted nn.Embedding")
+    assert row.fused and row.kind == "LoRA over PackedEmbedding"
 
 
 def test_shards_and_device_map(tmp_path: Path) -> None:
@@ -339,12 +390,7 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_named(case: str, name: str, change: Any, text: str, tmp_path: Path) -> None:
-    path = pc.write(tmp_path, case)
-    held, key = load_file(path / "model.safetensors"), f"model.layers.1.self_attn.q_proj.{name}"
-    tensor = held.pop(key)
-    if change is not None:
-        held[key] = change(tensor)
-    pc.finish(path, held, quantization_of(path))
+    path = changed(pc.write(tmp_path, case), f"model.layers.1.self_attn.q_proj.{name}", change)
     with pytest.raises(ValueError, match="PackedConfig: model.layers.1.self_attn.q_proj") as caught:
         load(path)
     assert text in str(caught.value)
@@ -394,8 +440,11 @@ def test_adapters_are_fused_with_the_numbers_of_the_dense_model(case: str, metho
     assert all(("input is not quantized" in row.reason) == (case == "fp8") for row in adapted)
 
 
-def test_lora_on_packed_experts_is_fused(tmp_path: Path) -> None:
-    base = load(pc.write_gpt_oss(tmp_path), dtype=torch.float32)
+@pytest.mark.parametrize("case", ["gpt-oss", *pc.CASES])
+def test_lora_on_packed_experts_is_fused(case: str, tmp_path: Path) -> None:
+    """The logits, losses and gradients are those of LoRA over the decoded experts."""
+    path = pc.write_gpt_oss(tmp_path) if case == "gpt-oss" else pc.write_mixture(tmp_path, case)
+    base = load(path, dtype=torch.float32)
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=parameters)
     models = []
@@ -404,16 +453,18 @@ def test_lora_on_packed_experts_is_fused(tmp_path: Path) -> None:
         model = get_peft_model(model, copy.deepcopy(config))
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data += 0.02 * torch.randn_like(parameter)
+                parameter.data = 0.1 * torch.randn_like(parameter)
         models.append(peft_ext.accelerate(model))
-    logits = [model(TOKENS).logits for model in models]
-    assert close(*logits)
-    for one in logits:
-        one.square().sum().backward()
+    results = [model(TOKENS, labels=TOKENS) for model in models]
+    assert close(*(one.logits for one in results)) and close(*(one.loss for one in results))
+    for one in results:
+        (one.logits.square().sum() + one.loss).backward()
     gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert any("experts" in name and grad.abs().max() > 0 for name, grad in gradients[0].items())
     assert all(close(grad, gradients[1][name]) for name, grad in gradients[0].items())
+    kind = type(models[0].get_base_model().model.layers[0].mlp.experts.get_base_layer()).__name__
     row = next(row for row in peft_ext.explain(models[0]).rows if "experts" in row.name)
-    assert row.fused and row.kind == "LoRA over GptOssExperts.down_proj"
+    assert row.fused and row.kind == f"LoRA over {kind}.down_proj"
     with pytest.raises(RuntimeError, match="merge: .* is packed"):
         models[0].merge_adapter()
 

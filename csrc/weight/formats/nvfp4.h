@@ -2,7 +2,8 @@
 //
 // part 0: codes, uint8 [N, K / 2], two per byte, the low nibble is the even column;
 // part 1: scales, one e4m3 byte for 16 columns [N, K / 16]. K is a multiple of 16;
-// part 2: global, one float32. ModelOpt stores the factor; compressed-tensors stores the factor's reciprocal.
+// part 2: global, one float32, or two with the flag kTwoGlobals: for the first and for the second half of the rows, such
+// as the gate and up of an expert. ModelOpt stores the factor; compressed-tensors stores the factor's reciprocal.
 // Sources: compressed-tensors compressors/nvfp4, ModelOpt qtensor/nvfp4_tensor.py. Code 8 is -0 in compressed-tensors
 // and +0 in ModelOpt.
 #pragma once
@@ -13,21 +14,30 @@ namespace peft_ext {
 namespace {
 
 struct Nvfp4 {
-  static constexpr int kReciprocal = 1;
+  static constexpr int kReciprocal = 1, kTwoGlobals = 2;  // flags of `option`
+
+  static bool two_globals(const PackedView& w) { return format_flags(w.option) & kTwoGlobals; }
 
   static const char* refused(const PackedView& w) {
-    return w.group == 16 && w.columns % 16 == 0 ? nullptr : "group 16, and a multiple of 16 columns";
+    return w.group == 16 && w.columns % 16 == 0 && (!two_globals(w) || w.rows % 2 == 0)
+               ? nullptr
+               : "group 16, a multiple of 16 columns, and an even number of rows with two global scales";
   }
   static int64_t part_bytes(const PackedView& w, int part) {
-    const int64_t sizes[] = {w.rows * (w.columns / 2), w.rows * (w.columns / 16), 4};
+    const int64_t sizes[] = {w.rows * (w.columns / 2), w.rows * (w.columns / 16), two_globals(w) ? 8 : 4};
     return part < 3 ? sizes[part] : 0;
   }
 
   static bool reciprocal(const PackedView& w) { return format_flags(w.option) & kReciprocal; }
 
+  // Returns the global scale of the row in which a group of 16 columns lies.
+  static float global_scale(const PackedView& w, int64_t group) {
+    const bool second = two_globals(w) && group >= w.rows / 2 * (w.columns / 16);
+    return static_cast<const float*>(w.part[2])[second ? 1 : 0];
+  }
+
   static float scale(const PackedView& w, int64_t group) {
-    const float local = e4m3_value(static_cast<const uint8_t*>(w.part[1])[group]);
-    const float global = static_cast<const float*>(w.part[2])[0];
+    const float local = e4m3_value(static_cast<const uint8_t*>(w.part[1])[group]), global = global_scale(w, group);
     return reciprocal(w) ? local / global : local * global;
   }
 
@@ -66,8 +76,9 @@ struct Nvfp4 {
     for (int i = 0; i < 16; ++i) out[i] = (kE2m1[i] + zero) * factor;
   }
   static void scales(const PackedView& w, int64_t row, int64_t column, int64_t count, float* scale) {
-    const uint8_t* locals = static_cast<const uint8_t*>(w.part[1]) + (row * w.columns + column) / 16;
-    const float global = static_cast<const float*>(w.part[2])[0];
+    const int64_t group = (row * w.columns + column) / 16;
+    const uint8_t* locals = static_cast<const uint8_t*>(w.part[1]) + group;
+    const float global = global_scale(w, group);
     if (reciprocal(w)) {
       for (int64_t i = 0; i < count; ++i) scale[i] = e4m3_value(locals[i]) / global;
     } else {

@@ -1,4 +1,4 @@
-"""PEFT's LoRA over an ``nn.Embedding`` on :func:`peft_ext.ops.lora_embedding`."""
+"""PEFT's LoRA over an ``nn.Embedding`` or a ``PackedEmbedding`` on :func:`peft_ext.ops.lora_embedding`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..._imports import optional
+from ...nn import PackedEmbedding
+from ...nn.nf4 import is_zero3_shard
 from ...ops.checks import autocast_dtype, under_a_transform
 from ...text import dtype_name
 from .base import DTYPES, Fused, active_in, class_name, fuses
@@ -25,14 +27,17 @@ _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_ge
 
 def _base_reason(base: nn.Module) -> Optional[str]:
     """Returns why the operator can't replace the forward of the base layer, or None."""
-    if type(base) is not nn.Embedding:  # a subclass may scale its output, as Gemma's embedding does
-        return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding"
+    packed = type(base) is PackedEmbedding
+    if not packed and type(base) is not nn.Embedding:  # a subclass may scale its output, as Gemma's embedding does
+        return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding or PackedEmbedding"
     if hooked(base):
         return "hooks on base_layer, or its replaced forward, would not run"
     if base.max_norm is not None:
         return "max_norm changes the weights in the forward"
     if base.scale_grad_by_freq or base.sparse:
         return "scale_grad_by_freq or sparse makes the gradient of lora_A another"
+    if packed:
+        return _packed_reason(base)
     if getattr(base, "embed_scale", None) is not None:
         return "its base layer has an embed_scale"
     weight = base._parameters.get("weight")
@@ -45,12 +50,23 @@ def _base_reason(base: nn.Module) -> Optional[str]:
     )
 
 
+def _packed_reason(base: PackedEmbedding) -> Optional[str]:
+    """Returns why the operator can't read the table of the embedding, or None."""
+    codes = base.weight
+    if codes.requires_grad:
+        return "its base weight requires grad"
+    if codes.is_meta or is_zero3_shard(codes):
+        return "its weight is on meta" if codes.is_meta else "ZeRO-3 has partitioned its weight"
+    dtype = base.compute_dtype
+    return None if dtype in DTYPES else f"its dtype is {dtype_name(dtype)}, wanted a float of 16 or 32 bits"
+
+
 if LoraEmbedding is not None:
 
     @fuses(LoraEmbedding)
     class FusedLoraEmbedding(Fused, LoraEmbedding):
-        """Fused ``peft.tuners.lora.Embedding``; fuses calls over a plain ``nn.Embedding`` with one active adapter of
-        plain LoRA."""
+        """Fused ``peft.tuners.lora.Embedding``; fuses calls over a plain ``nn.Embedding`` or a ``PackedEmbedding`` with
+        one active adapter of plain LoRA."""
 
         reads = (*Fused.reads, "lora_embedding_A", "lora_embedding_B", "lora_variant", "scaling", "input_fns",
                  "output_fns")  # fmt: skip
@@ -93,8 +109,10 @@ if LoraEmbedding is not None:
             if autocast_dtype(x) is not None or self._reason() is not None:  # autocast rounds PEFT's product
                 return None
             (name,), base = active_in(self, self.lora_embedding_A), self._modules["base_layer"]
-            scaling, weight = self.scaling[name], base._parameters["weight"]
+            packed = type(base) is PackedEmbedding
+            scaling, weight = self.scaling[name], base.table if packed else base._parameters["weight"]
             if isinstance(scaling, Tensor) or x.device != weight.device:
                 return None
             a, b = self._pair(name)
-            return ops.lora_embedding(x, weight, a, b, scaling=scaling, padding_idx=base.padding_idx)
+            y = ops.lora_embedding(x, weight, a, b, scaling=scaling, padding_idx=base.padding_idx)
+            return y * base.embed_scale if packed and base.scale != 1 else y

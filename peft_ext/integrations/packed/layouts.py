@@ -33,8 +33,11 @@ class Layout:
         extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
         joined: what stands between the name of the layer's dense weight and a name above: "." if the name takes the
             place of "weight", "" if the name is appended, as in ``gate_up_proj_blocks``.
-        alone: "" if the tensors of all experts of a mixture can be merged to one weight by stacking the experts and
-            concatenating rows, such as those of gate and up; else the reason why not.
+        rows: the dimension of the tensors that runs along the rows of the weight. Layers of one input, such as an
+            expert's gate and up, are merged to one weight by concatenating the tensors along this dimension.
+        shared: names of tensors that such layers must have in common, and of which the merged weight has one.
+        halves: names of tensors of 4-bit codes whose first half of rows is in the high nibbles of the bytes.
+        alone: returns why the tensors of such layers can't be merged, or "".
     """
 
     parts: tuple[str, ...]
@@ -42,7 +45,10 @@ class Layout:
     optional: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     joined: str = "."
-    alone: str = ""
+    rows: int = 0
+    shared: tuple[str, ...] = ()
+    halves: tuple[str, ...] = ()
+    alone: Callable[[Scheme], str] = lambda scheme: ""
 
     @property
     def codes(self) -> str:
@@ -107,7 +113,7 @@ def _nvfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> Pack
 
 def _hqq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
     axis = int(scheme.version.removeprefix("axis "))
-    return hqq(*parts, shape, bits=scheme.bits, group=scheme.group or shape[1 if axis == 1 else 0], axis=axis)
+    return hqq(*parts, shape, bits=scheme.bits, group=scheme.group or shape[-1 if axis == 1 else -2], axis=axis)
 
 
 _INT = ("weight_scale", "weight_zero_point", "weight_g_idx")
@@ -119,21 +125,20 @@ _HQQ = (
     "optimize", "round_zero",
 )  # fmt: skip
 
-_COLUMNS = "the weight's rows are the columns of the stored tensors"
+
+def _hqq_alone(scheme: Scheme) -> str:
+    return "" if scheme.version == "axis 1" else "groups along axis 0 run through all rows of an expert's gate or up"
+
 
 LAYOUTS: dict[str, Layout] = {
     "fp8": Layout(("weight", "weight_scale_inv"), _fp8),
     "float-quantized": Layout(("weight", "weight_scale"), _fp8),
-    "nvfp4-pack-quantized": Layout(
-        ("weight_packed", "weight_scale", "weight_global_scale"),
-        _nvfp4,
-        alone="each expert's gate and up have a global scale of their own",
-    ),  # fmt: skip
+    "nvfp4-pack-quantized": Layout(("weight_packed", "weight_scale", "weight_global_scale"), _nvfp4),
     "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),
     "mxfp4 experts": Layout(("_blocks", "_scales"), _mxfp4, joined=""),
-    "pack-quantized": Layout(("weight_packed", *_INT), _int_rows, _INT[1:], ("weight_shape",)),
-    "int-quantized": Layout(("weight", *_INT), _int_rows, _INT[1:]),
-    "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",), alone=_COLUMNS),
-    "awq": Layout(("qweight", "scales", "qzeros"), _awq, alone=_COLUMNS),
-    "hqq": Layout(("W_q", "scale", "zero"), _hqq, (), _HQQ, alone="a byte holds codes of two halves of the weight"),
+    "pack-quantized": Layout(("weight_packed", *_INT), _int_rows, _INT[1:], ("weight_shape",), shared=_INT[2:]),
+    "int-quantized": Layout(("weight", *_INT), _int_rows, _INT[1:], shared=_INT[2:]),
+    "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",), rows=1, shared=("g_idx",)),
+    "awq": Layout(("qweight", "scales", "qzeros"), _awq, rows=1),
+    "hqq": Layout(("W_q", "scale", "zero"), _hqq, (), _HQQ, shared=_HQQ, halves=("W_q",), alone=_hqq_alone),
 }

@@ -26,6 +26,7 @@ from ...weights.packed import PackedWeight
 from .config import METHOD
 from .files import Stored, stored_tensors
 from .layouts import LAYOUTS, Layout
+from .merging import Common, merged_shape, operations_of
 from .rules import Rules, Scheme
 
 with required("transformers", "peft_ext.PackedConfig"):
@@ -55,7 +56,8 @@ class PackedQuantizer(HfQuantizer):
             )
         self._packed: set[str] = set()
         self._schemes: dict[str, Scheme] = {}  # name of a layer -> scheme
-        self._merged: dict[str, Layout] = {}  # name of experts that transformers merges -> layout
+        self._merged: dict[str, Scheme] = {}  # name of the layout -> scheme of experts that transformers merges
+        self._common: list[Common] = []  # the operations that keep one of equal tensors of experts
 
     @property
     def rules(self) -> Rules:
@@ -89,9 +91,10 @@ class PackedQuantizer(HfQuantizer):
             # A merged stack is stored as linear layers, which the config's rules know by the names of the files.
             merged = first.converter is not None
             scheme = self._scheme(first.first, nn.Linear(1, 1)) if merged else self._scheme(name, module)
+            self._schemes[name] = scheme
             _hold_experts(name, module, scheme, places, stored, dtype)
             if merged:
-                self._merged[scheme.layout] = LAYOUTS[scheme.layout]
+                self._merged[scheme.layout] = scheme
         for name, module in model.named_modules():
             for key in _held(module):
                 self._packed.add(f"{name}.{key}")
@@ -145,12 +148,14 @@ class PackedQuantizer(HfQuantizer):
             updated.append(one)
             sources = getattr(one, "source_patterns", ())
             if isinstance(one, WeightConverter) and sources and all(name.endswith(".weight") for name in sources):
-                for layout in self._merged.values():
+                for layout, scheme in ((LAYOUTS[name], scheme) for name, scheme in self._merged.items()):
                     for part in (*layout.parts, *layout.extra):
                         if part != "weight":
                             targets = [name + _suffix(layout, part) for name in one.target_patterns]
                             parts = [name.removesuffix("weight") + part for name in sources]
-                            updated.append(one.copy(parts, targets, operations=list(one.operations)))
+                            steps = operations_of(layout, scheme, part, one.operations)
+                            self._common += [step for step in steps if isinstance(step, Common)]
+                            updated.append(one.copy(parts, targets, operations=steps))
         return super().update_weight_conversions(updated, model)
 
     # --- the reading of the tensors -----------------------------------------------------------------------------------
@@ -166,10 +171,14 @@ class PackedQuantizer(HfQuantizer):
 
         The values of some tensors are part of a weight's layout: a g_idx whose groups are in order is not needed.
         """
+        if differ := sorted({name for one in self._common for name in one.differ}):
+            raise ValueError(f"PackedConfig: {differ[0]}: the gate and the up of an expert differ in this tensor, wanted "
+                             "equal tensors")  # fmt: skip
         for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 for parameter in module.packed_names:
                     module._parameters[parameter].requires_grad_(False)
+                    self._describe_experts(name, module, parameter)
             elif isinstance(module, HoldsPacked):
                 module.weight.requires_grad_(False)
                 self.describe(name, module)
@@ -193,6 +202,25 @@ class PackedQuantizer(HfQuantizer):
         except (ValueError, TypeError) as error:
             raise ValueError(f"PackedConfig: {name}: {error}") from error
         module.describe(weight, names, extra)
+
+    def _describe_experts(self, name: str, experts: PackedExperts, parameter: str) -> None:
+        """Makes the weight of experts again if the values of a tensor, a g_idx, are part of the weight's layout."""
+        scheme = self._schemes[name]
+        layout = LAYOUTS[scheme.layout]
+        ends = {part: parameter + _suffix(layout, part) for part in layout.parts if part.endswith("g_idx")}
+        held = [name for name in experts.packed_names[parameter] if name in ends.values()]
+        if not held or getattr(experts, held[0]).is_meta:
+            return
+        weight = experts.frozen(parameter)
+        names = experts.packed_names[parameter]
+        tensors = {part: getattr(experts, one) for part, one in zip(layout.parts, names, strict=True) if one is not None}
+        try:
+            again, kept, extra = layout.built(tensors, weight.shape, scheme)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"PackedConfig: {name}.{parameter}: {error}") from error
+        kept_names = [None if one is None else parameter + _suffix(layout, one) for one in kept]
+        experts.set_packed(parameter, again, kept_names)
+        experts.extra = (*experts.extra, *(parameter + _suffix(layout, one) for one in extra))
 
     @property
     def is_trainable(self) -> bool:
@@ -240,7 +268,7 @@ class Place:
     def first(self) -> str:
         return next(iter(self.bases.values()))[0]
 
-    def tensors(self, layout: Layout, stored: dict[str, Stored]) -> dict[str, Tensor]:
+    def tensors(self, layout: Layout, scheme: Scheme, stored: dict[str, Stored]) -> dict[str, Tensor]:
         """Returns the layout's tensors on the meta device, as transformers merges them."""
         found = {}
         for name in (*layout.parts, *layout.extra):
@@ -252,19 +280,10 @@ class Place:
                 raise ValueError(f"the experts differ in {name}")
             ((dtype, shape),) = kinds
             if self.converter is not None:
-                shape = self._merged(len(each[0]), shape)
+                steps = self.converter.operations
+                shape = merged_shape(layout, scheme, name, steps, len(self.bases), len(each[0]), shape)
             found[name] = torch.empty(shape, dtype=dtype, device="meta")
         return found
-
-    def _merged(self, experts: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of the merged tensor of all experts. Raises ValueError for other merges than a stack of the
-        experts whose rows, such as those of gate and up, are concatenated."""
-        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in self.converter.operations]
-        if steps == [("MergeModulelist", 0)] and len(self.bases) == 1:
-            return (experts, *shape)
-        if steps == [("MergeModulelist", 0), ("Concatenate", 1)] and shape:
-            return (experts, len(self.bases) * shape[0], *shape[1:])
-        raise ValueError(f"transformers merges its tensors of shape {shape} by {steps}, which is not supported")
 
 
 def _suffix(layout: Layout, part: str) -> str:
@@ -278,7 +297,7 @@ def _build(
     """Returns a packed weight on the meta device, the names of its parts, and the extra tensors."""
     layout = LAYOUTS[scheme.layout]
     try:
-        return layout.built(place.tensors(layout, stored), shape, scheme)
+        return layout.built(place.tensors(layout, scheme, stored), shape, scheme)
     except (ValueError, TypeError) as error:
         raise ValueError(f"PackedConfig: {place.target}: {error}") from error
 
@@ -309,11 +328,6 @@ def _hold_experts(
         held = ", ".join(sorted(places))
         raise ValueError(f"PackedConfig: {name} ({type(module).__name__}) has the packed parameters {held}, wanted "
                          f"{' and '.join(wanted) or 'the experts of a mixture'}")  # fmt: skip
-    if layout.alone and any(place.converter is not None for place in places.values()):
-        raise ValueError(
-            f"PackedConfig: {name}: experts in the layout {scheme.layout} can't stay packed: {layout.alone}. Load a "
-            "checkpoint whose experts are stored in another layout, or load this one with its own library"
-        )
     found, extras = {}, {}
     for parameter, place in places.items():
         shape = tuple(getattr(module, parameter).shape)

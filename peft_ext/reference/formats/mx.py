@@ -33,7 +33,8 @@ def nvfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, opti
     packed, scales, total = parts
     scales = scales.reshape(shape[0], -1).view(torch.float8_e4m3fn).float()
     reciprocal = option >> 8 & 1
-    factors = scales / total.reshape(()) if reciprocal else scales * total.reshape(())
+    total = total.reshape(-1).repeat_interleave(shape[0] // total.numel())[:, None]  # one or two global scales
+    factors = scales / total if reciprocal else scales * total
     values = _values(packed, shape)
     if not reciprocal:
         values = values + 0.0  # -0 + 0 is +0: ModelOpt's table holds +0 for code 8
