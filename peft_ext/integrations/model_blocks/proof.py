@@ -107,7 +107,9 @@ def _reads_of(row: Row) -> set[str]:
 def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     """Returns an instance of ``cls`` that has only the attributes and layers that the row's formula uses."""
     torch.manual_seed(0)
-    made = object.__new__(cls)
+    # An attention hands itself on, so that its code, or a function that gets it, may look for any attribute.
+    held = {"__getattr__": _attribute, "__module__": cls.__module__}
+    made = object.__new__(type(cls.__name__, (cls,), held) if row.kind == "attention" else cls)
     nn.Module.__init__(made)
     for need in row.names("needs"):
         name, value = need.split(":", 1)
@@ -149,6 +151,15 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
         setattr(made, row.get("mlp"), nn.Linear(_K, _K))
     made = made.to(dtype)
     return made.train(training)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """Returns a parameter, buffer or child. Another name raises an error that ``getattr`` with a default does not
+    catch."""
+    for held in (module._parameters, module._buffers, module._modules):
+        if name in held:
+            return held[name]
+    raise RuntimeError(f"it reads {name}, which is not in the formula")
 
 
 class _Config:
@@ -463,20 +474,35 @@ def proposed(cls: type) -> tuple[Optional[Row], str]:
     return None, why
 
 
+# The kinds that register_form accepts, with the values that every formula of the kind has.
+_REGISTRABLE: dict[str, dict[str, Any]] = {
+    "rms_norm": {},
+    "float_layer_norm": {"mixed": True},
+    "mlp": {},
+    "attention": {"interface": True, "forward": "rotary"},
+}
+
+
 def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     """Makes the form of ``cls`` a known form in this process, if the formula passes the proof for ``cls``.
 
     Args:
         cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
-        kind: "rms_norm" or "mlp".
+        kind: "rms_norm", "float_layer_norm", "mlp" or "attention".
         formula: the values of the row. For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0
             or 1, which is added to the weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the
             multiplication by the weight; ``mixed``, whether the formula also holds if x and the weight have different
             dtypes.
+            For float_layer_norm: ``weight`` and ``eps``, as above.
             For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
             "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
             the attribute is a probability.
+            For attention, with rotary positions and an attention function of transformers' registry: ``inputs``, the
+            names of the layers for q, k and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for
+            layers q_norm and k_norm before or after the heads are split; ``cache``, the name of the cache's argument
+            and how its ``update`` is called, "cache:kwargs", "cache:plain" or "cache:positions"; ``options``, keyword
+            arguments of the attention function with the names of their attributes, as "sliding_window:window".
             For rms_norm and mlp: ``needs``, attributes that must have the given value, as "with_scale:True".
 
     Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
@@ -485,8 +511,17 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     and the class give different values or gradients. The error's message says for which input the formula and the class
     differ.
     """
-    if kind not in ("rms_norm", "mlp"):
-        raise ValueError(f"register_form: kind is {kind!r}, wanted 'rms_norm' or 'mlp'")
+    if kind not in _REGISTRABLE:
+        # The other kinds have no proof that a formula of the caller could fail.
+        raise ValueError(f"register_form: kind is {kind!r}, wanted one of {', '.join(_REGISTRABLE)}")
+    formula = {**_REGISTRABLE[kind], **formula}
+    if kind == "attention":
+        if missing := [name for name in ("inputs", "o") if name not in formula]:
+            raise ValueError(f"register_form: the formula of attention has to have {missing[0]}")
+        if formula["forward"] != "rotary" or formula["interface"] not in (True, "yes"):
+            raise ValueError("register_form: an attention without a forward of peft_ext cannot be proved: leave out "
+                             "forward and interface")  # fmt: skip
+        formula["inputs"] = "+".join(formula["inputs"]) if not isinstance(formula["inputs"], str) else formula["inputs"]
     if unknown := sorted(set(formula) - set(KINDS[kind])):
         raise ValueError(f"register_form: the formula of {kind} has no {unknown[0]}, wanted {', '.join(KINDS[kind])}")
     try:
