@@ -36,7 +36,27 @@ DECODERS = (
     " gptj opt bloom starcoder2 stablelm cohere cohere2 nemotron exaone4 ernie4_5"
 ).split()
 ENCODERS = "bert roberta distilbert electra modernbert t5 bart whisper clip vit".split()
-KINDS = {"norm": ("rms_norm", "layer_norm"), "attention": ("attention", "projections"), "MLP": ("mlp",)}
+KINDS = {
+    "norm": ("rms_norm", "float_layer_norm", "layer_norm"),
+    "attention": ("attention", "projections"),
+    "MLP": ("mlp",),
+}
+
+# Why a class of these architectures has no known form.
+_HOLDS = "holds another attention, which has a known form"
+REASONS = {
+    "BertAttention": _HOLDS,
+    "BloomAttention": "rounds the scores to the dtype of q before the softmax, which the attention operator does not",
+    "BloomMLP": "takes the residual as a second input, and computes GELU in an autograd function of its own",
+    "ElectraAttention": _HOLDS,
+    "FalconAttention": "calls PyTorch's function by name, not from transformers' registry, and takes q, k and v from "
+    "the output of one layer in one of three layouts",
+    "Gemma4AudioFeedForward": "limits its input and its output with torch.clamp; its norms are fused alone",
+    "GptOssMLP": "is a router with experts; the experts are a layer of their own, which PEFT adapts",
+    "RobertaAttention": _HOLDS,
+    "T5LayerCrossAttention": _HOLDS,
+    "T5LayerSelfAttention": _HOLDS,
+}
 
 
 def main() -> None:
@@ -63,9 +83,10 @@ def draw() -> None:
 
     found: dict[str, dict[str, Any]] = {}
     coverage: dict[str, Any] = {}
+    battery: dict[str, list[int]] = {}
     for release in reversed(RELEASES):
         scanned = _scanned(release, found)
-        coverage = coverage or scanned["coverage"]
+        coverage, battery = coverage or scanned["coverage"], battery or scanned["battery"]
         for digest, one in scanned["rows"].items():
             found[digest] = {**one, **found.get(digest, {}), "since": release}
         print(f"{release}: {len(scanned['rows'])} known forms, {len(found)} in all", flush=True)
@@ -73,7 +94,7 @@ def draw() -> None:
             for digest, one in found.items()]  # fmt: skip
     rows.sort(key=lambda row: (row.kind, -row.classes, row.example, row.digest))
     TABLE.write_text("\n".join(["\t".join(HEADER), *(row.line() for row in rows)]) + "\n")
-    PAGE.write_text(_page(rows, coverage))
+    PAGE.write_text(_page(rows, coverage, battery))
 
 
 def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -96,7 +117,7 @@ def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
+def _page(rows: list[Any], coverage: dict[str, dict[str, list]], battery: dict[str, list[int]]) -> str:
     kinds = Counter(row.kind for row in rows)
     lines = [
         "# Known forms", "",
@@ -128,7 +149,21 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
             stock += unknown
         lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(stock)} |")
     shares = [f"{totals[kind, True]} of {totals[kind, True] + totals[kind, False]}" for kind in KINDS]
-    lines += [f"| all | {' | '.join(shares)} | |", ""]
+    lines += [f"| all | {' | '.join(shares)} | |", "", "These classes have no known form:", "",
+              "| class | reason |", "|---|---|"]  # fmt: skip
+    unknown = sorted({name for one in (*DECODERS, *ENCODERS) for cell in coverage.get(one, {}).values()
+                      for name in cell[1]})  # fmt: skip
+    lines += [*(f"| {name} | {REASONS[name]} |" for name in unknown), ""]
+    lines += [
+        "## Replaced code", "",
+        "For each class with a known form, everything that its forward finds by name was replaced, one thing after the "
+        "other: functions of its Python module, attributes of its class, functions of PyTorch, numbers, and entries of "
+        "transformers' registry of attention functions. The column known is the number of replacements after which "
+        "`accelerate` would still have fused the class. Replacements on an instance and hooks are tested in "
+        "`tests/integrations`.", "",
+        "| kind | classes | replacements | known |", "|---|---|---|---|",
+        *(f"| {kind} | {' | '.join(map(str, counts))} |" for kind, counts in sorted(battery.items())), "",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -199,7 +234,8 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
             yield from [(name, {})] if name else proof.proposals(subject, form)
             return
         yield from proof.proposals(subject, form)
-        yield from attention_formulas(subject, form)
+        if "GradientCheckpointingLayer" not in (kind.__name__ for kind in subject.__mro__):  # a layer of blocks
+            yield from attention_formulas(subject, form)
 
     for cls in classes():
         meet(cls, "forward", formulas)
@@ -216,7 +252,37 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     meet(Cache, "update", lambda *_: [("cache", {})])
     meet(DynamicLayer, "update", lambda *_: [("cache_layer", {})])
     kinds = {cls: rows[digest]["kind"] for cls, digest in by_class.items() if digest in rows}
-    return {"rows": rows, "coverage": _coverage(by_class, kinds)}
+    battery = {} if known else _battery(by_class, rows)
+    return {"rows": rows, "coverage": _coverage(by_class, kinds), "battery": battery}
+
+
+def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
+    """Replaces everything that the forward of each known class finds by name, one thing after the other. Returns, by
+    kind, the numbers of classes, of replacements, and of replacements after which the form was still known."""
+    from unittest.mock import patch
+
+    from peft_ext.integrations.forms import Unknown, form_of
+
+    sys.path.insert(0, str(ROOT / "tests/support"))
+    from reached import another, reached
+
+    counts: dict[str, list[int]] = {}
+    for cls, digest in by_class.items():
+        if digest not in rows or not isinstance(cls, type) or cls.__module__.startswith("torch."):
+            continue
+        count = counts.setdefault(rows[digest]["kind"], [0, 0, 0])
+        count[0] += 1
+        for place in reached(cls):
+            if place.value is os.environ or (other := another(place.value)) is None:
+                continue
+            by_item = isinstance(place.owner, dict)
+            with patch.dict(place.owner, {place.name: other}) if by_item else patch.object(*place[:2], other):
+                try:
+                    count[2] += form_of(cls).digest in rows
+                except Unknown:
+                    pass
+            count[1] += 1
+    return counts
 
 
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:

@@ -146,7 +146,9 @@ class BottleneckLayer(Wrapper):
         # block. The adapters are therefore a hook of the block that runs before all others: then both the recorded
         # output and the checkpointed call contain the adapters.
         self._hook = None
-        if isinstance(base_layer, GradientCheckpointingLayer):
+        # torch.compile can't trace code that reads the handle of a hook, so the forward reads this value instead.
+        self._adapts_by_hook = isinstance(base_layer, GradientCheckpointingLayer)
+        if self._adapts_by_hook:
             self._hook = base_layer.register_forward_hook(self._adapt_block, prepend=True, with_kwargs=True)
 
     def update_layer(self, adapter_name: str, features: int, config: BottleneckConfig) -> None:
@@ -165,7 +167,7 @@ class BottleneckLayer(Wrapper):
         return [name for name in self.active_adapters if name in self.bottleneck_adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._hook is not None or self._disable_adapters:
+        if self._adapts_by_hook or self._disable_adapters:
             return self.base_layer(*args, **kwargs)
         around = [name for name in self.active() if self.bottleneck_place[name] == "around"]
         if around:

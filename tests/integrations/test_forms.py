@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from reached import another, reached
 from torch import Tensor, nn
-from transformers import modeling_utils
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 
 import peft_ext
@@ -271,8 +273,8 @@ def test_no_kind_is_missing_and_most_classes_are_known() -> None:
     assert all(int(part.split("(")[1].split("%")[0]) >= 45 for part in share.split(": ")[1].split(", ")), share
 
 
-PROVED = sorted(digest for digest, row in ROWS.items()
-                if row.kind in ("rms_norm", "mlp", "activation", "layer_norm") or row.get("forward"))  # fmt: skip
+KINDS_PROVED = ("rms_norm", "float_layer_norm", "layer_norm", "mlp", "activation")
+PROVED = sorted(digest for digest, row in ROWS.items() if row.kind in KINDS_PROVED or row.get("forward"))
 
 
 @pytest.mark.slow
@@ -286,11 +288,17 @@ def test_a_row_is_true_of_the_classes_that_have_it(digest: str) -> None:
 
 
 def test_rows_of_functions() -> None:
+    from transformers.cache_utils import Cache, DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    for function, kind in ((sdpa_attention_forward, "sdpa"), (ForCausalLMLoss, "causal_loss")):
-        row, form = row_of(function)
+    for function, method, kind in (
+        (sdpa_attention_forward, "forward", "sdpa"),
+        (ForCausalLMLoss, "forward", "causal_loss"),
+        (Cache, "update", "cache"),
+        (DynamicLayer, "update", "cache_layer"),
+    ):
+        row, form = row_of(function, method)
         assert row.kind == kind and proof.disproof(function, row, form) is None
 
 
@@ -327,7 +335,7 @@ def test_a_wrong_formula_is_disproved(name: str) -> None:
 # --- what a forward reaches, replaced ---------------------------------------------------------------------------------
 
 
-BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "mlp", "attention")]
+BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "float_layer_norm", "mlp", "attention")]
 
 
 @pytest.mark.slow
@@ -411,13 +419,112 @@ def test_register_form() -> None:
         ("rms_norm", {**formula, "offset": 1}, "is not rms_norm with this formula"),
         ("rms_norm", {**formula, "rounds": True}, "rounded at another place"),
         ("rms_norm", {"eps": "epsilon", "offset": 0}, "is not rms_norm"),
-        ("attention", {}, "wanted 'rms_norm' or 'mlp'"),
+        ("dropout", {}, "wanted one of rms_norm, float_layer_norm, mlp, attention"),
+        ("attention", {}, "has to have inputs"),
+        ("attention", {"inputs": "q+k+v", "o": "o", "forward": ""}, "cannot be proved"),
         ("rms_norm", {**formula, "bias": "b"}, "has no bias"),
     ):
         with pytest.raises(ValueError, match=said):
             peft_ext.register_form(Own, kind, **given)
     with pytest.raises(ValueError, match="differ"):
         peft_ext.register_form(Capped, "rms_norm", **formula)
+
+
+class OwnAttention(nn.Module):
+    """An attention with rotary positions whose layers have names that no class of transformers has."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, **kwargs):
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.to_q(hidden_states).view(heads).transpose(1, 2)
+        k = self.to_k(hidden_states).view(heads).transpose(1, 2)
+        v = self.to_v(hidden_states).view(heads).transpose(1, 2)
+        q, k = self.positioned(q, k, *position_embeddings)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        y, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.to_out(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    def positioned(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+class OwnModel(LlamaForCausalLM):
+    """A Llama whose attentions are of the class OwnAttention."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            attention.__class__ = OwnAttention
+            for ours, its in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "o_proj")):
+                attention._modules[ours] = attention._modules.pop(its)
+
+
+class Tempered(OwnAttention):
+    def positioned(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q * getattr(self, "temperature", 1.0), k, cos, sin)
+
+
+class OfConfig(OwnAttention):
+    def positioned(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q * getattr(self.config, "temperature", 1.0), k, cos, sin)
+
+
+class Unturned(OwnAttention):
+    """Turns no layer but each fourth."""
+
+    def positioned(self, q, k, cos, sin):
+        return (q, k) if self.layer_idx % 4 else apply_rotary_pos_emb(q, k, cos, sin)
+
+
+class Limited(OwnAttention):
+    def positioned(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q.clamp(-500, 500), k, cos, sin)
+
+
+ATTENTION = {"inputs": ["to_q", "to_k", "to_v"], "o": "to_out", "cache": "cache:plain"}
+
+
+@pytest.mark.slow
+def test_an_attention_of_a_class_of_ones_own() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    ids = torch.arange(3, 83).view(2, 40)
+    losses = []
+    try:
+        peft_ext.register_form(OwnAttention, "attention", **ATTENTION)
+        for accelerated in (False, True):
+            torch.manual_seed(0)
+            model = get_peft_model(OwnModel(config), LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out"]))
+            if accelerated:
+                peft_ext.accelerate(model)
+                parts = [part for part in peft_ext.explain(model).blocks if "self_attn" in part.name]
+                assert [part.kind for part in parts if part.fused] == [
+                    "projections of one input", "rotary positions", "attention"] * 2  # fmt: skip
+            losses.append(model(ids, labels=ids).loss)
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+    finally:
+        proof.REGISTERED.pop(form_of(OwnAttention).digest, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cls", "more", "said"),
+    [
+        (OwnAttention, {"cache": "cache:kwargs"}, "the cache and attention are called with"),
+        (OwnAttention, {"inputs": ["to_k", "to_q", "to_v"]}, "with this formula"),
+        (Tempered, {}, "reads temperature, which is not in the formula"),
+        (OfConfig, {}, "reads temperature of its configuration"),
+        (Unturned, {}, "the values differ"),
+        (Limited, {}, "the values differ"),
+    ],
+)
+def test_another_attention_is_disproved(cls: type, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        peft_ext.register_form(cls, "attention", **{**ATTENTION, **more})
 
 
 class Louder(nn.Module):

@@ -25,6 +25,7 @@ __all__ = ["Form", "KINDS", "Row", "Rows", "Unknown", "form_of", "holds_for", "r
 KINDS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("weight", "eps", "offset", "rounds", "mixed", "needs"),
     "layer_norm": (),
+    "float_layer_norm": ("weight", "eps", "shape", "mixed"),
     "dropout": (),
     "mlp": ("inner", "out", "act", "gated", "drop", "needs"),
     "activation": ("function", "inner", "approximate", "needs", "dtypes"),

@@ -227,6 +227,8 @@ class _Walk:
         if isinstance(value, types.FunctionType):
             if _is_torchs(value):
                 return "torch", value.__module__, value.__qualname__
+            if value is vars(inspect).get(value.__name__) and value.__code__.co_filename == inspect.__file__:
+                return "inspect", value.__name__
             return self.function(value, kind)
         if isinstance(value, type):
             if value.__module__ in _STANDARD or _is_torchs_class(value):

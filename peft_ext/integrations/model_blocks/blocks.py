@@ -21,13 +21,13 @@ from .cache import forget_caches
 from .decoder_layer import DecoderLayer
 from .dropout import Dropout, dropouts_of_adapters
 from .mlp import Mlp
-from .norm import LayerNorm, RMSNorm
+from .norm import FloatLayerNorm, LayerNorm, RMSNorm
 
 __all__ = ["MIXINS", "block_parts", "fuse_blocks", "plain_blocks"]
 
 MIXINS: dict[str, type[Block]] = {
-    "attention": Attention, "decoder_layer": DecoderLayer, "dropout": Dropout, "layer_norm": LayerNorm, "mlp": Mlp,
-    "projections": Attention, "rms_norm": RMSNorm,
+    "attention": Attention, "decoder_layer": DecoderLayer, "dropout": Dropout, "float_layer_norm": FloatLayerNorm,
+    "layer_norm": LayerNorm, "mlp": Mlp, "projections": Attention, "rms_norm": RMSNorm,
 }  # fmt: skip
 _COPIED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _NOT_ACCELERATED = "accelerate(model) was not called on it, or with blocks=False"

@@ -49,10 +49,10 @@ class MlpCall(NamedTuple):
 class Mlp(Fused):
     """A fused MLP.
 
-    Facts of its row: ``inner``, the names of the first layer, or of gate and up; ``out``, the name of the last layer;
-    ``act``, the name of the activation's attribute; ``gated``, whether the MLP is gated; ``drops``, "out" for a dropout
-    behind the last layer, "act" for one behind the activation, "" for none; ``dropout``, the name of the attribute that
-    holds the dropout module or the dropout's probability.
+    Facts of its row: ``inner``, the names of the first layer, or of gate and up; ``out``, the name of the last layer or
+    "" if the module ends behind the activation; ``act``, the name of the activation's attribute; ``gated``, whether
+    the MLP is gated; ``drops``, "out" for a dropout behind the last layer, "act" for one behind the activation, "" for
+    none; ``dropout``, the name of the attribute that holds the dropout module or the dropout's probability.
     """
 
     block_kind = "MLP"
@@ -61,6 +61,7 @@ class Mlp(Fused):
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         drops, dropout = row.get("drop").partition(":")[0], row.get("drop").rpartition(":")[2]
         own = {"inner": row.names("inner"), "out": row.get("out"), "act": row.get("act")}
+        own["layers"] = (*own["inner"], own["out"]) if own["out"] else own["inner"]
         own |= {"gated": row.get("gated") == "yes", "drops": drops, "dropout": dropout}
         return {**super().settled(stock, row), **own}
 
@@ -75,7 +76,7 @@ class Mlp(Fused):
             return "global hooks of torch.nn would not run on its activation"
         if activation_name(act) is None:
             return "its activation is none of the known ones"
-        if any(not isinstance(self._modules.get(name), nn.Module) for name in (*known.inner, known.out)):
+        if any(not isinstance(self._modules.get(name), nn.Module) for name in known.layers):
             return "one of its layers is no module"
         return kernel_reason("gated_activation" if known.gated else "activation", device_of(self))
 
@@ -88,9 +89,11 @@ class Mlp(Fused):
     def _few(self, facts: Facts, x: Tensor) -> Optional[MlpCall]:
         """Returns the computation of the MLP for few tokens; None if the MLP has no plan."""
         known = self.peft_ext_known
+        if not known.gated or not known.out:
+            return None
         out, act = facts.child(self, known.out), facts.child(self, known.act)
         inner = [facts.child(self, name) for name in known.inner]
-        if not self.holds(facts) or self.block_reason() is not None or known.drops or not known.gated:
+        if not self.holds(facts) or self.block_reason() is not None or known.drops:
             return None
         if act is None or not facts.plain(act) or len(inner) != 2 or (name := activation_name(act, x.dtype)) is None:
             return None
@@ -104,7 +107,7 @@ class Mlp(Fused):
 
     def _fused(self, x: Tensor) -> Tensor:
         known, modules = self.peft_ext_known, self._modules
-        out, act = modules[known.out], getattr(self, known.act)
+        out, act = modules[known.out] if known.out else None, getattr(self, known.act)
         if known.drops == "act" and getattr(getattr(out, "weight", x), "dtype", None) is not x.dtype:
             return self.stock_class.forward(self, x)  # T5's MLP casts the input of the last layer to the weight's dtype
         with siblings.together(self, (known.inner,)):
@@ -116,10 +119,10 @@ class Mlp(Fused):
             halves = inner[0].chunk(2, dim=-1) if known.gated and len(inner) == 1 else inner
             h = act(halves[0])
             h = h * halves[1] if known.gated else h
-            return self._dropped(out(self._dropped(h, "act")), "out")
+            return h if out is None else self._dropped(out(self._dropped(h, "act")), "out")
         operator = ops.gated_activation if known.gated else ops.activation
         args = (*inner, *([None] if known.gated and len(inner) == 1 else []), name)
-        return self._dropped(self._finished(operator, args, out), "out")
+        return operator(*args) if out is None else self._dropped(self._finished(operator, args, out), "out")
 
     def _finished(self, operator: Callable[..., Tensor], args: tuple, out: nn.Module) -> Tensor:
         if torch.compiler.is_compiling():  # torch.compile can't trace saved-tensor hooks, but can trace a checkpoint

@@ -3,6 +3,7 @@ float32 copy of x."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -15,7 +16,7 @@ from ..adapter_layers.reasons import kernel_reason, plain_types, tensor_reason
 from ..forms import Row
 from .block import Fused, strides_of
 
-__all__ = ["LEAST", "LayerNorm", "RMSNorm"]
+__all__ = ["LEAST", "FloatLayerNorm", "LayerNorm", "RMSNorm"]
 
 # Fewest elements of x for which a LayerNorm on a CPU runs the operator, by dtype. For fewer elements PyTorch's
 # layer_norm is faster, because its call has less overhead.
@@ -90,13 +91,53 @@ class RMSNorm(Norm):
         weight, eps, offset = self._parameters[known.weight], getattr(self, known.eps), 1.0 if known.adds_one else 0.0
         if x.dim() == 0 or x.shape[-1] != weight.shape[0] or (not known.mixed and x.dtype is not weight.dtype):
             return self.stock_class.forward(self, x)
-        if x.is_contiguous():
-            return ops.rms_norm(x, weight, eps, offset=offset, round_before_weight=known.rounds)
-        if (order := strides_of(x)) is None:
-            return self.stock_class.forward(self, x)
-        # The result gets the strides of x, as the result of the stock class's elementwise operations has.
-        y = ops.rms_norm(x.permute(order), weight, eps, offset=offset, round_before_weight=known.rounds)
-        return y.permute([order.index(dim) for dim in range(x.dim())])
+        y = _with_strides_of(x, lambda x: ops.rms_norm(x, weight, eps, offset=offset, round_before_weight=known.rounds))
+        return self.stock_class.forward(self, x) if y is None else y
+
+
+def _with_strides_of(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Optional[Tensor]:
+    """Returns ``norm(x)`` with the strides of x, which the results of a stock class's elementwise operations have; None
+    if x has gaps or overlapping elements."""
+    if x.is_contiguous():
+        return norm(x)
+    if (order := strides_of(x)) is None:
+        return None
+    return norm(x.permute(order)).permute([order.index(dim) for dim in range(x.dim())])
+
+
+class FloatLayerNorm(Norm):
+    """A LayerNorm whose class converts x to float32, computes in float32 and rounds the result once to x's dtype.
+
+    Values of its row: ``weight``, the name of the weight, "" for none; ``eps``, the name of eps, or its value;
+    ``shape``, the name of the attribute that holds the normalized shape, which a class without a weight has.
+    """
+
+    block_kind = "LayerNorm"
+
+    @classmethod
+    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
+        return {**super().settled(stock, row), "weight": row.get("weight"), "eps": row.get("eps"),
+                "shape": row.get("shape")}  # fmt: skip
+
+    def block_reason(self) -> Optional[str]:
+        known = self.peft_ext_known
+        if known.weight:
+            return self._norm_reason("layer_norm", getattr(self, known.eps), known.weight)
+        if reason := self.replaced_reason():
+            return reason
+        shape = getattr(self, known.shape)
+        return None if type(shape) is tuple and len(shape) == 1 else f"its {known.shape} is {shape}, wanted one number"
+
+    def _fused(self, x: Tensor) -> Tensor:
+        known = self.peft_ext_known
+        weight = self._parameters[known.weight] if known.weight else None
+        shape = getattr(self, known.shape) if weight is None else tuple(weight.shape)
+        y = None
+        if x.shape[-1:] == shape and not kernel_reason("layer_norm", x.device.type):
+            if weight is None:  # F.layer_norm, which the class calls, returns a contiguous result
+                return ops.layer_norm(x, None, None, float(known.eps))
+            y = _with_strides_of(x, lambda x: ops.layer_norm(x, weight, None, getattr(self, known.eps)))
+        return self.stock_class.forward(self, x) if y is None else y
 
 
 class LayerNorm(Norm):

@@ -13,7 +13,6 @@ import ast
 import functools
 import inspect
 import itertools
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
@@ -23,42 +22,45 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..forms import KINDS, REGISTERED, Form, Row, Unknown, form_of, holds_for
-from .attention import ALL_ATTENTION_FUNCTIONS, by_operator
+from .attention import ALL_ATTENTION_FUNCTIONS
 from .block import class_of
 from .blocks import MIXINS
 from .decoder_layer import layer_of_parts
 from .norm import LEAST
+from .proof_of_functions import DISPROOFS, DTYPES, MAGNITUDES, unlike
 
 __all__ = ["disproof", "proposals", "register_form"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAGNITUDES = (1e-4, 1.0, 1e2, 1e4)
 # Tolerance per kind of form, for the values and for the gradients, in units of the dtype's eps times the largest value
 # of a row (values) or of the tensor (gradients).
 _ULPS = {
     "rms_norm": (4, 24),
     "layer_norm": (4, 24),
+    "float_layer_norm": (4, 48),  # for one huge column, PyTorch's own gradients are off by up to 31
     "mlp": (32, 64),
     "attention": (24, 48),
     "activation": (24, 24),
     "gate": (24, 24),
     "decoder_layer": (8, 8),
 }
+# The kinds of forms that are also tried under autocast.
+_AUTOCAST = ("rms_norm", "float_layer_norm", "mlp", "attention")
 _K, _F = 24, 20
+# The attributes that the forward of an attention with rotary positions may read, beside its layers and options.
+_OF_ATTENTION = ("attention_dropout", "config", "head_dim", "is_causal", "layer_idx", "num_key_value_groups", "scaling",
+                 "training")  # fmt: skip
 
 
 def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
     """Returns why the formula of ``row`` does not stand for the code of ``cls``, such as an input for which the two
     differ; None if they agree for all inputs of the proof."""
-    if row.kind in ("cache", "cache_layer"):
-        return _cache_disproof(cls, row.kind)
+    if (disproof_of := DISPROOFS.get(row.kind)) is not None:
+        return disproof_of(cls)
     if form.writes:
         return "its forward assigns to attributes of the module"
-    if row.kind in ("sdpa", "causal_loss"):
-        return _sdpa_disproof(cls) if row.kind == "sdpa" else _loss_disproof(cls)
-    known = _reads_of(row)
-    if row.kind not in ("attention", "decoder_layer") and (form.passes_itself or set(form.reads) - known):
-        others = sorted(set(form.reads) - known)
+    others = sorted(set(form.reads) - _reads_of(row))
+    hands_itself_on = form.passes_itself and row.kind != "attention"  # an attention function gets the module
+    if row.kind != "decoder_layer" and (hands_itself_on or others):
         return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
     with torch.device("cpu"), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
         for dtypes, (what, arguments), training in itertools.product(_dtypes(row), _inputs(row), (True, False)):
@@ -73,7 +75,7 @@ def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
     mixed = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
     held = [dtype for dtype in DTYPES if holds_for(row, dtype)]
     pairs = [(dtype, dtype) for dtype in held] + (mixed if row.get("mixed") == "yes" else [])
-    autocast = [(torch.float32, torch.float32, True)] if row.kind in ("rms_norm", "mlp", "attention") else []
+    autocast = [(torch.float32, torch.float32, True)] if row.kind in _AUTOCAST else []
     return [(*pair, False) for pair in pairs] + autocast
 
 
@@ -87,10 +89,15 @@ def _reads_of(row: Row) -> set[str]:
         row.get("act"),
         row.get("drop").rpartition(":")[2],
         row.get("approximate"),
+        row.get("shape"),
         ":p:" in row.get("drop") and "training",
     ]
     names += [need.split(":")[0] for need in row.names("needs")]
     names += {"layer_norm": ["weight", "bias", "eps", "normalized_shape"], "gate": ["act_fn"]}.get(row.kind, [])
+    if row.kind == "attention":
+        names += [*_OF_ATTENTION, *row.get("inputs").split("+"), row.get("o")]
+        names += [option.split(":")[1] for option in row.names("options")]
+        names += ["q_norm", "k_norm"] if row.get("norms") else []
     return {name for name in names if name}
 
 
@@ -100,7 +107,9 @@ def _reads_of(row: Row) -> set[str]:
 def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     """Returns an instance of ``cls`` that has only the attributes and layers that the row's formula uses."""
     torch.manual_seed(0)
-    made = object.__new__(cls)
+    # An attention hands itself on, so that its code, or a function that gets it, may look for any attribute.
+    held = {"__getattr__": _attribute, "__module__": cls.__module__}
+    made = object.__new__(type(cls.__name__, (cls,), held) if row.kind == "attention" else cls)
     nn.Module.__init__(made)
     for need in row.names("needs"):
         name, value = need.split(":", 1)
@@ -108,6 +117,12 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     if row.kind == "rms_norm":
         setattr(made, row.get("weight"), nn.Parameter(torch.randn(_K) * 0.5 + 1))
         setattr(made, row.get("eps"), 1e-3)
+    elif row.kind == "float_layer_norm":
+        if row.get("weight"):
+            setattr(made, row.get("weight"), nn.Parameter(torch.randn(_K) * 0.5 + 1))
+            setattr(made, row.get("eps"), 1e-3)
+        if row.get("shape"):
+            setattr(made, row.get("shape"), (_K,))
     elif row.kind == "layer_norm":
         made.normalized_shape, made.eps, made.elementwise_affine = (_K,), 1e-3, True
         made.weight, made.bias = nn.Parameter(torch.randn(_K) * 0.5 + 1), nn.Parameter(torch.randn(_K))
@@ -115,7 +130,8 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
         packed = row.get("gated") == "yes" and len(row.names("inner")) == 1
         for name in row.names("inner"):
             setattr(made, name, nn.Linear(_K, 2 * _F if packed else _F))
-        setattr(made, row.get("out"), nn.Linear(_F, _K))
+        if row.get("out"):
+            setattr(made, row.get("out"), nn.Linear(_F, _K))
         setattr(made, row.get("act"), nn.SiLU())
         if name := row.get("drop").rpartition(":")[2]:
             setattr(made, name, 0.5 if ":p:" in row.get("drop") else nn.Dropout(0.5))
@@ -127,7 +143,7 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     elif row.kind == "gate":
         made.act_fn = nn.SiLU()
     elif row.kind == "attention":
-        _fill_attention(made, row)
+        _fill_attention(made, row, training)
     elif row.kind == "decoder_layer":
         for name in row.names("norms"):
             setattr(made, name, nn.LayerNorm(_K))
@@ -137,11 +153,32 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     return made.train(training)
 
 
-def _fill_attention(made: Any, row: Row) -> None:
+def _attribute(module: nn.Module, name: str) -> Any:
+    """Returns a parameter, buffer or child. Another name raises an error that ``getattr`` with a default does not
+    catch."""
+    for held in (module._parameters, module._buffers, module._modules):
+        if name in held:
+            return held[name]
+    raise RuntimeError(f"it reads {name}, which is not in the formula")
+
+
+class _Config:
+    """The configuration of an attention of the proof. An attribute that the formula does not use raises an error that
+    ``getattr`` with a default does not catch."""
+
+    _attn_implementation = "_noted"
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"it reads {name} of its configuration, which is not in the formula")
+
+
+def _fill_attention(made: Any, row: Row, training: bool) -> None:
+    """Gives an attention its layers and attributes. The values differ between training and evaluation, so that a
+    forward that asks for one of the values is found."""
     heads, kv_heads, size = 4, 2, 8
-    made.config = types.SimpleNamespace(_attn_implementation=_noted.__name__)
+    made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
-    made.head_dim, made.num_key_value_groups, made.layer_idx = size, heads // kv_heads, 0
+    made.head_dim, made.num_key_value_groups, made.layer_idx = size, heads // kv_heads, 0 if training else 3
     made.scaling, made.attention_dropout, made.is_causal = 0.3, 0.1, True
     for name, count in zip(row.names("inputs")[0].split("+"), (heads, kv_heads, kv_heads), strict=True):
         setattr(made, name, nn.Linear(_K, count * size))
@@ -150,7 +187,7 @@ def _fill_attention(made: Any, row: Row) -> None:
         flat = row.get("norms") == "flat"
         made.q_norm, made.k_norm = (nn.LayerNorm(count * size if flat else size) for count in (heads, kv_heads))
     for option in row.names("options"):
-        setattr(made, option.split(":")[1], 7)
+        setattr(made, option.split(":")[1], 7 if training else None)
 
 
 # A summary of the mask and the keyword arguments of each call of :func:`_noted`, in the order of the calls.
@@ -158,10 +195,11 @@ _CALLS: list[Any] = []
 
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """The attention function that instances of the proof use; it records a summary of its arguments in ``_CALLS``."""
-    _CALLS.append((_told(mask), _told(given)))
+    """The attention function that instances of the proof use: a weighted sum of q, k and v, so that a difference of q,
+    k or v is not enlarged. The function records a summary of its arguments in ``_CALLS``."""
+    _CALLS.append((_told(mask), _told(given), q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=given.get("scaling")).transpose(1, 2).contiguous()
+    out = (q * 0.5 + k * 0.25 - v * 0.125).transpose(1, 2).contiguous()
     return out, out.sum(-1)
 
 
@@ -185,45 +223,47 @@ def _inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
-    if row.kind == "attention":
-        for caching in (False, True):
-            yield (
-                f"cache {caching}",
-                lambda dtype, caching=caching: ((), _attention_arguments(row, drawn, dtype, caching)),
-            )
-        return
     if row.kind == "decoder_layer":
         given = {name: torch.arange(3) for name in row.names("passes")}
         yield "all arguments", lambda dtype: ((drawn(2, 3, _K).to(dtype),), {**given, "one_more": 5})
         return
     spikes = drawn(3, 5, width)
     spikes[..., 2] = 3e4
-    special = {"zeros": torch.zeros(2, 3, width), "one huge column": spikes,
-               "two dimensions": drawn(7, width), "four dimensions": drawn(2, 1, 3, width),
-               "no row": drawn(0, width)}  # fmt: skip
+    special = {"zeros": torch.zeros(2, 3, width), "one huge column": spikes}
     for value in (torch.inf, -torch.inf, torch.nan):
         x = drawn(3, 5, width)
         x[0, 1, 3] = value
         special[f"one {value}"] = x
-    strided = {"transposed": drawn(5, 3, width).transpose(0, 1), "every second": drawn(3, 10, width)[:, ::2],
-               "a part": drawn(3, 5, width + 6)[..., 2 : width + 2],
-               "expanded": drawn(3, 1, width).expand(3, 5, width)}  # fmt: skip
     for magnitude in MAGNITUDES:
         special[f"magnitude {magnitude:g}"] = drawn(3, 5, width) * magnitude
-    for what, x in {**special, **strided}.items():
+    special |= {"transposed": drawn(5, 3, width).transpose(0, 1), "every second": drawn(3, 10, width)[:, ::2],
+                "a part": drawn(3, 5, width + 6)[..., 2 : width + 2],
+                "expanded": drawn(3, 1, width).expand(3, 5, width)}  # fmt: skip
+    if row.kind == "attention":
+        special |= {"one token": drawn(2, 1, width), "twenty tokens": drawn(2, 20, width)}
+        for (what, x), caching in itertools.product(special.items(), (False, True)):
+            yield (
+                f"{what}, cache {caching}",
+                lambda dtype, x=x, caching=caching: ((), _attention_arguments(row, x.to(dtype), drawn, caching)),
+            )
+        return
+    special |= {"two dimensions": drawn(7, width), "four dimensions": drawn(2, 1, 3, width), "no row": drawn(0, width)}
+    for what, x in special.items():
         yield what, lambda dtype, x=x: ((x.to(dtype),), {})
 
 
-def _attention_arguments(row: Row, drawn: Callable[..., Tensor], dtype: torch.dtype, caching: bool) -> dict[str, Any]:
-    cos, sin = (drawn(1, 20, 8 + i)[..., :8].contiguous().to(dtype) for i in range(2))
-    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
-    given = {"hidden_states": drawn(2, 20, _K).to(dtype), "position_embeddings": (cos, sin), "attention_mask": mask,
-             "position_ids": torch.arange(20), "one_more": 5}  # fmt: skip
+def _attention_arguments(row: Row, x: Tensor, drawn: Callable[..., Tensor], caching: bool) -> dict[str, Any]:
+    batch, tokens = x.shape[:2]
+    # Independent numbers up to 1, so that a rotation can overflow only where x is near the largest number of its dtype.
+    cos, sin = (drawn(1, tokens, 8 + i)[..., :8].sin().contiguous().to(x.dtype) for i in range(2))
+    mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool).tril()
+    given = {"hidden_states": x, "position_embeddings": (cos, sin), "attention_mask": mask,
+             "position_ids": torch.arange(tokens), "one_more": 5}  # fmt: skip
     if caching and row.get("cache"):
         name, _, style = row.get("cache").partition(":")
         given[name] = _Cache()
         if style == "positions":
-            given["cache_position"] = torch.arange(20)
+            given["cache_position"] = torch.arange(tokens)
     return given
 
 
@@ -279,11 +319,11 @@ def _differs(
         if len(stock[index]) != len(fused[index]):
             return f"{what} are {len(fused[index])} tensors, wanted {len(stock[index])}"
         for a, b in zip(fused[index], stock[index], strict=True):
-            strict = row.kind in ("rms_norm", "layer_norm", "attention")
+            strict = row.kind in ("rms_norm", "layer_norm", "float_layer_norm", "attention")
             if not strict and index == 1 and a.shape == x.shape:  # PyTorch's ReLU passes gradients on where x is NaN
                 a, b = (value.masked_fill(~x.isfinite(), 0.0) for value in (a, b))
             eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
-            if (why := _unlike(a, b, ulps * eps, strict, whole=index == 1)) is not None:
+            if (why := unlike(a, b, ulps * eps, strict, whole=index == 1)) is not None:
                 return f"{what} differ: {why}"
             # In a model, activations and gates get the contiguous output of a linear layer, so the strides of the two
             # results need not agree.
@@ -344,106 +384,6 @@ def _run(
     return [value.detach() for value in values], [grad for grad in grads if grad is not None], (cache, list(_CALLS))
 
 
-def _unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
-    """Returns how two tensors differ beyond rounding, or None.
-
-    Elements that are not finite must agree. Finite elements may differ by ``tolerance`` times the largest finite value
-    of the row, or of the whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both
-    infinities count as equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the
-    instruction set.
-    """
-    if found.shape != wanted.shape or found.dtype is not wanted.dtype:
-        return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"
-    if not found.numel():
-        return None
-    a, b = found.double(), wanted.double()
-    for what in (torch.isnan, torch.isposinf, torch.isneginf) if strict else (torch.isfinite,):
-        if not torch.equal(what(a), what(b)):
-            return f"{int((what(a) != what(b)).sum())} elements {what.__name__.removeprefix('is')} in one alone"
-    a, b = (value.nan_to_num(0.0, 0.0, 0.0) for value in (a, b))
-    scale = b.abs().max() if whole or not b.dim() else b.abs().amax(-1, keepdim=True)
-    least = torch.finfo(wanted.dtype).tiny * 4 + tolerance * torch.finfo(wanted.dtype).eps * b.abs().max()
-    excess = ((a - b).abs() / (tolerance * scale + least)).max().item()
-    return None if excess <= 1 else f"by {excess:.3g} times the tolerance of {tolerance:.2g}"
-
-
-# --- sdpa -------------------------------------------------------------------------------------------------------------
-
-
-def _sdpa_disproof(function: Callable) -> Optional[str]:
-    mask = torch.ones(2, 1, 18, 18, dtype=torch.bool).tril()
-    mask[0, :, :, :5] = mask[1, :, 9:, :9] = False
-    cases = [(True, None, 0.3), (False, None, None), (True, mask, 0.3)]
-    biased = [False, True] if "position_bias" in function.__code__.co_varnames else [False]
-    for dtype, case, with_bias, magnitude in itertools.product(DTYPES, cases, biased, (1e-3, 1.0, 20.0)):
-        causal, given, scaling = case
-        generator = torch.Generator().manual_seed(0)
-        drawn = [(torch.randn(2, 18, heads, 8, generator=generator) * magnitude).to(dtype).transpose(1, 2)
-                 for heads in (4, 2, 2)]  # fmt: skip
-        module = types.SimpleNamespace(num_key_value_groups=2, is_causal=causal)
-        how: dict[str, Any] = {"dropout": 0.0, "scaling": scaling}
-        if with_bias:
-            how["position_bias"] = torch.randn(1, 4, 18, 18, generator=generator).to(dtype)
-            given = None if given is None else given | torch.eye(18, dtype=torch.bool)  # so that each query sees a key
-        exact = {name: value.double() if name == "position_bias" else value for name, value in how.items()}
-        found = []
-        for called, of, given_how in (
-            (by_operator, dtype, how),
-            (function, dtype, how),
-            (function, torch.float64, exact),
-        ):
-            q, k, v = (value.detach().to(of).requires_grad_() for value in drawn)
-            out, _ = called(module, q, k, v, given, **given_how)
-            ramp = torch.linspace(-1, 1, out.numel()).view(out.shape).to(of)
-            found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), ramp)])
-        for ours, stock, wanted in zip(*found, strict=True):
-            floor = 4 * torch.finfo(dtype).eps * wanted.abs().max()
-            error, allowed = (ours - wanted).abs().max(), 2 * (stock - wanted).abs().max() + floor
-            if not error <= allowed:
-                return f"is off by {error:.2g}, wanted {allowed:.2g}, {dtype}, magnitude {magnitude}"
-        if found[0][0].stride() != found[1][0].stride():
-            return "the result lies otherwise in memory"
-    return None
-
-
-def _cache_disproof(cls: type, kind: str) -> Optional[str]:
-    """Returns how the ``update`` of a cache, or of a layer of a cache, differs from a concatenation, or None."""
-    held = cls()
-    wanted = [torch.empty(2, 3, 0, 8), torch.empty(2, 3, 0, 8)]
-    for tokens in (5, 1, 2):
-        new = [torch.randn(2, 3, tokens, 8) for _ in range(2)]
-        wanted = [torch.cat(both, 2) for both in zip(wanted, new, strict=True)]
-        found = held.update(*new, 0) if kind == "cache" else held.update(*new)
-        layer = held.layers[0] if kind == "cache" else held
-        if not all(map(torch.equal, found, wanted)) or layer.keys is not found[0] or layer.values is not found[1]:
-            return "its keys and values are not the given ones behind the earlier ones"
-    return None
-
-
-def _loss_disproof(function: Callable) -> Optional[str]:
-    """Returns how a loss function and the operator linear_cross_entropy differ, or None.
-
-    The operator gets the identity matrix as weight, so that its logits equal its hidden states.
-    """
-    for dtype, items, shifted in itertools.product(DTYPES, (None, 5, torch.tensor(7)), (False, True)):
-        logits = (torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-        labels = torch.tensor([[3, 1, -100, 4, 10, 0], [-100, 2, 2, 7, -100, 9]])
-        target = labels if shifted else F.pad(labels, (0, 1), value=-100)[..., 1:]
-        given = {"labels": None if shifted else labels, "shift_labels": labels if shifted else None}
-        found = []
-        for ours in (True, False):
-            x = logits.clone().requires_grad_()
-            if ours:
-                loss = ops.linear_cross_entropy(x, torch.eye(11, dtype=dtype), target, num_items_in_batch=items)
-            else:
-                loss = function(x, vocab_size=11, num_items_in_batch=items, **given)
-            found.append((loss.detach(), *torch.autograd.grad(loss, x)))
-        for a, b in zip(*found, strict=True):
-            if (why := _unlike(a, b, 8 * torch.finfo(dtype).eps, True)) is not None:
-                return f"{why}, {dtype}"
-    return None
-
-
 # --- proposals --------------------------------------------------------------------------------------------------------
 
 
@@ -459,18 +399,11 @@ def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
                     "rms_norm",
                     {"weight": weight, "eps": eps, "offset": offset, "rounds": rounds, "mixed": mixed, **needs},
                 )
-    acts = sorted(name for name in reads if name.startswith("act") and not name.endswith("dropout"))
-    drops = sorted(name for name in reads if "drop" in name)
-    layers = sorted(reads - set(acts) - set(drops) - {"training"})
-    are_linear = not any(part in name.lower() for name in layers for part in ("conv", "norm", "sample"))
-    if len(acts) == 1 and len(drops) <= 1 and 2 <= len(layers) <= 3 and are_linear:
-        by_number = "p:" if "training" in reads else ""
-        where = [f"{place}:{by_number}{drops[0]}" for place in ("out", "act")] if drops else [""]
-        for order, drop in itertools.product(itertools.permutations(layers), where):
-            *inner, out = order
-            for gated in ("yes", "no") if len(inner) == 1 else ("yes",):
-                formula = {"inner": ",".join(inner), "out": out, "act": acts[0], "gated": gated}
-                yield "mlp", {**formula, "drop": drop} if drop else formula
+            if not needs:
+                yield "float_layer_norm", {"weight": weight, "eps": eps, "mixed": "yes"}
+    if reads == {"normalized_shape"}:
+        yield "float_layer_norm", {"eps": "1e-05", "shape": "normalized_shape"}
+    yield from _mlps(reads)
     yield from _layers(cls, reads)
     if not form.passes_itself and reads <= {"act", "approximate", "inplace"}:
         if reads == {"act"}:
@@ -482,6 +415,33 @@ def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
             for function in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
                 yield "activation", {"function": function, **needs}
                 yield "activation", {"function": function, "dtypes": "float32,bfloat16", **needs}
+
+
+# The attributes by which transformers' apply_chunking_to_forward divides the tokens, and their values for one part.
+_CHUNKS = {"chunk_size_feed_forward": "0", "seq_len_dim": "1"}
+
+
+def _mlps(reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the formulas of an MLP whose forward reads an activation and one to three layers."""
+    needs = {}
+    if reads >= _CHUNKS.keys():
+        reads, needs = reads - _CHUNKS.keys(), {"needs": ",".join(f"{name}:{value}" for name, value in _CHUNKS.items())}
+    acts = sorted(
+        name for name in reads if name.startswith("act") and not name.endswith("dropout") or name.endswith("_act_fn")
+    )
+    drops = sorted(name for name in reads if "drop" in name)
+    layers = sorted(reads - set(acts) - set(drops) - {"training"})
+    are_linear = not any(part in name.lower() for name in layers for part in ("conv", "norm", "sample"))
+    if len(acts) == 1 and len(drops) <= 1 and 2 <= len(layers) <= 3 and are_linear:
+        by_number = "p:" if "training" in reads else ""
+        where = [f"{place}:{by_number}{drops[0]}" for place in ("out", "act")] if drops else [""]
+        for order, drop in itertools.product(itertools.permutations(layers), where):
+            *inner, out = order
+            for gated in ("yes", "no") if len(inner) == 1 else ("yes",):
+                formula = {"inner": ",".join(inner), "out": out, "act": acts[0], "gated": gated}
+                yield "mlp", {**formula, **({"drop": drop} if drop else {}), **needs}
+    if len(acts) == len(layers) == 1 and not drops and are_linear:
+        yield "mlp", {"inner": layers[0], "act": acts[0], "gated": "no", **needs}
 
 
 _PASSED = {"attention_mask", "position_embeddings", "position_ids", "use_cache"}
@@ -514,20 +474,35 @@ def proposed(cls: type) -> tuple[Optional[Row], str]:
     return None, why
 
 
+# The kinds that register_form accepts, with the values that every formula of the kind has.
+_REGISTRABLE: dict[str, dict[str, Any]] = {
+    "rms_norm": {},
+    "float_layer_norm": {"mixed": True},
+    "mlp": {},
+    "attention": {"interface": True, "forward": "rotary"},
+}
+
+
 def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     """Makes the form of ``cls`` a known form in this process, if the formula passes the proof for ``cls``.
 
     Args:
         cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
-        kind: "rms_norm" or "mlp".
+        kind: "rms_norm", "float_layer_norm", "mlp" or "attention".
         formula: the values of the row. For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0
             or 1, which is added to the weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the
             multiplication by the weight; ``mixed``, whether the formula also holds if x and the weight have different
             dtypes.
+            For float_layer_norm: ``weight`` and ``eps``, as above.
             For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
             "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
             the attribute is a probability.
+            For attention, with rotary positions and an attention function of transformers' registry: ``inputs``, the
+            names of the layers for q, k and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for
+            layers q_norm and k_norm before or after the heads are split; ``cache``, the name of the cache's argument
+            and how its ``update`` is called, "cache:kwargs", "cache:plain" or "cache:positions"; ``options``, keyword
+            arguments of the attention function with the names of their attributes, as "sliding_window:window".
             For rms_norm and mlp: ``needs``, attributes that must have the given value, as "with_scale:True".
 
     Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
@@ -536,8 +511,17 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     and the class give different values or gradients. The error's message says for which input the formula and the class
     differ.
     """
-    if kind not in ("rms_norm", "mlp"):
-        raise ValueError(f"register_form: kind is {kind!r}, wanted 'rms_norm' or 'mlp'")
+    if kind not in _REGISTRABLE:
+        # The other kinds have no proof that a formula of the caller could fail.
+        raise ValueError(f"register_form: kind is {kind!r}, wanted one of {', '.join(_REGISTRABLE)}")
+    formula = {**_REGISTRABLE[kind], **formula}
+    if kind == "attention":
+        if missing := [name for name in ("inputs", "o") if name not in formula]:
+            raise ValueError(f"register_form: the formula of attention has to have {missing[0]}")
+        if formula["forward"] != "rotary" or formula["interface"] not in (True, "yes"):
+            raise ValueError("register_form: an attention without a forward of peft_ext cannot be proved: leave out "
+                             "forward and interface")  # fmt: skip
+        formula["inputs"] = "+".join(formula["inputs"]) if not isinstance(formula["inputs"], str) else formula["inputs"]
     if unknown := sorted(set(formula) - set(KINDS[kind])):
         raise ValueError(f"register_form: the formula of {kind} has no {unknown[0]}, wanted {', '.join(KINDS[kind])}")
     try:
