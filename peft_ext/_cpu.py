@@ -124,3 +124,19 @@ def instruction_sets() -> list[str]:
     names = ("avx2", "fma3", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16",
              "neon", "fp16_arith", "bf16", "sve", "sme")  # fmt: skip
     return [name for name in names if has.get(name)]
+
+
+def model_facts() -> str:
+    """Returns the facts by which Linux names the first processor; without these facts, the architecture."""
+    facts = []
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if not line.strip():
+                    break
+                if name.strip() in ("model name", "stepping", "CPU implementer", "CPU part", "CPU variant"):
+                    facts.append(value.strip() if name.strip() == "model name" else f"{name.strip()} {value.strip()}")
+    except OSError:
+        pass
+    return ", ".join(facts) or platform.machine()

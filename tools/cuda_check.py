@@ -2,7 +2,8 @@
 
 The kernels are those that the native library lists, compiled as on a user's machine (peft_ext/device_code.py), for
 sm_80, 90, 100 and 120; kernels with a hot loop also for sm_86 and 89. The check fails in these cases: a kernel does not
-compile without a warning; a kernel spills registers or keeps an array in local memory; the registers or the shared
+compile without a warning; a kernel spills registers or keeps an array in local memory; a parameter has another offset
+or size in the machine code than on the host, where g++ lays out what a launch passes; the registers or the shared
 memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from docs/slots.tsv (see slots.py).
 A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables, so that
 a review sees each change. ``--archs`` compiles for some architectures alone, and compares only their rows. ``--only``
@@ -22,6 +23,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import parameters
 import sass
 import slots
 
@@ -160,6 +162,7 @@ def main() -> int:
 
     with_hot = {entry.kernel for entry in slots.HOT}
     work = [(*kernel, arch) for kernel in kernels for arch in archs if arch in ARCHS or kernel[0] in with_hot]
+    layouts = parameters.on_host([(expression, file) for _, expression, file in kernels])
     failures: list[str] = []
     rows: list[dict[str, object]] = []
     hot: list[dict[str, str]] = []
@@ -172,6 +175,7 @@ def main() -> int:
             return
         # Kernels of the same header that are no templates are compiled as well.
         (row,) = [row for row in kernel_rows(log) if row["kernel"] == image.symbol.decode()]
+        failures.extend(parameters.differences(name, image.code, image.symbol.decode(), layouts[expression]))
         if "warning" in log.lower():
             failures.append(f"{name} on sm_{arch}: {log}")
         if row["spilled"]:

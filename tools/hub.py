@@ -1,11 +1,16 @@
 """Writes peft_ext's operators and layers as a repository of Hugging Face's kernels hub.
 
-    python tools/hub.py [--output build/hub/peft-ext] [--repo-id OWNER/peft-ext]
+    python tools/hub.py [--output build/hub/peft-ext] [--repo-id OWNER/peft-ext] [--wheels dist]
 
 The repository has a folder for each variant, ``build/torch-stable-abi211-<backend>-<arch>-linux``, and ``build.toml``,
 ``README.md`` and ``LICENSE``. A variant is a Python package: ``tools/hub_repository/package.py`` as its ``__init__``,
 ``layers.py``, the modules of peft_ext that these two import, and the native library, which needs no Python ABI. All
-variants hold the same library; a GPU's machine code is compiled on the GPU's machine.
+variants of an architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
+
+With ``--wheels`` the libraries are those of the wheels in a folder, so that the repository has variants for each
+architecture of the wheels, and may be published: the program fails if a library breaks one of the hub's rules. Without
+``--wheels`` the library is the checkout's, for this machine's architecture alone; the library may need a newer C++
+runtime than the hub allows.
 
 The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the variant's files.
 ``metadata.json`` holds the SHA-256 of each file.
@@ -25,6 +30,7 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -48,6 +54,9 @@ BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
 
 # The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.
 NEWEST = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.0"}
+
+# The number of each architecture in an ELF file, e_machine.
+MACHINES = {"x86_64": 62, "aarch64": 183}
 
 # A `kernels` release that imports <variant>/<module>/__init__.py gets the same module.
 OLD_IMPORT = '''"""The kernel, for a loader that imports this folder instead of the folder above."""
@@ -154,12 +163,38 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
+def from_wheels(wheels_folder: Path, output: Path) -> dict[str, Path]:
+    """Copies the native libraries of the wheels in a folder to ``output``. Returns the libraries by architecture.
+
+    Exits if the folder has no wheel with a library, if two wheels of an architecture hold different libraries, or if a
+    library is of another architecture than its wheel.
+    """
+    found: dict[str, Path] = {}
+    for wheel in sorted(wheels_folder.glob("*.whl")):
+        tag = re.search(r"-manylinux_\d+_\d+_(\w+)\.whl$", wheel.name)
+        if tag is None:
+            continue
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(f"peft_ext/{LIBRARY}")
+        if int.from_bytes(content[18:20], "little") != MACHINES[tag[1]]:
+            sys.exit(f"hub: {wheel.name}: {LIBRARY} is not of {tag[1]}")
+        path = output / tag[1] / LIBRARY
+        if tag[1] in found and path.read_bytes() != content:
+            sys.exit(f"hub: {wheel.name}: {LIBRARY} differs from that of another wheel for {tag[1]}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        found[tag[1]] = path
+    if not found:
+        sys.exit(f"hub: {wheels_folder} has no manylinux wheel (make wheels)")
+    return found
+
+
 # --- the repository ---------------------------------------------------------------------------------------------------
 
 
-def variant_names(backend: str) -> list[str]:
+def variant_names(backend: str, architecture: str = platform.machine()) -> list[str]:
     abi = TORCH.replace(".", "")
-    return [f"torch-stable-abi{abi}-{name}-{platform.machine()}-linux" for name in BACKENDS[backend][0]]
+    return [f"torch-stable-abi{abi}-{name}-{architecture}-linux" for name in BACKENDS[backend][0]]
 
 
 def write_variant(folder: Path, backend: str, library: Path) -> str:
@@ -193,16 +228,21 @@ def write_variant(folder: Path, backend: str, library: Path) -> str:
     return name
 
 
-def write_repository(output: Path, repo_id: str, library: Path) -> dict[str, str]:
-    """Writes the repository, which replaces the folder ``output``. Returns the id of each variant by its name."""
-    if not library.is_file():
-        sys.exit(f"hub: {library} is missing: build peft_ext first (make setup)")
+def write_repository(output: Path, repo_id: str, libraries: Mapping[str, Path]) -> dict[str, str]:
+    """Writes the repository, which replaces the folder ``output``. Returns the id of each variant by its name.
+
+    ``libraries``: the native library by architecture, such as ``{"x86_64": path}``.
+    """
+    for library in libraries.values():
+        if not library.is_file():
+            sys.exit(f"hub: {library} is missing: build peft_ext first (make setup)")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as made:
         folder, ids = Path(made) / NAME, {}
         for backend in BACKENDS:
-            for name in variant_names(backend):
-                ids[name] = write_variant(folder / "build" / name, backend, library)
+            for architecture, library in libraries.items():
+                for name in variant_names(backend, architecture):
+                    ids[name] = write_variant(folder / "build" / name, backend, library)
         card = (SOURCES / "CARD.md").read_text()
         for key, value in {"repo_id": repo_id, "version": str(VERSION), "kernels": KERNELS, "torch": TORCH}.items():
             card = card.replace(f"<{key}>", value)
@@ -229,11 +269,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build/hub" / NAME, help="default: build/hub/peft-ext")
     parser.add_argument("--repo-id", default=f"{NAME}/{NAME}", help="OWNER/NAME on the hub; default: %(default)s")
     parser.add_argument("--library", type=Path, default=PACKAGE / LIBRARY, help="default: the library of the checkout")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels, whose libraries are taken instead")
     args = parser.parse_args()
-    for name, identifier in write_repository(args.output, args.repo_id, args.library).items():
-        print(f"{args.output}/build/{name}: torch.ops.{identifier}")
-    for fault in abi_faults(args.library):
-        print(f"not to be published: {LIBRARY} {fault}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = {platform.machine(): args.library}
+        if args.wheels is not None:
+            libraries = from_wheels(args.wheels, Path(folder))
+        for name, identifier in write_repository(args.output, args.repo_id, libraries).items():
+            print(f"{args.output}/build/{name}: torch.ops.{identifier}")
+        faults = [f"{arch}: {LIBRARY} {fault}" for arch, path in libraries.items() for fault in abi_faults(path)]
+    for fault in faults:
+        print(f"not to be published: {fault}", file=sys.stderr)
+    if faults and args.wheels is not None:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

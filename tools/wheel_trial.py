@@ -11,11 +11,16 @@ that Python and torch once.
 
 A wheel that holds the native library must use the library. A wheel without the library must warn that the slow
 reference is used.
+
+The trial also runs a few steps of ``peft-ext finetune`` on a tiny random model, without the network. With ``--torch``
+pip installs the packages of the extra ``hf`` for it; without, PYTHON must have them, or the trial says that it left the
+run out. All layers must run on kernels, or none if the wheel has no native library.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +29,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = "peft_ext"
+MODEL = Path(__file__).resolve().parents[1] / "tests/support/tiny_llama.py"  # writes the tiny model
+NEEDED = ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "psutil")
+STEPS = 3
 
 # Argument 1: the folder that the package must be in. Argument 2: whether the wheel holds the native library.
 PROGRAM = """
@@ -80,6 +88,37 @@ def _use(python: Sequence[str | Path], folder: Path, native: bool, environment: 
     return printed.strip()
 
 
+def _finetune(python: Sequence[str | Path], folder: Path, native: bool, environment: dict[str, str]) -> str:
+    """Runs STEPS steps of ``peft-ext finetune``, checks the report, and returns a summary of the run."""
+    missing = f"import importlib.util as u; print(*[n for n in {NEEDED} if u.find_spec(n) is None])"
+    if lacks := _run(*python, "-c", missing, env=environment, cwd=folder).strip():
+        return f"finetune left out: no {lacks}"
+    with tempfile.TemporaryDirectory() as place:
+        environment = environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": place, "OMP_NUM_THREADS": "1"}
+        _run(*python, MODEL, place, env=environment, cwd=place)
+        output = Path(place, "out")
+        _run(*python, "-W", "ignore", "-m", PACKAGE, "finetune", "--model", Path(place, "model"), "--data",
+             Path(place, "pairs.jsonl"), "--output", output, "--batch-size", "2", "--block-size", "64", "--rank", "4",
+             "--max-steps", STEPS, env=environment, cwd=place)  # fmt: skip
+        report = json.loads((output / "report.json").read_text())
+        if why := run_faults(report, native):
+            sys.exit(f"wheel-trial: finetune: {why}")
+        if not (output / "adapter_model.safetensors").is_file():
+            sys.exit("wheel-trial: finetune wrote no adapter_model.safetensors")
+    fused = report["fused"]
+    return f"finetune: {STEPS} steps, {fused['fused']} of {fused['layers']} layers on kernels"
+
+
+def run_faults(report: dict, native: bool) -> str:
+    """Returns what is wrong with the report of a run of ``finetune``, or "". ``native``: whether kernels must run."""
+    fused, layers = report["fused"]["fused"], report["fused"]["layers"]
+    if not report["finished"] or not report["check"]["ok"]:
+        return f"finished is {report['finished']}, and the check is {report['check']}"
+    if layers == 0 or fused != (layers if native else 0):
+        return f"{fused} of {layers} layers run on kernels, wanted {'all' if native else 'none'}"
+    return ""
+
+
 def _is_native(wheel: Path) -> bool:
     return not wheel.name.endswith("-none-any.whl")
 
@@ -120,7 +159,7 @@ def trial(wheel: Path, python: str, torch: str | None = None) -> str:
         else:
             pip = [inside, "-m", "pip", "--disable-pip-version-check"]
             _run(*pip, "install", torch)
-            _run(*pip, "install", wheel)
+            _run(*pip, "install", f"{wheel}[hf]")
             _run(*pip, "check")
             _run(*pip, "uninstall", "--yes", PACKAGE)
             install = [*pip, "install", "--no-deps"]
@@ -133,6 +172,7 @@ def trial(wheel: Path, python: str, torch: str | None = None) -> str:
         _run(command, "--version", env=environment, cwd=folder)
         # `peft-ext doctor` exits with 1 where the native library is missing.
         _run(command, "doctor", env=environment, cwd=folder, wanted=0 if native else 1)
+        printed += "; " + _finetune([inside], Path(folder), native, environment)
         _run(*pip, "uninstall", "--yes", PACKAGE)
         left = {
             name for name in _tree(Path(folder)) - before if not name.endswith(".pyc") and "__pycache__" not in name
@@ -165,6 +205,7 @@ def emulated(wheel: Path) -> str:
                   aarch64_tests.SYSTEM / "usr/bin/python3"]  # fmt: skip
         printed = _use(python, Path(folder), True, environment)
         _run(*python, "-m", PACKAGE, "doctor", env=environment, cwd=folder)
+        printed += "; " + _finetune(python, Path(folder), True, environment)
     return printed
 
 

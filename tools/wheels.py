@@ -1,7 +1,7 @@
 """Builds the source distribution and, from it, wheels; checks and tries each wheel.
 
     python tools/wheels.py [--output dist] [--python PYTHON ...] [--architecture x86_64 aarch64] [--pure]
-                           [--link-checkout]
+                           [--link-checkout] [--report docs/sizes.tsv]
 
 For each architecture, and for each Python version among the interpreters, the program builds one manylinux_2_28 wheel.
 The wheels of one architecture hold the same native library, which the first of the interpreters builds. The program
@@ -19,6 +19,7 @@ A wheel for another architecture than this machine's is cross-compiled by Debian
 tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
 chooses on a system for which there is no other wheel. ``--link-checkout`` compiles no native library: the library is
 linked from the objects of the checkout's last build, and the sources in the source distribution must be the checkout's.
+``--report`` writes the sizes of the files, and the runtimes that the libraries need, into a table.
 """
 
 from __future__ import annotations
@@ -220,7 +221,9 @@ def _pure(python: str, tree: Path, output: Path) -> Path:
         return Path(shutil.copy(wheel, output))
 
 
-def _check(wheel: Path) -> None:
+def _check(wheel: Path) -> dict[str, tuple[int, str]]:
+    """Checks a wheel, and returns the sizes of its libraries and the versions of the runtimes that they need."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         wrong = [f"holds {name}" for name in misplaced(names)]
@@ -231,10 +234,27 @@ def _check(wheel: Path) -> None:
         for name in libraries:
             library = Path(archive.extract(name, folder))
             versions = ", ".join(f"{name} {version}" for name, version in newest_versions(library).items())
-            _step(f"  {library.name}: {library.stat().st_size:,} bytes; asks for {versions}")
+            size = library.stat().st_size
+            _step(f"  {library.name}: {size:,} bytes; asks for {versions}")
+            found[f"{library.name.partition('.')[0]} in {wheel_kind(wheel.name)}"] = (size, versions)
             wrong += [f"{library.name}: {fault}" for fault in faults(library)]
     if wrong:
         sys.exit(f"wheels: {wheel.name}:\n  " + "\n  ".join(wrong))
+    return {f"wheel {wheel_kind(wheel.name)}": (wheel.stat().st_size, "")} | found
+
+
+def wheel_kind(name: str) -> str:
+    """Returns the Python and the architecture of a wheel's name, such as "cp311 x86_64", or "py3 any"."""
+    *_, python, _, platform_tag = name.removesuffix(".whl").split("-")
+    return f"{python} {re.sub(r'^manylinux_[0-9]+_[0-9]+_', '', platform_tag)}"
+
+
+def write_report(path: Path, sizes: Mapping[str, tuple[int, str]]) -> None:
+    """Writes sizes in bytes, and needed runtimes, by file into a table. Rows of other files in the table stay."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    rows = {line.partition("\t")[0]: line for line in lines}
+    rows |= {name: f"{name}\t{size}\t{needs}".rstrip("\t") for name, (size, needs) in sizes.items()}
+    path.write_text("\n".join(["file\tbytes\tneeds", *(rows[name] for name in sorted(rows))]) + "\n")
 
 
 def _unpacked(source: Path, folder: Path) -> Path:
@@ -280,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--link-checkout", action="store_true",
         help="links the native library from the objects of the checkout's last build",
     )  # fmt: skip
+    parser.add_argument("--report", type=Path, help="a table into which the sizes are written")
     asked = parser.parse_args(argv)
     if sys.platform != "linux":
         sys.exit(f"wheels: manylinux wheels are built on Linux, this is {sys.platform}")
@@ -290,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(shutil.copy(_source_distribution(asked.python[0], Path(folder)), asked.output))
         _step(f"{source.name}: {source.stat().st_size:,} bytes")
+        sizes = {"source distribution": (source.stat().st_size, "")}
         for architecture in asked.architecture:
             compiler = _compiler(architecture)
             stand_ins = old_runtime.make(Path(folder, architecture, "stand-ins"), compiler)
@@ -302,15 +324,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             for version, pythons in versions.items():
                 wheel = _build(pythons[0], tree, stand_ins, architecture, kernels, asked.output)
                 _step(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
-                _check(wheel)
+                sizes |= _check(wheel)
                 if not asked.no_trial:
                     _try(wheel, version, architecture, pythons)
         if asked.pure:
             wheel = _pure(asked.python[0], _unpacked(source, Path(folder, "pure")), asked.output)
             _step(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
-            _check(wheel)
+            sizes |= _check(wheel)
             if not asked.no_trial:
                 _try(wheel, "", platform.machine(), asked.python)
+        if asked.report is not None:
+            write_report(asked.report, sizes)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear, PackedExperts, PackedLinear
 from ..ops import prove
 from ..ops.checks import check_module
+from ..ops.format_proofs import family_of
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .adapter_layers.base import (
     FOUR_BIT,
@@ -357,8 +358,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             reason = reason or kernel_reason("frozen_linear", module.weight.device.type) or ""
         elif isinstance(module, PackedExperts):
             device = next(iter(module._parameters.values())).device.type
-            held = ", ".join(sorted({weight.format.name for weight in map(module.frozen, module.packed_names)}))
-            kind, reason = f"{class_name(type(module))} over {held}", kernel_reason("lora_experts", device) or ""
+            held = sorted({weight.format.name for weight in map(module.frozen, module.packed_names)})
+            kind = f"{class_name(type(module))} over {', '.join(held)}"
+            reason = kernel_reason("lora_experts", device) or prove.proved(device, *map(family_of, held)) or ""
         elif isinstance(module, NF4Experts):
             device = next(iter(module._parameters.values())).device.type
             kind, reason = f"{class_name(type(module))} over NF4", kernel_reason("lora_experts", device) or ""

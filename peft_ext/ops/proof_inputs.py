@@ -6,12 +6,14 @@ See :func:`.library.proof` and :mod:`.prove`.
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from ..reference import nf4 as reference
+
+_CODES = (torch.uint8, torch.int8, torch.int32)  # dtypes of the codes of packed weights
 
 
 class ProofInputs:
@@ -53,3 +55,23 @@ class ProofInputs:
     def integers(self, low: int, high: int, *size: int) -> Tensor:
         """Returns int64 numbers from ``low`` to ``high - 1``."""
         return torch.randint(low, high, size, generator=self.generator, device="cpu").to(self.device)
+
+
+def widened(value: Any, dtype: torch.dtype) -> Any:
+    """Returns arguments with float64 tensors instead of float tensors, and float64 as the argument ``dtype``.
+
+    The scales of a packed weight, which are the tensors of less than two dimensions after its codes, stay as they are.
+
+    The process's precision of products (TF32, bfloat16) has no influence on a reference in float64, and the error of
+    the result is the kernel's alone.
+    """
+    if isinstance(value, (list, tuple)):
+        found, of_codes = [], False
+        for part in value:
+            is_tensor = isinstance(part, Tensor)
+            of_codes = is_tensor and (part.dtype in _CODES or (of_codes and part.dim() < 2))
+            found.append(part if of_codes else widened(part, dtype))
+        return type(value)(found)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return torch.float64 if value is dtype else value

@@ -39,7 +39,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -55,11 +54,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  no public name for it
 
-from .. import _native, device_code
+from .. import _cpu, _native, device_code
 from .._version import __version__
 from ..files import atomic_file, cache_folder
-from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel
-from .proof_inputs import ProofInputs
+from ..weights import packed
+from . import format_proofs
+from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel, is_eager
+from .proof_inputs import ProofInputs, widened
 
 __all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "proved_eagerly", "report", "settle", "settle_by"]
 
@@ -89,10 +90,13 @@ PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises
 _ops = getattr(torch.ops, NAMESPACE)
 # By key, place and family: "", or the reason why the family failed at the place.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-_gates: dict[str, dict[str, torch.library.Library]] = {key: {} for key in KEYS}  # by key and unproved family
+# By dispatch key and unproved family: the family's gates; None for a format, which is proved when the first weight is
+# made.
+_gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
 _kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
 _lock = threading.RLock()
+_proving = threading.local()  # `depth`: the number of proofs under way in this thread, whose weights are not proved
 
 
 class Place(NamedTuple):
@@ -131,6 +135,9 @@ def arm() -> None:
             for family, names in families(key).items():
                 if all(has_kernel(name, key) for name in names):
                     _arm_family(key, family, names)
+            if all((key, name) in _kernels for name in format_proofs.CALLED):
+                _gates[key].update(dict.fromkeys(format_proofs.FAMILIES))
+    packed.when_made(_meet)
 
 
 def _arm_family(key: str, family: str, names: list[str]) -> None:
@@ -149,6 +156,14 @@ def _gate(key: str, family: str, name: str) -> Callable[..., Any]:
     return gate
 
 
+def _meet(weight: packed.PackedWeight) -> None:
+    """Proves the format of a new weight, which may be the first of this format on the weight's device."""
+    gates, family = _gates.get(weight.device.type.upper(), {}), format_proofs.family_of(weight.format.name)
+    if family in gates and is_eager(weight.parts[0]) and not getattr(_proving, "depth", 0):
+        if not torch._C._len_torch_dispatch_stack():
+            settle(weight.device.type.upper(), [family])
+
+
 def native_op(key: str, name: str) -> Callable[..., Any]:
     """Returns a function that calls an operator's native kernel, past the gate."""
     kernel, keys = _kernels[key, name], torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -162,21 +177,21 @@ def _after_fork() -> None:
 
 @functools.cache
 def _families_of(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(OPERATORS[name].family for name in names)
+    return frozenset(OPERATORS[name].family if name in OPERATORS else name for name in names)
 
 
 def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of these operators were dropped on a type of device, or None.
 
-    Proves the operators' families before, except under torch.compile and with fake tensors. Compiled code meets the
-    gates when it runs.
+    A name may also be a format's family. Proves the families before, except under torch.compile and with fake tensors.
+    Compiled code meets the operators' gates when it runs.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
 
 def proved_eagerly(device: str, *names: str) -> Optional[str]:
     """Returns what :func:`proved` returns, for a caller that knows that it is not compiled."""
-    unproved = _gates[device.upper()]  # compiled code, which does not come here, has no guard on _gates
+    unproved = _gates.get(device.upper())  # compiled code, which does not come here, has no guard on _gates
     if unproved and not unproved.keys().isdisjoint(wanted := _families_of(names)):
         if not torch._C._len_torch_dispatch_stack():
             settle(device.upper(), wanted)
@@ -197,7 +212,8 @@ def report(key: str) -> dict[str, dict[str, str]]:
 
 
 def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
-    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families.
+    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families,
+    on a GPU without the formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
     is set; KernelFault; torch.OutOfMemoryError if the proof finds no memory. The families are then still unproved.
@@ -205,7 +221,8 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     asked = _asked()
     with _lock:  # other threads that need the family wait here for its proof
         gates = _gates[key]
-        left = [family for family in (gates if wanted is None else wanted) if family in gates]
+        every = gates if key == "CPU" else families(key)  # a GPU's kernels of all formats take minutes to compile
+        left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
         results = {place.name: _of_place(place, left, asked) for place in _places(key)}
@@ -290,7 +307,7 @@ def _places(key: str) -> list[Place]:
     A GPU that is too old, or whose families are all saved, gets no CUDA context.
     """
     if key == "CPU":
-        return [Place(key, _cpu_model(), torch.device("cpu"), _native.STATE.isa)]
+        return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     if not torch.cuda.is_available():
         return []
     here, found = torch.cuda.current_device(), {}
@@ -300,22 +317,6 @@ def _places(key: str) -> list[Place]:
     for index in fit:
         found.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
     return [Place(key, card, device) for card, device in found.items()]
-
-
-def _cpu_model() -> str:
-    """Returns the facts by which Linux names the first processor; without these facts, the architecture."""
-    facts = []
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if not line.strip():
-                    break
-                if name.strip() in ("model name", "stepping", "CPU implementer", "CPU part", "CPU variant"):
-                    facts.append(value.strip() if name.strip() == "model name" else f"{name.strip()} {value.strip()}")
-    except OSError:
-        pass
-    return ", ".join(facts) or platform.machine()
 
 
 def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
@@ -336,14 +337,35 @@ def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
 
 def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
     """Makes the operators of the families ``dropped`` run the reference for the dispatch key ``key``, and warns."""
-    named = ", ".join(dropped)
-    warnings.warn(f"peft_ext: {named}: {why}. The reference, plain PyTorch, is used.", RuntimeWarning, stacklevel=4)
+    warnings.warn(
+        f"peft_ext: {format_proofs.listed(dropped)}: {why}. The reference, plain PyTorch, is used.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
     library = torch.library.Library(NAMESPACE, "IMPL")
     operators = families(key)
-    for name in (name for family in dropped for name in operators.get(family, ())):
-        DROPPED[key, name] = why
-        library.impl(name, OPERATORS[name].reference, key, allow_override=True)
+    for family in dropped:
+        for name in operators.get(family, ()):
+            DROPPED[key, name] = why
+            library.impl(name, OPERATORS[name].reference, key, allow_override=True)
+    if formats := [family for family in dropped if family in format_proofs.FAMILIES]:
+        if not any((key, family) in DROPPED for family in format_proofs.FAMILIES):
+            for family, name in ((family, name) for family, names in operators.items() for name in names):
+                if format_proofs.takes_weights(name) and (key, name) not in DROPPED:
+                    library.impl(name, _by_format(key, family, name), key, allow_override=True)
+        DROPPED.update(((key, family), why) for family in formats)
     _overriding.append(library)
+
+
+def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
+    """Returns a function that calls the operator's kernel, or the reference for a weight of a format that failed."""
+
+    def call(*args: Any) -> Any:
+        settle(key, [family])  # this function stands before the family's gate
+        failed = (key, name) in DROPPED or any((key, of) in DROPPED for of in format_proofs.families_in(args))
+        return (OPERATORS[name].reference if failed else native_op(key, name))(*args)
+
+    return call
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -362,11 +384,13 @@ def agree(ask: Callable[[], object]) -> None:
     settle_by(ask)
     if _world() == 1 or _asked() == "0":
         return
-    own = {key: {family: DROPPED[key, name] for family, names in families(key).items()
+    held = {key: families(key) | {family: [family] for family in format_proofs.FAMILIES if families(key)}
+            for key in KEYS}  # fmt: skip
+    own = {key: {family: DROPPED[key, name] for family, names in held[key].items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
     for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
-            has = families(key)
+            has = held[key]
             lost = [family for family in failed if family in has and (key, has[family][0]) not in DROPPED]
             if lost:
                 with _lock:
@@ -472,17 +496,21 @@ def prove(
     thread-local state only, and restores this state.
 
     Args:
-        wanted: the families; default: all families with kernels.
+        wanted: the families; default: all families of operators with kernels.
         key: the dispatch key whose kernels run; default: the device's key.
         large: whether to prove CUDA kernels with inputs of LARGE too.
     """
     key = key or device.type.upper()
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), current:
-        return {
-            family: _prove_family(family, device, key, large and key == "CUDA")
-            for family in (families(key) if wanted is None else wanted)
-        }
+    _proving.depth = getattr(_proving, "depth", 0) + 1  # the proof of a family may call operators of another family
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), current:
+            return {
+                family: _prove_family(family, device, key, large and key == "CUDA")
+                for family in (families(key) if wanted is None else wanted)
+            }
+    finally:
+        _proving.depth -= 1
 
 
 def calls(
@@ -492,7 +520,7 @@ def calls(
 
     ``shape``: the numbers of tokens, input features and output features of the inputs.
     """
-    names = families(key)[family]
+    names = families(key).get(family, format_proofs.CALLED)
     for name, arguments in PROOFS[family](ProofInputs(device, dtype, shape)):
         if name in names:
             yield name, arguments
@@ -527,8 +555,8 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
 def _disagrees(name: str, arguments: tuple, dtype: torch.dtype, key: str) -> str:
     ours = _called(native_op(key, name), name, arguments)
     with _References() if OPERATORS[name].family in _COMPOSED else nullcontext():
-        plain = _called(OPERATORS[name].reference, name, _widened(arguments, dtype))
-    why = _differs(ours, plain, dtype)
+        plain = _called(OPERATORS[name].reference, name, widened(arguments, dtype))
+    why = _differs(ours, plain, dtype, name == "nf4_dequantize")
     return why and f"{name} in {str(dtype).removeprefix('torch.')} {why}"
 
 
@@ -540,26 +568,6 @@ class _References(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         with self:
             return OPERATORS[func._opname].reference(*args, **(kwargs or {}))
-
-
-def _widened(value: Any, dtype: torch.dtype) -> Any:
-    """Returns arguments with float64 tensors instead of float tensors, and float64 as the argument ``dtype``.
-
-    The scales of an NF4 weight, which are the tensors of less than two dimensions after a uint8 tensor, stay float32.
-
-    The process's precision of products (TF32, bfloat16) has no influence on a reference in float64, and the error of
-    the result is the kernel's alone.
-    """
-    if isinstance(value, (list, tuple)):
-        found, of_nf4 = [], False
-        for part in value:
-            is_tensor = isinstance(part, Tensor)
-            of_nf4 = is_tensor and (part.dtype is torch.uint8 or (of_nf4 and part.dim() < 2))
-            found.append(part if of_nf4 else _widened(part, dtype))
-        return type(value)(found)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.double()
-    return torch.float64 if value is dtype else value
 
 
 def _wait(device: torch.device) -> None:
@@ -576,7 +584,8 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
     return found + [value for value, write in zip(arguments, written, strict=True) if write]
 
 
-def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> str:
+def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each: bool = False) -> str:
+    """Compares results. ``each``: whether every element is compared by itself, as decoded weights are."""
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"
@@ -585,6 +594,8 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> st
                 return f"differs in {(got != want).sum().item()} of {want.numel()} elements of result {index}"
             continue
         error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-        if not error <= WITHIN[dtype] * size + 1e-30:
+        normal = torch.finfo(dtype).smallest_normal  # smaller values have fewer bits
+        wrong = each and ((got.double() - want).abs() > WITHIN[dtype] * want.abs().clamp(min=normal)).any()
+        if wrong or not error <= WITHIN[dtype] * size + 1e-30:
             return f"is off by {error / (size or 1):.2g} of result {index}, wanted at most {WITHIN[dtype]}"
     return ""

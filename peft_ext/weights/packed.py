@@ -76,14 +76,30 @@ def register(format: Format) -> Format:
     return format
 
 
+def format_of(layout: int) -> Optional[str]:
+    """Returns the name of the format of an operator's argument ``layout``, or None."""
+    format = _BY_NUMBER.get(layout >> 32 & 0xFF)
+    return None if format is None else format.name
+
+
+def _made(weight: PackedWeight) -> None:
+    """Is called with each new weight; see :func:`when_made`."""
+
+
+def when_made(call: Callable[[PackedWeight], None]) -> None:
+    """Makes each new weight call ``call(weight)``: peft_ext.ops proves a format's kernels before their first use."""
+    global _made
+    _made = call
+
+
 def _as_bytes(part: Optional[Tensor]) -> Optional[Tensor]:
     """Returns a tensor of 8-bit floats as uint8, because kernels read 8-bit floats as bytes.
 
     A tensor of uint8 is returned itself: autograd keeps what the kernels read until the backward, and a view would keep
     the codes that ZeRO-3 has gathered.
     """
-    has_other_bytes = part is not None and part.element_size() == 1 and part.dtype is not torch.uint8
-    return part.view(torch.uint8) if has_other_bytes else part
+    is_float = part is not None and part.element_size() == 1 and part.dtype.is_floating_point
+    return part.view(torch.uint8) if is_float else part
 
 
 class PackedWeight:
@@ -121,6 +137,7 @@ class PackedWeight:
         self._check()
         held = [_as_bytes(part) for part in self.parts] + [None] * (MOST_PARTS - len(self.parts))
         self._args = (*held, self.layout, list(self.shape))
+        _made(self)
 
     def _check(self) -> None:
         name, device = self.format.name, None

@@ -6,7 +6,9 @@ import functools
 import multiprocessing
 import os
 import re
+import shutil
 import stat
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,9 @@ from peft_ext import _native, device_code
 from peft_ext.device_code import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+
+sys.path.insert(0, str(ROOT / "tools"))
+parameters = pytest.importorskip("parameters", reason="tools/ is not here: not a checkout")
 
 if _native.STATE.module is None:
     pytest.skip("the native library is not built", allow_module_level=True)
@@ -321,6 +326,46 @@ def test_an_instance_of_every_kernel_compiles(arch):
         image, log = device_code.compile_kernel(kernel, file, arch)
         assert image.code.startswith(b"\x7fELF") and image.symbol in image.code, kernel
         assert log == "", kernel
+
+
+@needs_nvrtc
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
+@pytest.mark.parametrize("part", ["some", pytest.param("each", marks=pytest.mark.slow)])
+def test_a_launch_passes_parameters_of_the_layout_that_the_machine_code_has(part):
+    """tools/cuda_check.py compares all instances."""
+    wanted = one_of_each()[:: 1 if part == "each" else 10]
+    host = parameters.on_host(wanted)
+    for kernel, file in wanted:
+        image, _ = device_code.compile_kernel(kernel, file, "sm_90")
+        assert parameters.differences(kernel, image.code, image.symbol.decode(), host[kernel]) == []
+    assert host[wanted[0][0]]
+
+
+@needs_nvrtc
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
+def test_another_layout_of_a_parameter_is_found(tmp_path, monkeypatch):
+    """A struct whose last member is packed by the machine code's compiler and not on the host."""
+    text = """#pragma once
+#include "cuda/ptx.cuh"
+namespace peft_ext {
+struct Work { int64_t count; uint8_t tail SIZE; };
+template <int kN>
+__global__ void odd_kernel(const float* x, Work work, bool flag) { PEFT_EXT_KERNEL; }
+}
+"""
+    (tmp_path / "csrc").mkdir()
+    shutil.copytree(ROOT / "csrc/cuda", tmp_path / "csrc/cuda")
+    shutil.copytree(ROOT / "csrc/common", tmp_path / "csrc/common")
+    (tmp_path / "csrc/odd.cuh").write_text(text.replace("SIZE", "[1]"))
+    monkeypatch.setattr(parameters, "ROOT", tmp_path)
+    host = parameters.on_host([("peft_ext::odd_kernel<3>", "csrc/odd.cuh")])["peft_ext::odd_kernel<3>"]
+    assert host == [(0, 8), (8, 16), (24, 1)]
+    for size, wanted in {"[1]": True, "[9]": False}.items():
+        sources = _native.STATE.module.sources() | {"odd.cuh": text.replace("SIZE", size)}
+        monkeypatch.setattr(device_code, "_sources", lambda sources=sources: sources)
+        image, _ = device_code.compile_kernel("peft_ext::odd_kernel<3>", "csrc/odd.cuh", "sm_90")
+        found = parameters.differences("odd_kernel<3>", image.code, image.symbol.decode(), host)
+        assert (found == []) is wanted, found
 
 
 @needs_nvrtc

@@ -259,6 +259,35 @@ def test_a_wheel_without_the_native_library_is_built_and_says_so(tmp_path):
     assert "is not in the installed wheel" in done.stdout and "--no-binary peft_ext" in done.stdout
 
 
+def test_the_report_keeps_the_rows_of_files_that_were_not_built(tmp_path):
+    path = tmp_path / "sizes.tsv"
+    wheels.write_report(path, {"wheel cp311 x86_64": (5, ""), "_kernels in cp311 x86_64": (3, "GLIBC 2.27")})
+    wheels.write_report(path, {"wheel cp311 x86_64": (6, ""), "source distribution": (4, "")})
+    assert path.read_text().splitlines() == [
+        "file\tbytes\tneeds", "_kernels in cp311 x86_64\t3\tGLIBC 2.27", "source distribution\t4",
+        "wheel cp311 x86_64\t6",
+    ]  # fmt: skip
+    assert wheels.wheel_kind("peft_ext-0.1.0-cp314-cp314-manylinux_2_28_aarch64.whl") == "cp314 aarch64"
+    assert wheels.wheel_kind("peft_ext-0.1.0-py3-none-any.whl") == "py3 any"
+
+
+@pytest.mark.parametrize(
+    ("fused", "layers", "ok", "native", "says"),
+    [
+        (15, 15, True, True, ""),
+        (14, 15, True, True, "14 of 15 layers run on kernels, wanted all"),
+        (0, 15, True, False, ""),
+        (1, 15, True, False, "wanted none"),
+        (0, 0, True, True, "0 of 0 layers"),
+        (15, 15, False, True, "the check is"),
+    ],
+)
+def test_a_trial_s_run_must_finish_on_kernels(fused, layers, ok, native, says):
+    report = {"fused": {"fused": fused, "layers": layers}, "finished": True, "check": {"ok": ok}}
+    found = wheel_trial.run_faults(report, native)
+    assert says in found and bool(found) == bool(says)
+
+
 # --- release ----------------------------------------------------------------------------------------------------------
 
 CHANGELOG = "# Changelog\n\n## [1.2.3] - 2026-05-01\n\n- x\n\n## [1.2.2] - 2026-04-01\n"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_llama import write_pairs, write_tiny_model
 
 from peft_ext.cli.main import main
 
@@ -25,35 +25,10 @@ def tiny(tmp_path_factory) -> Path:
     """Returns a folder with ``model`` (a random Llama with a byte tokenizer) and the files pairs.jsonl and docs.txt."""
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_model(folder / "model")
-    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs(folder / "pairs.jsonl")
     text = "\n\n".join(f"Paragraph {i}. " + "The quick brown fox jumps over the lazy dog. " * 20 for i in range(40))
     (folder / "docs.txt").write_text(text)
     return folder
-
-
-def write_tiny_model(folder: Path, experts: int = 0) -> None:
-    """Writes a random bfloat16 Llama of two layers, or with ``experts`` a Qwen3-MoE, and a tokenizer of bytes."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0,
-        "eos_token_id": 1, "tie_word_embeddings": True,
-    }  # fmt: skip
-    kind = "Qwen3Moe" if experts else "Llama"
-    own = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **(own if experts else {}))
-    getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
-    fast.save_pretrained(folder)
 
 
 def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:

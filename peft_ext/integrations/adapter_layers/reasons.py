@@ -23,6 +23,7 @@ from ..._native import STATE
 from ...nn import NF4Linear, PackedLinear
 from ...nn.nf4 import is_dtensor, is_zero3_shard
 from ...ops.checks import autocast_dtype, under_a_transform
+from ...ops.format_proofs import family_of
 from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
 from ...text import dtype_name as short
@@ -329,7 +330,9 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         for tensor in (base.weight, *base._buffers.values()):
             if reason := tensor_reason("its weight", tensor, dim=len(whole_shape(tensor))):
                 return reason
-        return "its base weight requires grad" if base.weight.requires_grad else None
+        if base.weight.requires_grad:
+            return "its base weight requires grad"
+        return proved(base.weight.device.type, family_of(base.format.name))
     if kind in FOUR_BIT:
         if is_partitioned(weight):
             return "its weight is a shard (FSDP, ZeRO-3 or tensor parallelism)"

@@ -1,0 +1,205 @@
+"""The proof of the formats of packed weights: one family for each format that kernels decode.
+
+A format's family proves the kernels that decode the format: of a whole weight, of few tokens, and of many tokens in the
+forward and the backward. All operators on packed weights use these kernels. Of a format that fails, every operator
+computes the calls by the reference, and the operators' kernels still compute the calls with other weights. See
+:mod:`.prove`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..weights import fp4, fp8, gguf, int_groups, mx
+from ..weights.nf4 import NESTED_BLOCKSIZE, NestedAbsmax
+from ..weights.packed import FORMATS, PackedWeight, format_of
+from .library import NAMESPACE, PROOFS
+from .proof_inputs import ProofInputs
+
+__all__ = ["CALLED", "FAMILIES", "families_in", "family_of", "listed", "takes_weights"]
+
+CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operators that a format's proof calls
+
+ROWS, COLUMNS = 72, 512  # least sizes of a proof's weight: more than a panel of rows, and two of the largest blocks
+RAGGED = 6  # number of columns by which a weight's columns are no multiple of 32, in formats that allow this
+
+Make = Callable[[ProofInputs, int, int], PackedWeight]
+
+
+# --- random weights ---------------------------------------------------------------------------------------------------
+
+
+def _bits(inputs: ProofInputs, *size: int, of: torch.dtype = torch.uint8) -> Tensor:
+    """Returns integers of any bits."""
+    kind = torch.iinfo(of)
+    return inputs.integers(kind.min, kind.max + 1, *size).to(of)
+
+
+def _scales(inputs: ProofInputs, *size: int, of: torch.dtype = torch.float32) -> Tensor:
+    """Returns scales from 2^-7 to 2^-6, which each dtype of scales but e8m0 holds exactly."""
+    return ((inputs.integers(8, 16, *size).float()) * 2.0**-10).to(of)
+
+
+def _fp4(inputs: ProofInputs, n: int, k: int, nested: bool = False) -> PackedWeight:
+    packed, blocks = _bits(inputs, -(-n * k // 2)), -(-n * k // 64)
+    if not nested:
+        return fp4.fp4(packed, _scales(inputs, blocks), (n, k))
+    state = NestedAbsmax(_scales(inputs, -(-blocks // NESTED_BLOCKSIZE)), inputs.draw(256, of=torch.float32),
+                         _scales(inputs, 1))  # fmt: skip
+    return fp4.fp4(packed, _bits(inputs, blocks), (n, k), nested=state)
+
+
+def _mxfp4(inputs: ProofInputs, n: int, k: int) -> PackedWeight:
+    return mx.mxfp4(_bits(inputs, n, k // 2), inputs.integers(119, 124, n, k // 32).to(torch.uint8))
+
+
+def _nvfp4(inputs: ProofInputs, n: int, k: int, reciprocal: bool) -> PackedWeight:
+    scales = inputs.integers(40, 72, n, k // 16).to(torch.uint8).view(torch.float8_e4m3fn)
+    total = torch.tensor([37.0 if reciprocal else 1 / 37], device=inputs.device)
+    return mx.nvfp4(_bits(inputs, n, k // 2), scales, total, reciprocal=reciprocal)
+
+
+def _fp8(inputs: ProofInputs, n: int, k: int, block: tuple[int, int], of: torch.dtype) -> PackedWeight:
+    codes = _bits(inputs, n, k)
+    codes = (codes & 0x80 | (codes & 0x7F).clamp(max=0x7E)).view(torch.float8_e4m3fn)  # no NaN
+    grid = [-(-size // of_block) if of_block else 1 for size, of_block in zip((n, k), block, strict=True)]
+    if of is torch.float8_e8m0fnu:
+        return fp8.fp8(codes, inputs.integers(119, 124, *grid).to(torch.uint8).view(of), block)
+    return fp8.fp8(codes, _scales(inputs, *grid, of=of), block)
+
+
+def _int(inputs: ProofInputs, n: int, k: int, bits: int, zeros: bool, ordered: bool = False) -> PackedWeight:
+    def words(count: int, *more: int) -> tuple[int, ...]:
+        return (-(-count * bits // 32), *more)
+
+    zero_points = _bits(inputs, *words(n, k // 32), of=torch.int32) if zeros else None
+    g_idx = inputs.integers(0, k // 32, k).int() if ordered else None
+    return int_groups.int_rows(_bits(inputs, n, *words(k), of=torch.int32),
+                               _scales(inputs, n, k // 32, of=torch.bfloat16), (n, k), bits=bits,
+                               zero_points=zero_points, g_idx=g_idx)  # fmt: skip
+
+
+def _int8(inputs: ProofInputs, n: int, k: int, one_scale: bool) -> PackedWeight:
+    scales = _scales(inputs, *((1,) if one_scale else (n, 1)))
+    zero_points = _bits(inputs, *scales.shape, of=torch.int8) if one_scale else None
+    return int_groups.int_rows(_bits(inputs, n, k, of=torch.int8), scales, (n, k), bits=8, zero_points=zero_points)
+
+
+def _gptq(inputs: ProofInputs, n: int, k: int, bits: int, v1: bool = False, ordered: bool = False) -> PackedWeight:
+    groups, codes = -(-k // 64), 32 // bits
+    return int_groups.gptq(
+        _bits(inputs, -(-k // codes), n, of=torch.int32), _bits(inputs, groups, -(-n // codes), of=torch.int32),
+        _scales(inputs, groups, n, of=torch.float16), bits=bits, group=64, v1=v1, in_features=k,
+        g_idx=inputs.integers(0, groups, k).int() if ordered else None,
+    )  # fmt: skip
+
+
+def _awq(inputs: ProofInputs, n: int, k: int) -> PackedWeight:
+    words = [_bits(inputs, rows, n // 8, of=torch.int32) for rows in (k, k // 32)]
+    return int_groups.awq(*words, _scales(inputs, k // 32, n, of=torch.float16))
+
+
+def _hqq(inputs: ProofInputs, n: int, k: int, bits: int, axis: int) -> PackedWeight:
+    groups = n * k // 64
+    scale, zero = _scales(inputs, groups, of=torch.bfloat16), inputs.integers(0, 15, groups).bfloat16()
+    return int_groups.hqq(_bits(inputs, n * k * bits // 8), scale, zero, (n, k), bits=bits, axis=axis)
+
+
+# Of each type of GGUF that kernels decode: the places of a block's float16 scales. MXFP4 has a byte of e8m0 at 0.
+_PLACES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ2_0": (64,), "MXFP4": (),
+}  # fmt: skip
+
+
+def _gguf(inputs: ProofInputs, n: int, k: int, type: str) -> PackedWeight:
+    _, columns, size, _ = gguf.TYPES[gguf.type_number(type)]
+    blocks = _bits(inputs, n, k // columns, size)
+    for place in _PLACES[type]:
+        scales = _scales(inputs, n, k // columns, 1, of=torch.float16)
+        blocks[..., place : place + 2] = scales.view(torch.uint8)
+    if type == "MXFP4":
+        blocks[..., 0] = inputs.integers(119, 124, n, k // columns).to(torch.uint8)
+    return gguf.gguf_weight(blocks.flatten(1), type, (n, k))
+
+
+def _ragged(make: Make) -> Make:
+    return lambda inputs, n, k: make(inputs, n, k + RAGGED)
+
+
+_FP8 = functools.partial(_fp8, block=(128, 128), of=torch.float32)
+_GPTQ = functools.partial(_gptq, bits=4)
+# By format: the weights of the format's proof.
+_WEIGHTS: dict[str, list[Make]] = {
+    "fp4": [_fp4, functools.partial(_fp4, nested=True), _ragged(_fp4)],
+    "mxfp4": [_mxfp4],
+    "nvfp4": [functools.partial(_nvfp4, reciprocal=of) for of in (False, True)],
+    "fp8": [_FP8, functools.partial(_fp8, block=(1, 0), of=torch.bfloat16), _ragged(_FP8),
+            functools.partial(_fp8, block=(128, 128), of=torch.float8_e8m0fnu)],
+    "int": [
+        *(functools.partial(_int, bits=bits, zeros=True) for bits in (2, 4, 8)),
+        functools.partial(_int, bits=4, zeros=False),
+        functools.partial(_int, bits=4, zeros=False, ordered=True),
+        *(functools.partial(_int8, one_scale=of) for of in (False, True)),
+        _ragged(functools.partial(_int8, one_scale=False)),
+    ],
+    "gptq": [_GPTQ, functools.partial(_gptq, bits=4, v1=True, ordered=True), functools.partial(_gptq, bits=8),
+             functools.partial(_gptq, bits=2), _ragged(_GPTQ)],
+    "awq": [_awq],
+    "hqq": [functools.partial(_hqq, bits=bits, axis=axis) for bits in (4, 8) for axis in (0, 1)],
+    **{f"gguf_{type.lower()}": [functools.partial(_gguf, type=type)] for type in _PLACES},
+}  # fmt: skip
+
+
+# --- the families -----------------------------------------------------------------------------------------------------
+
+
+def family_of(format: str) -> str:
+    """Returns the name of a format's family."""
+    return f"format {format}"
+
+
+def _calls(format: str, inputs: ProofInputs) -> Iterator[tuple[str, tuple]]:
+    n, k = inputs.n + ROWS // 9 * 4, max(inputs.k, COLUMNS)
+    for make in _WEIGHTS[format]:
+        weight = make(inputs, n, k)
+        *parts, layout, shape = weight.op_args()
+        # The proof widens the other float tensors to float64, and knows scales by their one dimension.
+        args = (*(None if part is None else part.flatten() for part in parts), layout, shape)
+        yield "nf4_dequantize", (*args, inputs.dtype)
+        x = inputs.draw(inputs.t, shape[1])
+        for tokens in (1, 4, 8, inputs.t):
+            yield "nf4_linear", (x[:tokens], *args, None)
+        yield "nf4_linear_backward", (inputs.draw(inputs.t, n), *args)
+
+
+# The formats' families, by name.
+FAMILIES = {family_of(name): format for name, format in FORMATS.items() if name in _WEIGHTS}
+PROOFS.update((family, functools.partial(_calls, format.name)) for family, format in FAMILIES.items())
+
+
+def listed(families: list[str]) -> str:
+    """Returns the names of families as text, with the number of the formats instead of the names of many formats."""
+    formats = [family for family in families if family in FAMILIES]
+    if len(formats) <= 3:
+        return ", ".join(families)
+    return ", ".join(
+        [*(family for family in families if family not in FAMILIES), f"{len(formats)} formats of packed weights"]
+    )
+
+
+def takes_weights(operator: str) -> bool:
+    """Returns whether an operator's schema has packed weights, ``library.WEIGHT`` or ``layer_lists.LAYERS``."""
+    schema = getattr(getattr(torch.ops, NAMESPACE), operator).default._schema
+    return any(argument.name in ("layout", "sizes") for argument in schema.arguments)
+
+
+def families_in(args: tuple) -> set[str]:
+    """Returns the families of the formats of the packed weights among an operator's arguments."""
+    numbers = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,))
+               if type(value) is int and value >> 32]  # fmt: skip
+    return {family_of(name) for number in numbers if (name := format_of(number)) is not None}

@@ -1,0 +1,92 @@
+"""Compares the parameters of CUDA kernels in NVRTC's machine code with those that the host functions pass.
+
+A launch passes the addresses of parameters that g++ laid out, and the driver copies as many bytes as the machine code
+says. ``in_code`` reads the offset and size of each parameter from machine code, and ``on_host`` gets them from g++.
+"""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The entry of a kernel's section .nv.info that describes a parameter: EIFMT_SVAL, EIATTR_KPARAM_INFO.
+_WITH_SIZE, _PARAMETER = 4, 0x17
+_HAS_VALUE = (1, 2, 3)  # formats of entries without a size: the entry takes four bytes
+
+Layout = list[tuple[int, int]]  # by parameter: offset and size in bytes
+
+PROGRAM = """
+#include <stdio.h>
+#include "cuda/kernel_name.h"
+peft_ext::Kernel::Kernel(const char* local_class, const char* file) : local_class(local_class), file(file) {{}}
+template <class... P>
+void show(void (*)(P...)) {{
+  size_t at = 0;
+  ((at = (at + alignof(P) - 1) / alignof(P) * alignof(P), printf("%zu %zu ", at, sizeof(P)), at += sizeof(P)), ...);
+  printf("\\n");
+}}
+#include "{file}"
+int main() {{
+{calls}
+}}
+"""
+
+
+def _sections(code: bytes) -> dict[str, bytes]:
+    """Returns the sections of a 64-bit ELF file by name."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", code, 0x28), struct.unpack_from("<HHH", code, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", code, table + at * size) for at in range(count)]
+    text = headers[names][4]
+    return {
+        code[text + name : code.index(b"\0", text + name)].decode(): code[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+    }
+
+
+def in_code(code: bytes, symbol: str) -> Layout:
+    """Returns the offsets and sizes of a kernel's parameters from the kernel's machine code (a cubin file)."""
+    info, at, found = _sections(code)[f".nv.info.{symbol}"], 0, {}
+    while at < len(info):
+        format, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if format in _HAS_VALUE:
+            continue
+        if (format, attribute) == (_WITH_SIZE, _PARAMETER):
+            _, ordinal, offset, flags = struct.unpack_from("<IHHI", info, at)
+            found[ordinal] = (offset, flags >> 18)
+        at += size
+    return [found[ordinal] for ordinal in sorted(found)]
+
+
+def on_host(kernels: Iterable[tuple[str, str]], compiler: str = "g++") -> dict[str, Layout]:
+    """Returns the layouts of the parameters of kernels, each ``(expression, file)``, as g++ makes them.
+
+    Each file is compiled by itself, because no host source includes all files.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name, file in kernels:
+        by_file.setdefault(file.rpartition("csrc/")[2], []).append(name)
+    found: dict[str, Layout] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "layouts")
+        for file, names in by_file.items():
+            calls = "\n".join(f"  show(static_cast<decltype(&{name})>(nullptr));" for name in names)
+            program.with_suffix(".cpp").write_text(PROGRAM.format(file=file, calls=calls))
+            command = [compiler, "-std=c++17", "-w", f"-I{ROOT / 'csrc'}", program.with_suffix(".cpp"), "-o", program]
+            subprocess.run(command, check=True)
+            lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+            for name, line in zip(names, lines, strict=True):
+                numbers = list(map(int, line.split()))
+                found[name] = list(zip(numbers[::2], numbers[1::2], strict=True))
+    return found
+
+
+def differences(kernel: str, code: bytes, symbol: str, host: Layout) -> list[str]:
+    """Returns a line if the parameters in the machine code differ from those on the host."""
+    found = in_code(code, symbol)
+    return [] if found == host else [f"{kernel}: parameters (offset, size) {found} in the code, {host} on the host"]
