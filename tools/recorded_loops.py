@@ -129,7 +129,8 @@ def _least(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def record_here(library: str, traces: bool, names: list[str], threads: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Returns a row for each operator, direction and number of threads, recorded in this process."""
+    """Records the parallel loops of the operators in this process. Returns a row for each operator, direction and
+    number of threads."""
     import torch
 
     from peft_ext._native import STATE

@@ -142,10 +142,11 @@ def bottleneck_adapter(
         residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. For an adapter after a sublayer, x and residual
             are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual its output.
 
-    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. If x, D and V have one
-    16-bit dtype in which PyTorch multiplies on the CPU, U, H and the sum of residual and bias are rounded to this
-    dtype too, for more than two tokens. Gradients flow to all tensors, in their own dtypes; saved for backward: x, U in
-    float32, and the two weights. Under autocast x and residual are cast to the autocast dtype.
+    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. Exception, for x on a CPU:
+    if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens, then x Dᵀ
+    (with b_d, if b_d has this dtype), s H and residual + s b_v are rounded to this dtype too. Gradients flow to all
+    tensors, in their own dtypes; saved for backward: x, U in float32, and the two weights. Under autocast x and
+    residual are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -14,8 +14,8 @@ because the scales of one weight are quantized together; an adapter of DoRA need
 transformers makes several weights of one tensor in the files. The processes of a node take turns. A process keeps the
 process's own shard of each tensor that arrives. Buffers, such as the scales of NF4, are whole in each process.
 
-The adapter is whole in each process until ``shard_and_load`` shards the adapter. The weights of the base are read
-later.
+The adapter is whole in each process until ``shard_and_load`` shards the adapter. ``shard_and_load`` reads the weights
+of the base after it has sharded the model.
 """
 
 from .adapter import adapter_values

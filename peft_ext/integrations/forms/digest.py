@@ -119,8 +119,8 @@ class _Walk:
         self.passes_itself = self.writes = False
 
     def of_class(self, owner: type, name: str, after: Optional[type] = None) -> Any:
-        """Returns the key of the attribute ``name`` of the class ``owner``. With ``after``, the search begins behind
-        the class ``after`` in the MRO of ``owner``."""
+        """Returns the structure that stands for the attribute ``name`` of the class ``owner`` in the digest. With
+        ``after``, the search begins behind the class ``after`` in the MRO of ``owner``."""
         classes = owner.__mro__
         for kind in classes[0 if after is None else classes.index(after) + 1 :]:
             if name in vars(kind):
@@ -139,7 +139,8 @@ class _Walk:
         return self._value(value, name, kind)
 
     def function(self, function: Any, kind: Optional[type] = None) -> Any:
-        """Returns the key of a Python function. ``kind``: the class that defines the function, if it is a method."""
+        """Returns the structure that stands for a Python function in the digest. ``kind``: the class that defines the
+        function, if it is a method."""
         if not isinstance(function, types.FunctionType):
             raise Unknown(f"{_name(function)} is no Python function")
         if _is_checkpointed(function):
@@ -210,7 +211,7 @@ class _Walk:
         return value
 
     def _value(self, value: Any, name: str, kind: Optional[type]) -> Any:
-        """Returns the key of a value that code finds by ``name``."""
+        """Returns the structure that stands for a value that code finds by ``name``."""
         if isinstance(value, enum.Enum):
             return "enum", _name(type(value)), value.name
         if isinstance(value, _PLAIN):
@@ -310,8 +311,8 @@ def _set_cells(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _registry(value: Any) -> Optional[tuple[str, str]]:
-    """Returns the key of ``value`` if it is transformers' own registry of attention functions without local entries;
-    else None."""
+    """Returns what stands for ``value`` in the digest if ``value`` is transformers' own registry of attention functions
+    without local entries; else None."""
     utils = sys.modules.get("transformers.modeling_utils")
     known = getattr(utils, "ALL_ATTENTION_FUNCTIONS", None)
     return ("registry", "attention") if known is not None and value is known and not value._local_mapping else None

@@ -269,7 +269,7 @@ def real(value: Any) -> Any:
 def computed(pending: Pending) -> Tensor:
     """Returns the real value of a Pending.
 
-    All Pendings of the call are computed at once, because later code may change the logits in place.
+    All Pendings of one call of the head are computed at once, because later code may change the logits in place.
     """
     if pending._value is None:
         logits = pending._call.compute()

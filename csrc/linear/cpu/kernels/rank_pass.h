@@ -38,7 +38,8 @@ inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
 }
 
 constexpr int kRows = 16;  // largest number of rows that a block holds
-// Number of columns in a block with dropout. The copy of the block, the draws and the columns of `acc` fit L1 together.
+// Number of columns in a block with dropout. In 16 bits and for up to 16 ranks, the copy of the block, the draws and
+// the columns of `acc` fit an L1 of 32 KiB together.
 constexpr int kDroppedPanel = kPanel / 2;
 
 // A block of mask ∘ m, and the draws of one of its rows.

@@ -5,9 +5,10 @@
 //   transposed(part, rows): returns the columns of 16 x 16 sums
 //   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values
 //   kLowRankRows: number of rows of sums that stay in registers at a time
-//   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep, kDecodeStrips:
+//   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep:
 //     c[i][j] += left strip i times right strip j over `tiles` tiles of the depth, for up to 2 x 2 strips; c[i][j] is
 //     [16][16] float32, 1 KiB. The function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
+//   kDecodeStrips: cost of decoding a panel, in strips of tokens that are multiplied with the panel
 //   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand, without a copy. The
 //     forward uses rows_of for up to kFewStrips strips of tokens; with kFewStrips 0 the forward never uses rows_of
 //   decodes_rows(weight): whether rows of this W can be a left operand that is decoded during the product with one
