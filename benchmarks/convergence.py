@@ -43,7 +43,7 @@ from .harness import machine
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
-NAME = "run-convergence-avx512_bf16"  # name of the drawn result file, without its date
+NAME = "run-convergence-avx512_bf16"  # name, without its date, of the result file from which --draw writes the page
 IGNORED = -100  # label of the tokens that the loss leaves out
 
 Batch = dict[str, Tensor]

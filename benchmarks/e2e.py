@@ -233,7 +233,7 @@ def peft_config(method: Method, steps: int) -> Any:
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
-    if method.peft_type == "ADALORA":  # AdaLoRA prunes ranks in every step
+    if method.peft_type == "ADALORA":  # AdaLoRA prunes ranks in every timed step
         return peft.AdaLoraConfig(init_r=16, target_r=8, tinit=0, tfinal=1, deltaT=1, total_step=steps + 2, **common)
     return peft.LoraConfig(r=16, use_dora=method.use_dora, **common)
 

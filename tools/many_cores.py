@@ -291,7 +291,7 @@ def record() -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """Returns JSON with a line for each row. Seconds have four digits, so that the file is short."""
+    """Returns JSON with a line for each row. Seconds are rounded to four significant digits, for a short file."""
 
     def short(value: Any) -> Any:
         if isinstance(value, float):

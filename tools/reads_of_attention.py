@@ -108,8 +108,8 @@ def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
     cannot be decided.
 
     The calls of a group have the form ``self.name(variable)`` and are in one sequence of statements, of which all run
-    or none. Between the calls, no code assigns the variable, or writes into the variable or a child in a way that
-    autograd does not see.
+    or none. Between these calls, no code assigns the variable, and no code changes the variable or a child module in a
+    way that autograd does not see.
     """
     if (tree := _tree(forward)) is None:
         return ()

@@ -28,7 +28,7 @@ TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # flags 
 GROUP, L2 = 8, 1 << 20  # number of threads that share an L3, and bytes of an L2
 RANK, TOKENS = 16, 512
 # The fields of a part: thread, first and last unit, nanoseconds of CPU time, accesses, and numbers of lines. TAKEN is
-# the number of lines that another thread of the loop wrote before.
+# the number of cache lines that another thread of the same parallel loop wrote before.
 THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
@@ -275,7 +275,8 @@ def child(function: str, site: Path = ROOT, **how: Any) -> list[dict[str, Any]]:
 
 
 def traced_rows(threads: int) -> list[dict[str, Any]]:
-    """Returns :func:`record_here` of the traced library. The rows are kept until a source or the library changes."""
+    """Returns :func:`record_here` of the traced library. The rows are kept in build/recorded until the
+    traced library, recorded_loops.py or recorded_loops.cpp changes."""
     kept, site = BUILD / f"traced{threads}.json", build_traced()
     sources = (BUILD / "libtraced.so", *(ROOT / "tools" / f"recorded_loops.{kind}" for kind in ("py", "cpp")))
     if not kept.exists() or any(path.stat().st_mtime > kept.stat().st_mtime for path in sources):

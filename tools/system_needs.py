@@ -27,7 +27,8 @@ INSTALL_COMPILER = """
 
 
 def compiler_version(command):
-    """Returns the name and the version of a C++ compiler, such as ("GCC", (12, 2)), or None if it does not run."""
+    """Returns the name and the version of a C++ compiler, such as ("GCC", (12, 2)), or None if the command
+    does not run or is neither GCC nor clang."""
     try:
         done = subprocess.run([*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip

@@ -209,8 +209,8 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
   if (best.streams == 0 || best.threads == 1) return best;
   int64_t time = best.time();
   const int64_t of_stream = std::max<int64_t>(1, best.query_blocks * kPlanBlock * size);
-  // Steps of 2, 4, 6, 8, 12, 16, 24, ... blocks. A smaller step is taken only if its computed time is shorter, because
-  // a smaller step starts the threads more often.
+  // The steps that are tried, in blocks: 2, 4, 6, 8, 12, 16, 24 and so on. A smaller step is taken only if its computed
+  // time is shorter, because a smaller step starts the threads more often.
   const auto consider = [&](int64_t step) {
     if (step >= longest || ceil(longest, step) > kMostCells) return;
     BackwardPlan other = best;

@@ -15,7 +15,7 @@ struct DeviceDropout {
 };
 
 constexpr int kPhiloxRounds = 7;
-constexpr int kPhiloxGroup = 8;  // number of elements that share a counter block
+constexpr int kPhiloxGroup = 8;  // number of elements whose draws come from one Philox counter
 
 // A dropout whose seed has been read. An element is kept if its 16-bit draw is at least the threshold t. kept_halves
 // compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves, and `either` is all ones

@@ -154,7 +154,7 @@ struct Machine {
   char fault[1024];
 
   char* arena;
-  Stamps* words;   // stamps of each four bytes of the arena
+  Stamps* words;   // one pair of stamps for each four bytes of the arena, the block's shared memory
   Stamps* bytes;   // stamps of each byte of four bytes whose write stamp has kSplit
   uint8_t* owner;  // for each four bytes: 1 + index of the declaration, or 0 outside of declarations
 };

@@ -1,4 +1,5 @@
-// Checks the arguments of a frozen weight on CUDA. See device_weight.cuh.
+// Checks the tensors, the layout and the shape that an operator on CUDA gets for a frozen weight. See
+// device_weight.cuh.
 #include "weight/device_weight.cuh"
 
 #include "weight/format_check.h"

@@ -1,4 +1,5 @@
-// Checks the arguments of a frozen weight on the CPU. See frozen_weight.h.
+// Checks the tensors, the layout and the shape that an operator on the CPU gets for a frozen weight. See
+// frozen_weight.h.
 #include "weight/frozen_weight.h"
 
 #include "weight/format_check.h"

@@ -218,7 +218,8 @@ def restore(model: nn.Module) -> nn.Module:
             is_fully_sharded(kinds[0])
             and kinds[0] not in STOCK
             and any(
-                # A decoder layer whose blocks have their stock classes runs its stock forward.
+                # A decoder layer may keep its fused class: when its norms, attention and MLP have their stock classes,
+                # it runs its stock forward.
                 kind in STOCK and not issubclass(kind, DecoderLayer)
                 for kind in kinds
             )

@@ -109,10 +109,10 @@ class PeftExtCallback(TrainerCallback):
     * ``tokens_per_s`` is tokens per second of the steps, without evaluation, logging, saving and waiting for data. With
       ``TrainingArguments(include_num_input_tokens_seen=...)`` the tokens are Trainer's count over all processes.
       Without ``include_num_input_tokens_seen`` the tokens are those that the model's input embedding looks up in this
-      process, including padding and the tokens of a decoder. The value is None if no tokens were counted (for example
-      for images, or for a compiled model without Trainer's count).
-    * ``explanation`` is the result of :func:`peft_ext.explain` during the first step, or at its end, and
-      ``fused_share`` is the fused share of this result.
+      process, including padding and the tokens of a decoder. ``tokens_per_s`` is None if no tokens were counted (for
+      example for images, or for a compiled model without Trainer's count).
+    * ``explanation`` is the result of :func:`peft_ext.explain` when the input embedding is first called in a training
+      step; without such a call, at the end of the first step. ``fused_share`` is the fused share of this result.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
       is the peak of the GPU memory that PyTorch allocated in the process until then.
 

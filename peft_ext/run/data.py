@@ -350,7 +350,8 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
 def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     """Returns token ids and labels of the records, at most ``block_size`` tokens an example.
 
-    Raises RunError where no example is left, or where conversations need a chat template that the tokenizer lacks.
+    Raises RunError where no example is left; where the tokenizer has no chat template and a conversation has more or
+    fewer than two messages; or where the chat template can't render a conversation.
     """
     if corpus.kind == "text":
         return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))

@@ -381,7 +381,8 @@ def output_head(model: nn.Module) -> Optional[nn.Module]:
 
 
 def task_of(model: nn.Module) -> Optional[str]:
-    """Returns the task of a transformers model's head, which the name of the model's class tells; None: unknown."""
+    """Returns the task of a transformers model's head by the name of the model's class; None: unknown. If the name
+    tells no task, an encoder-decoder model that computes logits has the task SEQ_2_SEQ_LM."""
     name = type(model).__name__
     heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
              "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip

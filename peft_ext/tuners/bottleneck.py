@@ -285,7 +285,7 @@ class BottleneckModel(Tuner):
             target.bottleneck_adapters[adapter_name].requires_grad_(False)
 
     def _features(self, target: nn.Module, key: str, config: BottleneckConfig) -> int:
-        """Returns the number of features that the adapter reads and writes."""
+        """Returns the number of the target's output features, which is the width of the adapter's input and output."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if next(base.parameters(), None) is None:
             raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")

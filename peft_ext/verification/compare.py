@@ -5,7 +5,8 @@ The loss, the outputs and the gradient of each trained parameter must satisfy
     ‖accelerated - yardstick‖  ≤  factor ‖stock - yardstick‖ + floor ‖yardstick‖
 
 The yardstick is the stock model in float32, or in float64 if the model itself computes in float32. All three models are
-copies that share the user's weights, see :mod:`.twins`; the user's model itself is never called.
+copies, see :mod:`.twins`: the stock and the accelerated copy share the user's weights, and the yardstick has the
+weights in the wider dtype. The user's model itself is never called.
 """
 
 from __future__ import annotations

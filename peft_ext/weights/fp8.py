@@ -76,7 +76,7 @@ def fp8(
             transformers' ``Fp8Dequantize`` makes an infinity from this byte.
         block_size: ``(rows, columns)`` of a block: powers of two, or 0 for all; None: one scale for the weight. The
             last blocks may be incomplete. ``(1, 0)`` is a scale for each row ("channel").
-        dtype: dtype that the weight's library decodes to.
+        dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
 
     Raises:
         TypeError: ``weight`` or ``scales`` has another dtype.

@@ -115,7 +115,7 @@ def nvfp4(
         scales: float8_e4m3fn ``[N, K/16]``. With three dimensions ``[E, N, K/16]`` the weight is stacked.
         global_scale: float32, one element, or one for each expert of a stacked weight. Twice as many elements are the
             scales of the first and of the second half of the rows, such as the gate and the up of an expert.
-        dtype: dtype that the weight's library decodes to.
+        dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
         reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided. False for
             ModelOpt's ``weight_scale_2``, with which scales are multiplied. ModelOpt decodes code 8 to +0, and
             compressed-tensors decodes code 8 to -0.

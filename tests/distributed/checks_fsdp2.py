@@ -266,8 +266,8 @@ def fsdp2_state_dict_goes_both_ways(folder: Path) -> None:
 
 
 def _scales_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the entries that every process has to provide: broadcast_from_rank0 sends parameters, and scales are
-    buffers.
+    """Returns the entries that every process has to provide: broadcast_from_rank0 sends no buffers that are not
+    persistent, such as the scales.
     """
     return {name: tensor for name, tensor in state.items() if ".weight." in name}
 

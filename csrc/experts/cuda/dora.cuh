@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
 // --- G
 
 struct ScaleRuns {
-  const void* grad;    // dY, T [rows, columns], contiguous
-  const void* z;       // Z, T [rows, columns], contiguous, or null
+  const void* grad;    // dY [rows, columns] of type T, contiguous
+  const void* z;       // Z [rows, columns] of type T, contiguous, or null
   const float* scale;  // g [experts, columns]
   const RowRun* tiles;
   int64_t columns;

@@ -3,11 +3,11 @@
 //
 //   out [rows, C] = g_e ∘ (D W_eᵀ + mask ∘ (L F_eᵀ)) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
 //
-// g is DoRA's scale, or absent. If z is given, the kernel also stores the value that g scales. In the forward D is x,
-// W_e is the weight, L is s S and F_e is B_e. For dX, D is dY, W_e is the transposed weight, L is P, F_e is A_e's
-// transpose, and the term is masked by dropout. W is dense, in either order of storage, or NF4, which the kernel
-// decodes. The contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross); for other strides
-// and sizes elements are loaded one by one (kAny). Rows of no expert are set to zero.
+// g is DoRA's scale, or absent. If z is given, the kernel also stores the value that g scales. In the forward, D is x,
+// W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is B_e. For dX, D is dY, W_e is the transposed weight,
+// L is P, F_e is A_e's transpose, and the term is masked by dropout. W is dense, in either order of storage, or NF4,
+// which the kernel decodes. The contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross);
+// for other strides and sizes elements are loaded one by one (kAny). Rows of no expert are set to zero.
 //
 // A thread block of 8 warps computes a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w
 // computes 32 x 32 outputs: the rows from 32 (w % 2) on and the columns from 32 (w / 2) on. In float32, warp w computes
@@ -48,7 +48,7 @@ struct ExpertsProduct {
   StackView weight;
   const RowRun* tiles;
   int64_t columns, inner, column_tiles;
-  const void* bias;       // bias, T [experts, columns]; null without bias
+  const void* bias;       // bias [experts, columns] of type T; null without bias
   const float* scale;     // g [experts, columns]; null without DoRA
   void* z;                // T [rows, columns], receives the value that g scales; null if unneeded
   Terms low_left;         // L, in the order of the tiles; data is null if there is no low-rank term

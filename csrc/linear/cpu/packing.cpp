@@ -46,7 +46,7 @@ struct Conversion {
   const float *by_row, *by_column;
   bool transpose;
   float* out;
-  int64_t stride;  // number of columns of the frame
+  int64_t stride;  // number of columns of `out`, the zero-padded matrix
 
   // Converts row i's columns [first, last) to `to`.
   template <typename T>

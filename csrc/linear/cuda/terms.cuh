@@ -33,9 +33,9 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// Memory orders of a small matrix's terms. Each order is the order of the fragments of one operand: a lane's part is 16
-// bytes, and a warp's 512 bytes are contiguous. In the order kPass, the terms of a 64 x 64 tile are
-// contiguous too.
+// The orders in which the bfloat16 terms of a small matrix can lie in memory. Each order is the order of the fragments
+// of one operand: a lane's part is 16 bytes, and a warp's 512 bytes are contiguous. In the order kPass, the terms of a
+// 64 x 64 tile are contiguous too.
 enum class TermsOrder : int {
   kPass,   // operand B of a rank pass: outer = ranks, inner = summed dimension; a lane has two steps of 16
   kLeft,   // operand A of expand: outer = rows, inner = ranks

@@ -8,9 +8,9 @@
 // operand takes the inputs of x in the order of W's inputs, 16 bytes for two steps. A byte of W becomes a pair of T by
 // one lookup in a table [256 bytes][32 lanes], which has no bank conflicts. The table holds the code values without
 // scales. The product over a slab of 64 inputs is multiplied by the slab's scale in float32, which is nearer to the
-// exact result than rounding each product of code and scale to T, as nf4_dequantize does.
-// A thread block of 8 warps computes 16 outputs. Warp w takes the slabs w, w + 8, …, so that the warps together read
-// the bytes of a row contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no
+// exact result than rounding each product of code and scale to T, as nf4_dequantize does. A thread block of 8 warps
+// computes 16 columns of y for all tokens. Warp w takes the slabs w, w + 8, …, so that the warps together read the
+// bytes of a row contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no
 // partial sums in global memory and no second launch, and the order of the sum is equal on every GPU. Each warp loads
 // the bytes of W for four slabs, and x for one slab, ahead into registers. Of a row's four lanes, lane t decodes the
 // scale of every fourth of the warp's slabs, from a stored scale that was loaded four slabs earlier. Shared memory: 32

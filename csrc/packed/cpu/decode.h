@@ -10,7 +10,7 @@ namespace peft_ext {
 // Number of blocks whose scales are decoded at a time.
 constexpr int64_t kScaleChunk = 512;
 
-// The scales of any range of an NF4 weight's blocks in float32. Double-quantized scales are decoded.
+// Gives the scales of any range of an NF4 weight's blocks in float32, and decodes double-quantized scales to float32.
 class Scales {
  public:
   explicit Scales(const FrozenWeight& weight);

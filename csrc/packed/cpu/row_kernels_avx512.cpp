@@ -185,7 +185,7 @@ struct ByteStep : OneRowStep {
   int64_t row_, start_;
 };
 
-// The sum of the numbers of a byte's two nibbles is the byte's number.
+// A lookup gives a number for each nibble. The sum of a byte's two numbers is code - middle, see IntRow.
 template <bool kZeros>
 struct Int8Step : ByteStep {
   static constexpr AddsAt kAdds = kZeros ? AddsAt::kInChunk : AddsAt::kNone;

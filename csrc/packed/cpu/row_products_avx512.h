@@ -40,7 +40,7 @@ constexpr int64_t kChunkColumns = 4096;  // number of columns whose scales are d
 
 enum class AddsAt : int { kNone, kInStep, kInChunk };
 
-// The members that most steps share; a step overrides the members that differ.
+// Base of the steps: the members that most steps share. A step redefines the members that differ.
 struct OneRowStep {
   static constexpr int kPhases = 1, kSums = 1, kOutputs = 1, kAddColumns = 32;
   static constexpr AddsAt kAdds = AddsAt::kNone;

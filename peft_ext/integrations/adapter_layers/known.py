@@ -1,9 +1,10 @@
 """Fast path: fuses a common call without the checks of :mod:`.reasons`, which have accepted an equal call before.
 
 :func:`facts_of` returns one tuple with everything that the checks of a common call read: types, dtypes, shapes,
-devices, flags and numbers. After the checks accepted a call, a call with an equal tuple is fused without the checks.
-An accepted tuple stays valid, because each call makes its own tuple, and a tuple holds no module and no tensor. A call
-with hooks, under autocast or under a compiler has no tuple, and is checked each time.
+devices, flags and numbers. After the checks accepted a call, a later call for which :func:`facts_of` returns an equal
+tuple is fused without the checks. An accepted tuple stays valid, because each call makes its own tuple, and a tuple
+holds no module and no tensor. A call with hooks, under autocast or under a compiler has no tuple, and is checked each
+time.
 """
 
 from __future__ import annotations

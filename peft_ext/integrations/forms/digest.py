@@ -37,7 +37,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dt
 _TORCH = str(Path(torch.__file__).parent) + "/"
 # Modules of transformers whose decorators call the decorated function, with arguments renamed or after a warning.
 _TRANSPARENT = ("transformers.utils.deprecation", "transformers.utils.generic", "transformers.utils.output_capturing")
-# The module of transformers whose decorator checkpoints the decorated forward.
+# The module of transformers that wraps the forward of a decoder layer for gradient checkpointing.
 _CHECKPOINTS = ("transformers.modeling_layers",)
 # Methods by which a class can change its attributes or its calls without a trace in its forward. A module class that
 # overrides one of the methods in _OWN_WAYS has no form.

@@ -80,7 +80,8 @@ def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
 
 
 def _reads_of(row: Row) -> set[str]:
-    """Returns the names of the attributes of an instance that the row's formula uses."""
+    """Returns the names of the module's attributes that the formula of ``row`` uses, a row of the table of known
+    forms."""
     names = [
         *row.names("inner"),
         row.get("weight"),
