@@ -92,7 +92,8 @@ def row_of(
     if any(codes):
         return [*head, "", "", f"exit codes {codes}"]
     losses, weights = differences(whole, output)
-    left = [path.name for path in output.rglob(".*") if path.name != ".lock"]
+    # torch.distributed.checkpoint calls the description of a checkpoint ".metadata".
+    left = [path.name for path in output.rglob(".*") if path.name not in (".lock", ".metadata")]
     result = "equal" if losses == weights == 0 else "equal up to rounding" if losses <= LOSS else "differs"
     if processes == 2 and result != "equal":
         result = "differs"
@@ -103,7 +104,7 @@ def row_of(
 def last_line(said: str) -> str:
     """Returns the beginning of the last line that the run itself has printed."""
     lines = [line for line in said.strip().splitlines() if not re.match(r"[WEI]\d{4} |\*{9}|\s*$", line)]
-    return lines[-1].split("  ")[0].split(";")[0] if lines else "the start"
+    return re.sub("^step +", "step ", lines[-1]).split("  ")[0].split(";")[0] if lines else "the start"
 
 
 def has_come(at: Union[int, str], said: str) -> bool:

@@ -100,6 +100,15 @@ def test_over_nf4(name: str) -> None:
     assert_alike({n: v for n, v in found.items() if n in wanted}, wanted, 1e-4)
 
 
+def test_over_fp8() -> None:
+    """PEFT would cast a new adapter to the dtype of the codes."""
+    wanted = step(adapt(model=peft_ext.dequantize_packed(peft_ext.quantize_packed(base(), "fp8"))))
+    model = adapt(model=peft_ext.quantize_packed(base(), "fp8"))
+    assert all(row.fused for row in experts_rows(model))
+    found = step(model)
+    assert_alike({n: v for n, v in found.items() if n in wanted}, wanted, 1e-4)
+
+
 @some_models
 def test_files_merging_and_back(name: str, tmp_path: Path) -> None:
     model = adapt(name).eval()
