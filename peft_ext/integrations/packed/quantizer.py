@@ -172,8 +172,9 @@ class PackedQuantizer(HfQuantizer):
         The values of some tensors are part of a weight's layout: a g_idx whose groups are in order is not needed.
         """
         if differ := sorted({name for one in self._common for name in one.differ}):
-            raise ValueError(f"PackedConfig: {differ[0]}: the gate and the up of an expert differ in this tensor, wanted "
-                             "equal tensors")  # fmt: skip
+            raise ValueError(
+                f"PackedConfig: {differ[0]}: the gate and the up of an expert differ in this tensor, wanted equal tensors"
+            )
         for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 for parameter in module.packed_names:
@@ -200,7 +201,9 @@ class PackedQuantizer(HfQuantizer):
             return
         weight = experts.frozen(parameter)
         names = experts.packed_names[parameter]
-        tensors = {part: getattr(experts, one) for part, one in zip(layout.parts, names, strict=True) if one is not None}
+        tensors = {
+            part: getattr(experts, one) for part, one in zip(layout.parts, names, strict=True) if one is not None
+        }
         try:
             again, kept, extra = layout.built(tensors, weight.shape, scheme)
         except (ValueError, TypeError) as error:
