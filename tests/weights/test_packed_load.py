@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 import subprocess
 import sys
 import warnings
@@ -143,6 +144,29 @@ def test_experts_that_transformers_merges_stay_packed(case: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "again")
     assert same_tensors(stored, pc.stored(tmp_path / "again"))
     assert torch.equal(load(tmp_path / "again")(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("case", ["gptq act-order", "int8"])
+def test_mixtures_with_dense_experts_in_a_layer_and_shards_are_saved_as_they_were(case: str, tmp_path: Path) -> None:
+    path = pc.write(tmp_path / "model", case, "qwen3_moe", shards=True,
+                    packs=lambda name: pc.is_packed(name) and "layers.1.mlp" not in name)  # fmt: skip
+    model = load(path)
+    packed, other = (layer.mlp.experts for layer in model.model.layers)
+    assert isinstance(packed, PackedExperts) and other.gate_up_proj.dtype is torch.bfloat16
+    model.save_pretrained(tmp_path / "again")
+    assert same_tensors(pc.stored(path), pc.stored(tmp_path / "again"))
+
+
+def test_a_loaded_mixture_is_pickled_and_offloaded(tmp_path: Path) -> None:
+    path = pc.write_mixture(tmp_path / "model", "gptq act-order")
+    model = load(path)
+    logits = model(TOKENS).logits
+    assert torch.equal(pickle.loads(pickle.dumps(model))(TOKENS).logits, logits)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    other = load(path, device_map=places, offload_folder=tmp_path / "disk")
+    assert other.model.layers[1].mlp.experts.gate_up_proj.is_meta
+    assert torch.equal(other(TOKENS).logits, logits)
 
 
 def changed(path: Path, key: str, change: Any) -> Path:
