@@ -215,7 +215,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, metavar="NAME", help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--table", action="store_true", help="print the newest result as a table; train nothing")
     parser.add_argument("--run", nargs=2, metavar=("FORMAT", "KIND"), help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--held-out", type=int, default=8, help="sequences of the perplexity")

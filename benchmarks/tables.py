@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from . import llama_cpp, llama_speed, packed_training
+from . import llama_cpp, llama_speed, packed_memory, packed_training
 from .files import Result, newest, newest_by_gpu
 from .harness import ratio_text, spread_text
 
@@ -252,6 +252,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "calls": partial(shown, ("layer-calls-avx512_bf16", calls_table)),
     "float32": partial(shown, ("layer-float32-avx2", float32_table)),
     "packed": partial(shown, ("layer-packed-avx512_bf16", packed_table)),
+    "packed-memory": partial(shown, (packed_memory.NAME, packed_memory.table)),
     "packed-training": partial(shown, (packed_training.NAME, packed_training.result_text)),
     "llama-cpp": partial(shown, (llama_cpp.NAME, llama_cpp.result_text)),
     "llama-speed": partial(shown, (llama_speed.NAME, llama_speed.table)),

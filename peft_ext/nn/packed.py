@@ -241,8 +241,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
 class PackedEmbedding(HoldsPacked, nn.Embedding):
     """An embedding ``[V, N]`` whose table is frozen and packed, in the layout of a checkpoint's file.
 
-    On a CPU, the kernel decodes only the rows that a call looks up. The result has the dtype ``compute_dtype``, to which
-    the decoded values are rounded once.
+    On a CPU, the kernel decodes only the rows that a call looks up. The decoded values are rounded once, to the dtype
+    ``compute_dtype``.
 
     Attributes:
         scale: factor of the result, such as the square root of the width in Gemma.

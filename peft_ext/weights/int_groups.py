@@ -220,8 +220,8 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
     difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has consecutive columns k, the lowest bits first. For experts
-            this and the other tensors have the number of experts as their first size.
+        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has consecutive columns k, the lowest bits first. For
+            experts this and the other tensors have the number of experts as their first size.
         qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word has the zeros of consecutive rows n.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: 2, 4 or 8.
@@ -244,7 +244,12 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
     for name, part, wanted in (("qweight", qweight, (_words(columns, bits), rows)), ("scales", scales, (count, rows)),
                                ("qzeros", qzeros, (count, _words(rows, bits)))):  # fmt: skip
         if tuple(part.shape) != (*experts, *wanted):
-            _refuse("gptq", name, list(part.shape), f"{[*experts, *wanted]} for {bits} bits and groups of {group or columns}")
+            _refuse(
+                "gptq",
+                name,
+                list(part.shape),
+                f"{[*experts, *wanted]} for {bits} bits and groups of {group or columns}",
+            )
     g_idx = _checked_order("gptq", g_idx, group, count, columns)
     option = option_of(scales=kind, bits=bits, flags=V1 if v1 else 0)
     return PackedWeight(GPTQ, (qweight, scales, qzeros, g_idx), (*experts, rows, columns), dtype or kind, group=group,

@@ -91,7 +91,9 @@ def _check_nvfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: in
         raise ValueError(f"PackedWeight: nvfp4 has option {option}, wanted one of {', '.join(map(str, known))}")
     two = bool(option >> 8 & _TWO_GLOBALS)
     if two and shape[0] % 2:
-        raise ValueError(f"PackedWeight: nvfp4 has {shape[0]} rows and two global scales, wanted an even number of rows")
+        raise ValueError(
+            f"PackedWeight: nvfp4 has {shape[0]} rows and two global scales, wanted an even number of rows"
+        )
     elements = shape[0] * shape[1]
     wanted = ((torch.uint8, elements // 2), (torch.float8_e4m3fn, elements // _NVFP4_GROUP), (torch.float32, 1 + two))
     _check_parts(NVFP4, parts, shape, wanted)

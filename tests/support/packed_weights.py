@@ -71,10 +71,10 @@ def _mxfp4(n: int, k: int, draw: Draw, wild: bool) -> PackedWeight:
     return mx.mxfp4(draw.integers(0, 256, n, k // 2), draw.integers(low, high, n, k // 32))
 
 
-def _nvfp4(n: int, k: int, draw: Draw, wild: bool, reciprocal: bool = False) -> PackedWeight:
+def _nvfp4(n: int, k: int, draw: Draw, wild: bool, reciprocal: bool = False, two: bool = False) -> PackedWeight:
     low, high = (0, 256) if wild else (40, 72)  # 0.25 to 4
     scales = draw.integers(low, high, n, k // 16).view(torch.float8_e4m3fn)
-    total = torch.tensor([37.0 if reciprocal else 1 / 37])
+    total = torch.tensor([37.0 if reciprocal else 1 / 37, 31.0][: 1 + two])
     return mx.nvfp4(draw.integers(0, 256, n, k // 2), scales, total, reciprocal=reciprocal)
 
 
@@ -170,6 +170,7 @@ KINDS: dict[str, Kind] = {
     "int8-zeros": Kind(partial(_int8, zeros=True)),
     "int8-one-scale": Kind(partial(_int8, scales=1, zeros=True)),
     "fp8-e8m0": Kind(partial(_fp8, dtype=torch.float8_e8m0fnu)),
+    "nvfp4-two-scales": Kind(partial(_nvfp4, reciprocal=True, two=True), rows=2, columns=16),
 }
 
 

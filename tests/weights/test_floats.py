@@ -430,7 +430,14 @@ BYTE, FLOAT = torch.zeros(64, dtype=torch.uint8), torch.zeros(2)
         (lambda: mx.mxfp4(BYTE, BYTE.view(8, 8)), "blocks of mxfp4 is torch.uint8 with 64 elements, wanted .* 1024 .*"),
         (lambda: mx.mxfp4(BYTE[:32], FLOAT.view(2, 1)), "scales of mxfp4 is torch.float32 .*e8m0"),
         (lambda: mx.nvfp4(BYTE.view(2, 32), BYTE[:4].view(2, 2), FLOAT[:1], reciprocal=True), "packed of nvfp4 .* 32 "),
-        (lambda: mx.nvfp4(BYTE[:32], BYTE[:4].view(2, 2), FLOAT, reciprocal=True), "global_scale of nvfp4 .* 1 elem"),
+        (
+            lambda: mx.nvfp4(BYTE[:32], BYTE[:4].view(2, 2), torch.ones(3), reciprocal=True),
+            "global_scale of nvfp4 .* 1 elem",
+        ),
+        (
+            lambda: mx.nvfp4(BYTE[:48], BYTE[:6].view(3, 2), torch.ones(2), reciprocal=True),
+            "3 rows and two global scales, wanted an even number",
+        ),
         (lambda: mx.nvfp4(BYTE[:32], FLOAT.repeat(2, 1), FLOAT[:1], reciprocal=True), "scales of nvfp4 .*e4m3"),
         (lambda: fp8.fp8(BYTE.view(torch.float8_e5m2).view(8, 8), FLOAT), "weight of fp8 is torch.float8_e5m2, wanted"),
         (lambda: fp8.fp8(BYTE.view(8, 8).view(torch.int8), FLOAT), "weight of fp8 is torch.int8, wanted"),

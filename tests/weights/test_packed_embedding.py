@@ -84,6 +84,14 @@ def test_rows_are_rounded_once_to_the_model_s_dtype() -> None:
     assert again.table.parts[0].data_ptr() == again.packed.parts[0].data_ptr() != table.packed.parts[0].data_ptr()
 
 
+def test_a_merge_into_a_packed_table_is_an_error() -> None:
+    fused = peft_ext.accelerate(adapted(table_of("int8-rows", torch.float32)))
+    before = step(fused)[0]
+    with pytest.raises(RuntimeError, match=r"merge: the table of a PackedEmbedding is packed \(int\), wanted a dense"):
+        fused.merge_adapter()
+    assert torch.equal(step(fused)[0], before)
+
+
 # --- configurations that need a dense weight --------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 import subprocess
 import sys
 import warnings
@@ -130,8 +131,12 @@ def test_experts_that_transformers_merges_stay_packed(case: str, tmp_path: Path)
     stored, prefix = pc.stored(path), "model.layers.1.mlp.experts"
     for index in range(4):
         shape = (pc.HIDDEN, pc.HIDDEN)
-        gate, up, down = (layer_weight(path, case, f"{prefix}.{index}.{name}_proj", shape) for name in ("gate", "up", "down"))
-        first, second = (decoded(experts.frozen(name).expert(index), torch.float32) for name in ("gate_up_proj", "down_proj"))
+        gate, up, down = (
+            layer_weight(path, case, f"{prefix}.{index}.{name}_proj", shape) for name in ("gate", "up", "down")
+        )
+        first, second = (
+            decoded(experts.frozen(name).expert(index), torch.float32) for name in ("gate_up_proj", "down_proj")
+        )
         assert torch.equal(first, torch.cat((gate, up))) and torch.equal(second, down)
     of_files = sum(one.nbytes for name, one in stored.items() if prefix in name)
     assert sum(one.nbytes for one in experts.state_dict().values()) <= of_files
@@ -139,6 +144,29 @@ def test_experts_that_transformers_merges_stay_packed(case: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "again")
     assert same_tensors(stored, pc.stored(tmp_path / "again"))
     assert torch.equal(load(tmp_path / "again")(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("case", ["gptq act-order", "int8"])
+def test_mixtures_with_dense_experts_in_a_layer_and_shards_are_saved_as_they_were(case: str, tmp_path: Path) -> None:
+    path = pc.write(tmp_path / "model", case, "qwen3_moe", shards=True,
+                    packs=lambda name: pc.is_packed(name) and "layers.1.mlp" not in name)  # fmt: skip
+    model = load(path)
+    packed, other = (layer.mlp.experts for layer in model.model.layers)
+    assert isinstance(packed, PackedExperts) and other.gate_up_proj.dtype is torch.bfloat16
+    model.save_pretrained(tmp_path / "again")
+    assert same_tensors(pc.stored(path), pc.stored(tmp_path / "again"))
+
+
+def test_a_loaded_mixture_is_pickled_and_offloaded(tmp_path: Path) -> None:
+    path = pc.write_mixture(tmp_path / "model", "gptq act-order")
+    model = load(path)
+    logits = model(TOKENS).logits
+    assert torch.equal(pickle.loads(pickle.dumps(model))(TOKENS).logits, logits)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    other = load(path, device_map=places, offload_folder=tmp_path / "disk")
+    assert other.model.layers[1].mlp.experts.gate_up_proj.is_meta
+    assert torch.equal(other(TOKENS).logits, logits)
 
 
 def changed(path: Path, key: str, change: Any) -> Path:
@@ -154,7 +182,12 @@ def changed(path: Path, key: str, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("case", "name", "change", "text"),
     [
-        ("gptq act-order", "up_proj.g_idx", lambda t: t.flip(0), "gate_up_proj_g_idx: the gate and the up of an expert"),
+        (
+            "gptq act-order",
+            "up_proj.g_idx",
+            lambda t: t.flip(0),
+            "gate_up_proj_g_idx: the gate and the up of an expert",
+        ),
         ("awq", "up_proj.scales", None, "experts.gate_up_proj: the experts differ in scales"),
         ("nvfp4", "up_proj.weight_scale", lambda t: t[:, :2].contiguous(), "the experts differ in weight_scale"),
     ],
@@ -261,6 +294,23 @@ def test_groups_of_compressed_tensors_have_their_own_scheme(tmp_path: Path) -> N
     assert layer.mlp.up_proj.names[0] == "weight" and layer.self_attn.q_proj.names[0] == "weight_packed"
 
 
+def test_layers_of_gptq_have_their_own_settings(tmp_path: Path) -> None:
+    path = pc.write(tmp_path, "gptq", packs=lambda name: pc.is_packed(name) and "mlp" not in name)
+    held = load_file(path / "model.safetensors")
+    for name in [name for name in held if ".mlp." in name and "layers.1" not in name]:
+        tensors = pc.gptq(held.pop(name), group=64, bits=8)
+        held |= {name.removesuffix("weight") + part: one for part, one in tensors.items()}
+    other = {"-:.*layers\\.1\\.mlp": {}, "+:.*\\.mlp\\.": {"bits": 8, "group_size": 64}}
+    pc.finish(path, held, {**quantization_of(path), "dynamic": other})
+    first_layer, second = load(path).model.layers
+    eight, four = first_layer.mlp.up_proj.packed, first_layer.self_attn.q_proj.packed
+    assert (eight.option >> 4 & 15, eight.group, four.option >> 4 & 15, four.group) == (8, 0, 4, 32)
+    assert type(second.mlp.up_proj) is nn.Linear and type(second.self_attn.q_proj) is PackedLinear
+    rewrite(path, dynamic={"-:.*mlp": {}})
+    with pytest.raises(ValueError, match=r"quantization_config leaves model.layers.0.mlp\S+ dense"):
+        load(path)
+
+
 def test_packed_embeddings(tmp_path: Path) -> None:
     path = pc.write(tmp_path, "int4", packs=lambda name: pc.is_packed(name) or "embed_tokens" in name)
     quantization = quantization_of(path)
@@ -340,7 +390,7 @@ def _group(**fields: Any) -> dict[str, Any]:
         ("fp8", {"fmt": "e5m2"}, "fmt of fp8 is 'e5m2', wanted 'e4m3'"),
         ("fp8", {"expert_dtype": "fp4"}, "expert_dtype of fp8 is 'fp4'"),
         ("gptq", {"bits": 3}, "bits of gptq is 3, wanted 2, 4, 8"),
-        ("gptq", {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic of gptq is"),
+        ("gptq", {"dynamic": {"-:lm_head": {}, "+:.*mlp": {"bits": 3}}}, "bits of gptq is 3, wanted 2, 4, 8"),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format of gptq is 'marlin', wanted 'gptq', 'gptq_v2'"),
         ("awq", {"bits": 8}, "bits of awq is 8, wanted 4"),
         ("awq", {"version": "gemv"}, "version of awq is 'gemv', wanted 'gemm'"),

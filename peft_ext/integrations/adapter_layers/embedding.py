@@ -71,6 +71,16 @@ if LoraEmbedding is not None:
         reads = (*Fused.reads, "lora_embedding_A", "lora_embedding_B", "lora_variant", "scaling", "input_fns",
                  "output_fns")  # fmt: skip
 
+        def merge(self, *args: Any, **kwargs: Any) -> None:
+            """PEFT's merge. Raises RuntimeError over a packed table, whose codes PEFT would add the adapter to."""
+            base = self._modules["base_layer"]
+            if type(base) is PackedEmbedding:
+                raise RuntimeError(
+                    f"merge: the table of a PackedEmbedding is packed ({base.format.name}), wanted a dense table: call "
+                    "peft_ext.dequantize_packed(model) first"
+                )
+            super().merge(*args, **kwargs)
+
         def _reasons(self) -> tuple[Optional[str], Optional[str]]:
             return self._reason(), None
 

@@ -1,4 +1,5 @@
-"""Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's and hqq's layers.
+"""Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's layers for GPTQ and
+AWQ, hqq's layers, and transformers' layers over GGUF's blocks.
 
 A layer is known by the exact name of its class and of the class's module. No package is imported.
 """
@@ -12,17 +13,32 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ...weights.int_groups import from_gptq, from_hqq
+from ...weights.gguf import gguf_weight
+from ...weights.int_groups import from_awq, from_gptq, from_hqq
 from ...weights.packed import PackedWeight
 
 __all__ = ["foreign_operands", "foreign_reason", "foreign_weight", "is_foreign"]
 
-_GPTQ = "gptqmodel.nn_modules.qlinear.torch"
+_GPTQMODEL = "gptqmodel.nn_modules.qlinear"
+_GGUF = "transformers.integrations.gguf.utils.GgufLinear"
+
+
+def _from_gguf(module: Any) -> PackedWeight:
+    """Returns the weight of transformers' ``GgufLinear``, in the module's memory."""
+    if module.input_permutation is not None:
+        raise ValueError("its base layer permutes its input")
+    shape = module.out_features, module.in_features
+    weight = gguf_weight(module.weight.detach(), module.ggml_type, shape)
+    weight.check_kernel("GgufLinear")
+    return weight
+
 
 # By class: the function that reads the layer's weight.
 _READERS: dict[str, Callable[[nn.Module], PackedWeight]] = {
-    f"{_GPTQ}.TorchLinear": from_gptq,
-    f"{_GPTQ}.TorchQuantLinear": from_gptq,
+    f"{_GPTQMODEL}.torch.TorchLinear": from_gptq,
+    f"{_GPTQMODEL}.torch.TorchQuantLinear": from_gptq,
+    f"{_GPTQMODEL}.torch_awq.AwqTorchLinear": from_awq,
+    _GGUF: _from_gguf,
     "hqq.core.quantize.HQQLinear": from_hqq,
 }
 
@@ -34,12 +50,18 @@ def _reader(kind: type) -> Optional[Callable[[nn.Module], PackedWeight]]:
     return _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
+def _is_gguf(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" == _GGUF
+
+
 def is_foreign(kind: type) -> bool:
     return _reader(kind) is not None
 
 
 def _tensors(base: nn.Module) -> list[Tensor]:
     given = [getattr(base, name, None) for name in ("W_q", "qweight", "qzeros", "scales", "g_idx")]
+    if _is_gguf(type(base)):
+        given.append(base.weight)
     given += [value for name, value in (getattr(base, "meta", None) or {}).items() if name in ("scale", "zero")]
     return [tensor for tensor in given if isinstance(tensor, Tensor)]
 
@@ -73,6 +95,8 @@ def foreign_operands(base: Any, x: Tensor) -> Optional[tuple[PackedWeight, Optio
     """Returns the weight and the bias with which the layer's forward multiplies x, or None if x has another dtype than
     the layer computes in."""
     weight, bias = foreign_weight(base), base.bias
+    if _is_gguf(type(base)):  # the layer multiplies in the dtype of x
+        return weight, None if bias is None else bias.to(x.dtype)
     if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
         return None
     return weight, bias

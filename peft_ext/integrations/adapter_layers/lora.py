@@ -36,9 +36,11 @@ from .reasons import (
     variant_name,
 )
 
-LoraLinear = LoraLinear8bitLt = LoraLinear4bit = GPTQLoraLinear = HqqLoraLinear = None
+LoraLinear = LoraLinear8bitLt = LoraLinear4bit = GPTQLoraLinear = AwqLoraLinear = HqqLoraLinear = None
 with optional("peft", "LoRA over GPTQModel's layers is not fused"):
     from peft.tuners.lora.gptq import GPTQLoraLinear
+with optional("peft", "LoRA over GPTQModel's AWQ layers is not fused"):
+    from peft.tuners.lora.awq import AwqLoraLinear
 with optional("peft", "LoRA over hqq's layers is not fused"):
     from peft.tuners.lora import hqq as _hqq
 
@@ -420,6 +422,13 @@ if GPTQLoraLinear is not None:
     @fuses(GPTQLoraLinear)
     class FusedGPTQLoraLinear(Lora, GPTQLoraLinear):
         """Fused ``peft.tuners.lora.gptq.GPTQLoraLinear`` over GPTQModel's layers that compute in PyTorch."""
+
+
+if AwqLoraLinear is not None:
+
+    @fuses(AwqLoraLinear)
+    class FusedAwqLoraLinear(Lora, AwqLoraLinear):
+        """Fused ``peft.tuners.lora.awq.AwqLoraLinear`` over GPTQModel's AWQ layer that computes in PyTorch."""
 
 
 if HqqLoraLinear is not None:

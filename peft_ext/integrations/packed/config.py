@@ -53,6 +53,13 @@ class PackedConfig(QuantizationConfigMixin):
             checkpoint = checkpoint.to_dict()
         return type(self)(copy.deepcopy(checkpoint))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "rules"}  # rules hold functions
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rules = None if self.checkpoint is None else read_rules(self.checkpoint)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the quantization_config of the checkpoint, which ``save_pretrained`` writes."""
         return {"quant_method": METHOD} if self.checkpoint is None else copy.deepcopy(self.checkpoint)

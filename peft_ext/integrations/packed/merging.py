@@ -71,8 +71,8 @@ class _Repeated(ConversionOps):
 
 
 class _Halves(ConversionOps):
-    """Appends the rows of two tensors ``[E, bytes, ...]`` of 4-bit codes, where the high nibbles of a tensor's bytes are
-    the first half of the rows, and the low nibbles the second half."""
+    """Appends the rows of two tensors ``[E, bytes, ...]`` of 4-bit codes. The high nibbles of a tensor's bytes are the
+    first half of the rows, and the low nibbles the second half."""
 
     @torch.no_grad
     def convert(

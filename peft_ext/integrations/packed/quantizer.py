@@ -172,8 +172,10 @@ class PackedQuantizer(HfQuantizer):
         The values of some tensors are part of a weight's layout: a g_idx whose groups are in order is not needed.
         """
         if differ := sorted({name for one in self._common for name in one.differ}):
-            raise ValueError(f"PackedConfig: {differ[0]}: the gate and the up of an expert differ in this tensor, wanted "
-                             "equal tensors")  # fmt: skip
+            raise ValueError(
+                f"PackedConfig: {differ[0]}: the gate and the up of an expert differ in this tensor, wanted equal "
+                "tensors"
+            )
         for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 for parameter in module.packed_names:
@@ -208,14 +210,16 @@ class PackedQuantizer(HfQuantizer):
         scheme = self._schemes[name]
         layout = LAYOUTS[scheme.layout]
         ends = {part: parameter + _suffix(layout, part) for part in layout.parts if part.endswith("g_idx")}
-        held = [name for name in experts.packed_names[parameter] if name in ends.values()]
-        if not held or getattr(experts, held[0]).is_meta:
-            return
-        weight = experts.frozen(parameter)
         names = experts.packed_names[parameter]
-        tensors = {part: getattr(experts, one) for part, one in zip(layout.parts, names, strict=True) if one is not None}
+        if not any(name in ends.values() for name in names):
+            return
+        tensors = {
+            part: getattr(experts, one) for part, one in zip(layout.parts, names, strict=True) if one is not None
+        }
+        if any(tensor.is_meta for tensor in tensors.values()):
+            return  # the experts are offloaded to the disk
         try:
-            again, kept, extra = layout.built(tensors, weight.shape, scheme)
+            again, kept, extra = layout.built(tensors, experts._templates[parameter].shape, scheme)
         except (ValueError, TypeError) as error:
             raise ValueError(f"PackedConfig: {name}.{parameter}: {error}") from error
         kept_names = [None if one is None else parameter + _suffix(layout, one) for one in kept]
@@ -287,8 +291,12 @@ class Place:
 
 
 def _suffix(layout: Layout, part: str) -> str:
-    """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter."""
-    return "" if part == layout.codes else f"_{part}"
+    """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
+
+    Only codes that the files call "weight" have the name of the dense parameter. Other codes have a name of their own,
+    because a model may have dense experts in another layer, which are saved under other names than codes.
+    """
+    return "" if part == "weight" else f"_{part}"
 
 
 def _build(

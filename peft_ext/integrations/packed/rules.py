@@ -118,13 +118,28 @@ def _mxfp4(config: Mapping[str, Any]) -> Rules:
     return _of_one_scheme("mxfp4", Scheme("mxfp4 experts", 4, 32), config.get("modules_to_not_convert"))
 
 
-def _gptq(config: Mapping[str, Any]) -> Rules:
+def _gptq_scheme(config: Mapping[str, Any]) -> Scheme:
     bits = _wanted("gptq", config, "bits", None, (2, 4, 8))
-    if config.get("dynamic"):
-        raise ValueError(f"PackedConfig: dynamic of gptq is {config['dynamic']!r}, wanted one setting for all layers")
     version = _wanted("gptq", config, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
     group = int(config.get("group_size", 128))
-    return _of_one_scheme("gptq", Scheme("gptq", bits, max(group, 0), version=version), None)
+    return Scheme("gptq", bits, max(group, 0), version=version)
+
+
+def _gptq(config: Mapping[str, Any]) -> Rules:
+    """The first pattern of ``dynamic`` that matches the start of a layer's name gives the layer other settings.
+
+    A pattern that begins with "-:" leaves the layer dense. Source: GPTQModel's ``quantization/config.py``.
+    """
+    schemes, patterns = {"": _gptq_scheme(config)}, []
+    for key, changed in (config.get("dynamic") or {}).items():
+        patterns.append((key.removeprefix("-:").removeprefix("+:"), None if key.startswith("-:") else key))
+        if not key.startswith("-:"):
+            schemes[key] = _gptq_scheme({**config, **changed})
+
+    def find(name: str, module: nn.Module) -> Optional[str]:
+        return next((group for pattern, group in patterns if re.match(pattern, name)), "")
+
+    return Rules("gptq", schemes, find)
 
 
 def _awq(config: Mapping[str, Any]) -> Rules:
