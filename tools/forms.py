@@ -156,9 +156,10 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]], battery: dict[s
     lines += [*(f"| {name} | {REASONS[name]} |" for name in unknown), ""]
     lines += [
         "## Replaced code", "",
-        "For each class with a known form, everything that its forward finds by name was replaced, one thing after the "
-        "other: functions of its Python module, attributes of its class, functions of PyTorch, numbers, and entries of "
-        "transformers' registry of attention functions. The column known is the number of replacements after which "
+        "For each class of these architectures with a known form, everything that its forward finds by name was "
+        "replaced, one thing after the other: functions of its Python module, attributes of its class, functions of "
+        "PyTorch, numbers, and transformers' attention functions. The column known is the number of replacements after "
+        "which "
         "`accelerate` would still have fused the class. Replacements on an instance and hooks are tested in "
         "`tests/integrations`.", "",
         "| kind | classes | replacements | known |", "|---|---|---|---|",
@@ -257,8 +258,9 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Replaces everything that the forward of each known class finds by name, one thing after the other. Returns, by
-    kind, the numbers of classes, of replacements, and of replacements after which the form was still known."""
+    """Replaces everything that the forward of each known class of DECODERS and ENCODERS finds by name, one thing after
+    the other. Returns, by kind, the numbers of classes, of replacements, and of replacements after which the form was
+    still known."""
     from unittest.mock import patch
 
     from peft_ext.integrations.forms import Unknown, form_of
@@ -268,7 +270,7 @@ def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[
 
     counts: dict[str, list[int]] = {}
     for cls, digest in by_class.items():
-        if digest not in rows or not isinstance(cls, type) or cls.__module__.startswith("torch."):
+        if digest not in rows or not isinstance(cls, type) or _architecture(cls) not in (*DECODERS, *ENCODERS):
             continue
         count = counts.setdefault(rows[digest]["kind"], [0, 0, 0])
         count[0] += 1
@@ -285,12 +287,18 @@ def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[
     return counts
 
 
+def _architecture(cls: Any) -> str:
+    """Returns the name of the architecture of transformers whose file defines ``cls``; "" if none does."""
+    parts = cls.__module__.split(".")
+    return parts[2] if len(parts) > 3 and parts[1] == "models" else ""
+
+
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
     """Returns the number of known classes by architecture and kind, and the names of the unknown classes."""
     found: dict[str, dict[str, list]] = {}
     for cls in classes():
-        parts, name = cls.__module__.split("."), cls.__name__.lower()
-        if len(parts) < 4 or parts[1] != "models":
+        architecture, name = _architecture(cls), cls.__name__.lower()
+        if not architecture:
             continue
         is_norm = name.endswith(("norm", "layernorm"))
         is_mlp = name.endswith(
@@ -299,7 +307,7 @@ def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict
         kind = "norm" if is_norm else "MLP" if is_mlp else "attention" if name.endswith("attention") else None
         if kind is None or not hasattr(cls, "forward"):
             continue
-        cell = found.setdefault(parts[2], {}).setdefault(kind, [0, []])
+        cell = found.setdefault(architecture, {}).setdefault(kind, [0, []])
         if kinds.get(cls) in KINDS[kind]:
             cell[0] += 1
         else:

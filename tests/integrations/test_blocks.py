@@ -34,6 +34,8 @@ MODELS = {
     "Gemma": (lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**SMALL, head_dim=8)), "RMSNorm", 5),
     "Gemma 2": (lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, head_dim=8)), "RMSNorm", 9),
     "Qwen 3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL, head_dim=8)), "RMSNorm", 9),
+    "OLMo": (lambda: hf.OlmoForCausalLM(hf.OlmoConfig(**SMALL)), "LayerNorm", 5),
+    "Cohere": (lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL)), "LayerNorm", 3),
     "GPT-2": (
         lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -50,7 +52,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, trained: bool = False, 
     model = MODELS[name][0]()
     with torch.no_grad():
         for module in model.modules():
-            if "Norm" in type(module).__name__:
+            if "Norm" in type(module).__name__ and hasattr(module, "weight"):  # a norm of OLMo has no weight
                 module.weight.add_(torch.randn_like(module.weight), alpha=0.3)
     model = get_peft_model(model.to(dtype), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     for parameter_name, parameter in model.named_parameters():
@@ -309,6 +311,44 @@ def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, mo
     found = step(model)
     for key, value in stock.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+ENCODERS = {
+    "an activation alone": (
+        lambda: hf.BertForMaskedLM(hf.BertConfig(
+            vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
+        "bert.encoder.layer.1.intermediate",
+        "dense",
+    ),
+    "an MLP in parts": (
+        lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(
+            vocab_size=99, dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0)),
+        "distilbert.transformer.layer.1.ffn",
+        "lin1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_step_through_the_mlps_of_encoders_is_the_stock_one(name: str) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        return get_peft_model(ENCODERS[name][0](), config).train()
+
+    stock, model = step(made()), peft_ext.accelerate(made())
+    assert [row.fused for row in peft_ext.explain(model).blocks if row.kind == "MLP"] == [True, True]
+    with OperatorCalls() as mode:
+        found = step(model)
+    assert mode.calls["activation"] == 2
+    for key, value in stock.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+    block = model.get_base_model().get_submodule(ENCODERS[name][1])
+    if hasattr(block, "chunk_size_feed_forward"):
+        block.chunk_size_feed_forward = 1
+        reasons = [row.reason for row in peft_ext.explain(model).blocks if row.kind == "MLP"]
+        assert reasons == ["", "its chunk_size_feed_forward is 1, wanted 0"]
 
 
 def test_an_mlp_with_a_probability_drops_in_training_alone() -> None:

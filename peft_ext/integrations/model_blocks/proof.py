@@ -248,7 +248,8 @@ def _inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple
                 lambda dtype, x=x, caching=caching: ((), _attention_arguments(row, x.to(dtype), drawn, caching)),
             )
         return
-    special |= {"two dimensions": drawn(7, width), "four dimensions": drawn(2, 1, 3, width), "no row": drawn(0, width)}
+    special |= {"two dimensions": drawn(7, width), "four dimensions": drawn(2, 1, 3, width), "no row": drawn(0, width),
+                "permuted": drawn(4, 2, 3, width).permute(1, 2, 0, 3)}  # fmt: skip
     for what, x in special.items():
         yield what, lambda dtype, x=x: ((x.to(dtype),), {})
 
