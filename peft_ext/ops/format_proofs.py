@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..weights import fp4, fp8, gguf, int_groups, mx
 from ..weights.nf4 import NESTED_BLOCKSIZE, NestedAbsmax
-from ..weights.packed import FORMATS, PackedWeight, format_of
-from .library import NAMESPACE, PROOFS
+from ..weights.packed import PackedWeight, format_of
+from .library import NAMESPACE
 from .proof_inputs import ProofInputs
 
 __all__ = ["CALLED", "FAMILIES", "families_in", "family_of", "listed", "takes_weights"]
@@ -177,9 +177,8 @@ def _calls(format: str, inputs: ProofInputs) -> Iterator[tuple[str, tuple]]:
         yield "nf4_linear_backward", (inputs.draw(inputs.t, n), *args)
 
 
-# The formats' families, by name.
-FAMILIES = {family_of(name): format for name, format in FORMATS.items() if name in _WEIGHTS}
-PROOFS.update((family, functools.partial(_calls, format.name)) for family, format in FAMILIES.items())
+# By family: the calls of its proof, as ``library.PROOFS`` has those of the operators' families.
+FAMILIES = {family_of(name): functools.partial(_calls, name) for name in _WEIGHTS}
 
 
 def listed(families: list[str]) -> str:

@@ -521,7 +521,7 @@ def calls(
     ``shape``: the numbers of tokens, input features and output features of the inputs.
     """
     names = families(key).get(family, format_proofs.CALLED)
-    for name, arguments in PROOFS[family](ProofInputs(device, dtype, shape)):
+    for name, arguments in (PROOFS | format_proofs.FAMILIES)[family](ProofInputs(device, dtype, shape)):
         if name in names:
             yield name, arguments
 

@@ -353,9 +353,7 @@ template <int kN>
 __global__ void odd_kernel(const float* x, Work work, bool flag) { PEFT_EXT_KERNEL; }
 }
 """
-    (tmp_path / "csrc").mkdir()
-    shutil.copytree(ROOT / "csrc/cuda", tmp_path / "csrc/cuda")
-    shutil.copytree(ROOT / "csrc/common", tmp_path / "csrc/common")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cpp"))
     (tmp_path / "csrc/odd.cuh").write_text(text.replace("SIZE", "[1]"))
     monkeypatch.setattr(parameters, "ROOT", tmp_path)
     host = parameters.on_host([("peft_ext::odd_kernel<3>", "csrc/odd.cuh")])["peft_ext::odd_kernel<3>"]
