@@ -128,7 +128,8 @@ def killed(folder: Path, moment: float, rank: int, engine: str) -> list[str]:
         process.kill()
     code = run.end()
     to = f"rank {rank}" if process is not None else "none"
-    head = ["1", "2", engine, "3", f"{moment:.1f}", "SIGKILL", to, last_line(said), str(failures(run.out)), "torchrun"]
+    by = "torchrun" if process is not None else ""
+    head = ["1", "2", engine, "3", f"{moment:.1f}", "SIGKILL", to, last_line(said), str(failures(run.out)), by]
     return row_of(head, folder / f"whole-{engine}", output, [code], 2, "")
 
 
