@@ -103,7 +103,7 @@ def row_of(
 
 def last_line(said: str) -> str:
     """Returns the beginning of the last line that the run itself has printed."""
-    lines = [line for line in said.strip().splitlines() if not re.match(r"[WEI]\d{4} |\*{9}|\s*$", line)]
+    lines = [line for line in said.strip().splitlines() if not re.match(r"[WEI]\d{4} |\*{9}|Failed to load|\s*$", line)]
     return re.sub("^step +", "step ", lines[-1]).split("  ")[0].split(";")[0] if lines else "the start"
 
 
@@ -128,7 +128,8 @@ def killed(folder: Path, moment: float, rank: int, engine: str) -> list[str]:
         process.kill()
     code = run.end()
     to = f"rank {rank}" if process is not None else "none"
-    head = ["1", "2", engine, "3", f"{moment:.1f}", "SIGKILL", to, last_line(said), str(failures(run.out)), "torchrun"]
+    by = "torchrun" if process is not None else ""
+    head = ["1", "2", engine, "3", f"{moment:.1f}", "SIGKILL", to, last_line(said), str(failures(run.out)), by]
     return row_of(head, folder / f"whole-{engine}", output, [code], 2, "")
 
 

@@ -206,7 +206,7 @@ def preview(
         )  # fmt: skip
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # the model's forward can't be traced
         why = first_line(error).removeprefix("estimate_memory: ")
-    sharded = None if shards is None else sharded_memory(model, shards, memory)
+    sharded = None if shards is None else sharded_memory(model, shards, memory, quant)
     return Preview(rows, trainable, size, memory, why, sharded)
 
 

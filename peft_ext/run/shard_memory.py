@@ -61,13 +61,16 @@ class ShardedMemory:
         return self.load + self.frozen + self.adapter
 
 
-def sharded_memory(model: nn.Module, shards: int, memory: Optional[MemoryEstimate]) -> ShardedMemory:
+def sharded_memory(
+    model: nn.Module, shards: int, memory: Optional[MemoryEstimate], quant: Optional[str] = None
+) -> ShardedMemory:
     """Returns the memory of a process.
 
     Args:
         model: the base with its adapter, as it is trained, on the meta device or with tensors without values.
         shards: number of processes that share one copy of the base.
         memory: estimate of a step of an unsharded process.
+        quant: the format to which the run quantizes weights as it reads them; None: the run quantizes no weight.
     """
     parameters, buffers = _unique(model.parameters()), _unique(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
@@ -80,7 +83,7 @@ def sharded_memory(model: nn.Module, shards: int, memory: Optional[MemoryEstimat
     kinds = ("activations", "logits", "temporary")
     other = 0 if memory is None else sum(memory.peak[kind] for kind in kinds)
     states = 2 * adapter + 4 * len(trained)  # Adam counts the steps of each parameter
-    return ShardedMemory(shards, frozen, adapter, adapter, states, gathered, other, _reading(model))
+    return ShardedMemory(shards, frozen, adapter, adapter, states, gathered, other, _reading(model, quant))
 
 
 def _unique(tensors: Iterable[Any]) -> list[Tensor]:
@@ -93,12 +96,14 @@ def _rows(parameter: Tensor, shards: int) -> int:
     return -(-rows // shards) * (parameter.nbytes // max(1, rows))
 
 
-def _reading(model: nn.Module) -> int:
+def _reading(model: nn.Module, quant: Optional[str]) -> int:
     """Returns the most bytes that a process holds beside the shards while it reads one weight of the base.
 
-    A weight that is quantized exists in bfloat16 and in its packed form. DoRA's magnitude takes the weight in the dtype
-    of the computation, and one more copy. Other weights are read in pieces.
+    A weight that is quantized exists in bfloat16 and in its packed form. The quantizers of ``PACKED_FORMATS`` have
+    temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude takes the weight in the
+    dtype of the computation, and one more copy. Other weights are read in pieces.
     """
+    each = {None: 0, "nf4": 2}.get(quant, 2 + 16)  # bytes of an element
     doras = {id(layer.get_base_layer()) for layer in model.modules() if getattr(layer, "lora_magnitude_vector", None)}
     most = PIECE
     for module in model.modules():
@@ -111,5 +116,6 @@ def _reading(model: nn.Module) -> int:
             sizes, held = [max(p.numel() for p in module.parameters(recurse=False))], 0
         else:
             continue
-        most = max(most, *(2 * size + held + 8 * size * (id(module) in doras) for size in sizes))
+        of_dora = 8 if id(module) in doras else 0
+        most = max(most, *(each * size + held + of_dora * size for size in sizes))
     return most
