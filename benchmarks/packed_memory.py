@@ -5,7 +5,7 @@
 
 A checkpoint has random weights: a Llama with FP8 blocks, and a gpt-oss with experts in MXFP4. On a CPU transformers
 dequantizes both while it loads them. Each run is a process of its own, which loads a tiny checkpoint of the same kind
-first, so that imports do not count. The memory is anonymous resident memory (RssAnon), without pages of mapped files.
+first, so that imports do not count. The memory is resident memory, with the pages of the files that are mapped.
 """
 
 from __future__ import annotations
@@ -89,18 +89,18 @@ def write_checkpoint(kind: str, width: int, path: Path) -> int:
 
 @contextmanager
 def _peak() -> Iterator[Callable[[], float]]:
-    """Yields a function that returns the largest anonymous resident memory in MiB since the context was entered."""
-    most, done = [status_mib("RssAnon")], threading.Event()
+    """Yields a function that returns the largest resident memory in MiB since the context was entered."""
+    most, done = [status_mib("VmRSS")], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            most[0] = max(most[0], status_mib("RssAnon"))
+            most[0] = max(most[0], status_mib("VmRSS"))
             time.sleep(0.002)
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield lambda: max(most[0], status_mib("RssAnon"))
+        yield lambda: max(most[0], status_mib("VmRSS"))
     finally:
         done.set()
         thread.join()
@@ -140,11 +140,11 @@ def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
 
     logging.disable_progress_bar()
     _step(kind, loader, _load(kind, loader, tiny))
-    before = status_mib("RssAnon")
+    before = status_mib("VmRSS")
     with _peak() as peak:
         model = _load(kind, loader, path)
         loading = peak() - before
-    held = status_mib("RssAnon") - before
+    held = status_mib("VmRSS") - before
     with _peak() as peak:
         _step(kind, loader, model)
         step = peak() - before

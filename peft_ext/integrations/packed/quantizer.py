@@ -57,6 +57,7 @@ class PackedQuantizer(HfQuantizer):
         self._packed: set[str] = set()
         self._schemes: dict[str, Scheme] = {}  # name of a layer -> scheme
         self._merged: dict[str, Scheme] = {}  # name of the layout -> scheme of experts that transformers merges
+        self._apart = False  # whether some layers of the model have dense experts
         self._common: list[Common] = []  # the operations that keep one of equal tensors of experts
 
     @property
@@ -86,13 +87,15 @@ class PackedQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             scheme = self._schemes[name] = self._scheme(name, module)
             model.set_submodule(name, _layer(name, module, scheme, place, stored, dtype))
+        mixtures = {name for name, module in model.named_modules() if expert_parameters(module)}
+        self._apart = bool(mixtures - experts.keys())
         for name, places in experts.items():
             module, first = model.get_submodule(name), next(iter(places.values()))
             # A merged stack is stored as linear layers, which the config's rules know by the names of the files.
             merged = first.converter is not None
             scheme = self._scheme(first.first, nn.Linear(1, 1)) if merged else self._scheme(name, module)
             self._schemes[name] = scheme
-            _hold_experts(name, module, scheme, places, stored, dtype)
+            _hold_experts(name, module, scheme, places, stored, dtype, self._apart)
             if merged:
                 self._merged[scheme.layout] = scheme
         for name, module in model.named_modules():
@@ -151,7 +154,7 @@ class PackedQuantizer(HfQuantizer):
                 for layout, scheme in ((LAYOUTS[name], scheme) for name, scheme in self._merged.items()):
                     for part in (*layout.parts, *layout.extra):
                         if part != "weight":
-                            targets = [name + _suffix(layout, part) for name in one.target_patterns]
+                            targets = [name + _suffix(layout, part, self._apart) for name in one.target_patterns]
                             parts = [name.removesuffix("weight") + part for name in sources]
                             steps = operations_of(layout, scheme, part, one.operations)
                             self._common += [step for step in steps if isinstance(step, Common)]
@@ -209,7 +212,7 @@ class PackedQuantizer(HfQuantizer):
         """Makes the weight of experts again if the values of a tensor, a g_idx, are part of the weight's layout."""
         scheme = self._schemes[name]
         layout = LAYOUTS[scheme.layout]
-        ends = {part: parameter + _suffix(layout, part) for part in layout.parts if part.endswith("g_idx")}
+        ends = {part: parameter + _suffix(layout, part, self._apart) for part in layout.parts if part.endswith("g_idx")}
         names = experts.packed_names[parameter]
         if not any(name in ends.values() for name in names):
             return
@@ -222,9 +225,9 @@ class PackedQuantizer(HfQuantizer):
             again, kept, extra = layout.built(tensors, experts._templates[parameter].shape, scheme)
         except (ValueError, TypeError) as error:
             raise ValueError(f"PackedConfig: {name}.{parameter}: {error}") from error
-        kept_names = [None if one is None else parameter + _suffix(layout, one) for one in kept]
+        kept_names = [None if one is None else parameter + _suffix(layout, one, self._apart) for one in kept]
         experts.set_packed(parameter, again, kept_names)
-        experts.extra = (*experts.extra, *(parameter + _suffix(layout, one) for one in extra))
+        experts.extra = (*experts.extra, *(parameter + _suffix(layout, one, self._apart) for one in extra))
 
     @property
     def is_trainable(self) -> bool:
@@ -290,13 +293,14 @@ class Place:
         return found
 
 
-def _suffix(layout: Layout, part: str) -> str:
+def _suffix(layout: Layout, part: str, apart: bool) -> str:
     """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
 
-    Only codes that the files call "weight" have the name of the dense parameter. Other codes have a name of their own,
-    because a model may have dense experts in another layer, which are saved under other names than codes.
+    Codes have the name of the dense parameter. If some layers of the model have dense experts (``apart``), the codes
+    have a name of their own, because transformers finds by this name under which names a tensor is saved. Offloading to
+    the disk needs the dense parameter's name.
     """
-    return "" if part == "weight" else f"_{part}"
+    return "" if part == layout.codes and (part == "weight" or not apart) else f"_{part}"
 
 
 def _build(
@@ -328,7 +332,7 @@ def _layer(
 
 def _hold_experts(
     name: str, module: nn.Module, scheme: Scheme, places: dict[str, Place], stored: dict[str, Stored],
-    dtype: torch.dtype,
+    dtype: torch.dtype, apart: bool,
 ) -> None:  # fmt: skip
     """Turns an experts' module on the meta device into PackedExperts."""
     wanted, layout = expert_parameters(module), LAYOUTS[scheme.layout]
@@ -341,8 +345,8 @@ def _hold_experts(
         shape = tuple(getattr(module, parameter).shape)
         shape = (shape[0], shape[2], shape[1]) if module.is_transposed else shape
         weight, names, extra = _build(scheme, place, stored, shape)
-        ends = [one if place.converter is None or one is None else _suffix(layout, one) for one in names]
+        ends = [one if place.converter is None or one is None else _suffix(layout, one, apart) for one in names]
         found[parameter] = weight, [None if end is None else parameter + end for end in ends]
-        extras |= {parameter + _suffix(layout, one): tensor for one, tensor in extra.items()}
+        extras |= {parameter + _suffix(layout, one, apart): tensor for one, tensor in extra.items()}
     hold_packed(module, found, dtype, extras)
     module.note = scheme.note
