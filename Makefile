@@ -197,7 +197,8 @@ build/hub-packages/.installed: $(VENV)/.built
 	touch $@
 
 hub-tests: setup build/hub-packages/.installed
-	PYTHONPATH=build/hub-packages HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/integrations/test_hub.py
+	PYTHONPATH=build/hub-packages HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/integrations/test_hub.py \
+	  tests/integrations/test_hub_wheels.py
 
 # llama.cpp, which the source distribution of llama-cpp-python holds, in a folder of its own. The build takes some ten
 # minutes on two cores.
