@@ -142,7 +142,7 @@ def train(name: str, kind: str, steps: int, batch: int, length: int, held_out: i
         "losses": losses,
         "perplexity": {"before": round(first, 4), "after": round(perplexity(model, tests), 4)},
         "tokens_per_s": round(timed / seconds, 1),
-        "tokens_per_cpu_s": round(timed / cpu_seconds, 1),  # of all threads together
+        "tokens_per_cpu_s": round(timed / cpu_seconds, 1),  # CPU seconds of all threads together
         "model_mib": round(made - before),
         "peak_mib": round(status_mib("VmHWM") - before),
         "fused": sum(row.fused for row in adapters),

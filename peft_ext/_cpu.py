@@ -52,7 +52,8 @@ def _limit() -> str:
 
 
 def _onednn_multiplies(check: str) -> bool:
-    """Returns what PyTorch's function ``check`` says: whether oneDNN multiplies a dtype. On AVX2 it says no."""
+    """Returns what PyTorch's function ``check`` says: whether oneDNN multiplies a dtype. On a CPU with AVX2 and without
+    AVX-512 the function says no."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN

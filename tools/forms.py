@@ -235,7 +235,7 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
             yield from [(name, {})] if name else proof.proposals(subject, form)
             return
         yield from proof.proposals(subject, form)
-        if "GradientCheckpointingLayer" not in (kind.__name__ for kind in subject.__mro__):  # a layer of blocks
+        if "GradientCheckpointingLayer" not in (kind.__name__ for kind in subject.__mro__):  # no decoder layer
             yield from attention_formulas(subject, form)
 
     for cls in classes():

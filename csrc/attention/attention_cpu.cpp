@@ -1,7 +1,7 @@
 // Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. In the
 // forward a unit of a thread's work is a block of queries; in the backward a unit is a cell of queries and keys
-// (attention/plan.h). The division of sums depends only on the shapes, so that the bits are equal for every number of
-// threads.
+// (attention/plan.h). How a sum is divided into partial sums depends only on the shapes, so that the bits of the
+// results are equal for every number of threads.
 #include <cmath>
 #include <optional>
 #include <tuple>

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys in a block
 
 struct BackwardParts {
-  Element *q_rows, *grad_rows;      // rows of q and dO, if the products do not read them in place
+  Element *q_rows, *grad_rows;      // copies of rows of q and dO, unless the products read q and dO in place
   Element *q_turned, *grad_turned;  // q and dO as right operands whose depth is the head size
   Element *q_joined, *grad_joined;  // q and dO as right operands whose depth is the queries
   Element *p, *ds, *ds_joined;      // p, ds: left operands, depth queries; ds_joined: dS as right operand, depth keys

@@ -160,7 +160,8 @@ struct PackParts {
         joined(parts->take<Element>(kQueries * padded_lanes(depth))) {}
 };
 
-// Writes the copies of the block of keys [k0, k0 + count) of x.
+// Copies a block of keys of x, which is k or v, from key k0 on, as left operands: to made_rows as stored, and to
+// made_columns transposed. A null pointer stands for a copy that is not wanted.
 template <typename T>
 void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, int64_t keys, int64_t k0, int64_t depth,
                   void* made_rows, void* made_columns, Parts parts) {

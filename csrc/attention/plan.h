@@ -45,8 +45,8 @@ struct ForwardPlan {
   int64_t heads, blocks;  // number of heads of all batches, number of blocks of queries
   int64_t parts;          // number of parts of the work, at most the number of threads
 
-  // Returns the units of a part, head after head, so that a thread reads the keys of one head at a time. The blocks of
-  // a head fall, because a thread should end with a cheap unit.
+  // Returns the units of a part, head after head, so that a thread reads the keys of one head at a time. The block
+  // numbers of a head fall, because a thread should end with a cheap unit.
   std::vector<ForwardUnit> units(int64_t part) const {
     std::vector<ForwardUnit> found;
     const int64_t whole = heads / parts, rest = heads % parts;

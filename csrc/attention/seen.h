@@ -57,8 +57,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
 // kept() with dropout. The function is not inlined, because its buffers and loops would cost the callers registers.
 [[gnu::noinline]] inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys,
                                         int64_t query, int64_t count, const uint64_t* bits, uint64_t* keeps) {
-  // The draws of a key are in at most kBlocks counter blocks. The counter blocks of kTogether keys are computed
-  // together, so that no lane computes draws that nobody reads.
+  // The draws of a key are in at most kBlocks counter blocks of Philox, which have eight draws each. The counter blocks
+  // of kTogether keys are computed together, so that no lane computes draws that nobody reads.
   constexpr int64_t kTogether = 16, kBlocks = kMaskBits / kDrawsPerBlock + 1;
   static_assert(kTogether * kBlocks % kPhiloxBlocks == 0, "the list of counter blocks must hold whole groups");
   const uint64_t flat = static_cast<uint64_t>((batch * work.heads + head) * work.keys);
@@ -86,8 +86,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
 }
 
 // Computes, for each of the keys from `key` on, one bit for each query from `query` on: whether dropout keeps the key
-// for the query. Without dropout all bits are 1. For a key that no query may see (bits[r] is 0), nothing is drawn, and
-// the bits are 0.
+// for the query. Without dropout all bits are 1. With dropout, nothing is drawn for a key that no query may see
+// (bits[r] is 0), and the key's bits are 0.
 inline void kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t query,
                  int64_t count, const uint64_t* bits, uint64_t* keeps) {
   if (work.dropout.active) return draw_kept(work, batch, head, key, keys, query, count, bits, keeps);

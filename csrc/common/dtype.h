@@ -40,7 +40,7 @@ inline float to_float(f16 value) {
   const uint32_t magnitude = value.bits & 0x7fff;
   // Multiplying by 2^-24 avoids subnormal float32 numbers, which the thread may be set to flush to zero.
   if (magnitude < 0x400) return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));
-  // The exponent's bias differs by 112; infinity and NaN have the largest exponent of both types.
+  // The exponent biases of float16 and float32 differ by 112; infinity and NaN have the largest exponent in both types.
   return bits_to_float(sign | ((magnitude << 13) + (magnitude >= 0x7c00 ? 224u << 23 : 112u << 23)));
 }
 
@@ -69,7 +69,7 @@ inline f16 from_float<f16>(float value) {
   if (magnitude > 0x7f800000) return f16{static_cast<uint16_t>(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) return f16{static_cast<uint16_t>(sign | 0x7c00)};  // the value rounds to infinity
   if (magnitude < 0x38800000) {
-    // The result is subnormal or zero: adding 0.5 leaves the rounded multiple of 2^-24 in the low mantissa bits.
+    // The float16 result is subnormal or zero: adding 0.5 leaves the multiple of 2^-24 in the sum's low mantissa bits.
     const uint32_t shifted = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
     return f16{static_cast<uint16_t>(sign | shifted)};
   }

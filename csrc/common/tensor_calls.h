@@ -1,4 +1,4 @@
-// Functions on tensors. Most of these functions call torch::stable only if there is work to do, or call PyTorch's C
+// Functions on tensors. Most functions of this file call torch::stable only if there is work to do, or call PyTorch's C
 // shim directly. Many functions of torch::stable look an operator up by name and box the arguments, which takes about a
 // microsecond per call, even if nothing has to be done. An operator on few tokens calls the functions of this file
 // about a dozen times.
@@ -103,8 +103,8 @@ inline std::string shim_message() {
 #endif
 }
 
-// Returns whether the message of an error tells that an allocator had no memory. No message counts as such: the sizes
-// of the tensor were checked before, and memory is what remains.
+// Returns whether the message of an error tells that an allocator had no memory. An empty message counts as a lack of
+// memory, because the tensor's sizes were checked before.
 inline bool tells_no_memory(const std::string& message) {
   if (message.empty()) return true;
   for (const char* words : {"out of memory", "can't allocate memory", "not enough memory", "bad_alloc"})

@@ -9,7 +9,8 @@
 
 namespace peft_ext {
 
-// Lives on the calling thread for the whole call, and on another thread for a part of a parallel loop.
+// An object of this type lives on the calling thread for the whole call, and on another thread while that thread runs a
+// part of a parallel loop.
 struct ThreadInCall {
   explicit ThreadInCall(Isa path = current_isa()) : isa(path) {}
 

@@ -30,7 +30,7 @@ constexpr size_t kPageBytes = 4096;  // size of the inaccessible page below each
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
 constexpr size_t kMaxShared = 99 * 1024;  // shared memory that each GPU from 8.0 on allows a block
-// gap between declarations, so that an access just beyond a declaration is found
+// gap in bytes between declarations of shared memory, so that an access just beyond a declaration is found
 constexpr size_t kSharedGap = 128;
 constexpr int kMaxDeclarations = 32;
 constexpr size_t kArenaBytes = kMaxShared + (kMaxDeclarations + 1) * 2 * kSharedGap;
@@ -81,7 +81,7 @@ constexpr uint32_t kFirstBlock = 2;
 constexpr uint32_t kAtomicWriter = 0x80000000u;
 
 struct PendingCopy {
-  size_t offset;  // offset of the copy's destination in the arena
+  size_t offset;  // offset of the copy's destination in the block's shared memory
   const void* from;
   int bytes;
   bool take;
@@ -120,7 +120,7 @@ struct Warp {
 struct Declaration {
   const void* key;
   const char* name;
-  size_t begin, bytes;  // begin: offset of the declaration in the arena
+  size_t begin, bytes;  // begin: offset of the declaration in shared memory
 };
 
 struct Machine {
@@ -154,9 +154,9 @@ struct Machine {
   char fault[1024];
 
   char* arena;
-  Stamps* words;   // one pair of stamps for each four bytes of the arena, the block's shared memory
-  Stamps* bytes;   // stamps of each byte of four bytes whose write stamp has kSplit
-  uint8_t* owner;  // for each four bytes: 1 + index of the declaration, or 0 outside of declarations
+  Stamps* words;   // one pair of stamps for each four bytes of `arena`, the block's shared memory
+  Stamps* bytes;   // stamps of each single byte, used where the write stamp of four bytes has kSplit
+  uint8_t* owner;  // for each four bytes of `arena`: 1 + index of the declaration, or 0 outside of declarations
 };
 
 // The values that a hook reads before any other state.

@@ -260,7 +260,7 @@ void global_access(uintptr_t address, size_t bytes, Access access, const void* s
   if (range == nullptr || !contains(*range, address, bytes, access)) {
     range = nullptr;
     for (const Memory::Range& candidate : machine.memory->ranges) {
-      // A writable range is preferred, because its elements have stamps.
+      // Of the ranges that contain the access, a writable range is preferred, because its elements have stamps.
       if (contains(candidate, address, bytes, access) && (range == nullptr || candidate.use != Use::kRead)) {
         range = &candidate;
       }

@@ -14,7 +14,7 @@ struct PackedView {
   const void* part[kWeightParts];  // null for a part that the weight does not have; see part_address
   int64_t rows, columns;
   int64_t group;  // number of columns that share a scale; 0: all columns
-  int option;     // see the functions below
+  int option;     // bit fields, which the functions below read
 };
 
 // The operator's argument `layout` is group | number of the format << 32 | option << 40.
@@ -33,7 +33,7 @@ namespace {
 // not null, and is never read.
 inline const void* part_address(const void* data) { return data != nullptr ? data : &kWeightParts; }
 
-// Fields of `layout`. The number is 0 for NF4 and for a dense weight.
+// Return the fields of `layout`. The number of the format is 0 for NF4 and for a dense weight.
 inline int64_t format_number(int64_t layout) { return layout >> kFormatShift & 0xff; }
 inline int64_t format_group(int64_t layout) { return layout & 0xffffffff; }
 inline int format_option(int64_t layout) { return static_cast<int>(layout >> kOptionShift); }

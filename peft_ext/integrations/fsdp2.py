@@ -89,7 +89,7 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     if not isinstance(model, FSDPModule):
         fully_shard(model, **options)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not isinstance(parameter, DTensor):  # FSDP2 would not reduce the gradient
+        if parameter.requires_grad and not isinstance(parameter, DTensor):  # FSDP2 would not reduce its gradient
             raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
     plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
     _keep_parameters(accelerator)
@@ -213,10 +213,10 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], FSDPModule):  # for an evaluation before the training
+        if len(args) == 1 and isinstance(args[0], FSDPModule):  # called for an evaluation before the training
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
-        if not all(isinstance(model, FSDPModule) for model in models):  # accelerate shards the model itself
+        if not all(isinstance(model, FSDPModule) for model in models):  # accelerate then shards the model
             return prepare(*args, **kwargs)
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
@@ -239,7 +239,7 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
     save_model, accelerator = trainer.save_model, trainer.accelerator
     if not hasattr(trainer.model, "peft_config") or hasattr(save_model, "saves_adapters"):
         return
-    plugin.state_dict_config = plugin.optim_state_dict_config = None  # the next line sets both again
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # set_state_dict_type sets both again
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
     @functools.wraps(save_model)

@@ -229,7 +229,7 @@ def _quantize(base: Base, quantize: Callable[[Tensor], PackedWeight]) -> None:
 
             def read(parameter: Tensor = parameter, transposed: bool = transposed) -> Tensor:
                 dense = torch.empty(parameter.shape, dtype=torch.float32)
-                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # blocks run along K
+                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # a format's blocks run along K
                     if transposed:
                         expert, into = expert.T, into.T
                     into.copy_(through(expert.contiguous()))

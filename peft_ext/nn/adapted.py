@@ -111,7 +111,7 @@ class AdaptedLinear(nn.Module):
         held = self._weight()
         bias = None if base.bias is None else base.bias.data
         if isinstance(held, PackedWeight):
-            held = held.map(Tensor.detach)  # the base's own tensors get other data
+            held = held.map(Tensor.detach)  # `held` keeps the data, because the base's own tensors get the merged data
             set_frozen_weight(base, *self._merged_packed(held))
             self._unmerged = (held, bias)
         else:
@@ -177,7 +177,8 @@ class LowRankLinear(AdaptedLinear):
         raise NotImplementedError
 
     def _scaled_A(self) -> Tensor:
-        """Returns ``lora_A``. The class of a method that scales ranks returns ``lora_A`` with scaled rows."""
+        """Returns ``lora_A``. A subclass whose method scales ranks, such as AdaLoRA's, returns ``lora_A`` with scaled
+        rows."""
         return self.lora_A
 
     def _row_scale(self) -> Optional[Tensor]:

@@ -325,7 +325,7 @@ class NF4Experts(FrozenExperts):
 
     def set_extra_state(self, state: Any) -> None:
         came, own = (json.loads(bytes(value.tolist())) for value in (state, self.get_extra_state()))
-        dtype = getattr(torch, str(came.get("dtype")), None)  # dtype of the dense weights, from the state
+        dtype = getattr(torch, str(came.get("dtype")), None)  # dtype of the dense weights in the loaded state
         if {**came, "dtype": ""} != {**own, "dtype": ""} or not isinstance(dtype, torch.dtype):
             raise ValueError(f"{self.stock_class.__name__}: the state has the format {came}, wanted {own}")
         self.quant_dtype = dtype

@@ -173,7 +173,7 @@ class HoldsPacked(nn.Module):
             if not isinstance(came, Tensor) or came.dtype is not own.dtype or came.shape != own.shape:
                 what = f"{came.dtype} {tuple(came.shape)}" if isinstance(came, Tensor) else type(came).__name__
                 errors.append(f"{prefix}{name} is {what}, wanted {own.dtype} {tuple(own.shape)}")
-                found[prefix + _attribute(name)] = own.detach()  # the key is not missing
+                found[prefix + _attribute(name)] = own.detach()  # so that the key is not reported as missing
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
         back = {prefix + attribute: prefix + name for name, attribute in dotted.items()}
@@ -242,7 +242,7 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
     """An embedding ``[V, N]`` whose table is frozen and packed, in the layout of a checkpoint's file.
 
     On a CPU, the kernel decodes only the rows that a call looks up. The decoded values are rounded once, to the dtype
-    ``compute_dtype``.
+    ``compute_dtype`` of the result.
 
     Attributes:
         scale: factor of the result, such as the square root of the width in Gemma.
@@ -298,7 +298,8 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.table
-        # The operator's adapter is zero: the sum is the decoded row. One zero in memory stands for the whole adapter.
+        # lora_embedding gets an adapter of zeros, so that its result is the decoded rows. One zero in memory stands for
+        # the whole adapter.
         zero, (entries, width) = torch.zeros(1, 1, device=weight.device), weight.shape
         lora_A, lora_B = zero.expand(1, entries), zero.expand(width, 1)
         rows = ops.lora_embedding(input, weight, lora_A, lora_B)

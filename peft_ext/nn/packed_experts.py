@@ -96,7 +96,7 @@ class PackedExperts(FrozenExperts):
             if isinstance(came, Tensor) and (came.dtype is not own.dtype or came.shape != own.shape):
                 errors.append(f"{prefix}{name} is {came.dtype} {tuple(came.shape)}, wanted {own.dtype} "
                               f"{tuple(own.shape)}")  # fmt: skip
-                found[key] = own.detach()  # the key is not missing
+                found[key] = own.detach()  # so that the key is not reported as missing
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
         missing[known:] = [back.get(key, key) for key in missing[known:]]

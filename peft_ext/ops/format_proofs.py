@@ -1,8 +1,8 @@
 """The proof of the formats of packed weights: one family for each format that kernels decode.
 
 A format's family proves the kernels that decode the format: of a whole weight, of few tokens, and of many tokens in the
-forward and the backward. All operators on packed weights use these kernels. Of a format that fails, every operator
-computes the calls by the reference, and the operators' kernels still compute the calls with other weights. See
+forward and the backward. All operators on packed weights use these kernels. If a format fails, every operator computes
+calls with weights of this format by the reference, and calls with other weights still by the kernels. See
 :mod:`.prove`.
 """
 
@@ -24,8 +24,9 @@ __all__ = ["CALLED", "FAMILIES", "families_in", "family_of", "listed", "takes_we
 
 CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operators that a format's proof calls
 
-ROWS, COLUMNS = 72, 512  # least sizes of a proof's weight: more than a panel of rows, and two of the largest blocks
-RAGGED = 6  # number of columns by which a weight's columns are no multiple of 32, in formats that allow this
+# Least numbers of rows and columns of a proof's weight: more rows than a panel has, and two of the largest blocks.
+ROWS, COLUMNS = 72, 512
+RAGGED = 6  # number of columns beyond a multiple of 32, in formats that allow such numbers of columns
 
 Make = Callable[[ProofInputs, int, int], PackedWeight]
 
@@ -168,7 +169,8 @@ def _calls(format: str, inputs: ProofInputs) -> Iterator[tuple[str, tuple]]:
     for make in _WEIGHTS[format]:
         weight = make(inputs, n, k)
         *parts, layout, shape = weight.op_args()
-        # The proof widens the other float tensors to float64, and knows scales by their one dimension.
+        # The proof widens float tensors to float64, except a weight's scales, which it recognizes by their one
+        # dimension.
         args = (*(None if part is None else part.flatten() for part in parts), layout, shape)
         yield "nf4_dequantize", (*args, inputs.dtype)
         x = inputs.draw(inputs.t, shape[1])

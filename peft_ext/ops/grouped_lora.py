@@ -213,7 +213,7 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
     for group in adapters:
         try:
             found.append(operator.index(group))
-        except (TypeError, RuntimeError):  # a tensor raises one of the two, depending on torch's version
+        except (TypeError, RuntimeError):  # which one a tensor raises depends on torch's version
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
         if not -1 <= found[-1] < count:
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")

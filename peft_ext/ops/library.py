@@ -130,7 +130,7 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
     def run(*args: Any) -> Any:
         for at, argument in numbers:
             for value in args[at] if isinstance(args[at], (list, tuple)) else (args[at],):
-                known, is_p = isinstance(value, float), argument == "dropout_p"  # a symbol is no float
+                known, is_p = isinstance(value, float), argument == "dropout_p"  # torch.compile's symbols are no floats
                 if known and not (0 <= value < 1 if is_p else math.isfinite(value)):
                     wanted = "0 <= p < 1" if is_p else "a finite number"
                     raise ValueError(f"{name}: {argument} is {value!r}, wanted {wanted}")
@@ -235,7 +235,8 @@ def _first_output(
 def _guard() -> Callable[[], Any]:
     """Returns the context manager within which calls bypass autograd.
 
-    In a version of torch without the private class, the context manager does nothing: calls are slower and still right.
+    If this version of torch lacks the private class, the context manager does nothing: calls are slower and still
+    right.
     """
     return getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
@@ -243,7 +244,7 @@ def _guard() -> Callable[[], Any]:
 def below_autograd(op: Callable) -> Callable[..., Any]:
     """Returns a function that calls the operator below autograd, so that autograd records nothing.
 
-    torch.library itself uses this guard, too.
+    torch.library itself bypasses autograd in the same way.
     """
     guard = _guard()
 
@@ -255,7 +256,8 @@ def below_autograd(op: Callable) -> Callable[..., Any]:
 
 
 def is_eager(x: torch.Tensor) -> bool:
-    """Returns whether a call on x is an eager call on a plain tensor. The dispatcher decides about subclasses."""
+    """Returns whether a call on x is an eager call on a plain tensor. For a call on a tensor subclass, PyTorch's
+    dispatcher chooses the code."""
     return type(x) in _PLAIN and not torch.compiler.is_compiling()
 
 

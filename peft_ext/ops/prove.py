@@ -172,7 +172,7 @@ def native_op(key: str, name: str) -> Callable[..., Any]:
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.RLock()  # a thread that does not exist in the child may have held the lock
+    _lock = threading.RLock()  # a thread of the parent may have held the old lock, and does not exist in the child
 
 
 @functools.cache
@@ -183,8 +183,8 @@ def _families_of(names: tuple[str, ...]) -> frozenset[str]:
 def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of these operators were dropped on a type of device, or None.
 
-    A name may also be a format's family. Proves the families before, except under torch.compile and with fake tensors.
-    Compiled code meets the operators' gates when it runs.
+    A name may also be a format's family. First proves the families that are not proved yet, except under torch.compile
+    and with fake tensors. Compiled code meets the operators' gates when it runs.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
@@ -216,7 +216,8 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     on a GPU without the formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set; KernelFault; torch.OutOfMemoryError if the proof finds no memory. The families are then still unproved.
+    is set; KernelFault; torch.OutOfMemoryError if the proof finds no memory. After an error, the families are still
+    unproved.
     """
     asked = _asked()
     with _lock:  # other threads that need the family wait here for its proof
@@ -594,7 +595,7 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each:
                 return f"differs in {(got != want).sum().item()} of {want.numel()} elements of result {index}"
             continue
         error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-        normal = torch.finfo(dtype).smallest_normal  # smaller values have fewer bits
+        normal = torch.finfo(dtype).smallest_normal  # subnormal values have fewer bits
         wrong = each and ((got.double() - want).abs() > WITHIN[dtype] * want.abs().clamp(min=normal)).any()
         if wrong or not error <= WITHIN[dtype] * size + 1e-30:
             return f"is off by {error / (size or 1):.2g} of result {index}, wanted at most {WITHIN[dtype]}"

@@ -18,7 +18,7 @@ peft_ext.run in reading order::
     errors.py       errors and signals            progress.py    log lines and bars
     launch.py       the process's launcher        ranks.py       what the processes exchange
     shard.py        a base sharded by FSDP2       runner.py      llama.cpp's adapter file
-    demo_model.py   the default model
+    shard_memory.py memory of a sharded run       demo_model.py  the default model
 """
 
 from .config import read_config, write_config

@@ -202,7 +202,7 @@ def saving_callback(stop: Stop, ranks: Ranks) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            ranks.wait()  # until each rank has written its random state into the checkpoint
+            ranks.wait()  # waits until each rank has written its random state into the checkpoint
             if ranks.speaks:
                 sort_names(kwargs["model"], checkpoint)
                 seal(checkpoint)

@@ -152,7 +152,7 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):  # all ranks decide alike
+            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):  # equal on all ranks
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
                     losses = evaluate.held_out_losses(run, model, record.curve)

@@ -78,7 +78,7 @@ def sharded_memory(
     layers = [sum(p.nbytes for p in _unique(layer.parameters())) for layer in decoder_layers(model)]
     rest = sum(p.nbytes for p in parameters) - sum(layers)
     adapter = sum(_rows(p, shards) for p in trained)
-    # The shards of gathered parameters are counted in the shards.
+    # `gathered` leaves out the rows that the process itself holds, because `frozen` and `adapter` count these rows.
     gathered = 0 if shards == 1 else (rest + sum(sorted(layers)[-2:])) * (shards - 1) // shards
     kinds = ("activations", "logits", "temporary")
     other = 0 if memory is None else sum(memory.peak[kind] for kind in kinds)

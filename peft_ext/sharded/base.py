@@ -66,7 +66,7 @@ def meta_base(
         quant: "nf4" puts :class:`peft_ext.nn.NF4Linear` and NF4 experts where :func:`peft_ext.quantize_nf4` puts them;
             one of ``PACKED_FORMATS`` puts packed layers and experts where :func:`peft_ext.quantize_packed` puts them;
             "none" quantizes nothing.
-        blocksize: see :func:`peft_ext.quantize_nf4`. The scales are quantized too.
+        blocksize: see :func:`peft_ext.quantize_nf4`. The scales of NF4 weights are quantized too.
 
     Raises: SourceError where a file is missing or broken, where the files lack a tensor or have a tensor of a wrong
     shape or dtype, where transformers converts the files in a way that needs the whole model, where the files are

@@ -168,7 +168,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
                                  const std::optional<Tensor>& room) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, grad.scalar_type());
-  // Without an adapter, x is not needed: dX = dY W does not depend on x. held_x then only gives the shape of dX.
+  // Without an adapter, x is not needed: dX = dY W does not depend on x. Without an adapter, held_x only gives the
+  // shape of dX.
   const Tensor held_x =
       x.has_value() ? as_contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
   BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);

@@ -320,7 +320,7 @@ void forward_by_products(const ForwardCall& f) {
   if (there) {
     before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
     const Tensor dense = transposed(working_weight(f.op, f.weight, type));
-    if (finish.rank == 0 && finish.bias_before != nullptr) {  // nn.Linear adds x Wᵀ to the bias too
+    if (finish.rank == 0 && finish.bias_before != nullptr) {  // as in nn.Linear, x Wᵀ is added to the bias
       fill_rows(before, finish.bias_before);
       addmm_(before, x, dense, 1.0);
       finish.bias_before = nullptr;

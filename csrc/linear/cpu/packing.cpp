@@ -60,7 +60,7 @@ struct Conversion {
     else
       for (int64_t j = first; j < last; ++j) to[j - first] *= by * by_column[j];
   }
-  // Writes the rows [begin, end) of a frame that is not transposed.
+  // Writes the rows [begin, end) of the zero-padded result, without transposing.
   template <typename T>
   void copy_rows(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
@@ -70,7 +70,7 @@ struct Conversion {
       std::fill(to + filled, to + stride, 0.0f);
     }
   }
-  // Writes the rows [first, first + width) of the matrix, or zeros beyond the matrix, to columns of the frame.
+  // Writes the rows [first, first + width) of the matrix, or zeros beyond the matrix, to columns of the result.
   template <typename T>
   void transpose_rows(int64_t first, int64_t width, int64_t frame_rows) const {
     alignas(64) float block[kSide * kSide];
@@ -85,7 +85,7 @@ struct Conversion {
       std::fill(to + (i < columns ? filled : 0), to + width, 0.0f);
     }
   }
-  // Writes the columns [first, first + width) of the matrix, or zeros beyond the matrix, to whole rows of the frame.
+  // Writes the columns [first, first + width) of the matrix, or zeros beyond the matrix, to whole rows of the result.
   template <typename T>
   void transpose_columns(int64_t first, int64_t width) const {
     alignas(64) float block[kSide * kSide];
@@ -132,7 +132,7 @@ Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& 
     });
     return frame;
   }
-  // A part has blocks of the frame's longer side.
+  // The threads divide the longer side of the zero-padded result, in blocks of kSide rows or columns.
   const bool wide = frame_columns >= frame_rows;
   const int64_t side = wide ? frame_columns : frame_rows;
   loops->add(ceil_div(side, kSide), kSide * (wide ? frame_rows : frame_columns), [=](int64_t begin, int64_t end) {

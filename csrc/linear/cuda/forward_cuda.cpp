@@ -115,7 +115,7 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       const DeviceLayer& layer = layers[i];
       const bool alone = sizes[i].rank == 0 || layer.weight.outputs == 0 ||
                          few_tokens_accept(layer.weight, type, sizes[i].tokens, layer.adapter);
-      // Factors of one term and of three terms are of different kinds.
+      // One pass takes only factors with equally many bfloat16 terms, so that `kinds` tells factors of one term apart.
       const int64_t one = !alone && type == ScalarType::BFloat16 && layer.adapter.lora_A->scalar_type() == type;
       kinds.push_back(alone ? -1 : sizes[i].padded | one << 32);
     }

@@ -180,7 +180,7 @@ struct Reduced {
   const HeldTerms* transposed = nullptr;
   const Tensor* out = nullptr;
   int64_t row_stride = 0, rank_stride = 0;
-  const RowTiles* tiles = nullptr;  // table of the pass; each tile then has its own rank and scaling, without `after`
+  const RowTiles* tiles = nullptr;  // rows of a mixed batch: each tile has its own rank and scaling, without `after`
 };
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);
@@ -241,7 +241,8 @@ struct Scaled {
   Tensor z, scale;
 };
 
-// Computes out = left rightᵀ + bias for a mixed batch. left is in the table's order; right has one factor per adapter.
+// Computes out = left rightᵀ + bias for a mixed batch. The rows of `left` are in the order of the RowTable in `tiles`;
+// `right` has one factor per adapter.
 void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& left, const HeldTerms& right,
                     const std::optional<Tensor>& bias);
 

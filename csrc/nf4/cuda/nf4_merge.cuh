@@ -1,4 +1,4 @@
-// NF4 dequantize with a row scale and a low-rank merge. The weight may also be a decoded weight in float32:
+// Decodes an NF4 weight, adds a low-rank product and scales the rows. The weight may also be given decoded, in float32.
 //   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh; without g no factor
 // The packed codes and scales of W [N, K] are as in nf4.cuh; A [R, K], B [N, R] and g [N] are float32; out [N, K] is
 // float32, bfloat16 or float16. K, N and R may have any size of 1 or more. A thread block computes a tile of 64 rows

@@ -36,7 +36,7 @@ __all__ = ["disproof", "proposals", "register_form"]
 _ULPS = {
     "rms_norm": (4, 24),
     "layer_norm": (4, 24),
-    "float_layer_norm": (4, 48),  # for one huge column, PyTorch's own gradients are off by up to 31
+    "float_layer_norm": (4, 48),  # for one huge column, PyTorch's own gradients are off by up to 31 of these units
     "mlp": (32, 64),
     "attention": (24, 48),
     "activation": (24, 24),
@@ -59,7 +59,7 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
     if form.writes:
         return "its forward assigns to attributes of the module"
     others = sorted(set(form.reads) - _reads_of(row))
-    hands_itself_on = form.passes_itself and row.kind != "attention"  # an attention function gets the module
+    hands_itself_on = form.passes_itself and row.kind != "attention"  # an attention passes itself on
     if row.kind != "decoder_layer" and (hands_itself_on or others):
         return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
     with torch.device("cpu"), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():

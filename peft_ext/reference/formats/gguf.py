@@ -34,7 +34,8 @@ def _fields(data: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _scaled(scales: Tensor, codes: Tensor, offsets: Optional[Tensor] = None) -> Tensor:
-    """Returns ``scales · codes``, or ``scales · codes + offsets``: a scale for each ``len(codes) / len(scales)``."""
+    """Returns ``scales · codes``, or ``scales · codes + offsets``: each scale serves equally many neighbouring
+    codes."""
     values = scales[..., None] * codes.float().reshape(len(codes), scales.shape[1], -1)
     return (values if offsets is None else values + offsets[..., None]).flatten(1)
 

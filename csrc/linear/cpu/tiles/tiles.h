@@ -136,7 +136,7 @@ struct TileForward {
 
 struct TileBackward {
   TileWeight weight;
-  int64_t depth_part;  // number of tiles in a part of the depth of all layers together; with `more` or `given`, all
+  int64_t depth_part;  // number of tiles in a part of all layers' depths together; all tiles with `more` or `given`
   int64_t tokens;
   const bf16* grad;             // left strips of G
   const bf16* more;             // left strips of H, or null
