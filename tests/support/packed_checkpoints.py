@@ -82,7 +82,7 @@ def nvfp4(weight: Tensor) -> Tensors:
     return {
         "weight_packed": codes(n, k // 2, dtype=torch.uint8),
         "weight_scale": (torch.rand(n, k // 16) * 8).to(torch.float8_e4m3fn),
-        "weight_global_scale": torch.rand(1) * 200 + 200,
+        "weight_global_scale": torch.tensor([300.0]),
     }
 
 
@@ -189,9 +189,12 @@ def write(
             held |= {f"{name.removesuffix('weight')}{part}": value for part, value in pack(tensor).items()}
         else:
             held[name] = tensor
-    for name in held:  # GPTQ orders columns by the layer's inputs, which an expert's gate and up have in common
+    for name in held:
+        # GPTQ orders columns by the layer's inputs, which an expert's gate and up have in common.
         if name.endswith("up_proj.g_idx") and "experts" in name:
             held[name] = held[name.replace("up_proj", "gate_proj")].clone()
+        if name.endswith("up_proj.weight_global_scale"):
+            held[name] = held[name] * 0.75
     finish(path, held, quantization, shards=shards)
     return path
 
