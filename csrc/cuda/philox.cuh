@@ -11,7 +11,7 @@ namespace peft_ext {
 struct DeviceDropout {
   const int64_t* seed = nullptr;
   uint32_t threshold = 0;  // an element whose draw is below the threshold is dropped
-  float scale = 1.0f;      // factor of kept elements
+  float scale = 1.0f;      // factor of the elements that dropout keeps
 };
 
 constexpr int kPhiloxRounds = 7;

@@ -25,7 +25,7 @@ namespace peft_ext {
 
 constexpr int kQuantizeWarps = 8;  // number of warps per thread block
 constexpr int kQuantizeThreads = kQuantizeWarps * kWarpSize;
-constexpr int kQuantizeTile = 1024;  // number of elements per warp
+constexpr int kQuantizeTile = 1024;  // number of elements that a warp quantizes
 constexpr int kQuantizeBlockTile = kQuantizeWarps * kQuantizeTile;
 constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 
@@ -34,7 +34,7 @@ constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 // The values that lane l holds for bin l (0 to 15) or bin l - 32 (negative bins).
 struct Nf4Bins {
   float threshold[kWarpSize];  // threshold within the bin; 2, which is above every value, if the bin has no threshold
-  uint32_t below[kWarpSize];   // number of thresholds in all lower bins
+  uint32_t below[kWarpSize];   // number of thresholds below each lane's bin
 };
 
 constexpr int nf4_bin(float value) { return static_cast<int>(15.0f * value + 15.5f) - 15; }
@@ -162,12 +162,12 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
   using Word = QuantizeWord<T>;
   using Codes = typename QuantizeCodes<T>::Type;
   constexpr int kSize = 4 * Word::kSize;      // number of elements in a lane's 16 bytes
-  constexpr int kStride = kWarpSize * kSize;  // number of elements per step
+  constexpr int kStride = kWarpSize * kSize;  // number of elements that a warp takes in a step
   constexpr int kSteps = kQuantizeTile / kStride;
 
   const int blocksize = 1 << log2_blocksize;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int mine = warp * kQuantizeTile + lane * kSize;  // offset of this lane in the tile
+  const int mine = warp * kQuantizeTile + lane * kSize;  // offset of this lane's first element in the tile
   w += first + mine;
   uint32_t words[kSteps][4];
 #pragma unroll

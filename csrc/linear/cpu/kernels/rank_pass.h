@@ -37,7 +37,7 @@ inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
   }
 }
 
-constexpr int kRows = 16;  // largest number of rows that a block holds
+constexpr int kRows = 16;  // largest number of rows of m in a block
 // Number of columns in a block with dropout. In 16 bits and for up to 16 ranks, the copy of the block, the draws and
 // the columns of `acc` fit an L1 of 32 KiB together.
 constexpr int kDroppedPanel = kPanel / 2;
