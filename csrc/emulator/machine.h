@@ -189,7 +189,8 @@ inline void check_access(const void* data, size_t bytes, Access access, const vo
   }
 }
 
-// The matrix instructions of a whole warp. These functions read and write the registers of the warp's lanes.
+// The matrix instructions of a whole warp. The functions of the matrix instructions read and write the registers of the
+// warp's lanes.
 void multiply_bf16(Fiber* lanes);
 void multiply_f16(Fiber* lanes);
 void load_matrices(Fiber* lanes, bool transposed);

@@ -355,8 +355,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     cp_async_commit();
   };
 
-  // For an NF4 weight with whole groups (kDecodes), this thread decodes half a slab of elements of a line. These
-  // elements have one scale.
+  // For an NF4 weight with whole groups (kDecodes), this thread decodes half a slab of elements of a line. The elements
+  // of half a slab share one scale.
   constexpr bool kDecodes = kNf4 && kWhole;
   constexpr int kHalf = kSlab / 2, kParts = (kAcross ? kProductColumns : kSlab) / kHalf;
   using Codes = ProductCodes<T>;

@@ -1,5 +1,5 @@
 // The backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are computed first
-// (low_rank.cpp). Then dX is computed by the tiles or by PyTorch's matrix product, chosen as in forward.cpp.
+// (low_rank.cpp). After these gradients, the tiles or PyTorch's matrix product compute dX, chosen as in forward.cpp.
 #include <vector>
 
 #include "cpu/scratch.h"

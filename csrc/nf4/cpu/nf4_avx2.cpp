@@ -6,7 +6,7 @@
 // high bit. The results have the same bits as a separate product for each element.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"

@@ -3,16 +3,16 @@
 // The input w [n] is float32, bfloat16 or float16, flat. The results are packed [ceil(n/2)] uint8, where the high
 // nibble is the even element (an odd n is padded with a zero), and absmax [ceil(n/blocksize)] float32. blocksize is a
 // power of two from 32 to 4096. A thread block quantizes 8192 elements, which are whole NF4 blocks except at the end of
-// w; a warp quantizes 1024 of these elements. In each step lane l takes the l-th of the next 32 groups of 16 bytes. The
-// elements stay in registers between the maximum and the codes, so that w is read once (at the end of w twice). The
-// maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax. The
-// lanes of an NF4 block combine their maxima by shuffles. If an NF4 block has more than 1024 elements, the block's
-// warps combine their maxima in shared memory: 8 words, one barrier. Then lane l takes the l-th NF4 block of the warp:
-// the lane computes the reciprocal and stores the maximum (adjacent lanes write adjacent words), and other lanes read
-// the reciprocal by shuffle. The range [-1, 1] has 31 bins, rint(15 v), each with at most one threshold. Lane l holds
-// the threshold of bin l (mod 32) and the number of thresholds below the bin: two shuffles and one comparison find the
-// exact code, ties included. The arithmetic is float32; reciprocal and product are each rounded once. A NaN has code
-// 15, as in the reference. Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
+// w; a warp quantizes 1024 of these elements. In each step lane l takes the l-th of the next 32 groups of 16 bytes of
+// w. The elements stay in registers between the maximum and the codes, so that w is read once (at the end of w twice).
+// The maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax.
+// The lanes of an NF4 block combine their maxima by shuffles. If an NF4 block has more than 1024 elements, the block's
+// warps combine their maxima in shared memory: 8 words, one barrier. After the maxima, lane l takes the l-th NF4 block
+// of the warp: the lane computes the reciprocal of the block's maximum and stores the maximum (adjacent lanes write
+// adjacent words), and other lanes read the reciprocal by shuffle. The range [-1, 1] has 31 bins, rint(15 v), each with
+// at most one threshold. Lane l holds the threshold of bin l (mod 32) and the number of thresholds below the bin: two
+// shuffles and one comparison find the exact code, ties included. The arithmetic is float32; reciprocal and product are
+// each rounded once. A NaN has code 15, as in the reference. Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
 #pragma once
 
 #include <math.h>

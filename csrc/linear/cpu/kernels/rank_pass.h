@@ -5,8 +5,8 @@
 // kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds mask ∘ m in m's
 // own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay
 // in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's
-// size. A block of m has a short run of each row, which the hardware prefetcher does not foresee. Therefore the next
-// block is prefetched during the products with the present block.
+// size. A block of m has a short run of each row, which the hardware prefetcher does not foresee. Therefore row_pass
+// prefetches the next block of m during the products with the present block.
 #pragma once
 
 #include <type_traits>
