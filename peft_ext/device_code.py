@@ -41,7 +41,7 @@ LOCK_SECONDS = 120  # a process that has waited this long for the file of anothe
 
 WARM_CORES = 8  # a machine with this many cores compiles all kernels in less than half a minute
 
-# NVRTC has no standard headers. These stand-ins declare what the kernels use of the standard headers.
+# NVRTC has no standard headers. The stand-ins below declare what the kernels use of the standard headers.
 _INTEGERS = """#pragma once
 typedef signed char int8_t;
 typedef short int16_t;
@@ -79,7 +79,7 @@ HEADERS = {
     "math.h": _MATH,
     "stdint.h": _INTEGERS,
     "type_traits": _TYPE_TRAITS,
-    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),  # NVRTC itself has the names of both
+    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),  # NVRTC itself declares their names
 }
 
 
@@ -161,7 +161,7 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     with contextlib.suppress(OSError):
         folder(arch).mkdir(mode=0o755, parents=True, exist_ok=True)
     if not os.access(folder(arch), os.W_OK):
-        return  # the machine code could not be kept
+        return  # a cache that can't be written would not keep the machine code
     held = {path.name for path in folder(arch).glob("*.image")}
     lacking = [kernel for kernel in kernels() if "packed/cuda/" not in kernel[1] and _name(kernel[0]) not in held]
     if lacking:

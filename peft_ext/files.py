@@ -176,7 +176,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     with atomic_folder(target, overwrite=True, keep=True) as folder:
         card = target / "README.md"
         if card.is_file():
-            shutil.copy(card, folder)  # so that save_pretrained updates the model card
+            shutil.copy(card, folder)  # save_pretrained then updates the model card
         model.save_pretrained(str(folder), **kwargs)
         sort_names(model, folder)
 

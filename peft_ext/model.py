@@ -288,7 +288,7 @@ def _load_unrounded(
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
     weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
-    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers already have the pruned shapes
+    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers have the pruned shapes already
     try:
         set_peft_model_state_dict(
             model, weights, adapter_name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False)

@@ -28,8 +28,8 @@ struct GatedRows {
   DType dtype;  // dtype of all matrices
   int64_t columns;
   StridedRows gate, up;  // if up has no data, up is 1
-  StridedRows grad;      // dY; only for the gradient
-  WrittenRows out;       // y in the forward, d gate in the gradient
+  StridedRows grad;      // dY; has data only for the gradient
+  WrittenRows out;       // receives y in the forward, d gate in the gradient
   WrittenRows out_up;    // d up; has no data if up has no data
 };
 

@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys in a block
+constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys in a block of the backward
 
 struct BackwardParts {
   Element *q_rows, *grad_rows;      // copies of rows of q and dO, unless the products read q and dO in place

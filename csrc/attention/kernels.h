@@ -29,13 +29,13 @@ constexpr int64_t kMaskBits = 64;   // number of queries whose bits of the mask 
 
 // The units of work that attention/plan.h divides among threads. A forward unit is a block of queries of one head.
 struct ForwardUnit {
-  int64_t head, block;  // `head` counts the heads of all batches
+  int64_t head, block;  // `head` counts over the heads of all batches
 };
 
 // A cell: the blocks [query, query_end) by [key, key_end) of one head of a stream.
 struct BackwardCell {
   int64_t stream, head;
-  int64_t slot;  // index of the stream's memory for dQ
+  int64_t slot;  // index of the dQ memory that the stream uses
   int64_t query, query_end, key, key_end;
   bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
 };
@@ -58,7 +58,7 @@ struct Attention {
   float scale;
   bool causal;  // query i may see key j only if j <= i
   HeadsOf q, k, v, out;
-  float* lse;  // lse [B, H, queries]
+  float* lse;  // receives lse [B, H, queries]
   // The mask as words [B, H, blocks of 64 queries, keys]: bit i of a word tells whether query i of the block may see
   // the key. A null pointer means that there is no mask. Strides are in words; a stride is 0 if the dimension is
   // broadcast.
@@ -90,12 +90,12 @@ struct Attention {
   // Scratch copies of k and v, for each batch and key head, in the layout that the products read as their left operand
   // (rows), and of the transposes of k and v (columns). A pointer is null if no product of the call reads the copy, or
   // if the products read k or v in place.
-  void *key_rows, *value_rows;        // [keys, size or value_size]
-  void *key_columns, *value_columns;  // [size or value_size, keys]
+  void *key_rows, *value_rows;        // copies of k and v, [keys, size or value_size]
+  void *key_columns, *value_columns;  // transposed copies of k and v, [size or value_size, keys]
 };
 
 struct AttentionKernels {
-  DType element;      // element type of the operands
+  DType element;      // element type of the left and right operands
   int64_t left_rows;  // copies of k and v are left operands with a multiple of left_rows rows
   int64_t depth;      // the depth of operands is padded to a multiple of `depth`
   bool in_place;      // whether a product can read rows of k and v in place, if their depth needs no padding

@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kQueries = kMaskBits;  // number of queries in a block
+constexpr int64_t kQueries = kMaskBits;  // number of queries in a block, one bit of a mask word each
 
 inline int64_t whole(int64_t count, int64_t of) { return ceil_div(count, of) * of; }
 inline int64_t padded_depth(int64_t depth) { return whole(depth, kDepth); }

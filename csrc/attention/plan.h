@@ -78,13 +78,13 @@ struct BackwardRegion {
 };
 
 struct BackwardPlan {
-  int64_t streams, heads;            // number of streams, number of heads of a stream
-  int64_t query_blocks, key_blocks;  // numbers of blocks of a head's matrix
+  int64_t streams, heads;            // number of streams, and number of heads of each stream
+  int64_t query_blocks, key_blocks;  // numbers of blocks of queries and of keys of a head
   bool causal;
   int64_t threads;
   int64_t at_once;        // number of streams whose dQ is in memory at the same time
-  int64_t step;           // number of blocks in the side of a cell
-  int64_t rows, columns;  // numbers of cells of a head's matrix
+  int64_t step;           // number of blocks along a side of a cell
+  int64_t rows, columns;  // numbers of rows and columns of cells of a head
 
   bool whole() const { return rows == 1 && columns == 1; }
   int64_t diagonals() const { return rows + (causal ? 0 : columns - 1); }

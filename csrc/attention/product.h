@@ -14,7 +14,7 @@ namespace {
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
-constexpr int64_t kLeftRows = 1;   // left operands have a multiple of kLeftRows rows
+constexpr int64_t kLeftRows = 1;   // rows of left operands are padded to a multiple of kLeftRows
 constexpr int64_t kDepth = kWord;  // the depth of operands is padded with zeros to a multiple of kDepth
 constexpr bool kInPlace = true;    // whether a product can read rows of k and v in place
 

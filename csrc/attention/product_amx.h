@@ -15,7 +15,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kLeftRows = 16;         // left operands have a multiple of kLeftRows rows
+constexpr int64_t kLeftRows = 16;         // rows of left operands are padded to a multiple of kLeftRows
 constexpr int64_t kDepth = 32;            // the depth of operands is padded with zeros to a multiple of kDepth
 constexpr int64_t kRows = 2 * kLeftRows;  // number of keys in a strip
 constexpr int64_t kWidth = Vec::kWidth;

@@ -12,7 +12,7 @@ namespace peft_ext {
 namespace {
 
 using Element = bf16;
-constexpr int64_t kWord = 2;  // number of elements in a word
+constexpr int64_t kWord = 2;  // number of bfloat16 values in a 32-bit word
 
 using WordVec = __m512bh;
 inline WordVec load_words(const bf16* right) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(right)); }

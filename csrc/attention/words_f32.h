@@ -9,7 +9,7 @@ namespace peft_ext {
 namespace {
 
 using Element = float;
-constexpr int64_t kWord = 1;  // number of elements in a word
+constexpr int64_t kWord = 1;  // number of float32 values in a 32-bit word
 
 using WordVec = Vec;
 inline WordVec load_words(const float* right) { return Vec::load(right); }

@@ -22,9 +22,9 @@ struct BottleneckWork {
   const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns], or null
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
-  float scale;          // factor of H in the terms
+  float scale;          // factor of H in the terms of H
   const float* grad_h;  // P [rows, size]; only for the gradient
-  float* grad_u;        // dU [rows, size]; only for the gradient
+  float* grad_u;        // receives dU [rows, size]; only for the gradient
   bool ones;
   int64_t padded_rows, padded_size;  // numbers of rows and columns of the terms, with padding
   TermsOut terms;                    // terms of H or dU, [padded_rows, padded_size]; no data if unneeded

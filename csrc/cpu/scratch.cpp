@@ -48,7 +48,7 @@ struct ThreadScratch {
 std::atomic<ThreadScratch*> all{nullptr};
 
 thread_local ThreadScratch* own = nullptr;  // the thread's entry, or null before the thread's first use
-thread_local int depth = 0;                 // number of living ScratchInUse
+thread_local int depth = 0;                 // number of living ScratchInUse objects of this thread
 thread_local bool in_use = false;           // whether this thread has claimed its own blocks
 
 // The destructor runs when the thread ends.

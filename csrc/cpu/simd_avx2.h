@@ -47,7 +47,7 @@ struct Vec {
   // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-  // Returns a > 0 ? b : c.
+  // Returns b in the lanes where a is above 0, and c in the other lanes.
   static Vec positive(Vec a, Vec b, Vec c) {
     return {_mm256_blendv_ps(c.v, b.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
   }
@@ -141,8 +141,8 @@ struct Lanes {
   static constexpr int kWidth = 4;
   __m256i v;
   static Lanes broadcast(uint64_t value) { return {_mm256_set1_epi64x(static_cast<int64_t>(value))}; }
-  // Returns the counters first to first + 3, in an order that the two interleavings of store_words turn into the order
-  // of memory.
+  // Returns the Philox counters first to first + 3, in an order that the two interleavings of store_words turn into the
+  // order of memory.
   static Lanes counters(uint64_t first) {
     return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
   }

@@ -54,7 +54,7 @@ struct Vec {
   // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-  // Returns a > 0 ? b : c.
+  // Returns b in the lanes where a is above 0, and c in the other lanes.
   static Vec positive(Vec a, Vec b, Vec c) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), c.v, b.v)};
   }

@@ -50,7 +50,7 @@ struct Vec {
   // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
-  // Returns a > 0 ? b : c.
+  // Returns b in the lanes where a is above 0, and c in the other lanes.
   static Vec positive(Vec a, Vec b, Vec c) { return {vbslq_f32(vcgtzq_f32(a.v), b.v, c.v)}; }
   // Returns a in the lanes whose bit is set, and b in the other lanes.
   static Vec where(uint32_t bits, Vec a, Vec b) {

@@ -24,7 +24,7 @@ struct Vec {
   // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-  // Returns a > 0 ? b : c.
+  // Returns b if a is above 0, otherwise c.
   static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
   // Returns a if the lowest of `bits` is set, otherwise b.
   static Vec where(uint32_t bits, Vec a, Vec b) { return bits & 1 ? a : b; }

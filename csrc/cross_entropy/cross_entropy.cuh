@@ -20,11 +20,11 @@
 namespace peft_ext {
 
 struct CrossEntropyWork {
-  void* logits;              // x [T, V]; overwritten with the gradient if needs_grad
+  void* logits;              // logits x [T, V]; overwritten with the gradient if needs_grad
   const int64_t* labels;     // [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
   const float* row_weight;   // w [T]; a null pointer stands for ones
-  float* losses;             // losses [T], not multiplied by w
-  int64_t columns, ignored;  // columns: V; ignored: the label whose rows are ignored
+  float* losses;             // receives the losses [T], not multiplied by w
+  int64_t columns, ignored;  // columns: V; ignored: the label of tokens without a loss
   float scale, softcap, smoothing;
   bool needs_grad, whole;
 };

@@ -21,7 +21,7 @@ struct Kernel {
   const char* local_class;
   const char* file;
   Kernel* next;                                          // next kernel in the list of all kernels
-  mutable std::atomic<void*> handles[kMaxDevices] = {};  // CUfunction by device; null: not loaded
+  mutable std::atomic<void*> handles[kMaxDevices] = {};  // CUfunction handle for each device; null: not loaded
 };
 
 template <class Here>

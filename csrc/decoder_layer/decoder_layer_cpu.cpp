@@ -19,7 +19,7 @@ namespace peft_ext {
 namespace {
 
 constexpr const char* kOp = "decoder_layer";
-constexpr size_t kLayers = 7;  // q, k, v, o, gate, up, down
+constexpr size_t kLayers = 7;  // the linear layers q, k, v, o, gate, up, down
 constexpr size_t kNorms = 2, kLayerSizes = 4, kLayerNumbers = 2;
 constexpr size_t kOwnSizes = 2;    // the activation, and whether the norms round before they multiply by the weight
 constexpr size_t kOwnNumbers = 4;  // eps of the norms, the offset of their weights, and the scale of attention

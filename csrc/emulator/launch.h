@@ -12,7 +12,7 @@ namespace emulator {
 
 enum class Use {
   kRead,   // kernels may read this memory, and not write to it
-  kWrite,  // kernels may read and write this memory
+  kWrite,  // kernels may read this memory and write to it
   kFresh,  // as kWrite, but a read of a byte that no kernel has written yet is a fault
 };
 

@@ -59,7 +59,7 @@ constexpr uint64_t kMaxEpoch = (uint64_t{1} << 28) - 2;
 constexpr uint64_t kMaxWarpEpoch = (uint64_t{1} << 22) - 1;
 constexpr uint64_t kSplit = 1;      // in a write stamp: each of the four bytes has a stamp of its own
 constexpr uint64_t kInFlight = 2;   // in a write stamp: the write is a cp.async that no wait has completed
-constexpr uint64_t kByAtomic = 4;   // in a write stamp: the write is an atomic
+constexpr uint64_t kByAtomic = 4;   // in a write stamp: an atomic operation wrote the bytes
 constexpr uint64_t kManyLanes = 1;  // in a read stamp: more than one thread of this warp read in this epoch
 constexpr uint64_t kManyWarps = 2;  // in a read stamp: more than one warp read in this block epoch
 constexpr uint64_t kFlags = 15;
@@ -109,8 +109,8 @@ struct Fiber {
 };
 
 struct Warp {
-  uint32_t lanes;    // mask of the lanes that exist
-  uint32_t ready;    // mask of the lanes that can run
+  uint32_t lanes;    // mask of the warp's lanes that exist
+  uint32_t ready;    // mask of the warp's lanes that can run
   uint32_t arrived;  // mask of the lanes that have arrived at the collective
   uint32_t exited;
   Wait collective;
@@ -161,10 +161,10 @@ struct Machine {
 
 // The values that a hook reads before any other state.
 struct Current {
-  uintptr_t stack;  // stack of the running fiber
+  uintptr_t stack;  // address of the running fiber's stack
   uintptr_t arena;
-  uint64_t now;  // stamp of the running fiber
-  bool active;   // whether a kernel is running
+  uint64_t now;  // stamp of an access by the running fiber at this time
+  bool active;   // whether an emulated kernel is running
   Fiber* fiber;
   Machine* machine;
 };
@@ -189,7 +189,8 @@ inline void check_access(const void* data, size_t bytes, Access access, const vo
   }
 }
 
-// The matrix instructions of a whole warp. These functions read and write the registers of the warp's lanes.
+// The matrix instructions of a whole warp. The functions of the matrix instructions read and write the registers of the
+// warp's lanes.
 void multiply_bf16(Fiber* lanes);
 void multiply_f16(Fiber* lanes);
 void load_matrices(Fiber* lanes, bool transposed);

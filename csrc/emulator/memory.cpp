@@ -72,7 +72,7 @@ inline void access_stamps(Stamps& stamps, size_t offset, Access access, const vo
   const uint64_t now = current.now;
   const uint64_t write = stamps.write;
   const uint64_t read = stamps.read;
-  const bool fresh = write >= current.machine->block_start;  // whether the bytes were written in this block
+  const bool fresh = write >= current.machine->block_start;  // whether the running block has written the bytes
   if (access != Access::kWrite && __builtin_expect(!fresh, 0)) fault_state(offset, access, write, site);
   if (fresh) {
     if (__builtin_expect((write & kInFlight) != 0, 0)) fault_state(offset, access, write, site);
@@ -163,7 +163,7 @@ void Memory::add(const void* data, size_t bytes, size_t element, Use use) {
     range.writers = static_cast<uint32_t*>(calloc(elements, sizeof(uint32_t)));
     range.readers = static_cast<uint32_t*>(calloc(elements, sizeof(uint32_t)));
   }
-  if (use == Use::kFresh) memset(const_cast<void*>(data), 0xff, bytes);  // in every float type, these bits are NaN
+  if (use == Use::kFresh) memset(const_cast<void*>(data), 0xff, bytes);  // the bytes 0xff are a NaN in every float type
   ranges.push_back(range);
 }
 

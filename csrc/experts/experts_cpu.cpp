@@ -210,7 +210,7 @@ void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   if (stack.numel() == 0) return;
   const int64_t bytes = stack.numel() / experts * static_cast<int64_t>(stack.element_size());
   auto* data = static_cast<char*>(stack.mutable_data_ptr());
-  int64_t next = 0;  // expert at which the next matrices to clear begin
+  int64_t next = 0;  // first expert whose matrices are not cleared or computed yet
   const auto clear_to = [&](int64_t expert) {
     if (expert > next) memset(data + next * bytes, 0, static_cast<size_t>((expert - next) * bytes));
     next = expert + 1;
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
   const int64_t rank = adapters.rank();
   Tensor grad_x = none(type), grad_A = none(), grad_B = none(), held_s;
-  Tensor out_A = grad_A, out_B = grad_B;  // results with the strides of lora_A and lora_B
+  Tensor out_A = grad_A, out_B = grad_B;  // gradients with the strides of lora_A and lora_B
   if (lora_A.has_value()) {
     held_s = checked_part(kOp, "s", s, ScalarType::Float, held_x.size(0) * rank);
     held_s = as_shape(held_s, {held_x.size(0), rank});

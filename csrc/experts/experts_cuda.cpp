@@ -81,7 +81,7 @@ struct StackGradient {
   const Tensor* out;
   int column_dim;
   double scale;
-  const Tensor* column_scale;  // factors [E, columns], or null
+  const Tensor* column_scale;  // factors [E, columns] of the gradient, or null
 };
 
 void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const StackGradient (&gradients)[2]) {
@@ -152,7 +152,7 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& r
 
 // The operands of the last operations on a product.
 struct Finish {
-  std::optional<Tensor> bias, scale, z;  // z receives the value that `scale` scales
+  std::optional<Tensor> bias, scale, z;  // z receives the value that g, the `scale`, scales
 };
 
 // Returns scale ∘ (left W_eᵀ + low-rank term) + bias with `transpose`, and the same formula with W_e in place of W_eᵀ

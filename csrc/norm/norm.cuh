@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork wo
     load_norm_factor(work, column, factor);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      g[i] *= factor[i];  // g is 0 beyond the end of the row
+      g[i] *= factor[i];  // dY is 0 beyond the end of the row
       along += g[i] * ((values[i] - mean) * rstd);
       if (kCentered) shift += g[i];
     }

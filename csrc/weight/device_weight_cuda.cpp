@@ -50,7 +50,7 @@ DeviceWeight nf4_weight(const char* op, const Tensor& weight, const DeviceParts&
 DeviceWeight packed_weights(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,
                             int64_t count, int64_t outputs, int64_t inputs) {
   STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
-  checked_bytes({count, outputs, inputs}, ScalarType::Byte);  // fails on negative sizes and on overflow
+  checked_bytes({count, outputs, inputs}, ScalarType::Byte);  // raises an error on negative sizes and on overflow
   STD_TORCH_CHECK(inputs < int64_t{1} << 32, op, ": weight has ", inputs, " columns, wanted fewer than 2^32");
   check_format(
       op, layout, count, outputs, inputs, "weight's device",

@@ -1,5 +1,5 @@
 // Checks the sizes of a packed weight in one of the formats of weight/formats/list.h, on the CPU and on CUDA. NF4 is
-// not one of these formats.
+// not one of the formats of weight/formats/list.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -37,8 +37,9 @@ class Contender:
     Attributes:
         run: the timed call.
         outputs: function of the call's return value that gives the call's results by name.
-        exact: function that gives the float64 results by the same names. It runs under the seed of the call, so that it
-            draws the same dropout mask. For a contender without a float64 result: the reason, as a string.
+        exact: function that gives the float64 results by the same names. ``exact`` runs under the seed of the call, so
+            that ``exact`` draws the same dropout mask. For a contender without a float64 result: the reason, as a
+            string.
         take: function that takes the weights of a call; it runs before each call and is not timed.
     """
 

@@ -69,7 +69,7 @@ def load_gguf_adapter(
         rank_pattern={path: r for path, r in ranks.items() if r != rank}, task_type=task_of(base),
         base_model_name_or_path=getattr(base, "name_or_path", None), inference_mode=True,
     )  # fmt: skip
-    if alpha == 0:  # llama.cpp then adds the products without a factor
+    if alpha == 0:  # with alpha 0, llama.cpp adds the products without a factor
         config.lora_alpha, config.alpha_pattern = rank, {path: r for path, r in ranks.items() if r != rank}
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

@@ -189,7 +189,7 @@ def _check_shapes(header: GgufHeader) -> None:
     # The layers of T5's two halves are enc.blk.N and dec.blk.N.
     pattern = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]{1,9})\.")
     found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
-    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack these layers
+    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack nextn layers
     problem = next((f"layer {index} has no tensors" for index in range(present) if index not in found), None)
     if problem is None and max(found, default=0) >= layers:
         problem = f"layer {max(found)} has tensors"

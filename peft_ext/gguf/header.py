@@ -171,7 +171,7 @@ class GgufHeader:
     def data(self, name: str) -> Tensor:
         """Returns a tensor of the file, mapped from the disk.
 
-        A quantized tensor is returned as uint8, with the number of bytes of a row as the last size. Another tensor is
+        A quantized tensor is returned as uint8, with the number of bytes of a row as the last size. A dense tensor is
         returned with its dtype and shape; the tensor is copied if its offset is no multiple of the dtype's size.
         """
         info = self.tensors[name]

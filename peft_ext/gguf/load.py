@@ -153,7 +153,7 @@ class GgufPackedQuantizer(HfQuantizer):
         return None if getattr(param, "dtype", None) is torch.uint8 else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # The model holds the tensors now. The header is dropped because its open file can't be pickled.
+        # Drops the tensors, which the model holds now, and the header, whose open file can't be pickled.
         self.quantization_config.tensors.clear()
         self.quantization_config.header = self._packed = None
         for parameter in model.parameters():

@@ -442,7 +442,7 @@ class _Source(NamedTuple):
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
     """Returns the source of each parameter. The sources are those of transformers' ``get_gguf_plan``."""
-    mapping = copy.deepcopy(mapping)  # rename_source_key changes the conversions
+    mapping = copy.deepcopy(mapping)  # a copy, because rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

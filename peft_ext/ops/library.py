@@ -190,8 +190,8 @@ def _function(name: str, forward: Callable, backward: Callable) -> Callable[...,
 
 
 def _noting_needs(setup_context: Callable) -> Callable[..., None]:
-    """Returns a ``setup_context`` for torch.library. It marks all outputs but the first as not differentiable, sets
-    ``ctx.needs`` (which inputs need a gradient) and calls the operator's setup_context."""
+    """Returns a ``setup_context`` for torch.library. The returned function marks all outputs but the first as not
+    differentiable, sets ``ctx.needs`` (which inputs need a gradient) and calls the operator's setup_context."""
 
     def run(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])

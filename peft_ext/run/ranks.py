@@ -4,8 +4,8 @@ A launcher such as torchrun starts the command once for each rank. Rank 0 writes
 compute and are silent. The ranks exchange small objects over gloo, beside the process group of the training.
 
 An error on one rank ends the run: the rank writes its error into the store of the process group, raises the error, and
-ends. The other ranks then fail in their next exchange or all-reduce, find the error in the store, and raise
-:class:`peft_ext.run.errors.Elsewhere`, which the command line does not print.
+ends. After an error of one rank, the other ranks fail in their next exchange or all-reduce, find the error in the
+store, and raise :class:`peft_ext.run.errors.Elsewhere`, which the command line does not print.
 """
 
 from __future__ import annotations

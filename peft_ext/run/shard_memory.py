@@ -101,7 +101,8 @@ def _reading(model: nn.Module, quant: Optional[str]) -> int:
 
     A weight that is quantized exists in bfloat16 and in its packed form. The quantizers of ``PACKED_FORMATS`` have
     temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude takes the weight in the
-    dtype of the computation, and one more copy. Other weights are read in pieces.
+    dtype of the computation, and one more copy. A weight that is neither quantized nor under a DoRA adapter is read in
+    pieces.
     """
     each = {None: 0, "nf4": 2}.get(quant, 2 + 16)  # bytes of an element
     doras = {id(layer.get_base_layer()) for layer in model.modules() if getattr(layer, "lora_magnitude_vector", None)}

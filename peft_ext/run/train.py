@@ -1,9 +1,10 @@
 """A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
 
 Before training, a run checks options and data, loads the model (quantized where the options say so), measures the
-model's held-out loss, and lets the model answer prompts. Then the run adds the adapter, accelerates the model unless
-the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the model
-answer again. Finally, PEFT loads the saved adapter into a fresh base, and the run compares the logits of both models.
+model's held-out loss, and lets the model answer prompts. To train, the run adds the adapter, accelerates the model
+unless the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the
+model answer again. Finally, PEFT loads the saved adapter into a fresh base, and the run compares the logits of both
+models.
 """
 
 from __future__ import annotations

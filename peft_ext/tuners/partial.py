@@ -53,9 +53,9 @@ class PartialConfig(TargetConfig):
 class PartialLayer(ReplacingLayer):
     """Runs ``base_layer`` with the active adapter's copies in place of the layer's parameters and saved buffers.
 
-    A copy may be float32 although the base has a narrower dtype (PEFT's ``autocast_adapter_dtype``). Such a float32
-    copy is the master weight in training and is cast to the base's dtype for each forward. The keys in the state dict
-    are ``partial_tensors.<name in the module>``.
+    A copy may be float32 although the base has a narrower dtype (PEFT's ``autocast_adapter_dtype``). A float32 copy
+    over a narrower base is the master weight in training and is cast to the base's dtype for each forward. The keys in
+    the state dict are ``partial_tensors.<name in the module>``.
     """
 
     adapter_layer_names = ("partial_tensors",)

@@ -36,9 +36,9 @@ class Compared:
     Attributes:
         name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
         kind: for a block the class, and the name of the tensor with the largest share of the limit; otherwise "".
-        error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. Both
-            errors are None without a yardstick. An error is infinity if x is not finite where
-            the yardstick is finite.
+        error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. ``error``
+            and ``stock_error`` are None without a yardstick. An error is infinity if x is not finite where the
+            yardstick is finite.
         difference: ``‖accelerated - stock‖ / ‖stock‖``.
         limit: largest allowed value of ``error``, or of ``difference`` without a yardstick.
     """

@@ -72,7 +72,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _MOST_BYTES = 1 << 20
 
 
-# NF4Weight checks its own tensors.
+# The format's own check does nothing, because the class NF4Weight checks its tensors.
 NF4 = register(Format("nf4", 0, ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset"),
                       lambda *_: None, "bitsandbytes"))  # fmt: skip
 

@@ -62,7 +62,7 @@ struct ProductShared {
   unsigned char bytes[2 * (kTileRows + kProductColumns) * kProductRowBytes];
 };
 constexpr int kProductStage = sizeof(ProductShared) / 2;
-constexpr int kProductRight = kTileRows * kProductRowBytes;  // offset in a stage at which W begins
+constexpr int kProductRight = kTileRows * kProductRowBytes;  // offset in a stage at which the part of W begins
 constexpr int kMeetingRow = kProductColumns + 8;             // number of floats in a row of sums in shared memory
 
 // Returns the offset in a stage of the 16 bytes with the number `group` in a line of kLine bytes.
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   // The variables below hold the addresses of this thread's next groups of D and of a dense W, their places in a stage,
   // and the numbers of rows and summed elements that are left from the thread's first element on.
   const int line = thread / kGroups, group = thread % kGroups;
-  constexpr int kLines = kProductThreads / kGroups;  // distance between two groups of this thread, in lines
+  constexpr int kLines = kProductThreads / kGroups;  // distance in lines between two groups that this thread loads
   const auto inner = static_cast<int>(work.inner), columns = static_cast<int>(min_of(work.columns - column, 1 << 30));
   const int64_t expert = run.expert < 0 ? 0 : run.expert;
   const T* left = static_cast<const T*>(work.left) + (run.first + thread / 8) * work.inner + thread % 8 * kVectors;
@@ -355,8 +355,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     cp_async_commit();
   };
 
-  // For an NF4 weight with whole groups (kDecodes), this thread decodes half a slab of elements of a line. These
-  // elements have one scale.
+  // For an NF4 weight with whole groups (kDecodes), this thread decodes half a slab of elements of a line. The elements
+  // of half a slab share one scale.
   constexpr bool kDecodes = kNf4 && kWhole;
   constexpr int kHalf = kSlab / 2, kParts = (kAcross ? kProductColumns : kSlab) / kHalf;
   using Codes = ProductCodes<T>;
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     cp_async_wait<1>();
     sync_threads();
     product_of_stage<T, kOrder>(base + stage, warp, run.rows, sums);
-    sync_threads();  // after the barrier the stage may be filled again
+    sync_threads();  // after this barrier the stage may be filled again
   };
   for (int slab = 0; slab < slabs; slab += 2) {
     step(slab, 0, odd);

@@ -10,7 +10,7 @@ struct StackView {
   const void* dense;                       // null for NF4
   Nf4View nf4;                             // NF4 weight of the first expert
   int64_t codes, scales, groups;           // distances between experts, in packed bytes, in absmax and in nested_absmax
-  int64_t by_expert, by_column, by_inner;  // strides in elements; by_expert is 0 for NF4
+  int64_t by_expert, by_column, by_inner;  // strides of W in elements; by_expert is 0 for NF4
 };
 
 __device__ __forceinline__ Nf4View nf4_of_expert(const StackView& weight, int64_t expert) {

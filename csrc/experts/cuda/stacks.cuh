@@ -54,13 +54,13 @@ static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(Stac
 // given[row][r].
 struct RunRows {
   const float* partial;  // partial sums [chunks][padded rows][padded rank]; null if `given` is used
-  const float* given;    // [rows][rank]; used if `partial` is null
+  const float* given;    // values [rows][rank]; used if `partial` is null
   int64_t chunks, padded_rows, rank, padded_rank;
   const RowRun* tiles;
   float scale;
   float after;          // additional factor of `terms` and `transposed`, but not of `plain`
   float* plain;         // value [rows][rank], with zeros for rows of no expert; null if unneeded
-  TermsOut terms;       // terms of `value`, [padded rows, padded rank]
+  TermsOut terms;       // receives the terms of `value`, [padded rows, padded rank]
   TermsOut transposed;  // terms of the transpose of `value`, [padded rank, padded rows]
 };
 

@@ -1,5 +1,5 @@
 // The backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are computed first
-// (low_rank.cpp). Then dX is computed by the tiles or by PyTorch's matrix product, chosen as in forward.cpp.
+// (low_rank.cpp). After these gradients, the tiles or PyTorch's matrix product compute dX, chosen as in forward.cpp.
 #include <vector>
 
 #include "cpu/scratch.h"
@@ -78,7 +78,7 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
   std::vector<const FrozenWeight*> weights;
   size_t elements = 0;
   int64_t tiles_of_all = 0;
-  bool whole = false, apart = false;  // `apart`: dropped elements are multiplied separately
+  bool whole = false, apart = false;  // `apart`: dropped elements are multiplied in a product of their own
   for (const BackwardCall* b : calls) {
     weights.push_back(&b->weight);
     if (b->strips == nullptr) elements += strips_elements(size.tokens, b->size.out);

@@ -55,7 +55,7 @@ Shrunk shrink_tokens(const ForwardCall& f);
 // --- backward --------------------------------------------------------------------------------------------------------
 
 // The arguments and intermediate results of one call of the backward. The gradients of the adapter are computed first.
-// Then one of two ways computes dX: see backward.cpp.
+// After these gradients, one of two ways computes dX: see backward.cpp.
 struct BackwardCall {
   const char* op;
   const FrozenWeight& weight;

@@ -16,8 +16,8 @@
 namespace peft_ext {
 
 struct Segment {
-  int64_t begin, end;  // first token, and the token after the last token
-  int64_t group;       // index of the adapter, or -1 for none
+  int64_t begin, end;  // first token of the segment, and the token after its last token
+  int64_t group;       // index of the tokens' adapter, or -1 for none
   int64_t tokens() const { return end - begin; }
 };
 
@@ -25,7 +25,7 @@ struct Groups {
   std::vector<Tensor> lora_A, lora_B;  // lora_A[g] is [R_g, K], lora_B[g] is [N, R_g]; both are contiguous
   std::vector<float> scaling;
   std::vector<Segment> segments;  // segments of all tokens, in order
-  int64_t rank = 0;               // largest rank of all adapters
+  int64_t rank = 0;               // largest rank of the adapters
 
   int64_t rank_of(const Segment& segment) const { return lora_A[static_cast<size_t>(segment.group)].size(0); }
 };

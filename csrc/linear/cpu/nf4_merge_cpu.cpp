@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
   totals[0] = totals[1] = 0.0;
   if (count == 0) return {codes, scales, error};
 
-  // `step` is the fewest rows that end with a block. A chunk has as many multiples of `step` as fit.
+  // `step` is the smallest number of rows of W that fill whole NF4 blocks. A chunk of rows has as many multiples of
+  // `step` as fit kMergeElements, but at least one.
   const int64_t step = blocksize / std::gcd(k, blocksize);
   const int64_t rows = step * std::max<int64_t>(1, kMergeElements / (step * k)), chunks = ceil_div(n, rows);
   std::vector<double> sums(static_cast<size_t>(2 * chunks));

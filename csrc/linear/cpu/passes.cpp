@@ -133,7 +133,7 @@ void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t las
 // buffers are added to the total and used again.
 struct ChunkSums {
   int64_t chunk, chunks, together;
-  LateSums sums, totals;  // totals [1, columns], if wanted
+  LateSums sums, totals;  // totals [1, columns]: sums of the columns, if wanted
   float *total, *held, *column_total = nullptr, *column_held = nullptr;
 
   ChunkSums(const RowPass& pass, int64_t tokens, bool of_columns) {

@@ -47,9 +47,9 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
 // The adapters of a mixed batch.
 struct DeviceGroups {
   std::vector<Tensor> lora_A, lora_B;  // matrices of the adapters that a sample uses; each has rank 1 or more
-  std::vector<double> scaling;         // scaling of each adapter
+  std::vector<double> scaling;         // scaling s_g of each adapter g
   std::vector<int64_t> adapters;       // index of each sample's adapter, or -1 for none
-  int64_t rank = 0;                    // largest rank of all adapters, including the unused adapters
+  int64_t rank = 0;                    // largest rank of all adapters, with those that no sample uses
 };
 
 // Computes Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b and S_i = x_i A_gᵀ, where g is the adapter of sample i. S is

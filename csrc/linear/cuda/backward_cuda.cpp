@@ -59,7 +59,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (low_rank)
     grads = rank_gradients(x, flat_x, {{flat_grad, &adapter, size, *s, other.has_value() ? &*other : nullptr, &out}},
                            needs_grad_x)[0];
-  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // rank_gradients has computed dg
+  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // rank_gradients has computed dg already
 
   // With out_scale, dX's product is G W with G = g ∘ dY (with drop_base G = (g - 1) ∘ dY), or dY (g ∘ W) if folds_scale
   // returns true. The pass that computes G also computes the sums of dg, unless rank_gradients has computed dg.

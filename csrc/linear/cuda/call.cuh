@@ -62,7 +62,7 @@ struct RankGradients {
 // A layer whose low-rank gradients are wanted. The objects that a RankCall points to must live until the end of the
 // call.
 struct RankCall {
-  Tensor grad;  // dY as a matrix
+  Tensor grad;  // dY as a matrix [T, N]
   const DeviceAdapter* adapter;
   LinearSizes size;
   Tensor s;
@@ -79,7 +79,7 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
 // The results of a pass over x that several layers share, for the forward of one of these layers.
 struct Shrunk {
   Tensor s;
-  HeldTerms s_terms, b_terms;  // terms of S ∘ ρ and of B
+  HeldTerms s_terms, b_terms;  // bfloat16 terms of S ∘ ρ and of B
 };
 
 }  // namespace peft_ext

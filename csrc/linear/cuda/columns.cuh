@@ -19,15 +19,15 @@ namespace peft_ext {
 constexpr int kColumnThreads = 256;
 constexpr int kColumnWarps = kColumnThreads / kWarpSize;
 constexpr int kColumnTile = kWarpSize * kVector;
-constexpr int64_t kColumnRows = 128;  // number of rows that a block processes
+constexpr int64_t kColumnRows = 128;  // number of rows of the matrix that a thread block processes
 
 struct ColumnWork {
   const void* m;
   const void* other;   // matrix that m is multiplied with in the sums; null: no sums
-  const float* scale;  // factors [columns]; null if out is null
+  const float* scale;  // factors of the columns [columns]; null if out is null
   float shift;
   void* out;    // receives m ∘ (scale + shift); null: no output
-  float* sums;  // partial sums [row chunks][columns]
+  float* sums;  // receives partial sums [row chunks][columns]
   int64_t rows, columns;
   bool whole;  // whether columns is a multiple of 8 and the matrices are aligned to 16 bytes
 };
@@ -42,7 +42,7 @@ __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], i
   for (int i = 0; i < kVector; ++i)  // adjacent lanes write adjacent words, without bank conflicts
     shared[threadIdx.x / kWarpSize][i * kWarpSize + threadIdx.x % kWarpSize] = sums[i];
   sync_threads();
-  const int mine = threadIdx.x;  // number of the column within the tile
+  const int mine = threadIdx.x;  // number of a column within the thread block's tile
   const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
   if (to < columns) {
     float sum = 0.0f;

@@ -45,7 +45,7 @@ struct ExpandTerms {
   const uint32_t* kept;   // kMask: bits of the dropout mask, in the layout of a rank pass
   DeviceDropout dropout;  // kAny: parameters of dropout, to draw the mask again
   RowTable table;         // kGrouped, kGroupedAny: the rows of each tile; the rows of `left` are in the table's order
-  int64_t tiles;          // number of tiles of rows
+  int64_t tiles;          // number of tiles of 64 rows of `out`
   int64_t right_stride;   // distance from one factor's terms to the next factor's terms, in units of 16 bytes
 };
 

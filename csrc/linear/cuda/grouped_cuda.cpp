@@ -178,8 +178,8 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(as_contiguous(b));
   const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
-  // The kernel for few tokens writes all of S. The other kernels write as many columns of S as the largest rank that a
-  // sample uses.
+  // The kernel for few tokens writes all of S. The kernels for more tokens write as many columns of S as the largest
+  // rank that a sample uses.
   out.s = low_rank && (few || batch.rank == groups.rank)
               ? device_empty(x, {size.tokens, groups.rank}, ScalarType::Float)
               : device_zeros(x, {size.tokens, groups.rank}, ScalarType::Float);

@@ -85,7 +85,7 @@ class Splitter {
 struct RowTiles {
   Tensor rows, tiles;
   int64_t adapted = 0;  // number of tiles with a factor; these tiles come first
-  int64_t count = 0;    // number of all tiles
+  int64_t count = 0;    // number of all tiles, with and without a factor
 };
 
 RowTable row_table(const Launcher& launcher, const RowTiles& held);

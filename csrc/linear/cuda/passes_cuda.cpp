@@ -226,7 +226,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
 
   RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
   if (variant.work == RankWork::kRunColumns)
-    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // each block has a chunk of rows
+    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // each thread block has one chunk of rows
   pass.row_tiles = plan.row_tiles;
   pass.column_tiles = plan.column_tiles;
 
@@ -473,7 +473,7 @@ Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& 
 }
 
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens) {
-  constexpr int64_t kMostRows = 65535;  // limit of a grid's y dimension
+  constexpr int64_t kMostRows = 65535;  // CUDA's limit of a grid's y dimension
   if (weight.inputs % kVector != 0 || type == ScalarType::Half) return false;
   if (weight.is_packed()) return !weight.is_nf4() || weight.outputs * weight.inputs < int64_t{1} << 32;
   return tokens > weight.inputs && weight.outputs <= kMostRows && whole_columns(weight.weight, weight.inputs) &&

@@ -20,8 +20,8 @@ struct AdapterFactors {
 
 // A run of tokens with one adapter. The tokens are adjacent both in the batch and in the table.
 struct TokenRun {
-  int32_t first, count;  // first token, and number of tokens
-  int32_t place;         // first row in the table
+  int32_t first, count;  // first token of the run, and number of its tokens
+  int32_t place;         // first row of the run in the table
   int32_t filled;        // number of table rows to fill from `place` on: `count`, or more up to a tile's end
   RowTile tile;
 };
@@ -31,9 +31,9 @@ constexpr int kPreparedRuns = 64;
 
 struct PrepareGroups {
   int64_t inputs, outputs;
-  TermsOut lora_A, lora_B;     // terms of the launch's first adapter
+  TermsOut lora_A, lora_B;     // memory for the terms of the launch's first adapter
   int64_t stride_A, stride_B;  // distance from one adapter's terms to the next adapter's terms, in words of 4 bytes
-  int32_t* rows;               // rows of the table
+  int32_t* rows;               // receives the rows of the table
   RowTile* tiles;
   int adapters, runs;  // numbers of adapters and of runs in this launch
   AdapterFactors factors[kPreparedAdapters];

@@ -35,9 +35,9 @@ struct RankPass {
   DeviceDropout dropout;
   Terms right;                   // F as terms: outer = ranks, inner = columns of D, both padded
   Terms left;                    // L as terms: outer = ranks, inner = rows of D, both padded
-  int64_t row_tiles = 1;         // number of tiles of rows per block
-  int64_t column_tiles = 1;      // number of tiles of columns per block
-  int64_t padded_rank = 0;       // padded rank of the partial sums
+  int64_t row_tiles = 1;         // number of tiles of rows of D per thread block
+  int64_t column_tiles = 1;      // number of tiles of columns of D per thread block
+  int64_t padded_rank = 0;       // padded rank, the row length of the partial sums
   int64_t first_rank = 0;        // first rank that this launch computes
   float* row_sums = nullptr;     // partial sums of P, [column chunks][padded rows][padded_rank]
   float* squares = nullptr;      // partial sums of squares, [column chunks][padded rows]

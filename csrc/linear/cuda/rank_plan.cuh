@@ -22,8 +22,8 @@ constexpr int64_t kRankBlocksOfBoth = 384;
 constexpr int64_t kRankTilesAtLeast = 2;
 
 struct RankPlan {
-  int64_t row_tiles, column_tiles;    // numbers of tiles per block
-  int64_t row_chunks, column_chunks;  // numbers of blocks in the grid
+  int64_t row_tiles, column_tiles;    // numbers of tiles of D per thread block
+  int64_t row_chunks, column_chunks;  // numbers of thread blocks in the grid
 };
 
 inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_tiles) {

@@ -25,7 +25,7 @@ namespace peft_ext {
 
 constexpr int kMostSiblingWarps = 6;
 constexpr int kSiblingLines = 32;                   // number of lines of 128 bytes that hold a warp's masked elements
-constexpr int kSiblingBytes = kSiblingLines * 128;  // number of bytes of a warp's masked elements
+constexpr int kSiblingBytes = kSiblingLines * 128;  // number of bytes of the elements that a warp has masked
 constexpr int kSiblingTile = kRankTile * 128;       // number of bytes in a tile of x
 
 // Number of stages. With dropout, a tile takes so long to compute that one load ahead hides the latency of memory.
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
       }
     };
     const auto mask = [&](int half) {
-      sync_warp();  // wait until all lanes have read the previous part
+      sync_warp();  // waits until all lanes have read the previous part of the tile
       sibling_mask<kColumns>(philox, tile + (mask_from + half * 32 * 128), mask_to,
                              drawn + static_cast<uint64_t>(drawn_step) * (half * 32), drawn_step, bits);
       sync_warp();

@@ -13,9 +13,9 @@ namespace peft_ext {
 
 struct RowRun {
   int32_t first, rows;  // first row and number of rows in the matrix; rows is 0 if the run is unused
-  int32_t tile;         // index of the run's first tile
+  int32_t tile;         // index of the first tile of the run's rows
   int32_t expert;       // index of the expert; -1: no expert
-  int32_t before;       // number of the expert's rows before `first`
+  int32_t before;       // number of the expert's rows that come before `first`
 };
 
 // Number of tiles in a chunk. Sums over more than kChunkRows rows of an expert are divided among several blocks, one

@@ -15,8 +15,8 @@ namespace peft_ext {
 constexpr int kTileRows = 64;
 
 struct RowTile {
-  int32_t factor;  // index of the factor, or -1 for none
-  int32_t rank;    // rank of the adapter, before padding
+  int32_t factor;  // index of the tile's factor, or -1 for none
+  int32_t rank;    // rank of the tile's adapter, before padding
   float scaling;
 };
 

@@ -77,7 +77,7 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
 
 // Memory to write terms to.
 struct TermsOut {
-  uint32_t* data = nullptr;  // null: no terms are written
+  uint32_t* data = nullptr;  // memory for the terms; null: no terms are written
   int count = 0;
   int64_t outer = 0, inner = 0;  // padded sizes
   TermsOrder order = TermsOrder::kPass;
@@ -129,8 +129,8 @@ struct Split {
   const void* in;
   DType type;
   int64_t outer, inner, outer_stride, inner_stride;
-  const float* outer_scale;  // factors [outer]; null: 1
-  const float* inner_scale;  // factors [inner]; null: 1
+  const float* outer_scale;  // factors of the outer dimension [outer]; null: ones
+  const float* inner_scale;  // factors of the inner dimension [inner]; null: ones
   TermsOut out;
 };
 

@@ -6,7 +6,7 @@
 // high bit. The results have the same bits as a separate product for each element.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"
@@ -95,8 +95,8 @@ inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* 
   const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
   const __m256i low = _mm256_shuffle_epi8(planes.low, codes);
   const __m256i high = _mm256_shuffle_epi8(planes.high, codes);
-  const __m256i first = _mm256_unpacklo_epi8(low, high);   // the elements 0 to 7 and 16 to 23
-  const __m256i second = _mm256_unpackhi_epi8(low, high);  // the elements 8 to 15 and 24 to 31
+  const __m256i first = _mm256_unpacklo_epi8(low, high);   // the elements 0 to 7 and 16 to 23 of the 32
+  const __m256i second = _mm256_unpackhi_epi8(low, high);  // the elements 8 to 15 and 24 to 31 of the 32
   __m256i* to = static_cast<__m256i*>(out);
   _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
   _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));

@@ -3,11 +3,11 @@
 // Quantize: for 16 values at a time, lookups in register tables find the threshold that decides each value's code.
 // Dequantize: the 16 products code * absmax of a block are computed and rounded once, and then looked up: bfloat16 and
 // float16 words with two codes per lane (vpermw), float32 with one code per lane (vpermps). The results have the same
-// bits as a separate product for each element. Both kernels read each element once and write each element once: half a
-// byte and the scales in NF4, and 2 or 4 bytes in the other dtype.
+// bits as a separate product for each element. Quantize and dequantize move each element between memory and the cache
+// once: half a byte and the scales in NF4, and 2 or 4 bytes in the other dtype.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "cpu/simd_avx512.h"
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"

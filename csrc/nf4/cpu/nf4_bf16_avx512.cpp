@@ -15,7 +15,7 @@
 // thread owns whole rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include <immintrin.h>
 
 #include "nf4/nf4_code.h"

@@ -12,7 +12,7 @@
 
 #if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "cpu/simd_neon.h"
 #include "cpu/token_groups.h"
 #include "nf4/cpu/nf4_codes_neon.h"

@@ -109,9 +109,9 @@ class NearestScale {
   }
 
   float thresholds_[256];
-  int32_t ordered_[256];      // the values of thresholds_, mapped by in_order
+  int32_t ordered_[256];      // the thresholds, mapped to integers by in_order
   uint8_t below_[2 * kBins];  // numbers of thresholds below the bins of positive, and then of negative values
-  int most_ = 0;              // largest number of thresholds in a bin
+  int most_ = 0;              // largest number of thresholds in one bin
 };
 
 // Returns the mean of the scales, which are magnitudes. The scales are summed as integers, in units of about n · 2^-62

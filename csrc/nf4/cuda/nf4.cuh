@@ -30,7 +30,7 @@ struct Nf4View {
 };
 
 constexpr int kNf4Group = 32;                    // number of elements that share a scale at every blocksize
-constexpr int kNf4Tile = kWarpSize * kNf4Group;  // number of elements per warp
+constexpr int kNf4Tile = kWarpSize * kNf4Group;  // number of elements of the weight that a warp decodes
 constexpr int kNf4Warps = 8;                     // number of warps per thread block
 constexpr int kNf4Threads = kNf4Warps * kWarpSize;
 constexpr int kNf4BlocksPerMultiprocessor = 6;  // a multiprocessor of sm_80 and later holds at least 1536 threads

@@ -24,7 +24,7 @@ namespace peft_ext {
 
 constexpr int kFewThreads = 256;
 constexpr int kFewWarps = kFewThreads / kWarpSize;
-constexpr int kFewRows = 16;  // number of outputs per block
+constexpr int kFewRows = 16;  // number of outputs that a thread block computes
 constexpr int kLog2FewSlab = 6;
 constexpr int kFewSlab = 1 << kLog2FewSlab;  // number of inputs in a slab; the inputs of a slab share a scale
 constexpr int kFewAhead = 4;                 // number of slabs that a warp loads ahead
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   // A lane beyond the last output or token computes the last output or token again, and the lane's result is not
   // stored.
   const uint8_t* codes[2];
-  uint32_t row_slab[2];  // number of the first slab of a row
+  uint32_t row_slab[2];  // number of the first slab of each of the lane's two rows
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = min_of(first + g + 8 * i, work.outputs - 1) * work.inputs;

@@ -19,15 +19,15 @@
 
 namespace peft_ext {
 
-constexpr int kMergeRows = 64;      // number of rows per tile
-constexpr int kMergeColumns = 128;  // number of columns per tile
-constexpr int kMergeRanks = 16;     // number of ranks per slab
+constexpr int kMergeRows = 64;      // number of rows of W in a tile
+constexpr int kMergeColumns = 128;  // number of columns of W in a tile
+constexpr int kMergeRanks = 16;     // number of ranks in a slab of A and B
 constexpr int kMergePitch = kMergeRows + 4;
 constexpr int kMergeThreads = 256;
 constexpr int kMergeThreadRows = 4;
-constexpr int kMergeChunk = 4;  // number of consecutive columns of a thread
+constexpr int kMergeChunk = 4;  // number of neighbouring columns that a thread computes
 constexpr int kMergeChunks = 2;
-constexpr int kMergeLanes = kMergeColumns / (kMergeChunk * kMergeChunks);  // number of threads along a row
+constexpr int kMergeLanes = kMergeColumns / (kMergeChunk * kMergeChunks);  // number of threads along a row of the tile
 static_assert(kMergeLanes * (kMergeRows / kMergeThreadRows) == kMergeThreads, "the threads cover the tile once");
 static_assert(kMergeThreads % kMergeRanks == 0 && kMergeThreads % kMergeColumns == 0, "threads stage whole rows");
 
@@ -102,12 +102,12 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
   const int64_t tile_row = blockIdx.x / across * kMergeRows, tile_column = blockIdx.x % across * kMergeColumns;
   const int own_row = threadIdx.x / kMergeLanes * kMergeThreadRows;
   const int own_column = threadIdx.x % kMergeLanes * kMergeChunk;
-  constexpr int kApart = kMergeChunk * kMergeLanes;  // distance between a thread's two chunks
+  constexpr int kApart = kMergeChunk * kMergeLanes;  // distance in columns between a thread's two chunks
 
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
   // Loads codes and scales, a chain of up to three loads, while the first slab is copied.
-  uint32_t codes[kMergeThreadRows];  // 16 bits of codes per chunk
+  uint32_t codes[kMergeThreadRows];  // 16 bits of codes for each chunk of four columns
   float scales[kMergeThreadRows][kMergeChunks];
 #pragma unroll
   for (int i = 0; i < kMergeThreadRows; ++i) {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         }
       }
     }
-    sync_threads();  // the next round may then fill the slab again
+    sync_threads();  // the next round may then fill this slab again
   }
 
   const float code = kNf4DeviceCode[threadIdx.x % 16];

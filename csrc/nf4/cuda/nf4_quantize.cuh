@@ -3,16 +3,16 @@
 // The input w [n] is float32, bfloat16 or float16, flat. The results are packed [ceil(n/2)] uint8, where the high
 // nibble is the even element (an odd n is padded with a zero), and absmax [ceil(n/blocksize)] float32. blocksize is a
 // power of two from 32 to 4096. A thread block quantizes 8192 elements, which are whole NF4 blocks except at the end of
-// w; a warp quantizes 1024 of these elements. In each step lane l takes the l-th of the next 32 groups of 16 bytes. The
-// elements stay in registers between the maximum and the codes, so that w is read once (at the end of w twice). The
-// maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax. The
-// lanes of an NF4 block combine their maxima by shuffles. If an NF4 block has more than 1024 elements, the block's
-// warps combine their maxima in shared memory: 8 words, one barrier. Then lane l takes the l-th NF4 block of the warp:
-// the lane computes the reciprocal and stores the maximum (adjacent lanes write adjacent words), and other lanes read
-// the reciprocal by shuffle. The range [-1, 1] has 31 bins, rint(15 v), each with at most one threshold. Lane l holds
-// the threshold of bin l (mod 32) and the number of thresholds below the bin: two shuffles and one comparison find the
-// exact code, ties included. The arithmetic is float32; reciprocal and product are each rounded once. A NaN has code
-// 15, as in the reference. Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
+// w; a warp quantizes 1024 of these elements. In each step lane l takes the l-th of the next 32 groups of 16 bytes of
+// w. The elements stay in registers between the maximum and the codes, so that w is read once (at the end of w twice).
+// The maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax.
+// The lanes of an NF4 block combine their maxima by shuffles. If an NF4 block has more than 1024 elements, the block's
+// warps combine their maxima in shared memory: 8 words, one barrier. After the maxima, lane l takes the l-th NF4 block
+// of the warp: the lane computes the reciprocal of the block's maximum and stores the maximum (adjacent lanes write
+// adjacent words), and other lanes read the reciprocal by shuffle. The range [-1, 1] has 31 bins, rint(15 v), each with
+// at most one threshold. Lane l holds the threshold of bin l (mod 32) and the number of thresholds below the bin: two
+// shuffles and one comparison find the exact code, ties included. The arithmetic is float32; reciprocal and product are
+// each rounded once. A NaN has code 15, as in the reference. Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
 #pragma once
 
 #include <math.h>
@@ -25,7 +25,7 @@ namespace peft_ext {
 
 constexpr int kQuantizeWarps = 8;  // number of warps per thread block
 constexpr int kQuantizeThreads = kQuantizeWarps * kWarpSize;
-constexpr int kQuantizeTile = 1024;  // number of elements per warp
+constexpr int kQuantizeTile = 1024;  // number of elements that a warp quantizes
 constexpr int kQuantizeBlockTile = kQuantizeWarps * kQuantizeTile;
 constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 
@@ -34,7 +34,7 @@ constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 // The values that lane l holds for bin l (0 to 15) or bin l - 32 (negative bins).
 struct Nf4Bins {
   float threshold[kWarpSize];  // threshold within the bin; 2, which is above every value, if the bin has no threshold
-  uint32_t below[kWarpSize];   // number of thresholds in all lower bins
+  uint32_t below[kWarpSize];   // number of thresholds below each lane's bin
 };
 
 constexpr int nf4_bin(float value) { return static_cast<int>(15.0f * value + 15.5f) - 15; }
@@ -162,12 +162,12 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
   using Word = QuantizeWord<T>;
   using Codes = typename QuantizeCodes<T>::Type;
   constexpr int kSize = 4 * Word::kSize;      // number of elements in a lane's 16 bytes
-  constexpr int kStride = kWarpSize * kSize;  // number of elements per step
+  constexpr int kStride = kWarpSize * kSize;  // number of elements that a warp takes in a step
   constexpr int kSteps = kQuantizeTile / kStride;
 
   const int blocksize = 1 << log2_blocksize;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int mine = warp * kQuantizeTile + lane * kSize;  // offset of this lane in the tile
+  const int mine = warp * kQuantizeTile + lane * kSize;  // offset of this lane's first element in the tile
   w += first + mine;
   uint32_t words[kSteps][4];
 #pragma unroll

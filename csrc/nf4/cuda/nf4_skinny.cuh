@@ -22,8 +22,8 @@
 namespace peft_ext {
 
 constexpr int kSkinnyThreads = 128;
-constexpr int kSkinnyRows = 128;  // number of outputs per block
-constexpr int kSkinnySlab = 64;   // number of inputs per stage
+constexpr int kSkinnyRows = 128;  // number of outputs that a thread block computes
+constexpr int kSkinnySlab = 64;   // number of inputs in a slab, which fills a stage
 constexpr int kSkinnyStride = kSkinnySlab + 8;
 constexpr int64_t kSkinnyTokens = 64;
 

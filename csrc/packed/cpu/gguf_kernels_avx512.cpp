@@ -3,7 +3,7 @@
 // weight/formats/gguf_blocks.h for the blocks.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include <immintrin.h>
 
 #include "packed/cpu/row_products_avx512.h"
@@ -53,7 +53,7 @@ struct BlockWords {
   }
 };
 
-// Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL: four blocks, each with 16 bytes of codes.
+// Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL: a step takes four blocks, each with 16 bytes of codes.
 template <typename Block, typename Number, int kBits>
 struct SmallBlockStep : GgufStep<Block> {
   static constexpr int kColumns = 128, kParts = 4, kBytes = 4 * Block::kBytes;
@@ -102,8 +102,8 @@ struct SmallBlockStep : GgufStep<Block> {
   static __m512 step_addends(const Held& held) { return held.add; }
 };
 
-// Q8_0: two blocks of 32 bytes of codes. Registers 0 and 1 of x are the even and the odd columns. A code is the sum of
-// the numbers that the two nibbles of its byte stand for.
+// Q8_0: a step takes two blocks, each with 32 bytes of codes. Registers 0 and 1 of x are the even and the odd columns.
+// A code is the sum of the numbers that the two nibbles of its byte stand for.
 struct Q8_0Step : GgufStep<BlockQ8_0> {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 2 * BlockQ8_0::kBytes;
   static constexpr int register_of(int part) { return part / 2; }

@@ -71,7 +71,7 @@ template <Nibbles kNibbles, typename T>
 inline void lookup32(const uint8_t* codes, const float* tables, bool two, T* out) {
   const __m256i first = round16(tables, T{});
   __m512i index = word_indices<kNibbles>(codes), table = _mm512_broadcast_i64x4(first);
-  if (two) {  // bit 4 of an index selects the second table
+  if (two) {  // bit 4 of a lookup's index selects the second table
     const __m512i second_half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     index = _mm512_ternarylogic_epi32(index, _mm512_set1_epi16(15), second_half, 0xEA);  // (a & b) | c
     table = _mm512_inserti64x4(table, round16(tables + 16, T{}), 1);

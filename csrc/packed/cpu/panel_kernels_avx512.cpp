@@ -7,7 +7,7 @@
 // that the order of a sum does not depend on the number of threads.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include <immintrin.h>
 
 #include "packed/cpu/row_products_avx512.h"

@@ -2,7 +2,7 @@
 // AVX512-BF16. See row_products_avx512.h for the steps.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include <immintrin.h>
 
 #include "packed/cpu/format_traits.h"

@@ -121,7 +121,7 @@ struct OnCuda<Fp8> : Fp8 {
     if (column_shift(w) >= 3) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = fmul_rn(out[i], factor);
-    } else {  // a scale serves 1, 2 or 4 columns
+    } else {  // each scale serves 1, 2 or 4 of the 8 columns
       one_by_one(out, [&](int k) { return fmul_rn(out[0], scale(w, row, column + k)); });
     }
   }
@@ -212,7 +212,7 @@ struct OnCuda<IntRows> : IntRows {
   }
 
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
-    const bool whole = !is_plain(w) || w.columns % 8 == 0;  // 8 plain codes are loaded at once
+    const bool whole = !is_plain(w) || w.columns % 8 == 0;  // whether 8 plain codes are loaded at once
     if (!whole || !one_group_in_8(w, w.part[3]))
       return one_by_one(out, [&](int k) { return value(w, row, column + k); });
     const ZeroAndScale own = of_group(w, row, group_in_32_bits(w, column));

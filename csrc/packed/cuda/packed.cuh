@@ -35,7 +35,7 @@ template <typename Format>
 __device__ __forceinline__ void decode_columns(const PackedView& weight, int64_t row, int64_t column,
                                                float (&values)[kVector]) {
 #ifdef __CUDACC__
-  __builtin_assume(row >= 0 && column >= 0);  // so that divisions by powers of two become shifts
+  __builtin_assume(row >= 0 && column >= 0);  // the compiler then makes divisions by powers of two shifts
 #endif
   if constexpr (kHasValue8<Format>) {
     Format::value8(weight, row, column, values);
@@ -45,13 +45,13 @@ __device__ __forceinline__ void decode_columns(const PackedView& weight, int64_t
 }
 
 constexpr int kPackedThreads = 256;
-constexpr int kPackedRows = kPackedThreads / kWarpSize;             // number of rows per thread block
-constexpr int kPackedSteps = 4;                                     // number of groups of 8 columns per lane
+constexpr int kPackedRows = kPackedThreads / kWarpSize;             // number of rows of W that a thread block decodes
+constexpr int kPackedSteps = 4;                                     // number of groups of 8 columns that a lane decodes
 constexpr int kPackedColumns = kPackedSteps * kWarpSize * kVector;  // number of columns per thread block
 
 struct PackedDecode {
   PackedView weight;            // the first weight
-  int64_t apart[kWeightParts];  // distances between the weights' parts in bytes
+  int64_t apart[kWeightParts];  // distance in bytes from each part of a weight to the next weight's part
   const float* row_scale;       // g [N], or null
 };
 

@@ -20,12 +20,12 @@ namespace peft_ext {
 
 constexpr int kPackedFewThreads = 128;
 constexpr int kPackedFewWarps = kPackedFewThreads / kWarpSize;
-constexpr int kPackedFewRows = 4;  // number of outputs per thread block
+constexpr int kPackedFewRows = 4;  // number of outputs that a thread block computes
 constexpr int kPackedFewTokens = 8;
 
 struct PackedFew {
   const void* x;      // x as T [tokens, inputs]
-  PackedView weight;  // [outputs, inputs], each part aligned to 16 bytes
+  PackedView weight;  // W [outputs, inputs], each part aligned to 16 bytes
   int tokens;
   bool whole;  // whether inputs is a multiple of 8 and x is aligned to 16 bytes
   TokensFinish finish;

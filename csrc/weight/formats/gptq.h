@@ -35,7 +35,7 @@ struct Gptq {
 
   static int zero_at(const PackedView& w, int64_t row, int64_t group) {
     const int bits = code_bits(w.option);
-    const uint32_t ones = 0xffffffffu / ((1u << bits) - 1);  // a word with 1 in each field
+    const uint32_t ones = 0xffffffffu / ((1u << bits) - 1);  // a word with a 1 in each field of `bits` bits
     const uint32_t word = static_cast<const uint32_t*>(w.part[2])[group * words_of(w.rows, bits) + (row * bits >> 5)] +
                           (format_flags(w.option) & kV1 ? ones : 0u);
     return field_of(word, bits, row);

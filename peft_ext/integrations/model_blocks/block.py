@@ -46,7 +46,8 @@ class Block:
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        """Returns the facts of the row that the fused class holds, by name. Called when the fused class is made."""
+        """Returns the facts of the row that the fused class holds, by name. ``class_of`` calls this method when it
+        makes the fused class."""
         return {"row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:

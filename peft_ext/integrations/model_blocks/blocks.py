@@ -96,7 +96,7 @@ def fuse_blocks(model: nn.Module) -> None:
             module.__class__ = class_of(MIXINS[row.kind], _stock(module), row, form)
             set_view(module)
             if isinstance(module, Mlp):
-                activation_name(getattr(module, row.get("act"), None))  # caches the activation before torch.compile
+                activation_name(getattr(module, row.get("act"), None))  # caches it before torch.compile
         elif isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)
 

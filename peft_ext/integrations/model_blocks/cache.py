@@ -1,9 +1,9 @@
 """Appends the keys and values of few tokens to transformers' dynamic cache without a copy of the earlier tokens.
 
-transformers' ``DynamicLayer.update`` concatenates, so that each step copies the whole cache. Here a layer's keys and
-values lie in memory with room for later tokens, and ``keys`` and ``values`` of the layer are views of the filled part.
-A tensor that the layer held before keeps its values: tokens are written behind a view only while the layer holds this
-very view.
+transformers' ``DynamicLayer.update`` concatenates, so that each step copies the whole cache. This module puts a layer's
+keys and values into memory with room for later tokens, and makes ``keys`` and ``values`` of the layer views of the
+filled part. A tensor that the layer held before keeps its values: tokens are written behind a view only while the layer
+holds this very view.
 
 transformers' update runs for a cache or a layer whose ``update`` is no known form, and for tensors that do not fit.
 """

@@ -246,8 +246,8 @@ class Pending:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
         # A function of torch.nn.functional passes as `func` the object that now has its name in torch.nn.functional. If
-        # a library put a wrapper there, calling `func` would enter the wrapper again. Therefore the function that
-        # PyTorch itself defines under this name is called.
+        # a library put a wrapper there, calling `func` would enter the wrapper again. Therefore a Pending calls the
+        # function that PyTorch itself defines under this name.
         name = next((name for name, value in vars(F).items() if value is func), None)
         args, kwargs = pytree.tree_map(real, (args, kwargs or {}))
         return _FUNCTIONAL.get(name, func)(*args, **kwargs)

@@ -155,8 +155,8 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Returns a parameter, buffer or child. Another name raises an error that ``getattr`` with a default does not
-    catch."""
+    """Returns a module's parameter, buffer or child of the given name. For any other name raises RuntimeError, which
+    ``getattr`` with a default does not catch."""
     for held in (module._parameters, module._buffers, module._modules):
         if name in held:
             return held[name]
@@ -514,7 +514,7 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     differ.
     """
     if kind not in _REGISTRABLE:
-        # The other kinds have no proof that a formula of the caller could fail.
+        # register_form refuses all other kinds, because they have no proof that a formula of the caller could fail.
         raise ValueError(f"register_form: kind is {kind!r}, wanted one of {', '.join(_REGISTRABLE)}")
     formula = {**_REGISTRABLE[kind], **formula}
     if kind == "attention":

@@ -36,7 +36,7 @@ struct RowPass {
   float* out = nullptr;          // [T, rank]
   const float* left = nullptr;   // [T, rank]
   float* acc = nullptr;          // sums [rank, K], which the caller has set to zero
-  int64_t acc_stride = 0;        // row stride of acc
+  int64_t acc_stride = 0;        // distance in floats between rows of acc
   float* totals = nullptr;       // sums [K], which the caller has set to zero
   float* squares = nullptr;      // [T]
   uint32_t* keep = nullptr;      // [T, keep_words]
@@ -111,13 +111,13 @@ constexpr int64_t kDropTogether = 512;
 struct Dropped {
   const void* m;
   DType dtype;
-  int64_t m_stride;  // row stride of m
+  int64_t m_stride;  // distance in elements between rows of m
   int64_t columns;   // K
   int64_t rows;      // number of W's rows in this group, at most kDroppedRows
   const uint32_t* keep;
   int64_t keep_words;
   const float* turned;  // [K, stride]: the group of W's rows, transposed and zero-padded
-  int64_t stride;       // row stride of `turned`, a multiple of kDroppedStrip
+  int64_t stride;       // distance in elements between rows of `turned`, a multiple of kDroppedStrip
   float* out;
   int64_t out_stride;
   bool accumulate = false;

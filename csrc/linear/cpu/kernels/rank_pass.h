@@ -5,8 +5,8 @@
 // kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds mask ∘ m in m's
 // own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay
 // in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's
-// size. A block of m has a short run of each row, which the hardware prefetcher does not foresee. Therefore the next
-// block is prefetched during the products with the present block.
+// size. A block of m has a short run of each row, which the hardware prefetcher does not foresee. Therefore row_pass
+// prefetches the next block of m during the products with the present block.
 #pragma once
 
 #include <type_traits>
@@ -37,7 +37,7 @@ inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
   }
 }
 
-constexpr int kRows = 16;  // largest number of rows that a block holds
+constexpr int kRows = 16;  // largest number of rows of m in a block
 // Number of columns in a block with dropout. In 16 bits and for up to 16 ranks, the copy of the block, the draws and
 // the columns of `acc` fit an L1 of 32 KiB together.
 constexpr int kDroppedPanel = kPanel / 2;

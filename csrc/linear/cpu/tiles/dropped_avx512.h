@@ -7,8 +7,8 @@
 //   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all kept elements
 //             dropped elements: dX[t, k] = dY[t] · W[:, k], one dot product for each element
 //
-// Forward and backward need W's columns as rows. Therefore each panel of W is transposed once, into the memory after
-// the panel's strips.
+// Forward and backward need W's columns as rows. Therefore the kernels transpose each panel of W once, into the memory
+// after the panel's strips.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

@@ -29,7 +29,7 @@ constexpr int64_t kPlanDeep = 4096;
 // take 512 KiB of L2. Several panels share each load of the tokens, which a deep layer reads from L3 or from memory.
 // Without a cut, no sums are loaded and stored between parts.
 struct DepthCut {
-  int64_t whole;     // largest depth that is not cut
+  int64_t whole;     // largest depth that is not cut into parts
   int64_t part;      // largest number of elements in a part of a deeper depth
   int64_t together;  // largest number of panels that are decoded together
 };
@@ -50,11 +50,11 @@ struct PlanRange {
 
 struct TilePlan {
   int64_t rows, strips;           // numbers of rows of W and of token strips in the call
-  int64_t step;                   // number of strips in a unit
+  int64_t step;                   // number of token strips in a unit
   int64_t panels, steps, blocks;  // `steps` is the number of groups of `step` strips; the last group may be shorter
   int64_t parts;                  // number of parts, at most the number of threads; 0 without work
   bool whole_panels;              // whether each panel of a block belongs to one part
-  int64_t together;               // largest number of panels in a range
+  int64_t together;               // largest number of panels of W in a range
 
   // Returns the largest number of strips in a range.
   int64_t strips_together() const { return blocks > 0 ? (steps + blocks - 1) / blocks * step : 0; }

@@ -49,7 +49,7 @@ bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 // The dropped elements of m [tokens, depth]. The pointers in `entries` point into the other fields.
 struct DroppedTokens {
   std::vector<int64_t> first;
-  Tensor held;  // 32-bit entries in a float32 tensor
+  Tensor held;  // memory of the 32-bit entries, allocated as a float32 tensor
   DroppedEntries entries;
 };
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep);

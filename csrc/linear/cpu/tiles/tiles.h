@@ -45,7 +45,7 @@ struct TileWeight {
   int64_t rows, columns;
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype) = nullptr;
-  PackedView view{};  // the weight in the form that `decode` takes
+  PackedView view{};  // packed W in the form that `decode` takes
   // For prefetches of the weight that `decode` decodes: bytes of a row, and of kPanelStep columns of a row, in part 0
   // and in part 1. 0: the part is not stored row by row.
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
@@ -60,7 +60,7 @@ struct Ahead {
   int64_t stride = 0, group = 1, left = 0, each = 0;
   int64_t every = 1;
   int64_t in_group = 0;  // number of runs of the present group that were prefetched
-  int64_t skipped = 0;   // number of steps since the last prefetch
+  int64_t skipped = 0;   // number of steps of the depth since the last prefetch
 
   void fetch() {
     if (++skipped < every) return;
@@ -120,7 +120,7 @@ struct TileForward {
   int64_t tokens;
   const bf16* x;                    // right strips of x; null if `rest` is given
   const bf16* dropped;              // right strips of mask ∘ x, or null
-  float dropped_scale;              // x̃ is mask ∘ x times dropped_scale
+  float dropped_scale;              // 1/(1-p): x̃ is mask ∘ x times dropped_scale
   DroppedEntries rest;              // null, or, if `dropped` is given, the dropped elements of x
   int64_t rank;                     // rank of the low-rank term; 0: no low-rank term
   const float* s;                   // strips of S: [strips, rank, 16]
@@ -131,7 +131,7 @@ struct TileForward {
   const float* bias_before;  // bias b₀ [rows], or null
   const float* bias;         // bias b₁ [rows], or null
   bf16* y;                   // [tokens, rows]
-  bf16* z;                   // Z + b₀ [tokens, rows], or null
+  bf16* z;                   // receives Z + b₀ [tokens, rows], or null
 };
 
 struct TileBackward {

@@ -1,7 +1,7 @@
 // The tile kernels with AMX-BF16. cpu/isa.cpp requests the tile registers from the system, once per process.
 #if defined(__x86_64__)
 #include "cpu/target_amx.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "linear/cpu/tiles/amx.h"
 #include "linear/cpu/tiles/microkernel_amx.h"
 #include "linear/cpu/tiles/tiles_avx512.h"

@@ -1,7 +1,7 @@
 // The tile kernels of tiles.h with the dot product of AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "linear/cpu/tiles/microkernel_avx512.h"
 #include "linear/cpu/tiles/tiles_avx512.h"
 

@@ -3,7 +3,7 @@
 
 #if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
-// These headers must be included after the target pragma.
+// The headers below must be included after the target pragma.
 #include "linear/cpu/tiles/microkernel_neon.h"
 #include "linear/cpu/tiles/row_neon.h"
 // The files below use the definitions of the files above.
@@ -15,8 +15,9 @@
 
 namespace peft_ext {
 
-// This table has no kernels for few tokens. In the forward over a dense weight, the kernels of kernels_neon.cpp compute
-// up to 8 tokens, and PyTorch's product computes more tokens, up to the number from which the tiles are used.
+// The table of the tile kernels for Arm has no kernels for few tokens. In the forward over a dense weight, the kernels
+// of kernels_neon.cpp compute up to 8 tokens, and PyTorch's product computes more tokens, up to the number from which
+// the tiles are used.
 const TileKernels kTileKernelsNeonBf16 = {kDecodeStrips, token_strips, token_strips, dropped_entries,
                                           forward,       backward,     nullptr,      nullptr};
 
