@@ -2,8 +2,8 @@
 //
 // part 0: codes, uint8 [N, K / 2], two per byte, the low nibble is the even column;
 // part 1: scales, one e4m3 byte for 16 columns [N, K / 16]. K is a multiple of 16;
-// part 2: global, one float32, or two with the flag kTwoGlobals: for the first and for the second half of the rows, such
-// as the gate and up of an expert. ModelOpt stores the factor; compressed-tensors stores the factor's reciprocal.
+// part 2: global, one float32, or two with the flag kTwoGlobals: for the first and for the second half of the rows,
+// such as the gate and up of an expert. ModelOpt stores the factor; compressed-tensors stores the factor's reciprocal.
 // Sources: compressed-tensors compressors/nvfp4, ModelOpt qtensor/nvfp4_tensor.py. Code 8 is -0 in compressed-tensors
 // and +0 in ModelOpt.
 #pragma once
