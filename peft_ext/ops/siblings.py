@@ -128,7 +128,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grads, needs_x, needs):
-    """Returns the gradient of x, and a list of the gradients of the tensors."""
+    """Returns the gradient of x, and a list of the gradients of the operator's list ``tensors``."""
     refuse_double_backward("lora_linears")
     count = len(ctx.numbers) // NUMBERS
     x, *saved = ctx.saved_tensors
