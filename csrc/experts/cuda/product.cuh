@@ -43,14 +43,14 @@ constexpr int kProductVector = 16 / static_cast<int>(sizeof(T));
 enum class StackOrder { kAlong, kAcross, kAny };
 
 struct ExpertsProduct {
-  void* out;         // T [rows, columns]
+  void* out;         // receives the result [rows, columns] of type T
   const void* left;  // D, contiguous
   StackView weight;
   const RowRun* tiles;
   int64_t columns, inner, column_tiles;
   const void* bias;       // bias [experts, columns] of type T; null without bias
   const float* scale;     // g [experts, columns]; null without DoRA
-  void* z;                // T [rows, columns], receives the value that g scales; null if unneeded
+  void* z;                // receives the value [rows, columns] that g scales; null if unneeded
   Terms low_left;         // L, in the order of the tiles; data is null if there is no low-rank term
   Terms low_right;        // terms of the first expert's F
   int64_t right_stride;   // distance to the next expert's F, in units of 16 bytes

@@ -15,7 +15,7 @@ constexpr int kShrinkWarps = kShrinkThreads / kWarpSize;
 constexpr int kShrinkTokens = 4;
 
 struct ShrinkFew {
-  const void* x;       // T [tokens, inputs]
+  const void* x;       // x [tokens, inputs] of type T
   const void* lora_A;  // [rank, inputs]
   DType type;          // dtype of lora_A
   int64_t tokens, inputs, rank;
