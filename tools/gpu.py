@@ -82,7 +82,7 @@ sys.exit(not state.cuda_loaded)
 """
 # Succeeds if the native library loads and has CUDA kernels.
 LOADS = "import sys; from peft_ext import _native; sys.exit(not _native.STATE.cuda_loaded)"
-# Proves the families that are no arguments, and prints a line before and after each family.
+# Proves the families of kernels that are not named in the arguments, and prints a line before and after each family.
 PROVE = """
 import json, sys, torch
 from peft_ext.ops import prove

@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   // The variables below hold the addresses of this thread's next groups of D and of a dense W, their places in a stage,
   // and the numbers of rows and summed elements that are left from the thread's first element on.
   const int line = thread / kGroups, group = thread % kGroups;
-  constexpr int kLines = kProductThreads / kGroups;  // distance in lines between two groups that this thread loads
+  constexpr int kLines = kProductThreads / kGroups;  // lines from one group that this thread loads to the next
   const auto inner = static_cast<int>(work.inner), columns = static_cast<int>(min_of(work.columns - column, 1 << 30));
   const int64_t expert = run.expert < 0 ? 0 : run.expert;
   const T* left = static_cast<const T*>(work.left) + (run.first + thread / 8) * work.inner + thread % 8 * kVectors;

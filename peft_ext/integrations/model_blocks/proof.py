@@ -155,8 +155,8 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Returns a module's parameter, buffer or child of the given name. For any other name raises RuntimeError, which
-    ``getattr`` with a default does not catch."""
+    """Returns a module's parameter, buffer or child of the given name. Raises RuntimeError if the module has none of
+    this name, because ``getattr`` with a default does not catch RuntimeError."""
     for held in (module._parameters, module._buffers, module._modules):
         if name in held:
             return held[name]
