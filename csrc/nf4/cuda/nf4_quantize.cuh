@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 
 // a_c = max |x_i| over group c of 256,  q_i = #{thresholds < x_i · (1 / max(a_c, 1e-38))},  thresholds halfway between
 // the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, not clamped.
-// A warp owns a group, 8 values per lane. Thresholds lie in shared memory, 1 KiB, and are searched by bisection: there
+// A warp codes a group, 8 values per lane. Thresholds lie in shared memory, 1 KiB, and are searched by bisection: there
 // is at most one scale per 32 weights, so that bank conflicts hardly matter. A NaN has code 255.
 // Bytes moved: 5n + 4n/256, and the table once per thread block.
 

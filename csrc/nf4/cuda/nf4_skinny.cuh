@@ -43,7 +43,7 @@ constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // index: [tile of 16 rows, upper or lower 8 rows][thread]
+  uint2 codes[4][kSkinnyThreads];  // index: [2 · tile of 16 rows + upper or lower 8 rows][thread]
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 
