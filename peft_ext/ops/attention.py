@@ -149,7 +149,7 @@ def scaled_dot_product_attention(
         is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
         scale: a number above 0; None: 1 / √D.
         dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16.
-        training: False: no key is dropped.
+        training: True: keys are dropped with ``dropout_p``; False: no key is dropped.
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
         bias: ``[B or 1, H or 1, T or 1, S or 1]``, of any float dtype, added to the scores of the keys that a query
