@@ -96,9 +96,9 @@ def _rows(parameter: Tensor, shards: int) -> int:
 def _reading(model: nn.Module) -> int:
     """Returns the most bytes that a process holds beside the shards while it reads one weight of the base.
 
-    A weight that is quantized exists in bfloat16 and in its packed form. To compute DoRA's magnitude, the weight is
-    held in the dtype of the computation, and copied once more. A weight that is neither quantized nor under a DoRA
-    adapter is read in pieces.
+    A weight that is quantized exists in bfloat16 and in its packed form. DoRA's magnitude takes the weight in the dtype
+    of the computation, and one more copy. A weight that is neither quantized nor under a DoRA adapter is read in
+    pieces.
     """
     doras = {id(layer.get_base_layer()) for layer in model.modules() if getattr(layer, "lora_magnitude_vector", None)}
     most = PIECE
