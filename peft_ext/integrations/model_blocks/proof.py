@@ -174,8 +174,8 @@ class _Config:
 
 
 def _fill_attention(made: Any, row: Row, training: bool) -> None:
-    """Gives an attention its layers and attributes. The values differ between training and evaluation, so that a
-    forward that asks for one of the values is found."""
+    """Gives an attention its layers and attributes. ``layer_idx`` and the row's options have other values in
+    training than in evaluation, so that a forward that asks for ``layer_idx`` or an option is found."""
     heads, kv_heads, size = 4, 2, 8
     made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
