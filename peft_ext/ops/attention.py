@@ -4,8 +4,8 @@
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
 The backward computes S, P and D again from q, k, the mask, the bias, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
-``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias,
-out, lse (one float32 for each query and head) and the seed.
+``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved for the backward: q, k, v, the
+mask, the bias, out, lse (one float32 for each query and head) and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
