@@ -55,8 +55,8 @@ def event_clock(contender: Contender) -> Callable[[], float]:
 def graph_clock(contender: Contender) -> Callable[[], float]:
     """Returns a function that times a CUDA graph of :data:`GRAPH_CALLS` calls and returns the seconds of one call.
 
-    Each call of the graph takes the next weight. A sample replays the graph twice: the first replay keeps the device
-    busy until the second, timed replay is queued. Raises the exception of a call that can't be captured.
+    Each of these calls takes the contender's next weight. A sample replays the graph twice: the first replay keeps the
+    device busy until the second, timed replay is queued. Raises the exception of a call that can't be captured.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -38,7 +38,7 @@ class Packing:
     library: str = ""
 
     def missing(self) -> Optional[str]:
-        """Returns why this format can't be packed here, or None."""
+        """Returns why the format can't be packed in this environment, or None."""
         if self.library and importlib.util.find_spec(self.library) is None:
             return f"the package {self.library} is not installed"
         return None

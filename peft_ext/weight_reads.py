@@ -40,7 +40,8 @@ def weights_read_past(model: nn.Module) -> set[str]:
 def _reads(kind: type) -> frozenset[str]:
     """Returns the dotted paths of submodules whose ``weight`` a method of the class reads.
 
-    A read of ``weight.device`` does not count, nor a read of ``weight.dtype`` in a method that names ``_KNOWS_BYTES``.
+    A read of ``weight.device`` does not count, nor a read of ``weight.dtype`` in a method that uses a name of
+    ``_KNOWS_BYTES``, because such a method expects weights of dtype uint8.
     """
     found: set[str] = set()
     for owner in kind.__mro__:

@@ -232,7 +232,7 @@ LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 409
 
 def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     """Returns the time of LLAMA_LAYER with adapters divided by its time without adapters, forward and backward. The
-    times leave out attention and norms.
+    two times leave out attention and norms.
 
     Without adapters, separate passes add the gradients of layers with one input. ``together`` avoids these passes with
     adapters: one pass writes the low-rank terms of all layers, and the products add to these terms. One pass over x

@@ -16,11 +16,11 @@ The parts, in this order:
     battery    the tests of the operators and modules, in several processes
     sanitizer  compute-sanitizer over some of the operators' tests
 
-The program imports only the standard library. Each part runs in processes of its own, and has a time limit that depends
-on the remaining time. At the limit, all processes of the part are killed. If a part fails or is cut off, the next parts
-run (after a failed build only if the library of an earlier build loads), and the exit status is 1. The log, the rows of
-the measurements and the summary gpu-<date>.json are written during the run, so that a crash loses none of the earlier
-results.
+Apart from cuda_model.py, the program imports only the standard library. Each part runs in processes of its own, and has
+a time limit that depends on the remaining time. At the limit, all processes of the part are killed. If a part fails or
+is cut off, the next parts run (after a failed build only if the library of an earlier build loads), and the exit status
+is 1. The log, the rows of the measurements and the summary gpu-<date>.json are written during the run, so that a crash
+loses none of the earlier results.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ sys.exit(not state.cuda_loaded)
 """
 # Succeeds if the native library loads and has CUDA kernels.
 LOADS = "import sys; from peft_ext import _native; sys.exit(not _native.STATE.cuda_loaded)"
-# Proves the families that are no arguments, and prints a line before and after each family.
+# Proves the families of kernels that are not named in the arguments, and prints a line before and after each family.
 PROVE = """
 import json, sys, torch
 from peft_ext.ops import prove

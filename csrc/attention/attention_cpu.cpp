@@ -266,8 +266,8 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   for (work.splits = 1; work.splits < group && (units * work.splits < kStreams || group % work.splits != 0);)
     ++work.splits;
   if (work.splits < 1) work.splits = 1;
-  // Each split has sums for all keys. The loop lowers the number of splits until the sums of all splits have at most
-  // kMostSums floats, or one split is left.
+  // Each split has its own sums of dK and dV for all keys. The loop lowers the number of splits until the sums of all
+  // splits have at most kMostSums floats, or one split is left.
   const int64_t lanes = call.whole_vectors(work.size) + call.whole_vectors(work.value_size);
   while (work.splits > 1 && work.splits * units * work.keys * lanes > kMostSums) do
       --work.splits;

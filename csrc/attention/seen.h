@@ -86,8 +86,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
 }
 
 // Computes, for each of the keys from `key` on, one bit for each query from `query` on: whether dropout keeps the key
-// for the query. Without dropout all bits are 1. With dropout, nothing is drawn for a key that no query may see
-// (bits[r] is 0), and the key's bits are 0.
+// for the query. If dropout is off, all bits of `keeps` are 1. If dropout is on, nothing is drawn for a key that no
+// query may see (bits[r] is 0), and the key's bits are 0.
 inline void kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t query,
                  int64_t count, const uint64_t* bits, uint64_t* keeps) {
   if (work.dropout.active) return draw_kept(work, batch, head, key, keys, query, count, bits, keeps);

@@ -339,7 +339,7 @@ class _Facts:
         """Returns the parameters with which transformers' rotary type "llama3" computes the factors, or None.
 
         Tries the parameters of Llama 3.1, 3.2 and 3.3, with the largest of ``factors`` as the scaling factor. Returns
-        None where these parameters give other factors.
+        None where the parameters tried give other factors than ``factors``.
         """
         factor, context, low, high = float(factors.max()), 8192, 1.0, 4.0
         powers = torch.arange(0, 2 * len(factors), 2, dtype=torch.float32) / (2 * len(factors))

@@ -97,7 +97,8 @@ class _GptOss(legacy.TensorProcessor):
 
 
 _OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class
-# Source: transformers 5.23 and 5.24. A class that is not in this table, or has another digest, may change every tensor.
+# Source: transformers 5.23 and 5.24. A class that is not in this table, or whose code has another
+# digest, is taken to change every tensor.
 _CHANGES: dict[type, _Changes] = {
     legacy.TensorProcessor: _Changes("c80f42285de30047244c", r"(?!)"),
     legacy.T5TensorProcessor: _Changes("c1e2e6800447f3993446", r"(?!)"),

@@ -302,8 +302,8 @@ class AdaLoraCallback(TrainerCallback):
 
     AdaLoRA's paper and PEFT's documentation update the ranks at this point. Trainer does not call
     ``update_and_allocate``, and without the call AdaLoRA prunes no ranks. ``AdaLoraConfig.total_step`` must be the
-    number of optimizer steps of the run. A run can't be resumed, because PEFT saves only the remaining ranks, whose
-    shapes differ from those of the optimizer's state.
+    number of optimizer steps of the run. A run of AdaLoRA can't be resumed, because PEFT saves only the remaining
+    ranks, whose shapes differ from those of the optimizer's state.
 
     Source: AdaLoRA, arXiv 2303.10512.
     """

@@ -218,7 +218,7 @@ def _merge(
 
 
 def _wanted_type(type: str) -> Optional[int]:
-    """Returns ggml's number of a type; None for "same"."""
+    """Returns ggml's number of the type that the option names; None for "same", which keeps each tensor's type."""
     if type == "same":
         return None
     with as_merge_error(ValueError, AttributeError, TypeError):

@@ -4,8 +4,8 @@
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
 The backward computes S, P and D again from q, k, the mask, the bias, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
-``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias,
-out, lse (one float32 for each query and head) and the seed.
+``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved for the backward: q, k, v, the
+mask, the bias, out, lse (one float32 for each query and head) and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -149,7 +149,7 @@ def scaled_dot_product_attention(
         is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
         scale: a number above 0; None: 1 / √D.
         dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16.
-        training: False: no key is dropped.
+        training: True: keys are dropped with ``dropout_p``; False: no key is dropped.
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
         bias: ``[B or 1, H or 1, T or 1, S or 1]``, of any float dtype, added to the scores of the keys that a query

@@ -7,8 +7,8 @@
 Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (with dropout
 on the base: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. Backward of the norm, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
-Saved: x, S, the seed and vectors, besides W, A and B; if dg is needed, Z, or on a CPU Y (``Z = Y/g``) for a caller that
-promises not to change Y; if the norm's gradient is needed, U.
+Saved for the backward: x, S, the seed and vectors, besides W, A and B; if dg is needed, Z, or on a CPU Y (``Z = Y/g``)
+for a caller that promises not to change Y; if the norm's gradient is needed, U.
 
 Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant of the gradient.
 """

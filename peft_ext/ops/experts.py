@@ -5,8 +5,8 @@
 
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The weight of an expert without
-rows is not read, and its norm is not computed.
+Saved for the backward: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The weight of
+an expert without rows is not read, and its norm is not computed.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and

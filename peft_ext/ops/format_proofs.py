@@ -134,7 +134,7 @@ def _ragged(make: Make) -> Make:
 
 _FP8 = functools.partial(_fp8, block=(128, 128), of=torch.float32)
 _GPTQ = functools.partial(_gptq, bits=4)
-# By format: the weights of the format's proof.
+# Name of a format -> the functions that make the weights of the format's proof.
 _WEIGHTS: dict[str, list[Make]] = {
     "fp4": [_fp4, functools.partial(_fp4, nested=True), _ragged(_fp4)],
     "mxfp4": [_mxfp4],

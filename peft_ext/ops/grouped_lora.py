@@ -2,8 +2,8 @@
 
     S_i = x_i A_gᵀ  [tokens, R_g]      Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b  [tokens, N]      g = adapters[i];  -1: none
 
-Backward: for each adapter the backward of :func:`peft_ext.ops.lora_linear` on the adapter's samples. Saved: x and S,
-besides W and the factors A and B.
+Backward: for each adapter the backward of :func:`peft_ext.ops.lora_linear` on the adapter's samples. Saved for the
+backward: x and S, besides W and the factors A and B.
 
 Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
 """

@@ -4,8 +4,8 @@
 
 Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
-Saved: x, besides W, b and l; if l scales the output and dl is needed, Z, or on a CPU Y (``Z = Y/l``) for a caller that
-promises not to change Y.
+Saved for the backward: x, besides W, b and l; if l scales the output and dl is needed, Z, or on a CPU Y (``Z = Y/l``)
+for a caller that promises not to change Y.
 
 Source: IA3 (arXiv 2205.05638).
 """

@@ -4,7 +4,7 @@ without an adapter.
     x̃_i = mask_i/(1-p_i) ∘ x      S_i = x̃_i A_iᵀ      Y_i = x W_iᵀ + (S_i∘ρ_i) B_iᵀ + b_i
 
 Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, and each layer's own gradients as in :mod:`.lora`.
-Saved: x, S of each layer, and the seeds, besides the weights and the adapters.
+Saved for the backward: x, S of each layer, and the seeds, besides the weights and the adapters.
 
 On the CPU paths with bfloat16 tiles, x is packed once for all weights that the tiles multiply. If the panels of the
 layers' weights fit into a core's cache together, the layers' terms of dX are summed in float32 and rounded once;
@@ -128,7 +128,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grads, needs_x, needs):
-    """Returns the gradient of x, and a list of the gradients of the tensors."""
+    """Returns the gradient of x, and a list of the gradients of the operator's list ``tensors``."""
     refuse_double_backward("lora_linears")
     count = len(ctx.numbers) // NUMBERS
     x, *saved = ctx.saved_tensors

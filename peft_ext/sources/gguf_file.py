@@ -31,7 +31,8 @@ def read_gguf(path: Path, error: type[Exception]) -> GgufHeader:
 
 
 def gguf_config(path: Path, error: type[Exception]) -> Any:
-    """Returns the transformers configuration of the model in a file. Raises ``error``, one line."""
+    """Returns the transformers configuration of the model in a file. Raises ``error``, one line, where the file is
+    damaged, the model is not supported, or a package is missing."""
     with raised_as(error, "", OSError, ValueError, ImportError):
         from ..gguf.metadata import read_config
 

@@ -1,7 +1,7 @@
 """Layers whose forward ``kernels.kernelize`` gives to a model's layers.
 
-Each class has only a forward, which reads the attributes of the layer that it replaces. A call that the operators do
-not compute runs the replaced layer's own forward.
+Of each class ``kernels`` uses the forward, which reads the attributes of the layer that the class replaces, and two
+flags. A call that the operators do not compute runs the replaced layer's own forward.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
       for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
     }
     if (work.out == nullptr) continue;
-    // Rows of no expert may hold any values in dY, NaN included. In G, these rows are set to 0.
+    // Rows of no expert may hold any values in dY, NaN included. In G, rows of no expert are 0.
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
     save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);

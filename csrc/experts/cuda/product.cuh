@@ -43,14 +43,14 @@ constexpr int kProductVector = 16 / static_cast<int>(sizeof(T));
 enum class StackOrder { kAlong, kAcross, kAny };
 
 struct ExpertsProduct {
-  void* out;         // T [rows, columns]
+  void* out;         // receives the result [rows, columns] of type T
   const void* left;  // D, contiguous
   StackView weight;
   const RowRun* tiles;
   int64_t columns, inner, column_tiles;
   const void* bias;       // bias [experts, columns] of type T; null without bias
   const float* scale;     // g [experts, columns]; null without DoRA
-  void* z;                // T [rows, columns], receives the value that g scales; null if unneeded
+  void* z;                // receives the value [rows, columns] that g scales; null if unneeded
   Terms low_left;         // L, in the order of the tiles; data is null if there is no low-rank term
   Terms low_right;        // terms of the first expert's F
   int64_t right_stride;   // distance to the next expert's F, in units of 16 bytes
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   // The variables below hold the addresses of this thread's next groups of D and of a dense W, their places in a stage,
   // and the numbers of rows and summed elements that are left from the thread's first element on.
   const int line = thread / kGroups, group = thread % kGroups;
-  constexpr int kLines = kProductThreads / kGroups;  // distance in lines between two groups that this thread loads
+  constexpr int kLines = kProductThreads / kGroups;  // lines from one group that this thread loads to the next
   const auto inner = static_cast<int>(work.inner), columns = static_cast<int>(min_of(work.columns - column, 1 << 30));
   const int64_t expert = run.expert < 0 ? 0 : run.expert;
   const T* left = static_cast<const T*>(work.left) + (run.first + thread / 8) * work.inner + thread % 8 * kVectors;

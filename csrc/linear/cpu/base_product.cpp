@@ -85,8 +85,8 @@ namespace {
 
 constexpr int64_t kDroppedTokens = 128;  // number of tokens in one unit of a thread's work
 
-// Calls run(work, first row) for each group of kDroppedRows rows of W. work.turned is the transpose of the group's
-// rows.
+// Calls run(work, first row) for each group of kDroppedRows rows of W. In the call, work.turned is the
+// transpose of the group's rows.
 template <typename Run>
 void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,
                      const Run& run) {

@@ -20,8 +20,8 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 // of W.
 bool drops_few(const Dropout& dropout);
 
-// Returns whether the second product of a dropped base uses only the dropped elements. The products must be float32,
-// and the tokens must be enough to pay for transposing W.
+// Returns whether the second product of a dropped base uses only the dropped elements. This needs float32 products,
+// and enough tokens to pay for transposing W.
 bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Dropout& dropout);
 
 // Adds (x - mask ∘ x) Wᵀ to out [T, N] float32. x is contiguous.

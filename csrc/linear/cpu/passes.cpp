@@ -199,8 +199,8 @@ LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, co
   return sums.sums;
 }
 
-// Adds loops that compute the sums of a pass without `right`. The loops work on blocks of columns of all tokens, or of
-// chunks of tokens.
+// Adds loops that compute the sums of a pass without `right`. Each iteration of a loop works on a block of
+// columns, for all tokens or for a chunk of the tokens.
 LateSums add_outer_loops(Loops* loops, const RowPass& pass, int64_t tokens, Tensor* totals) {
   const int64_t threads = loop_threads(), columns = pass.columns, rank = pass.rank;
   const int64_t width = block_columns(tokens, columns, rank, threads, pass.dropout.active);

@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork 
 struct Finish {
   const void* z;
   const float* scale;       // g [columns]
-  const void* bias_before;  // bias b₀ as T [columns], or null
-  const void* bias_after;   // bias b₁ as T [columns], or null
+  const void* bias_before;  // bias b₀ [columns] of type T, or null
+  const void* bias_after;   // bias b₁ [columns] of type T, or null
   void* out;
   int64_t rows, columns;
   bool whole;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 struct Drop {
   const void* x;
-  const void* add;  // array T [numel] that is added to mask/(1-p) ∘ x, or null
+  const void* add;  // array [numel] of type T that is added to mask/(1-p) ∘ x, or null
   void* out;
   int64_t numel;
   bool whole;  // whether x, add and out are aligned to 16 bytes

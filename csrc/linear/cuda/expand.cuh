@@ -36,11 +36,11 @@ struct ExpandTerms {
   int64_t rows, columns;
   Terms left;  // L as terms: outer is the rows, inner is the ranks
   Terms right;
-  const void* before;  // matrix T [rows, columns] that is added to the result, or null; may be `out`
+  const void* before;  // matrix [rows, columns] of type T, added to the result, or null; may be `out`
   const void* bias;    // bias [columns] of bias_type (kBias, kGrouped: T; kOnto: float32), or null
   DType bias_type;
   float bias_scale;
-  const void* z;          // z as T [rows, columns], or null
+  const void* z;          // z [rows, columns] of type T, or null
   const float* scale;     // g [columns], given together with z
   const uint32_t* kept;   // kMask: bits of the dropout mask, in the layout of a rank pass
   DeviceDropout dropout;  // kAny: parameters of dropout, to draw the mask again

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
     rank_siblings_kernel(SiblingsPass pass) {
   PEFT_EXT_KERNEL;
   constexpr int kSplit = kRanks / 2, kRuns = 4 / kSplit, kStages = kSiblingStages<kDropped>, kOnTheWay = kStages - 1;
-  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // the sums of kColumns take twice as many registers
+  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // with kColumns, the sums take twice as many registers
   // The fragments of L are loaded when they are needed, after the mask is drawn, which needs many registers too.
   constexpr bool kLate = kColumns;
   using Half = SiblingHalf<kSplit, kColumns>;

@@ -15,7 +15,7 @@ constexpr int kShrinkWarps = kShrinkThreads / kWarpSize;
 constexpr int kShrinkTokens = 4;
 
 struct ShrinkFew {
-  const void* x;       // T [tokens, inputs]
+  const void* x;       // x [tokens, inputs] of type T
   const void* lora_A;  // [rank, inputs]
   DType type;          // dtype of lora_A
   int64_t tokens, inputs, rank;
@@ -26,8 +26,8 @@ struct ShrinkFew {
 
 using ShrinkShared = float[kShrinkTokens][kShrinkWarps];
 
-// Returns x̃ A[r] for kShrinkTokens tokens. Thread t returns the product of token token_of(t). token_of(t) is -1 if
-// there is no token.
+// Returns x̃ A[r] for kShrinkTokens tokens. Thread t returns the product of row token_of(t) of x̃ with row r
+// of A. token_of(t) is -1 if thread t has no token.
 template <typename T, typename TokenOf>
 __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void* lora_A, DType type, bool whole_A,
                                                int64_t r, TokenOf token_of) {

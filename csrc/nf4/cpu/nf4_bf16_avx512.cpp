@@ -10,9 +10,9 @@
 // multiplied by the scales: the lower lanes belong to one block, the upper lanes to the next block. For more tokens,
 // scaling the sums would take one multiplication per token, so the table holds the products code * absmax of two
 // blocks, 16 each, rounded once to bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index
-// selects the block. The rounding error of a code or a product is at most 2^-9 of a weight. The weight is read once for
-// each group of tokens that for_token_groups makes, half a byte per element and the scales, and never written. One
-// thread owns whole rows.
+// selects the block. The error of rounding a code or a product to bfloat16 is at most 2^-9 of a weight. The weight is
+// read once for each group of tokens that for_token_groups makes, half a byte per element and the scales, and never
+// written. One thread owns whole rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.

@@ -21,7 +21,8 @@ constexpr int kStepVecs = static_cast<int>(kSkinnyStep) / Vec::kWidth;
 
 template <int kTokens>
 void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t first_token) {
-  // A sum must wait for the previous product. With few tokens, several sums per token keep the multiplier busy.
+  // Each addition to a sum must wait for the addition before. With few tokens, several sums per token keep the
+  // multiplier busy.
   constexpr int kSums = kTokens >= 4 ? 1 : kStepVecs < 4 ? kStepVecs : 4;
   const int64_t k = work.columns;
   const int64_t first_block = begin * k >> work.block_shift;

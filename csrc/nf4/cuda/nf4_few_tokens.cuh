@@ -48,14 +48,14 @@ struct TokensFinish {
   const float* rank_scale;  // rank_scale [rank]; null: all ones
   float scaling;
   const float* scale;       // scale g [outputs]; null: all ones
-  const void* bias_before;  // bias b₀ as T [outputs], or null
-  const void* bias_after;   // bias b₁ as T [outputs], or null
-  void* y;                  // T [tokens, outputs]
-  void* z;                  // Z + b₀ as T [tokens, outputs], or null
+  const void* bias_before;  // bias b₀ [outputs] of type T, or null
+  const void* bias_after;   // bias b₁ [outputs] of type T, or null
+  void* y;                  // receives y [tokens, outputs] of type T
+  void* z;                  // receives Z + b₀ [tokens, outputs] of type T, or null
 };
 
 struct FewWork {
-  const void* x;   // x as T [tokens, inputs], aligned to 16 bytes
+  const void* x;   // x [tokens, inputs] of type T, aligned to 16 bytes
   Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs and blocksize are multiples of kFewSlab
   int64_t outputs, inputs;
   int tokens;

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         }
       }
     }
-    sync_threads();  // the next round may then fill this slab again
+    sync_threads();  // no warp reads this slab any more, so the next round may fill it
   }
 
   const float code = kNf4DeviceCode[threadIdx.x % 16];

@@ -82,7 +82,7 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
   scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has the code 15 that a NaN has
   // Floats near 1.5 · 2^23 have a unit of one, so that the sum is rounded to an integer. The low bits of the sum are
-  // this integer in two's complement.
+  // 15 · scaled, rounded, in two's complement.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
   // Adds the sign bit of threshold - scaled: a comparison would need one more select instruction.
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 
 // a_c = max |x_i| over group c of 256,  q_i = #{thresholds < x_i · (1 / max(a_c, 1e-38))},  thresholds halfway between
 // the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, not clamped.
-// A warp owns a group, 8 values per lane. Thresholds lie in shared memory, 1 KiB, and are searched by bisection: there
+// A warp codes a group, 8 values per lane. Thresholds lie in shared memory, 1 KiB, and are searched by bisection: there
 // is at most one scale per 32 weights, so that bank conflicts hardly matter. A NaN has code 255.
 // Bytes moved: 5n + 4n/256, and the table once per thread block.
 

@@ -28,7 +28,7 @@ constexpr int kSkinnyStride = kSkinnySlab + 8;
 constexpr int64_t kSkinnyTokens = 64;
 
 struct Skinny {
-  const void* x;   // x as T [tokens, inputs], aligned to 16 bytes
+  const void* x;   // x [tokens, inputs] of type T, aligned to 16 bytes
   Nf4View weight;  // NF4 weight, aligned to 8 bytes; inputs is a multiple of 32
   int64_t outputs, inputs;
   int tokens;
@@ -43,7 +43,7 @@ constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // index: [tile of 16 rows, upper or lower 8 rows][thread]
+  uint2 codes[4][kSkinnyThreads];  // index: [2 · tile of 16 rows + upper or lower 8 rows][thread]
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 

@@ -32,7 +32,7 @@ struct BlockScales {
   alignas(64) float add[kMostBlocks + 16];
 };
 
-// Writes the scales of `count` blocks of 32 columns from block `block` of a row on. `together` blocks are a group with
+// Writes the scales of `count` blocks of 32 columns from block `block` of a row on. Each group of `together` blocks has
 // one scale, and `first` is the index of the row's first scale. If kAdds, writes addends(index of the scale, group,
 // mask of 16 groups) * scale, too.
 template <bool kAdds, typename Addends>

@@ -2,13 +2,13 @@
 //
 //   out[n, k] = round(W[n, k] [· g[n]]),  W[n, k] = Format::value(n, k) in float32
 //
-// out is T [N, K], or [E, N, K] for E weights whose parts follow one another. A thread block of 8 warps decodes 8 rows,
-// one row per warp, and 4 · 32 · 8 columns. In each step lane l decodes the l-th of 32 adjacent groups of 8 columns, so
-// that a warp stores 512 contiguous bytes (1024 of float32). Formats that store W transposed
-// have the codes of adjacent rows in one word or in one sector: the 8 warps of a thread block read the sector from L1.
-// NVRTC makes no FMA of a product and a sum (the options below), because the order of operations in `value` defines the
-// bits. The value is multiplied by g in float32, and is rounded once to T, to nearest even.
-// Bytes moved: the parts, out, and 4N for g.
+// out has type T: [N, K], or [E, N, K] for E weights whose parts follow one another. A thread block of 8 warps decodes
+// 8 rows, one row per warp, and 4 · 32 · 8 columns. In each step lane l decodes the l-th of 32 adjacent groups of 8
+// columns, so that a warp stores 512 contiguous bytes (1024 of float32). Formats that store W transposed have the codes
+// of adjacent rows in one word or in one sector: the 8 warps of a thread block read the sector from L1. NVRTC makes no
+// FMA of a product and a sum (the options below), because the order of operations in `value` defines the bits. The
+// value is multiplied by g in float32, and is rounded once to T, to nearest even. Bytes moved: the parts, out, and 4N
+// for g.
 //
 // NVRTC options: --fmad=false
 #pragma once

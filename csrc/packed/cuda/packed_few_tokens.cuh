@@ -24,7 +24,7 @@ constexpr int kPackedFewRows = 4;  // number of outputs that a thread block comp
 constexpr int kPackedFewTokens = 8;
 
 struct PackedFew {
-  const void* x;      // x as T [tokens, inputs]
+  const void* x;      // x [tokens, inputs] of type T
   PackedView weight;  // W [outputs, inputs], each part aligned to 16 bytes
   int tokens;
   bool whole;  // whether inputs is a multiple of 8 and x is aligned to 16 bytes

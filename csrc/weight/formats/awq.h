@@ -1,6 +1,6 @@
 // AWQ (GEMM layout), 4 bits: W[n, k] = (code[k, n] - zero[g, n]) * scale[g, n], where g is k / group. The weight is
-// stored transposed, and a word holds eight rows n of one column k, in the order 0 2 4 6 1 3 5 7. The difference is
-// exact.
+// stored transposed, and a word holds eight rows n of one column k, in the order 0 2 4 6 1 3 5 7. The difference
+// code - zero is exact.
 //
 // part 0: qweight, int32 [K, N / 8]; part 1: scales [G, N]; part 2: qzeros, int32 [G, N / 8].
 #pragma once

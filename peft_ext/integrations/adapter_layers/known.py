@@ -59,7 +59,7 @@ def facts_of(
     held, kind, device = layer.__dict__, type(layer), x.device
     if x.is_nested or reasons.any_global_hook():
         return None
-    # The condition below is that of reasons.kernel_reason, with fewer Python calls.
+    # Tests what reasons.kernel_reason tests, whether the kernels may run, with fewer Python calls.
     if not reasons.KERNELS[op].get(device.type) or proved_eagerly(device.type, *PUBLIC[op]) is not None:
         return None
     if torch.is_autocast_enabled(device.type):

@@ -82,7 +82,8 @@ def would_widen(layer: nn.Module) -> bool:
     """Returns whether ``layer`` is a frozen nn.Linear on a CPU that is faster as a FusedLinear, in some dtype or for
     few tokens.
 
-    A float32 layer counts if bfloat16 is in ``reasons.WIDENED``, because autocast multiplies in bfloat16.
+    For a float32 layer the result is also True if bfloat16 is in ``reasons.WIDENED``, because autocast multiplies in
+    bfloat16.
     """
     if type(layer) is not nn.Linear:
         return False

@@ -242,8 +242,8 @@ class LowRank(Fused):
     def _added(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
         """Adds the low-rank terms to ``result`` with PyTorch's functions, as PEFT does, and returns the sum.
 
-        The method is called if the operator does not accept the base layer's result. PEFT's own forward can't be used
-        here, because it would run the base layer a second time.
+        A layer calls ``_added`` if ``ops.lora_residual`` does not accept the base layer's result. PEFT's own forward
+        can't be used here, because it would run the base layer a second time.
         """
         dtype = result.dtype
         for name in names:

@@ -155,8 +155,8 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Returns a module's parameter, buffer or child of the given name. For any other name raises RuntimeError, which
-    ``getattr`` with a default does not catch."""
+    """Returns a module's parameter, buffer or child of the given name. Raises RuntimeError if the module has none of
+    this name, because ``getattr`` with a default does not catch RuntimeError."""
     for held in (module._parameters, module._buffers, module._modules):
         if name in held:
             return held[name]
@@ -174,8 +174,8 @@ class _Config:
 
 
 def _fill_attention(made: Any, row: Row, training: bool) -> None:
-    """Gives an attention its layers and attributes. The values differ between training and evaluation, so that a
-    forward that asks for one of the values is found."""
+    """Gives an attention its layers and attributes. ``layer_idx`` and the row's options have other values in
+    training than in evaluation, so that a forward that asks for ``layer_idx`` or an option is found."""
     heads, kv_heads, size = 4, 2, 8
     made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)

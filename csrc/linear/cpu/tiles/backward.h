@@ -28,7 +28,7 @@ inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, 
   }
 }
 
-// Loads the present values of dX into the block.
+// Loads the sums that dX holds so far into `block`.
 inline void load_sums(const TileBackward& work, int64_t column, int64_t token, Block* block) {
   block->each([&](Row v, int r, int j) {
     const int64_t k = work.weight.columns, at = column + j * kStrip;

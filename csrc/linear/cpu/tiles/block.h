@@ -62,7 +62,7 @@ struct Block {
 };
 
 // Adds left [rows, rank] right [rank, 16] to column j of the block's parts, in float32: the low-rank term. With kSome,
-// only the given lanes change.
+// only the lanes whose bit is set in `lanes` change.
 template <bool kSome>
 inline void add_low_rank(const float* left, const float* right, int64_t rank, int j, Block* block, uint16_t lanes) {
   for (int row = 0; row < block->left * kStrip; row += kLowRankRows) {
