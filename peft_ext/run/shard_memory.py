@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from ..memory import MemoryEstimate
 from ..nn import NF4Linear, PackedLinear
 from ..nn.experts import FrozenExperts
-from ..sharded.base import decoder_layers
-from ..sharded.load import PIECE
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ def sharded_memory(
         memory: estimate of a step of an unsharded process.
         quant: the format to which the run quantizes weights as it reads them; None: the run quantizes no weight.
     """
+    from ..sharded.base import decoder_layers  # needs PEFT, which doctor and --version do without
+
     parameters, buffers = _unique(model.parameters()), _unique(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
     frozen = sum(_rows(p, shards) for p in parameters if not p.requires_grad) + sum(t.nbytes for t in buffers)
@@ -104,6 +104,8 @@ def _reading(model: nn.Module, quant: Optional[str]) -> int:
     dtype of the computation, and one more copy. A weight that is neither quantized nor under a DoRA adapter is read in
     pieces.
     """
+    from ..sharded.load import PIECE
+
     each = {None: 0, "nf4": 2}.get(quant, 2 + 16)  # bytes of an element
     doras = {id(layer.get_base_layer()) for layer in model.modules() if getattr(layer, "lora_magnitude_vector", None)}
     most = PIECE

@@ -346,7 +346,7 @@ def test_the_summary_and_the_exit_status(tmp_path: Path, monkeypatch: pytest.Mon
     text = next(tmp_path.glob("gpu-*.log")).read_text()
     assert "gpu: core       failed     0 s, 9 rows, 1 failed: exit status 1" in text
     assert "gpu: failed in core: a test" in text
-    assert "| LoRA | 4096 -> 4096 | 8192 | 1.25 | 1.16 | 1.07 |" in text
+    assert "| LoRA | 4096 -> 4096 | 8192 | 1.25 | 1.17 | 1.07 |" in text
 
 
 @pytest.mark.slow
