@@ -19,8 +19,7 @@ In several processes:
     makes all ranks of the default process group drop the families that failed on any rank. :func:`peft_ext.accelerate`
     calls :func:`agree` for a model whose layers transformers' tensor parallelism splits. For any other model, one rank
     alone may call ``accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank,
-    and the warning says that the other ranks may use the family's kernels, which round in another way than the
-    reference.
+    and the warning says that the other ranks may use the family's kernels, which round in another way.
 
 The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
 
@@ -90,8 +89,7 @@ PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises
 _ops = getattr(torch.ops, NAMESPACE)
 # By key, place and family: "", or the reason why the family failed at the place.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-# By dispatch key and unproved family: the family's gates; None for a format, which is proved when the first weight is
-# made.
+# By dispatch key and unproved family: the family's gates; None for a format, proved when the first weight is made.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
 _kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
 _overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
