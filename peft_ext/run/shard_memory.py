@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from torch import Tensor, nn
 
-from ..memory import MemoryEstimate
 from ..nn import NF4Linear, PackedLinear
 from ..nn.experts import FrozenExperts
+
+if TYPE_CHECKING:
+    from ..memory import MemoryEstimate
 
 
 @dataclass(frozen=True)
