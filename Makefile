@@ -35,7 +35,7 @@ LIMIT = $(BIN)/python tools/limit.py
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
-	@echo "make test        the first tier of tests, in some five minutes on two cores"
+	@echo "make test        the first tier of tests, in some six minutes on two cores"
 	@echo "make test-all    the whole test suite, in tens of minutes on two cores"
 	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
@@ -228,7 +228,7 @@ $(VENV)/.zig: $(VENV)/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "ziglang>=0.13"
 	touch $@
 
-# CLANG_CHECK="--products 3" for CI's part of the tests.
+# CLANG_CHECK="--products 8" for CI's part of the tests.
 clang-check aarch64-check macos-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=) $(CLANG_CHECK)
 
