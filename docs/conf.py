@@ -35,8 +35,9 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|peft|transformers|bitsandbytes|nn|abc|collections|pathlib)\b.*"),
     (r"py:class", r"(Tensor|Path|Callable|Mapping|PeftConfig|PeftModel|PeftType|TaskType|PreTrainedModel|Trainer\w*)"),
-    (r"py:class", r"(.*_Model|_Names|peft_ext\.nn\.(adapted|prompt)\.\w+)"),
-    (r"py:class", r"peft_ext\.(run\.(prepare\.Run|config\.Config)|sources\.(tensor_files|conversion)\.\w+)"),
+    (r"py:class", r"(.*_Model|_Names|peft_ext\.nn\.((adapted|prompt)\.\w+|packed\.HoldsPacked))"),
+    (r"py:class", r"peft_ext\.run\.(prepare\.Run|config\.Config|shard_memory\.ShardedMemory)"),
+    (r"py:class", r"peft_ext\.sources\.(tensor_files|conversion)\.\w+"),
 ]
 
 html_theme = "furo"

@@ -31,7 +31,7 @@ class MetaBase:
         folder: the folder of the files.
         layers: the decoder layers, which are the units of FSDP2.
         groups: the plan, in the order of the decoder layers. Each item of the plan is a group and the index of the
-        group's decoder layer, or -1.
+            group's decoder layer, or -1.
         places: name in the state dict of the dense model -> the module and its attribute that hold the tensor.
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.

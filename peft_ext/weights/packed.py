@@ -113,7 +113,7 @@ class PackedWeight:
         group: number of columns that share a scale; 0: all columns of a row.
         option: dtype of the scales, bits of a code, and the format's flags; see :func:`option_of`.
         stacked: whether the weight holds the weights of experts, so that each part consists of the experts' parts, one
-        after the other.
+            after the other.
 
     Raises:
         TypeError: a part is not a tensor, or dtype is not a float dtype.
