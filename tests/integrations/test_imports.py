@@ -54,6 +54,7 @@ OPTIONAL = {
         [["tuners/lora/__init__.py", '"Linear8bitLt"', '"Renamed"']], [], {"LoRA 8bit"},
     ),
     "peft.tuners.lora.gptq.GPTQLoraLinear": (word("GPTQLoraLinear"), [], set()),
+    "peft.tuners.lora.awq.AwqLoraLinear": (word("AwqLoraLinear"), [], set()),
     "peft.tuners.lora.hqq": (
         [["*", r"\.hqq import", ".renamed import"], ["tuners/lora/hqq.py", None, "tuners/lora/renamed.py"]], [], set(),
     ),
