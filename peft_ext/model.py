@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +100,9 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
 
     saved = tuple(getattr(config, "modules_to_save", None) or ())
     tokens = getattr(config, "trainable_token_indices", None) or ()
-    tokens = tuple(tokens) if isinstance(tokens, dict) else ("embed_tokens",) if tokens else ()
+    tables = tuple(tokens) if isinstance(tokens, dict) else ()
+    # PEFT takes a list of tokens for the model's input embedding, whatever the embedding's name.
+    inputs = model.get_input_embeddings() if tokens and not tables and hasattr(model, "get_input_embeddings") else None
     targets = getattr(config, "target_modules", None) or ()
     for name, module in model.named_modules():
         if saved and name.endswith(saved):
@@ -108,11 +111,15 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
                     refuse("modules_to_save would train a copy of", name, inner)
         if not isinstance(module, PackedEmbedding):
             continue
-        if tokens and name.endswith(tokens):
+        if module is inputs or (tables and name.endswith(tables)):
             refuse("trainable_token_indices would write into", name, module)
-        ends = tuple(f".{one}" for one in targets) if not isinstance(targets, str) else ()
-        if getattr(config, "use_dora", False) and ends and f".{name}".endswith(ends):
-            refuse("DoRA's norm needs", name, module)
+        if getattr(config, "use_dora", False):
+            if isinstance(targets, str):
+                adapted = re.fullmatch(targets, name) is not None  # "all-linear" matches no embedding
+            else:
+                adapted = any(f".{name}".endswith(f".{one}") for one in targets)
+            if adapted:
+                refuse("DoRA's norm needs", name, module)
 
 
 def load_adapter(

@@ -58,9 +58,9 @@ def _mxfp4(inputs: ProofInputs, n: int, k: int) -> PackedWeight:
     return mx.mxfp4(_bits(inputs, n, k // 2), inputs.integers(119, 124, n, k // 32).to(torch.uint8))
 
 
-def _nvfp4(inputs: ProofInputs, n: int, k: int, reciprocal: bool) -> PackedWeight:
+def _nvfp4(inputs: ProofInputs, n: int, k: int, *totals: float, reciprocal: bool = False) -> PackedWeight:
     scales = inputs.integers(40, 72, n, k // 16).to(torch.uint8).view(torch.float8_e4m3fn)
-    total = torch.tensor([37.0 if reciprocal else 1 / 37], device=inputs.device)
+    total = torch.tensor(totals, device=inputs.device)
     return mx.nvfp4(_bits(inputs, n, k // 2), scales, total, reciprocal=reciprocal)
 
 
@@ -138,7 +138,11 @@ _GPTQ = functools.partial(_gptq, bits=4)
 _WEIGHTS: dict[str, list[Make]] = {
     "fp4": [_fp4, functools.partial(_fp4, nested=True), _ragged(_fp4)],
     "mxfp4": [_mxfp4],
-    "nvfp4": [functools.partial(_nvfp4, reciprocal=of) for of in (False, True)],
+    "nvfp4": [
+        lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37),
+        lambda inputs, n, k: _nvfp4(inputs, n, k, 37.0, reciprocal=True),
+        lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37, 1 / 90),  # the gate and the up of an expert
+    ],
     "fp8": [_FP8, functools.partial(_fp8, block=(1, 0), of=torch.bfloat16), _ragged(_FP8),
             functools.partial(_fp8, block=(128, 128), of=torch.float8_e8m0fnu)],
     "int": [

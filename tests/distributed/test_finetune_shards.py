@@ -30,18 +30,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def alone(tiny, folder) -> Path:
-    """Returns the output folder of a run of one process, with four examples a step."""
-    assert main(options_of(tiny, folder / "alone", 4)) == 0
-    return folder / "alone"
-
-
 SHARDED = ("--shard", "fsdp2")
 
 

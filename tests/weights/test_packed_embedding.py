@@ -102,6 +102,9 @@ class Model(nn.Module):
         self.body = nn.Sequential(PackedLinear.from_packed(weight, names_of(weight), dtype=torch.float32))
         self.out = nn.Linear(weight.out_features, 8)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
     def forward(self, ids: Tensor) -> Tensor:
         return self.out(self.body(self.table(ids)))
 
@@ -114,7 +117,9 @@ class Model(nn.Module):
         (LoraConfig(target_modules=["out"], modules_to_save=["body"]), r"weight of body \(PackedLinear\)"),
         (IA3Config(target_modules=["out"], feedforward_modules=[], modules_to_save=["0"]), "modules_to_save would"),
         (LoraConfig(target_modules=["out"], trainable_token_indices={"table": [1]}), "trainable_token_indices would"),
+        (LoraConfig(target_modules=["out"], trainable_token_indices=[1]), "trainable_token_indices would"),
         (LoraConfig(target_modules=["table"], use_dora=True), "DoRA's norm needs the packed weight of table"),
+        (LoraConfig(target_modules="ta.*|out", use_dora=True), "DoRA's norm needs the packed weight of table"),
     ],
 )
 def test_configurations_that_need_a_dense_weight_are_refused(config: PeftConfig, text: str, kind: str) -> None:

@@ -136,7 +136,7 @@ if ParamWrapper is not None:
                 return
             for held in (self.lora_A, self.lora_B):  # PEFT would cast the adapter to the dtype of FP8's codes
                 if not held[adapter_name].weight.is_meta:
-                    held[adapter_name].to(codes.device)
+                    held[adapter_name].to(codes.device if device is None else device)
 
         def _add_magnitude(self, name: str, config: Any) -> None:
             self.use_dora[name] = True
