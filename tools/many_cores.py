@@ -258,7 +258,8 @@ def table(records: Records) -> str:
         "(not where this code has PyTorch's products); "
         "≥: without the memory's time:",
         costs_table(records),
-        "**Computed parts of the cost** on one socket; the ideal is 1 for the work, and 0 for the other parts:",
+        "**Computed parts of the cost** of a forward and a backward on one socket; the ideal is 1 for the work, and 0 "
+        "for the other parts:",
         losses_table(records),
         "**Counted** on 64 threads; the pages are those that two sockets use, and those that two sockets write:",
         counts_table(records),
