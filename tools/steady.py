@@ -35,14 +35,14 @@ SHORT = (
     "tests/memory/test_scratch.py",
     "tests/ops/test_set_isa.py",
     "tests/files/test_files.py::test_killed_at_any_moment_the_folder_is_the_old_or_the_new",
-    "tests/merge/test_merge_refusals.py::test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up",
+    "tests/merge/test_merge_gguf.py::test_a_killed_merge_leaves_the_old_file",
     "tests/faults/test_signals.py::test_a_signal_that_ends_a_run_saves_a_checkpoint",
     "tests/faults/test_signals.py::test_a_second_signal_ends_a_run_at_once",
     "tests/files/test_untrusted_adapters.py::test_an_expression_that_does_not_end",
     "tests/files/test_untrusted_adapters.py::test_expressions_that_are_none_and_such_as_end",
     "tests/files/test_untrusted_commands.py::test_chat_refuses_tokenizers_templates_and_generation",
     "tests/files/test_untrusted_commands.py::test_the_commands_refuse_adapters",
-    "tests/benchmarks/test_benchmarks.py::test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept",
+    "tests/native/test_gpu.py::test_a_command_is_cut_off_with_all_that_it_started_and_its_output_kept",
     "tests/cli/test_cli.py::test_ctrl_c_saves_a_checkpoint",
 )
 LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole files, because their tests share setup
