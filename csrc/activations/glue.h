@@ -28,7 +28,7 @@ struct RowsApart {
 
 inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, columns = tensor.size(last);
-  int64_t stride = 0, rows = 1;  // of the dimensions after d, without the last: stride between rows, number of rows
+  int64_t stride = 0, rows = 1;  // rows formed by the dimensions after d, without the last dimension
   bool regular = columns <= 1 || tensor.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; --d) {
     if (tensor.size(d) == 1) continue;

@@ -3,7 +3,7 @@
 //
 //   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
 //
-// Arithmetic is float32 and rounds once. Rows are `stride` elements apart.
+// Arithmetic is in float32, and each result is rounded once. Rows are `stride` elements apart.
 #pragma once
 
 #include <stdint.h>

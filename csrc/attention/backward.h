@@ -1,5 +1,5 @@
-// The backward of attention for a cell of queries and keys: dV, dQ and dK of attention/kernels.h. Include this file
-// after the target pragma and the path's Vec, words and transposition.
+// Computes the backward of attention for one cell of queries and keys: dV, dQ and dK, defined in attention/kernels.h.
+// Include this file after the target pragma and the path's headers of Vec, words and transposition.
 #pragma once
 
 #include "attention/forward.h"
@@ -75,8 +75,8 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
   }
 }
 
-// Adds the keys [key, key_end) to the gradients of a block of queries, from the first block of keys to the last.
-// query_sums: sums of dQ, which are not read if `first`. If `last`, the function computes grad_q from the sums.
+// Adds the terms of the keys [key, key_end) to the gradients of a block of queries, from the first block of keys to the
+// last. query_sums: sums of dQ, which are not read if `first`. If `last`, the function computes grad_q from the sums.
 template <typename T>
 void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t key_end,
                     bool first, bool last, float* key_sums, float* value_sums, float* query_sums, Parts parts) {

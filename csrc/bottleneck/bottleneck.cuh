@@ -22,7 +22,7 @@ struct BottleneckWork {
   const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns], or null
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
-  float scale;          // factor of H in the terms of H
+  float scale;          // factor by which H is multiplied in the terms of H
   const float* grad_h;  // P [rows, size]; only for the gradient
   float* grad_u;        // receives dU [rows, size]; only for the gradient
   bool ones;

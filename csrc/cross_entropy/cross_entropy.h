@@ -4,9 +4,9 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A kernel reads a row for the maximum, for the sum, and for the gradient, which overwrites the row. A row of a 16-bit
-// dtype usually stays in L2 between these readings. Arithmetic is float32. The order of a sum depends only on V and on
-// the path.
+// A kernel reads a row three times: for the maximum, for the sum, and for the gradient, which overwrites the row. A row
+// of a 16-bit dtype usually stays in the L2 cache between these readings. Arithmetic is float32. The order of a sum
+// depends only on V and on the path.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// The functions that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory
-// that is not certainly a local variable, each index beyond an array, and each access through a misaligned pointer.
+// The hooks that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory that
+// is not certainly a local variable, for each index beyond an array, and for each access through a misaligned pointer.
 // These functions replace the sanitizers' runtime libraries, which are not linked. This file is compiled without
 // -fsanitize.
 #include <stdio.h>
@@ -69,7 +69,7 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// The operations of std::atomic, and the guards of local statics, which host code uses.
+// The hooks for the operations of std::atomic and for the guards of local statics, which host code uses.
 #define PEFT_EXT_ATOMIC_UPDATE(bits, name, builtin)                                            \
   uint##bits##_t __tsan_atomic##bits##_##name(uint##bits##_t* at, uint##bits##_t value, int) { \
     check_access(at, bits / 8, Access::kAtomic, SITE);                                         \
@@ -107,7 +107,7 @@ PEFT_EXT_ATOMICS(64)
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-// Replacements for memcpy, memmove and memset in compiled code. device.h renames calls of memcpy and memset to these
+// Replacements for memcpy, memmove and memset in compiled code. device.h renames memcpy, memmove and memset to these
 // functions.
 void* peft_ext_emulator_memcpy(void* to, const void* from, size_t bytes) {
   check_access(from, bytes, Access::kRead, SITE);
