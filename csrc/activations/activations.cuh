@@ -1,6 +1,6 @@
 // Plain and gated activations of rows [T, F], and their gradients:
 //
-//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
+//   y = act(gate) ∘ up;   d gate = dY ∘ up ∘ act'(gate);   d up = dY ∘ act(gate);   if there is no up, up is 1
 //
 // A thread computes eight adjacent columns, 16 bytes of a 16-bit dtype; a block computes 2,048 columns of a row. Rows
 // may have any stride, so that gate and up may be halves of one tensor. Arithmetic is float32 and rounds once:

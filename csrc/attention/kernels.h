@@ -1,8 +1,8 @@
 // The contract of the attention kernels on the CPU; each instruction set has a table of kernels. The kernels compute,
 // for one head, with query i and key j:
 //
-//   S = scale Q Kᵀ + bias   P = softmax(S) over the keys that i may see      O = (D ∘ P) V        lse = ln Σⱼ exp(S)
-//   dV = (D ∘ P)ᵀ dO     dS = P ∘ (D ∘ (dO Vᵀ) - Σ dO ∘ O)                dQ = scale dS K      dK = scale dSᵀ Q
+//   S = scale Q Kᵀ + bias;  P = softmax(S) over the keys that i may see;  O = (D ∘ P) V;  lse = ln Σⱼ exp(S);
+//   dV = (D ∘ P)ᵀ dO;  dS = P ∘ (D ∘ (dO Vᵀ) - Σ dO ∘ O);  dQ = scale dS K;  dK = scale dSᵀ Q
 //
 // D, the dropout, is 1 everywhere if no dropout is applied. With dropout D is 1 / (1 - p) for the keys that query i
 // keeps, and 0 for the others. The random draw for query i and key j of head h in batch b is the draw of element [b, h,

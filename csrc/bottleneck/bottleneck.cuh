@@ -1,8 +1,7 @@
-// The kernels between the two products of a bottleneck adapter. U [T, M], which these kernels read and write, is
-// float32 and small:
+// The kernels between the two products of a bottleneck adapter, which read and write U [T, M], a small float32 matrix:
 //
-//   activate:  U = sums + b_d;  H = act(U)  -> U, and the scaled H as terms
-//   gradient:  dU = P ∘ act'(U)             -> dU, and dU as terms
+//   activate: computes U = sums + b_d and H = act(U), and writes U, and the scaled H as terms;
+//   gradient: computes dU = P ∘ act'(U), and writes dU, and dU as terms
 //
 // As the left operand of expand, H is stored row by row. As the operand L of a rank pass, H is transposed and has a row
 // of ones after its M rows: the product of dYᵀ with the row of ones is the gradient of the bias. A thread computes two

@@ -1,6 +1,6 @@
 // The bottleneck adapter on the CPU:
 //
-//   U = x Dᵀ + b_d [T, M]     H = act(U)     Y = residual + s (H Vᵀ + b_v) [T, N]
+//   U = x Dᵀ + b_d [T, M];   H = act(U);   Y = residual + s (H Vᵀ + b_v) [T, N]
 //
 // In float32, or with mixed dtypes, the forward is one pass over x, and one pass that reads the residual and writes Y;
 // for up to kUnpackedTokens tokens D and V are not packed. The backward is one or two passes over dY for P = s dY V, dV

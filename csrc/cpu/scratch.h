@@ -14,9 +14,9 @@ namespace peft_ext {
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and
-// if W has many columns also the float32 sums of these panels. If dropout acts on the base too, the block holds
-// kPanelStep rows or columns of W, twice as much if they are stored transposed too (kDroppedDepth); then the block
-// exceeds this size only for layers of hundreds of thousands of features.
+// if W has many columns also the float32 sums of these panels. If dropout also acts on the input of the base layer, the
+// kPanel block holds kPanelStep rows or columns of W, and up to a depth of kDroppedDepth also their transpose; such a
+// block exceeds kKeptScratchBytes only for layers of hundreds of thousands of features.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
 // Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call

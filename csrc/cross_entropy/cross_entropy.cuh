@@ -1,7 +1,7 @@
 // Cross entropy of the rows of a chunk of logits x. If needs_grad, the kernel overwrites x with the gradient:
 //
-//   z = c tanh(a x / c), or a x if c = 0     lse = log Σ_v exp z_v     ε: smoothing
-//   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
+//   z = c tanh(a x / c), or a x if c = 0;   lse = log Σ_v exp z_v;   ε is the smoothing;
+//   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
 // A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading gives each thread

@@ -1,7 +1,7 @@
 // The contract of the cross entropy of rows of logits x on the CPU; each instruction set has a kernel.
 //
-//   z = c tanh(a x / c), or a x if c = 0     lse = log Σ_v exp z_v     ε: smoothing
-//   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
+//   z = c tanh(a x / c), or a x if c = 0;   lse = log Σ_v exp z_v;   ε is the smoothing;
+//   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
 // A kernel reads a row three times: for the maximum, for the sum, and for the gradient, which overwrites the row. A row

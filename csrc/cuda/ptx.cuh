@@ -492,8 +492,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row
 
 // Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call the
 // function. A lane holds
-//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column
-//   b[i]: rows 2t + 8 i and the next row, column g
+//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column;
+//   b[i]: rows 2t + 8 i and the next row, column g;
 //   c[i]: row g + 8 (i / 2), column 2t + i % 2
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

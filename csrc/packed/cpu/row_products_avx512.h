@@ -8,7 +8,7 @@
 // multiplied by the scales at the end of the phase. Words of four nibbles are shifted by 0, 4, 8 and 12 bits for four
 // registers.
 //
-// A step is a struct with
+// A step is a struct with the following members:
 //
 //   int kColumns, kParts, kSums                   columns, parts and sums of a phase
 //   int kPhases                                   phases of the step

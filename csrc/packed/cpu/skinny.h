@@ -1,4 +1,4 @@
-// The product of few tokens and a packed weight, x Wᵀ, with the weight decoded in registers.
+// The product of few tokens and a packed weight, x Wᵀ, without a decoded copy of the weight in memory.
 #pragma once
 
 #include <functional>
