@@ -12,9 +12,9 @@
 // of a vector are queries, so that sums over keys are sums of rows. The kernels of AVX512-BF16 and AMX multiply
 // bfloat16 operands in pairs, and round P and dS to bfloat16. Scores, sums and lse are float32.
 //
-// Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth:
-//   left   [rows, depth], whose words are broadcast   right  [depth, lanes], of which vectors of words are loaded
-// On AMX, the operands are tiles (attention/product_amx.h).
+// Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth. A
+// product broadcasts each word of the left operand [rows, depth], and loads vectors of words of the right operand
+// [depth, lanes]. On AMX, the operands are tiles (attention/product_amx.h).
 #pragma once
 
 #include <stddef.h>

@@ -15,10 +15,9 @@
 // difference, so that each row adds up its columns from the first column to the last, and each column adds up its rows
 // from the last row to the first, for every `step`.
 //
-//   phase    a diagonal of one head, in all streams
-//   region   cells that run at the same time, followed by a barrier: the rest of a phase, and the cells of the next
-//            phase whose streams have no cell in this rest. Where possible, the number of cells is a multiple of the
-//            number of threads.
+// A phase is a diagonal of one head, in all streams. A region is a set of cells that run at the same time and are
+// followed by a barrier: the rest of a phase, and the cells of the next phase whose streams have no cell in this rest.
+// Where possible, the number of cells of a region is a multiple of the number of threads.
 //
 // The plan takes the `step` with the smallest computed time. If `step` covers the whole matrix, each head is one cell.
 #pragma once

@@ -2,12 +2,12 @@
 // of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. The number of launches does not
 // depend on the number of experts, and the host does not wait for the offsets. The steps:
 //
-//   forward:   tables of the rows (row_runs); terms of all A_e, B_e (stacks); S: one pass over x; Y: one product, to
-//              which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product)
-//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX: one product, to which mask ∘ (P A_e) is
-//              added. For DoRA, g is in the terms of B_e for P, and in the sum of dB_e. One more pass computes
-//              G = g ∘ dY for dX, and dg
-//   DoRA's norm: terms; one pass over W (dora)
+//   forward:   tables of the rows (row_runs); terms of all A_e and B_e (stacks); S in one pass over x; Y in one
+//              product, to which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product).
+//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX in one product, to which mask ∘ (P A_e)
+//              is added. For DoRA, g is in the terms of B_e for P, and in the sum of dB_e, and one more pass computes
+//              G = g ∘ dY for dX, and dg.
+//   DoRA's norm: terms; one pass over W (dora).
 //
 // With many rows per expert and dense bfloat16 weights, on GPUs of compute capability 9.x and 10.x, PyTorch's grouped
 // product computes D W_eᵀ, and a kernel adds the low-rank term and the bias.

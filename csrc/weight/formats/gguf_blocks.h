@@ -1,13 +1,13 @@
 // The blocks of GGUF's quantized types. A block holds kColumns columns (32 or 256) in kBytes bytes, and is not aligned,
-// so that all its fields are read as bytes. A group is 16 columns. Each struct has
+// so that all its fields are read as bytes. A group is 16 columns. Each struct has the following members:
 //
-//   kColumns, kBytes                 sizes of a block
-//   kScaled                          number of columns that share a scale: 16 or 32
-//   kCodes, kFifthBits               first byte of the codes' low nibbles and of the codes' fifth bits, where one type
-//                                    differs from another
-//   kOffset                          true: W = scale * code + offset; false: W = scale * code
-//   float scale(b, g), offset(b, g)  scale and offset of group g of block b
-//   int code(b, g, i)                stored code of column 16 g + i
+//   kColumns and kBytes              are the sizes of a block in columns and in bytes.
+//   kScaled                          is the number of columns that share a scale: 16 or 32.
+//   kCodes and kFifthBits            are the offsets in a block of the codes' low nibbles and of the fifth bits; blocks
+//                                    whose offsets no template reads do not have these members.
+//   kOffset                          is true if W = scale * code + offset, and false if W = scale * code.
+//   float scale(b, g), offset(b, g)  return the scale and the offset of group g of block b.
+//   int code(b, g, i)                returns the stored code of column 16 g + i of block b.
 //
 // The order of operations is that of the Python package gguf (gguf/quants.py). Each product of a scale and a code has
 // at most 24 significant bits and is exact in float32; a fused multiply-add therefore gives the same bits.
@@ -33,7 +33,7 @@ inline int gguf_fifth_bit(const uint8_t* bits, int g, int i) { return (gguf_u16(
 
 // --- Codes of blocks of 256 columns ----------------------------------------------------------------------------------
 
-// 32 bytes hold 32 columns in each kBits bits; the lowest bits hold the first 32 columns.
+// Each field of kBits bits of 32 bytes holds 32 columns; the lowest field holds the first 32 columns.
 template <int kBits>
 inline int gguf_field(const uint8_t* bytes, int g, int i) {
   constexpr int kRuns = 8 / kBits, kMask = (1 << kBits) - 1;
@@ -109,7 +109,7 @@ struct BlockTQ2_0 {  // fields: codes [64], d
   static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b, g, i); }
 };
 
-struct BlockQ2_K {  // fields: a nibble each of scale and minimum [16], codes [64], d, dmin
+struct BlockQ2_K {  // fields: nibbles of scale and minimum [16], codes [64], d, dmin
   static constexpr int kColumns = 256, kBytes = 84, kScaled = 16;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int g) { return gguf_half(b + 80) * static_cast<float>(b[g] & 15); }
@@ -128,7 +128,8 @@ struct BlockQ3_K {  // fields: third bits [32], codes [64], 6-bit scales [12], d
   static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 32, g, i) | gguf_field<1>(b, g, i) << 2; }
 };
 
-// These functions return the 6-bit scale and the 6-bit minimum of run s from the 12 bytes in a block of Q4_K or Q5_K.
+// gguf_k_scale and gguf_k_minimum return the 6-bit scale and the 6-bit minimum of run s from the 12 bytes in a block of
+// Q4_K or Q5_K.
 inline int gguf_k_scale(const uint8_t* bytes, int s) {
   return s < 4 ? bytes[s] & 63 : (bytes[s + 4] & 15) | (bytes[s - 4] >> 2 & 48);
 }

@@ -1,5 +1,6 @@
 // Integers in rows, as compressed-tensors stores them (pack-quantized, int-quantized, naive-quantized):
-// W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g], where g is the group of column k. The difference is exact.
+// W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g], where g is the group of column k. The difference code - zero is
+// exact.
 //
 // part 0: codes; int32 [N, ceil(K bits / 32)] with code + 2^(bits - 1) in each field, or int8 [N, K] (flag kPlain);
 // part 1: scales [N, G], or one scale (flag kOneScale);
