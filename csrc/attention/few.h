@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kFewKeys = 256;  // number of keys that are added to the sums of O while these are in registers
+constexpr int64_t kFewKeys = 256;  // number of keys whose terms are added while a sum of O stays in a register
 constexpr int kFewVecs = 4;        // number of vectors of a row of O whose sums are in registers at once
 
 struct FewParts {

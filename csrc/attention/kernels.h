@@ -63,12 +63,12 @@ struct Attention {
   HeadsOf q, k, v, out;
   float* lse;  // lse [B, H, queries], which the forward writes and the backward reads
   // The mask as words [B, H, blocks of 64 queries, keys]: bit i of a word tells whether query i of the block may see
-  // the key. A null pointer `mask` means that there is no mask in this form. The strides mask_batch and mask_head are
-  // in words, and 0 for a broadcast dimension.
+  // the key. A null pointer `mask` means that the call has no mask in the form of words. The strides mask_batch and
+  // mask_head are in words, and 0 for a broadcast dimension.
   const uint64_t* mask;
   int64_t mask_batch, mask_head;
-  // The mask as bytes, which only the kernel for few queries reads. A null pointer `seen` means that there is no mask
-  // in this form. The strides seen_batch to seen_key are in bytes, and 0 for a broadcast dimension.
+  // The mask as bytes, which only the kernel for few queries reads. A null pointer `seen` means that the call has no
+  // mask in the form of bytes. The strides seen_batch to seen_key are in bytes, and 0 for a broadcast dimension.
   const uint8_t* seen;
   int64_t seen_batch, seen_head, seen_query, seen_key;
   // The bias [B, H, queries, keys] in bias_dtype, or null. The strides bias_batch to bias_key are in elements, and 0
@@ -84,9 +84,9 @@ struct Attention {
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
-  // Number of keys that the cells reach, a multiple of 64 or all keys. The first cell of a column of cells sets the
-  // key_sums and value_sums of the column's keys to zero, because the memory is then in the cache of the thread that
-  // adds to the sums.
+  // Number of keys that are in at least one cell: a multiple of 64, or all keys. The first cell of a column of cells
+  // sets the key_sums and value_sums of the column's keys to zero, because the memory is then in the cache of the
+  // thread that adds to the sums.
   int64_t reached;
   // sums of dQ: [slots, blocks of queries, size, 64]; null if each head is one cell (attention/plan.h)
   float* query_sums;

@@ -103,14 +103,14 @@ inline bool any_sees(const uint64_t* bits, int64_t rows) {
 }
 inline uint32_t bits_at(uint64_t bits, int64_t vec) { return static_cast<uint32_t>(bits >> (vec * kWidth)); }
 
-// Returns an upper bound of the number of keys that the queries of the block may see. The bound considers `causal`, not
-// the mask.
+// Returns an upper bound of the number of keys that the queries of the block may see. The bound depends on `causal`,
+// and ignores the mask.
 inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the index of the first vector of queries in which a query may see the key. The function considers `causal`,
-// not the mask.
+// Returns the index of the first vector of queries in which a query may see the key. The function tests `causal`, and
+// ignores the mask.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
   return work.causal && key > query ? (key - query) / kWidth : 0;
 }

@@ -22,7 +22,7 @@ struct BottleneckWork {
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
   float scale;          // factor by which H is multiplied in the terms of H
-  const float* grad_h;  // P [rows, size]; only for the gradient
+  const float* grad_h;  // P, the gradient of H [rows, size]; only for the gradient
   float* grad_u;        // receives dU [rows, size]; only for the gradient
   bool ones;
   int64_t padded_rows, padded_size;  // numbers of rows and columns of the terms, with padding

@@ -9,8 +9,8 @@
 // The next functions are about the build and about the CPU paths. The library owns the returned strings. Paths are
 // numbered from 0 to peft_ext_isa_count() - 1.
 PEFT_EXT_API const char* peft_ext_version();
-PEFT_EXT_API const char* peft_ext_built_for_torch();  // the torch whose headers the library was compiled with
-PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest torch that the library runs on
+PEFT_EXT_API const char* peft_ext_built_for_torch();  // the version of torch whose headers the build used
+PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest version of torch that the library runs on
 PEFT_EXT_API const char* peft_ext_compiler();
 PEFT_EXT_API int peft_ext_isa_count();
 PEFT_EXT_API const char* peft_ext_isa_name(int isa);

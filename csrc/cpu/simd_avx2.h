@@ -59,7 +59,7 @@ struct Vec {
   }
   Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   Vec round() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // Returns a 2^whole for integers `whole` from -126 to 127.
+  // Returns a * 2^whole for integers `whole` from -126 to 127.
   static Vec times_exp2(Vec a, Vec whole) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(whole.v), _mm256_set1_epi32(127));
     return mul(a, {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))});

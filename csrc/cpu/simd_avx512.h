@@ -64,7 +64,7 @@ struct Vec {
   }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
   Vec round() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // Returns a 2^whole for integers `whole` from -126 to 127.
+  // Returns a * 2^whole for integers `whole` from -126 to 127.
   static Vec times_exp2(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
   // Returns a vector whose lane i is the sum of all lanes of of[i].

@@ -4,13 +4,13 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading gives each thread
-// its largest z and the sum of exp(z - largest); these values are combined over lanes and then over warps in a fixed
-// order. The second reading of the row gives the gradient. If a row has more than 64 KiB, the block keeps the first 96
-// KiB of the row in shared memory, and reads the rest of the row from L2 again: with two blocks of 1,024 threads on
-// each of the 132 multiprocessors of an H100, the rests of the rows need 42 MB of L2 if a row has 128,000 16-bit
-// logits. The L2 cache of an H100 has 50 MB. Arithmetic is in float32, and each result is rounded once. Bytes moved
-// with the gradient: the row is read once from memory, and written once.
+// A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading of the row gives
+// each thread its largest z and its sum of exp(z - largest); these values are combined over lanes and then over warps
+// in a fixed order. The second reading of the row gives the gradient. If a row has more than 64 KiB, the block keeps
+// the first 96 KiB of the row in shared memory, and reads the rest of the row from L2 again: with two blocks of 1,024
+// threads on each of the 132 multiprocessors of an H100, the rests of the rows need 42 MB of L2 if a row has 128,000
+// 16-bit logits. The L2 cache of an H100 has 50 MB. Arithmetic is in float32, and each result is rounded once. Bytes
+// moved with the gradient: the row is read once from memory, and written once.
 #pragma once
 
 #include <math.h>
@@ -22,17 +22,17 @@ namespace peft_ext {
 
 struct CrossEntropyWork {
   void* logits;              // logits x [T, V]; overwritten with the gradient if needs_grad
-  const int64_t* labels;     // [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
-  const float* row_weight;   // w [T]; a null pointer stands for ones
+  const int64_t* labels;     // labels [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
+  const float* row_weight;   // row weights w [T]; a null pointer stands for ones
   float* losses;             // receives the losses [T], not multiplied by w
   int64_t columns, ignored;  // columns: V; ignored: the label of tokens without a loss
   float scale, softcap, smoothing;
   bool needs_grad, whole;
 };
 
-// Number of threads of a block for a row of up to kShortRow bytes, and for a longer row. kHeldBytes: the part of a
-// longer row that stays in shared memory. On a GPU of compute capability 8.6, a block has at most 99 KiB of shared
-// memory.
+// kCrossEntropyThreads and kLongRowThreads: number of threads of a block for a row of up to kShortRow bytes, and for a
+// longer row. kHeldBytes: number of bytes of a longer row that stay in shared memory. On a GPU of compute capability
+// 8.6, a block has at most 99 KiB of shared memory.
 constexpr int kCrossEntropyThreads = 512, kLongRowThreads = 1024;
 constexpr int64_t kShortRow = 65536, kHeldBytes = 98304;
 

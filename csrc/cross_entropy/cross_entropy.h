@@ -19,8 +19,8 @@ struct CrossEntropy {
   void* logits;  // logits x [T, V]; overwritten with the gradient if needs_grad
   DType dtype;
   int64_t columns;          // V
-  const int64_t* labels;    // [T]; a row with the ignored label gets loss and gradient 0
-  const float* row_weight;  // w [T]; a null pointer stands for ones
+  const int64_t* labels;    // labels [T]; a row with the ignored label gets loss and gradient 0
+  const float* row_weight;  // row weights w [T]; a null pointer stands for ones
   float* losses;            // receives the losses [T], not multiplied by w
   float scale, softcap, smoothing;
   int64_t ignored;

@@ -100,7 +100,8 @@ std::atomic<PeftExtImageSource> image_source{nullptr};
 
 // Returns the C++ expression that names the kernel for NVRTC: namespace, name and template arguments.
 std::string expression(const Kernel& kernel) {
-  const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');  // a first '*' means internal linkage
+  // a name with a first '*' has internal linkage
+  const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');
   int status = 0;
   char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   STD_TORCH_CHECK(text != nullptr, "peft_ext: a kernel has an unreadable name: ", mangled);
@@ -216,9 +217,9 @@ int compute_capability(int device) {
 }
 
 const char* device_fault() {
-  // After the errors with these numbers, every later call of the driver fails: an uncorrectable memory error (214), and
-  // faults of kernels (700 to 799). Without the relaxed mode, stream_query would invalidate a CUDA graph that another
-  // thread or stream is capturing.
+  // After error 214 (an uncorrectable memory error) and errors 700 to 799 (faults of kernels), every later call of the
+  // driver fails. Without the relaxed mode, stream_query would invalidate a CUDA graph that another thread or stream is
+  // capturing.
   const RelaxedCapture while_asking;
   const Result result = driver().stream_query(nullptr);
   return result == 214 || (result >= 700 && result < 800) ? described(result) : "";

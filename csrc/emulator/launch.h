@@ -17,7 +17,7 @@ enum class Use {
 };
 
 // The global memory of the launches of one Launcher, which run one after another. An access to global memory that was
-// not added is a fault, except for a read of read-only data.
+// not added to the Memory object is a fault, except for a read of read-only data.
 class Memory {
  public:
   Memory() = default;

@@ -153,7 +153,7 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& r
 
 // The operands of the last operations on a product.
 struct Finish {
-  std::optional<Tensor> bias, scale, z;  // z receives the value that g, the `scale`, scales
+  std::optional<Tensor> bias, scale, z;  // z receives the product before it is multiplied by `scale`
 };
 
 // Returns scale ∘ (left W_eᵀ + low-rank term) + bias with `transpose`, and the same formula with W_e in place of W_eᵀ

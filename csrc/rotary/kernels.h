@@ -27,7 +27,7 @@ struct Rotary {
   bool back;
   int64_t tokens, size;   // T and D
   Heads parts[2];         // q and k
-  const void *cos, *sin;  // [B or 1, T, D] contiguous
+  const void *cos, *sin;  // cos and sin [B or 1, T, D], contiguous
   int64_t cos_batch;      // stride between batches; 0 if one cos and sin serve all batches
 };
 

@@ -5,10 +5,10 @@
 //
 // g is the output scale of DoRA; without DoRA there is no g. If `z` is given, the kernel also stores the values that
 // are multiplied by g. In the forward, D is x, W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is B_e.
-// For dX, D is dY, W_e is the transposed weight, L is P, F_e is A_e's transpose, and the term is masked by dropout. W
-// is dense, in either order of storage, or NF4, which the kernel decodes. The contiguous dimension of W is the summed
-// dimension (kAlong) or the columns (kAcross); for other strides and sizes elements are loaded one by one (kAny). Rows
-// that belong to no expert are set to zero.
+// For dX, D is dY, W_e is the transposed weight, L is P, F_e is A_e's transpose, and the low-rank term is masked by
+// dropout. W is dense, in either order of storage, or NF4, which the kernel decodes. The contiguous dimension of W is
+// the summed dimension (kAlong) or the columns (kAcross); for other strides and sizes elements are loaded one by one
+// (kAny). Rows that belong to no expert are set to zero.
 //
 // A thread block of 8 warps computes a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w
 // computes 32 x 32 outputs: the rows from 32 (w % 2) on and the columns from 32 (w / 2) on. In float32, warp w computes
@@ -17,14 +17,15 @@
 //
 // The thread blocks of one tile of rows are adjacent in the grid, so that L2 serves the repeated reads of D; the tiles
 // of one expert are adjacent, so that L2 serves the repeated reads of the expert's W. The loop over the summed
-// dimension takes slabs of 128 bytes of a row of D and of W. Slabs pass through two stages of shared memory: cp.async
-// fills one stage while the products read the other stage. The codes of an NF4 W are loaded into registers three slabs
-// ahead and are decoded one slab ahead, each code to round(code · scale) as in nf4_dequantize. In a stage, the 16 bytes
-// with the number `group` in a line are stored at place group ^ line % 8 of the line, so that ldmatrix has no bank
-// conflicts. 16-bit dtypes use mma.sync with float32 sums. float32 uses FMAs, where a thread computes 8 rows and 4
-// columns. At the end, each warp reads sums from shared memory, adds the low-rank term, which is computed as in
-// expand.cuh, rounds once, and stores 8 elements per lane. Shared memory: 48 KiB. Bytes moved: D, W (of experts that
-// have rows) and out, once each. From L2, D is read C / 128 times, and W once per 64 rows.
+// dimension goes through D and W in slabs: a slab has 128 bytes of each row of D, and the same summed elements of W.
+// Slabs pass through two stages of shared memory: cp.async fills one stage while the products read the other stage. The
+// codes of an NF4 W are loaded into registers three slabs ahead and are decoded one slab ahead, each code to round(code
+// · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number `group` in a line are stored at place group ^
+// line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums. float32
+// uses FMAs, where a thread computes 8 rows and 4 columns. At the end, each warp reads sums from shared memory, adds
+// the low-rank term, which is computed as in expand.cuh, rounds once, and stores 8 elements per lane. Shared memory: 48
+// KiB. Bytes moved: D, W (of experts that have rows) and out, once each. From L2, D is read C / 128 times, and W once
+// per 64 rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"

@@ -68,7 +68,7 @@ struct SmallBlockStep : GgufStep<Block> {
     using Of = BlockWords<Block, 4>;
     constexpr int kWords = Block::kBytes / 2;
     constexpr Words kCodes = Of::picked([](int i) { return i / 8 * kWords + Block::kCodes / 2 + i % 8; });
-    // Words 0 to 15 pick the scale of each of 16 lanes, and words 16 to 31 repeat the four blocks' offsets.
+    // In kScales, words 0 to 15 pick the scale of each of 16 lanes, and words 16 to 31 repeat the four blocks' offsets.
     constexpr Words kScales = Of::picked([](int i) { return i < 16 ? i / 4 * kWords : i % 4 * kWords + 1; });
     const Of words(this->bytes(j), blocks);
     Held held;

@@ -17,7 +17,7 @@
 //   int kAddColumns                       is the number of columns that share one addend.
 //   int register_of(part)                 returns the register of x, within the phase, that a part is multiplied with.
 //   int sum_of(part)                      returns the sum to which the products of a part are added.
-//   int column_of(reg, word)              returns the column, within the phase, in a word of a register of x.
+//   int column_of(reg, word)              returns the column, within the phase, that a word of a register of x holds.
 //   open(w, row)                          begins a row of W.
 //   enter(start, stop)                    begins the columns [start, stop) of a chunk.
 //   Held load(column, blocks)             reads the step from `column` on, of which `blocks` * 32 columns exist.

@@ -27,7 +27,7 @@ struct GgufIQ4Table {
   }
 };
 
-// The number that a stored code stands for: twice its e2m1 value. The code 8 is +0 in ggml.
+// The number that a stored code stands for: twice the e2m1 value of the code. The code 8 is +0 in ggml.
 struct GgufTwiceE2M1 {
   static constexpr bool kTable = true;
   static constexpr int value(int code) {
