@@ -38,7 +38,7 @@ constexpr int64_t kBlockCost = 16;
 constexpr int64_t kTurnCost = 2;    // cost of converting a block of queries to operands, once in each cell
 constexpr int64_t kRegionCost = 4;  // cost of starting the threads and waiting for the last thread
 
-// largest number of cells in a row or column of a plan; limits the time of planning
+// Largest number of cells in a row or column of a plan. The limit bounds the time of planning.
 constexpr int64_t kMostCells = 256;
 
 struct ForwardPlan {

@@ -3,9 +3,9 @@
 //   activate: computes U = sums + b_d and H = act(U), and writes U, and the scaled H as terms;
 //   gradient: computes dU = P ∘ act'(U), and writes dU, and dU as terms
 //
-// As the left operand of expand, H is stored row by row. As the operand L of a rank pass, H is transposed and has a row
-// of ones after its M rows: the product of dYᵀ with the row of ones is the gradient of the bias. A thread computes two
-// adjacent columns. All arithmetic is float32.
+// The terms (linear/cuda/terms.cuh) of H as the left operand of expand are stored row by row. As the operand L of a
+// rank pass, H is transposed and has a row of ones after its M rows: the product of dYᵀ with the row of ones is the
+// gradient of the bias. A thread computes two adjacent columns. All arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"

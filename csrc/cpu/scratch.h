@@ -9,8 +9,9 @@
 
 namespace peft_ext {
 
-// Uses of scratch memory. On one thread, the block of a use has one user at a time. The threads of a parallel loop have
-// blocks for the uses kPanel and kRows; the thread that calls an operator has a block for each use.
+// Uses of scratch memory. On one thread, no two functions use the block of one `Scratch` value at the same time. The
+// threads of a parallel loop have blocks for the uses kPanel and kRows; the thread that calls an operator has a block
+// for each use.
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and
@@ -26,8 +27,8 @@ void* scratch(Scratch use, size_t bytes);
 // Releases the calling thread's block for the use if the block is above kKeptScratchBytes.
 void release_large_scratch(Scratch use);
 
-// An object that lives during a call whose scratch may have any size. The destructor releases the calling thread's
-// large blocks.
+// A call that may need scratch of any size holds a ScratchOfCall object. The destructor of ScratchOfCall releases the
+// calling thread's large blocks.
 struct ScratchOfCall {
   ScratchOfCall() = default;
   ScratchOfCall(const ScratchOfCall&) = delete;

@@ -70,7 +70,7 @@ class Loops {
     loops_.push_back({count, std::max<int64_t>(1, work), total_, std::move(f)});
     total_ += count * loops_.back().work;
   }
-  // Runs the loops. grain: the least work of a thread.
+  // Runs the loops. grain: the least work of a thread, in the unit of `work`.
   void run(int64_t grain) const {
     parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
       for (const Loop& loop : loops_) {

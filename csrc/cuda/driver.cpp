@@ -100,7 +100,7 @@ std::atomic<PeftExtImageSource> image_source{nullptr};
 
 // Returns the C++ expression that names the kernel for NVRTC: namespace, name and template arguments.
 std::string expression(const Kernel& kernel) {
-  // a name with a first '*' has internal linkage
+  // A mangled name that starts with '*' has internal linkage.
   const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');
   int status = 0;
   char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);

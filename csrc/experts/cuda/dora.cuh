@@ -12,7 +12,7 @@ namespace peft_ext {
 
 struct StackNorm {
   StackView weight;                   // W_e; a column of the view is an output of the layer, that is a row of W_e
-  Terms left, right;                  // terms of the first expert's B and transposed A, as for a float32 result
+  Terms left, right;                  // terms of the first expert's B and Aᵀ, as many as for a float32 result
   int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
   // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros
   const int64_t* ends;

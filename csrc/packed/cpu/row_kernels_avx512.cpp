@@ -99,7 +99,8 @@ struct TableStep : NibbleStep<F::kNibbles> {
 
 // --- Integers in rows ------------------------------------------------------------------------------------------------
 
-// The scales of IntRows, and, if kZeros, the addends (middle - zero) * scale. A step multiplies x with the number code
+// Decodes the scales of IntRows, and, if kZeros, computes the addends (middle - zero) * scale. A step multiplies x with
+// the number code
 // - middle, where middle is 8 or 128, or 0 for signed codes.
 template <bool kZeros>
 struct IntRow {
