@@ -1,6 +1,6 @@
-// Defines the pybind11 module _C: the functions of common/api.h for Python. The module has no code of its own and no
-// torch headers, and needs the native library to be loaded before. The functions may run on several threads at a time,
-// so that a free-threaded Python keeps its global lock off.
+// Defines the pybind11 module _C: the functions of common/api.h for Python. The module computes nothing itself,
+// includes no torch headers, and needs the native library to be loaded before. The module declares that its functions
+// may run on several threads at a time, so that a free-threaded Python keeps its global lock off.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -56,8 +56,8 @@ std::map<std::string, std::string> sources() {
   return found;
 }
 
-// The Python function that returns (symbol, machine code). The function is never released: a thread may launch a kernel
-// while Python shuts down.
+// The Python function that returns (symbol, machine code) of a CUDA kernel. The Python function is never released: a
+// thread may launch a kernel while Python shuts down.
 std::atomic<PyObject*> image_function{nullptr};
 
 void image_of(const char* name, const char* file, int capability, PeftExtImage* image) {
@@ -69,7 +69,7 @@ void image_of(const char* name, const char* file, int capability, PeftExtImage* 
     image->symbol = symbol.c_str();
     image->data = data.data();
   } catch (py::error_already_set& caught) {
-    if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // Python raises the exception again later
+    if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // Python raises KeyboardInterrupt again later
     error = caught.what();
     image->error = error.c_str();
   } catch (const std::exception& caught) {

@@ -1,11 +1,11 @@
 // Plain and gated activations of rows [T, F], and their gradients:
 //
-//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
+//   y = act(gate) ∘ up;   d gate = dY ∘ up ∘ act'(gate);   d up = dY ∘ act(gate);   if there is no up, up is 1
 //
 // A thread computes eight adjacent columns, 16 bytes of a 16-bit dtype; a block computes 2,048 columns of a row. Rows
-// may have any stride, so that gate and up may be halves of one tensor. Arithmetic is float32 and rounds once:
-// act(gate) is not rounded in between. Bytes moved: each matrix once; with up, 3 TF elements in the forward and 5 TF in
-// the gradient.
+// may have any stride, so that gate and up may be halves of one tensor. Arithmetic is in float32, and each result is
+// rounded once: act(gate) is not rounded before the product with up. Bytes moved: each matrix once; with up, 3 TF
+// elements in the forward and 5 TF in the gradient.
 #pragma once
 
 #include "cuda/activation.cuh"

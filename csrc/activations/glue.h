@@ -19,8 +19,9 @@ inline Activation checked_gate(const char* op, int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
-// A tensor [..., columns] as contiguous rows with a distance of `stride` elements between neighbouring rows. A half of
-// a wider contiguous tensor is used directly. A tensor whose rows do not all have the same distance is copied.
+// A tensor [..., columns] as contiguous rows with a distance of `stride` elements between neighbouring rows. rows_apart
+// uses a half of a wider contiguous tensor without a copy. rows_apart copies a tensor whose rows do not all have the
+// same distance.
 struct RowsApart {
   torch::stable::Tensor held;
   int64_t stride;
@@ -28,7 +29,7 @@ struct RowsApart {
 
 inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, columns = tensor.size(last);
-  int64_t stride = 0, rows = 1;  // of the dimensions after d, without the last: stride between rows, number of rows
+  int64_t stride = 0, rows = 1;  // stride and number of the rows that the dimensions after d, without the last, form
   bool regular = columns <= 1 || tensor.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; --d) {
     if (tensor.size(d) == 1) continue;

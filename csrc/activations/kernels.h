@@ -1,9 +1,9 @@
 // The contract of the plain and gated activations on the CPU; each instruction set has a table of kernels. A kernel
 // reads or writes each matrix once.
 //
-//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
+//   y = act(gate) ∘ up;   d gate = dY ∘ up ∘ act'(gate);   d up = dY ∘ act(gate);   if there is no up, up is 1
 //
-// Arithmetic is float32 and rounds once. Rows are `stride` elements apart.
+// Arithmetic is in float32, and each result is rounded once. Rows are `stride` elements apart.
 #pragma once
 
 #include <stdint.h>

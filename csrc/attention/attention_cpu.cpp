@@ -24,7 +24,8 @@ namespace {
 // Number of streams (attention/plan.h) that the backward makes, if possible: the backward divides the query heads of
 // each key head into splits until there are kStreams streams, or each query head is a split of its own.
 constexpr int64_t kStreams = 32;
-// Largest number of floats in the sums of dK and dV of all splits, and in the sums of dQ: 128 MiB.
+// Largest number of floats (128 MiB) in the sums of dK and dV of all splits, and largest number of floats in the sums
+// of dQ.
 constexpr int64_t kMostSums = int64_t{1} << 25;
 
 const AttentionKernels& attention_kernels(DType dtype) {
@@ -71,8 +72,8 @@ HeadsOf heads_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Returns [B, H, T, D] with the memory layout [B, T, H, D], which the next layer needs. For autograd the result is not
-// a view.
+// Returns [B, H, T, D] with the memory layout [B, T, H, D], which the next layer needs. PyTorch's autograd does not
+// treat the result as a view.
 Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size, ScalarType type) {
   const Tensor held = empty({batches, tokens, heads, size}, type);
   const int64_t shape[] = {batches, heads, tokens, size};
@@ -82,7 +83,8 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
   return Tensor(out);
 }
 
-// Packs the bool mask into words with one bit for each of 64 queries. The result is [B or 1, H or 1, ceil(T / 64), S].
+// Packs the bool mask into 64-bit words: a word has one bit for each of 64 queries. The shape of the packed mask is [B
+// or 1, H or 1, ceil(T / 64), S].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
   const Tensor words = empty({batches, heads, blocks, keys, 8}, ScalarType::Byte);
@@ -197,13 +199,13 @@ struct Call {
                 [&](int64_t begin, int64_t end, void* own) { isa.pack(work, begin, end, own); });
   }
 
-  // Calls f(begin, end, scratch of `bytes` bytes) for parts of [0, units).
+  // Calls f(begin, end, scratch) in parallel for parts [begin, end) of [0, units); `scratch` has `bytes` bytes.
   template <typename F>
   void in_parallel(int64_t units, size_t bytes, const F& f) {
     parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       f(begin, end, scratch(Scratch::kPanel, bytes));
-      // Releases a large block of scratch, which a head size of thousands needs. The scratch of the sums stays
-      // allocated, because other threads may still use the sums.
+      // Releases the scratch of f if it is large, as for a head size of thousands. The scratch that holds the sums
+      // stays allocated, because other threads may still use the sums.
       release_large_scratch(Scratch::kPanel);
     });
   }

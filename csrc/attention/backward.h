@@ -1,5 +1,5 @@
-// The backward of attention for a cell of queries and keys: dV, dQ and dK of attention/kernels.h. Include this file
-// after the target pragma and the path's Vec, words and transposition.
+// Computes the backward of attention for one cell of queries and keys: dV, dQ and dK, defined in attention/kernels.h.
+// Include this file after the target pragma and the path's headers of Vec, words and transposition.
 #pragma once
 
 #include "attention/forward.h"
@@ -13,7 +13,7 @@ struct BackwardParts {
   Element *q_rows, *grad_rows;      // copies of rows of q and dO, unless the products read q and dO in place
   Element *q_turned, *grad_turned;  // q and dO as right operands whose depth is the head size
   Element *q_joined, *grad_joined;  // q and dO as right operands whose depth is the queries
-  Element *p, *ds, *ds_joined;      // p, ds: left operands, depth queries; ds_joined: dS as right operand, depth keys
+  Element *p, *ds, *ds_joined;      // P and dS with depth queries (left operands); dS with depth keys (right operand)
   float *s, *dp, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
@@ -75,8 +75,9 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
   }
 }
 
-// Adds the keys [key, key_end) to the gradients of a block of queries, from the first block of keys to the last.
-// query_sums: sums of dQ, which are not read if `first`. If `last`, the function computes grad_q from the sums.
+// Adds the terms of the keys [key, key_end) to the gradients of a block of queries, from the first block of keys to the
+// last. query_sums: the sums of dQ, which the function does not read if `first` is true. If `last`, the function
+// computes grad_q from the sums.
 template <typename T>
 void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t key_end,
                     bool first, bool last, float* key_sums, float* value_sums, float* query_sums, Parts parts) {

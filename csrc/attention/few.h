@@ -1,7 +1,7 @@
-// The forward of attention for few queries, as in generation: O and lse of attention/kernels.h. The rows of a unit are
-// up to kFewRows queries of the heads that share a key head. A thread reads k and v in place, once for all rows of a
-// unit, and holds S and P of these rows in float32. Include this file after the target pragma, the path's Vec and
-// forward.h.
+// Computes the forward of attention for few queries, as in generation: O and lse, defined in attention/kernels.h. A
+// unit of work has up to kFewRows rows: a row is one query of one of the query heads that share a key head. A thread
+// reads k and v in place, once for all rows of a unit, and holds S and P of these rows in float32. Include this file
+// after the target pragma, the path's Vec and forward.h.
 #pragma once
 
 #include "attention/forward.h"
@@ -9,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kFewKeys = 256;  // number of keys whose terms are summed before they are added to O
-constexpr int kFewVecs = 4;        // number of vectors of O that are summed at once
+constexpr int64_t kFewKeys = 256;  // number of keys whose terms are added while a sum of O stays in a register
+constexpr int kFewVecs = 4;        // number of vectors of a row of O whose sums are in registers at once
 
 struct FewParts {
   float *q, *p, *o;
@@ -27,7 +27,7 @@ inline bool sees(const Attention& work, int64_t batch, int64_t head, int64_t que
              0;
 }
 
-// Computes out and lse of the rows [row, row + kRowsOfUnit) of the H / Hkv · T rows of a key head.
+// Computes out and lse of the rows [row, row + kRowsOfUnit). A key head has H / Hkv · T rows.
 template <typename T, int kRowsOfUnit>
 void few_rows(const Attention& work, int64_t batch, int64_t kv_head, int64_t row, Parts parts) {
   const FewParts own(&parts, work);

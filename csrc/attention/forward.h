@@ -1,5 +1,5 @@
-// The forward of attention for a block of queries: O and lse of attention/kernels.h. Include this file after the target
-// pragma and the path's Vec, words and transposition.
+// Computes the forward of attention for a block of queries: O and lse, defined in attention/kernels.h. Include this
+// file after the target pragma and the path's headers of Vec, words and transposition.
 #pragma once
 
 #include <math.h>
@@ -30,8 +30,8 @@ struct ForwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
-// Updates each query's largest score with a block of scores [count, 64]. Computes the factor `change`, by which the
-// sums of the earlier blocks are multiplied.
+// Updates the largest score of each query with the scores [count, 64] of a block of keys. Computes the factor `change`,
+// by which the sums of the earlier blocks are multiplied.
 inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
   const Vec nothing = Vec::broadcast(-INFINITY);
   for (int64_t v = 0; v < vecs; ++v) {
@@ -54,9 +54,9 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
   }
 }
 
-// Computes exp(S - largest S) of a block as a right operand, with dropout, and adds the block's sums without dropout to
-// the older sums. The block is summed alone before this addition: with a hundred thousand keys, a single term would be
-// rounded to the last bit of a large sum.
+// Writes P = exp(S - largest S) of a block of keys, with dropout, as a right operand, and adds the block's sums of P
+// without dropout to the sums of the earlier blocks. The function sums the block alone before it adds to the earlier
+// sums, because a single term that is added to the sum of a hundred thousand keys would lose almost all of its bits.
 inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale,
                               bool first, const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {
@@ -68,8 +68,8 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
       for (int64_t i = 0; i < kWord; ++i) {
         p[i] = zero;
         if (r + i >= count) continue;
-        // The difference is computed before the product, so that the largest score gives the exponent 0 exactly,
-        // whatever the score's size.
+        // The difference S - largest S is computed before the product with the scale, so that the largest score gives
+        // the exponent 0 exactly, whatever the score's size.
         p[i] = vec_exp2(Vec::mul(Vec::sub(Vec::load(own.s + (r + i) * kQueries + v * kWidth), most), factor));
         if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
         sum = Vec::add(sum, p[i]);
@@ -125,8 +125,8 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   }
   float* lse = work.lse + (batch * work.heads + head) * work.queries + query;
   for (int64_t i = 0; i < count; ++i) {
-    // If a bias of -inf gives all visible keys the score -inf, the sum is close to zero but not 0 (vec_exp2 returns at
-    // least 2^-126).
+    // The condition also tests `largest`: if a bias of -inf gives all visible keys the score -inf, the sum is close to
+    // zero but not 0, because vec_exp2 returns at least 2^-126.
     const bool sees = (own.sum[i] > 0.0f || own.sum[i] != own.sum[i]) && own.largest[i] != -INFINITY;
     lse[i] = sees ? own.largest[i] * work.scale + logf(own.sum[i]) : 0.0f;
     own.change[i] = sees ? work.dropout.scale / own.sum[i] : 0.0f;

@@ -1,19 +1,20 @@
-// The contract of the attention kernels on the CPU; each instruction set has a table of kernels. For one head, with
-// query i and key j:
+// The contract of the attention kernels on the CPU; each instruction set has a table of kernels. The kernels compute,
+// for one head, with query i and key j:
 //
-//   S = scale Q Kᵀ + bias   P = softmax(S) over the keys that i may see      O = (D ∘ P) V        lse = ln Σⱼ exp(S)
-//   dV = (D ∘ P)ᵀ dO     dS = P ∘ (D ∘ (dO Vᵀ) - Σ dO ∘ O)                dQ = scale dS K      dK = scale dSᵀ Q
+//   S = scale Q Kᵀ + bias;  P = softmax(S) over the keys that i may see;  O = (D ∘ P) V;  lse = ln Σⱼ exp(S);
+//   dV = (D ∘ P)ᵀ dO;  dS = P ∘ (D ∘ (dO Vᵀ) - Σ dO ∘ O);  dQ = scale dS K;  dK = scale dSᵀ Q
 //
-// D is 1 without dropout. With dropout D is 1 / (1 - p) for the keys that query i keeps, and 0 for the others. The draw
-// of query i and key j of head h in batch b is that of the flat index of [b, h, j, i] in [B, H, keys, queries].
+// D, the dropout, is 1 everywhere if no dropout is applied. With dropout D is 1 / (1 - p) for the keys that query i
+// keeps, and 0 for the others. The random draw for query i and key j of head h in batch b is the draw of element [b, h,
+// j, i] of a contiguous tensor [B, H, keys, queries].
 //
 // A thread holds S, P and dS for one block of queries and keys at a time, and transposed: a row is a key, and the lanes
-// of a vector are queries, so that sums over keys are sums of rows. AVX512-BF16 and AMX multiply bfloat16 operands in
-// pairs, and P and dS are then rounded to bfloat16. Scores, sums and lse are float32.
+// of a vector are queries, so that sums over keys are sums of rows. The kernels of AVX512-BF16 and AMX multiply
+// bfloat16 operands in pairs, and round P and dS to bfloat16. Scores, sums and lse are float32.
 //
-// Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth:
-//   left   [rows, depth], whose words are broadcast   right  [depth, lanes], of which vectors of words are loaded
-// On AMX, the operands are tiles (attention/product_amx.h).
+// Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth. A
+// product broadcasts each word of the left operand [rows, depth], and loads vectors of words of the right operand
+// [depth, lanes]. On AMX, the operands are tiles (attention/product_amx.h).
 #pragma once
 
 #include <stddef.h>
@@ -27,12 +28,14 @@ constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
 constexpr int64_t kLeastStep = 2;   // the side of a cell is a multiple of this number of blocks
 constexpr int64_t kMaskBits = 64;   // number of queries whose bits of the mask share one word
 
-// The units of work that attention/plan.h divides among threads. A forward unit is a block of queries of one head.
+// ForwardUnit and BackwardCell are the units of work that attention/plan.h divides among threads. A forward unit is a
+// block of queries of one head.
 struct ForwardUnit {
-  int64_t head, block;  // `head` counts over the heads of all batches
+  int64_t head, block;  // head: index among the heads of all batches, B · H heads
 };
 
-// A cell: the blocks [query, query_end) by [key, key_end) of one head of a stream.
+// A backward unit is a cell: the blocks of queries [query, query_end) by the blocks of keys [key, key_end) of one head
+// of a stream.
 struct BackwardCell {
   int64_t stream, head;
   int64_t slot;  // index of the dQ memory that the stream uses
@@ -40,8 +43,8 @@ struct BackwardCell {
   bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
 };
 
-// Number of queries of a unit of the kernel for few queries, and the largest number of queries of a head for which this
-// kernel runs.
+// kFewRows: number of queries in a unit of the kernel for few queries. kFewQueries: the largest number of queries of a
+// head for which the kernel for few queries runs.
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewQueries = 8;
 
@@ -58,51 +61,52 @@ struct Attention {
   float scale;
   bool causal;  // query i may see key j only if j <= i
   HeadsOf q, k, v, out;
-  float* lse;  // receives lse [B, H, queries]
+  float* lse;  // lse [B, H, queries], which the forward writes and the backward reads
   // The mask as words [B, H, blocks of 64 queries, keys]: bit i of a word tells whether query i of the block may see
-  // the key. A null pointer means that there is no mask. Strides are in words; a stride is 0 if the dimension is
-  // broadcast.
+  // the key. A null pointer `mask` means that the call has no mask in the form of words. The strides mask_batch and
+  // mask_head are in words, and 0 for a broadcast dimension.
   const uint64_t* mask;
   int64_t mask_batch, mask_head;
-  // The mask as bytes, for few queries alone. A null pointer means that there is no mask. A stride is 0 if the
-  // dimension is broadcast.
+  // The mask as bytes, which only the kernel for few queries reads. A null pointer `seen` means that the call has no
+  // mask in the form of bytes. The strides seen_batch to seen_key are in bytes, and 0 for a broadcast dimension.
   const uint8_t* seen;
   int64_t seen_batch, seen_head, seen_query, seen_key;
-  // The bias [B, H, queries, keys] in bias_dtype, or null. Strides are in elements; a stride is 0 if the dimension is
-  // broadcast.
+  // The bias [B, H, queries, keys] in bias_dtype, or null. The strides bias_batch to bias_key are in elements, and 0
+  // for a broadcast dimension.
   const void* bias;
   DType bias_dtype;
   int64_t bias_batch, bias_head, bias_query, bias_key;
   Dropout dropout;
 
-  // Only the backward uses the fields from `grad` to `query_sums`. The query heads of a key head are summed in `splits`
-  // parts, and `finish` adds the sums of these parts.
+  // Only the backward uses the fields from `grad` to `query_sums`. The query heads of a key head are divided into
+  // `splits` parts, each with its own sums of dK and dV; `finish` adds the sums of the parts.
   HeadsOf grad, grad_q, grad_k, grad_v;
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
-  // Number of keys that the cells reach, a multiple of 64 or all keys. The first cell of a column of cells sets
-  // key_sums and value_sums to zero, because the memory is then in the cache of the thread that adds to the sums.
+  // Number of keys that are in at least one cell: a multiple of 64, or all keys. The first cell of a column of cells
+  // sets the key_sums and value_sums of the column's keys to zero, because the memory is then in the cache of the
+  // thread that adds to the sums.
   int64_t reached;
   // sums of dQ: [slots, blocks of queries, size, 64]; null if each head is one cell (attention/plan.h)
   float* query_sums;
 
-  // Scratch copies of k and v, for each batch and key head, in the layout that the products read as their left operand
-  // (rows), and of the transposes of k and v (columns). A pointer is null if no product of the call reads the copy, or
-  // if the products read k or v in place.
+  // Scratch copies of k and v for each batch and key head, as left operands of products: key_rows and value_rows are as
+  // stored, key_columns and value_columns are transposed. A pointer is null if no product of the call reads the copy,
+  // or if the products read k or v in place.
   void *key_rows, *value_rows;        // copies of k and v, [keys, size or value_size]
   void *key_columns, *value_columns;  // transposed copies of k and v, [size or value_size, keys]
 };
 
 struct AttentionKernels {
   DType element;      // element type of the left and right operands
-  int64_t left_rows;  // copies of k and v are left operands with a multiple of left_rows rows
+  int64_t left_rows;  // the number of rows of the copies of k and v is padded to a multiple of left_rows
   int64_t depth;      // the depth of operands is padded to a multiple of `depth`
   bool in_place;      // whether a product can read rows of k and v in place, if their depth needs no padding
   int64_t width;      // number of elements in a vector; rows of sums are padded to whole vectors
-  // For the units [begin, end) of the units [B, Hkv, blocks of 64 keys]: writes the copies of k and v (key_rows,
-  // value_rows, key_columns, value_columns that are not null), and sets key_sums and value_sums of the keys that no
-  // cell reaches to zero.
+  // Prepares the units [begin, end) of the units [B, Hkv, blocks of 64 keys]: writes the copies of k and v whose
+  // pointers are not null (key_rows, value_rows, key_columns, value_columns), and sets key_sums and value_sums to zero
+  // for the keys that no cell reaches.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
   // Computes out and lse for a block of 64 queries of one head.
@@ -112,8 +116,8 @@ struct AttentionKernels {
   // the H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
   void (*few)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*few_scratch)(const Attention& work);
-  // Adds a cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells computes grad_q. The
-  // streams are [B, Hkv, splits].
+  // Adds the terms of one cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells computes
+  // grad_q. Streams are numbered in the order [B, Hkv, splits].
   void (*backward)(const Attention& work, const BackwardCell& cell, void* scratch);
   size_t (*backward_scratch)(const Attention& work);
   // Computes grad_k and grad_v for the rows [begin, end) of the rows [B, Hkv, keys].

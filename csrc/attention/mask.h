@@ -1,5 +1,5 @@
-// Packs a bool mask into words with one bit for each of 64 queries (attention/kernels.h). This file does not depend on
-// torch.
+// Packs a bool mask into 64-bit words with one bit for each of 64 queries (attention/kernels.h). This file does not
+// depend on torch.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +20,7 @@ inline uint64_t nonzero_bytes(uint64_t x) {
 inline void pack_mask_block(const uint8_t* rows, int64_t of_query, int64_t of_key, int64_t count, int64_t keys,
                             uint64_t* words) {
   constexpr int64_t kSide = 8;
-  // Eight queries by eight keys at a time: byte k of bits[g] has the bits of the queries 8 g to 8 g + 7 for key j + k.
+  // The loop packs eight keys at a time: byte k of bits[g] has the bits of the queries 8 g to 8 g + 7 for key j + k.
   for (int64_t j = 0; j < keys; j += kSide) {
     const int64_t wide = min_i64(kSide, keys - j);
     uint64_t bits[kSide] = {};

@@ -1,5 +1,5 @@
-// Makes operands of products (see attention/kernels.h) from heads in memory. Include this file after the target pragma
-// and the path's Vec, words, transposition and product.
+// Makes operands of products (see attention/kernels.h) from rows of q, k, v and dO. Include this file after the target
+// pragma and the path's headers of Vec, words, transposition and product.
 #pragma once
 
 #include <string.h>
@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kQueries = kMaskBits;  // number of queries in a block, one bit of a mask word each
+constexpr int64_t kQueries = kMaskBits;  // number of queries in a block: one for each bit of a mask word
 
 inline int64_t whole(int64_t count, int64_t of) { return ceil_div(count, of) * of; }
 inline int64_t padded_depth(int64_t depth) { return whole(depth, kDepth); }
@@ -106,12 +106,11 @@ inline void store_turned(const float* sums, int64_t size, int64_t count, float* 
 }
 
 // A left operand in memory: tiles of kLeftRows rows by kDepth values, one after another in memory. The tiles of
-// kLeftRows rows are a strip, and strips are `stride` elements apart. With one row to a strip, the operand is
-// row-major.
+// kLeftRows rows are a strip, and strips are `stride` elements apart. If kLeftRows is 1, the left operand is row-major.
 struct Left {
   const Element* data;
   int64_t stride;
-  // Returns the operand without its first `row` rows and `depth` values of depth: whole strips and whole tiles.
+  // Returns the operand from row `row` and depth `depth` on, which must be the start of a tile.
   Left part(int64_t row, int64_t depth) const { return {data + row / kLeftRows * stride + depth * kLeftRows, stride}; }
 };
 
@@ -127,8 +126,8 @@ inline void multiply(int64_t rows, int64_t vecs, const Left& left, const Element
   multiply(rows, vecs, left.data, left.stride, right, right_stride, steps, c, c_stride, add);
 }
 
-// Writes rows of x to a left operand, from the start of a strip on. Rows that would complete the last strip stay as
-// they are: a product reads such rows, but its sums do not depend on them.
+// Writes rows of x to a left operand, from the start of a strip on. If the last strip is not full, its remaining rows
+// stay as they are: a product reads these rows, but the used rows of the result do not depend on them.
 template <typename T>
 inline void write_left(const T* x, int64_t token, int64_t count, int64_t depth, Element* left) {
   const int64_t stride = kLeftRows * padded_depth(depth), step = kLeftRows == 1 ? depth : kDepth;

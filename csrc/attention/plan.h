@@ -1,12 +1,12 @@
-// Divides the work of attention among threads. The plans are pure arithmetic without torch, so that planning ends for
-// every input. A plan never changes the order in which a sum is added up, so that the bits are equal for every number
-// of threads.
+// Divides the work of attention among threads. The plans use only integer arithmetic and no torch, so that planning
+// ends for every input. A plan never changes the order in which a sum is added up, so that the bits are equal for every
+// number of threads.
 //
-// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks see more keys. Each part gets
-// an equal number of whole heads that are neighbours in memory, because threads that write to one page of new memory
-// wait for each other. The heads that are left are divided among teams of parts. The units of a team are sorted by
-// falling cost and dealt to the parts of the team in turn, forwards in one turn and backwards in the next turn, so that
-// each part gets expensive and cheap units.
+// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks see more keys. In the
+// forward, each part gets an equal number of whole heads that are neighbours in memory, because threads that write to
+// one page of new memory wait for each other. The heads that remain after this division are divided among teams of
+// parts. The units of a team are sorted by falling cost and dealt to the parts of the team in turn, forwards in one
+// turn and backwards in the next turn, so that each part gets expensive and cheap units.
 //
 // Backward. A stream is a sequence of heads whose dK and dV are added up in the same memory. The plan divides a head's
 // matrix [queries, keys] into cells of `step` by `step` blocks of 64. A cell adds to dQ of its row, and to dK and dV of
@@ -15,10 +15,9 @@
 // difference, so that each row adds up its columns from the first column to the last, and each column adds up its rows
 // from the last row to the first, for every `step`.
 //
-//   phase    a diagonal of one head, in all streams
-//   region   cells that run at the same time, followed by a barrier: the rest of a phase, and the cells of the next
-//            phase whose streams have no cell in this rest. Where possible, the number of cells is a multiple of the
-//            number of threads.
+// A phase is a diagonal of one head, in all streams. A region is a set of cells that run at the same time and are
+// followed by a barrier: the rest of a phase, and the cells of the next phase whose streams have no cell in this rest.
+// Where possible, the number of cells of a region is a multiple of the number of threads.
 //
 // The plan takes the `step` with the smallest computed time. If `step` covers the whole matrix, each head is one cell.
 #pragma once
@@ -34,12 +33,13 @@
 
 namespace peft_ext {
 
-// The unit of these costs is a sixteenth of the cost of a block of 64 queries by 64 keys.
+// The unit of the cost constants is a sixteenth of the cost of a block of 64 queries by 64 keys.
 constexpr int64_t kBlockCost = 16;
 constexpr int64_t kTurnCost = 2;    // cost of converting a block of queries to operands, once in each cell
 constexpr int64_t kRegionCost = 4;  // cost of starting the threads and waiting for the last thread
 
-constexpr int64_t kMostCells = 256;  // largest number of cells in a row or column of a plan; bounds the time to plan
+// Largest number of cells in a row or column of a plan. The limit bounds the time of planning.
+constexpr int64_t kMostCells = 256;
 
 struct ForwardPlan {
   int64_t heads, blocks;  // number of heads of all batches, number of blocks of queries
@@ -71,7 +71,7 @@ inline ForwardPlan plan_forward(int64_t heads, int64_t queries, int64_t threads)
   return {heads, blocks, std::min(std::max<int64_t>(threads, 1), heads * blocks)};
 }
 
-// The cells [begin, begin + count) of a phase, and the cells [0, next) of the phase after it.
+// A region: the cells [begin, begin + count) of a phase, and the cells [0, next) of the next phase.
 struct BackwardRegion {
   int64_t phase, begin, count, next;
   int64_t cells() const { return count + next; }
@@ -88,7 +88,7 @@ struct BackwardPlan {
 
   bool whole() const { return rows == 1 && columns == 1; }
   int64_t diagonals() const { return rows + (causal ? 0 : columns - 1); }
-  // Returns the number of blocks of keys that are in a cell.
+  // Returns the number of a head's blocks of keys that are part of some cell.
   int64_t reached() const {
     if (streams == 0) return 0;
     return causal ? std::min(key_blocks, rows * step) : key_blocks;
@@ -148,7 +148,7 @@ struct BackwardPlan {
 
   int64_t parts(const BackwardRegion& region) const { return std::min(threads, region.cells()); }
 
-  // Returns the first cell of a part of a region. Parts have nearly equal costs.
+  // Returns the first cell of a part of a region. The parts of a region have nearly equal costs.
   int64_t first_cell(const BackwardRegion& region, int64_t part) const {
     const int64_t all = parts(region);
     if (region.next == 0) return region.count * part / all;
@@ -189,8 +189,9 @@ struct BackwardPlan {
   }
 };
 
-// Plans the backward of `streams` streams of `heads` heads. most_floats: largest number of floats of dQ [queries, size]
-// that are in memory at the same time, where a head has more than one cell; at least one stream is in memory.
+// Plans the backward of `streams` streams of `heads` heads. most_floats: if a head has more than one cell, the plan
+// holds dQ [queries, size] of so many streams in memory at a time that dQ has at most `most_floats` floats, but of at
+// least one stream.
 inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t queries, int64_t keys, int64_t size,
                                   bool causal, int64_t threads, int64_t most_floats) {
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -198,7 +199,7 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
   best.streams = streams;
   best.heads = heads;
   best.query_blocks = ceil(queries, kPlanBlock);
-  best.key_blocks = std::max<int64_t>(1, ceil(keys, kPlanBlock));  // without keys dQ is 0, and is written by a cell
+  best.key_blocks = std::max<int64_t>(1, ceil(keys, kPlanBlock));  // without keys, a cell still writes dQ = 0
   best.causal = causal;
   best.threads = std::max<int64_t>(threads, 1);
   best.rows = best.columns = 1;

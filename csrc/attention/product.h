@@ -1,5 +1,6 @@
-// The product of a left and a right operand (see attention/kernels.h) in vectors. A left operand is a row-major matrix.
-// Include this file after the target pragma and the path's Vec and words. product_amx.h has the same names for AMX.
+// The product of a left and a right operand (see attention/kernels.h) in vectors. In this file, a left operand is a
+// row-major matrix. Include this file after the target pragma and the path's headers of Vec and words. product_amx.h
+// defines the same names for AMX.
 #pragma once
 
 #include <utility>
@@ -18,7 +19,7 @@ constexpr int64_t kLeftRows = 1;   // rows of left operands are padded to a mult
 constexpr int64_t kDepth = kWord;  // the depth of operands is padded with zeros to a multiple of kDepth
 constexpr bool kInPlace = true;    // whether a product can read rows of k and v in place
 
-struct ProductUnit {};  // an object lives while a thread computes a unit of work with products
+struct ProductUnit {};  // object of a thread's unit of work; empty, because only AMX needs a setup
 
 // Computes one strip of a product: c = left right, or c += left right if `add`. c is [kM, kV vectors], left is
 // [kM, steps words], right is [steps, kV vectors of words].

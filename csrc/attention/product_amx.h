@@ -1,11 +1,11 @@
 // The product of a left and a right operand (see attention/kernels.h) with AMX-BF16 tiles; product.h has the same names
-// for vectors. Include this file after the target pragma, the path's Vec and words, and linear/cpu/tiles/amx.h or
-// amx_emulated.h.
+// for vectors. Include this file after the target pragma, the path's headers of Vec and words, and
+// linear/cpu/tiles/amx.h or amx_emulated.h.
 //
-// A left operand is a sequence of tiles of 16 rows by 32 values of depth, each in 1 KiB of contiguous memory: in rows
-// of a matrix, all 16 rows of a tile could fall into one set of L1. A tile of a right operand is 16 words of depth by
-// 16 lanes. 2 x 2 tiles of sums stay in tile registers. Each step of the depth loads two tiles of the left and two
-// tiles of the right operand for four products of 16 x 16 x 32.
+// A left operand is a sequence of tiles of 16 rows by 32 values of depth, each in 1 KiB of contiguous memory: in a
+// row-major matrix, all 16 rows of a tile could fall into one set of the L1 cache. A tile of a right operand is 16
+// words of depth by 16 lanes. The sums of 2 x 2 tiles stay in tile registers. Each step of the depth loads two tiles of
+// the left and two tiles of the right operand for four products of 16 x 16 x 32.
 #pragma once
 
 #include <string.h>
@@ -24,7 +24,7 @@ constexpr bool kInPlace = false;  // whether a product can read rows of k and v 
 // Under a causal mask, the products of the backward begin with the first query that sees a strip of keys.
 static_assert(kRows % kDepth == 0, "the first query that sees a strip must be the first of a tile");
 
-struct ProductUnit {  // an object lives while a thread computes a unit of work with products
+struct ProductUnit {  // object of a thread's unit of work, which configures and releases the tile registers
   ProductUnit() { amx_configure(); }
   ProductUnit(const ProductUnit&) = delete;
   ProductUnit& operator=(const ProductUnit&) = delete;
@@ -73,8 +73,9 @@ inline void multiply_tiles(const Element* left, int64_t left_stride, const Eleme
 }
 
 // Computes c [rows, vecs vectors] = left right, or c += left right if `add`. Strides are in elements; left_stride is
-// the distance between strips of kLeftRows rows. `steps` is a multiple of the words of a tile. Rows of the left operand
-// after the last of `rows` are read up to a multiple of kLeftRows and do not change c.
+// the distance between strips of kLeftRows rows. `steps` is a multiple of the number of words in a row of a left
+// operand's tile. The function reads rows of the left operand up to a multiple of kLeftRows; the rows after the last of
+// `rows` do not change c.
 inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t left_stride, const Element* right,
                      int64_t right_stride, int64_t steps, float* c, int64_t c_stride, bool add) {
   const int64_t tiles = steps * kWord / kDepth;

@@ -1,5 +1,5 @@
 // Finds which queries may see a key, and multiplies only the visible blocks. Include this file after the target pragma
-// and the path's Vec, words and transposition.
+// and the path's headers of Vec, words and transposition.
 #pragma once
 
 #include "attention/operands.h"
@@ -8,8 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns one bit for each query from `query` on: whether the query may see the key. Bits beyond the `count` queries
-// are 0.
+// Returns one bit for each query from `query` on, which tells whether the query may see the key. Bits beyond the
+// `count` queries are 0.
 inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, int64_t query, int64_t count) {
   uint64_t bits = mask ? mask[query / kMaskBits * work.keys + key] : ~uint64_t{0};
   if (count < kMaskBits) bits &= (uint64_t{1} << count) - 1;
@@ -28,8 +28,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
                          int64_t keys, float* rows, float* s) {
   if (work.bias == nullptr) return false;
   const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
-  // A finite bias must stay finite: some masks are a large negative bias. Divided by a small scale, such a bias would
-  // become -inf, which hides the key.
+  // A finite bias must stay finite after the division: some masks are a large negative bias. Divided by a small scale,
+  // such a mask value would become -inf, which hides the key.
   constexpr float kLeast = -2.5e38f;
   const float factor = 1.0f / work.scale;
   with_dtype(work.bias_dtype, [&](auto zero) {
@@ -54,7 +54,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   return true;
 }
 
-// kept() with dropout. The function is not inlined, because its buffers and loops would cost the callers registers.
+// kept() with dropout. The function is not inlined, because its buffers and loops would take registers from its
+// callers.
 [[gnu::noinline]] inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys,
                                         int64_t query, int64_t count, const uint64_t* bits, uint64_t* keeps) {
   // The draws of a key are in at most kBlocks counter blocks of Philox, which have eight draws each. The counter blocks
@@ -102,14 +103,14 @@ inline bool any_sees(const uint64_t* bits, int64_t rows) {
 }
 inline uint32_t bits_at(uint64_t bits, int64_t vec) { return static_cast<uint32_t>(bits >> (vec * kWidth)); }
 
-// Returns an upper bound of the number of keys that the queries of the block may see. The bound considers `causal`, not
-// the mask.
+// Returns an upper bound of the number of keys that the queries of the block may see. The bound depends on `causal`,
+// and ignores the mask.
 inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the index of the first vector of queries in which a query may see the key. The function considers `causal`,
-// not the mask.
+// Returns the index of the first vector of queries in which a query may see the key. The function tests `causal`, and
+// ignores the mask.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
   return work.causal && key > query ? (key - query) / kWidth : 0;
 }

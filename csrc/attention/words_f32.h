@@ -1,5 +1,5 @@
 // Words of float32 operands: a word holds one value (see attention/kernels.h). Include this file after the target
-// pragma and the path's Vec.
+// pragma and the path's header of Vec.
 #pragma once
 
 #include "cpu/row_loop.h"
@@ -16,7 +16,7 @@ inline WordVec load_words(const float* right) { return Vec::load(right); }
 inline WordVec broadcast_word(const float* left) { return Vec::broadcast(*left); }
 PEFT_EXT_INLINE Vec add_products(WordVec a, WordVec b, Vec sum) { return Vec::fma(a, b, sum); }
 
-// Copies a row of an operand to a row of a right operand, in whole vectors.
+// Copies a row of float32 values to a row of a right operand, in whole vectors.
 inline void join_rows(const float* row, const float*, int64_t columns, float* right) {
   for_vectors(columns, [&](auto lanes, int64_t i) { lanes.load(row + i).store(right + i); });
 }

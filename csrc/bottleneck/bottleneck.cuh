@@ -1,12 +1,11 @@
-// The kernels between the two products of a bottleneck adapter. U [T, M], which these kernels read and write, is
-// float32 and small:
+// The kernels between the two products of a bottleneck adapter, which read and write U [T, M], a small float32 matrix:
 //
-//   activate:  U = sums + b_d;  H = act(U)  -> U, and the scaled H as terms
-//   gradient:  dU = P ∘ act'(U)             -> dU, and dU as terms
+//   activate: computes U = sums + b_d and H = act(U), and writes U, and the scaled H as terms;
+//   gradient: computes dU = P ∘ act'(U), and writes dU, and dU as terms
 //
-// As the left operand of expand, H is stored row by row. As the operand L of a rank pass, H is transposed and has a row
-// of ones after its M rows: the product of dYᵀ with the row of ones is the gradient of the bias. A thread computes two
-// adjacent columns. All arithmetic is float32.
+// The terms (linear/cuda/terms.cuh) of H as the left operand of expand are stored row by row. As the operand L of a
+// rank pass, H is transposed and has a row of ones after its M rows: the product of dYᵀ with the row of ones is the
+// gradient of the bias. A thread computes two adjacent columns. All arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -22,8 +21,8 @@ struct BottleneckWork {
   const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns], or null
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
-  float scale;          // factor of H in the terms of H
-  const float* grad_h;  // P [rows, size]; only for the gradient
+  float scale;          // factor by which H is multiplied in the terms of H
+  const float* grad_h;  // P, the gradient of H [rows, size]; only for the gradient
   float* grad_u;        // receives dU [rows, size]; only for the gradient
   bool ones;
   int64_t padded_rows, padded_size;  // numbers of rows and columns of the terms, with padding

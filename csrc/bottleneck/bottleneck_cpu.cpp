@@ -1,6 +1,6 @@
 // The bottleneck adapter on the CPU:
 //
-//   U = x Dᵀ + b_d [T, M]     H = act(U)     Y = residual + s (H Vᵀ + b_v) [T, N]
+//   U = x Dᵀ + b_d [T, M];   H = act(U);   Y = residual + s (H Vᵀ + b_v) [T, N]
 //
 // In float32, or with mixed dtypes, the forward is one pass over x, and one pass that reads the residual and writes Y;
 // for up to kUnpackedTokens tokens D and V are not packed. The backward is one or two passes over dY for P = s dY V, dV
@@ -57,8 +57,8 @@ Tensor elementwise(const Tensor& u, const F& f) {
   return out;
 }
 
-// Returns the curve c of GELU(u) = u/2 (1 + c): erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)). PyTorch's own GELU
-// can't be called, because it takes a string.
+// Returns the curve c of GELU(u) = u/2 (1 + c): erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)). PyTorch's own GELU is
+// not called, because its argument `approximate` is a string (see common/activation.h).
 Tensor gelu_curve(const Tensor& u, Activation activation) {
   const float* at = u.const_data_ptr<float>();
   if (activation == Activation::kGelu)
@@ -70,7 +70,7 @@ Tensor gelu_curve(const Tensor& u, Activation activation) {
 
 bool is_gelu(Activation activation) { return activation == Activation::kGelu || activation == Activation::kGeluTanh; }
 
-// Returns act(u). curve: gelu_curve(u) for GELU; other activations ignore it.
+// Returns act(u). curve: gelu_curve(u) for GELU; the other activations do not read `curve`.
 Tensor activated(const Tensor& u, Activation activation, const Tensor& curve) {
   if (activation == Activation::kRelu) return dispatched("aten::relu", {value(u)});
   if (activation == Activation::kSilu) return dispatched("aten::silu", {value(u)});
@@ -98,7 +98,8 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
 // common 16-bit dtype of x, D and V if multiplies_in accepts that dtype (PyTorch's product then multiplies), or float32
 // for so few tokens that packing would take most of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
-  // Up to kFewer tokens are multiplied in float32: widening a row of D takes as long as one product.
+  // Up to kFewer tokens are multiplied in float32: to widen a row of D to float32 takes as long as to multiply the row
+  // with one token.
   constexpr int64_t kFewer = 2;
   const ScalarType type = x.scalar_type();
   const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
@@ -139,8 +140,8 @@ void add_rows(const Tensor& u, const Tensor& bias) {
   });
 }
 
-// Returns the sums [M] of m [T, M] over the rows. The sum is in double because T may be large. One thread sums a
-// column.
+// Returns the sums [M] of m [T, M] over the rows. The sum is in double because T may be large. One thread computes the
+// sum of a column.
 Tensor sum_of_rows(const Tensor& m) {
   constexpr int64_t kColumns = 16;
   const int64_t tokens = m.size(0), size = m.size(1);

@@ -7,7 +7,7 @@
 
 namespace peft_ext {
 
-// Number of activations that a bottleneck adapter supports. The supported activations are the first ones of the enum
+// Number of activations that a bottleneck adapter supports. The supported activations are the first four of the enum
 // Activation.
 constexpr int64_t kBottleneckActivations = 4;
 

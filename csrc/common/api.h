@@ -1,16 +1,16 @@
-// The C functions of the native library that peft_ext's Python part calls, beside the operators. The library exports
-// nothing else.
+// The C functions of the native library that peft_ext's Python code calls, in addition to the operators. The library
+// exports no other symbols.
 #pragma once
 
 #include <stdint.h>
 
 #define PEFT_EXT_API extern "C" __attribute__((visibility("default")))
 
-// Facts about the build, and the CPU paths. Strings belong to the library. Paths are numbered from 0 to
-// peft_ext_isa_count() - 1.
+// The next functions are about the build and about the CPU paths. The library owns the returned strings. Paths are
+// numbered from 0 to peft_ext_isa_count() - 1.
 PEFT_EXT_API const char* peft_ext_version();
-PEFT_EXT_API const char* peft_ext_built_for_torch();  // the torch whose headers the library was compiled with
-PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest torch that the library runs on
+PEFT_EXT_API const char* peft_ext_built_for_torch();  // the version of torch whose headers the build used
+PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest version of torch that the library runs on
 PEFT_EXT_API const char* peft_ext_compiler();
 PEFT_EXT_API int peft_ext_isa_count();
 PEFT_EXT_API const char* peft_ext_isa_name(int isa);
@@ -20,26 +20,30 @@ PEFT_EXT_API int peft_ext_isa();
 PEFT_EXT_API void peft_ext_set_isa(int isa);  // chooses the CPU path of later calls; the path must be available
 
 // Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of torch.ops. A ROCm build of
-// PyTorch dispatches its tensors by the key "CUDA", too, and so the caller decides.
+// PyTorch also dispatches its GPU tensors by the key "CUDA", so the caller decides which keys are registered.
 PEFT_EXT_API void peft_ext_register_operators(const char* key, const char* name_space);
 // The scratch memory that threads keep between calls of CPU operators, in bytes.
 PEFT_EXT_API uint64_t peft_ext_kept_scratch();
-// Releases the scratch memory of all threads that are in no call. Returns the number of released bytes.
+// Releases the scratch memory of all threads that are not in a call of an operator. Returns the number of released
+// bytes.
 PEFT_EXT_API uint64_t peft_ext_release_scratch();
 
 // The number of parallel loops of CPU operators that woke other threads since the library was loaded.
 PEFT_EXT_API uint64_t peft_ext_parallel_loops();
 
-// CUDA: the kernels that the operators launch, and the sources from which the kernels are compiled.
+// The next functions are for CUDA: the kernels that the operators launch, and the sources from which the kernels are
+// compiled.
 PEFT_EXT_API int peft_ext_kernel_count();
-// The C++ expression that names a kernel's instance, and the source that defines the kernel.
+// peft_ext_kernel_name returns the C++ expression that names a kernel's instance; peft_ext_kernel_file returns the
+// source that defines the kernel.
 PEFT_EXT_API const char* peft_ext_kernel_name(int kernel);
 PEFT_EXT_API const char* peft_ext_kernel_file(int kernel);
 PEFT_EXT_API int peft_ext_source_count();
 PEFT_EXT_API const char* peft_ext_source_path(int source);
 PEFT_EXT_API const char* peft_ext_source_text(int source);
 
-// The machine code of a kernel. The pointers must stay valid until the thread asks for another image.
+// The machine code of a kernel, or an error. The pointers of a PeftExtImage must stay valid until the thread asks for
+// another image.
 struct PeftExtImage {
   const char* symbol;  // the kernel's name in the machine code
   const void* data;    // a cubin, or PTX

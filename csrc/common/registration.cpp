@@ -1,4 +1,4 @@
-// The list of the operators' functions, and their registration. See registration.h.
+// The list of the operators' functions, and the registration of these functions. See registration.h.
 #include "common/registration.h"
 
 #include <string.h>
@@ -21,7 +21,7 @@ Operators::Operators(const char* key, Add add) : key(key), add(add), next(first_
 
 void register_operators(const char* key, const char* name_space) {
   using torch::stable::detail::StableLibrary;
-  // The object is never deleted, because its destructor would remove the registrations.
+  // The StableLibrary object is never deleted, because its destructor would remove the registrations.
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name_space, key, __FILE__, __LINE__);
   for (const Operators* one = first_operators(); one != nullptr; one = one->next)
     if (strcmp(one->key, key) == 0) one->add(*library);

@@ -14,7 +14,7 @@
 
 namespace peft_ext {
 
-// The functions of one file's operators for one dispatch key. All Operators form a list.
+// The functions of one file's operators for one dispatch key. All objects of type Operators form a linked list.
 struct Operators {
   using Add = void (*)(torch::stable::detail::StableLibrary&);
   Operators(const char* key, Add add);

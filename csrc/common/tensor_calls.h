@@ -79,7 +79,7 @@ inline torch::stable::Tensor as_shape(const torch::stable::Tensor& tensor, const
 }
 
 // Returns a new tensor, or nothing if PyTorch does not make the tensor; shim_message() then returns the reason. The
-// shape must have passed checked_bytes().
+// caller must have checked the shape with checked_bytes().
 inline std::optional<torch::stable::Tensor> try_empty(int32_t device_type, int32_t device_index,
                                                       const std::vector<int64_t>& shape,
                                                       torch::headeronly::ScalarType type) {

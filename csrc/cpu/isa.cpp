@@ -47,7 +47,7 @@ bool has_f16c() {
 #endif
 
 #if defined(__aarch64__)
-// Returns whether the CPU has the bfloat16 extension. Linux reports the extension in the second word of hardware
+// Returns whether the Arm CPU has the bfloat16 extension. Linux reports the extension in the second word of hardware
 // capabilities, and macOS by name.
 bool has_arm_bf16() {
 #if defined(__linux__)

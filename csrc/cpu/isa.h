@@ -1,5 +1,5 @@
-// The choice of the CPU path: detected once from the features of the CPU, or set by set_isa (PEFT_EXT_CPU_ISA in
-// Python). The file does not depend on torch.
+// The choice of the CPU path: detected once from the features of the CPU, or set by set_isa (from Python: by the
+// environment variable PEFT_EXT_CPU_ISA). The file does not depend on torch.
 #pragma once
 
 // Clang before 16 supports Arm's bfloat16 only if the command line enables it.
@@ -35,8 +35,8 @@ Isa current_isa();
 // Chooses the path of later calls. A running call keeps its path.
 void set_current_isa(Isa isa);
 
-// While an object of this type lives, current_isa() is constant on the calling thread. An operator's call may read the
-// path several times, and its kernels of two paths do not fit together.
+// While an IsaOfCall object lives, current_isa() is constant on the calling thread. An operator may read the path
+// several times in one call, and the kernels of two paths do not work together.
 class IsaOfCall {
  public:
   explicit IsaOfCall(Isa isa = current_isa());

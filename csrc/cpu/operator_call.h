@@ -9,7 +9,7 @@
 
 namespace peft_ext {
 
-// An object of this type lives on the calling thread for the whole call, and on another thread while that thread runs a
+// A ThreadInCall object lives on the calling thread for the whole call, and on another thread while that thread runs a
 // part of a parallel loop.
 struct ThreadInCall {
   explicit ThreadInCall(Isa path = current_isa()) : isa(path) {}

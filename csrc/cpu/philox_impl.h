@@ -1,4 +1,4 @@
-// Philox draws over the type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma.
+// Computes Philox draws with the vector type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma.
 //
 // Each 32-bit word lies in a 64-bit lane, so that a round is two widening products, two shifts and two xors. The upper
 // half of a lane holds bits without meaning, which the widening products ignore. Two independent sets of counters, each

@@ -22,8 +22,8 @@ struct WholeVec {
   Vec filled(Vec value) const { return value; }
 };
 
-// A vector of which only the first `count` lanes are used. The remaining lanes load as 0 and are not stored. `only`
-// sets the remaining lanes to 0, and `filled` sets them to the value of the first lane.
+// A vector of which only the first `count` lanes are used. The remaining lanes of a PartVec load as 0 and are not
+// stored. `only` sets the remaining lanes to 0, and `filled` sets them to the value of the first lane.
 struct PartVec {
   int64_t count;
   template <typename T>

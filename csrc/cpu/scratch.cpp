@@ -1,7 +1,8 @@
 // The scratch blocks of all threads, in a list without locks. A thread claims its own blocks at the first use in a
 // call; release_scratch() claims the blocks of the other threads one after the other. An entry of the list is never
-// removed: a new thread takes over the entry of an ended thread. The list is therefore whole in a forked process. A
-// claim that another thread held at the time of the fork stays in the forked process for ever.
+// removed: a new thread takes over the entry of an ended thread. Because no entry is ever removed, the list is also
+// complete in a forked process. A claim that another thread held at the time of the fork stays in the forked process
+// for ever.
 #include "cpu/scratch.h"
 
 #include <stdlib.h>
@@ -51,7 +52,7 @@ thread_local ThreadScratch* own = nullptr;  // the thread's entry, or null befor
 thread_local int depth = 0;                 // number of living ScratchInUse objects of this thread
 thread_local bool in_use = false;           // whether this thread has claimed its own blocks
 
-// The destructor runs when the thread ends.
+// The destructor of EndOfThread runs when the thread ends.
 struct EndOfThread {
   ThreadScratch* scratch = nullptr;
 

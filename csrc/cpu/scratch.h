@@ -1,21 +1,23 @@
-// Memory that a thread keeps from call to call. A new block of megabytes costs a page fault per 4 KiB, about a tenth of
-// a small layer's time. A block above kKeptScratchBytes is released at the end of the call: the page faults of a large
-// block cost little compared with the call's products, and otherwise a thread would keep memory for the longest batch
-// that the thread ever saw. release_scratch() releases the blocks of all threads. This file does not depend on torch.
+// Scratch memory that a thread keeps from one call of an operator to the next call. A new block of megabytes costs a
+// page fault per 4 KiB, about a tenth of a small layer's time. A block above kKeptScratchBytes is released at the end
+// of the call: the page faults of a large block cost little compared with the call's products, and otherwise a thread
+// would keep memory for the longest batch that the thread ever saw. release_scratch() releases the blocks of all
+// threads. This file does not depend on torch.
 #pragma once
 
 #include <cstddef>
 
 namespace peft_ext {
 
-// Uses of scratch memory. Each use has one caller at a time on a thread. The threads of a parallel loop have blocks for
-// the uses kPanel and kRows; the thread that calls an operator has a block for each use.
+// Uses of scratch memory. On one thread, no two functions use the block of one `Scratch` value at the same time. The
+// threads of a parallel loop have blocks for the uses kPanel and kRows; the thread that calls an operator has a block
+// for each use.
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and
-// for a deep W the float32 sums of these panels. If dropout acts on the base too, the block holds kPanelStep rows or
-// columns of W, twice as much if they are stored transposed too (kDroppedDepth); then the block exceeds this size only
-// for layers of hundreds of thousands of features.
+// if W has many columns also the float32 sums of these panels. If dropout also acts on the input of the base layer, the
+// kPanel block holds kPanelStep rows or columns of W, and up to a depth of kDroppedDepth also their transpose; such a
+// block exceeds kKeptScratchBytes only for layers of hundreds of thousands of features.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
 // Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call
@@ -25,8 +27,8 @@ void* scratch(Scratch use, size_t bytes);
 // Releases the calling thread's block for the use if the block is above kKeptScratchBytes.
 void release_large_scratch(Scratch use);
 
-// An object that lives during a call whose scratch may have any size. The destructor releases the calling thread's
-// large blocks.
+// A call that may need scratch of any size holds a ScratchOfCall object. The destructor of ScratchOfCall releases the
+// calling thread's large blocks.
 struct ScratchOfCall {
   ScratchOfCall() = default;
   ScratchOfCall(const ScratchOfCall&) = delete;
@@ -36,7 +38,7 @@ struct ScratchOfCall {
   }
 };
 
-// While an object of this type lives, release_scratch() does not release the calling thread's blocks.
+// While a ScratchInUse object lives, release_scratch() does not release the calling thread's blocks.
 struct ScratchInUse {
   ScratchInUse();
   ScratchInUse(const ScratchInUse&) = delete;

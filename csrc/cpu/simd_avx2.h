@@ -59,7 +59,7 @@ struct Vec {
   }
   Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   Vec round() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // Returns a 2^whole for integers `whole` from -126 to 127.
+  // Returns a * 2^whole for integers `whole` from -126 to 127.
   static Vec times_exp2(Vec a, Vec whole) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(whole.v), _mm256_set1_epi32(127));
     return mul(a, {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))});
@@ -69,7 +69,7 @@ struct Vec {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  // Returns in lane i the sum over the lanes of of[i].
+  // Returns a vector whose lane i is the sum of all lanes of of[i].
   static Vec sums_of(const Vec (&of)[kWidth]) {
     __m256 four[2];
     for (int i = 0; i < 2; ++i)
@@ -141,12 +141,12 @@ struct Lanes {
   static constexpr int kWidth = 4;
   __m256i v;
   static Lanes broadcast(uint64_t value) { return {_mm256_set1_epi64x(static_cast<int64_t>(value))}; }
-  // Returns the Philox counters first to first + 3, in an order that the two interleavings of store_words turn into the
-  // order of memory.
+  // Returns the Philox counters first to first + 3, in such an order that the draws are in the order of the counters
+  // after store_words has interleaved them twice.
   static Lanes counters(uint64_t first) {
     return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
   }
-  // Returns four counters from memory, in the order of counters().
+  // Loads four Philox counters from memory, and returns them in the order of counters().
   static Lanes listed(const uint64_t* counters) {
     return {_mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(counters)), 0xD8)};
   }

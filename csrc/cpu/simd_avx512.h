@@ -64,17 +64,17 @@ struct Vec {
   }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
   Vec round() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // Returns a 2^whole for integers `whole` from -126 to 127.
+  // Returns a * 2^whole for integers `whole` from -126 to 127.
   static Vec times_exp2(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
-  // Returns in lane i the sum over the lanes of of[i].
+  // Returns a vector whose lane i is the sum of all lanes of of[i].
   static Vec sums_of(const Vec (&of)[kWidth]) {
     __m512 two[8], four[4];
-    for (int i = 0; i < 8; ++i) {  // lanes of each four: sums of of[2 i], of[2 i + 1], of[2 i], of[2 i + 1]
+    for (int i = 0; i < 8; ++i) {  // each four lanes: sums of of[2 i], of[2 i + 1], of[2 i], of[2 i + 1]
       const __m512 a = of[2 * i].v, b = of[2 * i + 1].v;
       two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-    for (int i = 0; i < 4; ++i) {  // lanes of each four: sums of of[4 i] to of[4 i + 3]
+    for (int i = 0; i < 4; ++i) {  // each four lanes: sums of of[4 i] to of[4 i + 3]
       const __m512 a = two[2 * i], b = two[2 * i + 1];
       four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
     }
@@ -136,12 +136,12 @@ struct Lanes {
   static constexpr int kWidth = 8;
   __m512i v;
   static Lanes broadcast(uint64_t value) { return {_mm512_set1_epi64(static_cast<int64_t>(value))}; }
-  // Returns the counters first to first + 7, in such an order that the draws are in the order of the counters after
-  // store_words has interleaved them twice.
+  // Returns the Philox counters first to first + 7, in such an order that the draws are in the order of the counters
+  // after store_words has interleaved them twice.
   static Lanes counters(uint64_t first) {
     return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
-  // Returns eight counters from memory, in the order of counters().
+  // Loads eight Philox counters from memory, and returns them in the order of counters().
   static Lanes listed(const uint64_t* counters) {
     return {_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(counters))};
   }

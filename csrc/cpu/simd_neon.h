@@ -59,13 +59,13 @@ struct Vec {
   }
   Vec abs() const { return {vabsq_f32(v)}; }
   Vec round() const { return {vrndnq_f32(v)}; }
-  // Returns a 2^whole for integers `whole` from -126 to 127. If `whole` is NaN, the result is a.
+  // Returns a * 2^whole for integers `whole` from -126 to 127. If `whole` is NaN, the result is a.
   static Vec times_exp2(Vec a, Vec whole) {
     const int32x4_t biased = vaddq_s32(vcvtq_s32_f32(whole.v), vdupq_n_s32(127));
     return mul(a, {vreinterpretq_f32_s32(vshlq_n_s32(biased, 23))});
   }
   float sum() const { return vaddvq_f32(v); }
-  // Returns in lane i the sum over the lanes of of[i].
+  // Returns a vector whose lane i is the sum of all lanes of of[i].
   static Vec sums_of(const Vec (&of)[kWidth]) {
     return {vpaddq_f32(vpaddq_f32(of[0].v, of[1].v), vpaddq_f32(of[2].v, of[3].v))};
   }

@@ -31,7 +31,7 @@ struct Vec {
   Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
   // Rounds a value of magnitude below 2^22 to an integer: the added number leaves no bits for a fraction.
   Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
-  // Returns a 2^whole for integers `whole` from -126 to 127. If `whole` is NaN, the result is a.
+  // Returns a * 2^whole for integers `whole` from -126 to 127. If `whole` is NaN, the result is a.
   static Vec times_exp2(Vec a, Vec whole) {
     const int32_t exponent = whole.v == whole.v ? static_cast<int32_t>(whole.v) : 0;
     return mul(a, {bits_to_float(static_cast<uint32_t>(exponent + 127) << 23)});

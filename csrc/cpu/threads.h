@@ -1,5 +1,5 @@
-// Parallel loops, and the number of threads that a loop in a call may use. A loop within a loop that already uses all
-// threads has one thread.
+// Parallel loops, and the number of threads that a loop in a call may use. A loop inside a loop that already uses all
+// threads runs on one thread.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ inline bool& within_a_loop() {
   return within;
 }
 
-// While an object of this type lives in a loop body, the loops of the functions that the body calls use one thread.
+// While a WithinALoop object lives in a loop body, the loops of the functions that the body calls use one thread.
 struct WithinALoop {
   const bool before = within_a_loop();
   WithinALoop() { within_a_loop() = true; }
@@ -36,9 +36,10 @@ inline int64_t loop_threads() { return within_a_loop() ? 1 : static_cast<int64_t
 // Number of parallel loops that woke other threads since the library was loaded.
 inline std::atomic<uint64_t> parallel_loops{0};
 
-// Calls f(begin, end) on all threads for parts of [begin, end) of at least `grain`. A loop of at most `grain` runs on
-// the calling thread alone. The first exception is rethrown with its own message: PyTorch's loop would replace the
-// message, and trainers look for the allocator's message. All threads run the calling thread's CPU path.
+// Calls f(begin, end) on all threads for parts of [begin, end) with at least `grain` iterations. A loop of at most
+// `grain` iterations runs on the calling thread alone. If f throws, the first exception is rethrown with its own
+// message: PyTorch's loop would replace the message, and trainers look for the allocator's message. All threads use the
+// CPU path of the calling thread.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (begin >= end) return;
@@ -69,7 +70,7 @@ class Loops {
     loops_.push_back({count, std::max<int64_t>(1, work), total_, std::move(f)});
     total_ += count * loops_.back().work;
   }
-  // Runs the loops. grain: the least work of a thread.
+  // Runs the loops. grain: the least work of a thread, in the unit of `work`.
   void run(int64_t grain) const {
     parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
       for (const Loop& loop : loops_) {

@@ -9,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns e^x with x clamped to [-87.3, 87.3]. At -87.3, 1 + e^x is already 1; at 87.3, 1 / (1 + e^x) is still a normal
-// number.
+// Returns e^x with x clamped to [-87.3, 87.3]. At x = -87.3, 1 + e^x is already 1; at x = 87.3, 1 / (1 + e^x) is still
+// a normal number.
 PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   x = Vec::min(Vec::broadcast(87.3f), Vec::max(Vec::broadcast(-87.3f), x));
   const Vec whole = Vec::mul(x, Vec::broadcast(1.44269504f)).round();
@@ -24,7 +24,7 @@ PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   return Vec::times_exp2(p, whole);
 }
 
-// Returns 2^x for x up to 127. Below -126 the result is at most 2^-126.
+// Returns 2^x for x up to 127. For x below -126 the result is 2^-126.
 PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
   x = Vec::max(Vec::broadcast(-126.0f), x);
   const Vec whole = x.round(), r = Vec::sub(x, whole);

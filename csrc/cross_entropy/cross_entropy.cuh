@@ -1,15 +1,16 @@
 // Cross entropy of the rows of a chunk of logits x. If needs_grad, the kernel overwrites x with the gradient:
 //
-//   z = c tanh(a x / c), or a x if c = 0     lse = log Σ_v exp z_v     ε: smoothing
-//   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
+//   z = c tanh(a x / c), or a x if c = 0;   lse = log Σ_v exp z_v;   ε is the smoothing;
+//   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading gives each thread
-// its largest z and the sum of exp(z - largest); these values are combined over lanes and then over warps in a fixed
-// order. The second reading of the row gives the gradient. Of a row above 64 KiB, the block keeps the first 96 KiB in
-// shared memory, and reads the rest from L2: two blocks of 1,024 threads on each of the 132 multiprocessors of an H100
-// have 42 MB of L2 for rows of 128,000 16-bit logits. The L2 of an H100 has 50 MB. Arithmetic is float32 and rounds
-// once. Bytes moved with the gradient: the row is read once from memory, and written once.
+// A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading of the row gives
+// each thread its largest z and its sum of exp(z - largest); these values are combined over lanes and then over warps
+// in a fixed order. The second reading of the row gives the gradient. If a row has more than 64 KiB, the block keeps
+// the first 96 KiB of the row in shared memory, and reads the rest of the row from L2 again: with two blocks of 1,024
+// threads on each of the 132 multiprocessors of an H100, the rests of the rows need 42 MB of L2 if a row has 128,000
+// 16-bit logits. The L2 cache of an H100 has 50 MB. Arithmetic is in float32, and each result is rounded once. Bytes
+// moved with the gradient: the row is read once from memory, and written once.
 #pragma once
 
 #include <math.h>
@@ -21,16 +22,17 @@ namespace peft_ext {
 
 struct CrossEntropyWork {
   void* logits;              // logits x [T, V]; overwritten with the gradient if needs_grad
-  const int64_t* labels;     // [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
-  const float* row_weight;   // w [T]; a null pointer stands for ones
+  const int64_t* labels;     // labels [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
+  const float* row_weight;   // row weights w [T]; a null pointer stands for ones
   float* losses;             // receives the losses [T], not multiplied by w
   int64_t columns, ignored;  // columns: V; ignored: the label of tokens without a loss
   float scale, softcap, smoothing;
   bool needs_grad, whole;
 };
 
-// Number of threads of a block for a row of up to kShortRow bytes, and for a longer row. kHeldBytes: the part of a
-// longer row that stays in shared memory. A block of an sm_86 has at most 99 KiB.
+// kCrossEntropyThreads and kLongRowThreads: number of threads of a block for a row of up to kShortRow bytes, and for a
+// longer row. kHeldBytes: number of bytes of a longer row that stay in shared memory. On a GPU of compute capability
+// 8.6, a block has at most 99 KiB of shared memory.
 constexpr int kCrossEntropyThreads = 512, kLongRowThreads = 1024;
 constexpr int64_t kShortRow = 65536, kHeldBytes = 98304;
 
@@ -74,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
   PEFT_EXT_SHARED(SoftmaxShared<kThreads>, shared);
   const int64_t at = blockIdx.x, columns = work.columns, label = work.labels[at];
   T* row = static_cast<T*>(work.logits) + at * columns;
-  // The columns that stay in shared memory. A thread reads what the thread itself wrote, so that no barrier is needed.
+  // `held` points to the columns that stay in shared memory. A thread reads only those elements of `held` that the
+  // thread itself wrote, so that no barrier is needed.
   constexpr bool kHolds = kThreads == kLongRowThreads;
   [[maybe_unused]] T* held = nullptr;
   if constexpr (kHolds) held = reinterpret_cast<T*>(dynamic_shared());
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
     }
   }
   const float z_label = !ignored && inside ? z_of(load_value(row + label)) : NAN;
-  // Each read of the row is before the barrier in block_joined, and each write of the row is after the barrier.
+  // The read of row[label] is before the barrier in block_joined, and each write of the row is after the barrier.
   const SoftmaxSum all = block_joined<kThreads>(mine, shared);
   const float rest = 1.0f - work.smoothing, log_sum = logf(all.sum);
   if (threadIdx.x == 0) {

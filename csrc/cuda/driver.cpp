@@ -88,7 +88,8 @@ const char* described(Result result) {
   return text == nullptr ? "unknown error" : text;
 }
 
-// The text starts like that of PyTorch's own errors, by which trainers recognize a lost GPU or missing memory.
+// The text of the error starts like the text of PyTorch's own CUDA errors, by which trainers recognize a lost GPU or
+// missing memory.
 void check(Result result, const char* what, const char* kernel) {
   STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
 }
@@ -97,9 +98,10 @@ void check(Result result, const char* what, const char* kernel) {
 
 std::atomic<PeftExtImageSource> image_source{nullptr};
 
-// Returns the C++ expression that names the kernel, which NVRTC takes: namespace, name and template arguments.
+// Returns the C++ expression that names the kernel for NVRTC: namespace, name and template arguments.
 std::string expression(const Kernel& kernel) {
-  const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');  // a first '*' means internal linkage
+  // A mangled name that starts with '*' has internal linkage.
+  const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');
   int status = 0;
   char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   STD_TORCH_CHECK(text != nullptr, "peft_ext: a kernel has an unreadable name: ", mangled);
@@ -119,9 +121,9 @@ struct RelaxedCapture {
   int mode = kRelaxedCapture;
 };
 
-// Makes the device's primary context, which PyTorch uses, the thread's context if the thread has none. A thread has
-// none until the thread's first call of the CUDA runtime that needs a context, and PyTorch's allocator often needs no
-// such call.
+// Makes the device's primary context, which PyTorch uses, the thread's context if the thread has none. A thread has no
+// context until the thread's first call of the CUDA runtime that needs a context, and PyTorch's allocator often needs
+// no such call.
 void enter_context(int device) {
   void* context = nullptr;
   check(driver().context_get(&context), "context", "a GPU");
@@ -132,9 +134,9 @@ void enter_context(int device) {
   check(driver().context_set(context), "context", "a GPU");
 }
 
-// Returns the kernel's handle on a device. The function holds no lock while Python works on the machine code: a thread
-// that holds Python's lock might wait for this thread. Two threads may load a kernel at once; the handle of one is
-// kept.
+// Returns the kernel's handle on a device. The function holds no lock while Python code makes the machine code: a
+// thread that holds Python's lock might wait for this thread. Two threads may load a kernel at once; the handle of only
+// one of the threads is kept.
 void* handle_of(const Kernel& kernel, int device) {
   STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "peft_ext: GPU number ", device, ", wanted less than ",
                   kMaxDevices);
@@ -150,8 +152,8 @@ void* handle_of(const Kernel& kernel, int device) {
   const RelaxedCapture relaxed;
   void *module = nullptr, *handle = nullptr, *before = nullptr;
   check(driver().module_load(&module, image.data), "loading", name.c_str());
-  // The driver may delay loading the machine code until this call. A load at the launch would fail during the capture
-  // of a CUDA graph.
+  // The driver may delay the loading of the machine code until module_get_function is called. Loading the machine code
+  // at the launch would fail during the capture of a CUDA graph.
   check(driver().module_get_function(&handle, module, image.symbol), "loading", name.c_str());
   if (held.compare_exchange_strong(before, handle, std::memory_order_acq_rel)) return handle;
   driver().module_unload(module);
@@ -215,9 +217,9 @@ int compute_capability(int device) {
 }
 
 const char* device_fault() {
-  // The error numbers below are those after which every later call of the driver fails: an uncorrectable memory error
-  // (214), and faults of kernels (700 to 799). Without the relaxed mode, stream_query would invalidate a CUDA graph
-  // that another thread or stream is capturing.
+  // After error 214 (an uncorrectable memory error) and errors 700 to 799 (faults of kernels), every later call of the
+  // driver fails. Without the relaxed mode, stream_query would invalidate a CUDA graph that another thread or stream is
+  // capturing.
   const RelaxedCapture while_asking;
   const Result result = driver().stream_query(nullptr);
   return result == 214 || (result >= 700 && result < 800) ? described(result) : "";

@@ -1,6 +1,6 @@
-// What the host library takes from a machine with an NVIDIA GPU when a CUDA operator is first called: NVIDIA's driver,
-// functions of PyTorch's CUDA library, and the machine code of the kernels. The library links with none of them, and
-// so loads where they are missing.
+// What the host library needs on a machine with an NVIDIA GPU from the first call of a CUDA operator on: NVIDIA's
+// driver, functions of PyTorch's CUDA library, and the machine code of the kernels. The host library does not link with
+// NVIDIA's driver or PyTorch's CUDA library, and so can be loaded where they are missing.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +19,7 @@ struct TorchCuda {
                               double beta, double alpha);
 };
 
-// Returns the functions of the CUDA library that PyTorch has loaded. Raises an error if PyTorch is no CUDA build.
+// Returns the functions of the CUDA library that PyTorch has loaded. Raises an error if PyTorch is not a CUDA build.
 const TorchCuda& torch_cuda();
 
 // Returns 10 · major + minor of a GPU's compute capability.

@@ -1,6 +1,7 @@
-// How a host function refers to a kernel. g++ compiles the host functions and never the kernels: of each kernel,
-// PEFT_EXT_KERNEL leaves a host function that tells which kernel it stands for. Launcher calls that function and
-// launches the machine code that NVRTC made of the kernel (see driver.h). The file does not depend on torch.
+// Defines how a host function refers to a kernel. g++ compiles the host functions, but not the kernels: PEFT_EXT_KERNEL
+// turns each kernel into a host function that only tells which kernel the function stands for. Launcher calls this host
+// function, and then launches the machine code that NVRTC made of the kernel (see driver.h). The file does not depend
+// on torch.
 #pragma once
 
 #include <atomic>
@@ -8,7 +9,7 @@
 
 namespace peft_ext {
 
-// Number of GPUs of a machine for which handles are kept.
+// Largest number of GPUs of a machine: a kernel has room for one handle for each GPU.
 constexpr int kMaxDevices = 64;
 
 // An instance of a kernel. Every instance that a host function launches has one object, which exists from the loading

@@ -17,18 +17,18 @@ struct DeviceDropout {
 constexpr int kPhiloxRounds = 7;
 constexpr int kPhiloxGroup = 8;  // number of elements whose draws come from one Philox counter
 
-// A dropout whose seed has been read. An element is kept if its 16-bit draw is at least the threshold t. kept_halves
-// compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves, and `either` is all ones
-// if bit 15 of t is 0.
+// The state of a dropout whose seed has been read from memory. An element is kept if its 16-bit draw is at least the
+// threshold t. kept_halves compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves,
+// and `either` is all ones if t is below 2^15.
 struct Philox {
   uint32_t key0, key1, offset0, offset1, lower, either;
 };
 
-// Reads the seed of `dropout` and adds `later` to the offset. Without dropout the result is empty.
+// Reads the seed of `dropout` and adds `later` to the offset. Without dropout, all fields of the result are 0.
 __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint64_t later = 0) {
   if (dropout.seed == nullptr) return Philox{};
   const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]) + later;
-  // A threshold of 2^16 drops every element: no 15-bit value reaches the lower part 2^15.
+  // A threshold of 2^16 drops every element: the lower 15 bits of a draw never reach the value 2^15 of `lower`.
   const uint32_t lower = dropout.threshold > 0xffffu ? 0x8000u : dropout.threshold & 0x7fffu;
   return Philox{static_cast<uint32_t>(seed),
                 static_cast<uint32_t>(seed >> 32),
@@ -57,11 +57,11 @@ __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t g
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Bits 15 and 31 of the result tell whether the draws in the low and in the high half keep their elements. The
-// remaining bits have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of t) has bit 15 if the lower 15
-// bits of the draw are at least those of t, and the subtraction never borrows from the half above. If bit 15 of t is 0,
-// the element is kept if this bit or bit 15 of the draw is set; otherwise both bits must be set. The result has the
-// bits that at least two of `reached`, the draws and `either` have.
+// Bits 15 and 31 of the result tell whether the draws in the low half and in the high half of the word keep their
+// elements. The remaining bits have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of t) has bit 15 if
+// the lower 15 bits of the draw are at least those of t, and the subtraction never borrows from the half above. If t is
+// below 2^15, the element is kept if bit 15 of this difference of the lower bits or bit 15 of the draw is set; for a
+// larger t, both bits must be set. The result has the bits that at least two of `reached`, the draws and `either` have.
 __device__ __forceinline__ uint32_t kept_halves(const Philox& philox, uint32_t draws) {
   const uint32_t reached = (draws | 0x80008000u) - philox.lower;
   return (draws & reached) | ((draws | reached) & philox.either);
@@ -74,7 +74,7 @@ __device__ __forceinline__ uint4 kept_of_words(const Philox& philox, uint64_t gr
                     kept_halves(philox, draws.w));
 }
 
-// Returns eight bits. Bit i tells whether flat element 8 · group + i is kept.
+// Returns eight bits. Bit i of the result tells whether flat element 8 · group + i is kept.
 __device__ __forceinline__ uint32_t kept_of_group(const Philox& philox, uint64_t group) {
   const uint4 words = kept_of_words(philox, group);
   const uint32_t halves[4] = {words.x, words.y, words.z, words.w};

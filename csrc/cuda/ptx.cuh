@@ -22,7 +22,7 @@
 #define PEFT_EXT_KERNEL
 #else
 #include "cuda/kernel_name.h"
-// Warnings that g++ has about the code of kernels, which it reads and drops.
+// The pragmas switch off warnings of g++ about the code of kernels, which g++ reads and drops.
 #pragma GCC diagnostic ignored "-Wshift-count-negative"
 #pragma GCC diagnostic ignored "-Wstrict-aliasing"
 #define PEFT_EXT_KERNEL                                   \
@@ -51,7 +51,7 @@ namespace peft_ext {
 
 constexpr int kWarpSize = 32;
 
-// Allows an array type where a reference is declared.
+// Identity allows an array type where a reference is declared.
 template <typename T>
 struct IdentityOf {
   using Type = T;
@@ -59,7 +59,7 @@ struct IdentityOf {
 template <typename T>
 using Identity = typename IdentityOf<T>::Type;
 
-// Returns the shared memory that the launch asked for in addition to PEFT_EXT_SHARED, aligned to 128 bytes.
+// Returns the shared memory, aligned to 128 bytes, that the launch asked for in addition to PEFT_EXT_SHARED.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #ifdef __CUDACC__
   extern __shared__ __align__(128) unsigned char peft_ext_dynamic_shared[];
@@ -278,8 +278,8 @@ __device__ __forceinline__ void sync_warp() {
 #endif
 }
 
-// Returns the value of lane `source` of this lane's group of `width` lanes. Only source % width counts. All 32 lanes
-// must call the function.
+// Returns the value of lane `source` of this lane's group of `width` lanes. Only the value of source % width matters.
+// All 32 lanes must call the function.
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int source, int width = kWarpSize) {
 #ifdef __CUDACC__
   return __shfl_sync(0xffffffffu, value, source, width);
@@ -461,8 +461,8 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// ---- matrix products. In the layout of fragments, lane l has g = l / 4 and t = l % 4. A register holds two 16-bit
-// values; the first value is in the low half.
+// ---- matrix products. The fragments of ldmatrix and mma are described with g = l / 4 and t = l % 4 for lane l. A
+// register holds two 16-bit values; the first value is in the low half.
 
 // Loads four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8:
 // 16 bytes, aligned. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32 lanes must call the
@@ -492,8 +492,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row
 
 // Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call the
 // function. A lane holds
-//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column
-//   b[i]: rows 2t + 8 i and the next row, column g
+//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column;
+//   b[i]: rows 2t + 8 i and the next row, column g;
 //   c[i]: row g + 8 (i / 2), column 2t + i % 2
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

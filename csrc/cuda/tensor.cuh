@@ -39,8 +39,8 @@ inline const char* lost_device() {
 #endif
 }
 
-// Allocates a tensor on `like`'s device. If there is no memory, the error contains the allocator's message, which the
-// stable ABI loses and by which trainers recognize that a smaller batch would fit.
+// Allocates a tensor on `like`'s device. If the allocation fails, the error contains the text of PyTorch's allocator
+// error: the stable ABI loses this text, by which trainers recognize that a smaller batch would fit.
 inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   const int64_t bytes = checked_bytes(shape, type);
   int32_t device_type = 0;

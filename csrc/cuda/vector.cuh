@@ -121,8 +121,8 @@ __device__ __forceinline__ void save_columns(T* row, int64_t column, int64_t col
     if (column + i < columns) store_value(row + column + i, values[i]);
 }
 
-// Returns eight bits. Bit i tells whether flat element first + i is kept. `whole` means that the eight elements share a
-// counter block.
+// Returns eight bits. Bit i of the result tells whether flat element first + i is kept. `whole` means that the eight
+// elements share a counter block.
 __device__ __forceinline__ uint32_t kept_elements(const Philox& philox, uint64_t first, bool whole) {
   const uint64_t group = first / kPhiloxGroup;
   const uint32_t kept = kept_of_group(philox, group);

@@ -1,6 +1,7 @@
 // Replaces cuda_runtime.h when g++ compiles kernels for the emulator: CUDA's keywords and vector types, and the
-// functions that the wrappers of cuda/ptx.cuh call. The file is included before everything else (-include), because it
-// renames memcpy and memset: compiled code may call them for copies that no __tsan hook announces.
+// functions that the wrappers of cuda/ptx.cuh call. The compiler includes the file before everything else (-include),
+// because the file renames memcpy, memmove and memset: compiled code may call these functions for copies that no __tsan
+// hook reports.
 #pragma once
 
 #include <stddef.h>
@@ -55,8 +56,8 @@ PEFT_EXT_VECTOR4(uchar4, unsigned char)
 namespace peft_ext {
 namespace emulator {
 
-// The indices of the running thread. These values are constant while a kernel's function runs, so that the compiler may
-// merge calls of these functions.
+// The indices of the running thread. The indices of a thread are constant while a kernel's function runs, so that the
+// compiler may merge calls of these functions.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();
 __attribute__((const)) dim3 block_size();

@@ -22,7 +22,7 @@ extern "C" void peft_ext_emulator_switch(Execution* from, const Execution* to);
 
 inline void switch_execution(Execution& from, const Execution& to) { peft_ext_emulator_switch(&from, &to); }
 
-// Prepares `execution` so that the first switch to it starts `entry`, which must never return.
+// Prepares `execution` so that the first switch to `execution` starts `entry`, which must never return.
 inline void prepare(Execution& execution, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
   *--top = nullptr;  // null return address of `entry`; also aligns the stack as after a call

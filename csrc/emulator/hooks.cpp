@@ -1,7 +1,6 @@
-// The functions that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory
-// that is not certainly a local variable, each index beyond an array, and each access through a misaligned pointer.
-// These functions replace the sanitizers' runtime libraries, which are not linked. This file is compiled without
-// -fsanitize.
+// The hooks that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory that
+// is not certainly a local variable, for each index beyond an array, and for each access through a misaligned pointer.
+// The hooks replace the sanitizers' runtime libraries, which are not linked. This file is compiled without -fsanitize.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -69,7 +68,7 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// The operations of std::atomic, and the guards of local statics, which host code uses.
+// The hooks for the operations of std::atomic and for the guards of local statics, which host code uses.
 #define PEFT_EXT_ATOMIC_UPDATE(bits, name, builtin)                                            \
   uint##bits##_t __tsan_atomic##bits##_##name(uint##bits##_t* at, uint##bits##_t value, int) { \
     check_access(at, bits / 8, Access::kAtomic, SITE);                                         \
@@ -107,8 +106,8 @@ PEFT_EXT_ATOMICS(64)
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-// Replacements for memcpy, memmove and memset in compiled code. device.h renames calls of memcpy and memset to these
-// functions.
+// Replacements for memcpy, memmove and memset in compiled code. device.h renames memcpy, memmove and memset to the
+// names of these replacements.
 void* peft_ext_emulator_memcpy(void* to, const void* from, size_t bytes) {
   check_access(from, bytes, Access::kRead, SITE);
   check_access(to, bytes, Access::kWrite, SITE);

@@ -17,7 +17,7 @@ enum class Use {
 };
 
 // The global memory of the launches of one Launcher, which run one after another. An access to global memory that was
-// not added is a fault, except for a read of read-only data.
+// not added to the Memory object is a fault, except for a read of read-only data.
 class Memory {
  public:
   Memory() = default;
@@ -53,8 +53,8 @@ struct Call {
   void (*kernel)(Parameters...);
   void* const* parameters;  // the addresses of the parameters, as CUDA's driver takes them
 
-  // `invoke` is not instrumented, because the parameters lie in the host's memory here. The kernel gets copies of the
-  // parameters.
+  // `invoke` is not instrumented, because the function reads the parameters from the host's memory. The kernel gets
+  // copies of the parameters.
   __attribute__((no_sanitize("thread", "undefined"))) static void invoke(const void* call) {
     invoke(*static_cast<const Call*>(call), std::index_sequence_for<Parameters...>());
   }

@@ -311,8 +311,8 @@ void start_block(Machine& machine) {
   current.stack = 0;
 }
 
-// Registers a declaration of shared memory at its first use in a launch. All threads of the launch use the
-// declaration's values.
+// Registers a declaration of shared memory at its first use in a launch. All threads of the launch use the same
+// declaration.
 size_t declare(Machine& machine, const void* key, size_t bytes, const char* name, size_t begin) {
   const int index = machine.declaration_count++;
   machine.declarations[index] = {key, name, begin, bytes};

@@ -29,7 +29,8 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kPageBytes = 4096;  // size of the inaccessible page below each stack
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
-constexpr size_t kMaxShared = 99 * 1024;  // shared memory that each GPU from 8.0 on allows a block
+// shared memory that each GPU of compute capability 8.0 and later allows a block
+constexpr size_t kMaxShared = 99 * 1024;
 // gap in bytes between declarations of shared memory, so that an access just beyond a declaration is found
 constexpr size_t kSharedGap = 128;
 constexpr int kMaxDeclarations = 32;

@@ -212,12 +212,12 @@ inline bool contains(const Memory::Range& range, uintptr_t address, size_t bytes
         wrote ? "wrote" : "read");
 }
 
-// Returns whether this block's access conflicts with an access of the block with this stamp.
+// Returns whether an access of this block conflicts with an access of the block with the stamp `stamp`.
 inline bool foreign(const Machine& machine, uint32_t stamp) {
   if (stamp <= machine.memory->base || stamp == machine.block_stamp) return false;
   if (!machine.acquired || machine.published == nullptr) return true;
-  // The stamp kManyBlocks names no block and is not a conflict here: only by atomics do several blocks write one
-  // element.
+  // The stamp kManyBlocks names no block, and is not a conflict in this function: only by atomics do several blocks
+  // write one element.
   return stamp >= machine.memory->base + kFirstBlock && !machine.published[stamp - machine.memory->base - kFirstBlock];
 }
 

@@ -1,6 +1,7 @@
 // The linear layers of a mixture of experts on the CPU: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows
-// t of expert e; without DoRA g is 1. Rows are sorted by expert. Each expert's run of rows (linear/cpu/runs.h) is one
-// call of the adapted layer (linear/cpu/adapted_linear.h) with the expert's weight and adapter.
+// t of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. Each expert's run of rows
+// (linear/cpu/runs.h) is one call of the adapted layer (linear/cpu/adapted_linear.h) with the expert's weight and
+// adapter.
 #include <string.h>
 
 #include <numeric>
@@ -87,7 +88,7 @@ void copy_back(const Tensor& stack, const Tensor& whole) {
 }
 
 // The weights of all experts: dense [E, N, K], or packed. Each expert is packed separately, and each part holds the
-// experts' parts in order. The table nested_code of double-quantized NF4 weights is one for all experts.
+// experts' parts in order. All experts share one table nested_code of double-quantized NF4 weights.
 struct Weights {
   Tensor weight;
   WeightParts parts;

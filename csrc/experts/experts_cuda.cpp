@@ -1,13 +1,13 @@
 // The linear layers of a mixture of experts on CUDA: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows t
-// of expert e. Rows are sorted by expert. The number of launches does not depend on the number of experts, and the host
-// does not wait for the offsets. The steps:
+// of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. The number of launches does not
+// depend on the number of experts, and the host does not wait for the offsets. The steps:
 //
-//   forward:   tables of the rows (row_runs); terms of all A_e, B_e (stacks); S: one pass over x; Y: one product, to
-//              which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product)
-//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX: one product, to which mask ∘ (P A_e) is
-//              added. For DoRA, g is in the terms of B_e for P, and in the sum of dB_e. One more pass computes
-//              G = g ∘ dY for dX, and dg
-//   DoRA's norm: terms; one pass over W (dora)
+//   forward:   tables of the rows (row_runs); terms of all A_e and B_e (stacks); S in one pass over x; Y in one
+//              product, to which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product).
+//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX in one product, to which mask ∘ (P A_e)
+//              is added. For DoRA, g is in the terms of B_e for P, and in the sum of dB_e, and one more pass computes
+//              G = g ∘ dY for dX, and dg.
+//   DoRA's norm: terms; one pass over W (dora).
 //
 // With many rows per expert and dense bfloat16 weights, on GPUs of compute capability 9.x and 10.x, PyTorch's grouped
 // product computes D W_eᵀ, and a kernel adds the low-rank term and the bias.
@@ -75,7 +75,8 @@ void make_rows(const RowRuns& runs, const StackAdapters& adapters, const RowsWan
   launcher(run_rows_kernel, ceil_div(work.padded_rows * work.padded_rank / 2, kStackThreads), kStackThreads, work);
 }
 
-// A gradient [E, ., .] to reduce. column_dim is the gradient's dimension that belongs to the columns of the pass.
+// A gradient [E, ., .] that a kernel computes from partial sums. column_dim is the gradient's dimension that belongs to
+// the columns of the pass.
 struct StackGradient {
   const PartialSums* partial;
   const Tensor* out;
@@ -120,7 +121,7 @@ struct LowRank {
   const DeviceAdapter* dropout = nullptr;  // null: no dropout mask is applied to the term
 };
 
-// Returns whether PyTorch has one product for all experts that is faster than experts_product_kernel for this call.
+// Returns whether PyTorch's grouped product for all experts is faster than experts_product_kernel for this call.
 bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
   if (stack.all.is_nf4() || left.scalar_type() != ScalarType::BFloat16 || left.size(0) < kManyRows * stack.experts)
     return false;
@@ -152,7 +153,7 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& r
 
 // The operands of the last operations on a product.
 struct Finish {
-  std::optional<Tensor> bias, scale, z;  // z receives the value that g, the `scale`, scales
+  std::optional<Tensor> bias, scale, z;  // z receives the product before it is multiplied by `scale`
 };
 
 // Returns scale ∘ (left W_eᵀ + low-rank term) + bias with `transpose`, and the same formula with W_e in place of W_eᵀ

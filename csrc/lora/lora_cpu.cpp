@@ -1,5 +1,5 @@
-// LoRA operators on the CPU: lora_linear, Y = x Wᵀ + (x̃ Aᵀ ∘ ρ) Bᵀ + b, lora_residual, Y = residual + (x̃ Aᵀ ∘ ρ) Bᵀ,
-// and the backward of both operators. See linear/cpu/adapted_linear.h.
+// LoRA operators on the CPU: lora_linear, Y = x Wᵀ + (x̃ Aᵀ ∘ ρ) Bᵀ + b with x̃ = dropout(x), lora_residual, Y =
+// residual + (x̃ Aᵀ ∘ ρ) Bᵀ, and the backward of both operators. See linear/cpu/adapted_linear.h.
 #include <tuple>
 
 #include "common/registration.h"

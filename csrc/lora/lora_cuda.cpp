@@ -1,5 +1,5 @@
-// LoRA operators on CUDA: lora_linear, Y = x Wᵀ + (x̃ Aᵀ ∘ ρ) Bᵀ + b, lora_residual, Y = residual + (x̃ Aᵀ ∘ ρ) Bᵀ, and
-// the backward of both operators. See linear/cuda/adapted_linear.cuh.
+// LoRA operators on CUDA: lora_linear, Y = x Wᵀ + (x̃ Aᵀ ∘ ρ) Bᵀ + b with x̃ = dropout(x), lora_residual, Y = residual
+// + (x̃ Aᵀ ∘ ρ) Bᵀ, and the backward of both operators. See linear/cuda/adapted_linear.cuh.
 #include <tuple>
 
 #include "linear/cuda/adapted_linear.cuh"

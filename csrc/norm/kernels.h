@@ -2,8 +2,9 @@
 // from memory once, and after that from the cache. Sums are float32. The order of a sum depends only on the row's
 // length and on the path.
 //
-//   x̂ = (x - μ) r     r = 1/√(mean (x - μ)² + eps)     y = x̂ ∘ factor + bias      RMSNorm: μ is 0
-//   dX = r (g - mean g - x̂ mean (g ∘ x̂)),  g = dY ∘ factor     dw = Σ_t dY ∘ x̂    db = Σ_t dY     RMSNorm: no mean g
+//   x̂ = (x - μ) r;   r = 1/√(mean (x - μ)² + eps);   y = x̂ ∘ factor + bias;   RMSNorm has μ = 0;
+//   dX = r (g - mean g - x̂ mean (g ∘ x̂));   g = dY ∘ factor;   dw = Σ_t dY ∘ x̂;   db = Σ_t dY;
+//   RMSNorm has no term mean g
 #pragma once
 
 #include <stdint.h>

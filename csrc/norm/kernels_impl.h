@@ -29,8 +29,8 @@ void norm_row(const NormRows& work, int64_t row) {
   const float rstd = 1.0f / __builtin_sqrtf(sum[0] / count + work.eps);
   work.rstd[row] = rstd;
   const Vec scale = Vec::broadcast(rstd);
-  // These fields of `work` are copied to local variables, because the compiler must assume that a store through y
-  // changes `work`.
+  // The fields factor, bias and round_first are copied to local variables, because the compiler must assume that a
+  // store through y changes `work`.
   const float *factor = work.factor, *bias = work.bias;
   const bool round_first = work.round_first;
   for_vectors(columns, [=](auto lanes, int64_t k) {

@@ -1,7 +1,8 @@
 // RMSNorm and LayerNorm of rows [T, K], and their gradients:
 //
-//   x̂ = (x - μ) r     r = 1/√(mean (x - μ)² + eps)     y = x̂ ∘ (w + offset) + b               RMSNorm: μ is 0
-//   dX = r (g - mean g - x̂ mean (g ∘ x̂)),  g = dY ∘ (w + offset)     dw = Σ_t dY ∘ x̂,  db = Σ_t dY
+//   x̂ = (x - μ) r;   r = 1/√(mean (x - μ)² + eps);   y = x̂ ∘ (w + offset) + b;   RMSNorm has μ = 0;
+//   dX = r (g - mean g - x̂ mean (g ∘ x̂));   g = dY ∘ (w + offset);   dw = Σ_t dY ∘ x̂;   db = Σ_t dY;
+//   RMSNorm has no term mean g
 //
 // A warp owns a row of up to kWarpColumns columns, and a block owns a longer row. A row is read from memory once, eight
 // columns per thread at a time (16 bytes of a 16-bit dtype), and after that from L1: a thread reads again only the

@@ -122,7 +122,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
     if (needs_bias) part.grad_bias = to + of_weight;
     isa.gradient(part, first, last);
   });
-  // The gradients are copies of the sums: a gradient that were a view would keep all of `sums` in memory.
+  // The gradients are copies of the sums: a view of `sums` as a gradient would keep all of `sums` in memory.
   const auto copy_of = [&](int64_t first, ScalarType type) {
     Tensor out = empty({columns}, type);
     torch::stable::copy_(out, torch::stable::narrow(sums, 0, first, columns));

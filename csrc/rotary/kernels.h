@@ -1,9 +1,10 @@
 // The contract of the rotary position embedding on the CPU; each instruction set has a kernel. With the halves
 // x = (x₁, x₂), cos = (c₁, c₂) and sin = (s₁, s₂) of a head:
 //
-//   y₁ = x₁ c₁ - x₂ s₁      y₂ = x₂ c₂ + x₁ s₂                 back:  x₁ = y₁ c₁ + y₂ s₂      x₂ = y₂ c₂ - y₁ s₁
+//   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;   with back, the inverse: x₁ = y₁ c₁ + y₂ s₂;   x₂ = y₂ c₂ - y₁ s₁
 //
-// Arithmetic is float32 and rounds once. Each head is read and written once. cos and sin of a token serve all heads.
+// Arithmetic is in float32, and each result is rounded once. Each head is read and written once. cos and sin of a token
+// serve all heads.
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +27,7 @@ struct Rotary {
   bool back;
   int64_t tokens, size;   // T and D
   Heads parts[2];         // q and k
-  const void *cos, *sin;  // [B or 1, T, D] contiguous
+  const void *cos, *sin;  // cos and sin [B or 1, T, D], contiguous
   int64_t cos_batch;      // stride between batches; 0 if one cos and sin serve all batches
 };
 

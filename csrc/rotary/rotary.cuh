@@ -1,12 +1,12 @@
 // Rotary position embedding of q [B, H, T, D] and k [B, Hkv, T, D]. With the halves x = (x₁, x₂), cos = (c₁, c₂) and
 // sin = (s₁, s₂) of a head:
 //
-//   y₁ = x₁ c₁ - x₂ s₁      y₂ = x₂ c₂ + x₁ s₂                 back:  x₁ = y₁ c₁ + y₂ s₂      x₂ = y₂ c₂ - y₁ s₁
+//   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;   with kBack, the inverse: x₁ = y₁ c₁ + y₂ s₂;   x₂ = y₂ c₂ - y₁ s₁
 //
 // A block owns a token with all heads of q and k, so that the block reads cos and sin of the token from memory once. A
 // thread rotates eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is
-// contiguous. Arithmetic is float32 and rounds once. Bytes moved: q and k are read and written once; cos and sin are
-// read once for each batch.
+// contiguous. Arithmetic is in float32, and each result is rounded once. Bytes moved: q and k are read and written
+// once; cos and sin are read once for each batch.
 #pragma once
 
 #include "cuda/vector.cuh"

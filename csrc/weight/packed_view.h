@@ -1,5 +1,5 @@
 // A packed weight as kernels see it, on the CPU and on CUDA: a matrix W [rows, columns] that is stored as codes and
-// scales. What the parts, `group` and `option` mean is defined by the weight's format: see weight/formats/.
+// scales. The weight's format defines what the parts, `group` and `option` mean: see weight/formats/.
 #pragma once
 
 #include <stdint.h>
@@ -33,7 +33,8 @@ namespace {
 // not null, and is never read.
 inline const void* part_address(const void* data) { return data != nullptr ? data : &kWeightParts; }
 
-// Return the fields of `layout`. The number of the format is 0 for NF4 and for a dense weight.
+// format_number, format_group and format_option return the fields of `layout`. The number of the format is 0 for NF4
+// and for a dense weight.
 inline int64_t format_number(int64_t layout) { return layout >> kFormatShift & 0xff; }
 inline int64_t format_group(int64_t layout) { return layout & 0xffffffff; }
 inline int format_option(int64_t layout) { return static_cast<int>(layout >> kOptionShift); }
@@ -49,8 +50,8 @@ inline float e8m0_value(uint8_t byte) {
 }
 
 // Returns the value of an e4m3 code (the variant without infinities: 0x7f and 0xff are NaN). From magnitude 8 on, the
-// bits of a code are the bits of a float32, apart from the bias of the exponent. A smaller magnitude is subnormal: its
-// bits are those of 2^-6 + value.
+// bits of a code are the bits of a float32, apart from the bias of the exponent. A smaller magnitude is subnormal: the
+// function makes the bits of 2^-6 + value, and then subtracts 2^-6.
 inline float e4m3_value(uint32_t code) {
   const uint32_t magnitude = code & 0x7f;
   const uint32_t subnormal = 0u - ((magnitude - 8) >> 31), nan = 0u - ((magnitude + 1) >> 7);

@@ -1,4 +1,4 @@
-// DoRA for a mixture's experts, except for the product: the norm of each row of W_e + s B_e A_e; in the backward G =
+// DoRA for a mixture of experts, except for the product: the norm of each row of W_e + s B_e A_e; in the backward G =
 // g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the expert's rows.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace peft_ext {
 
 struct StackNorm {
   StackView weight;                   // W_e; a column of the view is an output of the layer, that is a row of W_e
-  Terms left, right;                  // terms of the first expert's B and transposed A, as for a float32 result
+  Terms left, right;                  // terms of the first expert's B and Aᵀ, as many as for a float32 result
   int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
   // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros
   const int64_t* ends;
@@ -38,8 +38,8 @@ struct NormCodes {
   float nested[2][2];
 };
 
-// Loads eight elements of a row of an expert's W from column `first` on, with zeros beyond the last column. kAlong
-// tells that the elements are contiguous.
+// Loads eight elements of a row of an expert's W from column `first` on, with zeros beyond the last column. If kAlong,
+// the elements are contiguous.
 template <typename T, bool kNf4, bool kAlong>
 __device__ __forceinline__ void load_weights(const StackView& view, const T* dense, const Nf4View& nf4, int64_t row,
                                              int64_t first, int64_t inputs, float (&values)[kVector]) {
@@ -191,7 +191,7 @@ struct ScaleRuns {
   const float* scale;  // g [experts, columns]
   const RowRun* tiles;
   int64_t columns;
-  void* out;       // G, with zeros in the rows of no expert; null if the call does not need G
+  void* out;       // G, with zeros in rows that belong to no expert; null if the call needs no G
   float* partial;  // partial sums Σ dY ∘ Z of each tile, [tiles, columns]; null without z
 };
 
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
       for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
     }
     if (work.out == nullptr) continue;
-    // Rows of no expert may hold any values in dY, NaN included. In G, rows of no expert are 0.
+    // Rows that belong to no expert may hold any values in dY, NaN included. In G, rows that belong to no expert are 0.
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
     save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);

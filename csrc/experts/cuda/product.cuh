@@ -3,24 +3,26 @@
 //
 //   out [rows, C] = g_e ∘ (D W_eᵀ + mask ∘ (L F_eᵀ)) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
 //
-// g is DoRA's scale, or absent. If z is given, the kernel also stores the value that g scales. In the forward, D is x,
-// W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is B_e. For dX, D is dY, W_e is the transposed weight,
-// L is P, F_e is A_e's transpose, and the term is masked by dropout. W is dense, in either order of storage, or NF4,
-// which the kernel decodes. The contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross);
-// for other strides and sizes elements are loaded one by one (kAny). Rows of no expert are set to zero.
+// g is the output scale of DoRA; without DoRA there is no g. If `z` is given, the kernel also stores the values that
+// are multiplied by g. In the forward, D is x, W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is B_e.
+// For dX, D is dY, W_e is the transposed weight, L is P, F_e is A_e's transpose, and the low-rank term is masked by
+// dropout. W is dense, in either order of storage, or NF4, which the kernel decodes. The contiguous dimension of W is
+// the summed dimension (kAlong) or the columns (kAcross); for other strides and sizes elements are loaded one by one
+// (kAny). Rows that belong to no expert are set to zero.
 //
 // A thread block of 8 warps computes a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w
 // computes 32 x 32 outputs: the rows from 32 (w % 2) on and the columns from 32 (w / 2) on. In float32, warp w computes
-// 8 rows and all columns of the tile. If a group of 16 rows (float32: 8) of a tile has no rows, the group costs no
-// products.
+// 8 rows and all columns of the tile. The kernel computes no products for a group of 16 rows (in float32: 8 rows) of a
+// tile in which the expert has no rows.
 //
 // The thread blocks of one tile of rows are adjacent in the grid, so that L2 serves the repeated reads of D; the tiles
 // of one expert are adjacent, so that L2 serves the repeated reads of the expert's W. The loop over the summed
-// dimension takes slabs of 128 bytes of a row of D and of W. Slabs pass through two stages of shared memory: cp.async
-// fills one stage while the products read the other stage. The codes of an NF4 W are loaded into registers three slabs
-// ahead and are decoded one slab ahead, each code to round(code · scale) as in nf4_dequantize. Groups of 16 bytes lie
-// in the order group ^ line % 8, so that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums.
-// float32 uses FMAs, where a thread has 8 rows and 4 columns. At the end, each warp reads sums from shared memory, adds
+// dimension goes through D and W in slabs: a slab has 128 bytes of each row of D, and the same summed elements of W.
+// Slabs pass through two stages of shared memory: cp.async fills one stage while the products read the other stage. The
+// codes of an NF4 W are loaded into registers three slabs ahead and are decoded one slab ahead, each code to round(code
+// · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number `group` in a line are stored at place group ^
+// line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums. float32
+// uses FMAs, where a thread computes 8 rows and 4 columns. At the end, each warp reads sums from shared memory, adds
 // the low-rank term, which is computed as in expand.cuh, rounds once, and stores 8 elements per lane. Shared memory: 48
 // KiB. Bytes moved: D, W (of experts that have rows) and out, once each. From L2, D is read C / 128 times, and W once
 // per 64 rows.
@@ -177,8 +179,8 @@ __device__ __forceinline__ void product_of_stage(SharedAt stage, int warp, int r
 }
 
 // Computes the outputs of 16 rows and 64 columns of a tile from the product: adds the low-rank term and the bias,
-// scales by g, and stores the result. Of each four warps, each takes 16 of the 64 rows. before(row of the tile, column,
-// values) writes the product for eight columns to `values`.
+// scales by g, and stores the result. Each of four warps computes 16 of the 64 rows of the tile. before(row of the
+// tile, column, values) writes the product for eight columns to `values`.
 template <typename T, bool kWhole, typename Before>
 __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const RowRun& run, int64_t row_tile,
                                                int64_t column_tile, const Before& before) {
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   // The variables below hold the addresses of this thread's next groups of D and of a dense W, their places in a stage,
   // and the numbers of rows and summed elements that are left from the thread's first element on.
   const int line = thread / kGroups, group = thread % kGroups;
-  constexpr int kLines = kProductThreads / kGroups;  // lines from one group that this thread loads to the next
+  constexpr int kLines = kProductThreads / kGroups;  // number of lines between two groups of W that this thread loads
   const auto inner = static_cast<int>(work.inner), columns = static_cast<int>(min_of(work.columns - column, 1 << 30));
   const int64_t expert = run.expert < 0 ? 0 : run.expert;
   const T* left = static_cast<const T*>(work.left) + (run.first + thread / 8) * work.inner + thread % 8 * kVectors;
@@ -467,8 +469,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
                             });
 }
 
-// Adds the low-rank term and the bias to a product that PyTorch has computed in `out`, scales by g, and sets rows of no
-// expert to zero. Grid: as in experts_product_kernel, with tiles of 64 columns.
+// Adds the low-rank term and the bias to a product that PyTorch has computed in `out`, scales by g, and sets rows that
+// belong to no expert to zero. Grid: as in experts_product_kernel, with tiles of 64 columns.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 4 ? 3 : 4) experts_onto_kernel(ExpertsProduct work) {
   PEFT_EXT_KERNEL;

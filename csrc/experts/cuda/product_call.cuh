@@ -1,4 +1,4 @@
-// Host functions that launch the kernels for experts. Each element type has a translation unit of its own.
+// Host functions that launch the kernels for a mixture of experts. Each element type has a translation unit of its own.
 #pragma once
 
 #include "cuda/tensor.cuh"

@@ -39,8 +39,8 @@ StackAdapters checked_adapters(const char* op, const DeviceStack& stack, const s
                                const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale,
                                double scaling, double dropout_p, const std::optional<Tensor>& seed);
 
-// Splits the stacks of a call into terms, in one launch. `ends` holds the ends of the experts' rows; experts without
-// rows get no terms.
+// Splits the matrices of all experts, which are stacks [E, ...], into terms, in one launch. `ends` holds the ends of
+// the experts' rows; experts without rows get no terms.
 class StackSplitter {
  public:
   StackSplitter(const Tensor& like, ScalarType type, int64_t experts, const Tensor* ends)

@@ -59,7 +59,7 @@ struct RunRows {
   const RowRun* tiles;
   float scale;
   float after;          // additional factor of `terms` and `transposed`, but not of `plain`
-  float* plain;         // value [rows][rank], with zeros for rows of no expert; null if unneeded
+  float* plain;         // value [rows][rank], 0 in rows that belong to no expert; null if unneeded
   TermsOut terms;       // receives the terms of `value`, [padded rows, padded rank]
   TermsOut transposed;  // terms of the transpose of `value`, [padded rank, padded rows]
 };

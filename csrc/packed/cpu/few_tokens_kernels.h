@@ -14,7 +14,7 @@ namespace peft_ext {
 inline int64_t ordered_columns(int64_t columns) { return ceil_div(columns, 256) * 256; }
 
 struct FewTokensKernels {
-  int64_t units = 0;  // number of units of W (rows, pairs of rows or panels of rows), which the threads divide
+  int64_t units = 0;  // number of units of W (rows, pairs of rows or panels of rows) that are divided among threads
   // Permutes x [tokens, columns] to the order of the format's codes, zero-padded to ordered_columns, and writes the
   // sums of x that the addends need: `sums` [tokens, ordered_columns / 16].
   void (*order)(const bf16* x, int64_t tokens, int64_t columns, bf16* ordered, float* sums) = nullptr;

@@ -9,8 +9,8 @@ namespace peft_ext {
 constexpr int64_t kRunColumns = 32;  // number of columns that a format's decode32 decodes
 
 struct FormatKernels {
-  // Writes W[row + i, begin + j] of dtype, rounded once from float32, to out[i * stride + j], for i < rows and
-  // begin + j < end.
+  // Writes W[row + i, begin + j], rounded once from float32 to dtype, to out[i * stride + j], for i < rows and begin +
+  // j < end.
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype);
   // Writes y[t, n] = sum_k x[t, k] w[n, k] for the rows n of [begin, end), with x [tokens, columns] and y [tokens,

@@ -1,6 +1,6 @@
-// The kernels of format_kernels.h over the type Vec and the formats of weight/formats/list.h. Include this file after
-// the target pragma and the instruction set's simd_<isa>.h, by a file that then defines the table of the instruction
-// set.
+// The kernels of format_kernels.h, written with the type Vec, for the formats of weight/formats/list.h. Include this
+// file after the target pragma and the instruction set's simd_<isa>.h, by a file that then defines the table of the
+// instruction set.
 //
 // decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored, or, with AVX-512, 4-bit codes are
 // looked up among 16 rounded values; columns before and after whole runs, and all columns of a weight that F::runs
@@ -17,13 +17,13 @@
 namespace peft_ext {
 namespace {
 
-// Rounds the values of 32 columns to T.
+// Rounds the values of 32 columns to T, and stores the rounded values.
 template <typename T>
 inline void store_run(const float* run, T* out) {
   for (int64_t i = 0; i < kRunColumns; i += Vec::kWidth) Vec::load(run + i).store_as(out + i);
 }
 
-// Writes the values of the 32 columns from a multiple of 32 on, rounded once to T.
+// Writes the values of 32 columns from `column` on, a multiple of 32, rounded once to T.
 template <typename F, typename T>
 inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out) {
 #ifdef PEFT_EXT_LOOKUP
@@ -121,7 +121,7 @@ struct KernelsOf {
     }
   }
 
-  // few for formats with decode_rows: 16 rows together.
+  // The variant of few() for formats with decode_rows: it computes 16 rows together.
   template <int kTokens>
   static void few_row_blocks(const PackedView& w, const float* x, float* y, int64_t begin, int64_t end) {
     constexpr int kVecs = static_cast<int>(kRunColumns) / Vec::kWidth;

@@ -1,4 +1,4 @@
-// Which optional members of weight/formats/list.h a format has. Include this file after the target pragma.
+// Tells which of the optional members in weight/formats/list.h a format has. Include this file after the target pragma.
 #pragma once
 
 namespace peft_ext {
@@ -34,7 +34,8 @@ struct HasRowBlocks<F, decltype(static_cast<void>(F::kRowBlocks))> {
   static constexpr bool kValue = true;
 };
 
-// Tells whether part 0 of a format holds the codes row by row. If a word holds codes of several rows, part 0 does not.
+// Tells whether part 0 of a format holds the codes row by row. If a word of part 0 holds codes of several rows, part 0
+// does not hold the codes row by row.
 template <typename F, typename = void>
 struct IsRowMajor {
   static constexpr bool kValue = !HasRowBlocks<F>::kValue;

@@ -53,7 +53,7 @@ struct BlockWords {
   }
 };
 
-// Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL: a step takes four blocks, each with 16 bytes of codes.
+// Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL: a step reads four blocks, each with 16 bytes of codes.
 template <typename Block, typename Number, int kBits>
 struct SmallBlockStep : GgufStep<Block> {
   static constexpr int kColumns = 128, kParts = 4, kBytes = 4 * Block::kBytes;
@@ -68,7 +68,7 @@ struct SmallBlockStep : GgufStep<Block> {
     using Of = BlockWords<Block, 4>;
     constexpr int kWords = Block::kBytes / 2;
     constexpr Words kCodes = Of::picked([](int i) { return i / 8 * kWords + Block::kCodes / 2 + i % 8; });
-    // Words 0 to 15 pick the scale of each of 16 lanes, and words 16 to 31 repeat the four blocks' offsets.
+    // In kScales, words 0 to 15 pick the scale of each of 16 lanes, and words 16 to 31 repeat the four blocks' offsets.
     constexpr Words kScales = Of::picked([](int i) { return i < 16 ? i / 4 * kWords : i % 4 * kWords + 1; });
     const Of words(this->bytes(j), blocks);
     Held held;
@@ -88,7 +88,7 @@ struct SmallBlockStep : GgufStep<Block> {
     if constexpr (kBits == 4) {
       return looked_up(at_nibble(held.words, part), kNumbers);
     } else {
-      // Bit 2 i and bit 2 i + 1 of the word belong to the two bytes of word i of the codes.
+      // In the word of fifth bits, bit 2 i and bit 2 i + 1 belong to the two bytes of word i of the codes.
       static constexpr Words kLarge = nibble_numbers([](int code) { return Number::value(code + 16); });
       static constexpr Words kBit[2] = {words_of_each([](int i) { return 1 << i % 8 * 2; }),
                                         words_of_each([](int i) { return 2 << i % 8 * 2; })};
@@ -102,7 +102,7 @@ struct SmallBlockStep : GgufStep<Block> {
   static __m512 step_addends(const Held& held) { return held.add; }
 };
 
-// Q8_0: a step takes two blocks, each with 32 bytes of codes. Registers 0 and 1 of x are the even and the odd columns.
+// Q8_0: a step reads two blocks, each with 32 bytes of codes. Registers 0 and 1 of x hold the even and the odd columns.
 // A code is the sum of the numbers that the two nibbles of its byte stand for.
 struct Q8_0Step : GgufStep<BlockQ8_0> {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 2 * BlockQ8_0::kBytes;
@@ -153,7 +153,7 @@ inline __m512i with_bits(__m512i words, __m512i bits, int16_t mask) {
   return _mm512_ternarylogic_epi32(words, bits, _mm512_set1_epi16(mask), 0xD8);
 }
 
-// Q4_K, Q5_K: a phase is 64 bytes of codes: 64 columns in each half of 32 bytes, low nibbles first.
+// Q4_K, Q5_K: a phase reads 64 bytes of codes: each half of 32 bytes holds 64 columns, low nibbles first.
 template <typename Block, int kBits>
 struct LargeBlockStep : GgufStep<Block> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kSums = 2, kBytes = Block::kBytes;
@@ -206,8 +206,8 @@ struct LargeBlockStep : GgufStep<Block> {
   static __m512 step_addends(const Held& held) { return held.add; }
 };
 
-// Q6_K: a phase is 64 bytes of low nibbles: 64 columns in each half of 32 bytes. The two high bits of 128 columns are
-// in 32 bytes.
+// Q6_K: a phase reads 64 bytes of low nibbles: each half of 32 bytes holds 64 columns. The two high bits of 128 columns
+// are in 32 bytes.
 struct Q6_KStep : GgufStep<BlockQ6_K> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kSums = 2, kBytes = BlockQ6_K::kBytes;
   static constexpr int sum_of(int part) { return part % 2; }
@@ -244,7 +244,7 @@ struct Q6_KStep : GgufStep<BlockQ6_K> {
   }
 };
 
-// IQ4_XS: a phase is 64 bytes of codes, the codes of four blocks of Q4_0.
+// IQ4_XS: a phase reads 64 bytes of codes, which have the layout of the codes of four Q4_0 blocks.
 struct IQ4_XSStep : GgufStep<BlockIQ4_XS> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kBytes = BlockIQ4_XS::kBytes;
   static int column_of(int reg, int word) { return halves_column(reg, word); }
@@ -278,8 +278,8 @@ struct IQ4_XSStep : GgufStep<BlockIQ4_XS> {
   }
 };
 
-// Q2_K, Q3_K: 64 bytes with codes of two bits. A nibble holds the codes of two columns, which two tables look up. Sum f
-// is the sum over the codes in bits 2 f and 2 f + 1 of the bytes.
+// Q2_K, Q3_K: a step reads 64 bytes with codes of two bits. A nibble holds the codes of two columns, which two tables
+// look up. Sum f is the sum over the codes in bits 2 f and 2 f + 1 of the bytes.
 template <typename Block>
 struct FieldStep : GgufStep<Block> {
   static constexpr int kColumns = 256, kParts = 8, kSums = 4, kBytes = Block::kBytes;

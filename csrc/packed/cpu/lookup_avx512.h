@@ -45,8 +45,8 @@ inline void store_run(const float* run, bf16* out) {
 inline __m256i round16(const float* values, bf16) { return round_bf16(_mm512_loadu_ps(values)); }
 inline __m256i round16(const float* values, f16) { return round_f16(_mm512_loadu_ps(values)); }
 
-// Returns the values of 16 e4m3 codes. The eight magnitudes below 8 are multiples of 2^-9; the bits of the others are
-// those of a float32, apart from the bias of the exponent.
+// Returns the values of 16 e4m3 codes. The eight magnitudes below 8 are multiples of 2^-9; the bits of the other
+// magnitudes are those of a float32, apart from the bias of the exponent.
 inline __m512 e4m3_values(const uint8_t* codes) {
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi32(0x7f));
@@ -59,14 +59,14 @@ inline __m512 e4m3_values(const uint8_t* codes) {
   return _mm512_or_ps(value, _mm512_castsi512_ps(sign));
 }
 
-// Writes the values of 32 e4m3 codes times a scale. A value is rounded once to T.
+// Writes the values of 32 e4m3 codes times a scale. Each value is rounded once to T.
 template <typename T>
 inline void e4m3_run(const uint8_t* codes, float scale, T* out) {
   for (int i = 0; i < 32; i += 16) store16(out + i, _mm512_mul_ps(e4m3_values(codes + i), _mm512_set1_ps(scale)));
 }
 
 // Writes the 32 values of 16 bytes of codes. tables: 16 values for all columns, or, if `two`, 16 values for the first
-// 16 columns and 16 for the others. A value is rounded once to T.
+// 16 columns and 16 for the others. Each value is rounded once to T.
 template <Nibbles kNibbles, typename T>
 inline void lookup32(const uint8_t* codes, const float* tables, bool two, T* out) {
   const __m256i first = round16(tables, T{});

@@ -1,10 +1,10 @@
 // The kernels of few_tokens_kernels.h for GPTQ and AWQ, which store W transposed, with AVX512-BF16.
 //
-// The words of consecutive rows n of W lie beside one another. The kernels read words in the order of the file: bands
-// of up to 128 columns k, and in a band panels of kRows rows. Lane n of a sum is row n, a dword of a token holds x of
-// two columns for all lanes, and vpermw looks the codes' numbers up: see row_products_avx512.h. After a band, whose
-// columns share a scale, y += scale * sum - zero * scale * (sum of x). The rows of a panel belong to one thread, so
-// that the order of a sum does not depend on the number of threads.
+// For consecutive rows n of W, the words are neighbours in memory. The kernels read words in the order of the file:
+// bands of up to 128 columns k, and in a band panels of kRows rows. Lane n of a sum is row n, a dword of a token holds
+// x of two columns for all lanes, and vpermw looks the codes' numbers up: see row_products_avx512.h. After a band,
+// whose columns share a scale, y += scale * sum - zero * scale * (sum of x). The rows of a panel belong to one thread,
+// so that the order of a sum does not depend on the number of threads.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.
@@ -17,7 +17,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns the number of columns of a band, two of which fit in the L2 cache. The number depends on W alone, so that
+// Returns the number of columns of a band: two bands of W fit in the L2 cache. The number depends on W alone, so that
 // sums do not depend on the number of threads.
 inline int64_t band_columns(const PackedView& w) { return w.rows <= 8192 ? 128 : w.rows <= 16384 ? 64 : 32; }
 
@@ -66,8 +66,8 @@ struct PanelStep {
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
 };
 
-// A register holds the words of 16 rows and of 8 (4 bits) or 4 (8 bits) columns. A dword of x holds the two columns
-// whose codes are at one place in the lower and in the upper half of a word.
+// A register holds the words of 16 rows and of 8 columns (codes of 4 bits) or 4 columns (codes of 8 bits). A dword of x
+// holds the two columns whose codes are at one place in the lower and in the upper half of a word.
 template <int kBits>
 struct GptqPanel : PanelStep {
   static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits, kLineRows = 16;
@@ -113,10 +113,10 @@ struct GptqPanel : PanelStep {
     }
     copy(sums, out);
   }
-  // Orders the sums by rows.
+  // Orders the sums by rows; the sums of GPTQ have this order already.
   static void arrange(__m512 (&)[kSums]) {}
 
-  // Returns the zeros of the rows n to n + 15, n a multiple of 16.
+  // Returns the zero points of the rows n to n + 15, n a multiple of 16.
   static __m512i zeros(const PackedView& w, int64_t group, int64_t n) {
     const uint32_t ones = format_flags(w.option) & Gptq::kV1 ? 0xffffffffu / ((1u << kBits) - 1) : 0u;
     const int64_t count = words_of(w.rows, kBits), at = n / kCodes;

@@ -13,7 +13,7 @@
 namespace peft_ext {
 namespace {
 
-// The part of the high nibble in code - 128, for codes of 8 bits.
+// For codes of 8 bits: what the high nibble adds to code - 128.
 constexpr Words kHighNibbles = nibble_numbers([](int code) { return 16 * (code - 8); });
 constexpr Words kMiddleNibbles = nibble_numbers([](int code) { return code - 8; });
 
@@ -29,7 +29,7 @@ constexpr Lanes kEightBlocks = lanes_of_each([](int lane) { return lane / 2; });
 
 // --- Codes of 4 bits -------------------------------------------------------------------------------------------------
 
-// The steps of 4-bit codes: 64 bytes are 128 columns, 32 words of four codes.
+// The steps of 4-bit codes: 64 bytes hold 128 columns in 32 words of four codes.
 template <Nibbles kNibbles>
 struct NibbleStep : OneRowStep {
   static constexpr int kColumns = 128, kParts = 4, kBytes = 64;
@@ -99,8 +99,9 @@ struct TableStep : NibbleStep<F::kNibbles> {
 
 // --- Integers in rows ------------------------------------------------------------------------------------------------
 
-// The scales of IntRows, and, if kZeros, the addends (middle - zero) * scale. A step's number of a code is code -
-// middle, where middle is 8 or 128, or 0 for signed codes.
+// Decodes the scales of IntRows, and, if kZeros, computes the addends (middle - zero) * scale. A step multiplies x with
+// the number code
+// - middle, where middle is 8 or 128, or 0 for signed codes.
 template <bool kZeros>
 struct IntRow {
   static bool accepts(const PackedView& w, int bits) {
@@ -160,8 +161,8 @@ struct Int4Step : NibbleStep<Nibbles::kLowFirst> {
   IntRow<kZeros> row_scales_;
 };
 
-// The steps with one byte for each column, 64 bytes at a time. Registers 0 and 1 of x are the even and the odd columns,
-// and two parts are the nibbles of the bytes in one register.
+// The steps with one byte for each column, 64 bytes at a time. Registers 0 and 1 of x hold the even and the odd
+// columns, and two parts are the nibbles of the bytes in one register.
 struct ByteStep : OneRowStep {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 64;
   static constexpr int register_of(int part) { return part / 2; }
@@ -218,8 +219,8 @@ struct Int8Step : ByteStep {
 
 // --- HQQ -------------------------------------------------------------------------------------------------------------
 
-// 64 bytes hold 64 columns of two rows: the high nibbles are of row n, the low nibbles of row n + N / 2. The step does
-// not round code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
+// 64 bytes hold 64 columns of two rows: the high nibbles belong to row n, the low nibbles to row n + N / 2. The step
+// does not round code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
 struct HqqStep : ByteStep {
   static constexpr int kSums = 2, kOutputs = 2;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;

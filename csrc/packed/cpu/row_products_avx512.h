@@ -8,22 +8,25 @@
 // multiplied by the scales at the end of the phase. Words of four nibbles are shifted by 0, 4, 8 and 12 bits for four
 // registers.
 //
-// A step is a struct with
+// A step is a struct with the following members:
 //
-//   int kColumns, kParts, kSums                   columns, parts and sums of a phase
-//   int kPhases                                   phases of the step
-//   int kOutputs                                  1, or 2 if the sums 0 and 1 are of two rows of W, units() apart
-//   AddsAt kAdds; int kAddColumns                 where addends are added; number of columns that share one
-//   int register_of(part), sum_of(part)           the register of x within the phase, and the sum, of a part
-//   int column_of(reg, word)                      the column within the phase in a word of a register of x
-//   open(w, row)                                  begins a row
-//   enter(start, stop)                            begins the columns [start, stop) of a chunk
-//   Held load(column, blocks)                     reads the step from `column` on, of which `blocks` * 32 columns exist
-//   __m512bh numbers(held, phase, part)           32 numbers
-//   __m512 scale(held, phase, sum)                the scales of a sum's 16 lanes
-//   __m512 step_addends(held)                     with kInStep: the addends of the step's blocks, then zeros
-//   const float* chunk_addends(output)            with kInChunk: the addends of the chunk's blocks, then zeros
-//   const uint8_t* bytes(column)                  address of the step's codes, for a prefetch; kBytes: their number
+//   int kColumns, kParts, kSums           are the numbers of columns, parts and sums of a phase.
+//   int kPhases                           is the number of phases of a step.
+//   int kOutputs                          is 1, or 2 if the sums 0 and 1 belong to two rows of W, units() apart.
+//   AddsAt kAdds                          tells where addends are added.
+//   int kAddColumns                       is the number of columns that share one addend.
+//   int register_of(part)                 returns the register of x, within the phase, that a part is multiplied with.
+//   int sum_of(part)                      returns the sum to which the products of a part are added.
+//   int column_of(reg, word)              returns the column, within the phase, that a word of a register of x holds.
+//   open(w, row)                          begins a row of W.
+//   enter(start, stop)                    begins the columns [start, stop) of a chunk.
+//   Held load(column, blocks)             reads the step from `column` on, of which `blocks` * 32 columns exist.
+//   __m512bh numbers(held, phase, part)   returns the 32 numbers of a part.
+//   __m512 scale(held, phase, sum)        returns the scales of the 16 lanes of a sum.
+//   __m512 step_addends(held)             returns, with kInStep, the addends of the step's blocks, then zeros.
+//   const float* chunk_addends(output)    returns, with kInChunk, the addends of the chunk's blocks, then zeros.
+//   const uint8_t* bytes(column)          returns the address of the step's codes, for a prefetch.
+//   int kBytes                            is the number of bytes of a step's codes.
 //
 // Columns beyond a row have the scale 0. Include this file after the target pragma.
 #pragma once

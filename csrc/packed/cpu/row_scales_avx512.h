@@ -43,7 +43,7 @@ inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i spread = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift));
   for (int64_t i = 0; i < count;) {
-    // 16 blocks at a time, or the blocks of one group.
+    // One round of the loop handles 16 blocks, or the blocks of one group.
     const int64_t group = aligned ? (block + i) >> shift : (block + i) / together;
     const int64_t blocks = min_i64(count - i, aligned ? 16 : (group + 1) * together - block - i);
     const int64_t groups = aligned ? ((blocks - 1) >> shift) + 1 : 1;

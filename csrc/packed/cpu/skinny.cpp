@@ -16,8 +16,8 @@ namespace {
 struct SkinnyKernel {
   void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
   int64_t tokens;  // largest number of tokens that the kernel accepts; 0: there is no kernel
-  // For kernels that read x in bfloat16: permutes a row of x to the kernel's order, `group` columns at a time. Null for
-  // kernels that read x in float32.
+  // For kernels that read x in bfloat16: permutes a row of x to the kernel's order, `group` columns at a time. `order`
+  // is null for kernels that read x in float32.
   void (*order)(const bf16* x, int64_t columns, bf16* out) = nullptr;
   int64_t group = 1;
 };
@@ -33,8 +33,8 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
   return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
 }
 
-// Largest number of rows that a kernel takes at a time. The number of rows in a chunk is a multiple of kRowsTogether,
-// except for the last chunk.
+// Largest number of rows that a kernel multiplies at a time. The number of rows in a chunk is a multiple of
+// kRowsTogether, except for the last chunk.
 constexpr int64_t kRowsTogether = 4;
 
 // Returns the number of rows whose scales are decoded at a time.
@@ -43,7 +43,7 @@ int64_t skinny_chunk(const FrozenWeight& weight) {
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
 }
 
-// Returns the kernels for few bfloat16 tokens that do not decode the weight, or null pointers.
+// Returns the kernels that multiply few bfloat16 tokens without decoding the weight, or null pointers.
 FewTokensKernels few_tokens_kernels(const FrozenWeight& weight, ScalarType type) {
 #if defined(__x86_64__)
   if (type == ScalarType::BFloat16 && current_isa() >= Isa::kAvx512Bf16) {
@@ -56,7 +56,7 @@ FewTokensKernels few_tokens_kernels(const FrozenWeight& weight, ScalarType type)
   return {};
 }
 
-// Computes skinny_parts for a format other than NF4.
+// Does the work of skinny_parts for a format other than NF4.
 FewTokensProduct format_parts(const Tensor& x, const FrozenWeight& weight) {
   const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
   FewTokensProduct product;
@@ -130,8 +130,8 @@ FewTokensProduct skinny_parts(const char* op, const Tensor& x, const FrozenWeigh
     work.x = held.const_data_ptr<float>();
   }
   work.y = product.y.mutable_data_ptr<float>();
-  // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel takes
-  // the rows of these blocks. Without double quantization, the kernel takes all rows at once.
+  // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel
+  // multiplies the rows of these blocks. Without double quantization, the kernel multiplies all rows at once.
   const bool nested = nested_scales(weight) > 0;
   const int64_t chunk = nested ? skinny_chunk(weight) : n, blocksize = weight.blocksize();
   const size_t room = nested ? static_cast<size_t>(chunk * k / blocksize + 2) : 0;

@@ -1,4 +1,4 @@
-// The product of few tokens and a packed weight, x Wᵀ, with the weight decoded in registers.
+// The product of few tokens and a packed weight, x Wᵀ, without a decoded copy of the weight in memory.
 #pragma once
 
 #include <functional>
@@ -10,7 +10,7 @@ namespace peft_ext {
 // The product of few tokens with one weight, y = x Wᵀ [T, N] in float32, which threads compute in parts.
 struct FewTokensProduct {
   Tensor y;
-  int64_t units = 0;                                         // number of units of W, which the threads divide
+  int64_t units = 0;                                         // number of units of W that are divided among the threads
   int64_t work = 0;                                          // number of multiplications of a unit
   bool by_rows = true;                                       // whether a unit is a row of W, that is, a column of y
   std::function<void(int64_t begin, int64_t end)> multiply;  // computes the units [begin, end)

@@ -1,11 +1,9 @@
-// Decoders of 8 columns at a time for the CUDA kernels. A kernel calls
-//
-//   static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]);
-//
-// if OnCuda<Format> has the function, and calls `value` for each column otherwise. value8 gives the bits of `value` for
-// 8 columns from a multiple of 8 on, all of which exist. OnCuda<Format> may also have a `value` of its own with the
-// same bits. The first weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without
-// gaps. A format may have value8 itself, or get value8 here.
+// Decoders of 8 columns at a time for the CUDA kernels. If OnCuda<Format> has the function `static void value8(const
+// PackedView& w, int64_t row, int64_t column, float (&out)[8])`, a kernel calls value8; otherwise a kernel calls
+// `value` for each column. value8 gives the bits of `value` for 8 columns from a multiple of 8 on, all of which exist.
+// OnCuda<Format> may also have a `value` of its own with the same bits. The first weight's parts are aligned to 16
+// bytes; the parts of further weights of a stack follow without gaps. A format may define value8 itself, or get value8
+// from a specialization of OnCuda.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -127,7 +125,7 @@ struct OnCuda<Fp8> : Fp8 {
   }
 };
 
-// Returns scale i of an array of float32, bfloat16 or float16, which `option` names: as scale_value, with fewer
+// Returns scale i of an array of float32, bfloat16 or float16, which `option` names: like scale_value, but with fewer
 // branches.
 __device__ __forceinline__ float float_scale(const PackedView& w, const void* scales, int64_t i) {
   if (scale_type(w.option) == ScaleType::kF32) return static_cast<const float*>(scales)[i];
@@ -154,8 +152,8 @@ __device__ __forceinline__ uint2 eight_codes(int bits, int64_t column, const Wor
   return bits == 4 ? make_uint2(word_at(column / 8), 0) : make_uint2(word_at(column / 16) >> (column % 16 * 2), 0);
 }
 
-// Returns the group of a column: as group_at, with a division in 32 bits, because a division in 64 bits is a call of a
-// function. The host checks that a row has fewer than 2^32 columns.
+// Returns the group of a column: like group_at, but with a division in 32 bits, because a division in 64 bits is a call
+// of a function. The host checks that a row has fewer than 2^32 columns.
 __device__ __forceinline__ uint32_t group_in_32_bits(const PackedView& w, int64_t column) {
   return w.group == 0 ? 0 : static_cast<uint32_t>(column) / static_cast<uint32_t>(w.group);
 }
@@ -169,7 +167,7 @@ __device__ __forceinline__ uint32_t group_in_32_bits(const PackedView& w, const 
 // Returns log2 of the number of codes in a word, for codes of 2, 4 or 8 bits.
 __device__ __forceinline__ int log2_codes(int bits) { return bits == 8 ? 2 : bits == 4 ? 3 : 4; }
 
-// Returns the code with the number i in the word of the code.
+// Returns the code with the number i, where `word` is the word that holds the code.
 __device__ __forceinline__ int code_in_word(uint32_t word, int bits, int64_t i) {
   const int place = static_cast<int>(i) & ((1 << log2_codes(bits)) - 1);
   return static_cast<int>(word >> (place * bits) & ((1u << bits) - 1));
@@ -298,7 +296,8 @@ struct OnCuda<Hqq> : Hqq {
   }
 };
 
-// Returns Number::value(code), for tables from four registers: an array that is indexed would be in local memory.
+// Returns Number::value(code); a table is held in four registers, because an array that is indexed would be in local
+// memory.
 template <typename Number>
 __device__ __forceinline__ int number_of(int code) {
   if constexpr (Number::kTable) {

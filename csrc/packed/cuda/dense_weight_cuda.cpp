@@ -1,5 +1,5 @@
 // peft_ext::nf4_dequantize on CUDA, for NF4 and the other packed formats: one launch of the kernel in nf4.cuh or of the
-// kernel in packed.cuh. Other operators decode a whole weight by the same launches.
+// kernel in packed.cuh. Other operators decode a whole weight by a launch of one of these kernels.
 #include "nf4/cuda/nf4_weight.cuh"
 #include "packed/cuda/packed_weight.cuh"
 

@@ -5,10 +5,10 @@
 // out has type T: [N, K], or [E, N, K] for E weights whose parts follow one another. A thread block of 8 warps decodes
 // 8 rows, one row per warp, and 4 · 32 · 8 columns. In each step lane l decodes the l-th of 32 adjacent groups of 8
 // columns, so that a warp stores 512 contiguous bytes (1024 of float32). Formats that store W transposed have the codes
-// of adjacent rows in one word or in one sector: the 8 warps of a thread block read the sector from L1. NVRTC makes no
-// FMA of a product and a sum (the options below), because the order of operations in `value` defines the bits. The
-// value is multiplied by g in float32, and is rounded once to T, to nearest even. Bytes moved: the parts, out, and 4N
-// for g.
+// of adjacent rows in one word or in one sector: the 8 warps of a thread block read the sector from L1. NVRTC contracts
+// no product and sum to an FMA (the option --fmad=false), because the order of operations in `value` defines the bits.
+// The value is multiplied by g in float32, and is rounded once to T, to nearest even. Bytes moved: the parts, out, and
+// 4 N bytes of g.
 //
 // NVRTC options: --fmad=false
 #pragma once
@@ -18,8 +18,8 @@
 
 namespace peft_ext {
 
-// A kernel has the number of a format as its template argument, because NVRTC takes a kernel by a name, and the
-// formats' structs have internal linkage and no such names.
+// A kernel has the number of a format as its template argument, because NVRTC finds a kernel by the kernel's name, and
+// the structs of the formats have internal linkage and so cannot be part of the name.
 template <int kNumber>
 struct FormatOf;
 #define FORMAT(number, Format)   \
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kPackedThreads, 4) packed_dequantize_kernel(Pa
 #pragma unroll
       for (int i = 0; i < kVector; ++i) values[i] = fmul_rn(values[i], g);
       if (whole) {
-        save_vector(to + column, values);  // leaves the weight in L2 for the next matrix product
+        save_vector(to + column, values);  // a store that leaves the weight in L2 for the next matrix product
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) store_value(to + column + i, values[i]);

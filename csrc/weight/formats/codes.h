@@ -1,5 +1,6 @@
-// Codes of 4 and 8 bits, without tables and branches: GCC vectorizes shifts and masks. GCC vectorizes a loop of
-// constant length inside of another loop only if `#pragma GCC unroll 1` keeps GCC from unrolling the loop first.
+// Functions for codes of 4 and 8 bits without tables and branches, because GCC vectorizes shifts and masks. GCC
+// vectorizes a loop of constant length inside of another loop only if `#pragma GCC unroll 1` keeps GCC from unrolling
+// the loop first.
 #pragma once
 
 #include "weight/packed_view.h"
@@ -27,7 +28,7 @@ inline float e2m1_doubled(uint32_t code) {
 }
 
 #ifndef __CUDACC__
-// The values of e2m1_doubled.
+// The values that e2m1_doubled returns for the 16 codes.
 constexpr float kE2m1Doubled[16] = {0.0f,  1.0f,  2.0f,  3.0f,  4.0f,  6.0f,  8.0f,  12.0f,
                                     -0.0f, -1.0f, -2.0f, -3.0f, -4.0f, -6.0f, -8.0f, -12.0f};
 #endif

@@ -14,7 +14,7 @@ namespace peft_ext {
 namespace {
 
 #ifndef __CUDACC__
-// The values of Fp4::code_value.
+// The values that Fp4::code_value returns for the 16 codes.
 constexpr float kFp4Code[16] = {0.0f, 0.0625f / 12,  8.0f / 12,  1.0f,  4.0f / 12,  0.5f,  2.0f / 12,  0.25f,
                                 0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -0.5f, -2.0f / 12, -0.25f};
 #endif

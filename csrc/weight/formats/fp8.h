@@ -3,8 +3,9 @@
 // part 0: codes, e4m3 (without infinities) [N, K], one per byte;
 // part 1: scales [ceil(N / rows), ceil(K / columns)] of the dtype that `option` names. The last blocks of a row or of a
 //         column may be incomplete.
-// Flags: bits 0 to 5: log2 of the rows of a block; bits 6 to 11: log2 of the columns of a block; kAll: all.
-// Sources: transformers integrations/finegrained_fp8.py; compressed-tensors quantization/lifecycle/forward.py.
+// Flags: bits 0 to 5: log2 of the rows of a block; bits 6 to 11: log2 of the columns of a block; the value kAll stands
+// for all rows or columns. Sources: transformers integrations/finegrained_fp8.py; compressed-tensors
+// quantization/lifecycle/forward.py.
 #pragma once
 
 #include "weight/formats/codes.h"

@@ -27,7 +27,7 @@ struct GgufIQ4Table {
   }
 };
 
-// The number that a stored code stands for: twice its e2m1 value. The code 8 is +0 in ggml.
+// The number that a stored code stands for: twice the e2m1 value of the code. The code 8 is +0 in ggml.
 struct GgufTwiceE2M1 {
   static constexpr bool kTable = true;
   static constexpr int value(int code) {
@@ -69,8 +69,9 @@ struct Gguf {
     if constexpr (Number::kTable) gguf_look_up<Number>(&codes);
     int8_t bytes[32];
     memcpy(bytes, &codes, sizeof(bytes));
-    // One loop over all 32 bytes, also for two scales: loops over 16 bytes would use shorter vectors. Two offsets are
-    // in an array, because GCC does not vectorize a loop that selects both a scale and an offset.
+    // One loop handles all 32 bytes, even if there are two scales, because loops over 16 bytes would use shorter
+    // vectors. Two offsets are in an array, because GCC does not vectorize a loop that selects both a scale and an
+    // offset.
     const float scale = Block::scale(b, 2 * s), scale2 = Block::kScaled == 16 ? Block::scale(b, 2 * s + 1) : scale;
     float offset = 0.0f, offsets[32];
     if constexpr (Block::kOffset) {

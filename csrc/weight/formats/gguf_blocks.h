@@ -1,13 +1,13 @@
 // The blocks of GGUF's quantized types. A block holds kColumns columns (32 or 256) in kBytes bytes, and is not aligned,
-// so that all its fields are read as bytes. A group is 16 columns. Each struct has
+// so that all its fields are read as bytes. A group is 16 columns. Each struct has the following members:
 //
-//   kColumns, kBytes                 sizes of a block
-//   kScaled                          number of columns that share a scale: 16 or 32
-//   kCodes, kFifthBits               first byte of the codes' low nibbles and of the codes' fifth bits, where one type
-//                                    differs from another
-//   kOffset                          true: W = scale * code + offset; false: W = scale * code
-//   float scale(b, g), offset(b, g)  scale and offset of group g of block b
-//   int code(b, g, i)                stored code of column 16 g + i
+//   kColumns and kBytes              are the sizes of a block in columns and in bytes.
+//   kScaled                          is the number of columns that share a scale: 16 or 32.
+//   kCodes and kFifthBits            are the offsets in a block of the codes' low nibbles and of the fifth bits; blocks
+//                                    whose offsets no template reads do not have these members.
+//   kOffset                          is true if W = scale * code + offset, and false if W = scale * code.
+//   float scale(b, g), offset(b, g)  return the scale and the offset of group g of block b.
+//   int code(b, g, i)                returns the stored code of column 16 g + i of block b.
 //
 // The order of operations is that of the Python package gguf (gguf/quants.py). Each product of a scale and a code has
 // at most 24 significant bits and is exact in float32; a fused multiply-add therefore gives the same bits.
@@ -33,7 +33,7 @@ inline int gguf_fifth_bit(const uint8_t* bits, int g, int i) { return (gguf_u16(
 
 // --- Codes of blocks of 256 columns ----------------------------------------------------------------------------------
 
-// 32 bytes hold 32 columns in each kBits bits; the lowest bits hold the first 32 columns.
+// Each field of kBits bits of 32 bytes holds 32 columns; the lowest field holds the first 32 columns.
 template <int kBits>
 inline int gguf_field(const uint8_t* bytes, int g, int i) {
   constexpr int kRuns = 8 / kBits, kMask = (1 << kBits) - 1;
@@ -43,14 +43,14 @@ inline int gguf_field(const uint8_t* bytes, int g, int i) {
 
 // --- Blocks of 32 columns --------------------------------------------------------------------------------------------
 
-struct BlockQ4_0 {  // fields: d, codes [16]
+struct BlockQ4_0 {  // fields of Q4_0: d, codes [16]
   static constexpr int kColumns = 32, kBytes = 18, kCodes = 2, kScaled = 32;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
   static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
 };
 
-struct BlockQ4_1 {  // fields: d, m, codes [16]
+struct BlockQ4_1 {  // fields of Q4_1: d, m, codes [16]
   static constexpr int kColumns = 32, kBytes = 20, kCodes = 4, kScaled = 32;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
@@ -58,14 +58,14 @@ struct BlockQ4_1 {  // fields: d, m, codes [16]
   static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 4, g, i); }
 };
 
-struct BlockQ5_0 {  // fields: d, fifth bits [4], codes [16]
+struct BlockQ5_0 {  // fields of Q5_0: d, fifth bits [4], codes [16]
   static constexpr int kColumns = 32, kBytes = 22, kCodes = 6, kFifthBits = 2, kScaled = 32;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
   static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 6, g, i) | gguf_fifth_bit(b + 2, g, i); }
 };
 
-struct BlockQ5_1 {  // fields: d, m, fifth bits [4], codes [16]
+struct BlockQ5_1 {  // fields of Q5_1: d, m, fifth bits [4], codes [16]
   static constexpr int kColumns = 32, kBytes = 24, kCodes = 8, kFifthBits = 4, kScaled = 32;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
@@ -73,21 +73,21 @@ struct BlockQ5_1 {  // fields: d, m, fifth bits [4], codes [16]
   static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 8, g, i) | gguf_fifth_bit(b + 4, g, i); }
 };
 
-struct BlockQ8_0 {  // fields: d, codes: int8 [32]
+struct BlockQ8_0 {  // fields of Q8_0: d, codes: int8 [32]
   static constexpr int kColumns = 32, kBytes = 34, kScaled = 32;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
   static int code(const uint8_t* b, int g, int i) { return static_cast<int8_t>(b[2 + 16 * g + i]); }
 };
 
-struct BlockIQ4_NL {  // fields: d, codes [16]
+struct BlockIQ4_NL {  // fields of IQ4_NL: d, codes [16]
   static constexpr int kColumns = 32, kBytes = 18, kCodes = 2, kScaled = 32;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int) { return gguf_half(b); }
   static int code(const uint8_t* b, int g, int i) { return gguf_nibble(b + 2, g, i); }
 };
 
-struct BlockMXFP4 {  // fields: exponent e, codes [16]
+struct BlockMXFP4 {  // fields of MXFP4: exponent e, codes [16]
   static constexpr int kColumns = 32, kBytes = 17, kCodes = 1, kScaled = 32;
   static constexpr bool kOffset = false;
   // Returns 2^(e - 128), also for e = 255.
@@ -102,14 +102,14 @@ struct BlockMXFP4 {  // fields: exponent e, codes [16]
 
 // --- Blocks of 256 columns -------------------------------------------------------------------------------------------
 
-struct BlockTQ2_0 {  // fields: codes [64], d
+struct BlockTQ2_0 {  // fields of TQ2_0: codes [64], d
   static constexpr int kColumns = 256, kBytes = 66, kScaled = 32;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int) { return gguf_half(b + 64); }
   static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b, g, i); }
 };
 
-struct BlockQ2_K {  // fields: a nibble each of scale and minimum [16], codes [64], d, dmin
+struct BlockQ2_K {  // fields of Q2_K: nibbles of scale and minimum [16], codes [64], d, dmin
   static constexpr int kColumns = 256, kBytes = 84, kScaled = 16;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int g) { return gguf_half(b + 80) * static_cast<float>(b[g] & 15); }
@@ -117,7 +117,7 @@ struct BlockQ2_K {  // fields: a nibble each of scale and minimum [16], codes [6
   static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 16, g, i); }
 };
 
-struct BlockQ3_K {  // fields: third bits [32], codes [64], 6-bit scales [12], d
+struct BlockQ3_K {  // fields of Q3_K: third bits [32], codes [64], 6-bit scales [12], d
   static constexpr int kColumns = 256, kBytes = 110, kScaled = 16;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int g) {
@@ -128,7 +128,8 @@ struct BlockQ3_K {  // fields: third bits [32], codes [64], 6-bit scales [12], d
   static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 32, g, i) | gguf_field<1>(b, g, i) << 2; }
 };
 
-// These functions return the 6-bit scale and the 6-bit minimum of run s from the 12 bytes in a block of Q4_K or Q5_K.
+// gguf_k_scale and gguf_k_minimum return the 6-bit scale and the 6-bit minimum of run s from the 12 bytes in a block of
+// Q4_K or Q5_K.
 inline int gguf_k_scale(const uint8_t* bytes, int s) {
   return s < 4 ? bytes[s] & 63 : (bytes[s + 4] & 15) | (bytes[s - 4] >> 2 & 48);
 }
@@ -136,7 +137,7 @@ inline int gguf_k_minimum(const uint8_t* bytes, int s) {
   return s < 4 ? bytes[s + 4] & 63 : bytes[s + 4] >> 4 | (bytes[s] >> 2 & 48);
 }
 
-struct BlockQ4_K {  // fields: d, dmin, 6-bit scales and minima [12], codes [128]
+struct BlockQ4_K {  // fields of Q4_K: d, dmin, 6-bit scales and minima [12], codes [128]
   static constexpr int kColumns = 256, kBytes = 144, kCodes = 16, kScaled = 32;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int g) { return gguf_half(b) * static_cast<float>(gguf_k_scale(b + 4, g / 2)); }
@@ -146,7 +147,7 @@ struct BlockQ4_K {  // fields: d, dmin, 6-bit scales and minima [12], codes [128
   static int code(const uint8_t* b, int g, int i) { return gguf_field<4>(b + 16, g, i); }
 };
 
-struct BlockQ5_K {  // fields: d, dmin, 6-bit scales and minima [12], fifth bits [32], codes [128]
+struct BlockQ5_K {  // fields of Q5_K: d, dmin, 6-bit scales and minima [12], fifth bits [32], codes [128]
   static constexpr int kColumns = 256, kBytes = 176, kCodes = 48, kFifthBits = 16, kScaled = 32;
   static constexpr bool kOffset = true;
   static float scale(const uint8_t* b, int g) { return BlockQ4_K::scale(b, g); }
@@ -156,7 +157,7 @@ struct BlockQ5_K {  // fields: d, dmin, 6-bit scales and minima [12], fifth bits
   }
 };
 
-struct BlockQ6_K {  // fields: low nibbles [128], high two bits [64], int8 scales [16], d
+struct BlockQ6_K {  // fields of Q6_K: low nibbles [128], high two bits [64], int8 scales [16], d
   static constexpr int kColumns = 256, kBytes = 210, kScaled = 16;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int g) {
@@ -170,7 +171,7 @@ struct BlockQ6_K {  // fields: low nibbles [128], high two bits [64], int8 scale
   }
 };
 
-struct BlockIQ4_XS {  // fields: d, high two bits [2] and low nibbles [4] of eight scales, codes [128]
+struct BlockIQ4_XS {  // fields of IQ4_XS: d, high two bits [2] and low nibbles [4] of eight scales, codes [128]
   static constexpr int kColumns = 256, kBytes = 136, kCodes = 8, kScaled = 32;
   static constexpr bool kOffset = false;
   static float scale(const uint8_t* b, int g) {

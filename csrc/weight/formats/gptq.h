@@ -1,6 +1,6 @@
 // GPTQ, as GPTQModel and AutoGPTQ store it: W[n, k] = scale[g, n] * (code[k, n] - zero[g, n]), where g is the group of
-// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference is
-// exact.
+// column k. The weight is stored transposed, and a word holds consecutive columns k of one row n. The difference code -
+// zero is exact.
 //
 // part 0: qweight, int32 [ceil(K bits / 32), N]; part 1: scales [G, N];
 // part 2: qzeros, int32 [G, ceil(N bits / 32)], packed along N;

@@ -10,7 +10,7 @@ namespace {
 // Returns the number of words that hold `count` codes. No code lies in two words.
 inline int64_t words_of(int64_t count, int bits) { return (count >> 5) * bits + (((count & 31) * bits + 31) >> 5); }
 
-// Returns the field of code i in the word of the code.
+// Returns the field of code i, where `word` is the word that holds code i.
 inline int field_of(uint32_t word, int bits, int64_t i) {
   return static_cast<int>(word >> (i * bits & 31) & ((1u << bits) - 1));
 }
@@ -45,7 +45,7 @@ inline int64_t group_at(const PackedView& w, const void* g_idx, int64_t column) 
 
 #ifndef __CUDACC__
 
-// Returns whether each 32 columns from a multiple of 32 on are of one group.
+// Returns whether the 32 columns from any multiple of 32 on belong to one group.
 inline bool one_group_in_32(const PackedView& w, const void* g_idx) { return !g_idx && w.group % 32 == 0; }
 
 // Returns the group of a column if groups are consecutive columns.
@@ -62,7 +62,8 @@ inline void groups_of_32(const PackedView& w, const void* g_idx, int64_t column,
   for (int c = 0; c < 32; ++c) groups[c] = static_cast<int32_t>(of[c] < last ? of[c] : last);
 }
 
-// Calls call(constant) with a type whose kType is the dtype of the scales, so that loops over scales do not ask for it.
+// Calls call(constant) with a type whose kType is the dtype of the scales, so that loops over scales do not test the
+// dtype.
 template <ScaleType kScale>
 struct ScaleConstant {
   static constexpr ScaleType kType = kScale;
@@ -94,8 +95,8 @@ inline void scale_codes(const uint8_t* bytes, int bits, const Zero& zero, const 
   scale_codes<2>(bytes, zero, scale, out);
 }
 
-// Writes (code - zero) * scale for 32 codes. The function is not inlined, because GCC unrolls the loop instead of
-// vectorizing the loop where the bytes are a local array.
+// Writes (code - zero) * scale for 32 codes. The function is not inlined: if the bytes are a local array, GCC would
+// unroll the loop instead of vectorizing the loop.
 template <int kBits>
 [[gnu::noinline]] void scale_local_codes(const uint8_t* bytes, int zero, float scale, float* out) {
   scale_codes<kBits>(bytes, [=](int) { return zero; }, [=](int) { return scale; }, out);

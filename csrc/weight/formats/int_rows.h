@@ -1,5 +1,6 @@
 // Integers in rows, as compressed-tensors stores them (pack-quantized, int-quantized, naive-quantized):
-// W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g], where g is the group of column k. The difference is exact.
+// W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g], where g is the group of column k. The difference code - zero is
+// exact.
 //
 // part 0: codes; int32 [N, ceil(K bits / 32)] with code + 2^(bits - 1) in each field, or int8 [N, K] (flag kPlain);
 // part 1: scales [N, G], or one scale (flag kOneScale);
@@ -41,7 +42,8 @@ struct IntRows {
     return has_one_scale(w) ? 0 : row * groups_of(w) + group;
   }
 
-  // Returns the zero of a packed weight as a code of 0 and more, and the zero of a plain weight as it is stored.
+  // Returns the zero point of a packed weight as an unsigned code, and the zero point of a plain weight as it is
+  // stored.
   static int zero_at(const PackedView& w, int64_t row, int64_t group) {
     const int bits = code_bits(w.option);
     if (!w.part[2]) return is_plain(w) ? 0 : 1 << (bits - 1);

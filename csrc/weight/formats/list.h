@@ -1,40 +1,42 @@
-// The formats of packed weights. FORMAT(number, struct): `number` is the format's number in the operators' argument
-// `layout` and in peft_ext/weights/; 0 is NF4, which csrc/nf4 decodes. Each struct has
+// The list of the formats of packed weights. FORMAT(number, struct): `number` is the format's number in the operators'
+// argument `layout` and in peft_ext/weights/; 0 is NF4, which csrc/nf4 decodes. Each struct has the following members:
 //
-//   const char* refused(w);          null, or which group, option or shape the format wants instead of those of w
-//   int64_t part_bytes(w, part);     bytes of a part: 0: the part must be absent; below 0: the part may be absent
-//   float value(w, row, column);     W[row, column] in float32, in the order of operations of the format's own library
-//   bool runs(w);                    whether decode32 decodes this weight
-//   void decode32(w, row, column, float* out);   writes the values of 32 columns from a multiple of 32 on
+//   const char* refused(w)         returns null, or a text with the group, option or shape that the format wants of w.
+//   int64_t part_bytes(w, part)    returns the bytes of a part: 0 if it must be absent, negated if it may be absent.
+//   float value(w, row, column)    returns W[row, column] in float32, by the operations of the format's own library.
+//   bool runs(w)                   returns whether decode32 decodes the weight w.
+//   void decode32(w, row, column, float* out)   writes the values of 32 columns from a multiple of 32 on.
 //
 // `value` defines the format, on the CPU and on CUDA; decode32 gives the same bits, on the CPU, in plain loops that the
 // compiler vectorizes.
 //
-// A format whose words hold codes of one column and several rows may also have
+// A format whose words hold codes of one column and several rows may also have the following members:
 //
-//   constexpr bool kRowBlocks = true;
-//   void decode_rows(w, row, rows, column, float* out, stride);   decode32 of up to 16 rows
+//   constexpr bool kRowBlocks = true tells that the format has decode_rows.
+//   void decode_rows(w, row, rows, column, float* out, stride) decodes 32 columns of up to 16 rows.
 //
-// A format of e4m3 codes has `constexpr bool kE4m3 = true`, codes(w, row, column) and scale(w, row, column), where a
-// scale is one for the 32 columns from a multiple of 32 on.
+// A format of e4m3 codes has `constexpr bool kE4m3 = true`, codes(w, row, column) and scale(w, row, column), where the
+// 32 columns from a multiple of 32 on share one scale.
 //
 // A format whose part 0 does not hold the codes of W row by row has `constexpr bool kRowMajor = false`.
 //
 // A format of 4-bit codes, where kScaleColumns columns (16 or 32) share a scale, may also have members by which codes
 // are looked up in tables, see packed/cpu/lookup_avx512.h.
 //
-//   constexpr Nibbles kNibbles;      the order of the codes
-//   constexpr int kScaleColumns;
-//   bool has_nibbles(w);             whether these members are of this weight
-//   const uint8_t* codes32(w, row, column);      the 16 bytes of 32 columns
-//   void entries(w, row, column, float* out);    the values of the 16 codes in kScaleColumns columns from `column` on
+//   constexpr Nibbles kNibbles is the order of the codes.
+//   constexpr int kScaleColumns is the number of columns that share a scale.
+//   bool has_nibbles(w) returns whether the codes of the weight w can be looked up by these members.
+//   const uint8_t* codes32(w, row, column) returns the address of the 16 bytes with the codes of 32 columns.
+//   void entries(w, row, column, float* out) writes the values that the 16 codes have in the kScaleColumns columns from
+//       `column` on.
 //
 // The products of few tokens, see packed/cpu/few_tokens_kernels.h, read the formats by steps of their own. The step of
-// formats where a value is table16()[code] * scale reads these members:
+// formats where a value is table16()[code] * scale reads the following members:
 //
-//   constexpr bool kContiguous;      whether the codes of a row follow one another without gaps
-//   const float* table16();
-//   void scales(w, row, column, count, float* scale);   the scales of `count` blocks of kScaleColumns from `column` on
+//   constexpr bool kContiguous tells whether the codes of a row follow one another without gaps.
+//   const float* table16() returns the values of the 16 codes without a scale.
+//   void scales(w, row, column, count, float* scale) writes the scales of `count` blocks of kScaleColumns columns, from
+//       `column` on.
 //
 // This file is included after the target pragma of an instruction set.
 #pragma once

@@ -3,9 +3,9 @@
 // part 0: codes, uint8 [N, K / 2], two per byte, the low nibble is the even column;
 // part 1: scales, one e4m3 byte for 16 columns [N, K / 16]. K is a multiple of 16;
 // part 2: global, one float32, or two with the flag kTwoGlobals: for the first and for the second half of the rows,
-// such as the gate and up of an expert. ModelOpt stores the factor; compressed-tensors stores the factor's reciprocal.
-// Sources: compressed-tensors compressors/nvfp4, ModelOpt qtensor/nvfp4_tensor.py. Code 8 is -0 in compressed-tensors
-// and +0 in ModelOpt.
+// such as the gate and up of an expert. ModelOpt stores the global factor; compressed-tensors stores the reciprocal of
+// the factor. Sources: compressed-tensors compressors/nvfp4, ModelOpt qtensor/nvfp4_tensor.py. Code 8 is -0 in
+// compressed-tensors and +0 in ModelOpt.
 #pragma once
 
 #include "weight/formats/codes.h"
@@ -41,7 +41,7 @@ struct Nvfp4 {
     return reciprocal(w) ? local / global : local * global;
   }
 
-  // `zero` is -0 or +0: the sum x + zero is x for every x but -0, and -0 + zero is zero.
+  // `zero` is -0 or +0: the sum x + zero is x for every x but -0, and -0 + zero is `zero`.
   static float code_value(uint32_t code, float zero) { return e2m1_doubled(code) * 0.5f + zero; }
 
   static float value(const PackedView& w, int64_t row, int64_t column) {
