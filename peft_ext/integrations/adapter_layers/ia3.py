@@ -62,7 +62,7 @@ class IA3Layer(Fused):
     def _common(self, x: Any) -> Optional[tuple]:
         """Returns the facts (see :mod:`.known`) of a call with one active adapter, the base layer, and ia3_l.
 
-        Returns None if the call is not common.
+        Returns None if the call is not common; the checks then have to run.
         """
         vector = self._modules["ia3_l"]._parameters.get(single_name(self))
         if vector is None or not self._scales_any_base:

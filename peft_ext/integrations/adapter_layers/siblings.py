@@ -1,6 +1,6 @@
 """Adapter layers of one module that get the same tensor, computed together on :func:`peft_ext.ops.lora_linears`.
 
-The row of a module's form names the children that are called with one variable, as in ``self.q_proj(x)``,
+The row of a module's form names the children that are called with one input tensor, as in ``self.q_proj(x)``,
 ``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of
 all children of its group that can be computed together. Each other child takes its output when the child is called with
 the same tensor object, unchanged, and with its state unchanged. If a child is called with another tensor object or with
@@ -118,7 +118,7 @@ class _Group:
         if len(found) < 2 or len(splits) > 1:
             return None
         (split,) = splits
-        given = x if split is None else sum_gradient(x, split)  # sums x's gradient once for all layers
+        given = x if split is None else sum_gradient(x, split)  # one sum over the processes of x's gradient
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True
         )
