@@ -1,8 +1,8 @@
 """Computes the loss of a language model without whole logits, by changes at two public points of transformers: the call
 of the head, and ``loss_function``.
 
-While a model trains with labels, the model's head (point one) returns a :class:`.pending.Pending` in place of logits.
-``PreTrainedModel.loss_function`` (point two) takes a Pending that nothing has used, and runs
+While a model trains with labels, the model's head returns a :class:`.pending.Pending` in place of logits.
+``PreTrainedModel.loss_function`` computes the loss from a Pending that nothing has used, by
 :func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` at the first read.
 """
 
@@ -353,8 +353,8 @@ def _pending_behind(nodes: list[Any], depth: int = 4) -> Optional[Pending]:
 
 
 class _Waits:
-    """A model output whose logits are not computed yet. Reading the logits, by name or by position, computes them and
-    gives the output its stock class."""
+    """A model output whose logits are not computed yet. Reading the logits, by name or by position, computes the logits
+    and gives the output its stock class."""
 
     logits = _Logits()
 
