@@ -40,4 +40,4 @@ def to_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
             # layer with a repacked weight.
             layer.support_avx512bf16_for_cpu = False
             setattr(parent, name, layer.train(child.training))
-    model.is_loaded_in_4bit = True  # PEFT adds its 4-bit adapter layers only to a model with this attribute
+    model.is_loaded_in_4bit = True  # PEFT adds 4-bit adapter layers only if is_loaded_in_4bit is set

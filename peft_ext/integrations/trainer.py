@@ -112,9 +112,10 @@ class PeftExtCallback(TrainerCallback):
       process, including padding and the tokens of a decoder. ``tokens_per_s`` is None if no tokens were counted (for
       example for images, or for a compiled model without Trainer's count).
     * ``explanation`` is the result of :func:`peft_ext.explain` when the input embedding is first called in a training
-      step; without such a call, at the end of the first step. ``fused_share`` is the fused share of this result.
+      step; without such a call, at the end of the first step. ``fused_share`` is the ``fused_share`` of
+      ``explanation``.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
-      is the peak of the GPU memory that PyTorch allocated in the process until then.
+      is the peak of the GPU memory that PyTorch allocated in the process until the same time.
 
     ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
     loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the

@@ -31,7 +31,8 @@ class HoldsPacked(nn.Module):
         names: the parts' names in the file and in the state dict, in the order of the parts; None for a part that the
             weight does not have. A dot in a name is "_" in the attribute's name.
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
-        compute_dtype: dtype of the layer's dense equivalent. PEFT gives the adapters of the layer this dtype.
+        compute_dtype: dtype of the layer's dense equivalent. PEFT takes ``compute_dtype`` for the dtype of the base
+            layer.
         note: what the layer leaves out of the computation of the checkpoint's own layer, or "".
     """
 
@@ -107,8 +108,8 @@ class HoldsPacked(nn.Module):
         """The module's weight, which shares the module's tensors. The property returns one PackedWeight object until a
         tensor of the module is replaced.
 
-        Raises: RuntimeError if the codes require a gradient, which they would never get, or if ZeRO-3 has partitioned
-        the codes and not gathered them.
+        Raises: RuntimeError if the codes require a gradient, although codes never get a gradient, or if ZeRO-3 has
+        partitioned the codes and not gathered them.
         """
         parts = self._parts()
         if is_zero3_shard(parts[0]):

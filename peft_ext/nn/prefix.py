@@ -15,8 +15,8 @@ __all__ = ["PrefixEncoder"]
 
 
 class PrefixEncoder(VirtualTokens):
-    """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before those of each attention layer l
-    (prefix tuning, arXiv 2101.00190).
+    """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before the keys and values of each
+    attention layer l (prefix tuning, arXiv 2101.00190).
 
     ``P = E``, or with ``projection`` ``P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂``. P has shape
     ``[num_virtual_tokens, num_layers·2·kv_dim]`` with kv_dim = num_kv_heads·head_dim. A row of P holds, for each layer,

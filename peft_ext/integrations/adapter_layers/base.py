@@ -43,7 +43,7 @@ FUSED: dict[type, type] = {}
 STOCK: dict[type, type] = {}
 
 # Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). The decorator
-# `fuses` appends the fused class of each of these types.
+# `fuses` appends the fused class of a listed type to the same list.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
@@ -178,7 +178,8 @@ def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
 
 def why_not_4bit(state: Any) -> Optional[str]:
     """Returns why the operators can't read a weight with bitsandbytes' quant_state ``state``, or None. The operators
-    read a weight in NF4 or FP4 that bitsandbytes has not repacked and whose nested blocksize is the supported one."""
+    read a weight in NF4 or FP4 that bitsandbytes has not repacked. If the scales are quantized too, a block of scales
+    must have NESTED_BLOCKSIZE scales."""
     if getattr(state, "quant_type", None) != "fp4":
         return why_not_nf4(state)
     if getattr(state, "packing_format_for_cpu", False):
@@ -209,7 +210,7 @@ def operands(
     if kind not in PACKED and kind not in FOUR_BIT:
         weight = weight_of(base)
         if cast is None and not (weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)):
-            return None  # F.linear raises an error for these dtypes, and the stock forward is to raise this error
+            return None  # the stock forward raises F.linear's error for a mix of dtypes
         return x, weight, bias, cast or x.dtype
     if kind in PACKED:
         return x, weight_of(base), bias if bias is None else bias.to(x.dtype), cast or x.dtype

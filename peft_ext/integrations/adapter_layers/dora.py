@@ -100,7 +100,7 @@ def forward(
     layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], pair: tuple[Tensor, Tensor],
     dtype: torch.dtype, is_known: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Returns ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` of one adapter.
+    """Returns DoRA's output ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` for one adapter.
 
     In training, dropout acts on x in both products if dora_dropout is "peft", and in the low-rank product only if
     dora_dropout is "lora".

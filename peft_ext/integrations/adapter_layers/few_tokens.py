@@ -55,8 +55,9 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def is_few(x: Any) -> bool:
-    """Returns whether a call on x ``[B, T, K]`` is one that plans are for: eager, on a CPU, in an operators' dtype,
-    with fewer tokens than MANY_TOKENS, without a gradient, autocast, global hooks or transforms of torch.func."""
+    """Returns whether a call on x ``[B, T, K]`` may run a plan: the call is eager, on a CPU, in a dtype of the
+    operators, has fewer tokens than MANY_TOKENS, and runs without a gradient, autocast, global hooks and transforms of
+    torch.func."""
     return (
         not torch.is_grad_enabled()
         and type(x) in reasons.plain_types()

@@ -40,7 +40,8 @@ class IA3Layer(Fused):
         return self._checked()[:2]
 
     def _checked(self) -> tuple[Optional[str], Optional[str], list[Tensor]]:
-        """Returns both reasons of :meth:`_reasons` for the next call, and the vectors ia3_l of the active adapters."""
+        """Returns the two reasons that :meth:`_reasons` returns, for the next call, and the vectors ia3_l of the active
+        adapters."""
         if reason := layer_reason(self):
             return reason, None, []
         reason, vectors = checked_vectors(self)

@@ -71,8 +71,8 @@ class LowRank(Fused):
         return self._checked(self._names())[:2]
 
     def _checked(self, names: list[str]) -> tuple[Optional[str], Optional[str], Pairs]:
-        """Returns both reasons of :meth:`_reasons` for a call with the adapters ``names``, and each adapter's pair
-        (lora_A, lora_B)."""
+        """Returns the two reasons that :meth:`_reasons` returns, for a call with the adapters ``names``, and each
+        adapter's pair (lora_A, lora_B)."""
         if reason := layer_reason(self):
             return reason, None, []
         if tensor_parallel.is_split(self._modules["base_layer"]):

@@ -1,8 +1,9 @@
 """Checks that decide whether a call of a layer can run on an operator. A ``*_reason`` function returns one line of text
 that says why a call can't run on an operator, or None if the call can.
 
-The forward of a fused layer calls these functions, except for a call that :mod:`.known` finds equal to an accepted
-call. :func:`peft_ext.explain` calls these functions too, so ``explain`` and the forward use one set of checks.
+The forward of a fused layer calls the functions of this module, except for a call that :mod:`.known` finds equal to an
+accepted call. :func:`peft_ext.explain` calls the functions of this module too, so ``explain`` and the forward use one
+set of checks.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ _ZERO = (
 
 
 def _own_forward(kind: type) -> Any:
-    """Returns the forward of a class, or None if another module has replaced it."""
+    """Returns the forward of a class, or None if another Python module has replaced the forward."""
     forward = kind.forward
     named = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
     own = named == (kind.__module__, f"{kind.__qualname__}.forward") and not hasattr(forward, "__wrapped__")

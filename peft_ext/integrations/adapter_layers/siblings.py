@@ -2,10 +2,11 @@
 
 The row of a module's form names the children that are called with one input tensor, as in ``self.q_proj(x)``,
 ``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of
-all children of its group that can be computed together. Each other child takes its output when the child is called with
-the same tensor object, unchanged, and with its state unchanged. If a child is called with another tensor object or with
-a changed tensor, or if the child's state has changed, the child computes its output alone. Outputs that no child took
-are dropped at the end of the module's forward. A child takes no output that another thread computed.
+all children of its group that can be computed together. Each other child returns its stored output if the child is
+called with the same, unchanged tensor object, and if the state of the child is unchanged. If a child is called with
+another tensor object or with a changed tensor, or if the child's state has changed, the child computes its output
+alone. Stored outputs that no child has returned are dropped at the end of the module's forward. A child never returns
+an output that another thread computed.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class _Group:
         if len(found) < 2 or len(splits) > 1:
             return None
         (split,) = splits
-        given = x if split is None else sum_gradient(x, split)  # one sum over the processes of x's gradient
+        given = x if split is None else sum_gradient(x, split)  # x's gradient is summed over the processes only once
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True
         )

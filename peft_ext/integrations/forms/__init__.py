@@ -47,9 +47,9 @@ HEADER = ("digest", "kind", "formula", "example", "classes", "since")
 class Row:
     """One known form.
 
-    ``formula``: names and values of the form, see KINDS. ``classes``: number of classes with this form in the newest
-    release of transformers that the table was drawn from. ``since``: the oldest release of transformers, of those that
-    the table was drawn from, that has the form.
+    ``formula``: pairs of a name and a value; KINDS lists the names for each kind. ``classes``: number of classes with
+    this form in the newest release of transformers that the table was drawn from. ``since``: the oldest release of
+    transformers, of those that the table was drawn from, that has the form.
     """
 
     digest: str

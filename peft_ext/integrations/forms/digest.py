@@ -5,9 +5,10 @@
                          of a plain value, the name of a builtin, of a function or class of PyTorch, or of a class of
                          transformers
 
-The digest is computed from live objects. The source of a function is used only if compiling the source gives the code
-object of the function. Code that this module cannot read completely (for example an instance of an unknown class, an
-import inside of a function, a tensor among the defaults) raises :class:`Unknown`: the forward then has no form.
+The digest is computed from the function and class objects of the running process. The source of a function is used only
+if compiling the source gives the code object of the function. Code that this module cannot read completely (for example
+an instance of an unknown class, an import inside of a function, a tensor among the defaults) raises :class:`Unknown`:
+the forward then has no form.
 """
 
 from __future__ import annotations

@@ -24,14 +24,15 @@ _LEAST_ROOM = 64  # least number of later tokens for which new memory has room
 
 
 class _Held(NamedTuple):
-    """The memory of one tensor of a layer, and the view that the layer holds."""
+    """The memory for the keys or the values of a cache layer, and the view of the filled part, which the layer
+    holds."""
 
     memory: Tensor
     view: Tensor
 
 
-# The memory of each layer's keys and values. A cache has no attribute with the memory, so that a copied or saved cache
-# has only the attributes of a stock cache.
+# Maps a layer of a cache to the memory for its keys and the memory for its values. A cache has no attribute with the
+# memory, so that a copied or saved cache has only the attributes of a stock cache.
 _HELD: WeakKeyDictionary[Any, tuple[_Held, _Held]] = WeakKeyDictionary()
 # Maps a class to its ``update``, and to whether this function is a known form.
 _KNOWN: dict[type, tuple[Any, bool]] = {}

@@ -36,7 +36,7 @@ __all__ = ["disproof", "proposals", "register_form"]
 _ULPS = {
     "rms_norm": (4, 24),
     "layer_norm": (4, 24),
-    "float_layer_norm": (4, 48),  # for one huge column, PyTorch's own gradients are off by up to 31 of these units
+    "float_layer_norm": (4, 48),  # PyTorch's own gradients for one huge column are off by up to 31 units
     "mlp": (32, 64),
     "attention": (24, 48),
     "activation": (24, 24),
@@ -494,10 +494,10 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Args:
         cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
         kind: "rms_norm", "float_layer_norm", "mlp" or "attention".
-        formula: the values of the row. For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0
-            or 1, which is added to the weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the
-            multiplication by the weight; ``mixed``, whether the formula also holds if x and the weight have different
-            dtypes.
+        formula: the values of the row's formula.
+            For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
+            weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
+            ``mixed``, whether the formula also holds if x and the weight have different dtypes.
             For float_layer_norm: ``weight`` and ``eps``, the names of the attributes.
             For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
@@ -505,10 +505,12 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
             the attribute is a probability.
             For attention, with rotary positions and an attention function of transformers' registry: ``inputs``, the
             names of the layers for q, k and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for
-            layers q_norm and k_norm before or after the heads are split; ``cache``, the name of the cache's argument
-            and how its ``update`` is called, "cache:kwargs", "cache:plain" or "cache:positions"; ``options``, keyword
-            arguments of the attention function with the names of their attributes, as "sliding_window:window".
-            For rms_norm and mlp: ``needs``, attributes that must have the given value, as "with_scale:True".
+            layers q_norm and k_norm, which are applied after ("head") or before ("flat") the heads are split;
+            ``cache``, the name of the cache's argument and how its ``update`` is called, "cache:kwargs", "cache:plain"
+            or "cache:positions"; ``options``, keyword arguments of the attention function with the names of their
+            attributes, as "sliding_window:window".
+            For rms_norm and mlp: ``needs``, attributes of the module that must have the given value, as
+            "with_scale:True".
 
     Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
 

@@ -55,8 +55,8 @@ class PackedQuantizer(HfQuantizer):
                 "a quantized checkpoint (for a dense one: peft_ext.quantize_nf4 after loading)"
             )
         self._packed: set[str] = set()
-        self._schemes: dict[str, Scheme] = {}  # name of a layer -> scheme
-        self._merged: dict[str, Scheme] = {}  # name of the layout -> scheme of experts that transformers merges
+        self._schemes: dict[str, Scheme] = {}  # maps a layer's name to its scheme
+        self._merged: dict[str, Scheme] = {}  # maps a layout to the scheme of experts that transformers merges
         self._apart = False  # whether some layers of the model have dense experts
         self._common: list[Common] = []  # the operations that keep one of equal tensors of experts
 
@@ -141,7 +141,7 @@ class PackedQuantizer(HfQuantizer):
                 base = key.removesuffix(end)
                 dense = f"{base}.weight" if layout.joined else base
                 target, source = rename_source_key(dense, renamings, converters, model.base_model_prefix, known)
-                if target in known:  # other layers are not in this model, for example those of multi-token prediction
+                if target in known:  # the file may have layers that the model lacks, such as multi-token prediction
                     place = found.setdefault(target, Place(target, of_source.get(source)))
                     place.bases.setdefault(source, []).append(base)
         return list(found.values())
@@ -175,7 +175,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Freezes the codes, and makes each weight again from the tensors that were read.
 
-        The values of some tensors are part of a weight's layout: a g_idx whose groups are in order is not needed.
+        The layout of a weight may depend on the values of a tensor: a g_idx whose groups are in order is not needed.
         """
         if differ := sorted({name for one in self._common for name in one.differ}):
             raise ValueError(
