@@ -115,7 +115,7 @@ class PeftExtCallback(TrainerCallback):
       step; without such a call, at the end of the first step. ``fused_share`` is the ``fused_share`` of
       ``explanation``.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
-      is the peak of the GPU memory that PyTorch allocated in the process until the same time.
+      is the peak of the GPU memory that PyTorch allocated in the process, measured together with ``peak_mib``.
 
     ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
     loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the

@@ -117,7 +117,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _shard_of(module: nn.Module, split: Split) -> Optional[Tensor]:
-    """Returns this process's shard of the weight of a split layer; None if the weight is not split as ``split``."""
+    """Returns this process's shard of the weight of a split layer; None if the weight is not split in the way that
+    ``split`` describes."""
     weight = module._parameters.get("weight")
     if not is_dtensor(weight) or weight.device_mesh != split.mesh or weight.dim() != 2:
         return None

@@ -245,9 +245,9 @@ class Pending:
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        # A function of torch.nn.functional passes as `func` the object that now has its name in torch.nn.functional. If
-        # a library put a wrapper under this name, calling `func` would enter the wrapper again. Therefore a Pending
-        # calls the function that PyTorch itself defines under this name.
+        # If a function of torch.nn.functional gets a Pending, `func` is the object that now has the function's name in
+        # torch.nn.functional. If a library put a wrapper under this name, calling `func` would enter the wrapper again.
+        # Therefore a Pending calls the function that PyTorch itself defines under this name.
         name = next((name for name, value in vars(F).items() if value is func), None)
         args, kwargs = pytree.tree_map(real, (args, kwargs or {}))
         return _FUNCTIONAL.get(name, func)(*args, **kwargs)
