@@ -1,7 +1,8 @@
-"""Conversion between NF4Weight and bitsandbytes' Params4bit. Neither direction copies the packed weight.
+"""Conversion between NF4Weight and bitsandbytes' Params4bit. The conversion copies the packed weight in neither
+direction.
 
-``peft_ext.weights.nf4`` describes the format. :func:`to_linear4bit` converts the NF4Linear layers of a model to
-bitsandbytes' ``Linear4bit``, for comparisons.
+``peft_ext.weights.nf4`` describes the format of NF4 weights. :func:`to_linear4bit` converts the NF4Linear layers of a
+model to bitsandbytes' ``Linear4bit``, for comparisons.
 """
 
 from __future__ import annotations
@@ -39,4 +40,4 @@ def to_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
             # layer with a repacked weight.
             layer.support_avx512bf16_for_cpu = False
             setattr(parent, name, layer.train(child.training))
-    model.is_loaded_in_4bit = True  # PEFT adds its 4-bit adapter layers only if this attribute is set
+    model.is_loaded_in_4bit = True  # PEFT adds 4-bit adapter layers only if is_loaded_in_4bit is set

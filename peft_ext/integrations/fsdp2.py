@@ -1,9 +1,9 @@
 """FSDP2 of the library accelerate for transformers' Trainer and its subclasses, with decoder layers as units.
 
-:meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. accelerate itself would make
-units of the embedding and of the head. ``fully_shard`` gives a head that is a unit of its own another class, so that
-whole logits are computed.
-:func:`prepare_fsdp2` calls ``fully_shard`` before accelerate does, which then leaves the model unchanged.
+:meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. The library accelerate itself
+would make FSDP units of the embedding and of the head. If the head is a unit of its own, ``fully_shard`` gives the head
+another class, and whole logits are computed. :func:`prepare_fsdp2` calls ``fully_shard`` before accelerate calls it,
+and accelerate then leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_state", "prepare_fsdp2"]
 
-# Methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are shards.
+# PEFT methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are
+# shards, each with the reason for the error.
 _UNSHARDED = {
     "ADALORA": "PEFT's orthogonal regularization computes with whole lora_A and lora_B; use DDP",
     "DIFF_PRUNING": "the penalty and the pruning compute with whole differences; train in one process",
@@ -39,12 +40,12 @@ _UNSHARDED = {
 
 
 def prepare_fsdp2(trainer: Trainer) -> bool:
-    """Shards the model of a Trainer by FSDP2, if accelerate's configuration or ``TrainingArguments(fsdp=...)`` wants
-    FSDP2. Returns whether the configuration wants FSDP2.
+    """Shards the model of a Trainer by FSDP2, if accelerate's configuration or ``TrainingArguments(fsdp=...)`` asks for
+    FSDP2. Returns whether the configuration asks for FSDP2.
 
-    Each decoder layer is a unit. The root unit has all other parameters, also the embedding, the final norm and the
-    head. The root unit keeps its gathered parameters until the backward, so that the loss needs no whole logits. The
-    packed codes of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the
+    Each decoder layer is an FSDP unit. The root unit has all other parameters, also the embedding, the final norm and
+    the head. The root unit keeps its gathered parameters until the backward, so that the loss needs no whole logits.
+    The packed codes of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the
     decoder layers are ``transformer_layer_cls_to_wrap`` of the configuration, by default ``model._no_split_modules``;
     the wrapping policy of the configuration is not used. The mesh, ``reshard_after_forward`` of the decoder layers,
     mixed precision, offloading and ignored modules are those of accelerate's plugin. On a CPU, where accelerate ignores
@@ -65,7 +66,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     model, accelerator = trainer.model, trainer.accelerator
     _check(trainer, plugin)
     if plugin.activation_checkpointing:
-        # accelerate's checkpointing draws new dropout masks in the recomputation; Trainer's draws those of the forward.
+        # accelerate's checkpointing draws new dropout masks in the recomputation; Trainer's checkpointing draws the
+        # masks of the forward again.
         plugin.activation_checkpointing = False
         new = hasattr(trainer.args, "activation_checkpointing")
         setattr(trainer.args, "activation_checkpointing" if new else "gradient_checkpointing", True)
@@ -89,7 +91,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     if not isinstance(model, FSDPModule):
         fully_shard(model, **options)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not isinstance(parameter, DTensor):  # FSDP2 would not reduce its gradient
+        # FSDP2 would not reduce the gradient of a trained parameter that is not sharded.
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
     plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
     _keep_parameters(accelerator)
@@ -98,7 +101,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
 
 def _plugin(trainer: Trainer) -> Optional[FullyShardedDataParallelPlugin]:
-    """Returns accelerate's plugin if FSDP2 is wanted, else None. On a CPU, sets the plugin that accelerate ignores."""
+    """Returns accelerate's plugin if FSDP2 is wanted, else None. On a CPU, where accelerate ignores a configuration of
+    FSDP, also makes the plugin and sets accelerate's state."""
     state = trainer.accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None and state.distributed_type is DistributedType.MULTI_CPU:
@@ -152,8 +156,8 @@ def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
-    """Returns the decoder layers, a layer inside of another before the other. A module with the input embedding, whose
-    weight a head may share, is no unit."""
+    """Returns the decoder layers; a layer inside of another decoder layer comes before the outer layer. A module with
+    the input embedding, whose weight a head may share, is no unit."""
     names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     units = [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}
@@ -167,7 +171,7 @@ def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.
 
 
 def _mesh(accelerator: Any) -> Any:
-    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer
+    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer has a mesh
         return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
@@ -213,10 +217,10 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], FSDPModule):  # called for an evaluation before the training
+        if len(args) == 1 and isinstance(args[0], FSDPModule):  # an evaluation before the training calls prepare
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
-        if not all(isinstance(model, FSDPModule) for model in models):  # accelerate then shards the model
+        if not all(isinstance(model, FSDPModule) for model in models):  # accelerate's own prepare then shards the model
             return prepare(*args, **kwargs)
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
@@ -233,13 +237,14 @@ def _keep_parameters(accelerator: Any) -> None:
 def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
     """Makes ``trainer.save_model`` write the adapter without gathering the base, and checkpoints sharded.
 
-    Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0. A
-    checkpoint of FULL_STATE_DICT has the scales of NF4 weights, with which PyTorch cannot load the checkpoint.
+    Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0.
+    PyTorch can't load a checkpoint of FULL_STATE_DICT over NF4 weights, because the checkpoint has the scales of the
+    weights.
     """
     save_model, accelerator = trainer.save_model, trainer.accelerator
     if not hasattr(trainer.model, "peft_config") or hasattr(save_model, "saves_adapters"):
         return
-    plugin.state_dict_config = plugin.optim_state_dict_config = None  # set_state_dict_type sets both again
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # set_state_dict_type sets both attributes again
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
     @functools.wraps(save_model)

@@ -108,7 +108,7 @@ def accelerate(
             fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
             the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
             labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
-            computes its logits at the first read. False: only layers are fused.
+            computes its logits at the first read. With blocks False, only layers are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
@@ -186,12 +186,12 @@ def agree(model: nn.Module) -> None:
     Each rank proves its kernels alone (see the section "The proof on the machine" in docs/reliability.md). If a family
     of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
     gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
-    the default process group, and drops each family that failed on any rank on all ranks. A training loop of your own
-    calls this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
+    the default process group, and drops each family that failed on any rank on all ranks. In a training loop of your
+    own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
     ``PeftExtCallback`` does the same when training begins.
 
     The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` names. Operators that
-    only your own code calls are proved at their first call, and no other rank hears of their results.
+    only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
 
     Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.
 
@@ -241,8 +241,8 @@ def restore(model: nn.Module) -> nn.Module:
 class Row:
     """The state of one layer or block. ``kind``: for example "LoRA over Linear4bit".
 
-    ``reason``: why the layer is not fused. For a fused layer, "" or a remark, such as why only the adapter's part is
-    fused.
+    ``reason``: why the layer or block is not fused. The reason of a fused layer is "" or a remark, such as why only the
+    adapter's part is fused.
     """
 
     name: str
@@ -253,7 +253,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of :func:`peft_ext.explain`. ``str`` gives a table.
+    """The result of :func:`peft_ext.explain`. ``str`` of an Explanation is a table.
 
     ``rows``: a row for each adapter layer, and for each other quantized layer or frozen linear layer that computes in a
     16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a block (norm, MLP,
@@ -390,7 +390,8 @@ def _format(base: nn.Module) -> str:
 
 
 def _note(module: Any) -> str:
-    """Returns the note of the layer below an adapter: what is left out, or why a packed weight was decoded; or ""."""
+    """Returns the ``note`` of a layer, or of the base layer of an adapter: what the layer leaves out of the computation
+    of the checkpoint's own layer, or why a packed weight was decoded; "" without a note."""
     below = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     note = getattr(below, "note", "")
     return note if isinstance(note, str) else ""

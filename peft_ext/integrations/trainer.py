@@ -98,9 +98,9 @@ class PeftExtCallback(TrainerCallback):
     Args:
         accelerate: whether to call :func:`peft_ext.accelerate` on the model when training begins.
         warmup_steps: number of first steps that the speed leaves out, because the first steps allocate memory.
-        restore: whether to call :func:`peft_ext.restore` on the model when training ends. With True, the whole model is
-            restored, also layers that were accelerated before training. If training ends with an exception, the model
-            stays accelerated.
+        restore: whether to call :func:`peft_ext.restore` on the model when training ends. With ``restore`` True, the
+            whole model is restored, also layers that were accelerated before training. If training ends with an
+            exception, the model stays accelerated.
         blocks, dora_dropout, experts_dropout: arguments for :func:`peft_ext.accelerate`.
 
     Attributes that describe the latest run:
@@ -112,14 +112,15 @@ class PeftExtCallback(TrainerCallback):
       process, including padding and the tokens of a decoder. ``tokens_per_s`` is None if no tokens were counted (for
       example for images, or for a compiled model without Trainer's count).
     * ``explanation`` is the result of :func:`peft_ext.explain` when the input embedding is first called in a training
-      step; without such a call, at the end of the first step. ``fused_share`` is the fused share of this result.
+      step; without such a call, at the end of the first step. ``fused_share`` is the ``fused_share`` of
+      ``explanation``.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
-      is the peak of the GPU memory that PyTorch allocated in the process until then.
+      is the peak of the GPU memory that PyTorch allocated in the process, measured together with ``peak_mib``.
 
     ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
     loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the
     callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
-    these values too.
+    the four values too.
 
     Raises: ValueError if warmup_steps is negative. When training begins, the errors of :func:`peft_ext.accelerate`.
     """
@@ -146,7 +147,7 @@ class PeftExtCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> PeftExtCallback:
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        A callback that the trainer already has is moved. If accelerate's configuration wants FSDP2, this method also
+        A callback that the trainer already has is moved. If accelerate's configuration asks for FSDP2, this method also
         shards the trainer's model (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call
         this method, before the training.
 
@@ -300,10 +301,10 @@ class PeftExtCallback(TrainerCallback):
 class AdaLoraCallback(TrainerCallback):
     """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared.
 
-    AdaLoRA's paper and PEFT's documentation update the ranks at this point. Trainer does not call
-    ``update_and_allocate``, and without the call AdaLoRA prunes no ranks. ``AdaLoraConfig.total_step`` must be the
-    number of optimizer steps of the run. A run of AdaLoRA can't be resumed, because PEFT saves only the remaining
-    ranks, whose shapes differ from those of the optimizer's state.
+    AdaLoRA's paper and PEFT's documentation update the ranks between the optimizer step and the clearing of the
+    gradients. Trainer does not call ``update_and_allocate``, and without the call AdaLoRA prunes no ranks.
+    ``AdaLoraConfig.total_step`` must be the number of optimizer steps of the run. A run of AdaLoRA can't be resumed,
+    because PEFT saves only the remaining ranks, whose shapes differ from those of the optimizer's state.
 
     Source: AdaLoRA, arXiv 2303.10512.
     """

@@ -151,7 +151,7 @@ class AdaptedLinear(nn.Module):
         super()._apply(fn, recurse)
         if self._unmerged is not None:
             weight, bias = self._unmerged
-            # A cast does not change the codes and scales of a packed weight, here as in NF4Linear.
+            # As in NF4Linear, a cast does not change the codes and scales of a packed weight.
             weight = weight.to(self.base_layer.weight.device) if isinstance(weight, PackedWeight) else fn(weight)
             self._unmerged = (weight, bias if bias is None else fn(bias))
         return self

@@ -17,7 +17,8 @@ _INITS = ("normal", "bert", "mam")
 
 
 class BottleneckAdapter(nn.Module):
-    """``Y = residual + s · (act(x Dᵀ + b_d) Vᵀ + b_v)``; see :func:`peft_ext.ops.bottleneck_adapter`.
+    """``Y = residual + s · (act(x Dᵀ + b_d) Vᵀ + b_v)``; see :func:`peft_ext.ops.bottleneck_adapter`. D is the weight
+    of ``down``, and V is the weight of ``up``.
 
     Args:
         features: number of features of x and of Y.
@@ -86,7 +87,7 @@ class BottleneckAdapter(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """Returns Y ``[..., features]`` in x's dtype. ``residual`` has x's shape and dtype; default x itself."""
+        """Returns Y ``[..., features]`` in x's dtype. ``residual`` has x's shape and dtype; the default is x itself."""
         return ops.bottleneck_adapter(
             x, self.down.weight, self.down.bias, self.up.weight, self.up.bias,
             scale=self.scale, activation=self.activation, residual=residual,

@@ -24,7 +24,7 @@ class DoRALinear(LoRALinear):
             arguments of :class:`LoRALinear`.
         dropout_mode: "lora": dropout acts on the low-rank path only; "peft": dropout also acts on the base product, as
             in PEFT.
-        norm_grad: whether the gradient flows through the norm. The paper and PEFT treat the norm as a constant.
+        norm_grad: whether the gradient flows through the norm. DoRA's paper and PEFT treat the norm as a constant.
 
     ``lora_magnitude_vector [out_features]`` starts as the norm of each row of the base weight, so the new layer
     computes the same output as its base, up to rounding. If the layer is on the meta device, or the base weight is set

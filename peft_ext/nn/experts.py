@@ -1,9 +1,10 @@
 """Packed weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
 
 In the mixtures of transformers that peft_ext knows, all experts of one mixture are one module with two 3-dimensional
-parameters. :class:`NF4Experts` is a mixin for the class of that module, and so is
-:class:`peft_ext.nn.packed_experts.PackedExperts` for the layouts of checkpoints. :func:`nf4_experts` replaces the class
-and quantizes the parameters; :func:`dense_experts` restores the class and dequantizes the parameters.
+parameters. :class:`NF4Experts` is a mixin that gives the class of such a module NF4 weights, and
+:class:`peft_ext.nn.packed_experts.PackedExperts` is a mixin for weights in the layout of a checkpoint.
+:func:`nf4_experts` replaces the class of the experts' module and quantizes the parameters; :func:`dense_experts`
+restores the class and dequantizes the parameters.
 """
 
 from __future__ import annotations
@@ -56,14 +57,15 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-# For some mixtures PEFT replaces these names in target_modules by parameters of the experts and of the router, although
-# layers outside of the experts may have the same names.
+# For some mixtures PEFT replaces the names in _NAMES_OF_EXPERTS, where target_modules has them, by parameters of the
+# experts and of the router, although layers outside of the experts may have the same names.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _ROUTER = "router"  # "router" is a linear layer in Llama 4 and Phi-MoE, and the parent of a linear layer in Granite-MoE
 
 
 def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
-    """Returns the fields that the PEFT configuration of ``method`` needs for a model with experts, else {}.
+    """Returns the fields that the PEFT configuration of ``method`` needs for a model with experts; {} for a model
+    without experts.
 
     ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
     adapt the experts. In a model with experts, each low-rank method adapts the linear layers too, except ``lm_head``, a
@@ -154,10 +156,10 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
 def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
-    The tokens are sorted by expert (Llama 4's come sorted and scaled, and only ``run`` is called). ``run(rows,
-    offsets)`` computes the experts' outputs, which are multiplied by the routing weights, put back in the order of the
-    tokens, and summed over the experts of each token. The expert index ``num_experts``, which expert parallelism uses,
-    stands for no expert.
+    The tokens are sorted by expert (Llama 4's tokens are sorted and scaled already, so that only ``run`` is called).
+    ``run(rows, offsets)`` computes the experts' outputs, which are multiplied by the routing weights, put back in the
+    order of the tokens, and summed over the experts of each token. The expert index ``num_experts``, which expert
+    parallelism uses, stands for no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -227,7 +229,7 @@ class FrozenExperts:
     stock_class: type
 
     def frozen(self, name: str) -> PackedWeight:
-        """Returns the weight ``(E, N, K)`` of the parameter ``name``, in the parameter's memory."""
+        """Returns the weight ``(E, N, K)`` of the parameter ``name``, which shares the parameter's memory."""
         raise NotImplementedError
 
     def frozen_shapes(self) -> dict[str, torch.Size]:
@@ -267,7 +269,7 @@ class FrozenExperts:
         return None if bias is None else bias.to(rows.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class was made at run time and cannot be pickled: unpickling makes the class again from the stock class.
+        # Pickle can't find a class that was made at run time, so unpickling makes the class again from the stock class.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, (type(self).mixin, self.stock_class), *state
 
@@ -284,7 +286,7 @@ class NF4Experts(FrozenExperts):
 
     blocksize: int
     quant_dtype: torch.dtype
-    nf4_shapes: dict[str, torch.Size]  # parameter name -> dense shape (E, N, K)
+    nf4_shapes: dict[str, torch.Size]  # maps a parameter's name to its dense shape (E, N, K)
 
     def nf4(self, name: str) -> NF4Weight:
         """Returns the parameter ``name`` as an NF4 weight ``(E, N, K)`` that shares the parameter's memory."""
@@ -346,7 +348,7 @@ def experts_class(mixin: type, stock: type) -> type:
 def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) -> None:
     """Quantizes the experts of a mixture in place, one expert at a time.
 
-    The peak memory is about that of the dense module and of the module's NF4 weights.
+    The peak memory is about the memory of the dense module and of the NF4 weights together.
     """
     checks.check_blocksize("quantize_nf4", blocksize)
     found = {}
@@ -358,7 +360,8 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
 
 
 def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
-    """Turns dense experts into :class:`NF4Experts`. ``weights``: parameter name -> NF4 weight ``(E, N, K)``."""
+    """Turns dense experts into :class:`NF4Experts`. ``weights`` maps the name of a parameter to an NF4 weight
+    ``(E, N, K)``."""
     first = next(iter(weights.values()))
     experts.__class__ = experts_class(NF4Experts, type(experts))
     experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype
@@ -372,7 +375,8 @@ _FROZEN_ATTRIBUTES = ("nf4_shapes", "blocksize", "quant_dtype", "packed_names", 
 
 
 def dense_experts(experts: Any, dtype: Optional[torch.dtype] = None) -> None:
-    """Turns :class:`FrozenExperts` back into dense experts. The dense weights keep the error of quantizing.
+    """Turns :class:`FrozenExperts` back into dense experts. The dense weights are the dequantized weights, with the
+    error of quantizing.
 
     Args: dtype: dtype of the dense weights; default: the dtype of the experts' dense equivalent.
     """

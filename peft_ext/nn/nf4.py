@@ -344,7 +344,8 @@ def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
 
 
 def quantization_error(found: PackedWeight, dense: Tensor) -> Tensor:
-    """Returns ``‖Q − W‖ / ‖W‖``, a float64 tensor, of a packed weight Q and the float32 weight W that it stands for."""
+    """Returns ``‖Q − W‖ / ‖W‖``, a float64 tensor, of a packed weight Q and the float32 weight W that Q was quantized
+    from."""
     norm = torch.linalg.vector_norm(dense, dtype=torch.float64)
     moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(dense), dtype=torch.float64)
     return torch.where(norm == 0, 0.0, moved / norm)

@@ -31,8 +31,9 @@ class HoldsPacked(nn.Module):
         names: the parts' names in the file and in the state dict, in the order of the parts; None for a part that the
             weight does not have. A dot in a name is "_" in the attribute's name.
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
-        compute_dtype: dtype of the layer's dense equivalent. PEFT gives the adapters of the layer this dtype.
-        note: what the layer leaves out of the checkpoint's own function, or "".
+        compute_dtype: dtype of the layer's dense equivalent. PEFT takes ``compute_dtype`` for the dtype of the base
+            layer.
+        note: what the layer leaves out of the computation of the checkpoint's own layer, or "".
     """
 
     names: tuple[Optional[str], ...]
@@ -61,7 +62,8 @@ class HoldsPacked(nn.Module):
             self.register_buffer(_attribute(name), tensor.detach())
 
     def describe(self, weight: PackedWeight, names: Sequence[Optional[str]], extra: Iterable[str]) -> None:
-        """Sets the format, group and option of ``weight``, the names of its parts, and the names of extra tensors.
+        """Stores the format, group and option of ``weight``, the names of the weight's parts, and the names of extra
+        tensors.
 
         The tensors of these names must be, or become, attributes of the module.
         """
@@ -79,7 +81,8 @@ class HoldsPacked(nn.Module):
         return getattr(self, _attribute(name))
 
     def places(self) -> dict[str, str]:
-        """Returns, for each name in the file of a part or of an extra tensor, the name of the attribute."""
+        """Returns a dict from the name that a part or an extra tensor has in the file to the name of the module's
+        attribute."""
         return {name: _attribute(name) for name in (*self.names, *self.extra) if name is not None}
 
     def with_codes(self, codes: Tensor) -> PackedWeight:
@@ -105,8 +108,8 @@ class HoldsPacked(nn.Module):
         """The module's weight, which shares the module's tensors. The property returns one PackedWeight object until a
         tensor of the module is replaced.
 
-        Raises: RuntimeError if the codes require a gradient, which they would never get, or if ZeRO-3 has partitioned
-        the codes and not gathered them.
+        Raises: RuntimeError if the codes require a gradient, although codes never get a gradient, or if ZeRO-3 has
+        partitioned the codes and not gathered them.
         """
         parts = self._parts()
         if is_zero3_shard(parts[0]):
@@ -148,7 +151,7 @@ class HoldsPacked(nn.Module):
     # --- the file's names in the state dict ---------------------------------------------------------------------------
 
     def _dotted(self) -> dict[str, str]:
-        """Returns, for each name with a dot, the name of the attribute."""
+        """Returns a dict from each tensor name with a dot to the name of the module's attribute."""
         return {name: _attribute(name) for name in (*self.names, *self.extra) if name is not None and "." in name}
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -211,13 +214,15 @@ class PackedLinear(HoldsPacked, nn.Linear):
         Args:
             weight: shape ``(N, K)``.
             names: the file's names of ``weight.parts``, in their order, for example
-                ``("weight_packed", "weight_scale")``. None, or no entry, for a part that is None.
-            bias: ``[N]``; a parameter is shared with the layer.
-            extra: tensors of the file that the weight's format does not need, by name. The state dict contains them.
+                ``("weight_packed", "weight_scale")``. The name of a part that is None is None, or is left out at the
+                end.
+            bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
+            extra: tensors of the file that the weight's format does not need, by name. The state dict of the layer
+                contains the extra tensors.
             dtype: dtype of the layer's dense equivalent; default: ``weight.dtype``.
 
-        Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes its
-        format, or if ``names`` does not fit.
+        Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes the
+        format of ``weight``, or if ``names`` does not fit.
         """
         module = cls.__new__(cls)
         nn.Module.__init__(module)
@@ -241,8 +246,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
 class PackedEmbedding(HoldsPacked, nn.Embedding):
     """An embedding ``[V, N]`` whose table is frozen and packed, in the layout of a checkpoint's file.
 
-    On a CPU, the kernel decodes only the rows that a call looks up. The decoded values are rounded once, to the dtype
-    ``compute_dtype`` of the result.
+    On a CPU, the kernel decodes only the rows that a call looks up. The decoded values are rounded once, to
+    ``compute_dtype``, the dtype of the result.
 
     Attributes:
         scale: factor of the result, such as the square root of the width in Gemma.
@@ -276,7 +281,8 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     @property
     def embed_scale(self) -> Optional[Tensor]:
-        """The scale as a tensor; None for 1. PEFT multiplies an adapter's output by its base's ``embed_scale``."""
+        """The scale as a tensor; None for 1. PEFT multiplies an adapter's output by the ``embed_scale`` of the base
+        layer."""
         return None if self.scale == 1 else torch.tensor(self.scale, dtype=self.compute_dtype)
 
     @property

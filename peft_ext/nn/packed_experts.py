@@ -18,16 +18,16 @@ __all__ = ["PackedExperts", "hold_packed"]
 class PackedExperts(FrozenExperts):
     """A mixture's experts with frozen packed weights: a mixin for the experts' class in transformers.
 
-    The parameter of each dense weight holds the codes of all experts; the other parts are buffers. The state dict has
-    the file's names, for example ``gate_up_proj_blocks`` and ``gate_up_proj_scales``. A cast of the module to another
-    float dtype casts the biases only. PEFT's ``target_parameters`` adds adapters to the parameters;
-    :func:`peft_ext.accelerate` fuses these adapters.
+    For each dense weight, a parameter of the same name holds the codes of all experts, and buffers hold the other
+    parts. The state dict has the file's names, for example ``gate_up_proj_blocks`` and ``gate_up_proj_scales``. A cast
+    of the module to another float dtype casts the biases only. PEFT's ``target_parameters`` adds adapters to the
+    parameters; :func:`peft_ext.accelerate` fuses these adapters.
     """
 
-    packed_names: dict[str, tuple[Optional[str], ...]]  # parameter name -> names of the weight's parts
-    extra: tuple[str, ...]  # names of buffers that the weights do not need, and the file has
+    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter's name to the names of its parts
+    extra: tuple[str, ...]  # names of buffers with tensors of the file that no weight needs
     compute_dtype: torch.dtype
-    note = ""  # what the experts leave out of the checkpoint's own function
+    note = ""  # what the experts leave out of the computation of the checkpoint's own experts
     _templates: dict[str, PackedWeight]
 
     def frozen(self, name: str) -> PackedWeight:
@@ -37,7 +37,8 @@ class PackedExperts(FrozenExperts):
         return {name: weight.shape for name, weight in self.__dict__.get("_templates", {}).items()}
 
     def set_packed(self, name: str, weight: PackedWeight, names: Sequence[Optional[str]]) -> None:
-        """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names``: the names of its parts."""
+        """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names``: the names of the weight's
+        parts."""
         names = (*names, *(None,) * (len(weight.parts) - len(names)))
         self.__dict__.setdefault("packed_names", {})[name] = names
         self.__dict__.setdefault("_templates", {})[name] = weight.map(lambda part: part.to("meta"))
@@ -47,7 +48,8 @@ class PackedExperts(FrozenExperts):
                 self.register_buffer(other, part.detach())
 
     def places(self) -> dict[str, str]:
-        """Returns, for each name in the file of a part or of an extra tensor, the name of the attribute."""
+        """Returns a dict from the name that a part or an extra tensor has in the file to the name of the module's
+        attribute."""
         held = [name for names in self.packed_names.values() for name in names if name is not None]
         return {name: self._aliases().get(name, name) for name in (*held, *self.extra)}
 
@@ -59,7 +61,8 @@ class PackedExperts(FrozenExperts):
         )
 
     def _aliases(self) -> dict[str, str]:
-        """Returns, for each name of codes in the file, the name of the parameter, where the two differ."""
+        """Returns a dict from the name of codes in the file to the name of the parameter, for parameters with another
+        name than their codes."""
         held = self.__dict__.get("packed_names", {})
         return {names[0]: name for name, names in held.items() if names[0] != name}
 
@@ -118,8 +121,9 @@ def hold_packed(
 
     Args:
         experts: the experts' module of a model of transformers.
-        weights: by the name of the dense parameter, a stacked weight ``(E, N, K)`` and the names of the weight's parts
-            in the state dict; the parameter's own name for the codes where the file has no other.
+        weights: a dict from the name of the dense parameter to a stacked weight ``(E, N, K)`` and the names of the
+            weight's parts in the state dict. The codes have the name of the parameter if the file has no other name for
+            the codes.
         dtype: dtype of the experts' dense equivalent.
         extra: tensors of the file that the weights' formats do not need, by their name in the state dict.
     """

@@ -15,23 +15,24 @@ __all__ = ["PrefixEncoder"]
 
 
 class PrefixEncoder(VirtualTokens):
-    """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before those of each attention layer l
-    (prefix tuning, arXiv 2101.00190).
+    """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before the keys and values of each
+    attention layer l (prefix tuning, arXiv 2101.00190).
 
     ``P = E``, or with ``projection`` ``P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂``. P has shape
     ``[num_virtual_tokens, num_layers·2·kv_dim]`` with kv_dim = num_kv_heads·head_dim. A row of P holds, for each layer,
-    the keys of all heads and then the values of all heads. Use the prefix with a frozen Transformers model as
+    the keys of all heads and then the values of all heads. Use the prefix with a frozen Transformers model as follows,
+    or call ``model.generate`` with the same arguments::
 
         model(input_ids, attention_mask=prefix.extend_mask(attention_mask),
               past_key_values=prefix.past_key_values(batch_size, model.config))
 
-    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``past_key_values`` ``cache``,
-    and accepts both names.) Logits and labels keep their length.
+    Transformers 5.24 calls the argument ``past_key_values`` ``cache``, and accepts both names. The prefix does not
+    change the length of logits and labels.
 
     Args:
         num_layers, num_kv_heads, head_dim: sizes of the model's attention; num_kv_heads counts the heads of the keys.
         num_virtual_tokens: number of positions in the prefix.
-        projection: whether P is computed by the MLP. The MLP is needed in training only, see :meth:`bake`.
+        projection: whether an MLP computes P from E. The MLP is needed in training only, see :meth:`bake`.
         hidden_size: hidden width of the MLP; default token_dim.
         token_dim: width of E if the MLP is used; default kv_dim, as in PEFT.
         init_weights: "zero": P starts as zeros, which still take part in the attention; None: the parameters start as
@@ -178,9 +179,9 @@ class PrefixEncoder(VirtualTokens):
         cache.
 
         Args:
-            config: the model's configuration. With config a sliding-window layer drops positions outside of the
+            config: the model's configuration. With ``config``, a sliding-window layer drops positions outside of the
                 window, a layer that stores no keys gets no prefix, and an encoder-decoder model gets an
-                EncoderDecoderCache with the prefix in the decoder's self-attention. Without config the cache is a
+                EncoderDecoderCache with the prefix in the decoder's self-attention. Without ``config``, the cache is a
                 plain DynamicCache.
             dtype: dtype that the model computes in; default config's dtype, or else the parameters' dtype. Give
                 ``model.dtype`` for a model that was cast after it was made.

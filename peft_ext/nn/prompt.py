@@ -45,7 +45,8 @@ class VirtualTokens(nn.Module):
         return rows.to(dtype or rows.dtype).unsqueeze(dim).expand(sizes)
 
     def _extend(self, argument: str, value: object, fill: int, shape: Optional[tuple[int, int]] = None) -> Tensor:
-        """Returns ``value [B, T]`` with ``num_virtual_tokens`` columns of ``fill`` before it, in ``value``'s dtype."""
+        """Returns ``value [B, T]`` with ``num_virtual_tokens`` more columns of ``fill`` at the front, in ``value``'s
+        dtype."""
         name = type(self).__name__
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: {argument} is {type(value).__name__}, wanted a Tensor")
@@ -81,8 +82,8 @@ class PromptEmbedding(VirtualTokens):
 
         model(**prompt.prepend(model.get_input_embeddings()(input_ids), attention_mask, labels))
 
-    The first ``num_virtual_tokens`` positions of the model's output are those of the prompt: drop them. No tensor is
-    saved for backward.
+    The first ``num_virtual_tokens`` positions of the model's output are those of the prompt: drop them. The forward
+    saves no tensor for the backward.
 
     Args:
         num_virtual_tokens: number of rows of P. token_dim: width of the model's token embeddings.

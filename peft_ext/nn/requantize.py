@@ -1,4 +1,4 @@
-"""Merged weights of frozen packed layers: the weight is quantized again, in the layout that the weight had."""
+"""Quantizes the merged weight of a frozen packed layer again, in the layout that the layer's weight had."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Frozen = Union[Tensor, PackedWeight]
 
 
 def frozen_weight(base: Any) -> Frozen:
-    """Returns the weight of a linear layer, which shares the layer's memory: packed, or the dense parameter."""
+    """Returns the weight of a linear layer without a copy: a PackedWeight, or the dense parameter."""
     return base.nf4 if isinstance(base, NF4Linear) else base.packed if isinstance(base, PackedLinear) else base.weight
 
 

@@ -27,7 +27,7 @@ if FOUR_BIT:
 class AdaLora(LowRank):
     """Base class of the fused AdaLoRA layers, with parameters lora_A, lora_B, lora_E.
 
-    The scale per rank is ``ρ = s·E/(ranknum + 1e-5)``.
+    The scale per rank is ``ρ = s·E/(ranknum + 1e-5)``, where s is the scaling of the adapter and E is lora_E.
     """
 
     reads = (*LowRank.reads, "lora_E", "ranknum")

@@ -2,8 +2,9 @@
 
 A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
 class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
-computes a call on an operator. :func:`peft_ext.accelerate` replaces the class of a layer, and stores at most an option
-such as dora_dropout or another DoRA variant in the layer.
+computes a call on an operator. :func:`peft_ext.accelerate` replaces the class of a layer. Beside the class,
+``accelerate`` changes few attributes of a layer: a chosen dora_dropout or experts_dropout, and the variant of DoRA over
+an NF4Linear.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ FUSED: dict[type, type] = {}
 STOCK: dict[type, type] = {}
 
 # Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). The decorator
-# `fuses` appends the fused class of each of these types.
+# `fuses` appends the fused class of a listed type to the same list.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
@@ -162,8 +163,8 @@ def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Itera
 
 
 def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
-    """Returns the frozen weight of an adapter's base layer, ``[N, K]``: a dense tensor, or a PackedWeight in the
-    layer's memory. The function is for layers without a :func:`.reasons.weight_reason`."""
+    """Returns the frozen weight of an adapter's base layer, ``[N, K]``: a dense tensor, or a PackedWeight that shares
+    the layer's memory. Call this function only for a layer for which :func:`.reasons.weight_reason` returns None."""
     kind = type(base)
     if kind in PACKED:
         return base.nf4 if kind is NF4Linear else base.packed
@@ -176,8 +177,9 @@ def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
 
 
 def why_not_4bit(state: Any) -> Optional[str]:
-    """Returns why the operators can't read a weight with bitsandbytes' quant_state ``state``, or None: the weight is
-    neither NF4 nor FP4, or bitsandbytes has repacked the weight."""
+    """Returns why the operators can't read a weight with bitsandbytes' quant_state ``state``, or None. The operators
+    read a weight in NF4 or FP4 that bitsandbytes has not repacked. If the scales are quantized too, a block of scales
+    must have NESTED_BLOCKSIZE scales."""
     if getattr(state, "quant_type", None) != "fp4":
         return why_not_nf4(state)
     if getattr(state, "packing_format_for_cpu", False):
@@ -196,8 +198,9 @@ def operands(
 ) -> Optional[tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor], torch.dtype]]:
     """Returns x, weight and bias as the base layer's forward multiplies them, and the dtype of that forward's result.
 
-    Returns None if the stock forward has to run, because the stock forward raises PyTorch's error or PEFT's sum has
-    another dtype. ``seen`` is the dtype in which PEFT passes x to the base layer; the default is x's dtype.
+    Returns None if the stock forward has to run, for example because the stock forward raises an error for the dtype of
+    x, or because PEFT's sum of the base layer's result and the adapter's result has another dtype. ``seen`` is the
+    dtype in which PEFT passes x to the base layer; the default is x's dtype.
     """
     kind, cast = type(base), autocast_dtype(x)
     if is_foreign(kind):
@@ -207,7 +210,7 @@ def operands(
     if kind not in PACKED and kind not in FOUR_BIT:
         weight = weight_of(base)
         if cast is None and not (weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)):
-            return None  # F.linear raises an error for these dtypes, and the stock forward is to raise this error
+            return None  # the stock forward raises F.linear's error for a mix of dtypes
         return x, weight, bias, cast or x.dtype
     if kind in PACKED:
         return x, weight_of(base), bias if bias is None else bias.to(x.dtype), cast or x.dtype

@@ -35,7 +35,8 @@ DoraNF4Variant = None
 if DoraLinearVariant is not None:
 
     class _Dequantized:
-        """A proxy of a LoRA layer. get_base_layer returns a dequantized nn.Linear in place of an NF4Linear."""
+        """A proxy of a LoRA layer. The method ``get_base_layer`` of the proxy returns a dequantized nn.Linear in place
+        of an NF4Linear."""
 
         def __init__(self, layer: Any) -> None:
             object.__setattr__(self, "_layer", layer)
@@ -56,7 +57,8 @@ if DoraLinearVariant is not None:
             return dense
 
     class DoraNF4Variant(DoraLinearVariant):
-        """PEFT's DoRA over an NF4Linear. PEFT alone can't dequantize the weight of an NF4Linear."""
+        """PEFT's variant of DoRA for a LoRA layer over an NF4Linear. PEFT alone can't dequantize the weight of an
+        NF4Linear."""
 
         @staticmethod
         def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -98,9 +100,10 @@ def forward(
     layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], pair: tuple[Tensor, Tensor],
     dtype: torch.dtype, is_known: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Returns ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` of one adapter.
+    """Returns DoRA's output ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` for one adapter.
 
-    Dropout acts on x in both products (DORA_DROPOUT "peft") or in the low-rank product only ("lora").
+    In training, dropout acts on x in both products if dora_dropout is "peft", and in the low-rank product only if
+    dora_dropout is "lora".
     """
     modules = layer._modules
     module = modules["lora_magnitude_vector"]._modules[name]
@@ -115,7 +118,7 @@ def forward(
         y = ops.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=p, training=True,
                             dropout_mode=mode, weight_norm=norm)  # fmt: skip
     if x.dim() == 1:
-        y = y.unsqueeze(0)  # PEFT's result has two dimensions too, because PEFT multiplies by a scale [1, N]
+        y = y.unsqueeze(0)  # PEFT multiplies by a scale [1, N], so PEFT's result has two dimensions too
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
 
@@ -131,7 +134,7 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
     scale, result = output_scale(module._parameters["weight"], norm), base(x)
     drops = type(dropout) is nn.Dropout and dropout.training and layer.training and dropout.p > 0.0
-    # PEFT's dropout acts on the base product too, which is then computed in float32.
+    # In PEFT, the dropout acts on the base product too, so the base product of the dropped x is computed in float32.
     if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":
         dropped = dropout(x)
         product = ops.frozen_linear(dropped, weight)

@@ -42,12 +42,13 @@ def factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
 
 
 def factors_of(wrapper: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the weights ``a`` of lora_A and ``b`` of lora_B as in :func:`factors`."""
+    """Returns the weights ``a`` of lora_A and ``b`` of lora_B in the shapes that :func:`factors` returns, ``[E, R, K]``
+    and ``[E, N, R]``."""
     count = wrapper.num_experts
     a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
     if is_stored_transposed(wrapper.get_base_layer()) is wrapper._did_swap_in_out_features:
-        # PEFT assumes that the parameter is stored as [E, out, in]. If the parameter is stored as [E, in, out], PEFT's
-        # A and B are exchanged.
+        # PEFT assumes that the parameter is stored as [E, out, in], unless the experts have a true `is_transposed`. If
+        # the assumption is wrong, as for Llama 4, PEFT's A and B are exchanged.
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b
 
@@ -134,7 +135,7 @@ if ParamWrapper is not None:
             if not (codes.is_floating_point() and codes.dtype.itemsize == 1):
                 super()._move_adapter_to_device_of_base_layer(adapter_name, device)
                 return
-            for held in (self.lora_A, self.lora_B):  # PEFT would cast the adapter to the dtype of FP8's codes
+            for held in (self.lora_A, self.lora_B):  # PEFT would cast lora_A and lora_B to FP8, the dtype of the codes
                 if not held[adapter_name].weight.is_meta:
                     held[adapter_name].to(codes.device if device is None else device)
 

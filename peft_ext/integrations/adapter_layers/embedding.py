@@ -20,15 +20,15 @@ LoraEmbedding = None
 with optional("peft", "LoRA over an embedding is not fused"):
     from peft.tuners.lora import Embedding as LoraEmbedding
 
-# The methods that PEFT's embedding layer calls in its forward, as they were at import. A call is fused only if the
-# methods are unchanged.
+# The methods that PEFT's embedding layer calls in its forward, as they were at import. A call of a LoRA layer over an
+# embedding is fused only if these methods of PEFT are unchanged.
 _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_get_embed_scale")}
 
 
 def _base_reason(base: nn.Module) -> Optional[str]:
     """Returns why the operator can't replace the forward of the base layer, or None."""
     packed = type(base) is PackedEmbedding
-    if not packed and type(base) is not nn.Embedding:  # a subclass may scale its output, as Gemma's embedding does
+    if not packed and type(base) is not nn.Embedding:  # a subclass, such as Gemma's, may scale its output
         return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding or PackedEmbedding"
     if hooked(base):
         return "hooks on base_layer, or its replaced forward, would not run"
@@ -72,7 +72,8 @@ if LoraEmbedding is not None:
                  "output_fns")  # fmt: skip
 
         def merge(self, *args: Any, **kwargs: Any) -> None:
-            """PEFT's merge. Raises RuntimeError over a packed table, whose codes PEFT would add the adapter to."""
+            """PEFT's merge. Raises RuntimeError if the table is packed, because PEFT would add the adapter to the codes
+            of the table."""
             base = self._modules["base_layer"]
             if type(base) is PackedEmbedding:
                 raise RuntimeError(

@@ -7,9 +7,9 @@ expert with the expert's weight (dense or packed) and the expert's adapter, and 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
 
-transformers' "grouped_mm" experts use the same order of steps. The fused forward uses these steps for every experts
-implementation that the model may be set to. The router's code runs unchanged. In Llama 4 every expert gets a copy of
-every token, scaled by a routing weight that may be 0, so the rows need no sorting.
+The fused forward takes its steps in the order of transformers' experts implementation "grouped_mm", also if the model
+is set to another experts implementation. The router's code runs unchanged. In Llama 4 every expert gets a copy of every
+token, scaled by a routing weight that may be 0, so the rows need no sorting.
 
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks. If one of several active adapters
 is DoRA, each adapter adds the change that it alone makes to the base output, as in PEFT.
@@ -79,7 +79,7 @@ _GATES: dict[Any, bool] = {}
 
 
 class Experts(Fused):
-    """The fused forward of a wrapper of one parameter of an experts' module."""
+    """Base class of the fused wrappers of one parameter of an experts' module."""
 
     reads = (*Fused.reads, "parameter_name", "num_experts", "lora_A", "lora_B", "scaling",
              "_did_swap_in_out_features")  # fmt: skip
@@ -183,7 +183,7 @@ def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
 
 
 def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
-    """Returns why the experts' own forward has to run, or None. ``names``: the adapted parameters."""
+    """Returns why the experts' own forward has to run, or None. ``names``: the names of the adapted parameters."""
     if not (held := expert_parameters(experts)):
         return f"it is over a {class_name(type(experts))}, wanted a mixture's experts, as transformers keeps them"
     if getattr(experts, "_is_expert_parallel", False):
@@ -336,10 +336,12 @@ def _has_hooks(act: Any) -> bool:
 
 
 class MergesExperts:
-    """merge and unmerge of a wrapper over :class:`NF4Experts`. Over dense experts the stock class's methods run."""
+    """Defines ``merge`` and ``unmerge`` of a wrapper over :class:`NF4Experts`. Over dense experts the stock class's
+    methods run."""
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Merges adapters into each expert's NF4 weight, starting from the weight kept before the first merge."""
+        """Merges adapters into each expert's NF4 weight, starting from the NF4 weight that was kept at the first
+        merge."""
         experts, parameter = self.get_base_layer(), self.parameter_name
         if isinstance(experts, FrozenExperts) and not isinstance(experts, NF4Experts):
             raise RuntimeError(

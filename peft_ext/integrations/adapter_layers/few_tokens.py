@@ -1,14 +1,18 @@
-"""Few tokens without a gradient, as in generation: a block calls the kernels of its layers directly.
+"""In a call of few tokens without a gradient, as in generation, a block calls the kernels of its layers directly.
 
 The checks of a fused layer take longer than the layer's kernel if a call has few tokens. A block such as an MLP or an
 attention therefore makes a plan: functions that call the kernels of its layers, and :class:`Facts`, the objects that
-the checks read. The next call runs the plan if each object is still the same object; otherwise the block makes a new
-plan. A layer that :func:`direct` does not know is called as a module, with its own checks.
+the checks read. The next call of the block runs the plan if each object that the checks read is still the same object;
+otherwise the block makes a new plan. A layer that :func:`direct` does not know is called as a module, with its own
+checks.
 
-    is_few     whether a call is one that plans are for
-    plan_of    the plan of a block, made by the block's function where the facts have changed
-    direct     the function that computes a linear layer, with or without LoRA
-    together   the function that computes several such layers of one input
+:func:`is_few` tells whether plans are for a call.
+
+:func:`plan_of` returns the plan of a block, and makes a new plan if the facts have changed.
+
+:func:`direct` returns a function that computes a linear layer, with or without LoRA.
+
+:func:`together` returns a function that computes several linear layers of one input.
 """
 
 from __future__ import annotations
@@ -51,8 +55,9 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def is_few(x: Any) -> bool:
-    """Returns whether a call on x ``[B, T, K]`` is one that plans are for: eager, on a CPU, in an operators' dtype,
-    with fewer tokens than MANY_TOKENS, without a gradient, autocast, global hooks, and transforms."""
+    """Returns whether a call on x ``[B, T, K]`` may run a plan: the call is eager, on a CPU, in a dtype of the
+    operators, has fewer tokens than MANY_TOKENS, and runs without a gradient, autocast, global hooks and transforms of
+    torch.func."""
     return (
         not torch.is_grad_enabled()
         and type(x) in reasons.plain_types()
@@ -87,7 +92,7 @@ class Facts:
         self.is_final = True
 
     def value(self, place: dict, name: Any) -> Any:
-        """Returns ``place.get(name)``. The facts hold as long as the result is the same object."""
+        """Returns ``place.get(name)``. The facts hold as long as ``place.get(name)`` returns the same object."""
         value = place.get(name)
         self._places.append(place)
         self._names.append(name)
@@ -101,7 +106,8 @@ class Facts:
         return not held
 
     def tensor(self, place: dict, name: Any) -> Optional[Tensor]:
-        """Returns the tensor ``place.get(name)``. The facts hold as long as dtype, shape and device do not change."""
+        """Returns the tensor ``place.get(name)``. The facts hold as long as the tensor is the same object, with the
+        same dtype, shape and device."""
         if (tensor := self.value(place, name)) is not None:
             self._tensors.append(tensor)
             self._looks.append(_look(tensor))
@@ -115,8 +121,8 @@ class Facts:
         return self.plain_block(module)
 
     def plain_block(self, module: nn.Module) -> bool:
-        """Returns what :meth:`plain` returns, for the block itself, whose class :func:`plan_of` compares. The facts of
-        a block must not hold the block, so that the block can be freed."""
+        """Returns what :meth:`plain` returns, for the block to which these facts belong. :func:`plan_of` compares the
+        block's class. The facts of a block must not hold the block itself, so that the block can be freed."""
         held, kind = module.__dict__, type(module)
         self._forwards[kind] = kind.forward
         if (stock := getattr(kind, "stock_class", None)) is not None:
@@ -157,13 +163,14 @@ class Facts:
 class _Plan(NamedTuple):
     kind: type
     dtype: torch.dtype
-    trials: int  # number of plans made for the block so far
+    trials: int  # plans made in a row for the block, of one class and dtype
     facts: Facts
     made: Any
 
 
 def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -> Any:
-    """Returns what ``make(facts, x)`` returned for this block and x's dtype, as long as the facts hold.
+    """Returns the plan that ``make(facts, x)`` made for this block and x's dtype, and calls ``make`` again once the
+    facts of that plan no longer hold.
 
     ``make`` returns None if the block has no plan. Several threads may call the block at the same time.
     """
@@ -179,12 +186,13 @@ def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -
 
 
 def clear_plans() -> None:
-    """Drops all plans, which hold the weights of their layers."""
+    """Drops all plans, because a plan keeps the weights of its layers in memory."""
     _PLANS.clear()
 
 
 class Kernel:
-    """A call of a linear layer's kernel. The kernel reads dtypes and sizes of its tensors in each call."""
+    """Calls the kernel of a linear layer, with the layer's weight, bias and adapter as arguments. The kernel reads the
+    dtypes and sizes of its tensors in each call."""
 
     __slots__ = ("_args", "_has_adapter", "_kernel", "layer", "weight")
 
@@ -198,8 +206,8 @@ class Kernel:
 
 
 def together(calls: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Returns the function that computes the layers of one input: one call of ``lora_linears`` if each layer is a
-    kernel, else a call of each layer."""
+    """Returns a function that computes several layers of one input: by one call of ``lora_linears`` if each of
+    ``calls`` is a :class:`Kernel`, else by a call of each layer."""
     if not all(type(call) is Kernel for call in calls) or kernel_reason("lora_linears", "cpu") is not None:
         return lambda x: [call(x) for call in calls]
     layers, count = listed(calls), len(calls)
@@ -207,7 +215,8 @@ def together(calls: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], 
 
 
 def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float]]:
-    """Returns the layers of the calls as the lists of ``lora_linears``."""
+    """Returns the lists of tensors, sizes and numbers that the operator ``lora_linears`` takes for the layers of
+    ``calls``."""
     tensors: list[Tensor] = []
     sizes: list[int] = []
     numbers: list[float] = []
@@ -224,7 +233,8 @@ def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
 
-    The function calls a kernel if the layer is one of the known layers, and is the layer itself otherwise.
+    If the layer's class and tensors are known, the function calls a kernel, or F.linear for a dense weight. Otherwise
+    the function is the layer itself.
     """
     found, own = None, Facts()
     if isinstance(layer, nn.Module):
@@ -279,12 +289,12 @@ def _operands(facts: Facts, layer: Any, dtype: torch.dtype) -> Optional[tuple[tu
 
 
 def _adapted(facts: Facts, layer: Any, x: Tensor) -> Optional[Callable[[Tensor], Tensor]]:
-    """Returns the function of a LoRA layer with one active adapter, a call of which the layer's checks have accepted
-    before; None for any other layer."""
+    """Returns the function that computes a LoRA layer with one active adapter, if the layer's checks have accepted an
+    equal call before; else None."""
     if not hasattr(layer, "known_call") or (common := layer.known_call(x)) is None:
         return None
     if common[0] not in KNOWN:
-        facts.is_final = False  # the layer's own call remembers the facts that its checks accept
+        facts.is_final = False  # a later call of the layer may add the facts to KNOWN
         return None
     _, name, base, lora_A, lora_B, p = common
     held = layer.__dict__

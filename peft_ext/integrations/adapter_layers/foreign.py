@@ -1,7 +1,8 @@
 """Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's layers for GPTQ and
 AWQ, hqq's layers, and transformers' layers over GGUF's blocks.
 
-A layer is known by the exact name of its class and of the class's module. No package is imported.
+A layer is recognized by the exact name of its class and of the class's module. This module imports none of the other
+packages.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _GGUF = "transformers.integrations.gguf.utils.GgufLinear"
 
 
 def _from_gguf(module: Any) -> PackedWeight:
-    """Returns the weight of transformers' ``GgufLinear``, in the module's memory."""
+    """Returns the weight of transformers' ``GgufLinear`` as a PackedWeight that shares the module's memory."""
     if module.input_permutation is not None:
         raise ValueError("its base layer permutes its input")
     shape = module.out_features, module.in_features
@@ -33,7 +34,7 @@ def _from_gguf(module: Any) -> PackedWeight:
     return weight
 
 
-# By class: the function that reads the layer's weight.
+# Maps the full name of a layer's class to the function that reads the layer's weight.
 _READERS: dict[str, Callable[[nn.Module], PackedWeight]] = {
     f"{_GPTQMODEL}.torch.TorchLinear": from_gptq,
     f"{_GPTQMODEL}.torch.TorchQuantLinear": from_gptq,
@@ -42,7 +43,7 @@ _READERS: dict[str, Callable[[nn.Module], PackedWeight]] = {
     "hqq.core.quantize.HQQLinear": from_hqq,
 }
 
-# The weight of each layer that was read, with the addresses of the layer's tensors.
+# Maps each layer whose weight was read to the addresses of the layer's tensors and to the weight.
 _HELD: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], PackedWeight]] = weakref.WeakKeyDictionary()
 
 
@@ -67,8 +68,9 @@ def _tensors(base: nn.Module) -> list[Tensor]:
 
 
 def foreign_weight(base: nn.Module) -> PackedWeight:
-    """Returns the weight of the layer, in the layer's memory. As long as the layer's tensors are the same, the same
-    object is returned. Raises ValueError if the layer's layout is not supported."""
+    """Returns the weight of the layer as a PackedWeight that shares the layer's memory. The function returns one
+    PackedWeight object until the address of a tensor of the layer changes. Raises ValueError if the layer's layout is
+    not supported."""
     key = [tensor.data_ptr() for tensor in _tensors(base)]
     known = _HELD.get(base)
     if known is None or known[0] != key:
@@ -95,7 +97,7 @@ def foreign_operands(base: Any, x: Tensor) -> Optional[tuple[PackedWeight, Optio
     """Returns the weight and the bias with which the layer's forward multiplies x, or None if x has another dtype than
     the layer computes in."""
     weight, bias = foreign_weight(base), base.bias
-    if _is_gguf(type(base)):  # the layer multiplies in the dtype of x
+    if _is_gguf(type(base)):  # a GgufLinear multiplies in the dtype of x
         return weight, None if bias is None else bias.to(x.dtype)
     if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
         return None

@@ -40,7 +40,8 @@ class IA3Layer(Fused):
         return self._checked()[:2]
 
     def _checked(self) -> tuple[Optional[str], Optional[str], list[Tensor]]:
-        """Returns both reasons of :meth:`_reasons` for the next call, and the vectors ia3_l of the active adapters."""
+        """Returns the two reasons that :meth:`_reasons` returns, for the next call, and the vectors ia3_l of the active
+        adapters."""
         if reason := layer_reason(self):
             return reason, None, []
         reason, vectors = checked_vectors(self)
@@ -62,7 +63,7 @@ class IA3Layer(Fused):
     def _common(self, x: Any) -> Optional[tuple]:
         """Returns the facts (see :mod:`.known`) of a call with one active adapter, the base layer, and ia3_l.
 
-        Returns None if the call is not common.
+        Returns None if the call is not common; the checks then have to run.
         """
         vector = self._modules["ia3_l"]._parameters.get(single_name(self))
         if vector is None or not self._scales_any_base:

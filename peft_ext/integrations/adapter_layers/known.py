@@ -3,8 +3,8 @@
 :func:`facts_of` returns one tuple with everything that the checks of a common call read: types, dtypes, shapes,
 devices, flags and numbers. After the checks accepted a call, a later call for which :func:`facts_of` returns an equal
 tuple is fused without the checks. An accepted tuple stays valid, because each call makes its own tuple, and a tuple
-holds no module and no tensor. A call with hooks, under autocast or under a compiler has no tuple, and is checked each
-time.
+holds no module and no tensor. A call of a layer with hooks, a call under autocast and a call under torch.compile have
+no tuple, and are checked each time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KNOWN: set[tuple] = set()
 
 _is_tracing = torch._C._is_tracing
 
-_MOST = 4096  # tuples kept in KNOWN; a schedule of scaling or dropout makes new tuples at each step
+_MOST = 4096  # most tuples in KNOWN; a schedule of scaling or dropout makes new tuples at each step
 
 
 def remember(facts: tuple) -> None:
@@ -85,7 +85,8 @@ def facts_of(
     if isinstance(base, PackedLinear):
         if any(hasattr(parameter, "ds_id") for parameter in of_base.values()):
             return None
-        # The tensors are checked when the PackedWeight is made: its layout says which dtypes and sizes they have.
+        # The tensors of a PackedWeight are checked when the PackedWeight is made, and their dtypes and sizes follow
+        # from its layout and shape.
         packed = base.packed
         weight = packed.parts[0]
         found += (packed.layout, packed.shape)

@@ -14,16 +14,16 @@ from ...ops.checks import autocast_dtype
 from . import reasons
 from .base import fuses, operands
 
-# Fewest tokens for which sibling layers are computed together. With fewer tokens, the kernels of some CPU paths compute
-# each layer separately and share no work.
+# Fewest tokens for which sibling layers are computed together; a call of fewer tokens counts as a call of few tokens.
+# With fewer tokens, the kernels of some CPU paths compute each layer separately and share no work.
 MANY_TOKENS = 24
 
-# The CPU paths and dtypes in which the operator's product of few tokens with a dense weight was measured to be faster
-# than PyTorch's product.
+# The CPU paths and dtypes in which frozen_linear was measured to be faster than PyTorch's product, for few tokens and a
+# dense weight.
 _AHEAD = {("avx512_bf16", torch.bfloat16)}
 
 # Fewest elements of a weight for which a layer becomes a FusedLinear for few tokens alone. For smaller weights, the
-# checks of a call take as long as the operator saves.
+# checks of a call take as long as frozen_linear saves.
 LEAST_ELEMENTS = 1 << 20
 
 
@@ -31,9 +31,10 @@ LEAST_ELEMENTS = 1 << 20
 class FusedLinear(nn.Linear):
     """A frozen ``nn.Linear`` on :func:`peft_ext.ops.frozen_linear`, for example the head of a language model.
 
-    frozen_linear runs for calls that compute in a dtype of ``reasons.WIDENED``, except for a single token without a
-    gradient: PyTorch multiplies a single token without widening W. In a dtype of :func:`is_ahead`, frozen_linear runs
-    for few tokens without a gradient. PyTorch's product runs for all other calls.
+    frozen_linear runs for calls that compute in a dtype of ``reasons.WIDENED`` (PyTorch has no fast product in these
+    dtypes on this CPU), except for a single token without a gradient: PyTorch multiplies a single token without
+    widening W. In a dtype for which :func:`is_ahead` is true, frozen_linear also runs for few tokens without a
+    gradient. PyTorch's product runs for every call for which frozen_linear does not run.
     """
 
     reads: tuple[str, ...] = ()
@@ -54,7 +55,8 @@ class FusedLinear(nn.Linear):
         return super().forward(x)
 
     def _takes_few(self, x: Tensor) -> bool:
-        """Returns whether frozen_linear is faster for x and computes what the stock forward computes."""
+        """Returns whether frozen_linear is faster than PyTorch's product for the few tokens of x, and computes what the
+        stock forward computes."""
         return (
             not torch.compiler.is_compiling()
             and reasons.accepts_input(x)
@@ -67,8 +69,8 @@ class FusedLinear(nn.Linear):
 
 
 def is_ahead(dtype: torch.dtype) -> bool:
-    """Returns whether the operator's product of few tokens with a dense weight is faster than PyTorch's in ``dtype`` on
-    this CPU."""
+    """Returns whether frozen_linear is faster than PyTorch's product in ``dtype`` on this CPU, for few tokens and a
+    dense weight."""
     return (STATE.isa, dtype) in _AHEAD
 
 

@@ -38,7 +38,7 @@ if FOUR_BIT:
 
         @property
         def support_avx512bf16_for_cpu(self) -> bool:
-            """False, so that bitsandbytes does not repack the weight in evaluation, for NF4 and FP4 weights.
+            """Always False, so that bitsandbytes does not repack an NF4 or FP4 weight in evaluation.
 
             After a repacking, no gradient would flow through the layer to x in later training, and the state dict would
             hold scales rounded to bfloat16.

@@ -71,8 +71,8 @@ class LowRank(Fused):
         return self._checked(self._names())[:2]
 
     def _checked(self, names: list[str]) -> tuple[Optional[str], Optional[str], Pairs]:
-        """Returns both reasons of :meth:`_reasons` for a call with the adapters ``names``, and each adapter's pair
-        (lora_A, lora_B)."""
+        """Returns the two reasons that :meth:`_reasons` returns, for a call with the adapters ``names``, and each
+        adapter's pair (lora_A, lora_B)."""
         if reason := layer_reason(self):
             return reason, None, []
         if tensor_parallel.is_split(self._modules["base_layer"]):
@@ -111,10 +111,11 @@ class LowRank(Fused):
         return name, self.scaling[name], getattr(dropout, "p", 0.0), dropout.training, versions
 
     def joint_call(self, x: Tensor) -> Optional[tuple]:
-        """Returns weight, bias, lora_A, lora_B, rank_scale, scaling, dropout p and the dtype of the output.
+        """Returns the layer's operands in a call of ``lora_linears``: weight, bias, lora_A, lora_B, rank_scale,
+        scaling, dropout p and the dtype of the output.
 
-        Returns None if the base layer multiplies another tensor than x, for example a cast of x. The layer must have a
-        ``joint_state``.
+        Returns None if the base layer multiplies another tensor than x, for example a cast of x. Call this method only
+        if :meth:`joint_state` returned a tuple.
         """
         (name,), base = self._names(), self._modules["base_layer"]
         if tensor_parallel.is_split(base):
@@ -132,7 +133,7 @@ class LowRank(Fused):
         return tensor_parallel.split_of(base) if tensor_parallel.is_split(base) else None
 
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
-        """Returns the tensors from which :meth:`_rank_scale` computes."""
+        """Returns the tensors from which :meth:`_rank_scale` computes the scale per rank."""
         return ()
 
     def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
@@ -243,7 +244,7 @@ class LowRank(Fused):
         """Adds the low-rank terms to ``result`` with PyTorch's functions, as PEFT does, and returns the sum.
 
         A layer calls ``_added`` if ``ops.lora_residual`` does not accept the base layer's result. PEFT's own forward
-        can't be used here, because it would run the base layer a second time.
+        can't replace ``_added``, because PEFT's forward would run the base layer a second time.
         """
         dtype = result.dtype
         for name in names:
@@ -376,8 +377,8 @@ if LoraLinear is not None:
         """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
-            """Returns what :meth:`_common` returns, for a block that calls the layer's kernel, see
-            :mod:`.few_tokens`."""
+            """Returns what :meth:`_common` returns. A block that calls the layer's kernel directly (see
+            :mod:`.few_tokens`) uses this method."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:

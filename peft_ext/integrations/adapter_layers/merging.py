@@ -34,19 +34,19 @@ PACKED_MERGE_LOSES = (
 
 
 class MergesNF4:
-    """merge and unmerge of an adapter layer over an NF4Linear or a PackedLinear. Over another base layer the stock
-    class's methods run.
+    """Defines ``merge`` and ``unmerge`` of an adapter layer over an NF4Linear or a PackedLinear. Over another base
+    layer the stock class's methods run.
 
     Each ``merge`` starts from the weight before the first merge, adds the adapters that are merged already and the new
     adapters, and quantizes the sum once in the base weight's layout. ``base_layer.merge_error`` is the relative error
     of that quantization. ``unmerge`` restores the weight before the first merge bit for bit. ``merge`` raises
     RuntimeError if no quantizer makes the layout of the base weight.
 
-    A subclass defines ``_merged``, which returns weight and bias with one more adapter, computed from the weight and
-    bias before this adapter and from the weight without any adapter. A subclass of low-rank adapters also defines
+    A subclass defines ``_merged``, which returns weight and bias with one more adapter merged, computed from the weight
+    and bias before this adapter and from the weight without any adapter. A subclass of low-rank adapters also defines
     ``_factors``, which returns the concatenated lora_A, the concatenated lora_B and a scale per output row (or None).
-    :func:`peft_ext.ops.nf4_merge` merges the factors that ``_factors`` returns in one pass over the NF4 codes. Over
-    other packed weights ``_merged`` merges.
+    :func:`peft_ext.ops.nf4_merge` merges the factors that ``_factors`` returns in one pass over the NF4 codes. If
+    ``_factors`` returns None or the weight is not NF4, ``merge`` computes the merged weight with ``_merged``.
     """
 
     def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
@@ -55,7 +55,8 @@ class MergesNF4:
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         base = self.get_base_layer()
         if is_zero3_shard(base.weight):
-            # PEFT's merge adds nothing to the empty weight, without an error, and then counts the adapter as merged.
+            # PEFT's merge adds nothing to the empty weight of a partitioned parameter, without an error, and then
+            # counts the adapter as merged.
             raise RuntimeError(
                 f"merge: base_layer.weight is {tuple(base.weight.shape)}, partitioned by ZeRO-3, wanted the whole "
                 "weight. Save the adapter and merge it in one process"

@@ -1,8 +1,9 @@
-"""Checks that decide whether a call of a layer can run on an operator. A ``*_reason`` function returns the reason why
-not as one line of text, or None.
+"""Checks that decide whether a call of a layer can run on an operator. A ``*_reason`` function returns one line of text
+that says why a call can't run on an operator, or None if the call can.
 
-The forward of a fused layer calls these functions, except for a call that :mod:`.known` finds equal to an accepted
-call. :func:`peft_ext.explain` calls these functions too, so ``explain`` and the forward use one set of checks.
+The forward of a fused layer calls the functions of this module, except for a call that :mod:`.known` finds equal to an
+accepted call. :func:`peft_ext.explain` calls the functions of this module too, so ``explain`` and the forward use one
+set of checks.
 """
 
 from __future__ import annotations
@@ -92,14 +93,14 @@ _ZERO = (
 
 
 def _own_forward(kind: type) -> Any:
-    """Returns the forward of a class, or None if another module has replaced it."""
+    """Returns the forward of a class, or None if another Python module has replaced the forward."""
     forward = kind.forward
     named = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
     own = named == (kind.__module__, f"{kind.__qualname__}.forward") and not hasattr(forward, "__wrapped__")
     return forward if own else None
 
 
-# The forwards at import of the classes whose forward a fused layer computes in its own way.
+# Maps each class whose forward a fused layer replaces by an operator to the forward that the class had at import.
 _FORWARDS = {
     kind: _own_forward(kind)
     for kind in (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, *PACKED, Conv1D, *FOUR_BIT)
@@ -128,8 +129,8 @@ def accepting(kind: type) -> Iterator[None]:
 
 @contextmanager
 def as_in_forward(model: nn.Module) -> Iterator[None]:
-    """Makes the checks within the context count the shards that FSDP2, or ZeRO-3 for a leaf module, gathers in the
-    forward of ``model`` as gathered."""
+    """Within the context, the checks treat a sharded parameter as whole if FSDP2, or ZeRO-3 for a leaf module, gathers
+    the parameter in the forward of ``model``."""
     global _gathered
     before, _gathered = _gathered, frozenset(_gathered_ids(model))
     try:
@@ -140,18 +141,18 @@ def as_in_forward(model: nn.Module) -> Iterator[None]:
 
 def _gathered_ids(model: nn.Module) -> Iterator[int]:
     for module in model.modules():
-        if getattr(module, "_z3_leaf", False):  # set_z3_leaf_modules of DeepSpeed sets this attribute
+        if getattr(module, "_z3_leaf", False):  # DeepSpeed's set_z3_leaf_modules sets `_z3_leaf`
             yield from (id(parameter) for parameter in module.parameters() if hasattr(parameter, "ds_id"))
         if not is_fully_sharded(type(module)):
             continue
         state = module._get_fsdp_state()
-        # Before torch 2.13 the state has one group or none, as `_fsdp_param_group`.
+        # Before torch 2.13, FSDP2's state has at most one group of parameters, in `_fsdp_param_group`.
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):
                 if not parameter.is_dtensor:  # with tensor parallelism a gathered parameter is still a DTensor
                     yield id(parameter.sharded_param)
-                    owner = parameter._module_info  # a parameter that was replaced after fully_shard
+                    owner = parameter._module_info  # the parameter may have been replaced since fully_shard
                     yield id(owner.module._parameters.get(owner.param_name))
 
 
@@ -195,8 +196,9 @@ def is_plain(tensor: Any) -> bool:
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
-    The operators work under torch.compile. Returns False under torch.func's transforms, forward-mode differentiation,
-    torch.jit.trace and torch.export (where x is a fake tensor), so that the call takes the stock path.
+    The operators work under torch.compile, so the function may return True there. The function returns False under
+    torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export (where x is a fake tensor),
+    so that the call takes the stock path.
     """
     if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
@@ -204,9 +206,10 @@ def accepts_input(x: Any) -> bool:
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
-    """Returns why the operators can't read the parameter ``tensor``, or None. The reason's text uses ``name``."""
-    # A parameter of another type is, for example, a DTensor or a quantized subclass. The parameter is None if FSDP took
-    # it out of the module.
+    """Returns why the operators can't read the parameter ``tensor``, or None. The returned text calls the parameter
+    ``name``."""
+    # A parameter that is not plain is, for example, a DTensor or a quantized subclass. The parameter is None if FSDP
+    # took the parameter out of the module.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
     if is_partitioned(tensor) or len(whole_shape(tensor)) != dim:
@@ -218,7 +221,7 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
     """Returns why layers on ``device`` must not run the public operator ``op``, or None: native kernels are not loaded,
-    or a GPU's kernels did not pass the proof."""
+    or the kernels did not pass the proof."""
     if KERNELS[op].get(device):
         return proved(device, *PUBLIC[op])
     if device == "cuda" and not STATE.cuda_loaded:
@@ -267,8 +270,8 @@ def forward_is_replaced(kind: type) -> bool:
 
 
 def layer_reason(layer: Any) -> Optional[str]:
-    """Returns why the next call of an adapter layer runs no adapter, or a forward that is not the stock class's, or
-    None."""
+    """Returns why the next call of an adapter layer can't be fused: the forward of the layer or of its class was
+    replaced, or adapters are disabled or merged. Returns None otherwise."""
     if layer.__dict__.get("forward") is not None and replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     kind = type(layer)
@@ -320,7 +323,8 @@ def _is_falcons(kind: type) -> bool:
 def weight_reason(base: nn.Module) -> Optional[str]:
     """Returns why the operators can't read the weight of the layer ``base``, or None.
 
-    The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear and Linear4bit.
+    The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear and Linear4bit, and of the
+    layers of other packages in :mod:`.foreign`.
     """
     kind = type(base)
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -383,7 +387,7 @@ def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
 
 
 def product_reason(layer: nn.Linear) -> Optional[str]:
-    """Returns why the operator must not compute a linear layer without an adapter, or None."""
+    """Returns why frozen_linear can't compute a linear layer without an adapter, or None."""
     if replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     if reason := weight_reason(layer):
@@ -554,12 +558,12 @@ def freed_reason(layer: nn.Module) -> Optional[str]:
     """
     if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
         return "ZeRO-3 frees its weight after the forward"
-    if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set this attribute
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # set by FSDP1 and FSDP2
         return None
     held = {id(parameter) for parameter in layer.parameters()}
     wrapped, is_held = _fully_sharded(), False
     for module, state in wrapped:
-        # Before torch 2.13 the state has one group or none, as `_fsdp_param_group`.
+        # Before torch 2.13, FSDP2's state has at most one group of parameters, in `_fsdp_param_group`.
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):

@@ -25,15 +25,15 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
     if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
         yield
         return
-    # A saved tensor counts as ``h`` if it has the storage object of ``h``. The data address would not do, because a
-    # tensor without data, as in the memory estimate, has none.
+    # A saved tensor counts as ``h`` if it has the storage object of ``h``. Data addresses are not compared, because a
+    # tensor without data, as in the memory estimate, has no data address.
     storage, version, numel, dtype, held = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype, [_nothing]
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]
     args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
 
     def pack(value: Tensor) -> Any:
-        # A tensor that was changed in place no longer equals the operator's result.
+        # A tensor that was changed in place no longer equals the operator's result, and is kept.
         if value.numel() != numel or value.dtype is not dtype or value._version != version:
             return value, value._version
         if value.storage_offset() or value.untyped_storage()._cdata != storage:

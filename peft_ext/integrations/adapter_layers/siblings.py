@@ -1,11 +1,12 @@
 """Adapter layers of one module that get the same tensor, computed together on :func:`peft_ext.ops.lora_linears`.
 
-The row of a module's form names the children that are called with one variable, as in ``self.q_proj(x)``,
+The row of a module's form names the children that are called with one input tensor, as in ``self.q_proj(x)``,
 ``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of
-all children of its group that can be computed together. Each other child takes its output when the child is called with
-the same tensor object, unchanged, and with its state unchanged. If a child is called with another tensor object or with
-a changed tensor, or if the child's state has changed, the child computes its output alone. Outputs that no child took
-are dropped at the end of the module's forward. A child takes no output that another thread computed.
+all children of its group that can be computed together. Each other child returns its stored output if the child is
+called with the same, unchanged tensor object, and if the state of the child is unchanged. If a child is called with
+another tensor object or with a changed tensor, or if the child's state has changed, the child computes its output
+alone. Stored outputs that no child has returned are dropped at the end of the module's forward. A child never returns
+an output that another thread computed.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _saving_hooks() -> Any:
 
 
 class _Group:
-    """A group of sibling layers in the order of their calls, with the outputs that no layer has taken yet."""
+    """A group of sibling layers in the order of their calls, with the stored outputs that no layer has returned yet."""
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers
@@ -118,7 +119,7 @@ class _Group:
         if len(found) < 2 or len(splits) > 1:
             return None
         (split,) = splits
-        given = x if split is None else sum_gradient(x, split)  # sums x's gradient once for all layers
+        given = x if split is None else sum_gradient(x, split)  # x's gradient is summed over the processes only once
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True
         )

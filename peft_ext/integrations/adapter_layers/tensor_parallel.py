@@ -5,10 +5,11 @@
     row      y = Σ_i (x_i W_iᵀ + s (drop(x_i) A_iᵀ) Bᵀ) + b   W_i [N, K/n], A_i [R, K/n], B [N, R]
              forward: the sum over the n processes; backward: the sum of dB
 
-transformers replaces the forward of each split layer. PEFT splits lora_B of a column layer and lora_A of a row layer in
-the same way. A layer is fused if its replaced forward is known exactly: the digest of the code that runs is in
-``FORMS``. Each process computes its shard of a layer with one operator. PEFT's own forward sums the ``[T, R]`` product
-of lora_A in addition to the base layer's sums; the fused forward sums the gradient of A or B instead.
+transformers replaces the forward of each split layer. PEFT splits lora_B of a column layer and lora_A of a row layer as
+transformers splits the base layer. A layer is fused if its replaced forward is known exactly: the digest of the code
+that runs is in ``FORMS``. Each process computes its shard of a layer with one operator. PEFT's own forward sums the
+``[T, R]`` product of lora_A in addition to the base layer's sums; the fused forward sums the gradient of A or B
+instead.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from .reasons import (
 )
 
 MODULE = "transformers.distributed.tensor_parallel"
-# The digests of the styles whose computation the fused forward knows, and whether the style splits the columns.
+# Maps the name of each style of transformers' tensor parallelism that the fused forward knows to the digest of its
+# code, and to whether the style splits the columns of the output.
 FORMS = {"ColwiseParallel": ("3ea21281494b13db1084", True), "RowwiseParallel": ("ca8ea2dbcc3e8b690361", False)}
 _METHODS = (
     "should_use_local_tensors", "transform_inputs_pre_forward", "context_around_forward",
@@ -48,7 +50,8 @@ _digests: dict[tuple, str] = {}
 
 @dataclass(frozen=True)
 class Split:
-    """How a layer is split: by the columns of its output or the rows of its input, over a one-dimensional mesh."""
+    """How a layer is split over a one-dimensional mesh: by the columns of its output, or by the columns of its
+    input."""
 
     column: bool
     mesh: Any
@@ -68,8 +71,8 @@ def is_split(module: nn.Module) -> bool:
 
 
 def split_of(module: nn.Module) -> Union[Split, str]:
-    """Returns how a linear layer is split for which :func:`is_split` is true, or the reason why the layer's replaced
-    forward has to run."""
+    """Returns how a linear layer is split, or the reason why the layer's replaced forward has to run. The layer must be
+    one for which :func:`is_split` is true."""
     from torch.distributed.tensor import Replicate, Shard
 
     forward = module.__dict__["forward"]
@@ -114,7 +117,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _shard_of(module: nn.Module, split: Split) -> Optional[Tensor]:
-    """Returns this process's shard of the weight of a split layer; None if the weight is not split as ``split``."""
+    """Returns this process's shard of the weight of a split layer; None if the weight is not split in the way that
+    ``split`` describes."""
     weight = module._parameters.get("weight")
     if not is_dtensor(weight) or weight.device_mesh != split.mesh or weight.dim() != 2:
         return None
@@ -126,8 +130,8 @@ def _shard_of(module: nn.Module, split: Split) -> Optional[Tensor]:
 
 
 def checked(layer: Any, names: list[str]) -> tuple[Optional[str], Optional[tuple]]:
-    """Returns why PEFT's own forward has to run over a split base layer (or None), and else the split, the shards of
-    W, lora_A and lora_B, and the bias of the base layer."""
+    """Returns the reason why PEFT's own forward has to run over a split base layer, and None; or returns None, and a
+    tuple of the split, the shards of W, lora_A and lora_B, and the bias of the base layer."""
     base = layer._modules["base_layer"]
     if torch.compiler.is_compiling():
         return "tensor parallelism: torch.compile takes PEFT's own forward", None
@@ -249,8 +253,8 @@ def forward(layer: Any, x: Tensor, names: list[str]) -> Optional[Tensor]:
 
 
 def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
-    """Returns the state with which layers of one input are computed together (``LowRank.joint_state``), for a layer
-    over a split base layer; None unless the columns are split."""
+    """Returns ``LowRank.joint_state`` of a layer over a split base layer: a comparable tuple of the state on which the
+    layer's output depends. Returns None unless the columns of the output are split."""
     reason, found = checked(layer, names)
     if reason is not None or not found[0].column:
         return None

@@ -1,7 +1,8 @@
 """The table of known forms: the forwards of models for which peft_ext has a fused forward.
 
-    forms.tsv   digest, kind, formula, example, classes, since      one row per form, written by tools/forms.py
-    row_of      a class or a function -> its row, or the reason why it has no row
+The file ``forms.tsv``, which tools/forms.py writes, has one row per form, with the columns digest, kind, formula,
+example, classes and since. :func:`row_of` returns the row of a class or of a function, or the reason why there is no
+row.
 
 The key of a row is the digest of the code (:mod:`.digest`), not the name of a class. Except for nn.Dropout, a row whose
 formula replaces a computation is in the table only if the formula gave the same values and gradients as the code of a
@@ -46,9 +47,9 @@ HEADER = ("digest", "kind", "formula", "example", "classes", "since")
 class Row:
     """One known form.
 
-    ``formula``: names and values of the form, see KINDS. ``classes``: number of classes with this form in the newest
-    release of transformers that the table was drawn from. ``since``: the oldest release of transformers, of those that
-    the table was drawn from, that has the form.
+    ``formula``: pairs of a name and a value; KINDS lists the names for each kind. ``classes``: number of classes with
+    this form in the newest release of transformers that the table was drawn from. ``since``: the oldest release of
+    transformers, of those that the table was drawn from, that has the form.
     """
 
     digest: str

@@ -18,10 +18,12 @@ from . import Row, holds_for, row_of
 
 __all__ = ["activation_name", "refresh"]
 
-# PyTorch's functions, by identity: a function that replaces one of these names is another object and has no entry.
+# Maps functions of PyTorch to the names of their activations. A function with which a library replaces one of these
+# functions is another object, and has no entry.
 _FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
-# Maps a class to its forward, its row, and the names of class attributes that no instance may override; or to None.
+# Maps a class to its forward, its row, and the names of class attributes that no instance may override; maps a class
+# without a known form to None.
 _KNOWN: dict[type, Optional[tuple[Any, Row, tuple[str, ...]]]] = {}
 
 

@@ -5,9 +5,10 @@
                          of a plain value, the name of a builtin, of a function or class of PyTorch, or of a class of
                          transformers
 
-The digest is computed from live objects. The source of a function counts only if compiling the source gives the code
-object of the function. Code that this module cannot read completely (for example an instance of an unknown class, an
-import inside of a function, a tensor among the defaults) raises :class:`Unknown`: the forward then has no form.
+The digest is computed from the function and class objects of the running process. The source of a function is used only
+if compiling the source gives the code object of the function. Code that this module cannot read completely (for example
+an instance of an unknown class, an import inside of a function, a tensor among the defaults) raises :class:`Unknown`:
+the forward then has no form.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _CHECKPOINTS = ("transformers.modeling_layers",)
 _OWN_WAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
 # Standard modules whose classes enter the digest by name.
 _STANDARD = ("builtins", "collections", "collections.abc", "contextlib", "functools", "typing")
-# Modules that a function may import in its body.
+# Modules that a function may import in its body without losing its form.
 _IMPORTED = ("math", "os", "torch", "warnings")
 _SKIPPED = ("annotation", "returns", "decorator_list", "type_comment", "type_params", "ctx", "kind")
 

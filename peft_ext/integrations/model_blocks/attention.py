@@ -1,15 +1,15 @@
-"""Attention of transformers' models: joint projections, rotary positions in one pass, softmax(q kᵀ) v.
+"""Fused attention of transformers' models: q, k and v from one operator, rotary positions in one pass, softmax(q kᵀ) v.
 
-An attention module with a known form runs one of two forwards:
-
-    - The module's own code runs, and the layers that get one input (the row's ``inputs``) are computed together.
-    - If the row says ``forward=rotary``, the forward of this module runs: q, k and v in one operator, rotary positions,
-      the cache, attention, and the output projection.
+An attention module with a known form runs one of two forwards. If the row of the form says ``forward=rotary``,
+``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache, attention, and the output
+projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers
+that get one input tensor (``inputs`` of the row) are computed together.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
-that takes its function from the registry gets peft_ext's function in place of ``sdpa``. peft_ext's function calls
-:func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator accepts, and otherwise the function
-that is registered as ``sdpa``. On a GPU, PyTorch's own kernels compute softmax(q kᵀ) v.
+that takes its function from the registry gets peft_ext's function in place of the function that is registered as
+``sdpa``. peft_ext's function calls :func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator
+accepts, and otherwise the function that is registered as ``sdpa``. On a GPU, PyTorch's own kernels compute
+softmax(q kᵀ) v.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    _IS_REGISTERED = True  # `AttentionInterface.register` is called further below in this file
+    _IS_REGISTERED = True  # this file registers its attention function further below
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
@@ -49,17 +49,19 @@ __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 OURS = "peft_ext_sdpa"
 _OPERATOR = "scaled_dot_product_attention"
 _OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
-# The CPU paths on which the operator was measured to be faster than PyTorch's own attention.
+# The CPU paths on which the operator scaled_dot_product_attention was measured to be faster than PyTorch's own
+# attention.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
-# On AMX, PyTorch's attention in bfloat16 without dropout runs if there are more keys than this number: PyTorch's was
-# measured to be faster than the operator before the operator had AMX tiles. The first number is for causal attention
-# without a mask or a bias, the second for all other attention.
+# On the CPU path `amx`, PyTorch's own attention computes a call in bfloat16 without dropout if the call has more keys
+# than this number: PyTorch's attention was measured to be faster than the operator, before the operator used AMX tiles.
+# The first number is for causal attention without a mask or a bias, the second for all other attention.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
-# Fewest queries for which the operator computes blocks of 64 queries. PyTorch's own attention is faster for fewer
-# queries, except for at most _FEW_QUERIES, for which the operator's forward has a kernel of its own.
+# _LEAST_QUERIES is the number of queries from which a call runs the operator's kernels for blocks of 64 queries. For
+# fewer queries PyTorch's own attention is faster, except for calls of at most _FEW_QUERIES queries, for which the
+# operator has another kernel.
 _LEAST_QUERIES, _FEW_QUERIES = 16, 8
 # Largest size of a head for which the operator runs. The scratch memory of a thread grows with the size of a head, and
-# attention over tokens has smaller heads.
+# the heads of language models are smaller.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 _rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")
@@ -94,7 +96,7 @@ class Attention(Block):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         cache_name, _, cache_style = row.get("cache").partition(":")
-        names = inspect.unwrap(stock.forward).__globals__  # the live globals of the module that defines the forward
+        names = inspect.unwrap(stock.forward).__globals__  # the live globals of the Python file of the forward
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
         return {**super().settled(stock, row), "groups": groups,
                 "asks": row.get("interface") == "yes", "own": row.get("forward"), "norms": row.get("norms"),
@@ -161,7 +163,7 @@ class Attention(Block):
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
         """Returns the output and the attention weights of attention with rotary positions.
 
-        Norms of q and k are applied if the row has them.
+        The norms of q and k are applied if the row names them in ``norms``.
         """
         known, modules, shape = self.peft_ext_known, self._modules, hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
@@ -235,8 +237,8 @@ class Attention(Block):
         return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
 
     def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any]) -> Optional[Room]:
-        """Returns room in the cache for the tokens of x, if :meth:`_rotary_few` would call the operators alone, so that
-        the operator decoder_layer can stand for the whole layer; else None."""
+        """Returns room in the cache for the tokens of x, if :meth:`_rotary_few` would call only operators in this call,
+        so that the operator decoder_layer can compute the whole decoder layer; else None."""
         known, tokens = self.peft_ext_known, x.shape[1]
         cos, sin = given["position_embeddings"]
         cache, mask = given.get(known.cache_name), given.get("attention_mask")
@@ -423,8 +425,9 @@ def sdpa_attention_forward(
     is_causal: Optional[bool] = None,
     **kwargs: Any,
 ) -> Any:
-    """Computes attention on the operator if the operator accepts the call and is faster, else by the function that is
-    registered as ``sdpa``. transformers' registry has this function under the name OURS."""
+    """Computes attention on the operator scaled_dot_product_attention if the operator accepts the call and is faster,
+    else by the function that is registered as ``sdpa``. transformers' registry has this function under the name
+    OURS."""
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     knows_bias, bias = _knows_bias(function), kwargs.get("position_bias")
     if (
@@ -471,7 +474,8 @@ def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Te
 
 
 def _sees(mask: Any, batch: int, queries: int, keys: int) -> bool:
-    """Returns whether each query sees the keys of a boolean mask, or a single query sees all keys."""
+    """Returns whether ``mask`` is a boolean mask over all queries and keys, or None for a single query, which sees all
+    keys."""
     if mask is None:
         return queries == 1
     return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, keys)
@@ -492,9 +496,9 @@ def by_operator(
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
     if causal and k.shape[2] > (queries := q.shape[2]):
-        # No query sees the keys behind the first `queries` keys. The keys behind them are an empty part of a static
-        # cache, or a checkpoint's recomputation added them to the cache again. The recomputation must save tensors of
-        # the shapes that the first forward saved, so the keys are cut off.
+        # No query sees the keys behind the first `queries` keys. The later keys are an empty part of a static cache, or
+        # the recomputation of a checkpoint added the keys to the cache again. The recomputation must save tensors of
+        # the shapes that the first forward saved, so the later keys are cut off.
         k, v = k[:, :, :queries], v[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
     out = ops.scaled_dot_product_attention(
@@ -545,7 +549,7 @@ def _fits(
 
 
 def _are_few(queries: int, dropout: float, others: dict[str, Any]) -> bool:
-    """Returns whether the operator's kernel for few queries computes a call, and no gradient is wanted."""
+    """Returns whether a call has few enough queries for the operator's kernel for few queries, and no gradient."""
     return (
         queries <= _FEW_QUERIES and dropout == 0 and others.get("position_bias") is None and not torch.is_grad_enabled()
     )
@@ -555,7 +559,7 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
     """Returns whether the operator accepts a bias that is added to the scores, as T5's relative positions are.
 
     The operator gives no gradient of the bias. Returns False if some query sees no key: transformers hides keys by a
-    finite bias, so that this query would get the mean of all values.
+    finite bias, so in transformers a query that sees no key gets the mean of all values.
     """
     if not accepts_input(bias) or bias.dim() != 4 or bias.device != q.device:
         return False

@@ -46,8 +46,8 @@ class Block:
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        """Returns the facts of the row that the fused class holds, by name. ``class_of`` calls this method when it
-        makes the fused class."""
+        """Returns the facts of the row that the fused class holds, as a dict from name to value. ``class_of`` calls
+        this method when it makes the fused class."""
         return {"row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
@@ -70,8 +70,8 @@ class Block:
         return None
 
     def holds(self, facts: Facts) -> bool:
-        """Returns whether the module has no hooks, and its forward is the code that its row describes. The facts hold
-        as long as the result would be the same."""
+        """Returns whether the module has no hooks, and its forward is the code that its row describes. ``facts`` hold
+        as long as this method would return the same result."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)
@@ -92,8 +92,8 @@ class Block:
 
 
 class Fused(Block):
-    """The base class of blocks of one input. A subclass defines ``_fused``, which computes the block where
-    ``block_reason`` is None."""
+    """The base class of blocks of one input. A subclass defines ``_fused``, which computes the block if
+    ``block_reason`` returns None."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
@@ -126,7 +126,7 @@ def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
     if (made := _CLASSES.get((mixin, stock, row))) is None:
         known = Known(**mixin.settled(stock, row))
         held = {"stock_class": stock, "peft_ext_known": known, "__doc__": stock.__doc__, "__module__": stock.__module__}
-        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # skips a metaclass's own __new__
+        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # the metaclass's __new__ is not called
         STOCK[made] = stock
         _CLASSES[mixin, stock, row] = made
     made.stock_forward, made.peft_ext_known.of_class = stock.forward, form.of_class

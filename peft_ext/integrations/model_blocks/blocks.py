@@ -32,8 +32,8 @@ MIXINS: dict[str, type[Block]] = {
 _COPIED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _NOT_ACCELERATED = "accelerate(model) was not called on it, or with blocks=False"
 _CHANGED = "its code is no longer the known form: call accelerate(model) again"
-# Parts of class names, each with the kind of block that it stands for. `explain` reports modules with these class names
-# whose form is unknown.
+# Parts of class names, each with the kind of block that it stands for. `explain` reports a module whose form is unknown
+# if its class name has one of these parts.
 _CALLED = (("norm", "norm"), ("attention", "attention"), ("attn", "attention"), ("mlp", "MLP"), ("feedforward", "MLP"))
 
 
@@ -89,14 +89,14 @@ def fuse_blocks(model: nn.Module) -> None:
         if module in skipped:
             continue
         if isinstance(module, Block) and is_fully_sharded(type(module)):
-            continue  # fully_shard made the class from the fused class, and the module would no longer be sharded
+            continue  # another class would replace the class of fully_shard, and the module would not be sharded
         found = _found(module, rows)
         if isinstance(found, tuple):
             row, form = found
             module.__class__ = class_of(MIXINS[row.kind], _stock(module), row, form)
             set_view(module)
             if isinstance(module, Mlp):
-                activation_name(getattr(module, row.get("act"), None))  # caches it before torch.compile
+                activation_name(getattr(module, row.get("act"), None))  # caches the name before torch.compile runs
         elif isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)
 
@@ -140,7 +140,8 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
 def _called(module: nn.Module) -> Optional[str]:
     """Returns the kind of block that the name of the module's class stands for.
 
-    Returns None if the name stands for no kind, or if the class name of a child contains the same part.
+    Returns None if the name stands for no kind, or if the class name of a module inside of ``module`` contains the same
+    part of a name.
     """
     name = _stock(module).__name__.lower()
     part, kind = next(((part, kind) for part, kind in _CALLED if part in name), ("", None))

@@ -2,8 +2,8 @@
 
 transformers' ``DynamicLayer.update`` concatenates, so that each step copies the whole cache. This module puts a layer's
 keys and values into memory with room for later tokens, and makes ``keys`` and ``values`` of the layer views of the
-filled part. A tensor that the layer held before keeps its values: tokens are written behind a view only while the layer
-holds this very view.
+filled part. New tokens are written behind the filled part only while the layer still holds the view that this module
+made, so a tensor that was taken from the layer before keeps its values.
 
 transformers' update runs for a cache or a layer whose ``update`` is no known form, and for tensors that do not fit.
 """
@@ -20,18 +20,19 @@ from ..forms import row_of
 
 __all__ = ["Room", "appended", "forget_caches", "room_for"]
 
-_LEAST_ROOM = 64  # least number of later tokens for which there is room
+_LEAST_ROOM = 64  # least number of later tokens for which new memory has room
 
 
 class _Held(NamedTuple):
-    """The memory of one tensor of a layer, and the view that the layer holds."""
+    """The memory for the keys or the values of a cache layer, and the view of the filled part, which the layer
+    holds."""
 
     memory: Tensor
     view: Tensor
 
 
-# The memory of each layer's keys and values. A cache has no attribute with the memory, so that a copied or saved cache
-# has only the attributes of a stock cache.
+# Maps a layer of a cache to the memory for its keys and the memory for its values. A cache has no attribute with the
+# memory, so that a copied or saved cache has only the attributes of a stock cache.
 _HELD: WeakKeyDictionary[Any, tuple[_Held, _Held]] = WeakKeyDictionary()
 # Maps a class to its ``update``, and to whether this function is a known form.
 _KNOWN: dict[type, tuple[Any, bool]] = {}
@@ -52,7 +53,8 @@ class Room(NamedTuple):
     past: int
 
     def fill(self, count: int) -> tuple[Tensor, Tensor]:
-        """Gives the layer ``count`` more tokens, which the caller has written, and returns all keys and values."""
+        """Makes the layer hold ``count`` more tokens, which the caller has written into the room, and returns all keys
+        and values."""
         held = tuple(_Held(memory, memory.narrow(2, 0, self.past + count)) for memory in (self.keys, self.values))
         self.layer.keys, self.layer.values = held[0].view, held[1].view
         _HELD[self.layer] = held

@@ -1,10 +1,11 @@
-"""A decoder layer for few tokens without a gradient, as in generation: one plan for all of its blocks.
+"""A decoder layer in a call of few tokens without a gradient, as in generation: one plan for all blocks of the layer.
 
     h = x + attention(norm₁(x))        y = h + mlp(norm₂(h))
 
 The plan of the layer has the plans of its blocks and one list of facts, so that a call of the layer compares the facts
-once, and calls no module. If all parts are kernels and the cache has room for the tokens, one operator computes the
-layer. The layer's own code runs for every other call.
+once, and calls no block as a module. If all linear layers are called as kernels and ``Attention.room_of_few`` finds
+room for the tokens in the cache, the operator decoder_layer computes the whole layer. The layer's own code runs for
+every call without a plan.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Pa
 
 
 class LayerPlan(NamedTuple):
-    """The plans of a layer's blocks, and the module of its attention. ``lists``: the arguments of the operator
-    decoder_layer behind ``past``; None if the operator can't stand for the layer."""
+    """The plans of a layer's blocks, and the module of its attention. ``lists``: the three lists that the operator
+    decoder_layer takes after its argument ``past``; None if the operator can't compute the layer."""
 
     module: Any
     first_norm: Part
@@ -57,7 +58,7 @@ class LayerPlan(NamedTuple):
 
 
 def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> Any:
-    """Returns ``lists`` of a :class:`LayerPlan`."""
+    """Returns the value of ``lists`` of a :class:`LayerPlan`."""
     calls = (*attention.layers, *mlp.layers)
     if not has_kernel("decoder_layer", "CPU") or not all(type(call) is Kernel for call in calls):
         return None
@@ -73,8 +74,9 @@ def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> A
 class DecoderLayer(Block):
     """A fused decoder layer.
 
-    Values of its row: ``norms``, the names of the two norms; ``attention`` and ``mlp``, the names of these blocks;
-    ``passes``, the keyword arguments that the layer hands to the attention.
+    Values of a decoder layer's row in the table of forms: ``norms``, the names of the two norms; ``attention`` and
+    ``mlp``, the names of the attention and of the MLP; ``passes``, the keyword arguments that the layer hands to the
+    attention.
     """
 
     block_kind = "decoder layer"
@@ -104,7 +106,7 @@ class DecoderLayer(Block):
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Optional[LayerPlan]:
-        """Returns the plan for few tokens; None if some block has no plan."""
+        """Returns the layer's plan for calls of few tokens; None if some block has no plan."""
         known = self.peft_ext_known
         blocks: list[Any] = [facts.child(self, name) for name in (*known.norms, known.attention, known.mlp)]
         if not self.holds(facts) or self.block_reason() is not None or not blocks[2].peft_ext_known.own:

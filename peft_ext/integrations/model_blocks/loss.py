@@ -1,8 +1,8 @@
 """Computes the loss of a language model without whole logits, by changes at two public points of transformers: the call
 of the head, and ``loss_function``.
 
-While a model trains with labels, the model's head (point one) returns a :class:`.pending.Pending` in place of logits.
-``PreTrainedModel.loss_function`` (point two) takes a Pending that nothing has used, and runs
+While a model trains with labels, the model's head returns a :class:`.pending.Pending` in place of logits.
+``PreTrainedModel.loss_function`` computes the loss from a Pending that nothing has used, by
 :func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` at the first read.
 """
 
@@ -75,7 +75,8 @@ def _is_known_loss(function: Any) -> bool:
 
 
 class Forward:
-    """A running forward: the model, the model's head, and the calls of the head that returned a Pending."""
+    """The state of a running forward: the model, the model's head, and the calls of the head that returned a
+    Pending."""
 
     def __init__(self, model: nn.Module, head: Optional[nn.Module]) -> None:
         self.model, self.head = model, head
@@ -353,8 +354,8 @@ def _pending_behind(nodes: list[Any], depth: int = 4) -> Optional[Pending]:
 
 
 class _Waits:
-    """A model output whose logits are not computed yet. Reading the logits, by name or by position, computes them and
-    gives the output its stock class."""
+    """A model output whose logits are not computed yet. Reading the logits, by name or by position, computes the logits
+    and gives the output its stock class."""
 
     logits = _Logits()
 
@@ -441,8 +442,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def defer_losses(model: nn.Module) -> None:
-    """Gives each language model with a known loss function, and the model's head, the fused classes that defer the
-    loss."""
+    """Gives each language model with a known loss function, and the model's head, the fused classes with which the loss
+    is computed without whole logits."""
     _LOSSES.clear()
     for owner, layer in list(_owners(model)):
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
@@ -482,8 +483,8 @@ def _reason(owner: Any, layer: nn.Module) -> Optional[str]:
     if reason := layer.head_reason():
         return reason
     if replaced_on_instance(owner):
-        # The library accelerate, when it wraps the forward of an instance, keeps the inner forward in one of these
-        # attributes.
+        # The library accelerate, when it wraps the forward of an instance, keeps the inner forward in the attribute
+        # `_original_forward` or `_old_forward`.
         inner = (owner.__dict__.get(name) for name in ("_original_forward", "_old_forward"))
         if not any(getattr(one, "__func__", None) is type(owner).forward for one in inner):
             return "the model's forward was replaced on the instance (TRL does, and computes the loss by itself)"

@@ -31,11 +31,11 @@ _gated = kernel_of("gated_activation")
 
 
 class MlpCall(NamedTuple):
-    """The computation of a gated MLP of few tokens."""
+    """Computes a gated MLP for few tokens without a gradient."""
 
-    layers: tuple[Callable[[Tensor], Tensor], ...]  # gate, up and down
+    layers: tuple[Callable[[Tensor], Tensor], ...]  # functions that compute gate, up and down
     both: Callable[[Tensor], Any]  # computes gate and up
-    are_direct: bool  # whether gate and up are known layers
+    are_direct: bool  # whether neither gate nor up is called as a module
     act: nn.Module
     number: int
 
@@ -49,10 +49,11 @@ class MlpCall(NamedTuple):
 class Mlp(Fused):
     """A fused MLP.
 
-    Facts of its row: ``inner``, the names of the first layer, or of gate and up; ``out``, the name of the last layer or
-    "" if the module ends behind the activation; ``act``, the name of the activation's attribute; ``gated``, whether
-    the MLP is gated; ``drops``, "out" for a dropout behind the last layer, "act" for one behind the activation, "" for
-    none; ``dropout``, the name of the attribute that holds the dropout module or the dropout's probability.
+    Facts of an MLP's row in the table of forms: ``inner``, the names of the first layer, or of gate and up; ``out``,
+    the name of the last layer or "" if the module ends behind the activation; ``act``, the name of the activation's
+    attribute; ``gated``, whether the MLP is gated; ``drops``, "out" for a dropout behind the last layer, "act" for one
+    behind the activation, "" for none; ``dropout``, the name of the attribute that holds the dropout module or the
+    dropout's probability.
     """
 
     block_kind = "MLP"
@@ -87,7 +88,7 @@ class Mlp(Fused):
         return Fused.forward(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Optional[MlpCall]:
-        """Returns the computation of the MLP for few tokens; None if the MLP has no plan."""
+        """Returns the function that computes the MLP for few tokens; None if the MLP has no plan."""
         known = self.peft_ext_known
         if not known.gated or not known.out:
             return None

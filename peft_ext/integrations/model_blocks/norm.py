@@ -43,7 +43,7 @@ class Norm(Fused):
 
 
 class NormCall(NamedTuple):
-    """A call of the kernel of an RMSNorm for a contiguous x."""
+    """Calls the kernel of an RMSNorm for a contiguous x."""
 
     weight: Tensor
     eps: float
@@ -77,7 +77,7 @@ class RMSNorm(Norm):
         return Fused.forward(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Optional[NormCall]:
-        """Returns the call of the kernel for a contiguous x; None if the norm has no plan."""
+        """Returns the function that calls the kernel for a contiguous x; None if the norm has no plan."""
         known = self.peft_ext_known
         weight, eps = facts.tensor(self._parameters, known.weight), facts.value(self.__dict__, known.eps)
         if not self.holds(facts) or self.block_reason() is not None or type(weight) not in plain_types():
@@ -108,8 +108,9 @@ def _with_strides_of(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Optional[Te
 class FloatLayerNorm(Norm):
     """A LayerNorm whose class converts x to float32, computes in float32 and rounds the result once to x's dtype.
 
-    Values of its row: ``weight``, the name of the weight, "" for none; ``eps``, the name of eps, or its value;
-    ``shape``, the name of the attribute that holds the normalized shape, which a class without a weight has.
+    Values of the row of such a LayerNorm in the table of forms: ``weight``, the name of the weight, "" for none;
+    ``eps``, the name of eps, or its value; ``shape``, the name of the attribute that holds the normalized shape, which
+    a class without a weight has.
     """
 
     block_kind = "LayerNorm"

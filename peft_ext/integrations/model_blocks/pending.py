@@ -2,9 +2,9 @@
 
 In a training step the head returns a :class:`Pending`, a plain object, in place of logits. If a loss function gets a
 Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. A scale, a soft cap and a cast
-to float32 are steps that the Pending records and that :meth:`Call.loss` computes. Reading the shape, dtype or device
-computes nothing. Other uses of the Pending, such as indexing, compute the real logits; the real logits are computed
-once.
+to float32 are steps that the Pending records and that :meth:`Call.loss` computes. Reading the shape, dtype or device of
+a Pending computes nothing. Other uses of the Pending, such as indexing, compute the real logits; the real logits are
+computed once.
 
 torch.compile traces a Pending: a compiled forward has the operator of the loss in its graph, and no logits. The
 ``logits`` of a compiled forward's output is the Pending, which computes the logits outside of the graph when it is
@@ -105,7 +105,7 @@ class Call:
         """Returns whether the inputs, the head or its adapters have changed since the head's call, so that logits
         computed now would differ from the logits of that call."""
         if torch.compiler.is_compiling():
-            return False  # a trace is of one forward, in which the head's tensors do not change
+            return False  # a trace covers one forward, in which the head's tensors do not change
         found, then = self._tensors(), self._tensors_then
         if len(found) != len(then) or any(one is not other for one, other in zip(found, then, strict=True)):
             return True
@@ -196,8 +196,8 @@ class Pending:
     """Stands for the logits of a head, or for scaled or capped logits, until something uses them. A Pending is no
     tensor.
 
-    A caller of the model gets a Pending only from a compiled forward, as the ``logits`` of the output. The output of
-    another forward holds its Pending internally, and gives real logits.
+    A caller of the model gets a Pending only from a compiled forward, as the ``logits`` of the output. The output of a
+    forward that is not compiled holds its Pending internally, and gives real logits.
     """
 
     __array_priority__ = Tensor.__array_priority__
@@ -245,9 +245,9 @@ class Pending:
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        # A function of torch.nn.functional passes as `func` the object that now has its name in torch.nn.functional. If
-        # a library put a wrapper there, calling `func` would enter the wrapper again. Therefore a Pending calls the
-        # function that PyTorch itself defines under this name.
+        # If a function of torch.nn.functional gets a Pending, `func` is the object that now has the function's name in
+        # torch.nn.functional. If a library put a wrapper under this name, calling `func` would enter the wrapper again.
+        # Therefore a Pending calls the function that PyTorch itself defines under this name.
         name = next((name for name, value in vars(F).items() if value is func), None)
         args, kwargs = pytree.tree_map(real, (args, kwargs or {}))
         return _FUNCTIONAL.get(name, func)(*args, **kwargs)

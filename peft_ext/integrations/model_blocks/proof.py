@@ -1,5 +1,5 @@
-"""The proof that a row's formula gives the values and gradients of a class's own code, for extreme inputs, in each
-dtype.
+"""The proof that the formula of a row of the table of forms gives the values and gradients of a class's own code, for
+extreme inputs, in each dtype.
 
 The proof makes an instance of the class from the row alone, with layers and random weights that the proof chooses, and
 runs the class's forward and the fused forward. The tests repeat the proof of a row that replaces a computation for one
@@ -36,7 +36,7 @@ __all__ = ["disproof", "proposals", "register_form"]
 _ULPS = {
     "rms_norm": (4, 24),
     "layer_norm": (4, 24),
-    "float_layer_norm": (4, 48),  # for one huge column, PyTorch's own gradients are off by up to 31 of these units
+    "float_layer_norm": (4, 48),  # PyTorch's own gradients for one huge column are off by up to 31 units
     "mlp": (32, 64),
     "attention": (24, 48),
     "activation": (24, 24),
@@ -59,7 +59,7 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
     if form.writes:
         return "its forward assigns to attributes of the module"
     others = sorted(set(form.reads) - _reads_of(row))
-    hands_itself_on = form.passes_itself and row.kind != "attention"  # an attention passes itself on
+    hands_itself_on = form.passes_itself and row.kind != "attention"  # an attention passes itself to a function
     if row.kind != "decoder_layer" and (hands_itself_on or others):
         return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
     with torch.device("cpu"), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
@@ -80,8 +80,8 @@ def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
 
 
 def _reads_of(row: Row) -> set[str]:
-    """Returns the names of the module's attributes that the formula of ``row`` uses, a row of the table of known
-    forms."""
+    """Returns the names of the module's attributes that the formula of ``row``, a row of the table of known forms,
+    uses."""
     names = [
         *row.names("inner"),
         row.get("weight"),
@@ -108,7 +108,8 @@ def _reads_of(row: Row) -> set[str]:
 def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     """Returns an instance of ``cls`` that has only the attributes and layers that the row's formula uses."""
     torch.manual_seed(0)
-    # An attention hands itself on, so that its code, or a function that gets it, may look for any attribute.
+    # An attention passes itself to other functions, so that its own code or these functions may read any attribute of
+    # the attention.
     held = {"__getattr__": _attribute, "__module__": cls.__module__}
     made = object.__new__(type(cls.__name__, (cls,), held) if row.kind == "attention" else cls)
     nn.Module.__init__(made)
@@ -155,8 +156,8 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Returns a module's parameter, buffer or child of the given name. Raises RuntimeError if the module has none of
-    this name, because ``getattr`` with a default does not catch RuntimeError."""
+    """Returns a module's parameter, buffer or child of the given name. Raises RuntimeError if the module has no such
+    attribute, and not AttributeError, which ``getattr`` with a default would catch."""
     for held in (module._parameters, module._buffers, module._modules):
         if name in held:
             return held[name]
@@ -164,8 +165,8 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 class _Config:
-    """The configuration of an attention of the proof. An attribute that the formula does not use raises an error that
-    ``getattr`` with a default does not catch."""
+    """The configuration of an attention of the proof. Reading an attribute that the formula does not use raises
+    RuntimeError, which ``getattr`` with a default does not catch."""
 
     _attn_implementation = "_noted"
 
@@ -256,7 +257,8 @@ def _inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple
 
 def _attention_arguments(row: Row, x: Tensor, drawn: Callable[..., Tensor], caching: bool) -> dict[str, Any]:
     batch, tokens = x.shape[:2]
-    # Independent numbers up to 1, so that a rotation can overflow only where x is near the largest number of its dtype.
+    # cos and sin are independent numbers up to 1, so that a rotation can overflow only where x is near the largest
+    # number of its dtype.
     cos, sin = (drawn(1, tokens, 8 + i)[..., :8].sin().contiguous().to(x.dtype) for i in range(2))
     mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool).tril()
     given = {"hidden_states": x, "position_embeddings": (cos, sin), "attention_mask": mask,
@@ -419,7 +421,8 @@ def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
                 yield "activation", {"function": function, "dtypes": "float32,bfloat16", **needs}
 
 
-# The attributes by which transformers' apply_chunking_to_forward divides the tokens, and their values for one part.
+# The attributes by which transformers' apply_chunking_to_forward divides the tokens, and the values with which the
+# tokens are not divided.
 _CHUNKS = {"chunk_size_feed_forward": "0", "seq_len_dim": "1"}
 
 
@@ -491,21 +494,23 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Args:
         cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
         kind: "rms_norm", "float_layer_norm", "mlp" or "attention".
-        formula: the values of the row. For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0
-            or 1, which is added to the weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the
-            multiplication by the weight; ``mixed``, whether the formula also holds if x and the weight have different
-            dtypes.
-            For float_layer_norm: ``weight`` and ``eps``, as above.
+        formula: the values of the row's formula.
+            For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
+            weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
+            ``mixed``, whether the formula also holds if x and the weight have different dtypes.
+            For float_layer_norm: ``weight`` and ``eps``, the names of the attributes.
             For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
             "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
             the attribute is a probability.
             For attention, with rotary positions and an attention function of transformers' registry: ``inputs``, the
             names of the layers for q, k and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for
-            layers q_norm and k_norm before or after the heads are split; ``cache``, the name of the cache's argument
-            and how its ``update`` is called, "cache:kwargs", "cache:plain" or "cache:positions"; ``options``, keyword
-            arguments of the attention function with the names of their attributes, as "sliding_window:window".
-            For rms_norm and mlp: ``needs``, attributes that must have the given value, as "with_scale:True".
+            layers q_norm and k_norm, which are applied after ("head") or before ("flat") the heads are split;
+            ``cache``, the name of the cache's argument and how its ``update`` is called, "cache:kwargs", "cache:plain"
+            or "cache:positions"; ``options``, keyword arguments of the attention function with the names of their
+            attributes, as "sliding_window:window".
+            For rms_norm and mlp: ``needs``, attributes of the module that must have the given value, as
+            "with_scale:True".
 
     Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
 

@@ -48,7 +48,8 @@ def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole:
 def _sdpa_disproof(function: Callable) -> Optional[str]:
     """Returns an input for which the operator and an attention function differ, or None.
 
-    Finite results are compared with results in float64: the operator's error may be twice the function's.
+    Finite results are compared with results in float64: the operator's error may be twice the function's error, plus a
+    few units of rounding.
     """
     biased = [False, True] if "position_bias" in function.__code__.co_varnames else [False]
     for dtype, (what, drawn), (causal, masked, scaling), with_bias in itertools.product(
@@ -64,7 +65,7 @@ def _sdpa_disproof(function: Callable) -> Optional[str]:
             how["position_bias"] = torch.randn(1, 4, queries, keys, generator=generator).to(dtype)
             mask = None if mask is None else mask | torch.eye(queries, keys, dtype=torch.bool)  # each query sees a key
         if causal and mask is None and keys != queries:
-            continue  # transformers gives a mask where the keys are more than the queries
+            continue  # transformers gives a mask if there are more keys than queries
         exact = {name: value.double() if name == "position_bias" else value for name, value in how.items()}
         found = []
         module = types.SimpleNamespace(num_key_value_groups=2, is_causal=causal)
@@ -74,7 +75,8 @@ def _sdpa_disproof(function: Callable) -> Optional[str]:
             ramp = torch.linspace(-1, 1, out.numel()).view(out.shape).to(of)
             found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), ramp)])
         if not all(value.to(dtype).isfinite().all() for value in drawn[:2]):
-            # PyTorch's kernel gives finite numbers for some queries that see a NaN, and NaN for some that don't see it.
+            # PyTorch's kernel gives finite numbers for some queries that see a NaN, and NaN for some queries that see
+            # no NaN.
             seen = torch.ones(queries, keys, dtype=torch.bool).tril() if causal and mask is None else mask
             out, *grads = found[0]
             is_wrong = _formula(drawn, dtype, seen, how).isfinite() != out.isfinite()
@@ -112,7 +114,8 @@ def _formula(drawn: list[Tensor], dtype: torch.dtype, seen: Optional[Tensor], ho
 
 
 def _heads() -> Iterator[tuple[str, list[Tensor]]]:
-    """Yields descriptions, and q ``[B, H, T, D]``, k and v ``[B, Hkv, S, D]``."""
+    """Yields test inputs of attention: a description, and the tensors q ``[B, H, T, D]``, k and v
+    ``[B, Hkv, S, D]``."""
 
     def drawn(queries: int = 18, keys: int = 18, size: int = 8) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)

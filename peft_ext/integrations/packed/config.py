@@ -26,14 +26,15 @@ class PackedConfig(QuantizationConfigMixin):
 
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=peft_ext.PackedConfig())
 
-    How the weights are stored is read from the checkpoint's own ``quantization_config``. Supported are the methods
-    fp8, mxfp4, compressed-tensors, gptq, awq and hqq. Linear layers become :class:`peft_ext.nn.PackedLinear`,
+    PackedConfig reads from the checkpoint's own ``quantization_config`` how the weights are stored. Supported are the
+    methods fp8, mxfp4, compressed-tensors, gptq, awq and hqq. Linear layers become :class:`peft_ext.nn.PackedLinear`,
     embeddings :class:`peft_ext.nn.PackedEmbedding`, and the experts of a mixture :class:`peft_ext.nn.PackedExperts`.
     Layers that the checkpoint stores dense stay dense. bitsandbytes' 4-bit weights become bitsandbytes' own layers,
     which keep the weights packed, too.
 
     A layer computes with the decoded weight. Where the checkpoint's own library also quantizes the layer's input while
-    the model runs (``activation_scheme`` "dynamic"), the input is not quantized here; ``peft_ext.explain`` says so.
+    the model runs (``activation_scheme`` "dynamic"), the packed layer does not quantize the input, and
+    ``peft_ext.explain`` says so.
 
     ``model.save_pretrained`` writes the tensors with the names and bytes of the checkpoint, and the checkpoint's own
     ``quantization_config``, so that other libraries can load the saved model.
@@ -79,7 +80,8 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
     quantization_config.
 
     transformers refuses a config of another class than the checkpoint's, and has no public way to register an
-    exception. A PackedConfig is therefore taken here; every other config goes to transformers' own function.
+    exception. This function therefore handles a PackedConfig itself, and passes every other config to transformers' own
+    function.
     """
     if isinstance(quantization_config_from_args, PackedConfig):
         if not _is_bitsandbytes(quantization_config):

@@ -1,4 +1,5 @@
-"""For each layout of a file: the names of a layer's tensors, and the function that makes a PackedWeight of them."""
+"""For each layout of a file: the names of a layer's tensors, and the function that makes a PackedWeight of the
+tensors."""
 
 from __future__ import annotations
 
@@ -17,27 +18,29 @@ from .rules import Scheme
 
 __all__ = ["LAYOUTS", "Layout"]
 
-# Makes a weight of the shape (N, K), or (E, N, K) of experts, from its parts.
+# Type of a function that makes a weight of shape (N, K), or (E, N, K) for experts, from the parts of the weight.
 Make = Callable[[Sequence[Optional[Tensor]], tuple[int, ...], Scheme], PackedWeight]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer's tensors are named.
+    """The names of one layer's tensors in a file, and the function that makes a PackedWeight of the tensors.
 
     Attributes:
-        parts: names of the parts of the PackedWeight, in their order; the first one holds the codes.
-        make: the function that makes the weight from its tensors. The parts of the weight are the given tensors, in
-            this order; None for a tensor that is not needed, such as a g_idx whose groups are in order.
+        parts: names of the parts of the PackedWeight, in their order; the first part holds the codes.
+        make: the function that makes the weight from its tensors. The parts of the weight are the tensors in the order
+            of ``parts``; a part is None if its tensor is not needed, such as a g_idx whose groups are in order.
         optional: the names in ``parts`` that a layer may lack.
         extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
-        joined: what stands between the name of the layer's dense weight and a name above: "." if the name takes the
-            place of "weight", "" if the name is appended, as in ``gate_up_proj_blocks``.
+        joined: the text before a name of ``parts`` or ``extra`` in a name of the file: "." if the name takes the place
+            of "weight", as in ``up_proj.weight_packed``; "" if the name is appended to the name of the dense parameter,
+            as in ``gate_up_proj_blocks``.
         rows: the dimension of the tensors that runs along the rows of the weight. Layers of one input, such as an
             expert's gate and up, are merged to one weight by concatenating the tensors along this dimension.
-        shared: names of tensors that such layers must have in common, and of which the merged weight has one.
+        shared: names of tensors that must be equal in all layers that are merged to one weight, and of which the merged
+            weight has one.
         halves: names of tensors of 4-bit codes whose first half of rows is in the high nibbles of the bytes.
-        alone: returns why the tensors of such layers can't be merged, or "".
+        alone: function that returns why the tensors of layers of one input can't be merged to one weight, or "".
     """
 
     parts: tuple[str, ...]
@@ -103,7 +106,8 @@ def _fp8(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> Packed
 
 
 def _library_dtype(scales: Tensor) -> torch.dtype:
-    """Returns the dtype to which a library decodes: that of the scales, or bfloat16 for scales of one byte."""
+    """Returns the dtype to which the checkpoint's own library decodes FP8 codes: the dtype of the scales, or bfloat16
+    for scales of one byte."""
     return scales.dtype if scales.dtype.itemsize > 1 else torch.bfloat16
 
 

@@ -1,9 +1,10 @@
 """How the stored tensors of a mixture's experts become the tensors of one stacked weight, and how they are saved again.
 
 transformers merges the linear layers of experts to one parameter by two operations: ``MergeModulelist`` stacks the
-experts, and ``Concatenate`` appends the rows of layers of one input, such as gate and up. The operations here do the
-same for packed tensors, whose rows may lie along another dimension, or share a byte. Each operation has an inverse, so
-that ``save_pretrained`` writes the bytes of the checkpoint.
+experts, and ``Concatenate`` appends the rows of layers of one input, such as gate and up. The operations of this module
+merge packed tensors in the same two ways. The rows of a packed tensor may run along another dimension than the rows of
+a dense tensor, or share a byte. Each operation has an inverse, so that ``save_pretrained`` writes the bytes of the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ class Common(ConversionOps):
     """Keeps one of equal tensors, such as the g_idx of gate and up.
 
     Attributes:
-        differ: names of the targets whose tensors differed.
+        differ: names of the merged tensors whose source tensors were not equal.
     """
 
     def __init__(self) -> None:
         self.differ: list[str] = []
 
     def __deepcopy__(self, memo: Any) -> Common:
-        return self  # transformers copies the converters; all copies write to one list
+        return self  # transformers copies the converters, and all copies have to write to one list
 
     @torch.no_grad
     def convert(
@@ -56,7 +57,7 @@ class Common(ConversionOps):
 
 
 class _Repeated(ConversionOps):
-    """Gives each target a copy of one tensor."""
+    """The inverse of ``Common``: gives each target name a copy of one tensor."""
 
     @torch.no_grad
     def convert(
@@ -71,8 +72,8 @@ class _Repeated(ConversionOps):
 
 
 class _Halves(ConversionOps):
-    """Appends the rows of two tensors ``[E, bytes, ...]`` of 4-bit codes. The high nibbles of a tensor's bytes are the
-    first half of the rows, and the low nibbles the second half."""
+    """Appends the rows of two tensors ``[E, bytes, ...]`` of 4-bit codes. The high nibbles of a tensor's bytes hold the
+    first half of the rows, and the low nibbles hold the second half."""
 
     @torch.no_grad
     def convert(

@@ -3,7 +3,7 @@
 transformers calls :meth:`PackedQuantizer._process_model_before_weight_loading` with the model on the meta device. The
 headers of the checkpoint's files say which layers are stored packed, and with which tensors. Each of these layers
 becomes a packed layer with the names, dtypes and shapes of the stored tensors. transformers then reads each tensor into
-the attribute of its name, and converts nothing.
+the attribute of the tensor's name, without a conversion.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PackedQuantizer(HfQuantizer):
                 "a quantized checkpoint (for a dense one: peft_ext.quantize_nf4 after loading)"
             )
         self._packed: set[str] = set()
-        self._schemes: dict[str, Scheme] = {}  # name of a layer -> scheme
-        self._merged: dict[str, Scheme] = {}  # name of the layout -> scheme of experts that transformers merges
+        self._schemes: dict[str, Scheme] = {}  # maps a layer's name to its scheme
+        self._merged: dict[str, Scheme] = {}  # maps a layout to the scheme of experts that transformers merges
         self._apart = False  # whether some layers of the model have dense experts
         self._common: list[Common] = []  # the operations that keep one of equal tensors of experts
 
@@ -91,7 +91,8 @@ class PackedQuantizer(HfQuantizer):
         self._apart = bool(mixtures - experts.keys())
         for name, places in experts.items():
             module, first = model.get_submodule(name), next(iter(places.values()))
-            # A merged stack is stored as linear layers, which the config's rules know by the names of the files.
+            # Experts that transformers merges are stored as linear layers, so the config's rules get the name of a
+            # linear layer of the files.
             merged = first.converter is not None
             scheme = self._scheme(first.first, nn.Linear(1, 1)) if merged else self._scheme(name, module)
             self._schemes[name] = scheme
@@ -101,7 +102,8 @@ class PackedQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             for key in _held(module):
                 self._packed.add(f"{name}.{key}")
-                # transformers would draw random values for a tensor that is offloaded and therefore still on meta.
+                # transformers would draw random values for a tensor that is offloaded and therefore still on the meta
+                # device.
                 _attribute_of(module, key)._is_hf_initialized = True
         if not self._packed:
             raise ValueError(
@@ -139,13 +141,14 @@ class PackedQuantizer(HfQuantizer):
                 base = key.removesuffix(end)
                 dense = f"{base}.weight" if layout.joined else base
                 target, source = rename_source_key(dense, renamings, converters, model.base_model_prefix, known)
-                if target in known:  # other layers are not in this model, for example those of multi-token prediction
+                if target in known:  # the file may have layers that the model lacks, such as multi-token prediction
                     place = found.setdefault(target, Place(target, of_source.get(source)))
                     place.bases.setdefault(source, []).append(base)
         return list(found.values())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Returns the model's conversions, with a copy of each merge of experts for each packed tensor."""
+        """Returns transformers' weight conversions of the model. For each conversion that merges experts, the function
+        adds a copy for each tensor of a packed layout."""
         updated = []
         for one in weight_conversions:
             updated.append(one)
@@ -172,7 +175,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Freezes the codes, and makes each weight again from the tensors that were read.
 
-        The values of some tensors are part of a weight's layout: a g_idx whose groups are in order is not needed.
+        The layout of a weight may depend on the values of a tensor: a g_idx whose groups are in order is not needed.
         """
         if differ := sorted({name for one in self._common for name in one.differ}):
             raise ValueError(
@@ -242,7 +245,7 @@ def _attribute_of(module: Any, name: str) -> Tensor:
 
 
 def _held(module: nn.Module) -> Iterator[str]:
-    """Yields the names in the state dict of a module's packed tensors."""
+    """Yields the names that a module's packed tensors have in the state dict."""
     if isinstance(module, HoldsPacked):
         yield from (name for name in (*module.names, *module.extra) if name is not None)
     elif isinstance(module, PackedExperts):
@@ -263,8 +266,8 @@ class Place:
     Attributes:
         target: name of the parameter in the model.
         converter: transformers' converter that merges the tensors of the files to the parameter, or None.
-        bases: by the converter's source pattern, the common starts of the names in the files, for example
-            "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
+        bases: a dict from the converter's source pattern to the starts that the names in the files have in common, for
+            example "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
     """
 
     target: str
@@ -296,9 +299,9 @@ class Place:
 def _suffix(layout: Layout, part: str, apart: bool) -> str:
     """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
 
-    Codes have the name of the dense parameter. If some layers of the model have dense experts (``apart``), the codes
-    have a name of their own, because transformers finds by this name under which names a tensor is saved. Offloading to
-    the disk needs the dense parameter's name.
+    By default, the codes have the name of the dense parameter, because offloading to the disk needs this name. If some
+    layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers finds
+    by the name of a tensor under which names in the files the tensor is saved.
     """
     return "" if part == layout.codes and (part == "weight" or not apart) else f"_{part}"
 

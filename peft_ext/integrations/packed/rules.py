@@ -1,7 +1,7 @@
 """Reads a checkpoint's ``quantization_config``: how its layers are stored, and which layers it leaves dense.
 
-``quantizer`` asks :meth:`Rules.scheme` for each layer whose tensors in the file are packed. A config that says
-something which is not supported raises a ValueError that names it, before anything of the checkpoint is read.
+``quantizer`` calls :meth:`Rules.scheme` for each layer whose tensors in the file are packed. A config with a setting
+that is not supported raises a ValueError that names the setting, before a tensor of the checkpoint is read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Scheme:
     Attributes:
         layout: name of the layout in ``layouts.LAYOUTS``.
         bits: bits of a code.
-        group: columns that share a scale; 0 for all columns of a row.
-        rows: rows that share a scale; 0 for all rows.
+        group: number of columns that share a scale; 0 for all columns of a row.
+        rows: number of rows that share a scale; 0 for all rows.
         symmetric: whether the codes have no zero points.
         version: version of the layout: GPTQ's ``checkpoint_format``, or the axis of HQQ's groups.
-        note: what the layer leaves out of the checkpoint's own function, or "".
+        note: what the packed layer leaves out of the computation of the checkpoint's own layer, or "".
     """
 
     layout: str
@@ -45,13 +45,13 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a ``quantization_config`` says.
+    """The rules of a ``quantization_config``: which layers are packed, and how.
 
     Attributes:
         method: the checkpoint's ``quant_method``.
-        schemes: by the name of the group of layers.
-        find: returns the name of the group of a layer, from the layer's name and module; None for a layer that the
-            config leaves dense.
+        schemes: a dict from the name of a group of layers to the group's scheme.
+        find: a function that returns the name of the group of a layer, from the layer's name and module; None for a
+            layer that the config leaves dense.
     """
 
     method: str
@@ -90,8 +90,8 @@ def _wanted(method: str, config: Mapping[str, Any], key: str, default: Any, allo
 
 def _is_skipped(name: str, patterns: Sequence[str]) -> bool:
     """Returns whether a layer's name matches ``modules_to_not_convert``, by the rule of transformers'
-    ``quantizers_utils.should_convert_module``: from the start up to a dot, as a string or a regular expression, or as
-    the end of the name."""
+    ``quantizers_utils.should_convert_module``: a pattern matches, as a string or a regular expression, from the start
+    of the name up to a dot or the end, or matches as the end of the name."""
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     return any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)
 
@@ -170,7 +170,7 @@ def _hqq(config: Mapping[str, Any]) -> Rules:
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------------
 
-# Layouts by format, weight type and bits.
+# Maps a format of compressed-tensors and a type of the weights to a layout.
 _COMPRESSED = {
     ("pack-quantized", "int"): "pack-quantized",
     ("int-quantized", "int"): "int-quantized",
@@ -198,7 +198,8 @@ def _compressed_scheme(name: str, group: Mapping[str, Any], default: str) -> Sch
         given = group.get(argument)
         if not given:
             continue
-        # Activations of 8 bits with scales of each token lose little; anything else is another function.
+        # Packed layers do not quantize activations. Dynamic activations of 8 bits are close to unquantized ones; with
+        # any other quantized activations the packed layer would compute another function.
         if argument == "output_activations" or given.get("dynamic") is not True or int(given.get("num_bits", 8)) < 8:
             came = (
                 f"{given.get('type', 'int')} of {given.get('num_bits', 8)} bits, dynamic {given.get('dynamic', False)}"
@@ -242,8 +243,9 @@ def _compressed(config: Mapping[str, Any]) -> Rules:
     default = config.get("format") or "pack-quantized"
     schemes = {name: _compressed_scheme(name, group, default) for name, group in groups.items()}
     ignore = tuple(config.get("ignore") or ())
-    # A target of several groups belongs to the last one, and a layer's exact name comes before an expression and an
-    # expression before a class, as in compressed-tensors' apply_quantization_config and match_targets.
+    # A target that several groups name belongs to the last of these groups. A layer's exact name comes before a regular
+    # expression, and an expression before a class, as in compressed-tensors' apply_quantization_config and
+    # match_targets.
     owner = {target: name for name, group in groups.items() for target in group.get("targets") or ()}
     targets = sorted(owner, key=lambda target: ("re:" in target, target))
 
