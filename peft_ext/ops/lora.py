@@ -4,7 +4,7 @@
 
 Backward: ``P = dY (B∘ρ)``; ``dB = ρ ∘ dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``;
 ``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved for the backward: x, S and the seed, besides W, A, B and rank_scale. The
-backward computes the mask again.
+backward computes the dropout mask again.
 
 ``lora_residual`` adds the low-rank term to the result of a base layer of any kind: ``Y = residual + (S∘ρ) Bᵀ``;
 ``dresidual = dY``.

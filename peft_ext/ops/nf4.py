@@ -2,7 +2,8 @@
 
     w_i = code[q_i] · absmax[i // blocksize]          Y = X Wᵀ + b          dX = dY W
 
-Layout and rounding: :class:`peft_ext.NF4Weight`. Sources: QLoRA (arXiv 2305.14314), bitsandbytes' format.
+:class:`peft_ext.NF4Weight` describes the layout, and :func:`nf4_quantize` the rounding. Sources: QLoRA (arXiv
+2305.14314), bitsandbytes' format.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ define(
 @proof("nf4")
 def _proof(inputs):
     x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
-    # Products of small integers are exact in every precision and order, so that the codes of a merge are equal.
+    # Products of small integers are exact in every precision and order, so that the kernel and the reference of a merge
+    # give equal codes.
     a, b = (inputs.integers(-4, 5, *size).float() * 0.125 for size in ((16, k), (n, 16)))
     factors = (a, b, None, 0.5)
     few = inputs.draw(3, k)
@@ -243,8 +245,8 @@ def nf4_merge(
 
     Returns: the merged weight Q, double-quantized where ``nf4`` is, and the error ``‖Q − W'‖ / ‖W'‖`` (Frobenius) as a
     float64 tensor of no dimensions. The error is not finite where W' is not finite, and 0 where W' is 0. The arithmetic
-    is in float32, and no gradient flows. The error counts the 4-bit codes alone; double quantization of the scales adds
-    some 0.1% of W'.
+    is in float32, and no gradient flows. The error is that of the 4-bit codes alone; double quantization of the scales
+    adds an error of some 0.1% of W'.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """

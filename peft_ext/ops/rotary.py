@@ -2,7 +2,7 @@
 
     y = x ∘ cos + rotate_half(x) ∘ sin        rotate_half((x₁, x₂)) = (-x₂, x₁), halves of a head
 
-Backward: ``dX = dY ∘ cos + rotate_half⁻¹(dY ∘ sin)``; the halves of cos, and of sin, need not be the same.
+Backward: ``dX = dY ∘ cos + rotate_half⁻¹(dY ∘ sin)``; the two halves of cos, and the two halves of sin, may differ.
 Saved for the backward: cos and sin.
 
 Source: RoFormer (arXiv 2104.09864), in the halves' form of transformers' Llama.
