@@ -2,8 +2,8 @@
 
     g = magnitude / ‖W + s·B A‖  per row           Z = x Wᵀ + s·S Bᵀ,  S = x̃ Aᵀ           Y = g∘Z + b
 
-The functions below compute the norm without the sum ``W + s·B A``: ``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with
-``U = W Aᵀ``.
+The functions of this module compute the norm without the sum ``W + s·B A``:
+``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with ``U = W Aᵀ``.
 
 Source: DoRA (arXiv 2402.09353). Section 4.3 of the paper treats the norm as a constant in the backward.
 """
@@ -138,11 +138,11 @@ def dora_linear_backward(
     seed: Optional[Tensor],
     drop_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns the gradients of x, lora_A, lora_B and g. g's gradient is None if z is None.
+    """Returns the gradients of x, lora_A, lora_B and g. The gradient of g is None if z is None.
 
     With ``G = g∘dY`` and ``P = s G B``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = s Gᵀ S``,
     ``dg = Σ_t dY∘Z``. With ``drop_base``: ``dX = dY W + mask/(1-p) ∘ ((G - dY) W + P A)``. If ``z_is_scaled``, the
-    argument z is Y, and ``Z = Y / g``; where g is small, Z is computed again from x and S.
+    argument z is Y, and ``Z = Y / g``; where ``|g| < SMALLEST_SCALE``, Z is computed again from x and S.
     """
     wide = sum_dtype(x.dtype)
     w, g = dense(weight, x.dtype).to(wide), out_scale.to(wide)

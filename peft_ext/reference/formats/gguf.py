@@ -34,14 +34,15 @@ def _fields(data: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _scaled(scales: Tensor, codes: Tensor, offsets: Optional[Tensor] = None) -> Tensor:
-    """Returns ``scales · codes``, or ``scales · codes + offsets``: each scale serves equally many neighbouring
-    codes."""
+    """Returns ``scales · codes``, or ``scales · codes + offsets``: each scale belongs to an equal number of
+    neighbouring codes.
+    """
     values = scales[..., None] * codes.float().reshape(len(codes), scales.shape[1], -1)
     return (values if offsets is None else values + offsets[..., None]).flatten(1)
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
-    """Returns 32 bits, the lowest bit first, of the four bytes at ``at``, times 16."""
+    """Returns the 32 bits of the four bytes at ``at``, the lowest bit first, each times 16."""
     return _fields(blocks[:, at : at + 4], 1, 1) << 4
 
 
