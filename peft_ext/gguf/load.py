@@ -49,8 +49,8 @@ def load_gguf(
     no packed layer can hold is decoded: ``model.peft_ext_dense`` has the reason by the name of the parameter, and
     :func:`peft_ext.explain` shows the reason.
 
-    The model's configuration has the values of the metadata that change the model's function. If the configuration of
-    transformers has no field for such a value, the file is refused.
+    The model's configuration has the values of the metadata that change the model's function. If transformers'
+    configuration has no field for a value that changes the model's function, load_gguf raises ValueError.
 
     Args:
         path: the file. The architecture of the model may be bloom, falcon (with one key-value head), gemma2, gemma3,
@@ -145,7 +145,7 @@ class GgufPackedQuantizer(HfQuantizer):
         model.peft_ext_dense = self._packed.dense
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Returns the conversions of GGUF tensors, instead of ``weight_conversions`` for a safetensors checkpoint."""
+        """Returns the conversions of GGUF's tensors, in place of ``weight_conversions`` of safetensors files."""
         return self._packed.conversions or []
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Optional[torch.dtype]) -> Optional[torch.dtype]:

@@ -3,7 +3,7 @@
 transformers reads GGUF in two ways. For most architectures, transformers' module ``modeling_gguf_pytorch_utils`` has a
 class that turns the file's tensors into the model's (``TENSOR_PROCESSORS``). For a few architectures, transformers'
 module ``integrations.gguf`` has conversions of names and tensors; an attribute of each conversion tells whether the
-conversion keeps packed bytes. A tensor whose values are changed is decoded and stays dense.
+conversion keeps packed bytes. pack decodes a tensor whose values transformers changes, and such a tensor stays dense.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ with required("transformers", "a model in a GGUF file"):
 
 __all__ = ["Packed", "pack"]
 
-_LINEAR = ("FalconLinear",)  # classes of transformers that compute what nn.Linear computes
+_LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
 _SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")  # embeddings with a factor, scalar_embed_scale
 _CHANGED = "transformers changes its values as it reads the file"
 
@@ -277,7 +277,7 @@ def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
     """Returns the model's names of the parameters by the file's names of the tensors.
 
     The names are those of transformers' ``get_gguf_hf_weights_map``, which builds the table of names anew for each
-    module of the model.
+    module of the model; this function builds the table once.
     """
     with required("gguf", "a model in a GGUF file"):
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -339,7 +339,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                if reason is None and target not in found.tensors:  # only once for the three tensors gate, up and down
+                if reason is None and target not in found.tensors:  # once for gate, up and down together
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
                 changes = _CHANGED if touched and changed.rows is None else None
