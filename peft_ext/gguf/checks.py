@@ -65,7 +65,7 @@ _NOT_NEGATIVE = (
 # transformers does not compare the prefix of a key with the file's architecture: in a file of the architecture llama,
 # the key "mamba.ssm.inner_size" sets the configuration's intermediate_size.
 _FIELDS = {*_SIZES, *_EPSILONS, "rope.freq_base"}
-_READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # the package gguf adds these keys itself
+_READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # keys that the package gguf itself adds
 # Architectures for which transformers needs an embedding whose width is a multiple of the number of attention heads.
 _WHOLE_HEADS = ("gemma2", "gemma3", "llama")
 

@@ -146,7 +146,7 @@ class GgufHeader:
         return default if place is None else self._reader.value(place)
 
     def value(self, key: str) -> Value:
-        """Returns a value with its types. Raises KeyError where the key is missing."""
+        """Returns the value of ``key`` with the value's GGUF types. Raises KeyError where the key is missing."""
         place = self._places[key]
         return Value(self._reader.value(place), place.type, place.element if place.type == _ARRAY else None)
 

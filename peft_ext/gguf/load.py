@@ -2,7 +2,7 @@
 
 transformers builds the model on the meta device. :func:`~peft_ext.gguf.pack.pack` then replaces layers of the model by
 packed layers, and returns the tensors to load: the quantized weights are mapped from the disk. Finally, transformers
-loads these tensors into the model.
+loads the returned tensors into the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_gguf(
     """Returns the transformers model in a GGUF file, with the file's quantized weights packed and mapped from the disk.
 
     Linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding a :class:`peft_ext.nn.PackedEmbedding`, and
-    experts a :class:`peft_ext.nn.PackedExperts`. PEFT's adapters can be trained over these layers. A tied head
+    experts a :class:`peft_ext.nn.PackedExperts`. PEFT's adapters can be trained over the packed layers. A tied head
     shares the embedding's packed weight. A weight whose rows the file stores in another order (``attn_q`` and
     ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom) and the joined weights of experts are copied, without being
     decoded. Norms and biases, and weights that the file stores in F32, F16 or BF16, are dense. A quantized weight that
@@ -165,7 +165,7 @@ class GgufPackedQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
-        """Returns False, because transformers can't write a GGUF file. Logs that the adapter can be saved instead."""
+        """Returns False, because transformers can't write a GGUF file, and warns that only the adapter can be saved."""
         logging.get_logger(__name__).warning(
             f"The base of this model is the GGUF file {self.quantization_config.file}, which is not written again. "
             "Save the adapter with save_pretrained of the PeftModel."

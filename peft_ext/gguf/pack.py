@@ -55,7 +55,7 @@ class _Changes(NamedTuple):
     """The tensors whose values or rows a class of TENSOR_PROCESSORS changes.
 
     Attributes:
-        digest: :func:`_digest` of the class for which the other attributes are true. "" for a class of this module.
+        digest: :func:`_digest` of the class for which the other attributes are true, or "" for a class of this module.
         names: regular expression of the names of the tensors.
         rows: a function of the name, the number of rows and the configuration, where the class only reorders rows.
             Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
@@ -96,9 +96,9 @@ class _GptOss(legacy.TensorProcessor):
         return legacy.GGUFTensor(values, None, {})
 
 
-_OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class
-# Source: transformers 5.23 and 5.24. A class that is not in this table, or whose code has another
-# digest, is taken to change every tensor.
+_OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class in TENSOR_PROCESSORS
+# Source: transformers 5.23 and 5.24. If a class is not in _CHANGES, or its code has another digest, pack assumes that
+# the class changes every tensor.
 _CHANGES: dict[type, _Changes] = {
     legacy.TensorProcessor: _Changes("c80f42285de30047244c", r"(?!)"),
     legacy.T5TensorProcessor: _Changes("c1e2e6800447f3993446", r"(?!)"),

@@ -11,7 +11,7 @@ The forward saves x, S, the seed, vectors, W, A and B for the backward. If dg is
 on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/g``). If the norm's gradient is
 needed, the forward also saves U.
 
-Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant of the gradient.
+Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant in the backward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The proof of the kernels that decode packed weights, with one family of kernels for each format.
 
 The proof of a format's family calls the kernels that decode the format: the kernel that decodes a whole weight, and the
-kernels of linear layers for few and for many tokens, forward and backward. All operators on packed weights use the
-kernels of the format families. If a format fails, every operator computes calls with weights of this format by the
+kernels of linear layers for few and for many tokens, forward and backward. All operators on weights of a format use the
+kernels of the format's family. If a format fails, every operator computes calls with weights of this format by the
 reference, and calls with other weights still by the kernels. See :mod:`.prove`.
 """
 
@@ -190,7 +190,10 @@ FAMILIES = {family_of(name): functools.partial(_calls, name) for name in _WEIGHT
 
 
 def listed(families: list[str]) -> str:
-    """Returns the names of families as text. If more than three are formats, their number replaces their names."""
+    """Returns the names of families as text.
+
+    If more than three of the families are formats, the text has the number of the formats instead of their names.
+    """
     formats = [family for family in families if family in FAMILIES]
     if len(formats) <= 3:
         return ", ".join(families)

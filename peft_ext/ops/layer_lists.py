@@ -113,7 +113,7 @@ def listed(
         if len(values) != count:
             raise ValueError(f"{op}: {argument} has {len(values)} entries, wanted {count}, as weights")
     layers: list[tuple[list[Any], list[Any]]] = []
-    without_seed: list[int] = []  # layers whose seed is still to be drawn
+    without_seed: list[int] = []  # numbers of the layers whose seed must be drawn
     sizes: list[Any] = []
     numbers: list[float] = []
     is_wide = checks.wants_reference(x, *lora_As, *lora_Bs, *rank_scales)

@@ -62,9 +62,10 @@ def dora_weight_norm_backward(
     scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of lora_A and lora_B. With ``c = grad / n`` for each row, and c = 0 where n = 0:
+    """Returns the gradients of lora_A and lora_B.
 
-    ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
+    With ``c = grad / n`` for each row, and c = 0 where n = 0: ``dB = c∘(s U + s² B A Aᵀ)``,
+    ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
     """
     wide = norm.dtype
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)

@@ -166,9 +166,9 @@ def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def scale_mean(absmax: Tensor) -> Tensor:
     """Returns the mean of the scales, float32, 0-d, with equal bits for every number of threads and every device.
 
-    The scales are summed as integers, so that the order of the sum does not change the result. The unit is at most 2⁻⁴⁰
-    of the largest scale if there are fewer than 2²¹ scales. PyTorch's mean, which bitsandbytes uses, depends on the
-    number of threads, so the last bit of bitsandbytes' mean may differ.
+    The scales are summed as integers, so that the order of the sum does not change the result. The unit of the integers
+    is at most 2⁻⁴⁰ of the largest scale if there are fewer than 2²¹ scales. PyTorch's mean, which bitsandbytes uses,
+    depends on the number of threads, so the last bit of bitsandbytes' mean may differ.
     """
     if absmax.numel() == 0:
         return absmax.new_zeros(())

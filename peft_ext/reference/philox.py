@@ -29,7 +29,7 @@ def dropout_threshold(p: float) -> int:
 
 
 def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Returns the high and low 32 bits of a 64-bit product, by 16-bit halves, as int64 has no unsigned product."""
+    """Returns the high and low 32 bits of ``a * multiplier``, from 16-bit halves, because int64 products are signed."""
     low = a * (multiplier & 0xFFFF)
     high = a * (multiplier >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -18,7 +18,7 @@ __all__ = ["FP8", "block_size", "fp8", "from_compressed_tensors", "from_transfor
 
 _ALL = 63  # log2 of the size of a block that has all rows or columns, as kAll in csrc/weight/formats/fp8.h says
 _MAX = torch.finfo(torch.float8_e4m3fn).max
-_CHUNK = 1 << 22  # elements of a weight that quantize_fp8 holds in float32 at a time
+_CHUNK = 1 << 22  # number of elements of a weight that quantize_fp8 holds in float32 at a time
 
 
 def _shift(what: str, size: int) -> int:

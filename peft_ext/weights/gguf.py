@@ -31,7 +31,7 @@ __all__ = [
     "type_number",
 ]
 
-_FIRST = 64  # number of the format of ggml's type 0
+_FIRST = 64  # the format of ggml's type t has the number _FIRST + t
 
 
 class GgmlType(NamedTuple):

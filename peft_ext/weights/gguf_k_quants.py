@@ -42,7 +42,7 @@ def _codes(values: Tensor, low: int, high: int) -> Tensor:
 
 
 def _summed(terms: Tensor) -> Tensor:
-    """Returns the sums over the columns, added in the columns' order."""
+    """Returns the sums over dimension 0, added in order."""
     total = terms[0].clone()
     for term in terms[1:]:
         total += term
@@ -59,13 +59,13 @@ def _over(number: float, values: Tensor) -> Tensor:
 
 
 def _steps(start: float, step: float, count: int, add: int) -> list[float]:
-    """Returns ``start + step · i + add`` for i = 0 ... count, each operation rounded to float32."""
+    """Returns ``start + step · i + add`` for i from 0 to ``count``, each operation rounded to float32."""
     step = _float32(step)
     return [_float32(_float32(_float32(start) + _float32(step * i)) + add) for i in range(count + 1)]
 
 
 def _first_largest(values: Tensor) -> Tensor:
-    """Returns the value with the largest absolute value, the first of equals, over dimension 0."""
+    """Returns, over dimension 0, the value with the largest absolute value, and the first one if several are equal."""
     return values.gather(0, values.abs().argmax(0, keepdim=True))[0]
 
 
@@ -91,7 +91,7 @@ class _Searched(NamedTuple):
 
 
 def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: int, absolute: bool) -> _Searched:
-    """Searches ``x ≈ scale · code − offset`` with codes 0 ... most and ``offset >= 0``.
+    """Searches ``x ≈ scale · code − offset`` with codes from 0 to ``most`` and ``offset >= 0``.
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
     error for these codes. The scale and the offset that give the minimum the code 0 and the maximum the code ``most``
@@ -138,7 +138,7 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
 
 def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Searches ``x ≈ scale · (code − most)`` with codes 0 ... 2 · most − 1 and errors weighted by x².
+    """Searches ``x ≈ scale · (code − most)`` with codes from 0 to ``2 · most − 1`` and errors weighted by x².
 
     The trial scales are near the scale with which the value with the largest absolute value has the code 0.
     Returns scales ``[G]`` and codes float ``[n, G]``.

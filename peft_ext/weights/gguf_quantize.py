@@ -15,7 +15,7 @@ __all__ = ["QUANTIZED_BY_GGUF", "can_quantize", "is_finite", "quantize_gguf"]
 
 # Types to which quantize_gguf quantizes with the package gguf.
 QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
-_CHUNK = 1 << 19  # elements that are quantized at a time, so that a chunk's tensors stay in a core's cache
+_CHUNK = 1 << 19  # number of elements that are quantized at a time, so that a chunk's tensors stay in a core's cache
 
 
 def can_quantize(type: int | str) -> bool:

@@ -12,7 +12,7 @@ from .packed import PackedWeight
 
 __all__ = ["quantize_int4"]
 
-_CHUNK = 1 << 22  # elements that are converted to float32 at a time
+_CHUNK = 1 << 22  # number of elements of a weight that quantize_int4 converts to float32 at a time
 
 
 def quantize_int4(weight: Tensor, group: int = 128, symmetric: bool = True,

@@ -35,12 +35,12 @@ __all__ = [
     "int_rows",
 ]
 
-# Flags of the formats' options.
+# Flags in the option of a weight, by format.
 INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": each code is an int8 element; the weight has only one scale
 V1 = 1  # "gptq": 1 was subtracted from each zero before the zeros were packed
 HQQ_AXIS0 = 1  # "hqq": code f of the flat weight is of group f % G
 
-# Bits by which the code of row n is shifted in a word of eight rows of AWQ, for n % 8 = 0, 1, ... 7.
+# Bits by which the code of row n is shifted in a word of AWQ, which has the codes of eight rows, for n % 8 from 0 to 7.
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -170,9 +170,9 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
              dtype: Optional[torch.dtype] = None) -> PackedWeight:  # fmt: skip
     """Returns a weight of compressed-tensors' integers: ``W[n, k] = (q[n, k] - zero[n, g]) · scale[n, g]``.
 
-    ``g`` is the group of column ``k``: ``k // group``, or ``g_idx[k]``. The group's size is K / G. Formats of files:
-    pack-quantized, int-quantized, naive-quantized. compressed-tensors computes in the scales' dtype: the difference is
-    exact, and the product is rounded once.
+    ``g`` is the group of column ``k``: ``k // group``, or ``g_idx[k]``. A group has K / G columns. The file formats
+    pack-quantized, int-quantized and naive-quantized of compressed-tensors hold such weights. compressed-tensors
+    computes in the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
         codes: int32 ``[N, ceil(K · bits / 32)]`` of ``q + 2^(bits - 1)``, the lowest bits first; or int8 ``[N, K]`` of
@@ -270,7 +270,7 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torc
         scales: float32, bfloat16 or float16 ``[G, N]``.
         dtype: dtype of the weight; default: the scales' dtype.
 
-    Raises: TypeError or ValueError if a tensor's dtype or shape does not fit, as with the GEMV layouts.
+    Raises: TypeError or ValueError if a tensor's dtype or shape does not fit, for example in the GEMV layouts.
     """
     kind = _scale_dtype("awq", scales)
     *experts, columns, _ = qweight.shape
@@ -322,9 +322,9 @@ def from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: 
     """Returns the weight of a layer of a checkpoint of compressed-tensors, GPTQ, AWQ or HQQ.
 
     Args:
-        config: the checkpoint's ``quantization_config``. The weight's own settings are needed: with several
-            ``config_groups`` of compressed-tensors pass the group of the layer, with several settings of hqq the
-            setting of the layer, as ``{"quant_method": ..., **setting}``.
+        config: the checkpoint's ``quantization_config``. The weight's own settings are needed: if a
+            configuration of compressed-tensors has several ``config_groups``, pass the group of the layer; if one of
+            hqq has several settings, pass the setting of the layer, as ``{"quant_method": ..., **setting}``.
         tensors: the layer's tensors by name without a prefix, for example ``qweight``, ``qzeros``, ``scales``.
         shape: ``(N, K)``; may be omitted if the tensors give the shape.
         dtype: dtype of the weight; default: the scales' dtype.
@@ -490,8 +490,8 @@ def from_gptq(module: torch.nn.Module, v1: Optional[bool] = None, dtype: Optiona
     module's memory.
 
     Args:
-        v1: whether the module's zeros are of the first version. Default: what ``module.qzero_format()`` says, which
-            GPTQModel changes when the model is loaded; True for a module without the method.
+        v1: whether the module's zeros are of the first version. Default: whether ``module.qzero_format()`` is 1, a
+            number that GPTQModel changes when it loads a model; True for a module without this method.
 
     Raises: ValueError as in :func:`gptq`, and for a module whose words are planar.
     """

@@ -1,7 +1,7 @@
 """Microscaling floats: 4-bit floats (e2m1) with a scale for each few columns.
 
-* MXFP4: a power of two for each 32 columns. Source: OCP Microscaling Formats 1.0; the layout of files is transformers'
-  ``integrations/mxfp4.py``.
+* MXFP4: a scale that is a power of two for each 32 columns. Source: OCP Microscaling Formats 1.0; the layout of files
+  is that of transformers' ``integrations/mxfp4.py``.
 * NVFP4: an e4m3 scale for each 16 columns, and one float32 scale for the weight. Sources: compressed-tensors'
   ``compressors/nvfp4``, ModelOpt's ``qtensor/nvfp4_tensor.py``.
 """
@@ -20,7 +20,7 @@ __all__ = ["MXFP4", "NVFP4", "from_compressed_tensors", "mxfp4", "nvfp4", "quant
 
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 _RECIPROCAL, _TWO_GLOBALS = 1, 2  # flags of NVFP4, as kReciprocal and kTwoGlobals in csrc/weight/formats/nvfp4.h
-_CHUNK = 1 << 22  # elements of a weight that a quantizer holds in float32 at a time
+_CHUNK = 1 << 22  # number of elements of a weight that a quantizer holds in float32 at a time
 _LARGEST = 6.0  # of e2m1
 
 
@@ -70,8 +70,8 @@ def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -
 
     Args:
         blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
-            ``gate_up_proj_blocks`` ``[E, 2 I, K/32, 16]``. transformers' FP8 checkpoints with 4-bit experts declare
-            these bytes as int8 ``[N, K/2]``: ``blocks`` is then ``weight.view(torch.uint8)``.
+            ``gate_up_proj_blocks`` ``[E, 2 I, K/32, 16]``. transformers' FP8 checkpoints with 4-bit experts declare the
+            bytes of the codes as int8 ``[N, K/2]``: ``blocks`` is then ``weight.view(torch.uint8)``.
         scales: uint8 or float8_e8m0fnu ``[..., K/32]``. With three dimensions ``[E, N, K/32]`` the weight is stacked.
         dtype: dtype that transformers decodes the weight to.
 
@@ -160,7 +160,7 @@ def from_compressed_tensors(module: torch.nn.Module) -> PackedWeight:
 
 
 def _codes(scaled: Tensor) -> Tensor:
-    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; larger values get the largest code.
+    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; values above 6 get the code of 6.
 
     Two codes per byte, the low nibble first. A value below 0 has a sign bit, also if the value rounds to 0.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...weights.gguf import TYPES, decoded_by_gguf
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # ggml's code 8 is +0
+_TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # in ggml, code 8 decodes to +0
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
