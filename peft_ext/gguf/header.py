@@ -224,7 +224,7 @@ class _Reader:
 
     def __init__(self, path: Path, blob: Any, size: int) -> None:
         self.path, self.blob, self.size = path, blob, size
-        self.elements = 0  # number of elements of the arrays that were read
+        self.elements = 0  # number of elements in all arrays that were read
 
     def error(self, text: str) -> GgufError:
         return GgufError(f"{self.path}: {text}")

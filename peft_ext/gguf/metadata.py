@@ -95,7 +95,7 @@ def _read_by_function(header: GgufHeader) -> Any:
         for key in header.keys
         if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the lists of the vocabulary are left out
     }
-    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # transformers reads this number
+    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # transformers needs only a number
     fields = get_gguf_config(metadata, tuple(header.tensors))
     return AutoConfig.for_model(**fields)
 

@@ -57,8 +57,8 @@ class _Changes(NamedTuple):
     Attributes:
         digest: :func:`_digest` of the class for which the other attributes are true, or "" for a class of this module.
         names: regular expression of the names of the tensors.
-        rows: a function of the name, the number of rows and the configuration, where the class only reorders rows.
-            Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
+        rows: if the class only reorders rows: a function of a tensor's name, its number of rows and the configuration,
+            which returns ``order``. Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
     """
 
     digest: str
@@ -150,7 +150,7 @@ class Packed(NamedTuple):
     Attributes:
         tensors: the model's state dict, or, where ``conversions`` is given, the file's tensors by their own names.
         conversions: transformers' conversions of the file's tensors; None where ``tensors`` needs none.
-        dense: names of the model's parameters whose quantized weight was decoded, with the reason.
+        dense: for each of the model's parameters whose quantized weight was decoded: the name and the reason.
     """
 
     tensors: dict[str, Tensor]
@@ -442,7 +442,7 @@ class _Source(NamedTuple):
 
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
-    """Returns the source of each parameter. The sources are those of transformers' ``get_gguf_plan``."""
+    """Returns the source of each parameter. Its tensors are those that transformers' ``get_gguf_plan`` finds."""
     mapping = copy.deepcopy(mapping)  # a copy, because rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -284,7 +284,7 @@ def linear_cross_entropy(
     needs = [torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
              for values in ((hidden, lora_input), (lora_A, lora_B), (bias,))]  # fmt: skip
     if not summed:
-        needs = [False] * 3  # the backward computes the gradients, when each token's factor is known
+        needs = [False] * 3  # for "none", the backward computes the gradients: it knows each token's factor
     if hidden.dtype is torch.float16:  # the adapter's gradients are sums over tokens, scaled only in the backward
         lora_A, lora_B = (value if value is None else value.float() for value in (lora_A, lora_B))
     labels, row_weight = labels.contiguous(), None

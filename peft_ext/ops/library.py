@@ -30,7 +30,7 @@ WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? pa
 
 
 def is_dense(weight: Sequence[Any]) -> bool:
-    """Returns whether the arguments of ``WEIGHT`` are a dense weight. A packed weight may have one tensor, too."""
+    """Returns whether the arguments of ``WEIGHT`` are a dense weight: ``layout`` is 0."""
     return weight[5] == 0
 
 
@@ -45,7 +45,7 @@ class Operator:
 
     Attributes:
         reference: the function that runs where no kernel is registered.
-        family: name of a group of operators whose kernels are proved together, and switched off together.
+        family: name of a group of operators whose kernels are proved together, and dropped together.
         composed: whether the reference calls other operators and therefore runs on every device, so that the operator
             needs no kernel of its own.
         cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,

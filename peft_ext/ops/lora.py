@@ -205,7 +205,7 @@ def lora_linear(
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
-        lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, float32 over a bfloat16 base included.
+        lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, for example float32 with a bfloat16 weight.
         bias: ``[N]`` of x's dtype.
         rank_scale: ``[R]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).

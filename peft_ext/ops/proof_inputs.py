@@ -1,4 +1,4 @@
-"""Small random operands, from which each family of operators makes the calls that prove its kernels.
+"""Small random operands. From these operands, each family of operators makes the calls that prove the family's kernels.
 
 See :func:`.library.proof` and :mod:`.prove`.
 """

@@ -87,9 +87,9 @@ QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each fu
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
-# By key, place and family: "", or the reason why the family failed at the place.
+# By dispatch key, place and family: "", or the reason why the family failed at the place.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-# By dispatch key and unproved family: the family's gates; None for a format, which its first weight proves.
+# By dispatch key and unproved family: its gates; None for a format's family, which the format's first weight proves.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
 _kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
 _overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
@@ -575,7 +575,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Returns the results and those (copied) arguments that the operator writes to, after a call of ``function``."""
+    """Calls ``function`` with copies of the arguments that it writes to. Returns its results and these copies."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
@@ -584,7 +584,7 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
 
 
 def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each: bool = False) -> str:
-    """Returns how results differ, or "". ``each``: whether every element is compared by itself, as in a weight."""
+    """Returns how results differ, or "". ``each``: whether every element is compared alone, as in decoded weights."""
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"
