@@ -1,8 +1,9 @@
 """Quantizes to GGUF's types with searched scales: Q2_K to Q6_K, IQ4_NL and IQ4_XS, in plain PyTorch.
 
 For a group of 16 or 32 columns, a few trial scales give codes, and a least-squares fit to these codes gives a scale, or
-a scale and an offset. The fit with the least weighted error is used. In blocks of 256 columns, the scales of the groups
-are then rounded to 4 to 8 bits, and the codes are rounded again for the rounded scales.
+a scale and an offset. The fit with the least weighted error is used. For Q3_K, single codes of one trial scale are
+changed while the error falls. In blocks of 256 columns, the scales of the groups are then rounded to 4 to 8 bits, and
+the codes are rounded again for the rounded scales.
 
 Layout: the float32 tensor ``x[n, G]`` has one group in each of its G columns, so that an operation handles all groups.
 All sums over the n elements of a group run in order, in float32, so that the bits are those of llama.cpp on a processor
