@@ -1,7 +1,7 @@
 """Checks the header of an untrusted GGUF model before transformers or the package gguf read the file.
 
 transformers makes objects for each layer, each token and each merge that the metadata announces, and does not check the
-sizes in the metadata. :func:`check_model` compares these numbers with the tensors of the file, and
+sizes in the metadata. :func:`check_model` compares these sizes with the tensors of the file, and
 :func:`check_tokenizer` checks the lists of the tokenizer.
 """
 
@@ -16,11 +16,11 @@ from .header import GgufHeader, TensorInfo
 __all__ = ["MOST_LAYERS", "check_model", "check_tokenizer"]
 
 MOST_LAYERS = 10_000
-_LONGEST_TOKEN = 1024  # characters; transformers tries every split of every token where the file has no merges
+_LONGEST_TOKEN = 1024  # characters of a token; in a file without merges, transformers tries every split of each token
 _MOST = (1 << 31) - 1
-_MOST_MASKS = 1 << 28  # bytes; transformers' GPT-2 makes a mask of context_length ** 2 bytes in each layer
+_MOST_MASKS = 1 << 28  # bytes of all masks; transformers' GPT-2 makes a mask of context_length ** 2 bytes in each layer
 
-# Fields of an architecture that must be integers -> the smallest and the largest value.
+# Fields of an architecture whose values must be integers -> the smallest and the largest value.
 _SIZES: dict[str, tuple[int, int]] = {
     "block_count": (1, MOST_LAYERS),
     "nextn_predict_layers": (0, MOST_LAYERS),
@@ -52,7 +52,7 @@ _SIZES: dict[str, tuple[int, int]] = {
     "ssm.state_size": (1, 65_536),
     "ssm.time_step_rank": (1, _MOST),
 }
-# Fields that may be an array with an integer of each layer.
+# Fields whose value may be an array with one integer for each layer.
 _PER_LAYER = {"feed_forward_length", "attention.head_count", "attention.head_count_kv"}
 _REQUIRED = ("block_count", "embedding_length")
 _REQUIRED_OF = {"lfm2": ("context_length", "feed_forward_length", "rope.freq_base", "shortconv.l_cache")}
@@ -62,11 +62,11 @@ _NOT_NEGATIVE = (
     "attention.scale", "attn_logit_softcapping", "embedding_scale", "final_logit_softcapping", "logit_scale",
     "residual_scale", "rope.scale_linear", "rope.scaling.factor",
 )  # fmt: skip
-# transformers does not compare the prefix of a key with the file's architecture: in a file of a llama,
-# "mamba.ssm.inner_size" sets intermediate_size.
+# transformers does not compare the prefix of a key with the file's architecture: in a file of the architecture llama,
+# the key "mamba.ssm.inner_size" sets the configuration's intermediate_size.
 _FIELDS = {*_SIZES, *_EPSILONS, "rope.freq_base"}
-_READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # the package gguf adds these keys itself
-# Architectures for which transformers needs a width of the embedding that is a multiple of the number of heads.
+_READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # keys that the package gguf itself adds
+# Architectures for which transformers needs an embedding whose width is a multiple of the number of attention heads.
 _WHOLE_HEADS = ("gemma2", "gemma3", "llama")
 
 _TEXTS = ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
@@ -82,7 +82,7 @@ def check_model(header: GgufHeader) -> None:
     Checks that every size that transformers takes from the metadata is in a fixed range, and that the number of layers,
     the width and the size of the vocabulary are those of the tensors. :func:`check_tokenizer` checks the tokenizer.
 
-    Raises GgufError, one line.
+    Raises GgufError with a message of one line.
     """
     _check_kind(header)
     _check_sizes(header)
@@ -172,7 +172,7 @@ def _largest(value: Any) -> int:
 
 
 def _of_layers(value: Any, layers: int) -> list[int]:
-    """Returns the value of each layer, from one value for all layers or an array."""
+    """Returns a list with the value of each layer. ``value`` is one number for all layers, or an array."""
     return value if isinstance(value, list) else [value or 0] * layers
 
 
@@ -186,10 +186,10 @@ def _check_shapes(header: GgufHeader) -> None:
     """Compares the sizes in the metadata with the shapes of the tensors."""
     architecture = header.architecture
     layers, width = (header.get(f"{architecture}.{field}") for field in ("block_count", "embedding_length"))
-    # The layers of T5's two halves are enc.blk.N and dec.blk.N.
+    # The names of T5's tensors begin with enc.blk.N in the encoder and with dec.blk.N in the decoder.
     pattern = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]{1,9})\.")
     found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
-    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack nextn layers
+    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack the nextn layers
     problem = next((f"layer {index} has no tensors" for index in range(present) if index not in found), None)
     if problem is None and max(found, default=0) >= layers:
         problem = f"layer {max(found)} has tensors"
@@ -238,7 +238,7 @@ def _check_decoder(header: GgufHeader) -> None:
 def check_tokenizer(header: GgufHeader) -> None:
     """Checks that the tokenizer's lists have the types and lengths that transformers expects.
 
-    The header must have passed :func:`check_model`. Raises GgufError, one line.
+    The header must have passed :func:`check_model`. Raises GgufError with a message of one line.
     """
     vocabulary = header.tensors["token_embd.weight"].shape[0]
     for key in _TEXTS:

@@ -36,7 +36,7 @@ _SIZE_FIELDS = {
 # Names that configurations give to the eps of the norms. A configuration's class has at most one of these fields.
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of the model with 27 billion parameters
-_PARTIAL = ("phi3", "stablelm", "nemotron")  # models whose rotary positions may use a part of a head
+_PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate only a part of each head
 # Keys that transformers reads for the architectures of integrations.gguf (Qwen 3.5 and LFM2).
 _READ_BY_FUNCTIONS = {
     "attention.key_length", "rope.dimension_count", "rope.dimension_sections", "nextn_predict_layers",
@@ -122,7 +122,8 @@ class _Facts:
 
     Attributes:
         changes: new values of fields of the configuration, by the name of the field.
-        taken: the file's keys, without the architecture, whose values are in the configuration or in ``changes``.
+        taken: the file's keys, without the architecture's prefix, whose values are in the configuration or in
+            ``changes``.
         computed: names of fields that the configuration's class computes from other fields.
     """
 
@@ -157,7 +158,7 @@ class _Facts:
         changes["vocab_size"] = rows
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             number = getattr(config, name, None)
-            if type(number) is int and number >= rows:  # a default of the configuration's class, not the file's value
+            if type(number) is int and number >= rows:  # the class's default, and not a value of the file
                 changes[name] = None
         for key, field in _SIZE_FIELDS.items():
             if (size := self.get(key)) is not None and self.has(field):
@@ -165,7 +166,7 @@ class _Facts:
                 self.taken.add(key)
             elif size is not None and key == "expert_feed_forward_length" and size == config.intermediate_size:
                 self.taken.add(key)
-        if self.architecture == "gpt2":  # transformers puts the number into n_ctx, which GPT-2 does not use
+        if self.architecture == "gpt2":  # transformers sets only n_ctx, which GPT-2 does not use
             changes["n_positions"] = self.get("context_length")
         field = next(filter(self.has, _EPSILON_FIELDS), None)
         if (epsilon := self.get("attention.layer_norm_epsilon")) is not None and field is not None:
@@ -204,7 +205,7 @@ class _Facts:
         return getattr(self.config, "d_kv", None) or self.head
 
     def _take_window(self) -> None:
-        """Takes the sliding window and the layers that use the window. A window of 0 positions means no window."""
+        """Reads the size of the sliding window, and which layers use the window. A size of 0 means no window."""
         config, key = self.config, "attention.sliding_window"
         window, pattern = self.get(key), self.get("attention.sliding_window_pattern")
         layers = config.num_hidden_layers
@@ -250,10 +251,10 @@ class _Facts:
                 self.taken.add("rope.freq_base_swa")
 
     def _take_part(self, rotary: dict[str, Any]) -> None:
-        """Takes the number of features in a head that rotary positions rotate."""
+        """Reads how many features of each head rotary positions rotate."""
         count = self.get("rope.dimension_count")
         if count is None or self.config.model_type in ("minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"):
-            return  # for these models, transformers itself reads the number
+            return  # for these models, transformers itself reads rope.dimension_count
         if count == self.head or self.architecture in _PARTIAL:
             if count > self.head or int(self.head * (count / self.head)) != count:
                 raise self.refuse("rope.dimension_count", f"wanted a part of the {self.head} features of a head")
@@ -270,7 +271,7 @@ class _Facts:
             kind = "linear"
         if kind in (None, "none") or (kind == "longrope" and ROTARY_FACTORS[1] in self.header.tensors):
             return
-        if kind == "linear" and factor in (None, 0.0, 1.0):  # such a scaling divides positions by 1
+        if kind == "linear" and factor in (None, 0.0, 1.0):  # a linear scaling with such a factor changes nothing
             return
         if kind not in ("linear", "yarn") or self.architecture == "phi3" or type(factor) is not float or factor <= 0:
             raise self.header.error(f"{self.architecture}.rope.scaling.type is {kind!r:.60} with the factor {factor}, "
@@ -287,9 +288,9 @@ class _Facts:
                     self.taken.add(f"rope.scaling.yarn_{name}")
 
     def _take_factors(self, rotary: dict[str, Any]) -> None:
-        """Takes the tensors by whose factors rotary frequencies are divided.
+        """Reads the tensors with the factors by which rotary frequencies are divided.
 
-        A file has one tensor (Llama 3), or two tensors for long and for short texts (Phi 3).
+        A file has one tensor of factors (Llama 3), or one for long texts and one for short texts (Phi 3).
         """
         count = int(self.head * rotary.get("partial_rotary_factor", 1.0)) // 2
         if self.architecture == "phi3":
@@ -354,7 +355,7 @@ class _Facts:
     # --- parts of the layers ------------------------------------------------------------------------------------------
 
     def take_layers(self) -> None:
-        """Takes facts about the layers, most of them from the names of the tensors."""
+        """Reads facts about the layers, most of them from the names of the tensors."""
         names, changes = self.header.tensors, self.changes
         if self.architecture == "llama":
             changes["attention_bias"] = "blk.0.attn_q.bias" in names

@@ -40,7 +40,7 @@ _LONGEST_NAME = 65_535  # largest number of bytes in a key, by the specification
 _MOST_NAMES = 1 << 20  # keys, or tensors
 _MOST_ELEMENTS = 1 << 22  # largest number of elements in all arrays of the metadata together
 
-# Value types: number in the file -> format of struct. Bool is one byte.
+# Types of values: number of the type in the file -> format character of Python's struct. A bool is one byte.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U32, _STRING, _ARRAY = 4, 8, 9
 _LENGTH = struct.Struct("<Q")  # format of the length of a string
@@ -54,7 +54,7 @@ class GgufError(ValueError):
 
 
 class Value(NamedTuple):
-    """A value of the metadata, GGUF's type of the value, and the type of an array's elements (None for no array)."""
+    """A value of the metadata, GGUF's type of the value, and the type of the elements if the value is an array."""
 
     data: Any
     type: int
@@ -146,7 +146,7 @@ class GgufHeader:
         return default if place is None else self._reader.value(place)
 
     def value(self, key: str) -> Value:
-        """Returns a value with its types. Raises KeyError where the key is missing."""
+        """Returns the value of ``key`` with the value's GGUF types. Raises KeyError where the key is missing."""
         place = self._places[key]
         return Value(self._reader.value(place), place.type, place.element if place.type == _ARRAY else None)
 
@@ -195,7 +195,7 @@ def is_gguf(path: Union[str, Path]) -> bool:
             return True
         with path.open("rb") as file:
             return file.read(4) == MAGIC
-    except (OSError, RuntimeError):  # RuntimeError: ~ of an unknown user
+    except (OSError, RuntimeError):  # expanduser raises RuntimeError for a ~ of an unknown user
         return False
 
 
@@ -224,7 +224,7 @@ class _Reader:
 
     def __init__(self, path: Path, blob: Any, size: int) -> None:
         self.path, self.blob, self.size = path, blob, size
-        self.elements = 0  # number of elements of the arrays that were read
+        self.elements = 0  # number of elements in all arrays that were read
 
     def error(self, text: str) -> GgufError:
         return GgufError(f"{self.path}: {text}")
@@ -240,7 +240,7 @@ class _Reader:
         return struct.unpack_from("<" + format, self.blob, offset)[0], offset + size
 
     def text(self, offset: int, what: str) -> tuple[str, int]:
-        # A header has some 300,000 strings, so this method makes no call that only an error needs.
+        # A header can have some 300,000 strings, so this method calls no function that only an error needs.
         start = offset + 8
         if start > self.size:
             self.need(offset, 8, what)

@@ -2,7 +2,7 @@
 
 transformers builds the model on the meta device. :func:`~peft_ext.gguf.pack.pack` then replaces layers of the model by
 packed layers, and returns the tensors to load: the quantized weights are mapped from the disk. Finally, transformers
-loads these tensors into the model.
+loads the returned tensors into the model.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def load_gguf(
     """Returns the transformers model in a GGUF file, with the file's quantized weights packed and mapped from the disk.
 
     Linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding a :class:`peft_ext.nn.PackedEmbedding`, and
-    experts a :class:`peft_ext.nn.PackedExperts`. PEFT's adapters can be trained over these layers. A tied head
+    experts a :class:`peft_ext.nn.PackedExperts`. PEFT's adapters can be trained over the packed layers. A tied head
     shares the embedding's packed weight. A weight whose rows the file stores in another order (``attn_q`` and
     ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom) and the joined weights of experts are copied, without being
     decoded. Norms and biases, and weights that the file stores in F32, F16 or BF16, are dense. A quantized weight that
     no packed layer can hold is decoded: ``model.peft_ext_dense`` has the reason by the name of the parameter, and
     :func:`peft_ext.explain` shows the reason.
 
-    The model's configuration has the values of the metadata that change the model's function. If the configuration of
-    transformers has no field for such a value, the file is refused.
+    The model's configuration has the values of the metadata that change the model's function. If transformers'
+    configuration has no field for a value that changes the model's function, load_gguf raises ValueError.
 
     Args:
         path: the file. The architecture of the model may be bloom, falcon (with one key-value head), gemma2, gemma3,
@@ -145,7 +145,7 @@ class GgufPackedQuantizer(HfQuantizer):
         model.peft_ext_dense = self._packed.dense
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Returns the conversions of GGUF tensors, instead of ``weight_conversions`` for a safetensors checkpoint."""
+        """Returns the conversions of GGUF's tensors, in place of ``weight_conversions`` of safetensors files."""
         return self._packed.conversions or []
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Optional[torch.dtype]) -> Optional[torch.dtype]:
@@ -165,7 +165,7 @@ class GgufPackedQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
-        """Returns False, because transformers can't write a GGUF file. Logs that the adapter can be saved instead."""
+        """Returns False, because transformers can't write a GGUF file, and warns that only the adapter can be saved."""
         logging.get_logger(__name__).warning(
             f"The base of this model is the GGUF file {self.quantization_config.file}, which is not written again. "
             "Save the adapter with save_pretrained of the PeftModel."

@@ -95,7 +95,7 @@ def _read_by_function(header: GgufHeader) -> Any:
         for key in header.keys
         if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the lists of the vocabulary are left out
     }
-    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # only this number is read
+    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # transformers needs only a number
     fields = get_gguf_config(metadata, tuple(header.tensors))
     return AutoConfig.for_model(**fields)
 
@@ -126,7 +126,7 @@ def _read_without_vocabulary(header: GgufHeader) -> Any:
                 continue
             value = header.value(key)
             element = None if value.element is None else GGUFValueType(value.element)
-            if element is None or value.data:  # gguf writes no empty array
+            if element is None or value.data:  # the package gguf can't write an empty array
                 writer.add_key_value(key, value.data, GGUFValueType(value.type), element)
         for name in header.tensors:
             writer.add_tensor(name, numpy.zeros(1, dtype=numpy.float32))

@@ -1,7 +1,8 @@
 """The names of a model's modules in GGUF files, and the order in which a file stores the rows of a weight.
 
-The package ``gguf`` has the names for each architecture. llama.cpp's converter reorders rows of a few weights, so that
-llama.cpp's rotary positions can use neighbouring columns. :class:`GgufNames` gives the order of these rows.
+The package ``gguf`` has the names for each architecture. llama.cpp's converter reorders the rows of a few weights, so
+that llama.cpp's rotary positions can rotate pairs of neighbouring features. :class:`GgufNames` gives the order of these
+rows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _INTERLEAVED = {architecture for architecture, interleaved in ARCHITECTURES.valu
 
 
 class GgufNames:
-    """Names and row orders of one model.
+    """The names of one model's tensors in GGUF files, and the order of the rows of these tensors.
 
     Args:
         architecture: GGUF's name of the architecture, a value of ``ARCHITECTURES``.
@@ -74,7 +75,7 @@ class GgufNames:
                 value = max(value, default=0)
             if type(value) is not int or value < 1:
                 raise header.error(f"{architecture}.{key} is {value!r:.60}, wanted a positive integer")
-            if value > MOST_LAYERS:  # the package gguf makes the names of all layers
+            if value > MOST_LAYERS:  # the package gguf makes a name for each layer
                 raise header.error(f"{architecture}.{key} is {value}, wanted at most {MOST_LAYERS}")
             return value
 
@@ -100,14 +101,14 @@ class GgufNames:
         """Returns the name in the file of a module of transformers' model, without ".weight"; None if the file has no
         name for the module.
 
-        "model.layers.0.self_attn.q_proj" is "blk.0.attn_q".
+        For example, the name of "model.layers.0.self_attn.q_proj" in the file is "blk.0.attn_q".
         """
         return self._map.get_name(module)
 
     def row_order(self, tensor: str, rows: int) -> Optional[Tensor]:
         """Returns int64 ``[rows]``: row i of transformers' weight is row ``order[i]`` of the file's ``tensor``.
 
-        Returns None where the rows have the same order.
+        Returns None if the file has the rows in the order of transformers' weight.
 
         Raises ValueError if the number of rows does not fit the heads.
         """

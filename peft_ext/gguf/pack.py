@@ -3,7 +3,7 @@
 transformers reads GGUF in two ways. For most architectures, transformers' module ``modeling_gguf_pytorch_utils`` has a
 class that turns the file's tensors into the model's (``TENSOR_PROCESSORS``). For a few architectures, transformers'
 module ``integrations.gguf`` has conversions of names and tensors; an attribute of each conversion tells whether the
-conversion keeps packed bytes. A tensor whose values are changed is decoded and stays dense.
+conversion keeps packed bytes. pack decodes a tensor whose values transformers changes, and such a tensor stays dense.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ with required("transformers", "a model in a GGUF file"):
 
 __all__ = ["Packed", "pack"]
 
-_LINEAR = ("FalconLinear",)  # classes of transformers that compute what nn.Linear computes
+_LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
 _SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")  # embeddings with a factor, scalar_embed_scale
 _CHANGED = "transformers changes its values as it reads the file"
 
@@ -55,10 +55,10 @@ class _Changes(NamedTuple):
     """The tensors whose values or rows a class of TENSOR_PROCESSORS changes.
 
     Attributes:
-        digest: :func:`_digest` of the class for which the other attributes are true. "" for a class of this module.
+        digest: :func:`_digest` of the class for which the other attributes are true, or "" for a class of this module.
         names: regular expression of the names of the tensors.
-        rows: a function of the name, the number of rows and the configuration, where the class only reorders rows.
-            Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
+        rows: if the class only reorders rows: a function of a tensor's name, its number of rows and the configuration,
+            which returns ``order``. Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
     """
 
     digest: str
@@ -96,9 +96,9 @@ class _GptOss(legacy.TensorProcessor):
         return legacy.GGUFTensor(values, None, {})
 
 
-_OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class
-# Source: transformers 5.23 and 5.24. A class that is not in this table, or whose code has another
-# digest, is taken to change every tensor.
+_OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class in TENSOR_PROCESSORS
+# Source: transformers 5.23 and 5.24. If a class is not in _CHANGES, or its code has another digest, pack assumes that
+# the class changes every tensor.
 _CHANGES: dict[type, _Changes] = {
     legacy.TensorProcessor: _Changes("c80f42285de30047244c", r"(?!)"),
     legacy.T5TensorProcessor: _Changes("c1e2e6800447f3993446", r"(?!)"),
@@ -150,7 +150,7 @@ class Packed(NamedTuple):
     Attributes:
         tensors: the model's state dict, or, where ``conversions`` is given, the file's tensors by their own names.
         conversions: transformers' conversions of the file's tensors; None where ``tensors`` needs none.
-        dense: names of the model's parameters whose quantized weight was decoded, with the reason.
+        dense: for each of the model's parameters whose quantized weight was decoded: the name and the reason.
     """
 
     tensors: dict[str, Tensor]
@@ -277,7 +277,7 @@ def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
     """Returns the model's names of the parameters by the file's names of the tensors.
 
     The names are those of transformers' ``get_gguf_hf_weights_map``, which builds the table of names anew for each
-    module of the model.
+    module of the model; this function builds the table once.
     """
     with required("gguf", "a model in a GGUF file"):
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -339,7 +339,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                if reason is None and target not in found.tensors:  # only once for the three tensors gate, up and down
+                if reason is None and target not in found.tensors:  # once for gate, up and down together
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
                 changes = _CHANGED if touched and changed.rows is None else None
@@ -442,7 +442,7 @@ class _Source(NamedTuple):
 
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
-    """Returns the source of each parameter. The sources are those of transformers' ``get_gguf_plan``."""
+    """Returns the source of each parameter. Its tensors are those that transformers' ``get_gguf_plan`` finds."""
     mapping = copy.deepcopy(mapping)  # a copy, because rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -1,8 +1,8 @@
 """Functions that call the operators of peft_ext, and that also run under ``torch.compile(fullgraph=True)``.
 
 The frozen weight of a linear layer is a dense Tensor ``[N, K]`` (of experts: ``[E, N, K]``) or a PackedWeight such as
-:class:`peft_ext.NF4Weight`. A docstring lists the dtypes that kernels compute. For float64 operands, the functions run
-the reference, in plain PyTorch; ``nf4_quantize`` converts float64 to float32.
+:class:`peft_ext.NF4Weight`. The docstring of a function names the dtypes for which there are kernels. For float64
+operands, the functions run the reference, in plain PyTorch; ``nf4_quantize`` converts float64 to float32.
 """
 
 from . import decoder_layer  # noqa: F401  declares an operator without a public function

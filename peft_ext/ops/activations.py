@@ -2,8 +2,8 @@
 
     y = act(gate) ∘ up        y = act(x)
 
-Backward: ``d gate = dY ∘ up ∘ act'(gate)``, ``d up = dY ∘ act(gate)``. Saved for the backward: the inputs alone. The
-backward computes act(gate) again.
+Backward: ``d gate = dY ∘ up ∘ act'(gate)``, ``d up = dY ∘ act(gate)``. The forward saves only its inputs for the
+backward, and the backward computes act(gate) again.
 
 Sources: gated units (arXiv 2002.05202), GELU (arXiv 1606.08415), squared ReLU (arXiv 2109.08668).
 """

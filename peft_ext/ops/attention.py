@@ -1,4 +1,5 @@
-"""Scaled dot-product attention on a CPU, forward and backward. The CPU kernels hold one block of the scores at a time.
+"""Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds one block of the
+scores at a time.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0

@@ -6,8 +6,8 @@ Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU 
 ``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. The forward saves x, U (float32), D and V for the
 backward.
 
-Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
-(arXiv 2110.04366).
+Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He
+and others (arXiv 2110.04366).
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def bottleneck_adapter(
             None. Each tensor may have a float dtype of its own: float32 adapters over 16-bit activations need no cast.
         scale: s. activation: "gelu" (with erf), "gelu_tanh", "relu" or "silu".
         residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. For an adapter after a sublayer, x and residual
-            are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual its output.
+            are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual is the sublayer's
+            output.
 
     Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. Exception, for x on a CPU:
     if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens, then x Dᵀ
@@ -150,8 +151,8 @@ def bottleneck_adapter(
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
-    Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
-    (arXiv 2110.04366).
+    Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He
+    and others (arXiv 2110.04366).
     """
     op = "bottleneck_adapter"
     checks.check_float(op, "x", x)

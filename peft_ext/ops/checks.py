@@ -17,7 +17,8 @@ from ..weights.packed import PackedWeight, unpacked
 _LARGEST = sys.float_info.max
 
 
-# Exact types that the fast paths (the functions fits_*) accept. For a subclass, the functions check_* decide.
+# The fast paths (the functions fits_*) accept only operands of exactly these types. For an operand of a subclass, the
+# functions check_* decide.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -27,8 +28,7 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
 
     A common call is outside autocast, on plain tensors that fit one another, none of them float64. Everything that this
     function accepts is also accepted by check_float, check_linear and check_bias, which take several times as long.
-    After False, the caller calls check_float, check_linear and check_bias, which raise the error. On a GPU, the
-    function also runs the proof of the CUDA kernels, if the proof has not run.
+    After False, the caller calls check_float, check_linear and check_bias, which raise the error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
@@ -169,7 +169,7 @@ def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tupl
 
 
 def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int, name: str = "x") -> None:
-    """Checks that ``bias`` is None, or ``[N]`` of x's dtype and device. An error calls x by ``name``."""
+    """Checks that ``bias`` is None, or ``[N]`` of x's dtype and device. Error messages use ``name`` for x."""
     if bias is None:
         return
     check_vector(op, "bias", bias, x, (out_features,))
@@ -188,7 +188,7 @@ def check_weight(op: str, weight: Union[Tensor, PackedWeight]) -> None:
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, PackedWeight], name: str = "x") -> None:
-    """Checks x ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or packed. An error calls x by ``name``."""
+    """Checks x, named ``name`` in errors, ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or packed."""
     check_float(op, name, x)
     check_weight(op, weight)
     if isinstance(weight, PackedWeight):
@@ -211,7 +211,7 @@ def check_lora(op: str, weight: Union[Tensor, PackedWeight], lora_A: Tensor, lor
 def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
     """Checks lora_A ``[R, K]`` and lora_B ``[N, R]`` for a base weight of ``shape`` ``(N, K)``.
 
-    lora_A and lora_B must be on the device of the tensor ``beside``, which an error calls ``name``.
+    lora_A and lora_B must be on the device of the tensor ``beside``. Error messages use ``name`` for ``beside``.
     """
     out_features, in_features = shape
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -261,7 +261,7 @@ def check_experts_weight(op: str, weight: Union[Tensor, PackedWeight], dtype: Op
 
 
 def check_offsets(op: str, offsets: Tensor, like: Tensor, experts: int) -> None:
-    """Checks offsets ``[E]``, int32 or int64, on another tensor's device."""
+    """Checks offsets ``[E]``, int32 or int64, on the device of the tensor ``like``."""
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         came = _name(offsets.dtype) if isinstance(offsets, Tensor) else type(offsets).__name__
         raise TypeError(f"{op}: offsets is {came}, wanted int32 or int64")
@@ -489,7 +489,7 @@ def cast_for_autocast(
 
 
 def under_a_transform() -> bool:
-    """Returns whether forward-mode differentiation or a transform of torch.func is under way."""
+    """Returns whether forward-mode differentiation or a transform of torch.func is active."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -497,7 +497,7 @@ def wants_reference(*values: Optional[Tensor]) -> bool:
     """Returns whether the reference must compute a call, because no kernel supports the call.
 
     Kernels support neither float64 nor forward-mode differentiation nor transforms of torch.func. While torch.compile
-    traces, only float64 counts.
+    traces, the function returns True only for float64.
     """
     if not torch.compiler.is_compiling() and under_a_transform():
         return True

@@ -5,10 +5,10 @@
 
 h̃ is h, or another input of the adapter such as h after a dropout. The weight is frozen, so the forward can compute the
 gradients once a chunk's losses are known: the forward overwrites the chunk's logits with their gradient and multiplies
-this gradient by W. Of dh [T, K], dh̃ [T, K], db, dA and dB, the forward keeps the gradients that are needed. For the
-reduction "none", the forward keeps the inputs, and the backward computes the logits again.
+this gradient by W. The forward keeps those of the gradients dh [T, K], dh̃ [T, K], db, dA and dB that the backward
+needs. For the reduction "none", the forward keeps the inputs, and the backward computes the logits again.
 
-Sources: transformers' causal loss, which takes the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
+Sources: transformers' causal loss, which converts the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
 """
 
@@ -31,8 +31,8 @@ __all__ = ["linear_cross_entropy"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
-# By device type: bytes that the logits of one chunk take at most by default, apart from rounding up to whole tokens.
-# Chunks of this size have enough tokens for an efficient product, and take little of a training step's memory.
+# By device type: the most bytes that the logits of one chunk take by default, apart from rounding up to whole tokens.
+# Chunks of this many bytes have enough tokens for an efficient product, and take little of a training step's memory.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -89,9 +89,9 @@ def _forward(hidden, *args):
 
 
 def _plain_product(x, weight):
-    """Returns whether PyTorch's product computes the logits.
+    """Returns whether PyTorch's product, and not peft_ext's kernel, computes the logits.
 
-    PyTorch multiplies a dense weight, except on a CPU where peft_ext's kernel widens x's dtype to float32.
+    PyTorch multiplies with a dense weight, except on a CPU for x of a dtype in ``_cpu.widened_dtypes()``.
     """
     return is_dense(weight) and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
 
@@ -187,7 +187,7 @@ def _backward(ctx, grad, *_):
 
 
 def _scaled(value: Tensor, grad: Tensor) -> Tensor:
-    """Returns ``value`` times the loss's own gradient, a number.
+    """Returns ``value`` times ``grad``, the gradient of the loss, which is one number.
 
     A zero in ``value`` stays a zero. A loss that is divided by a count of 0 has an infinite gradient, and zero times
     infinity would be NaN. PyTorch's cross entropy also gives an ignored token the gradient 0 in this case.
@@ -230,7 +230,8 @@ def linear_cross_entropy(
         hidden: ``[..., K]``, float32, bfloat16 or float16.
         weight: the frozen head ``[V, K]``: a dense tensor of hidden's dtype, or a PackedWeight.
         labels: int64 ``[...]``, 0 to V - 1, or ``ignore_index``. The loss and the gradient of a token with the label
-            ``ignore_index`` are 0. The labels are not shifted.
+            ``ignore_index`` are 0. The function does not shift the labels: each label belongs to the row of hidden at
+            the same position.
         bias: ``[V]`` of hidden's dtype.
         lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
         lora_input: ``[..., K]`` of hidden's dtype: the adapter's input instead of hidden, such as ``dropout(hidden)``.
@@ -283,7 +284,7 @@ def linear_cross_entropy(
     needs = [torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
              for values in ((hidden, lora_input), (lora_A, lora_B), (bias,))]  # fmt: skip
     if not summed:
-        needs = [False] * 3  # the backward computes the gradients, when each token's factor is known
+        needs = [False] * 3  # for "none", the backward computes the gradients: it knows each token's factor
     if hidden.dtype is torch.float16:  # the adapter's gradients are sums over tokens, scaled only in the backward
         lora_A, lora_B = (value if value is None else value.float() for value in (lora_A, lora_B))
     labels, row_weight = labels.contiguous(), None

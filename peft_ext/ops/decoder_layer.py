@@ -7,11 +7,11 @@ The norms are RMSNorms, and each of the seven linear layers is computed as a lay
 has no public function: the fused decoder layers of :mod:`peft_ext.integrations` call the operator, with checked
 arguments.
 
-keys, values: ``[B, H, capacity, D]``, of which ``past`` tokens are filled. mask: bool ``[B, 1, T, past + T]`` or None,
-where each query sees all keys. tensors: the weights of the two norms, and the tensors of the layers q, k, v, o, gate,
-up and down, see :mod:`.layer_lists`. sizes: the number of the activation, whether the norms round before they multiply
-by the weight, and the sizes of the layers. numbers: eps of the two norms, the offset of the weights of the norms, the
-scale of attention, and the numbers of the layers.
+keys, values: ``[B, H, capacity, D]``, of which ``past`` tokens are filled. mask: bool ``[B, 1, T, past + T]``, or None;
+without a mask each query sees all keys. tensors: the weights of the two norms, and the tensors of the layers q, k, v,
+o, gate, up and down, see :mod:`.layer_lists`. sizes: the number of the activation, whether the norms round before they
+multiply by the weight, and the sizes of the layers. numbers: eps of the two norms, the offset of the weights of the
+norms, the scale of attention, and the numbers of the layers.
 """
 
 from __future__ import annotations

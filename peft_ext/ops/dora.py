@@ -7,10 +7,11 @@
 Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (with dropout
 on the base: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. Backward of the norm, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
-Saved for the backward: x, S, the seed and vectors, besides W, A and B; if dg is needed, Z, or on a CPU Y (``Z = Y/g``)
-for a caller that promises not to change Y; if the norm's gradient is needed, U.
+The forward saves x, S, the seed, vectors, W, A and B for the backward. If dg is needed, the forward also saves Z, or,
+on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/g``). If the norm's gradient is
+needed, the forward also saves U.
 
-Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant of the gradient.
+Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant in the backward.
 """
 
 from __future__ import annotations
@@ -271,21 +272,21 @@ def dora_linear(
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`peft_ext.ops.lora_linear`.
         magnitude: ``[N]``, of any float dtype. Where the norm is 0, g is 0, and the gradients through g are 0.
         dropout_mode: "lora": the dropout acts on the low-rank term alone. "peft": the dropout acts as in PEFT,
-            ``Y = x Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which takes a second base product, or on a CPU
-            for a small dropout and enough tokens, a product with the dropped elements alone. Without dropout,
+            ``Y = x Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second product with W, or on a
+            CPU for a small dropout and enough tokens, a product of W with the dropped elements alone. Without dropout,
             dropout_mode "lora" and dropout_mode "peft" give the same result.
         norm_grad: True: the gradient flows through the norm too. False: the norm is constant, as in the paper and in
             PEFT.
         weight_norm: ``[N]``, of any float dtype: the norm, if the caller knows the norm already
             (:func:`dora_weight_norm` of the weight in x's dtype); default: computed.
-        save_output: True: the caller promises not to change the result in place. Y is then saved instead of Z where Y
-            gives Z (on a CPU, without a bias and without dropout on the base), which saves T·N elements. Where g is 0
-            (in float16 below 1/64), the backward computes the part of Z again.
+        save_output: True: the caller promises not to change the result in place. With True, the forward saves Y instead
+            of Z if Z can be computed from Y (on a CPU, without a bias and without dropout on the base), which saves T·N
+            elements. For outputs with ``|g| < 2^-60`` (in float16 ``|g| < 2^-6``), the backward computes Z again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
     and bias, in their own dtypes. Saved for backward: x, S ``[T, R]`` float32, the seed and float32 vectors; if g needs
-    a gradient, Z ``[T, N]`` of x's dtype (with save_output Y, where Y gives Z); with norm_grad U ``[N, R]`` float32.
-    Under autocast x, bias and a dense weight are cast to the autocast dtype.
+    a gradient, Z ``[T, N]`` of x's dtype (with save_output Y, if Z can be computed from Y); with norm_grad U ``[N, R]``
+    float32. Under autocast x, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -55,8 +55,8 @@ def _backward_fake(grad, indices, lora_A, lora_B, scaling, padding_idx, needs_gr
     return lora_A.new_empty(lora_A.shape if needs_grad_A else 0), lora_B.new_empty(lora_B.shape if needs_grad_B else 0)
 
 
-# padding_idx in the schema is -1 for none, otherwise not negative. dtype is the dtype of a dense weight, or the dtype
-# to which a packed weight is decoded.
+# In the schema, padding_idx is -1 if there is no padding index, and is not negative otherwise. The argument dtype is
+# the dtype of a dense weight, or the dtype to which a packed weight is decoded.
 define(
     "lora_embedding",
     f"(Tensor indices, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, int padding_idx, ScalarType dtype)"
@@ -150,10 +150,10 @@ def lora_embedding(
             :func:`torch.nn.functional.embedding`. padding_idx does not change Y.
 
     Returns: ``[..., N]`` of the weight's dtype, contiguous. Sums are in float32 and rounded once. Gradients flow to
-    lora_A and lora_B; the gradients are dense tensors of the factors' dtypes. The CPU kernel sums the gradients of
-    repeated indices in order, so that the bits are the same for any number of threads. Saved for backward: indices,
-    lora_A and lora_B. Autocast changes nothing. On a GPU there is no kernel: PyTorch's operators run, which sum the
-    gradient of lora_A in no fixed order.
+    lora_A and lora_B; the gradients are dense tensors of the dtypes of lora_A and lora_B. The CPU kernel sums the
+    gradients of repeated indices in order, so that the bits are the same for any number of threads. Saved for backward:
+    indices, lora_A and lora_B. Autocast changes nothing. peft_ext has no kernel of lora_embedding for a GPU: PyTorch's
+    operators run, which sum the gradient of lora_A in no fixed order.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted. On a CPU, an index out of
     range raises IndexError, or RuntimeError in a compiled call.

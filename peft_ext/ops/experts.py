@@ -5,14 +5,14 @@
 
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved for the backward: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The weight of
-an expert without rows is not read, and its norm is not computed.
+Saved for the backward: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The operators
+do not read the weight of an expert without rows, and do not compute the norm of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
 the bias before rounding. A weight in another packed format is decoded to a dense weight before the kernel runs. For a
-dense bfloat16 weight with many rows, PyTorch's grouped product may run instead. The CUDA kernels read the number of an
-expert's rows on the device, so the host does not wait.
+dense bfloat16 weight and many rows, PyTorch's grouped product may run instead of the kernel. The CUDA kernels read the
+number of an expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -293,9 +293,9 @@ def dora_experts(
             (:func:`dora_experts_weight_norm` in x's dtype); default: computed for the experts that have rows.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude and
-    bias, in their own dtypes; the gradients of an expert without rows are 0. The gradient takes the norm as a constant.
-    Saved for backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]`` of x's
-    dtype. Autocast casts the same arguments as in :func:`lora_experts`.
+    bias, in their own dtypes; the gradients of an expert without rows are 0. The backward treats the norm as a
+    constant. Saved for backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]``
+    of x's dtype. Autocast casts the same arguments as in :func:`lora_experts`.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -315,18 +315,18 @@ def dora_experts_weight_norm(
     offsets: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert. The sum is not stored.
+    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert. The kernels do not store the sum.
 
     Args:
-        weight: frozen ``[E, N, K]``, as :func:`lora_experts` takes it. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``;
-            each of any float dtype and of any strides. scaling: a finite number.
+        weight: frozen ``[E, N, K]``, as in :func:`lora_experts`. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of
+            any float dtype and of any strides. scaling: a finite number.
         offsets: int32 or int64 ``[E]``, as in :func:`lora_experts`: the norms of experts without rows are not computed
             and are 0; default: the norms of all experts are computed.
         dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
             its own dtype is accepted.
 
-    Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows: DoRA holds the
-    norm constant.
+    Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows to lora_A and
+    lora_B, because DoRA treats the norm as a constant.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

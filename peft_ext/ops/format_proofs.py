@@ -1,9 +1,9 @@
-"""The proof of the formats of packed weights: one family for each format that kernels decode.
+"""The proof of the kernels that decode packed weights, with one family of kernels for each format.
 
-A format's family proves the kernels that decode the format: of a whole weight, of few tokens, and of many tokens in the
-forward and the backward. All operators on packed weights use these kernels. If a format fails, every operator computes
-calls with weights of this format by the reference, and calls with other weights still by the kernels. See
-:mod:`.prove`.
+The proof of a format's family calls the kernels that decode the format: the kernel that decodes a whole weight, and the
+kernels of linear layers for few and for many tokens, forward and backward. All operators on weights of a format use the
+kernels of the format's family. If a format fails, every operator computes calls with weights of this format by the
+reference, and calls with other weights still by the kernels. See :mod:`.prove`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ __all__ = ["CALLED", "FAMILIES", "families_in", "family_of", "listed", "takes_we
 
 CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operators that a format's proof calls
 
-# Least numbers of rows and columns of a proof's weight: more rows than a panel has, and two of the largest blocks.
+# Least numbers of rows and columns of a weight in a proof: more than the 64 rows that are decoded together, and two of
+# the largest blocks.
 ROWS, COLUMNS = 72, 512
 RAGGED = 6  # number of columns beyond a multiple of 32, in formats that allow such numbers of columns
 
@@ -35,13 +36,13 @@ Make = Callable[[ProofInputs, int, int], PackedWeight]
 
 
 def _bits(inputs: ProofInputs, *size: int, of: torch.dtype = torch.uint8) -> Tensor:
-    """Returns integers of any bits."""
+    """Returns random integers of the dtype ``of``."""
     kind = torch.iinfo(of)
     return inputs.integers(kind.min, kind.max + 1, *size).to(of)
 
 
 def _scales(inputs: ProofInputs, *size: int, of: torch.dtype = torch.float32) -> Tensor:
-    """Returns scales from 2^-7 to 2^-6, which each dtype of scales but e8m0 holds exactly."""
+    """Returns random scales from 2^-7 to 2^-6, which all dtypes of scales except e8m0 represent exactly."""
     return ((inputs.integers(8, 16, *size).float()) * 2.0**-10).to(of)
 
 
@@ -110,7 +111,8 @@ def _hqq(inputs: ProofInputs, n: int, k: int, bits: int, axis: int) -> PackedWei
     return int_groups.hqq(_bits(inputs, n * k * bits // 8), scale, zero, (n, k), bits=bits, axis=axis)
 
 
-# Of each type of GGUF that kernels decode: the places of a block's float16 scales. MXFP4 has a byte of e8m0 at 0.
+# For each type of GGUF that kernels decode: the offsets, in bytes, of the float16 scales in a block. A block of MXFP4
+# has no float16 scale: byte 0 is a scale in e8m0.
 _PLACES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ2_0": (64,), "MXFP4": (),
@@ -141,7 +143,7 @@ _WEIGHTS: dict[str, list[Make]] = {
     "nvfp4": [
         lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37),
         lambda inputs, n, k: _nvfp4(inputs, n, k, 37.0, reciprocal=True),
-        lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37, 1 / 90),  # the gate and the up of an expert
+        lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37, 1 / 90),  # one scale for gate, one for up
     ],
     "fp8": [_FP8, functools.partial(_fp8, block=(1, 0), of=torch.bfloat16), _ragged(_FP8),
             functools.partial(_fp8, block=(128, 128), of=torch.float8_e8m0fnu)],
@@ -173,7 +175,7 @@ def _calls(format: str, inputs: ProofInputs) -> Iterator[tuple[str, tuple]]:
     for make in _WEIGHTS[format]:
         weight = make(inputs, n, k)
         *parts, layout, shape = weight.op_args()
-        # The proof widens float tensors to float64, except a weight's scales, which it recognizes by their one
+        # The proof widens float tensors to float64, except a weight's scales, which the proof recognizes by their one
         # dimension.
         args = (*(None if part is None else part.flatten() for part in parts), layout, shape)
         yield "nf4_dequantize", (*args, inputs.dtype)
@@ -183,12 +185,15 @@ def _calls(format: str, inputs: ProofInputs) -> Iterator[tuple[str, tuple]]:
         yield "nf4_linear_backward", (inputs.draw(inputs.t, n), *args)
 
 
-# By family: the calls of its proof, as ``library.PROOFS`` has those of the operators' families.
+# By family of a format: the calls of the family's proof. ``library.PROOFS`` has the proofs of the operators' families.
 FAMILIES = {family_of(name): functools.partial(_calls, name) for name in _WEIGHTS}
 
 
 def listed(families: list[str]) -> str:
-    """Returns the names of families as text, with the number of the formats instead of the names of many formats."""
+    """Returns the names of families as text.
+
+    If more than three of the families are formats, the text has the number of the formats instead of their names.
+    """
     formats = [family for family in families if family in FAMILIES]
     if len(formats) <= 3:
         return ", ".join(families)

@@ -163,8 +163,8 @@ def grouped_lora_linear(
         lora_A: a list with ``[R_g, K]`` for each adapter g. lora_B: a list with ``[N, R_g]`` for each adapter g. The
             factors may have any float dtypes, and the ranks may differ.
         adapters: for each sample the index of its adapter, or -1 for none. Neighbouring samples of one adapter are
-            multiplied together; on a GPU, all samples of one adapter are. For ``torch.compile`` the indices are
-            constants: a call with other indices compiles another graph.
+            multiplied together; on a GPU, all samples of one adapter are multiplied together. For ``torch.compile`` the
+            indices are constants: a call with other indices compiles another graph.
         bias: ``[N]`` of x's dtype.
         scaling: a finite number for each adapter; default: ones.
 
@@ -213,7 +213,7 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
     for group in adapters:
         try:
             found.append(operator.index(group))
-        except (TypeError, RuntimeError):  # which one a tensor raises depends on torch's version
+        except (TypeError, RuntimeError):  # a tensor raises one or the other, by torch's version
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
         if not -1 <= found[-1] < count:
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")

@@ -4,8 +4,8 @@
 
 Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
-Saved for the backward: x, besides W, b and l; if l scales the output and dl is needed, Z, or on a CPU Y (``Z = Y/l``)
-for a caller that promises not to change Y.
+The forward saves x, W, b and l for the backward. If l scales the output and dl is needed, the forward also saves Z, or,
+on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/l``).
 
 Source: IA3 (arXiv 2205.05638).
 """
@@ -178,14 +178,14 @@ def ia3_linear(
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         ia3_l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float dtype.
         bias: ``[N]`` of x's dtype.
-        save_output: True: the caller promises not to change the result in place. On a CPU, Y is then saved instead of
-            Z for the gradient of an ia3_l that scales the output, which saves T·N elements. Where ia3_l is 0 (in
-            float16 below 1/64), the backward computes the part of Z again.
+        save_output: True: the caller promises not to change the result in place. With True, the forward on a CPU saves
+            Y instead of Z if ia3_l scales the output and needs a gradient, which saves T·N elements. For outputs with
+            ``|ia3_l| < 2^-60`` (in float16 ``|ia3_l| < 2^-6``), the backward computes Z again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
     own shapes and dtypes; saved for backward: x and, where ia3_l scales the output and needs a gradient,
-    ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype (with save_output on a CPU, Y). Under autocast x, bias and a dense weight
-    are cast to the autocast dtype.
+    ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype (with save_output on a CPU, Y instead of Z). Under autocast x, bias and a
+    dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

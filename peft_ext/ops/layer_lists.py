@@ -113,7 +113,7 @@ def listed(
         if len(values) != count:
             raise ValueError(f"{op}: {argument} has {len(values)} entries, wanted {count}, as weights")
     layers: list[tuple[list[Any], list[Any]]] = []
-    without_seed: list[int] = []  # layers whose seed is still to be drawn
+    without_seed: list[int] = []  # numbers of the layers whose seed must be drawn
     sizes: list[Any] = []
     numbers: list[float] = []
     is_wide = checks.wants_reference(x, *lora_As, *lora_Bs, *rank_scales)
@@ -143,7 +143,7 @@ def listed(
         *held, blocksize, shape = checks.weight_args(weight)
         layers.append(([*held, bias, lora_A, lora_B, rank_scale, seed if drops else None], [blocksize, *shape]))
         numbers += [float(scaling), float(p)]
-    if without_seed:  # on a GPU, one draw for all layers is one launch
+    if without_seed:  # on a GPU, one draw of all seeds is one kernel launch
         for i, seed in zip(without_seed, common.drawn_seeds(len(without_seed), x.device), strict=True):
             layers[i][0][-1] = seed
     tensors = [value for held, _ in layers for value in held if value is not None]

@@ -23,13 +23,14 @@ from .._ops import NAMESPACE
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# A frozen weight in a schema: dense (the optionals are None, layout 0) or packed (see PackedWeight.op_args). Single
-# tensors and one integer cost a call less than a list of tensors, a string and a list of integers: see docs/formats.md.
+# A frozen weight in a schema: dense (the optionals are None, layout 0) or packed (see PackedWeight.op_args). A call
+# with single tensors and one integer takes less time than a call with a list of tensors, a string and a list of
+# integers.
 WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? part4, int layout, SymInt[] shape"
 
 
 def is_dense(weight: Sequence[Any]) -> bool:
-    """Returns whether the arguments of ``WEIGHT`` are a dense weight. A packed weight may have one tensor, too."""
+    """Returns whether the arguments of ``WEIGHT`` are a dense weight: ``layout`` is 0."""
     return weight[5] == 0
 
 
@@ -44,7 +45,7 @@ class Operator:
 
     Attributes:
         reference: the function that runs where no kernel is registered.
-        family: name of a group of operators whose kernels are proved together, and switched off together.
+        family: name of a group of operators whose kernels are proved together, and dropped together.
         composed: whether the reference calls other operators and therefore runs on every device, so that the operator
             needs no kernel of its own.
         cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,
@@ -287,7 +288,7 @@ def by_reference(reference: Callable, *args: Any, **kwargs: Any) -> torch.Tensor
 
 
 def tokens(x: torch.Tensor) -> int | torch.SymInt:
-    """Returns T, the product of all dimensions of x but the last one, for a fake."""
+    """Returns T, the number of tokens of x: the product of all sizes of x but the last one."""
     count = 1
     for size in x.shape[:-1]:
         count = count * size

@@ -4,7 +4,7 @@
 
 Backward: ``P = dY (B∘ρ)``; ``dB = ρ ∘ dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``;
 ``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved for the backward: x, S and the seed, besides W, A, B and rank_scale. The
-backward computes the mask again.
+backward computes the dropout mask again.
 
 ``lora_residual`` adds the low-rank term to the result of a base layer of any kind: ``Y = residual + (S∘ρ) Bᵀ``;
 ``dresidual = dY``.
@@ -205,7 +205,7 @@ def lora_linear(
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
-        lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, float32 over a bfloat16 base included.
+        lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, for example float32 with a bfloat16 weight.
         bias: ``[N]`` of x's dtype.
         rank_scale: ``[R]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).

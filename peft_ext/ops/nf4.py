@@ -2,7 +2,8 @@
 
     w_i = code[q_i] · absmax[i // blocksize]          Y = X Wᵀ + b          dX = dY W
 
-Layout and rounding: :class:`peft_ext.NF4Weight`. Sources: QLoRA (arXiv 2305.14314), bitsandbytes' format.
+:class:`peft_ext.NF4Weight` describes the layout, and ``nf4_quantize`` the rounding. Sources: QLoRA (arXiv
+2305.14314), bitsandbytes' format.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ define(
 @proof("nf4")
 def _proof(inputs):
     x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
-    # Products of small integers are exact in every precision and order, so that the codes of a merge are equal.
+    # Products of small integers are exact in every precision and order, so that the kernel and the reference of a merge
+    # give equal codes.
     a, b = (inputs.integers(-4, 5, *size).float() * 0.125 for size in ((16, k), (n, 16)))
     factors = (a, b, None, 0.5)
     few = inputs.draw(3, k)
@@ -201,15 +203,15 @@ _nf4_linear = register_autograd("nf4_linear", _linear_backward, setup_context=_l
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """Quantizes a weight to NF4: the 4-bit codes and the float32 scales have the bits of bitsandbytes' result.
 
-    ``absmax_b = max |w|`` over each block of the flat tensor. Each element is encoded to the one of 16 codes that is
-    nearest to ``w · (1 / max(absmax, 1e-38))``; if two codes are equally near, to the lower code. With ``double_quant``
-    the scales, minus their mean, are quantized to 8 bits in blocks of 256.
+    ``absmax_b = max |w|`` over each block of the flat tensor. Each element gets the code, of the 16 NF4 codes, that is
+    nearest to ``w · (1 / max(absmax, 1e-38))``; if two codes are equally near, the element gets the lower code. With
+    ``double_quant`` the scales, minus their mean, are quantized to 8 bits in blocks of 256.
 
     Args:
         weight: any shape, float32, bfloat16, float16 (or float64, through float32); gradients do not flow.
         blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
-        double_quant: True: the scales are quantized too, which takes 4.127 instead of 4.5 bits a weight at blocksize
-            64.
+        double_quant: True: the scales are quantized too, so that an element of the weight takes 4.127 bits instead of
+            4.5 at blocksize 64.
 
     Raises:
         TypeError: a dtype or layout that is not supported. ValueError: blocksize.
@@ -243,8 +245,8 @@ def nf4_merge(
 
     Returns: the merged weight Q, double-quantized where ``nf4`` is, and the error ``‖Q − W'‖ / ‖W'‖`` (Frobenius) as a
     float64 tensor of no dimensions. The error is not finite where W' is not finite, and 0 where W' is 0. The arithmetic
-    is in float32, and no gradient flows. The error counts the 4-bit codes alone; double quantization of the scales adds
-    some 0.1% of W'.
+    is in float32, and no gradient flows. The error is that of the 4-bit codes alone; double quantization of the scales
+    adds an error of some 0.1% of W'.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
@@ -292,7 +294,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     """``Y = X Wᵀ + b`` over a frozen NF4 weight. W is rounded to x's dtype, as :func:`nf4_dequantize` rounds.
 
     For few tokens in 16 bits, a kernel may round the code values instead of the weights, and multiply sums of products
-    by the scales. Either way, a weight differs from code · scale by at most half a unit in the last place.
+    by the scales. In both ways of rounding, a weight differs from code · scale by at most half a unit in the last
+    place.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.
@@ -318,7 +321,8 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional
     """``Y = X Wᵀ + b`` over a frozen weight, dense or packed, computed by the operator ``peft_ext::nf4_linear``.
 
     On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel
-    of rows at a time. (PyTorch multiplies such a weight in a plain loop if the CPU has no AVX-512.) Y is rounded once.
+    of rows at a time. (If the CPU has no AVX-512, PyTorch multiplies with a 16-bit weight in a plain loop.) Y is
+    rounded once.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``: a dense tensor of x's dtype, or a

@@ -177,17 +177,17 @@ def rms_norm(
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: w ``[K]`` of any float dtype, or None: 1.
-        offset: 0 as in Llama, or 1 as in Gemma, which adds its weight to 1.
+        offset: 0 as in Llama, or 1 as in Gemma, whose factor is 1 plus the weight.
         round_before_weight: True: x̂ is rounded to x's dtype before x̂ is multiplied with the weight, as in
             transformers' Llama: ``weight * x̂.to(x.dtype)``. False: only the product is rounded, as in Gemma:
             ``(x̂ * (1 + w)).to(x.dtype)``.
 
     Returns: ``[..., K]`` of x's dtype, or, with ``round_before_weight``, of the dtype of PyTorch's product of w and x:
     float32 for a float32 weight (as PEFT's ``prepare_model_for_kbit_training`` makes) and 16-bit x. Sums are in
-    float32. A CPU kernel adds the squares to four vectors of the path's width in turn; on a GPU, each thread sums eight
-    columns at a time, and the sums of the threads are added. If the sum of squares has the bits of transformers' sum,
-    the result has the bits of transformers' result. Gradients flow to x and weight, in their own dtypes; saved for
-    backward: x, weight and one float32 number for each row. Autocast changes nothing.
+    float32. A CPU kernel adds the squares to four vectors of partial sums in turn; on a GPU, each thread sums eight
+    columns at a time, and the sums of the threads are added. If the kernel's sum of squares has the same bits as
+    transformers' sum, the result has the same bits as transformers' result. Gradients flow to x and weight, in their
+    own dtypes; saved for backward: x, weight and one float32 number for each row. Autocast changes nothing.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

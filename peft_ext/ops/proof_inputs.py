@@ -1,4 +1,4 @@
-"""Small random operands, from which each family of operators makes the calls that prove its kernels.
+"""Small random operands. From these operands, each family of operators makes the calls that prove the family's kernels.
 
 See :func:`.library.proof` and :mod:`.prove`.
 """
@@ -58,12 +58,13 @@ class ProofInputs:
 
 
 def widened(value: Any, dtype: torch.dtype) -> Any:
-    """Returns arguments with float64 tensors instead of float tensors, and float64 as the argument ``dtype``.
+    """Returns an operator's arguments with float tensors as float64 and with the dtype ``dtype`` as torch.float64.
 
-    The scales of a packed weight, which are the tensors of less than two dimensions after its codes, stay as they are.
+    The scales of a packed weight keep their dtype; they are the tensors of less than two dimensions that follow the
+    codes.
 
-    The process's precision of products (TF32, bfloat16) has no influence on a reference in float64, and the error of
-    the result is the kernel's alone.
+    In float64, the reference does not depend on the precision that the process sets for products (TF32, bfloat16), so
+    that a difference between the kernel and the reference is the kernel's error.
     """
     if isinstance(value, (list, tuple)):
         found, of_codes = [], False

@@ -1,18 +1,18 @@
-"""Proves kernels on the machine that they meet, and drops the families of kernels that fail.
+"""Proves kernels on the hardware on which the kernels first run, and drops the families of kernels that fail.
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
 reference in float64. A family fails if its kernels differ from the reference by more than rounding or raise an error.
-Time decides nothing; ``peft-ext doctor --measure`` measures the times. The operators of a failed family run the
-reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
+The proof ignores the speed of kernels; ``peft-ext doctor --measure`` measures the times. The operators of a failed
+family run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
 
 When a family is proved:
-    Until a family is proved, a gate in PyTorch's dispatcher stands before each of its kernels, so that no call reaches
-    an unproved kernel: neither a call of compiled code nor one of ``torch.ops``. The first call of an operator, the
-    first check of an accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove
-    the family and remove its gates. Later calls cost nothing. On a CPU, the proof of a family takes milliseconds. On a
-    GPU, the first proof of a family takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`; a
-    machine with many cores compiles all kernels at once); a line on stderr names each family. While a CUDA graph is
-    captured, nothing can be proved: the call of an unproved operator raises RuntimeError.
+    Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
+    no call reaches an unproved kernel, neither from compiled code nor from ``torch.ops``. The first call of an
+    operator, the first check of an accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model
+    needs, prove the family and remove its gates. Later calls have no gate. A family's proof takes milliseconds on a
+    CPU. On a GPU, a family's first proof takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`;
+    a machine with many cores compiles all kernels but those of packed weights at once); a line on stderr names each
+    family. While a CUDA graph is captured, a call of an unproved operator raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
@@ -27,9 +27,9 @@ Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path of a model of CPU, and once for each
         model of GPU, and again for another build of peft_ext, of torch or of torch's CUDA. The families that passed are
         saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
-        by the next process, because an error may have a passing cause. A family whose kernels ended a process by a
-        fault of the GPU is saved too, and stays dropped. ``always`` proves in every process and reads no saved result,
-        ``0`` proves nothing and agrees on nothing. Any other value of ``PEFT_EXT_PROVE`` raises ValueError.
+        by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
+        fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
+        result. With ``0``, no family is proved, and the ranks exchange no results. Any other value raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -65,15 +65,15 @@ __all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "proved_eag
 
 KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
 
-# By dispatch key and operator: the reason why the operator's kernel was dropped in this process. The operator runs the
-# reference.
+# By dispatch key and operator, or family of a format: why its kernels were dropped in this process. A dropped operator
+# runs the reference.
 DROPPED: dict[tuple[str, str], str] = {}
 
 CAPABILITY = (8, 0)  # compute capability of the oldest GPUs for which the library has kernels
-_FAULTS = " | faults"  # suffix of the cache key of the families whose kernels ended a process
+_FAULTS = " | faults"  # suffix of the key in proved.json of the families whose kernels ended a process
 
 # Numbers of tokens, input features and output features of the inputs, by dispatch key. On a GPU a family's first call
-# also gets inputs of the size LARGE, which take several blocks and other kernels.
+# is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
 SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024)
 
 # Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
@@ -87,14 +87,14 @@ QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each fu
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
-# By key, place and family: "", or the reason why the family failed at the place.
+# By dispatch key, place and family: "", or the reason why the family failed at the place.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-# By dispatch key and unproved family: the family's gates; None for a format, proved when the first weight is made.
+# By dispatch key and unproved family: its gates; None for a format's family, which the format's first weight proves.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
 _kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
-_overriding: list[torch.library.Library] = []  # each object keeps a registration that replaces kernels
+_overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
 _lock = threading.RLock()
-_proving = threading.local()  # `depth`: the number of proofs under way in this thread, whose weights are not proved
+_proving = threading.local()  # `depth`: number of proofs that run in this thread; above 0, a new weight starts no proof
 
 
 class Place(NamedTuple):
@@ -127,7 +127,7 @@ def arm() -> None:
     """Registers a gate before each native kernel. ``import peft_ext`` calls this function once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
-    with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden: the purpose here
+    with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden, as gates do
         warnings.simplefilter("ignore")
         for key in KEYS:
             for family, names in families(key).items():
@@ -163,7 +163,7 @@ def _meet(weight: packed.PackedWeight) -> None:
 
 
 def native_op(key: str, name: str) -> Callable[..., Any]:
-    """Returns a function that calls an operator's native kernel, past the gate."""
+    """Returns a function that calls an operator's native kernel without the gate."""
     kernel, keys = _kernels[key, name], torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return lambda *args: kernel.call_boxed(keys, *args)
 
@@ -188,8 +188,8 @@ def proved(device: str, *names: str) -> Optional[str]:
 
 
 def proved_eagerly(device: str, *names: str) -> Optional[str]:
-    """Returns what :func:`proved` returns, for a caller that knows that it is not compiled."""
-    unproved = _gates.get(device.upper())  # compiled code, which does not come here, has no guard on _gates
+    """Returns the result of :func:`proved`, for a caller that torch.compile never compiles."""
+    unproved = _gates.get(device.upper())  # compiled code, which never runs this line, has no guard on _gates
     if unproved and not unproved.keys().isdisjoint(wanted := _families_of(names)):
         if not torch._C._len_torch_dispatch_stack():
             settle(device.upper(), wanted)
@@ -214,8 +214,8 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     on a GPU without the formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set; KernelFault; torch.OutOfMemoryError if the proof finds no memory. After an error, the families are still
-    unproved.
+    is set; KernelFault; torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families
+    are still unproved.
     """
     asked = _asked()
     with _lock:  # other threads that need the family wait here for its proof
@@ -278,7 +278,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
             _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
-        _wait(place.device)  # an earlier fault of other kernels is not this family's
+        _wait(place.device)  # an earlier fault of other kernels must not count as this family's
         try:
             found[family] = prove(place.device, [family])[family]
         except KernelFault as fault:
@@ -303,7 +303,7 @@ def _asked() -> str:
 def _places(key: str) -> list[Place]:
     """Returns the CPU path in use, or one GPU of each model that this process sees, the current device first.
 
-    A GPU that is too old, or whose families are all saved, gets no CUDA context.
+    No CUDA context is made on a GPU that is too old, or for which the results of all families are saved.
     """
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
@@ -360,7 +360,7 @@ def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
     """Returns a function that calls the operator's kernel, or the reference for a weight of a format that failed."""
 
     def call(*args: Any) -> Any:
-        settle(key, [family])  # this function stands before the family's gate
+        settle(key, [family])  # this function replaces the family's gate
         failed = (key, name) in DROPPED or any((key, of) in DROPPED for of in format_proofs.families_in(args))
         return (OPERATORS[name].reference if failed else native_op(key, name))(*args)
 
@@ -448,7 +448,7 @@ def _key(place: Place) -> str:
 
 
 def _recall(place: Place) -> dict[str, str]:
-    """Returns the saved results: "" for a family that passed, and the reason for a family that faulted."""
+    """Returns a place's saved results: "" for a family that passed, and the reason for a family that faulted."""
     held, key = _held(), _key(place)
     passed, faulted = held.get(key), held.get(key + _FAULTS)
     found = dict.fromkeys(map(str, passed), "") if isinstance(passed, list) else {}
@@ -575,7 +575,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Returns the results and the arguments that the operator writes to. These arguments are copied before the call."""
+    """Calls ``function`` with copies of the arguments that it writes to. Returns its results and these copies."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
@@ -584,7 +584,7 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
 
 
 def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each: bool = False) -> str:
-    """Compares results. ``each``: whether every element is compared by itself, as decoded weights are."""
+    """Returns how results differ, or "". ``each``: whether every element is compared alone, as in decoded weights."""
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"

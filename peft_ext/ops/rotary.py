@@ -2,10 +2,10 @@
 
     y = x ∘ cos + rotate_half(x) ∘ sin        rotate_half((x₁, x₂)) = (-x₂, x₁), halves of a head
 
-Backward: ``dX = dY ∘ cos + rotate_half⁻¹(dY ∘ sin)``; the halves of cos, and of sin, need not be the same.
+Backward: ``dX = dY ∘ cos + rotate_half⁻¹(dY ∘ sin)``; the two halves of cos, and the two halves of sin, may differ.
 Saved for the backward: cos and sin.
 
-Source: RoFormer (arXiv 2104.09864), in the halves' form of transformers' Llama.
+Source: RoFormer (arXiv 2104.09864), in the form of transformers' Llama, which rotates the halves of a head.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
-    Source: RoFormer (arXiv 2104.09864), in the halves' form of transformers' Llama.
+    Source: RoFormer (arXiv 2104.09864), in the form of transformers' Llama, which rotates the halves of a head.
     """
     checks.check_rotary("rotary_embedding", q, k, cos, sin)
     if checks.wants_reference(q):

@@ -9,8 +9,8 @@ Saved for the backward: x, S of each layer, and the seeds, besides the weights a
 On the CPU paths with bfloat16 tiles, x is packed once for all weights that the tiles multiply. If the panels of the
 layers' weights fit into a core's cache together, the layers' terms of dX are summed in float32 and rounded once;
 otherwise each layer's dX is added to the rounded sum of the layers before. On a GPU, one pass over a 16-bit x computes
-the S_i of layers with up to 32 ranks, and one pass computes their gradients of A_i. The backward on a GPU writes the
-low-rank terms of dX first, and adds the products with the weights to these terms.
+the S_i of layers with up to 32 ranks, and one pass computes the gradients of A_i of these layers. The backward on a GPU
+writes the low-rank terms of dX first, and adds the products with the weights to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """

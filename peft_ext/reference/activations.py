@@ -58,7 +58,7 @@ def _halves(gate: Tensor, up: Optional[Tensor]) -> tuple[Tensor, Tensor]:
 def gated_activation_forward(gate: Tensor, up: Optional[Tensor], activation: str) -> Tensor:
     """Returns ``act(gate) ∘ up``, computed in float32 (float64 for float64 inputs) and rounded once to gate's dtype.
 
-    With up None, ``gate`` holds both factors side by side: the first half of the last dimension is gate, the second up.
+    With up None, ``gate`` holds both factors: the first half of its last dimension is gate, and the second half is up.
     """
     wide = sum_dtype(gate.dtype)
     first, second = _halves(gate, up)
@@ -70,7 +70,8 @@ def gated_activation_backward(
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Returns the gradients of gate and up: ``dY ∘ up ∘ act'(gate)`` and ``dY ∘ act(gate)``.
 
-    With up None, the first result holds both gradients side by side, and the second result is None.
+    With up None, the first result holds the gradients of both halves, one after the other, and the second result is
+    None.
     """
     wide = sum_dtype(gate.dtype)
     first, second = (value.to(wide) for value in _halves(gate, up))

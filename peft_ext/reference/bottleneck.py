@@ -48,11 +48,11 @@ def bottleneck_adapter_forward(
 def bottleneck_adapter_backward(
     grad: Tensor, x: Tensor, u: Tensor, down_weight: Tensor, up_weight: Tensor, scale: float, activation: str, own: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, down_weight, down_bias, up_weight and up_bias. With ``dU = s · dY V ∘ act'(U)``:
+    """Returns the gradients of x, down_weight, down_bias, up_weight and up_bias.
 
-    ``dX = dU D`` (plus dY if ``own``, that is if x is the residual), ``dD = dUᵀ x``, ``db_d = Σ dU``,
-    ``dV = s · dYᵀ H``, ``db_v = s · Σ dY``. The biases' gradients are float32, or float64
-    for float64 inputs.
+    With ``dU = s · dY V ∘ act'(U)``: ``dX = dU D`` (plus dY if ``own``, that is if x is the residual), ``dD = dUᵀ x``,
+    ``db_d = Σ dU``, ``dV = s · dYᵀ H``, ``db_v = s · Σ dY``. The biases' gradients are float32, or float64 for float64
+    inputs.
     """
     wide = sum_dtype(x.dtype)
     flat, u = rows(grad).to(wide), u.to(wide)

@@ -11,8 +11,8 @@ from ..weights.packed import PackedWeight
 from .nf4 import nf4_dequantize
 from .philox import dropout_keep_mask
 
-# If an output's scale is smaller than this, dividing the output by the scale would lose precision (a float16 output may
-# be subnormal or 0). The backward then computes the unscaled output again from x.
+# If the scale of an output is smaller than SMALLEST_SCALE, dividing the output by the scale would lose precision (a
+# float16 output may be subnormal or 0). For such an output, the backward computes the unscaled output again from x.
 SMALLEST_SCALE = 2.0**-6
 
 
@@ -51,7 +51,7 @@ def dropout_seed(
 
 
 def drawn_seeds(count: int, device: torch.device | str) -> tuple[Tensor, ...]:
-    """Returns ``count`` seeds that PyTorch's generator of the device draws, on a GPU in one launch. On a CPU the seeds
-    are those that ``count`` calls would draw one after another.
+    """Returns ``count`` seeds that PyTorch's generator of the device draws, with one kernel launch on a GPU. On a CPU
+    the seeds equal those that ``count`` calls would draw one after another.
     """
     return torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device).unbind(0)

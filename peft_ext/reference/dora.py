@@ -2,8 +2,8 @@
 
     g = magnitude / ‖W + s·B A‖  per row           Z = x Wᵀ + s·S Bᵀ,  S = x̃ Aᵀ           Y = g∘Z + b
 
-The functions below compute the norm without the sum ``W + s·B A``: ``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with
-``U = W Aᵀ``.
+The functions of this module compute the norm without the sum ``W + s·B A``:
+``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with ``U = W Aᵀ``.
 
 Source: DoRA (arXiv 2402.09353). Section 4.3 of the paper treats the norm as a constant in the backward.
 """
@@ -62,9 +62,10 @@ def dora_weight_norm_backward(
     scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of lora_A and lora_B. With ``c = grad / n`` for each row, and c = 0 where n = 0:
+    """Returns the gradients of lora_A and lora_B.
 
-    ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
+    With ``c = grad / n`` for each row, and c = 0 where n = 0: ``dB = c∘(s U + s² B A Aᵀ)``,
+    ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
     """
     wide = norm.dtype
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)
@@ -138,11 +139,11 @@ def dora_linear_backward(
     seed: Optional[Tensor],
     drop_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns the gradients of x, lora_A, lora_B and g. g's gradient is None if z is None.
+    """Returns the gradients of x, lora_A, lora_B and g. The gradient of g is None if z is None.
 
     With ``G = g∘dY`` and ``P = s G B``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = s Gᵀ S``,
     ``dg = Σ_t dY∘Z``. With ``drop_base``: ``dX = dY W + mask/(1-p) ∘ ((G - dY) W + P A)``. If ``z_is_scaled``, the
-    argument z is Y, and ``Z = Y / g``; where g is small, Z is computed again from x and S.
+    argument z is Y, and ``Z = Y / g``; where ``|g| < SMALLEST_SCALE``, Z is computed again from x and S.
     """
     wide = sum_dtype(x.dtype)
     w, g = dense(weight, x.dtype).to(wide), out_scale.to(wide)

@@ -56,9 +56,10 @@ def lora_embedding(
 def lora_embedding_backward(
     grad: Tensor, indices: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: Optional[int] = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of lora_A and lora_B. With ``P = s · dY B``:
+    """Returns the gradients of lora_A and lora_B.
 
-    ``dA[:, v] = Σ P[t]`` over all t with ``i[t] = v``, and 0 where v is ``padding_idx``; ``dB = s · dYᵀ S``.
+    With ``P = s · dY B``: ``dA[:, v] = Σ P[t]`` over all t with ``i[t] = v``, and 0 where v is ``padding_idx``;
+    ``dB = s · dYᵀ S``.
     """
     wide = sum_dtype(torch.promote_types(grad.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype)))
     g, flat = rows(grad).to(wide), indices.reshape(-1).long()

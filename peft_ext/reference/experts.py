@@ -61,7 +61,7 @@ def _of(values: Optional[Tensor], expert: Union[int, slice]) -> Optional[Tensor]
 
 
 def seed_of(seed: Optional[Tensor], expert: int) -> Optional[Tensor]:
-    """Returns the dropout seed of an expert, whose offset is increased by the expert's number.
+    """Returns the dropout seed of an expert: ``seed`` with the expert's number added to the second number of ``seed``.
 
     Element 0 of an expert's dropout mask is the first element of the first row of this expert.
     """
@@ -80,10 +80,10 @@ def lora_experts_forward(
     seed: Optional[Tensor],
     out_scale: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. Rows of no expert are zeros.
+    """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. Rows that belong to no expert are zeros.
 
     S is ``dropout(x_t) A_eᵀ``, and Z is the value that DoRA's g multiplies. With out_scale, which is DoRA's g
-    ``[E, N]``, the adapters are DoRA adapters. S is ``[0]`` without adapters, and Z is ``[0]`` without out_scale.
+    ``[E, N]``, the adapters are DoRA adapters. Without adapters S is empty, and without out_scale Z is empty.
     """
     wide = sum_dtype(x.dtype)
     y = x.new_zeros(x.shape[0], weight.shape[1])
@@ -165,8 +165,8 @@ def lora_experts(
         else:
             parts.append(lora_linear(x[rows], own, lora_A[expert], lora_B[expert], b, scaling=scaling,
                                      dropout_p=dropout_p, training=training, seed=seed_of(seed, expert)))  # fmt: skip
-    # The last term gives zeros for the rows of no expert. If no expert has a row, the last term also connects the
-    # result with x in the autograd graph.
+    # The last term gives zeros for the rows that belong to no expert. If no expert has a row, the last term also
+    # connects the result with x in the autograd graph.
     return torch.cat([*parts, x[end:, :1] * x.new_zeros(weight.shape[1])])
 
 

@@ -48,10 +48,10 @@ def ia3_linear_backward(
     z_is_scaled: bool,
     feedforward: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Returns the gradients of x and ia3_l. ia3_l's gradient is None if ia3_l scales the output and z is None.
+    """Returns the gradients of x and ia3_l. The gradient of ia3_l is None if ia3_l scales the output and z is None.
 
-    With ``U = dY W``: feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``. If
-    ``z_is_scaled``, the argument z is Y, and ``Z = Y / l``; where l is small, Z is computed again from x.
+    With ``U = dY W``: feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``; output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``. If
+    ``z_is_scaled``, the argument z is Y, and ``Z = Y / l``; where ``|l| < SMALLEST_SCALE``, Z is computed again from x.
     """
     wide = sum_dtype(x.dtype)
     w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)

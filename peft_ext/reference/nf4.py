@@ -69,7 +69,7 @@ def _thresholds(code: Tensor) -> Tensor:
 def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Returns ``(packed, absmax)`` of the flat weight.
 
-    A tie takes the lower code. All elements of a block with a NaN get code 15.
+    An element that is equally near to two codes gets the lower code. All elements of a block with a NaN get code 15.
 
     A full block is multiplied by ``1 / max(absmax, 1e-38)``. A tail block is divided by ``max(absmax, 1e-38)``, which
     is also its stored absmax.
@@ -93,9 +93,9 @@ def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 def quantize_absmax(centred: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Returns 8-bit codes and float32 scales of ``centred = absmax - offset``, in blocks of 256 elements.
 
-    Each element gets the exactly nearest value of ``code``, as in bitsandbytes' CUDA kernel; a tie takes the lower
-    code. bitsandbytes' CPU kernel looks an element up in 65,536 bins, and finds another code for about 0.2% of
-    elements.
+    Each element gets the exactly nearest value of ``code``, as in bitsandbytes' CUDA kernel; an element that is equally
+    near to two values gets the lower code. bitsandbytes' CPU kernel looks an element up in 65,536 bins, and finds
+    another code for about 0.2% of the elements.
     """
     flat = centred.detach().float()
     blocks = -(-flat.numel() // NESTED_BLOCKSIZE)
@@ -139,8 +139,8 @@ def dequantize(
 def dequantize_merged(*args: Any) -> Tensor:
     """Returns ``g ∘ (W + s · B A)``, computed in float32 and rounded once to ``dtype``.
 
-    The order of the steps is: ``B A``, times s, plus the dequantized W, times g. ``lora_A [R, K]``, ``lora_B [N, R]``,
-    ``row_scale`` g ``[N]``, or None for ones.
+    The order of the steps is: ``B A``, times s, plus the dequantized W, times g. The arguments after the weight are
+    ``lora_A [R, K]``, ``lora_B [N, R]``, ``row_scale`` (g ``[N]``, or None for ones), ``scaling`` (s) and ``dtype``.
     """
     *weight, lora_A, lora_B, row_scale, scaling, dtype = args
     return merged_of(dequantize(*weight, torch.float32), lora_A, lora_B, row_scale, scaling).to(dtype)
@@ -166,9 +166,9 @@ def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def scale_mean(absmax: Tensor) -> Tensor:
     """Returns the mean of the scales, float32, 0-d, with equal bits for every number of threads and every device.
 
-    The scales are summed as integers, so that the order of the sum does not change the result. The unit is at most 2⁻⁴⁰
-    of the largest scale if there are fewer than 2²¹ scales. PyTorch's mean, which bitsandbytes uses, depends on the
-    number of threads; bitsandbytes' last bit may therefore differ.
+    The scales are summed as integers, so that the order of the sum does not change the result. The unit of the integers
+    is at most 2⁻⁴⁰ of the largest scale if there are fewer than 2²¹ scales. PyTorch's mean, which bitsandbytes uses,
+    depends on the number of threads, so the last bit of bitsandbytes' mean may differ.
     """
     if absmax.numel() == 0:
         return absmax.new_zeros(())

@@ -28,8 +28,7 @@ __all__ = [
 def rms_norm_dtype(x: Tensor, weight: Optional[Tensor], round_before_weight: bool) -> torch.dtype:
     """Returns the output dtype of an RMSNorm.
 
-    The dtype is x's, or with ``round_before_weight`` the dtype of PyTorch's product of a tensor of x's dtype and the
-    weight.
+    The output has x's dtype, or with ``round_before_weight`` the dtype of PyTorch's product of x and the weight.
     """
     if weight is None or not round_before_weight:
         return x.dtype

@@ -1,10 +1,10 @@
 """Counter-based dropout: Philox4x32-7 with one 16-bit draw per element.
 
-Element ``i`` (flat, row-major) takes draw ``i % 8`` of the block with counter
+Element ``i`` (flat, row-major) uses draw ``i % 8`` of the block with counter
 ``(g mod 2^32, g div 2^32, offset mod 2^32, offset div 2^32)``, ``g = i // 8``, and key
-``(seed mod 2^32, seed div 2^32)``. Draw ``j`` is the low (``j`` even) or high half of 32-bit word ``j // 2``.
-Dropout keeps the element if ``draw >= round(p * 65536)``. The mask is a function of (seed, offset, p, i), so that the
-backward computes the mask again instead of storing it.
+``(seed mod 2^32, seed div 2^32)``. Draw ``j`` is the low half (``j`` even) or the high half (``j`` odd) of 32-bit word
+``j // 2`` of the block. Dropout keeps the element if ``draw >= round(p * 65536)``. The mask is a function of (seed,
+offset, p, i), so that the backward computes the mask again instead of storing it.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): seven rounds are the fewest of
 Philox4x32 that pass BigCrush.
@@ -29,7 +29,7 @@ def dropout_threshold(p: float) -> int:
 
 
 def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Returns the high and low 32 bits of a 64-bit product, by 16-bit halves, as int64 has no unsigned product."""
+    """Returns the high and low 32 bits of ``a * multiplier``, from 16-bit halves, because int64 products are signed."""
     low = a * (multiplier & 0xFFFF)
     high = a * (multiplier >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

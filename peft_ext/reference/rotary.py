@@ -16,8 +16,9 @@ __all__ = ["rotary_embedding", "rotary_embedding_backward", "rotated_like"]
 
 
 def rotated_like(x: Tensor) -> Tensor:
-    """Returns an uninitialized tensor of x's shape: like ``torch.empty_like(x)`` if the last stride is then 1, else
-    contiguous."""
+    """Returns an uninitialized tensor of x's shape: ``torch.empty_like(x)`` if the last stride of this tensor is 1,
+    else a contiguous tensor.
+    """
     y = torch.empty_like(x)
     return y if y.stride(-1) == 1 else x.new_empty(x.shape)
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' FP4: NF4's layout with the 16 values of a 4-bit float.
+"""bitsandbytes' FP4: the layout of NF4, with the 16 values of a 4-bit float as codes.
 
 Source: bitsandbytes' ``get_4bit_type("fp4")`` and ``dequantize_4bit``.
 """

@@ -18,11 +18,11 @@ __all__ = ["FP8", "block_size", "fp8", "from_compressed_tensors", "from_transfor
 
 _ALL = 63  # log2 of the size of a block that has all rows or columns, as kAll in csrc/weight/formats/fp8.h says
 _MAX = torch.finfo(torch.float8_e4m3fn).max
-_CHUNK = 1 << 22  # elements of a weight that quantize_fp8 holds in float32 at a time
+_CHUNK = 1 << 22  # number of elements of a weight that quantize_fp8 holds in float32 at a time
 
 
 def _shift(what: str, size: int) -> int:
-    """Returns log2 of the number of rows or columns of a block; 0 stands for all rows or columns."""
+    """Returns log2 of ``size``, the number of rows or columns of a block; ``_ALL`` for a size of 0, which means all."""
     if type(size) is not int or size < 0 or size & (size - 1) or size >= 1 << 32:
         raise ValueError(f"PackedWeight: fp8 has blocks of {size!r} {what}, wanted a power of two, or 0 for all {what}")
     return size.bit_length() - 1 if size else _ALL
@@ -140,14 +140,14 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
     """Quantizes a weight to FP8, with the bits of transformers' ``Fp8Quantize``.
 
     ``scale = 1 / (448 / max |block|)`` and ``code = e4m3(clamp(w · (448 / max |block|), -448, 448))`` in float32, to
-    nearest, ties to even. The scale of a block of zeros is 1. transformers leaves a weight unquantized if its blocks
-    are incomplete; here the elements that lack in a block do not count.
+    nearest, ties to even. The scale of a block of zeros is 1. transformers does not quantize a weight that has an
+    incomplete block; this function computes the scale of an incomplete block from the elements that the block has.
 
     Args:
         weight: float ``[N, K]`` or ``[E, N, K]``.
         rows, columns: size of a block: powers of two, or 0 for all rows or columns.
 
-    The function holds at most one chunk of rows in float32 at a time, besides a block's rows.
+    The function holds one chunk of rows in float32 at a time: at least the rows of one block.
     """
     row_shift, column_shift = _shift("rows", rows), _shift("columns", columns)
     if weight.dim() == 3:

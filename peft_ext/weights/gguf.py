@@ -1,8 +1,8 @@
-"""GGUF: the quantized tensors of llama.cpp's files, as the bytes of the file.
+"""GGUF: packed weights that hold the quantized tensors of llama.cpp's files, with the bytes of the file.
 
 A row of a weight is a whole number of blocks. A block holds 32 to 256 columns: codes of 1 to 8 bits with scales. The
-values are those of the Python package gguf (``gguf/quants.py``), in float32. Kernels decode the types for which
-:func:`has_kernel` is True; the reference decodes the other types with the package gguf.
+decoded values equal those of the Python package gguf (``gguf/quants.py``), in float32. Kernels decode the types for
+which :func:`has_kernel` is True; for the other types, ``dequantize`` calls the package gguf.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "type_number",
 ]
 
-_FIRST = 64  # number of the format of ggml's type 0
+_FIRST = 64  # the format of ggml's type t has the number _FIRST + t
 
 
 class GgmlType(NamedTuple):
@@ -97,7 +97,7 @@ def dense_dtype(type: int | str) -> Optional[torch.dtype]:
 
 
 def has_kernel(type: int | str) -> bool:
-    """Returns whether peft_ext's kernels decode the type. If not, the reference decodes the type, with package gguf."""
+    """Returns whether peft_ext's kernels decode the type. Other types are decoded by the package gguf."""
     number = type_number(type)
     return number in TYPES and TYPES[number].kernel
 
@@ -213,7 +213,7 @@ def from_gguf_linear(module: Any, dtype: torch.dtype = torch.float32) -> PackedW
 
 
 def llama_row_order(rows: int, heads: int) -> Tensor:
-    """Returns the order int64 ``[rows]`` in which transformers' q_proj or k_proj takes the rows of a GGUF file.
+    """Returns int64 ``[rows]``: the order of a GGUF file's rows in the weight of transformers' q_proj or k_proj.
 
     llama.cpp's converter interleaves the two halves of each head's rows, for architecture "llama" (Llama, Mistral and
     models of the same layers). Row i of transformers' weight is row ``order[i]`` of the file's ``attn_q`` or
@@ -231,7 +231,7 @@ def llama_row_order(rows: int, heads: int) -> Tensor:
 def permuted_rows(weight: PackedWeight, order: Tensor) -> PackedWeight:
     """Returns a copy of a GGUF weight ``[N, K]`` whose row i is row ``order[i]`` of ``weight``.
 
-    Whole rows of bytes move; no value is decoded or quantized.
+    The function copies whole rows of bytes, and decodes or quantizes no value.
 
     Raises ValueError for another format, for a stacked weight, or if ``order`` does not hold N row numbers.
     """

@@ -1,12 +1,13 @@
 """Quantizes to GGUF's types with searched scales: Q2_K to Q6_K, IQ4_NL and IQ4_XS, in plain PyTorch.
 
-A group of 16 or 32 columns gets the scale, or the scale and the offset, with the least weighted error among those that
-fit the codes of a few trial scales. The scales of a block of 256 columns are then rounded to 4 to 8 bits, and the codes
-are rounded again for the rounded scales.
+For a group of 16 or 32 columns, a few trial scales give codes, and a least-squares fit to these codes gives a scale, or
+a scale and an offset. The fit with the least weighted error is used. For Q3_K, single codes of one trial scale are
+changed while the error falls. In blocks of 256 columns, the scales of the groups are then rounded to 4 to 8 bits, and
+the codes are rounded again for the rounded scales.
 
-Layout: ``x[n, G]`` float32 holds G groups of n columns, one column a row, so that an operation handles all groups.
-All sums run over the columns in order, in float32, so that the bits are those of llama.cpp on a processor without
-fused multiply-add.
+Layout: the float32 tensor ``x[n, G]`` has one group in each of its G columns, so that an operation handles all groups.
+All sums over the n elements of a group run in order, in float32, so that the bits are those of llama.cpp on a processor
+without fused multiply-add.
 
 Source: llama.cpp ggml-quants.c (``quantize_row_*_ref``, ``quantize_iq4_nl``, ``quantize_iq4_xs``), without importance
 weights.
@@ -42,7 +43,7 @@ def _codes(values: Tensor, low: int, high: int) -> Tensor:
 
 
 def _summed(terms: Tensor) -> Tensor:
-    """Returns the sums over the columns, added in the columns' order."""
+    """Returns the sums over dimension 0, added in order."""
     total = terms[0].clone()
     for term in terms[1:]:
         total += term
@@ -59,13 +60,13 @@ def _over(number: float, values: Tensor) -> Tensor:
 
 
 def _steps(start: float, step: float, count: int, add: int) -> list[float]:
-    """Returns ``start + step · i + add`` for i = 0 ... count, each operation rounded to float32."""
+    """Returns ``start + step · i + add`` for i from 0 to ``count``, each operation rounded to float32."""
     step = _float32(step)
     return [_float32(_float32(_float32(start) + _float32(step * i)) + add) for i in range(count + 1)]
 
 
 def _first_largest(values: Tensor) -> Tensor:
-    """Returns the value with the largest absolute value, the first of equals, over dimension 0."""
+    """Returns, over dimension 0, the value with the largest absolute value, and the first one if several are equal."""
     return values.gather(0, values.abs().argmax(0, keepdim=True))[0]
 
 
@@ -91,16 +92,16 @@ class _Searched(NamedTuple):
 
 
 def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: int, absolute: bool) -> _Searched:
-    """Searches ``x ≈ scale · code − offset`` with codes 0 ... most and ``offset >= 0``.
+    """Searches ``x ≈ scale · code − offset`` with codes from 0 to ``most`` and ``offset >= 0``.
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
-    error for these codes. The scale and offset of the minimum and the maximum are a trial, too. The result is the trial
-    with the least error.
+    error for these codes. The scale and the offset that give the minimum the code 0 and the maximum the code ``most``
+    are a trial, too. The result is the trial with the least error.
 
     Args:
         weights: weight of each column's error.
         start: the first trial scale is ``(largest − smallest) / (most + start)``; each next one adds 0.1 to ``start``.
-        count: number of further trial scales.
+        count: number of trial scales after the first.
         absolute: whether absolute errors are compared, instead of squares.
     """
 
@@ -138,7 +139,7 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
 
 def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Searches ``x ≈ scale · (code − most)`` with codes 0 ... 2 · most − 1 and errors weighted by x².
+    """Searches ``x ≈ scale · (code − most)`` with codes from 0 to ``2 · most − 1`` and errors weighted by x².
 
     The trial scales are near the scale with which the value with the largest absolute value has the code 0.
     Returns scales ``[G]`` and codes float ``[n, G]``.
@@ -170,9 +171,10 @@ def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Searches ``x ≈ scale · (code − most)`` as :func:`_search_scale`, in at most 5 rounds over the codes.
+    """Searches ``x ≈ scale · (code − most)``, like :func:`_search_scale`, in at most 5 rounds over the codes.
 
-    A round changes one code after another, where the change lowers the error with the best scale for all codes.
+    A round tries a new value for one code after another, and keeps the value if the error with the best scale for all
+    codes is then lower.
     """
     largest = _first_largest(x)
     zero = largest.abs() < _LEAST
@@ -199,7 +201,7 @@ def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_iq4() -> tuple[Tensor, Tensor]:
-    """Returns two tables ``[512]`` with the index ``floor(2 · x) + 256``: code and value of ``_IQ4`` nearest to x.
+    """Returns tables ``[512]`` of codes and values of ``_IQ4`` nearest to x. The index is ``floor(2 · x) + 256``.
 
     The codes are uint8, the values float32. The borders between the codes are multiples of 1/2. If two values are
     equally near, the tables have the larger value.
@@ -247,7 +249,7 @@ def _grouped(rows: Tensor, size: int) -> Tensor:
 
 
 def _blocks(codes: Tensor) -> Tensor:
-    """Returns codes float ``[n, G]`` as uint8 ``[B, 256]``, a block a row."""
+    """Returns codes float ``[n, G]`` as uint8 ``[B, 256]``, with one block in each row."""
     return codes.t().reshape(-1, 256).to(torch.uint8)
 
 
@@ -275,7 +277,9 @@ def _four_bits(codes: Tensor, apart: int) -> Tensor:
 def _bytes_of_scales(scales: Tensor, offsets: Tensor) -> Tensor:
     """Returns 6-bit scales and offsets uint8 ``[B, 8]`` as the 12 bytes of Q4_K and Q5_K.
 
-    The first four scales and offsets are whole bytes, whose upper two bits hold the upper bits of the last four.
+    The first eight bytes have the first four scales and the first four offsets in their lower six bits, and the upper
+    two bits of the last four scales and offsets in their upper two bits. The last four bytes have the lower four bits
+    of the last four scales and offsets.
     """
     first, last, first_offset, last_offset = scales[:, :4], scales[:, 4:], offsets[:, :4], offsets[:, 4:]
     return torch.cat([first | last >> 4 << 6, first_offset | last_offset >> 4 << 6,
@@ -310,7 +314,7 @@ def _q3_k(rows: Tensor) -> Tensor:
     d = torch.where(largest != 0, _over(1, inverse), 0.0)
     scale = (_rounded_to_half(d)[:, None] * six).view(-1)
     codes = torch.where(scale != 0, _codes(x / scale, -4, 3) + 4, codes)
-    # A block without scales has the bytes 0 for its scales, which stand for -32.
+    # If all scales of a block are 0, the block stores code 0 for each scale, and code 0 stands for -32.
     six = (six + 32).to(torch.uint8)
     packed = _blocks(codes)
     bits = (packed > 3).to(torch.uint8).view(-1, 8, 32)
@@ -323,7 +327,8 @@ def _q3_k(rows: Tensor) -> Tensor:
 def _with_offsets(rows: Tensor, most: int, start: float, count: int) -> tuple[Tensor, Tensor]:
     """Returns the codes uint8 ``[B, 256]``, and the first 16 bytes of the blocks, of Q4_K and Q5_K."""
     x = _grouped(rows, 32)
-    # A square root in float64 is rounded correctly to float32; PyTorch's square roots in float32 are not always.
+    # A square root in float64 is rounded correctly to float32; PyTorch's square roots in float32 are not always rounded
+    # correctly.
     mean = (_summed(x * x) / 32).double().sqrt().float()
     found = _search_offset(x, mean + x.abs(), most, start, count, absolute=False)
     scales, offsets = found.scale.view(-1, 8), found.offset.view(-1, 8)
@@ -388,7 +393,8 @@ def _iq4_xs(rows: Tensor) -> Tensor:
     return torch.cat([_half_bytes(d), high, low, _four_bits(_blocks(codes), 16)], 1)
 
 
-# Name of a type -> function from float32 rows [N, K] to the blocks' bytes, uint8 [N · K / columns, bytes].
+# Name of a type -> the function that quantizes float32 rows [N, K] to the bytes of the blocks, uint8
+# [N · K / columns, bytes].
 QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip

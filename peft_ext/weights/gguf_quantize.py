@@ -13,13 +13,13 @@ from .gguf_k_quants import QUANTIZERS
 
 __all__ = ["QUANTIZED_BY_GGUF", "can_quantize", "is_finite", "quantize_gguf"]
 
-# Types that quantize_gguf quantizes with the package gguf.
+# Types to which quantize_gguf quantizes with the package gguf.
 QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
-_CHUNK = 1 << 19  # elements that are quantized at a time, so that a chunk's tensors stay in a core's cache
+_CHUNK = 1 << 19  # number of elements that are quantized at a time, so that a chunk's tensors stay in a core's cache
 
 
 def can_quantize(type: int | str) -> bool:
-    """Returns whether :func:`quantize_gguf` makes the type."""
+    """Returns whether :func:`quantize_gguf` can quantize to the type."""
     number = type_number(type)
     return number not in TYPES or TYPES[number].name in (*QUANTIZED_BY_GGUF, *QUANTIZERS)
 
@@ -37,8 +37,8 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
         ValueError: there is no quantizer for the type, K is not a multiple of the type's block, or a value is NaN or
             infinite.
 
-    Source: gguf ``quants.py`` (``quantize``), whose bits the types in ``QUANTIZED_BY_GGUF`` have; llama.cpp, whose bits
-    the other quantized types have, see ``peft_ext.weights.gguf_k_quants``.
+    Sources: for the types in ``QUANTIZED_BY_GGUF``, ``quantize`` in gguf's ``quants.py``; for the other quantized
+    types, llama.cpp, with equal bits, see ``peft_ext.weights.gguf_k_quants``.
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
         came = values.dtype if isinstance(values, Tensor) else values.__class__.__name__

@@ -12,7 +12,7 @@ from .packed import PackedWeight
 
 __all__ = ["quantize_int4"]
 
-_CHUNK = 1 << 22  # elements that are converted to float32 at a time
+_CHUNK = 1 << 22  # number of elements of a weight that quantize_int4 converts to float32 at a time
 
 
 def quantize_int4(weight: Tensor, group: int = 128, symmetric: bool = True,
@@ -23,7 +23,7 @@ def quantize_int4(weight: Tensor, group: int = 128, symmetric: bool = True,
     ``max(-lo, hi) / 7.5`` (symmetric) or ``(hi - lo) / 15``. The zero point is
     ``round(clamp(-8 - lo / scale, -8, 7))``, and the code is ``round(clamp(w / scale + zero, -8, 7))``. The arithmetic
     is in float32. The scale is rounded to ``scale_dtype`` before the codes are computed, and a scale of 0 is replaced
-    by the dtype's epsilon. The rows are quantized in chunks.
+    by the dtype's epsilon. The function quantizes the rows in chunks, to save memory.
 
     Args:
         weight: float ``[N, K]``; K is a multiple of ``group``.

@@ -35,12 +35,12 @@ __all__ = [
     "int_rows",
 ]
 
-# Flags of the formats' options.
-INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": codes are int8, one element each; the weight has one scale
+# Flags in the option of a weight, by format.
+INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": each code is an int8 element; the weight has only one scale
 V1 = 1  # "gptq": 1 was subtracted from each zero before the zeros were packed
 HQQ_AXIS0 = 1  # "hqq": code f of the flat weight is of group f % G
 
-# Bits by which the code of row n is shifted in a word of eight rows of AWQ, for n % 8 = 0, 1, ... 7.
+# Bits by which the code of row n is shifted in a word of AWQ, which has the codes of eight rows, for n % 8 from 0 to 7.
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -170,9 +170,9 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
              dtype: Optional[torch.dtype] = None) -> PackedWeight:  # fmt: skip
     """Returns a weight of compressed-tensors' integers: ``W[n, k] = (q[n, k] - zero[n, g]) · scale[n, g]``.
 
-    ``g`` is the group of column ``k``: ``k // group``, or ``g_idx[k]``. The group's size is K / G. Formats of files:
-    pack-quantized, int-quantized, naive-quantized. compressed-tensors computes in the scales' dtype: the difference is
-    exact, and the product is rounded once.
+    ``g`` is the group of column ``k``: ``k // group``, or ``g_idx[k]``. A group has K / G columns. The file formats
+    pack-quantized, int-quantized and naive-quantized of compressed-tensors hold such weights. compressed-tensors
+    computes in the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
         codes: int32 ``[N, ceil(K · bits / 32)]`` of ``q + 2^(bits - 1)``, the lowest bits first; or int8 ``[N, K]`` of
@@ -221,14 +221,15 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
 
     Args:
         qweight: int32 ``[ceil(K · bits / 32), N]``. A word has consecutive columns k, the lowest bits first. For
-            experts this and the other tensors have the number of experts as their first size.
+            experts, qweight, qzeros, scales and g_idx have the number of experts as their first size.
         qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word has the zeros of consecutive rows n.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: 2, 4 or 8.
         group: number of columns of a group; -1 or 0: all columns.
         g_idx: int32 ``[K]``, the group of each column (``desc_act``), or None.
         v1: whether 1 was subtracted from each zero, as in files with ``checkpoint_format`` "gptq". As in GPTQModel, the
-            ones are added to the whole word, so that a field of all ones carries into the next field.
+            ones are added back to all fields of a word in one addition, so that a field of all ones carries into the
+            next field.
         in_features: K; default: the number of codes of a column of qweight.
         dtype: dtype of the weight; default: the scales' dtype, to which GPTQModel decodes.
 
@@ -259,17 +260,17 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
 def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torch.dtype] = None) -> PackedWeight:
     """Returns an AWQ weight of 4 bits in the GEMM layout: ``W[n, k] = (q[k, n] - zero[g, n]) · scale[g, n]``.
 
-    ``g`` is ``k // group``, and the group's size is K / G. GPTQModel computes in the scales' dtype: the difference is
-    exact, and the product is rounded once.
+    The group ``g`` of column ``k`` is ``k // group``, and a group has ``group = K / G`` columns. GPTQModel computes in
+    the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
         qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word has the rows 0, 2, 4, 6, 1, 3, 5 and 7 of eight.
-            For experts this and the other tensors have the number of experts as their first size.
-        qzeros: int32 ``[G, N / 8]``, in the same order.
+            For experts, qweight, qzeros and scales have the number of experts as their first size.
+        qzeros: int32 ``[G, N / 8]``, with the rows of a word in the order of qweight.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         dtype: dtype of the weight; default: the scales' dtype.
 
-    Raises: TypeError or ValueError if a tensor's dtype or shape does not fit, as with the GEMV layouts.
+    Raises: TypeError or ValueError if a tensor's dtype or shape does not fit, for example in the GEMV layouts.
     """
     kind = _scale_dtype("awq", scales)
     *experts, columns, _ = qweight.shape
@@ -288,9 +289,9 @@ def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits:
         axis: int = 1, dtype: Optional[torch.dtype] = None) -> PackedWeight:  # fmt: skip
     """Returns an HQQ weight: ``W = round(q - zero) · scale``, where ``round`` rounds to the dtype of scale and zero.
 
-    hqq computes in that dtype (its ``compute_dtype``), and its zeros are no integers, so that the difference is
-    rounded. The weight's codes have the flat numbers ``f = n K + k``. The group of code f is ``f // group`` with axis
-    1, and ``f % G`` with axis 0.
+    hqq computes in the dtype of scale and zero (hqq's ``compute_dtype``), and hqq's zeros are no integers, so that the
+    difference is rounded. The codes of W have the flat numbers ``f = n K + k``. The group of code f is ``f // group``
+    with axis 1, and ``f % G`` with axis 0.
 
     Args:
         W_q: uint8, N · K bytes for 8 bits, and N · K / 2 for 4 bits: the first half of the codes is in the high
@@ -321,11 +322,11 @@ def from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: 
     """Returns the weight of a layer of a checkpoint of compressed-tensors, GPTQ, AWQ or HQQ.
 
     Args:
-        config: the checkpoint's ``quantization_config``. The weight's own settings are needed: with several
-            ``config_groups`` of compressed-tensors pass the group of the layer, with several settings of hqq the
-            setting of the layer, as ``{"quant_method": ..., **setting}``.
+        config: the checkpoint's ``quantization_config``. The weight's own settings are needed: if a
+            configuration of compressed-tensors has several ``config_groups``, pass the group of the layer; if one of
+            hqq has several settings, pass the setting of the layer, as ``{"quant_method": ..., **setting}``.
         tensors: the layer's tensors by name without a prefix, for example ``qweight``, ``qzeros``, ``scales``.
-        shape: ``(N, K)``. May be omitted if the tensors give the shape.
+        shape: ``(N, K)``; may be omitted if the tensors give the shape.
         dtype: dtype of the weight; default: the scales' dtype.
 
     Raises: ValueError that names what came and what was wanted, for a layout that is not supported, too.
@@ -489,10 +490,10 @@ def from_gptq(module: torch.nn.Module, v1: Optional[bool] = None, dtype: Optiona
     module's memory.
 
     Args:
-        v1: whether the module's zeros are of the first version. Default: what ``module.qzero_format()`` says, which
-            GPTQModel changes when the model is loaded; True for a module without the method.
+        v1: whether the module's zeros are of the first version. Default: whether ``module.qzero_format()`` is 1, a
+            number that GPTQModel changes when it loads a model; True for a module without this method.
 
-    Raises: ValueError as in :func:`gptq`, and for planar words.
+    Raises: ValueError as in :func:`gptq`, and for a module whose words are planar.
     """
     if getattr(module, "planar", False):
         raise ValueError("from_gptq: the module's words are planar, wanted checkpoint_format 'gptq' or 'gptq_v2'")
@@ -528,4 +529,4 @@ def from_hqq(module: torch.nn.Module, dtype: Optional[torch.dtype] = None) -> Pa
 
 
 def _in_features(module: torch.nn.Module) -> int:
-    return getattr(module, "in_features", None) or module.infeatures  # AutoGPTQ writes infeatures
+    return getattr(module, "in_features", None) or module.infeatures  # in AutoGPTQ's modules the name is infeatures

@@ -1,8 +1,8 @@
 """Microscaling floats: 4-bit floats (e2m1) with a scale for each few columns.
 
-* MXFP4: a power of two for each 32 columns. Source: OCP Microscaling Formats 1.0; the layout of files is transformers'
-  ``integrations/mxfp4.py``.
-* NVFP4: an e4m3 scale for each 16 columns, and one float32 for the weight. Sources: compressed-tensors'
+* MXFP4: a scale that is a power of two for each 32 columns. Source: OCP Microscaling Formats 1.0; the layout of files
+  is that of transformers' ``integrations/mxfp4.py``.
+* NVFP4: an e4m3 scale for each 16 columns, and one float32 scale for the weight. Sources: compressed-tensors'
   ``compressors/nvfp4``, ModelOpt's ``qtensor/nvfp4_tensor.py``.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["MXFP4", "NVFP4", "from_compressed_tensors", "mxfp4", "nvfp4", "quant
 
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 _RECIPROCAL, _TWO_GLOBALS = 1, 2  # flags of NVFP4, as kReciprocal and kTwoGlobals in csrc/weight/formats/nvfp4.h
-_CHUNK = 1 << 22  # elements of a weight that a quantizer holds in float32 at a time
+_CHUNK = 1 << 22  # number of elements of a weight that a quantizer holds in float32 at a time
 _LARGEST = 6.0  # of e2m1
 
 
@@ -63,14 +63,15 @@ MXFP4 = register(Format("mxfp4", 2, ("blocks", "scales"), _check_mxfp4, "transfo
 def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
     """Returns an MXFP4 weight: ``W[n, k] = e2m1(code) · 2^(scale - 127)``.
 
-    The weight is that of the file: rows are output features. transformers' ``convert_moe_packed_tensors`` returns the
-    transposed weights ``[E, K, N]`` of the same file, because gpt-oss multiplies activations with ``[K, N]``. The scale
-    byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and no quantizer writes this byte.
+    The weight has the layout of the file: rows are output features. transformers' ``convert_moe_packed_tensors``
+    returns the transposed weights ``[E, K, N]`` of this file, because gpt-oss multiplies activations with ``[K, N]``.
+    The scale byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and no quantizer writes
+    this byte.
 
     Args:
         blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
-            ``gate_up_proj_blocks`` ``[E, 2 I, K/32, 16]``. transformers' FP8 checkpoints with 4-bit experts declare
-            these bytes as int8 ``[N, K/2]``: ``blocks`` is then ``weight.view(torch.uint8)``.
+            ``gate_up_proj_blocks`` ``[E, 2 I, K/32, 16]``. transformers' FP8 checkpoints with 4-bit experts declare the
+            bytes of the codes as int8 ``[N, K/2]``: ``blocks`` is then ``weight.view(torch.uint8)``.
         scales: uint8 or float8_e8m0fnu ``[..., K/32]``. With three dimensions ``[E, N, K/32]`` the weight is stacked.
         dtype: dtype that transformers decodes the weight to.
 
@@ -115,8 +116,9 @@ def nvfp4(
     Args:
         packed: uint8 ``[N, K/2]``, two codes per byte, the low nibble first.
         scales: float8_e4m3fn ``[N, K/16]``. With three dimensions ``[E, N, K/16]`` the weight is stacked.
-        global_scale: float32, one element, or one for each expert of a stacked weight. Twice as many elements are the
-            scales of the first and of the second half of the rows, such as the gate and the up of an expert.
+        global_scale: float32, one element, or one for each expert of a stacked weight. If there are twice as many
+            elements, one is for the first and one for the second half of the rows, such as the gate and the up of an
+            expert.
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
         reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided. False for
             ModelOpt's ``weight_scale_2``, with which scales are multiplied. ModelOpt decodes code 8 to +0, and
@@ -158,7 +160,7 @@ def from_compressed_tensors(module: torch.nn.Module) -> PackedWeight:
 
 
 def _codes(scaled: Tensor) -> Tensor:
-    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; larger values get the largest code.
+    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; values above 6 get the code of 6.
 
     Two codes per byte, the low nibble first. A value below 0 has a sign bit, also if the value rounds to 0.
     """
@@ -177,7 +179,7 @@ def _quantized(
 ) -> tuple[Tensor, Tensor]:
     """Returns codes ``[N, K/2]`` and scales ``[N, K/group]`` of ``weight``, a few rows at a time.
 
-    ``scales_of`` has the largest magnitudes of groups as an argument, and returns stored scales and float32 divisors.
+    ``scales_of`` gets the largest magnitudes of the groups, and returns the scales to store and float32 divisors.
     """
     n, k = weight.shape
     if k % group:
@@ -225,8 +227,8 @@ def quantize_nvfp4(weight: Tensor) -> PackedWeight:
     """Quantizes a weight to NVFP4, with the bits of ModelOpt's ``NVFP4QTensor.quantize`` on a CPU.
 
     ``global = max |w| / (6 · 448)``, ``scale = e4m3(max |group| / (6 · global))`` in [2^-9, 448], 1 for a group of
-    zeros, and ``code = e2m1(w / (scale · global))``, to nearest, ties to even, in float32. ModelOpt makes NaN from a
-    weight of zeros; here such a weight has global 1.
+    zeros, and ``code = e2m1(w / (scale · global))``, to nearest, ties to even, in float32. For a weight of zeros,
+    ModelOpt returns NaN, and this function returns a weight with global 1.
 
     Args:
         weight: float ``[N, K]`` or ``[E, N, K]``; K is a multiple of 16. At most one chunk of rows is held in float32.

@@ -1,4 +1,4 @@
-"""NF4Weight: a frozen weight [N, K] in bitsandbytes' NF4 layout. peft_ext never repacks the weight.
+"""NF4Weight: a frozen weight [N, K] in bitsandbytes' NF4 layout. peft_ext never repacks an NF4 weight.
 
 Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
@@ -390,7 +390,7 @@ def nf4_code(device: torch.device | str = "cpu") -> Tensor:
 
 
 def is_nf4_table(code: Optional[Tensor]) -> bool:
-    """Returns whether ``code`` is NF4's table of 16 codes, in any float dtype. The operators have the table built in.
+    """Returns whether ``code`` is NF4's table of 16 codes, in any float dtype. The kernels contain this table.
 
     None and a tensor on the meta device count as NF4's table, because their values are unknown.
     """
@@ -416,7 +416,7 @@ def _size(shape: Any) -> torch.Size:
 
 
 def why_not_nf4(quant_state: Any) -> Optional[str]:
-    """Returns the reason why a bitsandbytes ``QuantState`` is not an NF4 state, or None if the state is one."""
+    """Returns the reason why a bitsandbytes ``QuantState`` is not an NF4 state, or None for an NF4 state."""
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
     if (kind := getattr(quant_state, "quant_type", None)) != "nf4":

@@ -1,7 +1,8 @@
-"""PackedWeight: a frozen weight [N, K] that is stored as codes and scales, in the layout of the weight's file.
+"""PackedWeight: a frozen weight [N, K] that is stored as codes and scales, in the layout of a checkpoint file.
 
 A weight has up to five tensors (``parts``) and two small integers (``group`` and ``option``), whose meaning the
-weight's :class:`Format` defines. The operators decode a weight where the weight lies. peft_ext never repacks a weight.
+weight's :class:`Format` defines. The kernels read the codes and scales from these tensors and decode them in each call.
+peft_ext never repacks a weight.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class Format:
     """One way to store a weight.
 
     Attributes:
-        name: name of the format, as documents and errors write it.
+        name: name of the format in documents and errors.
         number: number of the format in ``csrc/weight/formats/list.h``.
         parts: names of the weight's tensors, in order.
-        check: raises ValueError if the parts of a weight ``[N, K]`` do not fit ``(parts, shape, group, option)``.
-        source: the library or specification whose decoded values the format's values equal, bit for bit.
+        check: a function of ``(parts, shape, group, option)`` that raises ValueError if these arguments do not fit a
+            weight ``[N, K]``.
+        source: the library or specification that decodes a weight to the same values, bit for bit.
         decode: None if the kernels decode the format. If no kernel decodes the format: the function by which
             :meth:`PackedWeight.dequantize` decodes the parts of a weight ``[N, K]`` to float32; layers and experts
             cannot hold such a weight.
@@ -83,11 +85,14 @@ def format_of(layout: int) -> Optional[str]:
 
 
 def _made(weight: PackedWeight) -> None:
-    """Is called with each new weight; see :func:`when_made`."""
+    """Is called with each new weight, and does nothing until :func:`when_made` replaces this function."""
 
 
 def when_made(call: Callable[[PackedWeight], None]) -> None:
-    """Makes each new weight call ``call(weight)``: peft_ext.ops proves a format's kernels before their first use."""
+    """Sets the function that is called with each new weight, except with an NF4Weight.
+
+    peft_ext.ops sets a function that proves the kernels of the weight's format before their first use.
+    """
     global _made
     _made = call
 
@@ -95,8 +100,8 @@ def when_made(call: Callable[[PackedWeight], None]) -> None:
 def _as_bytes(part: Optional[Tensor]) -> Optional[Tensor]:
     """Returns a tensor of 8-bit floats as uint8, because kernels read 8-bit floats as bytes.
 
-    A tensor of uint8 is returned itself: autograd keeps what the kernels read until the backward, and a view would keep
-    the codes that ZeRO-3 has gathered.
+    A uint8 tensor is returned itself and not as a view: autograd saves the tensors that kernels read until the
+    backward, and a saved view would keep the codes in memory that DeepSpeed's ZeRO-3 gathers for a layer.
     """
     is_float = part is not None and part.element_size() == 1 and part.dtype.is_floating_point
     return part.view(torch.uint8) if is_float else part
@@ -109,7 +114,7 @@ class PackedWeight:
         format: the :class:`Format`.
         parts: the weight's tensors, in the order of ``format.parts``; None for a tensor that this weight does not have.
         shape: ``(N, K)``, output and input features, or ``(E, N, K)`` if ``stacked``.
-        dtype: dtype that the format's own library decodes to, and default dtype of :meth:`dequantize`.
+        dtype: dtype to which the format's own library decodes, and default dtype of :meth:`dequantize`.
         group: number of columns that share a scale; 0: all columns of a row.
         option: dtype of the scales, bits of a code, and the format's flags; see :func:`option_of`.
         stacked: whether the weight holds the weights of experts, so that each part consists of the experts' parts, one

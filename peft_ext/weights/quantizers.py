@@ -16,7 +16,7 @@ from .packed import PackedWeight
 
 __all__ = ["PACKED_FORMATS", "QUANTIZATIONS", "quantized", "quantized_like"]
 
-# Names of the formats that quantize_packed, finetune and estimate_memory take.
+# Names of the formats that quantize_packed, finetune and estimate_memory accept.
 PACKED_FORMATS = ("mxfp4", "nvfp4", "fp8", "int4")
 
 # Values of the option --quant. "checkpoint": the weights stay packed as the checkpoint stores the weights.
@@ -26,7 +26,7 @@ QUANTIZATIONS = ("nf4", *PACKED_FORMATS, "checkpoint", "none")
 def quantized(weight: Tensor, format: str) -> PackedWeight:
     """Returns a weight ``[N, K]``, or the weights ``[E, N, K]`` of experts, in one of ``PACKED_FORMATS``.
 
-    A weight on the meta device gives a packed weight on the meta device.
+    For a weight on the meta device, the packed weight is on the meta device, too.
     """
     weight = weight.detach()
     if weight.dim() == 3:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...weights.gguf import TYPES, decoded_by_gguf
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # ggml's code 8 is +0
+_TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # in ggml, code 8 decodes to +0
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -34,14 +34,15 @@ def _fields(data: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _scaled(scales: Tensor, codes: Tensor, offsets: Optional[Tensor] = None) -> Tensor:
-    """Returns ``scales · codes``, or ``scales · codes + offsets``: each scale serves equally many neighbouring
-    codes."""
+    """Returns ``scales · codes``, or ``scales · codes + offsets``: each scale belongs to an equal number of
+    neighbouring codes.
+    """
     values = scales[..., None] * codes.float().reshape(len(codes), scales.shape[1], -1)
     return (values if offsets is None else values + offsets[..., None]).flatten(1)
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
-    """Returns 32 bits, the lowest bit first, of the four bytes at ``at``, times 16."""
+    """Returns the 32 bits of the four bytes at ``at``, the lowest bit first, each times 16."""
     return _fields(blocks[:, at : at + 4], 1, 1) << 4
 
 

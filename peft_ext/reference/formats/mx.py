@@ -12,7 +12,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 
 def low_nibble_first(codes: Tensor) -> Tensor:
-    """Returns the codes ``[..., 2 n]`` of bytes ``[..., n]``: the low nibble is the even element."""
+    """Returns the codes ``[..., 2 n]`` of bytes ``[..., n]``: the low nibble is the code with the even index."""
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
 
 
@@ -37,5 +37,5 @@ def nvfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, opti
     factors = scales / total if reciprocal else scales * total
     values = _values(packed, shape)
     if not reciprocal:
-        values = values + 0.0  # -0 + 0 is +0: ModelOpt's table holds +0 for code 8
+        values = values + 0.0  # -0 + 0 is +0: ModelOpt decodes code 8 to +0
     return values * factors.repeat_interleave(group, 1)
