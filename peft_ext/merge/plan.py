@@ -167,7 +167,8 @@ class Plan:
         return torch.float32 if wide.intersection(name.split(".")) else self.dtype
 
     def _check_against_config(self) -> None:
-        """Checks that a model of the config has the planned tensors; sets the config's flags for added biases."""
+        """Checks that a model that is made from the config has the planned tensors; sets the config's flags for added
+        biases."""
         fresh = _fresh(type(self.base.model), self.config)
         if added := sorted(self.meta.keys() - fresh.state_dict().keys()):
             for flag in ("attention_bias", "mlp_bias", "qkv_bias", "use_bias"):
@@ -290,8 +291,8 @@ class Plan:
         self._uses = Counter(self.origin[name][0] for name in names)
 
     def take(self, name: str) -> Tensor:
-        """Returns the value of a planned tensor once. The call for a module's last tensor frees the memory of the
-        module."""
+        """Returns the value of a planned tensor; may be called once for each tensor. The call for a module's last
+        tensor frees the memory of the module."""
         value, path = self._value(name), self.origin[name][0]
         self._uses[path] -= 1
         if path and not self._uses[path]:
