@@ -70,8 +70,8 @@ def _label(op: str, case: str) -> tuple[str, str]:
 def adapted_layers(result: Result) -> list[Layer]:
     """Returns the file's 4096 x 4096 layers with an adapter at :data:`TOKENS` and with rotating weights.
 
-    A time is the quotient of two median ratios of the file: the contender's time over our time, and the frozen layer's
-    time over our time.
+    A contender's time over the frozen layer's time is the quotient of two median ratios of the file: the contender's
+    time over peft_ext's time, and the frozen layer's time over peft_ext's time.
     """
     layers = []
     for row in result["rows"]:
@@ -206,7 +206,8 @@ def parts(result: Result) -> Optional[Picture]:
 
 
 def losses(result: Result) -> Optional[Picture]:
-    """Draws a panel for each method: the loss curves of our run and of its twin in bfloat16, and their difference."""
+    """Draws a panel for each method: the loss curves of the run of peft_ext and of its twin in bfloat16, and their
+    difference."""
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     if not rows:
         return None

@@ -43,7 +43,7 @@ def _library() -> Any:
 
         _callbacks.append(llama_cpp.llama_log_callback(say))
         llama_cpp.llama_backend_init()
-    # The package sets its own callback as it is imported, and again for each of its Llama objects.
+    # The package llama_cpp sets its own log callback when it is imported, and again for each of its Llama objects.
     llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
     return llama_cpp
 

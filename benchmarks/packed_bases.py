@@ -54,7 +54,7 @@ def _hqq(weight: Tensor) -> PackedWeight:
     return int_groups.hqq(_bytes(weight.numel() // 2), scales, zeros, tuple(weight.shape))
 
 
-# The columns and bytes of a block of a GGUF type, and the first bytes of the block's float16 scales.
+# GGUF type -> columns and bytes of a block, and offsets in the block of its float16 scales.
 _GGUF = {
     "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)), "Q8_0": (32, 34, (0,)), "Q4_K": (256, 144, (0, 2)),
     "Q5_K": (256, 176, (0, 2)), "Q6_K": (256, 210, (208,)),

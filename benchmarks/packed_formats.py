@@ -1,4 +1,4 @@
-"""Packs the linear layers of a model in each format, with the quantizer of the format's own library where it runs here.
+"""Packs the linear layers of a model in a format, by peft_ext, by the format's own library, or by rounding to nearest.
 
 GPTQ and AWQ layers are rounded to the nearest code, without a calibration, and packed by the functions below, because
 GPTQModel's quantizers need calibration data.

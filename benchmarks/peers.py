@@ -101,7 +101,7 @@ def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
-# The last pool of weights is kept, since cases of one shape follow each other.
+# Only the last pool of weights is kept, since cases of one shape follow each other.
 @lru_cache(maxsize=1)
 def _dense_pool(k: int, n: int, least_bytes: int, device: str, base: str) -> list[Tensor]:
     first = _first(k, n, device).to(DTYPES[base])
@@ -307,7 +307,7 @@ def functional(
     Args:
         weights: a base of the problem, or the contender's own weights.
         names: names of the adapters that are passed to ``forward``.
-        exact: function of the float64 result, or the reason why there is no float64 result.
+        exact: function that returns the float64 result, or the reason why there is no float64 result.
         training: whether a call also runs the backward; a call without backward runs without autograd.
         enter: function that converts a weight; the call of ``enter`` for each weight is not timed.
         adapters: adapters in place of the problem's adapters.
