@@ -1,4 +1,4 @@
-"""Tests and measures peft_ext on a machine with an NVIDIA GPU, in ten minutes: what teaches most comes first.
+"""Tests and measures peft_ext on a machine with an NVIDIA GPU, in ten minutes; the most informative parts come first.
 
     python tools/gpu.py [--seconds 570] [--parts import,prove] [--out benchmarks/results] [tests of the battery]
 
@@ -106,7 +106,7 @@ ENVIRONMENT = {
     "PEFT_EXT_REQUIRE": "1",
 }
 GRACE = 5.0  # seconds between the interrupt of a command at its limit and its end by SIGKILL
-# The line of a test's result: the first form is the form of pytest-xdist.
+# A line of pytest's output with the result of a test. The first alternative is the form of pytest-xdist.
 TEST = re.compile(
     r"^\[gw\d+\] \[ *\d+%\] (?P<result>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S.*?)\s*$"
     r"|^(?P<test_>tests/\S+::.+?) (?P<result_>PASSED|FAILED|ERROR|SKIPPED)\b"
@@ -137,7 +137,8 @@ class Outcome:
     files: list[str] = field(default_factory=list)
 
     def add(self, ended: tuple[str, bool]) -> bool:
-        """Takes the result of a command, as Runner.run returns it. Returns whether the command succeeded."""
+        """Adds the result of a command, as Runner.run returns the result, to this outcome. Returns whether the command
+        succeeded."""
         wrong, cut = ended
         if wrong:
             self.result = CUT if cut and self.result != FAILED else FAILED
@@ -247,8 +248,9 @@ def driver_is_here() -> bool:
 def packages(here: Machine, outcome: Outcome) -> None:
     """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
 
-    Nothing is installed into the running Python. If its torch is a CUDA build, a new .venv sees its packages, and pip
-    installs only what is missing. If pip fails, for example without a network, the parts run without these packages.
+    Nothing is installed into the running Python. If the running Python has a CUDA build of torch, a new .venv sees the
+    packages of the running Python, and pip installs only what is missing. If pip fails, for example without a network,
+    the parts run without these packages.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit
@@ -269,7 +271,8 @@ def packages(here: Machine, outcome: Outcome) -> None:
 
 
 def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None:
-    """Makes .venv if it is missing, and installs packages there. Sets the Python of ``here`` if it then sees a GPU."""
+    """Makes .venv if it is missing, and installs packages there. If the Python of .venv then sees a GPU, ``here`` uses
+    this Python."""
     if not VENV.exists():
         wrong, _ = here.runner.run([sys.executable, "-m", "venv", str(VENV)], end - here.runner.clock())
         if wrong:
@@ -288,7 +291,8 @@ def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None
 
 
 def sanitizer_package(here: Machine) -> list[str]:
-    """Returns the package of PyPI with compute-sanitizer for the CUDA release of torch. [] if the tool is here."""
+    """Returns the package of PyPI with compute-sanitizer for the CUDA release of torch. Returns [] if compute-sanitizer
+    is installed already, or if torch has no CUDA release."""
     release = here.gpu.get("cuda")
     if release is None or find_sanitizer(here):
         return []
@@ -441,7 +445,8 @@ def kernels(here: Machine, outcome: Outcome) -> None:
 
 
 def table(here: Machine, outcome: Outcome) -> None:
-    # Seconds for the import, the measurement of the machine's rates, and the row that is running at the limit.
+    # The 25 seconds are for the import, the measurement of the machine's rates, and the row that is running at the
+    # limit.
     rows = max(10.0, outcome.limit - 25)
     names = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
     names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))

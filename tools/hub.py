@@ -15,7 +15,7 @@ runtime than the hub allows.
 The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the variant's files.
 ``metadata.json`` holds the SHA-256 of each file.
 
-Format: huggingface/kernels, docs/source/kernel-requirements.md.
+The format of the repository is described in docs/source/kernel-requirements.md of huggingface/kernels.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ MODULE = NAME.replace("-", "_")
 VERSION = int(re.search(r'__version__ = "(\d+)', (PACKAGE / "_version.py").read_text())[1])
 # The oldest release of torch that the library loads on, and the first release of `kernels` that knows its variants.
 TORCH, KERNELS = "2.11", "0.15.1"
-# By backend: the variants' names of the backend, and the architectures. Kernels of CUDA a.b run a variant of CUDA a.c
-# with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
+# By backend: the names of the backend in the variants' names, and the GPU architectures. With torch for CUDA a.b, the
+# package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
 BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
 
 # The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.
@@ -247,7 +247,7 @@ def write_repository(output: Path, repo_id: str, libraries: Mapping[str, Path]) 
         for key, value in {"repo_id": repo_id, "version": str(VERSION), "kernels": KERNELS, "torch": TORCH}.items():
             card = card.replace(f"<{key}>", value)
         (folder / "README.md").write_text(card)
-        (folder / "build" / "CARD.md").write_text(card)  # `kernel-builder upload` takes the card from here
+        (folder / "build" / "CARD.md").write_text(card)  # the card that `kernel-builder upload` reads
         shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
         (folder / "build.toml").write_text(
             BUILD.format(

@@ -1,4 +1,5 @@
-"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints which were ended.
+"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints which processes were
+ended.
 
     python tools/limit.py SECONDS COMMAND...
 

@@ -9,7 +9,7 @@ after each mutation. --only-unknown leaves out mutations that have a result and 
 can share one run.
 
 The tool works on a copy of the checkout in build/mutations, with the files of the working tree, committed or not. The
-copy has a build folder of its own: the first mutation of C++ builds the whole library in this folder, and each further
+copy has its own build folder: the first mutation of C++ builds the whole library in this build folder, and each further
 mutation of C++ builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
 run first. If these tests pass, the whole tier runs. Each run stops at the first failure. A mutation is killed by a
 failing test, by a failing build, or by a timeout. At the end, the tests that killed a mutation run on the restored
@@ -62,7 +62,7 @@ class Mutation:
 
     @property
     def digest(self) -> str:
-        """Returns a checksum of file, old and new text. A result with another checksum is of another mutation."""
+        """Returns a checksum of file, old and new text. A result with another checksum belongs to another mutation."""
         return f"{zlib.crc32(chr(10).join((self.file, self.old, self.new)).encode()):08x}"
 
     @property
@@ -173,7 +173,7 @@ class Copy:
                 source = path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
                 if source and str(path.relative_to(self.folder)) not in tracked:
                     path.unlink()
-        if any(self.folder.glob("build/temp*")):  # an interrupted run may have left a mutated library
+        if any(self.folder.glob("build/temp*")):  # an interrupted run may leave a mutated library
             self.build(is_whole=True)
         else:
             for library in ROOT.glob("peft_ext/*.so"):

@@ -106,7 +106,7 @@ class Recorder:
         self.folder = Path(tempfile.mkdtemp())
 
     def record(self, name: str, threads: int, call: Callable[[], Any]) -> Any:
-        """Calls ``call`` and returns the result. The record goes to a file, which :meth:`read` reads."""
+        """Calls ``call`` and returns the result. The record is written to a file, which :meth:`read` reads."""
         place = str(self.folder / name).encode()
         self.library.record_start(threads, GROUP, ctypes.c_int64(L2), int(self.traces))
         try:
@@ -119,7 +119,8 @@ class Recorder:
 
 
 def _least(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the first of several records of one call, with the least time of each part and of the code outside."""
+    """Returns the first of several records of one call, with the least time of each part and of the code outside of
+    loops."""
     first = records[0]
     first["serial"][0] = min(record["serial"][0] for record in records)
     for i, loop in enumerate(first["loops"]):
@@ -202,7 +203,8 @@ def build_recorder() -> Path:
 
 
 def build_traced() -> Path:
-    """Builds a folder with the package, whose library calls the recorder for each access of the CPU path in use here.
+    """Builds a folder with the package, whose library calls the recorder for each memory access of this machine's CPU
+    path.
 
     The sources of other paths and of CUDA are compiled without optimization.
     """
@@ -253,7 +255,7 @@ def child(function: str, site: Path = ROOT, **how: Any) -> list[dict[str, Any]]:
     environment = {**os.environ, "LD_PRELOAD": str(recorder), "PYTHONPATH": str(site), "PEFT_EXT_REQUIRE": "1"}
     if function == "record_here":  # threads that wait actively would take the cores from the thread that works
         environment["OMP_WAIT_POLICY"] = "passive"
-        environment["MALLOC_ARENA_MAX"] = "1024"  # glibc gives the threads of many cores as many arenas
+        environment["MALLOC_ARENA_MAX"] = "1024"  # glibc has so many arenas on a machine of many cores
         how["traces"] = site != ROOT
     code = """if True:
         import json, pathlib, sys

@@ -51,7 +51,7 @@ NEEDED = re.compile(r"lib(torch(_cpu|_cuda)?|c10(_cuda)?)\.so|libcudart\.so\.\d+
                     r"\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")  # fmt: skip
 _SOURCE = re.compile(rb"(?<![\w.+@-])/(?:[\w.+@-]+/)+[\w.+@-]+\.(?:h|hpp|cuh|c|cc|cpp|cu|inl)\b")
 
-# Symbols that have no version: Python's, those of torch's C functions, and those of the package's own library.
+# Needed symbols that have no version: symbols of Python, of torch's C functions, and of peft_ext's native library.
 _WITHOUT_VERSION = re.compile(r"_?Py\w+|(aoti_torch|torch|peft_ext)_\w+")
 # Debian's compilers for other machines than this one.
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
@@ -131,7 +131,8 @@ def _run(*command: str | Path, cwd: Path | None = None, more: Mapping[str, str] 
 
 
 def offline() -> list[str]:
-    """Returns a command prefix that removes the network; an empty list if that is not allowed."""
+    """Returns a command prefix that removes the network; an empty list if this machine does not allow to remove the
+    network."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         return []
     return ["unshare", "-rn"]
@@ -149,7 +150,8 @@ def _compiler(architecture: str) -> str:
 
 
 def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
-    """Returns the variables by which setuptools cross-compiles for the architecture: empty for this machine's.
+    """Returns the environment variables by which setuptools cross-compiles for the architecture; {} for this machine's
+    architecture.
 
     ``suffix`` is the suffix of the interpreter's extension modules on this machine.
     """
@@ -181,7 +183,8 @@ def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels:
             archive.extract(f"{PACKAGE}/{kernels.name}", kernels.parents[1])
         repaired = Path(folder, "repaired")
         exclude = [argument for library in OF_TORCH for argument in ("--exclude", library)]
-        # auditwheel accepts the names of this machine's architecture alone, and finds the other architecture by itself.
+        # auditwheel accepts only names of platforms of this machine's architecture. With "auto", auditwheel finds the
+        # architecture of a cross-compiled wheel itself.
         _run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto", *exclude, "-w", repaired,
              built)  # fmt: skip
         (wheel,) = repaired.glob("*.whl")

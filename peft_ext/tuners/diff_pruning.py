@@ -98,8 +98,8 @@ class DenseDiff(nn.Module):
         self.group = nn.Parameter(like.new_full((), config.alpha_init)) if config.structured else None
 
     def gate(self, alpha: Tensor, sample: bool) -> Tensor:
-        """Returns the gate z for ``alpha``, in float32 or wider. If ``sample`` is False, u is ½ and not random: s =
-        σ(α)."""
+        """Returns the gate z for ``alpha``, in float32 or wider. If ``sample`` is False, u is ½ and not random, and s
+        is σ(α)."""
         low, high = self.stretch
         alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
         if sample:
