@@ -1,4 +1,4 @@
-"""``python -m benchmarks.charts [--check] [--out FOLDER]``: draws docs/images/*.svg from the newest result files.
+"""``python -m benchmarks.charts [--check] [--out FOLDER]``: draws charts in docs/images from the newest result files.
 
 ``layers``       time of a LoRA, AdaLoRA or IA3 layer's training step, relative to the frozen bf16 layer
 ``layers-dora``  time of a DoRA layer's training step, relative to the frozen bf16 layer
@@ -94,7 +94,8 @@ WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
 
 
 def layers(result: Result) -> Optional[Picture]:
-    """Draws a bar for each layer and contender: the time over the frozen layer's time. Returns None for no layers."""
+    """Draws a bar for each layer and contender: the time over the frozen layer's time. Returns None if the file has no
+    such layer."""
     found = adapted_layers(result)
     if not found:
         return None
@@ -130,7 +131,7 @@ def layers(result: Result) -> Optional[Picture]:
 
 
 def _gutter(labels: list[str]) -> float:
-    """Returns the width of the room that the labels of rows take."""
+    """Returns the width that a picture needs for the labels of its rows."""
     return 12 + max(text_width(line) for label in labels for line in label.split("\n"))
 
 

@@ -89,7 +89,7 @@ class Row:
 
     Attributes:
         milliseconds: median time of each contender.
-        speedup: time of each peer divided by our time, the median over rounds; above 1, peft_ext is faster.
+        speedup: time of each peer divided by peft_ext's time, the median over rounds; above 1, peft_ext is faster.
         quartiles: first and third quartile, over rounds, of the ratios in ``speedup``.
         errors: relative error of each contender's outputs to float64 (Frobenius norm), or the reason why the contender
             is not verified.
@@ -151,8 +151,8 @@ def floor_ms(
     """Returns the lower bound of an operator's time in milliseconds: the larger of the times to move its bytes and to
     compute its products.
 
-    The products count at the faster of PyTorch's two measured rates, bf16 and float32. On a CPU without bf16
-    instructions the float32 rate is the faster one.
+    The operations are divided by the faster of PyTorch's two measured rates of products, bf16 and float32. On a CPU
+    without bf16 instructions the float32 rate is the faster one.
     """
     peak = max(value for name, value in ceilings.items() if name.startswith("matmul_"))
     bandwidth = ceilings["copy_gb_s"]
@@ -277,8 +277,8 @@ def check_kernels(ops: set[str], device: str = "cpu") -> None:
 
     Operators that are composed of other operators need no kernel of their own.
 
-    Does nothing with PEFT_EXT_REQUIRE=0 or unset; the reference is then timed. ``python -m benchmarks`` sets
-    PEFT_EXT_REQUIRE=1 by default.
+    With PEFT_EXT_REQUIRE=0 or unset, check_kernels does nothing, and the reference is timed. ``python -m benchmarks``
+    sets PEFT_EXT_REQUIRE=1 by default.
     """
     if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
         return

@@ -34,7 +34,7 @@ from .harness import machine
 from .llama_runner import FILE_TYPES, Runner, quantize_file
 
 NAME = "run-llama_cpp-avx512_bf16"  # name of the result file that the table shows, without its date
-ANSWERS, LENGTH = 5, 24  # prompts that are answered, and tokens of an answer
+ANSWERS, LENGTH = 5, 24  # number of prompts that are answered, and number of tokens of an answer
 PROMPTS = (
     "The capital of France is", "Water boils at a temperature of", "In Python, a list comprehension is",
     "The with statement is used to", "Once upon a time, in a small village,", "The derivative of x squared is",

@@ -130,7 +130,7 @@ class Runner:
             llama.llama_batch_free(batch)
 
     def greedy(self, tokens: Sequence[int], count: int, stop: int) -> list[int]:
-        """Returns the ``count`` most likely next tokens, one after another, up to the token ``stop``."""
+        """Generates ``count`` tokens, each time the most likely token; ends earlier after the token ``stop``."""
         found: list[int] = []
         while len(found) < count and stop not in found:
             found.append(int(self.logits([*tokens, *found])[-1].argmax()))

@@ -85,7 +85,8 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of one round of all kinds."""
+    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of the same round, in which each
+    kind runs once."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:

@@ -1,7 +1,8 @@
 """Makes the packed weights of the benchmarks from a dense bf16 weight ``[N, K]``, one function for each format.
 
-Formats for which peft_ext has a quantizer are quantized. The codes of the other formats are random, and their scales
-give values of the dense weight's size: a kernel's time does not depend on the values.
+Weights in MXFP4, NVFP4, FP8, int4 and int8 are quantized from the dense weight. Weights in FP4, GPTQ, AWQ, HQQ and GGUF
+have random codes, and scales that give values of the dense weight's size: a kernel's time does not depend on the
+values.
 """
 
 from __future__ import annotations

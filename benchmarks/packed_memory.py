@@ -5,8 +5,8 @@
 
 A checkpoint has random weights: a Llama with FP8 blocks, and a gpt-oss with experts in MXFP4. On a CPU transformers
 dequantizes both checkpoints while it loads them. Each run is a process of its own, which first loads and trains a tiny
-checkpoint of the same kind, so that the memory of imports does not count. The memory is resident memory, with the pages
-of the files that are mapped.
+checkpoint of the same kind, so that the memory of imports does not count. The measured memory is resident memory, with
+the pages of the files that are mapped.
 """
 
 from __future__ import annotations

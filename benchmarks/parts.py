@@ -49,7 +49,8 @@ def part_of(event: FunctionEvent, vocabulary: int) -> str:
 
 
 def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
-    """Returns the milliseconds that the operators of each part take themselves, without the operators they call."""
+    """Returns the milliseconds that the operators of each part take, without the time of the operators that they
+    call."""
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
         if event.name.startswith(("aten::", "peft_ext::", "Optimizer.")):

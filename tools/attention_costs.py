@@ -72,7 +72,7 @@ def _parts(count: int, most: int) -> list[int]:
 
 
 def _first(key: int, query: int) -> int:
-    """Returns the first vector of queries that sees the key."""
+    """Returns the index of the first vector of 16 queries of which a query sees the key."""
     return max(0, key - query) // LANES
 
 

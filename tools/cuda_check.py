@@ -188,7 +188,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))) as pool:
         for done in pool.map(lambda item: check(*item), work):
-            assert done is None  # the loop raises the exception of a call
+            assert done is None  # pool.map raises the exception of a check
     if not failures:
         failures += compare(TABLE, ptxas_table(rows), device_code.version(), options.write, archs, only)
         wanted = {entry.name for entry in slots.HOT if not only or any(text in entry.kernel for text in only)}

@@ -16,11 +16,11 @@ The parts, in this order:
     battery    the tests of the operators and modules, in several processes
     sanitizer  compute-sanitizer over some of the operators' tests
 
-Apart from cuda_model.py, the program imports only the standard library. Each part runs in processes of its own, and has
-a time limit that depends on the remaining time. At the limit, all processes of the part are killed. If a part fails or
-is cut off, the next parts run (after a failed build only if the library of an earlier build loads), and the exit status
-is 1. The log, the rows of the measurements and the summary gpu-<date>.json are written during the run, so that a crash
-loses none of the earlier results.
+The program imports only the standard library and cuda_model.py, which needs no other package. Each part runs in
+processes of its own, and has a time limit that depends on the remaining time. At the limit, all processes of the part
+are killed. If a part fails or is cut off, the exit status is 1, and the next parts run, except after the part
+"packages" failed, or after a failed build without a library of an earlier build. The log, the rows of the measurements
+and the summary gpu-<date>.json are written during the run, so that a crash loses none of the earlier results.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Machine:
 
 
 def probe(python: str) -> dict:
-    """Returns the description of torch in ``python``, of its GPU and of the missing packages; {} without torch, without
+    """Returns a description of torch in ``python``, of the GPU and of the missing packages; {} without torch, without
     such a Python, or where torch hangs.
     """
     try:
@@ -356,8 +356,9 @@ def prove(here: Machine, outcome: Outcome) -> None:
 
 def pytest(here: Machine, outcome: Outcome, limit: float, tests: Sequence[str], processes: int = WORKERS,
            environment: Optional[dict[str, str]] = None, before: Sequence[str] = ()) -> None:  # fmt: skip
-    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before`` precedes the command. The
-    processes share the cores, because the expected results are computed on the CPU.
+    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before``: words before the command
+    of pytest, such as a sanitizer's command. The processes share the cores, because the expected results are computed
+    on the CPU.
     """
     several = processes > 1 and "pytest-xdist" not in here.gpu.get("missing", ())
     how = ["-n", str(min(processes, os.cpu_count() or 1))] if several else []
@@ -385,7 +386,7 @@ def battery(here: Machine, outcome: Outcome) -> None:
 
 
 def find_sanitizer(here: Machine) -> Optional[str]:
-    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in the Python."""
+    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in the chosen Python."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packed = [
         found for place in here.gpu.get("path", ()) for found in Path(place).glob("nvidia/*/bin/compute-sanitizer")
@@ -453,7 +454,8 @@ def table(here: Machine, outcome: Outcome) -> None:
     measure(here, outcome, ["-m", "benchmarks", *names, "--device", "cuda", "--quick", "--limit", f"{rows:.0f}"])
 
 
-# Each part, and its seconds in a run of 570 seconds. A part may also take its share of the time that others left.
+# The function of each part, and the seconds of the part in a run of 570 seconds. A part may also take its share of the
+# time that earlier parts left over.
 PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "packages": (packages, 25), "build": (build, 75), "import": (imports, 20), "warm": (warm, 70), "prove": (prove, 45),
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
@@ -475,7 +477,7 @@ def limit_of(names: Sequence[str], turn: int, left: float) -> float:
 
 def run_parts(here: Machine, names: Sequence[str], keep: Callable[[list[Outcome]], None]) -> list[Outcome]:
     """Runs the parts, and passes the outcomes so far to ``keep`` after each part. An error in a part stops no other
-    part, except that nothing runs after a failed build without an earlier build.
+    part, except that no part runs after "packages" failed, or after a failed build without an earlier build.
     """
     found: list[Outcome] = []
     stopped = ""

@@ -104,7 +104,7 @@ def row_of(
 
 
 def last_line(said: str) -> str:
-    """Returns the beginning of the last line that the run itself has printed."""
+    """Returns the beginning of the last line that the run, and not torchrun, has printed."""
     lines = [line for line in said.strip().splitlines() if not re.match(r"[WEI]\d{4} |\*{9}|Failed to load|\s*$", line)]
     return re.sub("^step +", "step ", lines[-1]).split("  ")[0].split(";")[0] if lines else "the start"
 

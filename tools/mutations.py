@@ -180,7 +180,8 @@ class Copy:
                 shutil.copy2(library, self.folder / "peft_ext")
 
     def _restore(self, name: str) -> None:
-        """Copies a file if its content differs. An equal file keeps its time, so that the file is not built again."""
+        """Copies a file if its content differs. An equal file keeps its modification time, so that the file is not
+        built again."""
         source, target = ROOT / name, self.folder / name
         content = source.read_bytes()
         if not target.is_file() or target.read_bytes() != content:
@@ -211,7 +212,8 @@ class Copy:
             return code, out.read()
 
     def build(self, is_whole: bool = False) -> bool:
-        """Returns whether the library was built. ``is_whole``: the code has no mutation, and a failed build exits."""
+        """Returns whether the library was built. ``is_whole`` says that the code has no mutation; a failed build then
+        ends the program."""
         code, said = self.run([sys.executable, "setup.py", "build_ext", "--inplace"], BUILD_SECONDS)
         if code and is_whole:
             raise SystemExit(f"mutations: the code without a mutation does not build: {said[-2000:]}")

@@ -5,8 +5,8 @@
 A linker takes the newest version of each symbol that the libraries of its system have, and the linked library then
 needs a system that is as new as the linker's. A stand-in has the names and versions of a system's library without its
 code, and only the versions that a manylinux_2_28 system has. A compiler links to the stand-ins by ``linker_flags``. The
-code of the C++ runtime's functions that are newer than manylinux_2_28 is taken from the compiler's libstdc++.a. A C
-function that is newer is an error of the linker with ``-Wl,-z,defs``.
+code of the C++ runtime's functions that are newer than manylinux_2_28 is taken from the compiler's libstdc++.a. If a
+library needs a C function that is newer than manylinux_2_28, the linker fails with ``-Wl,-z,defs``.
 
 The shared C++ runtime stays in use, because exceptions pass between the linked library and torch.
 """
@@ -69,7 +69,7 @@ def _numbers(version: str) -> tuple[int, ...] | None:
 
 
 def symbols(library: Path) -> dict[str, tuple[str, str, int]]:
-    """Returns the newest allowed version, the type and the size of each symbol that a shared library has for others."""
+    """Returns the newest allowed version, the type and the size of each symbol that a shared library exports."""
     listing = subprocess.run(
         ["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True
     ).stdout
@@ -84,7 +84,7 @@ def symbols(library: Path) -> dict[str, tuple[str, str, int]]:
 
 
 def _stand_in(compiler: str, path: Path, found: dict[str, tuple[str, str, int]]) -> None:
-    """Makes a shared library that has the symbols and no code."""
+    """Makes the shared library ``path``, which exports the symbols ``found`` and has no code."""
     lines = []
     for number, (name, (version, kind, size)) in enumerate(sorted(found.items())):
         if kind in ("FUNC", "IFUNC", "OBJECT"):

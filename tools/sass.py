@@ -41,8 +41,8 @@ class Instruction:
         return next(pipe for pipe, pattern in PIPES if re.match(pattern, self.name))
 
     def _operands(self) -> tuple[list[str], list[str]]:
-        """Returns the operands that an instruction writes, and reads. Stores, branches and barriers write no
-        register.
+        """Returns the operands that an instruction writes, and the operands that the instruction reads. Stores,
+        branches and barriers write no register.
         """
         parts = [part.strip() for part in re.split(r",(?![^\[]*\])", self.operands)] if self.operands else []
         if self.name.startswith(("ST", "LDGSTS", "BRA", "BAR", "EXIT", "RED", "DEPBAR", "ISETP", "FSETP", "PLOP3")):
@@ -77,7 +77,8 @@ class Instruction:
         return found
 
 
-# Approximate cycles until a result can be read. Other warps have to hide the additional time of an L1 miss.
+# Approximate cycles from the issue of an instruction until its result can be read, by kind of instruction. Other warps
+# have to hide the additional time of an L1 miss.
 LATENCY = {"global": 200, "memory": 30, "mma": 24, "special": 20}
 ARITHMETIC = 5
 

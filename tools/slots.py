@@ -32,9 +32,9 @@ class Hot:
     """A kernel's hot loop.
 
     ``kernel``: the kernel's demangled name and template arguments. ``units``: tiles, or weights of a lane, in an
-    iteration. ``trips``: how often an inner loop with products runs. ``threads``: threads of a block. ``fmas``: the
-    kernel multiplies by FMAs. ``others``: how often the inner loops without products run. ``dynamic``: bytes of shared
-    memory that the launch asks for in addition to the kernel's own.
+    iteration. ``trips``: how often an inner loop with products runs. ``threads``: threads of a block. ``fmas``: whether
+    the kernel multiplies by FMA instructions and not on tensor cores. ``others``: how often the inner loops without
+    products run. ``dynamic``: bytes of shared memory that the launch asks for in addition to the kernel's own.
     """
 
     name: str
@@ -178,7 +178,8 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
 
 
 def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dict[str, int]) -> dict[str, str]:
-    """Returns a row of the table. ``used`` are registers, stack and shared bytes, as ptxas reports them."""
+    """Returns the row of docs/slots.tsv for a hot loop. ``used`` are registers, stack and shared bytes, as ptxas
+    reports them."""
     loop = sass.hot_loop(instructions, hot.trips, hot.fmas, hot.others)
     used = used | {"shared": used["shared"] + hot.dynamic}
     load_to_use = loop.load_to_use()
@@ -199,7 +200,7 @@ def table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def read() -> list[dict[str, str]]:
-    """Returns the committed table without its first line, which names the compiler."""
+    """Returns the rows of docs/slots.tsv, whose first line names the compiler and is left out."""
     with TABLE.open() as file:
         next(file)
         return list(csv.DictReader(file, delimiter="\t"))

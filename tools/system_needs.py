@@ -1,4 +1,4 @@
-"""Names what this system lacks to build peft_ext, with the commands that install it.
+"""Names what this system lacks to build peft_ext, with the commands that install what is missing.
 
     python tools/system_needs.py    checks Python, venv, Python's headers and the C++ compiler, before anything is built
 

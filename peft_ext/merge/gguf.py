@@ -4,7 +4,7 @@
     Q  = quantize(W')               in the base tensor's own type, or in another type
 
 One tensor at a time is decoded, merged, quantized and written. A tensor that the adapter does not change is copied byte
-for byte, and so are the metadata and the tokenizer.
+for byte, and so are the tokenizer and the metadata, except ``general.file_type`` if most matrices get another type.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class MergedTensor:
         error: ‖Q − W'‖ / ‖W'‖.
         type_error: ‖Q(N) − N‖ / ‖N‖ of the base tensor's own type, for normally distributed values N. NaN if the type
             has no quantizer.
-        moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. A value below 1 means that the rounding has undone changes of
-            many elements, a value above 1 that the rounding has changed elements by more than the adapter.
+        moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. ``moved`` is below 1 if the rounding has undone changes of
+            many elements, and above 1 if the rounding has changed elements by more than the adapter.
         kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. ``kept`` is 1 where Q is exact,
             and near 0 where the rounding has undone the change.
     """

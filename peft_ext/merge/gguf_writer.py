@@ -48,7 +48,7 @@ def _table(tensors: dict[str, PlannedTensor], alignment: int) -> bytes:
     parts, offset = [], 0
     for name, one in tensors.items():
         text = name.encode()
-        sizes = one.shape[::-1]  # the file lists the columns first
+        sizes = one.shape[::-1]  # a GGUF file lists the number of columns first
         parts.append(struct.pack("<Q", len(text)) + text + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
         parts.append(struct.pack("<IQ", one.type, offset))
         offset = _padded(offset + one.nbytes, alignment)

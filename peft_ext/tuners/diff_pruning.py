@@ -265,9 +265,9 @@ class DiffPruningModel(ReplacingTuner):
     def parameter_groups(self, lr: float, gate_lr: float = 0.1, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Returns two parameter groups for a torch optimizer: the gates' α, and all other trained parameters.
 
-        The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from 5 to
-        below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the authors use the
-        rate 0.1 for α.
+        The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from the
+        initial 5 to below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the
+        authors use the rate 0.1 for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -356,8 +356,8 @@ class DiffPruningModel(ReplacingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # The checkpoint may hold this adapter before or after pruning. The adapter is made pruned or not pruned, as the
-        # checkpoint is.
+        # The checkpoint may hold this adapter before or after pruning. The adapter in the model becomes pruned or not
+        # pruned, like the adapter in the checkpoint.
         kept = _kept_in(state_dict)
         if kept != config.kept:
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)

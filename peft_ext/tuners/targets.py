@@ -133,7 +133,7 @@ def in_layers(config: TargetConfig, name: str) -> bool:
 
 
 def targeted(config: TargetConfig, name: str) -> bool:
-    """Returns whether the module ``name`` is a target. With ``target_modules`` None every module counts as named."""
+    """Returns whether the module ``name`` is a target. If ``target_modules`` is None, every module counts as named."""
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and in_layers(config, name) and not excluded(config, name)
 
@@ -160,7 +160,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the full name and the parameter, as if the model had no adapter. A shared parameter has several names."""
+    """Yields each parameter with its full name, as if the model had no adapter. A shared parameter has several
+    names."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holder = next((container for container in _and_containers(name) if container in wrapped), None)
