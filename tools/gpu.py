@@ -271,8 +271,8 @@ def packages(here: Machine, outcome: Outcome) -> None:
 
 
 def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None:
-    """Makes .venv if it is missing, and installs packages there. If the Python of .venv then sees a GPU, ``here`` uses
-    this Python."""
+    """Makes .venv if it is missing, and installs packages there. If the Python of .venv then finds a GPU, the next
+    parts use this Python."""
     if not VENV.exists():
         wrong, _ = here.runner.run([sys.executable, "-m", "venv", str(VENV)], end - here.runner.clock())
         if wrong:

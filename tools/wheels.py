@@ -184,8 +184,8 @@ def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels:
             archive.extract(f"{PACKAGE}/{kernels.name}", kernels.parents[1])
         repaired = Path(folder, "repaired")
         exclude = [argument for library in OF_TORCH for argument in ("--exclude", library)]
-        # auditwheel accepts only names of platforms of this machine's architecture. With "auto", auditwheel finds the
-        # architecture of a cross-compiled wheel itself.
+        # auditwheel accepts only names of platforms of this machine's architecture. With "auto", auditwheel itself
+        # finds the architecture of a cross-compiled wheel.
         _run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto", *exclude, "-w", repaired,
              built)  # fmt: skip
         (wheel,) = repaired.glob("*.whl")

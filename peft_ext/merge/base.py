@@ -176,7 +176,8 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
 
 
 def without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
-    """Returns a parameter of ``shape`` whose elements share one element of memory; PEFT sees a dense CPU weight."""
+    """Returns a parameter of ``shape`` whose elements share one element of memory; for PEFT, this parameter is a dense
+    CPU weight."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
 

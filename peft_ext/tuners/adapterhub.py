@@ -1,12 +1,12 @@
 """Converts bottleneck adapters from and to the files of AdapterHub's ``adapters`` package.
 
-    AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight         here:   base_model.model.{place}
+    AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight     peft_ext:   base_model.model.{place}
                   {place}.adapters.{name}.adapter_up.bias  ...                  .bottleneck_adapters.down.weight  ...
 
 A converted adapter has the same tensor values and computes the same function; only the tensors' names change. Placement
 "pfeiffer" is AdapterHub's ``SeqBnConfig``, "houlsby" is ``DoubleSeqBnConfig``, and "after_ffn" is
 ``SeqBnConfig(original_ln_before=False)``. The module name ``{place}`` depends on the model's architecture and differs
-between the two formats. This module knows the architectures that ``adapters`` supports and for which
+between the two formats. This module supports the architectures that ``adapters`` supports and for which
 :class:`~peft_ext.tuners.BottleneckConfig` has defaults.
 """
 
