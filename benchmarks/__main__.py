@@ -1,13 +1,14 @@
 """``python -m benchmarks [nf4 lora ...]``: runs the benchmarks, prints a table and writes a result file.
 
 A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the result file names the rows that
-were left out. To measure another path of the CPU than its best one, force the path in peft_ext and in PyTorch:
+were left out for lack of time. To measure another path of the CPU than its best one, force the path in peft_ext and in
+PyTorch:
 
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python -m benchmarks
 
-With ``--device cuda`` the benchmarks run on a GPU, and the result file is written anew after each row. On a GPU a row
-that fails is named, the other rows still run, and the exit status is then 1.
+With ``--device cuda`` the benchmarks run on a GPU, and the result file is written anew after each row. If a row fails
+on a GPU, the benchmark prints the row's name, runs the other rows, and ends with the exit status 1.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, 
 # of a row. The time limit leaves time for the row that is running when the limit is reached.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
-# Numbers of tokens, beside those of FULL and CUDA, at which only variants with a list of their own are compared. On a
-# CPU only the benchmark of a mixed batch lists 8 tokens.
+# Numbers of tokens, beside those of FULL and CUDA, at which only variants with their own list of numbers of tokens are
+# compared. On a CPU only the benchmark of a mixed batch lists 8 tokens.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
 # CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. On a GPU operators without tokens are compared at the shape
 # "wide" too.

@@ -3,8 +3,8 @@ Phi-3.
 
     y = act(gate) ∘ up
 
-The least work of the forward reads gate and up and writes y. The least work of the backward reads gate, up and dY and
-writes the gradients of gate and up.
+The lower bound of the time counts these bytes: the forward reads gate and up and writes y; the backward reads gate, up
+and dY and writes the gradients of gate and up.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     Y = x + gelu(x Dᵀ) Vᵀ        M = 64; the adapter has no frozen weight, and N is K
 
-PEFT has no bottleneck adapters. The least work reads x and dY twice and writes Y and dX.
+PEFT has no bottleneck adapters. The lower bound of the time counts that x and dY are read twice and that Y and dX are
+written.
 """
 
 from __future__ import annotations

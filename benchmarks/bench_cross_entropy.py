@@ -2,7 +2,7 @@
 
     loss = Σ_t (log Σ_v exp z_tv - z_t[label]) / T        z = h Wᵀ,  V = 49,152; W [V, K] is frozen
 
-The least work computes the two products z and dh, reads W twice and h once, and writes dh.
+The lower bound of the time counts the two products z and dh, two reads of W, one read of h, and the write of dh.
 """
 
 from __future__ import annotations

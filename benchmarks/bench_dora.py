@@ -1,13 +1,13 @@
 """Times one DoRA layer's training step, norm included, with float32 adapters of rank 16, compared with PEFT's layer.
 
-Each step computes DoRA's norm, because the norm changes in every training step. The least work counts ``U = W Aᵀ`` and
-``|W|²`` without another read of W, since the forward reads W for its product. In mode "peft" the dropout also acts on
-the base term: the least work adds the products of the dropped elements, in the forward and in the backward. In mode
-"lora" the dropout acts only on the low-rank term, so that the float64 result differs from the result of PEFT's
-function.
+Each step computes DoRA's norm, because the norm changes in every training step. The lower bound of the time counts the
+products ``U = W Aᵀ`` and ``|W|²`` without another read of W, since the forward reads W for its product. In mode "peft"
+the dropout also acts on the base term: the lower bound adds the products of the dropped elements, in the forward and in
+the backward. In mode "lora" the dropout acts only on the low-rank term, so that peft_ext and PEFT compute different
+functions, and each is verified against a float64 result of its own.
 
-The norm is also timed by itself, beside a dense computation: peft_ext's operator dequantizes W, PyTorch forms W + s B
-A, and PyTorch takes the norms of the rows.
+The norm is also timed by itself, compared with a contender "dense": peft_ext's operator dequantizes W, PyTorch forms W
++ s B A, and PyTorch takes the norms of the rows.
 """
 
 from __future__ import annotations

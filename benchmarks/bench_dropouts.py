@@ -2,8 +2,8 @@
 
     y = mask ∘ x / (1 - p)
 
-PyTorch writes the mask in the forward and reads the mask in the backward. The least work reads x and writes y, and
-reads dY and writes dX.
+PyTorch writes the mask in the forward and reads the mask in the backward. The lower bound of the time counts that x and
+dY are read and that y and dX are written.
 """
 
 from __future__ import annotations

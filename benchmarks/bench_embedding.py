@@ -2,8 +2,8 @@
 
     Y = x + W[i] + s A[:, i]ᵀ Bᵀ        W: [V, N], V = N here
 
-The sum with x is part of each contender, since every comparison has a gradient of x. The least work reads the rows of W
-and of A that the indices name, and reads and writes x, Y and their gradients.
+Each contender adds x to the result, since every comparison checks a gradient of x. The lower bound of the time counts
+the reads of the rows of W and of A that the indices name, and the reads and writes of x, Y and their gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def _embedding(base: str, problem: Problem, compile: bool) -> Comparison:
     tokens, n, rank = problem.tokens, problem.k, problem.rank
     indices = torch.randint(n, (tokens,), generator=torch.Generator().manual_seed(0)).to(problem.device)
 
-    # The problem's adapters are those of a linear layer, [R, N] and [V, R]: transposed, they are an embedding's.
+    # The problem's adapters are those of a linear layer, [R, N] and [V, R]: transposed, these adapters are an
+    # embedding's.
     def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return x + ops.lora_embedding(indices, weight, lora_B.t(), lora_A.t(), scaling=SCALING)
 

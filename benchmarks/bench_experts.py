@@ -5,7 +5,8 @@
 The 64 weights [N / 8, K / 8] are cut from one weight [N, K]. Each of T tokens has eight rows, and each row goes to an
 expert at random. The contender "PEFT" is PEFT's computation, which forms W + s B A of all experts and multiplies by
 PyTorch's grouped product. The contender "frozen" is the grouped product of the bf16 weights, without adapters. The
-least work reads the weights, x and dY, writes Y and dX, and computes the products of W and of the ranks.
+lower bound of the time counts the reads of the weights, x and dY, the writes of Y and dX, and the products with W, A
+and B.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ        l: float32
 
-The least work is the frozen layer's two products, and one more read of Y ("output") or x ("feedforward") for the
-gradient of l.
+The lower bound of the time counts the frozen layer's two products, and one more read of Y ("output") or x
+("feedforward") for the gradient of l.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
 
 
 def _scale(problem: Problem, compile: bool) -> Comparison:
-    """Compares ``y = x∘l`` and its gradients; N is K. The least work reads x twice, reads grad, and writes y and dx."""
+    """Compares ``y = x∘l`` and its gradients; N is K. The lower bound counts two reads of x, one read of grad, and the
+    writes of y and dx."""
     problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
 
     def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
     RMSNorm: y = w ∘ x / √(mean x² + eps)        LayerNorm: y = w ∘ (x - μ) / √(mean (x - μ)² + eps) + b
 
-The least work of the forward reads x and writes y. The least work of the backward reads x and dY and writes dX. N is K.
+The lower bound of the time counts these bytes: the forward reads x and writes y; the backward reads x and dY and writes
+dX. N is K.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     y = x ∘ cos + rotate_half(x) ∘ sin
 
-A head has 128 values. The least work reads and writes q and k once in the forward, and their gradients once in the
-backward. q has K columns and k has K / 4 columns; q and k are views of one x.
+A head has 128 values. The lower bound of the time counts one read and one write of q and k in the forward, and of their
+gradients in the backward. q has K columns and k has K / 4 columns; q and k are views of one tensor x.
 """
 
 from __future__ import annotations

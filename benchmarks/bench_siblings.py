@@ -3,8 +3,8 @@
     Y_i = x W_iᵀ + s · dropout_i(x) Aᵀ B_iᵀ        the three layers share A, of rank 16
 
 The layers have a half, a quarter and a quarter of the N outputs, a bf16 base and float32 adapters. Every contender
-concatenates the three results. The contender "frozen" is PyTorch's bf16 F.linear of all N outputs at once. The least
-work reads W, x and dY, writes Y and dX, and computes the products of W and of the ranks.
+concatenates the three results. The contender "frozen" is PyTorch's bf16 F.linear of all N outputs at once. The lower
+bound of the time counts the reads of W, x and dY, the writes of Y and dX, and the products with W, A and B.
 """
 
 from __future__ import annotations

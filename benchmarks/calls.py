@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on one thread: frozen, with PEFT's layers, and with
 PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens; 4-bit layers get 40 tokens, since bitsandbytes
-dequantizes the weight only then. Timed are a forward in training, a step, and a forward in evaluation. The three models
-take turns. Microseconds a layer are medians over rounds; a ratio is the median of the ratios of each round.
+dequantizes the weight only for an input of many tokens. The benchmark times a forward in training, a forward and
+backward in training ("step"), and a forward in evaluation, and runs the three models in turn. Microseconds a layer are
+medians over rounds; a ratio is the median of the ratios of each round.
 """
 
 from __future__ import annotations

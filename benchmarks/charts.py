@@ -1,4 +1,4 @@
-"""``python -m benchmarks.charts [--check] [--out FOLDER]``: draws docs/images/*.svg from the newest result files.
+"""``python -m benchmarks.charts [--check] [--out FOLDER]``: draws charts in docs/images from the newest result files.
 
 ``layers``       time of a LoRA, AdaLoRA or IA3 layer's training step, relative to the frozen bf16 layer
 ``layers-dora``  time of a DoRA layer's training step, relative to the frozen bf16 layer
@@ -70,8 +70,8 @@ def _label(op: str, case: str) -> tuple[str, str]:
 def adapted_layers(result: Result) -> list[Layer]:
     """Returns the file's 4096 x 4096 layers with an adapter at :data:`TOKENS` and with rotating weights.
 
-    A time is the quotient of two median ratios of the file: the contender's time over our time, and the frozen layer's
-    time over our time.
+    A contender's time over the frozen layer's time is the quotient of two median ratios of the file: the contender's
+    time over peft_ext's time, and the frozen layer's time over peft_ext's time.
     """
     layers = []
     for row in result["rows"]:
@@ -94,7 +94,8 @@ WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
 
 
 def layers(result: Result) -> Optional[Picture]:
-    """Draws a bar for each layer and contender: the time over the frozen layer's time. Returns None for no layers."""
+    """Draws a bar for each layer and contender: the time over the frozen layer's time. Returns None if the file has no
+    such layer."""
     found = adapted_layers(result)
     if not found:
         return None
@@ -130,7 +131,7 @@ def layers(result: Result) -> Optional[Picture]:
 
 
 def _gutter(labels: list[str]) -> float:
-    """Returns the width of the room that the labels of rows take."""
+    """Returns the width that a picture needs for the labels of its rows."""
     return 12 + max(text_width(line) for label in labels for line in label.split("\n"))
 
 
@@ -206,7 +207,8 @@ def parts(result: Result) -> Optional[Picture]:
 
 
 def losses(result: Result) -> Optional[Picture]:
-    """Draws a panel for each method: the loss curves of our run and of its twin in bfloat16, and their difference."""
+    """Draws a panel for each method: the loss curves of the run of peft_ext and of its twin in bfloat16, and their
+    difference."""
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     if not rows:
         return None

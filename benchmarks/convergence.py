@@ -115,7 +115,7 @@ def compare(
 ) -> Row:
     """Trains the method ``name`` and its twin, if the method has one for the dtype.
 
-    Then loads the saved adapter over a new base.
+    After the training, :func:`compare` saves the adapter and loads the saved adapter over a new base.
 
     Args:
         name: a key of ``METHODS``.

@@ -3,7 +3,8 @@
 A call is timed between two events, or as a part of a CUDA graph of many calls. The host does not wait for the GPU
 between calls. Between events a short call takes the time of its launch on the host; in a graph a call takes the time of
 its kernels. The outputs of all calls of a sample between events are kept until the sample ends, so that no output
-reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and clock meanwhile.
+reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and clock while calls are
+timed.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class Meter:
             while True:
                 try:
                     read = lines.read(4096)
-                except OSError:  # the other end of a terminal is closed
+                except OSError:  # raised when the process has closed the terminal
                     return
                 if not read:
                     return

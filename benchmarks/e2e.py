@@ -289,7 +289,7 @@ def stepper(
     import peft_ext
     from peft_ext.integrations.transformers import keep_freed_memory
 
-    keep_freed_memory()  # for all contenders, since malloc's settings are no part of a kernel
+    keep_freed_memory()  # all contenders get the same settings of malloc
     model = build_model(method, kind, steps, sizes, device)
     if kind == "frozen":
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
@@ -368,7 +368,7 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the contenders of each method in turn, each run in its own process. A ratio compares neighbouring runs.
 
     The result file is written anew after each method. A run that fails, or that takes more than ``args.limit`` seconds,
-    is named in "failed", and the row has the other runs.
+    is named in "failed", and the method's row has the other runs.
     """
     about = _machine(args.device)
     out = result_path(_subject(args), about, args.out)
@@ -410,7 +410,7 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the row of a method. Where the runs of one contender failed, the row compares nothing."""
+    """Returns the row of a method. If a run of a contender failed, the row has no ratios."""
     ours, stock = runs["ours"], runs["stock"]
     first = (ours or stock or runs["frozen"])[0]
     row = {
@@ -441,8 +441,8 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _names(text: str) -> list[str]:
-    """Returns the methods that the parts of ``text`` name, which ";" separates. A part is a method's name, or else the
-    beginning of the names of methods.
+    """Returns the methods that ``text`` names; ";" separates the parts of ``text``. A part is a method's name, or else
+    the beginning of the names of some methods.
     """
     names = {name.lower(): name for name in METHODS}
     found = []

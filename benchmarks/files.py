@@ -1,7 +1,8 @@
 """Reads and writes result files: ``benchmarks/results/<kind>-<subject>-<CPU path or GPU>-<date>.json``.
 
-The kind is ``layer`` (operators and single layers), ``step`` (whole training steps) or ``run`` (whole training runs).
-A committed file comes from one run of one command. Rows that neither a table nor a picture shows are left out.
+The kind of a result file is ``layer`` (operators and single layers), ``step`` (whole training steps) or ``run`` (whole
+training runs). A committed file comes from one run of one command. A committed file has only the rows that a table or a
+picture of the documents shows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Compares contenders with the timer of :mod:`peft_ext.bench`: verifies each result, then times all contenders in turn.
 
 A run also measures the ceilings of the machine: the bandwidth of a copy and of reading, and the rates of PyTorch's
-products. A :data:`Clock` takes the times: the host's clock in this module, a GPU's clock in :mod:`.cuda`.
+products. A :data:`Clock` measures the times: ``host_clock`` of :mod:`peft_ext.bench` on a CPU, the clocks of
+:mod:`.cuda` on a GPU.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", 
 
 @dataclass
 class Comparison:
-    """The contenders, "ours" (peft_ext) first, and the least work that the operator takes.
+    """The contenders, "ours" (peft_ext) first, and the bytes and operations of the lower bound of the operator's time.
 
     Attributes:
-        bytes_moved, flops: bytes and operations of the least work.
+        bytes_moved, flops: bytes that the operator must move at least, and operations that it must compute at least.
         reads: whether nearly all of the bytes are read, so that the bandwidth of reading bounds the time.
         tolerance: largest relative error that "ours" may have; with 0 "ours" must have the bits of the exact result.
         absent: the reason for each peer that cannot run.
@@ -88,13 +89,13 @@ class Row:
 
     Attributes:
         milliseconds: median time of each contender.
-        speedup: time of each peer divided by our time, the median over rounds; above 1, peft_ext is faster.
+        speedup: time of each peer divided by peft_ext's time, the median over rounds; above 1, peft_ext is faster.
         quartiles: first and third quartile, over rounds, of the ratios in ``speedup``.
         errors: relative error of each contender's outputs to float64 (Frobenius norm), or the reason why the contender
             is not verified.
         absent: the reason for each peer that could not run.
         bytes_moved, flops, reads: the fields of the :class:`Comparison`.
-        roofline: time of the least work (see :func:`floor_ms`) in percent of each contender's time.
+        roofline: lower bound of the time (see :func:`floor_ms`) in percent of each contender's time.
         meter: the GPU's power, clock and temperature during the row; empty on a CPU.
     """
 
@@ -147,11 +148,11 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 def floor_ms(
     bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float], reads: bool = False
 ) -> float:
-    """Returns the least milliseconds of some work: the larger of the times to move its bytes and to compute its
-    products.
+    """Returns the lower bound of an operator's time in milliseconds: the larger of the times to move its bytes and to
+    compute its products.
 
-    The products count at the faster of PyTorch's two measured rates, bf16 and float32. On a CPU without bf16
-    instructions the float32 rate is the faster one.
+    The operations are divided by the faster of PyTorch's two measured rates of products, bf16 and float32. On a CPU
+    without bf16 instructions the float32 rate is the faster one.
     """
     peak = max(value for name, value in ceilings.items() if name.startswith("matmul_"))
     bandwidth = ceilings["copy_gb_s"]
@@ -161,7 +162,8 @@ def floor_ms(
 
 
 def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, float], reads: bool = False) -> str:
-    """Returns the reached bandwidth ("812 GB/s") or rate ("0.41 TFLOP/s"), whichever bounds the least work."""
+    """Returns the reached bandwidth ("812 GB/s") or rate ("0.41 TFLOP/s"), whichever sets the lower bound of the
+    time."""
     if floor_ms(bytes_moved, 0, ceilings, reads) >= floor_ms(0, flops, ceilings):
         return f"{bytes_moved / milliseconds / 1e6:.3g} GB/s"
     return f"{flops / milliseconds / 1e9:.3g} TFLOP/s"
@@ -235,9 +237,9 @@ def run(
     """Returns the rows, and the names of the cases that were left out.
 
     A row takes about ``row_s`` seconds of timing, or less where little time is left. The run takes about ``limit_s``
-    seconds, with set-up, verification and compilation. A case is left out where twice the least time of five rounds of
-    five contenders would pass the limit. An error of "ours" ends the run; where ``failed`` is a list, the error is
-    added to ``failed`` instead, and the run goes on.
+    seconds, with set-up, verification and compilation. A case is left out if twice the lower bound of the time of five
+    rounds of five contenders would exceed the limit. An error of "ours" ends the run; where ``failed`` is a list, the
+    error is added to ``failed`` instead, and the run goes on.
     """
     cases = list(cases)
     check_kernels({case.op for case in cases}, device)
@@ -275,8 +277,8 @@ def check_kernels(ops: set[str], device: str = "cpu") -> None:
 
     Operators that are composed of other operators need no kernel of their own.
 
-    Does nothing with PEFT_EXT_REQUIRE=0 or unset; the reference is then timed. ``python -m benchmarks`` sets
-    PEFT_EXT_REQUIRE=1 by default.
+    With PEFT_EXT_REQUIRE=0 or unset, check_kernels does nothing, and the reference is timed. ``python -m benchmarks``
+    sets PEFT_EXT_REQUIRE=1 by default.
     """
     if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
         return

@@ -1,10 +1,10 @@
 """Times adapted layers at the shapes that people train on CPUs, compared with the frozen layer and PEFT's layer.
 
 ``python -m benchmarks.layers`` times a training step of one layer, forward and backward, of three contenders: PyTorch's
-frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Up to
-64 layers of a shape follow each other, as in a model, so that the weights of large shapes are not in a cache from an
-earlier call. The contenders take turns. The result file has the median and the quartiles of the ratios of the rounds.
-Low-rank adapters have rank 16, and adapters are float32.
+frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Each
+contender has up to 64 layers of a shape and runs a step on one layer after the other, as in a model, so that the
+weights of large shapes are not in a cache from an earlier call. The contenders are timed in turn. The result file has
+the median and the quartiles of the ratios of the rounds. Low-rank adapters have rank 16, and adapters are float32.
 
 In bfloat16, the default, the shapes are those of the linear layers, without heads, of SmolLM2-135M, Qwen2.5-0.5B,
 Llama-3.2-1B, BERT-base and GPT-2, with 16 to 4,096 tokens. ``--dtype float32`` measures some of the shapes with 512
@@ -97,7 +97,7 @@ def _configs() -> dict[str, tuple[Callable[..., nn.Module], Any]]:
 
 
 class Contender:
-    """Layers of one shape. Each step runs on the next layer."""
+    """The layers of one contender, all of one shape. Each step runs on the next layer."""
 
     def __init__(self, kind: str, make: Callable[..., nn.Module], config: Any, k: int, n: int, dtype: torch.dtype):
         import peft
@@ -153,8 +153,8 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             calls, order = _calls(tokens, k, n), list(contenders)
             for i in range(rounds + 1):
                 for name in order[i % len(order) :] + order[: i % len(order)]:
-                    # The first call of a contender is not timed, because the caches still hold the data of the
-                    # contender before.
+                    # The first call of a contender is not timed, because the caches still hold the data of the previous
+                    # contender.
                     contenders[name].step(x, grad)
                     mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
                     if i > 0:  # the first round warms up

@@ -9,8 +9,8 @@ on all linear layers is trained for a few steps on Python's language reference, 
 peft_ext computes the logits of the same tokens in float32 over the same file (``load_gguf``), with PEFT's adapter,
 accelerated.
 
-The logits of the base differ because llama.cpp rounds the inputs of each product, see :mod:`.llama_runner`. If an
-exported adapter is right, the difference does not grow with the adapter.
+The logits of the base in llama.cpp and in peft_ext differ because llama.cpp rounds the inputs of each product, see
+:mod:`.llama_runner`. If an exported adapter is right, the difference of the logits does not grow with the adapter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .harness import machine
 from .llama_runner import FILE_TYPES, Runner, quantize_file
 
 NAME = "run-llama_cpp-avx512_bf16"  # name of the result file that the table shows, without its date
-ANSWERS, LENGTH = 5, 24  # prompts that are answered, and tokens of an answer
+ANSWERS, LENGTH = 5, 24  # number of prompts that are answered, and number of tokens of an answer
 PROMPTS = (
     "The capital of France is", "Water boils at a temperature of", "In Python, a list comprehension is",
     "The with statement is used to", "Once upon a time, in a small village,", "The derivative of x squared is",
@@ -101,7 +101,8 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def compared(theirs: list[np.ndarray], ours: list[np.ndarray]) -> dict[str, float]:
-    """Returns the differences of two lists of logits: of their values, of the distributions, and of the first tokens.
+    """Returns the differences of two lists of logits: of their values, of the distributions, and of the most probable
+    tokens.
 
     ``kl`` is the mean over the tokens of KL(ours ‖ theirs), in nats.
     """
@@ -151,8 +152,8 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path], prompts: Any, stop: int) -> Any:
     """Yields a row for each of ``KINDS`` over the file ``base``.
 
-    For ``decoded``, the largest difference, llama.cpp runs a file in which the package gguf has decoded the weights to
-    float32, so that llama.cpp rounds no inputs of these weights.
+    The field ``decoded`` of a row is the largest difference of a logit when llama.cpp runs a file in which the package
+    gguf has decoded the weights to float32: llama.cpp then does not round the inputs of products.
     """
     ours, decoded = Ours(base), base
     if kind != "F32":

@@ -43,7 +43,7 @@ def _library() -> Any:
 
         _callbacks.append(llama_cpp.llama_log_callback(say))
         llama_cpp.llama_backend_init()
-    # The package sets its own callback as it is imported, and again for each of its Llama objects.
+    # The package llama_cpp sets its own log callback when it is imported, and again for each of its Llama objects.
     llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
     return llama_cpp
 
@@ -130,7 +130,7 @@ class Runner:
             llama.llama_batch_free(batch)
 
     def greedy(self, tokens: Sequence[int], count: int, stop: int) -> list[int]:
-        """Returns the ``count`` most likely next tokens, one after another, up to the token ``stop``."""
+        """Generates ``count`` tokens, each time the most likely token; ends earlier after the token ``stop``."""
         found: list[int] = []
         while len(found) < count and stop not in found:
             found.append(int(self.logits([*tokens, *found])[-1].argmax()))

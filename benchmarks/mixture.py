@@ -62,8 +62,8 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         )  # fmt: skip
-        # PEFT has no DoRA on experts. "dora sums" has peft_ext's unaccelerated layers on experts, and else PEFT's
-        # layers.
+        # PEFT has no DoRA on experts. The kind "dora sums" has peft_ext's unaccelerated layers on experts, and PEFT's
+        # layers elsewhere.
         accelerate = kind not in ("stock", "dora sums")
         dropout = 0.05 if kind == "dropout" else 0.0
         model = peft_ext.get_peft_model(model, config, accelerate=accelerate, experts_dropout=dropout)
@@ -85,7 +85,8 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of one round of all kinds."""
+    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of the same round, in which each
+    kind runs once."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:

@@ -1,7 +1,8 @@
 """Makes the packed weights of the benchmarks from a dense bf16 weight ``[N, K]``, one function for each format.
 
-Formats for which peft_ext has a quantizer are quantized. The codes of the other formats are random, and their scales
-give values of the dense weight's size: a kernel's time does not depend on the values.
+Weights in MXFP4, NVFP4, FP8, int4 and int8 are quantized from the dense weight. Weights in FP4, GPTQ, AWQ, HQQ and GGUF
+have random codes, and scales that give values of the dense weight's size: a kernel's time does not depend on the
+values.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _hqq(weight: Tensor) -> PackedWeight:
     return int_groups.hqq(_bytes(weight.numel() // 2), scales, zeros, tuple(weight.shape))
 
 
-# The columns and bytes of a block of a GGUF type, and the first bytes of the block's float16 scales.
+# GGUF type -> columns and bytes of a block, and offsets in the block of its float16 scales.
 _GGUF = {
     "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)), "Q8_0": (32, 34, (0,)), "Q4_K": (256, 144, (0, 2)),
     "Q5_K": (256, 176, (0, 2)), "Q6_K": (256, 210, (208,)),

@@ -1,7 +1,7 @@
-"""Packs the linear layers of a model in each format, with the quantizer of the format's own library where it runs here.
+"""Packs the linear layers of a model in a format, by peft_ext, by the format's own library, or by rounding to nearest.
 
-GPTQ and AWQ layers are rounded to the nearest code, without a calibration, and packed by the functions below, because
-GPTQModel's quantizers need calibration data.
+GPTQ and AWQ layers are rounded to the nearest code, without a calibration, and packed by ``_gptq`` and ``_awq``,
+because GPTQModel's quantizers need calibration data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Packing:
     """One way to quantize a model.
 
     Attributes:
-        quantized_by: what computes codes and scales, as the table shows it.
+        quantized_by: name of what computes codes and scales, for a column of the table.
         layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a GGUF file is read.
         library: the module that ``layer`` imports, or "".
     """

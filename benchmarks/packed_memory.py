@@ -4,8 +4,9 @@
 ``python -m benchmarks.packed_memory --table``  prints the newest result file as a table
 
 A checkpoint has random weights: a Llama with FP8 blocks, and a gpt-oss with experts in MXFP4. On a CPU transformers
-dequantizes both while it loads them. Each run is a process of its own, which loads a tiny checkpoint of the same kind
-first, so that imports do not count. The memory is resident memory, with the pages of the files that are mapped.
+dequantizes both checkpoints while it loads them. Each run is a process of its own, which first loads and trains a tiny
+checkpoint of the same kind, so that the memory of imports does not count. The measured memory is resident memory, with
+the pages of the files that are mapped.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _load(kind: str, loader: str, path: Path) -> Any:
 
 
 def _step(kind: str, loader: str, model: Any) -> None:
-    """Adds LoRA and takes one training step of 256 tokens."""
+    """Adds LoRA and runs one forward and backward of 256 tokens."""
     from peft import LoraConfig, get_peft_model
 
     import peft_ext
@@ -135,7 +136,8 @@ def _step(kind: str, loader: str, model: Any) -> None:
 
 
 def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
-    """Returns the peak of loading, the memory after it, and the peak of a step, in MiB beyond those before the load."""
+    """Returns the peak memory of loading, the memory after loading, and the peak memory of a step, in MiB, each without
+    the memory before loading."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -111,7 +111,7 @@ def train(name: str, kind: str, steps: int, batch: int, length: int, held_out: i
         tensor.data = tensor.data.clone()
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(0)  # PEFT draws equal numbers for packed and for dense layers only from equal states
+    torch.manual_seed(0)  # packed and dense layers get equal adapters only from equal generator states
     for module in model.modules():
         if hasattr(module, "reset_lora_parameters") and "default" in module.lora_A:
             module.reset_lora_parameters("default", True)

@@ -1,7 +1,8 @@
 """Measures how long each part of a training step takes, with PyTorch's profiler.
 
 ``python -m benchmarks.e2e parts`` runs LoRA with dropout 0.05 in peft_ext and in PEFT, and the frozen model, at two
-widths. A part of a step is the sum of the operators' own times, by the operators' names and the shapes of their inputs.
+widths. The time of a part of a step is the sum of the own times of its operators. An operator's name and the shapes of
+its inputs say to which part the operator belongs.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ METHOD = "LoRA, dropout 0.05"
 LINEAR, ATTENTION, HEAD, OPTIMIZER, ELEMENTWISE, REST = PARTS = (
     "linear layers", "attention", "head and loss", "optimizer", "other operators", "between operators",
 )  # fmt: skip
-# The first pattern that matches an operator's name gives the part that the operator belongs to. An operator with an
-# input of the vocabulary's size belongs to the head and the loss before any pattern is asked.
+# The first pattern that matches an operator's name gives the part that the operator belongs to. Outside of the
+# optimizer, an operator with an input dimension of the vocabulary's size belongs to the head and the loss, whatever its
+# name is.
 PATTERNS = (
     (ATTENTION, r"scaled_dot_product|attention"),
     (HEAD, r"cross_entropy|log_softmax|nll_loss"),
@@ -47,7 +49,8 @@ def part_of(event: FunctionEvent, vocabulary: int) -> str:
 
 
 def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
-    """Returns the milliseconds that the operators of each part take themselves, without the operators they call."""
+    """Returns the milliseconds that the operators of each part take, without the time of the operators that they
+    call."""
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
         if event.name.startswith(("aten::", "peft_ext::", "Optimizer.")):

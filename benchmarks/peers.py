@@ -1,9 +1,9 @@
 """Makes the inputs, weights and contenders that the comparisons of layers share.
 
-A layer has ``x [T, K]`` and ``grad [T, N]`` in bfloat16, a frozen ``W [N, K]`` in bfloat16 or in NF4, and float32
-adapters, on the CPU or on a GPU. With "hot" weights a layer has one weight. With "rotating" weights a layer has copies
-of one weight that fill :data:`ROTATING_BYTES`; the copies have equal values, so that one float64 result verifies every
-call. Adapters rotate with the weights.
+A layer has ``x [T, K]`` and ``grad [T, N]`` in bfloat16, a frozen ``W [N, K]`` that is dense or packed (NF4, or a
+format of :mod:`.packed_bases`), and float32 adapters, on the CPU or on a GPU. With "hot" weights a layer has one
+weight. With "rotating" weights a layer has copies of one weight that fill :data:`ROTATING_BYTES`; the copies have equal
+values, so that one float64 result verifies every call. Adapters rotate with the weights.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
-# The last pool of weights is kept, since cases of one shape follow each other.
+# Only the last pool of weights is kept, since cases of one shape follow each other.
 @lru_cache(maxsize=1)
 def _dense_pool(k: int, n: int, least_bytes: int, device: str, base: str) -> list[Tensor]:
     first = _first(k, n, device).to(DTYPES[base])
@@ -156,7 +156,8 @@ def _exact_products(problem_key: tuple, base: str) -> tuple[Tensor, Tensor]:
 
 
 class _ExactBase(torch.autograd.Function):
-    """Computes ``x Wᵀ`` in float64. For the problem's own x and grad takes the products of :func:`_exact_products`."""
+    """Computes ``x Wᵀ`` in float64. For the problem's own x and grad, returns the products that :func:`_exact_products`
+    has cached."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, problem: Problem, base: str) -> Tensor:
@@ -307,10 +308,10 @@ def functional(
     Args:
         weights: a base of the problem, or the contender's own weights.
         names: names of the adapters that are passed to ``forward``.
-        exact: function of the float64 result, or the reason why there is no float64 result.
+        exact: function that returns the float64 result, or the reason why there is no float64 result.
         training: whether a call also runs the backward; a call without backward runs without autograd.
         enter: function that converts a weight; the call of ``enter`` for each weight is not timed.
-        adapters: adapters in place of the problem's adapters.
+        adapters: adapters that replace the problem's adapters.
     """
     turns = problem.weights(weights) if isinstance(weights, str) else weights
     entered = entered_once(turns, enter)
@@ -424,8 +425,8 @@ def peft_config(name: str, **fields: Any) -> Any:
 def peft_layer(problem: Problem, base: str, config: Any, parameters: dict[str, str], exact: Exact) -> Contender:
     """Returns a contender that runs PEFT's own layer in training.
 
-    ``config`` is a configuration of :func:`peft_config`. ``parameters`` has the names of the layer's parameters, by the
-    names of the problem's adapters.
+    ``config`` is a configuration of :func:`peft_config`. ``parameters``: name of an adapter tensor of the problem ->
+    name of the parameter in PEFT's layer.
     """
     from peft import get_peft_model
 
@@ -467,7 +468,7 @@ def layer_comparison(
         formula: formula of the float64 result of ``ours``, see :meth:`Problem.exact`.
         peft_formula: formula for PEFT and ``eager``, where it differs from ``formula``.
         config: a function that makes PEFT's configuration.
-        where: names of the PEFT layer's parameters, by the names of the problem's adapters.
+        where: name of an adapter tensor of the problem -> name of the parameter in PEFT's layer.
         more: other peers that compute ``formula``, without dropout.
     """
     theirs, names = peft_formula or formula, tuple(where)
@@ -528,7 +529,8 @@ def layer_bytes(problem: Problem, base: str) -> int:
 
 
 def low_rank_bytes(problem: Problem) -> int:
-    """Returns the bytes that a low-rank adapter adds: x once more, S twice, A and B twice, and dA and dB."""
+    """Returns the bytes that a low-rank adapter adds to a training step: x once more, S twice, A and B twice, and dA
+    and dB once."""
     tokens, k, n, r = problem.tokens, problem.k, problem.n, problem.rank
     return 2 * tokens * k + 2 * 4 * tokens * r + 3 * 4 * r * (k + n)
 

@@ -1,9 +1,8 @@
-"""``python -m benchmarks.tables [--check]``: draws the tables of README.md and of three pages of docs.
+"""``python -m benchmarks.tables [--check]``: draws the measured tables of README.md and of four pages of docs.
 
 A table stands between ``<!-- measured NAME: python -m benchmarks.tables -->`` and ``<!-- /measured -->``. NAME is a key
-of :data:`DRAWN`; README's place has no NAME. A table shows the newest result file with a name, or of a GPU, and is
-printed with the machine and the date of the file. ``--check`` writes nothing and fails where a document differs from
-its result files.
+of :data:`DRAWN`; README's place has no NAME. A table shows the newest result file of one name or of one GPU, with the
+machine and the date of the file. ``--check`` writes nothing and fails where a document differs from its result files.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def _table(corner: str, cells: dict[tuple[str, str], str]) -> str:
 
 
 def peers_table(result: Result, op: str, peers: Iterable[str]) -> str:
-    """Returns a table of each peer's time divided by our time.
+    """Returns a table of each peer's time divided by peft_ext's time.
 
     The table has a row for each case and peer, and a column for each number of tokens.
     """
@@ -87,7 +86,7 @@ def peers_table(result: Result, op: str, peers: Iterable[str]) -> str:
 
 
 def cases_table(rows: Iterable[Result]) -> str:
-    """Returns a table with a row for each case: our time, and each peer's time divided by our time."""
+    """Returns a table with a row for each case: peft_ext's time, and each peer's time divided by peft_ext's time."""
     rows = list(rows)
     metered = any(row.get("meter") for row in rows)
     lines = ["| operator | case | weights | ms | faster than |" + " W; MHz |" * metered, "|---" * (5 + metered) + "|"]

@@ -1,11 +1,11 @@
-"""Runs the operators' tests on 64-bit Arm, emulated by qemu-user, on each of its CPU paths.
+"""Runs the operators' tests on each CPU path of 64-bit Arm, emulated by qemu-user.
 
     python tools/aarch64_tests.py [--paths neon_bf16,neon,scalar] [pytest arguments]
 
-The library is cross-compiled. Debian's Python for Arm, PyTorch and the packages that the tests import are downloaded
-into build/aarch64 (5 GB, once); nothing outside of build/aarch64 changes. The program needs Debian,
-aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The run checks results and says
-nothing about speed.
+The native library is cross-compiled on this machine. Debian's Python for Arm, PyTorch and the packages that the tests
+import are downloaded into build/aarch64 (5 GB, once); nothing outside of build/aarch64 changes. The program needs
+Debian, aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The emulated run checks
+results and says nothing about speed.
 """
 
 from __future__ import annotations

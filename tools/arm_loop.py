@@ -3,8 +3,8 @@
     python tools/arm_loop.py [--cores neoverse-v1,neoverse-v2,neoverse-n2,apple-m2]
 
 aarch64-linux-gnu-g++ compiles the loop. llvm-mca (19 or newer), LLVM's model of a core, computes the cycles of one
-iteration with all loads in L1, and the lower bound of the busiest execution unit. A product (BFMMLA) multiplies 2 x 4
-by 4 x 2 elements, which is 32 FLOP.
+iteration with all loads in L1, and the lower bound of these cycles that the busiest execution unit sets. A product
+(BFMMLA) multiplies 2 x 4 by 4 x 2 elements, which is 32 FLOP.
 """
 
 from __future__ import annotations

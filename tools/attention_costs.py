@@ -4,8 +4,8 @@
     python tools/attention_costs.py --write    writes the table to docs/performance.md
 
 No instruction is timed. The program repeats the loops of csrc/attention (forward.h, backward.h, product.h,
-product_amx.h) for one head, counts their instructions, and adds up cycles. The test of this program compares the
-numbers of products, loads and stores with those that the kernels themselves make. The cycles are:
+product_amx.h) for one head, counts their instructions, and adds up cycles. tests/native/test_attention_costs.py
+compares the numbers of products, loads and stores with those that the kernels themselves make. The cycles are:
 
     tiles     the largest of 16 cycles a product of 16 x 16 x 32, 8 cycles a loaded tile and 16 cycles a stored tile
     vectors   half a cycle an arithmetic instruction of 512 bits, dot products (vdpbf16ps) included; in a transposition
@@ -43,7 +43,7 @@ class Cost:
     tiles: dict[str, int] = field(default_factory=lambda: {"products": 0, "loads": 0, "stores": 0})
 
     def multiply(self, rows: int, vecs: int, depth: int, add: bool) -> None:
-        """Counts a product [rows, vecs vectors of lanes] over ``depth`` values."""
+        """Counts the product of a matrix [rows, depth] with a matrix [depth, 16 * vecs]."""
         if not self.amx:
             self.products += rows * vecs * math.ceil(depth / 2) / RATE
             return
@@ -59,7 +59,7 @@ class Cost:
         self.operands += math.ceil(rows / 16) * math.ceil(words / 16) * TRANSPOSED
 
     def join(self, rows: int, columns: int) -> None:
-        """Counts rows that are joined in pairs: two conversions, a shift and an or for a vector of words."""
+        """Counts the joining of rows in pairs: two conversions, a shift and an or for each vector of words."""
         self.operands += math.ceil(rows / 2) * math.ceil(columns / LANES) * 4 / RATE
 
     @property
@@ -72,7 +72,7 @@ def _parts(count: int, most: int) -> list[int]:
 
 
 def _first(key: int, query: int) -> int:
-    """Returns the first vector of queries that sees the key."""
+    """Returns the index of the first vector of 16 queries of which a query sees the key."""
     return max(0, key - query) // LANES
 
 

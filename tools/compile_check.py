@@ -5,8 +5,8 @@
     python tools/compile_check.py aarch64   compiles with aarch64-linux-gnu-g++ and this machine's headers of Python
     python tools/compile_check.py macos     compiles and links with zig (pip install ziglang) for macOS on Apple silicon
 
-Code for Arm and for macOS is not run. A warning about an unused function is no error. Each compiler has its own folder
-below build/, and compiles only sources that changed. The program fails if the compiler is not installed.
+The compiled code for Arm and for macOS is not run. A warning about an unused function is no error. Each compiler has
+its own folder below build/, and compiles only sources that changed. The program fails if the compiler is not installed.
 """
 
 from __future__ import annotations

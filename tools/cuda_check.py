@@ -8,8 +8,9 @@ memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop di
 A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables, so that
 a review sees each change. ``--archs`` compiles for some architectures alone, and compares only their rows. ``--only``
 compiles the kernels alone whose names contain one of the texts, and compares, or writes, only their rows. Of the
-kernels of packed weights, whose first template argument is the number of a format, the tables have two for each format.
-The kernels of packed weights that are not in the tables are compiled only with ``--formats``.
+kernels of packed weights, whose first template argument is the number of a format, the tables have those that decode to
+bfloat16, those for one token in bfloat16, and those with a hot loop. The other kernels of packed weights are compiled
+only with ``--formats``.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def ptxas_table(rows: list[dict[str, object]]) -> str:
 
 
 def in_tables(name: str) -> bool:
-    """Returns whether the tables have a kernel. Kernels of packed weights: decoding to bfloat16, and one token."""
+    """Returns whether the tables have a kernel: any kernel except most kernels of packed weights. Of the kernels of
+    packed weights, the tables have those that decode to bfloat16, those for one token, and those with a hot loop."""
     loops = {entry.kernel for entry in slots.HOT}
     return not name.startswith("packed_") or name in loops or re.search(r"<\d+, bf16(, 1)?>", name) is not None
 
@@ -186,7 +188,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))) as pool:
         for done in pool.map(lambda item: check(*item), work):
-            assert done is None  # the loop raises the exception of a call
+            assert done is None  # pool.map raises the exception of a check
     if not failures:
         failures += compare(TABLE, ptxas_table(rows), device_code.version(), options.write, archs, only)
         wanted = {entry.name for entry in slots.HOT if not only or any(text in entry.kernel for text in only)}

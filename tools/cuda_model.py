@@ -14,7 +14,8 @@ The multiprocessor with the most blocks decides how many tiles are counted. Each
 time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began together. Each pass
 adds a microsecond for its launch, its first wave and its last blocks.
 
-docs/kernels.md shows the tables between two marks. ``--write`` draws the tables again, and a test compares the tables.
+docs/kernels.md shows the tables between two marks. ``--write`` draws the tables again, and a test compares the page
+with the computed tables.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ CARDS = {
 
 
 def loops(card: Card) -> dict[str, dict[str, float]]:
-    """Returns the rows of the table for a card by loop, with numbers as floats."""
+    """Returns the rows of docs/slots.tsv for a card's architecture, by the name of the loop, with numbers as floats."""
     found = {}
     for row in slots.read():
         if row["arch"] == card.arch:
@@ -84,8 +85,9 @@ def tile_cycles(loop: dict[str, float], card: Card) -> float:
 def terms_of_tile(name: str, rank: int = 16) -> float:
     """Returns the bytes of small matrices that a tile of a pass reads from L2, in terms of 16 bits.
 
-    S and dA: three terms of one matrix. Y0 and dX0: two terms of two matrices. P and dB: a block reads its three terms
-    of one matrix for four tiles, and those of the other matrix once; both together count as half a matrix a tile.
+    In a pass for S or dA, a tile reads three terms of one matrix. In a pass for Y0 or dX0, a tile reads two terms of
+    two matrices. In the pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the
+    three terms of the other matrix once; these reads count as half a matrix for each tile.
     """
     matrix = 64 * rank * 2.0  # bytes of one term
     if name.startswith(("Y0", "dX0")):
@@ -121,7 +123,8 @@ def product(t: int, n: int, k: int, card: Card) -> float:
 
 def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
     """Returns the number of blocks of a rank pass, the most tiles of a block, and the rows of its partial sums.
-    csrc/linear/cuda/rank_plan.cuh chooses them. ``work``: "rows" (S), "columns" (dA) or "both" (P and dB).
+    For the kernels, csrc/linear/cuda/rank_plan.cuh chooses these numbers. ``work``: "rows" (S), "columns" (dA) or
+    "both" (P and dB).
     """
     row_tiles, column_tiles = -(-t // 64), -(-columns // 64)
     if work == "both":
@@ -184,8 +187,8 @@ def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> floa
 
 
 def limit(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> float:
-    """Returns the ratio of :func:`ratio` if each pass over an activation took nothing but the time to move its bytes,
-    and the launches between the passes took no time: no kernel with these passes is faster.
+    """Returns what :func:`ratio` would return if each pass over an activation took nothing but the time to move its
+    bytes, and the launches between the passes took no time: no kernel with these passes is faster.
     """
     x, y, w = (moved / (card.bandwidth * REACHED) for moved in (2.0 * t * k, 2.0 * t * n, 2.0 * n * k))
     times = {
@@ -204,7 +207,7 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
     """
     names = {"NF4": ("NF4, T <= 8", "NF4, T <= 16"), "MXFP4": ("MXFP4, T = 1", "MXFP4, T <= 8")}[base]
     loop = loops(card)[names[tokens > (8 if base == "NF4" else 1)]]
-    # Weights of one lane, if all lanes of a multiprocessor ran one after another.
+    # Number of weights that one lane would decode if a single warp decoded all weights of a multiprocessor.
     weights = n * k / card.multiprocessors / 32
     schedulers, warps = 4, 2 * loop["blocks"]
     cycles = weights * max(loop["slots"] / schedulers, 2 * loop["alu"] / schedulers, loop["transactions"],
@@ -226,7 +229,8 @@ def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: boo
     return max(compute, moved / (card.bandwidth * REACHED)) + 1e-6
 
 
-# The adapted linear layers in a layer of Llama 3 8B, grouped by their input: outputs of each, and inputs.
+# The adapted linear layers in a layer of Llama 3 8B, grouped by their input: for each group, the numbers of output
+# features of the linear layers, and the number of input features.
 LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
 
 
@@ -236,7 +240,7 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
 
     Without adapters, separate passes add the gradients of layers with one input. ``together`` avoids these passes with
     adapters: one pass writes the low-rank terms of all layers, and the products add to these terms. One pass over x
-    computes S of all layers, and one pass computes dA. The launches of small kernels are for all layers.
+    computes S of all layers, and one pass computes dA. Each small kernel is launched once for all layers.
     """
     frozen, adapted = 0.0, 0.0
     for outputs, k in LLAMA_LAYER:
@@ -267,8 +271,8 @@ MANY_ROWS = 128  # mean number of rows of an expert from which on PyTorch comput
 
 
 def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: str) -> float:
-    """Returns the seconds of the product of [rows, k] with the weights of all experts that have rows; each weight meets
-    tiles of up to 64 rows.
+    """Returns the seconds of the product of [rows, k] with the weights of all experts that have rows; the rows of an
+    expert are multiplied in tiles of up to 64 rows.
     """
     moved = (2.0 if base == "bf16" else 0.516) * active * n * k + 2.0 * rows * (n + k)
     if base == "bf16" and rows >= MANY_ROWS * active:
@@ -278,9 +282,8 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
     tiles = active * -(-rows // active // 64)
     blocks, resident = tiles * -(-n // 128), card.multiprocessors * loop["blocks"]
     # A slab of 64 x 128 weights is 32 weights for each lane. A block has two warps on each scheduler; a warp that runs
-    # alone waits for its own loads. Groups of 32 rows that a tile does not have make no products and load nothing for
-    # them. Leaving out these groups saves, for each product, half an ldmatrix of four rows of 128 bytes, and three
-    # instructions in four.
+    # alone waits for its own loads. If a tile has at most 32 rows, the kernel skips the second group of 32 rows. The
+    # skip saves, for each weight of a lane, half of the products, 0.875 issue slots, and one transaction of 128 bytes.
     less = 0.5 if -(-rows // tiles) <= 32 else 1.0
     products = loop["mma"] * less
     slots, transactions = loop["slots"] - 1.75 * (1 - less), loop["transactions"] - 2 * (1 - less)
@@ -333,11 +336,12 @@ def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 
     """Returns the seconds of a mixed batch's forward with float32 adapters and equally many tokens for each adapter.
     With one adapter, the result is the time of lora_linear.
 
-    Adapters are read from memory. The adapters' terms are read from L2, because the passes read the terms immediately.
+    Adapters are read from memory. The terms of the adapters are read from L2, because the passes read the terms right
+    after they are written.
     """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
-        # A and B are read once, in launches that hide no other time.
+        # A and B are read once, by kernels of their own, whose time is added to the time of the product.
         adapter = 2 * LAUNCH + (a + b) / (card.bandwidth * REACHED)
         if base == "NF4":
             # The kernel that computes the product also adds the low-rank term, without a launch of its own.
@@ -345,7 +349,7 @@ def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 
         return product_of_few(t, n, k, card) + adapter
     tiles, name = (-(-t // 64), "") if adapters == 1 else (adapters * -(-(t // adapters) // 64), ", mixed batch")
     rows = tiles * 64
-    # The adapter is read, and three or two terms are written.
+    # A kernel reads the adapters and writes three terms of A and two terms of B.
     terms = LAUNCH + (a * 2.5 + b * 2) / (card.bandwidth * REACHED)
     low_rank = [
         terms,
@@ -386,7 +390,7 @@ KERNELS = {
     "finish": r"^finish_kernel",
     "g in W or in dY": r"^(scale_rows|column_pass)_kernel",
     "column pass, g and dg": r"^column_pass_kernel",
-    # The kernels for terms and partial sums.
+    # The kernels that split matrices into terms, and the kernels that add partial sums.
     "launch": r"^(split|rank_reduce|column_reduce|rank_scale)_kernel",
 }
 
@@ -398,7 +402,7 @@ def card_of(name: str) -> Card | None:
 
 def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, float]]:
     """Returns, for each part of a step of a layer of 4096 x 4096, the regular expression of the part's kernels and the
-    computed seconds. Parts with the same kernel are one part. ``method``: a key of LAYERS, or "NF4, T <= 8" or
+    computed seconds. Parts with the same kernel are added to one part. ``method``: a key of LAYERS, or "NF4, T <= 8" or
     "NF4, T <= 16" for a forward.
     """
     if method.startswith("NF4"):
@@ -496,7 +500,7 @@ BEGIN, END = "<!-- computed by tools/cuda_model.py -->", "<!-- end of what is co
 
 
 def page(text: str) -> str:
-    """Returns the page with new tables."""
+    """Returns the text of docs/kernels.md with new tables."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
 

@@ -1,7 +1,7 @@
 """Builds the CUDA kernels for the emulator and loads the kernels as operators of the namespace ``peft_ext_emulated``.
 
-g++ compiles every csrc/**/*_cuda.cpp, with csrc/emulator in place of CUDA. The operators in this namespace take CPU
-tensors. The module needs g++ and ninja, and no GPU. Run as a script, the module builds the library and
+g++ compiles every csrc/**/*_cuda.cpp, with csrc/emulator in place of CUDA. The operators of ``peft_ext_emulated``
+compute on CPU tensors. The module needs g++ and ninja, and no GPU. Run as a script, the module builds the library and
 prints the library's path.
 """
 

@@ -3,11 +3,11 @@
     python tools/forms.py            draws the table and the coverage, from the releases of transformers in RELEASES
     python tools/forms.py --share    prints which share of the installed transformers' classes has a known form
 
-pip installs each release into build/forms, and a process of its own reads the release. A form that replaces a forward
-gets a row if the formula of a kind passes the proof for a class with the form (proof.py of
+pip installs each release into build/forms, and a process of its own reads the release. A form whose forward
+``accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
 peft_ext/integrations/model_blocks). Some rows need no proof: dropouts, and attentions that keep their own forward. The
-row of an attention also names the layers that receive one input, which this tool reads from the source
-(:mod:`reads_of_attention`); ``accelerate`` only reads the table.
+row of an attention also names the layers that receive one input, which this tool reads from the source of the
+attention's forward (:mod:`reads_of_attention`); ``accelerate`` only reads the table.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ REASONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
-    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # the known rows, and a file for the result
+    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # two files: known rows, result
     args = parser.parse_args()
     logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Tests and measures peft_ext on a machine with an NVIDIA GPU, in ten minutes: what teaches most comes first.
+"""Tests and measures peft_ext on a machine with an NVIDIA GPU, in ten minutes; the most informative parts come first.
 
     python tools/gpu.py [--seconds 570] [--parts import,prove] [--out benchmarks/results] [tests of the battery]
 
@@ -16,11 +16,11 @@ The parts, in this order:
     battery    the tests of the operators and modules, in several processes
     sanitizer  compute-sanitizer over some of the operators' tests
 
-Apart from cuda_model.py, the program imports only the standard library. Each part runs in processes of its own, and has
-a time limit that depends on the remaining time. At the limit, all processes of the part are killed. If a part fails or
-is cut off, the next parts run (after a failed build only if the library of an earlier build loads), and the exit status
-is 1. The log, the rows of the measurements and the summary gpu-<date>.json are written during the run, so that a crash
-loses none of the earlier results.
+The program imports only the standard library and cuda_model.py, which needs no other package. Each part runs in
+processes of its own, and has a time limit that depends on the remaining time. At the limit, all processes of the part
+are killed. If a part fails or is cut off, the exit status is 1, and the next parts run, except after the part
+"packages" failed, or after a failed build without a library of an earlier build. The log, the rows of the measurements
+and the summary gpu-<date>.json are written during the run, so that a crash loses none of the earlier results.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ ENVIRONMENT = {
     "PEFT_EXT_REQUIRE": "1",
 }
 GRACE = 5.0  # seconds between the interrupt of a command at its limit and its end by SIGKILL
-# The line of a test's result: the first form is the form of pytest-xdist.
+# A line of pytest's output with the result of a test. The first alternative is the form of pytest-xdist.
 TEST = re.compile(
     r"^\[gw\d+\] \[ *\d+%\] (?P<result>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S.*?)\s*$"
     r"|^(?P<test_>tests/\S+::.+?) (?P<result_>PASSED|FAILED|ERROR|SKIPPED)\b"
@@ -137,7 +137,8 @@ class Outcome:
     files: list[str] = field(default_factory=list)
 
     def add(self, ended: tuple[str, bool]) -> bool:
-        """Takes the result of a command, as Runner.run returns it. Returns whether the command succeeded."""
+        """Adds the result of a command, as Runner.run returns the result, to this outcome. Returns whether the command
+        succeeded."""
         wrong, cut = ended
         if wrong:
             self.result = CUT if cut and self.result != FAILED else FAILED
@@ -230,7 +231,7 @@ class Machine:
 
 
 def probe(python: str) -> dict:
-    """Returns the description of torch in ``python``, of its GPU and of the missing packages; {} without torch, without
+    """Returns a description of torch in ``python``, of the GPU and of the missing packages; {} without torch, without
     such a Python, or where torch hangs.
     """
     try:
@@ -247,8 +248,9 @@ def driver_is_here() -> bool:
 def packages(here: Machine, outcome: Outcome) -> None:
     """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
 
-    Nothing is installed into the running Python. If its torch is a CUDA build, a new .venv sees its packages, and pip
-    installs only what is missing. If pip fails, for example without a network, the parts run without these packages.
+    Nothing is installed into the running Python. If the running Python has a CUDA build of torch, a new .venv sees the
+    packages of the running Python, and pip installs only what is missing. If pip fails, for example without a network,
+    the parts run without these packages.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit
@@ -269,7 +271,8 @@ def packages(here: Machine, outcome: Outcome) -> None:
 
 
 def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None:
-    """Makes .venv if it is missing, and installs packages there. Sets the Python of ``here`` if it then sees a GPU."""
+    """Makes .venv if it is missing, and installs packages there. If the Python of .venv then finds a GPU, the next
+    parts use this Python."""
     if not VENV.exists():
         wrong, _ = here.runner.run([sys.executable, "-m", "venv", str(VENV)], end - here.runner.clock())
         if wrong:
@@ -288,7 +291,8 @@ def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None
 
 
 def sanitizer_package(here: Machine) -> list[str]:
-    """Returns the package of PyPI with compute-sanitizer for the CUDA release of torch. [] if the tool is here."""
+    """Returns the package of PyPI with compute-sanitizer for the CUDA release of torch. Returns [] if compute-sanitizer
+    is installed already, or if torch has no CUDA release."""
     release = here.gpu.get("cuda")
     if release is None or find_sanitizer(here):
         return []
@@ -352,8 +356,9 @@ def prove(here: Machine, outcome: Outcome) -> None:
 
 def pytest(here: Machine, outcome: Outcome, limit: float, tests: Sequence[str], processes: int = WORKERS,
            environment: Optional[dict[str, str]] = None, before: Sequence[str] = ()) -> None:  # fmt: skip
-    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before`` precedes the command. The
-    processes share the cores, because the expected results are computed on the CPU.
+    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before``: words before the command
+    of pytest, such as a sanitizer's command. The processes share the cores, because the expected results are computed
+    on the CPU.
     """
     several = processes > 1 and "pytest-xdist" not in here.gpu.get("missing", ())
     how = ["-n", str(min(processes, os.cpu_count() or 1))] if several else []
@@ -381,7 +386,7 @@ def battery(here: Machine, outcome: Outcome) -> None:
 
 
 def find_sanitizer(here: Machine) -> Optional[str]:
-    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in the Python."""
+    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in the chosen Python."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packed = [
         found for place in here.gpu.get("path", ()) for found in Path(place).glob("nvidia/*/bin/compute-sanitizer")
@@ -441,14 +446,16 @@ def kernels(here: Machine, outcome: Outcome) -> None:
 
 
 def table(here: Machine, outcome: Outcome) -> None:
-    # Seconds for the import, the measurement of the machine's rates, and the row that is running at the limit.
+    # The 25 seconds are for the import, the measurement of the machine's rates, and the row that is running at the
+    # limit.
     rows = max(10.0, outcome.limit - 25)
     names = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
     names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     measure(here, outcome, ["-m", "benchmarks", *names, "--device", "cuda", "--quick", "--limit", f"{rows:.0f}"])
 
 
-# Each part, and its seconds in a run of 570 seconds. A part may also take its share of the time that others left.
+# The function of each part, and the seconds of the part in a run of 570 seconds. A part may also take its share of the
+# time that earlier parts left over.
 PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "packages": (packages, 25), "build": (build, 75), "import": (imports, 20), "warm": (warm, 70), "prove": (prove, 45),
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
@@ -470,7 +477,7 @@ def limit_of(names: Sequence[str], turn: int, left: float) -> float:
 
 def run_parts(here: Machine, names: Sequence[str], keep: Callable[[list[Outcome]], None]) -> list[Outcome]:
     """Runs the parts, and passes the outcomes so far to ``keep`` after each part. An error in a part stops no other
-    part, except that nothing runs after a failed build without an earlier build.
+    part, except that no part runs after "packages" failed, or after a failed build without an earlier build.
     """
     found: list[Outcome] = []
     stopped = ""

@@ -15,7 +15,7 @@ runtime than the hub allows.
 The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the variant's files.
 ``metadata.json`` holds the SHA-256 of each file.
 
-Format: huggingface/kernels, docs/source/kernel-requirements.md.
+The format of the repository is described in docs/source/kernel-requirements.md of huggingface/kernels.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ NAME = "peft-ext"
 MODULE = NAME.replace("-", "_")
 # The hub's version is a major version, and the version is 0 as long as the interface may change.
 VERSION = int(re.search(r'__version__ = "(\d+)', (PACKAGE / "_version.py").read_text())[1])
-# The oldest release of torch that the library loads on, and the first release of `kernels` that knows its variants.
+# The oldest release of torch that the library loads on, and the first release of `kernels` that can load the variants.
 TORCH, KERNELS = "2.11", "0.15.1"
-# By backend: the variants' names of the backend, and the architectures. Kernels of CUDA a.b run a variant of CUDA a.c
-# with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
+# By backend: the names of the backend in the variants' names, and the GPU architectures. With torch for CUDA a.b, the
+# package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
 BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
 
 # The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.
@@ -102,7 +102,7 @@ src = []
 
 
 def imported(file: Path, folder: Path) -> Iterator[Path]:
-    """Yields the modules that the relative imports of ``file`` may name, ``file`` taken to be in ``folder``."""
+    """Yields the modules that the relative imports of ``file`` may name, as if ``file`` were in ``folder``."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
@@ -114,7 +114,7 @@ def imported(file: Path, folder: Path) -> Iterator[Path]:
 
 def modules() -> list[Path]:
     """Returns the files of peft_ext that the hub's package needs, relative to peft_ext's folder, without ``_ops.py``,
-    which each variant has of its own."""
+    because each variant has its own ``_ops.py``."""
     found: set[Path] = set()
     left = [path for file in sorted(SOURCES.glob("*.py")) for path in imported(file, PACKAGE)]
     while left:
@@ -143,8 +143,9 @@ def digest(folder: Path) -> dict[str, str]:
 def abi_faults(library: Path, newest: Mapping[str, str] = NEWEST) -> list[str]:
     """Returns a line for each rule of ``kernel-builder check-abi``, and of peft_ext, that a library breaks.
 
-    The rules: no symbol of Python, because the library has no Python ABI; of torch only the stable ABI of the release
-    ``TORCH``; no symbol of a C or C++ runtime newer than ``newest``. Exports are the functions ``peft_ext_*`` alone.
+    The rules for a library: no symbol of Python, because the library has no Python ABI; of torch only the stable ABI of
+    the release ``TORCH``; no symbol of a C or C++ runtime newer than ``newest``. A library may export only functions
+    ``peft_ext_*``.
     """
     symbols = stable_abi.undefined_symbols(library, dynamic=True)
     found = [f"{symbol}: of Python" for symbol in symbols if re.match(r"_?Py[A-Z_]", symbol)]
@@ -247,7 +248,7 @@ def write_repository(output: Path, repo_id: str, libraries: Mapping[str, Path]) 
         for key, value in {"repo_id": repo_id, "version": str(VERSION), "kernels": KERNELS, "torch": TORCH}.items():
             card = card.replace(f"<{key}>", value)
         (folder / "README.md").write_text(card)
-        (folder / "build" / "CARD.md").write_text(card)  # `kernel-builder upload` takes the card from here
+        (folder / "build" / "CARD.md").write_text(card)  # the card that `kernel-builder upload` reads
         shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
         (folder / "build.toml").write_text(
             BUILD.format(

@@ -3,8 +3,9 @@
     python tools/kernel_times.py [--tokens 8192,2048] [--out benchmarks/results]
 
 A step is a forward and a backward of a layer of 4096 x 4096 with float32 adapters of rank 16, by peft_ext's operators.
-The weights rotate, as in ``python -m benchmarks``. The result file kernel-layers-<GPU>-<date>.json has a row for each
-part of a layer, and is written anew after each layer. The profiler's time of a kernel does not include its launch.
+Each call uses another copy of the weight, as in ``python -m benchmarks``. The result file
+kernel-layers-<GPU>-<date>.json has a row for each part of a layer, and is written anew after each layer. The profiler's
+time of a kernel does not include its launch.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def ours(op: str, case: str, tokens: int, device: str = "cuda", size: int = SIZE
 
 
 def profiled(contender: harness.Contender, calls: int = CALLS) -> Times:
-    """Returns the kernels of ``calls`` calls, after calls that warm up."""
+    """Returns the launches and times of the kernels of ``calls`` calls, after three calls that warm up."""
 
     def several(count: int) -> None:
         for _ in range(count):
@@ -71,8 +72,8 @@ def by_kernel(events: Iterable[Any]) -> Times:
 def rows_of(times: Times, computed: dict[str, tuple[str, float]], calls: int = CALLS) -> list[dict[str, Any]]:
     """Returns a row for each part of a layer: launches and microseconds of a step, measured and computed.
 
-    ``computed``: by part the regular expression of its kernels, and the computed seconds of a step. A kernel of no part
-    gets a row of its own, without a computed time. A part without kernels gets a row without a measured time.
+    ``computed``: part -> (regular expression of the names of its kernels, computed seconds of a step). A kernel of no
+    part gets a row of its own, without a computed time. A part without kernels gets a row without a measured time.
     """
     left, rows = dict(times), []
 

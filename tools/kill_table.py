@@ -4,10 +4,10 @@
 
 The parts of the table:
 
-- one: one agent of torchrun with two processes and up to three restarts. At its moment a process of the run gets
-  SIGKILL, rank 0 and rank 1 in turn.
-- shard: the same with ``--shard fsdp2``.
-- two: two agents of torchrun with two processes each, as two machines: see CASES.
+- one: one agent of torchrun with two processes and up to three restarts. In each run one process gets SIGKILL at
+  another moment, rank 0 and rank 1 in turn.
+- shard: the runs of the part one with ``--shard fsdp2``.
+- two: two agents of torchrun with two processes each, like two machines; CASES lists the runs.
 
 A row has the moment in seconds after the start, what got which signal, the last line that the run had printed, the
 number of processes whose failure torchrun reports, what made the run continue, and the largest differences of losses
@@ -49,13 +49,15 @@ COLUMNS = (
 )  # fmt: skip
 OPTIONS = ("--dropout", "0.1", "--max-steps", "60")
 LOSS = 4e-5  # largest difference of losses near 5 with four processes
-# Without the variable, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that comes later.
+# Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that
+# joins later.
 ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What gets a signal: a rank, or agent 0 or 1. With ``whole``, an agent's processes get SIGKILL too.
+    """One run: ``to``, a rank or agent 0 or 1, gets the signal ``number``. With ``whole``, an agent's processes get
+    SIGKILL too.
 
     ``at``: seconds after the start, or a step that the run has begun to log, or the beginning of a line of its log.
     ``restarts``: value of --max-restarts. ``then``: what makes the run continue.
@@ -102,7 +104,7 @@ def row_of(
 
 
 def last_line(said: str) -> str:
-    """Returns the beginning of the last line that the run itself has printed."""
+    """Returns the beginning of the last line that the run, and not torchrun, has printed."""
     lines = [line for line in said.strip().splitlines() if not re.match(r"[WEI]\d{4} |\*{9}|Failed to load|\s*$", line)]
     return re.sub("^step +", "step ", lines[-1]).split("  ")[0].split(";")[0] if lines else "the start"
 
@@ -203,7 +205,7 @@ def stopped(folder: Path, case: Case, number: int) -> list[str]:
 
 
 def unbroken(folder: Path, name: str, processes: int, *more: str) -> float:
-    """Runs the command that nothing interrupts, and returns its seconds."""
+    """Runs the fine-tuning without a signal, and returns the seconds that the run took."""
     start = time.monotonic()
     options = options_of(folder, folder / name, 4 // processes, *OPTIONS, *more)
     run = Run([*torchrun(processes), *options], folder / f"{name}.log")
@@ -233,7 +235,7 @@ def main() -> int:
             if part in given.parts.split(","):
                 seconds = unbroken(folder, f"whole-{engine}", 2, "--shard", engine)
                 for count in range(moments):
-                    # The end of torchrun itself is left out.
+                    # No signal is sent in the last tenth of the run, in which torchrun itself ends.
                     add(killed(folder, 0.9 * seconds * (count + 0.5) / moments, count % 2, engine))
         if "two" in given.parts.split(","):
             unbroken(folder, "whole-two", 4, "--lr", "1e-4")

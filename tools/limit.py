@@ -1,4 +1,5 @@
-"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints which were ended.
+"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints which processes were
+ended.
 
     python tools/limit.py SECONDS COMMAND...
 
@@ -75,7 +76,7 @@ def _shown(process: psutil.Process) -> str:
 
 def _send(process: psutil.Process, number: int) -> None:
     try:
-        process.send_signal(number)  # psutil ends no other process that got the same number
+        process.send_signal(number)  # psutil signals no other process that got the same id
     except psutil.NoSuchProcess:
         pass
 

@@ -5,8 +5,9 @@
     python tools/many_cores.py --draw        draw docs/performance.md from many_cores.json
     python tools/many_cores.py --loops 64    print each operator's loops on 64 threads from many_cores.json
 
-tools/recorded_loops.py runs the operators themselves, so that no plan is described a second time here.
-:func:`loop_seconds` computes the time of a loop from the record and from the constants of a :class:`Machine`.
+tools/recorded_loops.py runs the operators themselves, so that many_cores.py has no second description of how an
+operator divides its work. :func:`loop_seconds` computes the time of a loop from the record and from the constants of a
+:class:`Machine`.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str
 
 
 def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
-    """Returns the seconds of a loop without its start and end: of its slowest thread, or of the memory."""
+    """Returns the seconds of a loop without its start and end: the time of its slowest thread or of the memory,
+    whichever is longer."""
     if "dram" not in loop:  # the record has times alone
         return loop["most"]
     thread = max(loop["most"], loop["most_l3"] / machine.l3_rate) + loop["most_taken"] * machine.line_seconds()
@@ -135,7 +137,8 @@ def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine
 
 
 def busy(row: dict[str, Any]) -> float:
-    """Returns the mean of the threads' accesses over those of the busiest thread, for all loops of a row.
+    """Returns the mean number of accesses of a thread divided by the number of the busiest thread, for all loops of a
+    row.
 
     The CPU time takes the place of accesses where the record has times alone.
     """
@@ -213,7 +216,7 @@ def counts_table(records: Records) -> str:
 
 
 def check_table(records: Records) -> str:
-    """Returns the measured and computed milliseconds on this machine's two cores. The cores share one L3."""
+    """Returns the measured and computed milliseconds on the two cores of the recorded machine, which share one L3."""
     rows = {}
     for operator in records.operators:
         for direction in DIRECTIONS:
@@ -278,8 +281,9 @@ def record() -> dict[str, Any]:
     times = recorded_loops.child("time_here", repeats=5)
     timed = recorded_loops.child("record_here", names=[], threads=[1, 2, *THREADS], repeats=4)
     rows = [summary(row, traced.get(key_of(row))) for row in timed]
-    # The code between the loops is the same for two threads and more, but its caches are cold after a loop that many
-    # threads ran on two cores. Where PyTorch has loops of its own, their time is in that code's time.
+    # The code between the loops is the same for two threads and more, but the caches are cold for this code after a
+    # loop that many threads ran on two cores. If an operator calls PyTorch's functions, the time of PyTorch's own loops
+    # is part of the time between the loops.
     least: dict[tuple[str, str], float] = {}
     for row in rows:
         if row["threads"] > 1 and row["teams"] == len(row["loops"]):
@@ -306,7 +310,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def drawn(text: str) -> Optional[str]:
-    """Returns what stands in the document between BEGIN and END; None where there is no place."""
+    """Returns the text of the document between BEGIN and END; None if BEGIN or END is missing."""
     _, begin, after = text.partition(BEGIN)
     inside, end, _ = after.partition(END)
     return inside if begin and end else None

@@ -9,7 +9,7 @@ after each mutation. --only-unknown leaves out mutations that have a result and 
 can share one run.
 
 The tool works on a copy of the checkout in build/mutations, with the files of the working tree, committed or not. The
-copy has a build folder of its own: the first mutation of C++ builds the whole library in this folder, and each further
+copy has its own build folder: the first mutation of C++ builds the whole library in this build folder, and each further
 mutation of C++ builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
 run first. If these tests pass, the whole tier runs. Each run stops at the first failure. A mutation is killed by a
 failing test, by a failing build, or by a timeout. At the end, the tests that killed a mutation run on the restored
@@ -62,7 +62,7 @@ class Mutation:
 
     @property
     def digest(self) -> str:
-        """Returns a checksum of file, old and new text. A result with another checksum is of another mutation."""
+        """Returns a checksum of file, old and new text. A result with another checksum belongs to another mutation."""
         return f"{zlib.crc32(chr(10).join((self.file, self.old, self.new)).encode()):08x}"
 
     @property
@@ -173,14 +173,15 @@ class Copy:
                 source = path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
                 if source and str(path.relative_to(self.folder)) not in tracked:
                     path.unlink()
-        if any(self.folder.glob("build/temp*")):  # an interrupted run may have left a mutated library
+        if any(self.folder.glob("build/temp*")):  # an interrupted run may leave a mutated library
             self.build(is_whole=True)
         else:
             for library in ROOT.glob("peft_ext/*.so"):
                 shutil.copy2(library, self.folder / "peft_ext")
 
     def _restore(self, name: str) -> None:
-        """Copies a file if its content differs. An equal file keeps its time, so that the file is not built again."""
+        """Copies a file if its content differs. An equal file keeps its modification time, so that the file is not
+        built again."""
         source, target = ROOT / name, self.folder / name
         content = source.read_bytes()
         if not target.is_file() or target.read_bytes() != content:
@@ -211,7 +212,8 @@ class Copy:
             return code, out.read()
 
     def build(self, is_whole: bool = False) -> bool:
-        """Returns whether the library was built. ``is_whole``: the code has no mutation, and a failed build exits."""
+        """Returns whether the library was built. ``is_whole`` says that the code has no mutation; a failed build then
+        ends the program."""
         code, said = self.run([sys.executable, "setup.py", "build_ext", "--inplace"], BUILD_SECONDS)
         if code and is_whole:
             raise SystemExit(f"mutations: the code without a mutation does not build: {said[-2000:]}")

@@ -22,8 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
-# Folders, so that a new test file runs without a change here. Loading packed weights and GGUF files leans on
-# transformers' internals.
+# TESTS has folders, so that a new test file runs without a change of TESTS. The code that loads packed weights and GGUF
+# files uses transformers' internals.
 TESTS = ("tests/integrations", "tests/weights", "tests/gguf")
 VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
 
@@ -62,7 +62,8 @@ def main() -> int:
     if newest == here and not options.always:
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
-    # The tests use as many processes as `make test`. PYTHONPATH starts with this checkout.
+    # The tests use as many processes as `make test`. The tests import peft_ext from this checkout, which is first in
+    # PYTHONPATH.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4",
                *(rest or TESTS)]  # fmt: skip
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode

@@ -3,10 +3,10 @@
     python tools/old_runtime.py FOLDER [COMPILER]
 
 A linker takes the newest version of each symbol that the libraries of its system have, and the linked library then
-needs a system as new. A stand-in has the names and versions of a system's library without its code, and only the
-versions that a manylinux_2_28 system has. A compiler links to the stand-ins by ``linker_flags``. The code of the C++
-runtime's functions that are newer than manylinux_2_28 is taken from the compiler's libstdc++.a. A C function that is
-newer is an error of the linker with ``-Wl,-z,defs``.
+needs a system that is as new as the linker's. A stand-in has the names and versions of a system's library without its
+code, and only the versions that a manylinux_2_28 system has. A compiler links to the stand-ins by ``linker_flags``. The
+code of the C++ runtime's functions that are newer than manylinux_2_28 is taken from the compiler's libstdc++.a. If a
+library needs a C function that is newer than manylinux_2_28, the linker fails with ``-Wl,-z,defs``.
 
 The shared C++ runtime stays in use, because exceptions pass between the linked library and torch.
 """
@@ -37,8 +37,8 @@ SCRIPTS = {
     "libpthread.so": "INPUT ( AS_NEEDED ( libpthread.so.0 ) )",
 }
 # Symbols that are newer than manylinux_2_28 and that headers use. __libc_single_threaded: the value 0 says that the
-# process may have threads. std::ios_base_library_init does nothing: an old libstdc++ makes its streams where the first
-# library with such code is loaded, and this package has no use for the streams.
+# process may have threads. The function std::ios_base_library_init in NEWER does nothing, because peft_ext does not use
+# the C++ streams that newer libstdc++ versions initialize in this function.
 NEWER = """.text
 .globl _ZSt21ios_base_library_initv
 .hidden _ZSt21ios_base_library_initv
@@ -69,7 +69,7 @@ def _numbers(version: str) -> tuple[int, ...] | None:
 
 
 def symbols(library: Path) -> dict[str, tuple[str, str, int]]:
-    """Returns the newest allowed version, the type and the size of each symbol that a shared library has for others."""
+    """Returns the newest allowed version, the type and the size of each symbol that a shared library exports."""
     listing = subprocess.run(
         ["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True
     ).stdout
@@ -84,7 +84,7 @@ def symbols(library: Path) -> dict[str, tuple[str, str, int]]:
 
 
 def _stand_in(compiler: str, path: Path, found: dict[str, tuple[str, str, int]]) -> None:
-    """Makes a shared library that has the symbols and no code."""
+    """Makes the shared library ``path``, which exports the symbols ``found`` and has no code."""
     lines = []
     for number, (name, (version, kind, size)) in enumerate(sorted(found.items())):
         if kind in ("FUNC", "IFUNC", "OBJECT"):
@@ -133,9 +133,9 @@ def make(folder: Path, compiler: str = "g++") -> Path:
         _stand_in(compiler, folder / name, found)
     for name, found in moved.items():
         _stand_in(compiler, folder / name, found)
-    # An archive of the functions that the stand-in lacks: a symbol of the stand-in becomes local in every object of
-    # libstdc++.a, so that the linker takes the symbol from the shared library. Without groups, the linker does not
-    # drop a local symbol's section in favour of another object's section of the same name.
+    # libnewer++.a has the functions that the stand-in lacks: a symbol of the stand-in becomes local in every object of
+    # libstdc++.a, so that the linker takes the symbol from the shared library. Without groups, the linker does not drop
+    # a local symbol's section in favour of another object's section of the same name.
     names = folder / "libstdc++.names"
     names.write_text("\n".join(symbols(folder / "libstdc++.so.6")) + "\n")
     subprocess.run([ask("-print-prog-name=objcopy"), f"--localize-symbols={names}", "--remove-section=.group",

@@ -5,9 +5,9 @@
 Each path runs in a process of its own with a time limit. On x86-64, peft_ext, PyTorch's kernels, oneDNN and MKL (which
 multiplies float32) may use only the instructions of the path; MKL follows its setting on Intel CPUs alone. On 64-bit
 Arm only peft_ext's path is forced. The options are the defaults of ``peft-ext finetune``, except for the number of
-steps, the dtype, and the number of held-out examples, because the scalar path would read all of them for minutes. The
-program prints a table. The exit status is 1 if a run failed or took too long, if held-out losses differ by more than
-rounding explains, or if AVX2 takes more than AT_MOST times as long as AVX512-BF16.
+steps, the dtype, and the number of held-out examples, because the scalar path would need minutes for all held-out
+examples. The program prints a table. The exit status is 1 if a run failed or took too long, if held-out losses differ
+by more than rounding explains, or if AVX2 takes more than AT_MOST times as long as AVX512-BF16.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import native_build
 from native_build import ROOT, Group
 
 BUILD = ROOT / "build/recorded"
-TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # flags of the sources whose accesses are seen
+TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # for sources whose accesses are recorded
 GROUP, L2 = 8, 1 << 20  # number of threads that share an L3, and bytes of an L2
 RANK, TOKENS = 16, 512
 # The fields of a part: thread, first and last unit, nanoseconds of CPU time, accesses, and numbers of lines. TAKEN is
@@ -106,7 +106,7 @@ class Recorder:
         self.folder = Path(tempfile.mkdtemp())
 
     def record(self, name: str, threads: int, call: Callable[[], Any]) -> Any:
-        """Calls ``call`` and returns the result. The record goes to a file, which :meth:`read` reads."""
+        """Calls ``call`` and returns the result. The record is written to a file, which :meth:`read` reads."""
         place = str(self.folder / name).encode()
         self.library.record_start(threads, GROUP, ctypes.c_int64(L2), int(self.traces))
         try:
@@ -119,7 +119,8 @@ class Recorder:
 
 
 def _least(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the first of several records of one call, with the least time of each part and of the code outside."""
+    """Returns the first of several records of one call, with the least time of each part and of the code outside of
+    loops."""
     first = records[0]
     first["serial"][0] = min(record["serial"][0] for record in records)
     for i, loop in enumerate(first["loops"]):
@@ -202,7 +203,8 @@ def build_recorder() -> Path:
 
 
 def build_traced() -> Path:
-    """Builds a folder with the package, whose library calls the recorder for each access of the CPU path in use here.
+    """Builds a folder with the package, whose library calls the recorder for each memory access of this machine's CPU
+    path.
 
     The sources of other paths and of CUDA are compiled without optimization.
     """
@@ -223,8 +225,8 @@ def build_traced() -> Path:
 def _function_of_loop(symbol: str) -> str:
     """Returns the innermost function in the mangled name of a loop's body.
 
-    The name has ``parallel_forI ZN <names> I ZN <names> ... E``: each function is a template of a lambda in the next
-    function.
+    The name has the form ``parallel_forI ZN <names> I ZN <names> E``: each function is a template of a lambda in the
+    next function.
     """
     rest, found = symbol.split("N8peft_ext12parallel_for", 1)[1], ""
     while nested := re.match(r"IZ+NK?(?:S[0-9A-Z]*_)?", rest):
@@ -253,7 +255,7 @@ def child(function: str, site: Path = ROOT, **how: Any) -> list[dict[str, Any]]:
     environment = {**os.environ, "LD_PRELOAD": str(recorder), "PYTHONPATH": str(site), "PEFT_EXT_REQUIRE": "1"}
     if function == "record_here":  # threads that wait actively would take the cores from the thread that works
         environment["OMP_WAIT_POLICY"] = "passive"
-        environment["MALLOC_ARENA_MAX"] = "1024"  # glibc gives the threads of many cores as many arenas
+        environment["MALLOC_ARENA_MAX"] = "1024"  # as many arenas as glibc allows on a machine of many cores
         how["traces"] = site != ROOT
     code = """if True:
         import json, pathlib, sys

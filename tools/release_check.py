@@ -2,9 +2,9 @@
 
     python tools/release_check.py v1.2.3 [--files dist]
 
-The tag is "v" and the version of peft_ext/_version.py. The newest entry of CHANGELOG.md has the same version, and a
-date. With ``--files`` the folder holds the source distribution, the wheel without native library, and a wheel for each
-Python version of pyproject.toml's classifiers on each architecture, and no other file.
+The tag must be "v" and the version of peft_ext/_version.py. The newest entry of CHANGELOG.md must have the same version
+as the tag, and a date. With ``--files`` the folder must hold the source distribution, the wheel without native library,
+and a wheel for each Python version of pyproject.toml's classifiers on each architecture, and no other file.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python tools/sanitize.py thread [pytest arguments]      ThreadSanitizer
 
 Without arguments, the program runs the shape sweep at small sizes: 1,000 calls, on all CPU paths in turn. Only csrc/ is
-instrumented; Python and torch are not, but the sanitizer's malloc also guards their memory. ThreadSanitizer does not
-see how torch's threads wait for each other. In the build for ThreadSanitizer the loops therefore run on the threads of
-``tests/native/sanitize/threads.cpp``.
+instrumented; Python and torch are not, but the sanitizer's malloc also guards the memory of Python and torch.
+ThreadSanitizer does not see how torch's threads wait for each other. In the build for ThreadSanitizer the loops
+therefore run on the threads of ``tests/native/sanitize/threads.cpp``.
 """
 
 from __future__ import annotations

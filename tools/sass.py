@@ -1,8 +1,9 @@
 """Analyses the machine code of a compiled kernel: the warp instructions of its hot loop, by pipe, and its waits.
 
 nvdisasm prints a kernel's instructions. The hot loop is the outermost loop that holds all matrix products that any loop
-holds (or the whole kernel, if there is no loop). Inner loops that hold products count as often as ``trips`` says. For a
-kernel that multiplies by FMAs, the products are its FFMA instructions. Each instruction is an issue slot of a warp.
+holds (or the whole kernel, if there is no loop). The instructions of an inner loop with products are counted ``trips``
+times. For a kernel that multiplies by FMAs, the products are its FFMA instructions. Each instruction takes one issue
+slot of a warp.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-# The pipe that issues an instruction, by the start of its name; the first match counts. U...: the uniform datapath.
+# The pipe that issues an instruction, by the start of its name; the first match counts. Most instructions whose names
+# start with U run on the uniform datapath.
 PIPES = (
     ("mma", r"HMMA|IMMA|HGMMA"),
     ("control", r"BRA|EXIT|NOP|BSSY|BSYNC|WARPSYNC|LDGDEPBAR|DEPBAR|BAR|ERRBAR|CALL|RET|YIELD|BREAK|PLOP3|UPLOP3"),
@@ -39,8 +41,8 @@ class Instruction:
         return next(pipe for pipe, pattern in PIPES if re.match(pattern, self.name))
 
     def _operands(self) -> tuple[list[str], list[str]]:
-        """Returns the operands that an instruction writes, and reads. Stores, branches and barriers write no
-        register.
+        """Returns the operands that an instruction writes, and the operands that the instruction reads. Stores,
+        branches and barriers write no register.
         """
         parts = [part.strip() for part in re.split(r",(?![^\[]*\])", self.operands)] if self.operands else []
         if self.name.startswith(("ST", "LDGSTS", "BRA", "BAR", "EXIT", "RED", "DEPBAR", "ISETP", "FSETP", "PLOP3")):
@@ -75,7 +77,8 @@ class Instruction:
         return found
 
 
-# Approximate cycles until a result can be read. Other warps have to hide the additional time of an L1 miss.
+# Approximate cycles from the issue of an instruction until its result can be read, by kind of instruction. Other warps
+# have to hide the additional time of an L1 miss.
 LATENCY = {"global": 200, "memory": 30, "mma": 24, "special": 20}
 ARITHMETIC = 5
 
@@ -194,7 +197,7 @@ def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False
     found = body(outer)
     for (first, last), times in sorted(inner):
         if first < at:
-            continue  # the loop lies within the previous loop
+            continue  # this loop lies within the previous inner loop
         order += [i for i in found if at <= i.address < first] + body((first, last)) * times
         at = last + 1
     return Loop(order + [i for i in found if i.address >= at])

@@ -31,10 +31,10 @@ COLUMNS = ("loop", "arch", "slots", "alu", "fma", "mma", "memory", "uniform", "t
 class Hot:
     """A kernel's hot loop.
 
-    ``kernel``: its demangled name and template arguments. ``units``: tiles, or weights of a lane, in an iteration.
-    ``trips``: how often an inner loop runs. ``threads``: threads of a block. ``fmas``: the kernel multiplies by FMAs.
-    ``others``: how often the inner loops without products run. ``dynamic``: bytes of shared memory that the launch asks
-    for in addition to the kernel's own.
+    ``kernel``: the kernel's demangled name and template arguments. ``units``: tiles, or weights of a lane, in an
+    iteration. ``trips``: how often an inner loop with products runs. ``threads``: threads of a block. ``fmas``: whether
+    the kernel multiplies by FMA instructions and not on tensor cores. ``others``: how often the inner loops without
+    products run. ``dynamic``: bytes of shared memory that the launch asks for in addition to the kernel's own.
     """
 
     name: str
@@ -61,9 +61,9 @@ def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
 
 
 def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int = 3) -> Hot:
-    # The loop of three layers. A warp computes a tile of its layer (with 32 ranks: half of a tile), and the tables
-    # count a tile for four warps. A thread copies every twelfth (every 24th) row of a tile of x, and draws the mask of
-    # 16 rows in an iteration.
+    # The counted loop is the loop for three layers with one input. A warp computes a tile of its layer (with 32 ranks:
+    # half of a tile), and the tables count a tile for four warps. A thread copies every twelfth row of a tile of x
+    # (with 32 ranks: every 24th row). An iteration of the inner loop that draws the mask covers 16 rows.
     warps = 3 if ranks == 16 else 6
     copies, draws = -(-64 // (4 * warps)), (2, 2) if ranks == 16 else (2,)
     return Hot(
@@ -121,10 +121,10 @@ HOT = (
     _product("experts, dX", False, "kAcross"),
     _product("experts, NF4, Y", True, "kAlong"),
     _product("experts, NF4, dX", True, "kAcross"),
-    # An iteration is a tile of 64 x 64 of one weight W.
+    # An iteration of experts_norm_kernel computes a tile of 64 x 64 of one expert's weight W.
     Hot("the norm of experts", "experts_norm_kernel<bf16, false, true>"),
     Hot("the norm of experts, NF4", "experts_norm_kernel<bf16, true, true>"),
-    # An iteration has two rows of a warp and eight columns of a lane.
+    # In an iteration of scale_runs_kernel, a warp computes two rows, and each lane eight columns of each row.
     Hot("g dY and dg of experts", "scale_runs_kernel<bf16, true>", units=2, threads=256),
     _expand("Y0", 1, "kBias"),
     _expand("Y0, bf16 adapter", 1, "kBias", terms=1),
@@ -135,13 +135,14 @@ HOT = (
     _expand("dX0, dropout, R = 32", 2, "kMask"),
     # An iteration adds the term of one of the layers that share an input.
     Hot("dX0 of a layer among several", "expand_sum_kernel<bf16, 2>"),
-    # Counted per weight: an iteration is four slabs of 16 x 64, 128 weights of each lane.
+    # Instructions are counted per weight of a lane: in an iteration of nf4_few_tokens_kernel, a warp multiplies four
+    # slabs of 16 x 64 weights, 128 weights for each lane.
     Hot("NF4, T <= 8", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),
     Hot("NF4, T <= 16", "nf4_few_tokens_kernel<bf16, 2, true>", units=128, threads=256),
-    # An iteration is a slab of 32 x 64, 64 weights of each lane.
+    # In an iteration of nf4_skinny_kernel, a warp multiplies a slab of 32 x 64 weights, 64 weights for each lane.
     Hot("NF4, T <= 32", "nf4_skinny_kernel<bf16, 4>", units=64),
     Hot("NF4, T <= 64", "nf4_skinny_kernel<bf16, 8>", units=64),
-    # An iteration is 4 rows of 8 columns of a lane.
+    # In an iteration of packed_few_tokens_kernel, a lane multiplies 8 columns of 4 rows of W.
     Hot("MXFP4, T = 1", "packed_few_tokens_kernel<2, bf16, 1>", units=32, fmas=True),
     Hot("MXFP4, T <= 8", "packed_few_tokens_kernel<2, bf16, 8>", units=32, fmas=True),
 )
@@ -177,7 +178,8 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
 
 
 def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dict[str, int]) -> dict[str, str]:
-    """Returns a row of the table. ``used`` are registers, stack and shared bytes, as ptxas reports them."""
+    """Returns the row of docs/slots.tsv for a hot loop. ``used`` are registers, stack and shared bytes, as ptxas
+    reports them."""
     loop = sass.hot_loop(instructions, hot.trips, hot.fmas, hot.others)
     used = used | {"shared": used["shared"] + hot.dynamic}
     load_to_use = loop.load_to_use()
@@ -198,7 +200,7 @@ def table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def read() -> list[dict[str, str]]:
-    """Returns the committed table without its first line, which names the compiler."""
+    """Returns the rows of docs/slots.tsv, whose first line names the compiler and is left out."""
     with TABLE.open() as file:
         next(file)
         return list(csv.DictReader(file, delimiter="\t"))

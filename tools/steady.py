@@ -94,7 +94,8 @@ def load(runs: int) -> Iterator[None]:
 
 
 class Outcomes:
-    """Counts how often each test passed and failed, and notes each test's longest time. Skipped tests are left out."""
+    """Counts how often each test passed and failed, and notes each test's longest time. Skipped tests are not
+    counted."""
 
     def __init__(self) -> None:
         self.passed: dict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Names what this system lacks to build peft_ext, with the commands that install it.
+"""Names what this system lacks to build peft_ext, with the commands that install what is missing.
 
     python tools/system_needs.py    checks Python, venv, Python's headers and the C++ compiler, before anything is built
 
@@ -15,10 +15,12 @@ import sysconfig
 from pathlib import Path
 
 OLDEST_PYTHON = (3, 10)
-# GCC 11 is the first with AMX. clang 14 is the oldest clang with which the library was built (`make clang-check`).
+# GCC 11 is the first GCC release with AMX. clang 14 is the oldest clang with which the library was built (`make
+# clang-check`).
 OLDEST_COMPILERS = {"GCC": 11, "clang": 14}
 COMPILERS = " or ".join("{} {}".format(*pair) for pair in OLDEST_COMPILERS.items()) + " or newer"
-# Debian 11 and Ubuntu 20.04 have no package of such a compiler. RHEL's default GCC is old, and its toolsets are new.
+# Debian 11 and Ubuntu 20.04 have no package of a compiler that is new enough. RHEL's default GCC is old, and its
+# toolsets are new.
 INSTALL_COMPILER = """
   Debian 12, Ubuntu 22.04, or newer:  sudo apt install g++
   Fedora:                             sudo dnf install gcc-c++
@@ -42,7 +44,8 @@ def compiler_version(command):
 
 
 def compiler_fault():
-    """Returns why the C++ compiler can't build the library, with the commands that install another; or None."""
+    """Returns why the C++ compiler can't build the library, with the commands that install another compiler; or
+    None."""
     command = os.environ.get("CXX") or "c++"
     if shutil.which((shlex.split(command) or [""])[0]) is None:
         return f"no C++ compiler was found ({command}); wanted {COMPILERS}{INSTALL_COMPILER}"
@@ -60,7 +63,7 @@ def compiler_fault():
 
 
 def headers_fault():
-    """Returns that Python's headers are missing, with the commands that install them; or None."""
+    """Returns a message that Python's headers are missing, with the commands that install the headers; or None."""
     folder = sysconfig.get_path("include")
     if Path(folder, "Python.h").exists():
         return None
@@ -71,7 +74,8 @@ def headers_fault():
 
 
 def venv_fault():
-    """Returns that this Python can't make a virtual environment, with the command that mends it; or None."""
+    """Returns a message that this Python can't make a virtual environment, with the command that installs what is
+    missing; or None."""
     if all(importlib.util.find_spec(name) is not None for name in ("venv", "ensurepip")):
         return None
     version = "{}.{}".format(*sys.version_info)
@@ -81,7 +85,7 @@ def venv_fault():
 
 
 def python_fault():
-    """Returns that this Python is too old; or None."""
+    """Returns a message that this Python is too old; or None."""
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return None
     have, wanted = ("{}.{}".format(*version) for version in (sys.version_info, OLDEST_PYTHON))
@@ -89,7 +93,7 @@ def python_fault():
 
 
 def build_faults():
-    """Returns what is missing for a build in the Python that runs."""
+    """Returns a message for each thing that is missing for a build in the running Python."""
     return [fault for fault in (compiler_fault(), headers_fault()) if fault]
 
 

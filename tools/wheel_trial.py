@@ -9,12 +9,13 @@ is empty; pip installs that torch, and the wheel with the packages that the whee
 ``--emulated`` a wheel for 64-bit Arm runs on Debian's Python for Arm under qemu-user; tools/aarch64_tests.py downloads
 that Python and torch once.
 
-A wheel that holds the native library must use the library. A wheel without the library must warn that the slow
-reference is used.
+The installed package must use the native library if the wheel holds one, and must warn that the slow reference is used
+if the wheel holds none.
 
 The trial also runs a few steps of ``peft-ext finetune`` on a tiny random model, without the network. With ``--torch``
-pip installs the packages of the extra ``hf`` for it; without, PYTHON must have them, or the trial says that it left the
-run out. All layers must run on kernels, or none if the wheel has no native library.
+pip installs the packages of the extra ``hf`` for this run. Without ``--torch``, if PYTHON lacks one of these packages,
+the trial leaves the run out and says so. All layers of the model must run on kernels, or no layer if the wheel has no
+native library.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = "peft_ext"
-MODEL = Path(__file__).resolve().parents[1] / "tests/support/tiny_llama.py"  # writes the tiny model
+MODEL = Path(__file__).resolve().parents[1] / "tests/support/tiny_llama.py"  # script that writes the tiny model
 NEEDED = ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "psutil")
 STEPS = 3
 
-# Argument 1: the folder that the package must be in. Argument 2: whether the wheel holds the native library.
+# Argument 1 of PROGRAM: the folder that the package must be in. Argument 2 of PROGRAM: "native" if the wheel holds the
+# native library, otherwise "pure".
 PROGRAM = """
 import os, sys, warnings, torch
 with warnings.catch_warnings(record=True) as caught:
@@ -145,8 +147,8 @@ def _purelib(python: str | Path) -> Path:
 def trial(wheel: Path, python: str, torch: str | None = None) -> str:
     """Tries the wheel in a new environment of ``python``, and returns what the environment's program printed.
 
-    ``torch``: a requirement; pip installs the requirement and the wheel's dependencies into an empty environment. None:
-    the environment sees the packages of ``python``.
+    ``torch``: a requirement; pip installs the requirement and the wheel's dependencies into an empty environment. With
+    ``torch`` None, the environment sees the packages of ``python``.
     """
     native = _is_native(wheel)
     with tempfile.TemporaryDirectory() as folder:

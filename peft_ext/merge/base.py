@@ -36,9 +36,9 @@ _Read = Callable[[], Tensor]
 
 @dataclass
 class Base:
-    """A model of dense modules.
+    """The base of a merge: a transformers model of dense modules.
 
-    ``dense``: by a parameter's id, the function that reads the weight that the parameter stands for.
+    ``dense``: id of a parameter -> function that returns the float32 weight to read in place of the parameter.
     """
 
     model: PreTrainedModel
@@ -112,7 +112,7 @@ def _from_memory(model: PreTrainedModel) -> Base:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         fail(f"the {type(model).__name__} has weights on the meta device, wanted them loaded and not offloaded")
-    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # copies modules, but no tensors
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # copies the modules, shares the tensors
     where = Path(model.name_or_path) if model.name_or_path else None
     folder = where if where is not None and where.is_dir() else None
     return Base(shared, {}, model.name_or_path or type(model).__name__, folder)
@@ -176,12 +176,14 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
 
 
 def without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
-    """Returns a parameter of ``shape`` whose elements share one element of memory; PEFT sees a dense CPU weight."""
+    """Returns a parameter of ``shape`` whose elements share one element of memory; for PEFT, this parameter is a dense
+    CPU weight."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
 
 def _stand_in_of_experts(base: Base, experts: FrozenExperts) -> None:
-    """Makes packed experts dense experts without data, in place. ``experts`` is the merge's own copy of the module."""
+    """Turns a module of packed experts into a module of dense experts without data, in place. ``experts`` is the
+    merge's own copy of the module."""
     held = {name: experts.frozen(name) for name in experts.frozen_shapes()}
     dtype = experts.__dict__.get("compute_dtype")
     transposed = is_stored_transposed(experts)
@@ -203,7 +205,8 @@ def _stand_in_of_experts(base: Base, experts: FrozenExperts) -> None:
 
 
 def _reverses(conversion: Any) -> bool:
-    """Returns whether transformers can undo a conversion, unlike a conversion that joins a quantizer's tensors."""
+    """Returns whether transformers can undo a weight conversion. A conversion that joins a quantizer's tensors can't be
+    undone."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):

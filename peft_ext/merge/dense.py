@@ -35,8 +35,8 @@ with required("transformers", "peft_ext.merge_to_dense"):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
-# Initializations that change the base's weights. An adapter with one of these initializations belongs to the changed
-# base, which PEFT does not save.
+# Initializations that change the base's weights. An adapter that was initialized in one of these ways fits only the
+# changed base, which PEFT does not save.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 # Methods whose layers share one bank of tensors. A merge of one module at a time can't read a shared bank.
@@ -107,7 +107,8 @@ def merge_to_dense(
         model: a folder or hub name of a dense model, of a model that bitsandbytes quantized to NF4, or of a packed
             checkpoint that :class:`peft_ext.PackedConfig` supports; or a model in memory: dense, or quantized by
             :func:`peft_ext.quantize_nf4`, by :func:`peft_ext.quantize_packed` or by bitsandbytes, or loaded packed. A
-            model in memory is not changed. None: the base that the adapter's configuration names.
+            model in memory is not changed. With ``model`` None, the base is the model that the adapter's configuration
+            names.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
         output: a folder, new or empty. The finished folder appears in one step, see
             :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the merged model.
@@ -117,8 +118,9 @@ def merge_to_dense(
         max_shard_size: bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
             the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the same as quantize_packed does; "none": the weights
-            are taken as they are; "checkpoint": ``model`` has packed weights. None: as ``model`` is held, or the
-            quantization in the run.json that ``peft-ext finetune`` wrote beside the adapter; without a run.json "none".
+            are taken as they are; "checkpoint": ``model`` has packed weights. base_quant None: the quantization of the
+            packed ``model``; for a dense ``model``, the quantization in the run.json that ``peft-ext finetune`` wrote
+            beside the adapter, or "none" without a run.json.
         blocksize, double_quant: options of base_quant "nf4"; blocksize None: run.json's, or else 64.
         overwrite: True: the output may be an existing folder of a model, which is replaced.
         progress: show a progress bar, on a terminal only.

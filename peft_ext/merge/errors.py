@@ -9,7 +9,8 @@ from ..sources.json_file import raised_as
 
 
 class MergeError(ValueError):
-    """A merge is impossible. The message is one line with the value that came and the value that was wanted."""
+    """Raised if a merge is impossible. The message is one line with the value that came and the value that was
+    wanted."""
 
 
 def fail(text: str) -> NoReturn:

@@ -4,7 +4,7 @@
     Q  = quantize(W')               in the base tensor's own type, or in another type
 
 One tensor at a time is decoded, merged, quantized and written. A tensor that the adapter does not change is copied byte
-for byte, and so are the metadata and the tokenizer.
+for byte, and so are the tokenizer and the metadata, except ``general.file_type`` if most matrices get another type.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ with required("peft", "peft_ext.merge_to_gguf"):
 
 __all__ = ["GgufMergeReport", "MergedTensor", "merge_to_gguf"]
 
-# general.file_type of a file whose tensors are mostly of a type (enum llama_ftype in llama.h).
+# Type of most tensors of a GGUF file -> value of the file's general.file_type (enum llama_ftype in llama.h).
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
     "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38,
@@ -55,7 +55,7 @@ _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class _Norms:
-    """Sums over elements, from which the relative errors are computed.
+    """Sums over the elements of merged tensors, from which the relative errors are computed.
 
     W is the base's weight, W' the exact merged weight, D = W' − W, and Q the written weight.
     """
@@ -82,9 +82,9 @@ class MergedTensor:
         error: ‖Q − W'‖ / ‖W'‖.
         type_error: ‖Q(N) − N‖ / ‖N‖ of the base tensor's own type, for normally distributed values N. NaN if the type
             has no quantizer.
-        moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. A value below 1 means that the rounding has undone changes of
-            many elements, a value above 1 that the rounding has changed elements by more than the adapter.
-        kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. The value is 1 where Q is exact,
+        moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. ``moved`` is below 1 if the rounding has undone changes of
+            many elements, and above 1 if the rounding has changed elements by more than the adapter.
+        kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. ``kept`` is 1 where Q is exact,
             and near 0 where the rounding has undone the change.
     """
 
@@ -109,7 +109,7 @@ class GgufMergeReport:
         type: the argument ``type``.
         merged: number of modules that the adapter changed.
         tensors: errors of each tensor that the adapter changed, in the file's order.
-        whole: errors over all elements of these tensors.
+        whole: errors over all elements of all tensors that the adapter changed.
         copied: number of tensors that were copied byte for byte.
         added: names of tensors that the base's file does not have: ``output.weight``, where the adapter changed one of
             the tied embedding and head.
@@ -248,7 +248,7 @@ def _check_output(output: Path, overwrite: bool, base: Path) -> None:
 
 
 class _Merge:
-    """The tensors of the new file, and the data of each.
+    """The tensors of the merged GGUF file, and a method that computes each tensor's data.
 
     Attributes:
         header: header of the base's file.
@@ -305,7 +305,7 @@ class _Merge:
     def data(self, tensor: str) -> Tensor:
         """Returns the data of a tensor of the new file, and adds the errors of a merged tensor to ``errors``.
 
-        Can be called once for each merged tensor, because the plan frees the memory of a merged module.
+        ``data`` can be called once for each merged tensor, because the plan frees the memory of a merged module.
         """
         source = self._source(tensor)
         raw = self.header.data(source.name)
@@ -334,7 +334,8 @@ class _Merge:
 
 
 def _planned(header: GgufHeader, name: str, info: TensorInfo, wanted: Optional[int]) -> PlannedTensor:
-    """Returns the plan of a merged tensor. Raises MergeError for a type that can't be written."""
+    """Returns the shape, the type and the number of bytes of a merged tensor in the new file. Raises MergeError for a
+    type that can't be written."""
     number = info.type if wanted is None or len(info.shape) < 2 else wanted
     about = f"{header.path}: {name}"
     if info.dtype is not None and not info.dtype.is_floating_point:

@@ -40,7 +40,7 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
-            from ..gguf.metadata import read_config  # imported late: needs a transformers that reads GGUF
+            from ..gguf.metadata import read_config  # imported here, because it needs a transformers that reads GGUF
 
             config = read_config(header)
             names = GgufNames.of_file(header)
@@ -78,7 +78,8 @@ class GgufBase:
         return dense
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
-        """Checks the sizes of a parameter's tensor, and stores the order of the rows if the file has another."""
+        """Checks the sizes of a parameter's tensor, and stores the order of the tensor's rows if it differs from
+        transformers'."""
         tensor = self.tensors[name]
         came = self.header.tensors[tensor].shape
         if [size for size in came if size != 1] != [size for size in shape if size != 1]:

@@ -49,7 +49,8 @@ class LogitsError:
 def compare_logits(
     base: Union[str, Path], adapter: Union[str, Path], merged: Union[str, Path], text: str = TEXT
 ) -> LogitsError:
-    """Returns the differences of logits on ``text``. The two models are loaded one after the other, in float32.
+    """Compares the logits of ``merged`` and of ``base`` with ``adapter`` on ``text``. The base and the merged model are
+    loaded one after the other, in float32.
 
     If the base's file has no tokenizer, 64 random tokens take the place of ``text``.
 
@@ -70,7 +71,7 @@ def compare_logits(
 
 
 def _load(file: Union[str, Path]) -> Any:
-    from ..gguf.load import load_gguf  # imported late: needs a transformers that reads GGUF
+    from ..gguf.load import load_gguf  # imported here, because it needs a transformers that reads GGUF
 
     return load_gguf(file, dtype=torch.float32)
 

@@ -36,7 +36,7 @@ def _head(header: GgufHeader) -> bytearray:
 
 
 def file_type_offset(header: GgufHeader) -> Optional[int]:
-    """Returns the offset of the value of ``general.file_type``; None where the metadata has no such uint32."""
+    """Returns the offset of the value of ``general.file_type``; None unless exactly one such key has a uint32."""
     key = b"general.file_type"
     entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", _UINT32)
     head = _head(header)
@@ -48,7 +48,7 @@ def _table(tensors: dict[str, PlannedTensor], alignment: int) -> bytes:
     parts, offset = [], 0
     for name, one in tensors.items():
         text = name.encode()
-        sizes = one.shape[::-1]  # the file lists the columns first
+        sizes = one.shape[::-1]  # a GGUF file lists the number of columns first
         parts.append(struct.pack("<Q", len(text)) + text + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
         parts.append(struct.pack("<IQ", one.type, offset))
         offset = _padded(offset + one.nbytes, alignment)
@@ -76,7 +76,8 @@ def write_gguf(
 
     Args:
         tensors: the new file's tensors by name, in order.
-        take: returns the data of a tensor, ``nbytes`` bytes. ``take`` is called once for each tensor, in order.
+        take: function that returns the data of the named tensor, ``nbytes`` bytes. ``take`` is called once for each
+            tensor, in order.
         file_type: the new value of ``general.file_type``; None: the value does not change. With a new value,
             :func:`file_type_offset` must not return None.
     """

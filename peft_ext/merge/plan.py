@@ -70,7 +70,7 @@ class Plan:
         self._check_against_config()
         self._uses = Counter(origin[0] for origin in self.origin.values())
 
-    # - the plan -
+    # --- the plan -----------------------------------------------------------------------------------------------------
 
     def _check_absent(self) -> None:
         for name in self.base.absent:
@@ -132,8 +132,8 @@ class Plan:
                 self.config.tie_word_embeddings = False
 
     def is_changed(self, name: str) -> bool:
-        """Returns whether the adapter may change the tensor: False outside of adapted modules, and for a tensor that an
-        adapter of whole tensors does not own."""
+        """Returns whether the adapter may change the tensor: False outside of adapted modules, and for a tensor of a
+        ReplacingLayer that the adapter does not own."""
         path, local = self.origin[name]
         layer = self.targets.get(path)
         if isinstance(layer, ReplacingLayer):
@@ -167,7 +167,8 @@ class Plan:
         return torch.float32 if wide.intersection(name.split(".")) else self.dtype
 
     def _check_against_config(self) -> None:
-        """Checks that a model of the config has the planned tensors; sets the config's flags for added biases."""
+        """Checks that a model that is made from the config has the planned tensors; sets the config's flags for added
+        biases."""
         fresh = _fresh(type(self.base.model), self.config)
         if added := sorted(self.meta.keys() - fresh.state_dict().keys()):
             for flag in ("attention_bias", "mlp_bias", "qkv_bias", "use_bias"):
@@ -228,10 +229,10 @@ class Plan:
                 return groups
         return [(list(meta), whole)]
 
-    # - the tensors -
+    # --- the tensors --------------------------------------------------------------------------------------------------
 
     def _value(self, name: str) -> Tensor:
-        """Returns the value of a planned tensor. A merged tensor that had 16 bits is in float32."""
+        """Returns the value of a planned tensor. A merged tensor of a 16-bit dtype is returned in float32."""
         path, local = self.origin[name]
         if path == "":
             return self.base.read(self.after[local]) if local else torch.zeros(self.meta[name].shape)
@@ -290,8 +291,8 @@ class Plan:
         self._uses = Counter(self.origin[name][0] for name in names)
 
     def take(self, name: str) -> Tensor:
-        """Returns the value of a planned tensor once. The call for a module's last tensor frees the memory of the
-        module."""
+        """Returns the value of a planned tensor; may be called once for each tensor. The call for a module's last
+        tensor frees the memory of the module."""
         value, path = self._value(name), self.origin[name][0]
         self._uses[path] -= 1
         if path and not self._uses[path]:
@@ -306,7 +307,7 @@ class Plan:
         found = {name: self.take(name).to(self.meta[name].dtype) for name in names}
         return revert_weight_conversion(self.base.model, found)
 
-    # - the files -
+    # --- the files ----------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
         """Writes the tensors one group at a time, and an index if there are several files. Returns the file names."""

@@ -1,12 +1,13 @@
 """Converts bottleneck adapters from and to the files of AdapterHub's ``adapters`` package.
 
-    AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight         here:   base_model.model.{place}
+    AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight     peft_ext:   base_model.model.{place}
                   {place}.adapters.{name}.adapter_up.bias  ...                  .bottleneck_adapters.down.weight  ...
 
-The tensors have the same values in both formats, and both adapters compute the same function. Placement "pfeiffer" is
-AdapterHub's ``SeqBnConfig``, "houlsby" is ``DoubleSeqBnConfig``, and "after_ffn" is
-``SeqBnConfig(original_ln_before=False)``. The names of the places depend on the model's architecture. This module knows
-the architectures that ``adapters`` supports and for which :class:`~peft_ext.tuners.BottleneckConfig` has defaults.
+A converted adapter has the same tensor values and computes the same function; only the tensors' names change. Placement
+"pfeiffer" is AdapterHub's ``SeqBnConfig``, "houlsby" is ``DoubleSeqBnConfig``, and "after_ffn" is
+``SeqBnConfig(original_ln_before=False)``. The module name ``{place}`` depends on the model's architecture and differs
+between the two formats. This module supports the architectures that ``adapters`` supports and for which
+:class:`~peft_ext.tuners.BottleneckConfig` has defaults.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ __all__ = ["config_from_adapterhub", "from_adapterhub", "to_adapterhub"]
 
 _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn")
 
-# Model type -> places within a layer. Each entry holds AdapterHub's place, peft_ext's place for an adapter directly
-# after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The last item of an entry is
-# None for attention, which has no adapter under "pfeiffer", and "" if the place is the layer itself.
+# Model type -> places of adapters within a layer of the model. Each entry holds AdapterHub's place, peft_ext's place
+# for an adapter directly after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The
+# last item of an entry is None for attention, which has no adapter under "pfeiffer", and "" if the place is the layer
+# itself.
 _GATED = (("attention_adapters", "self_attn.o_proj", None), ("output_adapters", "mlp.down_proj", ""))
 _BERT = (("attention.output", "attention.output.dense", None), ("output", "output.dense", "output.LayerNorm"))
 _PLACES: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -53,7 +55,7 @@ _TENSORS = {"adapter_down.0.weight": "down.weight", "adapter_down.0.bias": "down
 _THEIRS = re.compile(rf"{_LAYER}\.(?P<place>.+)\.adapters\.(?P<name>[^.]+)\.(?P<tensor>.+)")
 _OURS = re.compile(rf"(?:base_model\.model\.)?{_LAYER}(?:\.(?P<place>.+))?\.bottleneck_adapters\.(?P<tensor>.+)")
 
-# (mh_adapter, output_adapter, original_ln_before) -> placement.
+# AdapterHub's fields (mh_adapter, output_adapter, original_ln_before) -> placement of BottleneckConfig.
 _BY_CONFIG = {(True, True, False): "houlsby", (False, True, True): "pfeiffer", (False, True, False): "after_ffn"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "swish": "silu", "silu": "silu"}  # fmt: skip
@@ -82,16 +84,17 @@ def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str
     """Converts the tensor names of AdapterHub's ``pytorch_adapter.bin`` to the names in PEFT's adapter files.
 
     Write the result as ``adapter_model.safetensors`` next to an adapter configuration, or pass the result to
-    ``peft.set_peft_model_state_dict``. The names of layers are kept. If the layers of the new model have a prefix (such
-    as "bert.") that the layers of the saved model lack, put the prefix before the names of ``state``.
+    ``peft.set_peft_model_state_dict``. The result keeps the names of the model's layers. If the layers of the new model
+    have a prefix (such as "bert.") that the layers of the saved model lack, put the prefix before the names of
+    ``state``.
 
     Args:
-        state: the tensors of the file, which holds one adapter.
+        state: the tensors of ``pytorch_adapter.bin`` by name, of one adapter.
         model_type: the model type in the model's configuration, for example "bert".
         placement: placement of the adapter, see :func:`config_from_adapterhub`.
 
-    Raises: ValueError if model_type or placement is unknown, or if a tensor does not belong to a bottleneck adapter at
-    a place that the placement has.
+    Raises: ValueError if model_type or placement is unknown, if a tensor does not belong to a bottleneck adapter at a
+    module where ``placement`` puts adapters, or if ``state`` has the tensors of several adapters.
     """
     made, names = {}, set()
     for key, tensor in state.items():
@@ -110,9 +113,11 @@ def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str
 def to_adapterhub(
     state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer", adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """Converts PEFT's tensor names (``peft.get_peft_model_state_dict``) to AdapterHub's; inverts from_adapterhub.
+    """Converts PEFT's tensor names (``peft.get_peft_model_state_dict``) to AdapterHub's, the inverse of
+    from_adapterhub.
 
-    ``adapter_name`` is the adapter's name in the result. Raises ValueError in the cases of :func:`from_adapterhub`.
+    ``adapter_name`` is the adapter's name in the result. Raises ValueError if model_type or placement is unknown, or if
+    a tensor does not belong to a bottleneck adapter at a module where ``placement`` puts adapters.
     """
     tensors = {ours: theirs for theirs, ours in _TENSORS.items()}
     made = {}
@@ -128,11 +133,12 @@ def to_adapterhub(
 
 
 def config_from_adapterhub(config: Mapping[str, Any], model_type: str, **kwargs: Any) -> BottleneckConfig:
-    """Converts AdapterHub's adapter configuration, the object "config" in ``adapter_config.json``.
+    """Converts AdapterHub's adapter configuration to a BottleneckConfig.
 
     Args:
-        config: ``original_ln_before``, ``mh_adapter``, ``output_adapter``, ``non_linearity``, ``reduction_factor`` and
-            the other fields of ``BnConfig``.
+        config: the object "config" in AdapterHub's ``adapter_config.json``: a dictionary with ``original_ln_before``,
+            ``mh_adapter``, ``output_adapter``, ``non_linearity``, ``reduction_factor`` and the other fields of
+            ``BnConfig``.
         model_type: the model type in the model's configuration, for example "bert".
         kwargs: further fields of BottleneckConfig, such as ``task_type`` and ``inference_mode``.
 

@@ -32,7 +32,7 @@ def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
     """Returns the members of ``BIAS_KINDS`` that describe a module's bias.
 
     A module whose class name contains "norm" has the kinds "all" and "norm", whatever the module's name is. For other
-    modules the full name decides, and "mlp_up" depends on the layer's sizes.
+    modules the full name decides; "mlp_up" also requires more output features than input features.
     """
     parts = name.split(".")
     if "norm" in type(module).__name__.lower():
@@ -40,7 +40,7 @@ def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
     if any(_ATTENTION.search(part) for part in parts):
         return {"all", "attention", "query"} if _QUERY.fullmatch(parts[-1]) else {"all", "attention"}
     if any(_MLP.search(part) for part in parts):
-        inner = getattr(module, "in_features", getattr(module, "nx", 0))  # nx, nf: sizes of transformers' Conv1D
+        inner = getattr(module, "in_features", getattr(module, "nx", 0))  # nx, nf: in and out features of Conv1D
         widens = getattr(module, "out_features", getattr(module, "nf", 0)) > inner
         return {"all", "mlp", "mlp_up"} if widens else {"all", "mlp"}
     return {"all", "other"}
@@ -53,18 +53,18 @@ class BitFitConfig(TargetConfig):
     Args:
         bias_kinds: which biases of the targets are trained: "all", or a list of "attention" (the attention's output
             layer included), "query" (a layer that computes only queries; the paper's b_q), "mlp", "mlp_up" (the
-            feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set is
-            ["query", "mlp_up"].
+            feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set of trained
+            biases is ["query", "mlp_up"].
         add_bias: linear layers that get a bias of zeros if these layers have no bias, like Llama's layers. ``add_bias``
-            is names, a regular expression, or "all-linear" for all linear layers but the output head. Quantized layers
-            (NF4Linear, bitsandbytes' 4 and 8 bits) are allowed. If a named layer already has a bias, that bias is
-            trained, whether or not the layer is a target. Merging leaves the new biases in the model; to reload the
-            merged model, its config may need a field such as ``attention_bias``.
+            is names, a regular expression, or "all-linear" for all linear layers but the output head. ``add_bias`` may
+            name quantized layers (NF4Linear, bitsandbytes' 4 and 8 bits). If a layer that ``add_bias`` names already
+            has a bias, that bias is trained, whether or not the layer is a target. Merging leaves the new biases in the
+            model; to reload the merged model, its config may need a field such as ``attention_bias``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a parameter ``bias`` is a
             target. A classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
 
-    Raises: TypeError or ValueError if a field has a value of another form.
+    Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
     """
 
     bias_kinds: Union[list[str], str] = field(
@@ -86,7 +86,7 @@ class BitFitConfig(TargetConfig):
 class BitFitLayer(ReplacingLayer):
     """Runs ``base_layer`` with the active adapter's bias ``[N]`` in place of the layer's own bias.
 
-    The key in the state dict is ``bitfit_tensors.bias``.
+    In an adapter's file the bias has the key ``bitfit_tensors.bias`` after the layer's name.
     """
 
     adapter_layer_names = ("bitfit_tensors",)

@@ -39,7 +39,7 @@ class _Places(NamedTuple):
 
     The fields are: attention's output layer, the feed-forward's output layer, the feed-forward, and the place of
     Pfeiffer's adapter. Pfeiffer's place is the LayerNorm after the feed-forward's residual sum or, if the block returns
-    that sum, the block.
+    that sum, the block; in Phi, it is the feed-forward's output layer.
     """
 
     attention: str
@@ -49,8 +49,8 @@ class _Places(NamedTuple):
 
 
 _GATED = _Places(r"self_attn\.o_proj", r"mlp\.down_proj", "mlp", r"layers\.\d+")
-# Models such as Gemma 2 put a norm between the feed-forward's output and the residual sum, so that "pfeiffer" has no
-# place.
+# Models such as Gemma 2 put a norm between the feed-forward's output and the residual sum, so placement "pfeiffer" is
+# not defined for these models.
 _NORMED = _GATED._replace(summed=None)
 _BERT = _Places(r"attention\.output\.dense", r"layer\.\d+\.output\.dense", None, r"layer\.\d+\.output\.LayerNorm")
 _OPT = _Places(r"self_attn\.out_proj", "fc2", None, r"layers\.\d+")
@@ -82,22 +82,23 @@ class BottleneckConfig(TargetConfig):
     """Configuration of bottleneck adapters.
 
     Args:
-        placement: where the adapters are. "houlsby": after attention and after the feed-forward. "pfeiffer": after the
-            residual sum v of the feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum
-            (BERT) LayerNorm(v + s · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the
-            residual sum. "parallel": parallel to the feed-forward.
+        placement: where the adapters are in each layer of the model. "houlsby": one adapter after attention and one
+            after the feed-forward, both before the residual sum. "pfeiffer": after the residual sum v of the
+            feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum (BERT) LayerNorm(v + s
+            · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the residual sum. "parallel":
+            parallel to the feed-forward.
         bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``.
         activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s.
         adapter_bias: whether the two projections have biases.
         init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
         target_modules: names or a regular expression, with PEFT's meaning, of the modules whose outputs are adapted
-            (for "parallel", of the modules to which adapters run parallel). A named container is adapted itself. With
-            "pfeiffer" a targeted LayerNorm runs before and after its adapter. Default: depends on placement and model
-            type.
+            (for "parallel", of the modules to which adapters run parallel). If a container of modules is named, the
+            container's own output is adapted. With "pfeiffer" a targeted LayerNorm runs before and after its adapter.
+            The default of target_modules depends on placement and model type.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`.
 
-    Raises: TypeError or ValueError if a field has a value of another form.
+    Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
     """
 
     placement: str = field(default="houlsby", metadata={"help": "One of houlsby, pfeiffer, after_ffn, parallel."})
@@ -115,7 +116,7 @@ class BottleneckConfig(TargetConfig):
             self._fail("placement", self.placement, f"one of {_PLACEMENTS}")
         if self.bottleneck_dim is not None and self.bottleneck_dim < 1:
             self._fail("bottleneck_dim", self.bottleneck_dim, "at least 1")
-        self.adapter(1, "meta")  # raises the errors of the adapter module for wrong fields
+        self.adapter(1, "meta")  # BottleneckAdapter raises errors for wrong values of fields
 
     def adapter(self, features: int, device: Any) -> BottleneckAdapter:
         """Returns a new bottleneck adapter whose input and output both have ``features`` features."""
@@ -128,8 +129,9 @@ class BottleneckConfig(TargetConfig):
 class BottleneckLayer(Wrapper):
     """Applies the active adapters, in turn, to the output of ``base_layer``; adds the outputs of parallel adapters.
 
-    The keys in the state dict are ``bottleneck_adapters.{down,up}.{weight,bias}``. If the base layer returns a tuple,
-    the first item is adapted. A bottleneck adapter is not linear, and so can't be merged.
+    In an adapter's file the keys of an adapter's tensors are ``bottleneck_adapters.{down,up}.{weight,bias}`` after the
+    layer's name. If the base layer returns a tuple, the first item is adapted. A bottleneck adapter is not linear, and
+    so can't be merged.
     """
 
     adapter_layer_names = ("bottleneck_adapters",)
@@ -139,14 +141,14 @@ class BottleneckLayer(Wrapper):
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
-        self.bottleneck_place: dict[str, str] = {}  # adapter -> "after", "parallel" or "around"
+        self.bottleneck_place: dict[str, str] = {}  # name of an adapter -> "after", "parallel" or "around"
         self.merged_adapters: list[str] = []
         self._active_adapter = []
-        # For a whole block transformers records the block's output by a forward hook, and checkpoints the call of the
-        # block. The adapters are therefore a hook of the block that runs before all others: then both the recorded
-        # output and the checkpointed call contain the adapters.
+        # If base_layer is a whole block, transformers records the block's output by a forward hook, and checkpoints the
+        # call of the block. The adapters of a block therefore run in a forward hook, before all other hooks of the
+        # block: then both the recorded output and the checkpointed call contain the adapters.
         self._hook = None
-        # torch.compile can't trace code that reads the handle of a hook, so the forward reads this value instead.
+        # torch.compile can't trace code that reads the handle of a hook, so the forward reads _adapts_by_hook instead.
         self._adapts_by_hook = isinstance(base_layer, GradientCheckpointingLayer)
         if self._adapts_by_hook:
             self._hook = base_layer.register_forward_hook(self._adapt_block, prepend=True, with_kwargs=True)
@@ -203,8 +205,8 @@ class BottleneckLayer(Wrapper):
             self._hook.remove()
 
     def stock_reason(self) -> Optional[str]:
-        """Returns why the adapters' next call runs plain PyTorch (:func:`peft_ext.explain` reports this), or None if it
-        is fused."""
+        """Returns why the adapters' next call runs plain PyTorch (:func:`peft_ext.explain` reports this reason), or
+        None if the adapters' next call is fused."""
         if self._disable_adapters:
             return "adapters are disabled"
         weights = [self.bottleneck_adapters[name].down.weight for name in self.active()]
@@ -289,7 +291,7 @@ class BottleneckModel(Tuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if next(base.parameters(), None) is None:
             raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")
-        width = getattr(base, "out_features", None) or getattr(base, "nf", None)  # Conv1D (GPT-2) has nf
+        width = getattr(base, "out_features", None) or getattr(base, "nf", None)  # Conv1D (GPT-2) has only nf
         if width is None and isinstance(base, nn.LayerNorm) and len(base.normalized_shape) == 1:
             width = base.normalized_shape[0]
         if width is None:

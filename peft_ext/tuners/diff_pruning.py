@@ -8,8 +8,9 @@
 Pruning keeps a given fraction of the entries of z_g·z∘w: the entries with the largest magnitude. Training continues
 with the kept entries; all other entries stay zero.
 
-Source: Diff Pruning, arXiv 2012.07463, and the code of its authors. The penalty's sum is the one in the authors' code;
-the paper has σ(α − …)·σ(α_g − …). The gates are the hard concrete gates of arXiv 1712.01312.
+Source: Diff Pruning, arXiv 2012.07463, and the code of its authors. The penalty adds σ over all gates, as the authors'
+code does; the paper's penalty adds the products σ(α − …)·σ(α_g − …). The gates are the hard concrete gates of arXiv
+1712.01312.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class DiffPruningConfig(TargetConfig):
             except the own parameters of a module with a list of layers below it. A classification head belongs in
             modules_to_save, where task_type="SEQ_CLS" puts the head.
 
-    Raises: TypeError or ValueError if a field has a value of another form.
+    Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
     """
 
     structured: bool = field(default=True, metadata={"help": "One more gate for each tensor."})
@@ -97,7 +98,8 @@ class DenseDiff(nn.Module):
         self.group = nn.Parameter(like.new_full((), config.alpha_init)) if config.structured else None
 
     def gate(self, alpha: Tensor, sample: bool) -> Tensor:
-        """Returns z for ``alpha``, in float32 or wider. Without ``sample`` u is ½, so that s = σ(α)."""
+        """Returns the gate z for ``alpha``, in float32 or wider. If ``sample`` is False, u is ½ and not random, and s
+        is σ(α)."""
         low, high = self.stretch
         alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
         if sample:
@@ -123,7 +125,7 @@ class DenseDiff(nn.Module):
         return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in self.alphas())
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns θ: the sum is computed in float32 or wider and rounded once to θ₀'s dtype."""
+        """Returns θ = θ₀ + difference: the sum is computed in float32 or wider and rounded once to θ₀'s dtype."""
         return (tensor + self.difference(sample)).to(tensor.dtype)
 
 
@@ -146,7 +148,7 @@ class SparseDiff(nn.Module):
         return cls(indices, torch.zeros(kept, dtype=tensor.dtype, device=tensor.device))
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns θ. An entry that is not kept has the bits of θ₀."""
+        """Returns θ = θ₀ + difference. An entry of θ that pruning did not keep has the bits of θ₀."""
         flat, index = tensor.detach().reshape(-1), self.indices.long()
         wide = torch.promote_types(torch.promote_types(flat.dtype, self.values.dtype), torch.float32)
         moved = (flat[index].to(wide) + self.values.to(wide)).to(flat.dtype)
@@ -182,12 +184,12 @@ class DiffPruningLayer(ReplacingLayer):
 class DiffPruningModel(ReplacingTuner):
     """A model with a learned difference to its parameters, see :class:`peft_ext.DiffPruningConfig`.
 
-    ``peft.get_peft_model`` makes the model; the PeftModel forwards the methods. In training the penalty is added to the
-    ``loss`` in the model's output, and so reaches transformers' Trainer. If Trainer passes the number of labels in an
-    optimizer step of several batches, each batch adds the penalty in proportion to its labels. If the loss is computed
-    outside of the model, as under label smoothing, add :meth:`penalty` to that loss. Until pruning w and α each have
-    the size of their tensor; gradients and optimizer state come on top. The gates need a larger learning rate, see
-    :meth:`parameter_groups`.
+    ``peft.get_peft_model`` makes the model; the methods of DiffPruningModel can also be called on the PeftModel. In
+    training the penalty is added to the ``loss`` in the model's output, and so reaches transformers' Trainer. If
+    Trainer passes the number of labels in an optimizer step of several batches, each batch adds the penalty in
+    proportion to its labels. If the loss is computed outside of the model, as under label smoothing, add
+    :meth:`penalty` to that loss. Until pruning, w and α each have the size of the tensor that they change; gradients
+    and optimizer state of w and α need memory too. The gates need a larger learning rate, see :meth:`parameter_groups`.
 
     Raises: ValueError if a target is quantized, or if a shared tensor belongs both to a target and to a module that is
     not a target.
@@ -261,11 +263,11 @@ class DiffPruningModel(ReplacingTuner):
     # --- optimizing and pruning ---------------------------------------------------------------------------------------
 
     def parameter_groups(self, lr: float, gate_lr: float = 0.1, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Returns the parameter groups for a torch optimizer: all trained parameters, and the gates' α separately.
+        """Returns two parameter groups for a torch optimizer: the gates' α, and all other trained parameters.
 
-        The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from 5 to
-        below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the authors use the
-        rate 0.1 for α.
+        The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from the
+        initial 5 to below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the
+        authors use the rate 0.1 for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -354,8 +356,8 @@ class DiffPruningModel(ReplacingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # The checkpoint may hold this adapter before or after pruning. The adapter is made pruned or not pruned, as the
-        # checkpoint is.
+        # The checkpoint may hold this adapter before or after pruning. The adapter in the model becomes pruned or not
+        # pruned, like the adapter in the checkpoint.
         kept = _kept_in(state_dict)
         if kept != config.kept:
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)

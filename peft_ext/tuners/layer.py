@@ -2,10 +2,10 @@
 
     Y = base(x; θ)          θ: base's tensors, with some replaced by tensors of the active adapter
 
-A tuner of this kind adds no term to the output of a module. The base module's own forward runs once with the replaced
-tensors, so that the result has the same bits as the result of a model with these tensors. A module is wrapped only if
-parameters are registered on the module itself. Reading an attribute of the wrapper (``weight``, ``bias``,
-``padding_idx``) gives the base module's attribute, with the adapter's tensors in place.
+A tuner that derives from ReplacingTuner adds no term to the output of a module. The base module's own forward runs once
+with the replaced tensors, so that the result has the same bits as the result of a model with these tensors. A module is
+wrapped only if parameters are registered on the module itself. Reading an attribute of the wrapper (``weight``,
+``bias``, ``padding_idx``) gives the base module's attribute, with the adapter's tensors in place of the module's own.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ class ReplacingLayer(Wrapper):
     # --- methods of a subclass ----------------------------------------------------------------------------------------
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """Returns the tensors that ``adapter`` owns in this layer, by name, in the form that the base module reads.
+        """Returns the tensors that ``adapter`` owns in this layer, by name, ready to replace the base module's.
 
-        ``training``: whether the values are those of training. ``x``: the layer's input, or None if unknown.
+        ``training``: whether to return the values for training; Diff Pruning then draws random gates. ``x``: the
+        layer's input, or None if unknown.
         """
         raise NotImplementedError
 
@@ -148,7 +149,8 @@ class ReplacingLayer(Wrapper):
         return held[leaf]
 
     def _read(self, name: str) -> Any:
-        """Returns base_layer's attribute with the adapter's tensors in place, because models also read weights."""
+        """Returns base_layer's attribute with the adapter's tensors in place of the layer's own, because some models
+        read a layer's weight without calling the layer."""
         adapter = self.running()
         replaced = () if adapter is None else (*self.names[adapter], *self.tied[adapter])
         if not any(one == name or one.startswith(f"{name}.") for one in replaced):
@@ -238,7 +240,8 @@ class ReplacingLayer(Wrapper):
         self.adapters[adapter], self.names[adapter], self.tied[adapter] = tensors, names, tied
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # PEFT's method also casts to the base weight's dtype, which would round an adapter that was saved in float32.
+        # PEFT's method of this name also casts to the base weight's dtype, which would round an adapter that was saved
+        # in float32.
         if adapter_name in self.adapters:
             tensors = self.adapters[adapter_name]
             if not any(parameter.is_meta for parameter in tensors.parameters()):
@@ -272,11 +275,12 @@ def _several(layer: nn.Module, names: list[str]) -> str:
 
 
 class ReplacingTuner(Tuner):
-    """Base class of a tuner with :class:`ReplacingLayer`. A subclass defines :meth:`make_plan` and :meth:`make`."""
+    """Base class of a tuner whose layers derive from :class:`ReplacingLayer`. A subclass defines :meth:`make_plan` and
+    :meth:`make`."""
 
     def make_plan(self, config: Any, model: nn.Module) -> Plan:
         """Returns a Plan: for each layer, the names of the parameters that an adapter with the configuration ``config``
-        replaces. Raises ValueError before the model changes.
+        replaces. Raises ValueError, before the model changes, if ``config`` does not fit the model.
         """
         raise NotImplementedError
 
@@ -288,7 +292,7 @@ class ReplacingTuner(Tuner):
         raise NotImplementedError
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        return peft_config  # PEFT's method refuses target_modules=None, TargetConfig's default
+        return peft_config  # PEFT's method of this name refuses target_modules=None, TargetConfig's default
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         peft_config.target_modules = expand_all_linear(model, peft_config.target_modules, peft_config)
@@ -321,7 +325,8 @@ class ReplacingTuner(Tuner):
                 yield name, module
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
-        """Activates adapters as PEFT does. Raises ValueError, before any change, if a layer holds two adapters."""
+        """Activates adapters as PEFT does. Raises ValueError, before any change, if a layer holds two of the named
+        adapters."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, layer in self.layers():
             if len(held := layer.held(names)) > 1:

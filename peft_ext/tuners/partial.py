@@ -21,19 +21,19 @@ __all__ = ["PartialConfig", "PartialLayer", "PartialModel"]
 class PartialConfig(TargetConfig):
     """Partial fine-tuning: trains every parameter of the targets.
 
-    All other parameters of the model are frozen, except the parameters of ``modules_to_save``.
+    All parameters outside of the targets are frozen, except the parameters of ``modules_to_save``.
 
     Args:
         num_last_layers: number of last layers of each stack of the model in which targets are trained. T5 has two
             stacks, encoder and decoder; a vision-language model has a vision and a text stack. To train layers of one
             stack only, also give ``target_modules``, such as ``["decoder"]``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. A container, such as "model.layers.11", stands for all
-            modules below it. If target_modules is None, all modules in the layers of num_last_layers or
-            layers_to_transform are targets. At least one of target_modules, num_last_layers and layers_to_transform
+            :class:`~peft_ext.tuners.targets.TargetConfig`. The name of a container, such as "model.layers.11", stands
+            for all modules below the container. If target_modules is None, all modules in the layers of num_last_layers
+            or layers_to_transform are targets. At least one of target_modules, num_last_layers and layers_to_transform
             must be given.
 
-    Raises: TypeError or ValueError if a field has a value of another form, or if no field chooses what to train.
+    Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
     """
 
     num_last_layers: Optional[int] = field(
@@ -53,9 +53,10 @@ class PartialConfig(TargetConfig):
 class PartialLayer(ReplacingLayer):
     """Runs ``base_layer`` with the active adapter's copies in place of the layer's parameters and saved buffers.
 
-    A copy may be float32 although the base has a narrower dtype (PEFT's ``autocast_adapter_dtype``). A float32 copy
-    over a narrower base is the master weight in training and is cast to the base's dtype for each forward. The keys in
-    the state dict are ``partial_tensors.<name in the module>``.
+    The adapter's copy of a tensor may be float32 although the base has a narrower dtype (PEFT's
+    ``autocast_adapter_dtype``). A float32 copy over a narrower base is the master weight in training and is cast to the
+    base's dtype for each forward. In an adapter's file the keys are ``partial_tensors.<name in the module>`` after the
+    module's name.
     """
 
     adapter_layer_names = ("partial_tensors",)
@@ -74,8 +75,8 @@ class PartialModel(ReplacingTuner):
     is copied once and stays shared. If ``target_modules`` names "embed_tokens" or "lm_head", PEFT also saves the
     frozen weight of the named layer; ``save_pretrained(..., save_embedding_layers=False)`` prevents this.
 
-    Raises: ValueError if nothing is left to train, if a target is quantized, or if a shared tensor belongs both to a
-    target and to a module that is not a target.
+    Raises: ValueError if the configuration names no modules or layers to train, if nothing is left to train, if a
+    target is quantized, or if a shared tensor belongs both to a target and to a module that is not a target.
     """
 
     prefix = "partial_"

@@ -44,11 +44,12 @@ LAYER_HOOKS = (
 
 
 def _check_peft() -> None:
-    """Raises ImportError if PEFT is too old or lacks a name that the tuners override. The error contains the name."""
+    """Raises ImportError if PEFT is too old, or lacks a name that the tuners override; the message has the missing
+    name."""
     if Version(peft.__version__).release < Version(_OLDEST).release:
         raise ImportError(f"peft_ext.tuners needs peft >= {_OLDEST}, found {peft.__version__}")
     with required("peft", "peft_ext.tuners"):
-        has(PeftModel, "_enable_peft_forward_hooks")  # a PeftModel calls the tuner's method of this name
+        has(PeftModel, "_enable_peft_forward_hooks")  # PeftModel's method calls the tuner's _enable_peft_forward_hooks
         has(BaseTuner, *MODEL_HOOKS)
         has(BaseTunerLayer, *LAYER_HOOKS)
 
@@ -68,7 +69,7 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     """Adds a method to PEFT's mappings under ``name``, in lower case. A second call for one method does nothing.
 
     After the call ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and other
-    functions of PEFT know the method. The modules of :mod:`peft_ext.tuners` call this function on import.
+    functions of PEFT accept the method. The modules of :mod:`peft_ext.tuners` call this function on import.
 
     Raises: ImportError if PEFT is too old or lacks a name that the methods override; RuntimeError if PEFT, or another
     package, already has a method of this name.

@@ -31,19 +31,20 @@ _LAYER_COUNT = re.compile(r"(n_layers?|num_hidden_layers|num_layers|(en|de)coder
 
 @dataclass
 class TargetConfig(PeftConfig):
-    """Fields of PEFT's configurations that choose modules. Unlike in PEFT, a container stands for all modules below it.
+    """Fields of PEFT's configurations that choose modules. Unlike in PEFT, the name of a container in these fields
+    stands for all modules below the container.
 
     Args:
         target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
             that matches a full name; or "all-linear". A module is a target if it, or a module that contains it, is
-            named. None: the method's default.
+            named. None stands for the method's default targets.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
-        modules_to_save: see PEFT; these modules are not targets.
+        modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
         layers_to_transform: index or indices of layers. Modules outside of these layers are not targets. A layer's
             index is the first number in the module's full name (after a name that matches ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
-    Raises: TypeError or ValueError if a field has a value of another form.
+    Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
     """
 
     target_modules: _Names = field(
@@ -132,7 +133,7 @@ def in_layers(config: TargetConfig, name: str) -> bool:
 
 
 def targeted(config: TargetConfig, name: str) -> bool:
-    """Returns whether the module ``name`` is a target. With ``target_modules`` None every module counts as named."""
+    """Returns whether the module ``name`` is a target. If ``target_modules`` is None, every module counts as named."""
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and in_layers(config, name) and not excluded(config, name)
 
@@ -143,8 +144,8 @@ def targeted(config: TargetConfig, name: str) -> bool:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the full name and the module for every module below ``model``, as if the model had no adapter.
 
-    A tuner layer is replaced by the module that the layer wraps. Modules that adapters or ``modules_to_save`` added are
-    left out.
+    In place of a tuner layer the function yields the module that the tuner layer wraps. Modules that adapters or
+    ``modules_to_save`` added are left out.
     """
     inside = None
     for name, module in model.named_modules():
@@ -159,7 +160,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the full name and the parameter, as if the model had no adapter. A shared parameter has several names."""
+    """Yields each parameter with its full name, as if the model had no adapter. A shared parameter has several
+    names."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holder = next((container for container in _and_containers(name) if container in wrapped), None)
@@ -246,7 +248,7 @@ def own_units(
     """Returns the units, which are modules to wrap, and the names of the target tensors in each unit.
 
     A module is wrapped, with all modules below it, if the module itself owns parameters: a linear layer, a norm, or a
-    mixer that has a state matrix besides its projections. A module with a list of layers below it is not wrapped, and
+    mixer that has a state matrix besides its projections. A module that contains an ``nn.ModuleList`` is not wrapped:
     its own parameters stay frozen, with a warning. No name of a tensor is in two units. ``within``: if given, only
     modules with these full names and modules below them are wrapped. ``buffers``: whether saved buffers, such as a
     batch norm's statistics, are target tensors too.

@@ -26,8 +26,9 @@ class Wrapper(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # The copy module looks up names that start with "__", and accelerate's hooks use the other names as marks
-            # of the base module. Names of both kinds, and "base_layer", are not read from the base module.
+            # Python's copy module looks up names that start with "__", and accelerate marks a module that has its hooks
+            # with "_old_forward" and names that start with "_hf_". All these names, and "base_layer", are not read from
+            # the base module.
             if name in ("base_layer", "_old_forward") or name.startswith(("__", "_hf_")):
                 raise
         return self._read(name)
@@ -39,7 +40,7 @@ class Tuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's method needs a weight, which a feed-forward block lacks
+        setattr(parent, child_name, new_module)  # PEFT's own method needs a weight, which a feed-forward block lacks
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -51,7 +52,8 @@ class Tuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's method expects the adapter's name in the last or the second last place of a key. An adapter of a Tuner
-        # is a module and may have submodules, so in a key more than one name may follow the adapter's name.
+        # PEFT's method of this name expects the adapter's name in the last or the second last place of a key. An
+        # adapter of a Tuner is a module and may have submodules, so in a key more than one name may follow the
+        # adapter's name.
         stripped = re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
         return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

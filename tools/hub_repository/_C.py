@@ -46,7 +46,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and t
     "parallel_loops": (ctypes.c_uint64,),
 }
 
-# What each thread's last call of the image source returned. The library reads the bytes until the thread's next call.
+# For each thread, what the last call of the image source returned. The library reads the bytes until the thread's next
+# call.
 _held = threading.local()
 _callback: Any = None
 
@@ -66,7 +67,7 @@ def _paths(accept: str) -> list[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """Returns what the library was built from."""
+    """Returns the versions of peft_ext and of torch, the compiler, and the CPU paths of the library's build."""
     return {
         "version": _call("version"),
         "torch": _call("built_for_torch"),
@@ -87,7 +88,7 @@ def isas() -> list[str]:
 
 
 def set_isa(name: str) -> None:
-    """Takes a CPU path, one of :func:`isas`."""
+    """Switches to a CPU path, one of :func:`isas`."""
     if name not in isas():
         raise ValueError(f"set_isa: name is {name!r}, wanted one of isas()")
     _call("set_isa", [_call("isa_name", isa) for isa in range(_call("isa_count"))].index(name))
@@ -104,7 +105,7 @@ def sources() -> dict[str, str]:
 
 
 def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -> None:
-    """Sets the function ``(kernel, file, capability) -> (symbol, machine code)``."""
+    """Sets the function that compiles CUDA kernels: ``(kernel, file, capability) -> (symbol, machine code)``."""
     global _callback
 
     def source(name: bytes, file: bytes, capability: int, image: Any) -> None:

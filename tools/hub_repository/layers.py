@@ -1,7 +1,8 @@
 """Layers whose forward ``kernels.kernelize`` gives to a model's layers.
 
-Of each class ``kernels`` uses the forward, which reads the attributes of the layer that the class replaces, and two
-flags. A call that the operators do not compute runs the replaced layer's own forward.
+``kernels`` puts the forward of a class in this file in place of a model layer's forward, and reads the flags
+``has_backward`` and ``can_torch_compile``. The forward reads the attributes of the model's layer. A call that the
+operators do not compute runs the replaced layer's own forward.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # no public name for the function
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public name for it
 
 from . import ops
 from .ops.checks import autocast_dtype
@@ -86,7 +87,7 @@ class LoRALinear(nn.Module):
             return ops.lora_linear(x, frozen.weight, adapter.lora_A, adapter.lora_B, frozen.bias, **numbers)
         result = self.base_layer(x)
         wide = torch.promote_types(x.dtype, result.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # PEFT adds to the result that is not rounded again
+        with torch.autocast(x.device.type, enabled=False):  # autocast would round the result once more
             y = ops.lora_residual(x.to(wide), result.to(wide), adapter.lora_A, adapter.lora_B, **numbers)
         return y.to(result.dtype)
 
@@ -130,7 +131,8 @@ def _is_operand(x: Any) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Returns whether a call of the module does more than its class's forward, or a forward of this file."""
+    """Returns whether a call of the module runs more than its class's forward or a forward of this file: a hook, or
+    another forward that was set on the instance."""
     own = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
     if own is not None and own not in (type(module).forward, LoRALinear.forward, NF4Linear.forward):
         return True
@@ -206,7 +208,7 @@ def _nf4(layer: Any, x: Tensor) -> Optional[_Frozen]:
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if why_not_nf4(state) is not None or state.absmax.is_meta:
         return None
-    if not layer.compute_type_is_set:  # as bitsandbytes' forward
+    if not layer.compute_type_is_set:  # bitsandbytes' own forward does the same
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     compute = layer.compute_dtype or x.dtype
