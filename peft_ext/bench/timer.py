@@ -1,11 +1,11 @@
 """Computes the errors of contenders against float64, then times all contenders in turn, in one process.
 
 Machines are shared and clocks drift, so that a single time says little. Every round takes one time of each contender,
-in rotating order, and a ratio is the median over rounds of two times of the same round. A peer whose call is very slow
-is timed in the first round alone. Before each call, outside the timed part, a contender takes its weights: the same
-weights again ("hot"), or the next of so many weights that no cache holds them ("rotating"). A short call is timed as
-the mean of several calls in a row, as in generation: a single call would pay for the data that another contender left
-in the caches, and for threads that had gone to sleep.
+in rotating order, and a ratio is the median over rounds of two times of the same round. A peer whose call takes more
+than ``LONGEST_CALL_S`` seconds is timed in the first round only. Before each call, outside the timed part, a contender
+selects the weights of the call: the same weights in each call ("hot"), or the next of so many weights that no cache
+holds all of them ("rotating"). The time of a short call is the mean of several calls in a row, as in generation: a
+single call would be slower, because another contender's data is in the caches and threads have to wake up.
 
 :func:`verify` requires a float64 result of the first contender, which is ours, and raises an error if our contender is
 off from this result. The errors of peers are recorded only.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..sources.json_file import first_line
 
-SEED = 0  # seed of each verified call, and of the dropout mask in the call's float64 result
+SEED = 0  # seed of each call in ``verify``, and of the dropout mask in the call's float64 result
 LONGEST_CALL_S = 5.0  # seconds of a call above which a peer is timed once
 SHORT_CALL_S = 5e-3  # seconds of a call below which the call is repeated
 SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200  # seconds of a call's repetitions together, and largest number of repetitions
@@ -40,7 +40,7 @@ class Contender:
         exact: function that gives the float64 results by the same names. ``exact`` runs under the seed of the call, so
             that ``exact`` draws the same dropout mask. For a contender without a float64 result: the reason, as a
             string.
-        take: function that takes the weights of a call; it runs before each call and is not timed.
+        take: function that selects the weights of a call; ``take`` runs before each call and is not timed.
     """
 
     run: Callable[[], Any]
@@ -65,7 +65,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 def host_clock(contender: Contender) -> Callable[[], float]:
     """Returns a function that measures the host's seconds of a call.
 
-    For a call shorter than ``SHORT_CALL_S``, the result is the mean of several calls after a first call.
+    For a call shorter than ``SHORT_CALL_S``, the function returns the mean of several calls after a first call.
     """
 
     def once() -> float:
@@ -144,9 +144,9 @@ def interleave(
     """Returns the seconds of each sample by round; the rounds take about ``budget_s`` seconds in all.
 
     A first round warms up and is not counted. The number of counted rounds, from ``least`` to ``most``, follows from
-    the seconds of the first round. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as
-    bfloat16 on a CPU without bfloat16 instructions, keeps that one time. The first sample, ours, takes part in all
-    rounds.
+    the seconds of the first round. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as a
+    bfloat16 product on a CPU without bfloat16 instructions, is not measured again: the time of the first round is its
+    result. The first sample, ours, takes part in all rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in samples}
     spent = {name: seconds_of(lambda name=name: times[name].append(samples[name]())) for name in samples}
@@ -161,7 +161,8 @@ def interleave(
 
 
 def median_ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns, for each other contender, the median over rounds of its time divided by the first contender's time."""
+    """Returns for each contender but the first: the median over rounds of its time divided by the first contender's
+    time."""
     return {name: statistics.median(ratios) for name, ratios in _ratios(times).items()}
 
 

@@ -1,4 +1,4 @@
-"""The error of an export, and helpers that raise the error."""
+"""The class of the errors of an export, and helpers that raise these errors."""
 
 from __future__ import annotations
 

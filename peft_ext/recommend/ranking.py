@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-# Fewer examples than _FEW are few, fewer than _SMALL are small data, and _LARGE or more are large data.
+# Fewer than _FEW examples count as few, fewer than _SMALL examples as small data, and _LARGE or more as large data.
 _FEW, _SMALL, _LARGE = 100, 1_000, 50_000
 _BITFIT_EXAMPLES = 10_000
 

@@ -19,7 +19,7 @@ class Alternative:
         why_not: the reason against the method.
         memory: memory of a training step of the method in the recommended setting (full fine-tuning: without
             quantization); None where the method can't run in the setting.
-        fits: whether a training step of the method fits the card in this setting.
+        fits: whether a training step of the method fits the card in the setting of ``memory``.
     """
 
     method: str
@@ -31,7 +31,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The result of :func:`peft_ext.recommend_peft_method`. ``str`` of a Recommendation is a text for people.
+    """The result of :func:`peft_ext.recommend_peft_method`. ``str(recommendation)`` is a text for people.
 
     Attributes:
         method: one of :data:`peft_ext.methods.METHODS`; None where no method fits.
