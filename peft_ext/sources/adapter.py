@@ -144,7 +144,7 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # saved weights lack the pruned ranks; rank_pattern has an entry for each initial rank
+    elif method == "ADALORA":  # saved weights lack pruned ranks; rank_pattern lists all initial ranks
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:
