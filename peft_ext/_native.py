@@ -104,8 +104,10 @@ def _load_cpu() -> None:
         library = Path(__file__).with_name("_kernels.so")
         if not library.exists():
             raise ModuleNotFoundError(f"no file {library.name} in {library.parent}")
-        if not library.with_name("_C.py").exists():  # the hub's copy has a _C.py, which opens the library
-            ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)  # global: _C finds the library's functions by name
+        # In a copy of peft_ext for Hugging Face's kernels hub, the module _C.py opens the library.
+        if not library.with_name("_C.py").exists():
+            # RTLD_GLOBAL, because the extension module _C finds the library's functions by name.
+            ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)
         module = importlib.import_module("._C", __package__)
     except (ImportError, OSError) as error:
         STATE.cpu_error = str(error).strip().splitlines()[0]

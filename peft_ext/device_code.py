@@ -6,8 +6,8 @@ torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. N
 0.1 to 0.3 seconds for each kernel.
 
 The cache has a folder for each combination of compiler, sources and architecture, and the folder has a file for each
-kernel. A file is written whole or not at all. If several processes need the same kernel, one of them compiles the
-kernel, and the others wait for the file.
+kernel. A file of machine code is written whole or not at all. If several processes need the same kernel, one of them
+compiles the kernel, and the others wait for the file.
 
 Environment:
     ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
@@ -80,7 +80,8 @@ HEADERS = {
     "math.h": _MATH,
     "stdint.h": _INTEGERS,
     "type_traits": _TYPE_TRAITS,
-    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),  # NVRTC declares their names
+    # NVRTC itself declares the names of cuda_runtime.h and string.h that the kernels use.
+    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),
 }
 
 
@@ -153,7 +154,8 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     A first training step needs about a hundred kernels. One core compiles these kernels in about the time in which many
     cores compile all kernels. The kernels of packed weights are left out: a model has packed weights of one or two
     formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line before the
-    compilation. A kernel that does not compile is an error at its first launch.
+    compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel raises the
+    error.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():
@@ -162,7 +164,8 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     with contextlib.suppress(OSError):
         folder(arch).mkdir(mode=0o755, parents=True, exist_ok=True)
     if not os.access(folder(arch), os.W_OK):
-        return  # the cache can't be written and would not keep the machine code
+        # A folder that can't be written does not keep the machine code for later runs.
+        return
     held = {path.name for path in folder(arch).glob("*.image")}
     lacking = [kernel for kernel in kernels() if "packed/cuda/" not in kernel[1] and _name(kernel[0]) not in held]
     if lacking:
@@ -206,7 +209,8 @@ def _nvrtc() -> Any:
     """Returns the Python module of NVRTC. Loads torch's own NVRTC first, because another package may have installed an
     NVRTC of a newer release, whose machine code an older driver would refuse.
     """
-    with contextlib.suppress(OSError):  # raised for a CPU build of torch, or without NVIDIA's driver
+    # OSError is raised if torch is a CPU build, which has no such file, or if NVIDIA's driver is not installed.
+    with contextlib.suppress(OSError):
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libcaffe2_nvrtc.so"))
     return importlib.import_module("cuda.bindings.nvrtc")
 
@@ -287,7 +291,8 @@ def _name(kernel: str) -> str:
 
 
 def _read(path: Path) -> Optional[Image]:
-    """Returns what ``_write`` wrote; None if the file is missing, can't be read, or is damaged."""
+    """Returns the kernel that ``_write`` wrote into the file; None if the file is missing, can't be read, or is
+    damaged."""
     try:
         digest, symbol, code = path.read_bytes().split(b"\0", 2)
     except (OSError, ValueError):
@@ -309,8 +314,8 @@ def _digest(found: Image) -> bytes:
 
 
 def _alone(path: Path) -> AbstractContextManager[Any]:
-    """Returns a lock that one process and thread holds at a time for the file ``path``; no lock if the folder can't be
-    written.
+    """Returns a lock for the file ``path``, which only one thread of one process holds at a time. If the folder can't
+    be written, the returned context manager locks nothing.
     """
     from filelock import FileLock
 

@@ -38,7 +38,8 @@ from ._imports import required
 
 try:
     from filelock import lock_descriptor
-except ImportError:  # filelock before 3.30; peft_ext as a kernel of Hugging Face's hub can't install a newer filelock
+except ImportError:
+    # filelock before 3.30 has no lock_descriptor. A kernel of Hugging Face's hub can't install a newer filelock.
     import fcntl
 
     def lock_descriptor(handle: int, blocking: bool = True) -> bool:
@@ -129,7 +130,8 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
-    with _hidden_folder(target / target.name if stays else target) as part:  # _put moves part to target
+    # The hidden folder is inside of target if target can't be renamed, else beside target.
+    with _hidden_folder(target / target.name if stays else target) as part:
         yield part
         if keep and target.is_dir() and not stays:
             _carry_over(target, part)
@@ -179,7 +181,8 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     with atomic_folder(target, overwrite=True, keep=True) as folder:
         card = target / "README.md"
         if card.is_file():
-            shutil.copy(card, folder)  # save_pretrained then updates the model card
+            # save_pretrained updates this copy of the model card.
+            shutil.copy(card, folder)
         model.save_pretrained(str(folder), **kwargs)
         sort_names(model, folder)
 
@@ -273,10 +276,12 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         part = _hidden(target, _PART)
         part.mkdir()
         handle = None
-        with contextlib.suppress(OSError):  # raised on Windows, where folders can't be opened, and without file locks
+        # OSError is raised on Windows, where a folder can't be opened, and on a file system without locks.
+        with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)
             lock_descriptor(handle)
-        if part.exists():  # False if another process removed the folder before it was locked
+        # The new folder does not exist if another process removed it as a leftover before this process locked it.
+        if part.exists():
             break
         if handle is not None:
             os.close(handle)

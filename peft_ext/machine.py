@@ -54,5 +54,6 @@ def _container_limits() -> Iterator[tuple[int, int]]:
         (first / "memory.limit_in_bytes", first / "memory.usage_in_bytes"),
         (second / "memory.max", second / "memory.current"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # the file does not exist, or contains "max"
+        # The file with a limit may not exist, or may contain "max" instead of a number.
+        with contextlib.suppress(OSError, ValueError):
             yield int(limit.read_text()), int(used.read_text())

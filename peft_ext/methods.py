@@ -23,8 +23,8 @@ KINDS = {
     "selective": "trains parameters of the model itself",
 }
 
-# Tasks whose head PEFT trains as a whole, and a regular expression for the heads' names. With "all-linear" PEFT would
-# also put an adapter on these heads, so method_config excludes the heads.
+# Tasks for which PEFT trains all weights of the head, and a regular expression for the names of these heads. With
+# "all-linear" PEFT would also put an adapter on these heads, so method_config excludes the heads.
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEADS = r"(.*\.)?(pre_classifier|classifier|score|qa_outputs)"
 
@@ -96,8 +96,8 @@ METHODS: dict[str, Method] = {
 def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
     """Returns the full name of the class of a method's configuration, and the default values of its fields.
 
-    For a task whose head PEFT trains as a whole, the fields of a low-rank method and of BitFit exclude the head from
-    the adapted layers.
+    For a task for which PEFT trains all weights of the head, the fields of a low-rank method and of BitFit exclude the
+    head from the adapted layers.
     """
     entry = METHODS[method]
     fields: dict[str, Any] = {"task_type": task_type, **entry.fields}

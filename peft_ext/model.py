@@ -115,7 +115,7 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
             refuse("trainable_token_indices would write into", name, module)
         if getattr(config, "use_dora", False):
             if isinstance(targets, str):
-                adapted = re.fullmatch(targets, name) is not None  # "all-linear" matches no embedding
+                adapted = re.fullmatch(targets, name) is not None  # target_modules="all-linear" matches no embedding
             else:
                 adapted = any(f".{name}".endswith(f".{one}") for one in targets)
             if adapted:
@@ -147,14 +147,15 @@ def load_adapter(
         adapter_name: the adapter's name in the model. The adapter's files do not contain a name.
         is_trainable: whether the adapter can be trained further. If False, the adapter is frozen and the model is in
             eval mode.
-        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. dora_dropout or experts_dropout
-            None: the value that the layers of a PeftModel have, else the default of :func:`get_peft_model`.
+        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. If dora_dropout or
+            experts_dropout is None, the value that the layers of a PeftModel have is used, else the default of
+            :func:`get_peft_model`.
         kwargs: further arguments of PEFT: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``,
             ``key_mapping``, ``subfolder``, ``revision``, ``token`` and the like.
 
     Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If PEFT can't load the adapter
     into a PeftModel, the function removes the new adapter again and restores the modes and classes of the modules.
-    Warns if the file has a tensor for which the model has no place.
+    Warns if the adapter's file has a tensor that the model lacks.
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
     it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the
@@ -194,7 +195,8 @@ def load_adapter(
             kwargs["config"] = config
         if "config" in kwargs:
             register_layers(kwargs["config"], model)
-        if key_mapping is None:  # PEFT's from_pretrained has this default, load_adapter does not
+        if key_mapping is None:
+            # PeftModel.from_pretrained has this default for key_mapping, and PeftModel.load_adapter has no default.
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         # from_pretrained does not return the result of load_state_dict; a hook of the base model receives the result.
         found: list[Any] = []
@@ -208,7 +210,8 @@ def load_adapter(
             hook.remove()
         for keys in found:
             _check_keys(model, adapter_name, folder, keys.missing_keys, keys.unexpected_keys)
-        if not is_trainable:  # PEFT leaves those tensors of AdaLoRA and IA3 trainable that it casts
+        if not is_trainable:
+            # PEFT casts some tensors of a frozen AdaLoRA or IA3 adapter, and the cast makes these tensors trainable.
             model.requires_grad_(False)
         _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
     freeze_ranknum(model)
@@ -218,14 +221,16 @@ def load_adapter(
 
 
 def _held(model: nn.Module, attribute: str, default: Any) -> Any:
-    """Returns the first value that :func:`peft_ext.accelerate` stored on a layer as ``attribute``, or the default."""
+    """Returns the value that :func:`peft_ext.accelerate` stored as ``attribute`` on the first layer that has one, or
+    the default."""
     found = (module.__dict__[attribute] for module in model.modules() if attribute in module.__dict__)
     return next(found, default)
 
 
 @contextmanager
 def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """If the block raises, removes the new adapter and restores the modules' modes, classes and options."""
+    """If the code in the context raises, removes the new adapter and restores the modes, classes and options of the
+    modules."""
     before = [
         (
             module,
@@ -296,7 +301,8 @@ def _load_unrounded(
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
     weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
-    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers have the pruned shapes already
+    # Without rank_pattern, PEFT does not prune the layers again, which have the pruned shapes already.
+    rank_pattern, config.rank_pattern = config.rank_pattern, None
     try:
         set_peft_model_state_dict(
             model, weights, adapter_name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False)

@@ -63,7 +63,7 @@ def quantize_nf4(
 
     These layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a
     transformers model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads
-    directly (T5's ``wo``, Mamba's ``dt_proj``; found in the source of the classes); routers; the layers that a PEFT
+    directly, as found in the source of the classes (T5's ``wo``, Mamba's ``dt_proj``); routers; the layers that a PEFT
     adapter adds, and the base layer under ``target_parameters`` (other base layers are quantized); layers whose weight
     an adapter replaces (partial fine-tuning, Diff Pruning); and a layer whose weight is tied to a dense weight, such as
     a head's weight to the embedding's weight.
@@ -159,7 +159,8 @@ def pack_model(
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
         weight = pack(linear.weight, format) if first is None else first.packed
         module = PackedLinear.from_packed(weight, names, linear.bias, dtype=linear.weight.dtype).train(linear.training)
-        if first is not None:  # one shared Parameter keeps the layers tied in a copy of the model
+        # Tied layers hold the same Parameter, so that a copy of the model keeps the layers tied.
+        if first is not None:
             module._parameters[names[0]] = first._parameters[names[0]]
         _carry_over(linear, module)
         return module
@@ -216,7 +217,8 @@ def _quantize(
             module = NF4Linear.from_linear(linear, blocksize, double_quant)
         else:
             module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
-            module.weight = first.weight  # one shared Parameter keeps the layers tied in a copy of the model
+            # Tied layers hold the same Parameter, so that a copy of the model keeps the layers tied.
+            module.weight = first.weight
         _carry_over(linear, module)
         return module
 
@@ -542,10 +544,12 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
 
 def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear, hooks))  # sharing the dicts of hooks keeps the hooks' handles working
+        # The new layer gets the old layer's own dicts of hooks, so that the handles of the hooks still work.
+        setattr(module, hooks, getattr(linear, hooks))
     for name, value in linear.__dict__.items():
         if name not in module.__dict__ and name not in _PACKED_ATTRIBUTES:
-            setattr(module, name, value)  # attributes that other code stored on the layer
+            # Attributes that other code stored on the old layer are copied.
+            setattr(module, name, value)
 
 
 def _progress(items: list[_Item]) -> Iterable[_Item]:

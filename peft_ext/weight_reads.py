@@ -22,9 +22,9 @@ __all__ = ["weights_read_past"]
 
 # Methods that initialize weights. These methods run before a model is quantized, so that their reads do not count.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
-# A branch on this option (tensor parallelism of pretraining) is never taken in fine-tuning.
+# An option of configurations (tensor parallelism in pretraining). Branches for this option never run in fine-tuning.
 _NEVER = "pretraining_tp"
-# Packages whose layers accept a 4-bit base.
+# Packages whose layers accept 4-bit base weights: reads by the code of these packages do not count.
 _OF_ADAPTERS = ("peft", "peft_ext")
 # Names that show that a method expects weights of dtype uint8.
 _KNOWS_BYTES = ("uint8", "is_floating_point")
@@ -70,7 +70,8 @@ def _methods(owner: type) -> list[ast.AST]:
 
 @functools.cache
 def _classes(file: str) -> dict[str, list[ast.stmt]]:
-    """Returns the bodies of a source file's classes, by class name. Bodies of classes of one name are joined."""
+    """Returns the bodies of a source file's classes, by class name. If two classes have the same name, their bodies are
+    joined."""
     found: dict[str, list[ast.stmt]] = defaultdict(list)
     with contextlib.suppress(SyntaxError):
         for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):

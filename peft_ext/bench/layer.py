@@ -32,13 +32,13 @@ _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
 
 class NotFused(Exception):
-    """Raised if our layer would not run fused on this machine. The message has the reason."""
+    """Raised if our layer would not run fused on this machine. The error's message says why the layer is not fused."""
 
 
 class NotRight(Exception):
     """Raised before layers are timed, if the relative error of our layer against float64 is too large.
 
-    The message gives this error as a number.
+    The exception's message has the relative error.
     """
 
 
@@ -104,7 +104,7 @@ def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, s
 
 
 def stock_name(base: str) -> str:
-    """Returns the name of the stock contender: the libraries that compute the stock layer."""
+    """Returns the name of the stock contender: the names of the libraries that compute the stock layer."""
     return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
 
 
@@ -177,7 +177,7 @@ class _Problem:
         return self.values[name]
 
     def dense(self) -> Any:
-        """Returns the bfloat16 weight that a layer computes with."""
+        """Returns the bfloat16 weight that a layer multiplies with, dequantized for an NF4 case."""
         return self.weight if self.nf4 is None else reference.nf4_dequantize(self.nf4, torch.bfloat16)
 
     def exact(self) -> dict[str, Any]:

@@ -53,7 +53,8 @@ _LORA = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a",
 _ADALORA = {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"}
 _KINDS = {".lora_magnitude_vector": "DoRA", ".lora_B.bias": "lora_bias", ".bias": "a trained bias"}
 _PREFIX = "base_model.model."
-_NAME = re.compile(r"[\w.-]{1,500}")  # a tensor's name may be part of a one-line error
+# Pattern of a tensor's name that can be part of a one-line error.
+_NAME = re.compile(r"[\w.-]{1,500}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
     Leaves out pairs of rank 0, which AdaLoRA makes by pruning all ranks of a module. Raises ExportError for files that
     are damaged and for everything that llama.cpp's adapter files can't hold.
     """
-    with as_export_error(ValueError, OSError, RecursionError):  # PEFT recurses without end for a few damaged fields
+    with as_export_error(ValueError, OSError, RecursionError):  # with a few damaged fields, PEFT recurses without end
         config = checked_config(folder)
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     _check_config(config)

@@ -40,7 +40,8 @@ class Base:
     tied: bool
 
     def tensor_of(self, module: str) -> str:
-        """Returns the name of a module's weight in llama.cpp's file. Raises ExportError where the base has none."""
+        """Returns the name of a module's weight in llama.cpp's file. Raises ExportError where the base has no such
+        weight."""
         tensor = self.names.tensor(module)
         if tensor is None:
             fail(f"the adapter changes {module}, for which llama.cpp's {self.names.architecture} has no tensor")

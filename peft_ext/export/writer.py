@@ -89,9 +89,10 @@ def write_gguf_adapter(
     Returns: a report of the export.
 
     Raises:
-        ExportError: another method; DoRA, biases, whole modules or trained tokens in the adapter; an initialization
-            that changed the base; a module that llama.cpp does not have or can't adapt (a tied embedding or head);
-            sizes that do not fit; a value that float16 does not hold; damaged files; a wrong argument.
+        ExportError: a method other than LoRA and AdaLoRA; DoRA, biases, whole modules or trained tokens in the adapter;
+            an initialization that changed the base; a module that llama.cpp does not have or can't adapt (a tied
+            embedding or head); sizes that do not fit; a value that float16 does not hold; damaged files; a wrong
+            argument.
         OSError: ``file`` exists and overwrite is False, or can't be written.
     """
     started = time.perf_counter()

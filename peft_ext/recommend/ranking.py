@@ -113,5 +113,6 @@ def ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[Candi
 
 
 def _steps(num_examples: Optional[int]) -> int:
-    """Returns the training steps of three epochs with batches of 16, at least 100; 1000 for an unknown number."""
+    """Returns the number of training steps of three epochs with batches of 16, but at least 100; 1000 if
+    ``num_examples`` is unknown."""
     return 1000 if num_examples is None else max(100, 3 * num_examples // 16)

@@ -138,7 +138,8 @@ def check_adapter(model: nn.Module) -> None:
 
 def base_of(layer: Any) -> tuple[int, str]:
     """Returns the id of the module whose weight a LoRA layer adapts, and the name of the weight in this module."""
-    name = getattr(layer, "parameter_name", None)  # only in PEFT's layers for target_parameters
+    # Only PEFT's layers for target_parameters have the attribute parameter_name.
+    name = getattr(layer, "parameter_name", None)
     return id(layer.get_base_layer()), name if isinstance(name, str) else "weight"
 
 
@@ -184,7 +185,8 @@ def magnitude(layer: Any, adapter: str, weight: Union[Tensor, PackedWeight], lor
     if isinstance(weight, PackedWeight):
         weight = weight.dequantize(getattr(experts, "compute_dtype", None))
     dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
-    if not lora_B.any():  # B A is zero: a 1 x 1 zero replaces this matrix of the weight's size
+    if not lora_B.any():
+        # B A is zero. A zero matrix of size 1 x 1 gives the same norm as a zero matrix of the weight's size.
         return dora.get_weight_norm(weight, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
     base = nn.Linear(1, 1, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)

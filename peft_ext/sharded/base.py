@@ -90,7 +90,8 @@ def meta_base(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     if not all(parameter.is_meta for parameter in model.parameters()):
-        model.to("meta")  # some models make parameters on the CPU
+        # Some models make parameters on the CPU, also under torch.device("meta").
+        model.to("meta")
         model.tie_weights()
     model.eval().requires_grad_(False)
     quantizer = pack_as_stored(model, folder, config, torch.bfloat16) if stored == "checkpoint" else None

@@ -26,7 +26,7 @@ from ..weights.quantizers import quantized
 from .adapter import Adapted, base_of, check_adapter, magnitude, magnitudes_to_compute, tensors_of, whole_factors
 from .base import MetaBase
 
-PIECE = 4 << 20  # number of bytes of a dense weight that are read from a file at once
+PIECE = 4 << 20  # number of bytes of a dense weight that a process reads at once
 
 # Whether FSDP2 can shard uint8 parameters. Before 2.13, PyTorch makes each shard a parameter that requires gradients,
 # which uint8 does not allow: pytorch/pytorch#177844.
@@ -97,7 +97,8 @@ def _node_group(node: str, error: Optional[Exception]) -> Any:
         nodes.setdefault(name, []).append(rank)
     if len(nodes) == 1:
         return dist.group.WORLD
-    groups = {name: dist.new_group(ranks) for name, ranks in nodes.items()}  # each process makes all groups
+    # PyTorch requires that every process makes all groups, also the groups of other nodes.
+    groups = {name: dist.new_group(ranks) for name, ranks in nodes.items()}
     return groups[node]
 
 
@@ -123,7 +124,9 @@ class _Loader:
         self.turn = 0
         self.error: Optional[Exception] = None
         self.doras = magnitudes_to_compute(model)
-        self.later: list[tuple[Group, nn.Module, str]] = []  # packed checkpoint's codes of weights with a DoRA adapter
+        # The packed weights of the checkpoint under DoRA adapters, whose magnitudes are computed after all weights are
+        # read.
+        self.later: list[tuple[Group, nn.Module, str]] = []
 
     def __enter__(self) -> _Loader:
         return self
@@ -185,7 +188,8 @@ class _Loader:
             return
         try:
             self._read(group, *places[0])
-        except Exception as error:  # raised in _agree, in all processes
+        except Exception as error:
+            # All processes raise this error in _agree.
             self.error = self.error or error
 
     # --- a tensor of which each process reads its own rows ------------------------------------------------------------
@@ -196,7 +200,8 @@ class _Loader:
             dtype = module._buffers[attribute].dtype
             module._buffers[attribute] = group.whole()[group.name].to(self.device, dtype)
             return
-        tied = not tensor.is_meta  # filled already under the tied tensor's other name
+        # A tensor that is not on the meta device is a tied tensor, which was filled already under its other name.
+        tied = not tensor.is_meta
         held = tensor if tied else self._new(tensor)
         rows, start = held.to_local(), self._bounds(held.shape[0])[0]
         size = max(1, PIECE // max(1, math.prod(held.shape[1:]) * group.dtype.itemsize))
@@ -243,7 +248,9 @@ class _Loader:
             try:
                 made = list(make())
                 _check_made(group, made, targets)
-            except Exception as error:  # raised in _agree, because the other processes wait for this process's tensors
+            except Exception as error:
+                # The error is raised later, in _agree. The other processes wait for this process's tensors, and now get
+                # zeros.
                 self.error, made = self.error or error, [None] * len(targets)
         source = dist.get_global_rank(self.group, owner)
         for i, (module, name) in enumerate(targets):
@@ -267,7 +274,7 @@ class _Loader:
                 holder._parameters[attribute] = nn.Parameter(tensor, requires_grad=like.requires_grad)
 
     def _made(self, group: Group, doras: list[Adapted], factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Returns the tensors for :func:`_targets` of the group's places, then the magnitudes of ``doras``."""
+        """Returns the tensors of the group in the order of :func:`_targets`, and then the magnitudes of ``doras``."""
         made, dense = [], {} if group.is_by_rows else group.whole()
         weights: dict[tuple[int, str], Any] = {}  # the finished weights of layers with DoRA adapters
         for name in group.shapes:

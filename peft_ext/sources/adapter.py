@@ -56,7 +56,9 @@ def read_config(file: Path) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # an annotation uses a name that only type checkers import
+    except (NameError, TypeError):
+        # An annotation uses a name that only type checkers import. This module then does not check the types of the
+        # fields.
         hints = {}
     for field in dataclasses.fields(config_class):
         value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
@@ -66,7 +68,8 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    path = values.get("prompt_tuning_init_state_dict_path")  # PEFT does not need this file to load a saved adapter
+    # PEFT does not read the file at this path when it loads a saved adapter.
+    path = values.get("prompt_tuning_init_state_dict_path")
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
@@ -144,7 +147,8 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # saved weights lack pruned ranks; rank_pattern lists all initial ranks
+    elif method == "ADALORA":
+        # The saved weights lack AdaLoRA's pruned ranks. The lists in rank_pattern have an entry for each initial rank.
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:

@@ -20,7 +20,8 @@ def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
     try:
         path = Path(name or "").expanduser()
         return path.resolve() if is_gguf(path) else None
-    except (OSError, RuntimeError, ValueError):  # the path is too long or a loop of links, or ~ is of an unknown user
+    except (OSError, RuntimeError, ValueError):
+        # The path is too long, is a loop of links, or begins with ~ and the name of an unknown user.
         return None
 
 

@@ -29,7 +29,8 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a JSON {type(values).__name__}, wanted an object")
     level: list[Any] = [values]
-    for _ in range(_DEEPEST):  # the depth is limited, since PEFT and transformers recurse over values
+    # The depth of nested values is limited, because PEFT and transformers read nested values by recursion.
+    for _ in range(_DEEPEST):
         level = [
             child
             for value in level

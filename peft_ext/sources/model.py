@@ -73,7 +73,8 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # the path is too long, has a loop, or ~ of no user
+    except (OSError, RuntimeError, ValueError) as error:
+        # The path is too long, is a loop of links, or begins with ~ and the name of an unknown user.
         why = getattr(error, "strerror", None) or first_line(error)
         raise SourceError(f"{what} is {text[:60]}: {why}") from error
     if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
@@ -107,7 +108,8 @@ def read_model_config(folder: Path) -> Any:
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
     with raised_as(SourceError, f"model {folder}: ", Exception):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None makes transformers ask the user
+        # With trust_remote_code=None, transformers would ask the user whether to run the model's code.
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def check_model_config(file: Path) -> None:

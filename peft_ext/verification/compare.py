@@ -98,16 +98,17 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     """Compares a training step of the accelerated model with the same step of the stock model, tensor by tensor.
 
     An output's limit is twice the stock model's error against the yardstick, plus a floor. A gradient's limit is
-    three times the stock model's error, plus the floor, because of about a hundred gradients of a correct model, one
-    has 2.5 times the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements
-    or fewer such as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the
-    model computes in float32. The yardstick multiplies by the same dequantized weights as the stock layers. If the
+    three times the stock model's error, plus the floor, because in a correct model with about a hundred gradients, one
+    gradient has 2.5 times the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16
+    elements or fewer such as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if
+    the model computes in float32. The yardstick multiplies by the same dequantized weights as the stock layers. If the
     yardstick can't run (layers of bitsandbytes that are not NF4, code that refuses float64, too little memory), the
     difference between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the
     reason.
 
     Each fused layer and block is also compared alone, with the same limits: the stock forward and the fused forward of
-    a layer get the input that the layer has in the stock model. ``worst_block`` is the block to look at first.
+    a layer get the input that the layer has in the stock model. If something is wrong, look at the block
+    ``worst_block`` first.
 
     Dropout is off, also in attention and in adapters, because results under two dropout masks can't be compared. If two
     stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; the
@@ -127,7 +128,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     Args:
         model: a PeftModel, or any module that :func:`accelerate` takes. An accelerated model is compared in its present
             state; a model that is not accelerated is compared in the state that ``accelerate(model)`` would give. For a
-            compiled model the module inside is compared.
+            model of ``torch.compile``, the module that was compiled is compared.
         batch: keyword arguments of the model's forward, as from a DataLoader, on the model's device. If the output has
             no loss, as without labels, the loss is the sum of the outputs times fixed random numbers.
 

@@ -158,7 +158,8 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
     """Runs one forward and backward of ``model``. Returns the loss, outputs and trained gradients, by name."""
     loss, outputs = _call(model, batch, seed)
-    with torch.no_grad():  # copied before the backward, which frees lazily computed logits
+    # The outputs are copied before the backward, because the backward frees logits that are computed lazily.
+    with torch.no_grad():
         found = {name: value.detach().clone() for name, value in outputs.items()}
     total = _weighed(outputs.values()) if loss is None else loss.sum()
     if not total.requires_grad:
@@ -190,7 +191,8 @@ def blocks_alone(
     fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
-    """Returns one comparison of each fused module that can be called alone, with the stock module.
+    """Compares each fused module that can be called alone with its stock module. Returns one comparison for each
+    module.
 
     The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
     forward of ``stock``.
@@ -206,7 +208,8 @@ def blocks_alone(
             if yardstick is not None:
                 with without_autocast(yardstick):
                     exact = _alone(yardstick.get_submodule(name), cast(args, wide), cast(kwargs, wide))
-        except _REFUSALS:  # the module can't be called alone, or can't be called twice
+        except _REFUSALS:
+            # The stock module can't be called alone, or can't be called a second time, and is not compared.
             return
         try:
             mine = _alone(ours, args, kwargs)

@@ -83,7 +83,8 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     """
     memo: dict[int, Any] = {}
     for name, module in model.named_modules():
-        writes = getattr(module, "max_norm", None) is not None  # an embedding's forward then writes the weight
+        # The forward of an nn.Embedding with max_norm writes to the weight.
+        writes = getattr(module, "max_norm", None) is not None
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = _alias(parameter, memo, wide, writes)
@@ -91,7 +92,9 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
             if buffer is not None and id(buffer) not in memo:
                 value = buffer.data if buffer.dtype is torch.uint8 else buffer.data.clone()
                 memo[id(buffer)] = value.to(wide) if wide is not None and value.dtype in _FLOATS else value
-        for value in vars(module).values():  # detaches tensors that a forward stored with an autograd graph
+        # deepcopy refuses a tensor that a forward stored together with its autograd graph, so the copy gets a detached
+        # tensor.
+        for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()
         if wide is not None and (base := _dequantized(name, module, seen, memo)) is not None:
@@ -101,7 +104,8 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     except Exception as error:  # a module may hold an object whose copy raises any error
         raise ValueError(f"verify: model can't be copied: {str(error).partition(chr(10))[0]}") from error
     for module in made.modules():
-        if is_parametrized(module):  # copies the class, since undoing a parametrization changes the class
+        if is_parametrized(module):
+            # The copy gets a class of its own, because undoing a parametrization changes the class.
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
@@ -113,7 +117,8 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
 def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.dtype], writes: bool) -> Any:
     """Returns a new Parameter on the storage of ``parameter``, or on a copy of it if ``writes`` or if ``wide`` is
     given."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' copy shares this quant_state
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        # The copy of a parameter of bitsandbytes shares the parameter's quant_state.
         memo[id(state)] = state
         return copy.copy(parameter)
     if type(parameter) is not nn.Parameter:
