@@ -1,13 +1,13 @@
 """Finds the dtypes for which this CPU has matrix-product instructions, and chooses the default compute dtype.
 
-    float32    always
-    bfloat16   AVX512-BF16 or AMX on x86-64; FEAT_BF16 on aarch64
-    float16    AVX512-FP16 or AMX-FP16 on x86-64; FEAT_FP16 on aarch64
+Every CPU has instructions for float32. On x86-64, CPUs with AVX512-BF16 or AMX have instructions for bfloat16, and CPUs
+with AVX512-FP16 or AMX-FP16 for float16. On aarch64, CPUs with FEAT_BF16 have instructions for bfloat16, and CPUs with
+FEAT_FP16 for float16.
 
-On other CPUs PyTorch's product of bfloat16 or float16 is oneDNN's emulation (with AVX-512) or a plain loop (AVX2 and
-less), tens of times slower than the product of float32. This module asks PyTorch which instructions the CPU has.
-Instructions that an environment variable forbids count as missing: ``ONEDNN_MAX_CPU_ISA`` limits PyTorch's oneDNN,
-``PEFT_EXT_CPU_ISA`` limits peft_ext's kernels.
+On CPUs without such instructions, PyTorch's product of bfloat16 or float16 is oneDNN's emulation (with AVX-512) or a
+plain loop (AVX2 and less), tens of times slower than the product of float32. This module asks PyTorch which
+instructions the CPU has. Instructions that an environment variable forbids count as missing: ``ONEDNN_MAX_CPU_ISA``
+limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits peft_ext's kernels.
 """
 
 from __future__ import annotations

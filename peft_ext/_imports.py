@@ -56,8 +56,8 @@ def _is_absent(package: str) -> bool:
 
 @contextmanager
 def optional(package: str, cost: str) -> Iterator[None]:
-    """Warns of a failed import, with ``cost`` in the warning, and continues. Callers set the imported names to None
-    before."""
+    """Warns of a failed import, with ``cost`` in the warning, and continues. Callers give the imported names a default
+    value before the import."""
     try:
         yield
     except ImportError as error:

@@ -447,7 +447,7 @@ def _packed_places(op: str, kinds: tuple[type, ...], model: nn.Module) -> list[l
             _check_forward(op, name, child)
             weight = child.nf4 if type(child) is NF4Linear else child.packed
             addresses = [tensor.data_ptr() for tensor in weight.tensors().values()]
-            # An empty weight has no address.
+            # A weight without elements has no address, by which layers that share the weight are found.
             key = (*addresses, weight.shape, weight.dtype) if child.weight.numel() else id(child)
             groups.setdefault(key, []).append(Place(name, parent, attribute, keeps_bias=True))
     return list(groups.values())

@@ -82,9 +82,9 @@ def recommend_peft_method(
         prefer: "balanced" or "quality"; "quality" accepts a method with a slower step.
         dtype: dtype of weights that are not quantized.
         optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
-        quantization: format of quantized weights: "nf4", "mxfp4", "nvfp4", "fp8" or "int4", in place of NF4 in the
-            order of the settings.
-        headroom: share of the card that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
+        quantization: format to which weights are quantized: "nf4", "mxfp4", "nvfp4", "fp8" or "int4". This format
+            replaces NF4 in the order of the settings.
+        headroom: part of the card's memory that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
 
     Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` name a
     larger card, a shorter sequence or a smaller model that would fit, where there is one.

@@ -36,12 +36,12 @@ class Recommendation:
     Attributes:
         method: one of :data:`peft_ext.methods.METHODS`; None where no method fits.
         name: common name of the method, such as "LoRA", "QLoRA" or "IA3"; "nothing fits" where no method fits.
-        quantization: quantization of the weights: "nf4", another format that was asked for, or None.
+        quantization: format of the quantized weights, such as "nf4"; None for dense weights.
         gradient_checkpointing, batch_size, sequence_length: the setting of the training step.
         config_class: full name of the configuration's class; "" where no method fits.
         config_kwargs: arguments of the configuration's class.
         memory: memory of the training step; where no method fits, memory of the method that needs the least memory.
-        gpu_memory_gb, headroom: memory of the card in GiB, and the share of the card that stays free of tensors.
+        gpu_memory_gb, headroom: memory of the card in GiB, and the part of this memory that stays free of tensors.
         reasons: reasons for the recommendation, as sentences.
         alternatives: the other methods, best first.
     """

@@ -36,8 +36,8 @@ class MetaBase:
             the module's attribute.
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.
-        quantizer, packed: of a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and the packed
-            linear layers and embeddings with their names before an adapter is added.
+        quantizer, packed: for a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and each packed
+            linear layer and embedding with the name that it has before an adapter is added.
     """
 
     model: Any
@@ -67,7 +67,7 @@ def meta_base(
         quant: "nf4" quantizes the layers and experts that :func:`peft_ext.quantize_nf4` quantizes; one of
             ``PACKED_FORMATS`` quantizes the layers and experts that :func:`peft_ext.quantize_packed` quantizes; "none"
             quantizes nothing.
-        blocksize: see :func:`peft_ext.quantize_nf4`. The scales of NF4 weights are quantized too.
+        blocksize: see :func:`peft_ext.quantize_nf4`. NF4 weights are double-quantized: their scales are quantized too.
 
     Raises: SourceError where a file is missing or broken, where the files lack a tensor or have a tensor of a wrong
     shape or dtype, where transformers converts the files in a way that needs the whole model, where the files are

@@ -158,13 +158,13 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
 
 
 def training_options(adapter: Path) -> dict[str, Any]:
-    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``; the key "kind" has the kind of its
-    data.
+    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``; the key "kind" has the kind of the
+    run's data.
 
     Returns an empty dict if there is no run.json of ``peft-ext finetune``.
 
-    Raises SourceError where run.json can't be read, because a merge without its options could use another base than the
-    training.
+    Raises SourceError where run.json can't be read, because a merge without the options in run.json could use another
+    base than the training.
     """
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
         file = folder / "run.json"
