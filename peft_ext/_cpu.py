@@ -1,13 +1,13 @@
 """Finds the dtypes for which this CPU has matrix-product instructions, and chooses the default compute dtype.
 
-    float32    always
-    bfloat16   AVX512-BF16 or AMX on x86-64; FEAT_BF16 on aarch64
-    float16    AVX512-FP16 or AMX-FP16 on x86-64; FEAT_FP16 on aarch64
+Every CPU has instructions for float32. On x86-64, CPUs with AVX512-BF16 or AMX have instructions for bfloat16, and CPUs
+with AVX512-FP16 or AMX-FP16 for float16. On aarch64, CPUs with FEAT_BF16 have instructions for bfloat16, and CPUs with
+FEAT_FP16 for float16.
 
-On other CPUs PyTorch's product of bfloat16 or float16 is oneDNN's emulation (with AVX-512) or a plain loop (AVX2 and
-less), tens of times slower than the product of float32. PyTorch tells which instructions the CPU has. Instructions that
-the environment forbids do not count: ``ONEDNN_MAX_CPU_ISA`` limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits
-peft_ext's kernels.
+On CPUs without such instructions, PyTorch's product of bfloat16 or float16 is oneDNN's emulation (with AVX-512) or a
+plain loop (AVX2 and less), tens of times slower than the product of float32. This module asks PyTorch which
+instructions the CPU has. Instructions that an environment variable forbids count as missing: ``ONEDNN_MAX_CPU_ISA``
+limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits peft_ext's kernels.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from . import _native
 # limit.
 _LIMITS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
            "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")  # fmt: skip
-# For each dtype: PyTorch's check, the lowest limit that allows the dtype's instructions, and the instructions' names in
-# PyTorch's list on x86-64 and on Arm. AVX-NE-CONVERT (some CPUs without AVX-512) only converts bfloat16 to float32.
+# For each dtype: the name of PyTorch's check function, the lowest limit in _LIMITS that allows the dtype's
+# instructions, and PyTorch's names of these instructions on x86-64 and on Arm. AVX-NE-CONVERT (some CPUs without
+# AVX-512) only converts bfloat16 to float32.
 _WANTED = {
     torch.bfloat16: ("_is_mkldnn_bf16_supported", "AVX512_CORE_BF16", ("avx512_bf16", "amx_bf16"), ("bf16",)),
     torch.float16: ("_is_mkldnn_fp16_supported", "AVX512_CORE_FP16", ("avx512_fp16", "amx_fp16"), ("fp16_arith",)),
@@ -36,7 +37,7 @@ _WIDENS = ("avx2", "avx512", "neon", "neon_bf16")
 
 
 def capabilities() -> Mapping[str, Any]:
-    """Returns PyTorch's facts about this CPU by name; a torch without ``get_capabilities`` gives five facts."""
+    """Returns PyTorch's facts about this CPU by name; only five facts if torch has no ``cpu.get_capabilities``."""
     if (found := getattr(torch.cpu, "get_capabilities", None)) is not None:
         return found()
     asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported",
@@ -46,14 +47,14 @@ def capabilities() -> Mapping[str, Any]:
 
 
 def _limit() -> str:
-    """Returns the name of oneDNN's limit in the environment; "" for no limit."""
+    """Returns the instruction set to which the environment limits oneDNN; "" if the environment sets no limit."""
     name = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return name.upper() if name.upper() in _LIMITS else ""
 
 
 def _onednn_multiplies(check: str) -> bool:
-    """Returns what PyTorch's function ``check`` says: whether oneDNN multiplies a dtype. On a CPU with AVX2 and without
-    AVX-512 the function says no."""
+    """Returns the answer of PyTorch's function ``check``: whether oneDNN multiplies matrices of a dtype. On a CPU with
+    AVX2 and without AVX-512, the answer is False."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
@@ -81,7 +82,7 @@ def widened_dtypes() -> frozenset[torch.dtype]:
 
     For these dtypes, this CPU has no instructions for PyTorch's product, or the environment forbids the instructions.
     peft_ext's product uses instructions for the dtype, or is PyTorch's float32 product over one panel of the weight at
-    a time. The scalar path has no product that replaces PyTorch's product.
+    a time. On the scalar path, and without the native library, the result is empty: PyTorch's product is used.
     """
     isa = _native.STATE.isa
     if isa not in (*_WIDENS, *_native.TILE_PATHS):
@@ -97,13 +98,14 @@ def compute_dtype() -> torch.dtype:
     """Returns the default compute dtype: bfloat16 where :func:`why_float32` has no reason against it, else float32.
 
     The reasons for float32: this CPU has no instructions for bfloat16 products, the environment forbids these
-    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), or the CPU path in use has none.
+    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), or the kernels of the CPU path in use have no such
+    instructions.
     """
     return torch.bfloat16 if not why_float32() else torch.float32
 
 
 def why_float32() -> str:
-    """Returns why :func:`compute_dtype` is float32, in words; "" where it is bfloat16."""
+    """Returns in words why :func:`compute_dtype` returns float32; "" where :func:`compute_dtype` returns bfloat16."""
     if not multiplies(torch.bfloat16):
         by = "the environment forbids the" if _forbidden() else "this CPU has no"
         return f"{by} instructions for bfloat16 products"

@@ -1,11 +1,11 @@
-"""Imports names of PEFT, bitsandbytes and transformers, which another release may lack, and reports a missing name.
+"""Context managers for imports from PEFT, bitsandbytes and transformers: report names that a release does not have.
 
     with optional("peft", "DoRA layers are not fused"):         warns of a missing name and goes on
         from peft.tuners.lora.variants import DoraLinearVariant
     with required("peft", "peft_ext.get_peft_model"):           raises for a missing name
         from peft import PeftModel
 
-``optional`` does not warn where the package itself is not installed.
+``optional`` does not warn if the package itself is not installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 
-# One sentence for each missing name, in the order in which the names were found missing. ``explain`` lists them.
+# One sentence for each missing name, in the order in which the names were found missing. ``explain`` lists the
+# sentences.
 MISSING: list[str] = []
 
 
@@ -29,7 +30,8 @@ def version(package: str) -> str:
 
 
 def say_missing(package: str, what: str, cost: str) -> None:
-    """Warns once that an installed package differs from the known releases. ``cost``: the consequence of ``what``."""
+    """Warns once that an installed package differs from the known releases. ``cost``: the effect of the difference
+    ``what``."""
     text = f"{version(package)} is not as peft_ext knows it: {what}; {cost}"
     if text not in MISSING:
         MISSING.append(text)
@@ -47,13 +49,15 @@ def has(kind: type, *names: str) -> None:
 
 
 def _is_absent(package: str) -> bool:
-    """Returns whether the package is not installed, which is another reason for a failed import than a missing name."""
+    """Returns whether the package is not installed.
+    """
     return find_spec(package) is None
 
 
 @contextmanager
 def optional(package: str, cost: str) -> Iterator[None]:
-    """Warns of a failed import, with ``cost`` in the warning, and continues. The caller gives the names defaults."""
+    """Warns of a failed import, with ``cost`` in the warning, and continues. Callers give the imported names a default
+    value before the import."""
     try:
         yield
     except ImportError as error:
@@ -63,9 +67,9 @@ def optional(package: str, cost: str) -> Iterator[None]:
 
 @contextmanager
 def required(package: str, user: str) -> Iterator[None]:
-    """Raises the ImportError of a failed import again, with the package's version and the ``user`` of the name.
+    """Raises an ImportError for a failed import, with the package's version and ``user``, the code that needs the name.
 
-    Raises: ImportError; where the package is not installed, the original error.
+    If the package is not installed, the original error is raised.
     """
     try:
         yield

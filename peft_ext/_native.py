@@ -38,7 +38,7 @@ from ._version import __version__
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 
 MEND = f"pip install --force-reinstall --no-deps peft_ext=={__version__}   (in a checkout: pip install -e .)"
-# The command for the wheel that holds no native library: pip would install the same wheel again.
+# The command for an installed wheel without a native library: without --no-binary, pip would install that wheel again.
 MEND_BY_BUILD = (
     f"pip install --force-reinstall --no-deps --no-binary peft_ext peft_ext=={__version__}   (needs a C++ compiler)"
 )
@@ -78,7 +78,7 @@ def _fail(message: str) -> None:
 
 
 def _is_pure() -> bool:
-    """Returns whether pip installed the wheel for every system, which holds no native library."""
+    """Returns whether pip installed the pure Python wheel, which fits every system and has no native library."""
     try:
         text = importlib.metadata.distribution("peft_ext").read_text("WHEEL")
     except importlib.metadata.PackageNotFoundError:
@@ -104,8 +104,10 @@ def _load_cpu() -> None:
         library = Path(__file__).with_name("_kernels.so")
         if not library.exists():
             raise ModuleNotFoundError(f"no file {library.name} in {library.parent}")
-        if not library.with_name("_C.py").exists():  # a _C.py, in a kernel of Hugging Face's hub, opens the library
-            ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)  # global: _C takes the library's functions by their names
+        # In a copy of peft_ext for Hugging Face's kernels hub, the module _C.py opens the library.
+        if not library.with_name("_C.py").exists():
+            # RTLD_GLOBAL, because the extension module _C finds the library's functions by name.
+            ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)
         module = importlib.import_module("._C", __package__)
     except (ImportError, OSError) as error:
         STATE.cpu_error = str(error).strip().splitlines()[0]
@@ -155,16 +157,18 @@ def _register_cuda(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> Non
 
 
 def release_scratch() -> int:
-    """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of bytes.
+    """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of released
+    bytes.
 
-    A thread keeps at most 32 MiB for each of six uses; a thread that only runs parts of parallel loops has two uses.
-    Blocks of threads that are in an operator's call stay.
+    A thread keeps at most six blocks of 32 MiB each, one for each use of scratch memory; a thread that only runs parts
+    of parallel loops keeps at most two blocks. The blocks of a thread that is inside an operator's call are not
+    released.
     """
     return 0 if STATE.module is None else STATE.module.release_scratch()
 
 
 def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
-    """Loads the native library if it is there. ``import peft_ext`` calls this function once.
+    """Loads the native library if its file exists. ``import peft_ext`` calls this function once.
 
     ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
     """

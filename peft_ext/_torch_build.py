@@ -1,4 +1,4 @@
-"""Tells for which GPUs this torch was built, and where peft_ext has kernels."""
+"""Finds for which GPUs this torch was built, and whether peft_ext has kernels for these GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-# The software that a build of torch names -> the GPUs that the build computes on.
+# The name of a GPU build of torch -> the GPUs that the build computes on.
 _GPUS = {"CUDA": "NVIDIA GPUs", "ROCm": "AMD GPUs", "XPU": "Intel GPUs", "MPS": "Apple GPUs"}
 
 
@@ -22,7 +22,7 @@ class TorchBuild:
 
     @property
     def why_no_kernels(self) -> str:
-        """Why GPU tensors have no kernels; "" for a CUDA build."""
+        """Why peft_ext has no kernels for GPU tensors of this build, as a text; "" for a CUDA build."""
         if self.name == "CUDA":
             return ""
         if self.name == "CPU":
@@ -30,15 +30,15 @@ class TorchBuild:
         return f"torch is built for {self}, and peft_ext has no kernels for {_GPUS[self.name]}"
 
     def has_gpu(self) -> bool:
-        """Returns whether torch can use a GPU here."""
+        """Returns whether torch can use a GPU on this machine."""
         if self.name == "XPU":
             return torch.xpu.is_available()
         if self.name == "MPS":
             return torch.backends.mps.is_available()
-        return torch.cuda.is_available()  # a ROCm build has its GPUs under the name "cuda"
+        return torch.cuda.is_available()  # a ROCm build also calls its GPUs "cuda"
 
     def devices(self) -> list[str]:
-        """Returns the names of the GPUs that torch can use here."""
+        """Returns the names of the GPUs that torch can use on this machine."""
         if not self.has_gpu():
             return []
         if self.name == "MPS":
@@ -49,7 +49,7 @@ class TorchBuild:
 
 def torch_build() -> TorchBuild:
     """Returns the build of the imported torch."""
-    # A ROCm build answers to torch.cuda, too, and its tensors share the dispatch key CUDA.
+    # On a ROCm build, torch.cuda works too, and tensors on the GPU have the dispatch key CUDA.
     if torch.version.hip is not None:
         return TorchBuild("ROCm", torch.version.hip)
     if torch.version.cuda is not None:

@@ -11,10 +11,10 @@ The report of a fine-tuning run (``peft_ext.run.report``) uses only the scales a
     picture.caption("Medians of five rounds.")
     data = picture.svg()
 
-A picture is one self-contained file. The text of a picture stays text, in the reader's own font. A picture has colours
-for light pages and colours for dark pages, and a background, so that the picture is legible on any page. Two pictures
-that are drawn by equal calls have equal bytes. Each bar, and each curve that gets a name, has an ``id``, by which tests
-find the element.
+A picture is one self-contained file. Text is stored as SVG text elements, which the reader's system shows in a font of
+its own. A picture has colours for light pages and colours for dark pages, and a background, so that the picture is
+legible on any page. Two pictures that are drawn by equal calls have equal bytes. Each bar, and each curve that gets a
+name, has an ``id``, by which tests find the element.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps ``low`` to 0 and ``high`` to 1: linearly, or by logarithms if ``log`` is True."""
+    """A function that maps ``low`` to 0 and ``high`` to 1: linearly, or by logarithms if ``log`` is True."""
 
     low: float
     high: float
@@ -144,11 +144,11 @@ def _number(value: float, digits: int = 2) -> str:
 
 
 class Picture:
-    """An SVG that grows downwards: title, legend, then rows of :meth:`panels`, then a :meth:`caption`.
+    """An SVG picture, filled from top to bottom: title, legend, then rows of :meth:`panels`, then a :meth:`caption`.
 
     Args:
         title: text of one line at the top.
-        legend: ``(look, label)`` of each square of colour; a look is a key of :data:`_COLOURS`.
+        legend: ``(look, label)`` of each coloured square of the legend; a look is a key of :data:`_COLOURS`.
         width: width in pixels. GitHub shows a picture of 860 pixels in a README without scaling.
     """
 

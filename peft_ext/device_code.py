@@ -6,8 +6,8 @@ torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. N
 0.1 to 0.3 seconds for each kernel.
 
 The cache has a folder for each combination of compiler, sources and architecture, and the folder has a file for each
-kernel. A file is written whole or not at all. If several processes need the same kernel, one of them compiles the
-kernel, and the others wait for the file.
+kernel. A file of machine code is written whole or not at all. If several processes need the same kernel, one of them
+compiles the kernel, and the others wait for the file.
 
 Environment:
     ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
@@ -41,7 +41,8 @@ LOCK_SECONDS = 120  # a process that has waited this long for the file of anothe
 
 WARM_CORES = 8  # a machine with this many cores compiles all kernels in less than half a minute
 
-# NVRTC has no standard headers. The stand-ins below declare what the kernels use of the standard headers.
+# NVRTC has no standard headers. The texts below replace the standard headers, and declare only the names that the
+# kernels use.
 _INTEGERS = """#pragma once
 typedef signed char int8_t;
 typedef short int16_t;
@@ -79,15 +80,16 @@ HEADERS = {
     "math.h": _MATH,
     "stdint.h": _INTEGERS,
     "type_traits": _TYPE_TRAITS,
-    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),  # NVRTC itself declares their names
+    # NVRTC itself declares the names of cuda_runtime.h and string.h that the kernels use.
+    **dict.fromkeys(("cuda_runtime.h", "string.h"), "#pragma once\n"),
 }
 
 
 def missing() -> Optional[str]:
     """Returns why kernels can't be compiled on this machine, or None."""
     if any(importlib.util.find_spec(name) is None for name in ("cuda", "cuda.bindings")):
-        # The package must be of the CUDA release that torch is built for: a newer package looks for a newer NVRTC than
-        # torch's.
+        # The package must have the major CUDA release that torch is built for: a newer package looks for a newer NVRTC
+        # than the one that torch has.
         major = (torch.version.cuda or "").partition(".")[0]
         named = f'"cuda-bindings=={major}.*"' if major else "cuda-bindings"
         return f"the package cuda-bindings is missing: pip install {named}"
@@ -104,14 +106,14 @@ def kernels() -> list[tuple[str, str]]:
 
 
 class Image(NamedTuple):
-    """A kernel's machine code, and the kernel's name in it."""
+    """A kernel's machine code, and the kernel's name in this machine code."""
 
     symbol: bytes
     code: bytes
 
 
 def image(kernel: str, file: str, capability: int) -> Image:
-    """Returns a kernel's machine code: from the cache, or else compiled.
+    """Returns a kernel's machine code from the cache; if the cache lacks the kernel, compiles the kernel first.
 
     ``kernel``: the C++ expression that names an instance of a kernel template. ``file``: the path of the file in csrc
     that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError
@@ -149,10 +151,11 @@ def _compile(wanted: list[tuple[str, str]], capability: int, progress: Callable[
 def prepare(capability: int, say: Callable[[str], None]) -> None:
     """Compiles kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
 
-    A first training step needs some hundred kernels. One core compiles these kernels in about the time in which many
-    cores compile all kernels. The kernels of packed weights are left out: a model has weights of one format or two,
-    whose few kernels are compiled at their first launch. ``say`` gets a line before the compilation. A kernel that does
-    not compile is an error at its first launch.
+    A first training step needs about a hundred kernels. One core compiles these kernels in about the time in which many
+    cores compile all kernels. The kernels of packed weights are left out: a model has packed weights of one or two
+    formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line before the
+    compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel raises the
+    error.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():
@@ -161,7 +164,8 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     with contextlib.suppress(OSError):
         folder(arch).mkdir(mode=0o755, parents=True, exist_ok=True)
     if not os.access(folder(arch), os.W_OK):
-        return  # a cache that can't be written would not keep the machine code
+        # A folder that can't be written does not keep the machine code for later runs.
+        return
     held = {path.name for path in folder(arch).glob("*.image")}
     lacking = [kernel for kernel in kernels() if "packed/cuda/" not in kernel[1] and _name(kernel[0]) not in held]
     if lacking:
@@ -202,10 +206,11 @@ def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Im
 
 @functools.cache
 def _nvrtc() -> Any:
-    """Returns the Python module of NVRTC. Loads torch's own NVRTC first, because another package may have installed one
-    of another release, whose machine code an older driver would refuse.
+    """Returns the Python module of NVRTC. Loads torch's own NVRTC first, because another package may have installed an
+    NVRTC of a newer release, whose machine code an older driver would refuse.
     """
-    with contextlib.suppress(OSError):  # a CPU build of torch has no such file; the file needs NVIDIA's driver
+    # OSError is raised if torch is a CPU build, which has no such file, or if NVIDIA's driver is not installed.
+    with contextlib.suppress(OSError):
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libcaffe2_nvrtc.so"))
     return importlib.import_module("cuda.bindings.nvrtc")
 
@@ -227,7 +232,8 @@ def _log(program: Any) -> str:
 
 def _options() -> list[bytes]:
     asked = os.environ.get("PEFT_EXT_NVRTC_FLAGS", "").split()
-    # g++ compiles the headers too, so functions that the host also uses are not marked __device__.
+    # -default-device, because g++ compiles the headers too, so that functions which the host also uses are not marked
+    # __device__.
     return [option.encode() for option in ("-std=c++17", "-default-device", *asked)]
 
 
@@ -248,7 +254,8 @@ def _known_architectures() -> list[int]:
 
 @functools.cache
 def architecture(capability: int) -> str:
-    """Returns NVRTC's name of the architecture: machine code if NVRTC knows the GPU, else the newest PTX that fits."""
+    """Returns NVRTC's target for a GPU: ``sm_...`` (machine code) if NVRTC knows the GPU, else ``compute_...`` (PTX) of
+    the newest older GPU."""
     known = _known_architectures()
     if capability in known:
         return f"sm_{capability}"
@@ -267,12 +274,13 @@ def _sources() -> dict[str, str]:
 
 
 def cache() -> Path:
-    """Returns the folder of all machine code."""
+    """Returns the folder of the cache, which has a folder for each compiler, sources and architecture."""
     return cache_folder() / "kernels"
 
 
 def folder(arch: str) -> Path:
-    """Returns the cache folder of an architecture, of these sources, and of this compiler with its options."""
+    """Returns the folder in the cache for an architecture, the native library's sources, and NVRTC's release and
+    options."""
     told = "\0".join([version(), *map(bytes.decode, _options()), *HEADERS.values(), *_sources(), *_sources().values()])
     return cache() / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{arch}"
 
@@ -283,7 +291,8 @@ def _name(kernel: str) -> str:
 
 
 def _read(path: Path) -> Optional[Image]:
-    """Returns what ``_write`` wrote; None if the file is missing, can't be read, or is damaged."""
+    """Returns the kernel that ``_write`` wrote into the file; None if the file is missing, can't be read, or is
+    damaged."""
     try:
         digest, symbol, code = path.read_bytes().split(b"\0", 2)
     except (OSError, ValueError):
@@ -297,7 +306,7 @@ def _write(path: Path, found: Image) -> None:
         with atomic_file(path, "wb") as file:
             file.write(b"\0".join([_digest(found), *found]))
     except OSError:
-        pass  # the cache can't be written: the next process compiles again
+        pass  # the cache can't be written: the next process compiles the kernel again
 
 
 def _digest(found: Image) -> bytes:
@@ -305,8 +314,8 @@ def _digest(found: Image) -> bytes:
 
 
 def _alone(path: Path) -> AbstractContextManager[Any]:
-    """Returns a lock that one process and thread holds at a time for the file ``path``; no lock if the folder can't be
-    written.
+    """Returns a lock for the file ``path``, which only one thread of one process holds at a time. If the folder can't
+    be written, the returned context manager locks nothing.
     """
     from filelock import FileLock
 

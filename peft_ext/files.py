@@ -1,6 +1,6 @@
-"""Atomic writes: after an error or a killed process a path holds its whole old or its whole new content.
+"""Atomic writes: after an error, or after the process was killed, a path holds its whole old or its whole new content.
 
-:func:`atomic_folder` names the cases in which a folder is not replaced atomically.
+The docstring of :func:`atomic_folder` lists the cases in which a folder is not replaced atomically.
 
 ::
 
@@ -11,11 +11,11 @@
     save_adapter(model, "adapter")       # PEFT's save_pretrained in an atomic folder
 
 New content is written into a hidden folder beside the path, flushed to the disk (fsync), then renamed. After an error,
-such as a full disk, the old content is still at the path, and the hidden folder is removed. The next write to the same
-path removes the hidden folder of a killed process.
+such as a full disk, the old content is still at the path, and the hidden folder is removed. If a process is killed, its
+hidden folder stays until the next write to the path, which removes the hidden folder.
 
-The Trainer writes its checkpoints in place. ``seal`` therefore writes a list of a finished folder's files, with
-their sizes and SHA-256, and ``not_whole`` compares the folder with that list later.
+transformers' Trainer writes its checkpoints in place, not atomically. ``seal`` therefore writes a list of the files of
+a finished checkpoint folder, with their sizes and SHA-256, and ``not_whole`` compares the folder with that list later.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from ._imports import required
 
 try:
     from filelock import lock_descriptor
-except ImportError:  # filelock before 3.30, which a kernel of Hugging Face's hub may meet: hub kernels install nothing
+except ImportError:
+    # filelock before 3.30 has no lock_descriptor. A kernel of Hugging Face's hub can't install a newer filelock.
     import fcntl
 
     def lock_descriptor(handle: int, blocking: bool = True) -> bool:
@@ -61,7 +62,7 @@ def cache_folder() -> Path:
     """Returns the folder in which peft_ext keeps files, such as compiled kernels, for later runs:
     ``$XDG_CACHE_HOME/peft_ext``, or ``~/.cache/peft_ext``.
 
-    A user without a home gets a path that nothing can be written to.
+    For a user without a home folder, returns a path below ``/dev/null``, to which nothing can be written.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named, "peft_ext")
@@ -76,7 +77,8 @@ def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Itera
     """Yields an open file, which replaces ``path`` as the block ends. If the block raises, ``path`` does not change.
 
     Args:
-        path: the file, which need not exist; its folder must exist. A symbolic link is followed and stays a link.
+        path: the file, which need not exist; its folder must exist. If ``path`` is a symbolic link, the file that the
+            link names is replaced, and the link stays.
         mode: "w" or "wb".
         kwargs: further arguments of ``open``: ``encoding`` (default: utf-8), ``newline`` and the like.
 
@@ -111,10 +113,12 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     files are moved into the folder one by one, oldest first.
 
     Args:
-        path: the folder, which need not exist; its parent folders are made. A symbolic link is followed and stays.
-        overwrite: replace a folder that is not empty. Without ``keep``, nothing of the old folder stays.
-        keep: with overwrite: files of the old folder that are not in the new folder stay, as hard links if the file
-            system has hard links. Subfolders are merged.
+        path: the folder, which need not exist; its parent folders are made. If ``path`` is a symbolic link, the folder
+            that the link names is replaced, and the link stays.
+        overwrite: whether a folder that is not empty may be replaced. Without ``keep``, no file of the old folder
+            stays.
+        keep: with overwrite, whether files of the old folder that are not in the new folder stay, as hard links if the
+            file system has hard links. Subfolders of the two folders are merged.
 
     Yields: an empty folder to write into, on the file system of ``path``.
 
@@ -126,7 +130,8 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
-    with _hidden_folder(target / target.name if stays else target) as part:  # _put moves part to target
+    # The hidden folder is inside of target if target can't be renamed, else beside target.
+    with _hidden_folder(target / target.name if stays else target) as part:
         yield part
         if keep and target.is_dir() and not stays:
             _carry_over(target, part)
@@ -142,7 +147,8 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
     """Calls ``model.save_pretrained`` so that the configuration and the weights at ``path`` are both old or both new.
 
-    ``atomic_folder`` replaces the folder, and names the cases in which the replacement is not atomic.
+    The function ``peft_ext.files.atomic_folder`` replaces the folder; the docstring of ``atomic_folder`` lists the cases
+    in which a replacement is not atomic.
 
     The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
     the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,
@@ -151,7 +157,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     Args:
         model: a PeftModel.
         path: folder of the saved adapter.
-        overwrite: replace an adapter that is in the folder.
+        overwrite: whether an adapter that is in the folder may be replaced.
         kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
 
     Raises: TypeError where ``model`` is no PeftModel; ValueError where ``safe_serialization`` is False; FileExistsError
@@ -176,7 +182,8 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     with atomic_folder(target, overwrite=True, keep=True) as folder:
         card = target / "README.md"
         if card.is_file():
-            shutil.copy(card, folder)  # save_pretrained then updates the model card
+            # save_pretrained updates this copy of the model card.
+            shutil.copy(card, folder)
         model.save_pretrained(str(folder), **kwargs)
         sort_names(model, folder)
 
@@ -184,8 +191,8 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
 def sort_names(model: Any, folder: Path) -> None:
     """Sorts the lists of names in the configurations that ``model.save_pretrained(folder)`` wrote.
 
-    Equal runs then write equal files.
-    PEFT holds ``target_modules`` and the like as sets, and the order of a set of strings changes between processes.
+    Two equal runs then write equal files. PEFT stores fields such as ``target_modules`` as sets, and the order of a set
+    of strings differs between processes.
     """
     for name, config in model.peft_config.items():
         path = (folder if name == "default" else folder / name) / "adapter_config.json"
@@ -226,8 +233,8 @@ def is_sealed(folder: Path) -> bool:
 
 
 def not_whole(folder: Path) -> Optional[str]:
-    """Returns in words the first difference of a folder's files from the list that :func:`seal` wrote; None without
-    one.
+    """Returns in words the first difference between a folder's files and the list that :func:`seal` wrote; None if
+    there is no difference.
 
     Files that are not in the list are ignored.
     """
@@ -270,10 +277,12 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         part = _hidden(target, _PART)
         part.mkdir()
         handle = None
-        with contextlib.suppress(OSError):  # Windows opens no folder; a file system without locks raises OSError
+        # OSError is raised on Windows, where a folder can't be opened, and on a file system without locks.
+        with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)
             lock_descriptor(handle)
-        if part.exists():  # False: another process removed the new folder as a leftover before it was locked
+        # The new folder does not exist if another process removed it as a leftover before this process locked it.
+        if part.exists():
             break
         if handle is not None:
             os.close(handle)
@@ -288,7 +297,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 def _remove_leftovers(target: Path) -> None:
     """Removes the hidden folders that killed processes left beside ``target`` or in ``target``.
 
-    If nothing is at ``target``, a folder that was moved aside from ``target`` is moved back.
+    If nothing exists at ``target``, an old folder that a killed process moved aside from ``target`` is moved back.
     """
     hidden = f".{glob.escape(target.name)}.{'[0-9a-f]' * 12}"
     for folder in (target.parent, target):
@@ -363,9 +372,10 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _move_into(part: Path, target: Path, keep: bool) -> None:
-    """Moves the entries of ``part`` into ``target``, oldest first: the file that completes a folder is the newest.
+    """Moves the entries of ``part`` into ``target``, the oldest entry first, because the file that completes a folder
+    was written last.
 
-    Without ``keep``, then removes the other entries of ``target``.
+    Without ``keep``, removes all other entries of ``target`` afterwards.
     """
     entries = sorted(part.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
     names = {entry.name for entry in entries}

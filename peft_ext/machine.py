@@ -1,4 +1,4 @@
-"""Finds the processor's name and the versions of packages, for reports, and the memory of a device."""
+"""Finds the processor's name and the installed versions of packages, for reports, and the memory of a device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
-    """Returns the bytes of a device's memory, its free bytes, and the bytes that this process uses (0 on a GPU)."""
+    """Returns three numbers of bytes: the device's memory, its free memory, and the memory of this process (0 on a
+    GPU)."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free, 0
@@ -41,7 +42,7 @@ def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
 
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    for limit, used in _container_limits():  # psutil does not know a container's limit
+    for limit, used in _container_limits():  # psutil does not see the memory limit of a container
         total, free = min(total, limit), min(free, max(0, limit - used))
     return total, free, psutil.Process().memory_info().rss
 
@@ -53,5 +54,6 @@ def _container_limits() -> Iterator[tuple[int, int]]:
         (first / "memory.limit_in_bytes", first / "memory.usage_in_bytes"),
         (second / "memory.max", second / "memory.current"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # the file does not exist, or contains "max"
+        # The file with a limit may not exist, or may contain "max" instead of a number.
+        with contextlib.suppress(OSError, ValueError):
             yield int(limit.read_text()), int(used.read_text())

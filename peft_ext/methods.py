@@ -1,8 +1,8 @@
 """The table of the methods of parameter-efficient fine-tuning.
 
-``peft-ext finetune``, ``explain`` and ``recommend``, :func:`peft_ext.estimate_memory` and the documents take their
-methods from :data:`METHODS`. The table has the full name of a configuration's class, so that importing this module
-does not import PEFT; :func:`make_config` imports the class.
+The commands ``peft-ext finetune``, ``explain`` and ``recommend``, :func:`peft_ext.estimate_memory` and the documents
+read the methods from :data:`METHODS`. The table has the full name of a configuration's class, so that importing this
+module does not import PEFT; :func:`make_config` imports the class.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KINDS = {
     "selective": "trains parameters of the model itself",
 }
 
-# Tasks whose head PEFT trains as a whole, and a regular expression for the heads' names. With "all-linear" PEFT would
-# also put an adapter on these heads, so method_config excludes the heads.
+# Tasks for which PEFT trains all weights of the head, and a regular expression for the names of these heads. With
+# "all-linear" PEFT would also put an adapter on these heads, so method_config excludes the heads.
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEADS = r"(.*\.)?(pre_classifier|classifier|score|qa_outputs)"
 
@@ -73,14 +73,14 @@ METHODS: dict[str, Method] = {
                      {**_LORA, "use_rslora": True}),
     "qlora": Method("QLoRA", "QLoRA", "low-rank", "peft.LoraConfig", 2e-4, "lora", _LORA),
     "dora": Method("DoRA", "QDoRA", "low-rank", "peft.LoraConfig", 2e-4, "dora", {**_LORA, "use_dora": True}),
-    # PEFT saves AdaLoRA's pruned tensors, whose shapes differ from the shapes of a new adapter.
+    # AdaLoRA can't resume: PEFT saves the pruned tensors, whose shapes differ from the shapes of a new adapter.
     "adalora": Method("AdaLoRA", "AdaLoRA over NF4", "low-rank", "peft.AdaLoraConfig", 1e-3, "adalora",
                       {"target_modules": "all-linear", "init_r": 12, "target_r": 8, "total_step": 1000},
                       can_resume=False),
     "ia3": Method("IA3", "IA3 over NF4", "vector", "peft.IA3Config", 8e-3, "ia3"),
     "bottleneck": Method("bottleneck adapters", "bottleneck adapters over NF4", "bottleneck",
                          "peft_ext.tuners.BottleneckConfig", 1e-3, "bottleneck", can_merge=False),
-    # The prefixes are in the key-value cache, which gradient checkpointing turns off.
+    # Prefix tuning's virtual tokens are entries of the key-value cache, which gradient checkpointing turns off.
     "prefix": Method("prefix tuning", "prefix tuning over NF4", "prompt", "peft.PrefixTuningConfig", 1e-2,
                      "prefix-and-prompt", _TOKENS, can_merge=False, can_checkpoint=False),
     "prompt": Method("prompt tuning", "prompt tuning over NF4", "prompt", "peft.PromptTuningConfig", 3e-2,
@@ -96,8 +96,8 @@ METHODS: dict[str, Method] = {
 def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
     """Returns the full name of the class of a method's configuration, and the default values of its fields.
 
-    For a task whose head PEFT trains as a whole, the fields of a low-rank method and of BitFit exclude the head from
-    the adapted layers.
+    For a task for which PEFT trains all weights of the head, the fields of a low-rank method and of BitFit exclude the
+    head from the adapted layers.
     """
     entry = METHODS[method]
     fields: dict[str, Any] = {"task_type": task_type, **entry.fields}
@@ -107,6 +107,7 @@ def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, di
 
 
 def make_config(config_class: str, fields: Mapping[str, Any]) -> Any:
-    """Imports the class of the full name ``config_class`` and returns an object made with ``fields``."""
+    """Imports the configuration class with the full name ``config_class``, and returns an object of it made with
+    ``fields``."""
     module, _, name = config_class.rpartition(".")
     return getattr(importlib.import_module(module), name)(**fields)

@@ -1,4 +1,4 @@
-"""``get_peft_model`` and ``load_adapter``: PEFT's functions, with peft_ext's methods and fused operators."""
+"""``get_peft_model`` and ``load_adapter``: PEFT's functions for PEFT's and peft_ext's methods, with fused operators."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def get_peft_model(
 def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
     """Raises ValueError if a configuration makes PEFT train or read the codes of a packed weight as a dense weight.
 
-    PEFT copies the layers of ``modules_to_save`` and trains the copies, writes rows of ``trainable_token_indices`` into
-    the table, and computes DoRA's norms over an embedding from the table.
+    PEFT copies the layers of ``modules_to_save`` and trains the copies, writes the rows of ``trainable_token_indices``
+    into an embedding's weight, and computes DoRA's norms of an embedding from this weight.
     """
 
     def refuse(what: str, name: str, module: nn.Module) -> None:
@@ -101,7 +101,7 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
     saved = tuple(getattr(config, "modules_to_save", None) or ())
     tokens = getattr(config, "trainable_token_indices", None) or ()
     tables = tuple(tokens) if isinstance(tokens, dict) else ()
-    # PEFT takes a list of tokens for the model's input embedding, whatever the embedding's name.
+    # PEFT applies a list of tokens to the model's input embedding, whatever the embedding's name.
     inputs = model.get_input_embeddings() if tokens and not tables and hasattr(model, "get_input_embeddings") else None
     targets = getattr(config, "target_modules", None) or ()
     for name, module in model.named_modules():
@@ -115,7 +115,7 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
             refuse("trainable_token_indices would write into", name, module)
         if getattr(config, "use_dora", False):
             if isinstance(targets, str):
-                adapted = re.fullmatch(targets, name) is not None  # "all-linear" matches no embedding
+                adapted = re.fullmatch(targets, name) is not None  # target_modules="all-linear" matches no embedding
             else:
                 adapted = any(f".{name}".endswith(f".{one}") for one in targets)
             if adapted:
@@ -136,10 +136,10 @@ def load_adapter(
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    This function checks the files, and differs from PEFT in three points. An AdaLoRA adapter with pruned ranks over a
-    base that is not float32 keeps the bits of the adapter's file (unless ``autocast_adapter_dtype=False``). AdaLoRA's
-    divisor ``ranknum`` is frozen. A model with tied embeddings and a second adapter of trainable tokens runs, although
-    PEFT wraps the head of this model twice.
+    This function checks the adapter's files before PEFT reads them, and differs from PEFT in three points. An AdaLoRA
+    adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file (unless
+    ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is frozen. A model with tied embeddings and a
+    second adapter of trainable tokens runs, although PEFT wraps the head of this model twice.
 
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
@@ -147,14 +147,15 @@ def load_adapter(
         adapter_name: the adapter's name in the model. The adapter's files do not contain a name.
         is_trainable: whether the adapter can be trained further. If False, the adapter is frozen and the model is in
             eval mode.
-        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. dora_dropout or experts_dropout
-            None: the value that the layers of a PeftModel have, else the default of :func:`get_peft_model`.
+        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. If dora_dropout or
+            experts_dropout is None, the value that the layers of a PeftModel have is used, else the default of
+            :func:`get_peft_model`.
         kwargs: further arguments of PEFT: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``,
             ``key_mapping``, ``subfolder``, ``revision``, ``token`` and the like.
 
     Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If PEFT can't load the adapter
     into a PeftModel, the function removes the new adapter again and restores the modes and classes of the modules.
-    Warns if the file has a tensor for which the model has no place.
+    Warns if the adapter's file has a tensor that the model lacks.
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
     it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the
@@ -181,7 +182,7 @@ def load_adapter(
     }
     if loaded:
         with _as_it_was_on_failure(model, adapter_name):
-            if accelerate:  # a layer over NF4 must be fused before PEFT adds a DoRA adapter
+            if accelerate:  # a LoRA layer over NF4 must be fused before PEFT adds a DoRA adapter
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
             result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
@@ -194,7 +195,8 @@ def load_adapter(
             kwargs["config"] = config
         if "config" in kwargs:
             register_layers(kwargs["config"], model)
-        if key_mapping is None:  # from_pretrained's default, which load_adapter lacks
+        if key_mapping is None:
+            # PeftModel.from_pretrained has this default for key_mapping, and PeftModel.load_adapter has no default.
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         # from_pretrained does not return the result of load_state_dict; a hook of the base model receives the result.
         found: list[Any] = []
@@ -208,7 +210,8 @@ def load_adapter(
             hook.remove()
         for keys in found:
             _check_keys(model, adapter_name, folder, keys.missing_keys, keys.unexpected_keys)
-        if not is_trainable:  # PEFT leaves tensors of AdaLoRA and IA3 trainable where PEFT casts the tensors
+        if not is_trainable:
+            # PEFT casts some tensors of a frozen AdaLoRA or IA3 adapter, and the cast makes these tensors trainable.
             model.requires_grad_(False)
         _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
     freeze_ranknum(model)
@@ -218,14 +221,16 @@ def load_adapter(
 
 
 def _held(model: nn.Module, attribute: str, default: Any) -> Any:
-    """Returns the first value that :func:`peft_ext.accelerate` stored on a layer as ``attribute``, or the default."""
+    """Returns the value that :func:`peft_ext.accelerate` stored as ``attribute`` on the first layer that has one, or
+    the default."""
     found = (module.__dict__[attribute] for module in model.modules() if attribute in module.__dict__)
     return next(found, default)
 
 
 @contextmanager
 def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """If the block raises, removes the new adapter and restores the modules' modes, classes and options."""
+    """If the code in the context raises, removes the new adapter and restores the modes, classes and options of the
+    modules."""
     before = [
         (
             module,
@@ -253,7 +258,7 @@ def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]
 
 
 def _unwrap_tied_heads(model: nn.Module) -> None:
-    """Removes the inner of two nested TrainableTokensLayers, which PEFT makes of a tied head for a second adapter.
+    """Removes the inner one of two nested TrainableTokensLayers, which PEFT makes of a tied head for a second adapter.
 
     A forward can't pass through both TrainableTokensLayers, which share the embedding's tensors.
     """
@@ -269,7 +274,8 @@ def _raise_of_sizes(error: Exception) -> None:
 
 
 def register_layers(config: PeftConfig, model: nn.Module) -> None:
-    """Registers layers with a DoRA configuration for modules that PEFT can't adapt: NF4Linear, and a mixture's experts.
+    """Registers adapter layers in a DoRA configuration for modules that PEFT can't adapt: NF4Linear, and a mixture's
+    experts.
 
     PEFT's own DoRA can't compute the norm of the weights of these modules.
     """
@@ -295,7 +301,8 @@ def _load_unrounded(
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
     weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
-    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers have the pruned shapes already
+    # Without rank_pattern, PEFT does not prune the layers again, which have the pruned shapes already.
+    rank_pattern, config.rank_pattern = config.rank_pattern, None
     try:
         set_peft_model_state_dict(
             model, weights, adapter_name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False)
@@ -331,14 +338,15 @@ def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list
 def without_copies(keys: list[str]) -> list[str]:
     """Returns the ``keys`` of an adapter's file that have neither ".modules_to_save." nor ".original_module." in them.
 
-    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model. The
-    full names have these parts.
+    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model.
+    These full names have ".modules_to_save." or ".original_module." in them.
     """
     return [key for key in keys if not any(part in key for part in (".modules_to_save.", ".original_module."))]
 
 
 def _adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
-    """Returns the adapter's folder. If ``path`` is the name of a repository, this is a folder of the hub's cache."""
+    """Returns the folder of the adapter's files; for the name of a hub repository, downloads the files to the hub's
+    cache."""
     if Path(path).is_dir():
         return Path(path, kwargs.get("subfolder") or "")
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError

@@ -24,8 +24,9 @@ __all__ = ["PACKED_FORMATS", "dequantize_nf4", "dequantize_packed", "quantize_nf
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# Names of the tensors of a quantized layer: of compressed-tensors' files, for fp8 of transformers' files, and for nvfp4
-# of ModelOpt's files, whose second scale is a factor and not its reciprocal.
+# Names of the tensors of a quantized layer. fp8 has the names of transformers' files, nvfp4 the names of ModelOpt's
+# files, and other formats the names of compressed-tensors' files. In ModelOpt's nvfp4 the second scale is a factor; in
+# compressed-tensors' nvfp4 this scale is the reciprocal of the factor.
 _NAMES = {"fp8": ("weight", "weight_scale_inv"), "nvfp4": ("weight", "weight_scale", "weight_scale_2")}
 _OTHER_NAMES = ("weight_packed", "weight_scale")
 _Item = TypeVar("_Item")
@@ -62,7 +63,7 @@ def quantize_nf4(
 
     These layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a
     transformers model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads
-    directly (T5's ``wo``, Mamba's ``dt_proj``; found in the source of the classes); routers; the layers that a PEFT
+    directly, as found in the source of the classes (T5's ``wo``, Mamba's ``dt_proj``); routers; the layers that a PEFT
     adapter adds, and the base layer under ``target_parameters`` (other base layers are quantized); layers whose weight
     an adapter replaces (partial fine-tuning, Diff Pruning); and a layer whose weight is tied to a dense weight, such as
     a head's weight to the embedding's weight.
@@ -112,15 +113,16 @@ def quantize_packed(
 ) -> _Model:
     """Replaces the ``nn.Linear`` layers of ``model`` by frozen :class:`peft_ext.nn.PackedLinear` layers, in place.
 
-    The layers, and the experts of a mixture, that :func:`quantize_nf4` would quantize are quantized; all that its
-    documentation says of hooks, tied weights, memory and errors holds here too. The tensors of a layer have the names
-    and the layout of compressed-tensors' files, for fp8 of transformers' files, and for nvfp4 of ModelOpt's files.
+    The function quantizes the same layers and experts as :func:`quantize_nf4`, and treats hooks, tied weights, memory
+    and errors as :func:`quantize_nf4` does. The tensors of a layer have the names and the layout of transformers' files
+    for fp8, of ModelOpt's files for nvfp4, and of compressed-tensors' files for the other formats.
 
     Args:
         model: any module, on any device except meta.
-        format: "mxfp4" (4-bit floats, a power of two for 32 columns), "nvfp4" (4-bit floats, an 8-bit float for 16
-            columns), "fp8" (8-bit floats e4m3, a float32 scale for 128 x 128 elements), or "int4" (4-bit integers, a
-            scale for 128 columns; for 64 or 32 columns where 128 does not divide a layer's input features).
+        format: "mxfp4" (4-bit floats, a power of two as the scale of each 32 columns), "nvfp4" (4-bit floats, an 8-bit
+            float as the scale of each 16 columns), "fp8" (8-bit floats e4m3, a float32 scale for each 128 x 128
+            elements), or "int4" (4-bit integers, a scale for each 128 columns, or for each 64 or 32 columns where 128
+            does not divide a layer's input features).
         skip, progress: as in :func:`quantize_nf4`.
 
     Returns: ``model``. Warns if ``model`` has neither an nn.Linear nor experts to quantize.
@@ -148,7 +150,8 @@ def pack_model(
 ) -> _Model:  # fmt: skip
     """Replaces layers and experts as :func:`quantize_packed` does.
 
-    ``pack``: makes a packed weight of a dense weight. ``on_meta``: whether weights may be on the meta device.
+    ``pack(weight, format)`` makes a packed weight of a dense weight. ``on_meta``: whether weights may be on the meta
+    device.
     """
     names = _NAMES.get(format, _OTHER_NAMES)
     places, experts = check_packable(model, format, skip, on_meta)
@@ -156,7 +159,8 @@ def pack_model(
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
         weight = pack(linear.weight, format) if first is None else first.packed
         module = PackedLinear.from_packed(weight, names, linear.bias, dtype=linear.weight.dtype).train(linear.training)
-        if first is not None:  # one parameter object keeps the layers tied in a copy of the model
+        # Tied layers hold the same Parameter, so that a copy of the model keeps the layers tied.
+        if first is not None:
             module._parameters[names[0]] = first._parameters[names[0]]
         _carry_over(linear, module)
         return module
@@ -175,7 +179,8 @@ def pack_model(
 def check_packable(
     model: nn.Module, format: str, skip: set[str] = frozenset(HEADS), on_meta: bool = True
 ) -> tuple[list[list[Place]], list[tuple[str, nn.Module]]]:
-    """Checks and returns the layers and the experts that :func:`quantize_packed` would quantize.
+    """Checks that :func:`quantize_packed` can quantize ``model``; returns the layers and the experts that would be
+    quantized.
 
     ``on_meta``: whether weights may be on the meta device.
     """
@@ -212,7 +217,8 @@ def _quantize(
             module = NF4Linear.from_linear(linear, blocksize, double_quant)
         else:
             module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
-            module.weight = first.weight  # one parameter object keeps the layers tied in a copy of the model
+            # Tied layers hold the same Parameter, so that a copy of the model keeps the layers tied.
+            module.weight = first.weight
         _carry_over(linear, module)
         return module
 
@@ -268,8 +274,7 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     place.
 
     A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding``, and :class:`peft_ext.nn.PackedExperts` become
-    dense experts. All that the documentation of :func:`dequantize_nf4` says of adapters, merging, tied weights, hooks,
-    memory and errors holds here too.
+    dense experts. Adapters, merging, tied weights, hooks, memory and errors are treated as in :func:`dequantize_nf4`.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
@@ -291,7 +296,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
 def _dequantize(
     op: str, kinds: tuple[type, ...], of_experts: type, model: _Model, dtype: Optional[torch.dtype], progress: bool
 ) -> _Model:
-    """Replaces the layers of ``kinds``, and the experts of ``of_experts``, by dense ones. ``op`` is for errors."""
+    """Replaces the layers of the classes ``kinds``, and the experts of the class ``of_experts``, by dense layers and
+    experts. ``op``: the public function's name, for error texts."""
     checks.check_module(op, model)
     kind = kinds[0].__name__
     if type(model) in kinds:
@@ -312,8 +318,8 @@ def _dequantize(
             module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             module.weight = weight
         if (bias := getattr(layer, "bias", None)) is not None:
-            # The parameter itself stays, because an optimizer or another layer may hold the parameter. F.linear needs
-            # weight and bias of one dtype.
+            # The bias stays the same Parameter object, because an optimizer or another layer may hold this object.
+            # F.linear needs weight and bias of one dtype.
             module.bias = bias
             module.bias.data = bias.data.to(weight.dtype)
         _carry_over(layer, module.train(layer.training))
@@ -329,7 +335,8 @@ def _dequantize(
 
 
 class Place:
-    """The place of a linear layer: an attribute of its parent. A Place does not refer to the layer itself.
+    """The place of a linear or embedding layer in a model: an attribute of the parent module. A Place holds no
+    reference to the layer itself.
 
     ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias keeps ``requires_grad``.
     """
@@ -380,7 +387,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
 
 
 def linear_groups(model: nn.Module, skip: set[str], on_meta: bool = False) -> list[list[Place]]:
-    """Checks and returns the layers to quantize, in groups of places that share one weight.
+    """Checks the layers to quantize, and returns their places, in groups that share one weight.
 
     ``on_meta``: whether weights may be on the meta device.
     """
@@ -394,7 +401,8 @@ def linear_groups(model: nn.Module, skip: set[str], on_meta: bool = False) -> li
             _check_forward("quantize_nf4", name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
-    # A weight that another module holds too stays dense, because the other module would keep the dense weight.
+    # A weight that a module outside of the group also holds stays dense, because this module would keep the dense
+    # weight.
     for module in model.modules():
         for parameter in module._parameters.values():
             if id(parameter) in groups and id(module) not in layers[id(parameter)]:
@@ -410,7 +418,8 @@ def _kept_in_float32(model: nn.Module) -> Iterator[Iterable[str]]:
 
 
 def _gates(model: nn.Module) -> set[str]:
-    """Returns the names of gates with a sibling ``experts``, and of all modules within these gates."""
+    """Returns the dotted names of gates whose parent module also has a child "experts", and of all modules in these
+    gates."""
     found = set()
     for name, module in model.named_modules():
         if "experts" not in module._modules:
@@ -423,7 +432,7 @@ def _gates(model: nn.Module) -> set[str]:
 
 
 def _packed_places(op: str, kinds: tuple[type, ...], model: nn.Module) -> list[list[Place]]:
-    """Checks and returns the layers to dequantize, in groups of places that share one layer or one weight."""
+    """Checks the layers to dequantize, and returns their places, in groups that share one layer or one weight."""
     groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None
@@ -438,14 +447,14 @@ def _packed_places(op: str, kinds: tuple[type, ...], model: nn.Module) -> list[l
             _check_forward(op, name, child)
             weight = child.nf4 if type(child) is NF4Linear else child.packed
             addresses = [tensor.data_ptr() for tensor in weight.tensors().values()]
-            # An empty weight has no address.
+            # A weight without elements has no address, by which layers that share the weight are found.
             key = (*addresses, weight.shape, weight.dtype) if child.weight.numel() else id(child)
             groups.setdefault(key, []).append(Place(name, parent, attribute, keeps_bias=True))
     return list(groups.values())
 
 
 def experts_to_quantize(model: nn.Module, skip: set[str], on_meta: bool = False) -> list[tuple[str, nn.Module]]:
-    """Checks and returns the modules of experts to quantize, with the modules' dotted names.
+    """Checks the modules of experts to quantize, and returns the modules with their dotted names.
 
     ``on_meta``: whether weights may be on the meta device.
     """
@@ -535,10 +544,12 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
 
 def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear, hooks))  # a shared dict of hooks keeps the hooks' handles working
+        # The new layer gets the old layer's own dicts of hooks, so that the handles of the hooks still work.
+        setattr(module, hooks, getattr(linear, hooks))
     for name, value in linear.__dict__.items():
         if name not in module.__dict__ and name not in _PACKED_ATTRIBUTES:
-            setattr(module, name, value)  # copies what other code stored on the layer
+            # Attributes that other code stored on the old layer are copied.
+            setattr(module, name, value)
 
 
 def _progress(items: list[_Item]) -> Iterable[_Item]:

@@ -1,4 +1,5 @@
-"""Functions for the usual steps of parameter-efficient fine-tuning. Each function is a few calls of PEFT and peft_ext.
+"""Functions for the usual steps of parameter-efficient fine-tuning. Each function makes a few calls of PEFT and
+peft_ext.
 
 ::
 
@@ -6,7 +7,7 @@
     train_with_peft(model, tokenizer, dataset)                             # writes ./peft-adapter
     merged = load_and_merge_adapter("my/model", "./peft-adapter")
 
-The functions have the names and arguments of a common lesson on PEFT; docs/lesson.md shows the lesson's examples
+The functions have the names and arguments that a common lesson on PEFT uses; docs/lesson.md shows the lesson's examples
 beside these functions. :func:`peft_ext.run.finetune` has more options. Models are read from safetensors only, and code
 in a model's folder is never run.
 """
@@ -61,7 +62,7 @@ def setup_qlora(
 ) -> nn.Module:
     """Returns a causal language model in NF4, double-quantized, with a LoRA adapter on all linear layers but the head.
 
-    Scaling is 2: alpha is twice the rank. This function prints the number of trainable parameters.
+    LoRA's scaling is 2: alpha is twice the rank. This function prints the number of trainable parameters.
 
     Raises: OSError or ValueError where the model can't be read.
     """
@@ -116,17 +117,18 @@ def train_with_peft(
     model: nn.Module, tokenizer: Any, train_dataset: Iterable[Any], *, output_dir: Union[str, Path] = "./peft-output",
     adapter_dir: Union[str, Path] = "./peft-adapter", **arguments: Any,
 ) -> Any:  # fmt: skip
-    """Trains the adapter of ``model`` with transformers' Trainer and saves it; returns what ``Trainer.train`` returns.
+    """Trains the adapter of ``model`` with transformers' Trainer and saves the adapter; returns the result of
+    ``Trainer.train``.
 
     Args:
         train_dataset: rows with ``input_ids`` (and ``labels``), or with text, prompt and completion, or messages, which
             ``peft_ext.run.data`` tokenizes.
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: folder of the trained adapter.
-        arguments: further TrainingArguments. Defaults: 3 epochs of batches of 4, 4 batches a step, a learning rate of
-            2e-4 after 100 steps of warm-up.
+        arguments: further TrainingArguments. Defaults: 3 epochs, batches of 4 examples, 4 batches for each optimizer
+            step, and a learning rate of 2e-4 after 100 steps of warm-up.
 
-    Callbacks update AdaLoRA's rank budget and begin Diff Pruning's second phase.
+    For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase.
 
     Raises: TypeError if ``model`` has no adapter; peft_ext.run.RunError if the rows of ``train_dataset`` have neither
     ``input_ids`` nor columns for text, for prompt and completion, or for messages.
@@ -170,7 +172,8 @@ def load_and_merge_adapter(base_model_name: Union[str, Path], adapter_path: Unio
 
 
 def _load(name: Union[str, Path]) -> nn.Module:
-    """Returns a causal language model from safetensors, on a GPU if there is one, in a dtype that is fast there."""
+    """Returns a causal language model from safetensors, on a GPU if there is one, in a dtype that is fast on the
+    device."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if not torch.cuda.is_available() and _cpu.why_float32() else torch.bfloat16

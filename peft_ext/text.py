@@ -1,4 +1,4 @@
-"""Formats sizes and dtypes for people."""
+"""Formats sizes in bytes, and dtypes, as text for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
     """Returns a size in bytes as text with a unit, rounded to about three digits: "2.28 GiB"; "–" for None.
 
-    ``binary`` gives binary units, for memory; ``binary=False`` gives decimal units, for files: "19.6 MB".
+    With ``binary``, the units are binary (for memory); with ``binary=False``, decimal (for files): "19.6 MB".
     """
     if size is None:
         return "–"
@@ -21,7 +21,7 @@ def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Returns a size in the GB of graphics cards, which are 2³⁰ bytes: "23.1 GB"."""
+    """Returns a size as text in the "GB" of graphics cards, of 2³⁰ bytes each: "23.1 GB"."""
     return f"{size / 2**30:.1f} GB"
 
 

@@ -1,4 +1,4 @@
-"""The import path ``peft_ext.weight`` of the names of :mod:`peft_ext.weights.nf4`."""
+"""Names of :mod:`peft_ext.weights.nf4`, which can also be imported from ``peft_ext.weight``."""
 
 from .weights.nf4 import (
     BLOCKSIZES,

@@ -1,7 +1,8 @@
-"""Finds linear layers whose weight another module's code reads directly: such a layer must stay dense.
+"""Finds linear layers whose weight another module's code reads directly: quantization must leave these layers dense.
 
-The source of the modules' classes is searched for reads such as T5's ``self.wo.weight.dtype``, Mamba's
-``self.dt_proj.weight @ dt``, and a head of MobileBERT that concatenates two weights.
+:func:`weights_read_past` searches the source code of the modules' classes for reads such as T5's
+``self.wo.weight.dtype``, Mamba's ``self.dt_proj.weight @ dt``, and a concatenation of two weights in a head of
+MobileBERT.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import nn
 
 __all__ = ["weights_read_past"]
 
-# Methods that initialize weights: they run before a model is quantized.
+# Methods that initialize weights. These methods run before a model is quantized, so that their reads do not count.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
-# A branch on this option (tensor parallelism of pretraining) is never taken in fine-tuning.
+# An option of configurations (tensor parallelism in pretraining). Branches for this option never run in fine-tuning.
 _NEVER = "pretraining_tp"
-# Packages whose layers accept a 4-bit base.
+# Packages whose layers accept 4-bit base weights: reads by the code of these packages do not count.
 _OF_ADAPTERS = ("peft", "peft_ext")
-# A method that uses one of these names expects that a weight may have the dtype uint8.
+# Names that show that a method expects weights of dtype uint8.
 _KNOWS_BYTES = ("uint8", "is_floating_point")
 
 
@@ -61,7 +62,7 @@ def _methods(owner: type) -> list[ast.AST]:
         file = inspect.getsourcefile(owner)
     except TypeError:  # the class is from a compiled module, or has no module
         file = None
-    # A class without a source file has no known reads.
+    # For a class without a source file, no read is found.
     body = [] if file is None else _classes(file).get(owner.__name__, [])
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in body if isinstance(node, kinds) and node.name not in _SET_UP]
@@ -69,7 +70,8 @@ def _methods(owner: type) -> list[ast.AST]:
 
 @functools.cache
 def _classes(file: str) -> dict[str, list[ast.stmt]]:
-    """Returns the bodies of a source file's classes, by class name. Bodies of classes of one name are joined."""
+    """Returns the bodies of a source file's classes, by class name. If two classes have the same name, their bodies are
+    joined."""
     found: dict[str, list[ast.stmt]] = defaultdict(list)
     with contextlib.suppress(SyntaxError):
         for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):
@@ -79,7 +81,8 @@ def _classes(file: str) -> dict[str, list[ast.stmt]]:
 
 
 def _weights(node: ast.AST, of: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the path of each ``self.path.weight``, and the attribute read of the weight; "" for the whole weight."""
+    """Yields the path of each expression ``self.path.weight``, and the attribute of the weight that the code reads; ""
+    if the code reads the weight itself."""
     if isinstance(node, ast.Attribute):
         path = _path(node.value) if node.attr == "weight" else None
         if path:

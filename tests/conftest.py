@@ -1,12 +1,13 @@
 """Configures pytest: tests run offline and against the native library, and fail where the library is missing.
 
-``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda) gives the operators CUDA tensors, in the tests that take the ``device``
-fixture. Inputs are drawn on the CPU, and expected results are computed on the CPU. ``--device emulated`` builds the
-CUDA kernels for the emulator, which runs the kernels on CPU tensors and checks their memory accesses.
-``--share 3`` runs a third of the tests, as CI does on each further CPU path. The commit that is checked out chooses the
-third, so that later commits run the other thirds; ``--share 2/3`` runs the second third. A test's share depends only on
-the test's id, so that a new test does not change the share of another test. ``--products 3`` runs a third of the cases
-of each test that has more than 20 cases, and all cases of the other tests, as CI does with the slow tests.
+With ``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda), the tests that use the fixture ``device`` give the operators CUDA
+tensors. Inputs are drawn on the CPU, and expected results are computed on the CPU. ``--device emulated`` builds the
+CUDA kernels for the emulator, which runs the kernels on CPU tensors and checks their memory accesses. ``--share 3``
+runs a third of the tests; CI runs a share of the tests on each further CPU path. The commit that is checked out chooses
+the third, so that later commits run the other thirds; ``--share 2/3`` runs the second third. A test's share depends
+only on the test's id, so that a new test does not change the share of another test. ``--products 3`` runs a third of
+the cases of each test that has more than 20 cases, and all cases of the other tests, as CI does with the tests marked
+slow.
 """
 
 import argparse
@@ -20,10 +21,10 @@ import subprocess
 import sys
 import zlib
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be compared with itself
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels, tests would compare the reference with itself
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would keep a busy machine's cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not keep the cores of a busy machine
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ from tiny_run import tiny  # noqa: F401  a fixture of many folders' tests
 from peft_ext import _native
 
 DEVICES = ("cpu", "cuda", "emulated")
-FEW_CASES = 20  # largest number of cases of a test of which --products runs all cases
+FEW_CASES = 20  # --products runs all cases of a test with at most so many cases
 # Folders and files that take longest. Several processes of pytest-xdist get these files first, so that no process is
 # left with a long file at the end.
 LONGEST = (
@@ -105,7 +106,7 @@ def _emulated_kernels() -> torch.library.Library:
         if declared.cuda:
             op = getattr(getattr(torch.ops, emulated_cuda.NAMESPACE), name).default
             kernels.impl(name, op, "CPU", allow_override=True)
-        elif declared.composed:  # a composition: as on a GPU, its own CPU kernel does not run
+        elif declared.composed:  # a composed operator: on a GPU, its own CPU kernel does not run
             kernels.impl(name, declared.reference, "CPU", allow_override=True)
     return kernels
 
@@ -190,7 +191,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytes
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Yields the device of the operators' tensors."""
     name = request.config.getoption("--device")
-    if name == "cuda":  # sums in float32, as in PyTorch's products on the CPU, which give the bounds
+    if name == "cuda":  # sums in float32, as PyTorch's products on the CPU, which give the bounds
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     yield torch.device("cpu" if name == "emulated" else name)
@@ -198,7 +199,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture(autouse=True)
 def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes COLUMNS, which pytest's workers inherit from a terminal that the tests do not write to."""
+    """Removes the variable COLUMNS, the width of a terminal that pytest's workers inherit, but do not write to."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
 

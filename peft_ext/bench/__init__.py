@@ -1,4 +1,4 @@
-"""The timer of ``peft-ext bench`` and of the project's own benchmarks.
+"""The timer that ``peft-ext bench`` and peft_ext's own benchmarks use, and the measurement of ``peft-ext bench``.
 
 timer.py computes the errors of contenders against float64, then times all contenders in turn. layer.py compares one
 adapted layer of peft_ext with the layers of PEFT and bitsandbytes.

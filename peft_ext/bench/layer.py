@@ -1,9 +1,9 @@
 """Verifies one adapted layer's training step against float64 and times the step beside the stock layer's step.
 
 The layer is a linear layer with a weight ``[hidden, hidden]``, in bfloat16 or in NF4 with double quantization, with a
-float32 adapter and without dropout. A step is the forward and the backward of ``x [tokens, hidden]``. Our layer is
-PEFT's layer after :func:`peft_ext.accelerate`; the stock layer has the same weights. Each layer uses one weight in all
-its steps, so that a cache may hold the weight from one step to the next.
+float32 adapter and without dropout. A step is the forward and the backward of ``x [tokens, hidden]``. "Our layer" is
+PEFT's layer after :func:`peft_ext.accelerate`; the stock layer is PEFT's layer with the same weights. Each layer uses
+one weight in all its steps, so that a cache may hold the weight from one step to the next.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
 
 class NotFused(Exception):
-    """Raised if our layer would not run fused on this machine. The message has the reason."""
+    """Raised if our layer would not run fused on this machine. The error's message says why the layer is not fused."""
 
 
 class NotRight(Exception):
     """Raised before layers are timed, if the relative error of our layer against float64 is too large.
 
-    The message gives this error as a number.
+    The exception's message has the relative error.
     """
 
 
@@ -104,7 +104,7 @@ def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, s
 
 
 def stock_name(base: str) -> str:
-    """Returns the name of the stock contender: the libraries that compute the stock layer."""
+    """Returns the name of the stock contender: the names of the libraries that compute the stock layer."""
     return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
 
 
@@ -119,7 +119,8 @@ def _config(method: str, rank: int) -> Any:
 
 
 class _Problem:
-    """Inputs, frozen weight and adapter values of one case; makes PEFT's layers and the float64 result from them."""
+    """The inputs, the frozen weight and the adapter values of one case, from which methods make PEFT's layers and the
+    float64 result."""
 
     def __init__(self, method: str, base: str, hidden: int, tokens: int, rank: int) -> None:
         self.method, self.base, self.rank, self.hidden = method, base, rank, hidden
@@ -160,7 +161,7 @@ class _Problem:
         return layer.train()
 
     def _value(self, name: str, parameter: Any) -> Any:
-        """Returns a trainable parameter's value, which is drawn once and used in both layers.
+        """Returns a trainable parameter's value, which is drawn once and used in our layer and in the stock layer.
 
         lora_B is not zero, and the magnitude and ia3_l differ from PEFT's initial values.
         """
@@ -176,7 +177,7 @@ class _Problem:
         return self.values[name]
 
     def dense(self) -> Any:
-        """Returns the bfloat16 weight that a layer computes with."""
+        """Returns the bfloat16 weight that a layer multiplies with, dequantized for an NF4 case."""
         return self.weight if self.nf4 is None else reference.nf4_dequantize(self.nf4, torch.bfloat16)
 
     def exact(self) -> dict[str, Any]:
@@ -206,5 +207,5 @@ class _Problem:
         return run
 
     def outputs(self, parameters: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
-        """Returns a function of a step's return value that gives y and the gradients of that step."""
+        """Returns a function that gets a step's return value, and returns y and the gradients of that step by name."""
         return lambda y: {"y": y.detach(), "x": self.x.grad, **{name: p.grad for name, p in parameters.items()}}

@@ -1,14 +1,15 @@
 """Computes the errors of contenders against float64, then times all contenders in turn, in one process.
 
-Machines are shared and clocks drift, so that a single time says little. Every round takes one time of each contender,
-in rotating order, and a ratio is the median over rounds of two times of the same round. A peer whose call is very slow
-is timed in the first round alone. Before each call, outside the timed part, a contender takes its weights: the same
-weights again ("hot"), or the next of so many weights that no cache holds them ("rotating"). A short call is timed as
-the mean of several calls in a row, as in generation: a single call would pay for the data that another contender left
-in the caches, and for threads that had gone to sleep.
+Machines are shared and clocks drift, so that a single time says little. Every round measures one time of each
+contender, in rotating order. A reported ratio is the median, over the rounds, of the quotient of two contenders' times
+in the same round. A peer whose call takes more than ``LONGEST_CALL_S`` seconds is timed in the first round only. Before
+each call, outside the timed part, a contender selects the weights of the call: the same weights in each call ("hot"),
+or the next of so many weights that no cache holds all of them ("rotating"). The time of a short call is the mean of
+several calls in a row, as in generation: a single call would be slower, because another contender's data is in the
+caches and threads have to wake up.
 
-:func:`verify` requires a float64 result of the first contender, which is ours, and raises an error if our contender is
-off from this result. The errors of peers are recorded only.
+:func:`verify` requires a float64 result for the first contender, which is peft_ext, and raises an error if peft_ext's
+result differs too much from the float64 result. The errors of peers are recorded and have no limit.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from torch import Tensor
 
 from ..sources.json_file import first_line
 
-SEED = 0  # seed of each verified call, and of the dropout mask in the call's float64 result
-LONGEST_CALL_S = 5.0  # seconds of a call above which a peer is timed once
-SHORT_CALL_S = 5e-3  # seconds of a call below which the call is repeated
-SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200  # seconds of a call's repetitions together, and largest number of repetitions
+SEED = 0  # seed of each call in ``verify``, and of the dropout mask in the call's float64 result
+LONGEST_CALL_S = 5.0  # a peer whose call takes more seconds is timed only once
+SHORT_CALL_S = 5e-3  # a call that takes fewer seconds is repeated
+# A short call is repeated until the repetitions take so many seconds together, but at most so many times.
+SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200
 
 
 @dataclass
 class Contender:
-    """One way to compute the operator that is compared.
+    """One implementation of the operator that a benchmark compares, such as peft_ext's or PEFT's.
 
     Attributes:
         run: the timed call.
-        outputs: function of the call's return value that gives the call's results by name.
-        exact: function that gives the float64 results by the same names. ``exact`` runs under the seed of the call, so
-            that ``exact`` draws the same dropout mask. For a contender without a float64 result: the reason, as a
-            string.
-        take: function that takes the weights of a call; it runs before each call and is not timed.
+        outputs: function that gets the return value of ``run``, and returns the results of the call by name.
+        exact: function that returns the float64 results under the same names as ``outputs``. ``exact`` runs under the
+            same seed as ``run``, so that both draw the same dropout mask. For a contender without a float64 result,
+            ``exact`` is the reason, as a string.
+        take: function that selects the weights of a call; ``take`` runs before each call and is not timed.
     """
 
     run: Callable[[], Any]
@@ -65,7 +67,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 def host_clock(contender: Contender) -> Callable[[], float]:
     """Returns a function that measures the host's seconds of a call.
 
-    For a call shorter than ``SHORT_CALL_S``, the result is the mean of several calls after a first call.
+    For a call shorter than ``SHORT_CALL_S``, the function returns the mean of several calls after a first call.
     """
 
     def once() -> float:
@@ -100,7 +102,8 @@ def error_text(error: Exception) -> str:
 def verify(
     op: str, contenders: Mapping[str, Contender], tolerance: float
 ) -> tuple[dict[str, Union[dict[str, float], str]], dict[str, str]]:
-    """Returns ``(errors, absent)``, two mappings by contender: relative errors by output, and why a peer cannot run.
+    """Returns ``(errors, absent)``, two mappings with the contenders' names as keys: the relative errors by output, and
+    why a peer can't run.
 
     Where a contender has no float64 result, its entry in ``errors`` is the reason. Raises AssertionError where an error
     of the first contender, which is ours, is above ``tolerance``; with tolerance 0, our outputs must equal the float64
@@ -108,7 +111,7 @@ def verify(
     """
     errors: dict[str, Union[dict[str, float], str]] = {}
     absent: dict[str, str] = {}
-    exact_by_function: dict[int, dict[str, Tensor]] = {}  # contenders with one `exact` function share its result
+    exact_by_function: dict[int, dict[str, Tensor]] = {}  # contenders with the same `exact` share its result
     for turn, (name, contender) in enumerate(contenders.items()):
         contender.take()
         torch.manual_seed(SEED)
@@ -143,10 +146,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Returns the seconds of each sample by round; the rounds take about ``budget_s`` seconds in all.
 
-    A first round warms up and is not counted. The number of counted rounds, from ``least`` to ``most``, follows from
-    the seconds of the first round. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as
-    bfloat16 on a CPU without bfloat16 instructions, keeps that one time. The first sample, ours, takes part in all
-    rounds.
+    A first round, which warms up, is not counted. The number of counted rounds, from ``least`` to ``most``, follows
+    from the seconds of the first round. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as
+    a bfloat16 product on a CPU without bfloat16 instructions, is not measured again: the time of the first round is its
+    result. The first sample, which is peft_ext's, is measured in all rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in samples}
     spent = {name: seconds_of(lambda name=name: times[name].append(samples[name]())) for name in samples}
@@ -161,7 +164,8 @@ def interleave(
 
 
 def median_ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns, for each other contender, the median over rounds of its time divided by the first contender's time."""
+    """Returns for each contender but the first: the median over rounds of its time divided by the first contender's
+    time."""
     return {name: statistics.median(ratios) for name, ratios in _ratios(times).items()}
 
 

@@ -25,7 +25,7 @@ with required("peft", "peft_ext.write_gguf_adapter"):
 
 _MERGE = "; `peft-ext merge --gguf` writes the merged model"
 
-# Fields of LoraConfig and AdaLoraConfig that the export reads, or that do not change the function of a saved adapter.
+# Fields of LoraConfig and AdaLoraConfig that the export reads, or that do not change what a saved adapter computes.
 _HARMLESS = frozenset({
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
@@ -35,7 +35,7 @@ _HARMLESS = frozenset({
     "total_step",
 })  # fmt: skip
 
-# Fields that llama.cpp's adapter files have no place for, and the reason.
+# Fields of LoraConfig that llama.cpp's adapter files can't express, and the reason in the error.
 _REFUSED = {
     "use_dora": "DoRA scales the rows of the whole weight, which is no update of low rank" + _MERGE,
     "modules_to_save": "an adapter file of llama.cpp holds no whole modules" + _MERGE,
@@ -45,15 +45,16 @@ _REFUSED = {
     "bias": "an adapter file of llama.cpp holds no biases" + _MERGE,
 }
 
-# Initializations that leave the base's weights as they are.
+# Values of init_lora_weights with which PEFT does not change the base's weights.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
-# Ending of a tensor's name in PEFT's file -> part of the pair.
+# Ending of a tensor's name in PEFT's file -> the matrix of the pair: "a", "b", or AdaLoRA's "e".
 _LORA = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a", ".lora_embedding_B": "b"}
 _ADALORA = {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"}
 _KINDS = {".lora_magnitude_vector": "DoRA", ".lora_B.bias": "lora_bias", ".bias": "a trained bias"}
 _PREFIX = "base_model.model."
-_NAME = re.compile(r"[\w.-]{1,500}")  # names of tensors are parts of one-line errors
+# Pattern of a tensor's name that can be part of a one-line error.
+_NAME = re.compile(r"[\w.-]{1,500}")
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ class Pair:
 def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
     """Returns the configuration of an adapter and its pairs of matrices, in the order of the layers.
 
-    Leaves out pairs of rank 0, to which AdaLoRA can prune a module. Raises ExportError for files that are damaged and
-    for everything that llama.cpp's adapter files can't hold.
+    Leaves out pairs of rank 0, which AdaLoRA makes by pruning all ranks of a module. Raises ExportError for files that
+    are damaged and for everything that llama.cpp's adapter files can't hold.
     """
-    with as_export_error(ValueError, OSError, RecursionError):  # PEFT recurses without end for a few damaged fields
+    with as_export_error(ValueError, OSError, RecursionError):  # with a few damaged fields, PEFT recurses without end
         config = checked_config(folder)
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     _check_config(config)
@@ -137,7 +138,8 @@ def _check_config(config: PeftConfig) -> None:
 
 
 def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Returns the names of the pair's tensors by module, and the names of frozen tensors of the base.
+    """Returns, for each module, the names of the tensors of its pair; and the names of the base's frozen tensors in the
+    file.
 
     PEFT saves the frozen weight of an embedding or head that the adapter changes, dense or packed. The export leaves
     these tensors out, because llama.cpp has the base's weights in the base's own file.
@@ -164,7 +166,7 @@ def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict
 
 
 def _tree(names: Any) -> nn.Module:
-    """Returns a module with submodules of the given names."""
+    """Returns an empty nn.Module with nested submodules of the given dotted names."""
     root = nn.Module()
     for name in names:
         module = root
@@ -206,5 +208,5 @@ def _scale(config: PeftConfig, module: str, rank: int) -> float:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Returns a key that sorts layer 2 before layer 10."""
+    """Returns a key that sorts names with numbers in them by the numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

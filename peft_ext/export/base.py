@@ -1,4 +1,5 @@
-"""The base of an export: the names and sizes of its weights, from a GGUF file or from transformers' configuration."""
+"""Names and sizes of the weights of the exported adapter's base, from a GGUF file or from transformers' configuration.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ class Base:
 
     Attributes:
         name: the file, folder or hub name of the base.
-        title: the model's name, which the adapter file shows to people.
+        title: the model's name for people, which is written into the adapter file.
         names: names of the modules' weights in llama.cpp's files.
-        shapes: shape of each weight; by the name in the file for a GGUF file, else by the name of the module.
+        shapes: shape of each weight. The keys are the names in the file for a GGUF file, else the names of the modules.
         is_file: whether the base is a GGUF file.
-        tied: whether the head has the embedding's weight.
+        tied: whether the head and the embedding share one weight.
     """
 
     name: str
@@ -39,13 +40,15 @@ class Base:
     tied: bool
 
     def tensor_of(self, module: str) -> str:
-        """Returns the name of a module's weight in llama.cpp's file. Raises ExportError where the base has none."""
+        """Returns the name of a module's weight in llama.cpp's file. Raises ExportError where the base has no such
+        weight."""
         tensor = self.names.tensor(module)
         if tensor is None:
             fail(f"the adapter changes {module}, for which llama.cpp's {self.names.architecture} has no tensor")
         name = f"{tensor}.weight"
         if tensor in ("output", "token_embd") and self.tied:
-            # llama.cpp finds matrices by the weight's name, and multiplies a tied head with the embedding's matrices.
+            # llama.cpp finds the matrices by the weight's name, and would use the embedding's matrices for a tied head
+            # too.
             fail(
                 f"the adapter changes {module}, but the embedding and the head of {self.name} are one weight, which "
                 f"llama.cpp can't adapt; wanted an adapter without {module}, or a merge of the adapter"

@@ -1,4 +1,4 @@
-"""The error of an export, and helpers that raise the error."""
+"""The class of the errors of an export, and helpers that raise these errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..sources.json_file import raised_as
 
 
 class ExportError(ValueError):
-    """An export is impossible. The message is one line with the value that came and the value that was wanted."""
+    """Raised where an export is impossible. The message is one line with the given value and the wanted value."""
 
 
 def fail(text: str) -> NoReturn:

@@ -29,10 +29,10 @@ def load_gguf_adapter(
 ) -> PeftModel:
     """Loads llama.cpp's adapter file onto ``model`` as a LoRA adapter of PEFT, then calls :func:`peft_ext.accelerate`.
 
-    The adapter's configuration names each adapted module. ``lora_alpha`` is the file's alpha, and rank_pattern has the
-    ranks that differ from the most frequent rank. The matrices become float32 and the rows of lora_B get transformers'
-    order. A file that :func:`peft_ext.write_gguf_adapter` wrote in "f32" therefore gives exactly the values of the
-    saved adapter, except where the export multiplied a matrix with a factor.
+    The configuration of the new adapter names each adapted module. ``lora_alpha`` is the file's alpha, and rank_pattern
+    has the ranks that differ from the most frequent rank. The matrices are converted to float32, and the rows of lora_B
+    are reordered to transformers' order. A file that :func:`peft_ext.write_gguf_adapter` wrote in "f32" therefore gives
+    exactly the values of the saved adapter, except where the export multiplied a matrix with a factor.
 
     Args:
         model: a transformers model, or a PeftModel, which gets another adapter.
@@ -69,7 +69,7 @@ def load_gguf_adapter(
         rank_pattern={path: r for path, r in ranks.items() if r != rank}, task_type=task_of(base),
         base_model_name_or_path=getattr(base, "name_or_path", None), inference_mode=True,
     )  # fmt: skip
-    if alpha == 0:  # with alpha 0, llama.cpp adds the products without a factor
+    if alpha == 0:  # with alpha 0, llama.cpp adds B A without a factor
         config.lora_alpha, config.alpha_pattern = rank, {path: r for path, r in ranks.items() if r != rank}
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -140,7 +140,7 @@ def _read_pair(
 
 
 def _floats(header: GgufHeader, name: str) -> Tensor:
-    """Returns a matrix in float32, in memory of its own."""
+    """Returns a matrix of the file in float32, in newly allocated memory."""
     info = header.tensors[name]
     if len(info.shape) != 2:
         raise header.error(f"tensor {name!r:.80} has the sizes {info.shape}, wanted a matrix")

@@ -40,7 +40,7 @@ class ExportReport:
         architecture: llama.cpp's name of the base's architecture.
         method: PEFT's name of the adapter's method.
         dtype: "f16" or "f32".
-        alpha: the file's alpha: llama.cpp scales the pair of a weight with alpha / rank.
+        alpha: the file's alpha: llama.cpp multiplies ``B @ A`` of each pair by alpha / rank.
         pairs: number of adapted weights.
         parameters: number of elements of all matrices.
         folded: names of the modules whose lora_B was multiplied with a factor, since the file has one alpha.
@@ -73,9 +73,9 @@ def write_gguf_adapter(
 
     The function exports LoRA with rsLoRA, rank_pattern and alpha_pattern, and AdaLoRA, over the architectures of
     ``peft_ext.gguf.names.ARCHITECTURES``. llama.cpp's file has one alpha: the most frequent value of scaling · rank. If
-    a module has another value, the lora_B of the module is multiplied with the quotient, and rounded once to float32.
-    AdaLoRA's singular values are multiplied into lora_A. The rows of lora_B of attn_q and attn_k have the order of the
-    base's GGUF file. The matrices of one module at a time are in memory.
+    a module has another value of scaling · rank, the module's lora_B is multiplied with the quotient of the two values,
+    and rounded once to float32. AdaLoRA's singular values are multiplied into lora_A. The rows of lora_B of attn_q and
+    attn_k have the order of the base's GGUF file. The matrices of one module at a time are in memory.
 
     Args:
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The tensors must be in safetensors.
@@ -83,15 +83,16 @@ def write_gguf_adapter(
         base: the base as a GGUF file, or as the folder or hub name of a transformers model. The name and size of each
             adapted tensor are compared with the GGUF file, or with the configuration of the transformers model. None:
             the base that the adapter's configuration names.
-        dtype: "f16", or "f32".
-        overwrite: True: ``file`` may be an existing GGUF file, which is replaced.
+        dtype: dtype of the matrices in the file: "f16" or "f32".
+        overwrite: whether an existing GGUF file may be replaced.
 
     Returns: a report of the export.
 
     Raises:
-        ExportError: another method; DoRA, biases, whole modules or trained tokens in the adapter; an initialization
-            that changed the base; a module that llama.cpp does not have or can't adapt (a tied embedding or head);
-            sizes that do not fit; a value that float16 does not hold; damaged files; a wrong argument.
+        ExportError: a method other than LoRA and AdaLoRA; DoRA, biases, whole modules or trained tokens in the adapter;
+            an initialization that changed the base; a module that llama.cpp does not have or can't adapt (a tied
+            embedding or head); sizes that do not fit; a value that float16 does not hold; damaged files; a wrong
+            argument.
         OSError: ``file`` exists and overwrite is False, or can't be written.
     """
     started = time.perf_counter()

@@ -16,7 +16,7 @@ from .subjects import Given, Synthetic
 
 PREFERENCES = ("balanced", "quality")
 
-# For each task type of PEFT, all names that a caller may give to the task.
+# For each task type of PEFT, the names that ``recommend_peft_method`` accepts for the task.
 _TASKS = {
     "CAUSAL_LM": ("causal-lm", "generation", "text-generation", "language-modeling", "chat", "instruction",
                   "instruction-tuning", "completion", "code", "qa", "summarization", "translation"),
@@ -44,12 +44,12 @@ def recommend_peft_method(
     headroom: float = 0.1,
     quantization: str = "nf4",
 ) -> Recommendation:
-    """Recommends the first method for the task and the data that fits the card, in the first setting that fits.
+    """Recommends the best-ranked method for the task and the data that fits the card, in the first setting that fits.
 
     The number of examples decides the method:
 
-    - For fewer than 100 examples: IA3, which was made for few examples and beats in-context learning (arXiv
-      2205.05638).
+    - For fewer than 100 examples: IA3, which was designed for few examples and does better than in-context learning
+      (arXiv 2205.05638).
     - For 100 to 999 examples: LoRA of rank 8.
     - For 1,000 to 49,999 examples, or an unknown number: LoRA of rank 16 on all linear layers, which matches full
       fine-tuning (QLoRA, arXiv 2305.14314, section 4).
@@ -63,28 +63,28 @@ def recommend_peft_method(
     on (arXiv 2104.08691). Prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters
     (arXiv 2303.10512). Bottleneck adapters (arXiv 1902.00751) can't be merged.
 
-    The memory decides the setting. The order of the settings is: dense weights; dense weights with gradient
-    checkpointing (arXiv 1604.06174); NF4 weights with double quantization, with which QLoRA matched 16-bit fine-tuning
-    (arXiv 2305.14314); NF4 weights with gradient checkpointing; and at last NF4 weights, gradient checkpointing and one
-    sequence at a time.
+    The memory of a training step decides the setting. The order of the settings is: dense weights; dense weights with
+    gradient checkpointing (arXiv 1604.06174); NF4 weights with double quantization, with which QLoRA matched 16-bit
+    fine-tuning (arXiv 2305.14314); NF4 weights with gradient checkpointing; and at last NF4 weights, gradient
+    checkpointing and one sequence at a time.
 
     Args:
         model_size_b: billions of parameters; or a transformers configuration or model, whose training step is traced.
         gpu_memory_gb: memory of one card, in GiB.
         task_type: PEFT's task type ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS",
             "FEATURE_EXTRACTION") or a common name ("generation", "chat", "qa", "summarization", "classification",
-            "ner", ...), in any case. "qa" and "summarization" mean models that generate text; "extractive-qa" means
-            models that mark spans.
+            "ner", ...), in upper or lower case. "qa" and "summarization" mean models that generate text;
+            "extractive-qa" means models that mark spans.
         num_examples: number of training examples; None: unknown.
-        batch_size: sequences of one forward. The recommendation may lower the number to 1.
+        batch_size: number of sequences in one forward. The recommendation may lower ``batch_size`` to 1.
         sequence_length: tokens of a sequence. The default is 1024 tokens, or 512 for an encoder, but at most the number
             of positions of a given model.
-        prefer: "balanced", or "quality", with which the method's step may be slower.
+        prefer: "balanced" or "quality"; "quality" accepts a method with a slower step.
         dtype: dtype of weights that are not quantized.
         optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
-        quantization: format of quantized weights: "nf4", "mxfp4", "nvfp4", "fp8" or "int4", in place of NF4 in the
-            order of the settings.
-        headroom: share of the card that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
+        quantization: format to which weights are quantized: "nf4", "mxfp4", "nvfp4", "fp8" or "int4". This format
+            replaces NF4 in the order of the settings.
+        headroom: part of the card's memory that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
 
     Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` name a
     larger card, a shorter sequence or a smaller model that would fit, where there is one.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-# Fewer examples than _FEW are few, fewer than _SMALL are small data, and _LARGE or more are large data.
+# Fewer than _FEW examples count as few, fewer than _SMALL examples as small data, and _LARGE or more as large data.
 _FEW, _SMALL, _LARGE = 100, 1_000, 50_000
 _BITFIT_EXAMPLES = 10_000
 
@@ -113,5 +113,6 @@ def ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[Candi
 
 
 def _steps(num_examples: Optional[int]) -> int:
-    """Returns the training steps of three epochs with batches of 16, at least 100; 1000 for an unknown number."""
+    """Returns the number of training steps of three epochs with batches of 16, but at least 100; 1000 if
+    ``num_examples`` is unknown."""
     return 1000 if num_examples is None else max(100, 3 * num_examples // 16)

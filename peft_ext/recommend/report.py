@@ -19,7 +19,7 @@ class Alternative:
         why_not: the reason against the method.
         memory: memory of a training step of the method in the recommended setting (full fine-tuning: without
             quantization); None where the method can't run in the setting.
-        fits: whether a training step of the method fits the card in this setting.
+        fits: whether a training step of the method fits the card in the setting of ``memory``.
     """
 
     method: str
@@ -31,17 +31,17 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The result of :func:`peft_ext.recommend_peft_method`. ``str`` of a Recommendation is a text for people.
+    """The result of :func:`peft_ext.recommend_peft_method`. ``str(recommendation)`` is a text for people.
 
     Attributes:
         method: one of :data:`peft_ext.methods.METHODS`; None where no method fits.
         name: common name of the method, such as "LoRA", "QLoRA" or "IA3"; "nothing fits" where no method fits.
-        quantization: quantization of the weights: "nf4", another format that was asked for, or None.
+        quantization: format of the quantized weights, such as "nf4"; None for dense weights.
         gradient_checkpointing, batch_size, sequence_length: the setting of the training step.
         config_class: full name of the configuration's class; "" where no method fits.
         config_kwargs: arguments of the configuration's class.
         memory: memory of the training step; where no method fits, memory of the method that needs the least memory.
-        gpu_memory_gb, headroom: memory of the card in GiB, and the share of the card that stays free of tensors.
+        gpu_memory_gb, headroom: memory of the card in GiB, and the part of this memory that stays free of tensors.
         reasons: reasons for the recommendation, as sentences.
         alternatives: the other methods, best first.
     """

@@ -17,7 +17,7 @@ from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
-# For each method, its common names over dense weights and over NF4 weights.
+# Method -> (the method's common name over dense weights, its common name over NF4 weights).
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
@@ -32,9 +32,9 @@ def name_of(method: str, quantization: Optional[str]) -> str:
 
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
-# Pairs of "the weights are quantized" and gradient checkpointing, in the order of the search. Checkpointing adds a
-# second forward, about a third of the step's time, and costs no accuracy. Quantized weights cost time to dequantize
-# and sometimes accuracy.
+# Pairs (whether the weights are quantized, whether gradient checkpointing is on), in the order of the search.
+# Checkpointing adds a second forward, about a third of the step's time, and costs no accuracy. Quantized weights cost
+# time to dequantize and sometimes accuracy.
 _SETTINGS = ((False, False), (False, True), (True, False), (True, True))
 
 
@@ -60,8 +60,8 @@ class Search:
         ]
         settings += [replace(settings[-1], batch_size=1)] * (batch_size > 1)
         self.settings = settings
-        # By method and setting: the memory of a training step; the error that PEFT or the model raised; or None where
-        # the method can't work in the setting.
+        # (method, setting) -> the memory of a training step; or the error that PEFT or the model raised; or None where
+        # the method does not work in the setting.
         self._known: dict[tuple[str, _Setting], Union[MemoryEstimate, Exception, None]] = {}
 
     def _has_room(self, memory: Optional[MemoryEstimate]) -> bool:
@@ -133,13 +133,15 @@ class Search:
         )  # fmt: skip
 
     def _outcome(self, candidate: Candidate, settings: Sequence[_Setting]) -> tuple[Optional[str], bool]:
-        """Returns the first error among the tried settings, or None; and whether the method works in any of them."""
+        """Returns the first error among the tried settings, or None; and whether the method works in any of these
+        settings."""
         found = [self._known.get((candidate.method, setting)) for setting in settings]
         error = next((first_line(one) for one in found if isinstance(one, Exception)), None)
         return error, any(isinstance(one, MemoryEstimate) for one in found)
 
     def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
-        """Returns why the method works in none of ``settings``; None where a setting works, or none raised an error."""
+        """Returns why the method works in none of ``settings``; None if a setting works, or if no setting raised an
+        error."""
         error, works = self._outcome(candidate, settings)
         return None if error is None or works else f"it can't adapt this model ({error})"
 
@@ -150,7 +152,7 @@ class Search:
         for other in ranked:
             if other is chosen:
                 continue
-            # Full fine-tuning trains the weights, which can't be quantized.
+            # Full fine-tuning trains the base's weights, and quantized weights can't be trained.
             at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
             name = name_of(other.method, at.quantization)
@@ -182,7 +184,7 @@ class Search:
         return reasons
 
     def _nothing(self, ranked: list[Candidate]) -> Recommendation:
-        """Returns the recommendation for a card that no method fits.
+        """Returns the recommendation where no method fits the card.
 
         The recommendation has the memory of the method that needs the least memory. The reasons name a larger card, a
         shorter sequence or a smaller model that would fit, where there is one.

@@ -1,4 +1,5 @@
-"""The model that a recommendation is for: the user's model, or a model of a given size with a family's proportions."""
+"""The models that a recommendation traces: the user's model, or a model of a given size with the proportions of a
+family of models."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Given:
         self._fields = {method: adapter_fields(built, method) for method in METHODS}
 
     def fields(self, method: str) -> dict[str, Any]:
-        """Returns the configuration's fields for a method on the model's experts; {} for a model without experts."""
+        """Returns the fields with which a method's configuration adapts the model's experts; {} for a model without
+        experts."""
         return self._fields.get(method, {})
 
     def profile(self, **kwargs: Any) -> Profile:
@@ -64,12 +66,13 @@ class Given:
 class Synthetic:
     """A model of a given size with the proportions of BERT, of T5 or of Llama.
 
-    Models below a billion parameters for classification or features are like BERT, models for "SEQ_2_SEQ_LM" like T5,
-    all other models like Llama. The width h grows with the number of layers L. In models like Llama h = 128 L from a
-    billion parameters on (Llama 7B to 405B have 102 L to 130 L), and h = 64 L below (like GPT-2). In models like BERT
-    h = 64 L, in models like T5 h = 85 L. The width of the feed-forward layers is chosen so that the size is met despite
-    the rounding of L and h. The memory of a step grows linearly with L, so that for more than three layers the steps of
-    models with two and with three layers are traced.
+    Models of less than a billion parameters for classification, question answering or features are like BERT, models
+    for "SEQ_2_SEQ_LM" are like T5, and all other models are like Llama. The width h grows with the number of layers L.
+    In models like Llama, h = 128 L from a billion parameters on (in Llama 7B to 405B, h is 102 L to 130 L), and h = 64
+    L below a billion parameters (as in GPT-2). In models like BERT h = 64 L, in models like T5 h = 85 L. L and h are
+    rounded; the width of the feed-forward layers is then chosen so that the model has the given size. The memory of a
+    step grows linearly with L. For more than three layers, the steps of models with two and with three layers are
+    therefore traced, and the memory is extrapolated.
     """
 
     def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:
@@ -110,13 +113,15 @@ def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, em
 
 
 def _family(size: float, task: str, positions: int, is_encoder: bool) -> tuple[int, Callable[[int], Any]]:
-    """Returns the number of layers for ``size`` parameters, and a function from a number of layers to a config."""
+    """Returns the number of layers for ``size`` parameters, and a function that makes a configuration with a given
+    number of layers."""
     import transformers as hf
 
     small, tied = size < 1e9, size < 4e9
 
     def shaped(per_layer: float, ratio: float, head: int, step: int, vocab: int, times: int = 1) -> tuple[int, ...]:
-        # A very small model gets a small vocabulary: nearly all of its parameters would otherwise be embeddings.
+        # A very small model gets a small vocabulary. With the usual vocabulary, nearly all parameters would be
+        # embeddings.
         vocab = max(256, min(vocab, int(size / 640)))
         return vocab, *_shape(size, per_layer, ratio, head, step, vocab * times), vocab * times
 

@@ -8,14 +8,14 @@
     peft_ext.accelerate(model)
     shard_and_load(model, base, mesh)                                     # fully_shard, then reads the files
 
-Each process reads the rows of a dense weight that belong to the process's own shard. One process of each node reads a
-weight whole and sends the finished tensors to the other processes of the node in three cases: the weight becomes NF4,
-because the scales of one weight are quantized together; an adapter of DoRA needs the norm of the weight; or
-transformers makes several weights of one tensor in the files. The processes of a node take turns. A process keeps the
-process's own shard of each tensor that arrives. Buffers, such as the scales of NF4, are whole in each process.
+Each process reads the rows of a dense weight that belong to the process's own shard. In three cases, one process of
+each node reads the whole weight and sends the finished tensors to the other processes of the node: the weight is
+quantized to NF4 or another format; a DoRA adapter needs the norm of the weight; or transformers' conversion of the
+files' tensors does not work row by row. The processes of a node take turns in reading. A process keeps its own shard of
+each tensor that it receives. Buffers, such as the scales of NF4, are whole in each process.
 
-The adapter is whole in each process until ``shard_and_load`` shards the adapter. ``shard_and_load`` reads the weights
-of the base after it has sharded the model.
+Each process holds the whole adapter until ``shard_and_load`` shards the adapter. ``shard_and_load`` shards the model
+first, and then reads the weights of the base.
 """
 
 from .adapter import adapter_values

@@ -29,7 +29,7 @@ with required("peft", "peft_ext.sharded"):
 Adapted = tuple[Any, str]  # a LoRA layer, and the name of its adapter
 
 METHODS = ("LORA", "IA3")  # PEFT's names of the methods whose adapters can be sharded
-_INITS = (True, False, "gaussian")  # values of init_lora_weights that need no values of the base
+_INITS = (True, False, "gaussian")  # values of init_lora_weights for which PEFT reads no base weight
 
 
 @contextlib.contextmanager
@@ -37,9 +37,9 @@ def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
     """Within the context, PEFT adds adapters with values on ``device`` to a base on the meta device.
 
     PEFT draws an adapter's initial values on the CPU, casts the values to the base's dtype and moves the values to the
-    base's device. Over a base on the meta device the values would be lost: within the context PEFT moves the values to
-    ``device``, and the values equal those of an adapter over a base on ``device``. Exception: DoRA's magnitude is the
-    norm of a base weight, and stays on the meta device until :func:`shard_and_load` reads the weight.
+    base's device. Over a base on the meta device, PEFT would lose the values. Within the context, PEFT moves the values
+    to ``device``, so that they equal the values of an adapter over a base on ``device``. Only DoRA's magnitude, which
+    is the norm of a base weight, stays on the meta device until :func:`shard_and_load` reads the weight.
     """
 
     def moving(move: Any) -> Any:
@@ -84,9 +84,9 @@ def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept(module: nn.Module, device: Union[str, torch.device]) -> Iterator[None]:
-    """Moves those tensors of ``module`` to ``device`` that the code in the context moves to the meta device.
+    """Moves to ``device`` those tensors of ``module`` that the code in the context moved to the meta device.
 
-    A cast by the code in the context stays.
+    The tensors keep a dtype to which the code in the context cast them.
     """
     values = {name: tensor.detach() for name, tensor in tensors_of(module) if not tensor.is_meta}
     yield
@@ -137,13 +137,14 @@ def check_adapter(model: nn.Module) -> None:
 
 
 def base_of(layer: Any) -> tuple[int, str]:
-    """Returns the id of the module whose weight a LoRA layer adapts, and the weight's name."""
-    name = getattr(layer, "parameter_name", None)  # PEFT's layer for target_parameters has a parameter's name
+    """Returns the id of the module whose weight a LoRA layer adapts, and the name of the weight in this module."""
+    # Only PEFT's layers for target_parameters have the attribute parameter_name.
+    name = getattr(layer, "parameter_name", None)
     return id(layer.get_base_layer()), name if isinstance(name, str) else "weight"
 
 
 def magnitudes_to_compute(model: nn.Module) -> dict[tuple[int, str], list[Adapted]]:
-    """Returns the DoRA adapters whose magnitude is on the meta device, by :func:`base_of`."""
+    """Returns the DoRA adapters whose magnitude is on the meta device, grouped by the result of :func:`base_of`."""
     found: dict[tuple[int, str], list[Adapted]] = {}
     for layer in model.modules():
         for name, module in getattr(layer, "lora_magnitude_vector", {}).items():
@@ -153,10 +154,10 @@ def magnitudes_to_compute(model: nn.Module) -> dict[tuple[int, str], list[Adapte
 
 
 def whole_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """Returns the whole A and B of an adapter, in the dtype in which PEFT computes DoRA's magnitude.
+    """Returns an adapter's A and B, gathered from all shards, in the dtype in which PEFT computes DoRA's magnitude.
 
-    Before it computes the magnitude, PEFT casts a new adapter to the ``compute_dtype`` of a packed layer, or to the
-    dtype of a floating base weight. All processes of a mesh must call the function together.
+    PEFT casts a new adapter to the ``compute_dtype`` of a packed layer, or to the dtype of a floating-point base
+    weight, before PEFT computes the magnitude. All processes of the mesh must call ``whole_factors`` together.
     """
     base, name, found = layer.get_base_layer(), base_of(layer)[1], []
     dtype = getattr(base, name).dtype
@@ -184,7 +185,8 @@ def magnitude(layer: Any, adapter: str, weight: Union[Tensor, PackedWeight], lor
     if isinstance(weight, PackedWeight):
         weight = weight.dequantize(getattr(experts, "compute_dtype", None))
     dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
-    if not lora_B.any():  # B A is zero: one zero stands for a matrix of the weight's size
+    if not lora_B.any():
+        # B A is zero. A zero matrix of size 1 x 1 gives the same norm as a zero matrix of the weight's size.
         return dora.get_weight_norm(weight, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
     base = nn.Linear(1, 1, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Makes a model on the meta device, with the plan by which its tensors are read from files."""
+"""Makes a model on the meta device, and a plan of how to read the model's tensors from the files."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ _LISTS = ("layers", "layer", "h", "blocks")  # usual names of a list of decoder 
 
 @dataclass
 class MetaBase:
-    """A model on the meta device, and the plan by which its tensors are made from the files.
+    """A model on the meta device, and the plan of how to make the model's tensors from the files.
 
     Attributes:
-        model: the transformers model. Buffers that are in no file have values, on the CPU.
+        model: the transformers model. Buffers that are in no file are on the CPU and have their values.
         folder: the folder of the files.
         layers: the decoder layers, which are the units of FSDP2.
-        groups: the plan, in the order of the decoder layers. Each item of the plan is a group and the index of the
-            group's decoder layer, or -1.
-        places: name in the state dict of the dense model -> the module and its attribute that hold the tensor.
+        groups: the plan, in the order of the decoder layers. Each item is a group of tensors and the index of the
+            group's decoder layer; the index is -1 for a group outside of the decoder layers.
+        places: tensor's name in the state dict of the dense model -> the module that holds the tensor, and the name of
+            the module's attribute.
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.
-        quantizer, packed: of a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and the packed
-            linear layers and embeddings with their names before an adapter is added.
+        quantizer, packed: for a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and each packed
+            linear layer and embedding with the name that it has before an adapter is added.
     """
 
     model: Any
@@ -63,15 +64,16 @@ def meta_base(
         folder: a folder with config.json and safetensors files.
         config: the transformers configuration, which is copied.
         dtype: bfloat16 or float32, the dtype of dense weights.
-        quant: "nf4" puts :class:`peft_ext.nn.NF4Linear` and NF4 experts where :func:`peft_ext.quantize_nf4` puts them;
-            one of ``PACKED_FORMATS`` puts packed layers and experts where :func:`peft_ext.quantize_packed` puts them;
-            "none" quantizes nothing.
-        blocksize: see :func:`peft_ext.quantize_nf4`. The scales of NF4 weights are quantized too.
+        quant: "nf4" quantizes the layers and experts that :func:`peft_ext.quantize_nf4` quantizes; one of
+            ``PACKED_FORMATS`` quantizes the layers and experts that :func:`peft_ext.quantize_packed` quantizes; "none"
+            quantizes nothing.
+        blocksize: see :func:`peft_ext.quantize_nf4`. NF4 weights are double-quantized: their scales are quantized too.
 
     Raises: SourceError where a file is missing or broken, where the files lack a tensor or have a tensor of a wrong
     shape or dtype, where transformers converts the files in a way that needs the whole model, where the files are
-    quantized by bitsandbytes or in a way that is not supported, where ``quant`` can't hold a layer or the files are
-    packed already, or where the decoder layers are not found. ValueError for another ``dtype`` or ``quant``.
+    quantized by bitsandbytes or in a way that is not supported, where a layer's shape does not fit ``quant``, where
+    ``quant`` is not "none" and the files are packed already, or where the decoder layers are not found. ValueError for
+    another ``dtype`` or ``quant``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +90,8 @@ def meta_base(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     if not all(parameter.is_meta for parameter in model.parameters()):
-        model.to("meta")  # some models make parameters on the CPU
+        # Some models make parameters on the CPU, also under torch.device("meta").
+        model.to("meta")
         model.tie_weights()
     model.eval().requires_grad_(False)
     quantizer = pack_as_stored(model, folder, config, torch.bfloat16) if stored == "checkpoint" else None
@@ -119,9 +122,9 @@ def meta_base(
 
 
 def _initialize_buffers(model: Any, names: set[str]) -> None:
-    """Gives values to the buffers that are in no file, as ``from_pretrained`` does: with the model's ``_init_weights``.
+    """Gives values to the buffers that are in no file with the model's ``_init_weights``, as ``from_pretrained`` does.
 
-    ``names``: buffers of the state dict that the files lack.
+    ``names``: the names of the state dict's buffers that the files lack.
     """
     kept = {name for name, _ in model.named_non_persistent_buffers()} | names
     for name, buffer in list(model.named_buffers()):
@@ -135,7 +138,7 @@ def _initialize_buffers(model: Any, names: set[str]) -> None:
 
 
 def _read_generation_config(model: Any, folder: Path) -> None:
-    """Sets the generation configuration as ``from_pretrained`` does."""
+    """Sets the model's generation configuration as ``from_pretrained`` does."""
     if hasattr(model, "adjust_generation_fn"):
         hub = dict.fromkeys(("cache_dir", "proxies", "token", "revision"))
         model.adjust_generation_fn(None, True, None, str(folder), force_download=False, local_files_only=True,
@@ -143,10 +146,11 @@ def _read_generation_config(model: Any, folder: Path) -> None:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Returns the decoder layers of a transformers model: the items of the lists of ``_no_split_modules``.
+    """Returns the decoder layers: the items of each nn.ModuleList whose items all have a class named in
+    ``_no_split_modules``.
 
-    For a model whose class names no such modules, returns the items of the lists with a name of ``_LISTS``. A list
-    inside of another list does not count. Raises SourceError where there is no list of decoder layers.
+    If the model has no such list, returns the items of the lists that have a name in ``_LISTS``. A list inside of
+    another chosen list does not count. Raises SourceError if the model has no list of decoder layers.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]

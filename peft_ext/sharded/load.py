@@ -26,28 +26,30 @@ from ..weights.quantizers import quantized
 from .adapter import Adapted, base_of, check_adapter, magnitude, magnitudes_to_compute, tensors_of, whole_factors
 from .base import MetaBase
 
-PIECE = 4 << 20  # bytes of a dense weight in a file that are read at once
+PIECE = 4 << 20  # number of bytes of a dense weight that a process reads at once
 
-# Older releases make each shard a parameter that requires gradients, which uint8 can't: pytorch/pytorch#177844.
+# Whether FSDP2 can shard uint8 parameters. Before 2.13, PyTorch makes each shard a parameter that requires gradients,
+# which uint8 does not allow: pytorch/pytorch#177844.
 SHARDS_BYTES = torch.__version__ >= (2, 13)
 
 
 def shard_and_load(
     model: nn.Module, base: MetaBase, mesh: Any, *, node: Optional[Union[int, str]] = None, **options: Any
 ) -> nn.Module:
-    """Shards ``model`` with FSDP2, each decoder layer and the rest as one unit, and reads the weights of its base.
+    """Shards ``model`` with FSDP2, and reads the weights of the base. Each decoder layer is one unit, and the rest is
+    one.
 
-    All processes of the default process group must call the function together, after each process made ``base``. Where
-    one process can't read or make a tensor, all processes raise, at the latest at the end of the decoder layer. After
-    another error of one process, such as a full memory where the process receives a tensor, the process has to end,
-    because the other processes wait for the process.
+    All processes of the default process group must call the function together, after each process made ``base``. If one
+    process can't read or make a tensor, all processes raise an error, at the latest at the end of the decoder layer.
+    After any other error of one process, for example if memory runs out while the process receives a tensor, this
+    process has to end, because the other processes wait for it.
 
-    A process holds at most the process's shard, the tensors that FSDP2 does not shard, and one group of tensors: one
-    weight in the files' dtype with the weight's packed form, or the weights that transformers makes of one tensor.
-    DoRA's magnitude takes the dequantized weight and a copy in the adapter's dtype too; where B is not zero, three
-    copies.
+    A process holds at most its shard, the tensors that FSDP2 does not shard, and one group of tensors: one weight in
+    the files' dtype together with its packed form, or the weights that transformers makes of one tensor. To compute
+    DoRA's magnitude, a process also holds the dequantized weight and one copy of this weight in the adapter's dtype, or
+    three copies if B is not zero.
 
-    With HSDP inside of one node, each copy of the model reads its own rows of the dense weights.
+    With HSDP inside of one node, the processes of each replica of the model read the dense weights from the files.
 
     Args:
         model: ``base.model``, or a PeftModel around ``base.model``.
@@ -59,7 +61,8 @@ def shard_and_load(
     Returns: ``model``.
 
     Raises: SourceError where a weight can't be read or the adapter can't be sharded. ValueError where ``mesh`` does not
-    have all processes, has more than two dimensions, or has two dimensions without names.
+    have all processes, has more than two dimensions, or has two dimensions without names, or where ``offload_policy``
+    is a CPUOffloadPolicy.
     """
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"shard_and_load: mesh has {mesh.size()} processes, wanted all {dist.get_world_size()}")
@@ -85,7 +88,7 @@ def shard_and_load(
 
 
 def _node_group(node: str, error: Optional[Exception]) -> Any:
-    """Returns the process group of this node; raises in all processes where one process has an error."""
+    """Returns the process group of this node. If one process has an error, raises an error in all processes."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (node, None if error is None else first_line(error)))
     _raise_first([why for _, why in found], error)
@@ -94,12 +97,13 @@ def _node_group(node: str, error: Optional[Exception]) -> Any:
         nodes.setdefault(name, []).append(rank)
     if len(nodes) == 1:
         return dist.group.WORLD
-    groups = {name: dist.new_group(ranks) for name, ranks in nodes.items()}  # each process makes all groups
+    # PyTorch requires that every process makes all groups, also the groups of other nodes.
+    groups = {name: dist.new_group(ranks) for name, ranks in nodes.items()}
     return groups[node]
 
 
 def _raise_first(errors: list[Optional[str]], own: Optional[Exception]) -> None:
-    """Raises this process's error, or else the first error of another process."""
+    """Raises this process's own error if there is one, else the first error of another process, if any."""
     if own is not None:
         raise own
     for rank, error in enumerate(errors):
@@ -108,7 +112,7 @@ def _raise_first(errors: list[Optional[str]], own: Optional[Exception]) -> None:
 
 
 class _Loader:
-    """Fills the shards of one model. All processes of a node call the methods in one order."""
+    """Fills the shards of one model. All processes of a node must call the methods in the same order."""
 
     def __init__(self, model: nn.Module, base: MetaBase, mesh: Any, group: Any) -> None:
         self.model, self.base, self.group = model, base, group
@@ -120,7 +124,9 @@ class _Loader:
         self.turn = 0
         self.error: Optional[Exception] = None
         self.doras = magnitudes_to_compute(model)
-        self.later: list[tuple[Group, nn.Module, str]] = []  # codes of a packed checkpoint's weights under DoRA
+        # The packed weights of the checkpoint under DoRA adapters, whose magnitudes are computed after all weights are
+        # read.
+        self.later: list[tuple[Group, nn.Module, str]] = []
 
     def __enter__(self) -> _Loader:
         return self
@@ -131,7 +137,7 @@ class _Loader:
             dist.destroy_process_group(self.group)
 
     def ignored(self, unit: nn.Module) -> dict[str, Any]:
-        """Returns the argument of ``fully_shard`` that leaves codes whole where PyTorch can't shard bytes."""
+        """Returns arguments of ``fully_shard`` with which codes are not sharded, if this PyTorch can't shard uint8."""
         if SHARDS_BYTES:
             return {}
         return {"ignored_params": {p for p in unit.parameters() if not p.is_floating_point()}}
@@ -164,7 +170,7 @@ class _Loader:
             raise SourceError(f"model {self.base.folder}: {empty} has no values after loading")
 
     def _agree(self) -> None:
-        """Raises in all processes where one process could not read or make a tensor."""
+        """Raises an error in all processes if one process could not read or make a tensor."""
         failed = torch.tensor([self.error is not None], dtype=torch.int32, device=self.device)
         dist.all_reduce(failed, dist.ReduceOp.MAX)
         if failed.item():
@@ -182,7 +188,8 @@ class _Loader:
             return
         try:
             self._read(group, *places[0])
-        except Exception as error:  # raised in _agree, in all processes
+        except Exception as error:
+            # All processes raise this error in _agree.
             self.error = self.error or error
 
     # --- a tensor of which each process reads its own rows ------------------------------------------------------------
@@ -193,7 +200,8 @@ class _Loader:
             dtype = module._buffers[attribute].dtype
             module._buffers[attribute] = group.whole()[group.name].to(self.device, dtype)
             return
-        tied = not tensor.is_meta  # filled before, because the files have a tied tensor under both names
+        # A tensor that is not on the meta device is a tied tensor, which was filled already under its other name.
+        tied = not tensor.is_meta
         held = tensor if tied else self._new(tensor)
         rows, start = held.to_local(), self._bounds(held.shape[0])[0]
         size = max(1, PIECE // max(1, math.prod(held.shape[1:]) * group.dtype.itemsize))
@@ -207,12 +215,13 @@ class _Loader:
                 piece.copy_(came)
 
     def _bounds(self, rows: int) -> tuple[int, int]:
-        """Returns the first row of this process's shard, and the row behind the last."""
+        """Returns the number of the first row of this process's shard, and one more than the number of the last row."""
         size = -(-rows // self.shards)
         return min(self.shard * size, rows), min((self.shard + 1) * size, rows)
 
     def _new(self, tensor: Any) -> Any:
-        """Replaces a parameter on the meta device by a parameter on the device, in all modules that hold it."""
+        """Replaces a meta parameter by an empty parameter on ``self.device``, in all modules that hold the meta
+        parameter."""
         new = nn.Parameter(torch.empty_like(tensor, device=self.device), requires_grad=tensor.requires_grad)
         for module, name in self.holders[id(tensor)]:
             module._parameters[name] = new
@@ -221,7 +230,7 @@ class _Loader:
     # --- tensors that one process of the node makes -------------------------------------------------------------------
 
     def _share(self, group: Group, places: list[tuple[nn.Module, str]]) -> None:
-        """Makes the tensors of a group in one process of the node, sends the tensors, and keeps the own shard."""
+        """Makes the tensors of a group in one process of the node and sends them; each process keeps its own shard."""
         self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._doras(places)
         factors = [whole_factors(layer, name) for layer, name in doras]  # all processes of the mesh gather the factors
@@ -232,13 +241,16 @@ class _Loader:
     def _send(
         self, group: Group, owner: int, targets: list[tuple[nn.Module, str]], make: Callable[[], list[Tensor]]
     ) -> None:  # fmt: skip
-        """Sends the tensors that ``make`` returns in the process ``owner``, and keeps the own shard of each."""
+        """Sends the tensors that ``make`` returns in the process ``owner``; each process keeps its own shard of each
+        tensor."""
         made: list[Optional[Tensor]] = [None] * len(targets)
         if self.rank == owner:
             try:
                 made = list(make())
                 _check_made(group, made, targets)
-            except Exception as error:  # raised in _agree, because the other processes wait for this process's tensors
+            except Exception as error:
+                # The error is raised later, in _agree. The other processes wait for this process's tensors, and now get
+                # zeros.
                 self.error, made = self.error or error, [None] * len(targets)
         source = dist.get_global_rank(self.group, owner)
         for i, (module, name) in enumerate(targets):
@@ -262,9 +274,9 @@ class _Loader:
                 holder._parameters[attribute] = nn.Parameter(tensor, requires_grad=like.requires_grad)
 
     def _made(self, group: Group, doras: list[Adapted], factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Returns the tensors for :func:`_targets` of the group's places, then the magnitudes of ``doras``."""
+        """Returns the tensors of the group in the order of :func:`_targets`, and then the magnitudes of ``doras``."""
         made, dense = [], {} if group.is_by_rows else group.whole()
-        weights: dict[tuple[int, str], Any] = {}  # the finished weights of the layers that have DoRA
+        weights: dict[tuple[int, str], Any] = {}  # the finished weights of layers with DoRA adapters
         for name in group.shapes:
             if name not in self.base.places:
                 continue
@@ -290,7 +302,7 @@ class _Loader:
         return made
 
     def _doras(self, places: list[tuple[nn.Module, str]]) -> list[Adapted]:
-        """Returns the DoRA adapters of the weights at ``places`` whose magnitude has no values."""
+        """Returns the DoRA adapters of the weights at ``places`` whose magnitude has no values yet."""
         return [dora for module, attribute in places if not self._stays_packed(module)
                 for dora in self.doras.get((id(module), attribute), ())]  # fmt: skip
 
@@ -320,7 +332,8 @@ class _Loader:
         return type(found[0]).stack(found)
 
     def _targets(self, module: nn.Module, attribute: str) -> list[tuple[nn.Module, str]]:
-        """Returns the places of a finished tensor: its own place, or those of all parts of a quantized weight."""
+        """Returns the places of a finished weight: the weight's own place, or the places of all tensors of a quantized
+        weight."""
         if not self._quantizes(module, attribute):
             return [(module, attribute)]
         if isinstance(module, PackedLinear):
@@ -344,9 +357,9 @@ class _Loader:
         return list(self.doras.get((id(module), attribute), ()))
 
     def _share_magnitudes(self, group: Group, module: Any, attribute: str) -> None:
-        """Computes the magnitudes over one packed weight in one process of the node, and sends them.
+        """Computes the DoRA magnitudes over one packed weight in one process of the node, and sends the magnitudes.
 
-        The process reads the codes a second time, because each process keeps its own shard of the codes only.
+        This process reads all codes of the weight again, because each process has kept only its own shard of the codes.
         """
         self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._packed_doras(module, attribute)

@@ -1,9 +1,9 @@
 """Checks the files of an untrusted adapter before PEFT reads them. The message of each error is one line.
 
-adapter_config.json must be a JSON object with a known method, fields of the right types, and no size beyond the
-weights' sizes. adapter_model.safetensors must have a header that the safetensors library accepts, and float dtypes
-where PEFT would cast. run.json is optional; run.json says how the base's weights were stored in training. No code of an
-adapter's folder is imported, and no file is unpickled.
+adapter_config.json must be a JSON object with a known method, fields of the right types, and no size larger than the
+sizes of the saved weights. adapter_model.safetensors must have a header that the safetensors library accepts, and
+floating-point dtypes for tensors that PEFT would cast. run.json is optional, and records in which format the base's
+weights were stored in training. No code in an adapter's folder is imported, and no file is unpickled.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def read_config(file: Path) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # an annotation has a name that only type checkers import; PEFT's own checks remain
+    except (NameError, TypeError):
+        # An annotation uses a name that only type checkers import. This module then does not check the types of the
+        # fields.
         hints = {}
     for field in dataclasses.fields(config_class):
         value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
@@ -66,7 +68,8 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    path = values.get("prompt_tuning_init_state_dict_path")  # a saved adapter does not need the file at this path
+    # PEFT does not read the file at this path when it loads a saved adapter.
+    path = values.get("prompt_tuning_init_state_dict_path")
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
@@ -94,7 +97,7 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Returns whether JSON's ``value`` fits a field's annotation ``hint``. An unknown annotation fits all values."""
+    """Returns whether the JSON ``value`` fits a field's annotation ``hint``. Every value fits an unknown annotation."""
     arguments = typing.get_args(hint)
     kind = typing.get_origin(hint) or hint
     if kind in (Union, types.UnionType):
@@ -116,9 +119,9 @@ def _is_of(value: Any, hint: Any) -> bool:
 def checked_config(folder: Path) -> PeftConfig:
     """Returns the configuration of the adapter in ``folder``, checked against the header of the adapter's weights.
 
-    Raises: OSError where the configuration or the weights can't be read; ValueError, one line, for the reasons of
-    :func:`read_config`, for weights that are no safetensors, and for a configuration that asks for larger tensors than
-    the weights have.
+    Raises: OSError where the configuration or the weights can't be read; ValueError, one line, where
+    :func:`read_config` raises ValueError, where the weights are no safetensors, and where the configuration asks for
+    larger tensors than the saved weights.
     """
     config, weights = read_config(folder / CONFIG_NAME), weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     largest = max((size for shape in weights.values() for size in shape), default=0)
@@ -144,7 +147,8 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # saved weights lack the pruned ranks; rank_pattern has an entry for each initial rank
+    elif method == "ADALORA":
+        # The saved weights lack AdaLoRA's pruned ranks. The lists in rank_pattern have an entry for each initial rank.
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:
@@ -154,11 +158,13 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
 
 
 def training_options(adapter: Path) -> dict[str, Any]:
-    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``, and the ``kind`` of the run's data.
+    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``; the key "kind" has the kind of the
+    run's data.
 
     Returns an empty dict if there is no run.json of ``peft-ext finetune``.
 
-    Raises SourceError where run.json can't be read: a merge without run.json could use another base than the training.
+    Raises SourceError where run.json can't be read, because a merge without the options in run.json could use another
+    base than the training.
     """
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
         file = folder / "run.json"

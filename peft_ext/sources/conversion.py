@@ -1,8 +1,8 @@
-"""Plans how the tensors of a model are made from the tensors in its files, by the conversions of transformers.
+"""Plans how transformers' conversions make the tensors of a model from the tensors in the model's files.
 
 transformers renames the tensors of many checkpoints while it loads them, and joins or splits some tensors: Mixtral's
 files have each expert's w1, w2 and w3, and the model has gate_up_proj and down_proj of all experts. :func:`plan`
-applies transformers' own renamings to the names alone, and checks names, shapes and dtypes before any weight is read.
+applies transformers' renamings to the names only, and checks names, shapes and dtypes, before any weight is read.
 :class:`Group` then reads and converts the tensors of one group, or only the rows that a process needs.
 """
 
@@ -37,7 +37,8 @@ with required("transformers", "loading shards of a model"):
 
 @dataclass(frozen=True)
 class Shapes:
-    """The part of a dense model that transformers' conversions read: the configuration, and tensors without values."""
+    """A stand-in for the dense model, with what transformers' conversions read: the configuration, and tensors without
+    values."""
 
     config: Any
     tensors: dict[str, Tensor]
@@ -54,12 +55,12 @@ class Group:
 
     Attributes:
         name: the first tensor of the model that the group makes.
-        parts: by pattern of the conversion, the names of the tensors in the files, in order. The only pattern of a
-            renaming is "".
+        parts: for each source pattern of the conversion, the names of the tensors in the files, in order. A renaming
+            has the one pattern "".
         dtype: the dtype to which each tensor of the files is cast before the conversion.
         converter: transformers' conversion; None for a renaming.
-        model: the dense model, which some conversions read.
-        shapes: name in the model -> shape.
+        model: a stand-in for the dense model, which some conversions read.
+        shapes: name of each tensor that the group makes in the model -> shape.
     """
 
     name: str
@@ -72,7 +73,8 @@ class Group:
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether each row of dimension 0 can be made from a part of the files' tensors: see :meth:`rows`."""
+        """Whether single rows of dimension 0 of the result can be made without reading all tensors: see :meth:`rows`.
+        """
         if self.converter is None:
             return True
         first, *others = self.converter.operations
@@ -83,7 +85,7 @@ class Group:
         )  # fmt: skip
 
     def rows(self, start: int, end: int) -> Tensor:
-        """Returns the rows ``start`` to ``end`` of the group's only tensor, on the CPU.
+        """Returns the rows ``start`` to ``end`` (exclusive) of the group's only tensor, on the CPU.
 
         A row of merged experts is one expert, which is made from the files' tensors of this expert alone. Raises
         SourceError where a file can't be read.
@@ -110,13 +112,13 @@ class Group:
                 converter.add_tensor(self.name, name, pattern, tensor)
         try:
             found = converter.convert(self.name, model=self.model, config=self.model.config)
-        except Exception as error:  # a conversion that needs more than the tensors raises any error
+        except Exception as error:  # a conversion that needs the whole model may raise any error
             raise SourceError(f"model {self.where}: transformers' conversion of {self.name}: "
                               f"{first_line(error)}") from error  # fmt: skip
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
 
     def trace(self) -> None:
-        """Sets ``shapes`` by a conversion of meta tensors. Raises SourceError where the conversion fails."""
+        """Sets ``shapes`` by converting tensors on the meta device. Raises SourceError where the conversion fails."""
         if self.converter is None:
             self.shapes = {self.name: torch.Size(self.files.entries[self.parts[""][0]].shape)}
             return
@@ -139,19 +141,20 @@ def plan(
 ) -> tuple[list[Group], set[str]]:
     """Returns the groups that make all tensors of ``model``'s state dict, and the names of buffers to initialize.
 
-    ``model`` is a transformers model on the meta device, made in ``dtype``. Its layers are dense, or packed as the
-    files are; of a packed model, ``quantizer`` is the result of :func:`peft_ext.sources.model.pack_as_stored`. The
-    dtype of a tensor that transformers loads in another dtype than ``dtype`` is set in ``model``. A buffer is
-    initialized, and not read, where the files lack the buffer and the model's class allows that
-    (``_keys_to_ignore_on_load_missing``). Tensors of the files that the model does not have are ignored, as
-    transformers does.
+    ``model`` is a transformers model on the meta device, made in ``dtype``. The layers of ``model`` are dense, or
+    packed as in the files; for a packed model, ``quantizer`` is the result of
+    :func:`peft_ext.sources.model.pack_as_stored`. If transformers loads a tensor in another dtype than ``dtype``, the
+    tensor in ``model`` gets this other dtype. A buffer that the files lack is initialized if the model's class allows a
+    missing buffer (``_keys_to_ignore_on_load_missing``). Tensors of the files that the model does not have are ignored,
+    as transformers does.
 
-    Raises: SourceError where the files lack a tensor, or where a tensor has a wrong shape or is not of floats.
+    Raises: SourceError where the files lack a tensor, or where a tensor has a wrong shape or dtype.
     """
     mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     groups = _groups(model, files, mapping, wanted, _dtypes(model, dtype))
-    # save_pretrained reverts these conversions. A release of transformers without was_used reverts all conversions.
+    # save_pretrained reverts the conversions in _weight_conversions. A release of transformers without was_used reverts
+    # all conversions of the mapping.
     used = [conversion for conversion in mapping if getattr(conversion, "was_used", lambda: True)()]
     model._weight_conversions = used
     found: dict[str, Group] = {}
@@ -178,7 +181,8 @@ def plan(
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Returns, by name, the dtypes in which transformers loads the model's floating tensors; sets them in the model."""
+    """Returns, by name, the dtypes in which transformers loads the model's tensors, and casts the model's tensors to
+    them."""
     kept, found = model._get_dtype_plan(dtype), {}
     pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -194,7 +198,7 @@ def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 def _groups(
     model: Any, files: TensorFiles, mapping: list[Any], wanted: dict[str, Tensor], dtypes: dict[str, torch.dtype]
 ) -> dict[str, Group]:
-    """Returns groups by the name of their first tensor in the model, as transformers' loader collects tensors."""
+    """Returns the groups by the name of their first tensor in the model, grouped as in transformers' loader."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

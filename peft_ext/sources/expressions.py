@@ -1,7 +1,7 @@
 """Checks that matching the regular expressions of an untrusted configuration with module names takes bounded time.
 
-PEFT matches the expressions with Python's ``re``, which has no time limit. A child process therefore matches each
-expression first, under a time limit. The package ``regex`` has a time limit, but cannot replace the child process:
+PEFT matches the expressions with Python's ``re``, which has no time limit. A child process with a time limit therefore
+matches each expression before PEFT does. The package ``regex`` has a time limit, but cannot replace the child process:
 ``regex`` matches some expressions at once on which ``re`` backtracks without end.
 """
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _SECONDS = 10.0  # time limit of the child process
 _BYTES = 1 << 30  # memory limit of the child process
 
-# By field: the patterns that PEFT and peft_ext.tuners build around the field's expression to match a module's name.
+# For each field: the patterns that PEFT and peft_ext.tuners build around an expression in the field to match module
+# names.
 _WHOLE = "(?:{})\\Z"
 _FORMS = {
     "target_modules": (_WHOLE,),
@@ -36,7 +37,7 @@ _FORMS = {
     "modules_to_save": (r"(^|.*\.){}($|\..*)",),
     "layers_pattern": (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(?:.*?\.)??(?:{})\.(\d+)(?:\.|$)"),
 }
-_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")  # the patterns for a key of rank_pattern or alpha_pattern
+_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")  # patterns around keys of rank_pattern and alpha_pattern
 _PLAIN = re.compile(r"[\w.-]*")
 
 _CHILD = """
@@ -57,7 +58,7 @@ for number, pattern in enumerate(patterns):
 
 
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields (field, pattern, expression) for each pattern that is built around an expression of the configuration.
+    """Yields (field, pattern, expression) for each pattern that PEFT builds around an expression of the configuration.
 
     An expression is a regular expression in a field of the configuration, such as ``target_modules``. Yields nothing
     for an expression that is a plain name without special characters.
@@ -79,10 +80,11 @@ def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[float] = None) -> None:
-    """Raises ValueError, one line, where an expression of ``config`` is invalid or matching takes over ``seconds``.
+    """Raises ValueError, one line, if an expression of ``config`` is invalid, or if matching takes more than
+    ``seconds``.
 
-    One child process matches all expressions against the names of all modules of ``model``. Without an interpreter to
-    start (``sys.executable``), nothing is checked.
+    One child process matches all expressions against the names of all modules of ``model``. If Python does not know its
+    own interpreter (``sys.executable`` is empty), nothing is checked.
     """
     asked = list(_expressions(config))
     if not asked or not sys.executable:

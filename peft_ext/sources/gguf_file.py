@@ -1,4 +1,4 @@
-"""Reads the base model from one GGUF file: configuration, tokenizer and quantization, with errors of one line."""
+"""Reads the configuration, tokenizer and quantization of a base model from one GGUF file; each error is one line."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ __all__ = [
 
 
 def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
-    """Returns the path of the GGUF file that ``name`` names; None for a folder, a hub name or None."""
+    """Returns the path of the GGUF file ``name``; returns None if ``name`` is a folder, a hub name or None."""
     try:
         path = Path(name or "").expanduser()
         return path.resolve() if is_gguf(path) else None
-    except (OSError, RuntimeError, ValueError):  # a too long path, a loop of links, or ~ of an unknown user
+    except (OSError, RuntimeError, ValueError):
+        # The path is too long, is a loop of links, or begins with ~ and the name of an unknown user.
         return None
 
 
 def read_gguf(path: Path, error: type[Exception]) -> GgufHeader:
-    """Returns the checked header of a file. Raises ``error``, one line, where the file is damaged or can't be read."""
+    """Returns the checked header of a GGUF file. Raises ``error``, one line, if the file is damaged or can't be read.
+    """
     with raised_as(error, "", OSError, ValueError):
         return read_header(path)
 
 
 def gguf_config(path: Path, error: type[Exception]) -> Any:
-    """Returns the transformers configuration of the model in a file. Raises ``error``, one line, where the file is
+    """Returns the transformers configuration of the model in a GGUF file. Raises ``error``, one line, if the file is
     damaged, the model is not supported, or a package is missing."""
     with raised_as(error, "", OSError, ValueError, ImportError):
         from ..gguf.metadata import read_config
@@ -40,19 +42,19 @@ def gguf_config(path: Path, error: type[Exception]) -> Any:
 
 
 def gguf_tokenizer(path: Path, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a file. Raises OSError, and ValueError of one line."""
+    """Returns the tokenizer in a GGUF file. Raises OSError, or ValueError with one line."""
     from ..gguf.metadata import read_tokenizer
 
     return read_tokenizer(read_header(path), **kwargs)
 
 
 def is_packed(header: GgufHeader) -> bool:
-    """Returns whether the file has quantized weights."""
+    """Returns whether the GGUF file has quantized weights."""
     return any(info.dtype is None for info in header.tensors.values())
 
 
 def gguf_quantization(header: GgufHeader) -> str:
-    """Returns a file's types of quantized weights in words, the type with the most bytes first: "gguf Q4_K, Q6_K"."""
+    """Returns the names of a GGUF file's quantized types, the type with the most bytes first: "gguf Q4_K, Q6_K"."""
     sizes: dict[str, int] = {}
     for info in header.tensors.values():
         if info.dtype is None:
@@ -61,7 +63,7 @@ def gguf_quantization(header: GgufHeader) -> str:
 
 
 def pack_meta(model: Any, path: Path, dtype: torch.dtype, error: type[Exception]) -> None:
-    """Replaces the layers of a model on the meta device by packed layers, as the file stores them."""
+    """Replaces the layers of a model on the meta device by packed layers of the types in the GGUF file."""
     with raised_as(error, "", OSError, ValueError):
         from ..gguf.pack import pack
 

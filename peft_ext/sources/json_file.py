@@ -29,7 +29,8 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a JSON {type(values).__name__}, wanted an object")
     level: list[Any] = [values]
-    for _ in range(_DEEPEST):  # limited, since PEFT and transformers recurse over nested values
+    # The depth of nested values is limited, because PEFT and transformers read nested values by recursion.
+    for _ in range(_DEEPEST):
         level = [
             child
             for value in level
@@ -61,7 +62,8 @@ def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of the error's class where the message is empty.
 
-    For a state dict whose shapes do not fit, returns the line of the first wrong shape: the line before names a class.
+    For PyTorch's error about a state dict with wrong shapes, returns the line of the first wrong shape instead: the
+    first line of this error names only a class.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if line.startswith("size mismatch")] or lines
@@ -70,7 +72,8 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
-    """Raises errors of ``kinds`` as ``kind``, with the message ``about``, the error's first line and ``after``."""
+    """Raises errors of the classes ``kinds`` as ``kind``, with ``about``, the error's first line and ``after`` as
+    message."""
     try:
         yield
     except kinds as error:

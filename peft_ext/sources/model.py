@@ -1,8 +1,9 @@
-"""Reads untrusted models: folder or GGUF file, configuration, class, quantization and weights.
+"""Reads the configuration, class, quantization and weights of an untrusted model from a folder or a GGUF file.
 
 The message of each error is one line. config.json must be a JSON object in which no number of layers or experts is
-above MOST_LAYERS. The index may name only safetensors files in the index's own folder. The weights may be dense, or
-quantized in a way that :class:`peft_ext.PackedConfig` supports. Code in the model's folder is never run.
+above MOST_LAYERS. The index of the weights (model.safetensors.index.json) may name only safetensors files in its own
+folder. The weights may be dense, or quantized in a way that :class:`peft_ext.PackedConfig` supports. Code in the
+model's folder is never run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ..nn.packed import HoldsPacked
 from .gguf_file import gguf_config, gguf_path, gguf_quantization, gguf_tokenizer, is_packed, pack_meta, read_gguf
 from .json_file import first_line, raised_as, read_object, shown
 
-# By PEFT's name of a task: the transformers class of the model, used where the base's own class is for another task.
+# PEFT's name of a task -> the transformers class of the model. :func:`model_class` uses this class where the base's own
+# class does not fit the task.
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -37,7 +39,7 @@ AUTO_CLASSES = {
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-# Patterns of the files of a hub repository that a model with its tokenizer needs.
+# Name patterns of the files of a hub repository that are downloaded for a model and its tokenizer.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"]
 MOST_LAYERS = 10_000
 
@@ -47,18 +49,19 @@ _HEAD_KEY = re.compile(r"\.(?:score|classifier|qa_outputs)(?:\.out_proj)?\.weigh
 
 
 class SourceError(ValueError):
-    """A model or adapter can't be used. The message is one line with the value that came and the value wanted."""
+    """Raised where a model or an adapter can't be used. The message is one line with the given and the wanted value."""
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
-    """Returns the folder or GGUF file ``name``, or, for a repository on the hub, its folder in the hub's cache.
+    """Returns the path of the folder or GGUF file ``name``; for a repository on the hub, the repository's folder in the
+    hub's cache, after a download.
 
     Args:
-        what: the argument's name in an error.
-        patterns: the files of a repository that are downloaded.
+        what: the argument's name in an error's message.
+        patterns: name patterns of the files of a repository that are downloaded.
 
     Raises: SourceError.
     """
@@ -70,21 +73,22 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a too long path, a loop of links, or ~ of an unknown user
+    except (OSError, RuntimeError, ValueError) as error:
+        # The path is too long, is a loop of links, or begins with ~ and the name of an unknown user.
         why = getattr(error, "strerror", None) or first_line(error)
         raise SourceError(f"{what} is {text[:60]}: {why}") from error
     if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise SourceError(f"{what} is {text}, no such folder")
     from huggingface_hub import snapshot_download
 
-    # Every error of the download is reported as an error of the argument.
+    # Every error of the download is raised as a SourceError about the argument ``what``.
     about = f"{what} is {text}: there is no such folder, and the hub gives none ("
     with raised_as(SourceError, about, Exception, after=")"):
         return Path(snapshot_download(text, allow_patterns=patterns))
 
 
 def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
-    """Returns :func:`find_folder` of a model. Raises SourceError where a folder has no config.json."""
+    """Returns the result of :func:`find_folder` for a model. Raises SourceError if the folder has no config.json."""
     folder = find_folder("model", name, patterns)
     if folder.is_file():
         return folder
@@ -104,15 +108,17 @@ def read_model_config(folder: Path) -> Any:
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
     with raised_as(SourceError, f"model {folder}: ", Exception):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # with None, transformers asks the user
+        # With trust_remote_code=None, transformers would ask the user whether to run the model's code.
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def check_model_config(file: Path) -> None:
-    """Raises ValueError, one line, where ``file`` is no JSON object, or gives the model a size that is out of range.
+    """Raises ValueError, one line, if ``file`` is no JSON object, or has a size of the model that is out of range.
 
     A number of layers or experts may be at most ``MOST_LAYERS``, and a field of ``_POSITIVE`` must be at least 1.
 
-    transformers makes an object for each layer and each expert before it reads the weights.
+    The limits are needed because transformers makes an object for each layer and each expert before it reads the
+    weights.
     """
 
     def check_sizes(values: dict[str, Any]) -> None:
@@ -128,10 +134,11 @@ def check_model_config(file: Path) -> None:
 
 
 def check_index(file: Path) -> None:
-    """Raises ValueError, one line, where an index of safetensors names another kind of file or a file elsewhere.
+    """Raises ValueError, one line, if an index of safetensors names a file of another kind, or a file in another
+    folder.
 
-    If the first file that the index names (in sorted order) does not end in .safetensors, transformers reads the file
-    with ``torch.load``, which unpickles it.
+    If the name of the first file (in sorted order) in the index does not end in .safetensors, transformers reads this
+    file with ``torch.load``, which unpickles the file.
     """
     names = read_object(file).get("weight_map")
     if not isinstance(names, dict):
@@ -149,7 +156,8 @@ def stored_quant(folder: Union[str, Path], about: Any) -> str:
 
     The result is "none" for dense weights, "nf4" for bitsandbytes' NF4, and "checkpoint" for other packed weights that
     :class:`peft_ext.PackedConfig` loads. ``about`` is the model's configuration. Raises SourceError where the weights
-    are quantized in a way that is not supported. For a GGUF file the result is "checkpoint" or "none".
+    are quantized in a way that is not supported. For a GGUF file, the result is "checkpoint" if the file has quantized
+    weights, else "none".
     """
     if (file := gguf_path(folder)) is not None:
         return "checkpoint" if is_packed(read_gguf(file, SourceError)) else "none"
@@ -179,7 +187,8 @@ def _quantization_config(about: Any) -> Optional[dict[str, Any]]:
 
 
 def quant_method(about: Any) -> str:
-    """Returns the name of the library or method that quantized a checkpoint with the configuration ``about``."""
+    """Returns the name of the quantization of a checkpoint with the configuration ``about``: the name of a library or
+    method, or for a GGUF file the types of its quantized weights."""
     if (file := gguf_path(getattr(about, "_name_or_path", None))) is not None:
         return gguf_quantization(read_gguf(file, SourceError))
     method = (_quantization_config(about) or {}).get("quant_method")
@@ -187,7 +196,8 @@ def quant_method(about: Any) -> str:
 
 
 def loading_arguments(quant: str) -> dict[str, Any]:
-    """Returns the arguments with which ``from_pretrained`` keeps the weights of a packed checkpoint packed, or {}."""
+    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; {} for other checkpoints.
+    """
     if quant != "checkpoint":
         return {}
     from ..integrations.packed import PackedConfig
@@ -196,11 +206,11 @@ def loading_arguments(quant: str) -> dict[str, Any]:
 
 
 def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> Any:
-    """Replaces the layers of a model on the meta device by packed layers, as ``folder`` or a GGUF file stores them.
+    """Replaces layers of a model on the meta device by packed layers, in the formats of the files in ``folder``.
 
-    Reads the headers of the files and no weight. ``about``: the configuration with the checkpoint's quantization.
-    Returns the quantizer of :class:`peft_ext.PackedConfig`; None for a GGUF file. Raises SourceError where the folder
-    has no safetensors or the files are not supported.
+    ``folder`` may also be a GGUF file. The function reads the headers of the files and no weight. ``about``: the
+    configuration with the checkpoint's quantization. Returns the quantizer of :class:`peft_ext.PackedConfig`; None for
+    a GGUF file. Raises SourceError where the folder has no safetensors or the files are not supported.
     """
     if folder.is_file():
         pack_meta(model, folder, dtype, SourceError)
@@ -219,11 +229,11 @@ def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> 
 def model_class(about: Any, config: Any) -> Any:
     """Returns the class of the model that an adapter was trained on.
 
-    For an adapter without a task, returns the class that auto_mapping names if this class takes the base's
-    configuration, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the base's
-    own class if the class can generate. For other adapters returns the Auto class of the adapter's task.
+    For an adapter without a task, returns the class that the adapter's auto_mapping names, if this class has the base's
+    class of configurations, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the base's own
+    class if the class can generate. For other tasks, returns the Auto class of the task.
 
-    Args: about: the base's configuration. config: the adapter's.
+    Args: about: the base's configuration. config: the adapter's configuration.
     """
     import transformers
 
@@ -245,7 +255,8 @@ def model_class(about: Any, config: Any) -> Any:
 def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Optional[int]:
     """Returns the number of labels of the adapter's head where the base's configuration has another number; else None.
 
-    Args: about: the base's configuration. config: the adapter's. shapes: shapes of the adapter's tensors, by name.
+    Args: about: the base's configuration. config: the adapter's configuration. shapes: shapes of the adapter's tensors,
+    by name.
     """
     heads = [shape for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not heads or heads[-1][0] == about.num_labels:
@@ -262,7 +273,7 @@ class LoadedModel:
 
     Attributes:
         folder: the folder, or the GGUF file.
-        absent: names of the parameters that are missing in the model's files.
+        absent: names of the model's parameters that the files lack.
         quant: how the files store the weights, see :func:`stored_quant`.
     """
 
@@ -280,12 +291,12 @@ def load_model(
     shapes: Mapping[str, tuple[int, ...]],
     trained: Mapping[str, Any],
 ) -> LoadedModel:
-    """Loads the base of an adapter from safetensors, with the class and the number of labels of the adapter's training.
+    """Loads the base of an adapter, with the model class and the number of labels that the adapter was trained with.
 
     A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16. Raises SourceError.
 
     Args:
-        name: a folder or a hub name; None: the base that the adapter's configuration names.
+        name: a folder, a GGUF file or a hub name; None: the base that the adapter's configuration names.
         config: the adapter's configuration.
         adapter: the adapter's folder.
         shapes: shapes of the adapter's tensors, by name.
@@ -321,7 +332,8 @@ def load_model(
 
 
 def _load_gguf(name: str, file: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> LoadedModel:
-    """Loads the base of an adapter from a GGUF file, with its weights packed and the dense weights in bfloat16."""
+    """Loads the base of an adapter from a GGUF file. Quantized weights stay packed; dense weights are loaded in
+    bfloat16."""
     about = gguf_config(file, SourceError)
     quant, labels = stored_quant(file, about), head_labels(about, config, shapes)
     if labels is not None:
@@ -333,7 +345,8 @@ def _load_gguf(name: str, file: Path, config: Any, shapes: Mapping[str, tuple[in
 
 
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a folder or a GGUF file, with a padding token. Raises the errors of transformers."""
+    """Returns the tokenizer in a folder or a GGUF file, and sets a padding token if the tokenizer has none. Raises the
+    errors of transformers."""
     from transformers import AutoTokenizer
 
     if (file := gguf_path(folder)) is not None:
@@ -349,7 +362,7 @@ def widen(model: Any) -> None:
     """Casts a transformers model, loaded in bfloat16, to float32 in place, one parameter at a time.
 
     Packed codes and their scales keep their dtypes. Buffers that are in no file, such as the scale of the embeddings in
-    Gemma 3, are made again in float32, because the values of the loaded buffers are rounded to bfloat16.
+    Gemma 3, are computed again in float32, because the model loaded in bfloat16 has rounded values.
     """
     from accelerate import init_empty_weights
 
@@ -370,19 +383,20 @@ def widen(model: Any) -> None:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Returns the base of a PeftModel; returns any other model itself."""
+    """Returns the base model of a PeftModel; returns a model that is no PeftModel unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_head(model: nn.Module) -> Optional[nn.Module]:
-    """Returns the layer that computes the logits of a transformers model or of a PeftModel; None: no such layer."""
+    """Returns the layer that computes the logits of a transformers model or of a PeftModel; None if there is no such
+    layer."""
     get = getattr(base_model(model), "get_output_embeddings", None)
     return get() if callable(get) else None
 
 
 def task_of(model: nn.Module) -> Optional[str]:
-    """Returns the task of a transformers model's head by the name of the model's class; None: unknown. If the name
-    tells no task, an encoder-decoder model that computes logits has the task SEQ_2_SEQ_LM."""
+    """Returns the task of a transformers model, found in the name of the model's class; None if the task is unknown. If
+    the name has no task, an encoder-decoder model that computes logits has the task SEQ_2_SEQ_LM."""
     name = type(model).__name__
     heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
              "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip
@@ -394,7 +408,8 @@ def task_of(model: nn.Module) -> Optional[str]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Hides transformers' progress bars, and all warnings, such as PEFT's about tied weights or about a new head."""
+    """Within the context, hides transformers' progress bars, and all warnings, such as PEFT's warnings about tied
+    weights or about a new head."""
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()

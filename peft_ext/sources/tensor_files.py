@@ -1,8 +1,8 @@
 """Reads parts of the tensors in a model's safetensors files, without mapping the files into memory.
 
-``safetensors.safe_open`` maps a whole file, and each page that was read stays in the process's resident memory while
-the file is open. :class:`TensorFiles` reads bytes into new tensors, so that the resident memory grows
-by the bytes of these tensors only.
+``safetensors.safe_open`` maps a whole file into memory, and each page that was read counts as resident memory of the
+process while the file is open. :class:`TensorFiles` reads bytes into new tensors, so that the resident memory grows by
+the bytes of these tensors only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()} | {
 
 @dataclass(frozen=True)
 class Entry:
-    """The place of one tensor: its file, its dtype and shape, and the position of its first byte in the file."""
+    """One tensor in a file: the file, the tensor's dtype and shape, and the position of the tensor's first byte in the
+    file."""
 
     file: Path
     dtype: torch.dtype
@@ -70,9 +71,10 @@ class TensorFiles:
             self.entries[tensor] = files[name][tensor]
 
     def rows(self, name: str, start: int = 0, end: Optional[int] = None) -> Tensor:
-        """Returns the rows ``start`` to ``end`` of dimension 0 of the tensor ``name``, on the CPU, in the file's dtype.
+        """Returns the rows ``start`` to ``end`` (exclusive) of the tensor ``name``, on the CPU, in the file's dtype.
 
-        For a tensor without dimensions, returns the tensor. Raises SourceError where the file can't be read.
+        Rows are the indices of dimension 0. A tensor without dimensions is returned whole. Raises SourceError where the
+        file can't be read.
         """
         entry = self.entries[name]
         rows, *others = entry.shape or (1,)
@@ -89,7 +91,8 @@ class TensorFiles:
         return held.view(entry.dtype).view(shape)
 
     def open(self, file: Path) -> BufferedReader:
-        """Opens ``file`` where it is not open, and returns the open file. Raises SourceError where that fails."""
+        """Opens ``file`` if the file is not open yet, and returns the open file. Raises SourceError if opening fails.
+        """
         if file not in self._open:
             try:
                 self._open[file] = file.open("rb")
@@ -111,7 +114,7 @@ class TensorFiles:
 
 def _entries(file: Path) -> dict[str, Entry]:
     """Returns the tensors of one file. Raises ValueError, one line with the file's path, or OSError."""
-    shapes = weight_shapes(file)  # checks that header and file fit together
+    shapes = weight_shapes(file)  # safetensors checks the header and the file's size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header: dict[str, dict[str, Any]] = parse(f"{file}: header", opened.read(length).decode(), has_lines=False)

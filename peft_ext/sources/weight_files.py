@@ -20,7 +20,8 @@ DTYPES = {
 
 
 def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors in ``file``, from its header. Raises ValueError with one line, or OSError."""
+    """Returns the shapes of the tensors in a safetensors file, from its header. Raises ValueError with one line, or
+    OSError."""
     if not file.is_file():
         if (pickle := file.with_suffix(".bin")).is_file():
             raise ValueError(f"{file.parent} has {pickle.name}, a pickle, and no {file.name}. A pickle runs code as it "
@@ -34,7 +35,8 @@ def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_floats(file: Path, prefix: str) -> None:
-    """Raises ValueError if a tensor whose name contains ``prefix`` has no float dtype: PEFT would cast the tensor."""
+    """Raises ValueError if a tensor whose name contains ``prefix`` has no float dtype, because PEFT would cast the
+    tensor."""
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
             dtype = opened.get_slice(name).get_dtype()
@@ -43,7 +45,8 @@ def check_floats(file: Path, prefix: str) -> None:
 
 
 def check_finite(file: Path) -> None:
-    """Raises ValueError where a number in the safetensors ``file`` is not finite, as after a bit error.
+    """Raises ValueError if a number in the safetensors ``file`` is not finite, for example after a bit error on the
+    disk.
 
     8-bit floats are not checked.
     """

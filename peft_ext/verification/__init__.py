@@ -1,8 +1,9 @@
-"""``peft_ext.verify``: compares the accelerated model with the stock model, and both with a model in a wider dtype.
+"""``peft_ext.verify``: compares the accelerated model with the stock model, and both models with a model in a wider
+dtype.
 
-compare  the public function ``verify`` and its result ``Verification``
-twins    the three copies of the model: stock and accelerated, which share its weights, and one in the wider dtype
-steps    one training step, each block alone, and the limit of each error
+compare.py has the public function ``verify`` and its result ``Verification``. twins.py makes three copies of the model:
+the stock and the accelerated copy share the model's weights, and the third copy is in the wider dtype. steps.py runs
+one training step or each block alone, and computes the limit of each error.
 """
 
 from .compare import Compared, Verification, verify

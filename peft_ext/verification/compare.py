@@ -1,12 +1,12 @@
-"""Compares the accelerated model with the stock model, on a user's own model and batch.
+"""Compares a training step of the accelerated model with the stock model's step, for a user's own model and batch.
 
 The loss, the outputs and the gradient of each trained parameter must satisfy
 
     ‖accelerated - yardstick‖  ≤  factor ‖stock - yardstick‖ + floor ‖yardstick‖
 
-The yardstick is the stock model in float32, or in float64 if the model itself computes in float32. All three models are
-copies, see :mod:`.twins`: the stock and the accelerated copy share the user's weights, and the yardstick has the
-weights in the wider dtype. The user's model itself is never called.
+The "yardstick" is the stock model in float32, or in float64 if the user's model computes in float32. The stock model,
+the accelerated model and the yardstick are copies, see :mod:`.twins`: the stock and the accelerated copy share the
+user's weights, and the yardstick has the weights in the wider dtype. The user's model itself is never called.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Verification:
     ``str()`` gives a table of the loss, the outputs, the five worst gradients and the worst block.
 
     Attributes:
-        rows: comparisons of the loss, of the outputs and of each trained gradient.
+        rows: comparisons of the loss, of the outputs, and of the gradient of each trained parameter.
         blocks: one comparison for each fused layer or block that could be run alone.
-        about: one sentence with the model's class, dtype and mode, and the yardstick.
-        notes: further sentences, for example about a yardstick that could not run.
+        about: one sentence with the model's class, dtype and mode, and the model against which errors are measured.
+        notes: further sentences, for example why the yardstick (the stock model in a wider dtype) could not run.
     """
 
     rows: list[Compared]
@@ -58,12 +58,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Returns whether every row and every block is within its limit."""
+        """Returns whether every comparison in ``rows`` and in ``blocks`` is within its limit."""
         return all(row.ok for row in (*self.rows, *self.blocks))
 
     @property
     def worst_block(self) -> Optional[Compared]:
-        """Returns the worst of the blocks that are over their limits and contain no other block over its limit.
+        """Returns the worst of those blocks that are over their limits and contain no other block over its limit.
 
         If no block is over its limit, returns the block closest to its limit; without blocks, returns None.
         """
@@ -98,36 +98,37 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     """Compares a training step of the accelerated model with the same step of the stock model, tensor by tensor.
 
     An output's limit is twice the stock model's error against the yardstick, plus a floor. A gradient's limit is
-    three times the stock model's error, plus the floor, because among some hundred gradients of a correct model, one
-    has 2.5 times the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements
-    or fewer such as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the
-    model computes in float32. The yardstick multiplies by the same dequantized weights as the stock layers. If the
+    three times the stock model's error, plus the floor, because in a correct model with about a hundred gradients, one
+    gradient has 2.5 times the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16
+    elements or fewer such as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if
+    the model computes in float32. The yardstick multiplies by the same dequantized weights as the stock layers. If the
     yardstick can't run (layers of bitsandbytes that are not NF4, code that refuses float64, too little memory), the
     difference between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the
     reason.
 
-    Each fused layer and block is also compared alone, by the same rule: the stock forward and the fused forward of a
-    layer run on the input that the layer gets in the stock model. ``worst_block`` is the block to look at first.
+    Each fused layer and block is also compared alone, with the same limits: the stock forward and the fused forward of
+    a layer get the input that the layer has in the stock model. If something is wrong, look at the block
+    ``worst_block`` first.
 
     Dropout is off, also in attention and in adapters, because results under two dropout masks can't be compared. If two
     stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; the
     comparison then runs in evaluation mode, with gradients. In all other cases the comparison runs in training mode,
-    also for a model in evaluation mode. An autocast that is on applies to the accelerated and the stock model, but not
+    also for a model in evaluation mode. If autocast is on, it applies to the accelerated and the stock model, but not
     to the yardstick.
 
-    ``model`` and ``batch`` do not change, also if an error is raised: weights, buffers, gradients, modes, hooks and
-    classes stay. The random number generators of PyTorch, Python and NumPy keep their states. Hooks of modules run in
-    the copies; hooks of parameters do not run.
+    ``model`` and ``batch`` do not change, even if an error is raised: weights, buffers, gradients, modes, hooks and
+    classes stay the same. The random number generators of PyTorch, Python and NumPy keep their states. Hooks of modules
+    run in the copies; hooks of parameters do not run.
 
-    The comparison needs the memory of a stock training step in the yardstick's dtype, of the weights in that dtype, and
+    The comparison needs the memory of a stock training step in the yardstick's dtype, of the weights in this dtype, and
     of three copies of the logits and of the trained gradients. Packed layers are dequantized one at a time; packed
     experts of a mixture are dequantized whole, twice. The comparison takes the time of about ten stock training steps,
     or of fifteen if the base is packed.
 
     Args:
         model: a PeftModel, or any module that :func:`accelerate` takes. An accelerated model is compared in its present
-            state; another model is compared in the state that ``accelerate(model)`` would give. For a compiled model
-            the module inside is compared.
+            state; a model that is not accelerated is compared in the state that ``accelerate(model)`` would give. For a
+            model of ``torch.compile``, the module that was compiled is compared.
         batch: keyword arguments of the model's forward, as from a DataLoader, on the model's device. If the output has
             no loss, as without labels, the loss is the sum of the outputs times fixed random numbers.
 
@@ -200,7 +201,8 @@ def _check(model: nn.Module, batch: Any) -> list[torch.device]:
 
 @contextmanager
 def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
-    """Yields a function that seeds PyTorch's, Python's and NumPy's generators; the exit restores their states."""
+    """Yields a function that seeds PyTorch's, Python's and NumPy's random generators. The end of the context restores
+    the states of these generators."""
     cuda = [device for device in devices if device.type == "cuda"]
     numpy = sys.modules.get("numpy")
     python, numbers = random.getstate(), numpy.random.get_state() if numpy else None
@@ -224,9 +226,9 @@ def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Yields the set of autocast dtypes under which modules are called within the context.
+    """Yields a set, which collects the autocast dtypes under which modules are called within the context.
 
-    Raises ValueError from the call if a copy's closure calls a module of ``model`` itself.
+    A call raises ValueError if a closure in a copy of ``model`` calls a module of ``model`` itself instead of the copy.
     """
     names, casts = {module: name for name, module in model.named_modules()}, set()
     device = next(model.parameters()).device.type
@@ -249,7 +251,8 @@ def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 
 def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
-    """Returns bfloat16 or float16 if a parameter, a layer's compute dtype or autocast has that dtype, else float32."""
+    """Returns bfloat16 or float16 if a parameter, a layer's ``compute_dtype`` or autocast has this dtype, else float32.
+    """
     found = casts | {parameter.dtype for parameter in model.parameters()}
     found |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     return next((dtype for dtype in _NARROW if dtype in found), torch.float32)
@@ -261,7 +264,8 @@ def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
 def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """Returns an accelerated copy of ``model`` without dropout, and notes for the user.
 
-    The copy of an accelerated model is accelerated again only if other layers or blocks are fused without dropout.
+    The copy of an accelerated model is accelerated again only if setting dropout to 0 changes which layers or blocks
+    are fused.
     """
     made = without_dropout(twin(model))
     if not any(type(module) in STOCK for module in model.modules()):
@@ -276,10 +280,10 @@ def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def _measured(
     stock: nn.Module, batch: Any, wide: torch.dtype, narrow: torch.dtype, seed: Seed, casts: set[torch.dtype]
 ) -> tuple[Optional[nn.Module], Optional[Results], Optional[str]]:
-    """Returns ``(model, results, None)``, or ``(None, None, reason)`` if ``model`` can't run.
+    """Returns ``(yardstick, results, None)``, or ``(None, None, reason)`` if the yardstick can't run.
 
-    ``model`` is the yardstick: a copy of the stock model in the dtype ``wide``. ``results`` are the results of a
-    training step of ``model``.
+    The yardstick is a copy of the stock model in the dtype ``wide``. ``results`` are the results of a training step of
+    the yardstick.
     """
     try:
         model = twin(stock, wide, narrow)

@@ -1,4 +1,4 @@
-"""Runs a training step of a model, or each fused block alone, and measures the differences between two models."""
+"""Runs a training step of a model, or each fused block alone, and measures how the results of two models differ."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Compared:
 
     Attributes:
         name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
-        kind: for a block the class, and the name of the tensor with the largest share of the limit; otherwise "".
+        kind: for a block, its class and the name of the tensor whose error is the largest part of its limit; otherwise
+            "".
         error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. ``error``
             and ``stock_error`` are None without a yardstick. An error is infinity if x is not finite where the
             yardstick is finite.
@@ -65,12 +66,12 @@ def compared(
     name: str, kind: str, found: Optional[Tensor], right: Optional[Tensor], exact: Optional[Results],
     dtype: torch.dtype, what: str = "",
 ) -> Compared:  # fmt: skip
-    """Returns the comparison of a tensor from the accelerated model with the stock model's. None means zeros."""
+    """Compares a tensor of the accelerated model with the same tensor of the stock model. None stands for zeros."""
     what, eps, difference = what or name, torch.finfo(dtype).eps, _error(found, right)
     if exact is None:
         return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
     error, theirs = _error(found, exact.get(what)), _error(right, exact.get(what))
-    few = (right if found is None else found).numel() <= 16  # with few elements the error depends on chance
+    few = (right if found is None else found).numel() <= 16  # the error of few elements depends much on chance
     floor = max(eps if few else eps / 2, 4e-6)
     return Compared(name, kind, error, theirs, difference, (3 if what.startswith(GRADIENT) else 2) * theirs + floor)
 
@@ -123,7 +124,8 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Optional[Tensor], Results]:
-    """Returns the loss, or None, and the other float outputs of a forward; only the logits if there are logits."""
+    """Runs a forward. Returns the loss, or None, and the other float outputs, or of these only the logits if there are
+    any."""
     seed(value)
     output = model(**_mapped(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     named: dict[str, Any] = {}
@@ -146,7 +148,7 @@ def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Opt
 
 
 def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
-    """Returns whether two forwards under two seeds differ by more than a relative error of 1e-6."""
+    """Returns whether the results of two forwards under two seeds have a relative difference of more than 1e-6."""
     with torch.no_grad():
         (loss, first), (again, second) = (_call(model, batch, seed, value) for value in (0, 1))
     pairs = [(loss, again), *((value, second.get(name)) for name, value in first.items())]
@@ -156,7 +158,8 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
     """Runs one forward and backward of ``model``. Returns the loss, outputs and trained gradients, by name."""
     loss, outputs = _call(model, batch, seed)
-    with torch.no_grad():  # copy before the backward, which frees lazily computed logits
+    # The outputs are copied before the backward, because the backward frees logits that are computed lazily.
+    with torch.no_grad():
         found = {name: value.detach().clone() for name, value in outputs.items()}
     total = _weighed(outputs.values()) if loss is None else loss.sum()
     if not total.requires_grad:
@@ -171,7 +174,8 @@ def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
 
 
 def _weighed(values: Iterable[Tensor]) -> Any:
-    """Returns the sum of the values times fixed random weights. The weights are bfloat16 numbers in every dtype."""
+    """Returns the sum of the values times fixed random weights. The weights are bfloat16 numbers, so that they are
+    equal for values of every dtype."""
     total: Any = 0
     for value in values:
         generator = torch.Generator(value.device).manual_seed(0)
@@ -187,7 +191,8 @@ def blocks_alone(
     fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
-    """Returns one comparison for each fused module that can be called alone.
+    """Compares each fused module that can be called alone with its stock module. Returns one comparison for each
+    module.
 
     The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
     forward of ``stock``.
@@ -203,7 +208,8 @@ def blocks_alone(
             if yardstick is not None:
                 with without_autocast(yardstick):
                     exact = _alone(yardstick.get_submodule(name), cast(args, wide), cast(kwargs, wide))
-        except _REFUSALS:  # the module can't be called alone, or can't be called twice
+        except _REFUSALS:
+            # The stock module can't be called alone, or can't be called a second time, and is not compared.
             return
         try:
             mine = _alone(ours, args, kwargs)
@@ -240,7 +246,8 @@ def blocks_alone(
 
 
 def _alone(module: nn.Module, args: Any, kwargs: Any) -> Results:
-    """Runs a module alone. Returns its outputs, and the gradients of its inputs and trained parameters, by name."""
+    """Runs one module alone. Returns the module's outputs, and the gradients of its inputs and trained parameters, by
+    name."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Copies of a model's modules that share the model's weights. :mod:`.compare` runs the copies instead of the model.
+"""Makes copies of a model's modules that share the model's weights. :mod:`.compare` runs the copies, not the model.
 
-a parameter of the model  →  a Parameter on the same storage, with its own .grad and .data and without hooks
-a buffer of the model     →  a copy, because a forward may write to a buffer; uint8 buffers (4-bit codes) are shared
+In a copy, a parameter of the model becomes a Parameter on the same storage, with its own .grad and .data and without
+hooks. A buffer of the model becomes a copy, because a forward may write to a buffer; uint8 buffers (4-bit codes) are
+shared.
 
-A parameter is copied if a forward writes to the parameter, if the parameter is cast to a wider dtype, or if its class
-is neither nn.Parameter nor a 4-bit class of bitsandbytes.
+A parameter gets a storage of its own if a forward writes to the parameter, if the parameter is cast to a wider dtype,
+or if its class is neither nn.Parameter nor a 4-bit class of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Product(torch.autograd.Function):
-    """Computes ``x Wᵀ``. The backward dequantizes W again, so that no dense weight is kept between the two passes."""
+    """Computes ``x Wᵀ``. The backward dequantizes W again, so that no dense W is kept between forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Dequantized) -> Tensor:
@@ -74,14 +75,16 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     """Returns a copy of ``model``'s modules, of the same classes, that shares the model's weights.
 
     Args:
-        wide: dtype to which weights and buffers are cast, or None; packed layers then compute in their input's dtype.
+        wide: dtype to which weights and buffers are cast, or None. With ``wide``, packed layers compute in their
+            input's dtype.
         seen: with ``wide``, the dtype to which dequantized weights are rounded before the cast to ``wide``.
 
     Raises: ValueError if a part of the model can't be copied, or with ``wide``, if a layer of bitsandbytes is not NF4.
     """
     memo: dict[int, Any] = {}
     for name, module in model.named_modules():
-        writes = getattr(module, "max_norm", None) is not None  # with max_norm the forward writes to the weight
+        # The forward of an nn.Embedding with max_norm writes to the weight.
+        writes = getattr(module, "max_norm", None) is not None
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = _alias(parameter, memo, wide, writes)
@@ -89,7 +92,9 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
             if buffer is not None and id(buffer) not in memo:
                 value = buffer.data if buffer.dtype is torch.uint8 else buffer.data.clone()
                 memo[id(buffer)] = value.to(wide) if wide is not None and value.dtype in _FLOATS else value
-        for value in vars(module).values():  # tensors that a forward stored, with an autograd graph
+        # deepcopy refuses a tensor that a forward stored together with its autograd graph, so the copy gets a detached
+        # tensor.
+        for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()
         if wide is not None and (base := _dequantized(name, module, seen, memo)) is not None:
@@ -99,7 +104,8 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     except Exception as error:  # a module may hold an object whose copy raises any error
         raise ValueError(f"verify: model can't be copied: {str(error).partition(chr(10))[0]}") from error
     for module in made.modules():
-        if is_parametrized(module):  # copy the class, because undoing a parametrization changes the class
+        if is_parametrized(module):
+            # The copy gets a class of its own, because undoing a parametrization changes the class.
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
@@ -109,8 +115,10 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
 
 
 def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.dtype], writes: bool) -> Any:
-    """Returns a parameter on the storage of ``parameter``, on a copy if ``writes``, or on a copy cast to ``wide``."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' copy shares this quant_state
+    """Returns a new Parameter on the storage of ``parameter``, or on a copy of it if ``writes`` or if ``wide`` is
+    given."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        # The copy of a parameter of bitsandbytes shares the parameter's quant_state.
         memo[id(state)] = state
         return copy.copy(parameter)
     if type(parameter) is not nn.Parameter:

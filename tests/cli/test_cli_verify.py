@@ -1,4 +1,4 @@
-"""Tests explain --verify, which reads weights, compares a step, and has exit code 1 where a number is wrong."""
+"""Tests explain --verify, which reads weights, compares a training step, and exits with code 1 if a number is wrong."""
 
 import json
 

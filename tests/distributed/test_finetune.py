@@ -1,4 +1,5 @@
-"""Tests ``peft-ext finetune`` in several processes of one launcher: equal results, one voice, one error, no loss."""
+"""Tests ``peft-ext finetune`` in several processes of one launcher: equal results, output and errors of one process
+only, and no lost data."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ STEPS = 3
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps the precision and the device of the first run for the process, and uses a GPU if it sees one."""
+    """Hides GPUs, and clears the state of the library accelerate, which keeps the precision and device of a process's
+    first run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

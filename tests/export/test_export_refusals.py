@@ -1,4 +1,4 @@
-"""Tests the errors of write_gguf_adapter and load_gguf_adapter: each is one line and names what came."""
+"""Tests the errors of write_gguf_adapter and load_gguf_adapter: each is one line and has the given value."""
 
 import shutil
 

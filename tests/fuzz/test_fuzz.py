@@ -1,4 +1,4 @@
-"""Runs each fuzz target on some dozens of seeded inputs; ``python -m tests.fuzz --minutes 60`` runs longer."""
+"""Runs each fuzz target on a few dozen seeded inputs; ``python -m tests.fuzz --minutes 60`` runs longer."""
 
 from __future__ import annotations
 

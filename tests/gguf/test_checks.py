@@ -1,4 +1,5 @@
-"""Tests the check of a GGUF model's metadata: what is refused, and what transformers makes of a file that is taken."""
+"""Tests the check of a GGUF model's metadata: which metadata is refused, and what transformers makes of accepted
+metadata."""
 
 from __future__ import annotations
 

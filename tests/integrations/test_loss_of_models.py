@@ -1,4 +1,5 @@
-"""Tests of when the loss of a model is the stock one: other calls, ``restore``, threads, errors and other heads."""
+"""Tests of the cases in which a model computes the stock loss: other calls, ``restore``, threads, errors and other
+heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests that a fused layer does not compute past a forward that was replaced on a class below the layer."""
+"""Tests that a fused layer runs stock code where the forward of its base layer's or a submodule's class was replaced.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that only a lack of memory is called so: see tests/native/allocation.cpp."""
+"""Tests that only a lack of memory raises an error about memory: see tests/native/allocation.cpp."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def test_a_missing_package_is_named(cuda, named, monkeypatch):
 
 @pytest.fixture
 def nvrtc_of(monkeypatch):
-    """Returns a function that makes NVRTC know the given architectures alone."""
+    """Returns a function with which NVRTC supports only the given architectures."""
 
     def known(*archs: int) -> None:
         monkeypatch.setattr(device_code, "_known_architectures", lambda: list(archs))

@@ -1,4 +1,4 @@
-"""What tools/mutations.py reads and says; the mutations themselves run at night."""
+"""Tests what tools/mutations.py reads and prints; ``make mutations`` runs the mutations themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests wrong arguments one by one: the error must name the operator, the argument, what came and what was wanted.
+"""Tests wrong arguments one by one: the error must have the operator, the argument, the given value and the wanted
+value.
 
 The tables below have the error of each wrong argument. ``op_db.CASES`` has more errors of single operators.
 """

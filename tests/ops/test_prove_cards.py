@@ -1,4 +1,4 @@
-"""Tests of the proof where several cards, earlier faults, a full memory, or another process group meet it."""
+"""Tests of the proof of kernels with several cards, after earlier faults, with full memory, and in process groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters with AdapterHub's tensors compute AdapterHub's values, hidden states and gradients."""
+"""Tests that bottleneck adapters with AdapterHub's tensors compute AdapterHub's values, hidden states and gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""PEFT's LoRA over quantized layers of GPTQModel, hqq and transformers. Operators read the layers' packed weights."""
+"""Tests PEFT's LoRA over quantized layers of GPTQModel, hqq and transformers, whose packed weights operators read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA over an embedding whose table is packed, and configurations of PEFT that would train or read packed codes."""
+"""Tests LoRA over a packed embedding, and the refusal of PEFT configurations that would train or read packed codes."""
 
 from __future__ import annotations
 

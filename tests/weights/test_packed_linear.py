@@ -1,4 +1,4 @@
-"""PackedLinear, PackedEmbedding and PackedExperts: forward, gradients, state dict, casts, and what PEFT reads."""
+"""Tests PackedLinear, PackedEmbedding and PackedExperts: forward, gradients, state dict, casts, attributes for PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""PackedConfig: checkpoints of quantization libraries load packed, are trained with PEFT and are saved unchanged."""
+"""Tests PackedConfig: checkpoints of quantization libraries load packed, are trained with PEFT and are saved unchanged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training over packed checkpoints gives the numbers of PEFT's training over transformers' dequantized checkpoints."""
+"""Tests that training over packed checkpoints gives the numbers of PEFT's training over the dequantized checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What packed weights and packed layers refuse: parts of a wrong shape, and PEFT's code that needs a dense weight."""
+"""Tests what packed weights and packed layers refuse: parts of a wrong shape, and PEFT's code that needs a dense
+weight."""
 
 from __future__ import annotations
 
