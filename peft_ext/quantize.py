@@ -500,8 +500,8 @@ def _replace_all(
         except (MemoryError, RuntimeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             text = (
-                f"{op}: {same[0].name}: {lines[0]} ({done} of {len(places)} weights are replaced, this one and the "
-                f"others are as they were; called again, it goes on with this one)"
+                f"{op}: {same[0].name}: {lines[0]} ({done} of {len(places)} weights are replaced, this weight and "
+                f"the others are unchanged; another call of {op} continues with this weight)"
             )
             kind = type(error) if type(error) in (MemoryError, torch.OutOfMemoryError) else RuntimeError
             raise kind(text) from error

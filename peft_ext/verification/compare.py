@@ -274,7 +274,8 @@ def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
     if [row.fused for row in (*given.rows, *given.blocks)] == [row.fused for row in (*kept.rows, *kept.blocks)]:
         return made, []
     accelerate(restore(made), blocks=any(row.fused for row in given.blocks))
-    return made, ["the copy was accelerated anew: a block that looks at its dropout's probability had fallen to stock"]
+    return made, ["the copy was accelerated anew, because the code of a block depends on its dropout's probability and "
+                  "was not fused"]  # fmt: skip
 
 
 def _measured(

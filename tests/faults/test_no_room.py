@@ -251,7 +251,7 @@ def test_a_weight_that_has_no_room_is_named_and_quantizing_goes_on_later():
         weights = [layer.weight.detach().clone() for layer in model]
         said = said_without_memory(quantize_nf4, model)
         assert said.startswith("quantize_nf4: 2: "), said
-        assert "(2 of 4 weights are replaced, this one and the others are as they were; called again" in said
+        assert "(2 of 4 weights are replaced, this weight and the others are unchanged; another call" in said
         assert [type(layer) for layer in model] == [NF4Linear, NF4Linear, nn.Linear, nn.Linear]
         assert all(torch.equal(model[i].weight, weights[i]) for i in (2, 3))
         assert model[:3](torch.ones(1, 64, dtype=torch.bfloat16)).isfinite().all()

@@ -32,6 +32,7 @@ from .rules import Rules, Scheme
 with required("transformers", "peft_ext.PackedConfig"):
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.integrations.accelerate import expand_device_map
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
 
@@ -58,6 +59,7 @@ class PackedQuantizer(HfQuantizer):
         self._schemes: dict[str, Scheme] = {}  # maps a layer's name to its scheme
         self._merged: dict[str, Scheme] = {}  # maps a layout to the scheme of experts that transformers merges
         self._apart = False  # whether some layers of the model have dense experts
+        self._experts: list[str] = []  # names of the modules whose experts are packed
         self._common: list[Common] = []  # the operations that keep one of equal tensors of experts
 
     @property
@@ -88,7 +90,8 @@ class PackedQuantizer(HfQuantizer):
             scheme = self._schemes[name] = self._scheme(name, module)
             model.set_submodule(name, _layer(name, module, scheme, place, stored, dtype))
         mixtures = {name for name, module in model.named_modules() if expert_parameters(module)}
-        self._apart = bool(mixtures - experts.keys())
+        self._apart, self._experts = bool(mixtures - experts.keys()), sorted(experts)
+        self.validate_environment(kwargs.get("device_map"))
         for name, places in experts.items():
             module, first = model.get_submodule(name), next(iter(places.values()))
             # Experts that transformers merges are stored as linear layers, so the config's rules get the name of a
@@ -110,6 +113,19 @@ class PackedQuantizer(HfQuantizer):
                 f"PackedConfig: the checkpoint's quant_method is {self.rules.method}, and no layer of its files is "
                 f"stored as {' or '.join(sorted(self.rules.layouts))}"
             )
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError if ``device_map`` offloads packed experts to the disk and other layers have dense experts.
+
+        transformers finds offloaded experts by the name of the dense parameter, which their codes don't have then (see
+        ``_suffix``). transformers calls this method before it makes the model, and with the device map that it computes.
+        """
+        if not self._apart or not isinstance(device_map, dict):
+            return
+        on_disk = [name for name, place in expand_device_map(device_map, self._experts).items() if place == "disk"]
+        if on_disk:
+            raise ValueError(f"PackedConfig: {on_disk[0]} is packed and other layers have dense experts; device_map "
+                             "places it on the disk, wanted another device")  # fmt: skip
 
     def _scheme(self, name: str, module: nn.Module) -> Scheme:
         """Returns how the layer is stored. Raises ValueError if the config says that the layer is dense."""
