@@ -180,7 +180,7 @@ def draw(result: dict[str, Any]) -> str:
         f"In float32 {_agreement(wide)}.",
         f"""In bfloat16 {_agreement(narrow)}. A difference is not an error by itself: both runs round, at different
         places, and each optimizer step carries a rounding on. PEFT adds an adapter's term to a base output that is
-        already rounded, which swallows part of a young adapter's small terms; a fused layer rounds the sum of both
+        already rounded, which loses part of the small terms of a new adapter; a fused layer rounds the sum of both
         terms once. The two bfloat16 runs of a method approximate the method's float32 run. The table shows how far the
         losses of each bfloat16 run are from the losses of the float32 run, over the steps of the float32 run:""",
         _rounding_table(narrow, wide),

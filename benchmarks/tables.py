@@ -157,7 +157,7 @@ def speed_table(result: Result) -> str:
 Without dropout, the losses of the run with peft_ext and of the run with PEFT + bitsandbytes differ by
 {result["mean_loss_difference"]:.4f} in the mean over the steps and by {result["max_loss_difference"]:.4f} at most.
 PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds that
-term to a base output that is already rounded, which swallows part of a young adapter's small terms. peft_ext rounds the
+term to a base output that is already rounded, which loses part of the small terms of a new adapter. peft_ext rounds the
 sum of both terms once."""
 
 

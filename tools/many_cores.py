@@ -257,14 +257,14 @@ def loops_text(records: Records, threads: int) -> str:
 def table(records: Records) -> str:
     """Returns the tables of docs/performance.md."""
     return "\n\n".join([
-        "**Computed cost** of a forward and a backward; in parentheses, without the code between the loops "
-        "(not where this code has PyTorch's products); "
-        "≥: without the memory's time:",
+        "**Computed cost** of a forward and a backward. A figure in parentheses leaves out the code between the loops, "
+        "except where this code calls PyTorch's products. A figure after ≥ leaves out the time of the memory:",
         costs_table(records),
         "**Computed parts of the cost** of a forward and a backward on one socket; the ideal is 1 for the work, and 0 "
         "for the other parts:",
         losses_table(records),
-        "**Counted** on 64 threads; the pages are those that two sockets use, and those that two sockets write:",
+        "**Counted** on 64 threads. The first count of pages has the pages that two sockets use, the second one those "
+        "that two sockets write:",
         counts_table(records),
         "**Computed and measured milliseconds** on the two cores of the measured machine:",
         check_table(records),
