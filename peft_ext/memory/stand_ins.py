@@ -4,7 +4,7 @@
     stand-in  a plain CPU tensor, one element expanded to the shape of a tensor: a model is quantized and accelerated
               with stand-ins
 
-No parameter and no buffer of such a model takes more memory than one element. bitsandbytes' layers, and the
+No parameter and no buffer of a model without data takes more memory than one element. bitsandbytes' layers, and the
 layers that are to be quantized, become layers whose packed weights and scales are stand-ins or meta tensors.
 """
 
