@@ -5,8 +5,8 @@ The columns of a record tell its kind:
 * A column ``text`` holds documents. Documents are joined, with an end token after each document, and cut into blocks.
   All tokens of a document have a loss.
 * The columns ``prompt`` and ``completion`` (or ``instruction``, ``input`` and ``output``; or ``question`` and
-  ``answer``) hold prompts and completions. Only the completion has a loss.
-* A column ``messages`` holds conversations. Only the turns of the assistant have a loss.
+  ``answer``) hold prompts and completions. Only the tokens of the completion have a loss.
+* A column ``messages`` holds conversations. Only the tokens of the assistant's turns have a loss.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def read_corpus(
 def _python_docs(eval_fraction: float, seed: int) -> Corpus:
     """Returns the language reference that comes with Python, with a record for each topic.
 
-    A paragraph of a held-out topic is removed from the training topics.
+    A paragraph that a held-out topic contains is removed from the training topics.
     """
     from pydoc_data.topics import topics
 
@@ -378,7 +378,8 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message], kind: str) -> list[int]:
-    """Returns the tokens of a prompt. For ``kind`` "chat" :func:`tokenize` puts equal tokens before the answer."""
+    """Returns the tokens of a prompt. For ``kind`` "chat", the tokens equal those that :func:`tokenize` puts before the
+    answer."""
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:

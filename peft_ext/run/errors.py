@@ -110,7 +110,7 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
         raise
 
 
-_PASSED_ON_SECONDS = 20.0  # a second SIGTERM within this time is the first one, passed on by a launcher
+_PASSED_ON_SECONDS = 20.0  # seconds: a second SIGTERM within this time is the first, passed on by a launcher
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Stop:
         save: whether a signal asked for a checkpoint after the current step.
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
         ending: whether the run ends with an error of several processes; no signal then interrupts the message.
-        speaks: whether this process prints what a signal does; one of several processes prints it.
+        speaks: whether this process prints what a signal does; only one process of a run does.
         processes: number of processes of the run.
         since: time of the last signal, of ``time.monotonic()``.
     """
@@ -147,7 +147,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         if stop.ending:
             return
-        # A launcher that gets SIGTERM passes it on to processes that may have got it too.
+        # A launcher that gets SIGTERM passes the signal on to processes that may have got SIGTERM themselves.
         passed_on = stop.processes > 1 and number != signal.SIGINT
         if passed_on and stop.signal and time.monotonic() < stop.since + _PASSED_ON_SECONDS:
             return
@@ -156,7 +156,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        if not stop.speaks or passed_on:  # SIGTERM may follow from the end of another process
+        if not stop.speaks or passed_on:  # the signal may follow from another process's end
             return
         with contextlib.suppress(OSError):  # raised where the terminal of standard error is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,

@@ -140,7 +140,8 @@ def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
 
 
 def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
-    """Returns the answers to the prompts. One rank answers a prompt; all ranks of a sharded run answer it together."""
+    """Returns the answers to the prompts. One rank answers a prompt; in a sharded run, all ranks answer each prompt
+    together."""
     if run.sharded:
         return [answer(run, model, messages) for messages in prompts]
     share = {index: answer(run, model, prompts[index]) for index in run.ranks.mine(len(prompts))}
@@ -226,9 +227,9 @@ class Check:
 def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
     """Compares the logits of the trained model with those of ``fresh_model()``, a fresh base with the saved adapter.
 
-    The trained model and the fresh model run PEFT's own code. The trained model is not accelerated again afterwards.
-    Models with packed experts are compared accelerated, because PEFT itself can't adapt these experts; so is DoRA over
-    NF4 in a sharded run.
+    Usually, both models run PEFT's own code in the comparison, and the trained model is not accelerated again
+    afterwards. Models with packed experts are compared accelerated, because PEFT itself can't adapt these experts. DoRA
+    over NF4 in a sharded run is compared accelerated too.
     """
     from ..nn import NF4Linear
     from ..nn.experts import FrozenExperts

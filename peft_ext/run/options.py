@@ -109,7 +109,7 @@ class Options:
 
 
 # _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
-# Also batch_size and grad_accum may differ, if the examples of a step, over all processes, stay as many.
+# batch_size and grad_accum may differ if the number of examples of a step over all processes stays equal.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "batch_size", "grad_accum", "save_steps", "gradient_checkpointing",
                    "threads", "resume", "overwrite", "export", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)

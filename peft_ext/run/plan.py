@@ -62,10 +62,10 @@ class Plan:
         model_class, parameters: class name and number of parameters of the base.
         adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
         load_bytes: bytes of the loaded weights: dense in bfloat16, before quantization, or packed as in the files. With
-            --shard fsdp2 and hsdp, the bytes of the process with the largest shards.
-        check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the dense
-            weights and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp, both
-            are shards.
+            --shard fsdp2 and hsdp, ``load_bytes`` is of the process with the largest shards.
+        check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the loaded base
+            and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp,
+            ``check_bytes`` counts the shards of both models.
         held_bytes: bytes that this process uses now; 0 on a GPU.
         machine_bytes, free_bytes: total and free memory of the device; None where the system does not report them.
         train_tokens, held_out_tokens: tokens of the examples, without padding.

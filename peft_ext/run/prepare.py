@@ -62,7 +62,8 @@ class Run:
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: device and dtype of the computation.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
-        folder: folder, GGUF file or hub name of the model; the folder in the hub's cache where a sharded run loads it.
+        folder: folder, GGUF file or hub name of the model; in a sharded run, the folder in the hub's cache for a model
+            on the hub.
         packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked; else
             {}.
         config, tokenizer: configuration and tokenizer of the model.
@@ -357,7 +358,7 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
     """Returns the model's folder or GGUF file, or the model's name on the hub.
 
     For a name on the hub, a sharded run gets the folder in the hub's cache, because the run reads the files by itself.
-    Without ``downloads``, such a run gets the name.
+    Without ``downloads``, a sharded run gets the name on the hub too.
     """
     if run.is_from_hub:
         if not (run.sharded and downloads):
@@ -533,7 +534,8 @@ def adapter_config(run: Run, model: Any) -> Any:
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
             # PEFT adds the regularization to the loss of each batch. Where the model's loss takes num_items_in_batch,
             # the Trainer adds up the losses of a step's batches, over accumulation and processes, instead of a mean.
-            # With the divided weight, a step has one regularization.
+            # The weight of the regularization is divided by the number of these batches, so that a step counts the
+            # regularization once.
             if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
                 fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)
         case "lora" | "rslora" | "qlora" | "dora":

@@ -36,7 +36,7 @@ def quiet() -> None:
 
 
 def shows_bars() -> bool:
-    """Returns whether standard error is a terminal and this process is the one of the run that logs."""
+    """Returns whether standard error is a terminal and this process is the process of the run that logs."""
     return sys.stderr.isatty() and not log.disabled
 
 

@@ -109,7 +109,7 @@ class Record:
         try:
             report.write_report(folder, document)
             self.no_report = None
-        except Exception as error:  # an error of the report must not end the run
+        except Exception as error:  # an error in drawing the report must not end the run
             self.no_report = " ".join(f"{type(error).__name__}: {error}".split())
 
     def log_report(self) -> None:
@@ -152,7 +152,7 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):  # equal on all ranks
+            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):  # on all ranks alike
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
                     losses = evaluate.held_out_losses(run, model, record.curve)

@@ -1,9 +1,9 @@
 """The memory of one process of a run whose base is sharded by FSDP2, computed from the shapes of the tensors.
 
 FSDP2 splits each parameter by rows: with n shards, the first process holds ``ceil(rows / n)`` rows of each parameter,
-and no process holds more. Buffers, such as the scales of packed weights, are whole in each process. A unit is a decoder
-layer, or the rest of the model. The rest stays gathered from its forward to its backward. In the backward, FSDP2 may
-gather a decoder layer while it computes with another decoder layer.
+and no process holds more. Buffers, such as the scales of packed weights, are whole in each process. A unit of FSDP2 is
+a decoder layer, or the rest of the model. The parameters of the rest stay gathered from the forward to the backward. In
+the backward, FSDP2 may gather a decoder layer while it computes with another decoder layer.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class ShardedMemory:
         frozen: the process's rows of the frozen parameters, and the whole buffers.
         adapter, gradients, optimizer: the process's rows of the trained parameters, of their gradients, and of Adam's
             two states, with Adam's count of the steps.
-        gathered: upper bound of the gathered parameters in a step, beside the shards: those of the rest of the model
-            and of the two largest decoder layers.
+        gathered: upper bound of the parameters that FSDP2 gathers in a step, in addition to the shards: the parameters
+            of the rest of the model and of the two largest decoder layers.
         other: activations, logits and temporary tensors of a step at the peak; 0 where they could not be estimated.
-        reading: upper bound of the tensors that exist beside the shards while the base loads.
+        reading: upper bound of the tensors that exist in addition to the shards while the base loads.
     """
 
     shards: int
@@ -102,7 +102,7 @@ def _reading(model: nn.Module, quant: Optional[str]) -> int:
     """Returns the most bytes that a process holds beside the shards while it reads one weight of the base.
 
     A weight that is quantized exists in bfloat16 and in its packed form. The quantizers of ``PACKED_FORMATS`` have
-    temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude takes the weight in the
+    temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude needs the weight in the
     dtype of the computation, and one more copy. A weight that is neither quantized nor under a DoRA adapter is read in
     pieces.
     """

@@ -156,7 +156,7 @@ def train(run: Run) -> Result:
     with checkpoints.own_output(run.options, run.checkpoint, run.ranks):
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
-        resumed: list[int] = []  # the steps after which this call, or earlier calls, resumed the run
+        resumed: list[int] = []  # the steps after which the run was resumed, by this call and by earlier calls
         if run.checkpoint is not None:
             earlier = checkpoints.read_record(run.options).get("resumed")
             resumed = [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
@@ -166,12 +166,12 @@ def train(run: Run) -> Result:
             "held_out": {"examples": len(record.curve), "first": [0, first]},
             "resumed": resumed,
         }  # fmt: skip
-        record.write()  # a restart knows by run.json that the run is its own
+        record.write()  # a restarted process recognizes its run by run.json
         if run.ranks.speaks:
             write_config(run.options.output / CONFIG_FILE, run.options)
         try:
             return _train(run, record, model)
-        except BaseException:  # such as a second Ctrl-C: run.json keeps the results up to now
+        except BaseException:  # for example after a second Ctrl-C: run.json keeps the results so far
             with contextlib.suppress(Exception):
                 record.write()
             raise
@@ -198,7 +198,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
-            if (export := checkpoints.old_export(o)) is not None:  # exported from an earlier adapter
+            if (export := checkpoints.old_export(o)) is not None:  # a file of an earlier adapter
                 export.unlink()
         size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
         results["adapter_bytes"] = run.ranks.gather(size)[0]
@@ -297,7 +297,8 @@ def load_base(run: Run) -> Any:
 
 
 def _sharded(run: Run) -> Any:
-    """Returns the sharded model with its adapter, which has the values of a checkpoint with all steps of the run."""
+    """Returns the sharded model with its adapter. If a checkpoint has all steps of the run, the adapter has its
+    values."""
     done = run.checkpoint if run.checkpoint and checkpoints.step_of(run.checkpoint) >= run.steps else None
     return shard.sharded_model(run, lambda base: adapt(run, base), done)
 
@@ -376,7 +377,7 @@ def fit(run: Run, record: Record, model: Any) -> int:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
         # The checkpoint has all steps of the run: Trainer.train would train one step more.
-        if run.sharded:  # the model was loaded with the checkpoint's adapter
+        if run.sharded:  # the adapter was loaded from the checkpoint with the model
             return done
         set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
