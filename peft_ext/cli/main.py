@@ -35,7 +35,7 @@ def _errors() -> Iterator[None]:
     """
     try:
         yield
-    except Elsewhere:  # another process of the run prints its error
+    except Elsewhere:  # another process of the run failed and prints the error
         raise typer.Exit(2) from None
     except (CliError, RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,7 +104,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # The error's class is typer's or click's, depending on the version of typer; it always has format_message.
         if not hasattr(error, "format_message"):
             raise
-        if message := error.format_message():  # the message is "" where typer has shown the help
+        if message := error.format_message():  # typer's message is "" where typer has shown the help
             print(f"error: {message}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     try:
