@@ -92,7 +92,7 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 
 
 def after_restart(options: Options, ranks: Ranks) -> Options:
-    """Returns the options with which the processes go on that torchrun has started again.
+    """Returns the options with which processes that torchrun has started again continue the run.
 
     The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
     depends on the model's files. If this launch has begun the run in the output folder before, the options also have

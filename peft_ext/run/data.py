@@ -138,7 +138,7 @@ def _read(spec: str) -> Iterator[Row]:
     try:
         path = Path(spec).expanduser()
         path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # the data's name is too long, or has "~" with an unknown user
+    except (OSError, RuntimeError) as error:  # raised if the name is too long, or has "~" with an unknown user
         raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())

@@ -80,7 +80,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
-    """Raises RunError where the block raises an OSError, or the error of a full disk or a full memory.
+    """Raises RunError where the block raises an OSError, or an error that says that the disk or the memory is full.
 
     A BrokenPipeError is raised unchanged.
 

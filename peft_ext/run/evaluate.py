@@ -53,7 +53,7 @@ def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None
     examples, ranks, found = run.examples.held_out, run.ranks, {}
     wanted = list(range(len(examples)) if chosen is None else chosen)
     share = [wanted[place] for place in ranks.mine(len(wanted))]
-    if run.sharded:  # each forward needs all ranks: a rank without an example repeats another rank's
+    if run.sharded:  # each forward needs all ranks: a rank without an example repeats an example
         share += wanted[: math.ceil(len(wanted) / ranks.world) - len(share)]
     for index in bar(share, "held-out loss", "example") if chosen is None else share:
         if run.stop.training and run.stop.signal and not run.sharded:

@@ -467,10 +467,10 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # as accelerate() does; ranknum is AdaLoRA's number of ranks
+            freeze_ranknum(model)  # accelerate() freezes ``ranknum`` too, AdaLoRA's number of ranks
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if o.quant == "checkpoint" and Path(run.folder).exists():
-        meta_base(run)  # refuses files that are not supported
+        meta_base(run)  # raises RunError for files that are not supported
     return parameters, trainable
 
 

@@ -109,8 +109,8 @@ def finetune(options: Options) -> Result:
     The logger ``peft_ext.run`` reports the progress. In this process the function turns off transformers' progress
     bars, and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
 
-    In the processes of a launcher, all processes have to call the function, with equal options. After an error, each
-    process has to end, because the process group of the run is broken.
+    If a launcher has started several processes, all of them have to call the function, with equal options. After an
+    error, each process has to end, because the process group of the run is broken.
 
     Raises RunError for an error that the user can mend, such as a wrong option, a full disk or a full memory. Raises
     Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
