@@ -26,7 +26,7 @@ from ..run.record import machine
 from . import CliError
 from ._common import Threads, check_range, console, new_table, print_json
 
-# Where the quartiles of a ratio of times differ by more than this share of the ratio, the machine is called too busy.
+# If the quartiles of a ratio of times differ by more than this share of the ratio, bench says that the machine is busy.
 _BUSY = 0.25
 
 

@@ -68,7 +68,8 @@ def estimate_memory(
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None.
         gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
-            backward computes the layer again. With False, a model that has gradient checkpointing on already keeps it.
+            backward computes the layer again. If ``gradient_checkpointing`` is False, a model that has checkpointing on
+            already keeps it.
         quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "mxfp4", "nvfp4",
             "fp8", "int4": as :func:`peft_ext.quantize_packed`; "int8": as bitsandbytes' Linear8bitLt. Heads stay dense.
             Layers of a model in memory that are packed already count with their packed bytes.

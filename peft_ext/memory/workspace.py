@@ -60,8 +60,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also has
     the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight.
 
-    On the CPU in 16 bits, the scratch depends on the case in the list below. In the cases 1, 2 and 4 of the list, a
-    dropout of the base layer's term doubles the tensors of activations, products and float32 panels.
+    On the CPU in 16 bits, one of the four cases below gives the scratch. In cases 1, 2 and 4 of the list, a dropout of
+    the base layer's term doubles the tensors of activations, products and float32 panels.
 
     1. On a path with tiles, in bfloat16, over a packed weight or a contiguous dense weight, the scratch is the
        activations packed into strips.
@@ -143,9 +143,9 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -> tuple[int, int, int]:
     """Returns three scratch sizes of a loss with an adapter on the head.
 
-    Scratch memory of the first size is held during the whole call, for the adapter's gradients. Scratch memory of the
-    second size is needed while the low-rank term is added to a chunk's logits, and of the third size while a chunk's
-    part of the gradients is computed.
+    The first size is held during the whole call, for the adapter's gradients. Scratch memory of the second size is
+    needed while the low-rank term is added to a chunk's logits. Scratch memory of the third size is needed while a
+    chunk's part of the gradients is computed.
     """
     lora_A, lora_B, hidden = given["lora_A"], given["lora_B"], given["hidden"]
     part = lora_A.numel() * lora_A.element_size() + lora_B.numel() * lora_B.element_size()

@@ -135,7 +135,7 @@ def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -
 def without_settings() -> Iterator[None]:
     """Hides accelerate's variables from the block, and sets them again as they were before the block.
 
-    The variables are the configuration of ``accelerate launch``, and what Trainer and accelerate leave in a process.
+    ``accelerate launch`` passes its configuration in such variables, and Trainer and accelerate set further ones.
     """
 
     def take() -> dict[str, str]:

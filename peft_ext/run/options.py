@@ -197,7 +197,7 @@ def check_options(o: Options) -> None:
 
 
 def quant_name(quant: str) -> str:
-    """Returns the name of a quantization as sentences have it, such as "MXFP4"."""
+    """Returns the name of a quantization for messages and for the report, such as "MXFP4"."""
     return "a packed checkpoint" if quant == "checkpoint" else quant.upper()
 
 

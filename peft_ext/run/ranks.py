@@ -247,7 +247,7 @@ class Ranks:
         if lost:
             text = self._why_lost(error, hint)
         elif isinstance(error, Interrupted) and error.signal == signal.SIGTERM and (gone := self._gone()):
-            lost, text = True, self._without(gone, hint)  # the launcher ends the other ranks after one
+            lost, text = True, self._without(gone, hint)  # if a rank ends, the launcher ends the others
         else:
             text = str(error)
         if isinstance(error, RunError) and not getattr(error, "of_all_ranks", False):
@@ -415,7 +415,7 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         raise
     finally:
         ranks.end_beats()
-        if ended_well:  # after an error the group stays: taking the group down would wait for the other ranks
+        if ended_well:  # after an error the process group stays: its destruction would wait for the other ranks
             if not exists:
                 distributed.destroy_process_group()
             _forget(before)

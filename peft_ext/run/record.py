@@ -186,7 +186,7 @@ def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 continue
-            if hasattr(tensor, "to_local"):  # a DTensor: the bytes of this process's shard
+            if hasattr(tensor, "to_local"):  # of a DTensor, this process's shard is counted
                 tensor = tensor.to_local()
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen:

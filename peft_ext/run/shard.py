@@ -50,7 +50,7 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
             model = adapt(base.model)
             if saved is not None:
                 _read_adapter(model, saved, run.device)
-            ranks.wait()  # from here on, no rank may fail alone
+            ranks.wait()  # in the code after this line, no rank may fail alone
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
         shard_and_load(model, base, mesh, node=ranks.node)
     # The root unit, which has the embedding and the head, is the PeftModel. The PeftModel's method ``generate`` calls

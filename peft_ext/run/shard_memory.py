@@ -32,7 +32,8 @@ class ShardedMemory:
             two states, with Adam's count of the steps.
         gathered: upper bound of the parameters that FSDP2 gathers in a step, in addition to the shards: the parameters
             of the rest of the model and of the two largest decoder layers.
-        other: activations, logits and temporary tensors of a step at the peak; 0 where they could not be estimated.
+        other: bytes of activations, logits and temporary tensors at the peak of a step; 0 where the memory of a step
+            could not be estimated.
         reading: upper bound of the tensors that exist in addition to the shards while the base loads.
     """
 
@@ -99,7 +100,7 @@ def _rows(parameter: Tensor, shards: int) -> int:
 
 
 def _reading(model: nn.Module, quant: Optional[str]) -> int:
-    """Returns the most bytes that a process holds beside the shards while it reads one weight of the base.
+    """Returns the most bytes that a process holds in addition to the shards while it reads one weight of the base.
 
     A weight that is quantized exists in bfloat16 and in its packed form. The quantizers of ``PACKED_FORMATS`` have
     temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude needs the weight in the
