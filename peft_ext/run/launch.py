@@ -135,7 +135,7 @@ def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -
 def without_settings() -> Iterator[None]:
     """Hides accelerate's variables from the block, and sets them again as they were before the block.
 
-    ``accelerate launch`` passes its configuration in such variables, and Trainer and accelerate set further ones.
+    ``accelerate launch`` passes its configuration in these variables, and Trainer and accelerate set some of them too.
     """
 
     def take() -> dict[str, str]:
