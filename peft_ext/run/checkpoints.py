@@ -30,7 +30,7 @@ from .ranks import PROBE, Ranks
 
 PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-EXPORTED_FILE = "adapter.gguf"  # the adapter as a file of llama.cpp
+EXPORTED_FILE = "adapter.gguf"  # name of the file of llama.cpp to which a run exports the adapter
 _LOCK = ".lock"
 # Error numbers by which a file system says that it has no locks. On a file system without locks a run works without a
 # lock.

@@ -235,7 +235,7 @@ def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
     from ..nn.experts import FrozenExperts
 
     batch = collate(run, run.examples.held_out[:REREAD])
-    keep = batch["attention_mask"].bool()  # logits of padding tokens have no meaning
+    keep = batch["attention_mask"].bool()  # the comparison leaves out padding tokens, whose logits have no meaning
     model.eval()
     kinds = (FrozenExperts, NF4Linear) if run.options.method == "dora" else FrozenExperts
     accelerated, stays = None, any(isinstance(module, kinds) for module in model.modules())

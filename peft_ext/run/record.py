@@ -78,7 +78,8 @@ class Record:
 
     @property
     def processes(self) -> dict[str, Any]:
-        """The number of processes and of machines, the launcher, and the name of the launch."""
+        """The numbers of processes and machines, the launcher, the launch's name, and the memory that each process
+        measured."""
         ranks = self.run.ranks
         return {"count": ranks.world, "machines": ranks.nodes, "launcher": ranks.launch.launcher,
                 "launch": ranks.identity, "peak_mib": self.peaks, "load_growth_mib": self.load_growths}  # fmt: skip
@@ -152,7 +153,8 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):  # on all ranks alike
+            # The condition is equal on all ranks, because all ranks compare with the largest signal of the ranks.
+            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
                     losses = evaluate.held_out_losses(run, model, record.curve)

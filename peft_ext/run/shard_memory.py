@@ -109,7 +109,7 @@ def _reading(model: nn.Module, quant: Optional[str]) -> int:
     """
     from ..sharded.load import PIECE
 
-    each = {None: 0, "nf4": 2}.get(quant, 2 + 16)  # bytes of an element
+    each = {None: 0, "nf4": 2}.get(quant, 2 + 16)  # bytes of an element of a weight that is quantized while it is read
     doras = {id(layer.get_base_layer()) for layer in model.modules() if getattr(layer, "lora_magnitude_vector", None)}
     most = PIECE
     for module in model.modules():

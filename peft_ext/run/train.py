@@ -198,7 +198,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
-            if (export := checkpoints.old_export(o)) is not None:  # a file of an earlier adapter
+            if (export := checkpoints.old_export(o)) is not None:  # it was exported from an earlier adapter
                 export.unlink()
         size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
         results["adapter_bytes"] = run.ranks.gather(size)[0]
@@ -252,9 +252,9 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 def load_base(run: Run) -> Any:
     """Returns the frozen base, quantized where the options say so, or packed as the files of the model are.
 
-    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. The weights are rounded to bfloat16 for every
-    computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or is
-    missing.
+    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights are rounded to bfloat16 for
+    every computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or
+    is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
