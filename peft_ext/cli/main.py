@@ -30,7 +30,7 @@ app = typer.Typer(
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Ends the command with one printed line and an exit code where the block raises an error that the user can mend.
+    """Ends the command with one printed line and an exit code where the block raises an error that the user can fix.
 
     The exit code is 2, or 128 + n after signal n: Ctrl-C gives 130.
     """

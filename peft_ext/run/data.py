@@ -161,7 +161,7 @@ def _read_hub(spec: str) -> Iterable[Row]:
         raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
     try:
         return load_dataset(spec, split="train")
-    except Exception as error:  # the user can only mend the name, whatever error the hub or the data set raised
+    except Exception as error:  # the user can only correct the name, whatever error the hub or the data set raised
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
@@ -411,8 +411,8 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
         return prompt + answer, [IGNORED] * len(prompt) + answer
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
-        # The template renders the conversation before and after each turn of the assistant. The loss is on the text
-        # that a turn of the assistant adds.
+        # The chat template renders the conversation without and with each turn of the assistant. The tokens that a turn
+        # of the assistant adds have a loss.
         ids: list[int] = []
         labels: list[int] = []
         done = ""

@@ -1,4 +1,4 @@
-"""Errors that the user of a run can mend, and the signals that end a run."""
+"""Errors that the user of a run can fix, and the signals that end a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..sources.json_file import first_line
 
 
 class RunError(Exception):
-    """An error that the user can mend: one line about the options, the data, the model or the machine.
+    """An error that the user can fix: one line about the options, the data, the model or the machine.
 
     The line names options like the command line, for example ``--block-size``.
     """

@@ -534,7 +534,7 @@ def adapter_config(run: Run, model: Any) -> Any:
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
             # PEFT adds the regularization to the loss of each batch. Where the model's loss takes num_items_in_batch,
             # the Trainer adds up the losses of a step's batches, over accumulation and processes, instead of a mean.
-            # The weight of the regularization is divided by the number of these batches, so that a step counts the
+            # The weight of the regularization is divided by the number of batches of a step, so that a step counts the
             # regularization once.
             if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
                 fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)

@@ -159,7 +159,8 @@ class Ranks:
         return work()
 
     def at(self, place: str) -> None:
-        """Notes that this rank has reached ``place``, so that an error can name the rank that came no further.
+        """Notes that this rank has reached ``place``, so that an error can name a rank that did not reach a later
+        place.
 
         All ranks reach the same places in the same order.
         """
@@ -427,7 +428,8 @@ def had_group() -> bool:
 
 
 def _forget(before: dict[str, Optional[str]]) -> None:
-    """Resets the variables and the state of accelerate, so that a later run of this process is no run of this group."""
+    """Resets the variables and the state of accelerate, so that a later run in this process does not join this
+    group."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

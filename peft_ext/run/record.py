@@ -178,8 +178,8 @@ def recording_callback(record: Record) -> Any:
 def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
     """Returns the bytes of weights, adapter, gradients and optimizer states in memory after an optimizer step.
 
-    The step's gradients are not freed yet, so they count. Each storage is counted once. "optimizer" includes the scores
-    that AdaLoRA keeps.
+    The gradients of the step are counted, because they are not freed yet. Each storage is counted once. "optimizer"
+    includes the scores that AdaLoRA keeps.
     """
     seen: set[int] = set()
 

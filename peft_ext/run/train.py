@@ -112,7 +112,7 @@ def finetune(options: Options) -> Result:
     If a launcher has started several processes, all of them have to call the function, with equal options. After an
     error, each process has to end, because the process group of the run is broken.
 
-    Raises RunError for an error that the user can mend, such as a wrong option, a full disk or too little memory.
+    Raises RunError for an error that the user can fix, such as a wrong option, a full disk or too little memory.
     Raises Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
     """
     stop = Stop()
