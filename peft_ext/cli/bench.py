@@ -164,7 +164,7 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
 
 
 def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:
-    """Returns an SVG chart with a group of bars for each layer; a bar is a contender's milliseconds."""
+    """Returns an SVG chart with a group of bars for each layer; a bar shows a contender's milliseconds."""
     looks = {OURS: "ours", "stock": "stock", FROZEN: "eager"}
     words = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
     labels = [_label(result) for result in results]

@@ -87,7 +87,8 @@ def chat(
 
 
 def _prompts() -> Iterator[str]:
-    """Yields the non-empty lines of standard input. A terminal shows a prompt and keeps a history of lines."""
+    """Yields the non-empty lines of standard input. On a terminal, the function shows a prompt and keeps a history of
+    lines."""
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):

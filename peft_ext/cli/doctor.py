@@ -135,7 +135,8 @@ def _warm(capabilities: list[str]) -> None:
 
 
 def _proofs(key: str, measure: bool) -> bool:
-    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to add times.
+    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to print the
+    median times too.
 
     Returns False if the proof raised an error: a memory fault, or, with PEFT_EXT_REQUIRE, a family that failed.
     """

@@ -56,8 +56,8 @@ def estimate_memory(
         model: a model of transformers, a PeftModel over a model of transformers, or any module (then with ``inputs``),
             on any device, the meta device included; or a transformers configuration, from which a model is built on
             the meta device. The model is not changed, and its data is not read.
-        config: a PEFT configuration to adapt the model with, or one of the ``METHODS``, as in ``method``. With config
-            None and method None, the parameters that require a gradient are trained.
+        config: a PEFT configuration to adapt the model with, or a name that ``method`` accepts. With config None and
+            method None, the parameters that require a gradient are trained.
         method: one of :data:`peft_ext.methods.METHODS`, with the settings of that table: "lora", "rslora", "dora" (r
             16, all linear layers), "qlora" ("lora" over NF4), "adalora" (init_r 12), "ia3" (PEFT's layers), "prefix",
             "prompt" (20 virtual tokens), "bitfit" (every bias), "bottleneck" (after attention and feed-forward),

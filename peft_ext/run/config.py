@@ -87,7 +87,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
-    if root is None or (root.id == "scalar" and not root.value):  # a file without values, for example of comments
+    if root is None or (root.id == "scalar" and not root.value):  # an empty file, or a file of comments
         return config
     if root.id != "mapping":
         _fail(path, root, f"{_came(root)}, wanted lines of name: value")

@@ -140,8 +140,8 @@ class Stop:
 def caught_signals(stop: Stop) -> Iterator[None]:
     """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 inside the ``with`` block, as :func:`peft_ext.run.finetune` says.
 
-    Restores the former handlers at the end of the block. Does nothing outside of the main thread. Raises Interrupted
-    where a signal ends the block at once.
+    Restores the former handlers at the end of the block. Outside of the main thread, the function handles no signal.
+    Raises Interrupted where a signal ends the block at once.
     """
 
     def end(number: int, frame: Any) -> None:

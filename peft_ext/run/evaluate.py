@@ -47,7 +47,8 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
     """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
 
-    The ranks share the examples. The sum of an example's losses does not depend on the number of ranks.
+    Each rank computes the losses of a share of the examples. The sum of an example's losses does not depend on the
+    number of ranks.
     """
     model.eval()
     examples, ranks, found = run.examples.held_out, run.ranks, {}
@@ -214,7 +215,7 @@ class Check:
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.
         accelerated_difference: difference between the fused and the stock path of the trained model; None in a stock
-            run, and for a model with packed experts.
+            run, for a model with packed experts, and for DoRA over NF4 in a sharded run.
     """
 
     max_difference: float

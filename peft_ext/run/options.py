@@ -40,7 +40,7 @@ class Options:
 
     The value None stands for the default that the option's description names. ``target_modules`` and
     ``target_parameters`` may be lists of names. Where ``target_parameters`` apply, ``dropout`` acts on the experts
-    only: PEFT's configuration has no dropout for layers beside adapted parameters.
+    only, because PEFT accepts no ``lora_dropout`` together with ``target_parameters``.
     """
 
     model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, GGUF file, hub name, or "{DEMO_MODEL}".', "Model")

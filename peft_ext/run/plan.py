@@ -1,4 +1,4 @@
-"""A dry run: plans the model, data, memory and steps of a run, without loading weights and without the run's files.
+"""A dry run: plans the model, data, memory and steps of a run, without loading weights or writing a run's files.
 
 The dry run makes the run's checks, tokenizes the data, counts the steps, and builds the model on the meta device. Each
 parameter is then replaced by a tensor of one element that is expanded to the parameter's shape. The checks of fused

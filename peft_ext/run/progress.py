@@ -25,7 +25,7 @@ log = logging.getLogger("peft_ext.run")
 def quiet() -> None:
     """Turns off transformers' progress bars, and the warnings of transformers, PEFT, accelerate and bitsandbytes."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
-    # Not the user but PEFT passes the argument past_key_values, with the prefixes of prefix tuning.
+    # PEFT itself passes the deprecated argument past_key_values, with the prefixes of prefix tuning.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     for name in ("bitsandbytes", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

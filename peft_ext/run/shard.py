@@ -1,7 +1,8 @@
 """A run whose base is sharded by FSDP2 (``--shard fsdp2`` and ``--shard hsdp``).
 
-No process holds the whole model. The adapter is added before the weights are read, because FSDP2 shards a decoder layer
-with its adapter. The Trainer gets the sharded model, and accelerate saves checkpoints by torch.distributed.checkpoint.
+In a sharded run, no process holds the whole model. The adapter is added before the weights are read, because FSDP2
+shards a decoder layer with its adapter. The Trainer gets the sharded model, and accelerate saves checkpoints by
+torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
 
 
 def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
-    """Sets the values of a saved adapter. Before this, DoRA's magnitudes, which are on the meta device, get memory."""
+    """Sets the values of a saved adapter. DoRA's magnitudes, which are on the meta device, first get memory."""
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     for layer in model.modules():

@@ -2,8 +2,8 @@
 
 FSDP2 splits each parameter by rows: with n shards, the first process holds ``ceil(rows / n)`` rows of each parameter,
 and no process holds more. Buffers, such as the scales of packed weights, are whole in each process. A unit of FSDP2 is
-a decoder layer, or the rest of the model. The parameters of the rest stay gathered from the forward to the backward. In
-the backward, FSDP2 may gather a decoder layer while it computes with another decoder layer.
+a decoder layer, or the rest of the model. The parameters of the rest of the model stay gathered from the forward to the
+backward. In the backward, FSDP2 may gather a decoder layer while it computes with another decoder layer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def sharded_memory(
     Args:
         model: the base with its adapter, as it is trained, on the meta device or with tensors without values.
         shards: number of processes that share one copy of the base.
-        memory: estimate of a step of an unsharded process.
+        memory: estimate of the memory of a training step in an unsharded process; None: no estimate was possible.
         quant: the format to which the run quantizes weights as it reads them; None: the run quantizes no weight.
     """
     from ..sharded.base import decoder_layers  # needs PEFT, which doctor and --version do without

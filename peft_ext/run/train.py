@@ -297,8 +297,8 @@ def load_base(run: Run) -> Any:
 
 
 def _sharded(run: Run) -> Any:
-    """Returns the sharded model with its adapter. If a checkpoint has all steps of the run, the adapter has its
-    values."""
+    """Returns the sharded model with its adapter. If the checkpoint has all steps of the run, the adapter has the
+    checkpoint's values."""
     done = run.checkpoint if run.checkpoint and checkpoints.step_of(run.checkpoint) >= run.steps else None
     return shard.sharded_model(run, lambda base: adapt(run, base), done)
 
