@@ -5,7 +5,7 @@ A process of torchrun and of ``accelerate launch`` finds its rank and the number
 
 ``accelerate launch`` passes its configuration on in further variables, which the library accelerate reads. Only the
 options of a run decide what the run does, so the training hides the variables from the library accelerate. A
-configuration that asks for something that a run does not do is an error.
+configuration of ``accelerate launch`` that asks for something that a run does not do is an error.
 """
 
 from __future__ import annotations

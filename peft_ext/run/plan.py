@@ -174,8 +174,8 @@ def preview(
         dtype, quant, blocksize: dtype of the base, its quantization ("nf4" or one of ``PACKED_FORMATS``; another value
             for a base that is dense or packed already), and NF4's block size.
         device: device of the run.
-        batch_size, sequence_length, gradient_checkpointing, padding: the training step whose memory is estimated, with
-            arguments of :func:`peft_ext.estimate_memory`.
+        batch_size, sequence_length, gradient_checkpointing, padding: arguments of :func:`peft_ext.estimate_memory` that
+            describe the training step whose memory is estimated.
         stock: whether the layers stay PEFT's own layers, without fused layers.
         shards: number of processes among which FSDP2 shards the base; None: the base is not sharded.
 

@@ -213,7 +213,7 @@ def prepare(
 def needs_bitsandbytes(o: Options) -> bool:
     """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA, unless sharded.
 
-    The DoRA of PEFT can dequantize no other NF4 layer.
+    PEFT's DoRA can dequantize no NF4 layer except bitsandbytes' ``Linear4bit``.
     """
     return o.quant == "nf4" and (o.stock or o.method == "dora") and o.shard == "ddp"
 

@@ -55,8 +55,8 @@ def bar(
     """Yields ``items``, and shows a bar where standard error is a terminal.
 
     The bar shows ``text`` and the name that ``each`` returns for the current item. tqdm draws the bar between two
-    items, in the thread that iterates over the items. The bar adds only tqdm's monitor thread, which wakes every ten
-    seconds.
+    items, in the thread that iterates over the items. The bar starts no thread except tqdm's monitor thread, which
+    wakes every ten seconds.
     """
     from tqdm import tqdm
 

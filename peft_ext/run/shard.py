@@ -24,7 +24,7 @@ from .progress import status
 
 
 def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] = None) -> Any:
-    """Returns the model with an adapter, sharded.
+    """Returns the model with an adapter, sharded by FSDP2.
 
     Args:
         adapt: adds the adapter to a model on the meta device, and returns the model.
