@@ -4,4 +4,4 @@ __all__ = ["CliError"]
 
 
 class CliError(Exception):
-    """An error that the user can mend. The command line prints ``error: ...`` in one line and ends with exit code 2."""
+    """An error that the user can fix. The command line prints ``error: ...`` in one line and ends with exit code 2."""

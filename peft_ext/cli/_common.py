@@ -96,7 +96,8 @@ def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> N
 
 
 def chosen_quant(option: str, folder: Path, stored: str, asked: Optional[str], trained: Mapping[str, Any]) -> str:
-    """Returns the quantization of a base: as the files store the weights, as asked for, or as in the training.
+    """Returns the quantization of a base: as the files store the weights, as the user asked, or as in the adapter's
+    training.
 
     Args:
         option: name of the command line option whose value is ``asked``, for the error message.

@@ -26,7 +26,7 @@ from ..run.record import machine
 from . import CliError
 from ._common import Threads, check_range, console, new_table, print_json
 
-# Where the quartiles of a ratio of times differ by more than this share of the ratio, the machine is called too busy.
+# If the quartiles of a ratio of times differ by more than this share of the ratio, bench says that the machine is busy.
 _BUSY = 0.25
 
 
@@ -164,7 +164,7 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
 
 
 def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:
-    """Returns an SVG chart with a group of bars for each layer; a bar is a contender's milliseconds."""
+    """Returns an SVG chart with a group of bars for each layer; a bar shows a contender's milliseconds."""
     looks = {OURS: "ours", "stock": "stock", FROZEN: "eager"}
     words = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
     labels = [_label(result) for result in results]

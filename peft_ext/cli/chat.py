@@ -1,8 +1,9 @@
 """``peft-ext chat``: answers of a base model and of the adapted model to one prompt, side by side.
 
-One model is in memory, by default in the quantization that the adapter was trained on. The base answers while the
-adapter is disabled. Some adapters, such as PiSSA's, change the base's weights; a reason then stands in place of the
-base's answer. Each prompt is answered without history, since the two answers would make two conversations.
+One model is in memory, by default in the quantization that the adapter was trained on. The base's answer comes from the
+model with its adapter disabled. Some adapters, such as PiSSA's, change the base's weights; ``chat`` then shows a reason
+in place of the base's answer. ``chat`` answers each prompt without history, because the answers of two models would
+make two conversations.
 """
 
 from __future__ import annotations
@@ -79,14 +80,15 @@ def chat(
     for line in _prompts():
         try:
             answers = pair.answers(line)
-        except CliError as error:  # chat goes on, because the next prompt may get an answer
+        except CliError as error:  # ``chat`` goes on after an error, because the next prompt may get an answer
             print(f"error: {error}", file=sys.stderr)
             continue
         _show(line, *answers)
 
 
 def _prompts() -> Iterator[str]:
-    """Yields the non-empty lines of standard input. A terminal shows a prompt and keeps a history of lines."""
+    """Yields the non-empty lines of standard input. On a terminal, the function shows a prompt and keeps a history of
+    lines."""
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
@@ -167,7 +169,7 @@ class _Pair:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _answer(self, inputs: dict[str, Any]) -> str:
-        torch.manual_seed(self.seed)  # set before each answer, so that equal models give equal answers
+        torch.manual_seed(self.seed)  # the seed is set before each answer, so that equal models give equal answers
         with raised_as(CliError, "generate, with the base's generation_config: ", *REFUSALS):
             return continued(self.model, self.tokenizer, inputs, self.max_new_tokens, has_prompt=self.is_prompt,
                              temperature=self.temperature)  # fmt: skip
@@ -234,7 +236,7 @@ def _base(
 
 
 def _why_no_base(config: Any, base: Any) -> Optional[str]:
-    """Returns why the adapted model with its adapter disabled will differ from ``base``; None where it will not.
+    """Returns why the adapted model with its adapter disabled will differ from ``base``; None where the two are equal.
 
     The adapter is not yet added to ``base``.
     """

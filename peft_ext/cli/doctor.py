@@ -111,7 +111,7 @@ def doctor(
 
 
 def _warm(capabilities: list[str]) -> None:
-    """Compiles all CUDA kernels for the compute capabilities, or for this machine's GPUs if there are none."""
+    """Compiles all CUDA kernels for the given compute capabilities, or if none is given, for this machine's GPUs."""
     if _native.STATE.module is None:
         raise CliError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
     if why := device_code.missing():
@@ -135,7 +135,8 @@ def _warm(capabilities: list[str]) -> None:
 
 
 def _proofs(key: str, measure: bool) -> bool:
-    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to add times.
+    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to print the
+    median times too.
 
     Returns False if the proof raised an error: a memory fault, or, with PEFT_EXT_REQUIRE, a family that failed.
     """
@@ -155,9 +156,9 @@ def _proofs(key: str, measure: bool) -> bool:
 
 
 def _times(family: str, key: str) -> str:
-    """Returns the median times of the first operator of a family's proof, and of its reference, as text.
+    """Returns the median times of the first operator in a family's proof and of this operator's reference, as text.
 
-    The calls alternate, so that other users of the device slow both.
+    Calls of the operator and of the reference alternate, so that other programs on the device slow both alike.
     """
     device = torch.device(key.lower())
     dtype = torch.bfloat16 if key == "CUDA" else _cpu.compute_dtype()

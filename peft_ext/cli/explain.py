@@ -2,8 +2,8 @@
 
 Without ``--verify`` the command builds the model on the meta device from configuration files, and reads no weight; see
 :func:`peft_ext.run.plan.preview`. The command does not see the state of a live model (hooks, shards, offloading,
-autocast, a merged or disabled adapter); the function :func:`peft_ext.explain` does. With ``--verify`` the command also
-reads the weights, and runs a training step.
+autocast, a merged or disabled adapter); the function :func:`peft_ext.explain` sees this state. With ``--verify`` the
+command also reads the weights, and runs a training step.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _adapter_folder(what: str) -> Optional[Path]:
     try:
         folder = Path(what).expanduser()
         return folder if (folder / "adapter_config.json").is_file() else None
-    except (OSError, RuntimeError):  # the name is too long, or has "~" with an unknown user
+    except (OSError, RuntimeError):  # raised if the name is too long, or has "~" with an unknown user
         return None
 
 
@@ -226,7 +226,7 @@ def _of_adapter(
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
-    """Returns the quantization and the block size of the base, and a text about both that says where they come from."""
+    """Returns the quantization and the block size of the base, and a text that says where the two values come from."""
     stored = stored_quant(folder, config)
     chosen = chosen_quant("--quant", folder, stored, quant, trained)
     by = "as asked for"

@@ -1,4 +1,5 @@
-"""Declares the commands of ``peft-ext``. Each command is a function in the module of the same name."""
+"""Declares the commands of ``peft-ext``. Each command is a function in the module of ``peft_ext.cli`` that has the
+command's name."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ app = typer.Typer(
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Ends the command with one printed line and an exit code where the block raises an error that the user can mend.
+    """Ends the command with one printed line and an exit code where the block raises an error that the user can fix.
 
-    The exit code is 2; after signal n it is 128 + n, so that Ctrl-C gives 130.
+    The exit code is 2, or 128 + n after signal n: Ctrl-C gives 130.
     """
     try:
         yield
-    except Elsewhere:  # another process of the run prints its error
+    except Elsewhere:  # another process of the run failed and prints the error
         raise typer.Exit(2) from None
     except (CliError, RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,10 +102,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         code = command.main(args=None if argv is None else list(argv), prog_name="peft-ext", standalone_mode=False)
     except Exception as error:
-        # The error's class is typer's or click's, depending on the version of typer; it always has format_message.
+        # The error's class is typer's or click's, depending on the version of typer; both classes have format_message.
         if not hasattr(error, "format_message"):
             raise
-        if message := error.format_message():  # the message is "" where typer has shown the help
+        if message := error.format_message():  # typer's message is "" where typer has shown the help
             print(f"error: {message}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     try:

@@ -18,7 +18,7 @@ from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, base_of, named_ba
 if TYPE_CHECKING:
     from ..merge.gguf import MergedTensor
 
-_SMALL_ERROR = 0.01  # with a larger relative rounding error, the summary suggests --type q8_0
+_SMALL_ERROR = 0.01  # if a relative rounding error is larger, the summary suggests --type q8_0
 _MODEL_HELP = 'Base: folder, hub name, or "smollm2"; with --gguf a GGUF file. Default: the adapter\'s own.'
 
 

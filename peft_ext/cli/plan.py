@@ -114,7 +114,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
         yield f"the memory is of the process with the largest shards; {run.shards} processes share the base"
     # The memory that this process uses now counts as free, because the process ends before the run begins.
     free = None if plan.free_bytes is None else plan.free_bytes + plan.held_bytes
-    # On a CPU, all processes of the machine take their memory from the machine's.
+    # On a CPU, all processes of a machine share the machine's memory.
     needed = plan.needed_bytes * (run.ranks.local_world if run.device.type == "cpu" else 1)
     if free is not None and needed > free:
         method = METHODS[o.method]
@@ -123,7 +123,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
         mends += ["--dtype bf16"] * (o.quant == "none" and run.dtype == torch.float32)
         mends += ["a smaller --batch-size or --block-size"]
         mends += ["--gradient-checkpointing"] * (not o.gradient_checkpointing and method.can_checkpoint)
-        if adapter.memory is None or plan.check_bytes > plan.step_bytes:  # a smaller batch would not help
+        if adapter.memory is None or plan.check_bytes > plan.step_bytes:  # the batch size is not the cause
             mends = ["--quant nf4"] * dense + ["a smaller model"]
         yield f"warning: it needs more memory than is free; {' or '.join(mends)} takes less"
     if run.packed:

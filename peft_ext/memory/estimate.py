@@ -56,24 +56,26 @@ def estimate_memory(
         model: a model of transformers, a PeftModel over a model of transformers, or any module (then with ``inputs``),
             on any device, the meta device included; or a transformers configuration, from which a model is built on
             the meta device. The model is not changed, and its data is not read.
-        config: a PEFT configuration to adapt the model with, or one of the ``METHODS``, as in ``method``. With config
-            None and method None, the parameters that require a gradient are trained.
-        method: one of :data:`peft_ext.methods.METHODS`, as the table has it: "lora", "rslora", "dora" (r 16, all linear
-            layers), "qlora" ("lora" over NF4), "adalora" (init_r 12), "ia3" (PEFT's layers), "prefix", "prompt" (20
-            virtual tokens), "bitfit" (every bias), "bottleneck" (after attention and feed-forward), "diff-pruning" (all
-            linear layers, before it prunes), "partial" (the last two layers); or "full".
+        config: a PEFT configuration to adapt the model with, or a name that ``method`` accepts. With config None and
+            method None, the parameters that require a gradient are trained.
+        method: one of :data:`peft_ext.methods.METHODS`, with the settings of that table: "lora", "rslora", "dora" (r
+            16, all linear layers), "qlora" ("lora" over NF4), "adalora" (init_r 12), "ia3" (PEFT's layers), "prefix",
+            "prompt" (20 virtual tokens), "bitfit" (every bias), "bottleneck" (after attention and feed-forward),
+            "diff-pruning" (all linear layers, before it prunes), "partial" (the last two layers); or "full".
         batch_size, sequence_length: size of the inputs, which have batch_size · sequence_length tokens.
         dtype: dtype of the base model's floating-point parameters; default: the model's own, or the configuration's.
             An adapter that ``model`` has already keeps its dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None.
         gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
-            backward computes the layer again. False: a model whose checkpointing is on keeps checkpointing.
+            backward computes the layer again. If ``gradient_checkpointing`` is False, a model that has checkpointing on
+            already keeps it.
         quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "mxfp4", "nvfp4",
             "fp8", "int4": as :func:`peft_ext.quantize_packed`; "int8": as bitsandbytes' Linear8bitLt. Heads stay dense.
-            The packed layers of a model in memory count as they are.
-        accelerated: True: the step runs the layers that :func:`peft_ext.accelerate` makes. False: the step runs PEFT's
-            own layers, over bitsandbytes' Linear4bit for an NF4 base, which dequantizes a weight on each use.
+            Layers of a model in memory that are packed already count with their packed bytes.
+        accelerated: True: the step runs the layers that :func:`peft_ext.accelerate` makes. With ``accelerated`` False,
+            the step runs PEFT's own layers, over bitsandbytes' Linear4bit for an NF4 base, which dequantizes a weight
+            on each use.
         autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``.
         padding: the sequences have unequal lengths, so that attention takes a mask; False: no mask.
         device: device of the step, "cuda" or "cpu"; default: the model's device, "cuda" for a model on the meta device.

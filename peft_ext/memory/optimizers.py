@@ -36,8 +36,8 @@ def _adafactor(p: Tensor) -> list[int]:
 
 
 # By an optimizer's name: the function that returns the bytes of each state of one parameter, and the number of
-# temporary copies of all gradients in a step on CUDA, where torch.optim updates all parameters at once. On a CPU, a
-# number above 0 means two copies of the largest gradient.
+# temporary copies of all gradients in a step on CUDA, where torch.optim updates all parameters at once. On a CPU, if
+# this number is above 0, a step has two temporary copies of the largest gradient.
 OPTIMIZERS: dict[str, tuple[Callable[[Tensor], list[int]], int]] = {
     "adamw": (_plain(2), 1),
     "adam": (_plain(2), 1),

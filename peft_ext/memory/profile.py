@@ -16,9 +16,9 @@ _UNITS = ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 class MemoryEstimate:
     """Bytes of one training step, by kind of memory. ``str`` gives a table.
 
-    The field of a kind is the largest number of bytes of this kind at any moment. ``peak`` has the bytes of each kind
-    at the moment when their sum is largest, and ``total`` is that sum. A kind's field may be larger than its entry in
-    ``peak``: while the loss is computed, for example, there are no gradients yet.
+    The field with the name of a kind of memory is the largest number of bytes of this kind at any moment. ``peak`` has
+    the bytes of each kind at the moment when their sum is largest, and ``total`` is that sum. A kind's field may be
+    larger than its entry in ``peak``: while the loss is computed, for example, there are no gradients yet.
 
     Attributes:
         weights: parameters and buffers of the base model; quantized parameters count in their packed form.
@@ -107,8 +107,9 @@ class Profile:
         """Returns ``self + steps · (other - self)``, the profile of a model with more layers than those of self and
         other.
 
-        A phase that one of the two profiles lacks is left out. Only the phase of the layers between the last and the
-        first layer may be missing: the peak of this phase is at most the larger peak of the first and the last layer.
+        The result leaves out a phase that ``self`` or ``other`` lacks. Only the phase of the layers between the last
+        and the first layer may be missing: the peak of this phase is at most the larger peak of the first and the last
+        layer.
         """
 
         shared = [name for name in self.peaks if name in other.peaks]

@@ -1,10 +1,9 @@
 """Builds, copies and quantizes models whose tensors have no data.
 
-    meta      a tensor on the meta device: a model is built, copied and adapted with meta tensors
-    stand-in  a plain CPU tensor, one element expanded to the shape of a tensor: a model is quantized and accelerated
-              with stand-ins
+A model is built, copied and adapted with tensors on the meta device. A model is quantized and accelerated with
+stand-ins: a stand-in is a plain CPU tensor of one element, expanded to the shape of the tensor that it stands for.
 
-No parameter and no buffer of such a model takes more memory than one element. bitsandbytes' layers, and the
+No parameter and no buffer of a model without data takes more memory than one element. bitsandbytes' layers, and the
 layers that are to be quantized, become layers whose packed weights and scales are stand-ins or meta tensors.
 """
 

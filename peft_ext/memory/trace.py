@@ -116,7 +116,7 @@ def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[st
     events = [(s.born, True, s) for s in storages]
     events += [(end if s.died is None else s.died, False, s) for s in storages]
     alive, total = dict.fromkeys(KINDS, 0), 0
-    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, frees go before allocations
+    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, frees sort before allocations
         alive[s.kind] += s.size if made else -s.size
         total += s.size if made else -s.size
         if made:
@@ -221,7 +221,8 @@ class Step:
         self.begins.append((self.storages.mark(), phase))
 
     def _enter_layer(self, stack: int, index: int, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Marks the phases of the backward: the gradient of a layer's input ends the backward of this layer."""
+        """Marks the phases of the backward: the backward of a layer ends when the gradient of the layer's input is
+        computed."""
         x = args[0] if args else kwargs.get("hidden_states")
         if len(self.begins) == 1 and isinstance(x, Tensor) and x.requires_grad:
             before = "before" if index == 0 else "first" if index == 1 else "between"
@@ -234,7 +235,7 @@ class Step:
 
     def profile(self) -> Profile:
         storages, end = self.storages.all, self.storages.mark()
-        for s in storages:  # a storage that the forward made and freed is temporary
+        for s in storages:  # storage made and freed within the forward is temporary
             if s.kind == "activations" and s.died is not None and s.died <= self.forward_end:
                 s.kind = "temporary"
         begins = [*self.begins, (end + 1, "")]
@@ -326,7 +327,7 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
-            if base.config.pad_token_id is None:  # any id serves in a trace, and the config is a copy of the caller's
+            if base.config.pad_token_id is None:  # any id works in a trace; the config is a copy of the caller's
                 base.config.pad_token_id = 0
     elif "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = numbers(*tokens)

@@ -60,17 +60,18 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also has
     the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight.
 
-    On the CPU in 16 bits there are four cases. In the first, second and fourth case, a dropout of the base layer's term
-    doubles the tensors of activations, products and float32 panels.
+    On the CPU in 16 bits, one of the four cases below gives the scratch. In cases 1, 2 and 4 of the list, a dropout of
+    the base layer's term doubles the tensors of activations, products and float32 panels.
 
-    1. On a path with tiles, in bfloat16, over a packed weight or a contiguous dense weight: the activations packed into
-       strips.
-    2. On a path with tiles, in bfloat16, over a dense weight that is not contiguous: a 16-bit and a float32 copy of the
-       result if the input or the output is scaled, else nothing.
-    3. On the scalar path, without scaling and without a dropout of the base layer's term: a packed weight decoded to 16
-       bits, or nothing for a dense weight.
-    4. In all other calls: activations, product and a panel of the weight in float32, and over a packed weight the panel
-       in 16 bits. The backward over several panels also has the gradient's columns of one panel in float32.
+    1. On a path with tiles, in bfloat16, over a packed weight or a contiguous dense weight, the scratch is the
+       activations packed into strips.
+    2. On a path with tiles, in bfloat16, over a dense weight that is not contiguous, the scratch is a 16-bit and a
+       float32 copy of the result if the input or the output is scaled, else nothing.
+    3. On the scalar path, without scaling and without a dropout of the base layer's term, the scratch is a packed
+       weight decoded to 16 bits, or nothing for a dense weight.
+    4. In all other calls in 16 bits on the CPU, the scratch is the activations, the product and a panel of the weight
+       in float32, and over a packed weight also the panel in 16 bits. If the weight has several panels, the scratch of
+       the backward also has the gradient's columns that belong to one panel, in float32.
     """
     out_features, in_features = given["shape"]
     drops = bool(given.get("drop_base")) and given.get("seed") is not None
@@ -102,7 +103,7 @@ def _scales(given: dict[str, Any]) -> bool:
 
 
 def _of_loss(given: dict[str, Any], device: str) -> int:
-    """Returns the scratch bytes of a loss: the logits of a chunk of tokens, and the scratch of their two products.
+    """Returns the scratch bytes of a loss: the logits of a chunk of tokens, and the scratch of the head's two products.
 
     With an adapter on the head there are two copies of the logits, the float32 sums of the adapter's gradients over all
     chunks, a chunk's part of these sums, and on the CPU lora_B in float32 and the partial sums of a chunk's part. A
@@ -117,7 +118,7 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     forward = backward = 0
     if not in_place:
         forward, backward = (_of_product(given, dtype, rows, device, back) for back in (False, True))
-        backward += 2 * rows * features * dtype.itemsize  # dX, and an empty tensor of the same size instead of X
+        backward += 2 * rows * features * dtype.itemsize  # dX, and an empty tensor of dX's size
     elif device == "cpu" and _packs_weight(dtype):
         forward = vocab * features * dtype.itemsize
     if given["lora_A"] is None:
@@ -133,8 +134,8 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 
     Measured on 512 x 1024 @ 1024 x 50000: on a CPU with AVX-512 and without bfloat16 instructions, oneDNN's bfloat16
     product (``gemm:jit``) packs the weight, in the forward only. oneDNN's kernel with bfloat16 instructions packs one
-    block a thread. On a CPU without AVX-512, PyTorch multiplies bfloat16 in a plain loop. No measured float16 product
-    packed the whole weight.
+    block of the weight on each thread. On a CPU without AVX-512, PyTorch multiplies bfloat16 in a plain loop. No
+    measured float16 product packed the whole weight.
     """
     return dtype is torch.bfloat16 and not _cpu.multiplies(dtype) and bool(_cpu.capabilities().get("avx512_f"))
 
@@ -142,16 +143,16 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -> tuple[int, int, int]:
     """Returns three scratch sizes of a loss with an adapter on the head.
 
-    Scratch memory of the first size is held during the whole call, for the adapter's gradients. Scratch memory of the
-    second size is needed while the low-rank term is added to a chunk's logits, and of the third size while a chunk's
-    part of the gradients is computed.
+    The first size is held during the whole call, for the adapter's gradients. Scratch memory of the second size is
+    needed while the low-rank term is added to a chunk's logits. Scratch memory of the third size is needed while a
+    chunk's part of the gradients is computed.
     """
     lora_A, lora_B, hidden = given["lora_A"], given["lora_B"], given["hidden"]
     part = lora_A.numel() * lora_A.element_size() + lora_B.numel() * lora_B.element_size()
     low = rows * hidden.shape[-1] * hidden.element_size() if given["needs_grad_hidden"] else 0
     if not (low or given["needs_grad_adapter"]):
         held = part = 0
-    else:  # while a chunk's part of the gradients is computed, the part of the chunk before is still alive
+    else:  # while a chunk's part of the gradients is computed, the previous chunk's part still exists
         held = 4 * (lora_A.numel() + lora_B.numel()) * given["needs_grad_adapter"] + several * (part + low)
     if device != "cpu":
         return held, 0, part + low
@@ -173,14 +174,14 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of the operators of experts.
 
     On a CPU the scratch is contiguous copies of the adapters that are not contiguous, and in the backward as many bytes
-    for gradients. On a GPU the scratch is the adapters' terms, of up to six bytes an element, and in the backward
+    again for gradients. On a GPU the scratch is the adapters' terms, of up to six bytes an element, and in the backward
     partial sums of the adapters' gradients.
     """
     held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
     if device == "cuda":
         size = sum(6 * value.numel() for value in held)
         return size + sum(4 * value.numel() for value in held) if "grad" in given else size
-    # The scratch of one expert is small beside the copies.
+    # The scratch of one expert is small compared with the copies, and is not counted.
     size = sum(value.numel() * value.element_size() for value in held if not value.is_contiguous())
     return size * (2 if "grad" in given else 1)
 

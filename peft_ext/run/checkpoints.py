@@ -30,7 +30,7 @@ from .ranks import PROBE, Ranks
 
 PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new adapter is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-EXPORTED_FILE = "adapter.gguf"  # the adapter as a file of llama.cpp
+EXPORTED_FILE = "adapter.gguf"  # name of the file of llama.cpp to which a run exports the adapter
 _LOCK = ".lock"
 # Error numbers by which a file system says that it has no locks. On a file system without locks a run works without a
 # lock.
@@ -38,7 +38,8 @@ _NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP"
 
 
 def _is_ours(entry: Path) -> bool:
-    """Returns whether an entry of the output folder is the lock or a probe of a process."""
+    """Returns whether an entry of the output folder is the lock file, or a file by which a process tested the
+    folder."""
     return entry.name == _LOCK or entry.name.startswith(PROBE)
 
 
@@ -91,7 +92,7 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 
 
 def after_restart(options: Options, ranks: Ranks) -> Options:
-    """Returns the options with which the processes go on that torchrun has started again.
+    """Returns the options with which processes that torchrun has started again continue the run.
 
     The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
     depends on the model's files. If this launch has begun the run in the output folder before, the options also have
@@ -121,7 +122,8 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
 
 
 def check_same_data(o: Options, digest: str) -> None:
-    """Raises RunError where ``digest``, of the data's records, differs from the digest in the earlier run.json."""
+    """Raises RunError where ``digest``, the digest of the data's records, differs from the digest in the earlier
+    run.json."""
     examples = read_record(o).get("examples")
     before = examples.get("digest") if isinstance(examples, dict) else None
     if before not in (None, digest):
@@ -184,8 +186,9 @@ def remove_unsealed(o: Options) -> None:
 def saving_callback(stop: Stop, ranks: Ranks) -> Any:
     """Returns a Trainer callback that seals each saved checkpoint.
 
-    After a step the callback also saves a checkpoint, or saves one and stops the training, where a signal asked one of
-    the ranks for it.
+    If a signal has asked one of the ranks for a checkpoint or for the end of the run, the callback lets the Trainer
+    save a checkpoint after the current step. If a signal has asked for the end of the run, the callback also stops the
+    training.
     """
     from transformers import TrainerCallback
 

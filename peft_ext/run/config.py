@@ -35,7 +35,7 @@ FILE = "finetune.yaml"  # name of the file in a run's output folder that has the
 
 _MOST_BYTES, _DEEPEST = 1_000_000, 3
 _SHOWN = 40  # most characters of a value that an error message shows
-_FLAGS = ("resume", "overwrite")  # flags that a file may not have: the file would resume or replace a run unasked
+_FLAGS = ("resume", "overwrite")  # options that a file may not set: the file would resume or replace a run unasked
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 # Regular expressions of numbers as people usually write them. YAML 1.1 reads 010 as octal and 1:30 as a time, and
 # Python's int and float accept 1_000 and nan.
@@ -64,7 +64,8 @@ class Config:
 
     @contextlib.contextmanager
     def named(self, given: Collection[str] = ()) -> Iterator[None]:
-        """Adds the file and the line to a RunError about an option of the file that no flag in ``given`` replaced."""
+        """Adds the file and the line to a RunError about an option that the file sets and no flag in ``given``
+        replaces."""
         try:
             yield
         except RunError as error:
@@ -86,7 +87,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
-    if root is None or (root.id == "scalar" and not root.value):  # a file without values, such as a file of comments
+    if root is None or (root.id == "scalar" and not root.value):  # an empty file, or a file of comments
         return config
     if root.id != "mapping":
         _fail(path, root, f"{_came(root)}, wanted lines of name: value")

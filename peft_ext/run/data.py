@@ -5,8 +5,8 @@ The columns of a record tell its kind:
 * A column ``text`` holds documents. Documents are joined, with an end token after each document, and cut into blocks.
   All tokens of a document have a loss.
 * The columns ``prompt`` and ``completion`` (or ``instruction``, ``input`` and ``output``; or ``question`` and
-  ``answer``) hold prompts and completions. Only the completion has a loss.
-* A column ``messages`` holds conversations. Only the turns of the assistant have a loss.
+  ``answer``) hold prompts and completions. Only the tokens of the completion have a loss.
+* A column ``messages`` holds conversations. Only the tokens of the assistant's turns have a loss.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def read_corpus(
 def _python_docs(eval_fraction: float, seed: int) -> Corpus:
     """Returns the language reference that comes with Python, with a record for each topic.
 
-    A paragraph of a held-out topic is removed from the training topics.
+    A paragraph that a held-out topic contains is removed from the training topics.
     """
     from pydoc_data.topics import topics
 
@@ -138,7 +138,7 @@ def _read(spec: str) -> Iterator[Row]:
     try:
         path = Path(spec).expanduser()
         path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # the data's name is too long, or has "~" with an unknown user
+    except (OSError, RuntimeError) as error:  # raised if the name is too long, or has "~" with an unknown user
         raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
@@ -161,7 +161,7 @@ def _read_hub(spec: str) -> Iterable[Row]:
         raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
     try:
         return load_dataset(spec, split="train")
-    except Exception as error:  # the user can only mend the name, whatever error the hub or the data set raised
+    except Exception as error:  # the user can only correct the name, whatever error the hub or the data set raised
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
@@ -378,7 +378,8 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message], kind: str) -> list[int]:
-    """Returns the tokens of a prompt. For ``kind`` "chat" :func:`tokenize` puts equal tokens before the answer."""
+    """Returns the tokens of a prompt. For ``kind`` "chat", the tokens equal those that :func:`tokenize` puts before the
+    answer."""
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
@@ -410,8 +411,8 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
         return prompt + answer, [IGNORED] * len(prompt) + answer
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
-        # The template renders the conversation before and after each turn of the assistant. The loss is on the text
-        # that a turn of the assistant adds.
+        # The chat template renders the conversation without and with each turn of the assistant. The tokens that a turn
+        # of the assistant adds have a loss.
         ids: list[int] = []
         labels: list[int] = []
         done = ""

@@ -1,4 +1,4 @@
-"""Errors that the user of a run can mend, and the signals that end a run."""
+"""Errors that the user of a run can fix, and the signals that end a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..sources.json_file import first_line
 
 
 class RunError(Exception):
-    """An error that the user can mend: one line about the options, the data, the model or the machine.
+    """An error that the user can fix: one line about the options, the data, the model or the machine.
 
     The line names options like the command line, for example ``--block-size``.
     """
@@ -80,7 +80,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
-    """Raises RunError where the block raises an OSError, or the error of a full disk or a full memory.
+    """Raises RunError where the block raises an OSError, or an error that says that the disk or the memory is full.
 
     A BrokenPipeError is raised unchanged.
 
@@ -110,7 +110,7 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
         raise
 
 
-_PASSED_ON_SECONDS = 20.0  # a second SIGTERM within this time is the first one, passed on by a launcher
+_PASSED_ON_SECONDS = 20.0  # seconds: a second SIGTERM within this time is the first, passed on by a launcher
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Stop:
         save: whether a signal asked for a checkpoint after the current step.
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
         ending: whether the run ends with an error of several processes; no signal then interrupts the message.
-        speaks: whether this process prints what a signal does; one of several processes prints it.
+        speaks: whether this process prints what a signal does; only one process of a run does.
         processes: number of processes of the run.
         since: time of the last signal, of ``time.monotonic()``.
     """
@@ -140,14 +140,14 @@ class Stop:
 def caught_signals(stop: Stop) -> Iterator[None]:
     """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 inside the ``with`` block, as :func:`peft_ext.run.finetune` says.
 
-    Restores the former handlers at the end of the block. Does nothing outside of the main thread. Raises Interrupted
-    where a signal ends the block at once.
+    Restores the former handlers at the end of the block. Outside of the main thread, the function handles no signal.
+    Raises Interrupted where a signal ends the block at once.
     """
 
     def end(number: int, frame: Any) -> None:
         if stop.ending:
             return
-        # A launcher that gets SIGTERM passes it on to processes that may have got it too.
+        # A launcher that gets SIGTERM passes the signal on to processes that may have got SIGTERM themselves.
         passed_on = stop.processes > 1 and number != signal.SIGINT
         if passed_on and stop.signal and time.monotonic() < stop.since + _PASSED_ON_SECONDS:
             return
@@ -156,7 +156,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        if not stop.speaks or passed_on:  # SIGTERM may follow from the end of another process
+        if not stop.speaks or passed_on:  # the signal may follow from another process's end
             return
         with contextlib.suppress(OSError):  # raised where the terminal of standard error is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,

@@ -47,13 +47,14 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
     """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
 
-    The ranks share the examples. The sum of an example's losses does not depend on the number of ranks.
+    Each rank computes the losses of a share of the examples. The sum of an example's losses does not depend on the
+    number of ranks.
     """
     model.eval()
     examples, ranks, found = run.examples.held_out, run.ranks, {}
     wanted = list(range(len(examples)) if chosen is None else chosen)
     share = [wanted[place] for place in ranks.mine(len(wanted))]
-    if run.sharded:  # each forward needs all ranks: a rank without an example repeats another rank's
+    if run.sharded:  # each forward needs all ranks: a rank without an example repeats an example
         share += wanted[: math.ceil(len(wanted) / ranks.world) - len(share)]
     for index in bar(share, "held-out loss", "example") if chosen is None else share:
         if run.stop.training and run.stop.signal and not run.sharded:
@@ -140,7 +141,8 @@ def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
 
 
 def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
-    """Returns the answers to the prompts. One rank answers a prompt; all ranks of a sharded run answer it together."""
+    """Returns the answers to the prompts. One rank answers a prompt; in a sharded run, all ranks answer each prompt
+    together."""
     if run.sharded:
         return [answer(run, model, messages) for messages in prompts]
     share = {index: answer(run, model, prompts[index]) for index in run.ranks.mine(len(prompts))}
@@ -213,7 +215,7 @@ class Check:
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.
         accelerated_difference: difference between the fused and the stock path of the trained model; None in a stock
-            run, and for a model with packed experts.
+            run, for a model with packed experts, and for DoRA over NF4 in a sharded run.
     """
 
     max_difference: float
@@ -226,15 +228,15 @@ class Check:
 def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
     """Compares the logits of the trained model with those of ``fresh_model()``, a fresh base with the saved adapter.
 
-    The trained model and the fresh model run PEFT's own code. The trained model is not accelerated again afterwards.
-    Models with packed experts are compared accelerated, because PEFT itself can't adapt these experts; so is DoRA over
-    NF4 in a sharded run.
+    Usually, both models run PEFT's own code in the comparison, and the trained model is not accelerated again
+    afterwards. Models with packed experts are compared accelerated, because PEFT itself can't adapt these experts. DoRA
+    over NF4 in a sharded run is compared accelerated too.
     """
     from ..nn import NF4Linear
     from ..nn.experts import FrozenExperts
 
     batch = collate(run, run.examples.held_out[:REREAD])
-    keep = batch["attention_mask"].bool()  # logits of padding tokens have no meaning
+    keep = batch["attention_mask"].bool()  # the comparison leaves out padding tokens, whose logits have no meaning
     model.eval()
     kinds = (FrozenExperts, NF4Linear) if run.options.method == "dora" else FrozenExperts
     accelerated, stays = None, any(isinstance(module, kinds) for module in model.modules())

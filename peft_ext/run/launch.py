@@ -1,11 +1,11 @@
-"""The launcher that started this process: torchrun, accelerate launch, srun or mpirun, known by environment variables.
+"""Finds the launcher that started this process by environment variables: torchrun, accelerate launch, srun or mpirun.
 
 A process of torchrun and of ``accelerate launch`` finds its rank and the number of processes in ``RANK`` and
 ``WORLD_SIZE``. Processes of srun, of Open MPI's mpirun and of MPICH's mpirun have variables of other names.
 
 ``accelerate launch`` passes its configuration on in further variables, which the library accelerate reads. Only the
 options of a run decide what the run does, so the training hides the variables from the library accelerate. A
-configuration that asks for something that a run does not do is an error.
+configuration of ``accelerate launch`` that asks for something that a run does not do is an error.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _LAUNCHERS = {
 }  # fmt: skip
 _PORT = 29500  # port of rank 0 where neither MASTER_PORT nor Slurm gives one: the default of torchrun
 
-# Variables of accelerate's configuration that are true where the configuration asks for an engine that a run does not
-# take from the configuration: the engine, and what a run has instead.
+# By variable of accelerate's configuration: the engine that the configuration asks for if the variable is true, and the
+# options that a run has instead. A run takes no engine from the configuration.
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP: --shard fsdp2 and hsdp shard a base",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: --shard fsdp2 and hsdp shard a base",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism: --shard fsdp2 and hsdp shard a base",
 }
-_TRUE = ("y", "yes", "t", "true", "on", "1")  # accelerate's words for a true value
-_KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")  # variables that do not change what a run computes
+_TRUE = ("y", "yes", "t", "true", "on", "1")  # the values that accelerate reads as true
+_KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")  # variables that change no result of a run
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     number of processes.
     """
     launchers = {name: names for name, names in _LAUNCHERS.items() if set(names[:2]) <= environment.keys()}
-    if "srun" in launchers and "mpirun (MPICH)" in launchers:  # srun may set the variables of MPICH too
+    if "srun" in launchers and "mpirun (MPICH)" in launchers:  # srun may set MPICH's variables too
         keys = (("SLURM_PROCID", "PMI_RANK"), ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"))
         same = all(environment[one] == environment[other] for one, other in keys)
         launchers.pop("mpirun (MPICH)" if same else "srun")
@@ -135,7 +135,7 @@ def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -
 def without_settings() -> Iterator[None]:
     """Hides accelerate's variables from the block, and sets them again as they were before the block.
 
-    The variables are the configuration of ``accelerate launch``, and what Trainer and accelerate leave in a process.
+    ``accelerate launch`` passes its configuration in these variables, and Trainer and accelerate set some of them too.
     """
 
     def take() -> dict[str, str]:
@@ -160,9 +160,9 @@ def _count(environment: Mapping[str, str], name: str, default: int) -> int:
 def address(launch: Launch, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Returns host and port at which rank 0 waits for the other ranks.
 
-    MASTER_ADDR and MASTER_PORT give host and port. Without the variables, the host is the first host of Slurm's job
-    step, or this machine where all processes run on this machine; the port is one of 20000 to 39999 by the numbers of
-    Slurm's job and step, or 29500. Raises RunError where the host is unknown.
+    MASTER_ADDR and MASTER_PORT give host and port. Without MASTER_ADDR and MASTER_PORT, the host is the first host of
+    Slurm's job step, or this machine where all processes run on this machine; the port is one of 20000 to 39999 by the
+    numbers of Slurm's job and step, or 29500. Raises RunError where the host is unknown.
     """
     host = environment.get("MASTER_ADDR", "")
     nodes = environment.get("SLURM_STEP_NODELIST", "")

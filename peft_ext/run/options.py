@@ -40,7 +40,7 @@ class Options:
 
     The value None stands for the default that the option's description names. ``target_modules`` and
     ``target_parameters`` may be lists of names. Where ``target_parameters`` apply, ``dropout`` acts on the experts
-    only: PEFT's configuration has no dropout for layers beside adapted parameters.
+    only, because PEFT accepts no ``lora_dropout`` together with ``target_parameters``.
     """
 
     model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, GGUF file, hub name, or "{DEMO_MODEL}".', "Model")
@@ -109,7 +109,7 @@ class Options:
 
 
 # _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
-# Also batch_size and grad_accum may differ, if the examples of a step, over all processes, stay as many.
+# batch_size and grad_accum may differ if the number of examples of a step over all processes stays equal.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "batch_size", "grad_accum", "save_steps", "gradient_checkpointing",
                    "threads", "resume", "overwrite", "export", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
@@ -197,7 +197,7 @@ def check_options(o: Options) -> None:
 
 
 def quant_name(quant: str) -> str:
-    """Returns the name of a quantization as sentences have it, such as "MXFP4"."""
+    """Returns the name of a quantization for messages and for the report, such as "MXFP4"."""
     return "a packed checkpoint" if quant == "checkpoint" else quant.upper()
 
 

@@ -1,4 +1,4 @@
-"""A dry run: plans the model, data, memory and steps of a run, without loading weights and without the run's files.
+"""A dry run: plans the model, data, memory and steps of a run, without loading weights or writing a run's files.
 
 The dry run makes the run's checks, tokenizes the data, counts the steps, and builds the model on the meta device. Each
 parameter is then replaced by a tensor of one element that is expanded to the parameter's shape. The checks of fused
@@ -62,10 +62,10 @@ class Plan:
         model_class, parameters: class name and number of parameters of the base.
         adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
         load_bytes: bytes of the loaded weights: dense in bfloat16, before quantization, or packed as in the files. With
-            --shard fsdp2 and hsdp, the bytes of the process with the largest shards.
-        check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the dense
-            weights and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp, both
-            are shards.
+            --shard fsdp2 and hsdp, ``load_bytes`` is of the process with the largest shards.
+        check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the loaded base
+            and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp,
+            ``check_bytes`` counts the shards of both models.
         held_bytes: bytes that this process uses now; 0 on a GPU.
         machine_bytes, free_bytes: total and free memory of the device; None where the system does not report them.
         train_tokens, held_out_tokens: tokens of the examples, without padding.
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of a training step, of this process; 0 where they could not be estimated."""
+        """Bytes of a training step in this process; 0 where the memory of a step could not be estimated."""
         if self.adapter.sharded is not None:
             return self.adapter.sharded.step
         return self.adapter.memory.total if self.adapter.memory is not None else 0
@@ -174,8 +174,8 @@ def preview(
         dtype, quant, blocksize: dtype of the base, its quantization ("nf4" or one of ``PACKED_FORMATS``; another value
             for a base that is dense or packed already), and NF4's block size.
         device: device of the run.
-        batch_size, sequence_length, gradient_checkpointing, padding: the training step whose memory is estimated, with
-            arguments of :func:`peft_ext.estimate_memory`.
+        batch_size, sequence_length, gradient_checkpointing, padding: arguments of :func:`peft_ext.estimate_memory` that
+            describe the training step whose memory is estimated.
         stock: whether the layers stay PEFT's own layers, without fused layers.
         shards: number of processes among which FSDP2 shards the base; None: the base is not sharded.
 
@@ -204,7 +204,7 @@ def preview(
             quantization=quant, blocksize=blocksize, accelerated=not stock,
             gradient_checkpointing=gradient_checkpointing, padding=padding,
         )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # the model's forward can't be traced
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # for a forward that can't be traced
         why = first_line(error).removeprefix("estimate_memory: ")
     sharded = None if shards is None else sharded_memory(model, shards, memory, quant)
     return Preview(rows, trainable, size, memory, why, sharded)

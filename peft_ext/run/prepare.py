@@ -62,7 +62,8 @@ class Run:
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: device and dtype of the computation.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
-        folder: folder, GGUF file or hub name of the model; the folder in the hub's cache where a sharded run loads it.
+        folder: folder, GGUF file or hub name of the model; in a sharded run, the folder in the hub's cache for a model
+            on the hub.
         packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked; else
             {}.
         config, tokenizer: configuration and tokenizer of the model.
@@ -212,7 +213,7 @@ def prepare(
 def needs_bitsandbytes(o: Options) -> bool:
     """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA, unless sharded.
 
-    The DoRA of PEFT can dequantize no other NF4 layer.
+    PEFT's DoRA can dequantize no NF4 layer except bitsandbytes' ``Linear4bit``.
     """
     return o.quant == "nf4" and (o.stock or o.method == "dora") and o.shard == "ddp"
 
@@ -357,7 +358,7 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
     """Returns the model's folder or GGUF file, or the model's name on the hub.
 
     For a name on the hub, a sharded run gets the folder in the hub's cache, because the run reads the files by itself.
-    Without ``downloads``, such a run gets the name.
+    Without ``downloads``, a sharded run gets the name on the hub too.
     """
     if run.is_from_hub:
         if not (run.sharded and downloads):
@@ -466,10 +467,10 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # as accelerate() does; ranknum is AdaLoRA's number of ranks
+            freeze_ranknum(model)  # accelerate() freezes ``ranknum`` too, AdaLoRA's number of ranks
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if o.quant == "checkpoint" and Path(run.folder).exists():
-        meta_base(run)  # refuses files that are not supported
+        meta_base(run)  # raises RunError for files that are not supported
     return parameters, trainable
 
 
@@ -533,7 +534,8 @@ def adapter_config(run: Run, model: Any) -> Any:
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
             # PEFT adds the regularization to the loss of each batch. Where the model's loss takes num_items_in_batch,
             # the Trainer adds up the losses of a step's batches, over accumulation and processes, instead of a mean.
-            # With the divided weight, a step has one regularization.
+            # The weight of the regularization is divided by the number of batches of a step, so that a step counts the
+            # regularization once.
             if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
                 fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)
         case "lora" | "rslora" | "qlora" | "dora":

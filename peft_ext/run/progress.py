@@ -25,7 +25,7 @@ log = logging.getLogger("peft_ext.run")
 def quiet() -> None:
     """Turns off transformers' progress bars, and the warnings of transformers, PEFT, accelerate and bitsandbytes."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
-    # PEFT passes the prefixes of prefix tuning in the argument past_key_values.
+    # PEFT itself passes the deprecated argument past_key_values, with the prefixes of prefix tuning.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     for name in ("bitsandbytes", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -36,7 +36,7 @@ def quiet() -> None:
 
 
 def shows_bars() -> bool:
-    """Returns whether standard error is a terminal and this process is the one of the run that logs."""
+    """Returns whether standard error is a terminal and this process is the process of the run that logs."""
     return sys.stderr.isatty() and not log.disabled
 
 
@@ -55,8 +55,8 @@ def bar(
     """Yields ``items``, and shows a bar where standard error is a terminal.
 
     The bar shows ``text`` and the name that ``each`` returns for the current item. tqdm draws the bar between two
-    items, in the thread that iterates over the items. The bar adds only tqdm's monitor thread, which wakes every ten
-    seconds.
+    items, in the thread that iterates over the items. The bar starts no thread except tqdm's monitor thread, which
+    wakes every ten seconds.
     """
     from tqdm import tqdm
 

@@ -34,14 +34,14 @@ from .progress import log
 _Result = TypeVar("_Result")
 
 PROBE = ".peft_ext-"  # prefix of the names of hidden files by which a process tests a folder
-SECONDS = 1800.0  # a rank waits this long for another rank; PEFT_EXT_RANK_SECONDS replaces the value
+SECONDS = 1800.0  # seconds that a rank waits for another rank; PEFT_EXT_RANK_SECONDS replaces the value
 _SETTLE = 3.0  # seconds in which the error of another rank, or a sign of life of another rank, reaches the store
 _BEAT = 0.7  # seconds between two signs of life
 _LAST_BEAT = 10.0  # seconds that the end of a run waits for the last sign of life
-# Parts of the messages of errors that an exchange raises when another rank has ended, and when another rank is late.
+# _LOST and _LATE: parts of the messages of errors that an exchange raises when another rank has ended, or is late.
 _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "recvValueWithTimeout failed",
          "Socket is not connected", "gloo", "NCCL")  # fmt: skip
-_kept: list[Any] = []  # stores of the groups that this process has started
+_kept: list[Any] = []  # stores of the process groups that this process has started
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _LATE = ("Timed out", "timed out", "wait timeout")
 
@@ -82,7 +82,7 @@ class Ranks:
 
     @property
     def in_equal_blocks(self) -> bool:
-        """Whether the run has several machines, each with the next ranks, as many as each other and at least two."""
+        """Whether the run has several machines, each with an equal number of consecutive ranks, at least two."""
         return self.nodes > 1 and self.local_world > 1 and self._nodes == [
             node for node in range(self.nodes) for _ in range(self.local_world)
         ]  # fmt: skip
@@ -110,7 +110,7 @@ class Ranks:
         return tensor.tolist()
 
     def mine(self, count: int) -> range:
-        """Returns the indices below ``count`` that are this rank's share."""
+        """Returns the indices below ``count`` that are this rank's share of the work."""
         return range(self.rank, count, self.world)
 
     def merged(self, found: dict[int, _Result]) -> dict[int, _Result]:
@@ -118,9 +118,9 @@ class Ranks:
         return dict(sorted(entry for part in self.gather(found) for entry in part.items()))
 
     def together(self, work: Callable[[], _Result]) -> _Result:
-        """Returns ``work()``, which all ranks run. Raises where the work failed on any rank.
+        """Returns ``work()``, which all ranks run. Raises an error where the work failed on any rank.
 
-        The lowest rank whose work failed raises its error; the other ranks raise Elsewhere.
+        The lowest rank whose work failed raises the error of its work; the other ranks raise Elsewhere.
         """
         result, error = None, None
         try:
@@ -130,7 +130,7 @@ class Ranks:
                 raise
             error = failure
             if self._store is not None:
-                self._store.set(f"{self._key}/failed", "")  # ends the wait of the ranks in first_of_node
+                self._store.set(f"{self._key}/failed", "")  # ends the wait in first_of_node
         texts = self.gather(None if error is None else str(error) or type(error).__name__)
         first = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if first is None:
@@ -159,7 +159,8 @@ class Ranks:
         return work()
 
     def at(self, place: str) -> None:
-        """Notes that this rank has reached ``place``, so that an error can name the rank that came no further.
+        """Notes that this rank has reached ``place``, so that an error can name a rank that did not reach a later
+        place.
 
         All ranks reach the same places in the same order.
         """
@@ -217,7 +218,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def reported(self, stop: Stop, hint: Callable[[], str]) -> Iterator[None]:
-        """Makes one error of what the ranks raise in the block: one rank raises it, the others raise Elsewhere.
+        """Makes one error of the errors that the ranks raise in the block: one rank raises it, the others raise
+        Elsewhere.
 
         A RunError gets the number of the rank, unless all ranks have failed alike. ``hint`` returns the end of a
         message, which says how to continue the run.
@@ -227,7 +229,7 @@ class Ranks:
         except BaseException as error:
             if self.world == 1:
                 raise
-            stop.ending = True  # the launcher's SIGTERM, which follows the first rank that ends, ends no message
+            stop.ending = True  # the launcher's SIGTERM, which follows the first rank that ends, stops no message
             self._report(error, hint)
             raise
 
@@ -238,7 +240,7 @@ class Ranks:
             raise error
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
         if lost:
-            with contextlib.suppress(RuntimeError):  # the store's process has ended
+            with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
                 self._store.set(f"{self._key}/waited/{self.rank}", "")
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
@@ -246,7 +248,7 @@ class Ranks:
         if lost:
             text = self._why_lost(error, hint)
         elif isinstance(error, Interrupted) and error.signal == signal.SIGTERM and (gone := self._gone()):
-            lost, text = True, self._without(gone, hint)  # after the first rank, the launcher ends the others
+            lost, text = True, self._without(gone, hint)  # if a rank ends, the launcher ends the others
         else:
             text = str(error)
         if isinstance(error, RunError) and not getattr(error, "of_all_ranks", False):
@@ -263,9 +265,10 @@ class Ranks:
             raise RunError(text) from error
 
     def _told(self, seconds: float = 0.0) -> Optional[dict[str, Any]]:
-        """Returns the error that a rank has told, and waits for it up to ``seconds``; None without one."""
+        """Returns the error that a rank has written into the store; waits for such an error up to ``seconds``; else
+        None."""
         end = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # the store's process has ended
+        with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
             while True:
                 if self._store.check([f"{self._key}/error"]):
                     return json.loads(self._store.get(f"{self._key}/error"))
@@ -275,11 +278,12 @@ class Ranks:
         return None
 
     def _tell(self, text: str) -> dict[str, Any]:
-        """Tells an error of this rank, unless another rank has told one, and returns the told error."""
+        """Writes an error of this rank into the store, unless another rank has written one; returns the error in the
+        store."""
         mine = {"rank": self.rank, "text": text}
         try:
             return json.loads(self._store.compare_set(f"{self._key}/error", "", json.dumps(mine)))
-        except RuntimeError:  # the store's process has ended
+        except RuntimeError:  # raised if the process of the store has ended
             return mine
 
     def _let_speak(self) -> None:
@@ -298,13 +302,14 @@ class Ranks:
         return self._without(gone, hint) if gone else f"{self.who(self.rank)}: {first_line(error)}{hint()}"
 
     def _behind(self, gone: list[int]) -> list[int]:
-        """Returns the ranks for which this rank may have waited: ``gone``, or the ranks that wait in no exchange.
+        """Returns the ranks for which this rank may have waited: ``gone``, or the ranks that did not fail in an
+        exchange.
 
         If there are several such ranks, the function returns those that reached the earliest place in the program. The
         function never returns this rank, because only the exchange of this rank was late.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
-        with contextlib.suppress(RuntimeError):  # the store's process has ended
+        with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
             waited = [rank for rank in others if self._store.check([f"{self._key}/waited/{rank}"])]
             gone = gone or [rank for rank in others if rank not in waited]
         places = {rank: self._place(rank)[0] for rank in gone or others}
@@ -317,7 +322,7 @@ class Ranks:
 
     def _gone(self) -> list[int]:
         """Returns the ranks that give no sign of life within _SETTLE seconds."""
-        with contextlib.suppress(RuntimeError):  # the store's process has ended
+        with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
             before = self._beats()
             time.sleep(_SETTLE)
             after = self._beats()
@@ -331,7 +336,7 @@ class Ranks:
         """Starts a thread that gives a sign of life each _BEAT seconds, also while the rank waits for another rank."""
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # the store's process has ended
+            with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
                 while not self._ended.wait(_BEAT):
                     self._store.add(f"{self._key}/beat/{self.rank}", 1)
 
@@ -339,7 +344,7 @@ class Ranks:
         self._beating.start()
 
     def end_beats(self) -> None:
-        """Ends the thread of the signs of life, and waits for the thread's last call of the store.
+        """Ends the thread that gives the signs of life, and waits for the thread's last call of the store.
 
         If Python ended while the thread was in a call of the store, the process would be aborted. The wait has a limit,
         because a store whose process is stopped does not answer.
@@ -376,8 +381,9 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
 
     ``of_one``: whether a process that no launcher started makes a process group of itself.
 
-    A process group that exists is used and stays. On ranks other than rank 0 the block logs nothing and warns of
-    nothing. Raises RunError where the variables are wrong or the other ranks can't be reached.
+    A process group that exists already is used, and is not destroyed at the end. On ranks other than rank 0 the block
+    logs nothing and warns of nothing. Raises RunError where the variables are wrong or the other ranks can't be
+    reached.
     """
     distributed = torch.distributed
     exists = distributed.is_available() and distributed.is_initialized()
@@ -393,7 +399,7 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         store, name = (None, "") if exists else _start_group(launch)
         ranks = _of_group(launch, store, name)
     except Elsewhere:
-        time.sleep(_SETTLE)  # the rank with the error speaks first
+        time.sleep(_SETTLE)  # the rank with the error prints it first
         raise
     except (RuntimeError, ValueError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -403,14 +409,14 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
     try:
         with _silent(not ranks.speaks):
             yield ranks
-        ranks.wait()  # a rank that ends earlier would take the store with it
+        ranks.wait()  # the store would end with a rank that ends earlier
         ended_well = True
     except BaseException:
         ended_well = ranks.world == 1
         raise
     finally:
         ranks.end_beats()
-        if ended_well:  # after an error the group stays: taking the group down would wait for the other ranks
+        if ended_well:  # after an error the process group stays: its destruction would wait for the other ranks
             if not exists:
                 distributed.destroy_process_group()
             _forget(before)
@@ -422,7 +428,8 @@ def had_group() -> bool:
 
 
 def _forget(before: dict[str, Optional[str]]) -> None:
-    """Resets the variables and the state of accelerate, so that a later run of this process is no run of this group."""
+    """Resets the variables and the state of accelerate, so that a later run in this process does not join this
+    group."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -456,7 +463,7 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
     torch.distributed.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
     )  # fmt: skip
-    _kept.append(store)  # the next group of this process finds rank 0's store at the same port
+    _kept.append(store)  # the next process group of this process finds rank 0's store at the same port
     return store, name
 
 
@@ -478,7 +485,7 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     name, answered, end = f"peft_ext/{secrets.token_hex(8)}", set(), time.monotonic() + wait_seconds()
     while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
         for number in set(range(1, store.add(calls, 0) + 1)) - answered:
-            if store.check([f"{calls}/{number}"]):  # an ended process may have taken a number and made no call
+            if store.check([f"{calls}/{number}"]):  # a process may have ended after it took a number, before its call
                 store.set(f"{calls}/{store.get(f'{calls}/{number}').decode()}", name)
                 answered.add(number)
         if time.monotonic() > end:
@@ -508,7 +515,7 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
     if torch.cuda.is_available():
         ranks.gpu = _gpu_of(ranks, node)
         torch.cuda.set_device(ranks.gpu)
-    local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # accelerate uses the GPU with this number
+    local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # accelerate uses GPU number LOCAL_RANK
     os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
     if "OMP_NUM_THREADS" not in os.environ:  # otherwise the library accelerate warns and chooses a number
         threads = max(1, torch.get_num_threads() // ranks.local_world)

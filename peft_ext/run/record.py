@@ -78,7 +78,8 @@ class Record:
 
     @property
     def processes(self) -> dict[str, Any]:
-        """The number of processes and of machines, the launcher, and the name of the launch."""
+        """The numbers of processes and machines, the launcher, the launch's name, and the memory that each process
+        measured."""
         ranks = self.run.ranks
         return {"count": ranks.world, "machines": ranks.nodes, "launcher": ranks.launch.launcher,
                 "launch": ranks.identity, "peak_mib": self.peaks, "load_growth_mib": self.load_growths}  # fmt: skip
@@ -109,7 +110,7 @@ class Record:
         try:
             report.write_report(folder, document)
             self.no_report = None
-        except Exception as error:  # an error of the report must not end the run
+        except Exception as error:  # an error in drawing the report must not end the run
             self.no_report = " ".join(f"{type(error).__name__}: {error}".split())
 
     def log_report(self) -> None:
@@ -152,7 +153,8 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):  # equal on all ranks
+            # The condition is equal on all ranks, because all ranks compare with the largest signal of the ranks.
+            if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
                     losses = evaluate.held_out_losses(run, model, record.curve)
@@ -176,8 +178,8 @@ def recording_callback(record: Record) -> Any:
 def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
     """Returns the bytes of weights, adapter, gradients and optimizer states in memory after an optimizer step.
 
-    The step's gradients are not freed yet, so they count. Each storage is counted once. "optimizer" includes the scores
-    that AdaLoRA keeps.
+    The gradients of the step are counted, because they are not freed yet. Each storage is counted once. "optimizer"
+    includes the scores that AdaLoRA keeps.
     """
     seen: set[int] = set()
 
@@ -186,7 +188,7 @@ def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 continue
-            if hasattr(tensor, "to_local"):  # a DTensor: the bytes of this process's shard
+            if hasattr(tensor, "to_local"):  # of a DTensor, this process's shard is counted
                 tensor = tensor.to_local()
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen:

@@ -1,7 +1,8 @@
 """A run whose base is sharded by FSDP2 (``--shard fsdp2`` and ``--shard hsdp``).
 
-No process holds the whole model. The adapter is added before the weights are read, because FSDP2 shards a decoder layer
-with its adapter. The Trainer gets the sharded model, and accelerate saves checkpoints by torch.distributed.checkpoint.
+In a sharded run, no process holds the whole model. The adapter is added before the weights are read, because FSDP2
+shards a decoder layer with its adapter. The Trainer gets the sharded model, and accelerate saves checkpoints by
+torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .progress import status
 
 
 def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] = None) -> Any:
-    """Returns the model with an adapter, sharded.
+    """Returns the model with an adapter, sharded by FSDP2.
 
     Args:
         adapt: adds the adapter to a model on the meta device, and returns the model.
@@ -50,17 +51,17 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
             model = adapt(base.model)
             if saved is not None:
                 _read_adapter(model, saved, run.device)
-            ranks.wait()  # from here on, no rank may fail alone
+            ranks.wait()  # in the code after this line, no rank may fail alone
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
         shard_and_load(model, base, mesh, node=ranks.node)
-    # The root unit, which has the embedding and the head, is the PeftModel. The PeftModel's method generate calls the
-    # model inside.
+    # The root unit, which has the embedding and the head, is the PeftModel. The PeftModel's method ``generate`` calls
+    # the wrapped model, not the PeftModel.
     register_fsdp_forward_method(model, "generate")
     return model
 
 
 def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
-    """Sets the values of a saved adapter. DoRA's magnitudes, which are on the meta device, get memory before."""
+    """Sets the values of a saved adapter. DoRA's magnitudes, which are on the meta device, first get memory."""
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     for layer in model.modules():
@@ -87,7 +88,7 @@ def trainer_options(run: Run) -> dict[str, Any]:
 
 
 def adapter_state(model: Any) -> dict[str, Any]:
-    """Gathers the tensors that PEFT saves; rank 0 gets them. All ranks have to call the function."""
+    """Gathers on rank 0 the tensors that PEFT saves. All ranks have to call the function."""
     from ..integrations import fsdp2
 
     return fsdp2.adapter_state(model)

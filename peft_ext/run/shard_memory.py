@@ -1,9 +1,9 @@
 """The memory of one process of a run whose base is sharded by FSDP2, computed from the shapes of the tensors.
 
 FSDP2 splits each parameter by rows: with n shards, the first process holds ``ceil(rows / n)`` rows of each parameter,
-and no process holds more. Buffers, such as the scales of packed weights, are whole in each process. A unit is a decoder
-layer, or the rest of the model. The rest stays gathered from its forward to its backward. In the backward, FSDP2 may
-gather a decoder layer while it computes with another decoder layer.
+and no process holds more. Buffers, such as the scales of packed weights, are whole in each process. A unit of FSDP2 is
+a decoder layer, or the rest of the model. The parameters of the rest of the model stay gathered from the forward to the
+backward. In the backward, FSDP2 may gather a decoder layer while it computes with another decoder layer.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class ShardedMemory:
         frozen: the process's rows of the frozen parameters, and the whole buffers.
         adapter, gradients, optimizer: the process's rows of the trained parameters, of their gradients, and of Adam's
             two states, with Adam's count of the steps.
-        gathered: upper bound of the gathered parameters in a step, beside the shards: those of the rest of the model
-            and of the two largest decoder layers.
-        other: activations, logits and temporary tensors of a step at the peak; 0 where they could not be estimated.
-        reading: upper bound of the tensors that exist beside the shards while the base loads.
+        gathered: upper bound of the parameters that FSDP2 gathers in a step, in addition to the shards: the parameters
+            of the rest of the model and of the two largest decoder layers.
+        other: bytes of activations, logits and temporary tensors at the peak of a step; 0 where the memory of a step
+            could not be estimated.
+        reading: upper bound of the tensors that exist in addition to the shards while the base loads.
     """
 
     shards: int
@@ -69,7 +70,7 @@ def sharded_memory(
     Args:
         model: the base with its adapter, as it is trained, on the meta device or with tensors without values.
         shards: number of processes that share one copy of the base.
-        memory: estimate of a step of an unsharded process.
+        memory: estimate of the memory of a training step in an unsharded process; None: no estimate was possible.
         quant: the format to which the run quantizes weights as it reads them; None: the run quantizes no weight.
     """
     from ..sharded.base import decoder_layers  # needs PEFT, which doctor and --version do without
@@ -99,16 +100,16 @@ def _rows(parameter: Tensor, shards: int) -> int:
 
 
 def _reading(model: nn.Module, quant: Optional[str]) -> int:
-    """Returns the most bytes that a process holds beside the shards while it reads one weight of the base.
+    """Returns the most bytes that a process holds in addition to the shards while it reads one weight of the base.
 
     A weight that is quantized exists in bfloat16 and in its packed form. The quantizers of ``PACKED_FORMATS`` have
-    temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude takes the weight in the
+    temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude needs the weight in the
     dtype of the computation, and one more copy. A weight that is neither quantized nor under a DoRA adapter is read in
     pieces.
     """
     from ..sharded.load import PIECE
 
-    each = {None: 0, "nf4": 2}.get(quant, 2 + 16)  # bytes of an element
+    each = {None: 0, "nf4": 2}.get(quant, 2 + 16)  # bytes of an element of a weight that is quantized while it is read
     doras = {id(layer.get_base_layer()) for layer in model.modules() if getattr(layer, "lora_magnitude_vector", None)}
     most = PIECE
     for module in model.modules():

@@ -109,11 +109,11 @@ def finetune(options: Options) -> Result:
     The logger ``peft_ext.run`` reports the progress. In this process the function turns off transformers' progress
     bars, and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
 
-    In the processes of a launcher, all processes have to call the function, with equal options. After an error, each
-    process has to end, because the process group of the run is broken.
+    If a launcher has started several processes, all of them have to call the function, with equal options. After an
+    error, each process has to end, because the process group of the run is broken.
 
-    Raises RunError for an error that the user can mend, such as a wrong option, a full disk or a full memory. Raises
-    Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
+    Raises RunError for an error that the user can fix, such as a wrong option, a full disk or too little memory.
+    Raises Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
     """
     stop = Stop()
 
@@ -156,7 +156,7 @@ def train(run: Run) -> Result:
     with checkpoints.own_output(run.options, run.checkpoint, run.ranks):
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
-        resumed: list[int] = []  # the steps after which this call, or earlier calls, resumed the run
+        resumed: list[int] = []  # the steps after which the run was resumed, by this call and by earlier calls
         if run.checkpoint is not None:
             earlier = checkpoints.read_record(run.options).get("resumed")
             resumed = [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
@@ -166,12 +166,12 @@ def train(run: Run) -> Result:
             "held_out": {"examples": len(record.curve), "first": [0, first]},
             "resumed": resumed,
         }  # fmt: skip
-        record.write()  # a restart knows by run.json that the run is its own
+        record.write()  # a restarted process recognizes its run by run.json
         if run.ranks.speaks:
             write_config(run.options.output / CONFIG_FILE, run.options)
         try:
             return _train(run, record, model)
-        except BaseException:  # such as a second Ctrl-C: run.json keeps the results up to now
+        except BaseException:  # for example after a second Ctrl-C: run.json keeps the results so far
             with contextlib.suppress(Exception):
                 record.write()
             raise
@@ -198,7 +198,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
-            if (export := checkpoints.old_export(o)) is not None:  # exported from an earlier adapter
+            if (export := checkpoints.old_export(o)) is not None:  # it was exported from an earlier adapter
                 export.unlink()
         size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
         results["adapter_bytes"] = run.ranks.gather(size)[0]
@@ -252,9 +252,9 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 def load_base(run: Run) -> Any:
     """Returns the frozen base, quantized where the options say so, or packed as the files of the model are.
 
-    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. The weights are rounded to bfloat16 for every
-    computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or is
-    missing.
+    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights are rounded to bfloat16 for
+    every computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or
+    is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -297,7 +297,8 @@ def load_base(run: Run) -> Any:
 
 
 def _sharded(run: Run) -> Any:
-    """Returns the sharded model with its adapter, which has the values of a checkpoint with all steps of the run."""
+    """Returns the sharded model with its adapter. If the checkpoint has all steps of the run, the adapter has the
+    checkpoint's values."""
     done = run.checkpoint if run.checkpoint and checkpoints.step_of(run.checkpoint) >= run.steps else None
     return shard.sharded_model(run, lambda base: adapt(run, base), done)
 
@@ -376,7 +377,7 @@ def fit(run: Run, record: Record, model: Any) -> int:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
         # The checkpoint has all steps of the run: Trainer.train would train one step more.
-        if run.sharded:  # the model was loaded with the checkpoint's adapter
+        if run.sharded:  # the adapter was loaded from the checkpoint with the model
             return done
         set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done

@@ -1,4 +1,4 @@
-"""Formats the numbers and texts of a report. A value comes from a run.json and may be of any type."""
+"""Formats the numbers and texts of a report. The values to format come from a run.json and may be of any type."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def clip(value: Any) -> str:
 def short(value: Any, digits: int = 4) -> str:
     """Returns a number as text with ``digits`` significant digits; "–" for no finite number.
 
-    With four digits the function ``short`` of script.js returns equal texts.
+    The function ``short`` of script.js returns the same texts for four digits.
     """
     if (value := number(value)) is None:
         return NONE

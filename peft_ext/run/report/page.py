@@ -63,7 +63,8 @@ def write_report(folder: Path, document: Document) -> Path:
 
 
 def render(document: Document) -> str:
-    """Returns the HTML page of ``document``, the content of a run.json, which may lack entries of a finished run."""
+    """Returns the HTML page of ``document``, the content of a run.json, which may lack entries that a finished run
+    has."""
     run = {name: {} for name in _MAPPINGS} | {name: [] for name in _LISTS} | {"steps": 0} | dict(document)
     if not run["samples"] and "answers" in run:
         run["samples"] = [run["answers"]]
