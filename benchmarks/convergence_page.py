@@ -154,18 +154,18 @@ def draw(result: dict[str, Any]) -> str:
         """This page compares short training runs with peft_ext and the same runs with PEFT. The page does not show
         which method is best: the runs are short, and no learning rate was tuned.""",
         f"""SmolLM2-135M-Instruct learns BANKING77 as text: "{PROMPT.partition("{")[0].strip()} ...", then the name of
-        the intent. Only the tokens of that name have a loss. A run with a bfloat16 base has {settings["steps"]} steps,
-        and a run in float32 has the first {steps} of these steps. A step trains on {settings["batch"]} questions of at
-        most {LONGEST} characters, padded. {settings["held_out"]} other questions are held out. The optimizer is AdamW
-        with a constant rate.""",
+        the intent. Only the tokens of the intent's name count in the loss. A run with a bfloat16 base has
+        {settings["steps"]} steps, and a run in float32 has the first {steps} of these steps. A step trains on
+        {settings["batch"]} questions of at most {LONGEST} characters, padded. The held-out loss is the loss of
+        {settings["held_out"]} other questions. The optimizer is AdamW with a constant rate.""",
         f"""`python -m benchmarks.convergence` measured the figures, and `python -m benchmarks.convergence --draw` wrote
         this page from them. Machine: {about["cpu"]}, {threads}, path {about["isa"]}; {about["date"]}; {versions}.""",
         """**How two runs are compared.** The two runs of a method start from the same adapter and see the same batches
-        in the same order. One run is accelerated by peft_ext. The other run is the *twin*. The twin "PEFT" runs PEFT's
-        own layers over the same base; for QLoRA the base is the same `NF4Linear` in both runs, and the twin is not
-        accelerated. The twin "PyTorch" computes the adapter's formula with PyTorch's operators. The twin "the model's
-        own parameters" has no adapter and trains the parameters that the adapter stands for. "–" means that the method
-        has no twin.""",
+        in the same order. Of the two runs, peft_ext accelerates one; this page calls the other run the *twin*. The
+        twin "PEFT" runs PEFT's own layers over the same base; for QLoRA the base is the same `NF4Linear` in both runs,
+        and the twin is not accelerated. The twin "PyTorch" computes the adapter's formula with PyTorch's operators. The
+        twin "the model's own parameters" has no adapter and trains the parameters that the adapter stands for. "–"
+        means that the method has no twin.""",
         f"""**Columns.** A loss is the mean over the label tokens, without the terms that AdaLoRA and Diff Pruning add.
         "loss" gives the mean of the first {ENDS} steps and of the last {ENDS}. "fused" counts the layers that `explain`
         reports as fused. "difference" is the difference of the two curves at one step. "reloaded" is the largest

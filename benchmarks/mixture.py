@@ -100,7 +100,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         return round(statistics.median(a[key] / b[key] for a, b in zip(runs[kind], runs[of], strict=True)), 3)
 
     return {
-        "what": "a Qwen3-MoE of 4 layers of 64 experts (hidden size 512, intermediate size 256, 4 experts for each token) "
+        "what": "a Qwen3-MoE of 4 layers of 64 experts (hidden size 512, intermediate size 256, 4 experts a token) "
         f"with random bf16 weights, LoRA of rank 16 on attention and experts, {args.batch} x {args.length} tokens",
         "model": ", ".join(f"{key} {value}" for key, value in MIXTURE.items()),
         "runs": runs,

@@ -152,8 +152,8 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     """Compiles kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
 
     A first training step needs about a hundred kernels. One core compiles these kernels in about the time in which many
-    cores compile all kernels. The kernels of packed weights are left out: a model has packed weights of one or two
-    formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line before the
+    cores compile all kernels. The kernels of packed formats other than NF4 are left out: a model has weights of one or
+    two formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line before the
     compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel raises the
     error.
     """

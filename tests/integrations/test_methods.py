@@ -364,7 +364,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> Cell:
 @column("PEFT reads ours", first=())
 def test_peft_reads_ours(name: str, stock_reader: StockReader) -> Cell:
     """Stock `PeftModel.from_pretrained` loads an adapter that an accelerated model saved, in a process that has not
-    imported peft_ext. The logits agree. For QLoRA, the base is bitsandbytes'.
+    imported peft_ext. The logits agree. QLoRA's base has bitsandbytes' 4-bit layers.
     """
     alone, beside = (found.get(name) for found in stock_reader.found)
     found = beside if isinstance(alone, str) else alone
@@ -375,14 +375,14 @@ def test_peft_reads_ours(name: str, stock_reader: StockReader) -> Cell:
         return Cell("same logits")
     return Cell(
         "same logits, with `import peft_ext.tuners`",
-        (f"Without this import, PEFT raises `{' '.join(alone.split())}`.",),
+        (f"Without the import of `peft_ext.tuners`, PEFT raises `{' '.join(alone.split())}`.",),
     )
 
 
 @column("we read PEFT's")
 def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
     """`peft_ext.load_adapter` loads an adapter that stock PEFT saved. The logits agree, and as many layers are fused as
-    in a model of `peft_ext.get_peft_model`. For QLoRA, the base is bitsandbytes'.
+    in a model of `peft_ext.get_peft_model`. QLoRA's base has bitsandbytes' 4-bit layers.
     """
     if not METHODS[name].in_peft:
         return Cell.none("PEFT does not have this method, so stock PEFT cannot save such an adapter.")
@@ -443,11 +443,13 @@ def over_4_bits(name: str, kind: str, llama: Path) -> tuple[PeftModel, tuple[str
     if kind == "nf4":
         model = peft_ext.quantize_nf4(adapted(name), progress=False)
         return peft_ext.accelerate(model), (
-            f"The model was adapted first, then quantized by `quantize_nf4`. The other order raises {refused}.",
+            "The model was adapted first, then quantized by `quantize_nf4`. Quantizing before the adapter is added "
+            f"raises {refused}.",
         )
     layers = tuners(adapted(name)).items()
     skip = tuple(key.removeprefix("base_model.model.") for key, layer in layers if isinstance(layer, ReplacingLayer))
-    note = f"The base was loaded with the trained modules in `llm_int8_skip_modules`. Without this option: {refused}."
+    note = ("The base was loaded with the trained modules in `llm_int8_skip_modules`. Without `llm_int8_skip_modules`: "
+            f"{refused}.")  # fmt: skip
     return adapted(name, make_base(kind, llama, skip)), (note,)
 
 
