@@ -10,7 +10,8 @@ struct LinearSizes {
   int64_t tokens, in, out, rank;
 };
 
-// Returns the sizes of a call. Fails if the size of x, lora_A or lora_B does not fit the weight.
+// Returns the sizes of a call: tokens, inputs, outputs and rank. Fails if the size of x, lora_A or lora_B does not fit
+// the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
 
 // Returns ρ [R].
@@ -35,14 +36,14 @@ struct ForwardCall {
   bool drop_base() const { return adapter.drop_base && adapter.dropout.active; }
 };
 
-// Returns the arguments of the final pass, which computes Y and Z from the base product. The arguments do not contain
-// the low-rank term yet.
+// Returns the arguments of the final pass, which computes Y and Z from the base product. The caller still has to set
+// the low-rank term in the arguments.
 Expand finishing(const ForwardCall& f);
 
 // The results of shrink_tokens beside ForwardCall::out.s: keep has the bits of the dropout mask if drop_base() is true.
 struct Shrunk {
   KeepBits keep;
-  GroupedS grouped;  // S of a mixed batch, each segment with the stride of its adapter's rank
+  GroupedS grouped;  // S of a mixed batch; rows of a segment are as long as the rank of its adapter
 };
 
 // Returns the pass over x that computes S with A [R, K] float32, and writes S to ForwardCall::out.s. keep: receives
@@ -55,7 +56,7 @@ Shrunk shrink_tokens(const ForwardCall& f);
 // --- backward --------------------------------------------------------------------------------------------------------
 
 // The arguments and intermediate results of one call of the backward. The gradients of the adapter are computed first.
-// After these gradients, one of two ways computes dX: see backward.cpp.
+// After these gradients, dX is computed in one of the two ways that backward.cpp describes.
 struct BackwardCall {
   const char* op;
   const FrozenWeight& weight;
@@ -92,8 +93,8 @@ struct RankCall {
 // of the dropout mask for dX. The layers share the parallel loops.
 void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
-// Sets `finish` up for dX = mask/(1-p) ∘ (P A), to which the caller adds further terms. Returns the tensor to which
-// `finish` points.
+// Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller adds further terms to
+// `finish`. Returns the tensor with A, to which `finish` points.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);
 
 }  // namespace peft_ext

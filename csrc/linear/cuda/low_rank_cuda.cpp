@@ -1,5 +1,5 @@
-// The low-rank term (S ∘ ρ) Bᵀ and the term's gradients, as a part of the adapted layer, and alone for the operator
-// lora_residual. ρ [R] is scaling times rank_scale.
+// Computes the low-rank term (S ∘ ρ) Bᵀ and the gradients of this term, as a part of the adapted layer, and alone for
+// the operator lora_residual. The factors ρ [R] are scaling times rank_scale.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/rank_scale.cuh"
 

@@ -1,4 +1,5 @@
-// The norm of each row of W + s B A, and the gradients of the norm. The formulas are in weight_norm.cuh.
+// Computes the norm of each row of W + s B A, and the gradients of A and B through the norm. The formulas are in
+// weight_norm.cuh.
 #include "linear/cuda/passes.cuh"
 #include "linear/cuda/weight_norm.cuh"
 
