@@ -1,4 +1,4 @@
-// The second kernel of column_pass: adds the partial sums of the chunks, in order.
+// column_reduce_kernel, the second kernel of column_pass: adds the partial sums of all chunks of rows, in order.
 #pragma once
 
 #include "linear/cuda/columns.cuh"
