@@ -1,4 +1,4 @@
-// IA3 operators on CUDA: a linear layer with a scaled input or a scaled output, and the scaling alone. See
+// Defines the IA3 operators on CUDA: a linear layer with a scaled input or a scaled output, and the scaling alone. See
 // linear/cuda/adapted_linear.cuh.
 //
 //   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b)

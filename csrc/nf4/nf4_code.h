@@ -1,5 +1,5 @@
-// The 16 NF4 values, which are the values of bitsandbytes' get_4bit_type("nf4"), and the 15 thresholds between the
-// values.
+// Defines the 16 NF4 values, which are those of bitsandbytes' get_4bit_type("nf4"), and the 15 thresholds between
+// neighbouring values.
 #pragma once
 
 namespace peft_ext {

@@ -1,6 +1,6 @@
-// The backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are computed first
-// (low_rank.cpp). After these gradients, the tile kernels compute dX if tiles_accept returns true, and PyTorch's matrix
-// product otherwise.
+// Computes the backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are
+// computed first (low_rank.cpp). After these gradients, the tile kernels compute dX if tiles_accept returns true, and
+// PyTorch's matrix product otherwise.
 #include <vector>
 
 #include "cpu/scratch.h"

@@ -70,8 +70,8 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 }
 
 bool drops_few(const Dropout& dropout) {
-  // Measured: if between a quarter and a third of the elements is dropped, a product with the dropped elements takes as
-  // long as a product with all of W.
+  // As measured, a product with only the dropped elements takes as long as a product with all of W if dropout drops
+  // between a quarter and a third of the elements.
   constexpr uint32_t kFewDropped = 65536 / 4;
   return dropout.active && dropout.threshold <= kFewDropped;
 }

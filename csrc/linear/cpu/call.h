@@ -1,5 +1,5 @@
-// The state of one call of the adapted layer, and the low-rank functions that the whole layer and lora_residual share.
-// See adapted_linear.h for the formula.
+// Declares the state of one call of the adapted layer, and the low-rank functions that the whole layer and
+// lora_residual share. See adapted_linear.h for the formula.
 #pragma once
 
 #include "linear/cpu/adapted_linear.h"
@@ -78,11 +78,12 @@ struct BackwardCall {
   const float* g() const { return floats(adapter.out_scale); }
 };
 
-// Checks a call of the backward. The result refers to held_x, which is contiguous, and to the other arguments.
+// Checks a call of the backward. The result refers to held_x, which must be contiguous, and to the other arguments,
+// which must outlive the result.
 BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
                               const Tensor& held_x);
 
-// One layer of rank_gradients: s is S of the forward, and out receives the gradients.
+// The arguments of rank_gradients for one layer: s is S of the forward, and out receives the gradients.
 struct RankCall {
   BackwardCall* call;
   const std::optional<Tensor>* s;
@@ -90,7 +91,7 @@ struct RankCall {
 };
 
 // Computes for each layer P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits
-// of the dropout mask for dX. The layers share the parallel loops.
+// of the dropout mask for dX. The same parallel loops compute all layers.
 void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
 // Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller adds further terms to

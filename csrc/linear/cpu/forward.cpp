@@ -1,9 +1,11 @@
-// The forward of the adapted layer, whose formula is in adapted_linear.h. One of three ways computes the base product:
+// Computes the forward of the adapted layer, whose formula is in adapted_linear.h. The base product is computed in one
+// of three ways:
 //
-//   tiles    bfloat16 on a CPU with bfloat16 products: one pass writes Y with all terms of Y
-//   few      few tokens: W (its codes, if W is packed), A and B are read row by row, without panels
-//   mm       in all other cases: PyTorch's matrix product. If Y has no other operation, the product is added in place
-//            onto the low-rank term. If Y has other operations, another pass computes Y from the product, in float32
+//   tiles    For bfloat16 on a CPU with bfloat16 products, one pass of the tile kernels writes Y with all terms of Y.
+//   few      For few tokens, W (its codes, if W is packed), A and B are read row by row, without panels.
+//   mm       In all other cases, PyTorch's matrix product is used. If the product runs in x's dtype and Y is only the
+//            sum of the product, the low-rank term and the bias, PyTorch adds the product in place to the other terms.
+//            Otherwise another pass computes Y from the product, in float32.
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
@@ -53,7 +55,7 @@ FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const
   return product;
 }
 
-// Returns a contiguous x in float32.
+// Returns x, which must be contiguous, in float32.
 Tensor in_float(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Float) return x;
   const Tensor wide = empty({x.sizes().begin(), x.sizes().end()}, ScalarType::Float);

@@ -1,5 +1,5 @@
-// The low-rank terms of several adapters in one batch, S_t = x_t A_gᵀ and s_g S_t B_gᵀ for each token t of adapter g.
-// See grouped.h.
+// Computes the low-rank terms of several adapters in one batch, S_t = x_t A_gᵀ and s_g S_t B_gᵀ for each token t of
+// adapter g. See grouped.h.
 #include "cpu/threads.h"
 #include "linear/cpu/grouped.h"
 

@@ -1,4 +1,4 @@
-// Several low-rank adapters in one batch. Each token has one adapter or none:
+// Declares the low-rank terms of a batch in which each token has one of several adapters or none:
 //
 //   S_t = x_t A_gᵀ [R_g]      Z_t = x_t Wᵀ + s_g S_t B_gᵀ      for every token t of adapter g
 //

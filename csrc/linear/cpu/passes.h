@@ -1,4 +1,5 @@
-// Passes over activations and over W, on all threads. The kernels are in linear/cpu/kernels/kernels.h.
+// Declares passes over activations and over W, which run on all threads. The kernels are in
+// linear/cpu/kernels/kernels.h.
 //
 // Sums over tokens are computed per chunk of tokens, and added in order. The number of chunks depends only on T, so
 // that the bits are equal for every number of threads.
@@ -23,8 +24,8 @@ using TokenWork = std::function<void(int64_t first, int64_t last)>;
 void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work);
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [rank, columns]. totals:
-// receives the sums of m's columns, [columns]; may be null.
+// Runs a pass with `left` (which may be null if there are no tokens) and returns the pass's sums [rank, columns].
+// totals: receives the sums of m's columns, [columns]; may be null.
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
 // Runs a pass with `left`, or adds a part of the pass to the loops `later`, which the caller runs with a grain of at
@@ -41,12 +42,12 @@ void run_expand(const Expand& work, int64_t tokens);
 
 // The bits of a dropout mask.
 struct KeepBits {
-  Tensor words;  // words of 32 bits in a float32 tensor, because this code instantiates stable tensors for few types
+  Tensor words;  // 32-bit words, stored in a float32 tensor, because few tensor templates are instantiated
   int64_t per_row = 0;
   uint32_t* data = nullptr;
 };
 
-// Returns uninitialized words for the mask.
+// Allocates uninitialized words for the bits of a dropout mask [tokens, columns].
 KeepBits keep_bits(int64_t tokens, int64_t columns);
 
 // Returns x̃ = mask ∘ x times dropout's scale, in x's dtype and shape. x is contiguous.

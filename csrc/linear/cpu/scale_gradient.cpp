@@ -1,4 +1,4 @@
-// The gradient of the output scale, dg = sum_t dY ∘ (Z + b₀). See adapted_linear.h.
+// Computes the gradient of the output scale g, dg = sum_t dY ∘ (Z + b₀). See adapted_linear.h.
 #include <math.h>
 
 #include <vector>

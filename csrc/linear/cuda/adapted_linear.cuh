@@ -46,7 +46,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
 
 // The adapters of a mixed batch.
 struct DeviceGroups {
-  std::vector<Tensor> lora_A, lora_B;  // only of adapters that a sample uses; each has rank 1 or more
+  std::vector<Tensor> lora_A, lora_B;  // matrices of those adapters that a sample uses, of rank 1 or more
   std::vector<double> scaling;         // scaling s_g of each adapter g
   std::vector<int64_t> adapters;       // index of each sample's adapter, or -1 for none
   int64_t rank = 0;                    // largest rank of all adapters, including adapters that no sample uses

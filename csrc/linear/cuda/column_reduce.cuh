@@ -5,8 +5,7 @@
 
 namespace peft_ext {
 
-// out[c] = sum of partial[chunk][c] over all chunks. Grid: ceil(columns / kColumnThreads) thread
-// blocks.
+// out[c] = sum of partial[chunk][c] over all chunks. Grid: ceil(columns / kColumnThreads) thread blocks.
 static __global__ void __launch_bounds__(kColumnThreads)
     column_reduce_kernel(const float* partial, int64_t chunks, int64_t columns, float* out) {
   PEFT_EXT_KERNEL;

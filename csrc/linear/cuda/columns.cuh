@@ -1,4 +1,4 @@
-// Elementwise passes over activations, and sums of products over tokens.
+// Defines kernels for elementwise passes over activations, and for sums of products over tokens.
 //
 //   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; g ∘ dY and dg).
 //   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3).
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
   }
 }
 
-// scale_rows: out[n] = g[n] w[n] for all rows n. Grid: x has a thread block for each kColumnThreads · 8
-// columns; y has one for each row.
+// scale_rows: out[n] = g[n] w[n] for all rows n. Grid: x has a thread block for each kColumnThreads · 8 columns; y has
+// one for each row.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads)
     scale_rows_kernel(const T* w, const float* scale, T* out, int64_t columns) {

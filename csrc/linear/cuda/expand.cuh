@@ -11,12 +11,13 @@
 // L and F are given as bfloat16 terms, three for float32 results and two for 16-bit results; F has one term if F and
 // the result are bfloat16. R is padded to a multiple of 16, and is 0 if only the bias is added.
 //
-// A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The columns are permuted so
-// that a lane's accumulators are eight adjacent columns: row g of F's tile 4 h + j (of 8 rows) is column 32 h + 8 (g /
-// 2) + 2 j + g % 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. A lane
-// therefore stores 16 bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of
-// Philox. The kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once,
-// and `before` and z once if they are given.
+// A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The rows of F, which are the
+// columns of out, are permuted so that a lane's accumulators are eight adjacent columns of out. Row g of F's tile 4 h +
+// j, a tile of 8 rows, is column 32 h + 8 (g / 2) + 2 j + g % 2 of out. Therefore the accumulators of lane t, which are
+// the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. A lane therefore
+// stores 16 bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of Philox.
+// The kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
+// `before` and z once if they are given.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"

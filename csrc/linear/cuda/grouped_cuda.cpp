@@ -39,7 +39,7 @@ void each_group(const Batch& batch, F f) {
     if (!samples[static_cast<size_t>(g)].empty()) f(g < adapters ? g : -1, samples[static_cast<size_t>(g)]);
 }
 
-// --- few tokens
+// --- few tokens ------------------------------------------------------------------------------------------------------
 
 // Computes S, and writes a TokenFactor for each token, in which the next kernel finds the token's B.
 HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
@@ -80,7 +80,7 @@ HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   return {factors, batch.lora_B};
 }
 
-// --- tiles of rows
+// --- tiles of rows ---------------------------------------------------------------------------------------------------
 
 struct Prepared {
   RowTiles tiles;

@@ -15,7 +15,7 @@ namespace peft_ext {
 
 DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter);
 
-// --- terms
+// --- terms -----------------------------------------------------------------------------------------------------------
 
 // A small matrix as bfloat16 terms, and the tensor that holds the terms.
 struct HeldTerms {
@@ -80,7 +80,7 @@ class Splitter {
   int64_t blocks_ = 0;
 };
 
-// --- rows of a mixed batch
+// --- rows of a mixed batch -------------------------------------------------------------------------------------------
 
 // A RowTable, and the tensors that hold the table.
 struct RowTiles {
@@ -91,7 +91,7 @@ struct RowTiles {
 
 RowTable row_table(const Launcher& launcher, const RowTiles& held);
 
-// --- rows of a mixture of experts
+// --- rows of a mixture of experts ------------------------------------------------------------------------------------
 
 // The tensors that hold the tables of RunTables, and the sizes of the tables.
 struct RowRuns {
@@ -109,7 +109,7 @@ inline const RowRun* read_tiles(const Launcher& launcher, const RowRuns& held) {
   return static_cast<const RowRun*>(launcher.in<void>(held.tiles));
 }
 
-// --- rank passes
+// --- rank passes -----------------------------------------------------------------------------------------------------
 
 // Returns the rank, padded to 16, 32 or a multiple of 64. A kernel computes two, four, eight or sixteen tiles of 8
 // ranks at a time.
@@ -203,7 +203,7 @@ class Reducer {
   int64_t blocks_ = 0;
 };
 
-// --- rank passes of several layers of one input
+// --- rank passes of several layers of one input ----------------------------------------------------------------------
 
 // One of the layers of siblings_pass. The objects that a SiblingTerm points to must live until the launch.
 struct SiblingTerm {
@@ -276,13 +276,13 @@ struct DroppedProduct {
 void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
 
 // launch_expand launches expand_kernel, and launch_expand_sum launches expand_sum_kernel, for one element type. Each
-// element type has its own translation unit. `whole`: whether the kernel may move vectors of eight.
+// element type has its own translation unit. `whole`: whether the kernel may load and store vectors of eight elements.
 template <typename T>
 void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole);
 template <typename T>
 void launch_expand_sum(const Launcher& launcher, const ExpandSum& work);
 
-// --- elementwise
+// --- elementwise -----------------------------------------------------------------------------------------------------
 
 // Returns mask/(1-p) ∘ x, plus `add` if given.
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add);

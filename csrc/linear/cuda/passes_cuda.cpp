@@ -21,7 +21,7 @@ DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adap
   return dropout;
 }
 
-// --- terms
+// --- terms -----------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -147,7 +147,7 @@ RowRuns row_runs(const char* op, const Tensor& ends, int64_t rows) {
   return held;
 }
 
-// --- rank passes
+// --- rank passes -----------------------------------------------------------------------------------------------------
 
 PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout) {
   return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout, nullptr, nullptr};
@@ -424,7 +424,7 @@ void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms)
   }
 }
 
-// --- elementwise
+// --- elementwise -----------------------------------------------------------------------------------------------------
 
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add) {
   const Tensor out = device_empty_like(x);

@@ -5,12 +5,12 @@
 // A_i and P_iᵀ are given as bfloat16 terms, as the factors F and L of rank_pass.cuh. x is bfloat16 or float16, and each
 // group of eight columns of x is aligned to 16 bytes.
 //
-// A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps compute one layer: one warp up
-// to 16 ranks, which computes all 64 rows (for columns: all 64 columns) of a tile and so uses each fragment of the
-// factor for four products; two warps up to 32 ranks, each for half of the rows (columns). A warp draws the mask of its
-// own layer, 2,048 elements at a time, and writes the masked elements to 4 KB of shared memory that no other warp uses,
-// in the layout of a tile: 32 lines of 128 bytes, with the eight groups of a line in the order group ^ line % 8.
-// ldmatrix reads the fragments from this memory, or, if there is no dropout, from the tile of x.
+// A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps compute one layer. For up to
+// 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so uses each fragment of the factor
+// for four products. For up to 32 ranks, two warps each compute half of the rows (for dA: of the columns). A warp draws
+// the mask of its own layer, 2,048 elements at a time, and writes the masked elements to 4 KB of shared memory that no
+// other warp uses, in the layout of a tile: 32 lines of 128 bytes, with the eight groups of a line in the order group ^
+// line % 8. ldmatrix reads the fragments from this memory, or, if there is no dropout, from the tile of x.
 //
 // Thread blocks that read the same chunk of the factors are `chunks` blocks apart in the grid. If the number of
 // multiprocessors is a multiple of `chunks`, all blocks of a multiprocessor read the same chunk, from L1.
@@ -38,7 +38,7 @@ struct SiblingPart {
   const uint4* factor = nullptr;  // terms of A_i [ranks][columns of x] or of P_iᵀ [ranks][rows of x]
   DeviceDropout dropout;          // if seed is null, the layer has no dropout
   float* sums = nullptr;          // partial sums, as row_sums or column_sums of RankPass
-  uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for columns
+  uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for dA
 };
 
 struct SiblingsPass {

@@ -1,6 +1,6 @@
 // Makes the tables of row_runs.cuh on the device, from the ends of the experts' rows, in one launch of one thread
-// block. The block computes running sums over the experts, and finds the expert of each tile and of each chunk in these
-// sums.
+// block. The block computes running sums over the experts, and finds the expert of each tile and of each chunk by a
+// binary search in these sums.
 #pragma once
 
 #include "cuda/vector.cuh"

@@ -21,7 +21,7 @@ namespace {
 // The code of a value is below[bin], plus one if the value is above bound[bin]. The bin is in the lowest five bits of
 // the float value * kPerUnit + kZero.
 struct Bins {
-  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 have a unit of 1
+  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 are integers
   alignas(64) float bound[32] = {};
   alignas(64) int32_t below[32] = {};
 

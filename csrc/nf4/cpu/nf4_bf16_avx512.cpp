@@ -97,7 +97,8 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
-  // The first 16 words of a group belong to the first of the group's two blocks, the last 16 words to the second.
+  // A group of 128 elements has two NF4 blocks: the group's first 16 words of four codes belong to the first block, and
+  // the last 16 words to the second.
   const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   __m512 sums[kRows][kTokens][kSums];
   for (int r = 0; r < kRows; ++r)
@@ -111,8 +112,8 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
         return _mm512_mul_ps(code, _mm512_set1_ps(work.absmax[(at >> work.block_shift) - first_block]));
       };
       const __m512 first = scaled(flat);
-      // Prefetches the row that is kRows below this row: several rows at a time are too many streams for the hardware
-      // prefetcher.
+      // Prefetches the row that is kRows rows below this row, because several rows at a time are too many streams for
+      // the hardware prefetcher.
       _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + kRows * k / 2), _MM_HINT_T1);
       __m512 second = _mm512_setzero_ps();
       if (j + kNibbleGroup <= k) {

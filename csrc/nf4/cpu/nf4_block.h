@@ -1,5 +1,5 @@
-// Portable code that quantizes or dequantizes one NF4 block, for the scalar path and for the tails in the vector paths.
-// The file is included after the target pragma, so that each instruction set compiles its own copy.
+// Quantizes or dequantizes one NF4 block in portable code, for the scalar path and for incomplete blocks in the paths
+// with vectors. The file is included after the target pragma, so that each instruction set compiles its own copy.
 #pragma once
 
 #include "common/dtype.h"

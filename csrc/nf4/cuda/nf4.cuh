@@ -117,8 +117,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
   }
 
   // This barrier keeps the loads of the codes before the loads of the scales. Without the barrier the compiler would
-  // first wait for a double-quantized scale, which is a chain of two loads. With the barrier the loads of codes and
-  // scales overlap.
+  // first wait for a double-quantized scale, which needs two loads, one after the other. With the barrier the loads of
+  // codes and scales overlap.
   __syncwarp();
   const float code = kNf4DeviceCode[lane % 16];
   const int64_t group = first + lane * kNf4Group;

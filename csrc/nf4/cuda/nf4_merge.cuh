@@ -1,5 +1,6 @@
 // Decodes an NF4 weight W, adds a low-rank product and scales the rows. W may also be given as decoded float32 values.
-//   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh; without g no factor
+//   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh.
+// If g is not given, there is no factor g[n].
 // The packed codes and scales of W [N, K] are as in nf4.cuh; A [R, K], B [N, R] and g [N] are float32; out [N, K] is
 // float32, bfloat16 or float16. K, N and R may have any size of 1 or more. A thread block computes a tile of 64 rows
 // and 128 columns. A thread computes 4 rows, and in each row the columns 4c to 4c + 3 and 64 + 4c to 64 + 4c + 3, so

@@ -85,8 +85,7 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
   scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has code 15, the code of a NaN
   // Neighbouring floats near 1.5 · 2^23 differ by one, so that the sum is rounded to an integer. The low bits of the
-  // sum are
-  // 15 · scaled, rounded, in two's complement.
+  // sum are 15 · scaled, rounded, in two's complement.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
   // Adds the sign bit of threshold - scaled, because a comparison would need one more select instruction.

@@ -45,7 +45,7 @@ struct RowPass {
 
 // The last pass over a base product, or over the low-rank product alone. For the rows [begin, end) and the columns
 // [first, last), where first is a multiple of kColumnStep:
-//   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
+//   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual.
 // Each element of y and z is written once and rounded once to dtype. A term whose pointer is null is left out. If rank
 // is 0, the low-rank term is left out.
 struct Expand {
@@ -81,8 +81,8 @@ struct FewTokens {
 constexpr int64_t kFewTokens = 8;
 
 // One pass over the rows [begin, end) of m [T, K]:
-//   out given:   out[t, k] = m[t, k] (scale[k] + shift), rounded once to m's type
-//   sums given:  sums[k] += sum_t m[t, k] other[t, k]
+//   out given:   out[t, k] = m[t, k] (scale[k] + shift), rounded once to m's type.
+//   sums given:  sums[k] += sum_t m[t, k] other[t, k].
 struct ColumnPass {
   const void* m;
   DType dtype;
@@ -106,8 +106,8 @@ constexpr int64_t kDropTogether = 512;
 
 // Computes products with the elements that the dropout mask drops, for masks that drop few elements. W [N, K] is given
 // transposed, in groups of W's rows. For the tokens [begin, end):
-//   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`
-//   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`
+//   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`.
+//   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`.
 struct Dropped {
   const void* m;
   DType dtype;

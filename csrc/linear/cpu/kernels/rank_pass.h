@@ -5,7 +5,7 @@
 // registers over kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds
 // mask ∘ m in m's own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank
 // x 4 bytes, stay in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another
-// matrix of m's size. A block of m has a short run of each row, which the hardware prefetcher does not foresee.
+// matrix of m's size. A block of m has a short run of each row, and the hardware prefetcher does not predict such runs.
 // Therefore row_pass prefetches the next block of m during the products with the present block.
 #pragma once
 
@@ -104,8 +104,8 @@ inline void for_rank_groups(int64_t count, const Run& run) {
   for (; r < count; ++r) run(std::integral_constant<int, 1>(), r);
 }
 
-// Sets, or with `onto` increases, out[i][q] by scale times the products of kCount rows with kRanks rows of `right`,
-// over `count` columns in vectors of `lanes`.
+// Multiplies kCount rows with kRanks rows of `right` over `count` columns, in vectors of `lanes`, and multiplies the
+// products by `scale`. The results are added to out[i][q] if `onto` is true, and otherwise stored in out[i][q].
 template <int kCount, int kRanks, typename V, typename T>
 inline void shrink_tile(V lanes, Rows<T> rows, const float* right, int64_t right_stride, int64_t count, float scale,
                         bool onto, float* out, int64_t out_stride) {
@@ -191,7 +191,7 @@ inline void shrink_rows(Rows<T> rows, int count, const NextBlock<T>& next, const
       constexpr int kCount = decltype(together)::value;
       const float* from = right + r * right_stride;
       float* to = out + i * rank + r;
-      if (r == 0) next.fetch(i, i + kCount);  // a few rows at a time, so that the products hide the prefetches
+      if (r == 0) next.fetch(i, i + kCount);  // prefetches a few rows at a time, during the products
       if (whole > 0)
         shrink_tile<kCount, kRanks>(WholeVec(), Rows<T>{rows.row(i), rows.stride}, from, right_stride, whole, scale,
                                     onto, to, rank);

@@ -1,5 +1,5 @@
-// The products with the few dropped elements, if dropout acts on the base too, as in PEFT's DoRA. Include this file
-// after the target pragma.
+// Computes the products with the few elements that dropout drops, if dropout acts on the base too, as in PEFT's DoRA.
+// Include this file after the target pragma.
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
 //             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One step of the

@@ -1,5 +1,5 @@
-// The products with the few dropped elements, on Arm. dropped_avx512.h explains the algorithm. Include this file after
-// the target pragma and the microkernel's file.
+// Computes the products with the few elements that dropout drops, on Arm. dropped_avx512.h explains the algorithm.
+// Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

@@ -31,8 +31,8 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
 
 // rows_ahead and columns_ahead return the memory of the next panel, which is prefetched during `steps` steps of the
 // product. The next panel of the forward has the rows from `row` on and `tiles` tiles of their columns, from tile
-// `from` on. The next panel of the backward has the columns from `column` on, which are one run in each of the rows of
-// the tiles.
+// `from` on. The next panel of the backward has the columns from `column` on, which are one run of memory in each row
+// of the tiles.
 // If the codes of a packed weight are not stored row by row, nothing is prefetched.
 inline Ahead rows_ahead(const TileWeight& w, int64_t row, int64_t count, int64_t from, int64_t tiles, int64_t steps) {
   const int64_t rows = w.decode != nullptr && w.row_bytes[0] == 0 ? 0 : min_i64(count, w.rows - row);

@@ -1,5 +1,5 @@
-// The contract of the tile kernels: the adapted linear layer in bfloat16 on CPUs with a bfloat16 product (AVX512-BF16,
-// AMX, Arm's BF16). Each instruction set has a table of these kernels.
+// Declares the tile kernels, which compute the adapted linear layer in bfloat16 on CPUs with a bfloat16 product
+// (AVX512-BF16, AMX, Arm's BF16). Each instruction set has a table of these kernels.
 //
 //   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
 //   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
@@ -177,14 +177,15 @@ struct TileKernels {
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   // Writes the DroppedEntries of the tokens [begin, end). The caller has set out.first.
   void (*dropped_entries)(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end);
-  // Multiplies the rows [begin, end) of W with the token strips [first, last). panel: memory for the strips of these
-  // rows in one part of the depth, and for twice as much if `rest` is given (in the backward, if `given` is not null).
-  // sums: memory for carried_sums(last - first, end - begin) floats, aligned to 64 bytes; unused if all of the depth is
-  // one part.
+  // Computes the forward for the rows [begin, end) of W and the token strips [first, last). panel: memory for the
+  // strips of these rows in one part of the depth, and for twice as much if `rest` is given (in the backward, if
+  // `given` is not null). sums: memory for carried_sums(last - first, end - begin) floats, aligned to 64 bytes; unused
+  // if all of the depth is one part.
   void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel,
                   float* sums);
-  // Multiplies the columns [begin, end) of W with the token strips [first, last), for `count` layers with the same
-  // tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of kReduceTokens.
+  // Computes dX for the columns [begin, end) of W and the token strips [first, last), summed over `count` layers with
+  // the same tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of
+  // kReduceTokens.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
                    bf16* panel, float* sums);
   // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null on Arm, where PassKernels::few_tokens
