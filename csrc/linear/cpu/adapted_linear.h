@@ -43,8 +43,8 @@ Adapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
 
 struct AdaptedForward {
   Tensor y;  // Y, [..., N] of x's dtype
-  Tensor s;  // S, [T, R] float32; [0] without a low-rank term
-  Tensor z;  // Z + b₀, [T, N] of x's dtype; [0] if want_z is false
+  Tensor s;  // S, [T, R] float32; shape [0] if there is no low-rank term
+  Tensor z;  // Z + b₀, [T, N] of x's dtype; shape [0] if want_z is false
 };
 
 // Computes the forward. If bias_inside is true, `bias` is b₀, which g scales; otherwise `bias` is b₁, which g does not
@@ -57,7 +57,7 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
 struct Layer {
   FrozenWeight weight;
   std::optional<Tensor> bias;  // b₁
-  Adapter adapter;             // adapter of the layer, without drop_base, in_scale and groups
+  Adapter adapter;             // adapter of the layer; drop_base, in_scale and groups may not be set
 };
 
 // Computes the forward of each layer. The results are bit for bit those of adapted_forward. For the layers that the
@@ -66,10 +66,10 @@ struct Layer {
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {
-  Tensor grad_x;           // dX in x's shape; [0] if needs_grad_x is false
-  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; [0] without lora_A
-  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; [0] without rank_scale
-  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; [0] without in_scale
+  Tensor grad_x;           // dX in x's shape; shape [0] if needs_grad_x is false
+  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; shape [0] if lora_A is missing
+  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; shape [0] if rank_scale is missing
+  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; shape [0] if in_scale is missing
 };
 
 // Returns dg [N] float32, the gradient of the output scale: sum_t dY ∘ (Z + b₀). z [T, N] is Z + b₀, or, if z_is_scaled
@@ -89,7 +89,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 // In all other cases, the dX of some layers is added to the rounded sum of the previous layers. A layer whose dY is
 // missing gets no gradients.
 struct SiblingsBackward {
-  Tensor grad_x;  // dX in x's shape; [0] if needs_grad_x is false
+  Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;
 };
 SiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads, Tensor x,

@@ -20,7 +20,7 @@ struct DeviceAdapter {
   std::optional<Tensor> rank_scale;      // [R]
   double scaling = 1.0;
   double dropout_p = 0.0;
-  std::optional<Tensor> seed;  // seed and offset of Philox, int64 [2]; nullopt without dropout
+  std::optional<Tensor> seed;  // seed and offset of Philox, int64 [2]; nullopt if there is no dropout
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]
@@ -32,8 +32,8 @@ DeviceAdapter lora_device_adapter(const char* op, const Tensor& lora_A, const Te
 
 struct DeviceForward {
   Tensor y;  // Y, [..., N] of x's dtype
-  Tensor s;  // S, [T, R] float32; [0] if the layer has no adapter matrices
-  Tensor z;  // Z + b₀, [T, N] of x's dtype; [0] if want_z is false
+  Tensor s;  // S, [T, R] float32; shape [0] if the layer has no adapter matrices
+  Tensor z;  // Z + b₀, [T, N] of x's dtype; shape [0] if want_z is false
 };
 
 struct Shrunk;
@@ -58,11 +58,11 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
                               const std::optional<Tensor>& bias, const DeviceGroups& groups);
 
 struct DeviceBackward {
-  Tensor grad_x;           // dX in x's shape; [0] if needs_grad_x is false
-  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; unset without lora_A
-  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; [0] without rank_scale
-  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; [0] without in_scale
-  Tensor grad_out_scale;   // gradient of out_scale, [N] float32; [0] if z is nullopt
+  Tensor grad_x;           // dX in x's shape; shape [0] if needs_grad_x is false
+  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; unset if lora_A is missing
+  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; shape [0] if rank_scale is missing
+  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; shape [0] if in_scale is missing
+  Tensor grad_out_scale;   // gradient of out_scale, [N] float32; shape [0] if z is nullopt
 };
 
 // Computes the backward. s and z are S and Z + b₀ from the forward. z is needed for the gradient of g, Σ_t dY ∘ (Z +
@@ -75,7 +75,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
 struct DeviceLayer {
   DeviceWeight weight;
   std::optional<Tensor> bias;  // b₁
-  DeviceAdapter adapter;       // adapter of the layer, without drop_base, out_scale and in_scale
+  DeviceAdapter adapter;       // adapter of the layer; drop_base, out_scale and in_scale may not be set
 };
 
 // Computes the forward of several layers with the same input x. If x has a 16-bit dtype, one pass over x computes S of
@@ -87,7 +87,7 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
 // lora_B or rank_scale, the gradient of the missing tensor has shape [0]. A layer whose dY is missing gets no
 // gradients.
 struct DeviceSiblingsBackward {
-  Tensor grad_x;  // dX in x's shape; [0] if needs_grad_x is false
+  Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<DeviceBackward> layers;
 };
 DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads,

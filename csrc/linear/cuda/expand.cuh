@@ -57,7 +57,7 @@ struct ExpandTerms {
 constexpr int kMostExpandParts = 8;
 struct ExpandPart {
   Terms left, right;
-  const uint32_t* kept;  // bits of the dropout mask; null without dropout
+  const uint32_t* kept;  // bits of the dropout mask; null if there is no dropout
 };
 struct ExpandSum {
   void* out;

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         // The shuffle ignores the bits above the nibble.
         float base = fmul_rn(shuffle(code, static_cast<int>(nibble), 16), scale);
         if (merge.dense != nullptr && inside) base = merge.dense[element + c];
-        // Without g, row_scale is 1, and a product by 1 is exact.
+        // If g is not given, row_scale is 1, and a product by 1 is exact.
         values[c] = fmul_rn(row_scale, fadd_rn(base, fmul_rn(merge.scaling, sums[i][j * kMergeChunk + c])));
       }
       if (kAligned) {
