@@ -1,13 +1,15 @@
-// LoRA over a frozen embedding on the CPU. W [V, N] is dense or packed, A is [R, V], B is [N, R], and each of T tokens
-// has an index i:
+// Computes LoRA over a frozen embedding on the CPU. W [V, N] is dense or packed, A is [R, V], B is [N, R], s is the
+// scaling, and each of T tokens has an index i:
 //
 //   S = A[:, i]ᵀ [T, R]      Y = W[i] + S (sB)ᵀ [T, N]
 //   P = dY (sB) [T, R]       dA[:, v] = Σ P[t] over the t with i[t] = v, in order       dB = s dYᵀ S
 //
-// The forward reads, or decodes, only the rows of W whose index a token has (of NF4, the whole blocks that such a row
-// touches). The rows are written to Y for a few tokens at a time, so that the low-rank term finds the rows in the
-// cache. The products are the passes of linear/cpu/kernels/kernels.h: sums are float32, and a result is rounded once.
-// One thread computes a row of dA in the order of the tokens, so that the bits are equal for every number of threads.
+// In dA, tokens whose index is padding_idx are left out. The forward reads, or decodes, only the rows of W whose index
+// a token has (for NF4, the whole blocks that contain a part of such a row). The rows are written to Y for a few tokens
+// at a time, so that the rows are still in the cache when the low-rank term is added. The passes of
+// linear/cpu/kernels/kernels.h compute the products: sums are float32, and each result is rounded once. One thread
+// computes a whole row of dA in the order of the tokens, so that the result has the same bits for every number of
+// threads.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -26,9 +28,9 @@ constexpr int64_t kTogether = 2 * kRowsTogether;  // number of tokens whose rows
 struct LowRank {
   const char* op;
   Tensor indices;         // int64, contiguous
-  Tensor lora_A, lora_B;  // the caller's tensors, with strides of any values
+  Tensor lora_A, lora_B;  // the caller's tensors, which may have any strides
   int64_t tokens, entries, columns, rank;
-  std::vector<float> rho;  // s for each rank, 0 for a padding rank
+  std::vector<float> rho;  // the scaling s, once for each rank
 
   const int64_t* index() const { return indices.const_data_ptr<int64_t>(); }
 };
@@ -49,7 +51,7 @@ LowRank checked(const char* op, const Tensor& indices, const Tensor& lora_A, con
   return of;
 }
 
-// Computes S for the tokens [begin, end), with zeros for the padding ranks.
+// Computes S for the tokens [begin, end): copies the column of lora_A of each token's index.
 void gather_shrunk(const LowRank& of, int64_t begin, int64_t end, float* s) {
   const int64_t* index = of.index();
   const int64_t by_rank = of.lora_A.stride(0), by_entry = of.lora_A.stride(1);

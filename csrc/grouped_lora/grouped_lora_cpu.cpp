@@ -1,5 +1,5 @@
-// The adapted linear layer on the CPU for a batch in which each sample has its own LoRA adapter or none. See
-// linear/cpu/grouped.h.
+// The operator grouped_lora_linear on the CPU: the adapted linear layer for a batch in which each sample has its own
+// LoRA adapter or none. See linear/cpu/grouped.h.
 #include <tuple>
 
 #include "common/registration.h"

@@ -1,5 +1,5 @@
-// The adapted linear layer on CUDA for a batch in which each sample has its own LoRA adapter or none. See
-// linear/cuda/grouped_cuda.cpp.
+// The operator grouped_lora_linear on CUDA: the adapted linear layer for a batch in which each sample has its own LoRA
+// adapter or none. See linear/cuda/grouped_cuda.cpp.
 #include <algorithm>
 #include <tuple>
 
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
   for (const int64_t group : adapters)
     STD_TORCH_CHECK(group >= -1 && group < static_cast<int64_t>(lora_A.size()), kOp, ": adapters has ", group,
                     ", wanted -1 to ", static_cast<int64_t>(lora_A.size()) - 1);
-  // The kernels read only the adapters that a sample uses. An unused adapter may hold any values.
+  // The kernels read only those adapters that a sample uses, so that an unused adapter may hold any values.
   std::vector<int64_t> place(lora_A.size(), -1);
   for (const int64_t group : adapters) {
     if (group < 0 || lora_A[static_cast<size_t>(group)].size(0) == 0) {

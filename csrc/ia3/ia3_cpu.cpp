@@ -1,4 +1,4 @@
-// IA3 operators on the CPU: a linear layer with a scaled input or a scaled output, and the scaling alone.
+// Defines the IA3 operators on the CPU: a linear layer with a scaled input or a scaled output, and the scaling alone.
 //
 //   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = sum_t dY ∘ (x Wᵀ + b)
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = sum_t x ∘ U,  U = dY W
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> ia3_linear_backward_cpu(Tensor grad, Tensor x, Tensor
   const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter = ia3_adapter(kOp, ia3_l, held, feedforward);
   Tensor grad_x = empty({0}, x.scalar_type()), grad_l = empty({0}, ia3_l.scalar_type());
-  // The gradient of the feedforward scale is computed in the pass that computes dX.
+  // For a feedforward layer, adapted_backward computes the gradient of l together with dX.
   if (needs_grad_x || (feedforward && needs_grad_l)) {
     const AdaptedBackward out = adapted_backward(kOp, grad, x, held, adapter, std::nullopt, needs_grad_x);
     if (needs_grad_x) grad_x = out.grad_x;

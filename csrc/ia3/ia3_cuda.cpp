@@ -1,11 +1,11 @@
-// IA3 operators on CUDA: a linear layer with a scaled input or a scaled output, and the scaling alone. See
+// Defines the IA3 operators on CUDA: a linear layer with a scaled input or a scaled output, and the scaling alone. See
 // linear/cuda/adapted_linear.cuh.
 //
 //   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b)
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W
 //
-// For an output scale, one pass over dY computes dl, and also l ∘ dY unless l is multiplied into W. For a feedforward
-// scale, one pass over U computes dX and dl.
+// If l scales the output, one pass over dY computes dl, and also l ∘ dY unless W is multiplied by l instead. If l
+// scales the input (feedforward), one pass over U computes dX and dl.
 #include <tuple>
 
 #include "ia3/glue.h"

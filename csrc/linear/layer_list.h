@@ -1,4 +1,4 @@
-// Reads the list arguments of operators on several layers.
+// Reads the list arguments of operators that compute several layers in one call.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,7 @@
 
 namespace peft_ext {
 
-// One layer of an operator's lists. A layer without lora_A has no adapter.
+// One layer of an operator that has lists of layers. A layer whose lora_A is missing has no adapter.
 struct ListedLayer {
   torch::stable::Tensor weight;
   std::optional<torch::stable::Tensor> part1, part2, part3, part4, bias, lora_A, lora_B, rank_scale, seed;
@@ -20,9 +20,10 @@ struct ListedLayer {
   double scaling = 1.0, dropout_p = 0.0;
 };
 
-// Reads the layers. tensors: layer after layer, those tensors of a ListedLayer that the layer has, in the order in
-// which ListedLayer declares them. sizes: four numbers for each layer: the tensors that the layer has, as bits; layout;
-// N; K. numbers: scaling and dropout_p of each layer.
+// Reads the layers of an operator's list arguments. tensors: for one layer after the other, those tensors of
+// ListedLayer that the layer has, in the order of their declaration in ListedLayer. sizes: four numbers for each layer,
+// which are a bit mask of the tensors that the layer has, layout, N and K. numbers: scaling and dropout_p of each
+// layer.
 inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<torch::stable::Tensor>& tensors,
                                               const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
   constexpr size_t kTensors = 10, kSizes = 4, kNumbers = 2;

@@ -1,5 +1,5 @@
-// The 16 NF4 values, which are the values of bitsandbytes' get_4bit_type("nf4"), and the 15 thresholds between the
-// values.
+// Defines the 16 NF4 values, which are those of bitsandbytes' get_4bit_type("nf4"), and the 15 thresholds between
+// neighbouring values.
 #pragma once
 
 namespace peft_ext {
@@ -24,8 +24,8 @@ constexpr float kNf4Code[16] = {
     1.0f,
 };
 
-// A value's code is the number of thresholds that are not at or above the value: a tie takes the lower code, and a NaN
-// has code 15.
+// The code of a value is the number of thresholds that are not greater than or equal to the value. A value that equals
+// a threshold has the lower code, and a NaN has code 15.
 constexpr float nf4_threshold(int i) { return (kNf4Code[i] + kNf4Code[i + 1]) / 2; }
 
 constexpr float kSmallestAbsmax = 1e-38f;

@@ -1,4 +1,4 @@
-// Reads the layers of an operator on several layers of one input.
+// Reads the layers of an operator that computes several layers of one input.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace peft_ext {
 
-// Returns the layers of the lists; see linear/layer_list.h.
+// Returns the layers that an operator's list arguments describe; see listed_layers in linear/layer_list.h.
 std::vector<Layer> lora_layers(const char* op, const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
                                const std::vector<double>& numbers);
 

@@ -1,4 +1,5 @@
-// Several linear layers of one input on the CPU, with or without LoRA: Y_i = x W_iᵀ + (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i.
+// The operator lora_linears on the CPU: several linear layers of one input x, each with or without LoRA, Y_i = x W_iᵀ +
+// (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i.
 // See linear/cpu/adapted_linear.h.
 #include <vector>
 

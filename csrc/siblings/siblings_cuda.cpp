@@ -1,5 +1,5 @@
-// Several linear layers of one input on CUDA, each with or without LoRA: Y_i = x W_iᵀ + (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i.
-// See linear/cuda/adapted_linear.cuh.
+// The operator lora_linears on CUDA: several linear layers of one input x, each with or without LoRA, Y_i = x W_iᵀ +
+// (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i. See linear/cuda/adapted_linear.cuh.
 #include <vector>
 
 #include "linear/cuda/adapted_linear.cuh"

@@ -2,8 +2,9 @@
 //
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
-// With drop_base, as in PEFT's DoRA:  Z = x̃ Wᵀ + S (ρB)ᵀ,  Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the base
-// product takes l ∘ x instead of x. An absent term is left out: g = l = 1, b₀ = b₁ = 0, no S.
+// With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the base
+// product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: g and l count as 1, b₀ and
+// b₁ as 0, and S is not computed.
 #pragma once
 
 #include <optional>
@@ -16,7 +17,8 @@
 
 namespace peft_ext {
 
-// Makes the kernels' parameters of dropout from a probability and a seed tensor. Without a seed dropout is inactive.
+// Makes the kernels' parameters of dropout from a probability and a seed tensor. If there is no seed, dropout is
+// inactive.
 Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed);
 
 // The low-rank term, the scales and the dropout that a CPU kernel adds to a frozen linear layer. out_scale and in_scale
@@ -29,7 +31,7 @@ struct Adapter {
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]
-  const Groups* groups = nullptr;   // adapters of a mixed batch, instead of the fields above; null in the backward
+  const Groups* groups = nullptr;   // adapters of a mixed batch, in place of lora_A and lora_B; null in the backward
 
   bool low_rank() const { return lora_A.has_value() || groups != nullptr; }
   int64_t rank() const { return groups != nullptr ? groups->rank : lora_A.has_value() ? lora_A->size(0) : 0; }
@@ -41,36 +43,37 @@ Adapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
 
 struct AdaptedForward {
   Tensor y;  // Y, [..., N] of x's dtype
-  Tensor s;  // S, [T, R] float32; [0] without a low-rank term
-  Tensor z;  // Z + b₀, [T, N] of x's dtype; [0] if want_z is false
+  Tensor s;  // S, [T, R] float32; shape [0] if there is no low-rank term
+  Tensor z;  // Z + b₀, [T, N] of x's dtype; shape [0] if want_z is false
 };
 
-// Computes the forward. bias_inside: whether `bias` is b₀, which g scales, or b₁, which g does not scale. room:
-// contiguous tensors that receive the results; if room is null, the function allocates the results.
+// Computes the forward. If bias_inside is true, `bias` is b₀, which g scales; otherwise `bias` is b₁, which g does not
+// scale. room: contiguous tensors that receive the results; if room is null, the function allocates the results.
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z,
                                const AdaptedForward* room = nullptr);
 
-// One of several layers with the same input.
+// One of several layers that have the same input x.
 struct Layer {
   FrozenWeight weight;
   std::optional<Tensor> bias;  // b₁
-  Adapter adapter;             // adapter of the layer, without drop_base, in_scale and groups
+  Adapter adapter;             // adapter of the layer; drop_base, in_scale and groups may not be set
 };
 
-// Computes the forward of each layer, with the bits of adapted_forward. For the layers that the tile kernels accept, x
-// is packed once, and the panels of these layers' weights are divided among the threads as one list.
+// Computes the forward of each layer. The results are bit for bit those of adapted_forward. For the layers that the
+// tile kernels accept, x is packed once, and the panels of these layers' weights are divided among the threads as one
+// list.
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {
-  Tensor grad_x;           // dX in x's shape; [0] if needs_grad_x is false
-  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; [0] without lora_A
-  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; [0] without rank_scale
-  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; [0] without in_scale
+  Tensor grad_x;           // dX in x's shape; shape [0] if needs_grad_x is false
+  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; shape [0] if lora_A is missing
+  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; shape [0] if rank_scale is missing
+  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; shape [0] if in_scale is missing
 };
 
-// Returns dg [N] float32, the gradient of the output scale: sum_t dY ∘ (Z + b₀). z [T, N] is Z + b₀, or with
-// z_is_scaled Y = g ∘ (Z + b₀). Where g is too small to recover Z from Y, Z is computed again.
+// Returns dg [N] float32, the gradient of the output scale: sum_t dY ∘ (Z + b₀). z [T, N] is Z + b₀, or, if z_is_scaled
+// is true, Y = g ∘ (Z + b₀). For outputs whose g is too small to recover Z from Y, Z is computed again.
 Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before);
@@ -83,10 +86,10 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
 // the tile kernels accept all layers and the layers' panels of W fit the cache together, the sum is rounded once.
-// In all other cases, the dX of some layers is added to the rounded sum of the previous layers. A layer without dY has
-// no gradients.
+// In all other cases, the dX of some layers is added to the rounded sum of the previous layers. A layer whose dY is
+// missing gets no gradients.
 struct SiblingsBackward {
-  Tensor grad_x;  // dX in x's shape; [0] if needs_grad_x is false
+  Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;
 };
 SiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads, Tensor x,

@@ -1,5 +1,6 @@
-// The backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are computed first
-// (low_rank.cpp). After these gradients, the tiles or PyTorch's matrix product compute dX, chosen as in forward.cpp.
+// Computes the backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are
+// computed first (low_rank.cpp). After these gradients, the tile kernels compute dX if tiles_accept returns true, and
+// PyTorch's matrix product otherwise.
 #include <vector>
 
 #include "cpu/scratch.h"
@@ -11,7 +12,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether PEFT's DoRA uses one product for the kept elements, and one dot product per dropped element.
+// Returns whether dX of PEFT's DoRA is computed by one product for the elements that dropout kept, and by one dot
+// product for each dropped element.
 bool rest_apart(const BackwardCall& b) {
   return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
 }
@@ -22,7 +24,7 @@ bool tiles_accept(const BackwardCall& b) {
   return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
 }
 
-// Returns by * (g - 1) + shift for DoRA's scale g, [N] float32.
+// Returns by * (g - 1) + shift, [N] float32, where g is DoRA's output scale.
 Tensor around_one(const BackwardCall& b, float by, float shift) {
   Tensor out = empty({b.size.out}, ScalarType::Float);
   float* values = out.mutable_data_ptr<float>();
@@ -30,8 +32,8 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of the gradient, if the
-// call has no strips.
+// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of dY; used if b.strips
+// is null.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
@@ -72,19 +74,19 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
 }
 
 // Computes the sum of the dX of several layers of one input, in one block of sums. in_scale is allowed only if there is
-// a single layer. onto: dX is added to the values in out->grad_x.
+// a single layer. onto: whether dX is added to the values in out->grad_x.
 void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto, AdaptedBackward* out) {
   const LinearSizes& size = calls[0]->size;
   std::vector<const FrozenWeight*> weights;
   size_t elements = 0;
   int64_t tiles_of_all = 0;
-  bool whole = false, apart = false;  // `apart`: dropped elements are multiplied in a product of their own
+  bool whole = false, apart = false;  // apart: whether dropped elements have a product of their own
   for (const BackwardCall* b : calls) {
     weights.push_back(&b->weight);
     if (b->strips == nullptr) elements += strips_elements(size.tokens, b->size.out);
     tiles_of_all += ceil_div(b->size.out, kTileDepth);
     apart = apart || rest_apart(*b);
-    whole = whole || (b->drop_base() && b->g() != nullptr);  // DoRA with a dropped base needs all of the depth at once
+    whole = whole || (b->drop_base() && b->g() != nullptr);  // dropout on the base needs the whole depth at once
   }
   const int64_t part = whole ? tiles_of_all : depth_part(kBackwardCut, tiles_of_all);
   const std::vector<TileWeight> tiles = tile_weights(weights);
@@ -118,7 +120,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   const Tensor right = behind_dropout(b, &finish, out);
   if (onto) finish.residual = out->grad_x.const_data_ptr();
   const bool in_place = !adapter.in_scale.has_value() && !b.drop_base() && multiplies_in(type, b.g() == nullptr);
-  // If the product runs in float32, g ∘ dY stays float32 and is not rounded.
+  // If the product runs in float32, g ∘ dY is kept in float32 and is not rounded to dY's dtype.
   const bool widens = b.g() != nullptr && !multiplies_in(type, false);
   const Tensor grad = widens ? as_type(b.grad, ScalarType::Float) : b.grad;
   const auto times = [&](float shift) { return column_pass(b.op, grad, &*adapter.out_scale, shift, nullptr).scaled; };
@@ -134,7 +136,8 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   }
   Tensor before, scale;
   if (b.drop_base() && b.g() != nullptr && products_apart(b.weight, type, size.tokens, adapter.dropout)) {
-    // One product computes dX as if every element were kept. Each dropped element is then replaced by a dot product.
+    // One product computes dX as if dropout kept every element. Each dropped element of dX is then replaced by a dot
+    // product of dY and a column of W.
     const Tensor by = around_one(b, adapter.dropout.scale, 1.0f);
     const Tensor product = product_backward(b.op, column_pass(b.op, grad, &by, 0.0f, nullptr).scaled, b.weight, type);
     put_dropped_dots(b.op, b.grad, b.keep, b.weight, product);
@@ -157,8 +160,8 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   run_expand(finish, size.tokens);
 }
 
-// Largest number of bytes in kPanelStep columns of the weights of several layers whose dX is computed together. The
-// number limits the scratch memory for the strips of the layers' gradients, which must be there at the same time.
+// Several layers are multiplied together only if kPanelStep columns of all their weights take at most kPanelBytes. This
+// bound also limits the scratch memory, which holds the strips of dY of all these layers at the same time.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace
@@ -168,8 +171,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
                                  const std::optional<Tensor>& room) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, grad.scalar_type());
-  // Without an adapter, x is not needed: dX = dY W does not depend on x. Without an adapter, held_x only gives the
-  // shape of dX.
+  // A layer without an adapter needs no x, because dX = dY W does not depend on x. If x is missing, held_x only gives
+  // the shape of dX.
   const Tensor held_x =
       x.has_value() ? as_contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
   BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);
@@ -184,7 +187,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
     if (call.tiles && !rest_apart(call)) call.strips = strips_room(Scratch::kTokens, size.tokens, size.out);
     rank_gradients({{&call, &s, &out}}, needs_grad_x);
   }
-  // The gradient of the input scale is computed together with dX.
+  // The gradient of in_scale is computed together with dX, so that the function returns here only if the caller wants
+  // neither dX nor the gradient of in_scale.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
   out.grad_x = room.has_value() ? *room : empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
   if (out.grad_x.numel() == 0) return out;
@@ -222,8 +226,9 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
     elements += strips_elements(call.size.tokens, call.size.out);
     panels += panel_bytes(call);
   }
-  // The passes over dY make the strips of dY if all layers are multiplied together. If the layers are multiplied one
-  // after the other, the strips are made for one layer at a time, which takes less memory.
+  // If the tile kernels multiply all layers together, the passes over dY also make the strips of dY. Otherwise the
+  // layers are multiplied in several groups, and backward_on_tiles makes the strips of one group at a time, which takes
+  // less memory.
   bf16* strips = nullptr;
   if (elements > 0 && panels <= kPanelBytes && calls.size() <= kMostLayers)
     strips = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));

@@ -1,5 +1,6 @@
-// The base products x Wᵀ and dY W by PyTorch's matrix product, and the products with dropped elements alone. If
-// multiplies_in refuses x's dtype, kWidePanel rows of W at a time are widened to float32 and multiplied.
+// Computes the base products x Wᵀ and dY W by PyTorch's matrix product, and the products with only the elements that
+// dropout drops. If multiplies_in returns false for x's dtype, kWidePanel rows of W at a time are widened to float32
+// and multiplied.
 #include "linear/cpu/base_product.h"
 
 #include "cpu/isa.h"
@@ -69,8 +70,8 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 }
 
 bool drops_few(const Dropout& dropout) {
-  // Measured: if between a quarter and a third of the elements is dropped, a product with the dropped elements takes as
-  // long as a product with all of W.
+  // As measured, a product with only the dropped elements takes as long as a product with all of W if dropout drops
+  // between a quarter and a third of the elements.
   constexpr uint32_t kFewDropped = 65536 / 4;
   return dropout.active && dropout.threshold <= kFewDropped;
 }
@@ -85,8 +86,8 @@ namespace {
 
 constexpr int64_t kDroppedTokens = 128;  // number of tokens in one unit of a thread's work
 
-// Calls run(work, first row) for each group of kDroppedRows rows of W. In the call, work.turned is the
-// transpose of the group's rows.
+// Calls run(work, first row) for each group of kDroppedRows rows of W. During the call, work.turned is the transpose of
+// these rows.
 template <typename Run>
 void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,
                      const Run& run) {
@@ -106,7 +107,8 @@ void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type
   }
 }
 
-// Calls kernel(work, first of the strip, first token, last token) for strips of `count` rows or columns and all tokens.
+// Divides `count` rows or columns of W into strips of kDroppedStrip, and calls kernel(work, first row or column, first
+// token, last token) for each strip and all tokens.
 void over_strips(void (*kernel)(const Dropped&, int64_t, int64_t, int64_t), const Dropped& work, int64_t count,
                  int64_t tokens) {
   const int64_t chunks = ceil_div(tokens, kDroppedTokens);

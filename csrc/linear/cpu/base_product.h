@@ -1,13 +1,14 @@
-// The base product by PyTorch's matrix product, in x's dtype or in float32, where peft_ext has no kernel of its own.
+// Computes the base product by PyTorch's matrix product, in x's dtype or in float32, for calls that no kernel of
+// peft_ext computes.
 #pragma once
 
 #include "linear/cpu/passes.h"
 
 namespace peft_ext {
 
-// Returns whether PyTorch's product runs in x's own dtype. plain: whether the product is Y or dX itself, which is
-// rounded at once, or an intermediate result that is scaled later. On x86-64, products of 16-bit types need special
-// instructions to be fast, and products of float32 do not.
+// Returns whether PyTorch's product runs in x's own dtype. plain: true if the product is Y or dX itself, which is
+// rounded at once; false if the product is an intermediate result that is scaled later. On x86-64, products of 16-bit
+// types need special instructions to be fast, and products of float32 do not.
 bool multiplies_in(ScalarType type, bool plain);
 
 // Returns x [T, K] Wᵀ in float32. x has W's dtype or float32.
@@ -20,14 +21,15 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 // of W.
 bool drops_few(const Dropout& dropout);
 
-// Returns whether the second product of a dropped base uses only the dropped elements. This needs float32 products,
-// and enough tokens to pay for transposing W.
+// PEFT's DoRA with dropout on the base needs two base products. Returns whether the second product uses only the
+// dropped elements. The result is true only if products run in float32 and there are enough tokens to pay for
+// transposing W.
 bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Dropout& dropout);
 
 // Adds (x - mask ∘ x) Wᵀ to out [T, N] float32. x is contiguous.
 void add_dropped_product(const char* op, const Tensor& x, const KeepBits& keep, const FrozenWeight& weight,
                          const Tensor& out);
-// Sets the dropped elements of out [T, K] to the same elements of dY W. grad is dY, contiguous.
+// Sets the elements of out [T, K] that dropout drops to the values of dY W at these positions. grad is dY, contiguous.
 void put_dropped_dots(const char* op, const Tensor& grad, const KeepBits& keep, const FrozenWeight& weight,
                       const Tensor& out);
 

@@ -1,4 +1,5 @@
-// Checks and common preparations of a call of the adapted layer. See call.h.
+// Checks the arguments of a call of the adapted layer, and makes the structures that all ways of computing the layer
+// use. See call.h.
 #include "linear/cpu/call.h"
 
 namespace peft_ext {

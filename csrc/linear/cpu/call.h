@@ -1,5 +1,5 @@
-// The state of one call of the adapted layer, and the low-rank functions that the whole layer and lora_residual share.
-// See adapted_linear.h for the formula.
+// Declares the state of one call of the adapted layer, and the low-rank functions that the whole layer and
+// lora_residual share. See adapted_linear.h for the formula.
 #pragma once
 
 #include "linear/cpu/adapted_linear.h"
@@ -10,7 +10,8 @@ struct LinearSizes {
   int64_t tokens, in, out, rank;
 };
 
-// Returns the sizes of a call. Fails if the size of x, lora_A or lora_B does not fit the weight.
+// Returns the sizes of a call: tokens, inputs, outputs and rank. Fails if the size of x, lora_A or lora_B does not fit
+// the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
 
 // Returns ρ [R].
@@ -35,14 +36,14 @@ struct ForwardCall {
   bool drop_base() const { return adapter.drop_base && adapter.dropout.active; }
 };
 
-// Returns the arguments of the final pass, which computes Y and Z from the base product. The arguments do not contain
-// the low-rank term yet.
+// Returns the arguments of the final pass, which computes Y and Z from the base product. The caller still has to set
+// the low-rank term in the arguments.
 Expand finishing(const ForwardCall& f);
 
 // The results of shrink_tokens beside ForwardCall::out.s: keep has the bits of the dropout mask if drop_base() is true.
 struct Shrunk {
   KeepBits keep;
-  GroupedS grouped;  // S of a mixed batch, each segment with the stride of its adapter's rank
+  GroupedS grouped;  // S of a mixed batch; rows of a segment are as long as the rank of its adapter
 };
 
 // Returns the pass over x that computes S with A [R, K] float32, and writes S to ForwardCall::out.s. keep: receives
@@ -55,7 +56,7 @@ Shrunk shrink_tokens(const ForwardCall& f);
 // --- backward --------------------------------------------------------------------------------------------------------
 
 // The arguments and intermediate results of one call of the backward. The gradients of the adapter are computed first.
-// After these gradients, one of two ways computes dX: see backward.cpp.
+// After these gradients, dX is computed in one of the two ways that backward.cpp describes.
 struct BackwardCall {
   const char* op;
   const FrozenWeight& weight;
@@ -77,11 +78,12 @@ struct BackwardCall {
   const float* g() const { return floats(adapter.out_scale); }
 };
 
-// Checks a call of the backward. The result refers to held_x, which is contiguous, and to the other arguments.
+// Checks a call of the backward. The result refers to held_x, which must be contiguous, and to the other arguments,
+// which must outlive the result.
 BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
                               const Tensor& held_x);
 
-// One layer of rank_gradients: s is S of the forward, and out receives the gradients.
+// The arguments of rank_gradients for one layer: s is S of the forward, and out receives the gradients.
 struct RankCall {
   BackwardCall* call;
   const std::optional<Tensor>* s;
@@ -89,11 +91,11 @@ struct RankCall {
 };
 
 // Computes for each layer P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits
-// of the dropout mask for dX. The layers share the parallel loops.
+// of the dropout mask for dX. The same parallel loops compute all layers.
 void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
-// Sets `finish` up for dX = mask/(1-p) ∘ (P A), to which the caller adds further terms. Returns the tensor to which
-// `finish` points.
+// Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller adds further terms to
+// `finish`. Returns the tensor with A, to which `finish` points.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);
 
 }  // namespace peft_ext

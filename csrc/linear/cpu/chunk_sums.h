@@ -1,5 +1,5 @@
-// Sums over tokens on all threads. A chunk of tokens is summed by one thread, and the chunks' sums are added in order.
-// The number of chunks depends only on T, so that the bits are equal for every number of threads.
+// Computes sums over tokens on all threads. A chunk of tokens is summed by one thread, and the chunks' sums are added
+// in order. The number of chunks depends only on T, so that the bits are equal for every number of threads.
 #pragma once
 
 #include <algorithm>

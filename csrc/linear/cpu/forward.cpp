@@ -1,9 +1,11 @@
-// The forward of the adapted layer, whose formula is in adapted_linear.h. One of three ways computes the base product:
+// Computes the forward of the adapted layer, whose formula is in adapted_linear.h. The base product is computed in one
+// of three ways:
 //
-//   tiles    bfloat16 on a CPU with bfloat16 products: one pass writes Y with all terms of Y
-//   few      few tokens: W (its codes, if W is packed), A and B are read row by row, without panels
-//   mm       in all other cases: PyTorch's matrix product. If Y has no other operation, the product is added in place
-//            onto the low-rank term. If Y has other operations, another pass computes Y from the product, in float32
+//   tiles    For bfloat16 on a CPU with bfloat16 products, one pass of the tile kernels writes Y with all terms of Y.
+//   few      For few tokens, W (its codes, if W is packed), A and B are read row by row, without panels.
+//   mm       In all other cases, PyTorch's matrix product is used. If the product runs in x's dtype and Y is only the
+//            sum of the product, the low-rank term and the bias, PyTorch adds the product in place to the other terms.
+//            Otherwise another pass computes Y from the product, in float32.
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
@@ -15,7 +17,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether forward_few_tokens runs: there is one base product, W can be read row by row, and the tokens are few.
+// Returns whether forward_few_tokens computes a call: dropout does not act on the base, W can be read row by row, and
+// there are few tokens.
 bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
   if (weight.is_packed()) return skinny_accepts(weight, type, tokens);
@@ -52,7 +55,7 @@ FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const
   return product;
 }
 
-// Returns a contiguous x in float32.
+// Returns x, which must be contiguous, in float32.
 Tensor in_float(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Float) return x;
   const Tensor wide = empty({x.sizes().begin(), x.sizes().end()}, ScalarType::Float);
@@ -64,8 +67,9 @@ Tensor in_float(const Tensor& x) {
   return wide;
 }
 
-// Computes calls of few tokens with the same x in two loops: S of all adapters, and then for each row of W the base
-// product, the low-rank term and the final pass, on one thread.
+// Computes several calls of few tokens with the same x. A first loop computes S of all adapters. In a second loop, one
+// thread computes for a row of W the base product, the low-rank term and the final pass. For a mixed batch, and for a
+// weight whose product is not computed row by row, the low-rank term and the final pass come after the second loop.
 void forward_few_tokens(const std::vector<ForwardCall>& calls) {
   const PassKernels& isa = pass_kernels();
   std::vector<Tensor> held;
@@ -134,7 +138,7 @@ void forward_few_tokens(const std::vector<ForwardCall>& calls) {
   last.run(kPackGrain);
 }
 
-// Memory to which a TileForward refers, and other operands of one call.
+// The memory to which the TileForward of one call refers, and other operands of this call.
 struct TileOperands {
   Tensor a, rho, rows, strips;  // A [R, K], ρ [R], ρB [N rounded up to kColumnStep, R], strips of S
   KeepBits keep;                // bits of the dropout mask, if drop_base() is true
@@ -144,10 +148,10 @@ struct TileOperands {
   DroppedTokens rest;
 };
 
-// Returns whether the second product of PEFT's DoRA uses only the dropped elements.
+// Returns whether the second base product of PEFT's DoRA uses only the elements that dropout drops.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
-// Returns the number of tiles in a part of the depth. A product with dropped elements needs all of the depth at once.
+// Returns the number of tiles in a part of the depth. With dropout on the base, one part has the whole depth.
 int64_t tiles_in_part(const ForwardCall& f) {
   const int64_t tiles = ceil_div(f.size.in, kTileDepth);
   return f.drop_base() ? tiles : depth_part(kForwardCut, tiles);
@@ -299,12 +303,13 @@ void forward_by_products(const ForwardCall& f) {
   const bool in_place = plain && multiplies_in(type, true) && !skinny_accepts(f.weight, type, size.tokens);
   Tensor x = f.x;
   if (adapter.in_scale.has_value()) {
-    // If the product runs in float32, l ∘ x stays float32 and is not rounded.
+    // If the product runs in float32, l ∘ x is kept in float32 and is not rounded to x's dtype.
     if (!in_place && !multiplies_in(type, false)) x = as_type(x, ScalarType::Float);
     x = column_pass(f.op, x, &*adapter.in_scale, 0.0f, nullptr).scaled;
   }
   if (in_place) {
-    // PyTorch's product is added onto the other terms in Y, so that no second matrix of size T x N is needed.
+    // PyTorch adds the product to the other terms, which Y already holds, so that no second matrix of size T x N is
+    // needed.
     const Tensor y = as_shape(f.out.y, {size.tokens, size.out});
     const bool terms = adapter.low_rank() || f.bias.has_value() || size.in == 0;
     if (terms) run_finish();
@@ -334,7 +339,7 @@ void forward_by_products(const ForwardCall& f) {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
     Dropout dropout = adapter.dropout;
-    if (apart) dropout.scale = 1.0f;  // the product uses unscaled values of x, because scaling would round the values
+    if (apart) dropout.scale = 1.0f;  // the product uses x before dropout's scaling, which would round the values
     before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {
       const auto times = [&](float by) {

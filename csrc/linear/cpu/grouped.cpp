@@ -1,5 +1,5 @@
-// The low-rank terms of several adapters in one batch, S_t = x_t A_gᵀ and s_g S_t B_gᵀ for each token t of adapter g.
-// See grouped.h.
+// Computes the low-rank terms of several adapters in one batch, S_t = x_t A_gᵀ and s_g S_t B_gᵀ for each token t of
+// adapter g. See grouped.h.
 #include "cpu/threads.h"
 #include "linear/cpu/grouped.h"
 
@@ -11,10 +11,10 @@ namespace peft_ext {
 
 namespace {
 
-constexpr int64_t kTaskTokens = 32;           // number of tokens of a segment that one thread takes
-constexpr int64_t kTaskElements = 64 * 1024;  // number of elements of a small matrix that one thread takes
+constexpr int64_t kTaskTokens = 32;           // largest number of tokens of a segment in one task of a thread
+constexpr int64_t kTaskElements = 64 * 1024;  // number of elements of a small matrix in one task of a thread
 
-// Multiplies the rows [begin, end) of a small matrix with the tokens of a segment.
+// A task of one thread: multiplies the rows [begin, end) of a small matrix with the tokens of a segment.
 struct FewTask {
   FewTokens work;
   int64_t begin, end;
@@ -227,8 +227,8 @@ GroupedTerms grouped_terms(const char* op, const Groups& groups, const GroupedS&
     const Tensor& b = groups.lora_B[g];
     return packed(op, "lora_B", b, nullptr, scales(groups, g).data(), false, round_up(out, kColumnStep), b.size(1));
   });
-  // A strip has one term for each adapter that the strip's tokens have. The term is zero for the tokens of other
-  // adapters.
+  // A strip of tokens has one low-rank term for each adapter that a token of the strip has. The S of such a term is
+  // zero for the tokens of other adapters.
   struct Part {
     int64_t group, offset;
   };

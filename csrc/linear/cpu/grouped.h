@@ -1,4 +1,4 @@
-// Several low-rank adapters in one batch. Each token has one adapter or none:
+// Declares the low-rank terms of a batch in which each token has one of several adapters or none:
 //
 //   S_t = x_t A_gᵀ [R_g]      Z_t = x_t Wᵀ + s_g S_t B_gᵀ      for every token t of adapter g
 //
@@ -36,8 +36,8 @@ Groups make_groups(const char* op, const std::vector<Tensor>& lora_A, const std:
                    const std::vector<double>& scaling, const std::vector<int64_t>& adapters, int64_t tokens, int64_t in,
                    int64_t out);
 
-// S of every segment: a float32 matrix [tokens, stride] in `storage`, from the segment's offset on. Columns beyond the
-// rank are zeros.
+// S of every segment: a float32 matrix [tokens, stride] in `storage`, from the segment's offset on. A segment's stride
+// is the rank of the segment's adapter.
 struct GroupedS {
   Tensor storage;
   std::vector<int64_t> offsets, strides;
@@ -51,10 +51,10 @@ GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, c
 // Adds the low-rank terms of x [T, K] float32 to y [T, N] float32. The function also writes s, as grouped_shrink does.
 void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s);
 
-// Runs `finish` over all tokens, each token with its own adapter's term.
+// Computes `finish` for all tokens, each with the low-rank term of the token's own adapter.
 void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, const Expand& finish);
 
-// The low-rank terms in the form of the tile kernels, and the memory to which the terms refer.
+// The low-rank terms of a mixed batch as arguments of the tile kernels, and the memory to which the terms refer.
 struct GroupedTerms {
   std::vector<TileTerm> terms;
   std::vector<int64_t> first;

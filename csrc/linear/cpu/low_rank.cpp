@@ -1,5 +1,5 @@
-// The low-rank term (S ∘ ρ) Bᵀ and the term's gradients, as a part of the adapted layer, and alone for the operator
-// lora_residual. ρ [R] is scaling times rank_scale.
+// Computes the low-rank term (S ∘ ρ) Bᵀ and the gradients of this term, as a part of the adapted layer, and alone for
+// the operator lora_residual. The factors ρ [R] are scaling times rank_scale.
 #include <algorithm>
 
 #include "cpu/threads.h"
@@ -51,7 +51,8 @@ Shrunk shrink_tokens(const ForwardCall& f) {
 
 namespace {
 
-// Returns the gradient of rank_scale [R] from sums = Sᵀ dY [R, N], which are not scaled by g yet.
+// Returns the gradient of rank_scale, [R], computed from sums = Sᵀ dY [R, N]. `sums` does not contain the output scale
+// g.
 Tensor rank_scale_gradient(const BackwardCall& b, const Tensor& sums) {
   const int64_t columns = b.size.out;
   const Tensor wide = packed(b.op, "lora_B", *b.adapter.lora_B, b.g(), nullptr, true, b.size.rank, columns);

@@ -1,4 +1,5 @@
-// The linear layer over a frozen dense or packed weight on the CPU: Y = x Wᵀ + b, dX = dY W. See adapted_linear.h.
+// The operator nf4_linear on the CPU, a linear layer over a frozen dense or packed weight: Y = x Wᵀ + b, dX = dY W. See
+// adapted_linear.h.
 #include "common/registration.h"
 #include "cpu/operator_call.h"
 #include "linear/cpu/adapted_linear.h"

@@ -48,7 +48,7 @@ struct Conversion {
   float* out;
   int64_t stride;  // number of columns of `out`, the zero-padded matrix
 
-  // Converts row i's columns [first, last) to `to`.
+  // Converts the columns [first, last) of row i of the matrix to float32, and writes them to `to`.
   template <typename T>
   void convert_row(int64_t i, int64_t first, int64_t last, float* to) const {
     const T* from = static_cast<const T*>(matrix) + i * columns;
@@ -169,7 +169,7 @@ Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSu
       using T = decltype(zero);
       T* to = static_cast<T*>(data);
       float row[kSide];
-      // The cache lines of the result in one block stay in L1 for all ranks.
+      // The cache lines of the result that one block of columns touches stay in L1 while all ranks are written.
       for (int64_t first = begin * kSide; first < min_i64(end * kSide, columns); first += kSide) {
         const int64_t width = min_i64(kSide, columns - first);
         for (int64_t rank = 0; rank < ranks; ++rank) {

@@ -6,7 +6,7 @@
 
 namespace peft_ext {
 
-// The smallest number of elements that a thread takes in a pass over elements.
+// The smallest number of elements that one thread computes in an elementwise pass.
 constexpr int64_t kPackGrain = 1 << 14;
 // The smallest number of elements of small matrices that a thread converts: fewer take less time than waking a thread.
 constexpr int64_t kConvertGrain = 1 << 15;
@@ -25,7 +25,8 @@ Tensor zeros(const std::vector<int64_t>& shape);
 // Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
 // frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
 // by_column[column], if these pointers are not null. If nothing has to change, the result is the matrix itself and must
-// not be written to. With `loops`, the result is filled when the loops run; the factors must live until then.
+// not be written to. With `loops`, the function only adds loops that fill the result; the factors must live until the
+// caller has run the loops.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& matrix, const float* by_row,
@@ -41,17 +42,18 @@ struct LateSums {
 
 // Converts sums [R, columns] to like's dtype and shape: [columns, R] if `transpose` is true, otherwise [R, columns].
 // Each element is multiplied by `by`, and by by_column[column] and by_rank[rank], if these pointers are not null. With
-// `loops`, the result is filled when the loops run; the factors must live until then.
+// `loops`, the function only adds loops that fill the result; the factors must live until the caller has run the loops.
 Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float by, const float* by_column,
                 const float* by_rank, bool transpose, const Tensor& like);
 Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSums& sums, float by,
                 const float* by_column, const float* by_rank, bool transpose, const Tensor& like);
 
-// Returns a vector as float32, zero-padded. If nothing has to change, the result is the vector itself, and must not be
-// written to.
+// Returns a vector as float32, zero-padded to `length` elements. If nothing has to change, the result is the vector
+// itself, and must not be written to.
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length);
 
-// Converts a matrix [R, columns] to float32 strips [ceil(columns / 16), R, 16], zero-padded, when the loops run.
+// Adds loops that convert a matrix [R, columns] to zero-padded float32 strips [ceil(columns / 16), R, 16], and returns
+// the strips.
 Tensor lane_strips(Loops* loops, const char* op, const char* argument, const Tensor& matrix);
 
 // Writes the strips [first, last) of the transpose of m [columns, rank], in the layout that lane_strips returns.

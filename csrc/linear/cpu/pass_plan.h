@@ -10,12 +10,13 @@
 
 namespace peft_ext {
 
-// Number of rows that a pass takes at a time: the tokens of a strip of the tile kernels.
+// Number of rows that a pass computes at a time, which is the number of tokens in a strip of the tile kernels.
 constexpr int64_t kTokenStep = 16;
 constexpr int64_t kMinChunkTokens = 64;
 constexpr int64_t kMaxChunks = 32;
-// The smallest number of a chunk's columns that a thread takes: without dropout, with dropout, and with dropout where
-// enough parts remain. Philox computes 128 draws at a time, and the mask of 512 columns is a cache line.
+// The smallest number of columns in a thread's part of a chunk: kBlockColumns without dropout, kDrawnColumns with
+// dropout, and kMaskColumns with dropout if there are enough parts for all threads. Philox computes 128 draws at a
+// time, and the mask of 512 columns is a cache line.
 constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kDrawnColumns = 128;
 constexpr int64_t kMaskColumns = 512;
@@ -23,7 +24,7 @@ constexpr int64_t kMaskColumns = 512;
 constexpr int64_t kDrawCost = 12;
 // The largest number of floats in the sums of several chunks (16 MiB), unless one chunk alone needs more.
 constexpr int64_t kMostSums = int64_t{1} << 22;
-// The smallest number of multiplications that a thread takes: a few microseconds.
+// The smallest number of multiplications for which a thread is started: a few microseconds of work.
 constexpr int64_t kPassGrain = int64_t{1} << 17;
 
 inline int64_t shares(int64_t count, int64_t of) { return (count + of - 1) / of; }
@@ -39,7 +40,7 @@ inline int64_t chunks_together(int64_t tokens, int64_t columns, int64_t rank) {
   return std::min(chunks, std::max<int64_t>(1, kMostSums / std::max<int64_t>(1, columns * rank)));
 }
 
-// Returns the smallest number of parts for a thread, if each part has `multiplications` multiplications.
+// Returns the smallest number of parts that one thread should get, if each part has `multiplications` multiplications.
 inline int64_t pass_grain(int64_t multiplications) { return shares(kPassGrain, std::max<int64_t>(1, multiplications)); }
 
 // Returns the number of parts that the busiest thread gets from PyTorch's parallel_for.
@@ -111,7 +112,8 @@ inline int64_t row_and_outer_pass_cost(int64_t tokens, int64_t columns, int64_t 
 }
 
 // Returns whether two passes over m, one for m · right and one for mᵀ · left, are faster than one pass that computes
-// both products. With fewer chunks than threads, or only a few more chunks, some threads of one pass would wait.
+// both products. If there are fewer chunks than threads, or only a few more chunks than threads, some threads would
+// have nothing to do in a single pass.
 inline bool passes_apart(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t apart = row_pass_cost(tokens, columns, rank, threads) + outer_pass_cost(tokens, columns, rank, threads);
   return 8 * apart < 7 * row_and_outer_pass_cost(tokens, columns, rank, threads);

@@ -14,7 +14,8 @@ namespace peft_ext {
 
 namespace {
 
-// The cost of a row of `expand` in addition to the low-rank products, in units of one rank.
+// Cost of an element of y in `expand` besides the low-rank product, in multiplications; the low-rank product costs one
+// multiplication per rank.
 constexpr int64_t kExpandPasses = 8;
 static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");
@@ -61,7 +62,8 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 }
 
 void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work) {
-  // Number of token steps whose rows of m stay in L2 until `beside` reads the rows again.
+  // Number of steps of kTokenStep tokens after which `beside` is called: the rows of m of these tokens are still in L2
+  // when `beside` reads the rows again.
   constexpr int64_t kTogether = 2;
   const PassKernels& isa = pass_kernels();
   int64_t multiplications = kTokenStep * beside_work;
@@ -101,7 +103,8 @@ Tensor summed(LateSums* sums) {
 
 namespace {
 
-// Computes the sums of a pass over the columns [first, last), chunk after chunk, added in order.
+// Computes the sums of a pass for the columns [first, last): sums one chunk of tokens after the other, and adds the
+// chunks' sums in order.
 void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t last, float* sums, float* totals) {
   const PassKernels& isa = pass_kernels();
   const int64_t chunk = chunk_tokens(tokens), rank = pass.rank;
@@ -165,8 +168,8 @@ struct ChunkSums {
     pass_kernels().row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
   }
 
-  // Notes that the chunks [start, start + count) are computed. If `now` is true, the sums of these chunks are added
-  // now.
+  // Records that the chunks [start, start + count) are computed. If `now` is true, the function also adds the sums of
+  // these chunks to the total.
   void finish(int64_t start, int64_t count, bool now) {
     const int64_t in_place = start == 0 ? 1 : 0;
     for (LateSums* of : {&sums, &totals}) {
@@ -179,8 +182,8 @@ struct ChunkSums {
   }
 };
 
-// Computes the sums of a pass divided by chunks of tokens, and m · right if the pass has `right`. beside: work on the
-// tokens of each chunk, after the sums of the chunk.
+// Computes the sums of a pass whose threads divide the chunks of tokens, and m · right if the pass has `right`. beside:
+// null, or a function that is called for the tokens of a chunk after the chunk's sums.
 LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside) {
   ChunkSums sums(pass, tokens, totals != nullptr);
   const int64_t grain = pass_grain(min_i64(sums.chunk, tokens) * pass.columns * pass.rank);
@@ -199,7 +202,7 @@ LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, co
   return sums.sums;
 }
 
-// Adds loops that compute the sums of a pass without `right`. Each iteration of a loop works on a block of
+// Adds loops to `loops` that compute the sums of a pass without `right`. Each iteration of a loop works on a block of
 // columns, for all tokens or for a chunk of the tokens.
 LateSums add_outer_loops(Loops* loops, const RowPass& pass, int64_t tokens, Tensor* totals) {
   const int64_t threads = loop_threads(), columns = pass.columns, rank = pass.rank;

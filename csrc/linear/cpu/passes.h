@@ -1,4 +1,5 @@
-// Passes over activations and over W, on all threads. The kernels are in linear/cpu/kernels/kernels.h.
+// Declares passes over activations and over W, which run on all threads. The kernels are in
+// linear/cpu/kernels/kernels.h.
 //
 // Sums over tokens are computed per chunk of tokens, and added in order. The number of chunks depends only on T, so
 // that the bits are equal for every number of threads.
@@ -14,23 +15,24 @@ const PassKernels& pass_kernels();
 
 RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t rank, const Dropout& dropout);
 
-// Work on the tokens [first, last) that runs beside a pass, in the same parallel loop. `first` is a multiple of
+// A function for the tokens [first, last) that runs in the parallel loop of a pass. `first` is a multiple of
 // kTokenStep.
 using TokenWork = std::function<void(int64_t first, int64_t last)>;
 
-// Runs passes without `left` over all tokens of one m. beside: work on the same tokens, which a thread does after its
-// part of the passes, or null; the work for a token takes as long as beside_work multiplications.
+// Runs passes without `left` over all tokens of one m. beside: null, or a function that a thread calls after the passes
+// over some tokens, for these tokens; for one token the function takes as long as beside_work multiplications.
 void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work);
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null without tokens) and returns the pass's sums [rank, columns]. totals:
-// receives the sums of m's columns, [columns]; may be null.
+// Runs a pass with `left` (which may be null if there are no tokens) and returns the pass's sums [rank, columns].
+// totals: receives the sums of m's columns, [columns]; may be null.
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
 // Runs a pass with `left`, or adds a part of the pass to the loops `later`, which the caller runs with a grain of at
 // least kPassGrain. m · right is complete on return. leftᵀ · m is complete after the caller has run the loops, except
-// for the additions that are left in the result (see LateSums). beside: work on all tokens of a pass with `right`, in
-// the same parallel loop, or null. The sums in `totals` are complete after the caller has run the loops.
+// for the additions that are left in the result (see LateSums). beside: null, or a function that is called for all
+// tokens in the parallel loop of a pass with `right`. The sums in `totals` are complete after the caller has run the
+// loops.
 LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside);
 
 // Does the additions that are left in `sums`, in order, and returns the total.
@@ -40,12 +42,12 @@ void run_expand(const Expand& work, int64_t tokens);
 
 // The bits of a dropout mask.
 struct KeepBits {
-  Tensor words;  // words of 32 bits in a float32 tensor, because this code instantiates stable tensors for few types
+  Tensor words;  // 32-bit words, stored in a float32 tensor, because few tensor templates are instantiated
   int64_t per_row = 0;
   uint32_t* data = nullptr;
 };
 
-// Returns uninitialized words for the mask.
+// Allocates uninitialized words for the bits of a dropout mask [tokens, columns].
 KeepBits keep_bits(int64_t tokens, int64_t columns);
 
 // Returns x̃ = mask ∘ x times dropout's scale, in x's dtype and shape. x is contiguous.

@@ -39,7 +39,7 @@ void each_run(std::vector<Run> runs, const Call& call) {
 }
 
 // Returns a part of a tensor's memory as a tensor without autograd. Threads of a parallel loop do not inherit the
-// caller's no-grad mode, so that a view of the tensor would be recorded.
+// caller's no-grad mode, so that autograd would record a view of the tensor.
 inline Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_t>& sizes,
                       const std::vector<int64_t>& strides) {
   auto* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));

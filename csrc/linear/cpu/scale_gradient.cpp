@@ -1,4 +1,4 @@
-// The gradient of the output scale, dg = sum_t dY ∘ (Z + b₀). See adapted_linear.h.
+// Computes the gradient of the output scale g, dg = sum_t dY ∘ (Z + b₀). See adapted_linear.h.
 #include <math.h>
 
 #include <vector>
@@ -12,8 +12,8 @@ namespace peft_ext {
 
 namespace {
 
-// Returns the smallest |g| with which Z is computed from Y = g Z. With a smaller |g|, Y may be subnormal in float16,
-// and zero or close to zero in dtypes with float32's exponent range.
+// Returns the smallest |g| for which Z is computed as Y / g. With a smaller |g|, Y may be subnormal in float16, and
+// zero or close to zero in dtypes with float32's exponent range.
 float smallest_scale(ScalarType type) { return type == ScalarType::Half ? 0x1p-6f : 0x1p-60f; }
 
 // Returns the given rows of a matrix of any dtype, contiguous.
@@ -46,7 +46,7 @@ Tensor rows_of_packed(const char* op, const FrozenWeight& weight, const std::vec
   return out;
 }
 
-// Computes Z + b₀ of the given outputs again, [T, outputs] float32.
+// Computes Z + b₀ again, only for the outputs in `outputs`, as [T, number of outputs] float32.
 Tensor z_again(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter,
                const std::optional<Tensor>& s, const std::optional<Tensor>& bias, const std::vector<int64_t>& outputs) {
   const ScalarType type = x.scalar_type();

@@ -1,4 +1,5 @@
-// The norm of each row of W + s B A, and the gradients of the norm. The formulas are in weight_norm.h.
+// Computes the norm of each row of W + s B A, and the gradients of A and B through the norm. The formulas are in
+// weight_norm.h.
 #include "cpu/threads.h"
 #include "linear/cpu/weight_norm.h"
 
@@ -14,7 +15,7 @@ namespace {
 
 Tensor wide_matrix(const Tensor& matrix) { return as_contiguous(as_type(matrix, ScalarType::Float)); }
 
-// Returns A Aᵀ [R, padded].
+// Returns the matrix A Aᵀ [R, R].
 Tensor gram(const char* op, const Tensor& lora_A) {
   FrozenWeight rows;
   rows.weight = lora_A;
@@ -22,7 +23,7 @@ Tensor gram(const char* op, const Tensor& lora_A) {
   return weight_row_facts(op, rows, lora_A, lora_A.scalar_type()).product;
 }
 
-// Returns B A Aᵀ [N, padded], computed by a pass over B.
+// Returns B A Aᵀ [N, R], which one pass over B computes from products = A Aᵀ.
 Tensor times_gram(const char* op, const Tensor& b, const Tensor& products) {
   const int64_t rank = b.size(1), padded = products.size(1);
   const Tensor square = empty({rank, rank}, ScalarType::Float);

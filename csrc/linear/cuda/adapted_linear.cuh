@@ -1,26 +1,26 @@
-// Declares the forward and the backward of the adapted linear layer on CUDA. The formula, in the names that
-// linear/cpu/adapted_linear.h uses as well:
+// Declares the forward and the backward of the adapted linear layer on CUDA. The names in the formula are those of
+// linear/cpu/adapted_linear.h:
 //
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
-// With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the layer
-// takes l ∘ x instead of x. PyTorch's matrix product computes x Wᵀ and dY W, and adds the product to the kernels'
-// result if there is one. If few_tokens_accept returns true, which needs few tokens and a packed weight (NF4: and a
-// 16-bit dtype), the forward runs on kernels of peft_ext alone.
+// With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, x in these
+// formulas is l ∘ x. PyTorch's matrix product computes x Wᵀ and dY W, and adds the product to the result of peft_ext's
+// kernels if there is one. If few_tokens_accept returns true, only kernels of peft_ext compute the forward.
+// few_tokens_accept requires few tokens and a packed weight, and for NF4 also a 16-bit dtype.
 #pragma once
 
 #include "weight/device_weight.cuh"
 
 namespace peft_ext {
 
-// The adapter of a frozen linear layer. rank_scale, out_scale and in_scale are float32 and contiguous. ρ is scaling
-// times rank_scale.
+// The adapter of a frozen linear layer on a GPU. rank_scale, out_scale and in_scale are float32 and contiguous. ρ is
+// scaling times rank_scale.
 struct DeviceAdapter {
   std::optional<Tensor> lora_A, lora_B;  // lora_A is [R, K], lora_B is [N, R]; the two dtypes may differ
   std::optional<Tensor> rank_scale;      // [R]
   double scaling = 1.0;
   double dropout_p = 0.0;
-  std::optional<Tensor> seed;  // seed and offset of Philox, int64 [2]; nullopt without dropout
+  std::optional<Tensor> seed;  // seed and offset of Philox, int64 [2]; nullopt if there is no dropout
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]
@@ -32,24 +32,24 @@ DeviceAdapter lora_device_adapter(const char* op, const Tensor& lora_A, const Te
 
 struct DeviceForward {
   Tensor y;  // Y, [..., N] of x's dtype
-  Tensor s;  // S, [T, R] float32; [0] if the layer has no adapter matrices
-  Tensor z;  // Z + b₀, [T, N] of x's dtype; [0] if want_z is false
+  Tensor s;  // S, [T, R] float32; shape [0] if the layer has no adapter matrices
+  Tensor z;  // Z + b₀, [T, N] of x's dtype; shape [0] if want_z is false
 };
 
 struct Shrunk;
 
-// Computes the forward. If bias_inside is true, `bias` is b₀; otherwise `bias` is b₁. shrunk: S, if a pass over x that
-// other layers share has computed S; or null.
+// Computes the forward. If bias_inside is true, `bias` is b₀; otherwise `bias` is b₁. shrunk: null, or S that a pass
+// over x for several layers has already computed.
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
                               bool want_z, const Shrunk* shrunk = nullptr);
 
 // The adapters of a mixed batch.
 struct DeviceGroups {
-  std::vector<Tensor> lora_A, lora_B;  // matrices of the adapters that a sample uses; each has rank 1 or more
+  std::vector<Tensor> lora_A, lora_B;  // matrices of those adapters that a sample uses, of rank 1 or more
   std::vector<double> scaling;         // scaling s_g of each adapter g
   std::vector<int64_t> adapters;       // index of each sample's adapter, or -1 for none
-  int64_t rank = 0;                    // largest rank of all adapters, with those that no sample uses
+  int64_t rank = 0;                    // largest rank of all adapters, including adapters that no sample uses
 };
 
 // Computes Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b and S_i = x_i A_gᵀ, where g is the adapter of sample i. S is
@@ -58,11 +58,11 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
                               const std::optional<Tensor>& bias, const DeviceGroups& groups);
 
 struct DeviceBackward {
-  Tensor grad_x;           // dX in x's shape; [0] if needs_grad_x is false
-  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; unset without lora_A
-  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; [0] without rank_scale
-  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; [0] without in_scale
-  Tensor grad_out_scale;   // gradient of out_scale, [N] float32; [0] if z is nullopt
+  Tensor grad_x;           // dX in x's shape; shape [0] if needs_grad_x is false
+  Tensor grad_A, grad_B;   // gradients of lora_A and lora_B, in their dtypes; unset if lora_A is missing
+  Tensor grad_rank_scale;  // gradient of rank_scale, [R] float32; shape [0] if rank_scale is missing
+  Tensor grad_in_scale;    // gradient of in_scale, [K] float32; shape [0] if in_scale is missing
+  Tensor grad_out_scale;   // gradient of out_scale, [N] float32; shape [0] if z is nullopt
 };
 
 // Computes the backward. s and z are S and Z + b₀ from the forward. z is needed for the gradient of g, Σ_t dY ∘ (Z +
@@ -71,22 +71,23 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                 const std::optional<Tensor>& z);
 
-// One of several layers with the same input.
+// One of several layers that have the same input x.
 struct DeviceLayer {
   DeviceWeight weight;
   std::optional<Tensor> bias;  // b₁
-  DeviceAdapter adapter;       // adapter of the layer, without drop_base, out_scale and in_scale
+  DeviceAdapter adapter;       // adapter of the layer; drop_base, out_scale and in_scale may not be set
 };
 
-// Computes the forward of several layers with the same input. One pass over x computes S of the layers with up to 32
-// ranks, if x has a 16-bit dtype.
+// Computes the forward of several layers with the same input x. If x has a 16-bit dtype, one pass over x computes S of
+// several layers that have the same padded rank of at most 32.
 std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers);
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes
 // the sum of all dropped low-rank terms, and each layer's product dY W is added to that sum. If a layer has no lora_A,
-// lora_B or rank_scale, the gradient of the missing tensor has shape [0]. A layer without dY has no gradients.
+// lora_B or rank_scale, the gradient of the missing tensor has shape [0]. A layer whose dY is missing gets no
+// gradients.
 struct DeviceSiblingsBackward {
-  Tensor grad_x;  // dX in x's shape; [0] if needs_grad_x is false
+  Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<DeviceBackward> layers;
 };
 DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads,
@@ -102,8 +103,8 @@ DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tenso
 // Returns dX = dY W, [..., K] in dY's dtype.
 Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight);
 
-// Results of scale_columns, which makes one pass over m. scaled: m ∘ scale in m's dtype and shape; [0] without scale.
-// scale is float32 [columns]. sums: Σ_t m[t] ∘ other[t], float32 [columns]; [0] without other.
+// Results of scale_columns, which makes one pass over m. scaled: m ∘ scale in m's dtype and shape; [0] if `scale`,
+// float32 [columns], is missing. sums: Σ_t m[t] ∘ other[t], float32 [columns]; [0] if `other` is missing.
 struct ColumnProducts {
   Tensor scaled, sums;
 };

@@ -1,8 +1,9 @@
-// The backward of the adapted layer, whose formula is in adapted_linear.cuh. The steps:
+// Computes the backward of the adapted layer, whose formula is in adapted_linear.cuh. The steps are:
 //
-//   P = dY (ρB), dB = dYᵀ S: a pass over dY (two above 32 ranks); dA = x̃ᵀ P: a pass over x;
-//   dX₀ = mask ∘ (P A): one write of dX;
-//   dX = dX₀ + G W: PyTorch's matrix product, added in place
+//   P = dY (ρB), dB = dYᵀ S   one pass over dY, or two passes for more than 32 ranks
+//   dA = x̃ᵀ P                 one pass over x
+//   dX₀ = mask ∘ (P A)        one write of dX
+//   dX = dX₀ + G W            PyTorch's matrix product, added in place
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -37,8 +38,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // Without tokens the gradients of the scales are zeros. With tokens, the code below allocates and writes the
-  // gradients of the scales.
+  // If there are no tokens, the gradients of the scales are zeros. If there are tokens, the code below allocates and
+  // writes the gradients of the scales.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);
@@ -61,8 +62,9 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
                            needs_grad_x)[0];
   if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // rank_gradients has computed dg already
 
-  // With out_scale, dX's product is G W with G = g ∘ dY (with drop_base G = (g - 1) ∘ dY), or dY (g ∘ W) if folds_scale
-  // returns true. The pass that computes G also computes the sums of dg, unless rank_gradients has computed dg.
+  // If out_scale is given, dX has the product G W with G = g ∘ dY, or with G = (g - 1) ∘ dY if drop_base is true. If
+  // folds_scale returns true, the product is dY (g ∘ W). The pass that computes G also computes the sums of dg, unless
+  // rank_gradients has computed dg.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
   const bool folds =
       product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, x.scalar_type(), size.tokens);

@@ -1,5 +1,5 @@
-// The functions that one call of the adapted layer consists of, and the low-rank functions that the whole layer and
-// lora_residual share. See adapted_linear.cuh for the formula.
+// Declares the functions that compute one call of the adapted layer, and the low-rank functions that the whole layer
+// and lora_residual share. See adapted_linear.cuh for the formula.
 #pragma once
 
 #include "linear/cuda/passes.cuh"
@@ -11,20 +11,21 @@ struct LinearSizes {
   int64_t tokens, inputs, outputs, rank, padded;
 };
 
-// Returns the sizes of a call. Fails if the size or device of x, lora_A or lora_B does not fit the weight.
+// Returns the sizes of a call: tokens, inputs, outputs, rank and padded rank. Fails if the size or device of x, lora_A
+// or lora_B does not fit the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter);
 
 inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous(*tensor); }
 
-// Returns the arguments with which RankReduce makes S [T, R] and, unless terms is null, the terms of S ∘ ρ from the
-// partial sums of S.
+// Returns the arguments with which `reduce` computes S [T, R] from the partial sums of S. Unless `terms` is null,
+// `reduce` also writes the bfloat16 terms of S ∘ ρ.
 Reduced shrunk_results(const DeviceAdapter& adapter, const Tensor& s, const HeldTerms* terms);
 
-// Computes S [T, R] and, unless terms is null, the terms of S ∘ ρ.
+// Computes S [T, R] and, unless `terms` is null, the bfloat16 terms of S ∘ ρ.
 void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
             const HeldTerms* terms);
 
-// Computes S for few tokens, at most kMaxShrinkTokens, in one launch.
+// shrink_few computes S for few tokens, at most kMaxShrinkTokens, in one launch.
 constexpr int64_t kMaxShrinkTokens = 16;
 void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s);
 
@@ -53,14 +54,14 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
 // Computes y = s Bᵀ + bias for few tokens of a mixed batch, with each token's own adapter.
 void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias);
 
-// The terms of P and A for dX's low-rank part, mask/(1-p) ∘ (P A).
+// The bfloat16 terms of P and A, from which the low-rank part of dX, mask/(1-p) ∘ (P A), is computed.
 struct RankGradients {
   HeldTerms p, a;
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
 };
 
-// A layer whose low-rank gradients are wanted. The objects that a RankCall points to must live until the end of the
-// call.
+// A layer whose low-rank gradients rank_gradients computes. The objects that a RankCall points to must live until
+// rank_gradients returns.
 struct RankCall {
   Tensor grad;  // dY as a matrix [T, N]
   const DeviceAdapter* adapter;
@@ -70,9 +71,10 @@ struct RankCall {
   DeviceBackward* out;  // where grad_A, grad_B, grad_rank_scale and grad_out_scale are written to
 };
 
-// Computes grad_A, grad_B and grad_rank_scale of layers of one input x, and the terms for dX if dX is wanted. If z is
-// given, the padded rank is at most 32, and dY and z can be read in vectors of eight, the function also computes
-// grad_out_scale. The layers that siblings_pass takes together share one pass over x.
+// Computes grad_A, grad_B and grad_rank_scale of layers of one input x. If dX is wanted, the function also returns the
+// terms from which dX is computed. If z is given, the padded rank is at most 32, and dY and z can be read in vectors of
+// eight, the function also computes grad_out_scale. If siblings_pass can read x, the layers of one group of
+// sibling_groups share one pass over x.
 std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x, const std::vector<RankCall>& calls,
                                           bool needs_grad_x);
 

@@ -1,12 +1,11 @@
-// The second kernel of column_pass: adds the partial sums of the chunks, in order.
+// column_reduce_kernel, the second kernel of column_pass: adds the partial sums of all chunks of rows, in order.
 #pragma once
 
 #include "linear/cuda/columns.cuh"
 
 namespace peft_ext {
 
-// out[c] = sum of partial[chunk][c] over all chunks. Grid: ceil(columns / kColumnThreads) thread
-// blocks.
+// out[c] = sum of partial[chunk][c] over all chunks. Grid: ceil(columns / kColumnThreads) thread blocks.
 static __global__ void __launch_bounds__(kColumnThreads)
     column_reduce_kernel(const float* partial, int64_t chunks, int64_t columns, float* out) {
   PEFT_EXT_KERNEL;

@@ -1,15 +1,15 @@
-// Elementwise passes over activations, and sums of products over tokens.
+// Defines kernels for elementwise passes over activations, and for sums of products over tokens.
 //
-//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; g ∘ dY and dg)
-//   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3)
-//   scale_rows:    out = g ∘ w, row by row                                          (DoRA's scale in W)
-//   drop:          out = (add or 0) + mask/(1-p) ∘ x
+//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; g ∘ dY and dg).
+//   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3).
+//   scale_rows:    out[n] = g[n] w[n] for each row n                                  (DoRA's scale, applied to W).
+//   drop:          out = (add or 0) + mask/(1-p) ∘ x.
 //
 // A thread computes eight columns at a time, 16 bytes of a 16-bit dtype. Arithmetic is float32, and each result is
-// rounded once. A block of column_pass and finish owns 256 columns and a chunk of rows; a warp owns every eighth row of
-// the chunk, so that a thread reads the factors of its eight columns once. A second kernel adds the partial sums
-// [chunks][columns] in order. column_pass uses 8 KiB of shared memory, in which the sums of the warps are added. Each
-// matrix is read or written once.
+// rounded once. A thread block of column_pass or finish computes 256 columns of a chunk of rows. A warp of the block
+// computes every eighth row of the chunk, so that a thread reads the factors of its eight columns only once. For the
+// sums, a second kernel adds the partial sums [chunks][columns] in order. column_pass uses 8 KiB of shared memory, in
+// which the sums of the warps are added. Each matrix is read or written once.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -34,8 +34,8 @@ struct ColumnWork {
 
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
 
-// Adds the sums of the block's warps, and writes the totals to the partial sums. All threads of the block call the
-// function.
+// Adds the sums of the warps of a thread block, and writes the totals as the block's partial sums to `out`. All threads
+// of the block must call the function.
 __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
                                                  ColumnSumsShared& shared) {
 #pragma unroll
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
   }
 }
 
-// scale_rows: out[n] = g[n] w[n] for all rows n. Grid: x has a thread block for each kColumnThreads · 8
-// columns; y has one for each row.
+// scale_rows: out[n] = g[n] w[n] for all rows n. Grid: x has a thread block for each kColumnThreads · 8 columns; y has
+// one for each row.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads)
     scale_rows_kernel(const T* w, const float* scale, T* out, int64_t columns) {
@@ -145,8 +145,8 @@ struct Drop {
   DeviceDropout dropout;
 };
 
-// Grid: ceil(numel / kVector / kColumnThreads) thread blocks. A thread owns eight elements, whose draws are one block
-// of Philox.
+// Grid: ceil(numel / kVector / kColumnThreads) thread blocks. A thread computes eight elements, whose random draws are
+// one block of Philox.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) drop_kernel(Drop work) {
   PEFT_EXT_KERNEL;

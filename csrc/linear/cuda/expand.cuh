@@ -3,20 +3,21 @@
 //   out [T, N] = (before or 0) + mask ∘ (L Fᵀ) + (g - 1) ∘ z + bias,    L [T, R],  F [N, R]
 //
 // expand_kernel has these uses:
-//   forward      the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added
-//   backward     the low-rank part of dX. The pass that computed dA kept the bits of the mask; if these bits are
-//                missing, the kernel draws the mask again. L contains the factor 1/(1-p)
-//   residual     the low-rank term, or a bottleneck adapter's output, added to `before`
-//   PEFT's DoRA  with dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ
+//   forward      Computes the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added.
+//   backward     Computes the low-rank part of dX. The pass that computed dA stored the bits of the dropout mask; if
+//                these bits are missing, the kernel draws the mask again. L contains the factor 1/(1-p).
+//   residual     Adds the low-rank term, or a bottleneck adapter's output, to `before`.
+//   PEFT's DoRA  With dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ.
 // L and F are given as bfloat16 terms, three for float32 results and two for 16-bit results; F has one term if F and
-// the result are bfloat16. R is padded to a multiple of 16; R is 0 for the bias alone.
+// the result are bfloat16. R is padded to a multiple of 16, and is 0 if only the bias is added.
 //
-// A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The columns are permuted so
-// that a lane's accumulators are eight adjacent columns: row g of F's tile 4 h + j (of 8 rows) is column 32 h + 8 (g /
-// 2) + 2 j + g % 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. A lane
-// therefore stores 16 bytes (32 for float32) at once, and the draws of the eight elements are one block of Philox. The
-// kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: out once, and each of
-// `before` and z once if given.
+// A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The rows of F, which are the
+// columns of out, are permuted so that a lane's accumulators are eight adjacent columns of out. Row g of F's tile 4 h +
+// j, a tile of 8 rows, is column 32 h + 8 (g / 2) + 2 j + g % 2 of out. Therefore the accumulators of lane t, which are
+// the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. A lane therefore
+// stores 16 bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of Philox.
+// The kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
+// `before` and z once if they are given.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"
@@ -26,15 +27,17 @@ namespace peft_ext {
 constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
-// The operands besides L Fᵀ that an instance of expand_kernel takes. kBias: the bias only. kMask: the kept mask only.
-// kOnto: before, bias and z. kAny: all operands, for any shape and alignment. kGrouped: the bias, for the rows of a
-// RowTable, where each tile has its own factor F or none. kGroupedAny: as kGrouped, for any shape and alignment.
+// Selects the operands, besides L Fᵀ, of an instance of expand_kernel. An instance for kBias has only the bias. An
+// instance for kMask has only the stored bits of the dropout mask. An instance for kOnto has `before`, the bias and z.
+// An instance for kAny has all operands, for any shape and alignment. An instance for kGrouped has the bias and the
+// rows of a RowTable, in which each tile has its own factor F or none. An instance for kGroupedAny is like one for
+// kGrouped, for any shape and alignment.
 enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {
   void* out;
   int64_t rows, columns;
-  Terms left;  // L as terms: outer is the rows, inner is the ranks
+  Terms left;  // bfloat16 terms of L: outer = rows, inner = ranks
   Terms right;
   const void* before;  // matrix [rows, columns] of type T, added to the result, or null; may be `out`
   const void* bias;    // bias [columns] of bias_type (kBias, kGrouped: T; kOnto: float32), or null
@@ -42,9 +45,9 @@ struct ExpandTerms {
   float bias_scale;
   const void* z;          // z [rows, columns] of type T, or null
   const float* scale;     // g [columns], given together with z
-  const uint32_t* kept;   // kMask: bits of the dropout mask, in the layout of a rank pass
-  DeviceDropout dropout;  // kAny: parameters of dropout, to draw the mask again
-  RowTable table;         // kGrouped, kGroupedAny: the rows of each tile; the rows of `left` are in the table's order
+  const uint32_t* kept;   // for kMask: bits of the dropout mask, in the layout of kKeptBits
+  DeviceDropout dropout;  // for kAny: parameters of dropout, to draw the mask again
+  RowTable table;         // for kGrouped, kGroupedAny: the rows of each tile; rows of `left` are in this order
   int64_t tiles;          // number of tiles of 64 rows of `out`
   int64_t right_stride;   // distance from one factor's terms to the next factor's terms, in units of 16 bytes
 };
@@ -54,7 +57,7 @@ struct ExpandTerms {
 constexpr int kMostExpandParts = 8;
 struct ExpandPart {
   Terms left, right;
-  const uint32_t* kept;  // bits of the dropout mask; null without dropout
+  const uint32_t* kept;  // bits of the dropout mask; null if there is no dropout
 };
 struct ExpandSum {
   void* out;
@@ -66,9 +69,9 @@ struct ExpandSum {
 template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
-// Adds to C a warp's 16 x 64 product over the 16 ranks from rank 16 `step` on, for the 16 rows from row 16 `rows` on
-// and the 64 columns from column 64 `column_tile` on. `outer` holds the bfloat16 terms of L, and `factor` points to the
-// bfloat16 terms of F.
+// Adds a warp's product of 16 rows and 64 columns over 16 ranks to C. The rows begin at row 16 · `rows`, the columns at
+// column 64 · `column_tile`, and the ranks at rank 16 · `step`. `outer` holds the bfloat16 terms of L, and `factor`
+// points to the bfloat16 terms of F.
 template <typename T, int kRightTerms>
 __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, uint32_t rows,
                                                uint32_t column_tile, int64_t step, float (&c)[2][4][4]) {
@@ -98,7 +101,7 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
     }
 }
 
-// kSteps: number of steps of 16 ranks if known at compile time, otherwise 0.
+// kSteps: number of steps of 16 ranks if the number is known at compile time, otherwise 0.
 // Grid: x has a thread block for each tile of 64 rows; y has one for each tile of 64 columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
@@ -123,14 +126,14 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
 
   float sums[2][4][4] = {};
   if (!product) {
-    // The tile has no adapter, so that there is no product.
+    // The rows of the tile have no adapter, so that there is no low-rank product.
   } else if constexpr (kSteps > 0) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
       expand_product<T, kRightTerms>(work.left, factor, blockIdx.x * 4 + threadIdx.x / kWarpSize, blockIdx.y, step,
                                      sums);
   } else {
-    // A fresh accumulator per 64 ranks limits the error: a tensor core's own sum rounds toward zero.
+    // A new accumulator for every 64 ranks limits the error, because a tensor core rounds its sums toward zero.
     const int64_t steps = work.left.inner / 16;
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};
@@ -238,7 +241,7 @@ __global__ void __launch_bounds__(kExpandThreads, 4) expand_sum_kernel(ExpandSum
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         kept[h][half] = part.kept == nullptr ? ~0u : part.kept[kept_at + half * 64 + h * 4] << (4 * warp);
-    // A fresh accumulator per 64 ranks limits the error, because a tensor core's own sum rounds toward zero.
+    // A new accumulator for every 64 ranks limits the error, because a tensor core rounds its sums toward zero.
     const int64_t steps = part.left.inner / 16;
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};

@@ -1,4 +1,4 @@
-// Selects the instance of expand_kernel for a call. The instances of an element type are in expand_<type>_cuda.cpp.
+// Selects the instance of expand_kernel for a call. expand_<type>_cuda.cpp contains the instances of an element type.
 #pragma once
 
 #include "linear/cuda/passes.cuh"

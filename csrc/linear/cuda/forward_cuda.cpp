@@ -1,9 +1,11 @@
-// The forward of the adapted layer, whose formula is in adapted_linear.cuh. The steps:
+// Computes the forward of the adapted layer, whose formula is in adapted_linear.cuh. The steps are:
 //
-//   S: a pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write of Y (expand); Y = Y₀ + x Wᵀ: PyTorch's matrix product
+//   S                 one pass over x (rank_pass)
+//   Y₀ = S (ρB)ᵀ + b  one write of Y (expand)
+//   Y = Y₀ + x Wᵀ     PyTorch's matrix product, added in place
 //
-// A packed weight is decoded for the product, except in calls of few tokens that few_tokens_accept accepts: see
-// few_tokens_cuda.cpp.
+// A packed weight is decoded before PyTorch's product. Only in calls of few tokens that few_tokens_accept accepts, the
+// kernels of few_tokens_cuda.cpp decode the weight during the product.
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -74,7 +76,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     } else {
       mm_out(y, held, product);
     }
-    if (want_z) {  // without out_scale, Y = Z + b₀
+    if (want_z) {  // if there is no out_scale, Y is Z + b₀
       Tensor z = out.z;
       torch::stable::copy_(z, y);
     }
@@ -115,7 +117,8 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       const DeviceLayer& layer = layers[i];
       const bool alone = sizes[i].rank == 0 || layer.weight.outputs == 0 ||
                          few_tokens_accept(layer.weight, type, sizes[i].tokens, layer.adapter);
-      // One pass takes only factors with equally many bfloat16 terms, so that `kinds` tells factors of one term apart.
+      // One pass can only use factors with equally many bfloat16 terms. Therefore a layer whose factor has one term has
+      // another number in `kinds`.
       const int64_t one = !alone && type == ScalarType::BFloat16 && layer.adapter.lora_A->scalar_type() == type;
       kinds.push_back(alone ? -1 : sizes[i].padded | one << 32);
     }

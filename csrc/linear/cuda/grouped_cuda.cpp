@@ -1,12 +1,14 @@
-// The forward of a mixed batch, in which each sample has an adapter or none. The number of launches does not depend on
-// the number of adapters, except that prepare_groups_kernel takes up to 48 adapters and 64 runs of tokens per launch.
-// The steps of the forward, besides PyTorch's product x Wᵀ:
+// Computes the forward of a mixed batch, in which each sample has an adapter or none. The number of launches does not
+// depend on the number of adapters, except that one launch of prepare_groups_kernel has at most 48 adapters and 64 runs
+// of tokens. The steps of the forward, besides PyTorch's product x Wᵀ, are:
 //
-//   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = (s S) Bᵀ + b (expand)
+//   the table of rows, and the terms of A and B   prepare_groups_kernel
+//   S                                             one pass over x (rank_pass, reduce)
+//   Y₀ = (s S) Bᵀ + b                             one write of Y (expand_grouped)
 //
-// For few tokens the cost of launches dominates. One launch then computes S (shrink_few.cuh), and one launch computes
-// Y₀, both with plain FMAs. If few_tokens_accept returns true, few_tokens_forward computes Y after S, without PyTorch's
-// product (few_tokens_cuda.cpp).
+// For few tokens, launches cost more time than the arithmetic. Therefore one launch computes S of few tokens
+// (shrink_few.cuh), and one launch computes Y₀, both with plain FMAs. If few_tokens_accept returns true,
+// few_tokens_forward computes Y after S, without PyTorch's product (few_tokens_cuda.cpp).
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/prepare_groups.cuh"
 #include "linear/cuda/shrink_few.cuh"
@@ -37,9 +39,9 @@ void each_group(const Batch& batch, F f) {
     if (!samples[static_cast<size_t>(g)].empty()) f(g < adapters ? g : -1, samples[static_cast<size_t>(g)]);
 }
 
-// --- few tokens
+// --- few tokens ------------------------------------------------------------------------------------------------------
 
-// Computes S, and the TokenFactors by which the next kernel finds each token's B.
+// Computes S, and writes a TokenFactor for each token, in which the next kernel finds the token's B.
 HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   const Tensor factors =
       device_empty(batch.x, {batch.tokens * static_cast<int64_t>(sizeof(TokenFactor))}, ScalarType::Byte);
@@ -78,14 +80,14 @@ HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   return {factors, batch.lora_B};
 }
 
-// --- tiles of rows
+// --- tiles of rows ---------------------------------------------------------------------------------------------------
 
 struct Prepared {
   RowTiles tiles;
   HeldTerms a, b;
 };
 
-// Assigns each token a row of the table. Adjacent tokens of one adapter form a run.
+// Assigns each token a row of the RowTable, and returns the runs. A run consists of adjacent tokens of one adapter.
 std::vector<TokenRun> place_tokens(const Batch& batch, RowTiles* tiles) {
   std::vector<TokenRun> runs;
   each_group(batch, [&](int64_t group, const std::vector<int64_t>& samples) {
@@ -178,8 +180,8 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(as_contiguous(b));
   const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
-  // The kernel for few tokens writes all of S. The kernels for more tokens write as many columns of S as the largest
-  // rank that a sample uses.
+  // The kernel for few tokens writes all of S. The kernels for more tokens write only as many columns of S as the
+  // largest rank of an adapter that a sample uses, so that S may have to be set to zeros before.
   out.s = low_rank && (few || batch.rank == groups.rank)
               ? device_empty(x, {size.tokens, groups.rank}, ScalarType::Float)
               : device_zeros(x, {size.tokens, groups.rank}, ScalarType::Float);

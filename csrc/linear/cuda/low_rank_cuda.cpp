@@ -1,5 +1,5 @@
-// The low-rank term (S ∘ ρ) Bᵀ and the term's gradients, as a part of the adapted layer, and alone for the operator
-// lora_residual. ρ [R] is scaling times rank_scale.
+// Computes the low-rank term (S ∘ ρ) Bᵀ and the gradients of this term, as a part of the adapted layer, and alone for
+// the operator lora_residual. The factors ρ [R] are scaling times rank_scale.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/rank_scale.cuh"
 
@@ -54,7 +54,7 @@ void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& si
 
 namespace {
 
-// The operands and results of a layer during rank_gradients.
+// Operands and results that rank_gradients holds for one layer.
 struct RankWorkOf {
   Tensor a, b, s, products;
   HeldTerms right, left, p_transposed;
@@ -68,7 +68,8 @@ double divided(const DeviceAdapter& adapter) {
 
 const Tensor* given(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
-// Computes dA of each layer from the terms of Pᵀ, and the masks' bits if dX is wanted.
+// Computes dA of each layer from the terms of Pᵀ. If dX is wanted, the function also stores the bits of the dropout
+// masks.
 void grad_A_of(const Tensor& flat_x, const std::vector<RankCall>& calls, const std::vector<RankWorkOf>& work,
                bool needs_grad_x, std::vector<RankGradients>* grads) {
   std::vector<int64_t> kinds;
@@ -142,8 +143,9 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
     work[i].p_transposed = pass_terms(x, size.padded, size.tokens);
     Reduced p;
     p.rank_scale = given(adapter.rank_scale);
-    // P contains dropout's factor 1/(1-p), which dA and dX both need. With drop_base P does not contain the factor: the
-    // gradient through the base is dropped too, and the factor multiplies the sum of the two gradients, and dA.
+    // P contains dropout's factor 1/(1-p), which dA and dX both need. If drop_base is true, P does not contain the
+    // factor: dropout also acts on the gradient through the base layer, so that the factor is applied later, to the sum
+    // of the two gradients and to dA.
     p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided(adapter);
     p.transposed = &work[i].p_transposed;
     if (needs_grad_x) {

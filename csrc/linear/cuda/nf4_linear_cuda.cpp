@@ -1,4 +1,4 @@
-// peft_ext::nf4_linear on CUDA, the linear layer over a frozen dense or packed weight: Y = x Wᵀ + b, dX = dY W. See
+// The operator nf4_linear on CUDA, a linear layer over a frozen dense or packed weight: Y = x Wᵀ + b, dX = dY W. See
 // linear/cuda/adapted_linear.cuh.
 #include "linear/cuda/adapted_linear.cuh"
 

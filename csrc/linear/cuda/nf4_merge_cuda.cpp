@@ -1,5 +1,5 @@
-// peft_ext::nf4_dequantize_merged on CUDA: checks the arguments and launches one kernel. peft_ext::nf4_merge also
-// quantizes the merged weight.
+// peft_ext::nf4_dequantize_merged on CUDA checks the arguments and launches one kernel, after decoding a weight in
+// another format than NF4. peft_ext::nf4_merge also quantizes the merged weight.
 #include "nf4/cuda/nf4_merge.cuh"
 
 #include <algorithm>
@@ -25,7 +25,8 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// Returns a factor or the row scale as float32. The tensor may be float32, bfloat16, float16 or float64.
+// Returns lora_A, lora_B or row_scale as float32, aligned to 16 bytes. The argument may be float32, bfloat16, float16
+// or float64.
 Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
   STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
                   " is on another device than weight, wanted cuda:", weight.get_device_index());
@@ -70,11 +71,11 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
                     shape_of(*row_scale), ", wanted [", rows, "]");
   }
 
-  // These tensors live until the launch, so that the memory of a copy is not reused before.
+  // These tensors live until the launch, so that the memory of a converted copy is not reused before the launch.
   const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
   std::optional<Tensor> g;
   if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);
-  const bool wide = dtype == ScalarType::Double;  // the result then has float32 values, for tests only
+  const bool wide = dtype == ScalarType::Double;  // a float64 result has float32 values, for tests only
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
 
   if (rows * columns > 0) {

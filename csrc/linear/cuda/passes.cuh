@@ -1,6 +1,6 @@
-// Host functions that launch passes over activations and over W. The kernels are in the .cuh files. A temporary tensor
-// may be freed right after a launch: later work that reuses the tensor's memory runs after the launch, on the same
-// stream.
+// Declares host functions that launch passes over activations and over W. The kernels are in rank_pass.cuh, expand.cuh
+// and columns.cuh. A temporary tensor may be freed right after a launch: later work that reuses the tensor's memory
+// runs after the launch, on the same stream.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace peft_ext {
 
 DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter);
 
-// --- terms
+// --- terms -----------------------------------------------------------------------------------------------------------
 
 // A small matrix as bfloat16 terms, and the tensor that holds the terms.
 struct HeldTerms {
@@ -23,17 +23,17 @@ struct HeldTerms {
   Terms terms;
 };
 
-// Allocates the terms of activations [rows, rank], padded, as the left operand of `expand`. `type`: dtype of expand's
-// result.
+// Allocates padded bfloat16 terms for activations [rows, rank], which are the left operand of `expand`. `type`: dtype
+// of expand's result.
 HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, ScalarType type);
 
-// grouped_A_terms allocates the terms of each adapter's A in a mixed batch, as factors of a rank pass. grouped_B_terms
-// allocates the terms of each adapter's B, as factors of `expand`. If `one` is true, one term is allocated, which is
-// exact for bfloat16 matrices.
+// grouped_A_terms allocates the bfloat16 terms of each adapter's A in a mixed batch, as factors of a rank pass.
+// grouped_B_terms allocates the terms of each adapter's B, as factors of `expand`. If `one` is true, a matrix gets only
+// one term, which represents a bfloat16 matrix exactly.
 HeldTerms grouped_A_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t inputs, bool one);
 HeldTerms grouped_B_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t outputs, bool one,
                           ScalarType type);
-// Allocates terms of several matrices [rows, rank], each as in left_terms.
+// Allocates bfloat16 terms for several matrices [rows, rank], for each matrix as left_terms does.
 HeldTerms grouped_left_terms(const Tensor& like, int64_t matrices, int64_t rows, int64_t padded_rank, ScalarType type);
 
 // Returns the distance from one matrix's terms to the next matrix's terms, in units of 16 bytes.
@@ -41,28 +41,29 @@ inline int64_t terms_stride(const HeldTerms& held) {
   return held.terms.count * held.terms.outer * held.terms.inner / 8;
 }
 
-// Allocates terms of a transposed matrix of activations [rank, rows], padded, as operand L of a rank pass.
+// Allocates padded bfloat16 terms for a transposed matrix of activations [rank, rows], which is the operand L of a rank
+// pass.
 HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows);
 
-// read_terms returns the terms as an argument of a kernel that reads the terms, and write_terms of a kernel that writes
-// the terms.
+// read_terms returns the argument of a kernel that reads the terms. write_terms returns the argument of a kernel that
+// writes the terms.
 Terms read_terms(const Launcher& launcher, const HeldTerms& held);
 TermsOut write_terms(const Launcher& launcher, const HeldTerms& held);
 
-// Splits all small matrices of a call into terms, in one launch for every kMaxSplits matrices. The caller adds each
-// matrix and then calls run(). The matrices must live until run() returns. A matrix is contiguous [rows, columns]; with
-// `transpose` the transposed matrix is split.
+// Splits all small matrices of a call into bfloat16 terms, in one launch for every kMaxSplits matrices. The caller adds
+// each matrix and then calls run(). The matrices must live until run() returns. A matrix is contiguous [rows, columns];
+// if `transpose` is true, the transposed matrix is split.
 class Splitter {
  public:
   // type: dtype of the call's large matrices, which decides how many terms are made.
   Splitter(const Tensor& like, ScalarType type) : launcher_(like), like_(like), type_(type) {}
 
-  // right_of_pass adds F [ranks, columns of D] and left_of_pass adds L [ranks, rows of D] of a rank pass. inner_scale:
-  // factors of F along the columns of D, or null.
+  // right_of_pass adds the factor F [ranks, columns of D] of a rank pass over a matrix D, and left_of_pass adds the
+  // factor L [ranks, rows of D]. inner_scale: factors by which F is multiplied along the columns of D, or null.
   HeldTerms right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale = nullptr);
   HeldTerms left_of_pass(const Tensor& matrix, bool transpose);
-  // right_of_expand adds F [columns of the result, ranks] and left_of_expand adds L [rows, ranks] of `expand`.
-  // outer_scale: factors of the result's columns, or null.
+  // right_of_expand adds the factor F [columns of the result, ranks] of `expand`, and left_of_expand adds the factor L
+  // [rows, ranks]. outer_scale: factors by which the columns of the result are multiplied, or null.
   HeldTerms right_of_expand(const Tensor& matrix, bool transpose, const Tensor* outer_scale = nullptr);
   HeldTerms left_of_expand(const Tensor& matrix, bool transpose);
   void run();
@@ -79,7 +80,7 @@ class Splitter {
   int64_t blocks_ = 0;
 };
 
-// --- rows of a mixed batch
+// --- rows of a mixed batch -------------------------------------------------------------------------------------------
 
 // A RowTable, and the tensors that hold the table.
 struct RowTiles {
@@ -90,7 +91,7 @@ struct RowTiles {
 
 RowTable row_table(const Launcher& launcher, const RowTiles& held);
 
-// --- rows of a mixture of experts
+// --- rows of a mixture of experts ------------------------------------------------------------------------------------
 
 // The tensors that hold the tables of RunTables, and the sizes of the tables.
 struct RowRuns {
@@ -100,31 +101,32 @@ struct RowRuns {
   int64_t padded_rows() const { return tile_room * kTileRows; }
 };
 
-// Makes the tables for a matrix with `rows` rows, on the device of `ends`. ends: int64 [experts], the end of each
-// expert's rows.
+// Makes the tables of row_runs.cuh for a matrix with `rows` rows, on the device of `ends`. ends: int64 [experts], the
+// end of each expert's rows.
 RowRuns row_runs(const char* op, const Tensor& ends, int64_t rows);
 
 inline const RowRun* read_tiles(const Launcher& launcher, const RowRuns& held) {
   return static_cast<const RowRun*>(launcher.in<void>(held.tiles));
 }
 
-// --- rank passes
+// --- rank passes -----------------------------------------------------------------------------------------------------
 
-// Returns the padded rank. A kernel computes two, four, eight or sixteen tiles of 8 ranks at a time.
+// Returns the rank, padded to 16, 32 or a multiple of 64. A kernel computes two, four, eight or sixteen tiles of 8
+// ranks at a time.
 inline int64_t padded_rank(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : round_up(rank, 64); }
 
-// The large matrix D of a pass: a dense matrix, or an NF4 weight that is decoded to `type`.
+// The large matrix D of a rank pass: a dense matrix, or an NF4 weight that the pass decodes to `type`.
 struct PassInput {
   const Tensor* dense = nullptr;  // D as a contiguous matrix; null for an NF4 weight
   const DeviceWeight* nf4 = nullptr;
   int64_t rows = 0, columns = 0;
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
-  // The tiles of a mixed batch's rows, or null. `tiles` is allowed only with `right`, which then holds one factor for
-  // each adapter.
+  // The tiles of a mixed batch's rows, or null. `tiles` may be given only if the pass has `right`, which then holds one
+  // factor for each adapter, and no `left`.
   const RowTiles* tiles = nullptr;
-  // The runs of rows of a mixture's experts, or null. `runs` is allowed only if either `right` (with one factor for
-  // each expert) or `left` is given.
+  // The runs of rows of a mixture's experts, or null. `runs` may be given only if the pass has either `right`, with one
+  // factor for each expert, or `left`.
   const RowRuns* runs = nullptr;
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
@@ -134,7 +136,7 @@ PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullp
 PassInput weight_input(const DeviceWeight& weight, ScalarType type);
 
 struct PartialSums {
-  Tensor sums;  // partial sums [chunks, padded rows, padded rank]; with runs a chunk belongs to one run
+  Tensor sums;  // partial sums [chunks, padded rows, padded rank]; for experts a chunk belongs to one run
   int64_t chunks = 0, padded_rows = 0, rows = 0;
 };
 
@@ -145,12 +147,13 @@ struct PassSums {
   std::optional<Tensor> dots;  // partial sums of D ∘ E, [chunks, padded columns]
 };
 
-// The results that a rank pass computes besides P and Q. The pass computes P = D F if `right` is given (F as
-// [ranks][columns]), and Q = Dᵀ L if `left` is given (L as [ranks][rows]). P and Q are partial sums.
+// The results that a rank pass over D computes besides P and Q. The pass computes P = D F if `right` is given, which is
+// F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. P and Q are returned as partial
+// sums.
 struct PassWants {
-  bool squares = false;            // whether to sum the squares of D's rows; only with F alone
-  bool mask = false;               // whether to store the mask's bits; only with L alone, and for a whole, dropped D
-  const Tensor* beside = nullptr;  // E, for the sums of D ∘ E; only with F and L, up to 32 ranks, and for a whole D
+  bool squares = false;            // whether to sum the squares of D's rows; only if F is given and L is not
+  bool mask = false;               // whether to store the dropout mask's bits; only if F is not given and D is whole
+  const Tensor* beside = nullptr;  // E, for sums of D ∘ E; only with F and L, up to 32 ranks, for a whole D
 };
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants = {});
 
@@ -161,15 +164,15 @@ struct RankVariant {
   RankMask mask;
 };
 
-// Launches rank_pass_kernel for a D of one element type. Each element type has its own translation unit.
+// Launches rank_pass_kernel for a matrix D of element type T. Each element type has its own translation unit.
 template <typename T>
 void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
-// Launches rank_pass_kernel for passes over the rows of each expert.
+// Launches rank_pass_kernel for a pass over the rows of each expert of a mixture.
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
-// The results that `reduce` makes of partial sums. The fields have the meaning of the fields of RankReduce.
+// The results that `reduce` computes from partial sums. The fields have the same meaning as those of RankReduce.
 struct Reduced {
   double scale = 1.0;
   const Tensor* row_scale = nullptr;
@@ -180,13 +183,13 @@ struct Reduced {
   const HeldTerms* transposed = nullptr;
   const Tensor* out = nullptr;
   int64_t row_stride = 0, rank_stride = 0;
-  const RowTiles* tiles = nullptr;  // rows of a mixed batch: each tile has its own rank and scaling, without `after`
+  const RowTiles* tiles = nullptr;  // rows of a mixed batch; a tile's own scaling is used in place of `after`
 };
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);
 
-// Makes the results of several partial sums, in one launch for every kMostReduces of them. The partial sums and the
-// results must live until run() returns.
+// Computes the results of several partial sums, in one launch for every kMostReduces partial sums. The partial sums and
+// the results must live until run() returns.
 class Reducer {
  public:
   explicit Reducer(const Tensor& like) : launcher_(like) {}
@@ -200,7 +203,7 @@ class Reducer {
   int64_t blocks_ = 0;
 };
 
-// --- rank passes of several layers of one input
+// --- rank passes of several layers of one input ----------------------------------------------------------------------
 
 // One of the layers of siblings_pass. The objects that a SiblingTerm points to must live until the launch.
 struct SiblingTerm {
@@ -208,12 +211,12 @@ struct SiblingTerm {
   const DeviceAdapter* adapter;
 };
 
-// Returns whether siblings_pass reads x: a matrix of a 16-bit dtype that can be read in vectors of eight.
+// Returns whether siblings_pass can read x, which must have a 16-bit dtype and be readable in vectors of eight.
 bool siblings_read(const Tensor& x);
 
-// Divides layers into the groups that a siblings_pass takes. kinds: for each layer, a number that layers of one group
-// have in common, of which the lower 32 bits are the padded rank; -1 for a layer that needs no pass. A layer with more
-// than 32 ranks has a group of its own.
+// Divides layers into groups, each of which one siblings_pass can compute. kinds: a number for each layer. The layers
+// of a group have the same number, whose lower 32 bits are the padded rank. The number is -1 for a layer that needs no
+// pass. A layer with more than 32 ranks has a group of its own.
 std::vector<std::vector<size_t>> sibling_groups(const std::vector<int64_t>& kinds);
 
 struct SiblingSums {
@@ -221,13 +224,15 @@ struct SiblingSums {
   std::vector<std::optional<Tensor>> kept;  // bits of each layer's dropout mask
 };
 
-// Computes the partial sums of x̃_i A_iᵀ of each layer (`columns`: of x̃_iᵀ P_i), in one pass over x. The factors have
-// equally many padded ranks and terms. masks: whether to store the bits of the layers' masks; only with `columns`.
+// Computes the partial sums of x̃_i A_iᵀ for each layer i, or of x̃_iᵀ P_i if `columns` is true, in one pass over x.
+// All layers must have the same padded rank, and their factors equally many terms. masks: whether to store the bits of
+// the layers' dropout masks, which is allowed only if `columns` is true.
 SiblingSums siblings_pass(const Tensor& x, const std::vector<SiblingTerm>& layers, bool columns, bool masks);
 
 struct SiblingsPass;
 
-// Launches rank_siblings_kernel for one element type. Each element type has its own translation unit.
+// Parameters that select an instance of rank_siblings_kernel. launch_siblings launches the instance for element type T;
+// each element type has its own translation unit.
 struct SiblingVariant {
   int64_t ranks, terms;
   bool columns, dropped;
@@ -236,7 +241,7 @@ template <typename T>
 void launch_siblings(const Launcher& launcher, const Grid& grid, int warps, const SiblingsPass& pass,
                      const SiblingVariant& variant);
 
-// An additional term of expand, (g - 1) ∘ z.
+// An additional term of `expand`: (g - 1) ∘ z, where g is `scale`.
 struct Scaled {
   Tensor z, scale;
 };
@@ -251,30 +256,33 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
             const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
             double bias_scale = 1.0);
 
-// Computes out = mask ∘ (left rightᵀ), or left rightᵀ without dropout. kept: the bits of the mask, if known.
+// Computes out = mask ∘ (left rightᵀ), or left rightᵀ if the adapter has no dropout. kept: the bits of the mask, if a
+// pass has stored them.
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept);
 
-// One of several dropped products. The objects that a DroppedProduct points to must live until the launch.
+// One product left rightᵀ with its own dropout mask. The objects that a DroppedProduct points to must live until the
+// launch.
 struct DroppedProduct {
   const HeldTerms *left, *right;
   const DeviceAdapter* adapter;
   const std::optional<Tensor>* kept;
 };
 
-// Computes out = the sum of the products, each with its own mask. out is written once if there are at most
-// kMostExpandParts products, if all products can be moved in vectors of eight, and if all factors have equally many
-// terms. If a condition is not met, out is written once for each product.
+// Computes out, the sum of several products, each with its own dropout mask. `out` is written only once if there are at
+// most kMostExpandParts products, if `out` can be written in vectors of eight, if the bits of all masks are stored, and
+// if all factors have equally many terms. If one of these conditions is not met, `out` is written once for each
+// product.
 void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
 
 // launch_expand launches expand_kernel, and launch_expand_sum launches expand_sum_kernel, for one element type. Each
-// element type has its own translation unit. `whole`: whether the kernel may move vectors of eight.
+// element type has its own translation unit. `whole`: whether the kernel may load and store vectors of eight elements.
 template <typename T>
 void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole);
 template <typename T>
 void launch_expand_sum(const Launcher& launcher, const ExpandSum& work);
 
-// --- elementwise
+// --- elementwise -----------------------------------------------------------------------------------------------------
 
 // Returns mask/(1-p) ∘ x, plus `add` if given.
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add);
@@ -286,9 +294,9 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
 // Returns g ∘ W [N, K], row n times g[n], in `type`, rounded once.
 Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g);
 
-// Returns whether scaling W is allowed and takes less work than scaling an activation [tokens, N]. Packed weights are
-// decoded anyway, so that scaling them is free. float16 weights are excluded, because a small scale times a weight
-// would lose digits.
+// Returns whether scaling W by g is allowed and takes less work than scaling an activation [tokens, N]. A packed weight
+// is decoded anyway, so that scaling the weight costs nothing. For float16 the result is false, because the product of
+// a small scale and a weight would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
 // Adds the partial sums of column_pass in order, and returns the sums.

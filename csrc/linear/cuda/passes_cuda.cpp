@@ -1,5 +1,5 @@
-// Host functions that plan the grid of a pass over activations or over W, allocate partial sums, and select and launch
-// the kernel. The kernels are in rank_pass.cuh, expand.cuh and columns.cuh. See passes.cuh.
+// Defines the host functions of passes.cuh, which plan the grid of a pass over activations or over W, allocate partial
+// sums, and select and launch the kernel. The kernels are in rank_pass.cuh, expand.cuh and columns.cuh. See passes.cuh.
 #include "linear/cuda/passes.cuh"
 
 #include <math.h>
@@ -21,7 +21,7 @@ DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adap
   return dropout;
 }
 
-// --- terms
+// --- terms -----------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -147,7 +147,7 @@ RowRuns row_runs(const char* op, const Tensor& ends, int64_t rows) {
   return held;
 }
 
-// --- rank passes
+// --- rank passes -----------------------------------------------------------------------------------------------------
 
 PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout) {
   return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout, nullptr, nullptr};
@@ -211,7 +211,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
                  : wants.squares          ? RankWork::kRowsAndSquares
                  : input.tiles != nullptr ? RankWork::kGroupedRows
                                           : RankWork::kRows;
-  // The kernel counts where a row of a table starts in 32 bits, in units of 16 bytes.
+  // With a RowTable, the kernel stores the offset of a row in 32 bits, in units of 16 bytes.
   if (input.tiles != nullptr)
     variant.whole = variant.whole && input.tensor().numel() / 16 * input.tensor().element_size() < UINT32_MAX;
   const bool drops = pass.dropout.seed != nullptr, keeps = wants.mask && drops && variant.whole;
@@ -281,7 +281,7 @@ static RankReduce reduce_work(const Launcher& launcher, const PartialSums& parti
   if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
   if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
   if (wanted.plain != nullptr) {
-    // In a mixed batch, the columns of S beyond the largest rank in use already hold zeros.
+    // In a mixed batch, `plain` is S. The columns of S beyond the largest rank that a sample uses already hold zeros.
     work.plain = wanted.tiles != nullptr ? launcher.out<float>(*wanted.plain) : launcher.scratch<float>(*wanted.plain);
     work.plain_stride = wanted.plain->size(1);
   }
@@ -318,7 +318,7 @@ void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted) {
 
 namespace {
 
-// Returns the arguments common to all calls of expand: the result and the product.
+// Returns the arguments that all launches of expand_kernel have: the result and the two factors of the product.
 ExpandTerms expand_work(const Launcher& launcher, const Tensor& out, const HeldTerms* left, const HeldTerms* right) {
   ExpandTerms work{};
   work.out = launcher.out<void>(out);
@@ -343,8 +343,8 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
     work.before = before->const_data_ptr() == out.const_data_ptr() ? work.out : launcher.in<void>(*before);
     whole = whole && aligned(*before, 16);
   }
-  // If `before` or `scaled` is given, kOnto reads the bias in float32. Without `before` and `scaled`, the kernel reads
-  // the bias in the bias's own dtype.
+  // If `before` or `scaled` is given, the kernel's instance for kOnto reads the bias in float32. Otherwise the kernel
+  // reads the bias in the bias's own dtype.
   const std::optional<Tensor> held_bias = bias.has_value() && (before != nullptr || scaled.has_value())
                                               ? std::optional<Tensor>(as_type(*bias, ScalarType::Float))
                                               : bias;
@@ -424,7 +424,7 @@ void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms)
   }
 }
 
-// --- elementwise
+// --- elementwise -----------------------------------------------------------------------------------------------------
 
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add) {
   const Tensor out = device_empty_like(x);

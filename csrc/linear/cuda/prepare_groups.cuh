@@ -1,9 +1,11 @@
-// Prepares the passes over a mixed batch, in one launch: the table of the batch's rows (row_tiles.cuh), and the terms
-// of each adapter's A and B (terms.cuh), padded to the largest rank and stored one after the other.
+// Prepares the passes over a mixed batch, in one launch. The launch writes the table of the batch's rows
+// (row_tiles.cuh) and the bfloat16 terms of each adapter's A and B (terms.cuh), which are padded to the largest rank
+// and stored one after the other.
 //
 // The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
 // CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
-// launches. Bytes moved: A and B once, the terms of A and B once, and 4 T for the table.
+// launches. Bytes moved: A and B once, the terms of A and B once, and 4 T bytes for the table, where T is the number of
+// tokens.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -41,7 +43,8 @@ struct PrepareGroups {
 };
 static_assert(sizeof(PrepareGroups) <= 4096, "a launch's arguments");
 
-// Grid: x as in split_kernel; y has an entry for each A, then for each B, and a last entry for the table.
+// Grid: x has as many thread blocks as in split_kernel; y has an entry for each A, then one for each B, and a last
+// entry for the table.
 static __global__ void __launch_bounds__(kSplitThreads) prepare_groups_kernel(PrepareGroups work) {
   PEFT_EXT_KERNEL;
   const int which = static_cast<int>(blockIdx.y);

@@ -1,5 +1,6 @@
-// Loads tiles of D into a rank pass's shared memory: the arguments of a pass, the layout of a stage, and the loads that
-// do not use cp.async. See rank_pass.cuh for the whole pass.
+// Declares the arguments of a rank pass and the layout of a stage, and defines those loads of tiles of the large matrix
+// D into shared memory that do not use cp.async. rank_pass.cuh describes the whole pass and the names D, E, F, L, P and
+// Q.
 #pragma once
 
 #include "linear/cuda/row_runs.cuh"
@@ -8,19 +9,20 @@
 
 namespace peft_ext {
 
-constexpr int kRankTile = kTileRows;  // number of rows, and of columns, in a tile of D
+constexpr int kRankTile = kTileRows;  // number of rows, and of columns, in a tile of the large matrix D
 constexpr int kRankThreads = 128;
 
-// The results of a pass. kGroupedRows: P for the rows of a RowTable (a mixed batch), where each tile has the factor F
-// of its adapter. kRunRows: P, where each expert has its own factor. kRunColumns: Q for the rows of each expert
-// (row_runs.cuh).
+// The results of a rank pass: P = D F (kRows), Q = Dᵀ L (kColumns), or both. kGroupedRows: P for the rows of a RowTable
+// (a mixed batch), in which each tile has the factor F of its adapter. kRunRows: P for the rows of each expert
+// (row_runs.cuh), with the factor F of the expert. kRunColumns: Q for the rows of each expert.
 enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
-// Dropout of a pass: none, drawn, or drawn and kept as bits for a later pass.
+// Dropout of a rank pass: kNone has no dropout, kDrawn draws the mask, and kKept also stores the bits of the mask for a
+// later pass.
 enum class RankMask { kNone, kDrawn, kKept };
 
-// Number of stages of a rank pass. A stage is a tile in shared memory. 48 KiB of shared memory hold only two float32
-// tiles. An NF4 weight needs only two stages, because the codes of the next tile wait in registers.
+// Number of stages of a rank pass. A stage is shared memory for one tile of D. 48 KiB of shared memory hold only two
+// float32 tiles. An NF4 weight needs only two stages, because the codes of the next tile are loaded into registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
@@ -28,34 +30,35 @@ template <typename T>
 constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // number of bytes from one row of a stage to the next row
 
 struct RankPass {
-  const void* dense = nullptr;  // D as a contiguous matrix; null for an NF4 weight
-  Nf4View nf4{};                // D as an NF4 weight, whose values are rounded to T
+  const void* dense = nullptr;  // the large matrix D, contiguous; null for an NF4 weight
+  Nf4View nf4{};                // or D as an NF4 weight, whose values are rounded to T
   int64_t rows = 0, columns = 0;
-  const void* beside = nullptr;  // E, in the layout of D
+  const void* beside = nullptr;  // the matrix E of the sums of D ∘ E, in the layout of D
   DeviceDropout dropout;
-  Terms right;                   // F as terms: outer = ranks, inner = columns of D, both padded
-  Terms left;                    // L as terms: outer = ranks, inner = rows of D, both padded
+  Terms right;                   // bfloat16 terms of F: outer = ranks, inner = columns of D, both padded
+  Terms left;                    // bfloat16 terms of L: outer = ranks, inner = rows of D, both padded
   int64_t row_tiles = 1;         // number of tiles of rows of D per thread block
   int64_t column_tiles = 1;      // number of tiles of columns of D per thread block
   int64_t padded_rank = 0;       // padded rank, the row length of the partial sums
   int64_t first_rank = 0;        // first rank that this launch computes
-  float* row_sums = nullptr;     // partial sums of P, [column chunks][padded rows][padded_rank]
-  float* squares = nullptr;      // partial sums of squares, [column chunks][padded rows]
-  float* column_sums = nullptr;  // partial sums of Q, [row chunks][padded columns][padded_rank]
+  float* row_sums = nullptr;     // partial sums of P = D F, [column chunks][padded rows][padded_rank]
+  float* squares = nullptr;      // partial sums of the squares of D's rows, [column chunks][padded rows]
+  float* column_sums = nullptr;  // partial sums of Q = Dᵀ L, [row chunks][padded columns][padded_rank]
   float* dots = nullptr;         // partial sums of D ∘ E, [row chunks][padded columns]
   int64_t padded_rows = 0, padded_columns = 0;
   uint32_t* kept = nullptr;      // bits of the dropout mask: [row tiles][column tiles][kRankThreads], see kKeptBits
-  RowTable table;                // kGroupedRows: the table of rows
+  RowTable table;                // for kGroupedRows: the table of the mixed batch's rows
   int64_t right_stride = 0;      // distance from one adapter's or expert's F to the next F, in units of 16 bytes
-  const RowRun* runs = nullptr;  // kRunRows: runs of tiles; kRunColumns: runs of chunks, one per chunk of column_sums
+  const RowRun* runs = nullptr;  // for kRunRows: one run per tile; for kRunColumns: one run per chunk of column_sums
 };
 
-// Layout of a mask's bits, which is the layout in which the threads of a rank pass draw the bits. Thread i of a tile
-// has the rows 16 j + i / 8, j < 4, and the columns i % 8 · 8 … + 7. Bits 15 and 31 of the thread's word, after a shift
-// to the left by 4 j + w, tell whether the elements 2 w and 2 w + 1 of row j are kept.
+// The layout of a stored dropout mask, which is the layout in which the threads of a rank pass draw the bits. Thread i
+// of a tile has one word, for the rows 16 j + i / 8 with j < 4, and for the 8 columns from column 8 · (i % 8) on. After
+// a shift of the word to the left by 4 j + w, bits 15 and 31 say whether dropout keeps the thread's elements 2 w and 2
+// w + 1 of the row with number j.
 constexpr uint32_t kKeptBits = 0x80008000u;
 
-// Shared memory in which the warps' dots are added.
+// Shared memory in which the sums of D ∘ E of all warps are added.
 template <bool kDots>
 struct RankDots {};
 template <>
@@ -68,7 +71,7 @@ struct RankStages : RankDots<kDots> {
   unsigned char tile[kRankStages<T, kNf4>][kRankTile * kRankRow<T>];
 };
 
-// Returns the offset of eight adjacent elements in a stage.
+// Returns the offset in bytes of the group `group` of eight adjacent elements of row `row` in a stage.
 template <typename T>
 __device__ __forceinline__ uint32_t rank_offset(int row, int group) {
   if constexpr (sizeof(T) == 4) return row * kRankRow<T> + group * 32;
@@ -89,9 +92,9 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
                                            __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])));
 }
 
-// Copies a tile of any shape and alignment from (row, column), element by element, and applies dropout to the tile.
-// Rows from `rows` on are zeros. Dropout counts row i of D as row i + `drawn`. kTabled: `row` counts rows of the table,
-// not of D.
+// Copies the tile of D that begins at (row, column) element by element, for any shape and alignment, and applies
+// dropout to the tile. Rows from `rows` on are filled with zeros. For the random draws, row i of D counts as row i +
+// `drawn`. If kTabled is true, `row` is a row of the RowTable, not of D.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
                                               int64_t column, int64_t rows, int64_t drawn) {
@@ -124,8 +127,9 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
   }
 }
 
-// Codes and scales of an NF4 tile. Codes and scales are loaded during the products of the previous tile, because
-// loading scales is a chain of up to three loads. The decoded values are then stored into a stage.
+// Codes and scales of a thread's elements of an NF4 tile. The codes and scales are loaded during the products of the
+// previous tile, because loading a scale takes up to three loads, one after the other. The decoded values are then
+// stored into a stage.
 struct RankCodes {
   uint32_t codes[4];
   float scales[4];
@@ -155,8 +159,8 @@ __device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to)
   }
 }
 
-// Applies dropout to the elements in the stage that this thread copied, with the Philox blocks `drawn`, `drawn` +
-// `step`, … Returns the bits of the mask if kKept, otherwise 0.
+// Applies dropout to the elements in the stage that this thread copied. Row j of the thread has the Philox block
+// `drawn` + j · `step`. Returns the bits of the mask if kKept is true, and otherwise 0.
 template <typename T, bool kKept>
 __device__ __forceinline__ uint32_t rank_drop(const Philox& philox, SharedAt at, uint64_t drawn, uint32_t step) {
   uint32_t kept = 0;

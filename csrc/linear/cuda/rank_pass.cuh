@@ -1,41 +1,41 @@
-// The products of a large matrix D [T, C] with small matrices of R columns, in one pass over D:
+// Computes products of a large matrix D [T, C] with small matrices of R columns, in one pass over D:
 //
-//   rows:     P [T, R] = D F,   F [C, R]     (S = x̃ Aᵀ;  P = dY (ρB);  W Aᵀ, with the sum of squares of each row)
-//   columns:  Q [C, R] = Dᵀ L,  L [T, R]     (dB = dYᵀ S;  dA = x̃ᵀ P)
-//   dots:     q [C] = Σ_t D[t] ∘ E[t]        (dg, from dY and Z)
-//   grouped:  P_i = D[rows_i] F_i, for tiles of 64 rows that a table names, each with its own factor (row_tiles.cuh)
-//   runs:     P_e = D[rows_e] F_e or Q_e = D[rows_e]ᵀ L[rows_e], for the rows of each expert (row_runs.cuh)
+//   rows:     P [T, R] = D F,   F [C, R]     (S = x̃ Aᵀ;  P = dY (ρB);  W Aᵀ, with the sum of squares of each row).
+//   columns:  Q [C, R] = Dᵀ L,  L [T, R]     (dB = dYᵀ S;  dA = x̃ᵀ P).
+//   dots:     q [C] = Σ_t D[t] ∘ E[t]        (dg, from dY and Z).
+//   grouped:  P_i = D[rows_i] F_i, for tiles of 64 rows of a RowTable, each with its own factor (row_tiles.cuh).
+//   runs:     P_e = D[rows_e] F_e or Q_e = D[rows_e]ᵀ L[rows_e], for the rows of each expert (row_runs.cuh).
 //
-// D is dense (float32, bfloat16 or float16), or x̃ = dropout(x), which the kernel computes from x, or an NF4 weight,
-// which the kernel decodes. F and L are given as bfloat16 terms (linear/cuda/terms.cuh), so that sums have float32
-// precision for every dtype.
+// D is a dense matrix (float32, bfloat16 or float16), or x̃ = dropout(x), which the kernel computes from x, or an NF4
+// weight, which the kernel decodes. F and L are given as bfloat16 terms (linear/cuda/terms.cuh), so that sums have
+// float32 precision for every dtype.
 //
 // For P, a thread block of 4 warps computes one tile of 64 rows over column_tiles tiles of 64 columns of D; for P and Q
 // together, a thread block computes kRankTilesOfBoth tiles of rows. For Q alone, a thread block computes one tile of
 // columns over row_tiles tiles of rows. For up to 32 ranks, warp w computes the rows (for Q: the columns) from 16 w on
 // of a tile; RankShare divides more ranks.
 //
-// Tiles of D pass through kRankStages stages of shared memory: while the thread block uses one stage, cp.async fills
-// the other stages (plain loads and stores do so for NF4 weights and for matrices that are not whole). The thread that
-// copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit D are loaded by
-// ldmatrix, transposed for Q. Fragments of F and L, which all thread blocks read, come from L1 and L2; before a warp
-// waits for D, the warp loads as many of these fragments as registers hold. A stage holds a tile of D with 64 rows and
-// 64 columns. In a 16-bit dtype the eight groups of a row, of eight columns each, lie in the order group ^ row % 8, so
-// that ldmatrix has no bank conflicts. Rows of float32 are padded to 72 elements.
+// Tiles of D are loaded into kRankStages stages of shared memory: while the thread block multiplies one stage, cp.async
+// fills the other stages (for NF4 weights and for matrices for which kWhole is false, plain loads and stores fill the
+// stages). The thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit
+// D are loaded by ldmatrix, transposed for Q. Fragments of F and L, which all thread blocks read, are loaded from L1
+// and L2. Before a warp waits for D, the warp loads as many of these fragments as fit in registers. A stage holds a
+// tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of eight columns of a row are stored in
+// the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of float32 are padded to 72 elements.
 //
-// Sums are float32. Each tile (or half of a tile) has fresh sums, which are then added to the thread block's sums,
-// because a tensor core's own sum rounds toward zero. Thread blocks write partial sums [chunks][padded rows][padded
-// rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes moved by a launch: D once, E
-// once if given, and the partial sums once.
+// Sums are float32. The products of each tile (or half of a tile) are summed separately and then added to the thread
+// block's sums, because a tensor core rounds its sums toward zero. Thread blocks write partial sums [chunks][padded
+// rows][padded rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes moved by a
+// launch: D once, E once if given, and the partial sums once.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
 
 namespace peft_ext {
 
-// Divides a tile of D and kRanks tiles of 8 ranks among the warps of a thread block. A warp computes at most four tiles
-// of ranks (32 ranks). With more ranks, a warp computes more rows (for Q: columns) of one part of the ranks, and so
-// uses each fragment of F (for Q: of L) for more products.
+// Divides the product of a tile of D with kRanks tiles of 8 ranks among the warps of a thread block. A warp computes at
+// most four tiles of ranks (32 ranks). If there are more ranks, a warp computes more rows (for Q: columns) for one part
+// of the ranks, and so uses each fragment of F (for Q: of L) for more products.
 template <int kRanks>
 struct RankShare {
   static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // number of tiles of 8 ranks per warp
@@ -47,9 +47,9 @@ struct RankShare {
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarpSize / kParts * kRuns * 16; }
 };
 
-// The fragments of F or L for one tile of D that this warp holds in registers. The tile is summed in four steps of 16.
-// The registers hold, for each term and each of the warp's tiles of 8 ranks, the fragments of two steps (kRoomy: of all
-// four steps).
+// The fragments of F or L that this warp holds in registers for one tile of D. A tile is multiplied in four steps of 16
+// columns (or rows). For each term and each of the warp's tiles of 8 ranks, the registers hold the fragments of two
+// steps, or of all four steps if kRoomy is true.
 template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
@@ -59,8 +59,8 @@ struct RankFactor {
 
   uint4 held[kHeld][kTerms][kTiles];
 
-  // Returns the offset of this lane's part of the warp's ranks, in units of 16 bytes. `halves`: distance from one group
-  // of 64 ranks to the next group.
+  // Returns the offset in F or L of this lane's part of the warp's ranks, in units of 16 bytes. `halves`: distance from
+  // one group of 64 ranks to the next group, in the same units.
   static __device__ __forceinline__ int64_t share(int64_t halves) {
     const int part = RankShare<kRanks>::part(), lane = threadIdx.x % kWarpSize;
     return part / 2 * halves + part % 2 * kTiles * 2 * kWarpSize + lane;
@@ -78,9 +78,10 @@ struct RankFactor {
   }
 };
 
-// Loads an A operand of 16 x 16 as terms: the rows from 16 `run` on of this warp's rows, at the columns from 16 `step`
-// on of the stage. kTransposed: the operand is transposed, from this warp's columns, at the rows from 16 `step` on.
-// `at`: the stage's address plus ldmatrix_offset. kSquares: the squares of the rows g and g + 8 are added to `squares`.
+// Loads a 16 x 16 fragment of D, the A operand of mma.sync, as bfloat16 terms. The fragment has 16 of this warp's rows
+// of the stage, from row 16 · `run` on, and 16 columns, from column 16 · `step` on. If kTransposed is true, the
+// fragment is the transpose of 16 of this warp's columns and of the rows from 16 · `step` on. `at`: the stage's address
+// plus ldmatrix_offset. If kSquares is true, the squares of the rows g and g + 8 are added to `squares`.
 template <typename T, bool kTransposed, bool kSquares, int kRanks>
 __device__ __forceinline__ void rank_fragment(const unsigned char* stage, SharedAt at, int run, int step,
                                               uint32_t (&a)[kTermsOf<T>][4], float (&squares)[2]) {
@@ -123,8 +124,9 @@ __device__ __forceinline__ void rank_fragment(const unsigned char* stage, Shared
   }
 }
 
-// Returns the offset of this lane's ldmatrix address in a stage: the A operand consists of 8 x 8 matrices, in the order
-// of rows first, or for the transpose in the order of columns first.
+// Returns the offset of this lane's ldmatrix address in a stage. The A operand consists of four 8 x 8 matrices: from
+// one matrix to the next, the rows change first and then the columns, or, for the transpose, the columns change first
+// and then the rows.
 template <bool kTransposed, int kRanks>
 __device__ __forceinline__ uint32_t ldmatrix_offset() {
   const int first = RankShare<kRanks>::first_row(), lane = threadIdx.x % kWarpSize;
@@ -132,10 +134,10 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
   return (first + lane % 16) * 128 + (lane / 16 ^ lane % 8) * 16;
 }
 
-// Adds the product of this warp's strip of the stage (kTransposed: of its transpose) with F (or L) to sums. Unless
-// kRoomy, the factor holds the fragments of two steps: as soon as a term is used, the term's registers are loaded for
-// the next two steps, first of this tile and then of the tile at `next`. With kRoomy, the factor holds the fragments of
-// all four steps.
+// Adds the product of this warp's rows of the stage with F to `sums`, or, if kTransposed is true, the product of the
+// transpose of this warp's columns with L. If kRoomy is true, `factor` holds the fragments of all four steps. Otherwise
+// `factor` holds the fragments of two steps: as soon as a term is used, the term's registers are loaded for the next
+// two steps, first of this tile and then of the tile at `next`.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
@@ -149,8 +151,8 @@ __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedA
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[run][n][i] += fresh[n][i];
   };
-  // Unless kRoomy, the loop is not unrolled: otherwise the compiler would start all loads at once and run out of
-  // registers.
+  // If kRoomy is false, the loop is not unrolled, because the compiler would start all loads of an unrolled loop at
+  // once and run out of registers.
   [[maybe_unused]] constexpr int kUnrolled = kRoomy ? 2 : 1;
 #pragma unroll kUnrolled
   for (int two = 0; two < 2; ++two) {
@@ -191,7 +193,7 @@ __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedA
   if (Share::kRuns == 1) add(0);
 }
 
-// Stores a warp's partial sums. `to`: the address of the tile's first row and the warp's first rank.
+// Stores a warp's partial sums. `to`: address of the sum of the tile's first row and the launch's first rank.
 template <int kRanks>
 __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typename RankShare<kRanks>::Sums& sums) {
   using Share = RankShare<kRanks>;
@@ -207,7 +209,7 @@ __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typen
     }
 }
 
-// Adds D ∘ E to dots, for the eight columns and the four rows of the tile that this thread copied.
+// Adds the products D ∘ E of the eight columns and four rows of the tile that this thread copied to `dots`.
 template <typename T>
 __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)[4][sizeof(T) / 2],
                                           float (&dots)[kVector]) {
@@ -234,7 +236,8 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
 // registers. More tiles per thread block make fewer partial sums of Q.
 constexpr int kRankTilesOfBoth = 4;
 
-// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers for this number.
+// Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor. The compiler limits the registers of a
+// thread accordingly.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2)
@@ -242,10 +245,10 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
                             : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
                                                                                                : 4;
 
-// kWhole: columns is a multiple of 8, a tile's bytes can be counted in 32 bits, and D is aligned to 16 bytes (an NF4
-// weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F; L always has three terms.
-// Grid: x has a thread block for each chunk of row_tiles tiles of rows, or with runs for each run; y has one for each
-// chunk of column_tiles tiles of columns.
+// kWhole: whether columns is a multiple of 8, offsets within the rows of a tile fit in 32 bits, and D is aligned to 16
+// bytes (an NF4 weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F; L always has
+// three terms. Grid: x has a thread block for each chunk of row_tiles tiles of rows, or, if there are runs, for each
+// run; y has one for each chunk of column_tiles tiles of columns.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
@@ -274,8 +277,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const int64_t row_tile = kRuns ? run.tile : blockIdx.x * pass.row_tiles;
   const int64_t column_tile = blockIdx.y * pass.column_tiles;
   const int64_t row = kRuns ? run.first : row_tile * kRankTile, column = column_tile * kRankTile;
-  // For P, or for P and Q, a block goes along its tiles of columns. For Q alone, a block goes down its tiles of rows,
-  // in one tile of columns.
+  // To compute P, or P and Q, a thread block reads one tile of columns after the other. To compute only Q, a thread
+  // block reads one tile of rows after the other, in one tile of columns.
   const int tiles = static_cast<int>(kRows   ? min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile)
                                      : kRuns ? (run.rows + kRankTile - 1) / kRankTile
                                              : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
@@ -287,7 +290,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
                               (first_row * pass.columns + column + copy_group * kVector) * sizeof(T);
-  // kTabled: the offsets of this thread's four rows, in units of 16 bytes; all bits are ones if there is no row.
+  // If kTabled is true: the offsets of this thread's four rows in D, in units of 16 bytes. All bits are ones if the row
+  // of the table is unused.
   [[maybe_unused]] uint32_t tabled[4];
   if constexpr (kTabled && kWhole) {
 #pragma unroll
@@ -312,7 +316,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
 
   // `right` and `left` point to this lane's part of the first fragments of F and L.
   using Share = RankShare<kRanks>;
-  constexpr bool kRoomy = kRanks == 2;  // the sums of 16 ranks take few registers
+  constexpr bool kRoomy = kRanks == 2;  // for 16 ranks, the sums leave registers for more fragments
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
   using Left = RankFactor<kRanks, kMaxTerms, kRoomy && !kBoth>;
   const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;
@@ -329,7 +333,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const auto column_of = [&](int outer) { return column + (kRows ? outer : 0) * kRankTile; };
   if constexpr (kNf4 && kWhole) rank_load(pass, ahead, row, column);
 
-  // Starts the load of a tile into a stage: `further` tiles after the tile `outer`, in row tile `held` of the block.
+  // Starts to load a tile into a stage. The tile comes `further` tiles after the tile `outer`, and `held` is the number
+  // of its row tile in the thread block.
   const auto issue = [&](int outer, int further, int held, uint32_t stage) {
     if (outer + further < tiles) {
       if constexpr (!kWhole) {
@@ -357,7 +362,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         }
       }
     }
-    cp_async_commit();  // commits an empty group too, so that every wait counts equally many groups
+    cp_async_commit();  // also without loads, so that every cp_async_wait counts equally many groups
   };
 
   typename Share::Sums row_sums[kAround] = {}, column_sums = {};
@@ -396,7 +401,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         const uint32_t bits = rank_drop<T, kMask == RankMask::kKept>(philox, copy_at + stage, drawn, drawn_step);
         if constexpr (kMask == RankMask::kKept) *kept = bits;
       }
-      sync_threads();  // the stage is filled for all threads, and no thread reads the previous stage any more
+      sync_threads();  // all threads have filled the stage, and no thread reads the previous stage any more
       issue(outer, (held + kOnTheWay) / kAround, (held + kOnTheWay) % kAround,
             stage == 0 ? kOnTheWay * kStage : stage - kStage);
       const unsigned char* tile = &shared.tile[0][0] + stage;
@@ -442,8 +447,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
           for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
     }
     if constexpr (kDots) {
-      // Lanes whose numbers are equal modulo 8 hold dots of the same eight columns, in every warp, and the code adds
-      // these dots. shared.sums may be written again after the next tile's barrier.
+      // In every warp, lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns. The shuffles
+      // add these sums. shared.sums may be written again after the next tile's barrier.
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         dots[i] += shuffle_xor(dots[i], 8);
@@ -472,7 +477,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
       const int64_t at = blockIdx.y * pass.padded_rows + mine;
       rank_store<kRanks>(pass.row_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, row_sums[held]);
       if constexpr (kSquares) {
-        // Adds the squares of a row over the four lanes that hold the row.
+        // Adds the sums of squares of a row over the four lanes that hold parts of the row.
 #pragma unroll
         for (int run = 0; run < Share::kRuns; ++run)
 #pragma unroll

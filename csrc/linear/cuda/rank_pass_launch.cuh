@@ -1,4 +1,5 @@
-// Selects the instance of rank_pass_kernel for a pass. The instances of a type are in rank_pass_<type>_cuda.cpp.
+// Selects the instance of rank_pass_kernel for a pass. rank_pass_<type>_cuda.cpp and rank_runs_<type>_cuda.cpp contain
+// the instances of an element type.
 #pragma once
 
 #include "linear/cuda/passes.cuh"
@@ -10,9 +11,9 @@ void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pas
   launcher(rank_pass_kernel<T, kNf4, kWhole, kRanks, kTerms, kWork, kMask>, grid, kRankThreads, pass);
 }
 
-// Launches one pass over 16 or 32 ranks, or several passes over more ranks. If D is whole, 16-bit and has no runs, a
-// pass takes 128 ranks, and the last pass may take 64 ranks. For any other D, a pass takes 64 ranks, because the terms
-// of a float32 D need registers.
+// Launches one pass for 16 or 32 ranks, or several passes for more ranks. If kWhole is true, D has a 16-bit dtype and
+// there are no runs of experts, a pass computes 128 ranks, and the last pass may compute 64 ranks. In all other cases,
+// a pass computes 64 ranks, because for example the terms of a float32 D need registers.
 template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
@@ -21,7 +22,7 @@ void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
     constexpr bool kRuns = kWork == RankWork::kRunRows || kWork == RankWork::kRunColumns;
     constexpr bool kTwice = kWhole && sizeof(T) == 2 && !kRuns;
     for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
-      // Squares depend only on D: each launch computes the same squares.
+      // The squares depend only on D, so that each launch computes the same squares.
       if (kTwice && pass.first_rank + 128 <= pass.padded_rank) {
         if constexpr (kTwice) launch_pass<T, kNf4, kWhole, 16, kTerms, kWork, kMask>(launcher, grid, pass);
         pass.first_rank += 64;
@@ -77,8 +78,8 @@ void launch_work(const Launcher& launcher, const Grid& grid, const RankPass& pas
   }
 }
 
-// Launches a pass over the rows of each expert. If D is not whole, rank_copy_any applies the dropout mask while it
-// copies a tile to shared memory, and the kernel is launched with RankMask::kNone.
+// Launches a pass over the rows of each expert. If variant.whole is false, rank_copy_any applies the dropout mask while
+// copying a tile to shared memory, and the kernel is launched with RankMask::kNone.
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant) {
   constexpr RankMask kNone = RankMask::kNone, kDrawn = RankMask::kDrawn, kKept = RankMask::kKept;

@@ -1,5 +1,6 @@
-// Divides a rank pass into blocks. The division depends only on the shape and on which results the pass computes, so
-// that every model of GPU adds in the same order. This file has only host code, without calls of CUDA.
+// Divides a rank pass into thread blocks. The division depends only on the shape and on which results the pass
+// computes, so that every model of GPU adds in the same order. This file contains only host code, which calls no CUDA
+// function.
 #pragma once
 
 #include <algorithm>
@@ -8,17 +9,18 @@
 
 namespace peft_ext {
 
-// With fewer columns, the offsets of a block's rows fit 32 bits: the largest offset, 240 rows of float32, is below 3.75
-// GiB.
+// If D has fewer columns, the offsets of a thread block's rows in bytes fit in 32 bits: the largest offset, 240 rows of
+// float32, is below 3.75 GiB.
 constexpr int64_t kMaxRankColumns = int64_t{1} << 22;
 
-// Target number of blocks: several waves on a small card, one or two waves on a large card. More blocks would only
-// write more partial sums. A pass that computes P and Q writes more partial sums per block, and so has fewer blocks.
+// Target number of thread blocks: several waves on a small GPU, one or two waves on a large GPU. More blocks would only
+// write more partial sums. A pass that computes both P and Q writes more partial sums per block, and so has fewer
+// blocks.
 constexpr int64_t kRankBlocksWanted = 768;
 constexpr int64_t kRankBlocksOfBoth = 384;
 
-// Smallest number of tiles along which a block goes, if D has that many, so that a block loads one tile while the block
-// multiplies another tile.
+// Smallest number of tiles that a thread block reads, if D has that many, so that the block can load one tile while
+// multiplying another tile.
 constexpr int64_t kRankTilesAtLeast = 2;
 
 struct RankPlan {
@@ -36,8 +38,8 @@ inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_
     plan.column_chunks = divide(column_tiles, plan.column_tiles);
     return plan;
   }
-  // A block computes P for one tile of rows and goes along the tiles of columns. A block computes Q for one tile of
-  // columns and goes down the tiles of rows.
+  // For P, a thread block has one tile of rows and reads several tiles of columns. For Q, a thread block has one tile
+  // of columns and reads several tiles of rows.
   const bool along = work != RankWork::kColumns;
   const int64_t across = along ? row_tiles : column_tiles, tiles = along ? column_tiles : row_tiles;
   const int64_t chunks =

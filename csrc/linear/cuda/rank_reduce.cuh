@@ -1,4 +1,5 @@
-// The second kernel of a rank pass: adds the partial sums of the chunks in order, and makes the results.
+// rank_reduce_kernel, the second kernel of a rank pass: adds the partial sums of the chunks in order, and writes the
+// results.
 #pragma once
 
 #include "linear/cuda/rank_reduction.cuh"

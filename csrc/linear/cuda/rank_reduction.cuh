@@ -6,9 +6,10 @@
 
 namespace peft_ext {
 
-// Results: value[row][r] = scale · row_scale[row] · Σ_chunks partial, multiplied by after · rank_scale[r] where noted.
-// Each output pointer may be null. With a table, `row` is a row of the table, each tile has its own rank and its own
-// scaling (in place of `after`), and tiles without a factor, which have no partial sums, are zero.
+// The results are value[row][r] = scale · row_scale[row] · Σ_chunks partial. In `terms`, `transposed` and `out` the
+// values are also multiplied by after · rank_scale[r]. Each output pointer may be null. If there is a table, `row` is a
+// row of the table, and each tile has its own rank and its own scaling, which is used in place of `after`. Tiles
+// without a factor have no partial sums, and their values are zero.
 struct RankReduce {
   const float* partial;
   int64_t chunks, rows, padded_rows;
@@ -28,7 +29,8 @@ struct RankReduce {
   int64_t row_stride, rank_stride;
 };
 
-// The reductions of one launch: of P and of Q of a pass, or of the passes of several layers.
+// The arguments of one launch of rank_reduce_kernel: the reductions of P and of Q of a pass, or of the passes of
+// several layers.
 constexpr int kMostReduces = 16;
 struct RankReduces {
   RankReduce work[kMostReduces];

@@ -1,4 +1,4 @@
-// The gradient of rank_scale, computed from dB's product instead of a pass over activations.
+// Computes the gradient of rank_scale from Q = dYᵀ S, the product for dB, instead of in a pass over activations.
 #pragma once
 
 #include "cuda/block_sum.cuh"

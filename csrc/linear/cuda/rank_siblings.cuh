@@ -1,22 +1,23 @@
-// The rank passes of several layers of one input x, in one pass over x:
+// Computes the rank passes of several layers of one input x in one pass over x:
 //
 //   rows:     S_i [T, R_i] = x̃_i A_iᵀ         columns:  dA_iᵀ [K, R_i] = x̃_iᵀ P_i         x̃_i = mask_i ∘ x
 //
-// A_i and P_iᵀ are given as bfloat16 terms, as the factors F and L of rank_pass.cuh. x is bfloat16 or float16, and the
-// groups of eight columns are aligned.
+// A_i and P_iᵀ are given as bfloat16 terms, as the factors F and L of rank_pass.cuh. x is bfloat16 or float16, and each
+// group of eight columns of x is aligned to 16 bytes.
 //
-// A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps compute one layer: one warp up
-// to 16 ranks, which computes all 64 rows (for columns: all 64 columns) of a tile and so uses each fragment of the
-// factor for four products; two warps up to 32 ranks, each for half of the rows (columns). A warp draws the mask of its
-// own layer, 2,048 elements at a time, and writes the masked elements to 4 KB of shared memory that no other warp uses,
-// in the layout of a tile: 32 lines of 128 bytes, with the eight groups of a line in the order group ^ line % 8.
-// ldmatrix reads the fragments from there, and without dropout from the tile.
+// A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps compute one layer. For up to
+// 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so uses each fragment of the factor
+// for four products. For up to 32 ranks, two warps each compute half of the rows (for dA: of the columns). A warp draws
+// the mask of its own layer, 2,048 elements at a time, and writes the masked elements to 4 KB of shared memory that no
+// other warp uses, in the layout of a tile: 32 lines of 128 bytes, with the eight groups of a line in the order group ^
+// line % 8. ldmatrix reads the fragments from this memory, or, if there is no dropout, from the tile of x.
 //
-// Blocks that share a factor's chunk follow each other in the grid every `chunks` blocks: if the number of
-// multiprocessors is a multiple of `chunks`, the blocks of a multiprocessor read the chunk from L1.
+// Thread blocks that read the same chunk of the factors are `chunks` blocks apart in the grid. If the number of
+// multiprocessors is a multiple of `chunks`, all blocks of a multiprocessor read the same chunk, from L1.
 //
-// Order of the sums: as in rank_pass.cuh, so that a layer's results have the bits of a pass of its own. Bytes moved by
-// a launch: x once, the mask's bits once if wanted, and the partial sums of each layer once.
+// The order of the sums is the same as in rank_pass.cuh, so that a layer's results are bit for bit those of a pass for
+// this layer alone. Bytes moved by a launch: x once, the mask's bits once if wanted, and the partial sums of each layer
+// once.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"
@@ -25,44 +26,46 @@ namespace peft_ext {
 
 constexpr int kMostSiblingWarps = 6;
 constexpr int kSiblingLines = 32;                   // number of lines of 128 bytes that hold a warp's masked elements
-constexpr int kSiblingBytes = kSiblingLines * 128;  // number of bytes of the elements that a warp has masked
+constexpr int kSiblingBytes = kSiblingLines * 128;  // number of bytes of a warp's masked elements
 constexpr int kSiblingTile = kRankTile * 128;       // number of bytes in a tile of x
 
-// Number of stages. With dropout, a tile takes so long to compute that one load ahead hides the latency of memory.
+// Number of stages of shared memory. If there is dropout, computing a tile takes so long that loading one tile ahead
+// hides the latency of memory.
 template <bool kDropped>
 constexpr int kSiblingStages = kDropped ? 2 : 4;
 
 struct SiblingPart {
   const uint4* factor = nullptr;  // terms of A_i [ranks][columns of x] or of P_iᵀ [ranks][rows of x]
-  DeviceDropout dropout;          // without seed: the layer has no dropout
+  DeviceDropout dropout;          // if seed is null, the layer has no dropout
   float* sums = nullptr;          // partial sums, as row_sums or column_sums of RankPass
-  uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for columns
+  uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for dA
 };
 
 struct SiblingsPass {
   const void* dense = nullptr;  // x as a contiguous matrix
   int64_t rows = 0, columns = 0, padded_rows = 0, padded_columns = 0;
-  int64_t tiles = 1;   // number of tiles per block, along the columns (for columns: along the rows)
-  int64_t chunks = 1;  // number of blocks along which the tiles of a row (of a column) are divided
+  int64_t tiles = 1;   // number of tiles per block, along x's columns (for dA: along x's rows)
+  int64_t chunks = 1;  // number of blocks that divide a row (for dA: a column) of tiles
   SiblingPart parts[kMostSiblingWarps];
 };
 
-// Returns dropout's parameters of a layer. A layer without dropout keeps every element.
+// Returns the Philox parameters of a layer's dropout. For a layer without dropout, the parameters keep every element.
 __device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
   Philox philox = load_philox(dropout);
   if (dropout.seed == nullptr) philox.either = 0xffffffffu, philox.lower = 0;
   return philox;
 }
 
-// The part of a tile that a warp masks at a time. With kColumns and two warps per layer, the part is the 64 rows of the
-// warp's 32 columns, where line l has the rows l and l + 32. In all other cases, the part is 32 rows of all columns.
+// The part of a tile to which a warp applies the dropout mask at a time. If kColumns is true and a layer has two warps,
+// the part has the 64 rows of the warp's 32 columns, and line l of the warp's memory has the rows l and l + 32. In all
+// other cases, the part has 32 rows of all columns.
 template <int kSplit, bool kColumns>
 struct SiblingHalf {
   static constexpr bool kFolded = kSplit == 2 && kColumns;
   static constexpr int kCount = kSplit == 1 ? 2 : 1;  // number of parts that a warp masks in a tile
 
-  // Returns the row and the group of eight columns, in the tile, of this lane's first element. sub: the warp's number
-  // among the warps of the layer.
+  // row and group return where this lane's first element lies in the tile: the row, and the group of eight columns.
+  // sub: the warp's number among the warps of the layer.
   static __device__ __forceinline__ int row(int sub) {
     const int lane = threadIdx.x % kWarpSize;
     return lane / 8 + (kFolded ? lane % 8 / 4 * 32 : sub * 32);
@@ -73,20 +76,21 @@ struct SiblingHalf {
   }
 };
 
-// Writes the masked elements of a part of a tile to `to`. `from`: address of this lane's first element of the part in
-// the tile, `to`: in the warp's memory; `drawn`: number of the Philox block of this element; `drawn_step`: number of
-// blocks in a row of x. bits: the mask's bits of the lane's elements of a tile, in four words of the layout of
-// kKeptBits. Each call shifts the bits of the rows before to the left.
+// Writes the masked elements of a part of a tile to `to`. `from` is the address of this lane's first element of the
+// part in the tile, and `to` is its address in the warp's memory. `drawn` is the number of the Philox block of this
+// element, and `drawn_step` is the number of Philox blocks in a row of x. bits: the mask's bits of the lane's elements
+// of a tile, in four words of the layout of kKeptBits. Each call shifts the bits of the previous rows to the left.
 template <bool kBits>
 __device__ __forceinline__ void sibling_mask(const Philox& philox, SharedAt from, SharedAt to, uint64_t drawn,
                                              uint32_t drawn_step, uint32_t (&bits)[4]) {
-  // The outer loop is not unrolled: the draws of more than 16 rows at once would need too many registers.
+  // The outer loop is not unrolled, because the random draws of more than 16 rows at once would need too many
+  // registers.
 #pragma unroll 1
   for (int upper = 0; upper < 2; ++upper) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint4 words = kept_of_words(philox, drawn + static_cast<uint64_t>(drawn_step) * (4 * j));
-      // Every second line has the other half of the order group ^ line % 8.
+      // Four lines further, group ^ line % 8 differs in bit 2, which is a distance of 64 bytes.
       const uint4 value = load_shared_16((from ^ (j % 2 * 64)) + j * 4 * 128);
       const uint32_t masks[4] = {spread_signs(words.x), spread_signs(words.y), spread_signs(words.z),
                                  spread_signs(words.w)};
@@ -104,7 +108,8 @@ __device__ __forceinline__ void sibling_mask(const Philox& philox, SharedAt from
   }
 }
 
-// Loads an A operand of 16 x 16 as terms from lines of 128 bytes. `at`: address of the lane's row.
+// Loads a 16 x 16 fragment of x, the A operand of mma.sync, as bfloat16 terms, from lines of 128 bytes. `at`: this
+// lane's ldmatrix address.
 template <typename T, bool kTransposed>
 __device__ __forceinline__ void sibling_fragment(SharedAt at, uint32_t (&a)[kTermsOf<T>][4]) {
   uint32_t loaded[4];
@@ -127,20 +132,21 @@ __device__ __forceinline__ void sibling_fragment(SharedAt at, uint32_t (&a)[kTer
   }
 }
 
-// Number of thread blocks of kMostSiblingWarps that must fit on a multiprocessor. The compiler limits the registers for
-// this number. The two terms of a float16 x need more registers.
+// Number of thread blocks, of kMostSiblingWarps warps each, that must fit on a multiprocessor. The compiler limits the
+// registers of a thread accordingly. The two terms of a float16 x need more registers.
 template <typename T>
 constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
 
-// kRanks: number of tiles of 8 ranks, 2 or 4. kTerms: number of terms of the factors. kColumns: the results are Q, and
-// otherwise P. kDropped: a layer has dropout. A thread block has kRanks / 2 warps for each layer.
-// Grid: x has chunks · ceil(rows / 64) thread blocks, for kColumns chunks · ceil(columns / 64).
+// kRanks: number of tiles of 8 ranks, 2 or 4. kTerms: number of terms of the factors. kColumns: whether the results are
+// dA_iᵀ; otherwise the results are S_i. kDropped: whether a layer has dropout. A thread block has kRanks / 2 warps for
+// each layer.
+// Grid: x has chunks · ceil(rows / 64) thread blocks, or chunks · ceil(columns / 64) if kColumns is true.
 template <typename T, int kRanks, int kTerms, bool kColumns, bool kDropped>
 __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<T>))
     rank_siblings_kernel(SiblingsPass pass) {
   PEFT_EXT_KERNEL;
   constexpr int kSplit = kRanks / 2, kRuns = 4 / kSplit, kStages = kSiblingStages<kDropped>, kOnTheWay = kStages - 1;
-  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // with kColumns, the sums take twice as many registers
+  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // if kColumns is true, the sums take twice as many registers
   // The fragments of L are loaded when they are needed, after the mask is drawn, which needs many registers too.
   constexpr bool kLate = kColumns;
   using Half = SiblingHalf<kSplit, kColumns>;
@@ -169,16 +175,16 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
     if (there) {
       const int down = rows_left - (kColumns ? further * kRankTile : 0);
       const bool along = columns_left - (kColumns ? 0 : further * kRankTile) > 0;
-#pragma unroll 1  // fewer instructions and registers than an unrolled loop
+#pragma unroll 1  // the loop needs fewer instructions and registers than an unrolled loop
       for (int r = threadIdx.x / 8; r < kRankTile; r += copy_step)
         cp_async_16(stages + (stage + r * 128 + (copy_group ^ r % 8) * 16),
                     from + (further * tile_bytes + r * row_bytes), along && r < down);
     }
-    cp_async_commit();  // commits an empty group too, so that every wait counts equally many groups
+    cp_async_commit();  // also without loads, so that every cp_async_wait counts equally many groups
   };
 
   [[maybe_unused]] const Philox philox = kDropped ? sibling_philox(part.dropout) : Philox{};
-  // The position of this lane's first element in the part that the warp masks.
+  // Computes where this lane's first element of the part that the warp masks lies in the tile and in the warp's memory.
   const int mask_row = Half::row(sub), mask_group = Half::group(sub), first_line = lane / 8, slot = lane % 8;
   const uint32_t mask_from = mask_row * 128 + (mask_group ^ mask_row % 8) * 16;
   const SharedAt mask_to = masked + (first_line * 128 + (slot ^ first_line) * 16);
@@ -207,12 +213,12 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   for (int outer = 0; outer < tiles; ++outer) {
     if constexpr (kRoomy) factor.start(factor_at);
     cp_async_wait<kOnTheWay - 1>();
-    sync_threads();  // the stage is filled for all threads, and no thread reads the previous stage any more
+    sync_threads();  // all threads have filled the stage, and no thread reads the previous stage any more
     issue(outer + kOnTheWay < tiles, kOnTheWay, stage == 0 ? kOnTheWay * kSiblingTile : stage - kSiblingTile);
     const SharedAt tile = stages + stage;
     const uint4* next = outer + 1 < tiles ? factor_at + Factor::kTile : factor_at;
 
-    // A part of the tile has kPartRuns runs of 16 rows (of 16 columns) that this warp multiplies.
+    // In each part of the tile, this warp multiplies kPartRuns runs of 16 rows, or of 16 columns if kColumns is true.
     constexpr int kPartRuns = kColumns ? kRuns : 2;
     [[maybe_unused]] uint32_t bits[4] = {};
     float fresh[kPartRuns][kRanks][4];
@@ -224,7 +230,8 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
 #pragma unroll
           for (int i = 0; i < 4; ++i) fresh[run][n][i] = 0.0f;
     };
-    // Adds the products of the steps 2 two and 2 two + 1. Each step sums over 16 columns (over 16 rows).
+    // Adds the products of the steps 2 · `two` and 2 · `two` + 1. Each step sums over 16 columns, or over 16 rows if
+    // kColumns is true.
     const auto multiply = [&](SharedAt at, int two) {
       if constexpr (kLate) {
 #pragma unroll
@@ -289,7 +296,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             if constexpr (kFolded) {
-              // The lanes of slot and slot + 4 have the upper and the lower 32 rows of the same columns.
+              // The lanes of `slot` and of `slot` + 4 have the first and the last 32 rows of the same columns.
               const uint32_t own = bits[q] << (slot < 4 ? 8 : 0), all = own | shuffle_xor(own, 4);
               if (slot < 4) kept[(first_line + 4 * q) * 8 + sub * 4 + slot] = all;
             } else {

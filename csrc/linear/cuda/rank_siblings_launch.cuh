@@ -1,5 +1,5 @@
-// Selects the instance of rank_siblings_kernel for a pass. The instances of a type are in
-// rank_siblings_<type>_cuda.cpp.
+// Selects the instance of rank_siblings_kernel for a pass. rank_siblings_<type>_cuda.cpp contains the instances of an
+// element type.
 #pragma once
 
 #include "linear/cuda/passes.cuh"

@@ -1,10 +1,10 @@
-// Divides the rows of a mixture of experts, which are sorted by expert, for the passes over activations and the
-// experts' product: into tiles of 64 rows of one expert, and into chunks of tiles.
+// Divides the rows of a mixture of experts, which are sorted by expert, into tiles of 64 rows of one expert and into
+// chunks of tiles. The passes over activations and the kernels of the experts' product use these tiles and chunks.
 //
-// The rows of an expert fill ceil(rows / 64) tiles. Rows of no expert fill the tiles after the last expert's tiles.
-// Only the device knows which rows an expert has: a launch has blocks for the largest possible number of tiles, and a
-// block without a tile returns. Small matrices that belong to rows are stored in the order of the tiles, 64 rows per
-// tile.
+// The rows of an expert fill ceil(rows / 64) tiles. Rows that belong to no expert fill the tiles after the last
+// expert's tiles. The host does not know which rows an expert has. Therefore a launch has thread blocks for the largest
+// possible number of tiles, and a block without a tile returns at once. Small matrices with one row for each row of x
+// are stored in the order of the tiles, 64 rows per tile.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -18,8 +18,8 @@ struct RowRun {
   int32_t before;       // number of the expert's rows that come before `first`
 };
 
-// Number of tiles in a chunk. Sums over more than kChunkRows rows of an expert are divided among several blocks, one
-// for each chunk.
+// Number of tiles in a chunk. A sum over more than kChunkRows rows of an expert is divided among several thread blocks,
+// one for each chunk.
 constexpr int kChunkTiles = 16;
 constexpr int kChunkRows = kChunkTiles * kTileRows;
 

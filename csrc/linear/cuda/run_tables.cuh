@@ -1,5 +1,6 @@
-// Makes the tables of row_runs.cuh on the device, from the ends of the experts' rows, in one launch of one block. The
-// block computes running sums over the experts, and searches these sums for each tile and each chunk.
+// Makes the tables of row_runs.cuh on the device, from the ends of the experts' rows, in one launch of one thread
+// block. The block computes running sums over the experts, and finds the expert of each tile and of each chunk by a
+// binary search in these sums.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -7,13 +8,13 @@
 
 namespace peft_ext {
 
-// Arguments of row_runs_kernel. An end below the previous end counts as the previous end; an end beyond the rows counts
-// as the rows' end.
+// Arguments of row_runs_kernel. An end below the previous end counts as the previous end; an end above the number of
+// rows counts as the number of rows.
 struct RunTables {
   const int64_t* ends;  // [experts]
   int64_t experts, rows;
-  int32_t* first_row;    // [experts + 2]: first row of each expert and of no expert, and the number of rows
-  int32_t* first_tile;   // [experts + 2]: first tile of each expert and of no expert, and the number of tiles
+  int32_t* first_row;    // [experts + 2]: first row of each expert, first row of no expert, number of rows
+  int32_t* first_tile;   // [experts + 2]: first tile of each expert, first tile of no expert, number of tiles
   int32_t* first_chunk;  // [experts + 1]: first chunk of each expert, and the number of chunks
   RowRun* tiles;         // [tile_room]
   RowRun* chunks;        // [chunk_room]
@@ -22,7 +23,8 @@ struct RunTables {
 
 constexpr int kRunThreads = 512;
 
-// Returns the sum (kSum) or the maximum of the values of the threads 0 to this thread. All threads call the function.
+// Returns the sum, or the maximum if kSum is false, of the values of the threads from thread 0 to this thread. All
+// threads must call the function.
 template <bool kSum>
 __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRunThreads]) {
   sync_threads();
@@ -39,8 +41,8 @@ __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRun
   return shared[threadIdx.x];
 }
 
-// Returns run i, of up to kEach rows. first [experts + 1]: the index of each expert's first run, and the number of all
-// runs.
+// Returns the RowRun with index i, which has up to kEach rows. first [experts + 1]: the index of each expert's first
+// run, and at last the number of all runs.
 template <int kEach>
 __device__ __forceinline__ RowRun run_of(const RunTables& work, const int32_t* first, int64_t experts, int32_t i) {
   if (i >= first[experts]) return RowRun{0, 0, 0, -1, 0};
@@ -64,7 +66,7 @@ static __global__ void __launch_bounds__(kRunThreads) row_runs_kernel(RunTables 
     const int64_t e = base + threadIdx.x;
     const int64_t asked = e < work.experts ? work.ends[e] : work.rows;
     const auto own_end = static_cast<int32_t>(asked < 0 ? 0 : min_of(asked, work.rows));
-    // Ends are made ascending. `row` holds the largest end of the previous rounds.
+    // The running maximum makes the ends ascending. `row` holds the largest end of the previous rounds.
     running<false>(own_end > row ? own_end : row, shared);
     const int32_t end = shared[threadIdx.x], begin = threadIdx.x == 0 ? row : shared[threadIdx.x - 1];
     const int32_t last_end = shared[kRunThreads - 1], rows = end - begin;

@@ -1,9 +1,11 @@
-// S [T, R] = x̃ Aᵀ for few tokens, in one launch. In generation a launch costs more than the arithmetic.
+// Computes S [T, R] = x̃ Aᵀ for few tokens in one launch, because in generation a launch costs more time than the
+// arithmetic.
 //
 // A thread block computes one rank for kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and
-// read A's row once for all tokens of the block. The arithmetic is float32 FMAs. The sums of a warp's lanes are added
-// by shuffles, and the sums of the warps are added in shared memory, always in one order. In a mixed batch the tokens
-// of a block have one adapter. Bytes moved: A once per group of tokens; x once per rank (from L2 after the first time).
+// read A's row once for all tokens of the block. The kernel computes with float32 FMAs. The sums of a warp's lanes are
+// added by shuffles, and the sums of the warps are added in shared memory, always in the same order. In a mixed batch,
+// all tokens of a thread block have the same adapter. Bytes moved: A once for each group of kShrinkTokens tokens; x
+// once for each rank, from L2 after the first time.
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"
@@ -26,8 +28,8 @@ struct ShrinkFew {
 
 using ShrinkShared = float[kShrinkTokens][kShrinkWarps];
 
-// Returns x̃ A[r] for kShrinkTokens tokens. Thread t returns the product of row token_of(t) of x̃ with row r
-// of A. token_of(t) is -1 if thread t has no token.
+// Computes the products of row r of A with up to kShrinkTokens rows of x̃. Thread t returns the product with row
+// token_of(t) of x̃. token_of(t) is -1 if thread t has no token.
 template <typename T, typename TokenOf>
 __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void* lora_A, DType type, bool whole_A,
                                                int64_t r, TokenOf token_of) {
@@ -90,8 +92,9 @@ struct TokenGroup {
 
 constexpr int kGroupedFewTokens = 64;
 
-// The launch arguments for a mixed batch. The arguments hold all that the kernel needs, so that nothing is copied from
-// the host to device memory. few.s [tokens, rank] receives zeros beyond the rank of a token's adapter.
+// The arguments of shrink_grouped_kernel, for a mixed batch. The arguments contain everything that the kernel needs
+// besides the tensors, so that nothing is copied from the host to device memory. few.s [tokens, rank] receives zeros
+// beyond the rank of a token's adapter.
 struct ShrinkGrouped {
   ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
   TokenFactor* factors;  // [tokens]: receives the factors that the next kernel reads

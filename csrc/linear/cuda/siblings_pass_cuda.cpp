@@ -1,4 +1,5 @@
-// Host functions of the rank passes of several layers of one input. The kernel is in rank_siblings.cuh. See passes.cuh.
+// Defines the host functions of the rank passes of several layers of one input. The kernel is in rank_siblings.cuh. See
+// passes.cuh.
 #include "linear/cuda/passes.cuh"
 #include "linear/cuda/rank_plan.cuh"
 #include "linear/cuda/rank_siblings.cuh"
@@ -34,8 +35,8 @@ SiblingSums siblings_pass(const Tensor& x, const std::vector<SiblingTerm>& layer
   pass.padded_rows = round_up(pass.rows, kRankTile);
   pass.padded_columns = round_up(pass.columns, kRankTile);
   const int64_t row_tiles = pass.padded_rows / kRankTile, column_tiles = pass.padded_columns / kRankTile;
-  // The pass has the plan of a pass for one layer, so that a layer's sums have the same order with and without
-  // siblings.
+  // The pass is divided into thread blocks as a pass for one layer, so that a layer's sums have the same order with and
+  // without siblings.
   const RankPlan plan = plan_rank_pass(columns ? RankWork::kColumns : RankWork::kRows, row_tiles, column_tiles);
   pass.tiles = columns ? plan.row_tiles : plan.column_tiles;
   pass.chunks = columns ? plan.row_chunks : plan.column_chunks;

@@ -1,4 +1,4 @@
-// split_kernel: splits small matrices into bfloat16 terms; see linear/cuda/terms.cuh.
+// split_kernel splits small matrices into bfloat16 terms; see linear/cuda/terms.cuh.
 #pragma once
 
 #include "linear/cuda/terms.cuh"

@@ -1,9 +1,10 @@
 // Splits a float into a sum of bfloat16 terms, so that tensor cores compute products with float32 precision.
 //
-// v = v₀ + v₁ + v₂, where v_i is the bfloat16 nearest to v - v₀ - … - v_{i-1}. Each term has 8 bits, and float32's
-// range. A bfloat16 has one term, a float16 two, a float32 three. A kernel that multiplies two sums of terms computes
-// the products of the terms i, j with i + j <= 2; the omitted products are below 2⁻²⁴ of the whole product. If the sum
-// is rounded to 16 bits at once, two terms with i + j <= 1 are enough: the omitted products are below 2⁻¹⁶.
+// v = v₀ + v₁ + v₂, where v_i is the bfloat16 nearest to v - v₀ - … - v_{i-1}. Each term has 8 significant bits and the
+// exponent range of float32. A bfloat16 value has one term, a float16 value two, and a float32 value three. A kernel
+// that multiplies two sums of terms computes only the products of term i and term j with i + j <= 2; the omitted
+// products are below 2⁻²⁴ of the whole product. If the sum is rounded to 16 bits at once, two terms and the products
+// with i + j <= 1 are enough: the omitted products are below 2⁻¹⁶ of the whole product.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -19,7 +20,8 @@ inline constexpr int kTermsOf<f16> = 2;
 template <>
 inline constexpr int kTermsOf<bf16> = 1;
 
-// Returns the terms of two floats in pairs: the first float's term is in the low half of a word.
+// Splits two floats into terms. Each word of `terms` has a term of `low` in its low half and the term of `high` in its
+// high half.
 template <int kTerms>
 __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&terms)[kTerms]) {
 #pragma unroll
@@ -34,16 +36,17 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
 }
 
 // The orders in which the bfloat16 terms of a small matrix can lie in memory. Each order is the order of the fragments
-// of one operand: a lane's part is 16 bytes, and a warp's 512 bytes are contiguous. In the order kPass, the terms of a
-// 64 x 64 tile are contiguous too.
+// of one operand of mma.sync: a lane's part has 16 bytes, and the 512 bytes of a warp are contiguous. In the order
+// kPass, the terms of a 64 x 64 tile are contiguous too.
 enum class TermsOrder : int {
-  kPass,   // operand B of a rank pass: outer = ranks, inner = summed dimension; a lane has two steps of 16
+  kPass,   // operand B of a rank pass: outer = ranks, inner = summed dimension; two steps of 16 per lane
   kLeft,   // operand A of expand: outer = rows, inner = ranks
-  kRight,  // operand B of expand: outer = columns, inner = ranks; a lane has two tiles of 8 columns
+  kRight,  // operand B of expand: outer = columns, inner = ranks; two tiles of 8 columns per lane
 };
 
-// A small matrix [outer, inner] as terms, zero-padded. inner is the summed dimension, padded to a multiple of 16
-// (kPass: of 64). outer is padded to 16, to 32, or to a multiple of 64 (kLeft and kRight: to a multiple of 64).
+// The bfloat16 terms of a small matrix [outer, inner], zero-padded. `inner` is the summed dimension, padded to a
+// multiple of 16 (in the order kPass: of 64). `outer` is padded to 16, to 32, or to a multiple of 64 (in the orders
+// kLeft and kRight: always to a multiple of 64).
 struct Terms {
   const uint4* data = nullptr;
   int count = 0;
@@ -52,10 +55,12 @@ struct Terms {
   TermsOrder order = TermsOrder::kPass;
 };
 
-// Number of 4-byte words, each a pair of terms along inner, in a step of 16 for eight values of outer.
+// Number of 4-byte words in a fragment of 8 values of `outer` and 16 values of `inner`. Each word is a pair of terms
+// along `inner`.
 constexpr int kFragmentWords = 64;
 
-// Returns the offset of the pair (outer, inner), (outer, inner + 1) of one term, in words. count: number of terms.
+// Returns the offset, in words of 4 bytes, at which term `term` of the elements (outer, inner) and (outer, inner + 1)
+// is stored. count: number of terms.
 __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64_t outer_padded, int64_t inner_padded,
                                               int term, int64_t outer, int64_t inner) {
   const int upper = static_cast<int>(inner % 16 / 8), t = static_cast<int>(inner % 8 / 2);
@@ -68,14 +73,14 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
     const int64_t fragment = (outer / 16 * (inner_padded / 16) + inner / 16) * count + term;
     return fragment * (2 * kFragmentWords) + (outer % 8 * 4 + t) * 4 + upper * 2 + outer % 16 / 8;
   }
-  const int64_t column = outer % 64, tile = column % 8 / 2;  // g is the row within the tile of 8 columns
+  const int64_t column = outer % 64, tile = column % 8 / 2;  // g: a row of B's fragment
   const int64_t g = column % 32 / 8 * 2 + column % 2;
   const int64_t fragment =
       ((outer / 64 * (inner_padded / 16) + inner / 16) * count + term) * 4 + column / 32 * 2 + tile / 2;
   return fragment * (2 * kFragmentWords) + (g * 4 + t) * 4 + tile % 2 * 2 + upper;
 }
 
-// Memory to write terms to.
+// The memory to which a kernel writes the terms of a small matrix.
 struct TermsOut {
   uint32_t* data = nullptr;  // memory for the terms; null: no terms are written
   int count = 0;
@@ -83,7 +88,7 @@ struct TermsOut {
   TermsOrder order = TermsOrder::kPass;
 };
 
-// Writes the terms of the pair (outer, inner), (outer, inner + 1).
+// Writes the terms of the elements (outer, inner) and (outer, inner + 1), which share words.
 __device__ __forceinline__ void save_terms(const TermsOut& out, int64_t outer, int64_t inner, float low, float high) {
   uint32_t terms[kMaxTerms];
   split_pair<kMaxTerms>(low, high, terms);
@@ -93,7 +98,7 @@ __device__ __forceinline__ void save_terms(const TermsOut& out, int64_t outer, i
       out.data[terms_word(out.order, out.count, out.outer, out.inner, term, outer, inner)] = terms[term];
 }
 
-// Writes the terms of (outer, inner) and (outer + 1, inner), which are halves of two words.
+// Writes the terms of the elements (outer, inner) and (outer + 1, inner), which are halves of different words.
 __device__ __forceinline__ void save_terms_across(const TermsOut& out, int64_t outer, int64_t inner, float low,
                                                   float high) {
   uint32_t terms[kMaxTerms];
@@ -109,10 +114,10 @@ __device__ __forceinline__ void save_terms_across(const TermsOut& out, int64_t o
   }
 }
 
-// Adds A B_n to C_n, for a 16 x 16 fragment A and kTiles fragments B_n. The function multiplies A's kLeft terms with
-// B's term `right`, for pairs of terms whose sum of indices is below kTerms: the omitted products are smaller than
-// kTerms terms can represent. The smallest products are added first: a tensor core rounds toward zero, and each small
-// product after a large one could cost up to an ulp of the large one.
+// Adds A B_n to C_n, for a 16 x 16 fragment A and kTiles fragments B_n. The function multiplies those of A's kLeft
+// terms with B's term `right` for which the sum of the two indices is below kTerms; the omitted products are smaller
+// than kTerms terms can represent. The smallest products are added first, because a tensor core rounds toward zero:
+// adding a small product after a large product could cause an error of up to an ulp of the large product.
 template <int kTiles, int kLeft, int kTerms>
 __device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t (&a)[kLeft][4],
                                           const uint32_t (&b)[kTiles][2], int right) {
@@ -124,7 +129,8 @@ __device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t 
   }
 }
 
-// Writes the terms of in[o, i] · outer_scale[o] · inner_scale[i], for a matrix with any strides.
+// Arguments of splitting one matrix, with any strides, into terms: `out` receives the terms of in[o, i] ·
+// outer_scale[o] · inner_scale[i].
 struct Split {
   const void* in;
   DType type;
@@ -134,7 +140,8 @@ struct Split {
   TermsOut out;
 };
 
-// Computes all terms of one pair of elements. Pairs are counted along the contiguous dimension of the matrix.
+// Writes all terms of the pair of elements with the number `pair`. Pairs are counted along the contiguous dimension of
+// the matrix.
 __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
   const int64_t pairs = work.out.inner / 2;
   if (pair >= work.out.outer * pairs) return;
@@ -156,8 +163,8 @@ __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
 constexpr int kMaxSplits = 24;
 constexpr int kSplitThreads = 256;
 
-// The small matrices of one call, three for each layer. One launch splits all matrices, because a launch takes longer
-// than splitting a matrix.
+// The small matrices that one launch of split_kernel splits, at most three for each layer of a call. One launch splits
+// many matrices, because a launch takes longer than splitting a matrix.
 struct Splits {
   Split work[kMaxSplits];
 };

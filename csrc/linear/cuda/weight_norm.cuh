@@ -1,11 +1,11 @@
-// DoRA's norm n of each row of W + s B A. The kernels never form the matrix W + s B A. One pass over W
+// Computes DoRA's norm n of each row of W + s B A. The kernels never form the matrix W + s B A. One pass over W
 // (linear/cuda/rank_pass.cuh) computes U = W Aᵀ [N, R] and the rows' sums of squares; M = A Aᵀ [R, R].
 //
 //   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), clamped to 0 or more
 //
 // The gradient, with c = dn / n, or 0 where n = 0: dB = c s (U + s B M); dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W
-// is one more pass over W. A warp owns a row of W, and the warp's lanes own the ranks. The arithmetic of these kernels
-// is float32.
+// is one more pass over W. A warp computes the norm of one row of W, and the warp's lanes divide the ranks. The
+// arithmetic of these kernels is float32.
 #pragma once
 
 #include "cuda/vector.cuh"

@@ -1,11 +1,13 @@
-// The norm of each row of W + s B A, and the gradients of the norm. The formulas are in weight_norm.cuh.
+// Computes the norm of each row of W + s B A, and the gradients of A and B through the norm. The formulas are in
+// weight_norm.cuh.
 #include "linear/cuda/passes.cuh"
 #include "linear/cuda/weight_norm.cuh"
 
 namespace peft_ext {
 namespace {
 
-// Returns a matrix as terms, as the factor F (ranks first) of a rank pass over a D of dtype `type`.
+// Returns the bfloat16 terms of a matrix [ranks, columns], which is the factor F of a rank pass over a matrix of dtype
+// `type`.
 HeldTerms split_right(const Tensor& matrix, ScalarType type) {
   Splitter splitter(matrix, type);
   const HeldTerms held = splitter.right_of_pass(matrix, false);
@@ -24,8 +26,8 @@ Tensor gram(const Tensor& a) {
   return out;
 }
 
-// Returns the weight as a rank pass reads a weight: a contiguous dense weight, or an NF4 weight. A weight in another
-// packed format is decoded to `type`, and takes N K elements during the call.
+// Returns a weight that a rank pass can read: a contiguous dense weight, or an NF4 weight. A weight in another packed
+// format is decoded to `type`, and the decoded copy has N K elements during the call.
 DeviceWeight pass_weight(const DeviceWeight& weight, ScalarType type) {
   if (weight.is_nf4()) return weight;
   DeviceWeight held;

@@ -1,9 +1,10 @@
 // The NF4 kernels of nf4_kernels.h with AVX2.
 //
-// Quantize: bisection finds the codes of 8 values at a time, with pivots from register tables. Dequantize: the 16
-// products code * absmax of a block are computed and rounded once, and then looked up. bfloat16 and float16 words are
-// looked up as two planes of bytes (pshufb), float32 values in two tables of eight (vpermps), selected by the code's
-// high bit. The results have the same bits as a separate product for each element.
+// Quantize: bisection finds the codes of 8 values at a time, with pivots from register tables. Dequantize: the kernel
+// computes and rounds the 16 products code * absmax of a block once, and then looks each element up. bfloat16 and
+// float16 words are looked up in two tables of bytes (pshufb), and float32 values in two tables of eight values
+// (vpermps), of which the code's high bit selects one. The results have the same bits as a separate product for each
+// element.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
 // The headers below must be included after the target pragma.
@@ -14,9 +15,10 @@
 namespace peft_ext {
 namespace {
 
-// Pivots of the bisection. The next pivot of a lane depends on the leading bits of the lane's code, which the previous
-// comparisons have found. A comparison gives -1 if true, so that the found bits form a number from 0 down: entry 8 - i
-// is the pivot for the number -i, and entry 0 is the pivot for 0. `!(pivot >= value)` puts a NaN above all pivots.
+// The pivots of the bisection that finds a code. The next pivot of a lane depends on the leading bits of the lane's
+// code, which the previous comparisons have found. A comparison gives -1 if true, so that the found bits form the
+// number 0 or a negative number: entry 8 - i is the pivot for the number -i, and entry 0 is the pivot for 0. The
+// comparison `!(pivot >= value)` is true for a NaN, so that a NaN counts as above all pivots.
 struct Pivots {
   alignas(32) float values[3][8] = {};
 
@@ -27,7 +29,7 @@ struct Pivots {
 };
 constexpr Pivots kPivots;
 
-// Returns the codes of scaled values, one per 32-bit lane.
+// Returns the codes of 8 scaled values, one per 32-bit lane.
 inline __m256i encode8(__m256 scaled) {
   const auto above = [&](__m256 pivot) { return _mm256_castps_si256(_mm256_cmp_ps(pivot, scaled, _CMP_NGE_UQ)); };
   __m256i found = above(_mm256_set1_ps(nf4_threshold(7)));
@@ -42,8 +44,8 @@ inline __m256i encode8(__m256 scaled) {
 inline void store_codes(uint8_t* packed, const __m256i* codes) {
   const __m256i bytes =
       _mm256_packus_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
-  // The packs leave groups of four bytes ordered by 128-bit lanes: the lower halves of all vectors, then the upper
-  // halves.
+  // The pack instructions order groups of four bytes by 128-bit lanes: the lower halves of all vectors come first, then
+  // the upper halves. The permutation restores the order of the values.
   const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   const __m256i words = _mm256_maddubs_epi16(ordered, _mm256_set1_epi16(1 << 8 | 16));
   const __m256i packs = _mm256_packus_epi16(words, words);
@@ -52,8 +54,8 @@ inline void store_codes(uint8_t* packed, const __m256i* codes) {
 
 template <typename T>
 inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum is taken of the bits without sign, as integers. The bits of a NaN are above the bits of infinity, so
-  // that a NaN wins, as in torch.amax.
+  // The magnitudes are compared by their bits without the sign, as integers. The bits of a NaN are greater than the
+  // bits of infinity, so that the result is NaN if a value is NaN, as in torch.amax.
   const __m256i sign_free = _mm256_set1_epi32(0x7fffffff);
   __m256i most = _mm256_setzero_si256();
   for (int64_t i = 0; i < blocksize; i += 8)
@@ -74,7 +76,7 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
   }
 }
 
-// The low and the high bytes of a block's 16 two-byte products, as pshufb tables that are repeated in both lanes.
+// The low bytes and the high bytes of a block's 16 two-byte products, as pshufb tables that both 128-bit lanes contain.
 struct BytePlanes {
   __m256i low, high;
 };

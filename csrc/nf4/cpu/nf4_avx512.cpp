@@ -1,10 +1,11 @@
 // The NF4 kernels of nf4_kernels.h with AVX-512 F/BW/DQ/VL.
 //
 // Quantize: for 16 values at a time, lookups in register tables find the threshold that decides each value's code.
-// Dequantize: the 16 products code * absmax of a block are computed and rounded once, and then looked up: bfloat16 and
-// float16 words with two codes per lane (vpermw), float32 with one code per lane (vpermps). The results have the same
-// bits as a separate product for each element. Quantize and dequantize move each element between memory and the cache
-// once: half a byte and the scales in NF4, and 2 or 4 bytes in the other dtype.
+// Dequantize: the kernel computes and rounds the 16 products code * absmax of a block once, and then looks each element
+// up: bfloat16 and float16 words with two codes per 32-bit lane (vpermw), float32 values with one code per lane
+// (vpermps). The results have the same bits as a separate product for each element. Quantize and dequantize move each
+// element between memory and the cache once: half a byte of NF4 codes, 2 or 4 bytes in the other dtype, and the block's
+// scale.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
 // The headers below must be included after the target pragma.
@@ -15,12 +16,12 @@
 namespace peft_ext {
 namespace {
 
-// Bins of scaled values in [-1, 1]; no bin contains two thresholds. below[bin] is the number of thresholds below the
-// bin, and bound[bin] is the threshold within the bin, or infinity if the bin has no threshold. The code of a value is
-// below[bin], plus one if the value is above bound[bin]. The bin is in the lowest five bits of the float value *
-// kPerUnit + kZero.
+// Divides the scaled values in [-1, 1] into bins; no bin contains two thresholds. below[bin] is the number of
+// thresholds below the bin, and bound[bin] is the threshold within the bin, or infinity if the bin has no threshold.
+// The code of a value is below[bin], plus one if the value is above bound[bin]. The bin is in the lowest five bits of
+// the float value * kPerUnit + kZero.
 struct Bins {
-  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 have a unit of 1
+  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 are integers
   alignas(64) float bound[32] = {};
   alignas(64) int32_t below[32] = {};
 
@@ -34,7 +35,7 @@ struct Bins {
     }
   }
 
-  // Returns whether each threshold lies in a bin, away from the bin's edges by more than the rounding of a value.
+  // Returns whether each threshold lies in a bin, so far from the bin's edges that rounding a value cannot matter.
   constexpr bool are_sound() const {
     for (int bin = 0; bin < 32; ++bin) {
       const float off = bound[bin] * kPerUnit - static_cast<float>(bin - 16);
@@ -74,8 +75,8 @@ inline void store_codes(uint8_t* packed, __m512i codes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
 }
 
-// Returns the largest magnitude. Magnitudes are compared as integers: the bits of a NaN are above the bits of infinity,
-// so that a NaN wins, as in torch.amax.
+// Returns the largest magnitude, or NaN if a value is NaN, as in torch.amax. Magnitudes are compared as integers, and
+// the bits of a NaN are greater than the bits of infinity.
 inline float largest_of(const float* in, int64_t blocksize) {
   const __m512i sign_free = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
@@ -101,9 +102,9 @@ inline float largest_of(const f16* in, int64_t blocksize) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(largest_word_of(in, blocksize))));
 }
 
-// Encodes a block whose `inverse` is 0 or NaN, because the block contains an infinity or a NaN, and returns true.
-// Returns false for any other block. If `inverse` is 0, each finite value becomes 0, and infinity becomes NaN, which
-// has code 15.
+// If `inverse` is 0 or NaN, because the block contains an infinity or a NaN, the function encodes the block and returns
+// true. For any other block, the function only returns false. If `inverse` is 0, each finite value becomes 0, and
+// infinity becomes NaN, which has code 15.
 template <typename T>
 inline bool encoded_unbounded(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (inverse > 0.0f) return false;
@@ -142,8 +143,8 @@ inline void expand_words(const uint8_t* packed, __m512i table, void* out) {
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
 
-// Expands 8 bytes of codes to 16 elements of 32 bits, as expand_words does with elements of 16 bits. vpermps reads four
-// bits of an index.
+// Expands 8 bytes of codes to 16 elements of 32 bits, as expand_words does for elements of 16 bits. vpermps reads only
+// four bits of an index.
 inline __m512 expand_floats(const uint8_t* packed, __m512 table) {
   const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
@@ -165,8 +166,8 @@ inline void expand(const uint8_t* packed, float scale, int64_t count, f16* out) 
   for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, table, out + i);
 }
 
-// The low or the high halves of 256 floats, as 16-bit words. One vpermi2w looks 32 codes up in a table of 64 of these
-// words, and four vpermi2w cover all 256 words.
+// A table of the low halves, or of the high halves, of 256 floats, as 16-bit words. One vpermi2w looks 32 codes up in a
+// table of 64 of these words, and four vpermi2w cover all 256 words.
 struct ScaleHalves {
   __m512i words[8];
 
@@ -180,7 +181,7 @@ struct ScaleHalves {
     }
   }
 
-  // Returns the halves for 32 codes, one code per word.
+  // Returns the halves of the floats for 32 codes. `codes` has one code per 16-bit word.
   __m512i at(__m512i codes) const {
     const __mmask32 second = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
     const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(128));
@@ -195,8 +196,8 @@ struct ScaleHalves {
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   const __m512 offset = _mm512_set1_ps(scales.offset);
   const ScaleHalves low(scales.code, 0), high(scales.code, 1);
-  // The halves are joined within 128-bit lanes. Each lane then holds four of the first 16 codes and four of the last 16
-  // codes.
+  // The unpack instructions join the halves within 128-bit lanes. Therefore the permutation `lanes` gives each lane
+  // four of the first 16 codes and four of the last 16 codes.
   const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = begin;
   while (i < end) {

@@ -1,18 +1,19 @@
-// The skinny NF4 product for bfloat16 with AVX512-BF16.
+// Computes the skinny product (few tokens with an NF4 weight) for bfloat16 with AVX512-BF16.
 //
 //   y[t, n] = sum_k x[t, k] bf16(code[q] * absmax),  or, for up to kScaledSums tokens,
 //   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
-// 64 bytes of W are 128 elements, read as 32 words of four codes each. The low bits of a word after shifts by 0, 4, 8
-// and 12 bits are the indices for four registers of weights. No code has to move to a lane of its own; instead x is
-// permuted once for all rows, to the order of the codes. vpermw looks weights up, and vdpbf16ps multiplies and adds
-// pairs in float32. For few tokens the table holds the codes, one table for all blocks. A group's sums are then
-// multiplied by the scales: the lower lanes belong to one block, the upper lanes to the next block. For more tokens,
-// scaling the sums would take one multiplication per token, so the table holds the products code * absmax of two
-// blocks, 16 each, rounded once to bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index
-// selects the block. The error of rounding a code or a product to bfloat16 is at most 2^-9 of a weight. The weight is
-// read once for each group of tokens that for_token_groups makes, half a byte per element and the scales, and never
-// written. One thread owns whole rows.
+// A group of 128 elements of a row of W has 64 bytes, which are read as 32 words of four codes each. The low bits of a
+// word after shifts by 0, 4, 8 and 12 bits are the indices for four registers of weights. The codes are not moved to
+// lanes of their own; instead x is permuted once for all rows, to the order of the codes. vpermw looks the weights up,
+// and vdpbf16ps multiplies and adds pairs in float32. For up to kScaledSums tokens, one table with the 16 NF4 values is
+// used for all blocks, and the sums of a group are then multiplied by the scales: the lower lanes belong to one block,
+// the upper lanes to the next block. For more tokens, scaling the sums would take one multiplication per token.
+// Therefore the table then holds the products code * absmax of two blocks, 16 for each block, rounded once to bfloat16
+// (vcvtne2ps2bf16, which flushes subnormals to zero), and bit 4 of an index selects the block. Rounding an NF4 value or
+// a product to bfloat16 changes a weight by at most 2^-9 of its magnitude. The kernel reads W once for each group of
+// tokens that for_token_groups makes, half a byte per element and the scales, and never writes a decoded weight to
+// memory. One thread computes whole rows of W.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.
@@ -25,20 +26,20 @@
 namespace peft_ext {
 namespace {
 
-// Lane i of register j of a group of kNibbleGroup elements holds element 4 i + kNibble[j].
+// In a group of kNibbleGroup elements, word i of register j holds element 4 i + kNibble[j].
 constexpr int kNibble[4] = {1, 0, 3, 2};
 
-// Largest number of tokens in a group for which the kernel scales the sums instead of the table.
+// Largest number of tokens in a group for which the kernel multiplies the sums, instead of the table, by the scales.
 constexpr int kScaledSums = 4;
 
-// Returns the codes in bfloat16, twice: vpermw reads five bits of an index, and the fifth bit of a shifted word belongs
-// to another code.
+// Returns the 16 NF4 values in bfloat16, twice, because vpermw reads five bits of an index, and the fifth bit of a
+// shifted word belongs to another code.
 __m512i code_table() {
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(code, code));
 }
 
-// Computes the rows [n, n + kRows) for kTokens <= kScaledSums tokens.
+// Computes the products of the rows [n, n + kRows) of W with kTokens <= kScaledSums tokens.
 template <int kTokens, int kRows>
 inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
   const int64_t k = work.columns, stride = nibble_columns(k);
@@ -84,18 +85,20 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
     for (int t = 0; t < kTokens; ++t) work.y[(first_token + t) * work.rows + n + r] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
-// Computes the rows [n, n + kRows) for kTokens tokens. A register of x serves kRows products.
+// Computes the products of the rows [n, n + kRows) of W with kTokens tokens. A register of x is used for kRows
+// products.
 template <int kTokens, int kRows>
 inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
   // kSums is the number of sums for each row and token. Several independent sums keep the multiplier busy, because each
-  // addition to a sum must wait for the addition before. kSums does not depend on kRows, so that the bits of a row do
+  // addition to a sum must wait for the previous addition. kSums does not depend on kRows, so that the bits of a row do
   // not depend on how many rows are computed at a time.
   constexpr int kSums = kTokens >= 4 ? 1 : 2;
   const int64_t k = work.columns, stride = nibble_columns(k);
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
-  // The first 16 words of a group belong to the first of the group's two blocks, the last 16 words to the second.
+  // A group of 128 elements has two NF4 blocks: the group's first 16 words of four codes belong to the first block, and
+  // the last 16 words to the second.
   const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   __m512 sums[kRows][kTokens][kSums];
   for (int r = 0; r < kRows; ++r)
@@ -109,8 +112,8 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
         return _mm512_mul_ps(code, _mm512_set1_ps(work.absmax[(at >> work.block_shift) - first_block]));
       };
       const __m512 first = scaled(flat);
-      // Prefetches the row that is kRows below this row: several rows at a time are too many streams for the hardware
-      // prefetcher.
+      // Prefetches the row that is kRows rows below this row, because several rows at a time are too many streams for
+      // the hardware prefetcher.
       _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + kRows * k / 2), _MM_HINT_T1);
       __m512 second = _mm512_setzero_ps();
       if (j + kNibbleGroup <= k) {
@@ -134,7 +137,8 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
       }
     }
   }
-  // The loop must be unrolled: otherwise the sums live in memory and are stored in every step.
+  // The loop must be unrolled, because the compiler would otherwise keep the sums in memory and store the sums in every
+  // step.
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8

@@ -1,13 +1,14 @@
-// The skinny NF4 product for bfloat16 with Arm's bfloat16 dot product (BFDOT).
+// Computes the skinny product (few tokens with an NF4 weight) for bfloat16 with Arm's bfloat16 dot product (BFDOT).
 //
 //   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
-// 16 bytes of W are 32 elements: the high nibbles are the codes of the even elements, and the low nibbles are the codes
-// of the odd elements. Low and high bytes of the weights are looked up by code and joined to four registers of weights.
-// x is permuted once for all rows, to the order of the weights in the registers. BFDOT multiplies and adds pairs in
-// float32; the sums of a step are then multiplied by the block's scale. The rounding error of the codes is at most 2^-9
-// of a weight, like the rounding error of a rounded product. The weight is read once for each group of tokens that
-// for_token_groups makes, half a byte per element and the scales, and never written. One thread owns whole rows.
+// 16 bytes of W contain 32 elements: the high nibbles are the codes of the even elements, and the low nibbles are the
+// codes of the odd elements. The kernel looks up the low and the high bytes of the weights by code, and joins the bytes
+// to four registers of weights. x is permuted once for all rows, to the order of the weights in the registers. BFDOT
+// multiplies and adds pairs in float32; the sums of a step are then multiplied by the block's scale. Rounding the NF4
+// values to bfloat16 changes a weight by at most 2^-9 of its magnitude, as much as rounding the product code * absmax
+// would. The kernel reads W once for each group of tokens that for_token_groups makes, half a byte per element and the
+// scales, and never writes a decoded weight to memory. One thread computes whole rows of W.
 #include "cpu/isa.h"
 
 #if defined(PEFT_EXT_ARM_BF16)

@@ -1,5 +1,5 @@
-// Portable code that quantizes or dequantizes one NF4 block, for the scalar path and for the tails in the vector paths.
-// The file is included after the target pragma, so that each instruction set compiles its own copy.
+// Quantizes or dequantizes one NF4 block in portable code, for the scalar path and for incomplete blocks in the paths
+// with vectors. The file is included after the target pragma, so that each instruction set compiles its own copy.
 #pragma once
 
 #include "common/dtype.h"
@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns the largest magnitude. A NaN wins, as in torch.amax.
+// Returns the largest magnitude, or NaN if a value is NaN, as in torch.amax.
 template <typename T>
 inline float block_absmax(const T* x, int64_t count) {
   float absmax = 0.0f;
@@ -27,7 +27,7 @@ inline int nf4_encode(float scaled) {
   return code;
 }
 
-// Writes the code of scaled(value) for each value.
+// Writes the packed NF4 codes of scaled(value) for each of `count` values.
 template <typename T, typename Scaled>
 inline void encode_block(const T* x, int64_t count, const Scaled& scaled, uint8_t* packed) {
   for (int64_t i = 0; i < count; i += 2) {

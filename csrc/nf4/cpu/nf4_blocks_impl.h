@@ -1,10 +1,12 @@
-// Quantizes and dequantizes blocks, in code that all CPU paths share. Include this file after the target pragma, by a
-// file that defines
+// Quantizes and dequantizes NF4 blocks, in code that all CPU paths share. A file that includes this file after the
+// target pragma must define:
 //
-//   float largest_of(const T* in, int64_t blocksize);                        returns the largest magnitude; a NaN wins
-//   void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed);      writes the codes of in * inverse
-//   void expand(const uint8_t* packed, float scale, int64_t count, T* out);  writes code * scale; count is a multiple
-//                                                                            of 32
+//   float largest_of(const T* in, int64_t blocksize);
+//     Returns the largest magnitude, or NaN if a value is NaN.
+//   void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed);
+//     Writes the codes of in * inverse.
+//   void expand(const uint8_t* packed, float scale, int64_t count, T* out);
+//     Writes code * scale for `count` codes, a multiple of 32.
 #pragma once
 
 #include "nf4/cpu/nf4_block.h"
@@ -12,8 +14,9 @@
 namespace peft_ext {
 namespace {
 
-// Full blocks are taken several at a time: first all absmax, then all codes, so that no block waits for the division of
-// the previous block. The elements, at most 4,096, stay in L1 between the two loops.
+// Up to kBlocksTogether full blocks are quantized together: a first loop computes absmax of all blocks, and a second
+// loop computes all codes, so that no block waits for the division of the previous block. The elements of these blocks,
+// at most 4,096, stay in L1 between the two loops.
 constexpr int64_t kBlocksTogether = 16, kElementsTogether = 4096;
 
 void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,

@@ -1,4 +1,4 @@
-// NF4 codes and lookup tables in NEON registers.
+// Defines types for NF4 codes and for lookup tables in NEON registers.
 #pragma once
 
 #include <arm_neon.h>
@@ -18,7 +18,7 @@ inline Nibbles nibbles(const uint8_t* packed) {
   return {vshrq_n_u8(bytes, 4), vandq_u8(bytes, vdupq_n_u8(15))};
 }
 
-// A table of 16 values as planes of bytes; the lowest byte is first.
+// A table of 16 values as one register for each byte of a value, from the lowest byte to the highest.
 using WordPlanes = uint8x16x2_t;
 using FloatPlanes = uint8x16x4_t;
 

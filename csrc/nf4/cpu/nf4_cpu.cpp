@@ -1,5 +1,5 @@
-// NF4 operators on the CPU: checks, allocation and threads. The kernels are in nf4_<isa>.cpp. The quantization of
-// scales, which are at most 1/32 of the elements, is in this file.
+// Defines the NF4 operators on the CPU: checks, allocation and threads. The kernels are in nf4_<isa>.cpp. This file
+// also quantizes the scales of double-quantized weights: there is at most one scale for 32 elements.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -45,13 +45,14 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   return {packed, absmax};
 }
 
-// Finds the nearest value in an ascending table of 256 values: the result is the number of thresholds (midpoints) below
-// the value.
+// Finds the nearest value in an ascending table of 256 values. The result is the number of thresholds below the value;
+// the thresholds are the midpoints between the table's values.
 //
-// Values with one sign, exponent and first bits of the mantissa share a bin. below_ holds the number of thresholds
-// below each bin. Comparisons count the thresholds within the bin, at most one for bitsandbytes' dynamic map. The first
-// bin of a sign holds the magnitudes below 2^-22, which are nearer to 0 than any threshold of the dynamic map. The last
-// bin of a sign holds the magnitudes of 1 and above.
+// Values with the same sign, exponent and first six bits of the mantissa share a bin. below_ holds the number of
+// thresholds below each bin. Comparisons count the thresholds within the bin that are below the value; with
+// bitsandbytes' dynamic map, a bin has at most one threshold. The first bin of a sign holds the magnitudes below 2^-22,
+// which are nearer to 0 than any threshold of the dynamic map. The last bin of a sign holds the magnitudes of 1 and
+// above.
 class NearestScale {
  public:
   explicit NearestScale(const float* table) {
@@ -102,7 +103,7 @@ class NearestScale {
   static uint32_t first_bits(int bin) { return static_cast<uint32_t>(bin + kFirst) << kShift; }
 
   // Maps a float to an integer, so that the integers have the order of the floats. Comparing integers takes half the
-  // time.
+  // time of comparing floats.
   static int32_t in_order(float value) {
     const auto bits = static_cast<int32_t>(float_to_bits(value));
     return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -127,7 +128,8 @@ Tensor nf4_scale_mean_cpu(Tensor absmax) {
   *out = 0.0f;
   if (n == 0) return mean;
 
-  // Magnitudes are compared as integers: the bits of a NaN are above the bits of infinity, so that a NaN wins.
+  // Magnitudes are compared as integers. The bits of a NaN are greater than the bits of infinity, so that the result is
+  // NaN if a scale is NaN.
   std::vector<uint32_t> most(static_cast<size_t>(chunks));
   parallel_for(0, chunks, kDecodeGrain / kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -175,7 +177,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) 
   parallel_for(0, groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t start = group * kNestedBlock, stop = min_i64(start + kNestedBlock, n);
-      uint32_t most = 0;  // magnitudes are compared as integers, so that a NaN wins
+      uint32_t most = 0;  // magnitudes are compared as integers, so that a NaN is the largest
       for (int64_t i = start; i < stop; ++i) {
         const uint32_t bits = float_to_bits(in[i]) & 0x7fffffffu;
         most = bits > most ? bits : most;

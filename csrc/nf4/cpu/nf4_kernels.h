@@ -1,4 +1,5 @@
-// The contract of the NF4 kernels on the CPU. Each instruction set has a table of these kernels.
+// Declares the NF4 kernels on the CPU, and says what the kernels compute. Each instruction set has a table of these
+// kernels.
 //
 //   absmax_b = max |w| over block b of the flat tensor       q_i = #{thresholds < w_i / absmax_b}
 //   w_i = code[q_i] * absmax_b, float32, rounded once        packed: high nibble = even element
@@ -22,16 +23,17 @@ struct Nf4Skinny {
   const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
   int64_t columns, rows;
-  DType dtype;  // dtype to which each weight is rounded; the bfloat16 kernels round codes or weights to bfloat16
+  DType dtype;  // dtype to which weights are rounded; bfloat16 kernels round NF4 values or weights to bfloat16
   int64_t tokens;
   const float* x;         // [tokens, columns]
-  const bf16* x_ordered;  // x [tokens, columns rounded up], in the order of a bfloat16 kernel
+  const bf16* x_ordered;  // x [tokens, columns rounded up], in the order that a bfloat16 kernel needs
   float* y;               // [tokens, rows]
 };
 
 constexpr int64_t kSkinnyStep = 64;
 
-// A range of double-quantized scales: out[i - begin] = code[codes[i]] * absmax[i / 256] + offset, each step rounded.
+// Double-quantized scales. decode_scales computes out[i - begin] = code[codes[i]] * absmax[i / 256] + offset for a
+// range of i, and rounds each step.
 struct Nf4Scales {
   const uint8_t* codes;
   const float* absmax;
@@ -39,7 +41,7 @@ struct Nf4Scales {
   float offset;
 };
 
-// Smallest number of elements that a thread takes: about 20 microseconds of work.
+// Smallest number of elements for which a thread is started: about 20 microseconds of work.
 constexpr int64_t kDecodeGrain = 1 << 16;
 
 struct Nf4Kernels {
@@ -49,8 +51,8 @@ struct Nf4Kernels {
   // Dequantizes the blocks [begin, end). absmax holds only the scales of these blocks; out is the whole tensor.
   void (*dequantize)(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
                      int64_t end, void* out, DType dtype);
-  // `skinny` is null if this path has no such kernel. For more than skinny_tokens tokens, dequantizing the weight and
-  // multiplying is as fast.
+  // `skinny` multiplies few tokens with an NF4 weight, and is null if the CPU path has no such kernel. For more than
+  // skinny_tokens tokens, dequantizing the weight and multiplying with PyTorch is as fast.
   void (*skinny)(const Nf4Skinny& work, int64_t begin, int64_t end);
   int64_t skinny_tokens;
   void (*decode_scales)(const Nf4Scales& scales, int64_t begin, int64_t end, float* out);
@@ -63,19 +65,21 @@ extern const Nf4Kernels kNf4KernelsScalar;
 #if defined(__x86_64__)
 extern const Nf4Kernels kNf4KernelsAvx2;
 extern const Nf4Kernels kNf4KernelsAvx512;
-// The skinny product for bfloat16 with the dot product of AVX512-BF16. kNf4KernelsAvx512 has the skinny product for the
-// other dtypes.
+// The skinny product (few tokens with an NF4 weight) for bfloat16, by the dot product of AVX512-BF16. kNf4KernelsAvx512
+// has the skinny product for the other dtypes.
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end);
 constexpr int64_t kSkinnyTokensBf16 = 12;
-// Permutes a row of x to the order in which the kernel reads W's codes, zero-padded to a whole group.
+// Permutes a row of x to the order in which nf4_skinny_bf16_avx512 reads W's codes, zero-padded to a multiple of
+// kNibbleGroup.
 constexpr int64_t kNibbleGroup = 128;
 inline int64_t nibble_columns(int64_t columns) { return ceil_div(columns, kNibbleGroup) * kNibbleGroup; }
 void nf4_nibble_order(const bf16* x, int64_t columns, bf16* out);
 #elif defined(__aarch64__)
 extern const Nf4Kernels kNf4KernelsNeon;
-// The skinny product for bfloat16 with Arm's dot product. kNf4KernelsNeon has the skinny product for the other dtypes.
+// The skinny product (few tokens with an NF4 weight) for bfloat16, by Arm's bfloat16 dot product. kNf4KernelsNeon has
+// the skinny product for the other dtypes.
 void nf4_skinny_bf16_neon(const Nf4Skinny& work, int64_t begin, int64_t end);
-// Permutes a row of x to the order in which the kernel reads W's codes.
+// Permutes a row of x to the order in which nf4_skinny_bf16_neon reads W's codes.
 void nf4_order_bf16_neon(const bf16* x, int64_t columns, bf16* out);
 #endif
 

@@ -13,8 +13,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns the codes of scaled values. A comparison gives -1 if true. For a NaN no comparison is true, so that a NaN has
-// code 15.
+// Returns the codes of four scaled values. A comparison gives -1 if true. For a NaN no comparison is true, so that a
+// NaN has code 15.
 inline uint32x4_t encode4(float32x4_t scaled) {
   uint32x4_t code = vdupq_n_u32(15);
   for (int i = 0; i < 15; ++i) code = vaddq_u32(code, vcgeq_f32(vdupq_n_f32(nf4_threshold(i)), scaled));
@@ -23,8 +23,8 @@ inline uint32x4_t encode4(float32x4_t scaled) {
 
 template <typename T>
 inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum is taken of the bits without sign, as integers. The bits of a NaN are above the bits of infinity, so
-  // that a NaN wins, as in torch.amax.
+  // The magnitudes are compared by their bits without the sign, as integers. The bits of a NaN are greater than the
+  // bits of infinity, so that the result is NaN if a value is NaN, as in torch.amax.
   const uint32x4_t sign_free = vdupq_n_u32(0x7fffffff);
   uint32x4_t most = vdupq_n_u32(0);
   for (int64_t i = 0; i < blocksize; i += 4)
@@ -42,7 +42,8 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
   }
 }
 
-// Looks up 16 codes, in order, and stores the 16-bit words or floats to memory.
+// Looks up the values of 16 codes, and stores these values, 16-bit words or floats, to memory in the order of the
+// codes.
 inline void store_looked_up(uint8x16_t index, const WordPlanes& planes, uint8_t* out) {
   const uint8x16x2_t bytes = {{vqtbl1q_u8(planes.val[0], index), vqtbl1q_u8(planes.val[1], index)}};
   vst2q_u8(out, bytes);
@@ -65,7 +66,8 @@ inline void expand(const uint8_t* packed, float scale, int64_t count, T* out) {
   }
 }
 
-// One tbl instruction can look up only a quarter of the 256 values, so that the portable loop is as fast.
+// A tbl instruction looks up bytes in a table of 64 bytes at most, a quarter of the 256 table entries, so that a
+// portable loop is as fast.
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   for (int64_t i = begin; i < end; ++i) out[i - begin] = decode_scale(scales, i);
 }

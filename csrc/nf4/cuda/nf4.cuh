@@ -1,12 +1,13 @@
 // NF4 dequantize:  w_i = round(code[q_i] · s_b [· g_row]),  b = i / blocksize,  s_b = absmax_b, or, double-quantized,
 //                  s_b = nested_code[absmax_b] · nested_absmax[b / 256] + nested_offset.
-// packed [ceil(n/2)] uint8, where the high nibble is the even element; n is the flat size of any shape; out [n]
-// float32, bfloat16 or float16. blocksize is a power of two >= 32, so that 32 aligned elements share one scale.
+// The input `packed` [ceil(n/2)] is uint8, where the high nibble is the even element; n is the number of elements of a
+// weight of any shape. The result `out` [n] is float32, bfloat16 or float16. blocksize is a power of two >= 32, so that
+// 32 aligned elements share one scale.
 // A warp dequantizes 1024 consecutive elements. Lane l decodes the scale of the l-th group of 32 elements. Up to 8/9 of
-// the traffic is output, so lanes are ordered along the output: in each step lane l computes the l-th of the next 32
-// groups of 16 bytes (8 elements; 4 of float32), so that a store of a warp is 512 contiguous bytes. A warp's loads of
-// codes are contiguous too, 4 bytes per lane (2 for float32).
-// Each lane holds one of the 16 code values and other lanes read the value by shuffle, without bank conflicts. The
+// the moved bytes are output. Therefore the lanes follow the order of the output: in each step lane l computes the l-th
+// of the next 32 groups of 16 bytes (8 elements; 4 of float32), so that a warp stores 512 contiguous bytes. A warp's
+// loads of codes are contiguous too, 4 bytes per lane (2 for float32).
+// Each lane holds one of the 16 NF4 values, and other lanes read the value by a shuffle, without bank conflicts. The
 // kernel uses no shared memory.
 // Each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest even.
 // Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
@@ -18,7 +19,8 @@
 
 namespace peft_ext {
 
-// An NF4 weight as an argument of kernels. nested_* are null unless absmax is double-quantized.
+// An NF4 weight as an argument of kernels. nested_absmax, nested_code and nested_offset are null unless the scales are
+// double-quantized.
 struct Nf4View {
   const uint8_t* packed;  // packed codes, aligned to 4 bytes
   const void* absmax;     // float scales, or uint8_t codes of scales if nested_absmax is given
@@ -77,16 +79,16 @@ __device__ __forceinline__ void store_element(T* out, float value) {
   out->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
 }
 
-// The factor g of each row, and the length of a row in vectors of Nf4Vector. A weight that is scaled has fewer than
-// 2^32 vectors.
+// The factor of each row of the weight, and the length of a row in vectors of Nf4Vector. A weight whose rows are scaled
+// has fewer than 2^32 vectors.
 struct Nf4RowScale {
   const float* scale;
   uint32_t vectors;
 };
 
-// Dequantizes this warp's part of the thread block's elements, which start at element `first`. kWhole: all elements of
-// the thread block lie within the weight; otherwise every access is checked. All lanes take part in both cases, because
-// each lane holds a code value that other lanes read.
+// Dequantizes this warp's part of the thread block's elements, which start at element `first`. If kWhole is true, all
+// elements of the thread block lie within the weight; otherwise every access is checked. All lanes take part in both
+// cases, because each lane holds an NF4 value that other lanes read.
 template <typename T, bool kWhole, bool kScaled>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
                                                     const Nf4RowScale& rows) {
@@ -115,8 +117,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
   }
 
   // This barrier keeps the loads of the codes before the loads of the scales. Without the barrier the compiler would
-  // first wait for a double-quantized scale, which is a chain of two loads. With the barrier the loads of codes and
-  // scales overlap.
+  // first wait for a double-quantized scale, which needs two loads, one after the other. With the barrier the loads of
+  // codes and scales overlap.
   __syncwarp();
   const float code = kNf4DeviceCode[lane % 16];
   const int64_t group = first + lane * kNf4Group;
@@ -129,8 +131,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
     float values[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      // Element i has nibble i ^ 1, because the high nibble of a byte is first. The shuffle ignores the bits above the
-      // nibble.
+      // The code of element i is nibble i ^ 1 of the codes, because the high nibble of a byte is the first element. The
+      // shuffle ignores the bits above the nibble.
       values[i] = fmul_rn(shuffle(code, codes[step] >> (4 * (i ^ 1)), 16), step_scale);
     }
     if constexpr (kScaled) {
@@ -141,7 +143,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       }
     }
     if (kWhole || element + kSize <= weight.numel) {
-      store_vector(out + element, values);  // leaves the weight in L2 for the next matrix product
+      store_vector(out + element, values);  // a plain store leaves the weight in L2 for the next product
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -156,8 +158,8 @@ template <typename T, bool kScaled>
 __global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor - (kScaled ? 2 : 0))
     nf4_dequantize_kernel(Nf4View weight, T* out, Nf4RowScale rows) {
   PEFT_EXT_KERNEL;
-  // All threads of a thread block take the same branch: the compiler sees that the branch is uniform, and shuffles need
-  // no re-convergence.
+  // All threads of a thread block take the same branch. The compiler sees that the branch is uniform, so that shuffles
+  // need no re-convergence of the warp.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;
   if (first + kNf4BlockTile <= weight.numel) {
     nf4_dequantize_tile<T, true, kScaled>(weight, out, first, rows);

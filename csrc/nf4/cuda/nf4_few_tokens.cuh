@@ -2,19 +2,19 @@
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
-// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The order in which inputs
-// are summed is free: of a slab of 64 inputs of a row, lane t of the row's four lanes takes 16 consecutive inputs, 8
-// bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B
-// operand takes the inputs of x in the order of W's inputs, 16 bytes for two steps. A byte of W becomes a pair of T by
-// one lookup in a table [256 bytes][32 lanes], which has no bank conflicts. The table holds the code values without
-// scales. The product over a slab of 64 inputs is multiplied by the slab's scale in float32, which is nearer to the
-// exact result than rounding each product of code and scale to T, as nf4_dequantize does. A thread block of 8 warps
-// computes 16 columns of y for all tokens. Warp w takes the slabs w, w + 8, …, so that the warps together read the
-// bytes of a row contiguously. The warps' sums are added in shared memory, in order, so that the kernel needs no
-// partial sums in global memory and no second launch, and the order of the sum is equal on every GPU. Each warp loads
-// the bytes of W for four slabs, and x for one slab, ahead into registers. Of a row's four lanes, lane t decodes the
-// scale of every fourth of the warp's slabs, from a stored scale that was loaded four slabs earlier. Shared memory: 32
-// KiB, for the table and then for the sums. Bytes moved: W once; x once per thread block, from L2 and L1.
+// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs may be summed
+// in any order. Therefore, of a slab of 64 inputs of a row, lane t of the row's four lanes multiplies 16 consecutive
+// inputs, which have 8 bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9
+// of the fragment. The B operand has the inputs of x in the order of W's inputs, 16 bytes for two steps. One lookup in
+// a table [256 bytes][32 lanes], which has no bank conflicts, turns a byte of W into two values of type T. The table
+// holds the NF4 values without scales. The product over a slab of 64 inputs is multiplied by the slab's scale in
+// float32, which is nearer to the exact result than rounding each product of code and scale to T, as nf4_dequantize
+// does. A thread block of 8 warps computes 16 columns of y for all tokens. Warp w multiplies the slabs w, w + 8, …, so
+// that the warps together read the bytes of a row contiguously. The warps' sums are added in shared memory, in order,
+// so that the kernel needs no partial sums in global memory and no second launch, and the order of the sum is equal on
+// every GPU. Each warp loads the bytes of W four slabs ahead, and x one slab ahead, into registers. Lane t of a row's
+// four lanes decodes the scale of every fourth slab of the warp. The stored scale was loaded four slabs earlier. Shared
+// memory: 32 KiB, for the table and then for the sums. Bytes moved: W once; x once per thread block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -30,7 +30,7 @@ constexpr int kFewSlab = 1 << kLog2FewSlab;  // number of inputs in a slab; the 
 constexpr int kFewAhead = 4;                 // number of slabs that a warp loads ahead
 constexpr int kFewTokens = 16;
 
-// The adapter's B for one token of a mixed batch.
+// The lora_B of the adapter of one token of a mixed batch.
 struct TokenFactor {
   const void* lora_B;  // [outputs, rank]
   DType type;
@@ -40,7 +40,7 @@ struct TokenFactor {
 
 // The arguments of the operations that follow the product x Wᵀ for few tokens: the low-rank term, g and the biases.
 struct TokensFinish {
-  const TokenFactor* factors;  // [tokens], or null; replace lora_B, lora_B_type, rank_scale and scaling if given
+  const TokenFactor* factors;  // [tokens], or null; if given, in place of lora_B, lora_B_type, rank_scale, scaling
   int64_t rank;
   const float* s;      // S [tokens, rank]
   const void* lora_B;  // B [outputs, rank], of dtype lora_B_type
@@ -66,7 +66,8 @@ struct FewShared {
   uint32_t words[256][kWarpSize];
 };
 
-// Computes output n for up to kTokens of the `tokens` tokens, from token `first` on, from the sums of the product.
+// Computes output n for up to kTokens tokens, from token `first` on, of the `tokens` tokens. sums: the products x Wᵀ of
+// these tokens for output n.
 template <typename T, int kTokens>
 __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t outputs, int64_t n, int first,
                                               int tokens, const float (&sums)[kTokens]) {
@@ -105,8 +106,8 @@ __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t 
   }
 }
 
-// The scales of a lane's two rows while they are loaded: the stored scale, and, for double-quantized scales, the
-// decoded parts of the scale.
+// The scales of a lane's two rows while the scales are being loaded: the stored scales, and, if the scales are
+// double-quantized, the two factors of each decoded scale.
 template <bool kNested>
 struct FewScales {
   using Stored = std::conditional_t<kNested, uint8_t, float>;
@@ -143,8 +144,8 @@ template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_tokens_kernel(FewWork work) {
   PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(FewShared, shared);
-  // A shuffle tells the compiler that `warp` is equal in all lanes, and that the number of the loop's rounds is equal
-  // in all lanes too.
+  // Because of the shuffle, the compiler knows that `warp`, and therefore the number of the loop's rounds, is equal in
+  // all lanes.
   const int warp = shuffle(static_cast<int>(threadIdx.x / kWarpSize), 0);
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kFewRows;
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   // A lane beyond the last output or token computes the last output or token again, and the lane's result is not
   // stored.
   const uint8_t* codes[2];
-  uint32_t row_slab[2];  // number of the first slab of each of the lane's two rows
+  uint32_t row_slab[2];  // index of the first slab of each of the lane's two rows
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = min_of(first + g + 8 * i, work.outputs - 1) * work.inputs;
@@ -165,8 +166,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     x[tile] =
         static_cast<const T*>(work.x) + min_of(tile * 8 + g, work.tokens - 1) * work.inputs + warp * kFewSlab + 16 * t;
 
-  // Loads the codes of the step `further` after step `at`, to which the pointers point. The function does nothing
-  // beyond the last step.
+  // Loads the codes of step `at` + `further`; the pointers `codes` point to step `at`. Beyond the last step, the
+  // function does nothing.
   uint2 words[kFewAhead][2];
   const auto load_codes = [&](int at, int further, uint2(&to)[2]) {
     if (at + further >= steps) return;
@@ -184,8 +185,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
         tokens[tile][i] =
             load_cached(reinterpret_cast<const uint4*>(x[tile] + further * (kFewWarps * kFewSlab) + 8 * i));
   };
-  // In every four steps, this lane decodes the scales of one slab. blocks_of returns the NF4 blocks of the lane's two
-  // rows in that slab.
+  // In every four steps, this lane decodes the scales of one slab. blocks_of returns the numbers of the NF4 blocks that
+  // contain this slab of the lane's two rows.
   const int shift = work.weight.log2_blocksize - kLog2FewSlab;
   const auto blocks_of = [&](int step, uint32_t (&blocks)[2]) {
     const int mine = warp + (step + t) * kFewWarps, slab = mine < slabs ? mine : slabs - 1;
@@ -207,8 +208,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   blocks_of(kFewAhead, blocks);
   ahead.load(work.weight, blocks);
 
-  // Fills the table: a warp writes the rows of 32 byte values, four rows per round. A row has 128 bytes, and holds the
-  // pair of one byte value once for each lane.
+  // Fills the lookup table: each warp writes the table's rows for 32 byte values, four rows in each round. A row has
+  // 128 bytes, and contains the pair of values of one byte value once for each lane.
   {
     const int byte = warp * kWarpSize + lane;
     const uint32_t pair = pack2<T>(kNf4DeviceCode[byte >> 4], kNf4DeviceCode[byte & 15]);
@@ -221,8 +222,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   }
   sync_threads();
   const SharedAt table = shared_at(&shared);
-  // Returns the pair of byte `byte` of a word. The rows of the table are 128 bytes apart, and each lane has its own
-  // word.
+  // Looks up byte number `byte` of a word of codes, and returns the pair of values. The rows of the table are 128 bytes
+  // apart, and each lane reads its own word of a row.
   const auto pair_of = [&](uint32_t word, int byte) {
     const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
     return load_shared_4(table + ((shifted & 0x7f80u) | lane * 4u));

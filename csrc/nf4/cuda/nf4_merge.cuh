@@ -1,16 +1,17 @@
-// Decodes an NF4 weight, adds a low-rank product and scales the rows. The weight may also be given decoded, in float32.
-//   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh; without g no factor
+// Decodes an NF4 weight W, adds a low-rank product and scales the rows. W may also be given as decoded float32 values.
+//   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh.
+// If g is not given, there is no factor g[n].
 // The packed codes and scales of W [N, K] are as in nf4.cuh; A [R, K], B [N, R] and g [N] are float32; out [N, K] is
 // float32, bfloat16 or float16. K, N and R may have any size of 1 or more. A thread block computes a tile of 64 rows
 // and 128 columns. A thread computes 4 rows, and in each row the columns 4c to 4c + 3 and 64 + 4c to 64 + 4c + 3, so
 // that 16 lanes read A's rows in shared memory without bank conflicts and store 128 (float32: 256) contiguous bytes.
-// Shared memory: two slabs of 16 ranks, A [16][128] and B transposed [16][64 + 4], 24.5 KiB. One slab is used while
-// cp.async fills the other slab. The padding of B spreads the transposed writes over the banks and keeps 16-byte reads
-// aligned. The arithmetic is float32: FMAs add the products B A in the order of r. The sum is multiplied by scaling,
-// added to code · s_b (which is rounded before), and multiplied by g, and each of these steps is rounded. The result is
-// then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK + 4RN + 4N. When A and B are read
-// again, they come from L2, 768 R bytes per tile. An element takes R float32 FMAs: for more than a few ranks the FMAs
-// limit the speed, not the bytes.
+// Shared memory contains two slabs of 16 ranks, each with A [16][128] and the transpose of B [16][64 + 4], 24.5 KiB in
+// all. One slab is used while cp.async fills the other slab. The padding of B spreads the transposed writes over the
+// banks and keeps 16-byte reads aligned. The arithmetic is float32: FMAs add the products of B and A in the order of r.
+// The sum over r is multiplied by scaling, added to the rounded code · s_b, and multiplied by g, and each of these
+// steps is rounded. The result is then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK + 4RN +
+// 4N. Each tile reads 768 R bytes of A and B, after the first time from L2. An element needs R float32 FMAs: for more
+// than a few ranks, the FMAs limit the speed, not the moved bytes.
 #pragma once
 
 #include "cuda/block_sum.cuh"
@@ -33,7 +34,7 @@ static_assert(kMergeThreads % kMergeRanks == 0 && kMergeThreads % kMergeColumns 
 
 struct Nf4Merge {
   Nf4View weight;
-  const float* dense;  // the decoded weight [N, K], aligned to 16 bytes, in place of `weight`; or null
+  const float* dense;  // decoded values of W [N, K], aligned to 16 bytes, in place of `weight`; or null
   int64_t rows, columns;
   int ranks;
   const float* lora_A;     // A [R, K], aligned to 16 bytes
@@ -47,11 +48,11 @@ struct MergeSlab {
   float b[kMergeRanks][kMergePitch];
 };
 
-// Starts copying the ranks [first, first + kMergeRanks) of both factors, with zeros beyond R, N and K.
+// Starts copying the ranks [first, first + kMergeRanks) of A and B into a slab, with zeros beyond the sizes R, N and K.
 template <bool kAligned>
 __device__ __forceinline__ void merge_stage(const Nf4Merge& merge, MergeSlab& slab, int first, int64_t row,
                                             int64_t column) {
-  // Lanes go along a row of A and copy 16 or 4 bytes each.
+  // Neighbouring lanes copy neighbouring parts of a row of A, 16 or 4 bytes each.
   constexpr int kWidth = kAligned ? 4 : 1;
   constexpr int kAcross = kMergeColumns / kWidth, kDown = kMergeThreads / kAcross;
   const int k = threadIdx.x % kAcross * kWidth;
@@ -68,7 +69,8 @@ __device__ __forceinline__ void merge_stage(const Nf4Merge& merge, MergeSlab& sl
     rank += kDown;
     a += kDown * merge.columns;
   }
-  // Lanes go along a row of B, 64 bytes, and write to different rows of the slab.
+  // Neighbouring lanes copy neighbouring elements of 64 bytes of a row of B, and write these elements to different rows
+  // of the slab.
   constexpr int kRows = kMergeThreads / kMergeRanks;
   rank = threadIdx.x % kMergeRanks;
   int n = threadIdx.x / kMergeRanks;
@@ -91,9 +93,9 @@ __device__ __forceinline__ void merge_store(T* out, const float (&values)[kMerge
   *reinterpret_cast<uint2*>(out) = make_uint2(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]));
 }
 
-// kAligned: K is a multiple of 4. If kAligned, a chunk starts at a whole byte of the codes, lies in one quantization
-// block, lies within K or beyond K, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads,
-// along K first. out is aligned to 16 bytes.
+// kAligned: whether K is a multiple of 4. If kAligned is true, a chunk of four columns starts at a whole byte of the
+// codes, lies in one quantization block, lies either completely within K or completely beyond K, and is stored at once.
+// Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads, along K first. out is aligned to 16 bytes.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge merge, T* out) {
   PEFT_EXT_KERNEL;
@@ -106,7 +108,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
 
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
-  // Loads codes and scales, a chain of up to three loads, while the first slab is copied.
+  // Loads codes and scales while the first slab is copied. Loading a scale takes up to three loads, one after the
+  // other.
   uint32_t codes[kMergeThreadRows];  // 16 bits of codes for each chunk of four columns
   float scales[kMergeThreadRows][kMergeChunks];
 #pragma unroll
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         // The shuffle ignores the bits above the nibble.
         float base = fmul_rn(shuffle(code, static_cast<int>(nibble), 16), scale);
         if (merge.dense != nullptr && inside) base = merge.dense[element + c];
-        // Without g, row_scale is 1, and a product by 1 is exact.
+        // If g is not given, row_scale is 1, and a product by 1 is exact.
         values[c] = fmul_rn(row_scale, fadd_rn(base, fmul_rn(merge.scaling, sums[i][j * kMergeChunk + c])));
       }
       if (kAligned) {
@@ -193,9 +196,9 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
   }
 }
 
-// The error of requantizing a weight: Σ (w' - w)² and Σ w², where w' is decoded from the new codes. A block sums every
-// gridDim.x-th group of kErrorThreads elements. The number of blocks does not depend on the card. A second kernel adds
-// the blocks' sums in order.
+// The kernels below compute the error of requantizing a merged weight w: Σ (w' - w)² and Σ w², where w' is decoded from
+// the new codes. A thread block sums every gridDim.x-th group of kErrorThreads elements. The number of blocks does not
+// depend on the model of GPU. A second kernel adds the blocks' sums in order.
 constexpr int kErrorThreads = 256;
 constexpr int kErrorBlocks = 512;
 

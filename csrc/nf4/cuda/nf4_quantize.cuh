@@ -1,18 +1,20 @@
-// NF4 quantize: s_b = max |w_i| over block b, q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}. A tail block is
-// divided by max(s_b, 1e-38), which is also the stored scale.
-// The input w [n] is float32, bfloat16 or float16, flat. The results are packed [ceil(n/2)] uint8, where the high
-// nibble is the even element (an odd n is padded with a zero), and absmax [ceil(n/blocksize)] float32. blocksize is a
-// power of two from 32 to 4096. A thread block quantizes 8192 elements, which are whole NF4 blocks except at the end of
-// w; a warp quantizes 1024 of these elements. In each step lane l takes the l-th of the next 32 groups of 16 bytes of
-// w. The elements stay in registers between the maximum and the codes, so that w is read once (at the end of w twice).
-// The maximum is taken of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax.
-// The lanes of an NF4 block combine their maxima by shuffles. If an NF4 block has more than 1024 elements, the block's
-// warps combine their maxima in shared memory: 8 words, one barrier. After the maxima, lane l takes the l-th NF4 block
-// of the warp: the lane computes the reciprocal of the block's maximum and stores the maximum (adjacent lanes write
-// adjacent words), and other lanes read the reciprocal by shuffle. The range [-1, 1] has 31 bins, rint(15 v), each with
-// at most one threshold. Lane l holds the threshold of bin l (mod 32) and the number of thresholds below the bin: two
-// shuffles and one comparison find the exact code, ties included. The arithmetic is float32; reciprocal and product are
-// each rounded once. A NaN has code 15, as in the reference. Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
+// NF4 quantize: s_b = max |w_i| over block b, q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}. The values of a tail
+// block are divided by max(s_b, 1e-38), which is also the stored scale.
+// The input w [n] is flat and has dtype float32, bfloat16 or float16. The results are `packed` [ceil(n/2)] in uint8,
+// where the high nibble is the even element (if n is odd, w is padded with a zero), and `absmax` [ceil(n/blocksize)] in
+// float32. blocksize is a power of two from 32 to 4096. A thread block quantizes 8192 elements, which are whole NF4
+// blocks except at the end of w; a warp quantizes 1024 of these elements. In each step lane l loads the l-th of the
+// next 32 groups of 16 bytes of w. The elements stay in registers between the maximum and the codes, so that w is read
+// once (at the end of w twice). Magnitudes are compared by their bits without the sign, as integers. A NaN is above
+// infinity, so that the maximum of a block with a NaN is NaN, as in torch.amax. The lanes of an NF4 block combine their
+// maxima by shuffles. If an NF4 block has more than 1024 elements, the block's warps combine their maxima in shared
+// memory: 8 words, one barrier. After the maxima, lane l computes the reciprocal of the maximum of the warp's l-th NF4
+// block and stores this maximum (adjacent lanes write adjacent words), and other lanes read the reciprocal by a
+// shuffle. The range [-1, 1] is divided into 31 bins: value v is in bin rint(15 v), and each bin has at most one
+// threshold. Lane l holds the threshold of bin l (mod 32) and the number of thresholds below the bin. Therefore two
+// shuffles and one comparison find the exact code, also for a value that equals a threshold. The arithmetic is float32;
+// the reciprocal and the product are each rounded once. A NaN has code 15, as in the reference. Bytes moved:
+// n·sizeof(T) + n/2 + 4n/blocksize.
 #pragma once
 
 #include <math.h>
@@ -77,15 +79,16 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
   return value;
 }
 
-// Appends to `codes`, as the lowest nibble, the number of thresholds below `scaled`, which is at most a few ulp outside
-// of [-1, 1]. All lanes of a warp call the function. `threshold` and `below` are this lane's values of kNf4DeviceBins.
+// Appends the code of `scaled`, which is the number of thresholds below `scaled`, to `codes` as the lowest nibble.
+// `scaled` may lie outside of [-1, 1] by a few ulp. All lanes of a warp must call the function. `threshold` and `below`
+// are this lane's values of kNf4DeviceBins.
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
-  scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has the code 15 that a NaN has
-  // Floats near 1.5 · 2^23 have a unit of one, so that the sum is rounded to an integer. The low bits of the sum are
-  // 15 · scaled, rounded, in two's complement.
+  scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has code 15, the code of a NaN
+  // Neighbouring floats near 1.5 · 2^23 differ by one, so that the sum is rounded to an integer. The low bits of the
+  // sum are 15 · scaled, rounded, in two's complement.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
-  // Adds the sign bit of threshold - scaled: a comparison would need one more select instruction.
+  // Adds the sign bit of threshold - scaled, because a comparison would need one more select instruction.
   return codes + (float_as_bits(fadd_rn(shuffle(threshold, bin), -scaled)) >> 31);
 }
 
@@ -93,7 +96,8 @@ __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled
 
 __device__ __forceinline__ uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// The layout of a word of w. A magnitude is the bits of |w|, at the top of a word; the lower bits do not count.
+// Reads the elements of w from a 32-bit word. A magnitude has the bits of |w| at the top of a word; the lower bits do
+// not change the order of two different magnitudes.
 template <typename T>
 struct QuantizeWord {
   static constexpr int kSize = 2;
@@ -116,7 +120,7 @@ struct QuantizeWord<float> {
   __device__ static __forceinline__ uint32_t bits(float value) { return float_as_bits(value); }
 };
 
-// The type of the codes of one lane's 16 bytes.
+// The integer type that holds the codes of one lane's 16 bytes of w.
 template <typename T>
 struct QuantizeCodes {
   using Type = uint32_t;
@@ -130,7 +134,8 @@ __device__ __forceinline__ float at_least_smallest(float absmax) {
   return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays a NaN
 }
 
-// Loads 16 bytes of w if kWhole, and otherwise the `left` elements that exist, followed by zeros.
+// Loads 16 bytes of w. If kWhole is false, only the first `left` elements exist, and the other elements are set to
+// zero.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&words)[4]) {
   using Word = QuantizeWord<T>;
@@ -153,8 +158,9 @@ __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&w
   }
 }
 
-// Quantizes the tile that starts at element `first`, of whose elements `left` lie in w. kWhole: all elements lie in w;
-// otherwise every access is checked, and a tail block is divided instead of multiplied.
+// Quantizes a thread block's tile, which starts at element `first` and of which `left` elements lie in w. If kWhole is
+// true, all elements lie in w. Otherwise every access is checked, and the values of a tail block are divided instead of
+// multiplied.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int left, int log2_blocksize,
                                                   uint8_t* packed, float* absmax,
@@ -162,7 +168,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
   using Word = QuantizeWord<T>;
   using Codes = typename QuantizeCodes<T>::Type;
   constexpr int kSize = 4 * Word::kSize;      // number of elements in a lane's 16 bytes
-  constexpr int kStride = kWarpSize * kSize;  // number of elements that a warp takes in a step
+  constexpr int kStride = kWarpSize * kSize;  // number of elements that a warp loads in a step
   constexpr int kSteps = kQuantizeTile / kStride;
 
   const int blocksize = 1 << log2_blocksize;
@@ -184,7 +190,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
 #pragma unroll
     for (int i = 0; i < 4; ++i) magnitudes[step] = max_u32(magnitudes[step], Word::magnitude(words[step][i]));
   }
-  // Combines the steps of one NF4 block first, because this combination needs no shuffle.
+  // Combines the maxima of the steps of one NF4 block first, because combining steps of the same lane needs no shuffle.
 #pragma unroll
   for (int apart = 1; apart < kSteps; apart *= 2) {
     if (apart * kStride < blocksize) {
@@ -218,8 +224,8 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     for (int step = 1; step < kSteps; ++step) magnitudes[step] = magnitudes[0];
   }
 
-  // Lane l takes the l-th NF4 block of this warp's elements. If there are fewer blocks than lanes, the other lanes
-  // idle.
+  // Lane l computes the scale of the l-th NF4 block of this warp's elements. If there are fewer blocks than lanes, the
+  // other lanes store nothing.
   const int start = lane << log2_blocksize;
   uint32_t magnitude = 0;
 #pragma unroll
@@ -243,8 +249,8 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     const float step_divisor = kWhole ? 1.0f : shuffle(divisor, block);
     const int element = mine + step * kStride;
     const bool tail = !kWhole && (element | (blocksize - 1)) >= left;
-    // At the end of w (not kWhole), the elements are loaded again: there are not enough registers for both the elements
-    // and the checks.
+    // If kWhole is false, at the end of w, the elements are loaded again, because there are not enough registers for
+    // both the elements and the checks.
     if (!kWhole) quantize_load<T, kWhole>(w + step * kStride, left - element, words[step]);
     uint32_t codes = 0;
     float values[kSize];
@@ -276,7 +282,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
     nf4_quantize_kernel(const T* w, int64_t numel, int log2_blocksize, uint8_t* packed, float* absmax) {
   PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(uint32_t[kQuantizeWarps], warp_magnitudes);
-  // All threads of a thread block take the same branch, so that all of them reach the shuffles and the barrier.
+  // All threads of a thread block take the same branch, so that all threads reach the shuffles and the barrier.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kQuantizeBlockTile;
   if (first + kQuantizeBlockTile <= numel) {
     nf4_quantize_tile<T, true>(w, first, kQuantizeBlockTile, log2_blocksize, packed, absmax, warp_magnitudes);
@@ -290,8 +296,9 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 
 // a_c = max |x_i| over group c of 256,  q_i = #{thresholds < x_i · (1 / max(a_c, 1e-38))},  thresholds halfway between
 // the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, not clamped.
-// A warp codes a group, 8 values per lane. Thresholds lie in shared memory, 1 KiB, and are searched by bisection: there
-// is at most one scale per 32 weights, so that bank conflicts hardly matter. A NaN has code 255.
+// A warp encodes a group of 256 scales, 8 values per lane. The thresholds take 1 KiB of shared memory and are searched
+// by bisection. Bank conflicts of this search hardly matter, because there is at most one scale for 32 weights. A NaN
+// has code 255.
 // Bytes moved: 5n + 4n/256, and the table once per thread block.
 
 // Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads. x is aligned to 16 bytes, codes to 4.

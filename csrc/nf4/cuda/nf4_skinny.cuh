@@ -1,19 +1,19 @@
 // Multiplies up to 64 tokens with an NF4 weight: Z [T, N] = x [T, K] Wᵀ. W is decoded during the product.
 //
-// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The order in which inputs
-// are summed is free, so of each 64 inputs of a row, lane t of the row's four lanes takes 16 consecutive inputs, 8
-// contiguous bytes. In step s (16 of the 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t +
-// 8, 2t + 9 of the fragment. The B operand takes the inputs of x in the order of W's inputs, so that two steps read 16
-// contiguous bytes of a row of x.
+// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs may be summed
+// in any order. Therefore, of each 64 inputs of a row, lane t of the row's four lanes multiplies 16 consecutive inputs,
+// which have 8 contiguous bytes. In step s (16 of the 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t,
+// 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's inputs, so that two
+// steps read 16 contiguous bytes of a row of x.
 //
-// A thread block of 4 warps computes 128 outputs over a chunk of K (split-K, because one weight alone must fill the
-// GPU); a warp computes 32 outputs. Slabs of 64 inputs pass through kSkinnyStages stages of shared memory by cp.async:
-// a stage has the bytes of W, each of which is read only by the lane that copied the byte, and the rows of x, padded by
-// 16 bytes, so that 16-byte loads of a quarter warp spread over all banks. A double-quantized scale is a chain of two
-// loads: the first load is started two slabs ahead, the second load one slab ahead. Sums are float32.
-// skinny_finish_kernel adds the partial sums [chunks of K][T][padded N] in order, and computes the low-rank term, g and
-// the biases. Weights are rounded to T, as in nf4_dequantize, before the multiplication. Bytes moved: W once, x once
-// per thread block, the partial sums twice (in L2).
+// A thread block of 4 warps computes 128 outputs over a chunk of K, because the outputs of one weight alone give too
+// few blocks for a GPU; a warp computes 32 outputs. cp.async copies slabs of 64 inputs into kSkinnyStages stages of
+// shared memory. A stage has the bytes of W, each of which only the lane that copied the byte reads, and the rows of x,
+// padded by 16 bytes, so that 16-byte loads of a quarter warp spread over all banks. A double-quantized scale needs two
+// loads, one after the other: the first load is started two slabs ahead, the second load one slab ahead. Sums are
+// float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded N] in order, and computes the low-rank
+// term, g and the biases. Weights are rounded to T, as in nf4_dequantize, before the multiplication. Bytes moved: W
+// once, x once for each thread block, and the partial sums twice (in L2).
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -37,7 +37,8 @@ struct Skinny {
   int64_t padded_outputs;
 };
 
-// Number of stages: four, or three for eight token tiles, of which four stages would not fit into 48 KiB.
+// Number of stages of shared memory: four, or three if there are eight tiles of 8 tokens, because four such stages
+// would not fit into 48 KiB.
 template <int kTokenTiles>
 constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     }
     cp_async_commit();
   };
-  // A lane's four scales: the stored scales are loaded two slabs ahead, and looked up one slab ahead.
+  // A lane loads the stored scales of its four rows two slabs ahead, and looks their values up one slab ahead.
   const bool nested = work.weight.nested_absmax != nullptr;
   const float offset = nested ? *work.weight.nested_offset : 0.0f;
   uint32_t stored[4] = {};
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
   load_stored(1);
   for (int64_t slab = 0; slab < slabs; ++slab) {
     cp_async_wait<kStages - 2>();
-    sync_threads();  // x is complete for all threads, and no thread reads the previous stage any more
+    sync_threads();  // all of x is loaded, and no thread reads the previous stage any more
     issue(slab + kStages - 1);
     look_up(slab + 1);
     load_stored(slab + 2);
@@ -194,8 +195,8 @@ struct SkinnySums {
 
 constexpr int kFinishTokens = 8;  // number of tokens per thread; the thread reads a row of B once for all these tokens
 
-// Adds the partial sums of the chunks, and computes the operations of TokensFinish on the result. Grid: x has
-// ceil(outputs / kSkinnyThreads) thread blocks; y has ceil(tokens / kFinishTokens).
+// Adds the partial sums of the chunks of K, and then computes the operations of TokensFinish: the low-rank term, g and
+// the biases. Grid: x has ceil(outputs / kSkinnyThreads) thread blocks; y has ceil(tokens / kFinishTokens).
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnySums product, TokensFinish work) {
   PEFT_EXT_KERNEL;

@@ -1,5 +1,5 @@
-// Host functions for NF4 weights on CUDA: quantizing, views for kernels, and dequantizing a whole weight. dense_weight
-// also takes weights in other packed formats.
+// Declares host functions for NF4 weights on CUDA, which quantize a weight, make views for kernels, and dequantize a
+// whole weight. dense_weight also decodes weights in other packed formats.
 #pragma once
 
 #include <tuple>
@@ -11,12 +11,13 @@ namespace peft_ext {
 
 Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight);
 
-// Returns [N, K] in `type`: the dense weight itself, or the decoded weight, which takes N K elements for as long as the
-// caller holds the tensor. row_scale may be given for a packed weight; an NF4 weight must then have a K that is a
-// multiple of 8. Row n is multiplied by row_scale[n] and rounded once.
+// Returns the weight [N, K] in `type`: a dense weight itself, or the decoded copy of a packed weight, which has N K
+// elements for as long as the caller holds the tensor. row_scale may be given only for a packed weight, and for an NF4
+// weight only if K is a multiple of 8. Row n of the copy is then multiplied by row_scale[n] and rounded once.
 Tensor dense_weight(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale = nullptr);
 
-// Returns packed codes and float32 scales of a weight of any shape, in float32, bfloat16, float16 or float64.
+// Quantizes a weight of any shape, in float32, bfloat16, float16 or float64, and returns the packed codes and the
+// float32 scales.
 std::tuple<Tensor, Tensor> nf4_quantized(const Tensor& weight, int64_t blocksize);
 
 }  // namespace peft_ext

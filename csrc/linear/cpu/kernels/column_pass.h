@@ -8,8 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// Computes only sums, in float32, without an intermediate copy: a few rows at a time, with each column's products added
-// in the order of the rows.
+// Computes only `sums`, for float32 matrices, without an intermediate copy. The function reads a few rows at a time,
+// and adds each column's products in the order of the rows.
 void sum_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   const auto* m = static_cast<const float*>(pass.m);
@@ -60,7 +60,7 @@ void column_range(const ColumnPass& pass, int64_t begin, int64_t end) {
   }
 }
 
-// Computes only the scaled matrix, in float32, without an intermediate copy.
+// Computes only the scaled matrix `out`, for a float32 matrix m, without an intermediate copy.
 void scale_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const float* from = static_cast<const float*>(pass.m) + t * pass.columns;

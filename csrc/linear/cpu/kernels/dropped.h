@@ -1,8 +1,8 @@
 // Dropped: float32 products with the few elements that dropout drops. Include this file after the target pragma.
 //
-// W comes transposed, so that W's columns are rows here. A strip of kDroppedStrip of W's rows, or of its columns, stays
-// in cache while all tokens use the strip. Each dropped element costs one row of the strip, or one dot product with a
-// row.
+// W is given transposed: each row in memory is a column of W. A strip has kDroppedStrip rows or columns of W, and stays
+// in cache while it is multiplied with all tokens. For each dropped element, dropped_product adds one multiple of a row
+// of the strip, and dropped_dots computes one dot product with such a row.
 #pragma once
 
 #include "cpu/row_loop.h"

@@ -1,7 +1,7 @@
 // Expand: computes Y from a base product and the low-rank term. Include this file after the target pragma.
 //
-// kTokens rows by kVecs vectors of sums stay in registers while the loop runs over all ranks. `right` is read from L2
-// once per kTokens rows. y is written once.
+// The sums of kTokens rows by kVecs vectors stay in registers while the loop runs over all ranks. `right` is read from
+// L2 once for every kTokens rows. Each element of y is written once.
 #pragma once
 
 #include "linear/cpu/kernels/row_block.h"
@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// Computes sums = bias_before + left right.
+// Computes sums = bias_before + left right for kRows rows.
 template <int kRows>
 inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t width, float (*sums)[kPanel]) {
   constexpr int kVecs = Vec::kWidth == 16 ? 2 : 1;

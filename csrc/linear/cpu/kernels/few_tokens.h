@@ -8,11 +8,11 @@
 namespace peft_ext {
 namespace {
 
-// For each token, the values after the last whole vector of a row, padded with zeros.
+// For each token, the values of x after the last whole vector of a row, padded with zeros.
 template <int kCount>
 using Tails = float[kCount][Vec::kWidth];
 
-// Returns x in float32: x itself, or a converted copy in the buffer.
+// Returns `count` values of x in float32: x itself, or a converted copy in `buffer`.
 inline const float* widened(const float* x, int64_t, float*) { return x; }
 template <typename T>
 inline const float* widened(const T* x, int64_t count, float* buffer) {
@@ -21,7 +21,7 @@ inline const float* widened(const T* x, int64_t count, float* buffer) {
 }
 
 // Computes the dot products of one row with each token. For a row as short as a row of B, whose length is the rank,
-// most of the time goes into adding up vectors of sums: only vectors that hold a sum are added up.
+// adding up the vectors of sums takes most of the time. Therefore only vectors that hold a sum are added up.
 template <typename T, int kCount>
 inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, const Tails<kCount>& tails,
                            float* sums) {
@@ -71,8 +71,8 @@ inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, 
   }
 }
 
-// Computes the rows [begin, end) for float32 rows of kVecs vectors, as those of B. x stays in registers, and there is
-// no loop over the columns. The bits are those of few_tokens_row.
+// Computes the rows [begin, end) of a float32 matrix whose rows have kVecs vectors, such as lora_B. x stays in
+// registers, and there is no loop over the columns. The results have the same bits as those of few_tokens_row.
 template <int kCount, int kVecs>
 void few_tokens_short_rows(const FewTokens& work, const float* x, int64_t first, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = kVecs * Vec::kWidth;

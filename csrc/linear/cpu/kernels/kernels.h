@@ -12,20 +12,20 @@
 
 namespace peft_ext {
 
-// Numbers of rows and of columns that a pass takes at a time.
+// Numbers of rows and of columns of the matrix that a pass computes at a time.
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
 // One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, the pass applies
-// dropout to m first (element [t, k] has the flat index t K + k). With `right` or squares the pass must take all
-// columns; otherwise `first` is a multiple of kColumnStep. totals and squares are of m without dropout. The pass
-// computes, for each pointer that is given:
-//   right given:    out[t, r] = sum_k m[t, k] right[r, k]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
-//   left given:     acc[r, k] += sum_t left[t, r] m[t, k]          dA = Pᵀ x̃, dB = dYᵀ S. With dropout, acc lacks
-//                   dropout's scale
-//   totals given:   totals[k] += sum_t m[t, k]                     db of a bias
-//   squares given:  squares[t] = sum_k m[t, k]²
-//   keep given:     bits of the mask: bit k % 32 of word k / 32 of a row
+// dropout to m first (element [t, k] has the flat index t K + k). If `right` or `squares` is given, the pass must have
+// all columns; otherwise `first` is a multiple of kColumnStep. `totals` and `squares` may be given only if dropout is
+// inactive. The pass computes, for each pointer that is given:
+//   right given:    out[t, r] = sum_k m[t, k] right[r, k]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ.
+//   left given:     acc[r, k] += sum_t left[t, r] m[t, k]          dA = Pᵀ x̃, dB = dYᵀ S.
+//                   `acc` does not contain dropout's scale 1/(1-p).
+//   totals given:   totals[k] += sum_t m[t, k]                     gradient of a bias.
+//   squares given:  squares[t] = sum_k m[t, k]².
+//   keep given:     the bits of the dropout mask: bit k % 32 of word k / 32 of a row.
 struct RowPass {
   const void* m;
   DType dtype;
@@ -45,9 +45,9 @@ struct RowPass {
 
 // The last pass over a base product, or over the low-rank product alone. For the rows [begin, end) and the columns
 // [first, last), where first is a multiple of kColumnStep:
-//   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
-// Each element is written once and rounded once to dtype. A term whose pointer is null is left out. With rank 0 the
-// low-rank term is left out.
+//   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual.
+// Each element of y and z is written once and rounded once to dtype. A term whose pointer is null is left out. If rank
+// is 0, the low-rank term is left out.
 struct Expand {
   void* y;
   void* z = nullptr;
@@ -81,8 +81,8 @@ struct FewTokens {
 constexpr int64_t kFewTokens = 8;
 
 // One pass over the rows [begin, end) of m [T, K]:
-//   out given:   out[t, k] = m[t, k] (scale[k] + shift), rounded once to m's type
-//   sums given:  sums[k] += sum_t m[t, k] other[t, k]
+//   out given:   out[t, k] = m[t, k] (scale[k] + shift), rounded once to m's type.
+//   sums given:  sums[k] += sum_t m[t, k] other[t, k].
 struct ColumnPass {
   const void* m;
   DType dtype;
@@ -104,10 +104,10 @@ struct DropElements {
 };
 constexpr int64_t kDropTogether = 512;
 
-// Products with the elements that the dropout mask drops, for few dropped elements. W [N, K] comes transposed, a group
-// of W's rows at a time. For the tokens [begin, end):
-//   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`
-//   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`
+// Computes products with the elements that the dropout mask drops, for masks that drop few elements. W [N, K] is given
+// transposed, in groups of W's rows. For the tokens [begin, end):
+//   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`.
+//   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`.
 struct Dropped {
   const void* m;
   DType dtype;

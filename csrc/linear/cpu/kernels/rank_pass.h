@@ -1,12 +1,12 @@
-// RowPass: the rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃, and x̃ alone. Include this file after the target pragma.
+// RowPass: the rank passes S = x̃ Aᵀ and dA = Pᵀ x̃. DropElements: x̃ alone. Include this file after the target pragma.
 //
-// Columns are the lanes of a vector. For kRanksTogether ranks at a time, the sums of two rows of m with rows of `right`
-// stay in registers over a panel of kPanel columns, and the sums `acc` of two vectors of columns stay in registers over
-// kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds mask ∘ m in m's
-// own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay
-// in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another matrix of m's
-// size. A block of m has a short run of each row, which the hardware prefetcher does not foresee. Therefore row_pass
-// prefetches the next block of m during the products with the present block.
+// Columns are the lanes of a vector. For kRanksTogether ranks at a time, the dot products of two rows of m with rows of
+// `right` stay in registers over a panel of kPanel columns, and the sums `acc` for two vectors of columns stay in
+// registers over kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds
+// mask ∘ m in m's own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank
+// x 4 bytes, stay in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another
+// matrix of m's size. A block of m has a short run of each row, and the hardware prefetcher does not predict such runs.
+// Therefore row_pass prefetches the next block of m during the products with the present block.
 #pragma once
 
 #include <type_traits>
@@ -38,11 +38,11 @@ inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
 }
 
 constexpr int kRows = 16;  // largest number of rows of m in a block
-// Number of columns in a block with dropout. In 16 bits and for up to 16 ranks, the copy of the block, the draws and
-// the columns of `acc` fit an L1 of 32 KiB together.
+// Number of columns in a block if dropout is active. For a 16-bit m and up to 16 ranks, the copy of the block, the
+// random draws and the columns of `acc` together fit an L1 cache of 32 KiB.
 constexpr int kDroppedPanel = kPanel / 2;
 
-// A block of mask ∘ m, and the draws of one of its rows.
+// A block of mask ∘ m, and the random draws for one row of the block.
 template <typename T>
 struct DroppedBlock {
   alignas(64) T values[kRows][kDroppedPanel];
@@ -75,8 +75,8 @@ void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
   });
 }
 
-// Keeps a vector in a register: the compiler would otherwise load a weight again for every use, or clear sums by
-// memset.
+// Makes the compiler keep a vector in a register. Otherwise the compiler would load a weight again for every use, or
+// clear sums by memset.
 inline Vec in_register(Vec x) {
 #if defined(__x86_64__)
   if constexpr (Vec::kWidth > 1) asm("" : "+v"(x.v));
@@ -84,7 +84,7 @@ inline Vec in_register(Vec x) {
   return x;
 }
 
-// Rows of m or of a DroppedBlock.
+// Several rows of m or of a DroppedBlock, `stride` elements apart.
 template <typename T>
 struct Rows {
   const T* at;
@@ -92,7 +92,8 @@ struct Rows {
   const T* row(int64_t i) const { return at + i * stride; }
 };
 
-// Calls run(std::integral_constant<int, n>(), first) for groups of n of `count` ranks, n at most kRanksTogether.
+// Divides `count` ranks into groups of at most kRanksTogether, and calls run(std::integral_constant<int, n>(), first)
+// for each group of n ranks.
 template <typename Run>
 inline void for_rank_groups(int64_t count, const Run& run) {
   int64_t r = 0;
@@ -103,8 +104,8 @@ inline void for_rank_groups(int64_t count, const Run& run) {
   for (; r < count; ++r) run(std::integral_constant<int, 1>(), r);
 }
 
-// Sets, or with `onto` increases, out[i][q] by scale times the products of kCount rows with kRanks rows of `right`,
-// over `count` columns in vectors of `lanes`.
+// Multiplies kCount rows with kRanks rows of `right` over `count` columns, in vectors of `lanes`, and multiplies the
+// products by `scale`. The results are added to out[i][q] if `onto` is true, and otherwise stored in out[i][q].
 template <int kCount, int kRanks, typename V, typename T>
 inline void shrink_tile(V lanes, Rows<T> rows, const float* right, int64_t right_stride, int64_t count, float scale,
                         bool onto, float* out, int64_t out_stride) {
@@ -129,7 +130,8 @@ inline void shrink_tile(V lanes, Rows<T> rows, const float* right, int64_t right
   }
 }
 
-// Adds leftᵀ [rank, count] rows [count, columns] to kRanks rows of acc, for kVecs vectors of columns.
+// Adds the product of leftᵀ [rank, count] and rows [count, columns] to acc, for kRanks ranks and kVecs vectors of
+// columns.
 template <int kRanks, int kVecs, typename V, typename T>
 inline void outer_tile(V lanes, Rows<T> rows, int count, const float* left, int64_t rank, float* acc,
                        int64_t acc_stride) {
@@ -171,7 +173,7 @@ struct NextBlock {
   int count;
   int64_t width;
 
-  // Prefetches the rows [first, last) into L2.
+  // Prefetches the rows [first, last) of this block into L2.
   void fetch(int first, int last) const {
     constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
     for (int i = first; i < min_i64(last, count); ++i)
@@ -189,7 +191,7 @@ inline void shrink_rows(Rows<T> rows, int count, const NextBlock<T>& next, const
       constexpr int kCount = decltype(together)::value;
       const float* from = right + r * right_stride;
       float* to = out + i * rank + r;
-      if (r == 0) next.fetch(i, i + kCount);  // a few rows at a time, so that the products hide the prefetches
+      if (r == 0) next.fetch(i, i + kCount);  // prefetches a few rows at a time, during the products
       if (whole > 0)
         shrink_tile<kCount, kRanks>(WholeVec(), Rows<T>{rows.row(i), rows.stride}, from, right_stride, whole, scale,
                                     onto, to, rank);

@@ -1,4 +1,4 @@
-// A block of rows that is widened to float32 in L1, used by several kernels. The code is written over the type Vec
+// Declares RowBlock, a block of rows that several kernels widen to float32 in L1. The code is written over the type Vec
 // (cpu/simd_<isa>.h), and included after the target pragma.
 #pragma once
 

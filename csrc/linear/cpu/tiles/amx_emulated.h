@@ -1,6 +1,6 @@
 // The macros of amx.h in plain C++, so that the AMX kernels can be tested on a CPU without AMX. The order of the sums
-// is the order in the instruction: even and odd products of a row form two chains, whose total is added to the old sum.
-// The process aborts if a tile is used before amx_configure().
+// is the order of the AMX instruction: the even and the odd products of a row are summed separately, and the total of
+// both is added to the old sum. The process aborts if a tile is used before amx_configure().
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// The backward for one panel of W's columns: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). Include this file after the
-// target pragma and the files of an instruction set.
+// Computes the backward for one panel of W's columns: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). Include this file
+// after the target pragma and the files of an instruction set.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -10,7 +10,8 @@ namespace {
 
 inline bool masks(const TileBackward& work) { return work.keep != nullptr && (work.rank > 0 || work.more != nullptr); }
 
-// Adds P A + H W to the block, and then masks the whole block. With a mask the block must be zero before the call.
+// Adds P A + H W to the block, and then multiplies the whole block with the dropout mask. If there is a mask, the block
+// must be zero before the call.
 inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const Strips& lanes, Block* block) {
   const int64_t tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
@@ -28,7 +29,7 @@ inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, 
   }
 }
 
-// Loads the sums that dX holds so far into `block`.
+// Loads the values of grad_x, to which this call adds its sums, into `block`.
 inline void load_sums(const TileBackward& work, int64_t column, int64_t token, Block* block) {
   block->each([&](Row v, int r, int j) {
     const int64_t k = work.weight.columns, at = column + j * kStrip;
@@ -37,8 +38,8 @@ inline void load_sums(const TileBackward& work, int64_t column, int64_t token, B
   });
 }
 
-// The tiles of one layer in a part of the depth: `tiles` tiles, from the layer's tile `from` on. panel: W's columns as
-// right strips.
+// The tiles of one layer that lie in a part of the depth: `tiles` tiles, from the layer's tile `from` on. panel: these
+// tiles of W's columns, as right strips.
 struct DepthPiece {
   int layer;
   int64_t from, tiles;
@@ -46,8 +47,8 @@ struct DepthPiece {
   Ahead ahead{};
 };
 
-// Writes the pieces of the part [begin, end) of the depth. The depths of the layers follow each other. Returns the
-// number of pieces.
+// Writes the pieces of which the part [begin, end) of the depth consists to `pieces`, and returns their number. The
+// depth is the depths of all layers, one after the other.
 inline int depth_pieces(const TileBackward* works, int count, int64_t begin, int64_t end, DepthPiece* pieces) {
   int found = 0;
   for (int i = 0; i < count; ++i) {
@@ -59,8 +60,8 @@ inline int depth_pieces(const TileBackward* works, int count, int64_t begin, int
   return found;
 }
 
-// Adds a piece of a layer's dX to the sums of a block. offset: number of the block's first column in the panel. term:
-// memory for one more block.
+// Adds the products of one DepthPiece of a layer to the sums of a block of dX. offset: index of the block's first
+// column in the panel. term: memory for one more block.
 inline void add_piece(const TileBackward* works, DepthPiece* piece, int64_t column, int64_t offset, int64_t strip,
                       Block* block, Block* term) {
   const TileBackward& work = works[piece->layer];
@@ -82,7 +83,8 @@ inline void add_piece(const TileBackward* works, DepthPiece* piece, int64_t colu
            piece->tiles, block->c, &piece->ahead);
 }
 
-// Computes a block of dX from the sums of all layers. columns: with `given`, W's columns from `column` on, as rows.
+// Computes a block of dX from the sums of all layers. columns: if `given` is not null, the transpose of W's columns
+// from `column` on.
 inline void finish_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
   const int64_t k = work.weight.columns, token = strip * kStrip;
   if (work.given != nullptr) dropped_dots(work, column, strip, columns, block);

@@ -1,20 +1,21 @@
-// A block of up to 2 x 2 strips of sums, which stays in L1. The kernels clear a block, add products to the block, and
-// write the block's results once. Include this file after the target pragma and after the files of an instruction set,
-// which define
-//   Row: 16 sums, with the operations of the Vec of simd_<isa>.h
-//   transposed(part, rows): returns the columns of 16 x 16 sums
-//   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values
-//   kLowRankRows: number of rows of sums that stay in registers at a time
+// Block holds the sums of up to 2 x 2 strips, and stays in L1. The kernels clear a block, add products to the block,
+// and write the block's results once. Include this file after the target pragma and after the files of an instruction
+// set, which define these names:
+//   Row: a vector of 16 sums, with the operations of the Vec of simd_<isa>.h.
+//   transposed(part, rows): writes the columns of 16 x 16 sums to `rows`.
+//   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values.
+//   kLowRankRows: number of rows of sums that add_low_rank keeps in registers at a time.
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep:
-//     c[i][j] += left strip i times right strip j over `tiles` tiles of the depth, for up to 2 x 2 strips; c[i][j] is
-//     [16][16] float32, 1 KiB. The function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
-//   kDecodeStrips: cost of decoding a panel, in strips of tokens that are multiplied with the panel
-//   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand, without a copy. The
-//     forward uses rows_of for up to kFewStrips strips of tokens; with kFewStrips 0 the forward never uses rows_of
-//   decodes_rows(weight): whether rows of this W can be a left operand that is decoded during the product with one
-//     strip of tokens
-//   decoded_rows(weight, row): returns the left operand that decodes W's rows from `row` on
-//   class TileUnit: an object of this class exists while a task multiplies.
+//     c[i][j] += left strip i times right strip j over `tiles` tiles of the depth, for up to 2 x 2 strips.
+//     c[i][j] is [16][16] float32, 1 KiB. multiply may call ahead->fetch() once for each kRowsOfStep rows and each
+//     tile of the depth.
+//   kDecodeStrips: the cost of decoding a panel; the unit is the product of the panel with one strip of tokens.
+//   rows_of(matrix, columns), kFewStrips: rows_of returns whole tiles of a row-major matrix as a left operand, without
+//     a copy. The forward uses rows_of for up to kFewStrips strips of tokens, and never if kFewStrips is 0.
+//   decodes_rows(weight): returns whether multiply can decode the rows of this W during the product with one strip of
+//     tokens.
+//   decoded_rows(weight, row): returns the left operand that decodes W's rows from `row` on.
+//   TileUnit: a class of which an object exists while a task multiplies.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -22,7 +23,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int kBlockStrips = 2;  // largest number of strips in a block, in rows and in lanes
+constexpr int kBlockStrips = 2;  // largest number of strips of a block, both in rows and in lanes
 constexpr int kBlockElements = kBlockStrips * kBlockStrips * kStrip * kStrip;
 
 template <typename Left>
@@ -37,10 +38,11 @@ struct BlockSums {
   alignas(64) float c[kBlockElements];
 };
 
-// A block. The sums lie in a BlockSums or in the memory for carried sums.
+// A block of sums. `c` points to a BlockSums, or to the memory for sums that are carried from part to part of the
+// depth.
 struct Block {
   float* c;
-  int left, right;  // numbers of strips in rows and in lanes
+  int left, right;  // numbers of strips: `left` in rows, `right` in lanes
 
   float* part(int i, int j) { return c + (i * kBlockStrips + j) * kStrip * kStrip; }
   void copy_from(const Block& from) {
@@ -61,8 +63,8 @@ struct Block {
   }
 };
 
-// Adds left [rows, rank] right [rank, 16] to column j of the block's parts, in float32: the low-rank term. With kSome,
-// only the lanes whose bit is set in `lanes` change.
+// Adds the low-rank term, the product of left [rows, rank] and right [rank, 16] in float32, to the j-th strip of lanes
+// of the block. If kSome is true, only the lanes whose bit is set in `lanes` change.
 template <bool kSome>
 inline void add_low_rank(const float* left, const float* right, int64_t rank, int j, Block* block, uint16_t lanes) {
   for (int row = 0; row < block->left * kStrip; row += kLowRankRows) {
@@ -81,13 +83,14 @@ inline void add_low_rank(const float* left, const float* right, int64_t rank, in
   }
 }
 
-// Adds the low-rank term to every column of the block. right is [strips, rank, 16].
+// Adds the low-rank term to all strips of lanes of the block. right is [strips, rank, 16].
 inline void add_low_rank(const float* left, const float* right, int64_t rank, Block* block) {
   for (int j = 0; j < block->right; ++j) add_low_rank<false>(left, right + j * rank * kStrip, rank, j, block, 0);
 }
 
-// Writes the block transposed into out [tokens, columns]: the block's rows are columns of out, and the block's lanes
-// are rows of out. more: null, or kPanelStep values per token of the block, which are added.
+// Writes the transpose of the block to out [tokens, columns]: the block's rows become columns of out, and the block's
+// lanes become rows of out. more: null, or kPanelStep values for each token of the block, which are added to the
+// block's values.
 inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tokens, int64_t column, int64_t columns,
                              const float* more = nullptr) {
   for (int j = 0; j < block->right; ++j) {

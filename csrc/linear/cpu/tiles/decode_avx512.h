@@ -11,7 +11,7 @@ namespace peft_ext {
 namespace {
 
 // Returns a table with the 16 values of an NF4 block, rounded to bfloat16, twice: vpermw reads five bits of an index,
-// and the fifth bit of an index is arbitrary here.
+// and the fifth bit of the indices of decode32 is arbitrary.
 inline __m512i block_table(const TileWeight& w, int64_t block) {
   const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(w.absmax[block]));
   return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(products)));
@@ -23,8 +23,8 @@ inline __m512i decode32(const uint8_t* packed, __m512i table) {
   return _mm512_permutexvar_epi16(index, table);
 }
 
-// Decodes (or copies, for a dense weight) any run of a weight's flat elements. The run may begin and end anywhere in a
-// block or byte.
+// Decodes `count` flat elements of an NF4 weight (or copies elements of a dense weight) from element `flat` on. The
+// elements may begin and end anywhere in an NF4 block or byte.
 inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
   if (w.dense != nullptr) {
     for (int64_t i = 0; i < count; ++i) out[i] = w.dense[flat + i];
@@ -47,7 +47,8 @@ inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* o
   }
 }
 
-// Decodes up to 64 columns of a row into two registers, with zeros beyond `count`. `column` is a multiple of 64.
+// Decodes (or copies, for a dense weight) the first `count` of 64 columns of a row into two registers, followed by
+// zeros. `column` is a multiple of 64.
 inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t column, int64_t count, __m512i* out) {
   const int64_t flat = row * w.columns + column;
   if (aligned) {
@@ -67,7 +68,8 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
   out[1] = _mm512_load_si512(run + 32);
 }
 
-// Converts the rows [begin, end) to left strips over `tiles` tiles of the columns, from tile `from` on. `from` is even.
+// Converts W's rows [begin, end) to left strips. The strips have `tiles` tiles of the columns, from tile `from` on.
+// `from` is even.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   if (w.decode != nullptr) {
     for (int64_t i = 0; i < ceil_div(end - begin, kStrip); ++i)
@@ -91,8 +93,8 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Converts the columns [begin, end) to right strips over `tiles` tiles of the rows, from tile `from` on. begin is a
-// multiple of kPanelStep.
+// Converts W's columns [begin, end) to right strips. The strips have `tiles` tiles of the rows, from tile `from` on.
+// begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const int64_t strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);

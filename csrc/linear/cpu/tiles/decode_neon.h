@@ -21,7 +21,7 @@ inline Values32 values32(const bf16* from) {
   return out;
 }
 
-// Loads the first `count` values, and zeros after them.
+// Loads the first `count` of 32 values, and sets the other values to zero.
 inline Values32 values32(const bf16* from, int64_t count) {
   bf16 lanes[kTileDepth] = {};
   if (count > 0) memcpy(lanes, from, static_cast<size_t>(min_i64(kTileDepth, count)) * sizeof(bf16));
@@ -50,7 +50,8 @@ inline Values32 decode32(const uint8_t* packed, WordPlanes table) {
            vzip1q_u16(words[0][1], words[1][1]), vzip2q_u16(words[0][1], words[1][1])}};
 }
 
-// Decodes any run of an NF4 weight's flat elements. The run may begin and end anywhere in a block or byte.
+// Decodes `count` flat elements of an NF4 weight, from element `flat` on. The elements may begin and end anywhere in an
+// NF4 block or byte.
 inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
   for (int64_t i = 0; i < count;) {
     const int64_t at = flat + i, block = at >> w.block_shift;
@@ -65,7 +66,8 @@ inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* o
   }
 }
 
-// Decodes up to 64 columns of a row, with zeros beyond `count`. `column` is a multiple of 64.
+// Decodes (or copies, for a dense weight) the first `count` of 64 columns of a row, followed by zeros. `column` is a
+// multiple of 64.
 inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t column, int64_t count, Values32* out) {
   const int64_t flat = row * w.columns + column;
   if (aligned) {
@@ -90,7 +92,7 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
   out[1] = values32(run + 32);
 }
 
-// Stores 32 values of the depth of row (or lane) i of a strip into the tile.
+// Stores 32 values into a tile: the values along the depth of row (or lane) i of the tile's strip.
 inline void put_row(const Values32& values, int64_t i, bf16* tile) {
   for (int q = 0; q < 4; ++q) {
     vst1_u16(words_of(tile + tile_offset(i, 8 * q)), vget_low_u16(values.words[q]));
@@ -98,7 +100,8 @@ inline void put_row(const Values32& values, int64_t i, bf16* tile) {
   }
 }
 
-// Converts the rows [begin, end) to strips over `tiles` tiles of the columns, from tile `from` on. `from` is even.
+// Converts W's rows [begin, end) to strips. The strips have `tiles` tiles of the columns, from tile `from` on. `from`
+// is even.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const bool aligned = aligned_blocks(w);
   for (int64_t row = begin; row < ceil_div(end - begin, kStrip) * kStrip + begin; ++row) {
@@ -115,8 +118,8 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Converts the columns [begin, end) to strips of lanes over `tiles` tiles of the rows, from tile `from` on. begin is a
-// multiple of kPanelStep.
+// Converts W's columns [begin, end) to strips of lanes. The strips have `tiles` tiles of the rows, from tile `from` on.
+// begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const int64_t strip = tiles * kTile, first = from * kTileDepth;
   const bool aligned = aligned_blocks(w);

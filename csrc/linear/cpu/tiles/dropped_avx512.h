@@ -1,13 +1,13 @@
-// The products with the few dropped elements, if dropout acts on the base too, as in PEFT's DoRA. Include this file
-// after the target pragma.
+// Computes the products with the few elements that dropout drops, if dropout acts on the base too, as in PEFT's DoRA.
+// Include this file after the target pragma.
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
-//             E[t] = sum over dropped k of x[t, k] W[:, k]. The columns of W are stored as rows here. One step of the
-//             dot product takes two of these columns
-//   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all kept elements
-//             dropped elements: dX[t, k] = dY[t] · W[:, k], one dot product for each element
+//             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One step of the
+//             dot product instruction multiplies two columns of W.
+//   backward  One product computes dX for all kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ....
+//             One dot product computes dX for each dropped element: dX[t, k] = dY[t] · W[:, k].
 //
-// Forward and backward need W's columns as rows. Therefore the kernels transpose each panel of W once, into the memory
+// Forward and backward need the transpose of W. Therefore the kernels transpose each panel of W once, into the memory
 // after the panel's strips.
 #pragma once
 
@@ -24,7 +24,7 @@ inline __m512i alternate_words(int from) {
   return _mm512_load_si512(index);
 }
 
-// Transposes a panel of W that is stored as left strips: out [32 tiles, kPanelStep] has W's columns as rows.
+// Transposes a panel of W that is stored as left strips: each row of out [32 · tiles, kPanelStep] is a column of W.
 inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   const __m512i even = alternate_words(0), odd = alternate_words(1);
   for (int64_t half = 0; half < ceil_div(strips, 2); ++half)
@@ -44,7 +44,8 @@ inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* ou
     }
 }
 
-// Converts a panel of right strips to rows, one per lane: out [16 strips, 32 tiles].
+// Converts a panel of W that is stored as right strips: each row of out [16 · strips, 32 · tiles] is a lane of the
+// panel, a column of W.
 inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   for (int64_t s = 0; s < strips; ++s)
     for (int64_t d = 0; d < tiles; ++d) {
@@ -69,7 +70,8 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
       const __m512i values = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, work.m + t * work.depth + k));
       const __m512i columns = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(k)));
       const __m512i entries = _mm512_or_si512(values, _mm512_slli_epi32(columns, 16));
-      // The store must not write past the token's entries: another thread may write the next token's entries.
+      // The store must not write beyond this token's entries, because another thread may write the next token's
+      // entries.
       const int count = __builtin_popcount(mask);
       _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(first_bits(count)),
                                _mm512_maskz_compress_epi32(mask, entries));
@@ -80,8 +82,8 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
   }
 }
 
-// Computes out [kPanelStep] = sum over entries of the entry's value times W's column. The first kHalves * 32 values of
-// a row of `turned` are used.
+// Computes out [kPanelStep], the sum over one token's DroppedEntries of the entry's value times the entry's column of
+// W. The columns of W are the rows of `turned`, of which only the first kHalves * 32 values are used.
 template <int kHalves>
 inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* turned, float* out) {
   constexpr int kPairs = static_cast<int>(kDroppedStep) / 2;
@@ -101,8 +103,8 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
         sums[q][half][1] = _mm512_dpbf16_ps(sums[q][half][1], high, x);
       }
     }
-  // The unpack instructions left four of each eight values in each of the two registers; front and back restore the
-  // order.
+  // The unpack instructions put four of each eight values into `low` and the other four into `high`; the indices front
+  // and back restore the order.
   const __m512i front = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i back = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
   for (int half = 0; half < kHalves; ++half) {
@@ -113,7 +115,8 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
   }
 }
 
-// Computes E for up to 32 tokens from `token` on and `rows` rows of W: out [32, kPanelStep].
+// Computes out [32, kPanelStep]: the product E of the dropped elements of up to 32 tokens, from `token` on, with `rows`
+// rows of W.
 inline void dropped_product(const TileForward& work, int64_t rows, int64_t token, const bf16* turned, float* out) {
   for (int64_t t = token; t < min_i64(work.tokens, token + 2 * kStrip); ++t) {
     const uint32_t* entries = work.rest.entries + work.rest.first[t];
@@ -142,7 +145,8 @@ inline void dots(const bf16* grad, int64_t depth, const bf16* const* rows, float
   for (int i = 0; i < kCount; ++i) out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
 }
 
-// Sets the dropped elements of the block. columns: W's columns from `column` on, each [rows rounded up to 32].
+// Sets the elements of a block of dX that dropout drops to dot products of dY and columns of W. columns: W's columns
+// from `column` on, each padded with zeros to a multiple of 32 values.
 inline void dropped_dots(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
   const int64_t n = work.weight.rows, stride = tiles_of(n) * kTileDepth;
   const uint32_t inside = first_bits(min_i64(32, work.weight.columns - column));

@@ -1,5 +1,5 @@
-// The products with the few dropped elements, on Arm. dropped_avx512.h explains the algorithm. Include this file after
-// the target pragma and the microkernel's file.
+// Computes the products with the few elements that dropout drops, on Arm. dropped_avx512.h explains the algorithm.
+// Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// Transposes a panel of strips of rows: out [32 tiles, kPanelStep] has W's columns as rows.
+// Transposes a panel of W that is stored as strips of rows: each row of out [32 · tiles, kPanelStep] is a column of W.
 inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   for (int64_t s = 0; s < ceil_div(strips, 2) * 2; ++s)
     for (int64_t d = 0; d < tiles * kTileDepth; ++d)
@@ -16,7 +16,8 @@ inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* ou
         out[d * kPanelStep + s * kStrip + i] = s < strips ? panel[s * tiles * kTile + tile_offset(i, d)] : bf16{};
 }
 
-// Converts a panel of strips of lanes to rows, one per lane: out [16 strips, 32 tiles].
+// Converts a panel of W that is stored as strips of lanes: each row of out [16 · strips, 32 · tiles] is a lane of the
+// panel, a column of W.
 inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   for (int64_t s = 0; s < strips; ++s)
     for (int64_t i = 0; i < kStrip; ++i)
@@ -40,8 +41,9 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
   }
 }
 
-// Computes out [kPanelStep] = sum over entries of the entry's value times W's column. The first kCount values of a row
-// of `turned` are used. Entries are taken in pairs, whose columns are interleaved for BFDOT.
+// Computes out [kPanelStep], the sum over one token's DroppedEntries of the entry's value times the entry's column of
+// W. The columns of W are the rows of `turned`, of which only the first kCount values are used. The columns of two
+// entries are interleaved for BFDOT.
 template <int kCount>
 inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* turned, float* out) {
   static_assert(kDroppedStep % 2 == 0);
@@ -64,7 +66,8 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
   }
 }
 
-// Computes E for up to 32 tokens from `token` on and `rows` rows of W: out [32, kPanelStep].
+// Computes out [32, kPanelStep]: the product E of the dropped elements of up to 32 tokens, from `token` on, with `rows`
+// rows of W.
 inline void dropped_product(const TileForward& work, int64_t rows, int64_t token, const bf16* turned, float* out) {
   for (int64_t t = token; t < min_i64(work.tokens, token + 2 * kStrip); ++t) {
     const uint32_t* entries = work.rest.entries + work.rest.first[t];
@@ -86,7 +89,8 @@ inline float dot(const bf16* grad, int64_t depth, const bf16* row) {
   return vaddvq_f32(vaddq_f32(vaddq_f32(sums[0], sums[1]), vaddq_f32(sums[2], sums[3])));
 }
 
-// Sets the dropped elements of the block. columns: W's columns from `column` on, each [rows rounded up to 32].
+// Sets the elements of a block of dX that dropout drops to dot products of dY and columns of W. columns: W's columns
+// from `column` on, each padded with zeros to a multiple of 32 values.
 inline void dropped_dots(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
   const int64_t n = work.weight.rows, stride = tiles_of(n) * kTileDepth;
   const uint32_t inside = first_bits(min_i64(32, work.weight.columns - column));

@@ -26,16 +26,17 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
     }
 }
 
-// Multiplies kRows rows at a time, so that one load of x serves all kRows rows. For one token kRows is 1, because
-// memory is read faster in order than in several rows at a time. x is packed with the tokens side by side, and is read
-// from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
+// Multiplies kRows rows of W at a time, so that each value of x is loaded once for all kRows rows. For one token kRows
+// is 1, because memory is read faster in order than in several rows at a time. few_tokens_pack stored the tokens of x
+// side by side, and x is read from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a
+// time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
-  // A sum must wait for the previous product. Several independent sums keep the multiplier busy.
+  // Each addition to a sum must wait for the previous addition. Several independent sums keep the multiplier busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
-  // Distance of the prefetched memory in bytes. Several rows at a time are too many streams for the hardware
-  // prefetcher, so the kernel prefetches the rows that it multiplies next.
+  // Distance in bytes from the memory that is read to the memory that is prefetched. Several rows at a time are too
+  // many streams for the hardware prefetcher, so the kernel prefetches the rows that the kernel multiplies next.
   const int64_t ahead = kRows == 1 ? 4096 : kRows * k * static_cast<int64_t>(sizeof(bf16));
   __m512 sums[kRows][kTokens][kSums];
 #pragma GCC unroll 4
@@ -84,7 +85,7 @@ inline void few_tokens_of(const TileFewTokens& work, int64_t begin, int64_t end)
   for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row);
 }
 
-// Runs the kernel for at most 8 tokens.
+// Computes the rows [begin, end) for one group of at most 8 tokens.
 inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t end) {
   switch (work.tokens) {
     case 1:
@@ -108,8 +109,8 @@ inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t e
 
 void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
   if (work.tokens <= kFewestTokens) return few_tokens_group(work, begin, end);
-  // All groups of tokens use kRows rows of W before the next rows. The rows stay in L2 meanwhile, so that W is read
-  // from memory once.
+  // kRows rows of W are multiplied with all groups of tokens before the next rows are read. The rows stay in L2 until
+  // then, so that W is read from memory only once.
   constexpr int64_t kRows = 12;  // a multiple of every kRows with which few_tokens_of is compiled
   const int64_t length = tiles_of(work.columns) * kTileDepth;
   for (int64_t row = begin; row < end; row += kRows)

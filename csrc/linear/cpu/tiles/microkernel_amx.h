@@ -1,9 +1,9 @@
-// multiply() of the tile kernels with AMX-BF16. block.h has the contract. Include this file after the target pragma and
-// after amx.h or amx_emulated.h.
+// Defines multiply() of the tile kernels with AMX-BF16. block.h describes what multiply() must compute. Include this
+// file after the target pragma and after amx.h or amx_emulated.h.
 //
-// 2 x 2 tiles of sums stay in tile registers. Each step of the depth loads two tiles of rows and two tiles of lanes for
-// four products of 16 x 16 x 32. Tiles that are loaded repeatedly lie in 1 KiB of contiguous memory: with the stride of
-// a matrix all 16 rows of a tile could fall into one set of L1.
+// The sums of 2 x 2 tiles stay in tile registers. For each step of the depth, the kernel loads two tiles of rows and
+// two tiles of lanes, and computes four products of 16 x 16 x 32. A tile that is loaded repeatedly is stored in 1 KiB
+// of contiguous memory: if its rows were a matrix row apart, all 16 rows could fall into one set of the L1 cache.
 #pragma once
 
 #include <stdint.h>
@@ -25,15 +25,15 @@ constexpr int64_t kFewStrips = 8;  // measured: up to 128 tokens, reading W's ro
 inline bool decodes_rows(const TileWeight&) { return false; }
 inline Strips decoded_rows(const TileWeight&, int64_t) { return Strips{}; }
 
-// A left operand. Distances in elements: `strip` from 16 rows to the next 16, `tile` from 32 of the depth to the next
-// 32, and `row` from a row to the next.
+// A left operand of multiply(). The fields are distances in elements: `strip` from 16 rows to the next 16 rows, `tile`
+// from 32 elements of the depth to the next 32, and `row` from a row to the next row.
 struct Rows {
   const bf16* at;
   int64_t strip, tile, row;
 };
 
 inline Rows rows_of(const Strips& left) { return Rows{left.at, left.stride, kTile, kTileDepth}; }
-// Returns a left operand that reads a row-major matrix in place: the pointer `matrix` and the distances in it.
+// Returns a left operand that reads the rows of a row-major matrix in place, without a copy.
 inline Rows rows_of(const bf16* matrix, int64_t columns) { return Rows{matrix, kStrip * columns, kTileDepth, columns}; }
 
 template <bool kTwoLeft, bool kTwoRight>
@@ -64,8 +64,8 @@ inline void multiply_tiles(const Rows& left, const Strips& right, int64_t tiles,
   if (kTwoLeft && kTwoRight) AMX_STORE(3, c + 3 * kPart);
 }
 
-// The function does not prefetch: with prefetching, a 4096 x 4096 step with 48 to 512 tokens was 4 to 11% slower,
-// because the prefetches delay the loads of tiles.
+// The function does not prefetch: with prefetching, a step of a 4096 x 4096 layer with 48 to 512 tokens was 4 to 11%
+// slower, because the prefetches delay the loads of tiles.
 inline void multiply(const Rows& left, int left_strips, const Strips& right, int right_strips, int64_t tiles, float* c,
                      Ahead*) {
   if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c);

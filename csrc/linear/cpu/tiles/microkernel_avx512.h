@@ -1,11 +1,12 @@
-// multiply() of the tile kernels with the dot product of AVX512-BF16. block.h has the contract. Include this file after
-// the target pragma.
+// Defines multiply() of the tile kernels with the dot product of AVX512-BF16. block.h describes what multiply() must
+// compute. Include this file after the target pragma.
 //
-// The sums of 8 rows by 2 strips of lanes are in 16 registers. Each pair of the depth loads two registers of lanes and
-// broadcasts eight pairs of rows: 10 loads for 16 products, so that the products limit the speed, at one per cycle.
-// A single strip is multiplied with 16 rows of NF4 without making a panel: 64 columns are decoded into L1, one row
-// after every 32 products with the previous 64 columns. Decoding uses the shuffle and store units, which the products
-// leave idle. (For a dense W reading row after row into a panel is faster.)
+// The sums of 8 rows by 2 strips of lanes are in 16 registers. For each pair of elements of the depth, the kernel loads
+// two registers of lanes and broadcasts eight pairs of rows. These are 10 loads for 16 products, so that the products
+// limit the speed, at one product per cycle. A single strip of tokens is multiplied with 16 rows of an NF4 weight
+// without making a panel: 64 columns are decoded into L1, one row after every 32 products with the previous 64 columns.
+// Decoding uses the shuffle and store units, which the products leave idle. (For a dense W, copying row after row into
+// a panel is faster.)
 #pragma once
 
 #include <immintrin.h>
@@ -26,7 +27,8 @@ constexpr int64_t kDecodeStrips = 1;
 inline Strips rows_of(const bf16* matrix, int64_t) { return Strips{matrix, 0}; }
 constexpr int64_t kFewStrips = 0;
 
-// A left operand: the rows of W from `row` on, which are decoded during the product with one strip.
+// A left operand of multiply(): the rows of W from `row` on, which multiply() decodes during the product with one strip
+// of tokens.
 struct DecodedRows {
   const TileWeight* weight;
   int64_t row;
@@ -34,8 +36,9 @@ struct DecodedRows {
 inline bool decodes_rows(const TileWeight& w) { return aligned_blocks(w); }
 inline DecodedRows decoded_rows(const TileWeight& weight, int64_t row) { return DecodedRows{&weight, row}; }
 
-// Decodes the columns [column, column + 64) of a row, with zeros beyond the last column. Prefetches the columns of four
-// calls later; after the last columns of a row, the function prefetches the first columns of the row 16 rows below.
+// Decodes the columns [column, column + 64) of a row, or writes zeros if the row is beyond the last row. The function
+// also prefetches the columns 256 columns further in the row, or, beyond the end of the row, the first columns of the
+// row 16 rows below.
 inline void decode_row(const TileWeight& w, int64_t row, int64_t column, bf16* out) {
   const int64_t far = column + 4 * kPanelStep;
   __builtin_prefetch(

@@ -1,10 +1,10 @@
-// multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h has the contract. Include this
-// file after the target pragma.
+// Defines multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h describes what multiply()
+// must compute. Include this file after the target pragma.
 //
-// BFMMLA multiplies two rows and two lanes with four values of the depth each; one register holds the 2 x 2 sums. The
-// tiles of both operands therefore have the layout [8 steps of four of the depth][8 pairs of rows or lanes][2][4],
-// where a register holds one step of one pair. The sums of 8 rows by 8 lanes are in 16 registers. Each step of the
-// depth loads four pairs of rows and four pairs of lanes for 16 products.
+// One BFMMLA instruction multiplies two rows with two lanes over four values of the depth; one register holds the 2 x 2
+// sums. The tiles of both operands therefore have the layout [8 steps of four of the depth][8 pairs of rows or
+// lanes][2][4], where a register holds one step of one pair. The sums of 8 rows by 8 lanes are in 16 registers. For
+// each step of the depth, the kernel loads four pairs of rows and four pairs of lanes, and computes 16 products.
 #pragma once
 
 #include <arm_neon.h>
@@ -28,14 +28,15 @@ constexpr int64_t kFewStrips = 0;
 inline bool decodes_rows(const TileWeight&) { return false; }
 inline Strips decoded_rows(const TileWeight&, int64_t) { return Strips{}; }
 
-// Returns the offset of element [i, d] in a strip of rows or lanes.
+// Returns the offset of the element d of the depth of row (or lane) i in a strip.
 constexpr int64_t tile_offset(int64_t i, int64_t d) {
   return d / kTileDepth * kTile + d % kTileDepth / kDepthStep * kStrip * kDepthStep + i * kDepthStep + d % kDepthStep;
 }
 
 inline bfloat16x8_t pair_of(const bf16* x) { return vreinterpretq_bf16_u16(vld1q_u16(words_of(x))); }
 
-// Multiplies 8 rows by 8 lanes. left and right point to the first pair.
+// Adds the product of 8 rows and 8 lanes over `tiles` tiles to c. left and right point to the first pair of rows and of
+// lanes.
 inline void multiply_pairs(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
   float32x4_t sums[kPairs][kPairs];
 #pragma GCC unroll 4

@@ -1,5 +1,5 @@
-// The position of a panel in W, and the parts of the next panel that are prefetched during the products with a panel.
-// Include this file after the target pragma.
+// Computes where a panel lies in W, decodes blocks of packed weights, and prefetches the next panel during the products
+// with the present panel. Include this file after the target pragma.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -9,13 +9,14 @@ namespace {
 
 inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
 
-// Returns whether W is NF4, and kPanelStep columns from a multiple of kPanelStep always lie in one block and begin at a
-// whole byte.
+// Returns whether W is an NF4 weight in which any kPanelStep columns that begin at a multiple of kPanelStep lie in one
+// NF4 block and begin at a whole byte.
 inline bool aligned_blocks(const TileWeight& w) {
   return w.packed != nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
 }
 
-// Returns whether the rows [begin, end) of a dense W consist of whole tiles, which need no copy.
+// Returns whether W is dense and its rows [begin, end) consist of whole tiles, so that the kernels can read the rows
+// without a copy.
 inline bool whole_tiles(const TileWeight& w, int64_t begin, int64_t end) {
   return w.dense != nullptr && w.columns % kTileDepth == 0 && (end - begin) % kStrip == 0;
 }
@@ -28,10 +29,11 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
                             : reinterpret_cast<const char*>(w.packed + flat / 2);
 }
 
-// rows_ahead and columns_ahead return the memory to prefetch for the next panel during `steps` steps. The next panel of
-// the forward has the rows from `row` on and `tiles` tiles of their columns, from tile `from` on. The next panel of the
-// backward has the columns from `column` on, which are one run in each of the rows of the tiles.
-// Nothing is prefetched of a weight whose codes are not stored row by row.
+// rows_ahead and columns_ahead return the memory of the next panel, which is prefetched during `steps` steps of the
+// product. The next panel of the forward has the rows from `row` on and `tiles` tiles of their columns, from tile
+// `from` on. The next panel of the backward has the columns from `column` on, which are one run of memory in each row
+// of the tiles.
+// If the codes of a packed weight are not stored row by row, nothing is prefetched.
 inline Ahead rows_ahead(const TileWeight& w, int64_t row, int64_t count, int64_t from, int64_t tiles, int64_t steps) {
   const int64_t rows = w.decode != nullptr && w.row_bytes[0] == 0 ? 0 : min_i64(count, w.rows - row);
   if (rows <= 0 || steps <= 0) return Ahead{};
@@ -59,8 +61,8 @@ inline Ahead columns_ahead(const TileWeight& w, int64_t column, int64_t count, i
   return Ahead{at, stride, group, runs, ceil_div(runs, steps), runs > 0 ? steps / runs : 1};
 }
 
-// Decodes the rows [row, row + count) and columns [column, column + width) of a weight that TileWeight::decode decodes
-// to out [count, stride], and writes zeros beyond the weight's rows and columns.
+// Decodes a block of a packed weight by TileWeight::decode: the rows [row, row + count) and the columns [column, column
+// + width), to out [count, stride], with zeros beyond the weight's rows and columns.
 inline void decode_block(const TileWeight& w, int64_t row, int64_t count, int64_t column, int64_t width, bf16* out,
                          int64_t stride) {
   const int64_t rows = min_i64(count, w.rows - row), columns = min_i64(width, w.columns - column);
@@ -94,8 +96,9 @@ inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
   }
 }
 
-// Prefetches the columns [column, column + 64) of the row that is decoded four rows later, from a part of the rows. The
-// hardware prefetcher does not know where the part of the next row begins.
+// Prefetches the columns [column, column + 64) of the row that is decoded four rows later. weight_rows calls this
+// function if a panel has only a part of each row, because the hardware prefetcher does not know where this part begins
+// in the next row.
 inline void fetch_row_part(const TileWeight& w, int64_t row, int64_t column) {
   const int64_t flat = min_i64(row + 4, w.rows - 1) * w.columns + column;
   __builtin_prefetch(element_address(w, flat), 0, 3);

@@ -1,9 +1,10 @@
 // Divides the work of the tile kernels among threads. The plan is pure arithmetic without torch and without a search,
 // so that planning ends for every input.
 //
-//   unit     a panel of kPlanRows rows of W against kPlanStrip * step tokens; a unit is never divided among threads
-//   block    token strips that all of W is multiplied with before the next block; a block's strips stay in cache
-//   part     the work of one thread: a range of units in each block, panel after panel
+//   unit     The product of a panel of kPlanRows rows of W with kPlanStrip * step tokens, which one thread computes.
+//   block    Token strips that are multiplied with all of W before the strips of the next block. These strips stay in
+//            cache.
+//   part     The work of one thread: a range of units in each block, panel after panel.
 //
 // Every unit is in exactly one range. There are two divisions: in the first division, a range may end at any unit, and
 // two threads may decode the same panel; in the second division, a range ends only at a whole panel. The plan takes the
@@ -25,9 +26,10 @@ constexpr int64_t kPlanTile = 32;  // number of elements of the depth in a tile
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
 constexpr int64_t kPlanDeep = 4096;
 
-// How a depth is cut, in elements. Panels that are decoded together have kPlanPanel elements of the depth in all, which
-// take 512 KiB of L2. Several panels share each load of the tokens, which a deep layer reads from L3 or from memory.
-// Without a cut, no sums are loaded and stored between parts.
+// How a depth is cut into parts. Depths are in elements. Panels that are decoded together have at most kPlanPanel
+// elements of the depth in all, which take 512 KiB of L2. If several panels are decoded together, each load of the
+// tokens, which a deep layer reads from L3 or from memory, is used for all of these panels. If the depth is not cut, no
+// sums are loaded and stored between parts.
 struct DepthCut {
   int64_t whole;     // largest depth that is not cut into parts
   int64_t part;      // largest number of elements in a part of a deeper depth
@@ -35,12 +37,12 @@ struct DepthCut {
 };
 constexpr int64_t kPlanPanel = 4096;
 constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
-// A panel of the backward has a short run of each of many rows of W. Most of the runs begin in another page, and if the
-// length of a row is a multiple of a power of two, the runs share few sets of a cache. Parts of few rows and panels of
-// many columns have longer runs and fewer pages.
+// A panel of the backward has a few columns of many rows of W, so that it consists of many short runs of memory. Most
+// of the runs lie in different pages, and if the length of a row is a multiple of a large power of two, the runs share
+// few sets of a cache. Parts of few rows and panels of many columns have longer runs and fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
-// Smallest number of units per part in a block, if there are several blocks: a part with one unit more than the other
-// parts then costs little.
+// Smallest number of units of a block in each part, if there are several blocks. With so many units, one unit more than
+// in the other parts costs little.
 constexpr int64_t kPlanUnits = 32;
 
 // The rows [row, end) of W, which are multiplied with the token strips [first, last).
@@ -52,7 +54,7 @@ struct TilePlan {
   int64_t rows, strips;           // numbers of rows of W and of token strips in the call
   int64_t step;                   // number of token strips in a unit
   int64_t panels, steps, blocks;  // `steps` is the number of groups of `step` strips; the last group may be shorter
-  int64_t parts;                  // number of parts, at most the number of threads; 0 without work
+  int64_t parts;                  // number of parts, at most the number of threads; 0 if there are no units
   bool whole_panels;              // whether each panel of a block belongs to one part
   int64_t together;               // largest number of panels of W in a range
 
@@ -61,14 +63,14 @@ struct TilePlan {
 
   int64_t first_step(int64_t block) const { return steps * block / blocks; }
 
-  // Returns the first unit of a part in a block. Units are counted panel by panel.
+  // Returns the index of the first unit of a part in a block. The units of a block are counted panel by panel.
   int64_t first_unit(int64_t part, int64_t block) const {
     const int64_t of_panel = first_step(block + 1) - first_step(block);
     return whole_panels ? panels * part / parts * of_panel : panels * of_panel * part / parts;
   }
 
-  // Calls run(PlanRange) for each piece of a panel, and for each group of up to `together` whole panels, of a part,
-  // block after block.
+  // Calls run(PlanRange) for all ranges of a part, block after block. A range is a piece of a panel, or up to
+  // `together` whole panels.
   template <typename Run>
   void each(int64_t part, const Run& run) const {
     for (int64_t block = 0; block < blocks; ++block) {
@@ -104,8 +106,8 @@ inline int64_t panels_together(const DepthCut& cut, int64_t tiles) {
   return fitting < 1 ? 1 : fitting < cut.together ? fitting : cut.together;
 }
 
-// Plans W [rows, depth] (or its columns) against `tokens` tokens. decode: cost of decoding a panel, in strips.
-// together: largest number of panels in a range.
+// Plans the product of W [rows, depth], or of the transpose of W, with `tokens` tokens. decode: the cost of decoding a
+// panel; the unit is the product of the panel with one strip of tokens. together: largest number of panels in a range.
 inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t step, int64_t decode, int64_t threads,
                            int64_t together = 1) {
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };

@@ -1,4 +1,4 @@
-// Runs the tile kernels on all threads: tells which weights and tokens the tile kernels accept, and makes strips of
+// Runs the tile kernels on all threads, decides which weights and tokens the tile kernels accept, and makes strips of
 // activations.
 #pragma once
 
@@ -18,32 +18,34 @@ const TileKernels* tile_kernels();
 enum class TileProduct {
   kForward,
   kBackward,
-  kPlainBackward  // a backward for which PyTorch's product, added onto the low-rank term, is an alternative
+  kPlainBackward  // a backward that PyTorch's product, added in place to the low-rank term, can compute too
 };
 
 // Returns whether the tile kernels accept `tokens` tokens of dtype `type` for the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product);
 
-// Returns whether TileFewTokens computes the tokens of a dense weight that the tiles do not accept.
+// Returns whether TileFewTokens computes those calls with a dense weight that have too few tokens for the tile kernels.
 bool tiles_take_few_tokens(ScalarType type);
 
-// Returns the weights in the form of the tile kernels, in order. Decoded scales lie in the calling thread's scratch.
+// Returns the weights, in their order, as arguments of the tile kernels. The decoded scales are in the calling thread's
+// scratch.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 
-// Returns the arguments of TileKernels::left_strips and right_strips, and the calling thread's scratch for the strips.
+// strips_of returns the arguments of TileKernels::left_strips and right_strips. strips_room returns scratch memory of
+// the calling thread for the strips.
 TokenStrips strips_of(bf16* room, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                       const KeepBits* keep);
 bf16* strips_room(Scratch use, int64_t tokens, int64_t depth);
 
-// Converts m [tokens, depth] to strips in `room`, for strips_elements(tokens, depth), or in the calling thread's
-// scratch.
+// Converts m [tokens, depth] to strips in `room`, which must have room for strips_elements(tokens, depth) elements, or
+// in scratch memory of the calling thread.
 bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Returns whether the tiles compute the products with dropped elements separately. On AMX the result is false, because
-// a product with all of W takes about as long in AMX as a product with a twentieth of W takes in vectors.
+// Returns whether the tile kernels multiply the dropped elements separately. On AMX the result is false, because AMX
+// multiplies all of W in about the time in which vector instructions multiply a twentieth of W.
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
 // The dropped elements of m [tokens, depth]. The pointers in `entries` point into the other fields.

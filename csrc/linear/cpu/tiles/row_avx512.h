@@ -1,5 +1,5 @@
-// Row, 16 sums of a block in one register, in AVX-512 with BF16. See block.h. Include this file after the target
-// pragma.
+// Defines Row, 16 sums of a block in one register, for AVX-512 with BF16. See block.h. Include this file after the
+// target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"

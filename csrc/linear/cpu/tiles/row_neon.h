@@ -1,4 +1,4 @@
-// Row, 16 sums of a block in four registers, on Arm. See block.h. Include this file after the target pragma.
+// Defines Row, 16 sums of a block in four registers, for Arm. See block.h. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_neon.h"
@@ -10,7 +10,7 @@ struct Row {
   static constexpr int kWidth = 16, kParts = kWidth / Vec::kWidth;
   Vec part[kParts];
 
-  // Returns the Row of f(i), a Vec for each part i.
+  // Returns a Row whose part i is the Vec f(i).
   template <typename F>
   static Row of(const F& f) {
     return {{f(0), f(1), f(2), f(3)}};
@@ -35,7 +35,7 @@ struct Row {
   static Row where(uint32_t bits, Row a, Row b) {
     return of([&](int i) { return Vec::where(bits >> i * Vec::kWidth, a.part[i], b.part[i]); });
   }
-  // Loads the first `count` values, and zeros after them.
+  // Loads the first `count` of 16 values, and sets the other values to zero.
   template <typename T>
   static Row load_as(const T* x, int64_t count) {
     T lanes[kWidth] = {};

@@ -1,5 +1,5 @@
-// Converts activations to strips, on Arm, and applies the dropout mask and the scale on the way. Strips of rows and
-// strips of lanes have the same layout. Include this file after the target pragma and the microkernel's file.
+// Converts activations to strips, on Arm, and applies the dropout mask and the scale at the same time. Strips of rows
+// and strips of lanes have the same layout. Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/decode_neon.h"

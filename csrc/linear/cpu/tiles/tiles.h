@@ -1,26 +1,28 @@
-// The contract of the tile kernels: the adapted linear layer in bfloat16 on CPUs with a bfloat16 product (AVX512-BF16,
-// AMX, Arm's BF16). Each instruction set has a table of these kernels.
+// Declares the tile kernels, which compute the adapted linear layer in bfloat16 on CPUs with a bfloat16 product
+// (AVX512-BF16, AMX, Arm's BF16). Each instruction set has a table of these kernels.
 //
 //   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
 //   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
-//             For several layers of one input, one block of sums holds the sum of the layers' dX
+//             For several layers of one input, one block of sums holds the sum of the layers' dX.
 //
-// If dropout acts on the base too and drops few elements, the second product with all of W is replaced by a product
-// with the dropped elements: see dropped_avx512.h.
+// In the backward, G is g ∘ dY and P is (g ∘ dY) ρB. If dropout acts on the base too, as in PEFT's DoRA, G is dY and H
+// is (g - 1) ∘ dY; otherwise there is no H. If dropout acts on the base too and drops few elements, the second product
+// with all of W is replaced by a product with the dropped elements: see dropped_avx512.h.
 //
 // One microkernel serves the forward and the backward: C [rows, lanes] += left [rows, depth] right [depth, lanes],
 // where the depth is summed in float32 from first to last. A panel of a deep W does not fit L2. The depth is therefore
 // cut into parts, and a panel has one part of the depth at a time: all tokens of a call are multiplied with the first
 // part, then with the second part, and the float32 sums of a block are carried from part to part in scratch memory. The
-// cut does not change the order of a sum, and so does not change the results. Operands lie in tiles of 1 KiB. The tiles
-// of a strip are in the order of the depth, with zeros where the matrix ends:
-//   left   16 rows x 32 of the depth, in row-major order;
-//   right  16 pairs of the depth x 16 lanes x 2: AMX's VNNI layout, of which vdpbf16ps reads one register per pair.
-// With these layouts, the forward reads W's rows in row-major order, decoded on the way, and transposes x once. The
-// backward interleaves pairs of W's rows and copies G. On Arm the tiles of both operands are 8 steps of the depth x 8
-// pairs x 2 x 4, see microkernel_neon.h. A panel of W is decoded into a scratch that stays in L2 while all tokens use
-// the panel. No repacked copy of the whole W is made. A call of a kernel writes and rounds each element of Y or dX
-// once.
+// cut does not change the order of a sum, and so does not change the results. Operands are stored in tiles of 1 KiB.
+// The tiles of a strip are in the order of the depth, with zeros beyond the end of the matrix:
+//   left   A tile has 16 rows x 32 elements of the depth, in row-major order.
+//   right  A tile has 16 pairs of elements of the depth x 16 lanes x 2. This is AMX's VNNI layout, of which vdpbf16ps
+//          reads one register for each pair.
+// With these layouts, the forward reads and decodes W's rows in row-major order, and transposes x once. The backward
+// interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8 steps of the
+// depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is decoded into scratch memory that stays in L2 while
+// all tokens are multiplied with the panel. No repacked copy of the whole W is made. A call of a kernel writes and
+// rounds each element of Y or dX once.
 #pragma once
 
 #include <stdint.h>
@@ -33,7 +35,7 @@ namespace peft_ext {
 constexpr int64_t kStrip = 16;      // number of rows or lanes in a strip
 constexpr int64_t kTileDepth = 32;  // number of elements of the depth in a tile
 constexpr int64_t kTile = kStrip * kTileDepth;
-constexpr int64_t kPanelStep = 64;      // number of rows or columns of W that are decoded together
+constexpr int64_t kPanelStep = 64;      // number of rows (in the backward: columns) of W in a panel
 constexpr int64_t kReduceTokens = 512;  // number of tokens in one partial sum of grad_in_scale
 
 // W [rows, columns]: dense, NF4, or in a format that `decode` decodes (see FormatKernels::decode).
@@ -45,16 +47,16 @@ struct TileWeight {
   int64_t rows, columns;
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype) = nullptr;
-  PackedView view{};  // packed W in the form that `decode` takes
-  // For prefetches of the weight that `decode` decodes: bytes of a row, and of kPanelStep columns of a row, in part 0
-  // and in part 1. 0: the part is not stored row by row.
+  PackedView view{};  // packed W, as an argument of `decode`
+  // For prefetches of a weight that `decode` decodes, for part 0 and for part 1 of the weight: the bytes of a row, and
+  // the bytes of kPanelStep columns of a row. Both are 0 if the part is not stored row by row.
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
 };
 
 // Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the
-// depth, so that memory and multiplier work at the same time. `left` runs of 128 bytes remain, and one of `every` steps
-// prefetches `each` runs: runs that are prefetched long before their use may be displaced from L2. The runs lie in
-// groups of `group` adjacent runs, and the groups are `stride` bytes apart.
+// depth, so that memory and multiplier work at the same time. `left` is the number of runs of 128 bytes that remain.
+// Every `every`-th step prefetches `each` runs, not earlier, because runs that are prefetched long before their use may
+// be displaced from L2. The runs lie in groups of `group` adjacent runs, and the groups are `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, group = 1, left = 0, each = 0;
@@ -82,8 +84,8 @@ struct Strips {
   int64_t stride;
 };
 
-// Conversion of m [tokens, depth] to strips. m is multiplied by scale [depth], rounded to bfloat16, and set to zero
-// where keep has no bit.
+// Arguments of the conversion of m [tokens, depth] to strips. The elements of m are multiplied by scale [depth] and
+// rounded to bfloat16, and elements whose bit in `keep` is not set become zero.
 struct TokenStrips {
   const bf16* m;
   int64_t tokens, depth;
@@ -98,25 +100,26 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
-  uint16_t lanes;  // bit j: token j of the strip has this adapter; non-finite values of B reach no other token
+  uint16_t lanes;  // bit j: token j has this adapter; other tokens stay free of non-finite values of B
 };
 
-// The dropped elements of x. Token t has the entries [first[t], first[t + 1]). An entry is the column, shifted left by
-// 16, combined with the 16 bits of the value. A token's entries are padded to a multiple of kDroppedStep by entries
-// with the value 0 and the last entry's column.
+// The elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The upper 16 bits of an entry
+// are the column, and the lower 16 bits are the element's value in bfloat16. A token's entries are padded to a multiple
+// of kDroppedStep by entries with the value 0 and the last entry's column.
 struct DroppedEntries {
   const int64_t* first = nullptr;
   uint32_t* entries = nullptr;
 };
 constexpr int64_t kDroppedStep = 4;
-// Largest depth for which DroppedEntries are made: an entry has 16 bits for the column, and a panel with the panel's
-// transpose takes half of the scratch that a thread keeps.
+// Largest depth for which DroppedEntries are made, because an entry has 16 bits for the column. At this depth, a panel
+// and the panel's transpose together take half of the scratch memory that a thread keeps.
 constexpr int64_t kDroppedDepth = 65536;
 
-// Arguments of the forward. With `dropped`, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ.
+// Arguments of the forward. If `dropped` is given, as in PEFT's DoRA with dropout on the base: Z = x̃ Wᵀ + S (ρB)ᵀ and
+// Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ.
 struct TileForward {
   TileWeight weight;
-  int64_t depth_part;  // number of tiles in a part of the depth; with `dropped`, all tiles are one part
+  int64_t depth_part;  // number of tiles in a part of the depth; all tiles if `dropped` is given
   int64_t tokens;
   const bf16* x;                    // right strips of x; null if `rest` is given
   const bf16* dropped;              // right strips of mask ∘ x, or null
@@ -125,7 +128,7 @@ struct TileForward {
   int64_t rank;                     // rank of the low-rank term; 0: no low-rank term
   const float* s;                   // strips of S: [strips, rank, 16]
   const float* b;                   // ρB: [rows rounded up to 32, rank]
-  const TileTerm* terms = nullptr;  // terms of a mixed batch, or null; strip i begins at first_term[i]
+  const TileTerm* terms = nullptr;  // low-rank terms of a mixed batch, or null; those of strip i begin at first_term[i]
   const int64_t* first_term = nullptr;
   const float* scale;        // scale g [rows], or null
   const float* bias_before;  // bias b₀ [rows], or null
@@ -136,11 +139,11 @@ struct TileForward {
 
 struct TileBackward {
   TileWeight weight;
-  int64_t depth_part;  // number of tiles in a part of all layers' depths together; all tiles with `more` or `given`
+  int64_t depth_part;  // number of tiles in a part of all layers' depths; all tiles if `more` or `given` is set
   int64_t tokens;
   const bf16* grad;             // left strips of G
   const bf16* more;             // left strips of H, or null
-  const bf16* given = nullptr;  // null, or dY [tokens, rows]; the dropped elements of dX are then those of dY W
+  const bf16* given = nullptr;  // dY [tokens, rows], if the dropped elements of dX are set to those of dY W; or null
   int64_t rank;                 // rank of the low-rank term; 0: no low-rank term
   const float* p;               // P [tokens rounded up to 32, rank]
   const float* a;               // strips of A: [strips, rank, 16]
@@ -156,11 +159,11 @@ struct TileBackward {
 
 constexpr int kMostLayers = 8;  // largest number of layers of one input whose dX is computed together
 
-constexpr int64_t kFewestTokens = 8;  // largest number of tokens whose sums with a few rows fit the registers
+constexpr int64_t kFewestTokens = 8;  // largest number of tokens in a group of TileFewTokens
 
 // Multiplies few tokens with the rows of a dense W in row-major order; W is read from memory once: y[t, row] = sum_k
-// x[t, k] w[row, k]. x is packed, because in x's own layout the tokens of one column would share a set of L1 if K is a
-// multiple of 2,048.
+// x[t, k] w[row, k]. x is packed, because in x's own layout the elements of one column would all fall into one set of
+// the L1 cache if K is a multiple of 2,048.
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
   int64_t rows, columns, tokens;
@@ -169,18 +172,20 @@ struct TileFewTokens {
 };
 
 struct TileKernels {
-  int64_t decode_strips;  // cost of decoding a panel, in strips of 16 tokens multiplied with the panel
+  int64_t decode_strips;  // cost of decoding a panel; unit: the product of the panel with one strip of tokens
   void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
-  // Writes the entries of the tokens [begin, end). out.first is set by the caller.
+  // Writes the DroppedEntries of the tokens [begin, end). The caller has set out.first.
   void (*dropped_entries)(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end);
-  // Multiplies the rows [begin, end) of W with the token strips [first, last). panel: memory for a part of the depth of
-  // the rows as strips; with `rest`, or in the backward with `given`, memory for twice as many. sums: memory for
-  // carried_sums(last - first, end - begin) floats, aligned to 64 bytes; unused if all of the depth is one part.
+  // Computes the forward for the rows [begin, end) of W and the token strips [first, last). panel: memory for the
+  // strips of these rows in one part of the depth, and for twice as much if `rest` is given (in the backward, if
+  // `given` is not null). sums: memory for carried_sums(last - first, end - begin) floats, aligned to 64 bytes; unused
+  // if all of the depth is one part.
   void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel,
                   float* sums);
-  // Multiplies the columns [begin, end) of W with the token strips [first, last), for `count` layers with the same
-  // tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of kReduceTokens.
+  // Computes dX for the columns [begin, end) of W and the token strips [first, last), summed over `count` layers with
+  // the same tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of
+  // kReduceTokens.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
                    bf16* panel, float* sums);
   // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null on Arm, where PassKernels::few_tokens
@@ -203,7 +208,7 @@ inline int64_t carried_sums(int64_t strips, int64_t count) {
 #if defined(__x86_64__)
 extern const TileKernels kTileKernelsAvx512Bf16;
 extern const TileKernels kTileKernelsAmx;
-// The AMX kernels with emulated tile instructions, for tests on a CPU without AMX.
+// The table of the AMX kernels with emulated tile instructions, for tests on a CPU without AMX.
 extern const TileKernels kTileKernelsAmxEmulated;
 #elif defined(__aarch64__)  // the kernels exist only where the compiler supports Arm's BF16: see cpu/isa.h
 extern const TileKernels kTileKernelsNeonBf16;

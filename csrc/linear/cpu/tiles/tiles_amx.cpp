@@ -1,4 +1,5 @@
-// The tile kernels with AMX-BF16. cpu/isa.cpp requests the tile registers from the system, once per process.
+// Compiles the tile kernels of tiles.h for AMX-BF16. cpu/isa.cpp requests the tile registers from the system, once per
+// process.
 #if defined(__x86_64__)
 #include "cpu/target_amx.h"
 // The headers below must be included after the target pragma.

@@ -1,4 +1,4 @@
-// The AMX tile kernels with emulated tile instructions, on a CPU with AVX512-BF16.
+// Compiles the AMX tile kernels with emulated tile instructions, for a CPU with AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.

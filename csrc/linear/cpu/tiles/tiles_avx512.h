@@ -1,4 +1,5 @@
-// Includes the tile kernels in AVX-512 with BF16, except the microkernel, so that a kernel table can be filled.
+// Includes the code of the tile kernels in AVX-512 with BF16, except the microkernel, so that the including file can
+// fill its kernel table.
 // Include this file after the target pragma and the microkernel's file (see block.h).
 #pragma once
 

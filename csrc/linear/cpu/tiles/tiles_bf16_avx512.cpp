@@ -1,4 +1,4 @@
-// The tile kernels of tiles.h with the dot product of AVX512-BF16.
+// Compiles the tile kernels of tiles.h for the dot product of AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.

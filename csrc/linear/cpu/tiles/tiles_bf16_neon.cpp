@@ -1,4 +1,4 @@
-// The tile kernels of tiles.h with Arm's bfloat16 matrix product.
+// Compiles the tile kernels of tiles.h for Arm's bfloat16 matrix product.
 #include "cpu/isa.h"
 
 #if defined(PEFT_EXT_ARM_BF16)
