@@ -49,8 +49,7 @@ def has(kind: type, *names: str) -> None:
 
 
 def _is_absent(package: str) -> bool:
-    """Returns whether the package is not installed.
-    """
+    """Returns whether the package is not installed."""
     return find_spec(package) is None
 
 

@@ -147,8 +147,8 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
     """Calls ``model.save_pretrained`` so that the configuration and the weights at ``path`` are both old or both new.
 
-    The function ``peft_ext.files.atomic_folder`` replaces the folder; the docstring of ``atomic_folder`` lists the cases
-    in which a replacement is not atomic.
+    The function ``peft_ext.files.atomic_folder`` replaces the folder; the docstring of ``atomic_folder`` lists the
+    cases in which a replacement is not atomic.
 
     The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
     the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,

@@ -1,5 +1,4 @@
-"""Names and sizes of the weights of the exported adapter's base, from a GGUF file or from transformers' configuration.
-"""
+"""Names and sizes of the weights of the exported adapter's base, from a GGUF file or transformers' configuration."""
 
 from __future__ import annotations
 

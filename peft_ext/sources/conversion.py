@@ -73,8 +73,7 @@ class Group:
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether single rows of dimension 0 of the result can be made without reading all tensors: see :meth:`rows`.
-        """
+        """Whether rows of dimension 0 of the result can be made without reading all tensors: see :meth:`rows`."""
         if self.converter is None:
             return True
         first, *others = self.converter.operations

@@ -26,8 +26,7 @@ def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
 
 
 def read_gguf(path: Path, error: type[Exception]) -> GgufHeader:
-    """Returns the checked header of a GGUF file. Raises ``error``, one line, if the file is damaged or can't be read.
-    """
+    """Returns the checked header of a GGUF file. Raises ``error``, one line, if it is damaged or can't be read."""
     with raised_as(error, "", OSError, ValueError):
         return read_header(path)
 

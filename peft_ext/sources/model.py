@@ -196,8 +196,7 @@ def quant_method(about: Any) -> str:
 
 
 def loading_arguments(quant: str) -> dict[str, Any]:
-    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; {} for other checkpoints.
-    """
+    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; for others {}."""
     if quant != "checkpoint":
         return {}
     from ..integrations.packed import PackedConfig

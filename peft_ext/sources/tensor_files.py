@@ -91,8 +91,7 @@ class TensorFiles:
         return held.view(entry.dtype).view(shape)
 
     def open(self, file: Path) -> BufferedReader:
-        """Opens ``file`` if the file is not open yet, and returns the open file. Raises SourceError if opening fails.
-        """
+        """Opens ``file`` if it is not open yet, and returns the open file. Raises SourceError if opening fails."""
         if file not in self._open:
             try:
                 self._open[file] = file.open("rb")

@@ -251,8 +251,7 @@ def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 
 def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
-    """Returns bfloat16 or float16 if a parameter, a layer's ``compute_dtype`` or autocast has this dtype, else float32.
-    """
+    """Returns bfloat16 or float16 if a parameter, a ``compute_dtype`` or autocast has this dtype, else float32."""
     found = casts | {parameter.dtype for parameter in model.parameters()}
     found |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     return next((dtype for dtype in _NARROW if dtype in found), torch.float32)

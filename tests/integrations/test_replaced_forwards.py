@@ -1,5 +1,4 @@
-"""Tests that a fused layer runs stock code where the forward of its base layer's or a submodule's class was replaced.
-"""
+"""Tests that a fused layer runs stock code if the forward of its base layer's or a submodule's class was replaced."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Tests PackedConfig: checkpoints of quantization libraries load packed, are trained with PEFT and are saved unchanged.
-"""
+"""Tests PackedConfig: checkpoints of quantization libraries load packed, train with PEFT and are saved unchanged."""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ class PackedQuantizer(HfQuantizer):
         """Raises ValueError if ``device_map`` offloads packed experts to the disk and other layers have dense experts.
 
         transformers finds offloaded experts by the name of the dense parameter, which their codes don't have then (see
-        ``_suffix``). transformers calls this method before it makes the model, and with the device map that it computes.
+        ``_suffix``). transformers calls this method before it makes the model, and again with a device map that it
+        computes.
         """
         if not self._apart or not isinstance(device_map, dict):
             return
