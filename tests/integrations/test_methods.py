@@ -448,8 +448,7 @@ def over_4_bits(name: str, kind: str, llama: Path) -> tuple[PeftModel, tuple[str
         )
     layers = tuners(adapted(name)).items()
     skip = tuple(key.removeprefix("base_model.model.") for key, layer in layers if isinstance(layer, ReplacingLayer))
-    note = ("The base was loaded with the trained modules in `llm_int8_skip_modules`. Without `llm_int8_skip_modules`: "
-            f"{refused}.")  # fmt: skip
+    note = f"`llm_int8_skip_modules` named the trained modules. Quantizing the trained modules raises {refused}."
     return adapted(name, make_base(kind, llama, skip)), (note,)
 
 
