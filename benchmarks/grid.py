@@ -29,7 +29,8 @@ class Variant:
     Attributes:
         build: a function ``(problem, compile) -> Comparison``.
         tokens: numbers of tokens at which the variant is compared; None: the numbers of the run; (None,): the operator
-            has no tokens. On a GPU a tuple of numbers means all numbers of the run and ``forward_tokens``.
+            has no tokens. On a GPU, a variant with a tuple of numbers is compared at every number of tokens of the run,
+            ``forward_tokens`` of :class:`Options` included, and the numbers in the tuple do not matter.
         everywhere: whether the variant is also compared at the models' shapes, and not only at 4096 x 4096.
         devices: devices on which the variant is compared.
         graph: whether a CUDA graph can hold the variant's calls, because they have no autograd.

@@ -64,9 +64,9 @@ def quantize_nf4(
     These layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a
     transformers model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads
     directly, as found in the source of the classes (T5's ``wo``, Mamba's ``dt_proj``); routers; the layers that a PEFT
-    adapter adds, and the base layer under ``target_parameters`` (other base layers are quantized); layers whose weight
-    an adapter replaces (partial fine-tuning, Diff Pruning); and a layer whose weight is tied to a dense weight, such as
-    a head's weight to the embedding's weight.
+    adapter adds, the modules under ``modules_to_save``, and the base layer under ``target_parameters`` (other base
+    layers are quantized); layers whose weight an adapter replaces (partial fine-tuning, Diff Pruning); and a layer
+    whose weight is tied to a dense weight, such as a head's weight to the embedding's weight.
 
     Args:
         model: any module, on any device except meta.

@@ -158,10 +158,9 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]], battery: dict[s
         "## Replaced code", "",
         "For each class of these architectures with a known form, everything that its forward finds by name was "
         "replaced, one thing after the other: functions of its Python module, attributes of its class, functions of "
-        "PyTorch, numbers, and transformers' attention functions. The column known is the number of replacements after "
-        "which "
-        "`accelerate` would still have fused the class. Replacements on an instance and hooks are tested in "
-        "`tests/integrations`.", "",
+        "PyTorch, numbers, and transformers' attention functions. The column known is the number of replacements that "
+        "changed no digest, so that `accelerate` would still have fused the class, which would be an error. "
+        "Replacements on an instance and hooks are tested in `tests/integrations`.", "",
         "| kind | classes | replacements | known |", "|---|---|---|---|",
         *(f"| {kind} | {' | '.join(map(str, counts))} |" for kind, counts in sorted(battery.items())), "",
     ]  # fmt: skip

@@ -342,7 +342,7 @@ def prove(here: Machine, outcome: Outcome) -> None:
         wrong, cut = here.runner.run([here.python, "-c", PROVE, *done], 0.6 * left, see=see)
         if not wrong:
             break
-        if not begun or begun[-1] in done:  # the process ended outside of a family's proof
+        if not begun or begun[-1] in done:  # the process failed while it was proving no family
             outcome.add((wrong, cut))
             break
         done[begun[-1]] = f"{wrong}{'' if cut else f': {last}'}"

@@ -72,8 +72,9 @@ def by_kernel(events: Iterable[Any]) -> Times:
 def rows_of(times: Times, computed: dict[str, tuple[str, float]], calls: int = CALLS) -> list[dict[str, Any]]:
     """Returns a row for each part of a layer: launches and microseconds of a step, measured and computed.
 
-    ``computed``: part -> (regular expression of the names of its kernels, computed seconds of a step). A kernel of no
-    part gets a row of its own, without a computed time. A part without kernels gets a row without a measured time.
+    ``computed``: part -> (regular expression of the names of its kernels, computed seconds of a step). A kernel whose
+    name no expression matches gets a row of its own, without a computed time. A part without kernels gets a row without
+    a measured time.
     """
     left, rows = dict(times), []
 

@@ -99,9 +99,9 @@ KERNELS = re.compile(r"_(scalar|avx2|avx512|amx|neon)\.cpp$|/tiles/")
 def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> list[Group]:
     """Returns the sources in two groups: KERNELS with the optimization ``kernels``, the other sources with ``others``.
 
-    The sources that are not in KERNELS check arguments and call kernels, which takes a small part of the time of a
-    call. Most of these sources include torch's headers, so that compiling these sources takes most of the time of a
-    build. A library that only runs tests therefore has these sources without optimization.
+    The sources that KERNELS does not match check arguments and call kernels: their code takes a small part of the time
+    of an operator's call. Most of these sources include torch's headers, so that compiling these sources takes most of
+    the time of a build. A library that only runs tests therefore has these sources without optimization.
     """
     held = {True: [], False: []}
     for source in sources:

@@ -1,8 +1,9 @@
 """Records the parallel loops of peft_ext's operators, with tools/recorded_loops.cpp, for tools/many_cores.py.
 
-An operator runs with the wanted number of torch's threads, on any number of cores, and one part of a loop runs at a
-time. The library as it is installed gives the loops, the parts and the CPU time of each part. A library that is
-compiled with -fsanitize=thread gives the lines and pages that each thread uses. Needs Linux, g++ and ninja.
+While an operator is recorded, torch divides each loop among the wanted number of threads, however many cores the
+machine has, and the threads' parts of a loop run one after another. The library as it is installed gives the loops, the
+parts and the CPU time of each part. A library that is compiled with -fsanitize=thread gives the lines and pages that
+each thread uses. Needs Linux, g++ and ninja.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ HOT = (
     _expand("Y0, mixed batch, bf16 adapters", 1, "kGrouped", terms=1),
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
-    # An iteration adds the term of one of the layers that share an input.
+    # An iteration of expand_sum_kernel adds the term of one of the layers that share an input.
     Hot("dX0 of a layer among several", "expand_sum_kernel<bf16, 2>"),
     # Instructions are counted per weight of a lane: in an iteration of nf4_few_tokens_kernel, a warp multiplies four
     # slabs of 16 x 64 weights, 128 weights for each lane.

@@ -117,7 +117,7 @@ struct AttentionKernels {
   void (*few)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*few_scratch)(const Attention& work);
   // Adds the terms of one cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells computes
-  // grad_q. Streams are numbered in the order [B, Hkv, splits].
+  // grad_q. The streams (see attention/plan.h) are numbered in the order [B, Hkv, splits].
   void (*backward)(const Attention& work, const BackwardCell& cell, void* scratch);
   size_t (*backward_scratch)(const Attention& work);
   // Computes grad_k and grad_v for the rows [begin, end) of the rows [B, Hkv, keys].

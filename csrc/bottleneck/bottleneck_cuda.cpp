@@ -108,7 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   }
   const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x), held_u = as_contiguous(u);
   const Tensor down = as_contiguous(down_weight), up = as_contiguous(up_weight);
-  // L, the left operand of the rank pass, has one row more than H has columns: the row of ones.
+  // L, the left operand of the rank pass, is Hᵀ (H = act(U)) and one row of ones, from which the gradient of the up
+  // bias is computed.
   const int64_t padded = padded_rank(size.size), padded_left = padded_rank(size.size + 1);
   Splitter splitter(x, type);
   const HeldTerms right = splitter.right_of_pass(up, true);

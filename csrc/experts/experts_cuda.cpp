@@ -5,8 +5,8 @@
 //   forward:   tables of the rows (row_runs); terms of all A_e and B_e (stacks); S in one pass over x; Y in one
 //              product, to which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product).
 //   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX in one product, to which mask ∘ (P A_e)
-//              is added. For DoRA, g is in the terms of B_e for P, and in the sum of dB_e, and one more pass computes
-//              G = g ∘ dY for dX, and dg.
+//              is added. For DoRA, P is computed from terms of g ∘ B_e, and g also multiplies dB_e when its partial
+//              sums are added. One more pass computes dg, and G = g ∘ dY, from which dX is computed.
 //   DoRA's norm: terms; one pass over W (dora).
 //
 // With many rows per expert and dense bfloat16 weights, on GPUs of compute capability 9.x and 10.x, PyTorch's grouped

@@ -73,7 +73,7 @@ def write_gguf_adapter(
 
     The function exports LoRA with rsLoRA, rank_pattern and alpha_pattern, and AdaLoRA, over the architectures of
     ``peft_ext.gguf.names.ARCHITECTURES``. llama.cpp's file has one alpha: the most frequent value of scaling · rank. If
-    a module has another value of scaling · rank, the module's lora_B is multiplied with the quotient of the two values,
+    a module's scaling · rank is not the file's alpha, the module's lora_B is multiplied with (scaling · rank) / alpha,
     and rounded once to float32. AdaLoRA's singular values are multiplied into lora_A. The rows of lora_B of attn_q and
     attn_k have the order of the base's GGUF file. The matrices of one module at a time are in memory.
 

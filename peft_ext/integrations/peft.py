@@ -12,9 +12,9 @@ A call of a fused layer first runs the checks in ``adapter_layers/reasons.py``, 
 earlier call with equal types, dtypes, shapes, devices and settings. If a check fails, the stock forward of the layer,
 or of the layer's base layer, runs. :func:`peft_ext.explain` runs the same checks and reports which check fails.
 
-``accelerate`` recognizes PEFT's layers by exact type, because a subclass may have another forward. The fused layers are
-in ``adapter_layers``. Blocks of a model are recognized by the code of their forward, see ``forms`` and
-``model_blocks``.
+The function ``peft_ext.accelerate`` recognizes PEFT's layers by exact type, because a subclass may have another
+forward. The fused layers are in ``adapter_layers``. Blocks of a model are recognized by the code of their forward, see
+``forms`` and ``model_blocks``.
 """
 
 from __future__ import annotations

@@ -310,7 +310,8 @@ class Plan:
     # --- the files ----------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
-        """Writes the tensors one group at a time, and an index if there are several files. Returns the file names."""
+        """Writes the tensors one group at a time, and an index if there are several files. Returns the names of the
+        files of tensors, without the index."""
         with as_merge_error(ValueError, about=f"max_shard_size is {max_shard_size!r}: "):
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

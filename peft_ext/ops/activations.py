@@ -141,11 +141,11 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
 
     Args:
         gate: ``[..., F]``, float32, bfloat16 or float16.
-        up: ``[..., F]`` of gate's dtype, or None. gate and up are not copied if their last dimension is contiguous and
-            all neighbouring rows have the same distance, as in the halves of one contiguous ``[..., 2F]`` tensor
-            (``gate_up.chunk(2, -1)``). With up None, gate is a tensor ``[..., 2F]``, whose first half is the gate and
-            whose second half is up. With up None, the backward writes the gradient as one tensor, while PyTorch would
-            concatenate the gradients of the halves.
+        up: ``[..., F]`` of gate's dtype, or None if gate holds both halves. gate and up are not copied if their last
+            dimension is contiguous and all neighbouring rows have the same distance, as in the halves of one contiguous
+            ``[..., 2F]`` tensor (``gate_up.chunk(2, -1)``). With up None, gate is a tensor ``[..., 2F]``, whose first
+            half is the gate and whose second half is up. With up None, the backward writes the gradient as one tensor,
+            while PyTorch would concatenate the gradients of the halves.
         activation: "gelu" (with erf), "gelu_tanh", "relu", "silu" or "relu2" (relu(u)²).
 
     Returns: ``[..., F]`` of gate's dtype, contiguous. Gradients flow to gate and up; saved for backward: gate and up

@@ -107,7 +107,7 @@ define(
     family="nf4",
 )
 # nf4_dequantize_merged returns g ∘ (W + s·B A) for a weight W [N, K], rounded once. lora_A [R, K], lora_B [N, R] and
-# row_scale g [N] may have any float dtypes. The operator has no gradient.
+# row_scale g [N] may have any float dtypes. nf4_dequantize_merged has no gradient.
 define(
     "nf4_dequantize_merged",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
@@ -116,7 +116,7 @@ define(
     family="nf4",
 )
 # nf4_merge quantizes W' = g ∘ (W + s·B A) to Q with the block size of W. The result `error` is the float64 tensor
-# (Σ (Q - W')², Σ W'²). The operator has no gradient.
+# (Σ (Q - W')², Σ W'²). nf4_merge has no gradient.
 define(
     "nf4_merge",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling)"

@@ -83,7 +83,8 @@ def lora_experts_forward(
     """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. Rows that belong to no expert are zeros.
 
     S is ``dropout(x_t) A_eᵀ``, and Z is the value that DoRA's g multiplies. With out_scale, which is DoRA's g
-    ``[E, N]``, the adapters are DoRA adapters. Without adapters S is empty, and without out_scale Z is empty.
+    ``[E, N]``, the adapters are DoRA adapters. S (the product with A) is empty without adapters, and Z (the value
+    before g) is empty without out_scale.
     """
     wide = sum_dtype(x.dtype)
     y = x.new_zeros(x.shape[0], weight.shape[1])

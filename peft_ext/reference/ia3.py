@@ -27,7 +27,8 @@ __all__ = [
 def ia3_linear_forward(
     x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor], ia3_l: Tensor, feedforward: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], Z [T, N])``. Z is the output before scaling by ia3_l, or Y with ``feedforward``.
+    """Returns ``(Y [..., N], Z [T, N])`` for T tokens and N output features: Z is the output before scaling by ia3_l,
+    or Y with ``feedforward``.
 
     ia3_l is ``[K]`` with ``feedforward``, otherwise ``[N]``.
     """

@@ -120,8 +120,9 @@ def checked_config(folder: Path) -> PeftConfig:
     """Returns the configuration of the adapter in ``folder``, checked against the header of the adapter's weights.
 
     Raises: OSError where the configuration or the weights can't be read; ValueError, one line, where
-    :func:`read_config` raises ValueError, where the weights are no safetensors, and where the configuration asks for
-    larger tensors than the saved weights.
+    :func:`read_config` raises ValueError, where the weights are no safetensors, where a tensor that PEFT would cast is
+    not of a float dtype, and where a size in the configuration is no integer of at least 1 or is larger than the saved
+    weights allow.
     """
     config, weights = read_config(folder / CONFIG_NAME), weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     largest = max((size for shape in weights.values() for size in shape), default=0)

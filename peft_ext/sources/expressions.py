@@ -23,7 +23,7 @@ from .json_file import shown
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_SECONDS = 10.0  # time limit of the child process
+_SECONDS = 10.0  # time limit, in seconds, of the child process that matches the expressions
 _BYTES = 1 << 30  # memory limit of the child process
 
 # For each field: the patterns that PEFT and peft_ext.tuners build around an expression in the field to match module

@@ -247,11 +247,11 @@ def own_units(
 ) -> dict[str, list[str]]:
     """Returns the units, which are modules to wrap, and the names of the target tensors in each unit.
 
-    A module is wrapped, with all modules below it, if the module itself owns parameters: a linear layer, a norm, or a
-    mixer that has a state matrix besides its projections. A module that contains an ``nn.ModuleList`` is not wrapped:
-    its own parameters stay frozen, with a warning. No name of a tensor is in two units. ``within``: if given, only
-    modules with these full names and modules below them are wrapped. ``buffers``: whether saved buffers, such as a
-    batch norm's statistics, are target tensors too.
+    A target module becomes a unit, which the adapter's layer wraps with all modules below it, if the module itself owns
+    parameters: a linear layer, a norm, or a mixer that has a state matrix besides its projections. A module that
+    contains an ``nn.ModuleList`` is not wrapped: its own parameters stay frozen, with a warning. No name of a tensor is
+    in two units. ``within``: if given, only modules with these full names and modules below them are wrapped.
+    ``buffers``: whether saved buffers, such as a batch norm's statistics, are target tensors too.
 
     Raises: ValueError if a target is quantized (a parameter is not of a float dtype of 16 to 64 bits, or the module has
     packed weights such as ``qweight``), or if a module to be wrapped contains an adapter already.

@@ -33,6 +33,8 @@ Seed = Callable[[int], None]
 class Compared:
     """Comparison of one tensor of a training step, or of the worst tensor of one block.
 
+    The yardstick is the stock model in a wider dtype; :func:`peft_ext.verify` describes it.
+
     Attributes:
         name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
         kind: for a block, its class and the name of the tensor whose error is the largest part of its limit; otherwise

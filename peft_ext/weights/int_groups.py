@@ -35,7 +35,7 @@ __all__ = [
     "int_rows",
 ]
 
-# Flags in the option of a weight, by format.
+# Flags in the integer ``option`` of a PackedWeight, by format.
 INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": each code is an int8 element; the weight has only one scale
 V1 = 1  # "gptq": 1 was subtracted from each zero before the zeros were packed
 HQQ_AXIS0 = 1  # "hqq": code f of the flat weight is of group f % G

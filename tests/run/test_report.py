@@ -253,6 +253,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path, content, wanted):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_numbers_have_four_digits():
+    wanted = {0.99996: "1", 999.96: "1000", 9999.4: "9999", 9999.7: "10000", 123456.7: "123457", 1e6: "1e6"}
+    assert {value: short(value) for value in wanted} == wanted
+    assert short(-9999.7) == "−10000" and short(None) == short(float("nan")) == "–"
+
+
 # --- the page of a run ------------------------------------------------------------------------------------------------
 
 

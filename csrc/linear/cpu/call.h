@@ -46,8 +46,9 @@ struct Shrunk {
   GroupedS grouped;  // S of a mixed batch; rows of a segment are as long as the rank of its adapter
 };
 
-// Returns the pass over x that computes S with A [R, K] float32, and writes S to ForwardCall::out.s. keep: receives
-// room for the bits of the dropout mask if drop_base() is true.
+// Returns the pass over x that computes S with A [R, K] float32, and writes S to ForwardCall::out.s. keep: receives, if
+// drop_base() is true (dropout acts on the base product too), the memory into which the pass writes the bits of the
+// dropout mask.
 RowPass shrink_pass(const ForwardCall& f, const Tensor& a, KeepBits* keep);
 
 // Computes S in one pass over x, and writes S to ForwardCall::out.s.

@@ -69,9 +69,9 @@ struct ExpandSum {
 template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
-// Adds a warp's product of 16 rows and 64 columns over 16 ranks to C. The rows begin at row 16 · `rows`, the columns at
-// column 64 · `column_tile`, and the ranks at rank 16 · `step`. `outer` holds the bfloat16 terms of L, and `factor`
-// points to the bfloat16 terms of F.
+// Adds L Fᵀ over 16 ranks to `c`, the warp's sums for 16 rows and 64 columns of `out`. The rows begin at row 16 ·
+// `rows`, the columns at column 64 · `column_tile`, and the ranks at rank 16 · `step`. `outer` holds the bfloat16 terms
+// of L, and `factor` points to the bfloat16 terms of F.
 template <typename T, int kRightTerms>
 __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, uint32_t rows,
                                                uint32_t column_tile, int64_t step, float (&c)[2][4][4]) {

@@ -6,9 +6,10 @@
 //   S                                             one pass over x (rank_pass, reduce)
 //   Y₀ = (s S) Bᵀ + b                             one write of Y (expand_grouped)
 //
-// For few tokens, launches cost more time than the arithmetic. Therefore one launch computes S of few tokens
-// (shrink_few.cuh), and one launch computes Y₀, both with plain FMAs. If few_tokens_accept returns true,
-// few_tokens_forward computes Y after S, without PyTorch's product (few_tokens_cuda.cpp).
+// For few tokens, launches cost more time than the arithmetic. Therefore, for few tokens, one launch computes S
+// (shrink_few.cuh), and one launch computes the low-rank term and the bias, Y₀, both with plain FMAs. If
+// few_tokens_accept returns true, few_tokens_forward computes Y after S, without PyTorch's product
+// (few_tokens_cuda.cpp).
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/prepare_groups.cuh"
 #include "linear/cuda/shrink_few.cuh"

@@ -299,7 +299,7 @@ Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& 
 // a small scale and a weight would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
-// Adds the partial sums of column_pass in order, and returns the sums.
+// Adds the partial sums of column_pass, or of the dots of rank_pass, in order, and returns the sums.
 Tensor reduced_columns(const Tensor& partial);
 
 struct ColumnPartials {

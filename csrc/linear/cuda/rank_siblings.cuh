@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
     rank_siblings_kernel(SiblingsPass pass) {
   PEFT_EXT_KERNEL;
   constexpr int kSplit = kRanks / 2, kRuns = 4 / kSplit, kStages = kSiblingStages<kDropped>, kOnTheWay = kStages - 1;
-  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // if kColumns is true, the sums take twice as many registers
+  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // if kColumns is true, `fresh` takes twice as many registers
   // The fragments of L are loaded when they are needed, after the mask is drawn, which needs many registers too.
   constexpr bool kLate = kColumns;
   using Half = SiblingHalf<kSplit, kColumns>;

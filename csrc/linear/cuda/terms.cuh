@@ -20,8 +20,8 @@ inline constexpr int kTermsOf<f16> = 2;
 template <>
 inline constexpr int kTermsOf<bf16> = 1;
 
-// Splits two floats into terms. Each word of `terms` has a term of `low` in its low half and the term of `high` in its
-// high half.
+// Splits each of two floats into kTerms bfloat16 terms, whose sum is nearly the float. Each word of `terms` has a term
+// of `low` in its low half and the term of `high` in its high half.
 template <int kTerms>
 __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&terms)[kTerms]) {
 #pragma unroll
@@ -35,9 +35,9 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// The orders in which the bfloat16 terms of a small matrix can lie in memory. Each order is the order of the fragments
-// of one operand of mma.sync: a lane's part has 16 bytes, and the 512 bytes of a warp are contiguous. In the order
-// kPass, the terms of a 64 x 64 tile are contiguous too.
+// The orders in which the bfloat16 terms of a small matrix (bfloat16 matrices whose sum is the matrix) can lie in
+// memory. Each order is the order of the fragments of one operand of mma.sync: a lane's part has 16 bytes, and the 512
+// bytes of a warp are contiguous. In the order kPass, the terms of a 64 x 64 tile are contiguous too.
 enum class TermsOrder : int {
   kPass,   // operand B of a rank pass: outer = ranks, inner = summed dimension; two steps of 16 per lane
   kLeft,   // operand A of expand: outer = rows, inner = ranks

@@ -77,7 +77,7 @@ void nf4_nibble_order(const bf16* x, int64_t columns, bf16* out);
 #elif defined(__aarch64__)
 extern const Nf4Kernels kNf4KernelsNeon;
 // The skinny product (few tokens with an NF4 weight) for bfloat16, by Arm's bfloat16 dot product. kNf4KernelsNeon has
-// the skinny product for the other dtypes.
+// the skinny product for float32 and float16, and for bfloat16 on the path neon.
 void nf4_skinny_bf16_neon(const Nf4Skinny& work, int64_t begin, int64_t end);
 // Permutes a row of x to the order in which nf4_skinny_bf16_neon reads W's codes.
 void nf4_order_bf16_neon(const bf16* x, int64_t columns, bf16* out);

@@ -38,7 +38,8 @@ struct TokenFactor {
   float scaling;
 };
 
-// The arguments of the operations that follow the product x Wᵀ for few tokens: the low-rank term, g and the biases.
+// The arguments of the operations that follow the product x Wᵀ for few tokens: the low-rank term, the output scale g
+// (of DoRA or IA3) and the biases.
 struct TokensFinish {
   const TokenFactor* factors;  // [tokens], or null; if given, in place of lora_B, lora_B_type, rank_scale, scaling
   int64_t rank;
@@ -51,7 +52,7 @@ struct TokensFinish {
   const void* bias_before;  // bias b₀ [outputs] of type T, or null
   const void* bias_after;   // bias b₁ [outputs] of type T, or null
   void* y;                  // receives y [tokens, outputs] of type T
-  void* z;                  // receives Z + b₀ [tokens, outputs] of type T, or null
+  void* z;                  // receives the value that g multiplies [tokens, outputs] of type T, with b₀; or null
 };
 
 struct FewWork {

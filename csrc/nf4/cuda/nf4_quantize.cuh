@@ -81,7 +81,7 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
 
 // Appends the code of `scaled`, which is the number of thresholds below `scaled`, to `codes` as the lowest nibble.
 // `scaled` may lie outside of [-1, 1] by a few ulp. All lanes of a warp must call the function. `threshold` and `below`
-// are this lane's values of kNf4DeviceBins.
+// are kNf4DeviceBins.threshold[lane] and kNf4DeviceBins.below[lane] of the calling lane.
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
   scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has code 15, the code of a NaN
   // Neighbouring floats near 1.5 · 2^23 differ by one, so that the sum is rounded to an integer. The low bits of the

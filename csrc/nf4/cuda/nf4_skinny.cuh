@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     }
     cp_async_commit();
   };
-  // A lane loads the stored scales of its four rows two slabs ahead, and looks their values up one slab ahead.
+  // A lane loads the scales of its four rows of W, as they are stored, two slabs ahead. If the scales are quantized,
+  // the lane looks up the values of their codes one slab ahead.
   const bool nested = work.weight.nested_absmax != nullptr;
   const float offset = nested ? *work.weight.nested_offset : 0.0f;
   uint32_t stored[4] = {};
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
   load_stored(1);
   for (int64_t slab = 0; slab < slabs; ++slab) {
     cp_async_wait<kStages - 2>();
-    sync_threads();  // all of x is loaded, and no thread reads the previous stage any more
+    sync_threads();  // x of this slab is loaded, and no thread reads the previous stage any more
     issue(slab + kStages - 1);
     look_up(slab + 1);
     load_stored(slab + 2);

@@ -33,7 +33,7 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
   return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
 }
 
-// Largest number of rows that a kernel multiplies at a time. The number of rows in a chunk is a multiple of
+// Largest number of W's rows that a kernel for NF4 multiplies at a time. The number of rows in a chunk is a multiple of
 // kRowsTogether, except for the last chunk.
 constexpr int64_t kRowsTogether = 4;
 

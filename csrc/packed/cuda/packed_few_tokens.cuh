@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kPackedFewThreads, kTokens == 8 ? 3 : 4) packe
   constexpr int kSums = kPackedFewRows * kTokens;
   PEFT_EXT_SHARED(PackedFewShared<kSums>, shared);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackedFewRows, inputs = work.weight.columns;
-  // A sum beyond the last output or token computes the last output or token again, and the sum is not stored.
+  // A sum for an output or a token beyond the last one is computed with the last output or token instead, and is not
+  // stored.
   int64_t rows[kPackedFewRows];
 #pragma unroll
   for (int r = 0; r < kPackedFewRows; ++r) rows[r] = min_of(first + r, work.weight.rows - 1);

@@ -97,7 +97,7 @@ class Rows:
         self._found: dict[Any, Union[tuple[Row, Form], str]] = {}
 
     def of(self, subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str]:
-        """Returns :func:`row_of` of the subject's method, cached."""
+        """Returns what :func:`row_of` finds for a method of a class, or for a function. The result is cached."""
         if (subject, method) not in self._found:
             self._found[subject, method] = row_of(subject, method)
         return self._found[subject, method]

@@ -109,7 +109,8 @@ def digest_of(functions: Iterable[types.FunctionType]) -> str:
 class _Walk:
     """One walk through the code of a forward and of the functions that the forward uses.
 
-    The key of a value is a nested structure of tuples, lists and strings, from which the digest is computed.
+    In the digest, a nested structure of tuples, lists, strings and integers stands for each value that the code finds.
+    The digest is computed from the structure that stands for the forward.
     """
 
     def __init__(self, owner: Optional[type]) -> None:

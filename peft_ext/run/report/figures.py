@@ -27,13 +27,14 @@ def clip(value: Any) -> str:
 def short(value: Any, digits: int = 4) -> str:
     """Returns a number as text with ``digits`` significant digits; "–" for no finite number.
 
-    The function ``short`` of script.js returns the same texts for four digits.
+    The function ``short`` of script.js returns the same texts for four digits, except for a number halfway between two
+    texts, which it rounds up.
     """
     if (value := number(value)) is None:
         return NONE
     size = abs(value)
     if size == 0 or 1e-3 <= size < 1e6:
-        text = f"{size:.{digits}g}" if size < 10**digits else f"{size:.0f}"
+        text = f"{size:.{digits}g}" if size < 10**digits - 0.5 else f"{size:.0f}"
     else:
         mantissa, _, exponent = f"{size:.{digits - 1}e}".partition("e")
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
