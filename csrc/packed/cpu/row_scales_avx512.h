@@ -38,25 +38,37 @@ struct BlockScales {
 template <bool kAdds, typename Addends>
 inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int64_t together, int64_t block,
                           int64_t count, const Addends& addends, BlockScales* out) {
-  const bool aligned = together <= 16 && (together & (together - 1)) == 0 && block % together == 0;
-  const int shift = aligned ? __builtin_ctzll(static_cast<unsigned long long>(together)) : 0;
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i spread = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift));
-  for (int64_t i = 0; i < count;) {
-    // One round of the loop handles 16 blocks, or the blocks of one group.
-    const int64_t group = aligned ? (block + i) >> shift : (block + i) / together;
-    const int64_t blocks = min_i64(count - i, aligned ? 16 : (group + 1) * together - block - i);
-    const int64_t groups = aligned ? ((blocks - 1) >> shift) + 1 : 1;
-    const auto mask = static_cast<__mmask16>((1 << groups) - 1);
-    __m512 scale = scales16(scales, type, first + group, mask), add = _mm512_setzero_ps();
-    if constexpr (kAdds) add = _mm512_mul_ps(addends(first + group, group, mask), scale);
-    scale = _mm512_permutexvar_ps(aligned ? spread : _mm512_setzero_si512(), scale);
-    add = _mm512_permutexvar_ps(aligned ? spread : _mm512_setzero_si512(), add);
-    for (int64_t done = 0; done < blocks; done += 16) {
-      _mm512_storeu_ps(out->scale + i + done, scale);
-      if (kAdds) _mm512_storeu_ps(out->add + i + done, add);
+  const auto decode = [&](int64_t group, __mmask16 mask, __m512* scale, __m512* add) {
+    *scale = scales16(scales, type, first + group, mask);
+    *add = _mm512_setzero_ps();
+    if constexpr (kAdds) *add = _mm512_mul_ps(addends(first + group, group, mask), *scale);
+  };
+  const auto store = [&](int64_t i, __m512 scale, __m512 add) {
+    _mm512_storeu_ps(out->scale + i, scale);
+    if (kAdds) _mm512_storeu_ps(out->add + i, add);
+  };
+  __m512 scale, add;
+  if (together <= 16 && (together & (together - 1)) == 0 && block % together == 0) {  // 16 groups at a time
+    const int shift = __builtin_ctzll(static_cast<unsigned long long>(together));
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t i = 0; i < count; i += 16 * together) {
+      const int64_t groups = min_i64(16, (count - i + together - 1) >> shift);
+      decode((block + i) >> shift, static_cast<__mmask16>((1 << groups) - 1), &scale, &add);
+      for (int64_t done = 0; done < min_i64(16 * together, count - i); done += 16) {
+        const __m512i from = _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(done))),
+                                              _mm_cvtsi32_si128(shift));
+        store(i + done, _mm512_permutexvar_ps(from, scale), _mm512_permutexvar_ps(from, add));
+      }
     }
-    i += blocks;
+  } else {  // one group at a time
+    for (int64_t i = 0; i < count;) {
+      const int64_t group = (block + i) / together, stop = min_i64(count, (group + 1) * together - block);
+      decode(group, 1, &scale, &add);
+      for (int64_t done = i; done < stop; done += 16)
+        store(done, _mm512_broadcastss_ps(_mm512_castps512_ps128(scale)),
+              _mm512_broadcastss_ps(_mm512_castps512_ps128(add)));
+      i = stop;
+    }
   }
   _mm512_storeu_ps(out->scale + count, _mm512_setzero_ps());
   if (kAdds) _mm512_storeu_ps(out->add + count, _mm512_setzero_ps());
