@@ -1,5 +1,6 @@
-// Computes the base product by PyTorch's matrix product, in x's dtype or in float32, for calls that no kernel of
-// peft_ext computes.
+// Computes the base product for calls that neither the tile kernels nor forward_few_tokens computes: by PyTorch's
+// matrix product in x's dtype or in float32, or, for few tokens and a packed weight, by the kernels of
+// packed/cpu/skinny.h.
 #pragma once
 
 #include "linear/cpu/passes.h"
@@ -21,9 +22,9 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 // of W.
 bool drops_few(const Dropout& dropout);
 
-// PEFT's DoRA with dropout on the base needs two base products. Returns whether the second product uses only the
-// dropped elements. The result is true only if products run in float32 and there are enough tokens to pay for
-// transposing W.
+// PEFT's DoRA with dropout on the base needs two base products. products_apart returns whether the second product uses
+// only the dropped elements. The result is true only if dropout drops few elements, products run in float32,
+// skinny_product does not accept the call, and there are enough tokens to pay for transposing W.
 bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Dropout& dropout);
 
 // Adds (x - mask ∘ x) Wᵀ to out [T, N] float32. x is contiguous.

@@ -70,7 +70,8 @@ struct Conversion {
       std::fill(to + filled, to + stride, 0.0f);
     }
   }
-  // Writes the rows [first, first + width) of the matrix, or zeros beyond the matrix, to columns of the result.
+  // Writes the rows [first, first + width) of the matrix, or zeros beyond the matrix, to the columns with the same
+  // numbers of the transposed result.
   template <typename T>
   void transpose_rows(int64_t first, int64_t width, int64_t frame_rows) const {
     alignas(64) float block[kSide * kSide];
@@ -85,7 +86,8 @@ struct Conversion {
       std::fill(to + (i < columns ? filled : 0), to + width, 0.0f);
     }
   }
-  // Writes the columns [first, first + width) of the matrix, or zeros beyond the matrix, to whole rows of the result.
+  // Writes the columns [first, first + width) of the matrix, or zeros beyond the matrix, to the rows with the same
+  // numbers of the transposed result.
   template <typename T>
   void transpose_columns(int64_t first, int64_t width) const {
     alignas(64) float block[kSide * kSide];

@@ -15,7 +15,8 @@
 //   decodes_rows(weight): returns whether multiply can decode the rows of this W during the product with one strip of
 //     tokens.
 //   decoded_rows(weight, row): returns the left operand that decodes W's rows from `row` on.
-//   TileUnit: a class of which an object exists while a task multiplies.
+//   TileUnit: a class of which `forward` and `backward` keep an object while they run. With AMX, its constructor
+//   configures the tile registers, and its destructor releases the tile registers.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"

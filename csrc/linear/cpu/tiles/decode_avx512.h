@@ -1,6 +1,5 @@
 // Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward.
-// While a panel of an NF4 weight is converted to strips, the weight is decoded. Include this file after the target
-// pragma.
+// A packed weight is decoded during the conversion. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"

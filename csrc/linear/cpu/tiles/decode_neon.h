@@ -1,6 +1,5 @@
-// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. While a panel of
-// an NF4 weight is converted to strips, the weight is decoded. Include this file after the target pragma and the
-// microkernel's file.
+// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. A packed weight is
+// decoded during the conversion. Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"
@@ -39,7 +38,7 @@ inline void block_values(const TileWeight& w, int64_t block, bf16* out) {
 
 inline Values32 decode32(const uint8_t* packed, WordPlanes table) {
   const Nibbles codes = nibbles(packed);
-  uint16x8_t words[2][2];  // words of the even elements, and words of the odd elements
+  uint16x8_t words[2][2];  // words[0] has the values of the even elements, and words[1] those of the odd elements
   for (int i = 0; i < 2; ++i) {
     const uint8x16_t index = i == 0 ? codes.even : codes.odd;
     const uint8x16_t low = vqtbl1q_u8(table.val[0], index), high = vqtbl1q_u8(table.val[1], index);

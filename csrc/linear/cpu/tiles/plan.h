@@ -21,8 +21,9 @@ constexpr int64_t kPlanRows = 64;   // number of rows (or columns) of W in a pan
 constexpr int64_t kPlanStrip = 16;  // number of tokens in a strip
 
 constexpr int64_t kPlanTile = 32;  // number of elements of the depth in a tile
-// Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips. The strips of a
-// depth above kPlanDeep count as strips of kPlanDeep: a block of fewer tokens would decode W more often.
+// Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips. Blocks are
+// larger if kPlanUnits requires larger blocks, or if one unit alone is larger. The strips of a depth above kPlanDeep
+// count as strips of kPlanDeep: a block of fewer tokens would decode W more often.
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
 constexpr int64_t kPlanDeep = 4096;
 
@@ -41,8 +42,8 @@ constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
 // of the runs lie in different pages, and if the length of a row is a multiple of a large power of two, the runs share
 // few sets of a cache. Parts of few rows and panels of many columns have longer runs and fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
-// Smallest number of units of a block in each part, if there are several blocks. With so many units, one unit more than
-// in the other parts costs little.
+// Smallest number of units that a thread has in each block, if there are several blocks. With so many units, one unit
+// more than in the other parts costs little.
 constexpr int64_t kPlanUnits = 32;
 
 // The rows [row, end) of W, which are multiplied with the token strips [first, last).

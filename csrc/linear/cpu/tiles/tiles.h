@@ -55,8 +55,9 @@ struct TileWeight {
 
 // Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the
 // depth, so that memory and multiplier work at the same time. `left` is the number of runs of 128 bytes that remain.
-// Every `every`-th step prefetches `each` runs, not earlier, because runs that are prefetched long before their use may
-// be displaced from L2. The runs lie in groups of `group` adjacent runs, and the groups are `stride` bytes apart.
+// Every `every`-th step prefetches `each` runs. Runs are not prefetched earlier, because runs that are prefetched long
+// before their use may be displaced from L2. The runs lie in groups of `group` adjacent runs, and the groups are
+// `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, group = 1, left = 0, each = 0;
@@ -100,7 +101,7 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
-  uint16_t lanes;  // bit j: token j has this adapter; other tokens stay free of non-finite values of B
+  uint16_t lanes;  // bit j: token j has this adapter; other tokens do not change, even if B is not finite
 };
 
 // The elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The upper 16 bits of an entry
