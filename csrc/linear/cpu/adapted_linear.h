@@ -89,8 +89,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
 // the tile kernels accept all layers, the layers' panels of W fit the cache together and there are at most kMostLayers
-// layers, the sum is rounded once. In all other cases, the dX of some layers is added to the sum of the previous layers,
-// which is already rounded to dX's dtype. A layer whose dY is missing gets no gradients.
+// layers, the sum is rounded once. In all other cases, the dX of some layers is added to the sum of the previous
+// layers, which is already rounded to dX's dtype. A layer whose dY is missing gets no gradients.
 struct SiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;

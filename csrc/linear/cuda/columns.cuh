@@ -1,6 +1,6 @@
 // Defines kernels for elementwise passes over activations, and for sums of products over tokens.
 //
-//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; g ∘ dY and dg).
+//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (l ∘ x and dl; g ∘ dY and dg).
 //   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3).
 //   scale_rows:    out[n] = g[n] w[n] for each row n                                  (DoRA's scale, applied to W).
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x.
@@ -29,13 +29,13 @@ struct ColumnWork {
   void* out;    // receives m ∘ (scale + shift); null: no output
   float* sums;  // receives partial sums [row chunks][columns]
   int64_t rows, columns;
-  bool whole;  // whether columns is a multiple of 8 and the matrices are aligned to 16 bytes
+  bool whole;  // whether `columns` is a multiple of 8 and m and `other` are aligned to 16 bytes
 };
 
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
 
-// Adds the sums of the warps of a thread block, and writes the totals as the block's partial sums to `out`. All threads
-// of the block must call the function.
+// Adds the column sums of the warps of a thread block, and writes the totals to `out`, as the block's partial sums. All
+// threads of the block must call the function.
 __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
                                                  ColumnSumsShared& shared) {
 #pragma unroll
