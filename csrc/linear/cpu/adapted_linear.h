@@ -61,9 +61,9 @@ struct Layer {
   Adapter adapter;             // adapter of the layer; drop_base, in_scale and groups may not be set
 };
 
-// Computes the forward of each layer. The results are bit for bit those of adapted_forward. For the layers that the
-// tile kernels accept, x is packed once, and the panels of these layers' weights are divided among the threads as one
-// list.
+// Computes the forward of several layers with the same input x. Each layer's results are bit for bit those of
+// adapted_forward. For the layers that the tile kernels accept, x is packed once, and the panels of these layers'
+// weights are divided among the threads as one list.
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {

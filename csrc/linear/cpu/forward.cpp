@@ -1,7 +1,8 @@
 // Computes the forward of the adapted layer, whose formula is in adapted_linear.h. The base product is computed in one
 // of three ways:
 //
-//   tiles    For bfloat16 on a CPU with bfloat16 products, one pass of the tile kernels writes Y with all terms of Y.
+//   tiles    If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
+//            the tile kernels writes Y with all terms of Y.
 //   few      For few tokens, W (its codes, if W is packed), A and B are read row by row, without panels.
 //   mm       In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
 //            and dropout on the base). If the product runs in x's dtype and Y is only the sum of the product, the

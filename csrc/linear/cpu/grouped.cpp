@@ -45,7 +45,7 @@ void run(const std::vector<FewTask>& tasks) {
   });
 }
 
-// Copies S of the segments, [tokens, stride] each, into the operator's result s.
+// Copies S of the segments, [tokens, stride] each, into the operator's result s, and fills the rest of s with zeros.
 void save_s(const Groups& groups, const GroupedS& from, const Tensor& s) {
   float* out = s.mutable_data_ptr<float>();
   std::fill_n(out, s.numel(), 0.0f);

@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kSide = 64;  // number of rows and columns of a block that is transposed at a time
 
-// Writes the transpose of block [rows, kSide] to out [columns, stride].
+// Writes the transpose of the first `columns` columns of block [rows, kSide] to `out`, whose rows are `stride` floats
+// apart.
 void transpose_block(const float* block, int64_t rows, int64_t columns, float* out, int64_t stride) {
   int64_t i = 0;
 #if defined(__SSE2__)

@@ -10,7 +10,8 @@
 
 namespace peft_ext {
 
-// Number of rows that a pass computes at a time, which is the number of tokens in a strip of the tile kernels.
+// Number of tokens in the smallest unit that a pass gives to a thread; the same as the number of tokens in a strip of
+// the tile kernels.
 constexpr int64_t kTokenStep = 16;
 constexpr int64_t kMinChunkTokens = 64;
 constexpr int64_t kMaxChunks = 32;

@@ -15,8 +15,8 @@ const PassKernels& pass_kernels();
 
 RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t rank, const Dropout& dropout);
 
-// A function for the tokens [first, last) that runs in the parallel loop of a pass. `first` is a multiple of
-// kTokenStep.
+// A function that the threads call for the tokens [first, last) in the parallel loop of a pass. `first` is a multiple
+// of kTokenStep.
 using TokenWork = std::function<void(int64_t first, int64_t last)>;
 
 // Runs passes without `left` over all tokens of one m. beside: null, or a function that a thread calls after the passes
@@ -40,7 +40,7 @@ Tensor summed(LateSums* sums);
 
 void run_expand(const Expand& work, int64_t tokens);
 
-// The bits of a dropout mask.
+// The bits of a dropout mask, one for each element of a matrix of tokens.
 struct KeepBits {
   Tensor words;  // 32-bit words, stored in a float32 tensor, because few tensor templates are instantiated
   int64_t per_row = 0;

@@ -78,9 +78,10 @@ struct SiblingHalf {
 };
 
 // Writes the masked elements of a part of a tile to `to`. `from` is the address of this lane's first element of the
-// part in the tile, and `to` is its address in the warp's memory. `drawn` is the number of the Philox block of this
-// element, and `drawn_step` is the number of Philox blocks in a row of x. bits: the mask's bits of the lane's elements
-// of a tile, in four words of the layout of kKeptBits. Each call shifts the bits of the previous rows to the left.
+// part in the tile, and `to` is the address of that element in the warp's memory. `drawn` is the number of the Philox
+// block of this element, and `drawn_step` is the number of Philox blocks in a row of x. bits: the mask's bits of the
+// lane's elements of a tile, in four words of the layout of kKeptBits. Each call shifts the bits of the previous rows
+// to the left.
 template <bool kBits>
 __device__ __forceinline__ void sibling_mask(const Philox& philox, SharedAt from, SharedAt to, uint64_t drawn,
                                              uint32_t drawn_step, uint32_t (&bits)[4]) {

@@ -9,7 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Computes sums = bias_before + left right for kRows rows.
+// Computes sums = bias_before + left · right, the low-rank product with the inner bias, for kRows rows and `width`
+// columns.
 template <int kRows>
 inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t width, float (*sums)[kPanel]) {
   constexpr int kVecs = Vec::kWidth == 16 ? 2 : 1;

@@ -20,8 +20,9 @@ inline const float* widened(const T* x, int64_t count, float* buffer) {
   return buffer;
 }
 
-// Computes the dot products of one row with each token. For a row as short as a row of B, whose length is the rank,
-// adding up the vectors of sums takes most of the time. Therefore only vectors that hold a sum are added up.
+// Computes the dot products of one row of the matrix with each token. For a row as short as a row of B, whose length is
+// the rank, adding up the vectors of sums takes most of the time. Therefore only those vectors of sums to which
+// products were added are added up.
 template <typename T, int kCount>
 inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, const Tails<kCount>& tails,
                            float* sums) {

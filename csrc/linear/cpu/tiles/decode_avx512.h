@@ -9,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns a table with the 16 values of an NF4 block, rounded to bfloat16, twice: vpermw reads five bits of an index,
-// and the fifth bit of the indices of decode32 is arbitrary.
+// Returns a table that holds the 16 values of an NF4 block, rounded to bfloat16, two times: vpermw reads five bits of
+// an index, and the fifth bit of the indices of decode32 is arbitrary.
 inline __m512i block_table(const TileWeight& w, int64_t block) {
   const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(w.absmax[block]));
   return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(products)));
@@ -97,7 +97,7 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const int64_t strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);
-  __m512i low, high;  // indices that interleave the words of two rows
+  __m512i low, high;  // indices that interleave the 16-bit words of two rows of W
   {
     alignas(64) uint16_t index[64];
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
@@ -108,7 +108,7 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_
     for (int64_t column = begin; column < end; column += kPanelStep) {
       const int64_t count = min_i64(kPanelStep, end - column), strips = ceil_div(count, kStrip);
       bf16* out = panel + (column - begin) / kStrip * strip + tile * kTile;
-      alignas(64) bf16 held[kTileDepth * kPanelStep];  // 32 rows of a weight that w.decode decodes
+      alignas(64) bf16 held[kTileDepth * kPanelStep];  // 32 rows of a packed weight, decoded by w.decode
       if (w.decode != nullptr)
         decode_block(w, (from + tile) * kTileDepth, kTileDepth, column, kPanelStep, held, kPanelStep);
       for (int64_t i = 0; i < kTileDepth; i += 2) {

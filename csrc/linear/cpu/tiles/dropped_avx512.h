@@ -2,9 +2,10 @@
 // Include this file after the target pragma.
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
-//             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One step of the
-//             dot product instruction multiplies two columns of W.
-//   backward  One product computes dX for all kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ....
+//             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One dot product
+//             instruction multiplies elements of two columns of W with two elements of x.
+//   backward  One product computes dX for all kept elements, beside the low-rank part of dX:
+//             dX = (dY ∘ (1 + (g - 1) / (1 - p))) W.
 //             One dot product computes dX for each dropped element: dX[t, k] = dY[t] · W[:, k].
 //
 // Forward and backward need the transpose of W. Therefore the kernels transpose each panel of W once, into the memory

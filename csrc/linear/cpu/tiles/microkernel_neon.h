@@ -19,8 +19,9 @@ struct TileUnit {
   TileUnit() {}
 };
 
-constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // depth of a step; number of values of a row pair in a step
-constexpr int kPairs = 4;                                  // number of row pairs, and of lane pairs, in registers
+// kDepthStep: depth of a step; kPair: number of values that a pair of rows has in a step.
+constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;
+constexpr int kPairs = 4;  // number of row pairs, and of lane pairs, in registers
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
 inline Strips rows_of(const bf16* matrix, int64_t) { return Strips{matrix, 0}; }

@@ -31,7 +31,7 @@ struct Row {
   static Row mul(Row a, Row b) {
     return of([&](int i) { return Vec::mul(a.part[i], b.part[i]); });
   }
-  // Returns a in the lanes whose bit is set, and b in the other lanes.
+  // Returns a in the lanes whose bit in `bits` is set, and b in the other lanes.
   static Row where(uint32_t bits, Row a, Row b) {
     return of([&](int i) { return Vec::where(bits >> i * Vec::kWidth, a.part[i], b.part[i]); });
   }
