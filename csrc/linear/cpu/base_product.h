@@ -12,10 +12,11 @@ namespace peft_ext {
 // types need special instructions to be fast, and products of float32 do not.
 bool multiplies_in(ScalarType type, bool plain);
 
-// Returns x [T, K] Wᵀ in float32. x has W's dtype or float32.
+// product_forward returns x [T, K] Wᵀ in float32. x has the dtype `type`, which is W's dtype or the dtype to which a
+// packed W is decoded, or float32.
 Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type);
 
-// Returns g [T, N] W in float32. g has W's dtype or float32.
+// product_backward returns g W in float32. g [T, N] is a gradient such as dY, in the dtype `type` or in float32.
 Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& weight, ScalarType type);
 
 // Returns whether so few elements are dropped that a product with only these elements is faster than a product with all

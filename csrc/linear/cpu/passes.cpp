@@ -174,7 +174,8 @@ struct ChunkSums {
     const int64_t in_place = start == 0 ? 1 : 0;
     for (LateSums* of : {&sums, &totals}) {
       if (!of->total.defined()) continue;
-      // The sums of the first chunk are the total, and the buffer of the first chunk is unused.
+      // The sums of the first chunk are computed in the total's memory, so that the buffer of the first chunk is
+      // unused.
       of->first = in_place;
       of->count = count - in_place;
       if (now) summed(of);

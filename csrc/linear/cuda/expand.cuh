@@ -16,7 +16,7 @@
 // j, a tile of 8 rows, is column 32 h + 8 (g / 2) + 2 j + g % 2 of out. Therefore the accumulators of lane t, which are
 // the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. A lane therefore
 // stores 16 bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of Philox.
-// The kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
+// expand_kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
 // `before` and z once if they are given.
 #pragma once
 

@@ -117,8 +117,8 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       const DeviceLayer& layer = layers[i];
       const bool alone = sizes[i].rank == 0 || layer.weight.outputs == 0 ||
                          few_tokens_accept(layer.weight, type, sizes[i].tokens, layer.adapter);
-      // One pass can only use factors with equally many bfloat16 terms. Therefore a layer whose factor has one term has
-      // another number in `kinds`.
+      // One pass can only use factors with equally many bfloat16 terms. Therefore layers whose lora_A has one term and
+      // layers whose lora_A has more terms have different numbers in `kinds`.
       const int64_t one = !alone && type == ScalarType::BFloat16 && layer.adapter.lora_A->scalar_type() == type;
       kinds.push_back(alone ? -1 : sizes[i].padded | one << 32);
     }

@@ -94,8 +94,8 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
 }
 
 // Copies the tile of D that begins at (row, column) element by element, for any shape and alignment, and applies
-// dropout to the tile. Rows of D from `rows` on are filled with zeros. For the random draws, row i of D counts as row i
-// + `drawn`. If kTabled is true, `row` is a row of the RowTable, not of D.
+// dropout to the tile. Rows of D from `rows` on are filled with zeros. For the random draws of dropout, row i of D
+// counts as row i + `drawn`. If kTabled is true, `row` is a row of the RowTable, not of D.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
                                               int64_t column, int64_t rows, int64_t drawn) {

@@ -26,8 +26,8 @@
 //
 // Sums are float32. The products of each tile (or half of a tile) are summed separately and then added to the thread
 // block's sums, because a tensor core rounds its sums toward zero. Thread blocks write partial sums [chunks][padded
-// rows][padded rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes moved by a
-// launch: D once, E once if given, and the partial sums once.
+// rows][padded rank]; rank_reduce_kernel adds the partial sums of P and Q in order, and column_reduce_kernel adds those
+// of q. The kernel uses no atomics. Bytes moved by a launch: D once, E once if given, and the partial sums once.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"

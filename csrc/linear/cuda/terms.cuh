@@ -1,4 +1,5 @@
-// Splits a float into a sum of bfloat16 terms, so that tensor cores compute products with float32 precision.
+// Splits a float into bfloat16 terms, whose sum is nearly the float, so that tensor cores compute products with float32
+// precision.
 //
 // v = v₀ + v₁ + v₂, where v_i is the bfloat16 nearest to v - v₀ - … - v_{i-1}. Each term has 8 significant bits and the
 // exponent range of float32. A bfloat16 value has one term, a float16 value two, and a float32 value three. A kernel

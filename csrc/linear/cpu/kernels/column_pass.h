@@ -1,5 +1,5 @@
 // ColumnPass: scales the columns of a matrix m, and sums over the rows the products of m with a second matrix, in one
-// pass over m. Include this file after the target pragma.
+// pass over m. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include <type_traits>

@@ -1,5 +1,5 @@
 // FewTokens: multiplies few tokens with the rows of a matrix. for_token_groups divides the tokens into groups, and each
-// row is read once for each group. Include this file after the target pragma.
+// row is read once for each group. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/token_groups.h"

@@ -1,4 +1,5 @@
-// RowPass: the rank passes S = x̃ Aᵀ and dA = Pᵀ x̃. DropElements: x̃ alone. Include this file after the target pragma.
+// RowPass: the rank passes S = x̃ Aᵀ and dA = Pᵀ x̃. DropElements: x̃ alone. Include this file after the target pragma
+// (cpu/target_<isa>.h).
 //
 // A vector holds neighbouring columns of one row of m, `right` or `acc`. For kRanksTogether ranks at a time, the dot
 // products of two rows of m with rows of `right` stay in registers over a panel of kPanel columns, and the sums `acc`

@@ -1,5 +1,6 @@
 // Computes the backward for one panel of W's columns: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). Include this file
-// after the target pragma and the files of an instruction set.
+// after the target pragma (cpu/target_<isa>.h) and the files of an instruction set (see block.h). tiles.h defines G, H
+// and P.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

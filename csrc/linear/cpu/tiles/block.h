@@ -1,6 +1,6 @@
 // A Block holds the sums of up to 2 strips of rows by 2 strips of lanes, and stays in L1. The kernels clear a block,
-// add products to the block, and write the block's results once. Include this file after the target pragma and after
-// the files of an instruction set, which define these names:
+// add products to the block, and write the block's results once. Include this file after the target pragma
+// (cpu/target_<isa>.h) and after the files of an instruction set, which define these names:
 //   Row: a vector of 16 sums, with the operations of the Vec of simd_<isa>.h.
 //   transposed(part, rows): writes the columns of 16 x 16 sums to `rows`.
 //   store_row(out, first, second, count): rounds the 32 values of two Rows to bfloat16, and stores the first `count`.

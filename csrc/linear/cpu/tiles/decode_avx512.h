@@ -1,5 +1,5 @@
 // Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward.
-// A packed weight is decoded during the conversion. Include this file after the target pragma.
+// A packed weight is decoded during the conversion. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_avx512.h"
@@ -67,8 +67,8 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
   out[1] = _mm512_load_si512(run + 32);
 }
 
-// Converts W's rows [begin, end) to left strips. The strips have `tiles` tiles of the columns, from tile `from` on.
-// `from` is even.
+// Converts W's rows [begin, end) to left strips. Each strip has `tiles` tiles along W's columns, from the tile with the
+// number `from` on. `from` is even.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   if (w.decode != nullptr) {
     for (int64_t i = 0; i < ceil_div(end - begin, kStrip); ++i)
@@ -92,8 +92,8 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Converts W's columns [begin, end) to right strips. The strips have `tiles` tiles of the rows, from tile `from` on.
-// begin is a multiple of kPanelStep.
+// Converts W's columns [begin, end) to right strips. Each strip has `tiles` tiles along W's rows, from the tile with
+// the number `from` on. begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const int64_t strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);

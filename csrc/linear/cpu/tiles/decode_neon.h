@@ -1,5 +1,6 @@
 // Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. A packed weight is
-// decoded during the conversion. Include this file after the target pragma and the microkernel's file.
+// decoded during the conversion. Include this file after the target pragma (cpu/target_<isa>.h) and after
+// microkernel_neon.h.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"
@@ -99,8 +100,8 @@ inline void put_row(const Values32& values, int64_t i, bf16* tile) {
   }
 }
 
-// Converts W's rows [begin, end) to strips. The strips have `tiles` tiles of the columns, from tile `from` on. `from`
-// is even.
+// Converts W's rows [begin, end) to strips. Each strip has `tiles` tiles along W's columns, from the tile with the
+// number `from` on. `from` is even.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const bool aligned = aligned_blocks(w);
   for (int64_t row = begin; row < ceil_div(end - begin, kStrip) * kStrip + begin; ++row) {
@@ -117,8 +118,8 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Converts W's columns [begin, end) to strips of lanes. The strips have `tiles` tiles of the rows, from tile `from` on.
-// begin is a multiple of kPanelStep.
+// Converts W's columns [begin, end) to strips of lanes. Each strip has `tiles` tiles along W's rows, from the tile with
+// the number `from` on. begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const int64_t strip = tiles * kTile, first = from * kTileDepth;
   const bool aligned = aligned_blocks(w);

@@ -1,5 +1,5 @@
 // TileFewTokens: multiplies few tokens with the rows of a dense W in row-major order, by the dot product of
-// AVX512-BF16. Include this file after the target pragma.
+// AVX512-BF16. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_avx512.h"

@@ -1,9 +1,10 @@
 // Defines multiply() of the tile kernels with AMX-BF16. block.h describes what multiply() must compute. Include this
-// file after the target pragma and after amx.h or amx_emulated.h.
+// file after the target pragma (cpu/target_<isa>.h) and after amx.h or amx_emulated.h.
 //
 // The sums of 2 x 2 tiles stay in tile registers. For each step of the depth, the kernel loads two tiles of rows and
 // two tiles of lanes, and computes four products of 16 x 16 x 32. A tile that is loaded repeatedly is stored in 1 KiB
-// of contiguous memory: if its rows were a matrix row apart, all 16 rows could fall into one set of the L1 cache.
+// of contiguous memory: if the rows of the tile were as far apart as the rows of a matrix, all 16 rows could fall into
+// one set of the L1 cache.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
 // Defines multiply() of the tile kernels with the dot product of AVX512-BF16. block.h describes what multiply() must
-// compute. Include this file after the target pragma.
+// compute. Include this file after the target pragma (cpu/target_<isa>.h).
 //
 // The sums of 8 rows by 2 strips of lanes are in 16 registers. For each pair of elements of the depth, the kernel loads
 // two registers of lanes and broadcasts eight pairs of rows. These are 10 loads for 16 products, so that the products

@@ -1,5 +1,5 @@
 // Defines multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h describes what multiply()
-// must compute. Include this file after the target pragma.
+// must compute. Include this file after the target pragma (cpu/target_<isa>.h).
 //
 // One BFMMLA instruction multiplies two rows with two lanes over four values of the depth; one register holds the 2 x 2
 // sums. The tiles of both operands therefore have the layout [8 steps of four of the depth][8 pairs of rows or

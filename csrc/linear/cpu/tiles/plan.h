@@ -6,11 +6,12 @@
 //            block stay in L3.
 //   part     The work of one thread: a range of units in each block, panel after panel.
 //
-// Every unit is in exactly one range. There are two divisions: in the first division, a range may end at any unit, and
-// two threads may decode the same panel; in the second division, a range ends only at a whole panel. The plan takes the
-// division whose busiest thread has the smaller cost. The unit of cost is the product of one panel with one strip of
-// tokens; decoding a panel costs `decode` of these products. In each block, the cost of the most expensive part is at
-// most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two panels.
+// Every unit is in exactly one range, and so in exactly one part. There are two divisions: in the first division, a
+// range may end at any unit, and two threads may decode the same panel; in the second division, a range ends only at a
+// whole panel. The plan takes the division whose busiest thread has the smaller cost. The unit of cost is the product
+// of one panel with one strip of tokens; decoding a panel costs `decode` of these products. In each block, the cost of
+// the most expensive part is at most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two
+// panels.
 #pragma once
 
 #include <stdint.h>

@@ -28,8 +28,8 @@ bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, T
 // for TileKernels::forward.
 bool tiles_take_few_tokens(ScalarType type);
 
-// Returns the weights, in their order, as arguments of the tile kernels. The decoded scales are in the calling thread's
-// scratch.
+// Returns the weights, in their order, as arguments of the tile kernels. The decoded scales of NF4 weights with double
+// quantization are in the calling thread's scratch memory.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 
 // strips_of returns the arguments of TileKernels::left_strips and right_strips. strips_room returns scratch memory of

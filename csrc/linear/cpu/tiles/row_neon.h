@@ -1,4 +1,5 @@
-// Defines Row, 16 sums of a block in four registers, for Arm. See block.h. Include this file after the target pragma.
+// Defines Row, 16 sums of a block in four registers, for Arm. See block.h. Include this file after the target pragma
+// (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_neon.h"

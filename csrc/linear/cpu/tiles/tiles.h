@@ -15,9 +15,9 @@
 // part, then with the second part, and the float32 sums of a block are carried from part to part in scratch memory. The
 // cut does not change the order of a sum, and so does not change the results. Operands are stored in tiles of 1 KiB.
 // The tiles of a strip are in the order of the depth, with zeros beyond the end of the matrix:
-//   left   A tile has 16 rows x 32 elements of the depth, in row-major order.
-//   right  A tile has 16 pairs of elements of the depth x 16 lanes x 2. This is AMX's VNNI layout, of which vdpbf16ps
-//          reads one register for each pair.
+//   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
+//   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
+//          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
 // With these layouts, the forward reads and decodes W's rows in row-major order, and transposes x once. The backward
 // interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8 steps of the
 // depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is decoded into scratch memory that stays in L2 while
