@@ -67,8 +67,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (out.grad_out_scale.numel() > 0) other = std::nullopt;
 
   // If out_scale is given, dX has the product G W with G = g ∘ dY, or with G = (g - 1) ∘ dY if drop_base is true. If
-  // folds_scale returns true, the product is dY (g ∘ W). The pass that computes G also computes the sums of dg, unless
-  // rank_gradients has computed dg.
+  // folds_scale returns true, the product is dY (g ∘ W). The pass over dY that computes G also computes the sums of dg,
+  // the gradient of g, unless rank_gradients has computed dg.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
   const bool folds =
       product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, x.scalar_type(), size.tokens);

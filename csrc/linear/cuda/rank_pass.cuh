@@ -48,9 +48,9 @@ struct RankShare {
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarpSize / kParts * kRuns * 16; }
 };
 
-// The fragments of F or L that this warp holds in registers for one tile of D. A tile is multiplied in four steps of 16
-// columns (or rows). For each term and each of the warp's tiles of 8 ranks, the registers hold the fragments of two
-// steps, or of all four steps if kRoomy is true.
+// The fragments of F or L that this warp holds in registers for one tile of D. A tile of D is multiplied in four steps
+// of 16 columns (for Q: of 16 rows). For each term and each of the warp's tiles of 8 ranks, the registers hold the
+// fragments of two steps, or of all four steps if kRoomy is true.
 template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
