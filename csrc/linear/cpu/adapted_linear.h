@@ -3,8 +3,8 @@
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
 // With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the base
-// product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: g and l count as 1, b₀ and
-// b₁ as 0, and S is not computed.
+// product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: a missing g or l counts as
+// 1, a missing b₀ or b₁ counts as 0, and S is computed only if there is an adapter.
 #pragma once
 
 #include <optional>
@@ -22,7 +22,7 @@ namespace peft_ext {
 Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed);
 
 // The low-rank term, the scales and the dropout that a CPU kernel adds to a frozen linear layer. out_scale and in_scale
-// are float32 and contiguous. ρ is scaling times rank_scale.
+// are float32 and contiguous. ρ, the factors of the ranks, is scaling times rank_scale.
 struct Adapter {
   std::optional<Tensor> lora_A, lora_B;  // lora_A is [R, K], lora_B is [N, R]; the two dtypes may differ
   std::optional<Tensor> rank_scale;      // [R]
@@ -47,8 +47,9 @@ struct AdaptedForward {
   Tensor z;  // Z + b₀, [T, N] of x's dtype; shape [0] if want_z is false
 };
 
-// Computes the forward. If bias_inside is true, `bias` is b₀, which g scales; otherwise `bias` is b₁, which g does not
-// scale. room: contiguous tensors that receive the results; if room is null, the function allocates the results.
+// Computes the forward of the adapted linear layer. If bias_inside is true, `bias` is b₀, which g scales; otherwise
+// `bias` is b₁, which g does not scale. room: contiguous tensors that receive the results; if room is null, the
+// function allocates the results.
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z,
                                const AdaptedForward* room = nullptr);
@@ -60,9 +61,9 @@ struct Layer {
   Adapter adapter;             // adapter of the layer; drop_base, in_scale and groups may not be set
 };
 
-// Computes the forward of each layer. The results are bit for bit those of adapted_forward. For the layers that the
-// tile kernels accept, x is packed once, and the panels of these layers' weights are divided among the threads as one
-// list.
+// Computes the forward of several layers with the same input x. Each layer's results are bit for bit those of
+// adapted_forward. For the layers that the tile kernels accept, x is packed once, and the panels of these layers'
+// weights are divided among the threads as one list.
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {
@@ -73,21 +74,23 @@ struct AdaptedBackward {
 };
 
 // Returns dg [N] float32, the gradient of the output scale: sum_t dY ∘ (Z + b₀). z [T, N] is Z + b₀, or, if z_is_scaled
-// is true, Y = g ∘ (Z + b₀). For outputs whose g is too small to recover Z from Y, Z is computed again.
+// is true, Y = g ∘ (Z + b₀). If z_is_scaled is true, Z is computed again for the outputs whose g is too small to
+// recover Z from Y.
 Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before);
 
-// Computes the backward. s is S from the forward. x may be nullopt if the layer has neither a low-rank term nor
-// in_scale. room: a contiguous tensor that receives dX; if room is nullopt, the function allocates dX.
+// Computes the backward of the adapted linear layer. s is S from the forward. x may be nullopt if the layer has neither
+// a low-rank term nor in_scale. room: a contiguous tensor that receives dX; if room is nullopt, the function allocates
+// dX.
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                  const std::optional<Tensor>& room = std::nullopt);
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
-// the tile kernels accept all layers and the layers' panels of W fit the cache together, the sum is rounded once.
-// In all other cases, the dX of some layers is added to the rounded sum of the previous layers. A layer whose dY is
-// missing gets no gradients.
+// the tile kernels accept all layers, the layers' panels of W fit the cache together and there are at most kMostLayers
+// layers, the sum is rounded once. In all other cases, the dX of some layers is added to the sum of the previous
+// layers, which is already rounded to dX's dtype. A layer whose dY is missing gets no gradients.
 struct SiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;

@@ -1,6 +1,6 @@
-// Computes the backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are
-// computed first (low_rank.cpp). After these gradients, the tile kernels compute dX if tiles_accept returns true, and
-// PyTorch's matrix product otherwise.
+// Computes the backward of the adapted layer, whose formula is in adapted_linear.h. The gradients of lora_A, lora_B and
+// rank_scale are computed first (low_rank.cpp). Then dX and the gradient of in_scale are computed: by the tile kernels
+// if tiles_accept returns true, and otherwise with PyTorch's matrix product.
 #include <vector>
 
 #include "cpu/scratch.h"
@@ -24,7 +24,8 @@ bool tiles_accept(const BackwardCall& b) {
   return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
 }
 
-// Returns by * (g - 1) + shift, [N] float32, where g is DoRA's output scale.
+// Returns the float32 vector by * (g - 1) + shift [N], where g is DoRA's output scale, and `by` and `shift` are
+// numbers.
 Tensor around_one(const BackwardCall& b, float by, float shift) {
   Tensor out = empty({b.size.out}, ScalarType::Float);
   float* values = out.mutable_data_ptr<float>();
@@ -32,8 +33,8 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of dY; used if b.strips
-// is null.
+// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of dY; used only if
+// b.strips is null.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
@@ -73,20 +74,22 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
   return work;
 }
 
-// Computes the sum of the dX of several layers of one input, in one block of sums. in_scale is allowed only if there is
-// a single layer. onto: whether dX is added to the values in out->grad_x.
+// Computes the sum of the dX of several layers of one input by the tile kernels. Each element of the sum is kept in
+// float32 until the products of all these layers are added. in_scale is allowed only if there is a single layer. onto:
+// whether the sum is added to the values that out->grad_x already holds.
 void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto, AdaptedBackward* out) {
   const LinearSizes& size = calls[0]->size;
   std::vector<const FrozenWeight*> weights;
   size_t elements = 0;
   int64_t tiles_of_all = 0;
-  bool whole = false, apart = false;  // apart: whether dropped elements have a product of their own
+  bool whole = false, apart = false;  // apart: whether the dropped elements of dX are computed by separate dot products
   for (const BackwardCall* b : calls) {
     weights.push_back(&b->weight);
     if (b->strips == nullptr) elements += strips_elements(size.tokens, b->size.out);
     tiles_of_all += ceil_div(b->size.out, kTileDepth);
     apart = apart || rest_apart(*b);
-    whole = whole || (b->drop_base() && b->g() != nullptr);  // dropout on the base needs the whole depth at once
+    // With dropout on the base, the depth is not cut into parts.
+    whole = whole || (b->drop_base() && b->g() != nullptr);
   }
   const int64_t part = whole ? tiles_of_all : depth_part(kBackwardCut, tiles_of_all);
   const std::vector<TileWeight> tiles = tile_weights(weights);
@@ -160,8 +163,9 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   run_expand(finish, size.tokens);
 }
 
-// Several layers are multiplied together only if kPanelStep columns of all their weights take at most kPanelBytes. This
-// bound also limits the scratch memory, which holds the strips of dY of all these layers at the same time.
+// backward_on_tiles multiplies several layers together only if kPanelStep columns of all their weights take at most
+// kPanelBytes. This bound also limits the scratch memory, which holds the strips of dY of all these layers at the same
+// time.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace
@@ -226,9 +230,9 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
     elements += strips_elements(call.size.tokens, call.size.out);
     panels += panel_bytes(call);
   }
-  // If the tile kernels multiply all layers together, the passes over dY also make the strips of dY. Otherwise the
-  // layers are multiplied in several groups, and backward_on_tiles makes the strips of one group at a time, which takes
-  // less memory.
+  // If all layers that the tile kernels accept fit in one group, the passes over dY also make the strips of dY.
+  // Otherwise the layers are multiplied in several groups, and backward_on_tiles makes the strips of one group at a
+  // time, which takes less memory.
   bf16* strips = nullptr;
   if (elements > 0 && panels <= kPanelBytes && calls.size() <= kMostLayers)
     strips = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));

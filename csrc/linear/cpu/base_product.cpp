@@ -1,6 +1,6 @@
-// Computes the base products x Wᵀ and dY W by PyTorch's matrix product, and the products with only the elements that
-// dropout drops. If multiplies_in returns false for x's dtype, kWidePanel rows of W at a time are widened to float32
-// and multiplied.
+// Computes the base products x Wᵀ and dY W by PyTorch's matrix product (x Wᵀ of few tokens and a packed weight by
+// skinny_product), and the products with only the elements that dropout drops. If multiplies_in returns false for x's
+// dtype, kWidePanel rows of W at a time are widened to float32 and multiplied.
 #include "linear/cpu/base_product.h"
 
 #include "cpu/isa.h"
@@ -84,7 +84,7 @@ bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens,
 
 namespace {
 
-constexpr int64_t kDroppedTokens = 128;  // number of tokens in one unit of a thread's work
+constexpr int64_t kDroppedTokens = 128;  // largest number of tokens in one call of a kernel for dropped elements
 
 // Calls run(work, first row) for each group of kDroppedRows rows of W. During the call, work.turned is the transpose of
 // these rows.
@@ -107,8 +107,8 @@ void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type
   }
 }
 
-// Divides `count` rows or columns of W into strips of kDroppedStrip, and calls kernel(work, first row or column, first
-// token, last token) for each strip and all tokens.
+// Divides `count` rows or columns of W into strips of kDroppedStrip, and the tokens into groups of kDroppedTokens.
+// Calls kernel(work, first row or column, first token, end of the tokens) for each strip and each group of tokens.
 void over_strips(void (*kernel)(const Dropped&, int64_t, int64_t, int64_t), const Dropped& work, int64_t count,
                  int64_t tokens) {
   const int64_t chunks = ceil_div(tokens, kDroppedTokens);

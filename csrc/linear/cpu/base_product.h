@@ -1,5 +1,6 @@
-// Computes the base product by PyTorch's matrix product, in x's dtype or in float32, for calls that no kernel of
-// peft_ext computes.
+// Computes the base product for calls that neither the tile kernels nor forward_few_tokens computes: by PyTorch's
+// matrix product in x's dtype or in float32, or, for few tokens and a packed weight, by the kernels of
+// packed/cpu/skinny.h.
 #pragma once
 
 #include "linear/cpu/passes.h"
@@ -11,19 +12,20 @@ namespace peft_ext {
 // types need special instructions to be fast, and products of float32 do not.
 bool multiplies_in(ScalarType type, bool plain);
 
-// Returns x [T, K] Wᵀ in float32. x has W's dtype or float32.
+// product_forward returns x [T, K] Wᵀ in float32. x has the dtype `type`, which is W's dtype or the dtype to which a
+// packed W is decoded, or float32.
 Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type);
 
-// Returns g [T, N] W in float32. g has W's dtype or float32.
+// product_backward returns g W in float32. g [T, N] is a gradient such as dY, in the dtype `type` or in float32.
 Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& weight, ScalarType type);
 
 // Returns whether so few elements are dropped that a product with only these elements is faster than a product with all
 // of W.
 bool drops_few(const Dropout& dropout);
 
-// PEFT's DoRA with dropout on the base needs two base products. Returns whether the second product uses only the
-// dropped elements. The result is true only if products run in float32 and there are enough tokens to pay for
-// transposing W.
+// PEFT's DoRA with dropout on the base needs two base products. products_apart returns whether the second product uses
+// only the dropped elements. The result is true only if dropout drops few elements, products run in float32,
+// skinny_product does not accept the call, and there are enough tokens to pay for transposing W.
 bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Dropout& dropout);
 
 // Adds (x - mask ∘ x) Wᵀ to out [T, N] float32. x is contiguous.

@@ -14,7 +14,7 @@ struct LinearSizes {
 // the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
 
-// Returns ρ [R].
+// Returns ρ [R], the factors of the ranks: scaling times rank_scale.
 Tensor rank_scales(const char* op, const Adapter& adapter);
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ Expand finishing(const ForwardCall& f);
 // The results of shrink_tokens beside ForwardCall::out.s: keep has the bits of the dropout mask if drop_base() is true.
 struct Shrunk {
   KeepBits keep;
-  GroupedS grouped;  // S of a mixed batch; rows of a segment are as long as the rank of its adapter
+  GroupedS grouped;  // S of a mixed batch; a segment's rows of S are as long as the rank of the segment's adapter
 };
 
 // Returns the pass over x that computes S with A [R, K] float32, and writes S to ForwardCall::out.s. keep: receives, if
@@ -56,16 +56,18 @@ Shrunk shrink_tokens(const ForwardCall& f);
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// The arguments and intermediate results of one call of the backward. The gradients of the adapter are computed first.
-// After these gradients, dX is computed in one of the two ways that backward.cpp describes.
+// The arguments and intermediate results of one call of the backward. The gradients of lora_A, lora_B and rank_scale
+// are computed first. Then dX and the gradient of in_scale are computed in one of the two ways that backward.cpp
+// describes.
 struct BackwardCall {
   const char* op;
   const FrozenWeight& weight;
   const Adapter& adapter;
   LinearSizes size;
   Tensor grad, x;  // grad is dY [T, N], x is [T, K]; both are contiguous
-  Tensor p;        // P [T rounded up to 32, R]; kernels read the rows beyond T, but store no results of them
-  KeepBits keep;   // bits of the dropout mask, if dropout is active and dX is wanted
+  // P = (g ∘ dY) ρB [T rounded up to 32, R]; kernels read the rows beyond T, but store no results of these rows.
+  Tensor p;
+  KeepBits keep;  // bits of the dropout mask, if dropout is active and dX is wanted
   // If the tile kernels compute dX, rank_gradients also makes the strips of lora_A and, if `strips` is not null, the
   // left strips of g ∘ dY, or of dY if dropout acts on the base.
   bool tiles = false;
@@ -91,12 +93,14 @@ struct RankCall {
   AdaptedBackward* out;
 };
 
-// Computes for each layer P, dB and the gradient of rank_scale from dY, dA from x and P, and, if dX is wanted, the bits
-// of the dropout mask for dX. The same parallel loops compute all layers.
+// Computes for each layer P = (g ∘ dY) ρB, dB and the gradient of rank_scale from dY and S, and dA from x and P. If dX
+// is wanted and dropout is active, the function also computes the bits of the dropout mask for dX. The same parallel
+// loops compute all layers.
 void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
 // Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller adds further terms to
-// `finish`. Returns the tensor with A, to which `finish` points.
+// `finish`. Returns the tensor that holds A in float32, to which `finish` points, or an undefined tensor if there is no
+// low-rank term.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);
 
 }  // namespace peft_ext

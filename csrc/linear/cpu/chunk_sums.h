@@ -1,5 +1,6 @@
 // Computes sums over tokens on all threads. A chunk of tokens is summed by one thread, and the chunks' sums are added
-// in order. The number of chunks depends only on T, so that the bits are equal for every number of threads.
+// in order. The number of chunks depends only on the number of tokens, so that a sum has the same bits for every number
+// of threads.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +11,9 @@
 
 namespace peft_ext {
 
-// Calls run(first token, last token, sums) for each chunk, with zeroed sums [size], and returns the total. The function
-// holds the sums of as many chunks at a time as fit kMostSums floats, or of one chunk per thread if that is more.
+// Calls run(first token, end of the tokens, sums) for each chunk of tokens, with zeroed sums [size], and returns the
+// total. The function holds the sums of as many chunks at a time as fit kMostSums floats, or of one chunk per thread if
+// that is more.
 template <typename Run>
 Tensor sum_chunks(int64_t tokens, int64_t size, const Run& run) {
   if (tokens == 0) return zeros({size});

@@ -1,11 +1,13 @@
 // Computes the forward of the adapted layer, whose formula is in adapted_linear.h. The base product is computed in one
 // of three ways:
 //
-//   tiles    For bfloat16 on a CPU with bfloat16 products, one pass of the tile kernels writes Y with all terms of Y.
+//   tiles    If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
+//            the tile kernels writes Y with all terms of Y.
 //   few      For few tokens, W (its codes, if W is packed), A and B are read row by row, without panels.
-//   mm       In all other cases, PyTorch's matrix product is used. If the product runs in x's dtype and Y is only the
-//            sum of the product, the low-rank term and the bias, PyTorch adds the product in place to the other terms.
-//            Otherwise another pass computes Y from the product, in float32.
+//   mm       In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
+//            and dropout on the base). If the product runs in x's dtype and Y is only the sum of the product, the
+//            low-rank term and the bias, PyTorch adds the product in place to the other terms. Otherwise another pass
+//            computes Y from the product, in float32.
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
@@ -27,7 +29,7 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// Prepares the product of x [T, K] and the weight of a call. `wide` is x in float32, and is read for a dense weight.
+// Prepares the product x Wᵀ of a call of few tokens. `wide` is x in float32, and is read for a dense weight.
 FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const Tensor& wide) {
   if (f.weight.is_packed()) return skinny_parts(f.op, x, f.weight);
   FewTokensProduct product;
@@ -67,9 +69,10 @@ Tensor in_float(const Tensor& x) {
   return wide;
 }
 
-// Computes several calls of few tokens with the same x. A first loop computes S of all adapters. In a second loop, one
-// thread computes for a row of W the base product, the low-rank term and the final pass. For a mixed batch, and for a
-// weight whose product is not computed row by row, the low-rank term and the final pass come after the second loop.
+// Computes several calls of few tokens with the same x. A first loop computes S of all adapters except those of a mixed
+// batch. In a second loop, one thread computes for a row of W the base product, the low-rank term and the final pass.
+// For a mixed batch, and for a weight whose product is not computed row by row, the low-rank term and the final pass
+// come after the second loop.
 void forward_few_tokens(const std::vector<ForwardCall>& calls) {
   const PassKernels& isa = pass_kernels();
   std::vector<Tensor> held;
@@ -151,14 +154,15 @@ struct TileOperands {
 // Returns whether the second base product of PEFT's DoRA uses only the elements that dropout drops.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
-// Returns the number of tiles in a part of the depth. With dropout on the base, one part has the whole depth.
+// Returns the number of tiles in a part of the depth, which is the number of x's columns. With dropout on the base, one
+// part has the whole depth.
 int64_t tiles_in_part(const ForwardCall& f) {
   const int64_t tiles = ceil_div(f.size.in, kTileDepth);
   return f.drop_base() ? tiles : depth_part(kForwardCut, tiles);
 }
 
-// Reads x once for all calls, which have the same x: computes S and the strips of S of each call, the dropped strips of
-// a call with drop_base(), and the right strips of x, which the function returns. If `apart` is true (the dropped
+// Reads x once for all calls, which have the same x: computes S and the strips of S of each call, the strips of mask ∘
+// x of a call with drop_base(), and the right strips of x, which the function returns. If `apart` is true (the dropped
 // elements are multiplied separately), no strips of x are made.
 const bf16* shrink_on_tiles(const std::vector<ForwardCall>& calls, bool apart, std::vector<TileOperands>* operands) {
   const ForwardCall& first_call = calls[0];
@@ -180,7 +184,7 @@ const bf16* shrink_on_tiles(const std::vector<ForwardCall>& calls, bool apart, s
     const int64_t rank = f.size.rank;
     held.rho = rank_scales(f.op, adapter);
     held.a = packed(&packing, f.op, "lora_A", *adapter.lora_A, nullptr, nullptr, false, rank, size.in);
-    // The kernel reads whole blocks of kColumnStep rows of ρB.
+    // The tile kernel reads whole blocks of kColumnStep rows of ρB.
     held.rows = packed(&packing, f.op, "lora_B", *adapter.lora_B, nullptr, held.rho.const_data_ptr<float>(), false,
                        round_up(f.size.out, kColumnStep), rank);
     held.strips = empty({ceil_div(size.tokens, kStrip), rank, kStrip}, ScalarType::Float);
@@ -198,7 +202,7 @@ const bf16* shrink_on_tiles(const std::vector<ForwardCall>& calls, bool apart, s
     strips.push_back(strips_of(room, first_call.x, size.tokens, size.in, nullptr, &held.keep));
     held.dropped = room;
   }
-  constexpr int64_t kStripsCost = 4;  // cost of converting an element to strips, in multiplications
+  constexpr int64_t kStripsCost = 4;  // cost of converting an element of x to strips, in multiplications
   const TileKernels& isa = *tile_kernels();
   run_row_passes(
       passes, size.tokens,
@@ -318,7 +322,8 @@ void forward_by_products(const ForwardCall& f) {
     terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
     return;
   }
-  // `there`: whether the product is float32 and is written into Z or Y, which run_finish then changes in place.
+  // `there`: whether PyTorch writes the product, in float32, into the memory of Z or Y, which run_finish then changes
+  // in place.
   const bool there =
       type == ScalarType::Float && !f.drop_base() && size.in > 0 && !skinny_accepts(f.weight, type, size.tokens);
   Tensor before, after;
@@ -339,7 +344,8 @@ void forward_by_products(const ForwardCall& f) {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
     Dropout dropout = adapter.dropout;
-    if (apart) dropout.scale = 1.0f;  // the product uses x before dropout's scaling, which would round the values
+    // The product uses mask ∘ x without dropout's factor, because the multiplication would round the values.
+    if (apart) dropout.scale = 1.0f;
     before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {
       const auto times = [&](float by) {
@@ -364,7 +370,8 @@ void forward_by_products(const ForwardCall& f) {
 
 namespace {
 
-// Checks a call and allocates the results. x is [..., K], contiguous.
+// Checks the arguments of a call of the forward, and allocates the results unless `room` is given. x is [..., K],
+// contiguous.
 ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight& weight,
                             const std::optional<Tensor>& bias, const Adapter& adapter, bool bias_inside, bool want_z,
                             const AdaptedForward* room = nullptr) {

@@ -12,9 +12,9 @@ namespace peft_ext {
 namespace {
 
 constexpr int64_t kTaskTokens = 32;           // largest number of tokens of a segment in one task of a thread
-constexpr int64_t kTaskElements = 64 * 1024;  // number of elements of a small matrix in one task of a thread
+constexpr int64_t kTaskElements = 64 * 1024;  // target number of elements of lora_A or lora_B in one task of a thread
 
-// A task of one thread: multiplies the rows [begin, end) of a small matrix with the tokens of a segment.
+// A task of one thread: multiplies the rows [begin, end) of an adapter's lora_A or lora_B with the tokens of a segment.
 struct FewTask {
   FewTokens work;
   int64_t begin, end;
@@ -45,7 +45,7 @@ void run(const std::vector<FewTask>& tasks) {
   });
 }
 
-// Copies S of the segments, [tokens, stride] each, into the operator's result s.
+// Copies S of the segments, [tokens, stride] each, into the operator's result s, and fills the rest of s with zeros.
 void save_s(const Groups& groups, const GroupedS& from, const Tensor& s) {
   float* out = s.mutable_data_ptr<float>();
   std::fill_n(out, s.numel(), 0.0f);
@@ -223,12 +223,12 @@ void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, con
 GroupedTerms grouped_terms(const char* op, const Groups& groups, const GroupedS& s, int64_t tokens, int64_t out) {
   GroupedTerms made;
   made.held = of_used(groups, [&](size_t g) {
-    // The kernel reads whole blocks of kColumnStep rows of ρB.
+    // The tile kernel reads whole blocks of kColumnStep rows of s_g B_g.
     const Tensor& b = groups.lora_B[g];
     return packed(op, "lora_B", b, nullptr, scales(groups, g).data(), false, round_up(out, kColumnStep), b.size(1));
   });
-  // A strip of tokens has one low-rank term for each adapter that a token of the strip has. The S of such a term is
-  // zero for the tokens of other adapters.
+  // A strip of tokens has one low-rank term for each adapter that a token of the strip has. In the term of an adapter,
+  // S is zero for the tokens of other adapters.
   struct Part {
     int64_t group, offset;
   };

@@ -45,13 +45,16 @@ struct GroupedS {
   float* of(size_t segment) const { return static_cast<float*>(storage.mutable_data_ptr()) + offsets[segment]; }
 };
 
-// Computes S from x [T, K], and also writes S to s [T, groups.rank], with zeros for tokens without an adapter.
+// Computes S from x [T, K], and also writes S to s [T, groups.rank], with zeros for tokens without an adapter, and
+// beyond the rank of a token's adapter.
 GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, const Tensor& s);
 
-// Adds the low-rank terms of x [T, K] float32 to y [T, N] float32. The function also writes s, as grouped_shrink does.
+// Adds the low-rank terms of few tokens x [T, K] float32 to y [T, N] float32. The function also writes S to s, as
+// grouped_shrink does.
 void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s);
 
-// Computes `finish` for all tokens, each with the low-rank term of the token's own adapter.
+// Computes Y (and Z, if wanted) as `finish` describes (see Expand in kernels.h) for all tokens, each with the low-rank
+// term of the token's own adapter.
 void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, const Expand& finish);
 
 // The low-rank terms of a mixed batch as arguments of the tile kernels, and the memory to which the terms refer.

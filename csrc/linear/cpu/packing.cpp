@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kSide = 64;  // number of rows and columns of a block that is transposed at a time
 
-// Writes the transpose of block [rows, kSide] to out [columns, stride].
+// Writes the transpose of the first `columns` columns of block [rows, kSide] to `out`, whose rows are `stride` floats
+// apart.
 void transpose_block(const float* block, int64_t rows, int64_t columns, float* out, int64_t stride) {
   int64_t i = 0;
 #if defined(__SSE2__)
@@ -70,7 +71,8 @@ struct Conversion {
       std::fill(to + filled, to + stride, 0.0f);
     }
   }
-  // Writes the rows [first, first + width) of the matrix, or zeros beyond the matrix, to columns of the result.
+  // Writes the rows [first, first + width) of the matrix, or zeros beyond the matrix, to the columns with the same
+  // numbers of the transposed result.
   template <typename T>
   void transpose_rows(int64_t first, int64_t width, int64_t frame_rows) const {
     alignas(64) float block[kSide * kSide];
@@ -85,7 +87,8 @@ struct Conversion {
       std::fill(to + (i < columns ? filled : 0), to + width, 0.0f);
     }
   }
-  // Writes the columns [first, first + width) of the matrix, or zeros beyond the matrix, to whole rows of the result.
+  // Writes the columns [first, first + width) of the matrix, or zeros beyond the matrix, to the rows with the same
+  // numbers of the transposed result.
   template <typename T>
   void transpose_columns(int64_t first, int64_t width) const {
     alignas(64) float block[kSide * kSide];

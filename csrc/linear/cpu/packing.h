@@ -25,8 +25,8 @@ Tensor zeros(const std::vector<int64_t>& shape);
 // Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
 // frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
 // by_column[column], if these pointers are not null. If nothing has to change, the result is the matrix itself and must
-// not be written to. With `loops`, the function only adds loops that fill the result; the factors must live until the
-// caller has run the loops.
+// not be written to. With `loops`, packed() only adds loops that fill the result; by_row and by_column must stay valid
+// until the caller has run the loops.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& matrix, const float* by_row,
@@ -42,7 +42,8 @@ struct LateSums {
 
 // Converts sums [R, columns] to like's dtype and shape: [columns, R] if `transpose` is true, otherwise [R, columns].
 // Each element is multiplied by `by`, and by by_column[column] and by_rank[rank], if these pointers are not null. With
-// `loops`, the function only adds loops that fill the result; the factors must live until the caller has run the loops.
+// `loops`, unpacked() only adds loops that fill the result; by_column and by_rank must stay valid until the caller has
+// run the loops.
 Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float by, const float* by_column,
                 const float* by_rank, bool transpose, const Tensor& like);
 Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSums& sums, float by,
@@ -59,8 +60,8 @@ Tensor lane_strips(Loops* loops, const char* op, const char* argument, const Ten
 // Writes the strips [first, last) of the transpose of m [columns, rank], in the layout that lane_strips returns.
 void lane_strips_of_rows(const float* m, int64_t rank, int64_t columns, int64_t first, int64_t last, float* strips);
 
-// Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The function may
-// return the vector itself.
+// Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The result may be the
+// vector itself.
 Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel);
 
 }  // namespace peft_ext

@@ -10,7 +10,8 @@
 
 namespace peft_ext {
 
-// Number of rows that a pass computes at a time, which is the number of tokens in a strip of the tile kernels.
+// Number of tokens in the smallest unit that a pass gives to a thread; the same as the number of tokens in a strip of
+// the tile kernels.
 constexpr int64_t kTokenStep = 16;
 constexpr int64_t kMinChunkTokens = 64;
 constexpr int64_t kMaxChunks = 32;
@@ -22,14 +23,15 @@ constexpr int64_t kDrawnColumns = 128;
 constexpr int64_t kMaskColumns = 512;
 // The cost of drawing an element's dropout, in multiplications.
 constexpr int64_t kDrawCost = 12;
-// The largest number of floats in the sums of several chunks (16 MiB), unless one chunk alone needs more.
+// The largest number of floats in the sums of the chunks that are kept at once (16 MiB). The sums take more if one
+// chunk alone (in sum_chunks: one chunk per thread) needs more.
 constexpr int64_t kMostSums = int64_t{1} << 22;
 // The smallest number of multiplications for which a thread is started: a few microseconds of work.
 constexpr int64_t kPassGrain = int64_t{1} << 17;
 
 inline int64_t shares(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
-// Returns the number of tokens in a chunk, whose sums are computed together.
+// Returns the number of tokens in a chunk. A thread sums the tokens of a chunk one after the other.
 inline int64_t chunk_tokens(int64_t tokens) {
   return shares(std::max(kMinChunkTokens, shares(tokens, kMaxChunks)), kTokenStep) * kTokenStep;
 }
@@ -48,7 +50,7 @@ inline int64_t busiest(int64_t parts, int64_t multiplications, int64_t threads) 
   return shares(parts, std::max<int64_t>(1, std::min(threads, shares(parts, pass_grain(multiplications)))));
 }
 
-// Each cost below is the number of multiplications of the busiest thread. This function returns the cost of the product
+// Each cost below is the number of multiplications of the busiest thread. row_pass_cost returns the cost of the product
 // m · right, of shape [T, R], if the threads divide the tokens. m is [T, K], and right is [K, R].
 inline int64_t row_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t steps = busiest(shares(tokens, kTokenStep), kTokenStep * columns * rank, threads);

@@ -20,7 +20,7 @@ constexpr int64_t kExpandPasses = 8;
 static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");
 static_assert(kTokenStep % kRowsTogether == 0 && kMaskColumns == kColumnsTogether);
-// Number of rows of W that are decoded at a time in a pass over W.
+// Number of rows of W that a pass over W reads, or decodes from a packed weight, at a time.
 constexpr int64_t kRowChunk = 64;
 
 // Returns W's rows [first, last) in `type`: a pointer into W, or rows decoded into the calling thread's scratch.
@@ -81,7 +81,7 @@ void run_row_pass(const RowPass& pass, int64_t tokens) { run_row_passes({pass}, 
 
 namespace {
 
-// Sets the columns [first, last) of acc [rank, columns] to zero.
+// Sets the columns [first, last) of acc to zero. acc has `rank` rows, which are `stride` floats apart.
 void clear_columns(float* acc, int64_t stride, int64_t rank, int64_t first, int64_t last) {
   for (int64_t r = 0; r < rank; ++r) std::fill_n(acc + r * stride + first, last - first, 0.0f);
 }
@@ -136,7 +136,7 @@ void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t las
 // buffers are added to the total and used again.
 struct ChunkSums {
   int64_t chunk, chunks, together;
-  LateSums sums, totals;  // totals [1, columns]: sums of the columns, if wanted
+  LateSums sums, totals;  // totals [1, columns]: sums of m's columns, if wanted
   float *total, *held, *column_total = nullptr, *column_held = nullptr;
 
   ChunkSums(const RowPass& pass, int64_t tokens, bool of_columns) {
@@ -174,7 +174,8 @@ struct ChunkSums {
     const int64_t in_place = start == 0 ? 1 : 0;
     for (LateSums* of : {&sums, &totals}) {
       if (!of->total.defined()) continue;
-      // The sums of the first chunk are the total, and the buffer of the first chunk is unused.
+      // The sums of the first chunk are computed in the total's memory, so that the buffer of the first chunk is
+      // unused.
       of->first = in_place;
       of->count = count - in_place;
       if (now) summed(of);
@@ -203,7 +204,8 @@ LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, co
 }
 
 // Adds loops to `loops` that compute the sums of a pass without `right`. Each iteration of a loop works on a block of
-// columns, for all tokens or for a chunk of the tokens.
+// columns, for all tokens or for a chunk of the tokens. If the tokens are divided into chunks, and `totals` is wanted
+// or the chunks' buffers are used more than once, the loops run at once instead.
 LateSums add_outer_loops(Loops* loops, const RowPass& pass, int64_t tokens, Tensor* totals) {
   const int64_t threads = loop_threads(), columns = pass.columns, rank = pass.rank;
   const int64_t width = block_columns(tokens, columns, rank, threads, pass.dropout.active);

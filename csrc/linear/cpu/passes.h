@@ -1,8 +1,8 @@
 // Declares passes over activations and over W, which run on all threads. The kernels are in
 // linear/cpu/kernels/kernels.h.
 //
-// Sums over tokens are computed per chunk of tokens, and added in order. The number of chunks depends only on T, so
-// that the bits are equal for every number of threads.
+// Sums over tokens are computed per chunk of tokens, and added in order. The number of chunks depends only on the
+// number of tokens, so that a sum has the same bits for every number of threads.
 #pragma once
 
 #include "weight/frozen_weight.h"
@@ -15,8 +15,8 @@ const PassKernels& pass_kernels();
 
 RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t rank, const Dropout& dropout);
 
-// A function for the tokens [first, last) that runs in the parallel loop of a pass. `first` is a multiple of
-// kTokenStep.
+// A function that the threads call for the tokens [first, last) in the parallel loop of a pass. `first` is a multiple
+// of kTokenStep.
 using TokenWork = std::function<void(int64_t first, int64_t last)>;
 
 // Runs passes without `left` over all tokens of one m. beside: null, or a function that a thread calls after the passes
@@ -31,8 +31,8 @@ Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = null
 // Runs a pass with `left`, or adds a part of the pass to the loops `later`, which the caller runs with a grain of at
 // least kPassGrain. m · right is complete on return. leftᵀ · m is complete after the caller has run the loops, except
 // for the additions that are left in the result (see LateSums). beside: null, or a function that is called for all
-// tokens in the parallel loop of a pass with `right`. The sums in `totals` are complete after the caller has run the
-// loops.
+// tokens in the parallel loop of a pass with `right`. The sums of m's columns in `totals` are complete after the caller
+// has run the loops.
 LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside);
 
 // Does the additions that are left in `sums`, in order, and returns the total.
@@ -40,7 +40,7 @@ Tensor summed(LateSums* sums);
 
 void run_expand(const Expand& work, int64_t tokens);
 
-// The bits of a dropout mask.
+// The bits of a dropout mask, one for each element of a matrix of tokens.
 struct KeepBits {
   Tensor words;  // 32-bit words, stored in a float32 tensor, because few tensor templates are instantiated
   int64_t per_row = 0;

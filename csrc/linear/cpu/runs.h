@@ -15,7 +15,7 @@
 
 namespace peft_ext {
 
-// The rows [begin, end) of one expert.
+// The rows [begin, end) of a batch, all of one expert.
 struct Run {
   int64_t expert, begin, end;
   int64_t rows() const { return end - begin; }
@@ -53,7 +53,8 @@ inline Tensor rows_of_run(const Tensor& matrix, const Run& run) {
   return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});
 }
 
-// Checks that m is [S, columns] and returns m contiguous. beside: if given, a tensor with m's dtype and number of rows.
+// Checks that m is [S, columns] and returns m contiguous. beside: if given, a tensor whose dtype and number of rows m
+// must have.
 inline Tensor checked_rows(const char* op, const char* argument, const Tensor& m, int64_t columns,
                            const Tensor* beside = nullptr) {
   STD_TORCH_CHECK(m.is_cpu() && m.dim() == 2 && m.size(1) == columns, op, ": ", argument, " has ", m.numel(),

@@ -4,17 +4,18 @@
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
 // With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, x in these
-// formulas is l ∘ x. PyTorch's matrix product computes x Wᵀ and dY W, and adds the product to the result of peft_ext's
-// kernels if there is one. If few_tokens_accept returns true, only kernels of peft_ext compute the forward.
-// few_tokens_accept requires few tokens and a packed weight, and for NF4 also a 16-bit dtype.
+// formulas is l ∘ x. PyTorch's matrix product computes x Wᵀ and dY W, and adds the product to the low-rank term and the
+// bias if peft_ext's kernels have computed them. If few_tokens_accept returns true, only kernels of peft_ext compute
+// the forward. few_tokens_accept requires few tokens, a packed weight and no dropout on the base, and for NF4 also a
+// 16-bit dtype and a number of inputs that is a multiple of 32.
 #pragma once
 
 #include "weight/device_weight.cuh"
 
 namespace peft_ext {
 
-// The adapter of a frozen linear layer on a GPU. rank_scale, out_scale and in_scale are float32 and contiguous. ρ is
-// scaling times rank_scale.
+// The adapter of a frozen linear layer on a GPU. rank_scale, out_scale and in_scale are float32 and contiguous. ρ, the
+// factors of the ranks, is scaling times rank_scale.
 struct DeviceAdapter {
   std::optional<Tensor> lora_A, lora_B;  // lora_A is [R, K], lora_B is [N, R]; the two dtypes may differ
   std::optional<Tensor> rank_scale;      // [R]
@@ -38,13 +39,14 @@ struct DeviceForward {
 
 struct Shrunk;
 
-// Computes the forward. If bias_inside is true, `bias` is b₀; otherwise `bias` is b₁. shrunk: null, or S that a pass
-// over x for several layers has already computed.
+// Computes the forward of the adapted linear layer. If bias_inside is true, `bias` is b₀, which g scales; otherwise
+// `bias` is b₁, which g does not scale. shrunk: null, or S and the terms of S and B, if a pass over x for several
+// layers has already computed S.
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
                               bool want_z, const Shrunk* shrunk = nullptr);
 
-// The adapters of a mixed batch.
+// The adapters of a mixed batch, in which each sample has its own adapter or none.
 struct DeviceGroups {
   std::vector<Tensor> lora_A, lora_B;  // matrices of those adapters that a sample uses, of rank 1 or more
   std::vector<double> scaling;         // scaling s_g of each adapter g
@@ -65,8 +67,8 @@ struct DeviceBackward {
   Tensor grad_out_scale;   // gradient of out_scale, [N] float32; shape [0] if z is nullopt
 };
 
-// Computes the backward. s and z are S and Z + b₀ from the forward. z is needed for the gradient of g, Σ_t dY ∘ (Z +
-// b₀).
+// Computes the backward of the adapted linear layer. s and z are S and Z + b₀ from the forward. z is needed for the
+// gradient of g, Σ_t dY ∘ (Z + b₀).
 DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                 const std::optional<Tensor>& z);
@@ -78,8 +80,9 @@ struct DeviceLayer {
   DeviceAdapter adapter;       // adapter of the layer; drop_base, out_scale and in_scale may not be set
 };
 
-// Computes the forward of several layers with the same input x. If x has a 16-bit dtype, one pass over x computes S of
-// several layers that have the same padded rank of at most 32.
+// Computes the forward of several layers with the same input x. If siblings_read(x) is true, one pass over x computes S
+// of several layers whose padded rank is the same and at most 32, and whose lora_A have equally many bfloat16 terms. A
+// layer that few_tokens_accept accepts computes its own S.
 std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers);
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes
@@ -100,7 +103,7 @@ DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& re
 DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceAdapter& adapter,
                                  const Tensor& s, bool needs_grad_x);
 
-// Returns dX = dY W, [..., K] in dY's dtype.
+// frozen_backward returns dX = dY W, [..., K] in dY's dtype, for a frozen layer without an adapter.
 Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight);
 
 // Results of scale_columns, which makes one pass over m. scaled: m ∘ scale in m's dtype and shape; [0] if `scale`,

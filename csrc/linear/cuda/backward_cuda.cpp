@@ -3,7 +3,10 @@
 //   P = dY (ρB), dB = dYᵀ S   one pass over dY, or two passes for more than 32 ranks
 //   dA = x̃ᵀ P                 one pass over x
 //   dX₀ = mask ∘ (P A)        one write of dX
-//   dX = dX₀ + G W            PyTorch's matrix product, added in place
+//   dX = dX₀ + dY W           PyTorch's matrix product, added in place
+//
+// With an output scale g, these formulas have g ∘ dY in place of dY. With dropout on the base, as in PEFT's DoRA, dX
+// needs two products with W. in_scale needs one more pass over dX.
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -22,7 +25,7 @@ Tensor empty_grad_x(const Tensor& x, bool needs_grad_x) {
   return needs_grad_x ? device_empty_like(x) : device_empty(x, {0}, x.scalar_type());
 }
 
-// Sets grad_A and grad_B to zeros, for a call without tokens.
+// Sets grad_A and grad_B to zeros, for a call without tokens of a layer with lora_A and lora_B.
 void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, DeviceBackward* out) {
   if (size.rank == 0) return;
   out->grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
@@ -60,11 +63,12 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (low_rank)
     grads = rank_gradients(x, flat_x, {{flat_grad, &adapter, size, *s, other.has_value() ? &*other : nullptr, &out}},
                            needs_grad_x)[0];
-  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // rank_gradients has computed dg already
+  // rank_gradients has already computed grad_out_scale from z.
+  if (out.grad_out_scale.numel() > 0) other = std::nullopt;
 
   // If out_scale is given, dX has the product G W with G = g ∘ dY, or with G = (g - 1) ∘ dY if drop_base is true. If
-  // folds_scale returns true, the product is dY (g ∘ W). The pass that computes G also computes the sums of dg, unless
-  // rank_gradients has computed dg.
+  // folds_scale returns true, the product is dY (g ∘ W). The pass over dY that computes G also computes the sums of dg,
+  // the gradient of g, unless rank_gradients has computed dg.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
   const bool folds =
       product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, x.scalar_type(), size.tokens);

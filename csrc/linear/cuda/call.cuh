@@ -21,7 +21,7 @@ inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous
 // `reduce` also writes the bfloat16 terms of S ∘ ρ.
 Reduced shrunk_results(const DeviceAdapter& adapter, const Tensor& s, const HeldTerms* terms);
 
-// Computes S [T, R] and, unless `terms` is null, the bfloat16 terms of S ∘ ρ.
+// shrink computes S [T, R] by a rank pass over x and, unless `terms` is null, the bfloat16 terms of S ∘ ρ.
 void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
             const HeldTerms* terms);
 
@@ -32,26 +32,27 @@ void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes
 // Checks a bias, and returns the bias as a contiguous tensor.
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t outputs);
 
-// A TokenFactor for each token of a mixed batch, and the tensors to which the factors point.
+// A TokenFactor (lora_B, rank and scaling of the token's adapter) for each token of a mixed batch, and the tensors to
+// which these factors point.
 struct HeldFactors {
   Tensor table;
   std::vector<Tensor> lora_B;
 };
 
-// Returns the device pointer of the factors for a kernel that reads the factors.
+// Returns the device pointer of the TokenFactors for a kernel that reads the TokenFactors.
 inline const TokenFactor* read_factors(const Launcher& launcher, const HeldFactors& held) {
   for (const Tensor& b : held.lora_B) launcher.in<void>(b);
   return static_cast<const TokenFactor*>(launcher.in<void>(held.table));
 }
 
 // few_tokens_accept returns whether few_tokens_forward accepts a call. few_tokens_forward computes y, and out.z if
-// want_z is true, from S in out.s. factors: the adapters of a mixed batch, or null.
+// want_z is true, from S in out.s. factors: the TokenFactors of a mixed batch, or null.
 bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter);
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
                         const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
                         const DeviceForward& out, const Tensor& y, bool want_z, const HeldFactors* factors = nullptr);
 
-// Computes y = s Bᵀ + bias for few tokens of a mixed batch, with each token's own adapter.
+// Computes y = scaling s Bᵀ + bias for few tokens of a mixed batch, with scaling and B of each token's own adapter.
 void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias);
 
 // The bfloat16 terms of P and A, from which the low-rank part of dX, mask/(1-p) ∘ (P A), is computed.
@@ -68,7 +69,7 @@ struct RankCall {
   LinearSizes size;
   Tensor s;
   const Tensor* z;      // Z + b₀ as a matrix, for grad_out_scale; or null
-  DeviceBackward* out;  // where grad_A, grad_B, grad_rank_scale and grad_out_scale are written to
+  DeviceBackward* out;  // receives grad_A, grad_B, grad_rank_scale and grad_out_scale
 };
 
 // Computes grad_A, grad_B and grad_rank_scale of layers of one input x. If dX is wanted, the function also returns the

@@ -1,15 +1,15 @@
 // Defines kernels for elementwise passes over activations, and for sums of products over tokens.
 //
-//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; g ∘ dY and dg).
+//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (l ∘ x and dl; g ∘ dY and dg).
 //   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3).
 //   scale_rows:    out[n] = g[n] w[n] for each row n                                  (DoRA's scale, applied to W).
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x.
 //
-// A thread computes eight columns at a time, 16 bytes of a 16-bit dtype. Arithmetic is float32, and each result is
-// rounded once. A thread block of column_pass or finish computes 256 columns of a chunk of rows. A warp of the block
-// computes every eighth row of the chunk, so that a thread reads the factors of its eight columns only once. For the
-// sums, a second kernel adds the partial sums [chunks][columns] in order. column_pass uses 8 KiB of shared memory, in
-// which the sums of the warps are added. Each matrix is read or written once.
+// A thread computes eight columns of a row at a time, which are 16 bytes of a 16-bit dtype. Arithmetic is float32, and
+// each result is rounded once. A thread block of column_pass or finish computes 256 columns of a chunk of rows. A warp
+// of the block computes every eighth row of the chunk, so that a thread reads the factors of its eight columns only
+// once. For the sums, column_reduce_kernel adds the partial sums [chunks][columns] in order. column_pass uses 8 KiB of
+// shared memory, in which the sums of the warps are added. Each of the kernels reads or writes each matrix once.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -29,13 +29,13 @@ struct ColumnWork {
   void* out;    // receives m ∘ (scale + shift); null: no output
   float* sums;  // receives partial sums [row chunks][columns]
   int64_t rows, columns;
-  bool whole;  // whether columns is a multiple of 8 and the matrices are aligned to 16 bytes
+  bool whole;  // whether `columns` is a multiple of 8 and m and `other` are aligned to 16 bytes
 };
 
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
 
-// Adds the sums of the warps of a thread block, and writes the totals as the block's partial sums to `out`. All threads
-// of the block must call the function.
+// Adds the column sums of the warps of a thread block, and writes the totals to `out`, as the block's partial sums. All
+// threads of the block must call the function.
 __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
                                                  ColumnSumsShared& shared) {
 #pragma unroll

@@ -5,18 +5,19 @@
 // expand_kernel has these uses:
 //   forward      Computes the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added.
 //   backward     Computes the low-rank part of dX. The pass that computed dA stored the bits of the dropout mask; if
-//                these bits are missing, the kernel draws the mask again. L contains the factor 1/(1-p).
+//                these bits are missing, the kernel draws the mask again. In the backward, L is P, which contains
+//                dropout's factor 1/(1-p) except with dropout on the base.
 //   residual     Adds the low-rank term, or a bottleneck adapter's output, to `before`.
 //   PEFT's DoRA  With dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ.
-// L and F are given as bfloat16 terms, three for float32 results and two for 16-bit results; F has one term if F and
-// the result are bfloat16. R is padded to a multiple of 16, and is 0 if only the bias is added.
+// L and F are given as bfloat16 terms, three for a float32 `out` and two for a 16-bit `out`; F has one term if F and
+// `out` are bfloat16 and F is not scaled. R is padded to a multiple of 16, and is 0 if only the bias is added.
 //
 // A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The rows of F, which are the
 // columns of out, are permuted so that a lane's accumulators are eight adjacent columns of out. Row g of F's tile 4 h +
 // j, a tile of 8 rows, is column 32 h + 8 (g / 2) + 2 j + g % 2 of out. Therefore the accumulators of lane t, which are
 // the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. A lane therefore
 // stores 16 bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of Philox.
-// The kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
+// expand_kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
 // `before` and z once if they are given.
 #pragma once
 
@@ -27,11 +28,12 @@ namespace peft_ext {
 constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
-// Selects the operands, besides L Fᵀ, of an instance of expand_kernel. An instance for kBias has only the bias. An
-// instance for kMask has only the stored bits of the dropout mask. An instance for kOnto has `before`, the bias and z.
-// An instance for kAny has all operands, for any shape and alignment. An instance for kGrouped has the bias and the
-// rows of a RowTable, in which each tile has its own factor F or none. An instance for kGroupedAny is like one for
-// kGrouped, for any shape and alignment.
+// Selects the operands, besides L Fᵀ, of an instance of expand_kernel. Besides L Fᵀ, an instance for kBias has only the
+// bias. Besides L Fᵀ, an instance for kMask has only the stored bits of the dropout mask. An instance for kOnto adds
+// `before`, the bias and (g - 1) ∘ z. An instance for kAny has all these operands, for any shape and alignment, but
+// draws the dropout mask instead of reading stored bits. An instance for kGrouped has the bias and the rows of a
+// RowTable, in which each tile has its own factor F or none. An instance for kGroupedAny is like one for kGrouped, for
+// any shape and alignment.
 enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {
@@ -47,9 +49,10 @@ struct ExpandTerms {
   const float* scale;     // g [columns], given together with z
   const uint32_t* kept;   // for kMask: bits of the dropout mask, in the layout of kKeptBits
   DeviceDropout dropout;  // for kAny: parameters of dropout, to draw the mask again
-  RowTable table;         // for kGrouped, kGroupedAny: the rows of each tile; rows of `left` are in this order
-  int64_t tiles;          // number of tiles of 64 rows of `out`
-  int64_t right_stride;   // distance from one factor's terms to the next factor's terms, in units of 16 bytes
+  // For kGrouped and kGroupedAny: the rows of each tile of `out`; `left` has its rows in the order of this table.
+  RowTable table;
+  int64_t tiles;         // number of tiles of 64 rows of `out`
+  int64_t right_stride;  // distance from the terms of one adapter's F to the terms of the next F, in units of 16 bytes
 };
 
 // Largest number of layers of one input whose low-rank parts of dX expand_sum_kernel adds in one write,
@@ -57,7 +60,7 @@ struct ExpandTerms {
 constexpr int kMostExpandParts = 8;
 struct ExpandPart {
   Terms left, right;
-  const uint32_t* kept;  // bits of the dropout mask; null if there is no dropout
+  const uint32_t* kept;  // bits of the layer's dropout mask; null if the layer has no dropout
 };
 struct ExpandSum {
   void* out;
@@ -101,7 +104,7 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
     }
 }
 
-// kSteps: number of steps of 16 ranks if the number is known at compile time, otherwise 0.
+// kSteps: number of steps of 16 ranks of L Fᵀ if the number is known at compile time, otherwise 0.
 // Grid: x has a thread block for each tile of 64 rows; y has one for each tile of 64 columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {

@@ -1,11 +1,12 @@
-// Computes the forward for few tokens and a packed weight. In generation, launches take a large part of the time, so
-// that there should be few launches. A call of up to kPackedFewTokens tokens with a weight in another format than NF4
-// needs one launch for S and one launch for all other work (packed_few_tokens.cuh). With an NF4 weight, the kernels
-// accept only 16-bit dtypes. A call of up to kFewTokens tokens with an NF4 weight needs one launch for S and one launch
-// for all other work (nf4_few_tokens.cuh), if the weight's block size and number of inputs are multiples of kFewSlab =
-// 64 and the weight has fewer than 2^32 slabs. Every other call that few_tokens_accept accepts needs two launches after
-// S is computed (nf4_skinny.cuh). A mixed batch of few tokens that few_tokens_accept refuses uses only
-// skinny_finish_kernel, which computes the terms to which PyTorch's product is added.
+// Computes the forward for few tokens and a packed weight. In generation, launches of kernels take a large part of the
+// time, so that there should be few launches. A call of up to kPackedFewTokens tokens with a weight in another format
+// than NF4 needs one launch for S and one launch for all other work (packed_few_tokens.cuh). With an NF4 weight, the
+// kernels for few tokens accept only 16-bit dtypes of x. A call of up to kFewTokens tokens with an NF4 weight needs one
+// launch for S and one launch for all other work (nf4_few_tokens.cuh), if the weight's block size and number of inputs
+// are multiples of kFewSlab = 64 and the weight has fewer than 2^32 slabs. Every other call that few_tokens_accept
+// accepts needs two launches after S is computed (nf4_skinny.cuh). A mixed batch of few tokens that few_tokens_accept
+// refuses uses only skinny_finish_kernel, which computes the low-rank term and the bias, to which PyTorch's product is
+// added.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"
@@ -44,8 +45,8 @@ void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes
 namespace {
 
 // Returns the number of thread blocks into which nf4_skinny_kernel's work should be divided. The number does not depend
-// on the model of GPU, so that sums are equal on all GPUs. With more tokens there are fewer blocks, because a block's
-// partial sums are larger.
+// on the model of GPU, so that sums are equal on all GPUs. For more than 16 tokens there are fewer blocks, because a
+// block's partial sums are larger.
 int64_t skinny_blocks(int64_t tokens) { return tokens <= 16 ? 528 : 264; }
 
 template <typename T>
@@ -64,8 +65,8 @@ void launch_skinny(const Launcher& launcher, const Skinny& work, const Grid& gri
 template <typename T>
 void run_skinny(const Launcher& launcher, const Tensor& x, const LinearSizes& size, Skinny work,
                 const TokensFinish& finish) {
-  // K is divided into as many parts as give enough thread blocks, but into at most ceil(slabs / 4) parts, because the
-  // kernel loads up to four slabs ahead.
+  // K, the number of inputs, is divided into slabs of kSkinnySlab inputs. The slabs are divided into as many parts as
+  // give enough thread blocks, but into at most ceil(slabs / 4) parts, because the kernel loads up to four slabs ahead.
   const int64_t row_blocks = ceil_div(size.outputs, kSkinnyRows), slabs = ceil_div(size.inputs, kSkinnySlab);
   const int64_t wanted = std::min(ceil_div(skinny_blocks(size.tokens), row_blocks), ceil_div(slabs, 4));
   work.slabs_per_chunk = ceil_div(slabs, wanted);
@@ -127,7 +128,7 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
   }
   const Nf4View view = nf4_view(launcher, weight);
   const int tokens = static_cast<int>(size.tokens);
-  // nf4_few_tokens_kernel counts the slabs of all rows in 32 bits.
+  // nf4_few_tokens_kernel counts the slabs of all rows of W in 32 bits. A slab is kFewSlab columns of a row.
   const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize() % kFewSlab == 0 &&
                    size.outputs * (size.inputs / kFewSlab) < int64_t{1} << 32;
   with_type(x.scalar_type(), [&](auto zero) {

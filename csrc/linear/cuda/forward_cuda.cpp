@@ -104,7 +104,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
 }
 
 std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers) {
-  // The layers' checks come before any launch, so that a call is refused as a whole.
+  // The sizes of all layers are checked before any launch, so that a call with wrong sizes launches nothing.
   std::vector<LinearSizes> sizes;
   for (const DeviceLayer& layer : layers) sizes.push_back(checked_sizes(op, x, layer.weight, layer.adapter));
   check_kernel_dtype(op, "x", x.scalar_type());
@@ -117,8 +117,8 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       const DeviceLayer& layer = layers[i];
       const bool alone = sizes[i].rank == 0 || layer.weight.outputs == 0 ||
                          few_tokens_accept(layer.weight, type, sizes[i].tokens, layer.adapter);
-      // One pass can only use factors with equally many bfloat16 terms. Therefore a layer whose factor has one term has
-      // another number in `kinds`.
+      // One pass can only use factors with equally many bfloat16 terms. Therefore layers whose lora_A has one term and
+      // layers whose lora_A has more terms have different numbers in `kinds`.
       const int64_t one = !alone && type == ScalarType::BFloat16 && layer.adapter.lora_A->scalar_type() == type;
       kinds.push_back(alone ? -1 : sizes[i].padded | one << 32);
     }
@@ -137,7 +137,7 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       }
     }
     splitter.run();
-    std::vector<SiblingSums> sums;  // these tensors must live until reducer.run()
+    std::vector<SiblingSums> sums;  // the tensors in `sums` must live until reducer.run()
     Reducer reducer(x);
     for (const std::vector<size_t>& group : groups) {
       if (group.size() < 2) continue;

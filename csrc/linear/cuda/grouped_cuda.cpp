@@ -27,7 +27,7 @@ struct Batch {
 };
 
 // Calls f(adapter, samples) for each adapter that has samples, and at last f(-1, samples) for the samples without an
-// adapter if there are any.
+// adapter, if there are such samples. `samples` has the samples' indices.
 template <typename F>
 void each_group(const Batch& batch, F f) {
   const auto adapters = static_cast<int64_t>(batch.lora_A.size());
@@ -42,7 +42,8 @@ void each_group(const Batch& batch, F f) {
 
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
-// Computes S, and writes a TokenFactor for each token, in which the next kernel finds the token's B.
+// Computes S of a mixed batch of few tokens, and writes a TokenFactor for each token, in which the next kernel finds
+// the token's B.
 HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   const Tensor factors =
       device_empty(batch.x, {batch.tokens * static_cast<int64_t>(sizeof(TokenFactor))}, ScalarType::Byte);

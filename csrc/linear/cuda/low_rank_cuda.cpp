@@ -61,7 +61,7 @@ struct RankWorkOf {
   PassSums sums;
 };
 
-// Returns dropout's factor 1/(1-p).
+// Returns dropout's factor 1/(1-p), or 1 without dropout.
 double divided(const DeviceAdapter& adapter) {
   return adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
 }
@@ -69,7 +69,7 @@ double divided(const DeviceAdapter& adapter) {
 const Tensor* given(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
 // Computes dA of each layer from the terms of Pᵀ. If dX is wanted, the function also stores the bits of the dropout
-// masks.
+// masks, for an x that can be read in vectors of 16 bytes.
 void grad_A_of(const Tensor& flat_x, const std::vector<RankCall>& calls, const std::vector<RankWorkOf>& work,
                bool needs_grad_x, std::vector<RankGradients>* grads) {
   std::vector<int64_t> kinds;
@@ -143,9 +143,9 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
     work[i].p_transposed = pass_terms(x, size.padded, size.tokens);
     Reduced p;
     p.rank_scale = given(adapter.rank_scale);
-    // P contains dropout's factor 1/(1-p), which dA and dX both need. If drop_base is true, P does not contain the
-    // factor: dropout also acts on the gradient through the base layer, so that the factor is applied later, to the sum
-    // of the two gradients and to dA.
+    // P = (g ∘ dY) (ρB) contains dropout's factor 1/(1-p), which dA and dX both need. If drop_base is true, P does not
+    // contain the factor: dropout also acts on the gradient through the base layer, so that the factor is applied
+    // later, to the sum of the two gradients and to dA.
     p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided(adapter);
     p.transposed = &work[i].p_transposed;
     if (needs_grad_x) {

@@ -43,8 +43,8 @@ void launch(const Launcher& launcher, const Nf4Merge& merge, const Tensor& out) 
   launcher(kernel, tiles, kMergeThreads, merge, launcher.out<T>(out));
 }
 
-// A weight in another packed format than NF4 is decoded to a float32 tensor [N, K], which the kernel reads. The tensor
-// takes 4 N K bytes during the call.
+// A weight in another packed format than NF4 is decoded to a float32 tensor [N, K], which the kernel reads. The decoded
+// tensor takes 4 N K bytes during the call.
 Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tensor>& part1,
                                   const std::optional<Tensor>& part2, const std::optional<Tensor>& part3,
                                   const std::optional<Tensor>& part4, int64_t layout, const std::vector<int64_t>& shape,
@@ -71,7 +71,8 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
                     shape_of(*row_scale), ", wanted [", rows, "]");
   }
 
-  // These tensors live until the launch, so that the memory of a converted copy is not reused before the launch.
+  // The tensors a, b and g live until the launch, so that the memory of a converted copy is not reused before the
+  // launch.
   const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
   std::optional<Tensor> g;
   if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);

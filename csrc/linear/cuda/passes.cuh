@@ -111,8 +111,8 @@ inline const RowRun* read_tiles(const Launcher& launcher, const RowRuns& held) {
 
 // --- rank passes -----------------------------------------------------------------------------------------------------
 
-// Returns the rank, padded to 16, 32 or a multiple of 64. A kernel computes two, four, eight or sixteen tiles of 8
-// ranks at a time.
+// Returns the rank, padded to 16, 32 or a multiple of 64. A launch of rank_pass_kernel computes two, four, eight or
+// sixteen tiles of 8 ranks.
 inline int64_t padded_rank(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : round_up(rank, 64); }
 
 // The large matrix D of a rank pass: a dense matrix, or an NF4 weight that the pass decodes to `type`.
@@ -136,24 +136,30 @@ PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullp
 PassInput weight_input(const DeviceWeight& weight, ScalarType type);
 
 struct PartialSums {
-  Tensor sums;  // partial sums [chunks, padded rows, padded rank]; for experts a chunk belongs to one run
+  // Partial sums [chunks, padded rows, padded rank] of a product; in a pass over experts' rows each chunk is of one
+  // run.
+  Tensor sums;
   int64_t chunks = 0, padded_rows = 0, rows = 0;
 };
 
 struct PassSums {
   PartialSums rows, columns;
   Tensor squares;              // partial sums of the squares of D's rows, [chunks, padded rows]
-  std::optional<Tensor> kept;  // bits of the dropout mask
+  std::optional<Tensor> kept;  // bits of the dropout mask, if the pass has stored the bits
   std::optional<Tensor> dots;  // partial sums of D ∘ E, [chunks, padded columns]
 };
 
-// The results that a rank pass over D computes besides P and Q. The pass computes P = D F if `right` is given, which is
-// F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. P and Q are returned as partial
-// sums.
+// Selects the results that a rank pass over D computes besides P and Q. The pass computes P = D F if `right` is given,
+// which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. P and Q are returned as
+// partial sums.
 struct PassWants {
-  bool squares = false;            // whether to sum the squares of D's rows; only if F is given and L is not
-  bool mask = false;               // whether to store the dropout mask's bits; only if F is not given and D is whole
-  const Tensor* beside = nullptr;  // E, for sums of D ∘ E; only with F and L, up to 32 ranks, for a whole D
+  bool squares = false;  // whether to sum the squares of D's rows; only if F is given and L is not
+  // Whether to store the bits of the dropout mask. May be true only if F is not given. The bits are stored only if
+  // there is dropout and D is whole (see kWhole).
+  bool mask = false;
+  // E, for sums of D ∘ E. The sums are computed only if F and L are given, there are up to 32 ranks and no dropout, D
+  // is whole (see kWhole), and E is aligned to 16 bytes.
+  const Tensor* beside = nullptr;
 };
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants = {});
 
@@ -172,7 +178,8 @@ void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
-// The results that `reduce` computes from partial sums. The fields have the same meaning as those of RankReduce.
+// The results that `reduce` computes from partial sums. The fields of Reduced have the same meaning as those of
+// RankReduce (rank_reduction.cuh).
 struct Reduced {
   double scale = 1.0;
   const Tensor* row_scale = nullptr;
@@ -183,7 +190,8 @@ struct Reduced {
   const HeldTerms* transposed = nullptr;
   const Tensor* out = nullptr;
   int64_t row_stride = 0, rank_stride = 0;
-  const RowTiles* tiles = nullptr;  // rows of a mixed batch; a tile's own scaling is used in place of `after`
+  // Table of a mixed batch's rows, or null; with a table, a tile's own scaling is used in place of `after`.
+  const RowTiles* tiles = nullptr;
 };
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);
@@ -205,7 +213,7 @@ class Reducer {
 
 // --- rank passes of several layers of one input ----------------------------------------------------------------------
 
-// One of the layers of siblings_pass. The objects that a SiblingTerm points to must live until the launch.
+// One of the layers of siblings_pass. The objects that a SiblingTerm points to must live until siblings_pass returns.
 struct SiblingTerm {
   const HeldTerms* factor;  // terms of A [ranks][columns of x], or of Pᵀ [ranks][rows of x]
   const DeviceAdapter* adapter;
@@ -246,23 +254,24 @@ struct Scaled {
   Tensor z, scale;
 };
 
-// Computes out = left rightᵀ + bias for a mixed batch. The rows of `left` are in the order of the RowTable in `tiles`;
-// `right` has one factor per adapter.
+// Computes out = left rightᵀ + bias for a mixed batch, where left rightᵀ is the low-rank term. The rows of `left` are
+// in the order of the RowTable in `tiles`; `right` has one factor per adapter.
 void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& left, const HeldTerms& right,
                     const std::optional<Tensor>& bias);
 
-// Computes out = before + left rightᵀ + bias_scale bias. Each term may be absent. before may be out itself.
+// Computes out = before + left rightᵀ + bias_scale bias + (g - 1) ∘ z, where g and z are the fields of `scaled`. Each
+// term may be absent. `before` may be `out` itself.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
             const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
             double bias_scale = 1.0);
 
 // Computes out = mask ∘ (left rightᵀ), or left rightᵀ if the adapter has no dropout. kept: the bits of the mask, if a
-// pass has stored them.
+// rank pass has stored these bits.
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept);
 
-// One product left rightᵀ with its own dropout mask. The objects that a DroppedProduct points to must live until the
-// launch.
+// One product left rightᵀ with its own dropout mask. The objects that a DroppedProduct points to must live until
+// expand_dropped returns.
 struct DroppedProduct {
   const HeldTerms *left, *right;
   const DeviceAdapter* adapter;
@@ -284,7 +293,7 @@ void launch_expand_sum(const Launcher& launcher, const ExpandSum& work);
 
 // --- elementwise -----------------------------------------------------------------------------------------------------
 
-// Returns mask/(1-p) ∘ x, plus `add` if given.
+// Returns mask/(1-p) ∘ x, plus `add` if `add` is given.
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add);
 
 // Computes y = g ∘ (z + b₀) + b₁. y may be the same tensor as z.

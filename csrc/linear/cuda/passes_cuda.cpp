@@ -211,7 +211,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
                  : wants.squares          ? RankWork::kRowsAndSquares
                  : input.tiles != nullptr ? RankWork::kGroupedRows
                                           : RankWork::kRows;
-  // With a RowTable, the kernel stores the offset of a row in 32 bits, in units of 16 bytes.
+  // With a RowTable, rank_pass_kernel holds the offset of a row of D in 32 bits, in units of 16 bytes.
   if (input.tiles != nullptr)
     variant.whole = variant.whole && input.tensor().numel() / 16 * input.tensor().element_size() < UINT32_MAX;
   const bool drops = pass.dropout.seed != nullptr, keeps = wants.mask && drops && variant.whole;
@@ -226,7 +226,8 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
 
   RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
   if (variant.work == RankWork::kRunColumns)
-    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // each thread block has one chunk of rows
+    // Each thread block has one chunk of an expert's rows.
+    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};
   pass.row_tiles = plan.row_tiles;
   pass.column_tiles = plan.column_tiles;
 
@@ -343,8 +344,8 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
     work.before = before->const_data_ptr() == out.const_data_ptr() ? work.out : launcher.in<void>(*before);
     whole = whole && aligned(*before, 16);
   }
-  // If `before` or `scaled` is given, the kernel's instance for kOnto reads the bias in float32. Otherwise the kernel
-  // reads the bias in the bias's own dtype.
+  // If `before` or `scaled` is given, the bias is converted to float32, because the instance of expand_kernel for kOnto
+  // reads a float32 bias. Otherwise expand_kernel reads the bias in the bias's own dtype.
   const std::optional<Tensor> held_bias = bias.has_value() && (before != nullptr || scaled.has_value())
                                               ? std::optional<Tensor>(as_type(*bias, ScalarType::Float))
                                               : bias;

@@ -1,6 +1,6 @@
-// Prepares the passes over a mixed batch, in one launch. The launch writes the table of the batch's rows
-// (row_tiles.cuh) and the bfloat16 terms of each adapter's A and B (terms.cuh), which are padded to the largest rank
-// and stored one after the other.
+// Prepares the passes over a mixed batch, in one launch if the batch has at most kPreparedAdapters adapters and
+// kPreparedRuns runs of tokens. The launch writes the table of the batch's rows (row_tiles.cuh) and the bfloat16 terms
+// of each adapter's A and B (terms.cuh), which are padded to the largest rank and stored one after the other.
 //
 // The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
 // CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
@@ -24,7 +24,9 @@ struct AdapterFactors {
 struct TokenRun {
   int32_t first, count;  // first token of the run, and number of its tokens
   int32_t place;         // first row of the run in the table
-  int32_t filled;        // number of table rows to fill from `place` on: `count`, or more up to a tile's end
+  // Number of table rows to fill from `place` on: `count`, or, for the last run of an adapter or of the tokens without
+  // an adapter, all rows up to the end of the last tile.
+  int32_t filled;
   RowTile tile;
 };
 
@@ -33,7 +35,7 @@ constexpr int kPreparedRuns = 64;
 
 struct PrepareGroups {
   int64_t inputs, outputs;
-  TermsOut lora_A, lora_B;     // memory for the terms of the launch's first adapter
+  TermsOut lora_A, lora_B;     // memory for the terms of A and of B of the launch's first adapter
   int64_t stride_A, stride_B;  // distance from one adapter's terms to the next adapter's terms, in words of 4 bytes
   int32_t* rows;               // receives the rows of the table
   RowTile* tiles;

@@ -31,16 +31,17 @@ constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // number of bytes f
 
 struct RankPass {
   const void* dense = nullptr;  // the large matrix D, contiguous; null for an NF4 weight
-  Nf4View nf4{};                // or D as an NF4 weight, whose values are rounded to T
+  Nf4View nf4{};                // D as an NF4 weight, if `dense` is null; the decoded values are rounded to T
   int64_t rows = 0, columns = 0;
   const void* beside = nullptr;  // the matrix E of the sums of D ∘ E, in the layout of D
   DeviceDropout dropout;
-  Terms right;                   // bfloat16 terms of F: outer = ranks, inner = columns of D, both padded
-  Terms left;                    // bfloat16 terms of L: outer = ranks, inner = rows of D, both padded
-  int64_t row_tiles = 1;         // number of tiles of rows of D per thread block
-  int64_t column_tiles = 1;      // number of tiles of columns of D per thread block
-  int64_t padded_rank = 0;       // padded rank, the row length of the partial sums
-  int64_t first_rank = 0;        // first rank that this launch computes
+  Terms right;               // bfloat16 terms of F: outer = ranks, inner = columns of D, both padded
+  Terms left;                // bfloat16 terms of L: outer = ranks, inner = rows of D, both padded
+  int64_t row_tiles = 1;     // number of tiles of rows of D per thread block
+  int64_t column_tiles = 1;  // number of tiles of columns of D per thread block
+  int64_t padded_rank = 0;   // padded rank, which is the row length of the partial sums of P and Q
+  // First rank that this launch computes; there are several launches for more than 64 or 128 ranks.
+  int64_t first_rank = 0;
   float* row_sums = nullptr;     // partial sums of P = D F, [column chunks][padded rows][padded_rank]
   float* squares = nullptr;      // partial sums of the squares of D's rows, [column chunks][padded rows]
   float* column_sums = nullptr;  // partial sums of Q = Dᵀ L, [row chunks][padded columns][padded_rank]
@@ -58,7 +59,7 @@ struct RankPass {
 // w + 1 of the row with number j.
 constexpr uint32_t kKeptBits = 0x80008000u;
 
-// Shared memory in which the sums of D ∘ E of all warps are added.
+// Shared memory in which a thread block adds the sums of D ∘ E of its warps.
 template <bool kDots>
 struct RankDots {};
 template <>
@@ -93,8 +94,8 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
 }
 
 // Copies the tile of D that begins at (row, column) element by element, for any shape and alignment, and applies
-// dropout to the tile. Rows from `rows` on are filled with zeros. For the random draws, row i of D counts as row i +
-// `drawn`. If kTabled is true, `row` is a row of the RowTable, not of D.
+// dropout to the tile. Rows of D from `rows` on are filled with zeros. For the random draws of dropout, row i of D
+// counts as row i + `drawn`. If kTabled is true, `row` is a row of the RowTable, not of D.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
                                               int64_t column, int64_t rows, int64_t drawn) {
@@ -127,9 +128,9 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
   }
 }
 
-// Codes and scales of a thread's elements of an NF4 tile. The codes and scales are loaded during the products of the
-// previous tile, because loading a scale takes up to three loads, one after the other. The decoded values are then
-// stored into a stage.
+// Codes and scales of a thread's elements of one tile of an NF4 weight D. The codes and scales are loaded during the
+// products of the previous tile, because loading a scale takes up to three loads, one after the other. The decoded
+// values are then stored into a stage.
 struct RankCodes {
   uint32_t codes[4];
   float scales[4];

@@ -13,20 +13,21 @@
 // For P, a thread block of 4 warps computes one tile of 64 rows over column_tiles tiles of 64 columns of D; for P and Q
 // together, a thread block computes kRankTilesOfBoth tiles of rows. For Q alone, a thread block computes one tile of
 // columns over row_tiles tiles of rows. For up to 32 ranks, warp w computes the rows (for Q: the columns) from 16 w on
-// of a tile; RankShare divides more ranks.
+// of a tile; for more ranks, RankShare divides the rows and the ranks among the warps.
 //
 // Tiles of D are loaded into kRankStages stages of shared memory: while the thread block multiplies one stage, cp.async
 // fills the other stages (for NF4 weights and for matrices for which kWhole is false, plain loads and stores fill the
 // stages). The thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit
-// D are loaded by ldmatrix, transposed for Q. Fragments of F and L, which all thread blocks read, are loaded from L1
-// and L2. Before a warp waits for D, the warp loads as many of these fragments as fit in registers. A stage holds a
-// tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of eight columns of a row are stored in
-// the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of float32 are padded to 72 elements.
+// D are loaded by ldmatrix, transposed for Q. Fragments of F and L, which many thread blocks read, are loaded from L1
+// and L2. Before a warp waits for a tile of D, the warp loads as many fragments of F and L as fit in registers. A stage
+// holds a tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of eight columns of a row are
+// stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of float32 are padded to 72
+// elements.
 //
 // Sums are float32. The products of each tile (or half of a tile) are summed separately and then added to the thread
 // block's sums, because a tensor core rounds its sums toward zero. Thread blocks write partial sums [chunks][padded
-// rows][padded rank]; a second kernel adds the partial sums in order. The kernel uses no atomics. Bytes moved by a
-// launch: D once, E once if given, and the partial sums once.
+// rows][padded rank]; rank_reduce_kernel adds the partial sums of P and Q in order, and column_reduce_kernel adds those
+// of q. The kernel uses no atomics. Bytes moved by a launch: D once, E once if given, and the partial sums once.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
@@ -40,16 +41,16 @@ template <int kRanks>
 struct RankShare {
   static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // number of tiles of 8 ranks per warp
   static constexpr int kParts = kRanks / kTiles;          // number of parts of the ranks; a warp has one part
-  static constexpr int kRuns = kParts;                    // number of runs of 16 rows per warp
+  static constexpr int kRuns = kParts;                    // number of runs of 16 rows (for Q: of 16 columns) per warp
   using Sums = float[kRuns][kTiles][4];
 
   static __device__ __forceinline__ int part() { return threadIdx.x / kWarpSize % kParts; }
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarpSize / kParts * kRuns * 16; }
 };
 
-// The fragments of F or L that this warp holds in registers for one tile of D. A tile is multiplied in four steps of 16
-// columns (or rows). For each term and each of the warp's tiles of 8 ranks, the registers hold the fragments of two
-// steps, or of all four steps if kRoomy is true.
+// The fragments of F or L that this warp holds in registers for one tile of D. A tile of D is multiplied in four steps
+// of 16 columns (for Q: of 16 rows). For each term and each of the warp's tiles of 8 ranks, the registers hold the
+// fragments of two steps, or of all four steps if kRoomy is true.
 template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
@@ -193,7 +194,7 @@ __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedA
   if (Share::kRuns == 1) add(0);
 }
 
-// Stores a warp's partial sums. `to`: address of the sum of the tile's first row and the launch's first rank.
+// Stores a warp's partial sums of P or Q. `to`: address of the sum of the tile's first row and the launch's first rank.
 template <int kRanks>
 __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typename RankShare<kRanks>::Sums& sums) {
   using Share = RankShare<kRanks>;
@@ -232,8 +233,8 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
     }
 }
 
-// Number of tiles of rows per thread block in passes that compute P and Q. The sums of P for these tiles stay in
-// registers. More tiles per thread block make fewer partial sums of Q.
+// Number of tiles of rows per thread block in passes that compute P and Q. The sums of P for the tiles of a thread
+// block stay in registers. More tiles per thread block make fewer partial sums of Q.
 constexpr int kRankTilesOfBoth = 4;
 
 // Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor. The compiler limits the registers of a
@@ -286,7 +287,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   // For a whole, dense D: `from` is the address of this thread's part of the next tile, and rows_left and columns_left
   // are the sizes of the part of D that begins at `from`.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // bytes to the next tile
+  // Bytes from one tile of D to the next.
+  const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
                               (first_row * pass.columns + column + copy_group * kVector) * sizeof(T);
@@ -316,7 +318,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
 
   // `right` and `left` point to this lane's part of the first fragments of F and L.
   using Share = RankShare<kRanks>;
-  constexpr bool kRoomy = kRanks == 2;  // for 16 ranks, the sums leave registers for more fragments
+  constexpr bool kRoomy = kRanks == 2;  // for 16 ranks, the sums leave registers for more fragments of F or L
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
   using Left = RankFactor<kRanks, kMaxTerms, kRoomy && !kBoth>;
   const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;
@@ -362,7 +364,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         }
       }
     }
-    cp_async_commit();  // also without loads, so that every cp_async_wait counts equally many groups
+    // A group is also committed without loads, so that every cp_async_wait counts equally many groups.
+    cp_async_commit();
   };
 
   typename Share::Sums row_sums[kAround] = {}, column_sums = {};
@@ -406,7 +409,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
             stage == 0 ? kOnTheWay * kStage : stage - kStage);
       const unsigned char* tile = &shared.tile[0][0] + stage;
       if constexpr (kBoth) {
-        if (held == 0 || (row_tile + held) * kRankTile < pass.padded_rows) {  // the last block may have fewer tiles
+        // The last thread block may have fewer tiles of rows.
+        if (held == 0 || (row_tile + held) * kRankTile < pass.padded_rows) {
           const uint4* held_left = left + held * Left::kTile;
           if constexpr (!kRoomy) right_factor.start(right);
           rank_product<T, false, false, kRanks>(tile, rows_at + stage, right_factor, right, nullptr, row_sums[held],
@@ -448,7 +452,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
     }
     if constexpr (kDots) {
       // In every warp, lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns. The shuffles
-      // add these sums. shared.sums may be written again after the next tile's barrier.
+      // add the sums of these lanes. shared.sums may be written again after the next tile's barrier.
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         dots[i] += shuffle_xor(dots[i], 8);

@@ -11,9 +11,10 @@ void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pas
   launcher(rank_pass_kernel<T, kNf4, kWhole, kRanks, kTerms, kWork, kMask>, grid, kRankThreads, pass);
 }
 
-// Launches one pass for 16 or 32 ranks, or several passes for more ranks. If kWhole is true, D has a 16-bit dtype and
-// there are no runs of experts, a pass computes 128 ranks, and the last pass may compute 64 ranks. In all other cases,
-// a pass computes 64 ranks, because for example the terms of a float32 D need registers.
+// Launches one pass for 16 or 32 ranks, or one or more passes for more than 32 ranks. For more than 32 ranks, a pass
+// computes 128 ranks if kWhole is true, D has a 16-bit dtype and there are no runs of experts; the last pass may
+// compute 64 ranks. In all other cases, a pass computes 64 ranks, because for example the terms of a float32 D need
+// registers.
 template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
@@ -22,7 +23,8 @@ void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
     constexpr bool kRuns = kWork == RankWork::kRunRows || kWork == RankWork::kRunColumns;
     constexpr bool kTwice = kWhole && sizeof(T) == 2 && !kRuns;
     for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
-      // The squares depend only on D, so that each launch computes the same squares.
+      // The sums of squares of D's rows do not depend on the ranks, so that each launch computes and writes the same
+      // sums.
       if (kTwice && pass.first_rank + 128 <= pass.padded_rank) {
         if constexpr (kTwice) launch_pass<T, kNf4, kWhole, 16, kTerms, kWork, kMask>(launcher, grid, pass);
         pass.first_rank += 64;

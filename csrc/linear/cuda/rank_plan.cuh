@@ -1,6 +1,6 @@
-// Divides a rank pass into thread blocks. The division depends only on the shape and on which results the pass
-// computes, so that every model of GPU adds in the same order. This file contains only host code, which calls no CUDA
-// function.
+// Divides a rank pass into thread blocks. The division depends only on the shape of D and on which results the pass
+// computes, so that the sums have the same order on every model of GPU. This file contains only host code, which calls
+// no CUDA function.
 #pragma once
 
 #include <algorithm>
@@ -9,23 +9,23 @@
 
 namespace peft_ext {
 
-// If D has fewer columns, the offsets of a thread block's rows in bytes fit in 32 bits: the largest offset, 240 rows of
-// float32, is below 3.75 GiB.
+// If D has fewer than kMaxRankColumns columns, the offsets of a thread block's rows in bytes fit in 32 bits: the
+// largest offset, 240 rows of float32, is below 3.75 GiB.
 constexpr int64_t kMaxRankColumns = int64_t{1} << 22;
 
-// Target number of thread blocks: several waves on a small GPU, one or two waves on a large GPU. More blocks would only
-// write more partial sums. A pass that computes both P and Q writes more partial sums per block, and so has fewer
-// blocks.
+// Target number of thread blocks of a rank pass: several waves on a small GPU, one or two waves on a large GPU. More
+// blocks would only write more partial sums. A pass that computes both P and Q writes more partial sums per block, and
+// so has fewer blocks.
 constexpr int64_t kRankBlocksWanted = 768;
 constexpr int64_t kRankBlocksOfBoth = 384;
 
-// Smallest number of tiles that a thread block reads, if D has that many, so that the block can load one tile while
-// multiplying another tile.
+// Smallest number of tiles that a thread block reads in a pass that computes only P or only Q, if D has that many
+// tiles. With two tiles, the block can load one tile while multiplying the other tile.
 constexpr int64_t kRankTilesAtLeast = 2;
 
 struct RankPlan {
   int64_t row_tiles, column_tiles;    // numbers of tiles of D per thread block
-  int64_t row_chunks, column_chunks;  // numbers of thread blocks in the grid
+  int64_t row_chunks, column_chunks;  // numbers of thread blocks in the grid along the rows and along the columns of D
 };
 
 inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_tiles) {

@@ -7,24 +7,25 @@
 namespace peft_ext {
 
 // The results are value[row][r] = scale · row_scale[row] · Σ_chunks partial. In `terms`, `transposed` and `out` the
-// values are also multiplied by after · rank_scale[r]. Each output pointer may be null. If there is a table, `row` is a
-// row of the table, and each tile has its own rank and its own scaling, which is used in place of `after`. Tiles
-// without a factor have no partial sums, and their values are zero.
+// values are also multiplied by after · rank_scale[r]. Each of the outputs plain, terms, transposed and out may be
+// null. If there is a table, `row` is a row of the table, and each tile has its own rank and its own scaling, which is
+// used in place of `after`. Tiles without a factor have no partial sums, and their values are zero.
 struct RankReduce {
   const float* partial;
   int64_t chunks, rows, padded_rows;
   int64_t rank, padded_rank;
-  RowTable table;      // table of the rows; if table.tiles is null, rows are in order
+  RowTable table;      // table of a mixed batch's rows; if table.tiles is null, rows are in order
   int64_t table_rows;  // number of rows of all tiles, at least padded_rows
   float scale;
-  const float* row_scale;   // factors of the rows; null: 1
-  const float* rank_scale;  // factors of the ranks; null: 1
-  float after;              // one more factor of the results that are multiplied by rank_scale
-  float* plain;             // values [rows][plain_stride], not multiplied by rank_scale
+  const float* row_scale;   // factors of the rows; null: all factors are 1
+  const float* rank_scale;  // factors of the ranks; null: all factors are 1
+  float after;              // a number by which the results in terms, transposed and out are multiplied
+  float* plain;             // values [rows][plain_stride], not multiplied by after · rank_scale
   int64_t plain_stride;
-  TermsOut terms;       // terms [padded rows, padded rank] of the values multiplied by rank_scale
-  TermsOut transposed;  // terms [padded rank, padded rows] of the values multiplied by rank_scale
-  void* out;            // values multiplied by rank_scale, of dtype `type`, with the strides below
+  TermsOut terms;       // terms [padded rows, padded rank] of the values multiplied by after · rank_scale
+  TermsOut transposed;  // terms [padded rank, padded rows] of the values multiplied by after · rank_scale
+  // Values multiplied by after · rank_scale, of dtype `type`, with the strides row_stride and rank_stride.
+  void* out;
   DType type;
   int64_t row_stride, rank_stride;
 };

@@ -1,4 +1,5 @@
-// Computes the gradient of rank_scale from Q = dYᵀ S, the product for dB, instead of in a pass over activations.
+// Computes the gradient of rank_scale from B and from the product Q = (g ∘ dY)ᵀ S, which the backward also needs for
+// dB, without another pass over activations.
 #pragma once
 
 #include "cuda/block_sum.cuh"

@@ -5,12 +5,13 @@
 // A_i and P_iᵀ are given as bfloat16 terms, as the factors F and L of rank_pass.cuh. x is bfloat16 or float16, and each
 // group of eight columns of x is aligned to 16 bytes.
 //
-// A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps compute one layer. For up to
-// 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so uses each fragment of the factor
-// for four products. For up to 32 ranks, two warps each compute half of the rows (for dA: of the columns). A warp draws
-// the mask of its own layer, 2,048 elements at a time, and writes the masked elements to 4 KB of shared memory that no
-// other warp uses, in the layout of a tile: 32 lines of 128 bytes, with the eight groups of a line in the order group ^
-// line % 8. ldmatrix reads the fragments from this memory, or, if there is no dropout, from the tile of x.
+// A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps, one or two, compute the
+// product of one layer. For up to 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so
+// uses each fragment of the factor for four products. For up to 32 ranks, two warps each compute half of the rows (for
+// dA: of the columns). A warp draws the mask of its own layer, 2,048 elements at a time, and writes the masked elements
+// to 4 KiB of shared memory that no other warp uses, in the layout of a tile: 32 lines of 128 bytes, with the eight
+// groups of a line in the order group ^ line % 8. ldmatrix reads the fragments of x̃_i from the warp's masked elements,
+// or, if no layer has dropout, from the tile of x.
 //
 // Thread blocks that read the same chunk of the factors are `chunks` blocks apart in the grid. If the number of
 // multiprocessors is a multiple of `chunks`, all blocks of a multiprocessor read the same chunk, from L1.
@@ -29,8 +30,8 @@ constexpr int kSiblingLines = 32;                   // number of lines of 128 by
 constexpr int kSiblingBytes = kSiblingLines * 128;  // number of bytes of a warp's masked elements
 constexpr int kSiblingTile = kRankTile * 128;       // number of bytes in a tile of x
 
-// Number of stages of shared memory. If there is dropout, computing a tile takes so long that loading one tile ahead
-// hides the latency of memory.
+// Number of stages, which are shared memory for one tile of x each. If a layer has dropout, computing a tile takes so
+// long that loading one tile ahead hides the latency of memory.
 template <bool kDropped>
 constexpr int kSiblingStages = kDropped ? 2 : 4;
 
@@ -44,8 +45,8 @@ struct SiblingPart {
 struct SiblingsPass {
   const void* dense = nullptr;  // x as a contiguous matrix
   int64_t rows = 0, columns = 0, padded_rows = 0, padded_columns = 0;
-  int64_t tiles = 1;   // number of tiles per block, along x's columns (for dA: along x's rows)
-  int64_t chunks = 1;  // number of blocks that divide a row (for dA: a column) of tiles
+  int64_t tiles = 1;   // number of tiles of x per thread block, along x's columns (for dA: along x's rows)
+  int64_t chunks = 1;  // number of thread blocks among which a row (for dA: a column) of tiles is divided
   SiblingPart parts[kMostSiblingWarps];
 };
 
@@ -62,7 +63,7 @@ __device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
 template <int kSplit, bool kColumns>
 struct SiblingHalf {
   static constexpr bool kFolded = kSplit == 2 && kColumns;
-  static constexpr int kCount = kSplit == 1 ? 2 : 1;  // number of parts that a warp masks in a tile
+  static constexpr int kCount = kSplit == 1 ? 2 : 1;  // number of parts of a tile that a warp masks one after the other
 
   // row and group return where this lane's first element lies in the tile: the row, and the group of eight columns.
   // sub: the warp's number among the warps of the layer.
@@ -77,9 +78,10 @@ struct SiblingHalf {
 };
 
 // Writes the masked elements of a part of a tile to `to`. `from` is the address of this lane's first element of the
-// part in the tile, and `to` is its address in the warp's memory. `drawn` is the number of the Philox block of this
-// element, and `drawn_step` is the number of Philox blocks in a row of x. bits: the mask's bits of the lane's elements
-// of a tile, in four words of the layout of kKeptBits. Each call shifts the bits of the previous rows to the left.
+// part in the tile, and `to` is the address of that element in the warp's memory. `drawn` is the number of the Philox
+// block of this element, and `drawn_step` is the number of Philox blocks in a row of x. bits: the mask's bits of the
+// lane's elements of a tile, in four words of the layout of kKeptBits. Each call shifts the bits of the previous rows
+// to the left.
 template <bool kBits>
 __device__ __forceinline__ void sibling_mask(const Philox& philox, SharedAt from, SharedAt to, uint64_t drawn,
                                              uint32_t drawn_step, uint32_t (&bits)[4]) {
@@ -138,8 +140,8 @@ template <typename T>
 constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
 
 // kRanks: number of tiles of 8 ranks, 2 or 4. kTerms: number of terms of the factors. kColumns: whether the results are
-// dA_iᵀ; otherwise the results are S_i. kDropped: whether a layer has dropout. A thread block has kRanks / 2 warps for
-// each layer.
+// dA_iᵀ; otherwise the results are S_i. kDropped: whether one or more of the layers have dropout. A thread block has
+// kRanks / 2 warps for each layer.
 // Grid: x has chunks · ceil(rows / 64) thread blocks, or chunks · ceil(columns / 64) if kColumns is true.
 template <typename T, int kRanks, int kTerms, bool kColumns, bool kDropped>
 __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<T>))
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   PEFT_EXT_KERNEL;
   constexpr int kSplit = kRanks / 2, kRuns = 4 / kSplit, kStages = kSiblingStages<kDropped>, kOnTheWay = kStages - 1;
   constexpr bool kRoomy = kRanks == 2 && !kColumns;  // if kColumns is true, `fresh` takes twice as many registers
-  // The fragments of L are loaded when they are needed, after the mask is drawn, which needs many registers too.
+  // Fragments of L are loaded only after the mask is drawn, because drawing the mask needs many registers too.
   constexpr bool kLate = kColumns;
   using Half = SiblingHalf<kSplit, kColumns>;
   using Factor = RankFactor<kRanks, kTerms, kRoomy>;
@@ -166,7 +168,8 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   // This thread copies the group of eight columns `copy_group` of every copy_step-th row of a tile.
   const int copy_group = threadIdx.x % 8, copy_step = blockDim.x / 8;
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  const uint32_t tile_bytes = kColumns ? kRankTile * row_bytes : kRankTile * sizeof(T);  // bytes to the next tile
+  // Bytes from one tile of x to the next.
+  const uint32_t tile_bytes = kColumns ? kRankTile * row_bytes : kRankTile * sizeof(T);
   const unsigned char* from =
       static_cast<const unsigned char*>(pass.dense) + (row * pass.columns + column + copy_group * kVector) * sizeof(T);
   int rows_left = static_cast<int>(min_of(pass.rows - row, 1 << 30));
@@ -175,12 +178,13 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
     if (there) {
       const int down = rows_left - (kColumns ? further * kRankTile : 0);
       const bool along = columns_left - (kColumns ? 0 : further * kRankTile) > 0;
-#pragma unroll 1  // the loop needs fewer instructions and registers than an unrolled loop
+#pragma unroll 1  // without unrolling, the loop needs fewer instructions and registers
       for (int r = threadIdx.x / 8; r < kRankTile; r += copy_step)
         cp_async_16(stages + (stage + r * 128 + (copy_group ^ r % 8) * 16),
                     from + (further * tile_bytes + r * row_bytes), along && r < down);
     }
-    cp_async_commit();  // also without loads, so that every cp_async_wait counts equally many groups
+    // A group is also committed without loads, so that every cp_async_wait counts equally many groups.
+    cp_async_commit();
   };
 
   [[maybe_unused]] const Philox philox = kDropped ? sibling_philox(part.dropout) : Philox{};
@@ -266,7 +270,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
       }
     };
     const auto mask = [&](int half) {
-      sync_warp();  // waits until all lanes have read the previous part of the tile
+      sync_warp();  // waits until all lanes of the warp have read the previous part of the tile
       sibling_mask<kColumns>(philox, tile + (mask_from + half * 32 * 128), mask_to,
                              drawn + static_cast<uint64_t>(drawn_step) * (half * 32), drawn_step, bits);
       sync_warp();

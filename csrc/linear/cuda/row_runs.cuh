@@ -12,14 +12,15 @@
 namespace peft_ext {
 
 struct RowRun {
-  int32_t first, rows;  // first row and number of rows in the matrix; rows is 0 if the run is unused
-  int32_t tile;         // index of the first tile of the run's rows
-  int32_t expert;       // index of the expert; -1: no expert
-  int32_t before;       // number of the expert's rows that come before `first`
+  // First row of the run in the matrix, and number of the run's rows; `rows` is 0 if the run is unused.
+  int32_t first, rows;
+  int32_t tile;    // index of the first tile of the run's rows
+  int32_t expert;  // index of the run's expert; -1 if the run's rows belong to no expert
+  int32_t before;  // number of the expert's rows that come before `first`
 };
 
-// Number of tiles in a chunk. A sum over more than kChunkRows rows of an expert is divided among several thread blocks,
-// one for each chunk.
+// Number of tiles of 64 rows in a chunk. A sum over more than kChunkRows rows of an expert is divided among several
+// thread blocks, one for each chunk.
 constexpr int kChunkTiles = 16;
 constexpr int kChunkRows = kChunkTiles * kTileRows;
 

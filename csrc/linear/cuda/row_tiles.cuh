@@ -5,7 +5,8 @@
 // rows[64 i + j], or -1 after the adapter's last token. Tokens without an adapter have the last tiles. The passes over
 // activations (rank_pass.cuh, expand.cuh) find the rows of a tile in RowTable::rows, and the factor of the tile in its
 // RowTile. For every order of the samples there are at most T / 64 + G + 1 tiles, each with one of the G adapters or
-// none. The values of one adapter never reach another adapter's tokens.
+// none. A token is multiplied only with the matrices of its own adapter, so that infinities or NaNs of one adapter do
+// not reach other tokens.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -21,7 +22,7 @@ struct RowTile {
 };
 
 struct RowTable {
-  const int32_t* rows = nullptr;   // [tiles][kTileRows]: rows of the matrix, or -1
+  const int32_t* rows = nullptr;   // [tiles][kTileRows]: row of the matrix for each row of each tile, or -1
   const RowTile* tiles = nullptr;  // one RowTile for each tile; null: rows are in order and have one factor
 };
 

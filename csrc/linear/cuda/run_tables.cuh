@@ -46,7 +46,7 @@ __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRun
 template <int kEach>
 __device__ __forceinline__ RowRun run_of(const RunTables& work, const int32_t* first, int64_t experts, int32_t i) {
   if (i >= first[experts]) return RowRun{0, 0, 0, -1, 0};
-  int64_t low = 0, high = experts;  // first[low] <= i < first[high]
+  int64_t low = 0, high = experts;  // in each round, first[low] <= i < first[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     (first[middle] <= i ? low : high) = middle;

@@ -2,10 +2,10 @@
 // arithmetic.
 //
 // A thread block computes one rank for kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and
-// read A's row once for all tokens of the block. The kernel computes with float32 FMAs. The sums of a warp's lanes are
-// added by shuffles, and the sums of the warps are added in shared memory, always in the same order. In a mixed batch,
-// all tokens of a thread block have the same adapter. Bytes moved: A once for each group of kShrinkTokens tokens; x
-// once for each rank, from L2 after the first time.
+// read A's row once for all tokens of the block. The kernel multiplies with float32 FMAs, not on tensor cores. The sums
+// of a warp's lanes are added by shuffles, and the sums of the warps are added in shared memory, always in the same
+// order. In a mixed batch, all tokens of a thread block have the same adapter. Bytes moved: A once for each group of
+// kShrinkTokens tokens; x once for each rank, after the first time from L2.
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"
@@ -97,7 +97,7 @@ constexpr int kGroupedFewTokens = 64;
 // beyond the rank of a token's adapter.
 struct ShrinkGrouped {
   ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
-  TokenFactor* factors;  // [tokens]: receives the factors that the next kernel reads
+  TokenFactor* factors;  // [tokens]: receives the TokenFactors that the next kernel reads
   TokenGroup groups[kGroupedFewTokens];
 };
 static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");

@@ -1,4 +1,5 @@
-// Splits a float into a sum of bfloat16 terms, so that tensor cores compute products with float32 precision.
+// Splits a float into bfloat16 terms, whose sum is nearly the float, so that tensor cores compute products with float32
+// precision.
 //
 // v = v₀ + v₁ + v₂, where v_i is the bfloat16 nearest to v - v₀ - … - v_{i-1}. Each term has 8 significant bits and the
 // exponent range of float32. A bfloat16 value has one term, a float16 value two, and a float32 value three. A kernel
@@ -39,9 +40,10 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
 // memory. Each order is the order of the fragments of one operand of mma.sync: a lane's part has 16 bytes, and the 512
 // bytes of a warp are contiguous. In the order kPass, the terms of a 64 x 64 tile are contiguous too.
 enum class TermsOrder : int {
-  kPass,   // operand B of a rank pass: outer = ranks, inner = summed dimension; two steps of 16 per lane
-  kLeft,   // operand A of expand: outer = rows, inner = ranks
-  kRight,  // operand B of expand: outer = columns, inner = ranks; two tiles of 8 columns per lane
+  // Operand B of a rank pass (F or L): outer = ranks, inner = summed dimension; a lane's part has two steps of 16.
+  kPass,
+  kLeft,   // operand A of expand (L): outer = rows, inner = ranks
+  kRight,  // operand B of expand (F): outer = columns, inner = ranks; a lane's part has two tiles of 8 columns
 };
 
 // The bfloat16 terms of a small matrix [outer, inner], zero-padded. `inner` is the summed dimension, padded to a
@@ -73,7 +75,7 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
     const int64_t fragment = (outer / 16 * (inner_padded / 16) + inner / 16) * count + term;
     return fragment * (2 * kFragmentWords) + (outer % 8 * 4 + t) * 4 + upper * 2 + outer % 16 / 8;
   }
-  const int64_t column = outer % 64, tile = column % 8 / 2;  // g: a row of B's fragment
+  const int64_t column = outer % 64, tile = column % 8 / 2;  // g: row of operand B's fragment in which the column lies
   const int64_t g = column % 32 / 8 * 2 + column % 2;
   const int64_t fragment =
       ((outer / 64 * (inner_padded / 16) + inner / 16) * count + term) * 4 + column / 32 * 2 + tile / 2;
@@ -135,13 +137,13 @@ struct Split {
   const void* in;
   DType type;
   int64_t outer, inner, outer_stride, inner_stride;
-  const float* outer_scale;  // factors of the outer dimension [outer]; null: ones
-  const float* inner_scale;  // factors of the inner dimension [inner]; null: ones
+  const float* outer_scale;  // factors of the outer dimension [outer]; null: all factors are 1
+  const float* inner_scale;  // factors of the inner dimension [inner]; null: all factors are 1
   TermsOut out;
 };
 
-// Writes all terms of the pair of elements with the number `pair`. Pairs are counted along the contiguous dimension of
-// the matrix.
+// Writes all terms of two elements of a matrix, the pair with the number `pair`. Pairs are counted along the contiguous
+// dimension of the matrix.
 __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
   const int64_t pairs = work.out.inner / 2;
   if (pair >= work.out.outer * pairs) return;

@@ -1,5 +1,5 @@
 // Computes DoRA's norm n of each row of W + s B A. The kernels never form the matrix W + s B A. One pass over W
-// (linear/cuda/rank_pass.cuh) computes U = W Aᵀ [N, R] and the rows' sums of squares; M = A Aᵀ [R, R].
+// (linear/cuda/rank_pass.cuh) computes U = W Aᵀ [N, R] and the sum of squares of each row of W. M is A Aᵀ [R, R].
 //
 //   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), clamped to 0 or more
 //

@@ -1,4 +1,5 @@
-// ColumnPass: scales the columns of a matrix and sums columns, in one pass. Include this file after the target pragma.
+// ColumnPass: scales the columns of a matrix m, and sums over the rows the products of m with a second matrix, in one
+// pass over m. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include <type_traits>
@@ -8,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Computes only `sums`, for float32 matrices, without an intermediate copy. The function reads a few rows at a time,
-// and adds each column's products in the order of the rows.
+// Computes only ColumnPass::sums, for float32 matrices, without an intermediate copy. The function reads a few rows at
+// a time, and adds each column's products in the order of the rows.
 void sum_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   const auto* m = static_cast<const float*>(pass.m);

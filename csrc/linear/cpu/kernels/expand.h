@@ -1,4 +1,5 @@
-// Expand: computes Y from a base product and the low-rank term. Include this file after the target pragma.
+// Expand: computes Y from a base product and the low-rank term. Include this file after the target pragma
+// (cpu/target_<isa>.h).
 //
 // The sums of kTokens rows by kVecs vectors stay in registers while the loop runs over all ranks. `right` is read from
 // L2 once for every kTokens rows. Each element of y is written once.
@@ -9,7 +10,8 @@
 namespace peft_ext {
 namespace {
 
-// Computes sums = bias_before + left right for kRows rows.
+// Computes sums = bias_before + left · right, the low-rank product with the inner bias, for kRows rows and `width`
+// columns.
 template <int kRows>
 inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t width, float (*sums)[kPanel]) {
   constexpr int kVecs = Vec::kWidth == 16 ? 2 : 1;

@@ -1,5 +1,5 @@
 // FewTokens: multiplies few tokens with the rows of a matrix. for_token_groups divides the tokens into groups, and each
-// row is read once for each group. Include this file after the target pragma.
+// row is read once for each group. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/token_groups.h"
@@ -20,8 +20,9 @@ inline const float* widened(const T* x, int64_t count, float* buffer) {
   return buffer;
 }
 
-// Computes the dot products of one row with each token. For a row as short as a row of B, whose length is the rank,
-// adding up the vectors of sums takes most of the time. Therefore only vectors that hold a sum are added up.
+// Computes the dot products of one row of the matrix with each token. For a row as short as a row of B, whose length is
+// the rank, adding up the vectors of sums takes most of the time. Therefore only those vectors of sums to which
+// products were added are added up.
 template <typename T, int kCount>
 inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, const Tails<kCount>& tails,
                            float* sums) {
@@ -71,8 +72,8 @@ inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, 
   }
 }
 
-// Computes the rows [begin, end) of a float32 matrix whose rows have kVecs vectors, such as lora_B. x stays in
-// registers, and there is no loop over the columns. The results have the same bits as those of few_tokens_row.
+// Multiplies few tokens with the rows [begin, end) of a float32 matrix whose rows have kVecs vectors, such as lora_B. x
+// stays in registers, and there is no loop over the columns. The results have the same bits as those of few_tokens_row.
 template <int kCount, int kVecs>
 void few_tokens_short_rows(const FewTokens& work, const float* x, int64_t first, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = kVecs * Vec::kWidth;

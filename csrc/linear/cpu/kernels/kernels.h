@@ -1,8 +1,8 @@
 // The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of these
-// kernels.
+// kernels, a PassKernels.
 //
-// In RowPass and Expand, matrices with a dimension of the rank are float32. The order of all sums depends only on the
-// sizes.
+// In RowPass and Expand, matrices with a dimension of the rank are float32. On one instruction set, the order of the
+// sums depends only on the sizes, and for Dropped also on the dropout mask.
 #pragma once
 
 #include <stdint.h>
@@ -12,14 +12,15 @@
 
 namespace peft_ext {
 
-// Numbers of rows and of columns of the matrix that a pass computes at a time.
+// Largest numbers of rows and of columns that an expand computes at a time. Most other kernels also work on
+// kColumnsTogether columns at a time.
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
-// One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, the pass applies
-// dropout to m first (element [t, k] has the flat index t K + k). If `right` or `squares` is given, the pass must have
-// all columns; otherwise `first` is a multiple of kColumnStep. `totals` and `squares` may be given only if dropout is
-// inactive. The pass computes, for each pointer that is given:
+// A RowPass is one pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, the
+// pass applies dropout to m first (element [t, k] has the flat index t K + k). If `right` or `squares` is given, the
+// pass must have all columns; otherwise `first` is a multiple of kColumnStep. `totals` and `squares` may be given only
+// if dropout is inactive. The pass computes, for each pointer that is given (after the formula stand its uses):
 //   right given:    out[t, r] = sum_k m[t, k] right[r, k]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ.
 //   left given:     acc[r, k] += sum_t left[t, r] m[t, k]          dA = Pᵀ x̃, dB = dYᵀ S.
 //                   `acc` does not contain dropout's scale 1/(1-p).
@@ -43,8 +44,8 @@ struct RowPass {
   int64_t keep_words = 0;
 };
 
-// The last pass over a base product, or over the low-rank product alone. For the rows [begin, end) and the columns
-// [first, last), where first is a multiple of kColumnStep:
+// An Expand is the last pass over a base product, or over the low-rank product alone. An Expand computes, for the rows
+// [begin, end) and the columns [first, last), where first is a multiple of kColumnStep:
 //   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual.
 // Each element of y and z is written once and rounded once to dtype. A term whose pointer is null is left out. If rank
 // is 0, the low-rank term is left out.
@@ -80,7 +81,7 @@ struct FewTokens {
 };
 constexpr int64_t kFewTokens = 8;
 
-// One pass over the rows [begin, end) of m [T, K]:
+// A ColumnPass is one pass over the rows [begin, end) of m [T, K]:
 //   out given:   out[t, k] = m[t, k] (scale[k] + shift), rounded once to m's type.
 //   sums given:  sums[k] += sum_t m[t, k] other[t, k].
 struct ColumnPass {

@@ -1,12 +1,14 @@
-// RowPass: the rank passes S = x̃ Aᵀ and dA = Pᵀ x̃. DropElements: x̃ alone. Include this file after the target pragma.
+// RowPass: the rank passes S = x̃ Aᵀ and dA = Pᵀ x̃. DropElements: x̃ alone. Include this file after the target pragma
+// (cpu/target_<isa>.h).
 //
-// Columns are the lanes of a vector. For kRanksTogether ranks at a time, the dot products of two rows of m with rows of
-// `right` stay in registers over a panel of kPanel columns, and the sums `acc` for two vectors of columns stay in
-// registers over kRows rows. Dropout is applied to a block of kRows x kDroppedPanel elements in L1: the block holds
-// mask ∘ m in m's own dtype. The outer loop runs over panels: a panel's columns of `right` and `acc`, 2 x kPanel x rank
-// x 4 bytes, stay in L2 for all tokens. row_pass reads m once, in m's own dtype, and neither reads nor writes another
-// matrix of m's size. A block of m has a short run of each row, and the hardware prefetcher does not predict such runs.
-// Therefore row_pass prefetches the next block of m during the products with the present block.
+// A vector holds neighbouring columns of one row of m, `right` or `acc`. For kRanksTogether ranks at a time, the dot
+// products of two rows of m with rows of `right` stay in registers over a panel of kPanel columns, and the sums `acc`
+// for two vectors of columns stay in registers over kRows rows. Dropout is applied to a block of kRows x kDroppedPanel
+// elements in L1: the block holds mask ∘ m in m's own dtype. The outer loop runs over panels: a panel's columns of
+// `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 for all tokens. row_pass reads m once, in m's own dtype,
+// and neither reads nor writes another matrix of m's size. A block of m has a short run of each row, and the hardware
+// prefetcher does not predict such runs. Therefore row_pass prefetches the next block of m during the products with the
+// present block.
 #pragma once
 
 #include <type_traits>
@@ -191,7 +193,7 @@ inline void shrink_rows(Rows<T> rows, int count, const NextBlock<T>& next, const
       constexpr int kCount = decltype(together)::value;
       const float* from = right + r * right_stride;
       float* to = out + i * rank + r;
-      if (r == 0) next.fetch(i, i + kCount);  // prefetches a few rows at a time, during the products
+      if (r == 0) next.fetch(i, i + kCount);  // prefetches a few rows of the next block at a time, during the products
       if (whole > 0)
         shrink_tile<kCount, kRanks>(WholeVec(), Rows<T>{rows.row(i), rows.stride}, from, right_stride, whole, scale,
                                     onto, to, rank);

@@ -1,5 +1,6 @@
-// Declares RowBlock, a block of rows that several kernels widen to float32 in L1. The code is written over the type Vec
-// (cpu/simd_<isa>.h), and included after the target pragma.
+// Declares RowBlock, a block of float32 rows that fits L1 and is used by expand.h, and the sizes of blocks that several
+// kernels share. The kernels are written with the type Vec of cpu/simd_<isa>.h. Include this file after the target
+// pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/philox_impl.h"

@@ -1,6 +1,6 @@
 // Macros for the tile instructions of AMX-BF16. The definitions are macros because the number of a tile register is
-// part of the instruction. A tile has 16 rows of 64 bytes. Include this file after target_amx.h. amx_emulated.h defines
-// the same macros in plain C++.
+// part of the instruction. A tile register has 16 rows of 64 bytes. Include this file after target_amx.h.
+// amx_emulated.h defines the same macros in plain C++.
 #pragma once
 
 #include <immintrin.h>

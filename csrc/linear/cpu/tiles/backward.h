@@ -1,5 +1,6 @@
 // Computes the backward for one panel of W's columns: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). Include this file
-// after the target pragma and the files of an instruction set.
+// after the target pragma (cpu/target_<isa>.h) and the files of an instruction set (see block.h). tiles.h defines G, H
+// and P.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -10,8 +11,9 @@ namespace {
 
 inline bool masks(const TileBackward& work) { return work.keep != nullptr && (work.rank > 0 || work.more != nullptr); }
 
-// Adds P A + H W to the block, and then multiplies the whole block with the dropout mask. If there is a mask, the block
-// must be zero before the call.
+// Adds P A + H W to the block, and then multiplies the whole block with the dropout mask and 1/(1-p). P A is the
+// low-rank part of dX, and H W is the product that only PEFT's DoRA with dropout on the base has (see tiles.h). If
+// there is a mask, the block must be zero before the call.
 inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const Strips& lanes, Block* block) {
   const int64_t tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
@@ -47,8 +49,8 @@ struct DepthPiece {
   Ahead ahead{};
 };
 
-// Writes the pieces of which the part [begin, end) of the depth consists to `pieces`, and returns their number. The
-// depth is the depths of all layers, one after the other.
+// Writes the pieces of which the part [begin, end) of the depth consists to `pieces`, and returns the number of pieces.
+// The depth counts tiles, and consists of the depths of all layers, one after the other.
 inline int depth_pieces(const TileBackward* works, int count, int64_t begin, int64_t end, DepthPiece* pieces) {
   int found = 0;
   for (int i = 0; i < count; ++i) {
@@ -61,7 +63,8 @@ inline int depth_pieces(const TileBackward* works, int count, int64_t begin, int
 }
 
 // Adds the products of one DepthPiece of a layer to the sums of a block of dX. offset: index of the block's first
-// column in the panel. term: memory for one more block.
+// column in the panel. term: memory for a second block, in which the low-rank part is masked if `block` already holds
+// sums of other layers or of grad_x.
 inline void add_piece(const TileBackward* works, DepthPiece* piece, int64_t column, int64_t offset, int64_t strip,
                       Block* block, Block* term) {
   const TileBackward& work = works[piece->layer];

@@ -1,9 +1,9 @@
-// Block holds the sums of up to 2 x 2 strips, and stays in L1. The kernels clear a block, add products to the block,
-// and write the block's results once. Include this file after the target pragma and after the files of an instruction
-// set, which define these names:
+// A Block holds the sums of up to 2 strips of rows by 2 strips of lanes, and stays in L1. The kernels clear a block,
+// add products to the block, and write the block's results once. Include this file after the target pragma
+// (cpu/target_<isa>.h) and after the files of an instruction set, which define these names:
 //   Row: a vector of 16 sums, with the operations of the Vec of simd_<isa>.h.
 //   transposed(part, rows): writes the columns of 16 x 16 sums to `rows`.
-//   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values.
+//   store_row(out, first, second, count): rounds the 32 values of two Rows to bfloat16, and stores the first `count`.
 //   kLowRankRows: number of rows of sums that add_low_rank keeps in registers at a time.
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep:
 //     c[i][j] += left strip i times right strip j over `tiles` tiles of the depth, for up to 2 x 2 strips.
@@ -15,7 +15,8 @@
 //   decodes_rows(weight): returns whether multiply can decode the rows of this W during the product with one strip of
 //     tokens.
 //   decoded_rows(weight, row): returns the left operand that decodes W's rows from `row` on.
-//   TileUnit: a class of which an object exists while a task multiplies.
+//   TileUnit: a class of which `forward` and `backward` keep an object while they run. With AMX, its constructor
+//   configures the tile registers, and its destructor releases the tile registers.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -38,8 +39,8 @@ struct BlockSums {
   alignas(64) float c[kBlockElements];
 };
 
-// A block of sums. `c` points to a BlockSums, or to the memory for sums that are carried from part to part of the
-// depth.
+// A block of sums of a product. `c` points to a BlockSums, or to the memory for sums that are carried from part to part
+// of the depth.
 struct Block {
   float* c;
   int left, right;  // numbers of strips: `left` in rows, `right` in lanes
@@ -51,7 +52,8 @@ struct Block {
   void clear() {
     for (int i = 0; i < kBlockElements; i += kStrip) Row::zero().store(c + i);
   }
-  // Replaces the sums of every row of every part by f(sums, row of the block, right strip).
+  // Replaces the 16 sums of each row of each 16 x 16 part of the block by f(sums, row of the block, number of the strip
+  // of lanes).
   template <typename F>
   void each(const F& f) {
     for (int i = 0; i < left; ++i)

@@ -1,6 +1,5 @@
 // Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward.
-// While a panel of an NF4 weight is converted to strips, the weight is decoded. Include this file after the target
-// pragma.
+// A packed weight is decoded during the conversion. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_avx512.h"
@@ -10,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns a table with the 16 values of an NF4 block, rounded to bfloat16, twice: vpermw reads five bits of an index,
-// and the fifth bit of the indices of decode32 is arbitrary.
+// Returns a table that holds the 16 values of an NF4 block, rounded to bfloat16, two times: vpermw reads five bits of
+// an index, and the fifth bit of the indices of decode32 is arbitrary.
 inline __m512i block_table(const TileWeight& w, int64_t block) {
   const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(w.absmax[block]));
   return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(products)));
@@ -68,8 +67,8 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
   out[1] = _mm512_load_si512(run + 32);
 }
 
-// Converts W's rows [begin, end) to left strips. The strips have `tiles` tiles of the columns, from tile `from` on.
-// `from` is even.
+// Converts W's rows [begin, end) to left strips. Each strip has `tiles` tiles along W's columns, from the tile with the
+// number `from` on. `from` is even.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   if (w.decode != nullptr) {
     for (int64_t i = 0; i < ceil_div(end - begin, kStrip); ++i)
@@ -93,12 +92,12 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Converts W's columns [begin, end) to right strips. The strips have `tiles` tiles of the rows, from tile `from` on.
-// begin is a multiple of kPanelStep.
+// Converts W's columns [begin, end) to right strips. Each strip has `tiles` tiles along W's rows, from the tile with
+// the number `from` on. begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const int64_t strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);
-  __m512i low, high;  // indices that interleave the words of two rows
+  __m512i low, high;  // indices that interleave the 16-bit words of two rows of W
   {
     alignas(64) uint16_t index[64];
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
@@ -109,7 +108,7 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_
     for (int64_t column = begin; column < end; column += kPanelStep) {
       const int64_t count = min_i64(kPanelStep, end - column), strips = ceil_div(count, kStrip);
       bf16* out = panel + (column - begin) / kStrip * strip + tile * kTile;
-      alignas(64) bf16 held[kTileDepth * kPanelStep];  // 32 rows of a weight that w.decode decodes
+      alignas(64) bf16 held[kTileDepth * kPanelStep];  // 32 rows of a packed weight, decoded by w.decode
       if (w.decode != nullptr)
         decode_block(w, (from + tile) * kTileDepth, kTileDepth, column, kPanelStep, held, kPanelStep);
       for (int64_t i = 0; i < kTileDepth; i += 2) {

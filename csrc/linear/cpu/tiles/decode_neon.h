@@ -1,6 +1,6 @@
-// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. While a panel of
-// an NF4 weight is converted to strips, the weight is decoded. Include this file after the target pragma and the
-// microkernel's file.
+// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. A packed weight is
+// decoded during the conversion. Include this file after the target pragma (cpu/target_<isa>.h) and after
+// microkernel_neon.h.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"
@@ -39,7 +39,7 @@ inline void block_values(const TileWeight& w, int64_t block, bf16* out) {
 
 inline Values32 decode32(const uint8_t* packed, WordPlanes table) {
   const Nibbles codes = nibbles(packed);
-  uint16x8_t words[2][2];  // words of the even elements, and words of the odd elements
+  uint16x8_t words[2][2];  // words[0] has the values of the even elements, and words[1] those of the odd elements
   for (int i = 0; i < 2; ++i) {
     const uint8x16_t index = i == 0 ? codes.even : codes.odd;
     const uint8x16_t low = vqtbl1q_u8(table.val[0], index), high = vqtbl1q_u8(table.val[1], index);
@@ -100,8 +100,8 @@ inline void put_row(const Values32& values, int64_t i, bf16* tile) {
   }
 }
 
-// Converts W's rows [begin, end) to strips. The strips have `tiles` tiles of the columns, from tile `from` on. `from`
-// is even.
+// Converts W's rows [begin, end) to strips. Each strip has `tiles` tiles along W's columns, from the tile with the
+// number `from` on. `from` is even.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const bool aligned = aligned_blocks(w);
   for (int64_t row = begin; row < ceil_div(end - begin, kStrip) * kStrip + begin; ++row) {
@@ -118,8 +118,8 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, int64_t
   }
 }
 
-// Converts W's columns [begin, end) to strips of lanes. The strips have `tiles` tiles of the rows, from tile `from` on.
-// begin is a multiple of kPanelStep.
+// Converts W's columns [begin, end) to strips of lanes. Each strip has `tiles` tiles along W's rows, from the tile with
+// the number `from` on. begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, int64_t from, int64_t tiles, bf16* panel) {
   const int64_t strip = tiles * kTile, first = from * kTileDepth;
   const bool aligned = aligned_blocks(w);

@@ -1,10 +1,11 @@
 // Computes the products with the few elements that dropout drops, if dropout acts on the base too, as in PEFT's DoRA.
-// Include this file after the target pragma.
+// Include this file after the target pragma (cpu/target_<isa>.h).
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
-//             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One step of the
-//             dot product instruction multiplies two columns of W.
-//   backward  One product computes dX for all kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ....
+//             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One dot product
+//             instruction multiplies elements of two columns of W with two elements of x.
+//   backward  One product computes dX for all kept elements, beside the low-rank part of dX:
+//             dX = (dY ∘ (1 + (g - 1) / (1 - p))) W.
 //             One dot product computes dX for each dropped element: dX[t, k] = dY[t] · W[:, k].
 //
 // Forward and backward need the transpose of W. Therefore the kernels transpose each panel of W once, into the memory
@@ -125,7 +126,7 @@ inline void dropped_product(const TileForward& work, int64_t rows, int64_t token
   }
 }
 
-// Computes out[i] = grad · rows[i], dot products of `depth` values. The rows are padded with zeros.
+// Computes out[i] = grad · rows[i] for kCount rows, dot products of `depth` values. The rows are padded with zeros.
 template <int kCount>
 inline void dots(const bf16* grad, int64_t depth, const bf16* const* rows, float* out) {
   __m512 sums[kCount][2];

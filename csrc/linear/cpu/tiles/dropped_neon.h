@@ -1,5 +1,5 @@
 // Computes the products with the few elements that dropout drops, on Arm. dropped_avx512.h explains the algorithm.
-// Include this file after the target pragma and the microkernel's file.
+// Include this file after the target pragma (cpu/target_<isa>.h) and after microkernel_neon.h.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

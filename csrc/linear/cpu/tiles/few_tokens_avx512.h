@@ -1,5 +1,5 @@
 // TileFewTokens: multiplies few tokens with the rows of a dense W in row-major order, by the dot product of
-// AVX512-BF16. Include this file after the target pragma.
+// AVX512-BF16. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_avx512.h"
@@ -85,7 +85,7 @@ inline void few_tokens_of(const TileFewTokens& work, int64_t begin, int64_t end)
   for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row);
 }
 
-// Computes the rows [begin, end) for one group of at most 8 tokens.
+// Multiplies the rows [begin, end) of W with one group of at most 8 tokens.
 inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t end) {
   switch (work.tokens) {
     case 1:

@@ -1,5 +1,5 @@
 // Computes the forward for one panel of W's rows: Y = g (x Wᵀ + S (ρB)ᵀ + b₀) + b₁. Include this file after the target
-// pragma and the files of an instruction set.
+// pragma (cpu/target_<isa>.h) and the files of an instruction set (see block.h).
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

@@ -1,9 +1,10 @@
 // Defines multiply() of the tile kernels with AMX-BF16. block.h describes what multiply() must compute. Include this
-// file after the target pragma and after amx.h or amx_emulated.h.
+// file after the target pragma (cpu/target_<isa>.h) and after amx.h or amx_emulated.h.
 //
 // The sums of 2 x 2 tiles stay in tile registers. For each step of the depth, the kernel loads two tiles of rows and
 // two tiles of lanes, and computes four products of 16 x 16 x 32. A tile that is loaded repeatedly is stored in 1 KiB
-// of contiguous memory: if its rows were a matrix row apart, all 16 rows could fall into one set of the L1 cache.
+// of contiguous memory: if the rows of the tile were as far apart as the rows of a matrix, all 16 rows could fall into
+// one set of the L1 cache.
 #pragma once
 
 #include <stdint.h>
@@ -64,8 +65,8 @@ inline void multiply_tiles(const Rows& left, const Strips& right, int64_t tiles,
   if (kTwoLeft && kTwoRight) AMX_STORE(3, c + 3 * kPart);
 }
 
-// The function does not prefetch: with prefetching, a step of a 4096 x 4096 layer with 48 to 512 tokens was 4 to 11%
-// slower, because the prefetches delay the loads of tiles.
+// With AMX, multiply() does not prefetch the next panel of W: with prefetching, a step of a 4096 x 4096 layer with 48
+// to 512 tokens was 4 to 11% slower, because the prefetches delay the loads of tiles.
 inline void multiply(const Rows& left, int left_strips, const Strips& right, int right_strips, int64_t tiles, float* c,
                      Ahead*) {
   if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c);

@@ -1,5 +1,5 @@
 // Defines multiply() of the tile kernels with the dot product of AVX512-BF16. block.h describes what multiply() must
-// compute. Include this file after the target pragma.
+// compute. Include this file after the target pragma (cpu/target_<isa>.h).
 //
 // The sums of 8 rows by 2 strips of lanes are in 16 registers. For each pair of elements of the depth, the kernel loads
 // two registers of lanes and broadcasts eight pairs of rows. These are 10 loads for 16 products, so that the products
@@ -37,8 +37,8 @@ inline bool decodes_rows(const TileWeight& w) { return aligned_blocks(w); }
 inline DecodedRows decoded_rows(const TileWeight& weight, int64_t row) { return DecodedRows{&weight, row}; }
 
 // Decodes the columns [column, column + 64) of a row, or writes zeros if the row is beyond the last row. The function
-// also prefetches the columns 256 columns further in the row, or, beyond the end of the row, the first columns of the
-// row 16 rows below.
+// also prefetches memory of the row from 256 columns further on, or, beyond the end of the row, memory of the first
+// columns of the row 16 rows below.
 inline void decode_row(const TileWeight& w, int64_t row, int64_t column, bf16* out) {
   const int64_t far = column + 4 * kPanelStep;
   __builtin_prefetch(
@@ -54,7 +54,7 @@ inline void multiply_decoded(const TileWeight& w, int64_t row, const bf16* right
   __m512 sums[kStrip];
   for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_load_ps(c + r * kStrip);
   for (int r = 0; r < kStrip; ++r) decode_row(w, row + r, 0, held[0] + r * kPanelStep);
-  for (int64_t d = 0; d < tiles; d += 2) {  // `tiles` is even, because W's columns are a multiple of 64
+  for (int64_t d = 0; d < tiles; d += 2) {  // `tiles` is even, because the number of W's columns is a multiple of 64
     const bf16* rows = held[d / 2 % 2];
     bf16* next = held[(d / 2 + 1) % 2];
     const bf16* lanes = right + d * kTile;

@@ -1,5 +1,5 @@
 // Defines multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h describes what multiply()
-// must compute. Include this file after the target pragma.
+// must compute. Include this file after the target pragma (cpu/target_<isa>.h).
 //
 // One BFMMLA instruction multiplies two rows with two lanes over four values of the depth; one register holds the 2 x 2
 // sums. The tiles of both operands therefore have the layout [8 steps of four of the depth][8 pairs of rows or
@@ -19,8 +19,9 @@ struct TileUnit {
   TileUnit() {}
 };
 
-constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // depth of a step; number of values of a row pair in a step
-constexpr int kPairs = 4;                                  // number of row pairs, and of lane pairs, in registers
+// kDepthStep: depth of a step; kPair: number of values that a pair of rows has in a step.
+constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;
+constexpr int kPairs = 4;  // number of row pairs, and of lane pairs, in registers
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
 inline Strips rows_of(const bf16* matrix, int64_t) { return Strips{matrix, 0}; }

@@ -1,5 +1,5 @@
 // Computes where a panel lies in W, decodes blocks of packed weights, and prefetches the next panel during the products
-// with the present panel. Include this file after the target pragma.
+// with the present panel. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"

@@ -2,15 +2,16 @@
 // so that planning ends for every input.
 //
 //   unit     The product of a panel of kPlanRows rows of W with kPlanStrip * step tokens, which one thread computes.
-//   block    Token strips that are multiplied with all of W before the strips of the next block. These strips stay in
-//            cache.
+//   block    Token strips that are multiplied with all of W before the strips of the next block. The token strips of a
+//            block stay in L3.
 //   part     The work of one thread: a range of units in each block, panel after panel.
 //
-// Every unit is in exactly one range. There are two divisions: in the first division, a range may end at any unit, and
-// two threads may decode the same panel; in the second division, a range ends only at a whole panel. The plan takes the
-// division whose busiest thread has the smaller cost. The unit of cost is the product of one panel with one strip of
-// tokens; decoding a panel costs `decode` of these products. In each block, the cost of the most expensive part is at
-// most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two panels.
+// Every unit is in exactly one range, and so in exactly one part. There are two divisions: in the first division, a
+// range may end at any unit, and two threads may decode the same panel; in the second division, a range ends only at a
+// whole panel. The plan takes the division whose busiest thread has the smaller cost. The unit of cost is the product
+// of one panel with one strip of tokens; decoding a panel costs `decode` of these products. In each block, the cost of
+// the most expensive part is at most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two
+// panels.
 #pragma once
 
 #include <stdint.h>
@@ -21,15 +22,16 @@ constexpr int64_t kPlanRows = 64;   // number of rows (or columns) of W in a pan
 constexpr int64_t kPlanStrip = 16;  // number of tokens in a strip
 
 constexpr int64_t kPlanTile = 32;  // number of elements of the depth in a tile
-// Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips. The strips of a
-// depth above kPlanDeep count as strips of kPlanDeep: a block of fewer tokens would decode W more often.
+// Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips. Blocks are
+// larger if kPlanUnits requires larger blocks, or if one unit alone is larger. The strips of a depth above kPlanDeep
+// count as strips of kPlanDeep: a block of fewer tokens would decode W more often.
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
 constexpr int64_t kPlanDeep = 4096;
 
-// How a depth is cut into parts. Depths are in elements. Panels that are decoded together have at most kPlanPanel
-// elements of the depth in all, which take 512 KiB of L2. If several panels are decoded together, each load of the
-// tokens, which a deep layer reads from L3 or from memory, is used for all of these panels. If the depth is not cut, no
-// sums are loaded and stored between parts.
+// A DepthCut says how the depth of a product is cut into parts. The depths in a DepthCut count elements, not tiles.
+// Panels that are decoded together have at most kPlanPanel elements of the depth in all, which take 512 KiB of L2. If
+// several panels are decoded together, each load of the tokens, which a deep layer reads from L3 or from memory, is
+// used for all of these panels. If the depth is not cut, no sums are loaded and stored between parts.
 struct DepthCut {
   int64_t whole;     // largest depth that is not cut into parts
   int64_t part;      // largest number of elements in a part of a deeper depth
@@ -41,8 +43,8 @@ constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
 // of the runs lie in different pages, and if the length of a row is a multiple of a large power of two, the runs share
 // few sets of a cache. Parts of few rows and panels of many columns have longer runs and fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
-// Smallest number of units of a block in each part, if there are several blocks. With so many units, one unit more than
-// in the other parts costs little.
+// Smallest number of units that a thread has in each block, if there are several blocks. With so many units, it costs
+// little if a thread has one unit more than the other threads.
 constexpr int64_t kPlanUnits = 32;
 
 // The rows [row, end) of W, which are multiplied with the token strips [first, last).
@@ -55,7 +57,7 @@ struct TilePlan {
   int64_t step;                   // number of token strips in a unit
   int64_t panels, steps, blocks;  // `steps` is the number of groups of `step` strips; the last group may be shorter
   int64_t parts;                  // number of parts, at most the number of threads; 0 if there are no units
-  bool whole_panels;              // whether each panel of a block belongs to one part
+  bool whole_panels;              // whether all units of a panel in a block belong to the same part
   int64_t together;               // largest number of panels of W in a range
 
   // Returns the largest number of strips in a range.

@@ -18,17 +18,18 @@ const TileKernels* tile_kernels();
 enum class TileProduct {
   kForward,
   kBackward,
-  kPlainBackward  // a backward that PyTorch's product, added in place to the low-rank term, can compute too
+  kPlainBackward  // a backward whose product dY W PyTorch can also add in place to the low-rank part of dX
 };
 
 // Returns whether the tile kernels accept `tokens` tokens of dtype `type` for the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product);
 
-// Returns whether TileFewTokens computes those calls with a dense weight that have too few tokens for the tile kernels.
+// Returns whether TileKernels::few_tokens multiplies a dense weight with an x of dtype `type` that has too few tokens
+// for TileKernels::forward.
 bool tiles_take_few_tokens(ScalarType type);
 
-// Returns the weights, in their order, as arguments of the tile kernels. The decoded scales are in the calling thread's
-// scratch.
+// Returns the weights, in their order, as arguments of the tile kernels. The decoded scales of NF4 weights with double
+// quantization are in the calling thread's scratch memory.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 
 // strips_of returns the arguments of TileKernels::left_strips and right_strips. strips_room returns scratch memory of
@@ -60,8 +61,8 @@ DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, 
 bf16* panel_scratch(int64_t elements);
 
 // Calls run(begin, end, first strip, last strip, panel, sums) over all panels of W and all token strips, on all
-// threads. strip_step: number of strips that one call takes together. part: number of tiles in a part of the depth,
-// which is cut by `cut`. turns: whether the scratch of a panel also holds the transpose of the panel.
+// threads. strip_step: number of token strips in a unit of the plan (see plan.h). part: number of tiles in a part of
+// the depth, which is cut by `cut`. turns: whether the scratch of a panel also holds the transpose of the panel.
 template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const DepthCut& cut, int64_t part,
                 bool turns, const Run& run) {

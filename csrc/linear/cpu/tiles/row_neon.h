@@ -1,4 +1,5 @@
-// Defines Row, 16 sums of a block in four registers, for Arm. See block.h. Include this file after the target pragma.
+// Defines Row, 16 sums of a block in four registers, for Arm. See block.h. Include this file after the target pragma
+// (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_neon.h"
@@ -31,7 +32,7 @@ struct Row {
   static Row mul(Row a, Row b) {
     return of([&](int i) { return Vec::mul(a.part[i], b.part[i]); });
   }
-  // Returns a in the lanes whose bit is set, and b in the other lanes.
+  // Returns a in the lanes whose bit in `bits` is set, and b in the other lanes.
   static Row where(uint32_t bits, Row a, Row b) {
     return of([&](int i) { return Vec::where(bits >> i * Vec::kWidth, a.part[i], b.part[i]); });
   }

@@ -1,5 +1,5 @@
 // Converts activations to strips, in AVX-512 with BF16, and applies the dropout mask and the scale at the same time.
-// Include this file after the target pragma.
+// Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"

@@ -1,5 +1,6 @@
 // Converts activations to strips, on Arm, and applies the dropout mask and the scale at the same time. Strips of rows
-// and strips of lanes have the same layout. Include this file after the target pragma and the microkernel's file.
+// and strips of lanes have the same layout. Include this file after the target pragma (cpu/target_<isa>.h) and after
+// microkernel_neon.h.
 #pragma once
 
 #include "linear/cpu/tiles/decode_neon.h"

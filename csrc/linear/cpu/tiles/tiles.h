@@ -15,9 +15,9 @@
 // part, then with the second part, and the float32 sums of a block are carried from part to part in scratch memory. The
 // cut does not change the order of a sum, and so does not change the results. Operands are stored in tiles of 1 KiB.
 // The tiles of a strip are in the order of the depth, with zeros beyond the end of the matrix:
-//   left   A tile has 16 rows x 32 elements of the depth, in row-major order.
-//   right  A tile has 16 pairs of elements of the depth x 16 lanes x 2. This is AMX's VNNI layout, of which vdpbf16ps
-//          reads one register for each pair.
+//   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
+//   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
+//          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
 // With these layouts, the forward reads and decodes W's rows in row-major order, and transposes x once. The backward
 // interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8 steps of the
 // depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is decoded into scratch memory that stays in L2 while
@@ -42,7 +42,7 @@ constexpr int64_t kReduceTokens = 512;  // number of tokens in one partial sum o
 struct TileWeight {
   const bf16* dense;
   const uint8_t* packed;  // NF4: codes
-  const float* absmax;    // NF4: the float32 scales of all blocks
+  const float* absmax;    // NF4: the float32 scales of all NF4 blocks
   int block_shift;        // NF4: blocksize is 1 << block_shift: a shift is much faster than a division
   int64_t rows, columns;
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
@@ -53,10 +53,11 @@ struct TileWeight {
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
 };
 
-// Memory of W that is prefetched into L2 during the products with the previous panel, a little at each step of the
-// depth, so that memory and multiplier work at the same time. `left` is the number of runs of 128 bytes that remain.
-// Every `every`-th step prefetches `each` runs, not earlier, because runs that are prefetched long before their use may
-// be displaced from L2. The runs lie in groups of `group` adjacent runs, and the groups are `stride` bytes apart.
+// An Ahead describes the memory of the next panel of W. This memory is prefetched into L2 during the products with the
+// present panel, a little at each step of the depth, so that memory and multiplier work at the same time. `left` is the
+// number of runs of 128 bytes that remain. Every `every`-th step prefetches `each` runs. Runs are not prefetched
+// earlier, because runs that are prefetched long before their use may be displaced from L2. The runs lie in groups of
+// `group` adjacent runs, and the groups are `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, group = 1, left = 0, each = 0;
@@ -100,7 +101,7 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
-  uint16_t lanes;  // bit j: token j has this adapter; other tokens stay free of non-finite values of B
+  uint16_t lanes;  // bit j: token j has this adapter; other tokens do not change, even if B is not finite
 };
 
 // The elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The upper 16 bits of an entry
@@ -141,20 +142,21 @@ struct TileBackward {
   TileWeight weight;
   int64_t depth_part;  // number of tiles in a part of all layers' depths; all tiles if `more` or `given` is set
   int64_t tokens;
-  const bf16* grad;             // left strips of G
-  const bf16* more;             // left strips of H, or null
+  const bf16* grad;             // left strips of G, the left operand of the product with W
+  const bf16* more;             // left strips of H, the left operand of DoRA's second product with W, or null
   const bf16* given = nullptr;  // dY [tokens, rows], if the dropped elements of dX are set to those of dY W; or null
   int64_t rank;                 // rank of the low-rank term; 0: no low-rank term
-  const float* p;               // P [tokens rounded up to 32, rank]
+  const float* p;               // P = (g ∘ dY) ρB [tokens rounded up to 32, rank]
   const float* a;               // strips of A: [strips, rank, 16]
   const uint32_t* keep;
   int64_t keep_words;
   float keep_scale;
   const float* in_scale;  // IA3's vector l of input scales [columns], or null
   const bf16* x;          // x [tokens, columns], given with in_scale
-  float* grad_in_scale;   // sums of x ∘ (dX / l), [ceil(tokens / kReduceTokens), columns], zero before the call
-  bf16* grad_x;           // [tokens, columns]
-  bool onto = false;      // whether dX is added to the values in grad_x
+  // Sums over tokens of x ∘ (dX / l), [ceil(tokens / kReduceTokens), columns], zero before the call.
+  float* grad_in_scale;
+  bf16* grad_x;       // [tokens, columns]
+  bool onto = false;  // whether dX is added to the values in grad_x
 };
 
 constexpr int kMostLayers = 8;  // largest number of layers of one input whose dX is computed together
@@ -167,12 +169,13 @@ constexpr int64_t kFewestTokens = 8;  // largest number of tokens in a group of 
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
   int64_t rows, columns, tokens;
-  const bf16* x;  // x in groups of 8 tokens: [columns / 32 rounded up, 8 (or the rest), 32], zero-padded
+  const bf16* x;  // packed x, in groups of 8 tokens: [columns / 32 rounded up, 8 (or the rest), 32], zero-padded
   float* y;       // [tokens, rows]
 };
 
 struct TileKernels {
-  int64_t decode_strips;  // cost of decoding a panel; unit: the product of the panel with one strip of tokens
+  // Cost of decoding a panel; the unit is the cost of the panel's product with one strip of tokens.
+  int64_t decode_strips;
   void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   // Writes the DroppedEntries of the tokens [begin, end). The caller has set out.first.

@@ -2,7 +2,7 @@
 // process.
 #if defined(__x86_64__)
 #include "cpu/target_amx.h"
-// The headers below must be included after the target pragma.
+// The headers below must be included after the target pragma (cpu/target_<isa>.h).
 #include "linear/cpu/tiles/amx.h"
 #include "linear/cpu/tiles/microkernel_amx.h"
 #include "linear/cpu/tiles/tiles_avx512.h"

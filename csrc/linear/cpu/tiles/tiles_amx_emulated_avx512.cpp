@@ -1,7 +1,7 @@
 // Compiles the AMX tile kernels with emulated tile instructions, for a CPU with AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// The headers below must be included after the target pragma.
+// The headers below must be included after the target pragma (cpu/target_<isa>.h).
 #include "linear/cpu/tiles/amx_emulated.h"
 #include "linear/cpu/tiles/microkernel_amx.h"
 #include "linear/cpu/tiles/tiles_avx512.h"

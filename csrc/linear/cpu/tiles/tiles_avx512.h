@@ -1,6 +1,6 @@
 // Includes the code of the tile kernels in AVX-512 with BF16, except the microkernel, so that the including file can
 // fill its kernel table.
-// Include this file after the target pragma and the microkernel's file (see block.h).
+// Include this file after the target pragma (cpu/target_<isa>.h) and after microkernel_amx.h or microkernel_avx512.h.
 #pragma once
 
 #include "linear/cpu/tiles/row_avx512.h"

@@ -1,7 +1,7 @@
 // Compiles the tile kernels of tiles.h for the dot product of AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// The headers below must be included after the target pragma.
+// The headers below must be included after the target pragma (cpu/target_<isa>.h).
 #include "linear/cpu/tiles/microkernel_avx512.h"
 #include "linear/cpu/tiles/tiles_avx512.h"
 

@@ -3,7 +3,7 @@
 
 #if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
-// The headers below must be included after the target pragma.
+// The headers below must be included after the target pragma (cpu/target_<isa>.h).
 #include "linear/cpu/tiles/microkernel_neon.h"
 #include "linear/cpu/tiles/row_neon.h"
 // The files below use the definitions of the files above.

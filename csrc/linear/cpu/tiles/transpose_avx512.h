@@ -1,4 +1,4 @@
-// Transposes 16 x 16 words of 32 bits in registers. Include this file after the target pragma.
+// Transposes 16 x 16 words of 32 bits in registers. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_avx512.h"
