@@ -168,7 +168,8 @@ struct Call {
   int64_t kv_units() const { return work.batches * work.kv_heads; }
   int64_t whole_vectors(int64_t columns) const { return ceil_div(columns, isa.width) * isa.width; }
 
-  // Allocates left operands [rows, depth], one for each key head of each batch, with padded rows and depth.
+  // Allocates memory for copies of k or v as left operands of products [rows, depth], one for each key head of each
+  // batch, with padded rows and depth.
   void* operand(int64_t rows, int64_t depth) {
     const ScalarType type = isa.element == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Float;
     const int64_t padded_rows = ceil_div(rows, isa.left_rows) * isa.left_rows;
@@ -187,7 +188,8 @@ struct Call {
     work.value_sums = work.key_sums + of_keys;
   }
 
-  // Allocates the sums of dQ [slots, blocks of queries, size, 64] in the calling thread's scratch.
+  // Allocates the sums of dQ [slots, blocks of queries, size, 64] in the calling thread's scratch; a slot is the part
+  // for one stream.
   void take_query_sums(int64_t slots) {
     const int64_t count = slots * ceil_div(work.queries, kPlanBlock) * kPlanBlock * work.size;
     work.query_sums =

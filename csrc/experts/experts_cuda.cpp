@@ -10,7 +10,8 @@
 //   DoRA's norm: terms; one pass over W (dora).
 //
 // With many rows per expert and dense bfloat16 weights, on GPUs of compute capability 9.x and 10.x, PyTorch's grouped
-// product computes D W_eᵀ, and a kernel adds the low-rank term and the bias.
+// product computes x W_eᵀ in the forward and dY W_e (with DoRA G W_e) in the backward, and a kernel computes the other
+// operations: the low-rank term, DoRA's g and the bias.
 #include <array>
 #include <tuple>
 

@@ -44,7 +44,8 @@ std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& wei
   return sum;
 }
 
-// Returns a number of rows whose computation takes about as long as the start of a parallel task.
+// Returns the smallest number of rows for a thread: computing these rows takes about as long as starting a parallel
+// task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
 struct Normed {

@@ -4,8 +4,8 @@
 // Dequantize: the kernel computes and rounds the 16 products code * absmax of a block once, and then looks each element
 // up: bfloat16 and float16 words with two codes per 32-bit lane (vpermw), float32 values with one code per lane
 // (vpermps). The results have the same bits as a separate product for each element. Quantize and dequantize move each
-// element between memory and the cache once: half a byte of NF4 codes, 2 or 4 bytes in the other dtype, and the block's
-// scale.
+// element between memory and the cache once: half a byte as an NF4 code, 2 bytes in a 16-bit dtype or 4 bytes in
+// float32, and the block's scale.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
 // The headers below must be included after the target pragma.

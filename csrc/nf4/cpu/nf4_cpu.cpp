@@ -1,5 +1,6 @@
 // Defines the NF4 operators on the CPU: checks, allocation and threads. The kernels are in nf4_<isa>.cpp. This file
-// also quantizes the scales of double-quantized weights: there is at most one scale for 32 elements.
+// also quantizes the scales of double-quantized weights, without kernels for each instruction set, because there is at
+// most one scale for 32 elements.
 #include <algorithm>
 #include <cmath>
 #include <tuple>

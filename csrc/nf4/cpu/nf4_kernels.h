@@ -66,7 +66,7 @@ extern const Nf4Kernels kNf4KernelsScalar;
 extern const Nf4Kernels kNf4KernelsAvx2;
 extern const Nf4Kernels kNf4KernelsAvx512;
 // The skinny product (few tokens with an NF4 weight) for bfloat16, by the dot product of AVX512-BF16. kNf4KernelsAvx512
-// has the skinny product for the other dtypes.
+// has the skinny product for float32 and float16, and for bfloat16 on the path avx512.
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end);
 constexpr int64_t kSkinnyTokensBf16 = 12;
 // Permutes a row of x to the order in which nf4_skinny_bf16_avx512 reads W's codes, zero-padded to a multiple of

@@ -96,8 +96,8 @@ __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled
 
 __device__ __forceinline__ uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// Reads the elements of w from a 32-bit word. A magnitude has the bits of |w| at the top of a word; the lower bits do
-// not change the order of two different magnitudes.
+// Reads the one or two elements of w that a 32-bit word holds. magnitude(word) has the bits of the largest |w| of the
+// word at the top; the bits below them do not change the order of two different magnitudes.
 template <typename T>
 struct QuantizeWord {
   static constexpr int kSize = 2;

@@ -46,7 +46,7 @@ struct BlockWords {
   }
   __m512i pick(const Words& words) const { return _mm512_permutex2var_epi16(first, words.load(), last); }
 
-  // Returns the words word_of(0) to word_of(31) of the blocks as an argument of `pick`.
+  // Returns the argument of `pick` for which word i of the result of `pick` is word word_of(i) of the blocks.
   template <typename WordOf>
   static constexpr Words picked(const WordOf& word_of) {
     return words_of_each([&](int i) { return word_of(i) < 32 ? word_of(i) : word_of(i) + 64 - kAll; });

@@ -40,10 +40,11 @@ class Ahead {
 
  private:
   const uint32_t* row_;
-  int64_t stride_, lines_, line_ = 0;  // words between two rows, cache lines of a row, next cache line to prefetch
+  // stride_: number of words between two rows; lines_: number of cache lines of a row; line_: next line to prefetch
+  int64_t stride_, lines_, line_ = 0;
 };
 
-// A kernel sums in a local array, which stays in registers, and copies the array at the end.
+// A kernel adds in a local array of sums, which stays in registers, and copies the array to its result at the end.
 template <int kSums, int kTokens>
 inline void clear(__m512 (&sums)[kSums][kTokens]) {
 #pragma GCC unroll 8

@@ -20,8 +20,9 @@ constexpr bool kHasValue8 = false;
 template <typename Format>
 constexpr bool kHasValue8<Format, decltype(static_cast<void>(&Format::value8))> = true;
 
-// Writes value_of(k) for the 8 columns k. The loop over k is not unrolled, because value_of may be long code. The loop
-// rotates the values, because registers have no index.
+// Writes value_of(k) for the 8 columns k. The loop over k is not unrolled, because value_of may be long code. Each
+// round moves all values down by one place and writes the last place, because a loop that is not unrolled cannot index
+// registers.
 template <typename ValueOf>
 __device__ __forceinline__ void one_by_one(float (&out)[8], const ValueOf& value_of) {
 #pragma unroll 1
