@@ -18,8 +18,8 @@ namespace {
 
 // Divides the scaled values in [-1, 1] into bins; no bin contains two thresholds. below[bin] is the number of
 // thresholds below the bin, and bound[bin] is the threshold within the bin, or infinity if the bin has no threshold.
-// The code of a value is below[bin], plus one if the value is above bound[bin]. The bin is in the lowest five bits of
-// the float value * kPerUnit + kZero.
+// The code of a value is below[bin], plus one if the value is above bound[bin]. The lowest five bits of the float32
+// number value * kPerUnit + kZero are the bin.
 struct Bins {
   static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 are integers
   alignas(64) float bound[32] = {};

@@ -17,8 +17,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns the number of columns of a band: two bands of W fit in the L2 cache. The number depends on W alone, so that
-// sums do not depend on the number of threads.
+// Returns the number of columns of a band. With codes of 4 bits and up to 32,768 rows, two bands of W have at most 1
+// MiB, which fits in the L2 cache. The number depends on W alone, so that sums do not depend on the number of threads.
 inline int64_t band_columns(const PackedView& w) { return w.rows <= 8192 ? 128 : w.rows <= 16384 ? 64 : 32; }
 
 // Returns a mask of the first `count` of 16 lanes.
@@ -173,7 +173,8 @@ struct AwqPanel : PanelStep {
     copy(sums, out);
   }
 
-  // Lane 2 q + p of sum 4 h + v is row 2 v + p of word q / 2 * 4 + 2 h + q % 2.
+  // Orders the sums by rows: lane 2 q + p of sum 4 h + v belongs to row 2 v + p of the eight rows of word q / 2 * 4 + 2
+  // h + q % 2.
   static void arrange(__m512 (&sums)[kSums]) {
     __m512 out[kSums];
     for (int h = 0; h < 2; ++h) {

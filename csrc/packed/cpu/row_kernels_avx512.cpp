@@ -101,8 +101,7 @@ struct TableStep : NibbleStep<F::kNibbles> {
 // --- Integers in rows ------------------------------------------------------------------------------------------------
 
 // Decodes the scales of IntRows, and, if kZeros, computes the addends (middle - zero) * scale. A step multiplies x with
-// the number code
-// - middle, where middle is 8 or 128, or 0 for signed codes.
+// the difference of code and middle, where middle is 8 or 128, or 0 for signed codes.
 template <bool kZeros>
 struct IntRow {
   static bool accepts(const PackedView& w, int bits) {
