@@ -47,7 +47,7 @@ Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& st
 
 // --- rows
 
-// The inputs and results of make_rows; see RunRows.
+// The inputs and results of make_rows; see RunRows in experts/cuda/stacks.cuh.
 struct RowsWanted {
   const PartialSums* partial = nullptr;
   const Tensor* given = nullptr;

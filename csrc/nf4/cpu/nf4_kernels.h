@@ -23,7 +23,7 @@ struct Nf4Skinny {
   const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
   int64_t columns, rows;
-  DType dtype;  // dtype to which weights are rounded; bfloat16 kernels round NF4 values or weights to bfloat16
+  DType dtype;  // dtype to which decoded weights are rounded; the nf4_skinny_bf16 kernels do not read this field
   int64_t tokens;
   const float* x;         // [tokens, columns]
   const bf16* x_ordered;  // x [tokens, columns rounded up], in the order that a bfloat16 kernel needs

@@ -7,7 +7,7 @@
 
 namespace peft_ext {
 
-// Number of blocks whose scales are decoded at a time.
+// Number of NF4 blocks whose scales are decoded at a time.
 constexpr int64_t kScaleChunk = 512;
 
 // Gives the scales of any range of an NF4 weight's blocks in float32, and decodes double-quantized scales to float32.

@@ -211,7 +211,7 @@ struct OnCuda<IntRows> : IntRows {
   }
 
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
-    const bool whole = !is_plain(w) || w.columns % 8 == 0;  // whether 8 plain codes are loaded at once
+    const bool whole = !is_plain(w) || w.columns % 8 == 0;  // whether the 8 codes can be loaded at once
     if (!whole || !one_group_in_8(w, w.part[3]))
       return one_by_one(out, [&](int k) { return value(w, row, column + k); });
     const ZeroAndScale own = of_group(w, row, group_in_32_bits(w, column));
