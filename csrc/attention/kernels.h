@@ -60,7 +60,7 @@ struct Attention {
   int64_t batches, heads, kv_heads, queries, keys;
   int64_t size, value_size;  // size: head size of q and k; value_size: head size of v
   float scale;
-  bool causal;  // query i may see key j only if j <= i
+  bool causal;  // if true, query i may see key j only if j <= i
   HeadsOf q, k, v, out;
   float* lse;  // lse [B, H, queries], which the forward writes and the backward reads
   // The mask as words [B, H, blocks of 64 queries, keys]: bit i of a word tells whether query i of the block may see

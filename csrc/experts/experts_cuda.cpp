@@ -77,7 +77,7 @@ void make_rows(const RowRuns& runs, const StackAdapters& adapters, const RowsWan
 }
 
 // A gradient [E, ., .] that a kernel computes from partial sums. column_dim is the gradient's dimension that belongs to
-// the columns of the pass.
+// the columns of the matrix that the rank pass reads: of x for lora_A, and of dY for lora_B.
 struct StackGradient {
   const PartialSums* partial;
   const Tensor* out;

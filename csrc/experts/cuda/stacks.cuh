@@ -31,7 +31,7 @@ __device__ __forceinline__ bool has_rows(const int64_t* ends, int64_t expert) {
   return ends == nullptr || ends[expert] > (expert == 0 ? 0 : ends[expert - 1]);
 }
 
-// Grid: x as in split_kernel; y has a block for each expert; z has a block for each stack.
+// Grid: x as in split_kernel (linear/cuda/split.cuh); y has a block for each expert; z has a block for each stack.
 static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
   PEFT_EXT_KERNEL;
   const StackSplit& work = splits.work[blockIdx.z];

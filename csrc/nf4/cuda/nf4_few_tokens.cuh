@@ -50,8 +50,8 @@ struct TokensFinish {
   const float* rank_scale;  // rank_scale [rank]; null: all ones
   float scaling;
   const float* scale;       // scale g [outputs]; null: all ones
-  const void* bias_before;  // bias b₀ [outputs] of type T, or null
-  const void* bias_after;   // bias b₁ [outputs] of type T, or null
+  const void* bias_before;  // bias b₀ [outputs] of type T, which g also multiplies, or null
+  const void* bias_after;   // bias b₁ [outputs] of type T, which g does not multiply, or null
   void* y;                  // receives y [tokens, outputs] of type T
   void* z;                  // receives the value that g multiplies [tokens, outputs] of type T, with b₀; or null
 };

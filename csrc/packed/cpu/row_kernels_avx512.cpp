@@ -186,7 +186,8 @@ struct ByteStep : OneRowStep {
   int64_t row_, start_;
 };
 
-// A lookup gives a number for each nibble. The sum of a byte's two numbers is code - middle, see IntRow.
+// Int8Step looks up a number for each nibble of an 8-bit code. The sum of a code's two numbers is the difference code -
+// middle, see IntRow.
 template <bool kZeros>
 struct Int8Step : ByteStep {
   static constexpr AddsAt kAdds = kZeros ? AddsAt::kInChunk : AddsAt::kNone;
@@ -219,8 +220,8 @@ struct Int8Step : ByteStep {
 
 // --- HQQ -------------------------------------------------------------------------------------------------------------
 
-// 64 bytes hold 64 columns of two rows: the high nibbles belong to row n, the low nibbles to row n + N / 2. The step
-// does not round code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
+// 64 bytes hold 64 columns of two rows: the high nibbles belong to row n, the low nibbles to row n + N / 2. HqqStep
+// does not round the difference code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
 struct HqqStep : ByteStep {
   static constexpr int kSums = 2, kOutputs = 2;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
