@@ -39,7 +39,7 @@ struct ForwardUnit {
 // of a stream.
 struct BackwardCell {
   int64_t stream, head;
-  int64_t slot;  // index of the dQ memory that the stream uses
+  int64_t slot;  // index of the part of query_sums that the stream uses
   int64_t query, query_end, key, key_end;
   bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
 };

@@ -231,7 +231,7 @@ struct Q6_KStep : GgufStep<BlockQ6_K> {
   static __m512bh numbers(const Held& held, int phase, int part) {
     static constexpr Words kSmall = words_of_each([](int code) { return bf16_bits(code - 32); });
     static constexpr Words kLarge = words_of_each([](int code) { return bf16_bits(code); });
-    // vpermi2w reads six bits of an index.
+    // vpermi2w reads six bits of an index, so that its two tables hold the numbers of all 64 codes.
     const __m512i index =
         with_bits(at_nibble(held.words[phase], part), moved(held.high[phase], part / 2 * 8 + part % 2 * 4, 4), 0x30);
     return reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(kSmall.load(), index, kLarge.load()));
