@@ -18,7 +18,7 @@ struct GatedWork {
   int64_t columns;
   const void *gate, *up, *grad;                 // up: null if there is no up; grad: dY, only for the gradient
   int64_t gate_stride, up_stride, grad_stride;  // strides in elements between neighbouring rows of gate, up and dY
-  void *out, *out_up;                           // out: y, or d gate; out_up: d up, or null
+  void *out, *out_up;                           // out: y, or d gate; out_up: d up; null in the forward or without up
   int64_t out_stride, out_up_stride;
   bool whole;  // whether groups of eight columns are aligned to 16 bytes in all matrices
 };

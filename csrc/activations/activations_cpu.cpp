@@ -54,7 +54,8 @@ GatedRows work_of(const char* op, const Parts& parts, int64_t activation) {
   return work;
 }
 
-// Returns a number of rows whose computation takes about as long as the start of a parallel task.
+// Returns the smallest number of rows for a thread: computing these rows takes about as long as starting a parallel
+// task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
 Tensor forward(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation, bool halves) {

@@ -20,8 +20,8 @@ inline Activation checked_gate(const char* op, int64_t activation) {
 }
 
 // A tensor [..., columns] as contiguous rows with a distance of `stride` elements between neighbouring rows. rows_apart
-// uses a half of a wider contiguous tensor without a copy. rows_apart copies a tensor whose rows do not all have the
-// same distance.
+// uses a half of a wider contiguous tensor without a copy. rows_apart copies a tensor whose rows are not contiguous,
+// overlap, or do not all have the same distance.
 struct RowsApart {
   torch::stable::Tensor held;
   int64_t stride;
@@ -29,7 +29,8 @@ struct RowsApart {
 
 inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, columns = tensor.size(last);
-  int64_t stride = 0, rows = 1;  // stride and number of the rows that the dimensions after d, without the last, form
+  // The dimensions between d and the last dimension form `rows` rows, which are `stride` elements apart.
+  int64_t stride = 0, rows = 1;
   bool regular = columns <= 1 || tensor.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; --d) {
     if (tensor.size(d) == 1) continue;

@@ -1,7 +1,7 @@
 // Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. In the
-// forward a unit of a thread's work is a block of queries; in the backward a unit is a cell of queries and keys
-// (attention/plan.h). How a sum is divided into partial sums depends only on the shapes, so that the bits of the
-// results are equal for every number of threads.
+// forward a unit of a thread's work is a block of queries (for few queries, up to kFewRows rows as in few.h); in the
+// backward a unit is a cell of queries and keys (attention/plan.h). How a sum is divided into partial sums depends only
+// on the shapes, so that the bits of the results are equal for every number of threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -72,8 +72,8 @@ HeadsOf heads_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Returns [B, H, T, D] with the memory layout [B, T, H, D], which the next layer needs. PyTorch's autograd does not
-// treat the result as a view.
+// Returns an empty tensor [B, H, T, D] with the memory layout [B, T, H, D], which the layer after the attention needs.
+// PyTorch's autograd does not treat the result as a view.
 Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size, ScalarType type) {
   const Tensor held = empty({batches, tokens, heads, size}, type);
   const int64_t shape[] = {batches, heads, tokens, size};
@@ -84,7 +84,7 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
 }
 
 // Packs the bool mask into 64-bit words: a word has one bit for each of 64 queries. The shape of the packed mask is [B
-// or 1, H or 1, ceil(T / 64), S].
+// or 1, H or 1, ceil(queries / 64), keys].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
   const Tensor words = empty({batches, heads, blocks, keys, 8}, ScalarType::Byte);
@@ -168,7 +168,8 @@ struct Call {
   int64_t kv_units() const { return work.batches * work.kv_heads; }
   int64_t whole_vectors(int64_t columns) const { return ceil_div(columns, isa.width) * isa.width; }
 
-  // Allocates left operands [rows, depth], one for each key head of each batch, with padded rows and depth.
+  // Allocates memory for copies of k or v as left operands of products [rows, depth], one for each key head of each
+  // batch, with padded rows and depth.
   void* operand(int64_t rows, int64_t depth) {
     const ScalarType type = isa.element == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Float;
     const int64_t padded_rows = ceil_div(rows, isa.left_rows) * isa.left_rows;
@@ -187,7 +188,8 @@ struct Call {
     work.value_sums = work.key_sums + of_keys;
   }
 
-  // Allocates the sums of dQ [slots, blocks of queries, size, 64] in the calling thread's scratch.
+  // Allocates the sums of dQ [slots, blocks of queries, size, 64] in the calling thread's scratch; a slot is the part
+  // for one stream.
   void take_query_sums(int64_t slots) {
     const int64_t count = slots * ceil_div(work.queries, kPlanBlock) * kPlanBlock * work.size;
     work.query_sums =

@@ -13,7 +13,7 @@ struct BackwardParts {
   Element *q_rows, *grad_rows;      // copies of rows of q and dO, unless the products read q and dO in place
   Element *q_turned, *grad_turned;  // q and dO as right operands whose depth is the head size
   Element *q_joined, *grad_joined;  // q and dO as right operands whose depth is the queries
-  Element *p, *ds, *ds_joined;      // P and dS with depth queries (left operands); dS with depth keys (right operand)
+  Element *p, *ds, *ds_joined;      // P and dS as left operands of depth queries; dS as right operand of depth keys
   float *s, *dp, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),

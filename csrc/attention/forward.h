@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kForwardKeys = 192;  // number of keys in a block; a multiple of kRows
+constexpr int64_t kForwardKeys = 192;  // number of keys in a block of the forward; a multiple of kRows
 constexpr float kLog2E = 1.44269504f;
 
 struct ForwardParts {

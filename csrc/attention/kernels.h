@@ -8,9 +8,10 @@
 // keeps, and 0 for the others. The random draw for query i and key j of head h in batch b is the draw of element [b, h,
 // j, i] of a contiguous tensor [B, H, keys, queries].
 //
-// A thread holds S, P and dS for one block of queries and keys at a time, and transposed: a row is a key, and the lanes
-// of a vector are queries, so that sums over keys are sums of rows. The kernels of AVX512-BF16 and AMX multiply
-// bfloat16 operands in pairs, and round P and dS to bfloat16. Scores, sums and lse are float32.
+// Except in the kernel for few queries (few.h), a thread holds S, P and dS for one block of queries and keys at a time,
+// and transposed: a row is a key, and the lanes of a vector are queries, so that sums over keys are sums of rows. Also
+// except in the kernel for few queries, the paths with AVX512-BF16 and AMX multiply bfloat16 operands in pairs, and
+// round P and dS to bfloat16. Scores, sums and lse are float32.
 //
 // Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth. A
 // product broadcasts each word of the left operand [rows, depth], and loads vectors of words of the right operand
@@ -25,7 +26,7 @@
 namespace peft_ext {
 
 constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
-constexpr int64_t kLeastStep = 2;   // the side of a cell is a multiple of this number of blocks
+constexpr int64_t kLeastStep = 2;   // the side of a cell (see BackwardCell) is a multiple of kLeastStep blocks
 constexpr int64_t kMaskBits = 64;   // number of queries whose bits of the mask share one word
 
 // ForwardUnit and BackwardCell are the units of work that attention/plan.h divides among threads. A forward unit is a
@@ -38,7 +39,7 @@ struct ForwardUnit {
 // of a stream.
 struct BackwardCell {
   int64_t stream, head;
-  int64_t slot;  // index of the dQ memory that the stream uses
+  int64_t slot;  // index of the part of query_sums that the stream uses
   int64_t query, query_end, key, key_end;
   bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
 };
@@ -59,7 +60,7 @@ struct Attention {
   int64_t batches, heads, kv_heads, queries, keys;
   int64_t size, value_size;  // size: head size of q and k; value_size: head size of v
   float scale;
-  bool causal;  // query i may see key j only if j <= i
+  bool causal;  // if true, query i may see key j only if j <= i
   HeadsOf q, k, v, out;
   float* lse;  // lse [B, H, queries], which the forward writes and the backward reads
   // The mask as words [B, H, blocks of 64 queries, keys]: bit i of a word tells whether query i of the block may see
@@ -84,8 +85,8 @@ struct Attention {
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
-  // Number of keys that are in at least one cell: a multiple of 64, or all keys. The first cell of a column of cells
-  // sets the key_sums and value_sums of the column's keys to zero, because the memory is then in the cache of the
+  // Number of keys that are in at least one cell: a multiple of 64, or all keys. The first cell that a stream adds to
+  // some keys sets the key_sums and value_sums of these keys to zero, because the memory is then in the cache of the
   // thread that adds to the sums.
   int64_t reached;
   // sums of dQ: [slots, blocks of queries, size, 64]; null if each head is one cell (attention/plan.h)
@@ -112,8 +113,8 @@ struct AttentionKernels {
   // Computes out and lse for a block of 64 queries of one head.
   void (*forward)(const Attention& work, ForwardUnit unit, void* scratch);
   size_t (*forward_scratch)(const Attention& work);
-  // Computes out and lse for the units [begin, end) of few queries, without dropout and bias. A unit has kFewRows of
-  // the H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
+  // Computes out and lse for the units [begin, end) of few queries, without dropout and bias. A unit has up to kFewRows
+  // of the H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
   void (*few)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*few_scratch)(const Attention& work);
   // Adds the terms of one cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells computes

@@ -15,11 +15,13 @@
 // difference, so that each row adds up its columns from the first column to the last, and each column adds up its rows
 // from the last row to the first, for every `step`.
 //
-// A phase is a diagonal of one head, in all streams. A region is a set of cells that run at the same time and are
-// followed by a barrier: the rest of a phase, and the cells of the next phase whose streams have no cell in this rest.
-// Where possible, the number of cells of a region is a multiple of the number of threads.
+// A group is a set of at_once streams, whose dQ is in memory at the same time. A phase is a diagonal of one head, in
+// all streams of a group. A region is a set of cells that run at the same time and are followed by a barrier: cells of
+// the rest of a phase, and then cells of the next phase whose streams have no cell in this rest. Where possible, the
+// number of cells of a region is a multiple of the number of threads.
 //
-// The plan takes the `step` with the smallest computed time. If `step` covers the whole matrix, each head is one cell.
+// Of the steps that are tried, the plan takes the `step` with the smallest computed time. If `step` covers the whole
+// matrix, each head is one cell.
 #pragma once
 
 #include <stdint.h>
@@ -210,8 +212,8 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
   if (best.streams == 0 || best.threads == 1) return best;
   int64_t time = best.time();
   const int64_t of_stream = std::max<int64_t>(1, best.query_blocks * kPlanBlock * size);
-  // The steps that are tried, in blocks: 2, 4, 6, 8, 12, 16, 24 and so on. A smaller step is taken only if its computed
-  // time is shorter, because a smaller step starts the threads more often.
+  // The steps that are tried after the whole matrix, in blocks: 2, 6, 4, 12, 8, 24, 16 and so on. A step replaces the
+  // best of the steps tried before only if the computed time of the step is shorter.
   const auto consider = [&](int64_t step) {
     if (step >= longest || ceil(longest, step) > kMostCells) return;
     BackwardPlan other = best;

@@ -21,7 +21,8 @@ constexpr int64_t kRows = 2 * kLeftRows;  // number of keys in a strip
 constexpr int64_t kWidth = Vec::kWidth;
 constexpr bool kInPlace = false;  // whether a product can read rows of k and v in place
 
-// Under a causal mask, the products of the backward begin with the first query that sees a strip of keys.
+// Under a causal mask, the products of the backward that sum over queries begin with the first query that sees a strip
+// of keys. This query must be the first of a tile.
 static_assert(kRows % kDepth == 0, "the first query that sees a strip must be the first of a tile");
 
 struct ProductUnit {  // object of a thread's unit of work, which configures and releases the tile registers
@@ -95,7 +96,8 @@ inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t le
         block(high > kLeftRows, wide == 2, strips, lanes, to, c_stride);
         continue;
       }
-      // The tiles of the last rows are computed in a copy, because c may end with its last row.
+      // The tiles of the last rows, if incomplete, are computed in `sums` and copied to c, because c may end with its
+      // last row.
       constexpr int64_t kSide = 2 * kLeftRows;
       alignas(64) float sums[kSide * kSide];
       const size_t bytes = static_cast<size_t>(wide * kWidth) * sizeof(float);

@@ -40,7 +40,7 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
       if (work.bias_key == 1)
         for_vectors(keys, [&](auto lanes, int64_t j) {
           const Vec value = lanes.load(from + j), over = Vec::mul(value, Vec::broadcast(factor));
-          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // inf for every value except -inf and NaN
+          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // NaN if value is -inf or NaN, otherwise inf
           lanes.store(to + j, Vec::positive(finite, Vec::max(over, Vec::broadcast(kLeast)), over));
         });
       else

@@ -1,11 +1,12 @@
-// The kernels between the two products of a bottleneck adapter, which read and write U [T, M], a small float32 matrix:
+// The kernels between the two products of a bottleneck adapter, bottleneck_kernel<false> (activate) and
+// bottleneck_kernel<true> (gradient), which read and write U [T, M], a small float32 matrix:
 //
 //   activate: computes U = sums + b_d and H = act(U), and writes U, and the scaled H as terms;
 //   gradient: computes dU = P ∘ act'(U), and writes dU, and dU as terms
 //
 // The terms (linear/cuda/terms.cuh) of H as the left operand of expand are stored row by row. As the operand L of a
 // rank pass, H is transposed and has a row of ones after its M rows: the product of dYᵀ with the row of ones is the
-// gradient of the bias. A thread computes two adjacent columns. All arithmetic is float32.
+// gradient of the up bias. A thread computes two adjacent columns. All arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"

@@ -2,11 +2,13 @@
 //
 //   U = x Dᵀ + b_d [T, M];   H = act(U);   Y = residual + s (H Vᵀ + b_v) [T, N]
 //
-// In float32, or with mixed dtypes, the forward is one pass over x, and one pass that reads the residual and writes Y;
-// for up to kUnpackedTokens tokens D and V are not packed. The backward is one or two passes over dY for P = s dY V, dV
-// and db_v, one pass over x for dD, and one pass that reads dY and writes dX = dY + dU D. PyTorch's matrix products
-// compute the gradients of up to eight tokens, and all products of more than two tokens in a 16-bit dtype that the CPU
-// multiplies. Tensors [T, M] are float32. The functions erf, tanh, exp, SiLU and ReLU of these tensors are PyTorch's.
+// In float32, with mixed dtypes, or in a 16-bit dtype that multiplies_in (linear/cpu/base_product.h) refuses, the
+// forward is one pass over x, and one pass that reads the residual and writes Y; for up to kUnpackedTokens tokens D and
+// V are not packed. The backward is one or two passes over dY for P = s dY V, dV and db_v, one pass over x for dD, and
+// one pass that reads dY and writes dX = dY + dU D (only dU D if the residual is not x). PyTorch's matrix products
+// compute the gradients of up to eight tokens in every dtype, and the forward and the gradients of more than two tokens
+// in a 16-bit dtype that multiplies_in accepts. Tensors [T, M] are float32. PyTorch's operators compute erf, tanh, exp,
+// SiLU and ReLU of these tensors.
 #include <algorithm>
 #include <tuple>
 
@@ -57,8 +59,8 @@ Tensor elementwise(const Tensor& u, const F& f) {
   return out;
 }
 
-// Returns the curve c of GELU(u) = u/2 (1 + c): erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)). PyTorch's own GELU is
-// not called, because its argument `approximate` is a string (see common/activation.h).
+// Returns the curve c of GELU(u) = u/2 (1 + c): erf(u / √2), or, for the tanh form of GELU, tanh(√(2/π) (u + 0.044715
+// u³)). PyTorch's own GELU is not called, because its argument `approximate` is a string (see common/activation.h).
 Tensor gelu_curve(const Tensor& u, Activation activation) {
   const float* at = u.const_data_ptr<float>();
   if (activation == Activation::kGelu)
@@ -108,7 +110,8 @@ std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, cons
   return std::nullopt;
 }
 
-// Returns an Expand for y = residual + the terms that the caller adds. An empty residual stands for zeros.
+// Returns the arguments of an expand pass that computes y = residual + the terms that the caller adds to the arguments.
+// An empty residual stands for zeros.
 Expand onto_residual(const Tensor& y, const Tensor& residual) {
   Expand work;
   work.y = y.mutable_data_ptr();

@@ -10,8 +10,8 @@
 namespace peft_ext {
 
 // The paths of each architecture are in ascending order. A CPU that supports a path also supports the earlier paths of
-// its architecture, except for kAmxEmulated: this path runs the AMX kernels with emulated tiles, is for tests, and is
-// never chosen by default.
+// its architecture, with one exception: kAmxEmulated does not need a CPU with AMX. The path kAmxEmulated runs the AMX
+// kernels with emulated tiles, is for tests, and is never chosen by default.
 enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated, kNeon, kNeonBf16 };
 constexpr int kIsaCount = 8;
 

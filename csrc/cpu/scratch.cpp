@@ -123,7 +123,7 @@ size_t release_scratch() {
     entry->unclaim();
   }
 #if defined(__GLIBC__)
-  // free() keeps blocks of up to 32 MiB in the heap.
+  // free() keeps blocks of up to 32 MiB in the heap of the process; malloc_trim gives them back to the system.
   if (released > 0) malloc_trim(0);
 #endif
   return released;

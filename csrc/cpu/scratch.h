@@ -2,7 +2,7 @@
 // page fault per 4 KiB, about a tenth of a small layer's time. A block above kKeptScratchBytes is released at the end
 // of the call: the page faults of a large block cost little compared with the call's products, and otherwise a thread
 // would keep memory for the longest batch that the thread ever saw. release_scratch() releases the blocks of all
-// threads. This file does not depend on torch.
+// threads that are in no call. This file does not depend on torch.
 #pragma once
 
 #include <cstddef>

@@ -70,11 +70,11 @@ struct Vec {
   // Returns a vector whose lane i is the sum of all lanes of of[i].
   static Vec sums_of(const Vec (&of)[kWidth]) {
     __m512 two[8], four[4];
-    for (int i = 0; i < 8; ++i) {  // each four lanes: sums of of[2 i], of[2 i + 1], of[2 i], of[2 i + 1]
+    for (int i = 0; i < 8; ++i) {  // four lanes each: sums from of[2 i], of[2 i + 1], of[2 i], of[2 i + 1]
       const __m512 a = of[2 * i].v, b = of[2 * i + 1].v;
       two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-    for (int i = 0; i < 4; ++i) {  // each four lanes: sums of of[4 i] to of[4 i + 3]
+    for (int i = 0; i < 4; ++i) {  // four lanes each: sums from of[4 i] to of[4 i + 3]
       const __m512 a = two[2 * i], b = two[2 * i + 1];
       four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
     }

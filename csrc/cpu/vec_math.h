@@ -14,7 +14,7 @@ namespace {
 PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   x = Vec::min(Vec::broadcast(87.3f), Vec::max(Vec::broadcast(-87.3f), x));
   const Vec whole = Vec::mul(x, Vec::broadcast(1.44269504f)).round();
-  // Computes x - whole ln 2, with ln 2 in two parts: products with the first part are exact.
+  // Computes x - whole ln 2, with ln 2 in two parts: the product of `whole` and the first part is exact.
   Vec r = Vec::fma(whole, Vec::broadcast(-0.693359375f), x);
   r = Vec::fma(whole, Vec::broadcast(2.12194440e-4f), r);
   Vec p = Vec::broadcast(1.9875691500e-4f);

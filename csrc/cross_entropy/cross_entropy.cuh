@@ -6,11 +6,12 @@
 //
 // A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading of the row gives
 // each thread its largest z and its sum of exp(z - largest); these values are combined over lanes and then over warps
-// in a fixed order. The second reading of the row gives the gradient. If a row has more than 64 KiB, the block keeps
-// the first 96 KiB of the row in shared memory, and reads the rest of the row from L2 again: with two blocks of 1,024
-// threads on each of the 132 multiprocessors of an H100, the rests of the rows need 42 MB of L2 if a row has 128,000
-// 16-bit logits. The L2 cache of an H100 has 50 MB. Arithmetic is in float32, and each result is rounded once. Bytes
-// moved with the gradient: the row is read once from memory, and written once.
+// in a fixed order. The second reading of the row, if needs_grad, gives the gradient. If a row has more than 64 KiB,
+// the block keeps up to 96 KiB from the start of the row in shared memory for the second reading, and reads the rest of
+// the row from L2 again: with two blocks of 1,024 threads on each of the 132 multiprocessors of an H100, the rests of
+// the rows need 42 MB of L2 if a row has 128,000 16-bit logits. The L2 cache of an H100 has 50 MB. Arithmetic is in
+// float32, and each result is rounded once. Bytes moved with the gradient: the row is read once from memory, and
+// written once.
 #pragma once
 
 #include <math.h>
@@ -31,8 +32,8 @@ struct CrossEntropyWork {
 };
 
 // kCrossEntropyThreads and kLongRowThreads: number of threads of a block for a row of up to kShortRow bytes, and for a
-// longer row. kHeldBytes: number of bytes of a longer row that stay in shared memory. On a GPU of compute capability
-// 8.6, a block has at most 99 KiB of shared memory.
+// longer row. kHeldBytes: largest number of bytes of a longer row that stay in shared memory. kHeldBytes is 96 KiB,
+// because a block has at most 99 KiB of shared memory on a GPU of compute capability 8.6.
 constexpr int kCrossEntropyThreads = 512, kLongRowThreads = 1024;
 constexpr int64_t kShortRow = 65536, kHeldBytes = 98304;
 

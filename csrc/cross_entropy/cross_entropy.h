@@ -4,9 +4,9 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A kernel reads a row three times: for the maximum, for the sum, and for the gradient, which overwrites the row. A row
-// of a 16-bit dtype usually stays in the L2 cache between these readings. Arithmetic is float32. The order of a sum
-// depends only on V and on the path.
+// A kernel reads a row two times, for the maximum and for the sum, and, if needs_grad, a third time for the gradient,
+// which overwrites the row. A row of a 16-bit dtype usually stays in the L2 cache between these readings. Arithmetic is
+// float32. The order of a sum depends only on V and on the path.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +19,7 @@ struct CrossEntropy {
   void* logits;  // logits x [T, V]; overwritten with the gradient if needs_grad
   DType dtype;
   int64_t columns;          // V
-  const int64_t* labels;    // labels [T]; a row with the ignored label gets loss and gradient 0
+  const int64_t* labels;    // labels [T], from 0 to V - 1, or `ignored` for loss and gradient 0
   const float* row_weight;  // row weights w [T]; a null pointer stands for ones
   float* losses;            // receives the losses [T], not multiplied by w
   float scale, softcap, smoothing;

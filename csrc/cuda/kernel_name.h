@@ -12,8 +12,8 @@ namespace peft_ext {
 // Largest number of GPUs of a machine: a kernel has room for one handle for each GPU.
 constexpr int kMaxDevices = 64;
 
-// An instance of a kernel. Every instance that a host function launches has one object, which exists from the loading
-// of the library on.
+// An instance of a kernel. Every instance that a host function launches has an object, which exists from the loading of
+// the library on. An instance with internal linkage has one object for each source file that launches the instance.
 struct Kernel {
   // `local_class` is the mangled name of a class inside of the kernel, and so contains the kernel's own name and
   // template arguments. `file` is the header of the kernel.

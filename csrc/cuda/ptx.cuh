@@ -1,7 +1,8 @@
 // This file wraps device instructions that C++ has no expression for. The file does not depend on torch. Each wrapper
-// has two bodies: one for nvcc, and one for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the kernels
-// on a CPU and checks each memory access. Kernels call these wrappers where the emulator needs a body of its own. "All
-// 32 lanes" means that all lanes of a warp must call the wrapper together: the emulator refuses anything else.
+// has two bodies: one for NVRTC, and one for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the
+// kernels on a CPU and checks each memory access. Kernels call these wrappers where the emulator needs a body of its
+// own. "All 32 lanes" means that all lanes of a warp must call the wrapper together: the emulator refuses anything
+// else.
 #pragma once
 
 #ifdef __CUDACC__

@@ -23,7 +23,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kTogether = 2 * kRowsTogether;  // number of tokens whose rows of Y stay in L2
+constexpr int64_t kTogether = 2 * kRowsTogether;  // number of tokens in a round; the rows of Y stay in L2
 
 struct LowRank {
   const char* op;

@@ -18,7 +18,7 @@ void* memset(void* to, int value, size_t bytes) noexcept(true) __asm__("peft_ext
 
 #include <math.h>
 
-#define __global__ __attribute__((unused))  // a source file need not launch each kernel of its headers
+#define __global__ __attribute__((unused))  // no warning if a file launches no kernel of a header
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))

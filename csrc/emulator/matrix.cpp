@@ -1,5 +1,6 @@
-// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. There are
-// two ways to add, and PEFT_EXT_EMULATED_SUMS chooses one for the process.
+// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. The
+// functions add the products in one of two modes, which the environment variable PEFT_EXT_EMULATED_SUMS chooses for the
+// process.
 //
 // In the mode "rounded", the default, a sum runs in float32 from C over k = 0..15 and is rounded at each step. The
 // product of two 16-bit values is exact in float32, except for tiny bfloat16 products. With exact products an FMA makes
@@ -7,9 +8,9 @@
 //
 // In the mode "truncated", the functions add as the tensor cores of an A100 were observed to add (Fasi, Higham,
 // Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021). Of the GPUs
-// that these kernels run on, the A100 keeps the fewest bits. C and eight exact products are aligned to the largest
-// exponent among them, cut off 24 bits behind that exponent's leading bit, and added; the sum is cut off to float32,
-// and the next eight products follow.
+// that these kernels run on, the A100 keeps the fewest bits of the terms of a sum. C and eight exact products are
+// aligned to the largest exponent among them, cut off 24 bits behind that exponent's leading bit, and added; the sum is
+// cut off to float32, and the next eight products follow.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>

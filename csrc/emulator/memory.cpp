@@ -1,6 +1,7 @@
 // Checks accesses. An access to shared memory must be within a declaration, must read only bytes that were written, and
-// must be ordered with the accesses of other threads (see machine.h). An access to global memory must be within a range
-// that was added, or read read-only data, and must not conflict with an access of another block.
+// must be ordered with the accesses of other threads to the same bytes (see machine.h), except that two reads or two
+// atomics need no order. An access to global memory must be within a range that was added, or read read-only data, and
+// must not conflict with an access of another block (see launch.h).
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

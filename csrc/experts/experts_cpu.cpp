@@ -154,7 +154,7 @@ Weights checked_weights(const char* op, const Tensor& weight, const WeightParts&
 }
 
 // The adapters lora_A [E, R, K] and lora_B [E, N, R] as contiguous stacks. Only the matrices of experts with rows are
-// valid. lora_A is empty if there are no adapters. With out_scale [E, N] float32 the adapters are DoRA's.
+// certainly valid. lora_A is empty if there are no adapters. With out_scale [E, N] float32 the adapters are DoRA's.
 struct Adapters {
   std::optional<Tensor> lora_A, lora_B, out_scale;
   double scaling;

@@ -10,7 +10,8 @@
 //   DoRA's norm: terms; one pass over W (dora).
 //
 // With many rows per expert and dense bfloat16 weights, on GPUs of compute capability 9.x and 10.x, PyTorch's grouped
-// product computes D W_eᵀ, and a kernel adds the low-rank term and the bias.
+// product computes x W_eᵀ in the forward and dY W_e (with DoRA G W_e) in the backward, and a kernel computes the other
+// operations: the low-rank term, DoRA's g and the bias.
 #include <array>
 #include <tuple>
 
@@ -46,7 +47,7 @@ Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& st
 
 // --- rows
 
-// The inputs and results of make_rows; see RunRows.
+// The inputs and results of make_rows; see RunRows in experts/cuda/stacks.cuh.
 struct RowsWanted {
   const PartialSums* partial = nullptr;
   const Tensor* given = nullptr;
@@ -76,7 +77,7 @@ void make_rows(const RowRuns& runs, const StackAdapters& adapters, const RowsWan
 }
 
 // A gradient [E, ., .] that a kernel computes from partial sums. column_dim is the gradient's dimension that belongs to
-// the columns of the pass.
+// the columns of the matrix that the rank pass reads: of x for lora_A, and of dY for lora_B.
 struct StackGradient {
   const PartialSums* partial;
   const Tensor* out;

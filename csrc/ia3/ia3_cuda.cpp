@@ -1,5 +1,5 @@
-// Defines the IA3 operators on CUDA: a linear layer with a scaled input or a scaled output, and the scaling alone. See
-// linear/cuda/adapted_linear.cuh.
+// Defines the IA3 operators on CUDA: a linear layer whose input or output is scaled by the vector l (the argument
+// ia3_l), and the scaling alone. See linear/cuda/adapted_linear.cuh.
 //
 //   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b)
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W

@@ -1,5 +1,6 @@
 // LoRA operators on CUDA: lora_linear, Y = x Wᵀ + (x̃ Aᵀ ∘ ρ) Bᵀ + b with x̃ = dropout(x), lora_residual, Y = residual
-// + (x̃ Aᵀ ∘ ρ) Bᵀ, and the backward of both operators. See linear/cuda/adapted_linear.cuh.
+// + (x̃ Aᵀ ∘ ρ) Bᵀ, and the backward of both operators. ρ [R] is the scaling of each rank. See
+// linear/cuda/adapted_linear.cuh.
 #include <tuple>
 
 #include "linear/cuda/adapted_linear.cuh"

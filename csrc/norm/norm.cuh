@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
   const int lane = threadIdx.x % work.row_threads;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kNormThreads / work.row_threads) + threadIdx.x / work.row_threads;
-  if (row >= work.rows) return;  // all threads of the row return here
+  if (row >= work.rows) return;  // all threads of a row take the same branch
   const int64_t begin = lane * kVector, step = work.row_threads * kVector;
   const T* x = static_cast<const T*>(work.x) + row * work.columns;
   const float count = static_cast<float>(work.columns);

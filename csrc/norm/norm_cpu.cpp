@@ -44,7 +44,8 @@ std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& wei
   return sum;
 }
 
-// Returns a number of rows whose computation takes about as long as the start of a parallel task.
+// Returns the smallest number of rows for a thread: computing these rows takes about as long as starting a parallel
+// task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
 struct Normed {
@@ -137,7 +138,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
 
 std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, std::optional<Tensor> weight, double eps, double offset,
                                         bool round_before_weight) {
-  // As in PyTorch, the product of x̂ and a weight of another dtype is float32.
+  // If x̂ is rounded before the product, the product of x̂ and a weight of another dtype is float32, as in PyTorch.
   const bool own = !round_before_weight || !weight.has_value() || weight->scalar_type() == x.scalar_type();
   Normed found = norm("rms_norm", x, weight, std::nullopt, eps, offset, false, round_before_weight,
                       own ? x.scalar_type() : ScalarType::Float);

@@ -170,7 +170,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
 
 std::tuple<Tensor, Tensor> rms_norm_cuda(const Tensor& x, const std::optional<Tensor>& weight, double eps,
                                          double offset, bool round_before_weight) {
-  // As in PyTorch, the product of x̂ and a weight of another dtype is float32.
+  // If x̂ is rounded before the product, the product of x̂ and a weight of another dtype is float32, as in PyTorch.
   const bool own = !round_before_weight || !weight.has_value() || weight->scalar_type() == x.scalar_type();
   const Normed found = norm("rms_norm", x, weight, std::nullopt, eps, offset, false, round_before_weight,
                             own ? x.scalar_type() : ScalarType::Float);

@@ -28,7 +28,7 @@ struct Rotary {
   int64_t tokens, size;   // T and D
   Heads parts[2];         // q and k
   const void *cos, *sin;  // cos and sin [B or 1, T, D], contiguous
-  int64_t cos_batch;      // stride between batches; 0 if one cos and sin serve all batches
+  int64_t cos_batch;      // stride of cos and sin between batches; 0 if one cos and sin serve all batches
 };
 
 // Rotates the tokens [begin, end) of the B · T tokens of all batches.

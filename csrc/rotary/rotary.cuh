@@ -24,7 +24,7 @@ struct DeviceHeads {
 struct DeviceRotary {
   DeviceHeads q, k;
   const void *cos, *sin;  // [B or 1, T, D]
-  int64_t cos_batch;      // stride between batches; 0 if one cos and sin serve all batches
+  int64_t cos_batch;      // stride of cos and sin between batches; 0 if one cos and sin serve all batches
   int64_t tokens;
   int half;    // D / 2
   bool whole;  // whether groups of eight columns are aligned to 16 bytes in all tensors

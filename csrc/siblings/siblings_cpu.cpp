@@ -1,6 +1,6 @@
 // The operator lora_linears on the CPU: several linear layers of one input x, each with or without LoRA, Y_i = x W_iᵀ +
-// (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i.
-// See linear/cpu/adapted_linear.h.
+// (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i with x̃_i = dropout(x) and the scaling ρ_i of each rank. See
+// linear/cpu/adapted_linear.h.
 #include <vector>
 
 #include "common/registration.h"

@@ -1,5 +1,6 @@
 // The operator lora_linears on CUDA: several linear layers of one input x, each with or without LoRA, Y_i = x W_iᵀ +
-// (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i. See linear/cuda/adapted_linear.cuh.
+// (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i with x̃_i = dropout(x) and the scaling ρ_i of each rank. See
+// linear/cuda/adapted_linear.cuh.
 #include <vector>
 
 #include "linear/cuda/adapted_linear.cuh"

@@ -19,7 +19,7 @@ struct DeviceWeight {
 
   bool is_packed() const { return layout != 0; }
   bool is_nf4() const { return is_packed() && format_number(layout) == 0; }
-  int64_t blocksize() const { return format_group(layout); }  // only for NF4 weights
+  int64_t blocksize() const { return format_group(layout); }  // number of elements per block of an NF4 weight
   // codes() returns the number of bytes of an NF4 weight's codes; scales() returns the number of the weight's scales.
   int64_t codes() const { return ceil_div(outputs * inputs, 2); }
   int64_t scales() const { return ceil_div(outputs * inputs, blocksize()); }

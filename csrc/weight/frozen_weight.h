@@ -18,7 +18,7 @@ struct FrozenWeight {
 
   bool is_packed() const { return layout != 0; }
   bool is_nf4() const { return is_packed() && format_number(layout) == 0; }
-  int64_t blocksize() const { return format_group(layout); }  // only for NF4 weights
+  int64_t blocksize() const { return format_group(layout); }  // number of elements per block of an NF4 weight
   const Tensor& absmax() const { return *parts[0]; }
   bool is_nested() const { return is_nf4() && parts[1].has_value(); }
   // out_features() is N and in_features() is K of a weight [N, K]. For a weight that is not a matrix, both functions

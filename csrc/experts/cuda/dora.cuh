@@ -1,5 +1,6 @@
 // DoRA for a mixture of experts, except for the product: the norm of each row of W_e + s B_e A_e; in the backward G =
-// g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the expert's rows.
+// g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the expert's rows, where Z is the output
+// before it is multiplied by g_e.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -12,7 +13,7 @@ namespace peft_ext {
 
 struct StackNorm {
   StackView weight;                   // W_e; a column of the view is an output of the layer, that is a row of W_e
-  Terms left, right;                  // terms of the first expert's B and Aᵀ, as many as for a float32 result
+  Terms left, right;                  // B and Aᵀ of the first expert, in the number of terms of a float32 result
   int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
   // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros
   const int64_t* ends;

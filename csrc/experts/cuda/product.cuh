@@ -3,12 +3,12 @@
 //
 //   out [rows, C] = g_e ∘ (D W_eᵀ + mask ∘ (L F_eᵀ)) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
 //
-// g is the output scale of DoRA; without DoRA there is no g. If `z` is given, the kernel also stores the values that
-// are multiplied by g. In the forward, D is x, W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is B_e.
-// For dX, D is dY, W_e is the transposed weight, L is P, F_e is A_e's transpose, and the low-rank term is masked by
-// dropout. W is dense, in either order of storage, or NF4, which the kernel decodes. The contiguous dimension of W is
-// the summed dimension (kAlong) or the columns (kAcross); for other strides and sizes elements are loaded one by one
-// (kAny). Rows that belong to no expert are set to zero.
+// g is the output scale of DoRA; without DoRA there is no g. If the field z is given, the kernel also stores the values
+// that are multiplied by g. In the forward, D is x, W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is
+// B_e. For dX, D is dY (with DoRA g ∘ dY), W_e is the transposed weight, L is P = s dY B_e, F_e is A_e's transpose, and
+// the low-rank term is masked by dropout. W is dense, with any strides, or NF4, which the kernel decodes. The
+// contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross); for other strides, sizes and
+// alignments the elements are loaded one by one (kAny). Rows that belong to no expert are set to zero.
 //
 // A thread block of 8 warps computes a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w
 // computes 32 x 32 outputs: the rows from 32 (w % 2) on and the columns from 32 (w / 2) on. In float32, warp w computes

@@ -31,7 +31,7 @@ __device__ __forceinline__ bool has_rows(const int64_t* ends, int64_t expert) {
   return ends == nullptr || ends[expert] > (expert == 0 ? 0 : ends[expert - 1]);
 }
 
-// Grid: x as in split_kernel; y has a block for each expert; z has a block for each stack.
+// Grid: x as in split_kernel (linear/cuda/split.cuh); y has a block for each expert; z has a block for each stack.
 static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
   PEFT_EXT_KERNEL;
   const StackSplit& work = splits.work[blockIdx.z];
@@ -50,8 +50,8 @@ static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(Stac
   split_pair_of(own, static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
 }
 
-// Computes matrices of few columns: value[row][r] = scale · Σ_chunks partial[row in the tiles][r], or scale ·
-// given[row][r].
+// Computes S or P, a matrix with a column for each rank: value[row][r] = scale · Σ_chunks partial[row in the tiles][r],
+// or scale · given[row][r].
 struct RunRows {
   const float* partial;  // partial sums [chunks][padded rows][padded rank]; null if `given` is used
   const float* given;    // values [rows][rank]; used if `partial` is null

@@ -4,8 +4,8 @@
 // Dequantize: the kernel computes and rounds the 16 products code * absmax of a block once, and then looks each element
 // up: bfloat16 and float16 words with two codes per 32-bit lane (vpermw), float32 values with one code per lane
 // (vpermps). The results have the same bits as a separate product for each element. Quantize and dequantize move each
-// element between memory and the cache once: half a byte of NF4 codes, 2 or 4 bytes in the other dtype, and the block's
-// scale.
+// element between memory and the cache once: half a byte as an NF4 code, 2 bytes in a 16-bit dtype or 4 bytes in
+// float32, and the block's scale.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
 // The headers below must be included after the target pragma.
@@ -18,8 +18,8 @@ namespace {
 
 // Divides the scaled values in [-1, 1] into bins; no bin contains two thresholds. below[bin] is the number of
 // thresholds below the bin, and bound[bin] is the threshold within the bin, or infinity if the bin has no threshold.
-// The code of a value is below[bin], plus one if the value is above bound[bin]. The bin is in the lowest five bits of
-// the float value * kPerUnit + kZero.
+// The code of a value is below[bin], plus one if the value is above bound[bin]. The lowest five bits of the float32
+// number value * kPerUnit + kZero are the bin.
 struct Bins {
   static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats near 1.5 * 2^23 are integers
   alignas(64) float bound[32] = {};

@@ -1,19 +1,19 @@
 // Computes the skinny product (few tokens with an NF4 weight) for bfloat16 with AVX512-BF16.
 //
-//   y[t, n] = sum_k x[t, k] bf16(code[q] * absmax),  or, for up to kScaledSums tokens,
+//   y[t, n] = sum_k x[t, k] bf16(code[q] * absmax),  or, for a group of up to kScaledSums tokens,
 //   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
 // A group of 128 elements of a row of W has 64 bytes, which are read as 32 words of four codes each. The low bits of a
 // word after shifts by 0, 4, 8 and 12 bits are the indices for four registers of weights. The codes are not moved to
 // lanes of their own; instead x is permuted once for all rows, to the order of the codes. vpermw looks the weights up,
-// and vdpbf16ps multiplies and adds pairs in float32. For up to kScaledSums tokens, one table with the 16 NF4 values is
-// used for all blocks, and the sums of a group are then multiplied by the scales: the lower lanes belong to one block,
-// the upper lanes to the next block. For more tokens, scaling the sums would take one multiplication per token.
-// Therefore the table then holds the products code * absmax of two blocks, 16 for each block, rounded once to bfloat16
-// (vcvtne2ps2bf16, which flushes subnormals to zero), and bit 4 of an index selects the block. Rounding an NF4 value or
-// a product to bfloat16 changes a weight by at most 2^-9 of its magnitude. The kernel reads W once for each group of
-// tokens that for_token_groups makes, half a byte per element and the scales, and never writes a decoded weight to
-// memory. One thread computes whole rows of W.
+// and vdpbf16ps multiplies and adds pairs in float32. For a group of up to kScaledSums tokens, one table with the 16
+// NF4 values is used for all blocks, and the sums over 128 elements are then multiplied by the scales of their two
+// blocks: the lower lanes belong to one block, the upper lanes to the next block. For more tokens, scaling the sums
+// would take too many multiplications, one for each token and 128 elements. Therefore the table then holds the products
+// code * absmax of two blocks, 16 for each block, rounded once to bfloat16 (vcvtne2ps2bf16, which flushes subnormals to
+// zero), and bit 4 of an index selects the block. Rounding an NF4 value or a product to bfloat16 changes a weight by at
+// most 2^-9 of its magnitude. The kernel reads W once for each group of tokens that for_token_groups makes, half a byte
+// per element and the scales, and never writes a decoded weight to memory. One thread computes whole rows of W.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.

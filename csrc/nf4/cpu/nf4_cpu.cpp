@@ -1,5 +1,6 @@
 // Defines the NF4 operators on the CPU: checks, allocation and threads. The kernels are in nf4_<isa>.cpp. This file
-// also quantizes the scales of double-quantized weights: there is at most one scale for 32 elements.
+// also quantizes the scales of double-quantized weights, without kernels for each instruction set, because there is at
+// most one scale for 32 elements.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -50,9 +51,9 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
 //
 // Values with the same sign, exponent and first six bits of the mantissa share a bin. below_ holds the number of
 // thresholds below each bin. Comparisons count the thresholds within the bin that are below the value; with
-// bitsandbytes' dynamic map, a bin has at most one threshold. The first bin of a sign holds the magnitudes below 2^-22,
-// which are nearer to 0 than any threshold of the dynamic map. The last bin of a sign holds the magnitudes of 1 and
-// above.
+// bitsandbytes' dynamic map, a bin has at most one threshold. The first bin of a sign holds the magnitudes below about
+// 2^-22, which are nearer to 0 than any threshold of the dynamic map. The last bin of a sign holds the magnitudes of 1
+// and above.
 class NearestScale {
  public:
   explicit NearestScale(const float* table) {

@@ -23,7 +23,7 @@ struct Nf4Skinny {
   const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
   int64_t columns, rows;
-  DType dtype;  // dtype to which weights are rounded; bfloat16 kernels round NF4 values or weights to bfloat16
+  DType dtype;  // dtype to which decoded weights are rounded; the nf4_skinny_bf16 kernels do not read this field
   int64_t tokens;
   const float* x;         // [tokens, columns]
   const bf16* x_ordered;  // x [tokens, columns rounded up], in the order that a bfloat16 kernel needs
@@ -66,7 +66,7 @@ extern const Nf4Kernels kNf4KernelsScalar;
 extern const Nf4Kernels kNf4KernelsAvx2;
 extern const Nf4Kernels kNf4KernelsAvx512;
 // The skinny product (few tokens with an NF4 weight) for bfloat16, by the dot product of AVX512-BF16. kNf4KernelsAvx512
-// has the skinny product for the other dtypes.
+// has the skinny product for float32 and float16, and for bfloat16 on the path avx512.
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end);
 constexpr int64_t kSkinnyTokensBf16 = 12;
 // Permutes a row of x to the order in which nf4_skinny_bf16_avx512 reads W's codes, zero-padded to a multiple of

@@ -35,7 +35,7 @@ constexpr int kNf4Group = 32;                    // number of elements that shar
 constexpr int kNf4Tile = kWarpSize * kNf4Group;  // number of elements of the weight that a warp decodes
 constexpr int kNf4Warps = 8;                     // number of warps per thread block
 constexpr int kNf4Threads = kNf4Warps * kWarpSize;
-constexpr int kNf4BlocksPerMultiprocessor = 6;  // a multiprocessor of sm_80 and later holds at least 1536 threads
+constexpr int kNf4BlocksPerMultiprocessor = 6;  // 6 · 256 threads; from sm_80 on, a multiprocessor holds 1536
 constexpr int kNf4BlockTile = kNf4Warps * kNf4Tile;
 
 // A copy of kNf4Code that device code can index.

@@ -2,13 +2,14 @@
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
-// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs may be summed
-// in any order. Therefore, of a slab of 64 inputs of a row, lane t of the row's four lanes multiplies 16 consecutive
-// inputs, which have 8 bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9
-// of the fragment. The B operand has the inputs of x in the order of W's inputs, 16 bytes for two steps. One lookup in
-// a table [256 bytes][32 lanes], which has no bank conflicts, turns a byte of W into two values of type T. The table
-// holds the NF4 values without scales. The product over a slab of 64 inputs is multiplied by the slab's scale in
-// float32, which is nearer to the exact result than rounding each product of code and scale to T, as nf4_dequantize
+// g is the output scale (of DoRA or IA3), b₀ is the bias that g also multiplies, and b₁ is the bias that g does not
+// multiply. W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs may
+// be summed in any order. Therefore, of a slab of 64 inputs of a row, lane t of the row's four lanes multiplies 16
+// consecutive inputs, which have 8 bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t +
+// 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's inputs, 16 bytes for two steps. One
+// lookup in a table [256 bytes][32 lanes], which has no bank conflicts, turns a byte of W into two values of type T.
+// The table holds the NF4 values without scales. The product over a slab of 64 inputs is multiplied by the slab's scale
+// in float32, which is nearer to the exact result than rounding each product of code and scale to T, as nf4_dequantize
 // does. A thread block of 8 warps computes 16 columns of y for all tokens. Warp w multiplies the slabs w, w + 8, …, so
 // that the warps together read the bytes of a row contiguously. The warps' sums are added in shared memory, in order,
 // so that the kernel needs no partial sums in global memory and no second launch, and the order of the sum is equal on
@@ -49,8 +50,8 @@ struct TokensFinish {
   const float* rank_scale;  // rank_scale [rank]; null: all ones
   float scaling;
   const float* scale;       // scale g [outputs]; null: all ones
-  const void* bias_before;  // bias b₀ [outputs] of type T, or null
-  const void* bias_after;   // bias b₁ [outputs] of type T, or null
+  const void* bias_before;  // bias b₀ [outputs] of type T, which g also multiplies, or null
+  const void* bias_after;   // bias b₁ [outputs] of type T, which g does not multiply, or null
   void* y;                  // receives y [tokens, outputs] of type T
   void* z;                  // receives the value that g multiplies [tokens, outputs] of type T, with b₀; or null
 };

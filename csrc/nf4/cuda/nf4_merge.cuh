@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
 
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
-  // Loads codes and scales while the first slab is copied. Loading a scale takes up to three loads, one after the
-  // other.
+  // Loads codes and scales while the first slab is copied. A double-quantized scale needs two loads, one after the
+  // other: the load of the scale's code, and the lookup of the code in nested_code.
   uint32_t codes[kMergeThreadRows];  // 16 bits of codes for each chunk of four columns
   float scales[kMergeThreadRows][kMergeChunks];
 #pragma unroll

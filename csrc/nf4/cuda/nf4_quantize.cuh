@@ -96,8 +96,8 @@ __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled
 
 __device__ __forceinline__ uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// Reads the elements of w from a 32-bit word. A magnitude has the bits of |w| at the top of a word; the lower bits do
-// not change the order of two different magnitudes.
+// Reads the one or two elements of w that a 32-bit word holds. magnitude(word) has the bits of the largest |w| of the
+// word at the top; the bits below them do not change the order of two different magnitudes.
 template <typename T>
 struct QuantizeWord {
   static constexpr int kSize = 2;
@@ -276,7 +276,8 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
   }
 }
 
-// Grid: ceil(numel / kQuantizeBlockTile) blocks of kQuantizeThreads. w is aligned to 16 bytes, packed to 4.
+// Grid: ceil(numel / kQuantizeBlockTile) blocks of kQuantizeThreads. w is aligned to 16 bytes, and packed is aligned to
+// 4 bytes.
 template <typename T>
 __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiprocessor)
     nf4_quantize_kernel(const T* w, int64_t numel, int log2_blocksize, uint8_t* packed, float* absmax) {
@@ -301,7 +302,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 // has code 255.
 // Bytes moved: 5n + 4n/256, and the table once per thread block.
 
-// Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads. x is aligned to 16 bytes, codes to 4.
+// Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads. x is aligned to 16 bytes, and codes
+// is aligned to 4 bytes.
 static __global__ void __launch_bounds__(kQuantizeThreads)
     nf4_quantize_absmax_kernel(const float* x, const float* code, int64_t numel, uint8_t* codes, float* absmax) {
   PEFT_EXT_KERNEL;

@@ -12,8 +12,8 @@
 // padded by 16 bytes, so that 16-byte loads of a quarter warp spread over all banks. A double-quantized scale needs two
 // loads, one after the other: the first load is started two slabs ahead, the second load one slab ahead. Sums are
 // float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded N] in order, and computes the low-rank
-// term, g and the biases. Weights are rounded to T, as in nf4_dequantize, before the multiplication. Bytes moved: W
-// once, x once for each thread block, and the partial sums twice (in L2).
+// term, the output scale g (of DoRA or IA3) and the biases. Weights are rounded to T, as in nf4_dequantize, before the
+// multiplication. Bytes moved: W once, x once for each thread block, and the partial sums twice (in L2).
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -44,7 +44,7 @@ constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // index: [2 · tile of 16 rows + upper or lower 8 rows][thread]
+  uint2 codes[4][kSkinnyThreads];  // codes[part][thread], with row_of(part) the row of W; see nf4_skinny_kernel
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     for (int part = 0; part < 4; ++part) codes[part] = stage.codes[part][threadIdx.x];
 #pragma unroll
     for (int two = 0; two < 2; ++two) {  // each iteration computes two steps
-      uint32_t a[2][2][4];               // index: [tile of 16 rows][step]
+      uint32_t a[2][2][4];               // a[m][step] is the A operand of tile m of 16 rows of W
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         const uint32_t word = two == 0 ? codes[part].x : codes[part].y;
@@ -196,8 +196,9 @@ struct SkinnySums {
 
 constexpr int kFinishTokens = 8;  // number of tokens per thread; the thread reads a row of B once for all these tokens
 
-// Adds the partial sums of the chunks of K, and then computes the operations of TokensFinish: the low-rank term, g and
-// the biases. Grid: x has ceil(outputs / kSkinnyThreads) thread blocks; y has ceil(tokens / kFinishTokens).
+// Adds the partial sums of the chunks of K, and then computes the operations of TokensFinish (nf4_few_tokens.cuh): the
+// low-rank term, the output scale g (of DoRA or IA3) and the biases. Grid: x has ceil(outputs / kSkinnyThreads) thread
+// blocks; y has ceil(tokens / kFinishTokens).
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnySums product, TokensFinish work) {
   PEFT_EXT_KERNEL;

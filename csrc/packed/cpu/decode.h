@@ -7,7 +7,7 @@
 
 namespace peft_ext {
 
-// Number of blocks whose scales are decoded at a time.
+// Number of NF4 blocks whose scales are decoded at a time.
 constexpr int64_t kScaleChunk = 512;
 
 // Gives the scales of any range of an NF4 weight's blocks in float32, and decodes double-quantized scales to float32.
@@ -27,11 +27,11 @@ class Scales {
 // Returns [N, K] in `type`: the dense weight itself, or the decoded packed weight.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// Returns the dense weight for one product within a call. A packed weight is decoded into the calling thread's scratch;
-// the next call overwrites the scratch.
+// Returns the dense weight for one product within a call. A packed weight is decoded into the calling thread's scratch,
+// which the next call of working_weight overwrites.
 Tensor working_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// Returns the number of scales that have to be decoded: 0 without double quantization.
+// Returns the number of scales of a weight that have to be decoded: 0 unless the weight is double-quantized NF4.
 int64_t nested_scales(const FrozenWeight& weight);
 
 // Returns the float32 scales of all blocks of an NF4 weight: the weight's own scales, or scales decoded into `room`.

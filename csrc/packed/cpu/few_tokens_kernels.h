@@ -3,7 +3,9 @@
 //   y[t, n] = sum over the blocks b of a row:  scale_b * sum_k x[t, k] c[k]  +  add_b * sum_k x[t, k]
 //
 // The weight is not decoded: a code's number c, without its scale, is a bfloat16 value. Products of x and c are summed
-// for each block in float32, and the sums are multiplied by the block's scale. The file does not depend on torch.
+// for each block b in float32, and the sums are multiplied by the block's scale, scale_b. The addend add_b of the block
+// contains the zero point or the offset of the format; it is 0 if the format has neither. The file does not depend on
+// torch.
 #pragma once
 
 #include "weight/packed_view.h"
@@ -23,7 +25,9 @@ struct FewTokensKernels {
                    int64_t end) = nullptr;
 };
 
-constexpr int64_t kMostFewTokens = 16;  // for more tokens, decoding the weight once and multiplying is as fast
+// Largest number of tokens for which skinny.cpp calls these kernels. For more tokens, decoding the weight once and
+// multiplying is as fast.
+constexpr int64_t kMostFewTokens = 16;
 
 // Return the kernels of a weight in the format `number`, or null pointers if no kernel of the file accepts the weight.
 FewTokensKernels row_kernels_avx512_bf16(int number, const PackedView& w);

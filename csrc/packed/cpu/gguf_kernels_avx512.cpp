@@ -46,7 +46,7 @@ struct BlockWords {
   }
   __m512i pick(const Words& words) const { return _mm512_permutex2var_epi16(first, words.load(), last); }
 
-  // Returns the words word_of(0) to word_of(31) of the blocks as an argument of `pick`.
+  // Returns the argument of `pick` for which word i of the result of `pick` is word word_of(i) of the blocks.
   template <typename WordOf>
   static constexpr Words picked(const WordOf& word_of) {
     return words_of_each([&](int i) { return word_of(i) < 32 ? word_of(i) : word_of(i) + 64 - kAll; });
@@ -231,7 +231,7 @@ struct Q6_KStep : GgufStep<BlockQ6_K> {
   static __m512bh numbers(const Held& held, int phase, int part) {
     static constexpr Words kSmall = words_of_each([](int code) { return bf16_bits(code - 32); });
     static constexpr Words kLarge = words_of_each([](int code) { return bf16_bits(code); });
-    // vpermi2w reads six bits of an index.
+    // vpermi2w reads six bits of an index, so that its two tables hold the numbers of all 64 codes.
     const __m512i index =
         with_bits(at_nibble(held.words[phase], part), moved(held.high[phase], part / 2 * 8 + part % 2 * 4, 4), 0x30);
     return reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(kSmall.load(), index, kLarge.load()));

@@ -5,7 +5,7 @@
 #include "cpu/simd_avx512.h"
 #include "weight/packed_view.h"
 
-#define PEFT_EXT_LOOKUP 1  // format_kernels_impl.h decodes 4-bit codes by lookup32
+#define PEFT_EXT_LOOKUP 1  // format_kernels_impl.h calls lookup32 and e4m3_run if this macro is defined
 
 namespace peft_ext {
 namespace {

@@ -17,8 +17,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns the number of columns of a band: two bands of W fit in the L2 cache. The number depends on W alone, so that
-// sums do not depend on the number of threads.
+// Returns the number of columns of a band. With codes of 4 bits and up to 32,768 rows, two bands of W have at most 1
+// MiB, which fits in the L2 cache. The number depends on W alone, so that sums do not depend on the number of threads.
 inline int64_t band_columns(const PackedView& w) { return w.rows <= 8192 ? 128 : w.rows <= 16384 ? 64 : 32; }
 
 // Returns a mask of the first `count` of 16 lanes.
@@ -40,10 +40,11 @@ class Ahead {
 
  private:
   const uint32_t* row_;
-  int64_t stride_, lines_, line_ = 0;  // words between two rows, cache lines of a row, next cache line to prefetch
+  // stride_: number of words between two rows; lines_: number of cache lines of a row; line_: next line to prefetch
+  int64_t stride_, lines_, line_ = 0;
 };
 
-// A kernel sums in a local array, which stays in registers, and copies the array at the end.
+// A kernel adds in a local array of sums, which stays in registers, and copies the array to its result at the end.
 template <int kSums, int kTokens>
 inline void clear(__m512 (&sums)[kSums][kTokens]) {
 #pragma GCC unroll 8
@@ -172,7 +173,8 @@ struct AwqPanel : PanelStep {
     copy(sums, out);
   }
 
-  // Lane 2 q + p of sum 4 h + v is row 2 v + p of word q / 2 * 4 + 2 h + q % 2.
+  // Orders the sums by rows: lane 2 q + p of sum 4 h + v belongs to row 2 v + p of the eight rows of word q / 2 * 4 + 2
+  // h + q % 2.
   static void arrange(__m512 (&sums)[kSums]) {
     __m512 out[kSums];
     for (int h = 0; h < 2; ++h) {

@@ -13,7 +13,8 @@
 namespace peft_ext {
 namespace {
 
-// For codes of 8 bits: what the high nibble adds to code - 128.
+// kHighNibbles: the number of the high nibble of an 8-bit code, so that code - 128 is this number plus the low nibble.
+// kMiddleNibbles: code - 8 for the codes of 4 bits.
 constexpr Words kHighNibbles = nibble_numbers([](int code) { return 16 * (code - 8); });
 constexpr Words kMiddleNibbles = nibble_numbers([](int code) { return code - 8; });
 
@@ -100,8 +101,7 @@ struct TableStep : NibbleStep<F::kNibbles> {
 // --- Integers in rows ------------------------------------------------------------------------------------------------
 
 // Decodes the scales of IntRows, and, if kZeros, computes the addends (middle - zero) * scale. A step multiplies x with
-// the number code
-// - middle, where middle is 8 or 128, or 0 for signed codes.
+// the difference of code and middle, where middle is 8 or 128, or 0 for signed codes.
 template <bool kZeros>
 struct IntRow {
   static bool accepts(const PackedView& w, int bits) {
@@ -186,7 +186,8 @@ struct ByteStep : OneRowStep {
   int64_t row_, start_;
 };
 
-// A lookup gives a number for each nibble. The sum of a byte's two numbers is code - middle, see IntRow.
+// Int8Step looks up a number for each nibble of an 8-bit code. The sum of a code's two numbers is the difference code -
+// middle, see IntRow.
 template <bool kZeros>
 struct Int8Step : ByteStep {
   static constexpr AddsAt kAdds = kZeros ? AddsAt::kInChunk : AddsAt::kNone;
@@ -219,8 +220,8 @@ struct Int8Step : ByteStep {
 
 // --- HQQ -------------------------------------------------------------------------------------------------------------
 
-// 64 bytes hold 64 columns of two rows: the high nibbles belong to row n, the low nibbles to row n + N / 2. The step
-// does not round code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
+// 64 bytes hold 64 columns of two rows: the high nibbles belong to row n, the low nibbles to row n + N / 2. HqqStep
+// does not round the difference code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
 struct HqqStep : ByteStep {
   static constexpr int kSums = 2, kOutputs = 2;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
@@ -274,7 +275,8 @@ struct E4m3Magnitudes {
 };
 constexpr E4m3Magnitudes kE4m3Magnitudes;
 
-// A part has the codes of the columns in one register of x.
+// Part 0 has the codes of the even columns, which are in register 0 of x, and part 1 has those of the odd columns, in
+// register 1.
 struct Fp8Step : ByteStep {
   static constexpr int kParts = 2;
   static constexpr int register_of(int part) { return part; }
@@ -300,7 +302,7 @@ struct Fp8Step : ByteStep {
     __m512i bits = _mm512_permutex2var_epi16(table[0].load(), index, table[1].load());
     bits = _mm512_mask_mov_epi16(bits, large, _mm512_permutex2var_epi16(table[2].load(), index, table[3].load()));
     const __m512i sign = part == 0 ? _mm512_slli_epi16(held.words, 8) : held.words;
-    return reinterpret_cast<__m512bh>(  // bits | (sign & 0x8000)
+    return reinterpret_cast<__m512bh>(  // 0xF8 stands for: bits | (sign & 0x8000)
         _mm512_ternarylogic_epi32(bits, sign, _mm512_set1_epi16(-0x8000), 0xF8));
   }
   static __m512 scale(const Held& held, int, int) { return held.scale; }

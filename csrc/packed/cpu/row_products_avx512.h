@@ -248,7 +248,7 @@ inline void multiply_rows(const PackedView& w, const bf16* ordered, const float*
                           int64_t n) {
   const int64_t stride = ordered_columns(w.columns);
   for_token_groups(tokens, [&](auto group, int64_t first) {
-    // The sums of all rows and tokens stay in registers.
+    // kTokens and kTogether are so small that the sums of all rows and tokens stay in registers.
     constexpr int kCount = decltype(group)::kCount, kTokens = kCount < 4 ? kCount : 4;
     constexpr int kTogether = kTokens * Step::kSums * kRows > 8 ? 1 : kRows;
     for (int64_t t = first; t < first + kCount; t += kTokens)

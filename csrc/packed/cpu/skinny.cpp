@@ -37,7 +37,7 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
 // kRowsTogether, except for the last chunk.
 constexpr int64_t kRowsTogether = 4;
 
-// Returns the number of rows whose scales are decoded at a time.
+// Returns the number of rows of a double-quantized NF4 weight whose scales are decoded at a time.
 int64_t skinny_chunk(const FrozenWeight& weight) {
   const int64_t rows = kScaleChunk * weight.blocksize() / weight.in_features();
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
@@ -131,7 +131,8 @@ FewTokensProduct skinny_parts(const char* op, const Tensor& x, const FrozenWeigh
   }
   work.y = product.y.mutable_data_ptr<float>();
   // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel
-  // multiplies the rows of these blocks. Without double quantization, the kernel multiplies all rows at once.
+  // multiplies the rows of these blocks. Without double quantization, the kernel multiplies all rows of the thread's
+  // part at once.
   const bool nested = nested_scales(weight) > 0;
   const int64_t chunk = nested ? skinny_chunk(weight) : n, blocksize = weight.blocksize();
   const size_t room = nested ? static_cast<size_t>(chunk * k / blocksize + 2) : 0;

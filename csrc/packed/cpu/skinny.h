@@ -10,9 +10,9 @@ namespace peft_ext {
 // The product of few tokens with one weight, y = x Wᵀ [T, N] in float32, which threads compute in parts.
 struct FewTokensProduct {
   Tensor y;
-  int64_t units = 0;                                         // number of units of W that are divided among the threads
-  int64_t work = 0;                                          // number of multiplications of a unit
-  bool by_rows = true;                                       // whether a unit is a row of W, that is, a column of y
+  int64_t units = 0;                                         // number of units of W, which threads divide; see by_rows
+  int64_t work = 0;                                          // number of multiplications that one unit takes
+  bool by_rows = true;                                       // true: a unit is one row of W; false: several rows
   std::function<void(int64_t begin, int64_t end)> multiply;  // computes the units [begin, end)
   std::vector<Tensor> held;                                  // tensors in whose memory `multiply` reads and writes
 };

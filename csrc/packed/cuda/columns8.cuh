@@ -20,8 +20,9 @@ constexpr bool kHasValue8 = false;
 template <typename Format>
 constexpr bool kHasValue8<Format, decltype(static_cast<void>(&Format::value8))> = true;
 
-// Writes value_of(k) for the 8 columns k. The loop over k is not unrolled, because value_of may be long code. The loop
-// rotates the values, because registers have no index.
+// Writes value_of(k) for the 8 columns k. The loop over k is not unrolled, because value_of may be long code. Each
+// round moves all values down by one place and writes the last place, because a loop that is not unrolled cannot index
+// registers.
 template <typename ValueOf>
 __device__ __forceinline__ void one_by_one(float (&out)[8], const ValueOf& value_of) {
 #pragma unroll 1
@@ -210,7 +211,7 @@ struct OnCuda<IntRows> : IntRows {
   }
 
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {
-    const bool whole = !is_plain(w) || w.columns % 8 == 0;  // whether 8 plain codes are loaded at once
+    const bool whole = !is_plain(w) || w.columns % 8 == 0;  // whether the 8 codes can be loaded at once
     if (!whole || !one_group_in_8(w, w.part[3]))
       return one_by_one(out, [&](int k) { return value(w, row, column + k); });
     const ZeroAndScale own = of_group(w, row, group_in_32_bits(w, column));

@@ -35,7 +35,7 @@ template <typename Format>
 __device__ __forceinline__ void decode_columns(const PackedView& weight, int64_t row, int64_t column,
                                                float (&values)[kVector]) {
 #ifdef __CUDACC__
-  __builtin_assume(row >= 0 && column >= 0);  // the compiler then makes divisions by powers of two shifts
+  __builtin_assume(row >= 0 && column >= 0);  // so that divisions by powers of two become shifts
 #endif
   if constexpr (kHasValue8<Format>) {
     Format::value8(weight, row, column, values);

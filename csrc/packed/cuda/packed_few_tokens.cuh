@@ -3,12 +3,13 @@
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 8,  S [T, R] given
 //
-// A thread block of 4 warps computes 4 outputs for all tokens. In each step a thread loads 8 inputs of each token, then
-// decodes the 8 weights of each output in registers, as in packed.cuh, and adds the products to 4 T sums. The
-// arithmetic is float32 FMAs; a weight is not rounded to T. The sums of a warp's lanes are added by exchanges between
-// lanes: in each exchange a lane gives away half of its sums and keeps the other half. The warps' sums are added in
-// shared memory, in order, so that the order of the sum is equal on every GPU. Shared memory: 4 · 4 · T floats.
-// Bytes moved: the parts of W once; x once per thread block, from L2 and L1.
+// g is the output scale (of DoRA or IA3), b₀ is the bias that g also multiplies, and b₁ is the bias that g does not
+// multiply. A thread block of 4 warps computes 4 outputs for all tokens. In each step a thread loads 8 inputs of each
+// token, then decodes the 8 weights of each output in registers, as in packed.cuh, and adds the products to 4 T sums.
+// The arithmetic is float32 FMAs; a weight is not rounded to T. The sums of a warp's lanes are added by exchanges
+// between lanes: in each exchange a lane gives away half of its sums and keeps the other half, until the lane has one
+// sum. The warps' sums are added in shared memory, in order, so that the order of the sum is equal on every GPU. Shared
+// memory: 4 · 4 · T floats. Bytes moved: the parts of W once; x once per thread block, from L2 and L1.
 //
 // NVRTC options: --fmad=false
 #pragma once

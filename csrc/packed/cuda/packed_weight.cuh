@@ -8,7 +8,7 @@
 
 namespace peft_ext {
 
-// Returns the view of the first weight of `weight`.
+// Returns the view of a packed weight, or of the first weight if `weight` holds a stack of weights.
 PackedView packed_view(const Launcher& launcher, const DeviceWeight& weight);
 
 // Decodes a whole weight: returns [N, K] in `type`. If row_scale is given, row n is multiplied by row_scale[n] and

@@ -1,6 +1,6 @@
-// Functions for codes of 4 and 8 bits without tables and branches, because GCC vectorizes shifts and masks. GCC
-// vectorizes a loop of constant length inside of another loop only if `#pragma GCC unroll 1` keeps GCC from unrolling
-// the loop first.
+// Functions for codes of 4 bits, most of them without tables in memory and without branches, because GCC vectorizes
+// shifts and masks. GCC vectorizes a loop of constant length inside of another loop only if `#pragma GCC unroll 1`
+// keeps GCC from unrolling the loop first.
 #pragma once
 
 #include "weight/packed_view.h"

@@ -1,4 +1,5 @@
-// The quantized types of GGUF files (ggml, llama.cpp): W[n, k] = scale * code, or scale * code + offset.
+// The quantized types of GGUF files (ggml, llama.cpp): W[n, k] = scale * number(code), or scale * number(code) +
+// offset. number(code) is Number::value of the template argument Number of Gguf.
 //
 // part 0: the bytes of the file, uint8 [N, K / kColumns * kBytes], in the blocks of gguf_blocks.h. K is a multiple of a
 // block's columns, and `group` is this number.
@@ -93,7 +94,7 @@ struct Gguf {
   }
 };
 
-// A type whose 32 columns take 16 bytes, with the members of 4-bit codes of weight/formats/list.h.
+// A GGUF type whose 32 columns have 16 bytes of codes, with the members for 4-bit codes of weight/formats/list.h.
 template <class Block, class Number>
 struct GgufNibbles : Gguf<Block, Number> {
 #ifndef __CUDACC__

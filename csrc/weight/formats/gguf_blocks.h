@@ -9,8 +9,10 @@
 //   float scale(b, g), offset(b, g)  return the scale and the offset of group g of block b.
 //   int code(b, g, i)                returns the stored code of column 16 g + i of block b.
 //
-// The order of operations is that of the Python package gguf (gguf/quants.py). Each product of a scale and a code has
-// at most 24 significant bits and is exact in float32; a fused multiply-add therefore gives the same bits.
+// The comment of each struct lists the fields in the order of the file: d and dmin are float16 factors of the scales
+// and of the minima, m is a float16 offset, and [n] is a number of bytes. The order of operations is that of the Python
+// package gguf (gguf/quants.py). Each product of a scale and a code has at most 24 significant bits and is exact in
+// float32; a fused multiply-add therefore gives the same bits.
 #pragma once
 
 #include "weight/packed_view.h"

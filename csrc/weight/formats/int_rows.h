@@ -4,8 +4,9 @@
 //
 // part 0: codes; int32 [N, ceil(K bits / 32)] with code + 2^(bits - 1) in each field, or int8 [N, K] (flag kPlain);
 // part 1: scales [N, G], or one scale (flag kOneScale);
-// part 2: zeros, or null: int32 [ceil(N bits / 32), G], packed along N as the codes are along K; with kPlain int8 [N,
-// G]; part 3: g_idx, int32 [K], the group of each column, or null: column k is of group k / group.
+// part 2: zeros, or null: int32 [ceil(N bits / 32), G], packed along N as the codes are along K; with kPlain int8, as
+//         many as part 1 has scales;
+// part 3: g_idx, int32 [K], the group of each column, or null: column k is of group k / group.
 #pragma once
 
 #include "weight/formats/int_codes.h"

@@ -10,7 +10,7 @@
 // `value` defines the format, on the CPU and on CUDA; decode32 gives the same bits, on the CPU, in plain loops that the
 // compiler vectorizes.
 //
-// A format whose words hold codes of one column and several rows may also have the following members:
+// A format that stores W transposed (AWQ, GPTQ) also has the following members:
 //
 //   constexpr bool kRowBlocks = true tells that the format has decode_rows.
 //   void decode_rows(w, row, rows, column, float* out, stride) decodes 32 columns of up to 16 rows.
