@@ -37,10 +37,10 @@ from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, 
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
 # Numbers of tokens, beside those of FULL and CUDA, at which only variants with their own list of numbers of tokens are
-# compared. On a CPU only the benchmark of a mixed batch lists 8 tokens.
+# compared. On a CPU only the benchmarks of a mixed batch and of packed weights list 8 tokens.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
-# CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. On a GPU operators without tokens are compared at the shape
-# "wide" too.
+# CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. With CUDA, the operators without tokens whose variants have
+# ``everywhere`` are compared at the shape "wide" too.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 

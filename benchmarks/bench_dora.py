@@ -4,10 +4,10 @@ Each step computes DoRA's norm, because the norm changes in every training step.
 products ``U = W Aᵀ`` and ``|W|²`` without another read of W, since the forward reads W for its product. In mode "peft"
 the dropout also acts on the base term: the lower bound adds the products of the dropped elements, in the forward and in
 the backward. In mode "lora" the dropout acts only on the low-rank term, so that peft_ext and PEFT compute different
-functions, and each is verified against a float64 result of its own.
+functions, and each of the two is verified against a float64 result of its own function.
 
-The norm is also timed by itself, compared with a contender "dense": peft_ext's operator dequantizes W, PyTorch forms W
-+ s B A, and PyTorch takes the norms of the rows.
+The norm is also timed by itself, compared with a contender "dense": peft_ext's operator dequantizes W if W is NF4,
+PyTorch forms W + s B A, and PyTorch takes the norms of the rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Records loss curves of methods on real data: of an accelerated run, and of its twin, which is not accelerated.
 
-Both runs of a method begin with equal weights and train on the same batches. Some methods have no twin in some dtypes.
+Both runs of a method begin with equal weights and train on the same batches. Diff Pruning has no twin; BitFit and
+partial fine-tuning have a twin only in float32.
 
 ``python -m benchmarks.convergence``          trains the methods that the result file lacks, and writes each result
 ``python -m benchmarks.convergence --draw``   writes docs/convergence.md from the newest result file
@@ -172,7 +173,8 @@ def compare(
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """Returns the largest difference of a logit before and after a reload, and the largest logit, without padding."""
+    """Returns the largest difference of a logit before and after a reload of the adapter, and the largest absolute
+    value of a logit, both over the tokens that are not padding."""
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:

@@ -1,10 +1,10 @@
 """Times calls on a GPU with CUDA events, and measures the GPU's ceilings.
 
 A call is timed between two events, or as a part of a CUDA graph of many calls. The host does not wait for the GPU
-between calls. Between events a short call takes the time of its launch on the host; in a graph a call takes the time of
-its kernels. The outputs of all calls of a sample between events are kept until the sample ends, so that no output
-reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and clock while calls are
-timed.
+between calls. For a short call, the time between events is the time of the call's launch on the host; the time in a
+graph is the time of the call's kernels. The outputs of all calls of a sample between events are kept until the sample
+ends, so that no output reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and
+clock while calls are timed.
 """
 
 from __future__ import annotations

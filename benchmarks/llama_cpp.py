@@ -152,8 +152,9 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path], prompts: Any, stop: int) -> Any:
     """Yields a row for each of ``KINDS`` over the file ``base``.
 
-    The field ``decoded`` of a row is the largest difference of a logit when llama.cpp runs a file in which the package
-    gguf has decoded the weights to float32: llama.cpp then does not round the inputs of products.
+    The field ``decoded`` of a row is the largest difference of a logit between peft_ext over ``base`` and llama.cpp
+    over a file in which the package gguf has decoded the weights of ``base`` to float32. Over float32 weights,
+    llama.cpp does not round the inputs of products.
     """
     ours, decoded = Ours(base), base
     if kind != "F32":

@@ -53,7 +53,8 @@ def _error(what: str) -> LlamaError:
 
 
 def quantize_file(source: Path, target: Path, kind: str, threads: int = 1) -> None:
-    """Writes the GGUF file ``target`` of the file type ``kind`` by llama.cpp's own quantizer. Raises LlamaError."""
+    """Writes the GGUF file ``target`` of the file type ``kind`` by llama.cpp's own quantizer. Raises LlamaError on
+    failure."""
     llama = _library()
     options = llama.llama_model_quantize_default_params()
     options.ftype, options.nthread = getattr(llama, FILE_TYPES[kind]), threads
@@ -70,7 +71,7 @@ class Runner:
         threads: number of llama.cpp's threads. More threads than free cores are slow, because the threads wait for each
             other in a busy loop.
 
-    Raises: LlamaError.
+    Raises: LlamaError if llama.cpp cannot load the model or the adapter.
     """
 
     def __init__(self, model: Path, adapter: Optional[Path] = None, threads: int = 1) -> None:

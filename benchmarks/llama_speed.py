@@ -9,11 +9,11 @@ own, and the processes of a round run in turn:
 
 theirs      llama.cpp: a prompt of 512 tokens, and then 128 tokens, each time the most likely token; the cache is
             float16, and llama.cpp chooses whether attention is fused
-ours        peft_ext over the same file, in bfloat16, accelerated: a prompt and an answer of as many tokens, by
-            transformers' ``generate``
+ours        peft_ext over the same file, in bfloat16, accelerated: a prompt of 512 tokens by one forward, and 128
+            tokens by transformers' ``generate``, without the time of the prompt
 lora        as ``ours``, with a LoRA adapter of rank 16 on all linear layers
-train       a training step of LoRA with dropout over the same file: 4 x 256 tokens
-nf4, stock  the same step over the model in NF4 by peft_ext, and by PEFT alone over the decoded weights in bfloat16
+train       a forward and a backward of LoRA with dropout over the same file: 4 x 256 tokens
+nf4, stock  as ``train``, in peft_ext over the model in NF4, and in PEFT alone over the bfloat16 weights
 
 A figure of a process is the median of its repetitions; a row has the medians over the rounds.
 """

@@ -38,7 +38,8 @@ KINDS = {
 
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """Times ``steps`` forwards and backwards of a kind in KINDS, after a first one that warms up; runs no optimizer."""
+    """Times ``steps`` forwards and backwards of a kind in KINDS, after an untimed forward and backward. No optimizer
+    runs."""
     from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -18,7 +18,7 @@ from peft_ext.weights.packed import PackedWeight
 
 __all__ = ["FORMATS", "Packing", "pack"]
 
-# Packs one weight [N, K]: returns the packed weight and the names of its parts in the state dict.
+# A function that packs one weight [N, K], and returns the packed weight and the names of its parts in the state dict.
 PackLayer = Callable[[Tensor], tuple[PackedWeight, tuple[Optional[str], ...]]]
 _GROUP = 64
 
@@ -88,7 +88,7 @@ def _hqq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns codes ``[N, K]`` and zero points ``[N, G]`` from 0 to 15, and float16 scales ``[N, G]``."""
+    """Returns codes ``[N, K]`` from 0 to 15, zero points ``[N, G]`` from 1 to 15, and float16 scales ``[N, G]``."""
     groups = weight.float().unflatten(1, (-1, _GROUP))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).clamp(min=1e-6).half()

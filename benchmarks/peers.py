@@ -508,7 +508,8 @@ def weightless_comparison(
     bytes_moved: int,
     flops: int = 0,
 ) -> Comparison:
-    """Returns the comparison of an operator without a frozen weight: a training step of peft_ext and of PyTorch."""
+    """Returns the comparison of an operator that uses no weight of a frozen linear layer: a training step of peft_ext
+    and of PyTorch, eager and, with ``compile``, compiled."""
     exact = problem.exact("bf16", formula, names)
 
     def contender(forward: Callable[..., Tensor]) -> Contender:

@@ -1,7 +1,7 @@
 """Compiles every CPU source with another compiler than the build's, or for another machine. Warnings are errors.
 
     python tools/compile_check.py clang [pytest arguments]
-                                            compiles with clang++, and runs the operators' tests in bfloat16
+                                            compiles with clang++, and runs some tests of the operators in bfloat16
     python tools/compile_check.py aarch64   compiles with aarch64-linux-gnu-g++ and this machine's headers of Python
     python tools/compile_check.py macos     compiles and links with zig (pip install ziglang) for macOS on Apple silicon
 

@@ -2,13 +2,13 @@
 
 A pass over an activation takes the largest of these times:
 
-    memory     the bytes / the bandwidth that a kernel reaches
-    L2         the bytes, and the terms of the small matrix that each tile reads again / the bandwidth of L2
-    slots      a tile's warp instructions, one in each cycle; each of the four schedulers has a tile of its own
-    ALU, FMA   the ALU (FMA) instructions of a tile, two cycles each
-    tensor     the products of a tile, 2,048 multiplications each, at the rate of the tensor cores
-    L1         the rows of 128 bytes that four warps read and write, one in each cycle
-    waits      the time of a warp that runs alone / the number of warps of a scheduler
+    memory     the bytes that the pass moves / the bandwidth that a kernel reaches
+    L2         the same bytes, and the bfloat16 terms of A and B that each tile reads again / the bandwidth of L2
+    slots      the instructions of one of a tile's four warps, one in each cycle; each scheduler has one of these warps
+    ALU, FMA   the ALU (FMA) instructions of one of the four warps, two cycles each
+    tensor     the matrix products of the four warps, 2,048 multiplications each, at the rate of the tensor cores
+    L1         the rows of 128 bytes that the four warps read and write, one in each cycle
+    waits      the cycles of a warp that runs alone / the number of warps of a scheduler
 
 The multiprocessor with the most blocks decides how many tiles are counted. Each wave of blocks after the first adds the
 time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began together. Each pass
@@ -33,7 +33,7 @@ PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
 REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
 BLOCK_CYCLES = 1000  # cycles in which a block waits for its first tile and writes its sums, an assumption
-BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of a packed weight, scales included
+BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of one weight in each packed format, scales included
 SIZES = (512, 2048, 4096, 8192)
 MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens of a mixed batch
 
@@ -56,7 +56,8 @@ class Card:
     l2: float
 
 
-# "H100 at 800" has the rates that make adapters look worst: a product at 800 TFLOP/s, and kernels that reach 3.0 TB/s.
+# "H100 at 800" has the rates of an H100 at which an adapter takes the largest part of the time: a product at 800
+# TFLOP/s, and kernels that reach 3.0 TB/s.
 CARDS = {
     "A100": Card("80", 108, 1.41e9, 2.04e12, 1024, 250e12, 4.0e12),
     "H100": Card("90", 132, 1.755e9, 3.35e12, 1300, 650e12, 5.5e12),
@@ -75,7 +76,8 @@ def loops(card: Card) -> dict[str, dict[str, float]]:
 
 
 def tile_cycles(loop: dict[str, float], card: Card) -> float:
-    """Returns the cycles that a multiprocessor needs for a tile, without memory."""
+    """Returns the cycles that a multiprocessor needs for a tile of 64 x 64, if no warp waits for L2 or memory
+    bandwidth."""
     products = loop["mma"] * 4 * 2048 / card.tensor
     warps = loop["blocks"]  # warps of a scheduler: each block has one warp on each scheduler
     return max(loop["slots"], 2 * loop["alu"], 2 * loop["fma"], products, 4 * loop["transactions"],
@@ -180,7 +182,8 @@ LAYERS: dict[str, list[str]] = {
 
 
 def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> float:
-    """Returns the time of a layer divided by the time of the frozen layer, forward and backward."""
+    """Returns the time of a layer with the adapter ``method`` divided by the time of the frozen layer, forward and
+    backward."""
     found = parts(card, t, n, k)
     frozen = 2 * found["product"]
     return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
@@ -336,8 +339,8 @@ def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 
     """Returns the seconds of a mixed batch's forward with float32 adapters and equally many tokens for each adapter.
     With one adapter, the result is the time of lora_linear.
 
-    Adapters are read from memory. The terms of the adapters are read from L2, because the passes read the terms right
-    after they are written.
+    Adapters are read from memory. The bfloat16 terms of the adapters are read from L2, because the passes read the
+    terms right after another kernel has written them.
     """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
@@ -390,7 +393,7 @@ KERNELS = {
     "finish": r"^finish_kernel",
     "g in W or in dY": r"^(scale_rows|column_pass)_kernel",
     "column pass, g and dg": r"^column_pass_kernel",
-    # The kernels that split matrices into terms, and the kernels that add partial sums.
+    # Small kernels: those that split matrices into terms, and those that add partial sums or scale ranks.
     "launch": r"^(split|rank_reduce|column_reduce|rank_scale)_kernel",
 }
 
@@ -417,7 +420,7 @@ def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, floa
 
 def beside(result: dict, name: str) -> str:
     """Returns a table of the measured times and of the goals for the rows of a result file. ``name`` is the card's
-    name. The goal is the time that the model computes, which no kernel can be expected to beat.
+    name. The goal is the ratio of times that this module computes; no kernel can be expected to be faster.
     """
     card = card_of(name)
     lines = ["| time / the frozen layer's time | K -> N | T | measured | goal, computed | measured / goal |",

@@ -1,7 +1,8 @@
 """Draws peft_ext/integrations/forms/forms.tsv, the table of known forms, and the coverage in docs/known-forms.md.
 
     python tools/forms.py            draws the table and the coverage, from the releases of transformers in RELEASES
-    python tools/forms.py --share    prints which share of the installed transformers' classes has a known form
+    python tools/forms.py --share    prints how many norms, attentions and MLPs of the installed transformers have a
+                                     known form
 
 pip installs each release into build/forms, and a process of its own reads the release. A form whose forward
 ``accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of

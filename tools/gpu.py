@@ -95,10 +95,12 @@ CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
 METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
 FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # the first benchmarks of "table"
-WORKERS = 8  # number of processes that run the tests of one part; all of them use one GPU
-# Cases of linear layers in bfloat16 with dropout or over NF4, with sizes that no tile divides.
+WORKERS = 8  # most processes that run the tests of one part; all of them use one GPU
+# The tests of the part "sanitizer": linear layers in bfloat16 with dropout or over NF4, with sizes that no tile
+# divides.
 SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
-# The environment of all commands. Without the proof at first use, the kernels run whatever the part "prove" has found.
+# The variables that are set for all commands. PEFT_EXT_PROVE=0 turns off the proof at first use, so that the kernels
+# run whatever the part "prove" has found.
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -170,8 +172,8 @@ class Runner:
         self, command: list[str], limit: float, environment: Optional[dict[str, str]] = None,
         see: Callable[[str], None] = lambda line: None,
     ) -> tuple[str, bool]:  # fmt: skip
-        """Returns what went wrong, or "", and whether the command was cut off at its limit. ``see`` gets each line of
-        the output. At the limit, the command and all processes that it started are killed.
+        """Runs a command. Returns what went wrong, or "", and whether the command was cut off at its limit. ``see``
+        gets each line of the output. At the limit, the command and all processes that it started are killed.
         """
         self.say(f"$ {' '.join(command)}")
         process = subprocess.Popen(
@@ -248,9 +250,9 @@ def driver_is_here() -> bool:
 def packages(here: Machine, outcome: Outcome) -> None:
     """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
 
-    Nothing is installed into the running Python. If the running Python has a CUDA build of torch, a new .venv sees the
-    packages of the running Python, and pip installs only what is missing. If pip fails, for example without a network,
-    the parts run without these packages.
+    Nothing is installed into the running Python, unless the running Python is .venv's. If the running Python has a CUDA
+    build of torch, a new .venv sees the packages of the running Python, and pip installs only what is missing. If pip
+    fails, for example without a network, the parts run without the missing packages, except torch.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit

@@ -4,16 +4,17 @@
 
 The repository has a folder for each variant, ``build/torch-stable-abi211-<backend>-<arch>-linux``, and ``build.toml``,
 ``README.md`` and ``LICENSE``. A variant is a Python package: ``tools/hub_repository/package.py`` as its ``__init__``,
-``layers.py``, the modules of peft_ext that these two import, and the native library, which needs no Python ABI. All
-variants of an architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
+``layers.py``, ``_C.py``, the modules of peft_ext that these files import directly or indirectly, the native library,
+which needs no Python ABI, and files that this program writes, such as ``metadata.json``. All variants of an
+architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
 
 With ``--wheels`` the libraries are those of the wheels in a folder, so that the repository has variants for each
 architecture of the wheels, and may be published: the program fails if a library breaks one of the hub's rules. Without
-``--wheels`` the library is the checkout's, for this machine's architecture alone; the library may need a newer C++
-runtime than the hub allows.
+``--wheels`` the library is the file of ``--library``, by default the checkout's, for this machine's architecture alone;
+the library may need a newer C++ runtime than the hub allows.
 
-The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the variant's files.
-``metadata.json`` holds the SHA-256 of each file.
+The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the native library and of the
+copied Python files. ``metadata.json`` holds the SHA-256 of each other file of the variant.
 
 The format of the repository is described in docs/source/kernel-requirements.md of huggingface/kernels.
 """
@@ -44,7 +45,7 @@ LIBRARY = "_kernels.so"
 
 NAME = "peft-ext"
 MODULE = NAME.replace("-", "_")
-# The hub's version is a major version, and the version is 0 as long as the interface may change.
+# The version on the hub is the major version of peft_ext, which is 0 as long as peft_ext's interface may change.
 VERSION = int(re.search(r'__version__ = "(\d+)', (PACKAGE / "_version.py").read_text())[1])
 # The oldest release of torch that the library loads on, and the first release of `kernels` that can load the variants.
 TORCH, KERNELS = "2.11", "0.15.1"
@@ -141,7 +142,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def abi_faults(library: Path, newest: Mapping[str, str] = NEWEST) -> list[str]:
-    """Returns a line for each rule of ``kernel-builder check-abi``, and of peft_ext, that a library breaks.
+    """Returns a line for each fact by which a library breaks a rule of ``kernel-builder check-abi`` or of peft_ext.
 
     The rules for a library: no symbol of Python, because the library has no Python ABI; of torch only the stable ABI of
     the release ``TORCH``; no symbol of a C or C++ runtime newer than ``newest``. A library may export only functions
@@ -165,9 +166,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def from_wheels(wheels_folder: Path, output: Path) -> dict[str, Path]:
-    """Copies the native libraries of the wheels in a folder to ``output``. Returns the libraries by architecture.
+    """Copies the native libraries of the manylinux wheels in a folder to ``output``. Returns the libraries by
+    architecture.
 
-    Exits if the folder has no wheel with a library, if two wheels of an architecture hold different libraries, or if a
+    Exits if the folder has no manylinux wheel, if two wheels of an architecture hold different libraries, or if a
     library is of another architecture than its wheel.
     """
     found: dict[str, Path] = {}

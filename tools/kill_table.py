@@ -15,9 +15,10 @@ and weights from those of the unbroken run. What makes the run continue is torch
 in the place of the agent that ended, the same command with ``--resume``, which the error or the last line names, or,
 where the run has no checkpoint yet, the same command with ``--overwrite``.
 
-The exit code is 1 if a run failed, if a difference is too large, if an error is missing, or if a run left a hidden
-file. With two processes, no difference is allowed. With four processes, DDP adds the gradients in another order in the
-first step after a start, so that the losses may differ by 4e-5. ``make nightly`` runs this script.
+The exit code is 1 if a run failed, if a difference is too large, if an error is missing or names the wrong option, if a
+process outlived its agent, or if a run left a hidden file other than ``.lock`` and ``.metadata``. With two processes,
+no difference is allowed. With four processes, DDP adds the gradients in another order in the first step after a start,
+so that the losses may differ by 4e-5. ``make nightly`` runs this script.
 """
 
 from __future__ import annotations

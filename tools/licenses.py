@@ -71,7 +71,8 @@ def licence(metadata: Message) -> str:
 
 
 def closure(names: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Returns those of ``names``, and of the packages that ``names`` need on this machine, that are installed."""
+    """Returns the installed packages among ``names`` and the packages that ``names`` need on this machine, directly or
+    indirectly, without peft_ext."""
     found: dict[str, importlib.metadata.Distribution] = {}
     waiting = [(name, "") for name in names]
     seen = set(waiting)

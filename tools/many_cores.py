@@ -1,8 +1,8 @@
 """Computes what the operators of a training step cost on 16 to 192 threads, from records of their parallel loops.
 
-    python tools/many_cores.py               record everything, write many_cores.json, and draw docs/performance.md
-    python tools/many_cores.py --trace 64    record lines and pages on 64 threads for a later record
-    python tools/many_cores.py --draw        draw docs/performance.md from many_cores.json
+    python tools/many_cores.py               record everything, write many_cores.json, draw docs/performance.md's tables
+    python tools/many_cores.py --trace 64    record the cache lines and pages of 64 threads, for a later record
+    python tools/many_cores.py --draw        draw the tables of docs/performance.md from many_cores.json
     python tools/many_cores.py --loops 64    print each operator's loops on 64 threads from many_cores.json
 
 tools/recorded_loops.py runs the operators themselves, so that many_cores.py has no second description of how an
@@ -112,7 +112,7 @@ def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
 class Cost:
     """The time of an operator on many threads, in units of its time on one thread divided by the number of threads."""
 
-    work: float  # the loops' work, if all threads had the same part
+    work: float  # the time of the loops if their work were divided equally among all threads
     uneven: float  # the wait for the busiest thread of each loop
     memory: float  # the wait for L3, DRAM and lines that another thread wrote
     starts: float
@@ -137,8 +137,8 @@ def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine
 
 
 def busy(row: dict[str, Any]) -> float:
-    """Returns the mean number of accesses of a thread divided by the number of the busiest thread, for all loops of a
-    row.
+    """Returns the mean number of a thread's memory accesses divided by the number of the busiest thread's accesses, for
+    all loops of a row.
 
     The CPU time takes the place of accesses where the record has times alone.
     """
@@ -282,8 +282,9 @@ def record() -> dict[str, Any]:
     timed = recorded_loops.child("record_here", names=[], threads=[1, 2, *THREADS], repeats=4)
     rows = [summary(row, traced.get(key_of(row))) for row in timed]
     # The code between the loops is the same for two threads and more, but the caches are cold for this code after a
-    # loop that many threads ran on two cores. If an operator calls PyTorch's functions, the time of PyTorch's own loops
-    # is part of the time between the loops.
+    # loop that many threads ran on two cores. Rows of two and more threads therefore get the least measured time of
+    # this code. Rows of an operator that calls PyTorch's own loops keep their times, because these loops are a part of
+    # the time.
     least: dict[tuple[str, str], float] = {}
     for row in rows:
         if row["threads"] > 1 and row["teams"] == len(row["loops"]):

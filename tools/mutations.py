@@ -5,15 +5,15 @@
 
 The mutations are written by hand in tests/mutations.ini: mutmut and cosmic-ray mutate no C++, and the build and the
 tests of one mutation take minutes, so that few mutations can run. Results are in tests/mutations.tsv, which is updated
-after each mutation. --only-unknown leaves out mutations that have a result and have not changed, so that several nights
-can share one run.
+after each mutation. --only-unknown leaves out mutations that have a result of the tier and have not changed, so that
+several nights can share one run.
 
 The tool works on a copy of the checkout in build/mutations, with the files of the working tree, committed or not. The
 copy has its own build folder: the first mutation of C++ builds the whole library in this build folder, and each further
 mutation of C++ builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
-run first. If these tests pass, the whole tier runs. Each run stops at the first failure. A mutation is killed by a
-failing test, by a failing build, or by a timeout. At the end, the tests that killed a mutation run on the restored
-code. If such a test fails on the restored code as well, the result of the mutation is removed.
+run first. If these tests pass, the whole tier runs, except with --likely. Each run stops at the first failure. A
+mutation is killed by a failing test, by a failing build, or by a timeout. At the end, the tests that killed a mutation
+run on the restored code. If such a test fails on the restored code as well, the result of the mutation is removed.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Copy:
         self._write(path, path.read_bytes().replace(mutation.old.encode(), mutation.new.encode()))
 
     def run(self, command: Sequence[str], seconds: float) -> tuple[int, str]:
-        """Returns the exit status, limit.ENDED after a timeout, and what the command printed."""
+        """Returns the exit status (limit.ENDED after a timeout) and what the command printed."""
         environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out:
             code = limit.run(command, seconds, cwd=self.folder, env=environment, stdout=out, stderr=subprocess.STDOUT)

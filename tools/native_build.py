@@ -32,7 +32,7 @@ class Group:
 
 
 def missing_tools(compiler: str = "g++") -> str | None:
-    """Returns which of the two tools, the compiler and ninja, is missing, or None."""
+    """Returns a message that the compiler or ninja is missing; None if both are found."""
     if shutil.which(compiler) is None:
         return f"{compiler} not found"
     return "ninja not found" if _ninja() is None else None

@@ -1,4 +1,5 @@
-"""Runs a few steps of the default fine-tuning on each CPU path of the build, to show what a user of each CPU would get.
+"""Runs a few steps of the default fine-tuning on each CPU path that this CPU supports, to show each path's speed and
+loss.
 
     python tools/paths.py [--steps 5] [--seconds 600] [--paths avx2,avx512_bf16] [--dtype auto] [--json FILE]
 

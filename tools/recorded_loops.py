@@ -28,8 +28,9 @@ BUILD = ROOT / "build/recorded"
 TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # for sources whose accesses are recorded
 GROUP, L2 = 8, 1 << 20  # number of threads that share an L3, and bytes of an L2
 RANK, TOKENS = 16, 512
-# The fields of a part: thread, first and last unit, nanoseconds of CPU time, accesses, and numbers of lines. TAKEN is
-# the number of cache lines that another thread of the same parallel loop wrote before.
+# The fields of a thread's part of a loop: thread, first and last unit of work, nanoseconds of CPU time, memory
+# accesses, and numbers of cache lines that came from L2, L3 and DRAM. TAKEN is the number of cache lines that another
+# thread of the same parallel loop wrote before.
 THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
@@ -204,10 +205,11 @@ def build_recorder() -> Path:
 
 
 def build_traced() -> Path:
-    """Builds a folder with the package, whose library calls the recorder for each memory access of this machine's CPU
-    path.
+    """Builds a folder with the package, whose library calls the recorder for each memory access of the AVX-512 and AMX
+    kernels and of the code that all CPU paths share.
 
-    The sources of other paths and of CUDA are compiled without optimization.
+    The other sources, such as those of CUDA and of the other paths, are compiled without these calls and without
+    optimization.
     """
     flags, libraries = native_build.torch_flags()
     common = f"-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC {native_build.module_flags()} {flags}"

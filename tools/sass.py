@@ -1,9 +1,9 @@
 """Analyses the machine code of a compiled kernel: the warp instructions of its hot loop, by pipe, and its waits.
 
-nvdisasm prints a kernel's instructions. The hot loop is the outermost loop that holds all matrix products that any loop
-holds (or the whole kernel, if there is no loop). The instructions of an inner loop with products are counted ``trips``
-times. For a kernel that multiplies by FMAs, the products are its FFMA instructions. Each instruction takes one issue
-slot of a warp.
+nvdisasm prints a kernel's instructions. The hot loop is the loop with the most matrix products; of several such loops,
+the longest. If no loop has a product, the whole kernel counts as the hot loop. The instructions of an inner loop with
+products are counted ``trips`` times. For a kernel that multiplies by FMAs, the products are its FFMA instructions. Each
+instruction takes one issue slot of a warp.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and t
     "parallel_loops": (ctypes.c_uint64,),
 }
 
-# For each thread, what the last call of the image source returned. The library reads the bytes until the thread's next
-# call.
+# For each thread, the machine code, or the error, of the last call of the image source (see :func:`set_image_source`).
+# The library reads these bytes until the thread's next call.
 _held = threading.local()
 _callback: Any = None
 
@@ -95,7 +95,7 @@ def set_isa(name: str) -> None:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """Returns the CUDA kernels: the C++ expression that names an instance, and the source that holds the kernel."""
+    """Returns, for each CUDA kernel, the C++ expression that names an instance, and the path of the kernel's source."""
     return [(_call("kernel_name", at), _call("kernel_file", at)) for at in range(_call("kernel_count"))]
 
 
