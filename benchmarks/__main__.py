@@ -1,7 +1,7 @@
 """``python -m benchmarks [nf4 lora ...]``: runs the benchmarks, prints a table and writes a result file.
 
 A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the result file names the rows that
-were left out for lack of time. To measure another path of the CPU than its best one, force the path in peft_ext and in
+were left out for lack of time. To measure another CPU path than the best path, force the path in peft_ext and in
 PyTorch:
 
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\

@@ -87,8 +87,8 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
             "lora_B": "lora_B.default.weight",
             "magnitude": "lora_magnitude_vector.default.weight",
         },
-        # Added bytes: the magnitude, the magnitude's gradient, and for this gradient one more read of the layer's
-        # result before scaling.
+        # Bytes in addition to those of a LoRA layer: the magnitude, the magnitude's gradient, and for this gradient one
+        # more read of the layer's result before scaling.
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,
         flops=round(4 * (1 + dropout * drops_base) * tokens * n * k) + low_rank_flops(problem) + 2 * n * k * (r + 1),
         dropout=dropout,

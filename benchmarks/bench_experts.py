@@ -29,7 +29,8 @@ EXPERTS, PARTS = 64, 8  # the weight [N, K] is cut into PARTS x PARTS weights of
 
 @lru_cache(maxsize=1)
 def _routing(rows: int, device: str) -> Tensor:
-    """Returns, for each expert, the index after its last row; each row goes to an expert at random."""
+    """Returns, for each expert, the index after its last row, in rows that are sorted by expert. Each row goes to an
+    expert at random."""
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(0, EXPERTS, (rows,), generator=draw)
     return torch.bincount(chosen, minlength=EXPERTS).cumsum(0).to(torch.int32).to(device)

@@ -2,8 +2,8 @@
 
 T tokens are eight samples of T / 8 tokens, or T samples of one token where T is below 8. With T = 8 each sample has one
 token, as in generation. For one adapter after the other, PEFT (``adapter_names``) takes the adapter's samples out of x
-and adds to these samples' rows of the output. The lower bound of the time counts the frozen layer's product and the two
-products of the low-rank term. The contender "frozen" is PyTorch's bf16 F.linear without adapters.
+and adds the adapter's term to these samples' rows of the output. The lower bound of the time counts the frozen layer's
+product and the two products of the low-rank term. The contender "frozen" is PyTorch's bf16 F.linear without adapters.
 """
 
 from __future__ import annotations

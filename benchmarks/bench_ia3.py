@@ -1,4 +1,5 @@
-"""Times one IA3 layer's training step over a bf16 or NF4 base, compared with PEFT's layer, and the scaling by itself.
+"""Times one IA3 layer's training step over a bf16 or NF4 base, compared with PEFT's layer. Times IA3's scaling by
+itself, too.
 
     output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ        l: float32
 

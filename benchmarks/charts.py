@@ -248,7 +248,8 @@ CURVES = {"ours": "ours thick", "twin": "stock"}
 
 
 def _notes(row: Result, exact: Optional[Result]) -> str:
-    """Returns notes on a panel: a twin that is not PEFT, and the largest difference of the curves in each dtype."""
+    """Returns the notes on a method's panel: the twin, if the twin is not PEFT, and the largest difference of the two
+    curves in each dtype."""
     lines = []
     for name, found in (("bf16", row), ("float32", exact)):
         if found and "twin" in found["losses"]:

@@ -123,8 +123,8 @@ def compare(
         make_base: a function that makes a bfloat16 causal language model with Llama's module names, with equal weights
             in each call.
         train: a batch for each step of the whole run, see :func:`batches`.
-        held_out: batches of other examples.
-        dtype: dtype of the base, "bfloat16" or "float32"; the float32 start has the values of the bfloat16 start.
+        held_out: batches of examples that are not in ``train``.
+        dtype: dtype of the base, "bfloat16" or "float32"; a float32 run starts from the values of the bfloat16 run.
         steps: number of steps to train; the schedules of the method's configuration are planned for all batches.
 
     Returns: a row of the result file.

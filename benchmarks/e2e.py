@@ -123,8 +123,8 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
-    """Returns the fraction of right answers of an adapter over the NF4 base, generated greedily, 32 questions at a
-    time.
+    """Returns the fraction of ``questions`` that the NF4 base with the adapter answers right. Answers are generated
+    greedily, for 32 questions at a time.
     """
     import torch
     from peft import PeftModel

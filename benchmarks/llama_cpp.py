@@ -162,7 +162,7 @@ def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path]
         float_file(base, decoded, np.float32)
     without = None
     for dtype in KINDS:
-        if dtype != KINDS[2]:  # peft_ext's logits are equal for both exports of the adapter
+        if dtype != KINDS[2]:  # peft_ext runs PEFT's adapter in place of both exports
             if dtype == KINDS[1]:
                 ours.adapt(adapter)
             wanted = [ours.logits(tokens) for tokens in prompts]

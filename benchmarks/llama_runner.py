@@ -15,7 +15,7 @@ import numpy as np
 
 __all__ = ["FILE_TYPES", "LlamaError", "Runner", "quantize_file"]
 
-# Names of llama.cpp's file types, and the constants of llama_cpp.
+# By name of llama.cpp's file type, the name of the constant in the package llama_cpp.
 FILE_TYPES = {
     "F32": "LLAMA_FTYPE_ALL_F32", "F16": "LLAMA_FTYPE_MOSTLY_F16", "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
     "Q6_K": "LLAMA_FTYPE_MOSTLY_Q6_K", "Q4_K_M": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "Q4_1": "LLAMA_FTYPE_MOSTLY_Q4_1",
@@ -110,7 +110,7 @@ class Runner:
         if self._context:
             self._llama.llama_free(self._context)
         if self._model:
-            self._llama.llama_model_free(self._model)  # frees the adapter too
+            self._llama.llama_model_free(self._model)  # also frees the model's adapter
         self._context = self._model = None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Packs the linear layers of a model in a format, by peft_ext, by the format's own library, or by rounding to nearest.
+"""Packs the linear layers of a model in a format, by peft_ext, by the format's own library, by rounding to nearest, or
+from a GGUF file.
 
 GPTQ and AWQ layers are rounded to the nearest code, without a calibration, and packed by ``_gptq`` and ``_awq``,
 because GPTQModel's quantizers need calibration data.
@@ -28,9 +29,9 @@ class Packing:
     """One way to quantize a model.
 
     Attributes:
-        quantized_by: name of what computes codes and scales, for a column of the table.
+        quantized_by: what computes the codes and scales, such as a library's name, for a column of the table.
         layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a GGUF file is read.
-        library: the module that ``layer`` imports, or "".
+        library: the module that ``layer`` imports (for "gguf": that reads the file), or "".
     """
 
     quantized_by: str

@@ -335,7 +335,7 @@ def functional(
 
 
 def entered_once(turns: Turns[Any], enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a function that looks up ``enter(item)``.
+    """Returns a function that looks up the result of ``enter`` for an item of ``turns``.
 
     ``enter`` runs for all items at once, before the timing, because on a GPU it may wait for the device.
     """

@@ -13,8 +13,8 @@ compares the numbers of products, loads and stores with those that the kernels t
               a transposition of 16 x 16 words, one for each shuffle
 
 FORWARD_SCORES and BACKWARD_SCORES are numbers of instructions in GCC 12's machine code of the loops over scores. Tiles
-and vectors do not overlap in this model, and all operands are in L1. A real core is slower than the sums for both
-paths.
+and vectors do not overlap in this model, and all operands are in L1. A real core needs more cycles than the computed
+sums, with tiles and with vectors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ SIZES, TOKENS, GROUP = (64, 128), (1024, 4096), 4
 
 @dataclass
 class Cost:
-    """Cycles of one head: of products, of softmax and its gradient, and of making operands and writing results."""
+    """The computed cycles of one attention head: of products, of softmax and its gradient, and of making operands and
+    writing results."""
 
     amx: bool
     products: float = 0.0
@@ -45,7 +46,7 @@ class Cost:
     tiles: dict[str, int] = field(default_factory=lambda: {"products": 0, "loads": 0, "stores": 0})
 
     def multiply(self, rows: int, vecs: int, depth: int, add: bool) -> None:
-        """Counts the product of a matrix [rows, depth] with a matrix [depth, 16 * vecs]."""
+        """Counts the cycles (with AMX, also the tile instructions) of a product [rows, depth] by [depth, 16 * vecs]."""
         if not self.amx:
             self.products += rows * vecs * math.ceil(depth / 2) / RATE
             return
@@ -61,7 +62,8 @@ class Cost:
         self.operands += math.ceil(rows / 16) * math.ceil(words / 16) * TRANSPOSED
 
     def join(self, rows: int, columns: int) -> None:
-        """Counts the joining of rows in pairs: two conversions, a shift and an or for each vector of words."""
+        """Counts the cycles in which pairs of rows are joined into rows of 32-bit words: two conversions, a shift and
+        an or for each vector of words."""
         self.operands += math.ceil(rows / 2) * math.ceil(columns / LANES) * 4 / RATE
 
     @property
@@ -100,7 +102,7 @@ def forward(tokens: int, size: int, amx: bool) -> Cost:
                 cost.multiply(min(rows, here - r), BLOCK // LANES - _first(key + r, query), size, False)
             cost.scores += here * (BLOCK // LANES) * FORWARD_SCORES / RATE
             _multiply_seen(cost, size, key, here, query, False)
-            if key > 0:  # O · change + this block's product: two loads and an FMA a vector
+            if key > 0:  # rescales O and adds the block's product: two loads and an FMA for each vector
                 cost.operands += size * (BLOCK // LANES)
         cost.transpose(size, BLOCK)
     _copy(cost, tokens, size, rows=1, columns=1)

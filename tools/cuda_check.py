@@ -57,7 +57,8 @@ def kernel_rows(log: str) -> list[dict[str, object]]:
 def hot_rows(
     image: device_code.Image, name: str, arch: str, nvdisasm: str, row: dict[str, object]
 ) -> list[dict[str, str]]:
-    """Returns the rows of slots.tsv for a kernel's machine code. ``row`` is the kernel's row of kernel_rows."""
+    """Returns a row of docs/slots.tsv for each hot loop in a kernel's machine code. ``row`` is the kernel's row of
+    kernel_rows."""
     loops = [hot for hot in slots.HOT if hot.kernel == name]
     if not loops:
         return []
@@ -192,7 +193,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))) as pool:
         for done in pool.map(lambda item: check(*item), work):
-            assert done is None  # pool.map raises the exception of a check
+            assert done is None  # pool.map raises an exception that check() raised
     if not failures:
         failures += compare(TABLE, ptxas_table(rows), device_code.version(), options.write, archs, only)
         wanted = {entry.name for entry in slots.HOT if not only or any(text in entry.kernel for text in only)}

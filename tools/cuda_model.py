@@ -10,12 +10,12 @@ A pass over an activation takes the largest of these times:
     L1         the rows of 128 bytes that the four warps read and write, one in each cycle
     waits      the cycles of a warp that runs alone / the number of warps of a scheduler
 
-The multiprocessor with the most blocks decides how many tiles are counted. Each wave of blocks after the first adds the
-time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began together. Each pass
-adds a microsecond for its launch, its first wave and its last blocks.
+The time of a pass counts the tiles of the multiprocessor with the most thread blocks. Each wave of blocks after the
+first adds the time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began
+together. Each pass adds a microsecond for its launch, its first wave and its last blocks.
 
-docs/kernels.md shows the tables between two marks. ``--write`` draws the tables again, and a test compares the page
-with the computed tables.
+docs/kernels.md shows the computed tables between two marks. ``--write`` draws the tables again, and a test compares the
+page with the computed tables.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def tile_cycles(loop: dict[str, float], card: Card) -> float:
 
 
 def terms_of_tile(name: str, rank: int = 16) -> float:
-    """Returns the bytes of small matrices that a tile of a pass reads from L2, in terms of 16 bits.
+    """Returns the bytes of small matrices, stored as bfloat16 terms, that a pass reads from L2 for each tile.
 
     In a pass for S or dA, a tile reads three terms of one matrix. In a pass for Y0 or dX0, a tile reads two terms of
     two matrices. In the pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the
@@ -100,8 +100,8 @@ def terms_of_tile(name: str, rank: int = 16) -> float:
 def over_tiles(name: str, rows: int, columns: int, moved: float, card: Card, work: str | None = None) -> float:
     """Returns the seconds of a pass over an activation [rows, columns] that moves ``moved`` bytes.
 
-    ``work`` names how the pass is cut into blocks (see :func:`plan`); without it, all multiprocessors have equally many
-    tiles, and one wave of blocks.
+    ``work`` names how the pass is cut into blocks (see :func:`plan`); without ``work``, all multiprocessors have
+    equally many tiles, and one wave of blocks.
     """
     loop = loops(card)[name]
     tiles, waves = -(-rows // 64) * -(-columns // 64), 1
@@ -124,9 +124,9 @@ def product(t: int, n: int, k: int, card: Card) -> float:
 
 
 def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
-    """Returns the number of blocks of a rank pass, the most tiles of a block, and the rows of its partial sums.
-    For the kernels, csrc/linear/cuda/rank_plan.cuh chooses these numbers. ``work``: "rows" (S), "columns" (dA) or
-    "both" (P and dB).
+    """Returns the number of thread blocks of a rank pass, the largest number of tiles of a block, and the number of
+    rows of the pass's partial sums. For the kernels, csrc/linear/cuda/rank_plan.cuh chooses these numbers. ``work``:
+    "rows" (S), "columns" (dA) or "both" (P and dB).
     """
     row_tiles, column_tiles = -(-t // 64), -(-columns // 64)
     if work == "both":
@@ -141,12 +141,13 @@ def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
 
 
 def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
-    """Returns the bytes of a pass's partial sums in float32, written and read."""
+    """Returns the bytes of a rank pass's float32 partial sums, each of which is written once and read once."""
     return 2 * 4.0 * plan(t, columns, work)[2] * rank
 
 
 def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> dict[str, float]:
-    """Returns the seconds of each part of a layer, bf16 with float32 adapters of rank 16."""
+    """Returns the computed seconds of each part of a training step of a bf16 layer [n, k] with ``t`` tokens and a
+    float32 adapter of rank ``rank``."""
     x, y, w = 2.0 * t * k, 2.0 * t * n, 2.0 * n * k
     rows, both, columns = (partial_sums(t, *of) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns")))
     return {
@@ -205,8 +206,8 @@ def limit(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> floa
 
 
 def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
-    """Returns the seconds of a forward with few tokens over NF4 or MXFP4: one launch that reads W once, without the
-    launch for S.
+    """Returns the seconds of a linear layer's forward with few tokens over NF4 or MXFP4: one launch that reads W once.
+    The launch that computes S for an adapter is not counted.
     """
     names = {"NF4": ("NF4, T <= 8", "NF4, T <= 16"), "MXFP4": ("MXFP4, T = 1", "MXFP4, T <= 8")}[base]
     loop = loops(card)[names[tokens > (8 if base == "NF4" else 1)]]
@@ -222,7 +223,7 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
 def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
     """Returns the seconds of the pass that computes S (``columns``: dA) of ``count`` layers with one input."""
     found = loops(card)[("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")]
-    # A block has three warps, and so three quarters of a warp for each scheduler.
+    # A block of rank_siblings_kernel has three warps here, and so three quarters of a warp for each scheduler.
     loop = found | {"blocks": found["blocks"] * 3 / 4}
     tiles = -(-t // 64) * -(-k // 64)
     compute = tiles * count * tile_cycles(loop, card) / card.multiprocessors / card.clock
@@ -241,9 +242,10 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     """Returns the time of LLAMA_LAYER with adapters divided by its time without adapters, forward and backward. The
     two times leave out attention and norms.
 
-    Without adapters, separate passes add the gradients of layers with one input. ``together`` avoids these passes with
-    adapters: one pass writes the low-rank terms of all layers, and the products add to these terms. One pass over x
-    computes S of all layers, and one pass computes dA. Each small kernel is launched once for all layers.
+    Without adapters, separate passes add the gradients of layers with one input. With adapters and ``together``, these
+    passes are not needed: one pass writes the sum of the low-rank terms of dX of all layers with one input, and each
+    layer's product is added to this sum. One pass over x computes S of all these layers, and one pass computes dA of
+    all these layers. Each small kernel is launched once for all layers.
     """
     frozen, adapted = 0.0, 0.0
     for outputs, k in LLAMA_LAYER:
@@ -312,7 +314,7 @@ def experts(
     def over(loop: str, columns: int, moved: float) -> float:
         return over_tiles(loop + drawn if loop + drawn in loops(card) else loop, padded, columns, moved, card)
 
-    # A rank pass uses three terms and a product two terms, of two bytes each.
+    # A rank pass reads A or B as three terms, and a product as two terms, of two bytes a value.
     forward = 2 * LAUNCH + (a * 2.5 + b * 2) / bandwidth + LAUNCH
     forward += over("S of experts", k, 2.0 * rows * k + a * 1.5 + sums) + experts_product(
         card, rows, active, n, k, base
@@ -344,7 +346,7 @@ def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 
     """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
-        # A and B are read once, by kernels of their own, whose time is added to the time of the product.
+        # Separate kernels read A and B once. The time of these kernels is added to the time of the product.
         adapter = 2 * LAUNCH + (a + b) / (card.bandwidth * REACHED)
         if base == "NF4":
             # The kernel that computes the product also adds the low-rank term, without a launch of its own.
@@ -399,7 +401,7 @@ KERNELS = {
 
 
 def card_of(name: str) -> Card | None:
-    """Returns the card for a GPU's name, such as "NVIDIA H100 80GB HBM3"."""
+    """Returns the card of CARDS for a GPU's name, such as "NVIDIA H100 80GB HBM3"; None for another GPU."""
     return next((card for known, card in CARDS.items() if known in name), None)
 
 
@@ -419,8 +421,8 @@ def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, floa
 
 
 def beside(result: dict, name: str) -> str:
-    """Returns a table of the measured times and of the goals for the rows of a result file. ``name`` is the card's
-    name. The goal is the ratio of times that this module computes; no kernel can be expected to be faster.
+    """Returns a table of the measured times and of the goals for the rows of a result file. ``name`` is the GPU's name.
+    The goal is the ratio of times that this module computes; no kernel can be expected to be faster.
     """
     card = card_of(name)
     lines = ["| time / the frozen layer's time | K -> N | T | measured | goal, computed | measured / goal |",

@@ -4,7 +4,7 @@
     python tools/forms.py --share    prints how many norms, attentions and MLPs of the installed transformers have a
                                      known form
 
-pip installs each release into build/forms, and a process of its own reads the release. A form whose forward
+pip installs each release into a folder of build/forms, and a separate process reads each release. A form whose forward
 ``accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
 peft_ext/integrations/model_blocks). Some rows need no proof: dropouts, and attentions that keep their own forward. The
 row of an attention also names the layers that receive one input, which this tool reads from the source of the
@@ -43,7 +43,7 @@ KINDS = {
     "MLP": ("mlp",),
 }
 
-# Why a class of these architectures has no known form.
+# By class of the architectures in DECODERS and ENCODERS, the reason why the class has no known form.
 _HOLDS = "holds another attention, which has a known form"
 REASONS = {
     "BertAttention": _HOLDS,
@@ -63,7 +63,7 @@ REASONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
-    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # two files: known rows, result
+    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # a file with known rows, and a file for the result
     args = parser.parse_args()
     logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
     warnings.simplefilter("ignore")
@@ -99,7 +99,8 @@ def draw() -> None:
 
 
 def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the result of :func:`scan` in a process that imports this release of transformers."""
+    """Runs :func:`scan` in a process that imports transformers ``release``, and returns the result. ``found`` are known
+    rows."""
     place, out = ROOT / "build/forms" / release, ROOT / "build/forms" / f"{release}.json"
     known = out.with_name("known.json")
     out.parent.mkdir(parents=True, exist_ok=True)

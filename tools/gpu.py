@@ -94,8 +94,8 @@ for family in [name for name in prove.families(device.type.upper()) if name not 
 CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
 METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
-FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # the first benchmarks of "table"
-WORKERS = 8  # most processes that run the tests of one part; all of them use one GPU
+FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # benchmarks that "table" runs first
+WORKERS = 8  # largest number of processes that run the tests of one part; all of them use one GPU
 # The tests of the part "sanitizer": linear layers in bfloat16 with dropout or over NF4, with sizes that no tile
 # divides.
 SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
@@ -108,7 +108,7 @@ ENVIRONMENT = {
     "PEFT_EXT_REQUIRE": "1",
 }
 GRACE = 5.0  # seconds between the interrupt of a command at its limit and its end by SIGKILL
-# A line of pytest's output with the result of a test. The first alternative is the form of pytest-xdist.
+# TEST matches a line of pytest's output with the result of a test. The first alternative is the form of pytest-xdist.
 TEST = re.compile(
     r"^\[gw\d+\] \[ *\d+%\] (?P<result>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S.*?)\s*$"
     r"|^(?P<test_>tests/\S+::.+?) (?P<result_>PASSED|FAILED|ERROR|SKIPPED)\b"
@@ -126,7 +126,7 @@ class Outcome:
         seconds, limit: seconds that the part took, and seconds that the part could take.
         rows: number of results: tests, families of kernels, rows of a measurement.
         failed: the names of the tests, families or rows that failed.
-        files: the files of measurements.
+        files: names of the result files that the part wrote.
     """
 
     part: str
@@ -204,7 +204,7 @@ class Runner:
         return ("" if status == 0 else signalled), False
 
     def _end(self, process: subprocess.Popen) -> None:
-        """Kills what is left of a command's processes. A process that waits in the driver may outlive SIGKILL; the
+        """Kills the processes of a command that still run. A process that waits in the driver may outlive SIGKILL; the
         next command runs all the same.
         """
         try:
@@ -463,7 +463,7 @@ PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
-ESSENTIAL = ("packages", "build")  # parts that may take half of the remaining time, because the others need them
+ESSENTIAL = ("packages", "build")  # may take half of the remaining time, because the other parts need their results
 REHEARSED = ("packages", "core", "training")  # the parts of --rehearse
 
 
@@ -547,7 +547,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if unknown := set(asked) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a part's processes with this program
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SIGTERM to this program also ends the running part
     if not (args.rehearse or driver_is_here() or probe(sys.executable).get("gpu")):
         print("gpu: no NVIDIA GPU is here", file=sys.stderr)
         return 1

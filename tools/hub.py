@@ -59,7 +59,8 @@ NEWEST = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.
 # The number of each architecture in an ELF file, e_machine.
 MACHINES = {"x86_64": 62, "aarch64": 183}
 
-# A `kernels` release that imports <variant>/<module>/__init__.py gets the same module.
+# The text of <variant>/<module>/__init__.py: a `kernels` release that imports this file gets the module of
+# <variant>/__init__.py.
 OLD_IMPORT = '''"""The kernel, for a loader that imports this folder instead of the folder above."""
 
 import importlib.util

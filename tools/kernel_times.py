@@ -29,7 +29,7 @@ import torch
 from benchmarks import cuda, files, harness
 from benchmarks.peers import Problem
 
-CALLS = 10  # profiled steps of a layer
+CALLS = 10  # number of profiled steps of each layer
 FEW_TOKENS = (1, 16)  # numbers of tokens of a forward over NF4
 SIZE = 4096
 Times = dict[str, tuple[int, float]]  # by kernel: launches, and microseconds of all launches together

@@ -49,7 +49,7 @@ COLUMNS = (
     "losses differ by", "weights differ by", "result",
 )  # fmt: skip
 OPTIONS = ("--dropout", "0.1", "--max-steps", "60")
-LOSS = 4e-5  # largest difference of losses near 5 with four processes
+LOSS = 4e-5  # largest allowed difference of losses, which are near 5, with four processes
 # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that
 # joins later.
 ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -91,7 +91,8 @@ CASES = (
 def row_of(
     head: list[str], whole: Path, output: Path, codes: list[int], processes: int, wrong: str
 ) -> list[str]:  # fmt: skip
-    """Returns a row: the head, the differences from the run in ``whole``, and the result."""
+    """Returns a row of the table: ``head``, the differences of losses and weights from the run in ``whole``, and the
+    result."""
     if any(codes):
         return [*head, "", "", f"exit codes {codes}"]
     losses, weights = differences(whole, output)

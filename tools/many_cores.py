@@ -34,11 +34,11 @@ class Machine:
 
     sockets: int
     l3_rate: float  # rate of one core that reads from L3
-    group_rate: float  # rate of the cores of one L3 together, reading from DRAM
+    group_rate: float  # rate at which the cores of one L3 together read from DRAM
     socket_rate: float  # rate of the DRAM of one socket
     link_rate: float  # rate from one socket to the other
     empty: float  # time of an empty loop on two threads
-    transfer: float  # time of a line that another core of the socket wrote; twice as long from the other socket
+    transfer: float  # time to get a line that another core of the socket wrote; twice as long from the other socket
 
     def line_seconds(self) -> float:
         return self.transfer * (1.5 if self.sockets == 2 else 1.0)
@@ -69,7 +69,7 @@ def plan_of(row: dict[str, Any]) -> list[Any]:
 
 
 def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the counts of an operator's loops, from a record with times and, if given, a record with lines."""
+    """Returns the counts of an operator's loops, from a record with times and, if given, a record with cache lines."""
     where = {key: timed[key] for key in ("operator", "direction", "threads", "isa")}
     if traced is not None and plan_of(timed) != plan_of(traced):
         raise AssertionError(f"{where}: the two libraries divide the work differently")
@@ -99,7 +99,7 @@ def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str
 def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
     """Returns the seconds of a loop without its start and end: the time of its slowest thread or of the memory,
     whichever is longer."""
-    if "dram" not in loop:  # the record has times alone
+    if "dram" not in loop:  # the record has no counts of cache lines
         return loop["most"]
     thread = max(loop["most"], loop["most_l3"] / machine.l3_rate) + loop["most_taken"] * machine.line_seconds()
     of_socket = loop["dram"] / machine.sockets
@@ -140,7 +140,7 @@ def busy(row: dict[str, Any]) -> float:
     """Returns the mean number of a thread's memory accesses divided by the number of the busiest thread's accesses, for
     all loops of a row.
 
-    The CPU time takes the place of accesses where the record has times alone.
+    Where the record has no counts of accesses, CPU times take the place of the accesses.
     """
     loops = row["loops"]
     most, total = ("most_accesses", "accesses") if all("dram" in loop for loop in loops) else ("most", "sum")
@@ -216,7 +216,8 @@ def counts_table(records: Records) -> str:
 
 
 def check_table(records: Records) -> str:
-    """Returns the measured and computed milliseconds on the two cores of the recorded machine, which share one L3."""
+    """Returns a table of the measured and computed milliseconds on one core and on two cores, which share an L3, of the
+    machine that made the records."""
     rows = {}
     for operator in records.operators:
         for direction in DIRECTIONS:
@@ -235,7 +236,8 @@ def check_table(records: Records) -> str:
 
 
 def loops_text(records: Records, threads: int) -> str:
-    """Returns each operator's loops, with the lost time of each in units of the operator's ideal time."""
+    """Returns a text with each operator's loops and the time that each loop loses, in units of the operator's time on
+    one thread divided by the number of threads."""
     lines = []
     for operator in records.operators:
         ideal = sum(row["serial"] for row in records.at(operator, 1)) / threads

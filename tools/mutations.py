@@ -62,7 +62,8 @@ class Mutation:
 
     @property
     def digest(self) -> str:
-        """Returns a checksum of file, old and new text. A result with another checksum belongs to another mutation."""
+        """Returns a checksum of file, old and new text. A result with another checksum is of an earlier version of the
+        mutation."""
         return f"{zlib.crc32(chr(10).join((self.file, self.old, self.new)).encode()):08x}"
 
     @property
@@ -123,7 +124,7 @@ def _facts(each: Mutation) -> dict[str, str]:
 
 
 def collected(tier: str, files: Iterable[str], root: Path = ROOT) -> set[str]:
-    """Returns the tests of the files that pytest collects in the tier."""
+    """Returns the names of the tests that pytest collects in ``files`` for the tier."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *TIERS[tier], *files]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode not in (PYTEST_PASSED, PYTEST_NO_TESTS):
@@ -191,7 +192,7 @@ class Copy:
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        if path.suffix == ".py":  # Python would use the bytecode of an older source with the same size and second
+        if path.suffix == ".py":  # Python would use old bytecode if the size and the second of the change are equal
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     def restore(self) -> None:
@@ -281,7 +282,7 @@ def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, li
         if row.get("digest") != each.digest:
             row.clear()
         row |= _facts(each) | {tier: found, f"{tier}_seconds": seconds}
-        if tier == "fast" and found not in ("", SURVIVED):  # the whole suite has the fast tier's tests
+        if tier == "fast" and found not in ("", SURVIVED):  # the tier "all" has the tests of "fast", too
             row |= {"all": row.get("all") or found, "all_seconds": row.get("all_seconds") or seconds}
         write_results(results, mutations)
         print(f"{each.name}: {found or 'its likely tests pass'} ({seconds} s)", flush=True)

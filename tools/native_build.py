@@ -92,7 +92,7 @@ def module_sources() -> list[Path]:
     return [*sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator"), embedded]
 
 
-# Sources with the loops over a tensor's elements: the kernels of one instruction set.
+# KERNELS matches the sources with the loops over a tensor's elements, each of which is for one instruction set.
 KERNELS = re.compile(r"_(scalar|avx2|avx512|amx|neon)\.cpp$|/tiles/")
 
 
@@ -101,7 +101,8 @@ def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> li
 
     The sources that KERNELS does not match check arguments and call kernels: their code takes a small part of the time
     of an operator's call. Most of these sources include torch's headers, so that compiling these sources takes most of
-    the time of a build. A library that only runs tests therefore has these sources without optimization.
+    the time of a build. A build whose library is only tested, such as that of tools/sanitize.py, therefore compiles
+    these sources without optimization.
     """
     held = {True: [], False: []}
     for source in sources:
@@ -135,7 +136,8 @@ def build(library: Path, groups: Iterable[Group], link: str | None = "", compile
     """Builds ``library`` from the groups' sources. The objects are in a folder with the library's name, beside the
     library.
 
-    ``link`` are flags of the linker; None compiles and links nothing. Raises RuntimeError with the compiler's output.
+    ``link`` are flags of the linker; None compiles and links nothing. Raises RuntimeError with ninja's output if the
+    build fails.
     """
     folder = library.parent / library.name.removeprefix("lib").partition(".")[0]
     folder.mkdir(parents=True, exist_ok=True)

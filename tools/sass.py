@@ -54,7 +54,7 @@ class Instruction:
 
     @property
     def _width(self) -> int:
-        """Returns the number of registers of the result."""
+        """Returns the number of registers of the instruction's result."""
         if self.pipe == "mma" or re.search(r"\.128|LDSM.*\.4", self.name):
             return 4
         return 2 if re.search(r"\.64|\.WIDE", self.name) else 1
@@ -68,7 +68,8 @@ class Instruction:
     def reads(self) -> set[int]:
         found: set[int] = set()
         for position, part in enumerate(self._operands()[1]):
-            # A matrix product reads four, two and four registers; a store of 128 bits reads four.
+            # A matrix product reads four, two and four registers for its three operands; a store of 128 bits reads four
+            # registers.
             span = (4, 2, 4)[min(position, 2)] if self.pipe == "mma" else 1
             if self.name.startswith(("STG", "STS")) and not part.startswith(("[", "desc")):
                 span = self._width
@@ -77,8 +78,8 @@ class Instruction:
         return found
 
 
-# Approximate cycles from the issue of an instruction until its result can be read, by kind of instruction. Other warps
-# have to hide the additional time of an L1 miss.
+# Approximate cycles from the issue of an instruction until its result can be read, by kind of instruction. LATENCY
+# leaves out the additional time of an L1 miss, which other warps have to hide.
 LATENCY = {"global": 200, "memory": 30, "mma": 24, "special": 20}
 ARITHMETIC = 5
 

@@ -171,7 +171,7 @@ def enumerators() -> dict[str, list[str]]:
 
 
 def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int:
-    """Returns the number of blocks that a multiprocessor holds."""
+    """Returns the number of a kernel's blocks that a multiprocessor can hold at a time."""
     most_threads, kilobytes, most_blocks = ARCHS[arch]
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // (of_warp * (threads // 32))

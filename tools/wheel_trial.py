@@ -145,8 +145,8 @@ def _purelib(python: str | Path) -> Path:
 
 
 def trial(wheel: Path, python: str, torch: str | None = None) -> str:
-    """Tries the wheel in a new environment of ``python``. Returns what PROGRAM printed there, and a summary of the
-    fine-tuning.
+    """Tries the wheel in a new environment of ``python``. Returns what PROGRAM printed in this environment, and a
+    summary of the fine-tuning.
 
     ``torch``: a requirement; pip installs the requirement and the wheel's dependencies into an empty environment. With
     ``torch`` None, the environment sees the packages of ``python``.

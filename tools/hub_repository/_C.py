@@ -16,7 +16,7 @@ _INT, _TEXT = ctypes.c_int, ctypes.c_char_p
 
 
 class _Image(ctypes.Structure):
-    """PeftExtImage: the machine code of a kernel."""
+    """The struct PeftExtImage of csrc/common/api.h: the machine code of a kernel, or an error."""
 
     _fields_ = [("symbol", _TEXT), ("data", ctypes.c_void_p), ("error", _TEXT)]
 
@@ -113,7 +113,7 @@ def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -
             _held.image = symbol, code = function(name.decode(), file.decode(), capability)
             image[0].symbol = symbol
             image[0].data = ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p)
-        except BaseException as error:  # an exception can't pass through the library
+        except BaseException as error:  # a Python exception can't pass through the native library
             _held.image = (str(error) or type(error).__name__).encode()
             image[0].error = _held.image
 
