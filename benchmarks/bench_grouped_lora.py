@@ -89,7 +89,8 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
 
 def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:
-    """Returns PEFT's layer with one adapter for each sample, called with the samples' adapter names."""
+    """Returns the contender that calls PEFT's layer, which has one adapter for each sample, with the samples' adapter
+    names."""
     from peft import get_peft_model
 
     model, set_next_weight = stock_linear(problem, base)

@@ -46,8 +46,8 @@ def _about(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of a result file. ``times`` has each contender's time divided by the frozen bf16 layer's time. ``base`` is
-    a key of BASES."""
+    """A row of a result file that a chart shows. ``times`` has each contender's time divided by the frozen bf16 layer's
+    time. ``base`` is a key of BASES."""
 
     label: str
     base: str

@@ -160,7 +160,7 @@ def sample_of(line: str) -> dict[str, float]:
 
 
 class Meter:
-    """A context in which nvidia-smi samples the power, the clock and the temperature of the GPU ``uuid``.
+    """A context manager that lets nvidia-smi sample the power, the clock and the temperature of the GPU ``uuid``.
 
     A process of nvidia-smi prints a sample every :data:`SAMPLE_MS` milliseconds. Without nvidia-smi, or with None as
     ``uuid``, there are no samples.

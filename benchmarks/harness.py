@@ -317,7 +317,7 @@ def save(
 
 
 def ratio_text(speedup: Mapping[str, float], quartiles: Mapping[str, Sequence[float]]) -> str:
-    """Returns the ratio and the quartiles of each peer as text."""
+    """Returns, as text, each peer's ratio (the peer's time divided by peft_ext's time) and the ratio's quartiles."""
     return ", ".join(f"{name} {ratio:.2f}x{spread_text(quartiles.get(name))}" for name, ratio in speedup.items())
 
 

@@ -3,11 +3,11 @@
 ``python -m benchmarks.llama_cpp``                 every file type; writes a result file
 ``python -m benchmarks.llama_cpp --types Q4_0 F16``
 
-llama.cpp's own quantizer makes the files of the base, from a float16 file of the model of ``make demo``. LoRA of rank 8
-on all linear layers is trained for a few steps on Python's language reference, saved by PEFT, and exported by
-``write_gguf_adapter``. llama.cpp then computes the logits of all tokens of 20 prompts, without and with the adapter;
-peft_ext computes the logits of the same tokens in float32 over the same file (``load_gguf``), with PEFT's adapter,
-accelerated.
+llama.cpp's own quantizer makes each file of the base except F16 from F16, the float16 file of the model of ``make
+demo``. LoRA of rank 8 on all linear layers is trained for a few steps on Python's language reference, saved by PEFT,
+and exported by ``write_gguf_adapter``. llama.cpp then computes the logits of all tokens of 20 prompts, without and with
+the adapter; peft_ext computes the logits of the same tokens in float32 over the same file (``load_gguf``), with PEFT's
+adapter, accelerated.
 
 The logits of the base in llama.cpp and in peft_ext differ because llama.cpp rounds the inputs of each product, see
 :mod:`.llama_runner`. If an exported adapter is right, the difference of the logits does not grow with the adapter.

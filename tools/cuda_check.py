@@ -71,7 +71,8 @@ def hot_rows(
 
 
 def ptxas_table(rows: list[dict[str, object]]) -> str:
-    """Returns a line for each kernel with its registers on each architecture and its shared memory."""
+    """Returns the text of docs/ptxas.tsv without its first line: for each kernel, its shared memory and its registers
+    on each architecture."""
     archs = sorted({str(row["arch"]) for row in rows}, key=int)
     found: dict[tuple[str, str], dict[str, dict[str, object]]] = {}
     for row in rows:

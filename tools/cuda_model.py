@@ -91,7 +91,7 @@ def terms_of_tile(name: str, rank: int = 16) -> float:
     two matrices. In the pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the
     three terms of the other matrix once; these reads count as half a matrix for each tile.
     """
-    matrix = 64 * rank * 2.0  # bytes of one term
+    matrix = 64 * rank * 2.0  # bytes of one term of the small matrix
     if name.startswith(("Y0", "dX0")):
         return 2 * 2 * matrix
     return 3 * matrix * (0.5 if name.startswith("P") else 1)
@@ -444,7 +444,7 @@ def microseconds(seconds: float) -> str:
 
 
 def tables() -> str:
-    """Returns the tables of docs/kernels.md."""
+    """Returns the computed tables that docs/kernels.md shows."""
     lines = ["| 4096 x 4096, T = 8192 | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
     by_card = {name: parts(card, 8192) for name, card in CARDS.items()}
     for part in next(iter(by_card.values())):

@@ -192,8 +192,9 @@ def classes() -> Iterator[Any]:
 
 
 def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the rows for the imported transformers, and the coverage of each architecture. ``known`` are rows from
-    other releases, which are not proved again: a form with the same digest is the same code in each release.
+    """Returns the rows of the table for the imported transformers, the coverage of each architecture, and the counts of
+    :func:`_battery`. ``known`` are rows from other releases, which are not proved again: a form with the same digest is
+    the same code in each release.
     """
     from reads_of_attention import attention_formulas
 
@@ -259,9 +260,9 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Replaces everything that the forward of each known class of DECODERS and ENCODERS finds by name, one thing after
-    the other. Returns, by kind, the numbers of classes, of replacements, and of replacements after which the form was
-    still known."""
+    """For each class of DECODERS and ENCODERS with a known form, replaces everything that its forward finds by name,
+    one thing at a time. Returns, by kind, the numbers of classes, of replacements, and of replacements after which the
+    form was still known."""
     from unittest.mock import patch
 
     from peft_ext.integrations.forms import Unknown, form_of
@@ -295,7 +296,7 @@ def _architecture(cls: Any) -> str:
 
 
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
-    """Returns the number of known classes by architecture and kind, and the names of the unknown classes."""
+    """Returns, by architecture and kind, the number of classes with a known form and the names of the other classes."""
     found: dict[str, dict[str, list]] = {}
     for cls in classes():
         architecture, name = _architecture(cls), cls.__name__.lower()

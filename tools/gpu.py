@@ -62,7 +62,7 @@ if found["gpu"]:
     found |= {{"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}}
 print(json.dumps(found))
 """
-PROBE_SECONDS = 90.0  # seconds after which PROBE is killed
+PROBE_SECONDS = 90.0  # seconds after which a process that runs PROBE or LOADS is killed
 IMPORT = """
 import json, sys, time
 took, last = {}, time.perf_counter()
@@ -148,7 +148,7 @@ class Outcome:
         return not wrong
 
     def see(self, line: str) -> None:
-        """Counts the result of a test that a line of pytest's output names."""
+        """If a line of pytest's output names the result of a test, counts this result."""
         if found := TEST.match(line):
             self.rows += 1
             if (found["result"] or found["result_"]) in ("FAILED", "ERROR"):
@@ -191,7 +191,7 @@ class Runner:
         try:
             status = process.wait(timeout=max(1.0, limit))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)  # pytest then prints the failures so far
+            os.killpg(process.pid, signal.SIGINT)  # after SIGINT, pytest prints the failures so far
             try:
                 process.wait(timeout=GRACE)
             except subprocess.TimeoutExpired:
@@ -252,7 +252,7 @@ def packages(here: Machine, outcome: Outcome) -> None:
 
     Nothing is installed into the running Python, unless the running Python is .venv's. If the running Python has a CUDA
     build of torch, a new .venv sees the packages of the running Python, and pip installs only what is missing. If pip
-    fails, for example without a network, the parts run without the missing packages, except torch.
+    fails, for example without a network, the parts run without the missing packages; without torch, no part runs.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit

@@ -134,7 +134,7 @@ def sha256(path: Path) -> str:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file of a variant, in base64, as ``metadata.json`` holds the files' digests."""
+    """Returns the SHA-256, in base64, of each file of a variant except ``metadata.json``, which holds these digests."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "metadata.json")
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 

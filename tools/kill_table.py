@@ -57,8 +57,8 @@ ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STOR
 
 @dataclass(frozen=True)
 class Case:
-    """One run: ``to``, a rank or agent 0 or 1, gets the signal ``number``. With ``whole``, an agent's processes get
-    SIGKILL too.
+    """A run of the part two, in which ``to`` (a rank, or agent 0 or 1) gets the signal ``number``. With ``whole``, the
+    processes of the agent ``to`` get SIGKILL too.
 
     ``at``: seconds after the start, or a step that the run has begun to log, or the beginning of a line of its log.
     ``restarts``: value of --max-restarts. ``then``: what makes the run continue.

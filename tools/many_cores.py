@@ -47,7 +47,7 @@ class Machine:
         """Returns the time that the start and the end of a loop take, for threads that wait actively.
 
         libgomp's first thread writes a record for each other thread, and each thread adds to one counter at the end:
-        two lines are transferred for each further thread, one after the other.
+        two cache lines are transferred for each thread after the second, one line after the other.
         """
         return self.empty + 2 * (threads - 2) * self.line_seconds()
 
@@ -113,10 +113,10 @@ class Cost:
     """The time of an operator on many threads, in units of its time on one thread divided by the number of threads."""
 
     work: float  # the time of the loops if their work were divided equally among all threads
-    uneven: float  # the wait for the busiest thread of each loop
+    uneven: float  # the time in which the other threads wait for the busiest thread of each loop
     memory: float  # the wait for L3, DRAM and lines that another thread wrote
-    starts: float
-    serial: float  # the code between the loops
+    starts: float  # the time in which loops start and end
+    serial: float  # the time of the code between the loops
 
     @property
     def total(self) -> float:
@@ -257,7 +257,7 @@ def loops_text(records: Records, threads: int) -> str:
 
 
 def table(records: Records) -> str:
-    """Returns the tables of docs/performance.md."""
+    """Returns the computed tables that docs/performance.md shows."""
     return "\n\n".join([
         "**Computed cost** of a forward and a backward. A figure in parentheses leaves out the code between the loops, "
         "except where this code calls PyTorch's products. A figure after ≥ leaves out the time of the memory:",
@@ -278,7 +278,7 @@ def key_of(row: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def record() -> dict[str, Any]:
-    """Returns the records of all operators, and times on this machine."""
+    """Returns the records of all operators, and the measured times of the operators on this machine."""
     traced = {key_of(row): row for threads in THREADS for row in recorded_loops.traced_rows(threads)}
     times = recorded_loops.child("time_here", repeats=5)
     timed = recorded_loops.child("record_here", names=[], threads=[1, 2, *THREADS], repeats=4)

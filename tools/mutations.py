@@ -83,7 +83,7 @@ def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
 
 
 def problems(mutations: Iterable[Mutation], root: Path = ROOT) -> list[str]:
-    """Returns a line for each error in the list of mutations."""
+    """Returns a line for each error in ``mutations``, such as an old text that its file does not hold."""
     wrong = []
     for each in mutations:
         file = root / each.file

@@ -1,6 +1,7 @@
-"""Builds shared libraries of csrc/ other than those of setup.py, one at a time, with ninja.
+"""Builds shared libraries of csrc/ other than those of setup.py, with ninja. A lock lets one process at a time build a
+library.
 
-Only changed sources are compiled.
+A source is compiled only if the source, its headers or its flags have changed.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> li
 def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
     """Makes ``folder`` a package for PYTHONPATH, with links to this checkout's Python files and to ``library``.
 
-    ``library`` is both the native library and the module: the loader opens a file once under both names.
+    ``library`` is both the native library and the module ``_C``: the loader opens a file once under both names.
     ``suffix`` is the suffix of an extension module, by default of this Python.
     """
     inside = folder / "peft_ext"

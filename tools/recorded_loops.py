@@ -38,7 +38,7 @@ THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
 def _steps() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[Any], Any]]]]:
-    """Returns the operators by name. Each value makes the operands and returns a forward and its backward."""
+    """Returns, by name of an operator, a function that makes the operands and returns a forward and its backward."""
     import torch
 
     from peft_ext import ops

@@ -138,7 +138,7 @@ class Loop:
 
 
 def disassemble(cubin: Path, nvdisasm: str) -> dict[str, list[Instruction]]:
-    """Returns the instructions of each kernel of a cubin, by its mangled name."""
+    """Returns the instructions of each kernel of a cubin file, by the kernel's mangled name."""
     text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     labels: dict[str, int] = {}

@@ -194,7 +194,8 @@ def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dic
 
 
 def table(rows: Iterable[dict[str, str]]) -> str:
-    """Returns the text of the table, with the rows in the order of HOT and of the architectures."""
+    """Returns the text of docs/slots.tsv without its first line, with the rows in the order of HOT and of the
+    architectures."""
     order = [hot.name for hot in HOT]
     found = sorted(rows, key=lambda row: (order.index(row["loop"]), int(row["arch"])))
     lines = ["\t".join(COLUMNS), *("\t".join(row[name] for name in COLUMNS) for row in found)]

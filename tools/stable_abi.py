@@ -28,7 +28,8 @@ def torch_include() -> Path | None:
 
 
 def declared_since(text: str) -> dict[str, tuple[int, int]]:
-    """Returns each function that a shim header declares, with the torch version of its guard."""
+    """Returns each function that the text of a shim header declares, with the torch version in the ``#if`` around the
+    declaration; (0, 0) for a declaration outside of such an ``#if``."""
     since: dict[str, tuple[int, int]] = {}
     guards: list[tuple[int, int]] = []
     for line in text.splitlines():

@@ -73,7 +73,7 @@ LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole fi
 
 @contextlib.contextmanager
 def load(runs: int) -> Iterator[None]:
-    """Runs ``runs`` test runs in other processes while the code in the context runs.
+    """Runs the tests of LOAD in ``runs`` other processes while the code in the context runs.
 
     A test run that ends is started again.
     """

@@ -17,11 +17,11 @@ only. Each of these steps must succeed:
     wheel_trial.py installs the wheel, uses the package, installs the wheel again, uninstalls, and no file remains
 
 A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
-tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
-chooses on a system for which there is no other wheel. With ``--link-checkout`` the native library for this machine's
-architecture is linked from the objects of the checkout's last build, after sources that changed since are compiled; the
-sources in the source distribution must be the checkout's. ``--report`` writes the sizes of the files, and the runtimes
-that the libraries need, into a table.
+tried only for the version of Debian's Python for Arm, and only if qemu-user is installed. ``--pure`` adds the wheel
+without native library, which pip chooses on a system for which there is no other wheel. With ``--link-checkout`` the
+native library for this machine's architecture is linked from the objects of the checkout's last build, after sources
+that changed since are compiled; the sources in the source distribution must be the checkout's. ``--report`` writes the
+sizes of the files, and the runtimes that the libraries need, into a table.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def faults(library: Path) -> list[str]:
 
 
 def misplaced(names: Sequence[str]) -> list[str]:
-    """Returns the files that do not belong into a wheel, such as copied libraries, tests and C++ sources."""
+    """Returns the files that do not belong in a wheel, such as copied libraries, tests and C++ sources."""
     ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_kernels\.so|_C\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
                       rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]

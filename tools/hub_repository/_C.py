@@ -22,7 +22,7 @@ class _Image(ctypes.Structure):
 
 
 _IMAGE_SOURCE = ctypes.CFUNCTYPE(None, _TEXT, _TEXT, _INT, ctypes.POINTER(_Image))
-_SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and the arguments' types
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # by function: the result's type, and the arguments' types
     "version": (_TEXT,),
     "built_for_torch": (_TEXT,),
     "oldest_torch": (_TEXT,),
