@@ -53,8 +53,8 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
 
 
 def _scale(problem: Problem, compile: bool) -> Comparison:
-    """Compares ``y = x∘l`` and its gradients; N is K. The lower bound counts two reads of x, one read of grad, and the
-    writes of y and dx."""
+    """Compares peft_ext's and PyTorch's ``y = x∘l`` and gradients; N is K. The lower bound counts two reads of x, one
+    read of grad, and the writes of y and dx."""
     problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
 
     def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:

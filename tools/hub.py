@@ -49,8 +49,9 @@ MODULE = NAME.replace("-", "_")
 VERSION = int(re.search(r'__version__ = "(\d+)', (PACKAGE / "_version.py").read_text())[1])
 # The oldest release of torch that the library loads on, and the first release of `kernels` that can load the variants.
 TORCH, KERNELS = "2.11", "0.15.1"
-# By backend: the names of the backend in the variants' names, and the GPU architectures. With torch for CUDA a.b, the
-# package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
+# By backend: the words for the backend in the variants' names, and the GPU architectures in ``metadata.json``. With
+# torch for CUDA a.b, the package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are built
+# for CUDA 12.6 and later.
 BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
 
 # The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.

@@ -9,11 +9,11 @@ The parts of the table:
 - shard: the runs of the part one with ``--shard fsdp2``.
 - two: two agents of torchrun with two processes each, like two machines; CASES lists the runs.
 
-A row has the moment in seconds after the start, what got which signal, the last line that the run had printed, the
-number of processes whose failure torchrun reports, what made the run continue, and the largest differences of losses
-and weights from those of the unbroken run. What makes the run continue is torchrun (by ``--max-restarts``), a new agent
-in the place of the agent that ended, the same command with ``--resume``, which the error or the last line names, or,
-where the run has no checkpoint yet, the same command with ``--overwrite``.
+A row has the moment in seconds after the start, the signal, the process or agent that got the signal, the last line
+that the run had printed, the number of processes whose failure torchrun reports, what made the run continue, and the
+largest differences of losses and weights from those of the unbroken run. What makes the run continue is torchrun (by
+``--max-restarts``), a new agent in the place of the agent that ended, the same command with ``--resume``, which the
+error or the last line names, or, where the run has no checkpoint yet, the same command with ``--overwrite``.
 
 The exit code is 1 if a run failed, if a difference is too large, if an error is missing or names the wrong option, if a
 process outlived its agent, or if a run left a hidden file other than ``.lock`` and ``.metadata``. With two processes,

@@ -52,10 +52,10 @@ class Machine:
         return self.empty + 2 * (threads - 2) * self.line_seconds()
 
 
-# Data sheets of AMD's EPYC 9004: 8 cores and 32 MiB of L3 to a die, 1 MiB of L2, 12 channels of DDR5-4800 to a socket
-# (460 GB/s), four xGMI links of 32 GB/s, and 32 bytes a clock of 1.8 GHz between a die and the memory. Assumed: 80% of
-# the DRAM's rate, 16 bytes a clock of 3 GHz from L3 to a core, and 0.1 µs for the transfer of a line. Measured by
-# recorded_loops.time_here on two cores: 0.6 µs for an empty loop.
+# From the data sheets of AMD's EPYC 9004: 8 cores and 32 MiB of L3 to a die, 1 MiB of L2, 12 channels of DDR5-4800 to a
+# socket (460 GB/s), four xGMI links of 32 GB/s, and 32 bytes a clock of 1.8 GHz between a die and the memory. Assumed:
+# 80% of the DRAM's rate, 16 bytes a clock of 3 GHz from L3 to a core, and 0.1 µs for the transfer of a line. Measured
+# by recorded_loops.time_here on two cores: 0.6 µs for an empty loop.
 ONE_SOCKET = Machine(1, 48e9, 57e9, 368e9, 128e9, 6e-7, 1e-7)
 TWO_SOCKETS = replace(ONE_SOCKET, sockets=2)
 

@@ -12,8 +12,9 @@ The tool works on a copy of the checkout in build/mutations, with the files of t
 copy has its own build folder: the first mutation of C++ builds the whole library in this build folder, and each further
 mutation of C++ builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
 run first. If these tests pass, the whole tier runs, except with --likely. Each run stops at the first failure. A
-mutation is killed by a failing test, by a failing build, or by a timeout. At the end, the tests that killed a mutation
-run on the restored code. If such a test fails on the restored code as well, the result of the mutation is removed.
+mutation is killed by a failing test, by a failing build, by a timeout, or by another failure of pytest. At the end, the
+tests that killed a mutation run on the restored code. If such a test fails on the restored code as well, the result of
+the mutation is removed.
 """
 
 from __future__ import annotations

@@ -93,12 +93,14 @@ def module_sources() -> list[Path]:
     return [*sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator"), embedded]
 
 
-# KERNELS matches the sources with the loops over a tensor's elements, each of which is for one instruction set.
+# KERNELS matches the sources with the loops over a tensor's elements: the sources for one instruction set, and those of
+# csrc/linear/cpu/tiles.
 KERNELS = re.compile(r"_(scalar|avx2|avx512|amx|neon)\.cpp$|/tiles/")
 
 
 def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> list[Group]:
-    """Returns the sources in two groups: KERNELS with the optimization ``kernels``, the other sources with ``others``.
+    """Returns two groups: the sources that KERNELS matches, with the optimization flag ``kernels``, and the other
+    sources, with the optimization flag ``others``.
 
     The sources that KERNELS does not match check arguments and call kernels: their code takes a small part of the time
     of an operator's call. Most of these sources include torch's headers, so that compiling these sources takes most of

@@ -1,4 +1,4 @@
-"""Analyses the machine code of a compiled kernel: the warp instructions of its hot loop, by pipe, and its waits.
+"""Analyses the machine code of a kernel: the warp instructions of the kernel's hot loop, by pipe, and the loop's waits.
 
 nvdisasm prints a kernel's instructions. The hot loop is the loop with the most matrix products; of several such loops,
 the longest. If no loop has a product, the whole kernel counts as the hot loop. The instructions of an inner loop with
